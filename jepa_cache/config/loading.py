@@ -1,0 +1,196 @@
+"""params.yaml, the presets it names and `key=value` overrides, read once and resolved into one Config.
+
+`null` in a section of params.yaml means "as the preset says". Nothing outside this module reads yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jepa_cache.config.checks import check_config
+from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
+from jepa_cache.config.schema import (
+    Config,
+    DatasetPreset,
+    EncodeConfig,
+    EncoderPreset,
+    EvaluateConfig,
+    PredictorPreset,
+    ScalerConfig,
+    SplitConfig,
+    TrainConfig,
+)
+
+REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+
+T = TypeVar("T")
+
+
+def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> Config:
+    """Read params.yaml and the presets it names, apply `key=value` overrides and check everything.
+
+    Args:
+        root: Folder that holds params.yaml and configs/.
+        overrides: Such as "train.lr=3e-4"; values are YAML.
+
+    Raises:
+        ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
+    """
+    params = _read_yaml(root / "params.yaml")
+    where = dict.fromkeys(_flatten(params), "params.yaml")
+    for override in overrides:
+        key = _apply_override(params, override)
+        where[key] = "command line"
+
+    names = ("dataset", "encoder", "predictor")
+    sections = ("cache", "encode", "split", "scaler", "train", "evaluate")
+    check_keys(params, [*names, *sections], "params.yaml")
+    for key in (*names, *sections):
+        if key not in params:
+            raise ConfigError(f"params.yaml lacks the key {key!r}; put it back (git diff params.yaml shows it)")
+
+    reader = _Resolver(root, where)
+    dataset = reader.preset(DatasetPreset, "dataset", params["dataset"])
+    encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
+    predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
+    check_keys(params["cache"], ["root"], "params.yaml: cache")
+
+    encode_defaults = {
+        key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
+        for kind, preset, keys in (
+            ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space")),
+            ("encoder", encoder, ("weights", "compute_dtype", "batch_size")),
+        )
+        for key in keys
+    }
+    scaler_defaults = {
+        "actions": (dataset.scale_actions, f"configs/dataset/{dataset.name}.yaml"),
+        "states": (dataset.scale_states, f"configs/dataset/{dataset.name}.yaml"),
+    }
+    train_section = dict(params["train"])
+    train_preset_name = train_section.pop("preset", None)
+    train_file, train_mapping = reader.preset_mapping("train", train_preset_name)
+    train_defaults = {key: (value, train_file) for key, value in train_mapping.items()}
+
+    config = Config(
+        dataset=dataset,
+        encoder=encoder,
+        predictor=predictor,
+        encode=reader.section(EncodeConfig, "encode", params["encode"], encode_defaults),
+        split=reader.section(SplitConfig, "split", params["split"], {}),
+        scaler=reader.section(ScalerConfig, "scaler", params["scaler"], scaler_defaults),
+        train=reader.section(TrainConfig, "train", train_section, train_defaults),
+        evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
+        cache_root=params["cache"].get("root"),
+        origins=reader.origins,
+    )
+    check_config(config)
+    return config
+
+
+def data_base(root: Path = REPOSITORY_ROOT) -> Path:
+    """Folder that relative data paths are meant from: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
+    return Path(os.environ.get("DVC_ROOT") or root)
+
+
+def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
+    """Folder that relative recordings are meant from.
+
+    The workspace for the rendered sample, a DVC out that every workspace has of its own; `data_base` for everything else.
+    """
+    return root if config.dataset.sample is not None else data_base(root)
+
+
+class _Resolver:
+    """Reads presets below `root` and notes for every resolved value which file it came from."""
+
+    def __init__(self, root: Path, where: Mapping[str, str]) -> None:
+        self.root = root
+        self.where = where
+        self.origins: dict[str, str] = {}
+
+    def preset_mapping(self, kind: str, name: Any) -> tuple[str, dict[str, Any]]:
+        folder = self.root / "configs" / kind
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            key = "train.preset" if kind == "train" else kind
+            raise ConfigError(
+                f"params.yaml: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
+            )
+        return f"configs/{kind}/{name}.yaml", _read_yaml(folder / f"{name}.yaml")
+
+    def preset(self, cls: type[T], kind: str, name: Any) -> T:
+        file, mapping = self.preset_mapping(kind, name)
+        self.origins.update({f"{kind}.{key}": file for key in mapping})
+        self.origins[f"{kind}.name"] = self.where.get(kind, "params.yaml")
+        return parse_dataclass(cls, {"name": name, **mapping}, file)
+
+    def section(self, cls: type[T], name: str, values: Any, defaults: Mapping[str, tuple[Any, str]]) -> T:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"params.yaml: {name} must be a mapping; got {values!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_keys(values, [*known, *(["preset"] if name == "train" else [])], f"params.yaml: {name}")
+        for key, (_, file) in defaults.items():
+            check_keys({key: None}, known, file)
+        resolved = {key: value for key, (value, _) in defaults.items()}
+        self.origins.update({f"{name}.{key}": file for key, (_, file) in defaults.items()})
+        for key, value in values.items():
+            if value is not None or key not in defaults:
+                resolved[key] = value
+                self.origins[f"{name}.{key}"] = self.where.get(f"{name}.{key}", "params.yaml")
+        return parse_dataclass(cls, resolved, f"params.yaml: {name}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        loaded = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"
+        ) from error
+    except YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping; got {type(loaded).__name__}")
+    return loaded
+
+
+def _apply_override(params: dict[str, Any], override: str) -> str:
+    from ruamel.yaml import YAML
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
+    *parents, last = key.split(".")
+    section: Any = params
+    for depth, name in enumerate([*parents, last]):
+        if not isinstance(section, dict) or name not in section:
+            known = sorted(_flatten(params))
+            raise ConfigError(f"unknown parameter {key!r}{nearest(key, known)}")
+        if depth < len(parents):
+            section = section[name]
+    if isinstance(section[last], dict):
+        raise ConfigError(
+            f"{key!r} is a section, not a parameter; set one of its keys, such as {key}.{next(iter(section[last]))}=..."
+        )
+    section[last] = YAML(typ="safe", pure=True).load(text)
+    return key
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command line argument is a `key=value` override rather than a path."""
+    return re.match(r"^[A-Za-z_]\w*(\.\w+)*=", argument) is not None
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in mapping.items():
+        keys += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
+    return keys

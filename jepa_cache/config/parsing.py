@@ -1,0 +1,79 @@
+"""From mappings to dataclasses: unknown keys are refused with the nearest known one, types are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the file and the way out."""
+
+
+def parse_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass from a mapping; keys and types must match its fields exactly.
+
+    Raises:
+        ConfigError: For unknown, missing or wrongly typed keys; `where` names the place.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    check_keys(values, list(fields), where)
+    parsed = {}
+    for name, field in fields.items():
+        if name in values:
+            parsed[name] = _coerce(values[name], hints[name], f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where} lacks the key {name!r}")
+    return cls(**parsed)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint such as "; did you mean 'lr'?", or the list of known names when none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def check_keys(values: Any, known: Sequence[str], where: str) -> None:
+    """Raise a ConfigError that names the first key of `values` that is not `known`, and the nearest that is."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a mapping; got {values!r}")
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where} has the unknown key {key!r}{nearest(str(key), known)}")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Check `value` against a type hint; ints pass for floats, lists become tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(arg for arg in args if arg is not type(None)), where)
+    if hint is Any:
+        return value
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if len(inner) == len(value):
+                return tuple(_coerce(item, kind, where) for item, kind in zip(value, inner, strict=True))
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, hint):
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ConfigError(f"{where} must be of type {name}; got {value!r} ({type(value).__name__})")

@@ -1,0 +1,173 @@
+"""The frozen dataclasses that params.yaml and the presets in configs/ are parsed into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ENCODE_MODES = ("frame", "tubelet", "clip")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+SCALING_RULES = ("standard", "none")
+
+
+@dataclass(frozen=True)
+class DatasetPreset:
+    """configs/dataset/*.yaml: where recordings come from and how they are sampled by default."""
+
+    name: str
+    source: str  # module in jepa_cache/sources
+    source_options: dict[str, Any]  # checked by that module
+    inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
+    fps: float  # Hz of the sampled frames
+    mode: str  # one of ENCODE_MODES
+    frames_per_clip: int  # sampled frames encoded jointly in clip mode
+    action_space: str  # name in jepa_cache/actions.py
+    scale_actions: str  # one of SCALING_RULES
+    scale_states: str
+    sample: dict[str, Any] | None  # settings of the synthetic recordings; only the sample data set has them
+
+
+@dataclass(frozen=True)
+class EncoderPreset:
+    """configs/encoder/*.yaml: architecture, preprocessing and weights of one frozen encoder."""
+
+    name: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: int  # pixels
+    tubelet_size: int  # frames
+    resolution: int  # pixels, square
+    rope: str  # "tiled" (V-JEPA 2)
+    crop: str  # key of encoder.preprocess.CROP_RULES
+    mean: tuple[float, float, float]  # of pixels in [0, 1]
+    std: tuple[float, float, float]
+    compute_dtype: str  # one of COMPUTE_DTYPES
+    batch_size: int  # encoder inputs per forward pass
+    weights: str | None  # path, https:// URL or hf://owner/repo/file
+    weights_entry: str | None  # top-level entry of an official .pt file
+    weights_sha256: str | None  # null where unknown
+    random_seed: int | None  # seeded random weights; exactly one of weights and random_seed is set
+
+    @property
+    def num_tokens(self) -> int:
+        """N: patch tokens of one step."""
+        return (self.resolution // self.patch_size) ** 2
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights were learned, as opposed to drawn at random."""
+        return self.random_seed is None
+
+
+@dataclass(frozen=True)
+class PredictorPreset:
+    """configs/predictor/*.yaml: size of the action-conditioned predictor."""
+
+    name: str
+    predictor_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    activation_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What stage one does, after the presets were filled in."""
+
+    fps: float  # Hz
+    mode: str
+    frames_per_clip: int
+    action_space: str
+    weights: str | None  # overrides the encoder preset's
+    compute_dtype: str
+    batch_size: int
+    dtype: str  # stored dtype of the tokens
+    device: str  # "auto", "cpu", "cuda", "cuda:1"
+    decoder: str  # "auto", "decord", "pyav"
+    num_decoders: int  # threads
+    max_skipped_share: float  # of the recordings, in [0, 1]
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+
+    val_share: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScalerConfig:
+    """How actions and states are scaled on read."""
+
+    actions: str
+    states: str
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run, beside the predictor preset and the cache."""
+
+    seed: int
+    init: str | None  # run folder or checkpoint whose weights are the start
+    num_steps: int  # train steps
+    window_steps: int  # T
+    batch_size: int  # windows per forward pass and process
+    grad_accumulation: int  # forward passes per train step
+    schedule: str  # "wsd" or "cosine"
+    num_warmup: int  # train steps
+    num_anneal: int  # train steps; wsd only
+    start_lr: float
+    lr: float
+    final_lr: float
+    weight_decay: float
+    final_weight_decay: float
+    loss_exp: float
+    auto_steps: int  # rollout steps in the loss
+    normalize_reps: bool
+    rollout: str  # "fixed", or "legacy" (the rule of the released weights)
+    clip_norm: float  # 0 switches clipping off
+    precision: str  # "float32" or "bfloat16"
+    device: str  # "auto" or "cpu"
+    num_threads: int  # torch threads; 0 means half the cores
+    num_loader_threads: int
+    log_every: int  # train steps
+    validate_every: int  # train steps; 0 switches it off
+    checkpoint_every: int  # train steps
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on the held-out episodes."""
+
+    horizon: int  # K open-loop steps
+    num_context_steps: int  # true steps before the first predicted one
+    windows_per_episode: int
+    num_bootstrap: int  # resamples of the episodes
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved settings of one run, and where each value came from."""
+
+    dataset: DatasetPreset
+    encoder: EncoderPreset
+    predictor: PredictorPreset
+    encode: EncodeConfig
+    split: SplitConfig
+    scaler: ScalerConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    cache_root: str | None
+    origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
+
+    @property
+    def step_hz(self) -> float:
+        """Nominal rate of steps; the true one follows from the video's own rate."""
+        return self.encode.fps / {"frame": 1, "tubelet": 2, "clip": 2}[self.encode.mode]
