@@ -1,0 +1,125 @@
+"""Controls and the actions made of them, kept beside the tokens so that another action space never decodes a video."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jepa_cache.store.root import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.store.verify import write_store_file
+
+EPISODE_COLUMN = "episode"
+ACTIONS = "actions"
+STATES = "states"
+
+
+class ControlsWriter:
+    """Writes the controls of one unit as Parquet, one row group per episode; published when the block ends well."""
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> ControlsWriter:
+        remove_stale_temporaries(self._final.parent)
+        self._file = atomic_file(self._final)
+        self._path = self._file.__enter__()
+        return self
+
+    def append(self, episode: str, controls: Mapping[str, np.ndarray]) -> None:
+        """Add one episode.
+
+        Args:
+            episode: Its key.
+            controls: Name to [M] array, the same names and dtypes for every episode of a source.
+        """
+        num_ticks = len(next(iter(controls.values())))
+        columns = {EPISODE_COLUMN: pa.array([episode] * num_ticks)}
+        columns |= {name: pa.array(values) for name, values in controls.items()}
+        table = pa.table(columns)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        self._writer.write_table(table, row_group_size=max(1, num_ticks))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is None and kind is None:
+            self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
+        if self._writer is not None:
+            self._writer.close()
+        self._file.__exit__(kind, error, trace)
+
+
+def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            key = table.column(EPISODE_COLUMN)[0].as_py()
+            yield (
+                key,
+                {
+                    name: table.column(name).to_numpy(zero_copy_only=False)
+                    for name in table.column_names
+                    if name != EPISODE_COLUMN
+                },
+            )
+
+
+def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Mapping[str, Any]) -> None:
+    """Publish the actions and states of one unit as a small Zarr group.
+
+    Args:
+        final: Place of the store.
+        actions: [n, A] float32; row i leads from step i to i+1; NaN in the last row of each segment.
+        states: [n, S] float32.
+        card: What decides or describes the content.
+    """
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    remove_stale_temporaries(final.parent)
+    with temporary_folder(final) as folder:
+        group = zarr.create_group(folder, zarr_format=3)
+        for name, values, channel in ((ACTIONS, actions, "action"), (STATES, states, "state")):
+            array = group.create_array(
+                name,
+                shape=values.shape,
+                chunks=(max(1, len(values)), values.shape[1]),
+                dtype="float32",
+                compressors=[Crc32cCodec()],
+                fill_value=np.nan,
+                dimension_names=("step", channel),
+            )
+            array[...] = values
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+            zarr.consolidate_metadata(str(folder), zarr_format=3)
+        write_store_file(folder, card, {})
+        publish_folder(folder, final)
+
+
+def read_actions(store: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The whole actions [n, A] and states [n, S] of one unit, float32; zarr checks the crc32c.
+
+    Raises:
+        ValueError: When the store is missing or damaged.
+    """
+    import zarr
+
+    try:
+        group = zarr.open_group(store, mode="r")
+        return np.asarray(group[ACTIONS][...]), np.asarray(group[STATES][...])
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"the actions store {store} is missing or damaged ({error}); delete its folder and run "
+            "`python stages/encode.py`, which makes it again in seconds"
+        ) from error

@@ -1,0 +1,44 @@
+"""Recipes: everything that decides the numbers in a store, as plain JSON, and its hash, the fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DIGEST_LENGTH = 32  # hex digits: 128 bits, far beyond accidental collision, and paths stay readable
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value that is hashed and stored: sorted keys, two spaces, no NaN, final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """Hash of a recipe; equal for equal recipes on every machine."""
+    return hashlib.sha256(canonical_json(recipe)).hexdigest()[:DIGEST_LENGTH]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unit_id(digest: str) -> str:
+    """The name under which a unit of input is stored: the head of its content digest."""
+    return digest[:DIGEST_LENGTH]
+
+
+def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every field that differs between two recipes, as `encoder.rope: 'tiled' -> 'paired'`, sorted by name."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += recipe_changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return changes
