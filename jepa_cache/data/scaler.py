@@ -1,0 +1,134 @@
+"""Standardisation of actions and states, fitted on the training segments and applied on read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jepa_cache.actions import Column
+from jepa_cache.config.schema import ScalerConfig
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.store.recipe import canonical_json
+from jepa_cache.store.root import atomic_file
+
+
+@dataclass(frozen=True)
+class ColumnScaler:
+    """(x - mean) / scale per column; mean 0 and scale 1 leave a column as it is."""
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Scale [..., columns] float32 values; the arithmetic is float64."""
+        return ((values - np.array(self.mean)) / np.array(self.scale)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """How one data set's actions and states are scaled; travels with every checkpoint."""
+
+    actions: ColumnScaler
+    states: ColumnScaler
+    num_train_steps: int  # steps it was fitted on
+    action_fingerprint: str
+
+    def to_json(self) -> dict:
+        """As plain JSON."""
+        return {
+            "actions": vars(self.actions),
+            "states": vars(self.states),
+            "num_train_steps": self.num_train_steps,
+            "action_fingerprint": self.action_fingerprint,
+        }
+
+
+def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: ScalerConfig) -> Scaler:
+    """Fit means and deviations over the training segments with scikit-learn, reading the stores through dask.
+
+    Only continuous columns are scaled; binary and one-hot columns keep their meaning. A column that never changes gets
+    scale 1.
+
+    Args:
+        dataset: The cached data set.
+        segments: Those of the training split.
+        config: "standard" or "none" for actions and for states.
+
+    Raises:
+        ValueError: When there is no training segment.
+    """
+    import dask
+    from sklearn.preprocessing import StandardScaler
+
+    if not segments:
+        raise ValueError("no training segments: every episode is held out; lower split.val_share or add recordings")
+    by_store: dict[int, list[Segment]] = {}
+    for segment in segments:
+        by_store.setdefault(segment.store, []).append(segment)
+    parts = [dask.delayed(_read_rows)(dataset, store, runs) for store, runs in sorted(by_store.items())]
+    action_fit, state_fit = StandardScaler(), StandardScaler()
+    num_steps = 0
+    for start in range(0, len(parts), 32):  # bounded memory, and always in the same order: rounding depends on it
+        for actions, states in dask.compute(*parts[start : start + 32], scheduler="threads"):
+            if len(actions):
+                action_fit.partial_fit(actions)
+            state_fit.partial_fit(states)
+            num_steps += len(states)
+    space = dataset.space
+    return Scaler(
+        actions=_column_scaler(space.actions, action_fit, config.actions),
+        states=_column_scaler(space.states, state_fit, config.states),
+        num_train_steps=num_steps,
+        action_fingerprint=dataset.manifest.action_fingerprint,
+    )
+
+
+def write_scaler(scaler: Scaler, path: Path) -> None:
+    """Save as JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(canonical_json(scaler.to_json()))
+
+
+def read_scaler(path: Path) -> Scaler:
+    """Load from JSON.
+
+    Raises:
+        ValueError: When the file is missing or no scaler; says which command makes it.
+    """
+    try:
+        return scaler_from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; run `python stages/fit_scaler.py` first") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no scaler ({error}); run `python stages/fit_scaler.py` again") from error
+
+
+def scaler_from_json(document: dict) -> Scaler:
+    """The inverse of `Scaler.to_json`."""
+    actions, states = (
+        ColumnScaler(**{key: tuple(value) for key, value in document[name].items()}) for name in ("actions", "states")
+    )
+    return Scaler(actions, states, document["num_train_steps"], document["action_fingerprint"])
+
+
+def _read_rows(dataset: CachedDataset, store: int, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Actions and states of some segments; the last action row of a segment leads nowhere and is left out."""
+    actions, states = dataset.controls(store)
+    return (
+        np.concatenate([actions[run.start : run.stop - 1] for run in runs]).astype(np.float64),
+        np.concatenate([states[run.start : run.stop] for run in runs]).astype(np.float64),
+    )
+
+
+def _column_scaler(columns: Sequence[Column], fit: object, rule: str) -> ColumnScaler:
+    scaled = [rule == "standard" and column.kind == "continuous" for column in columns]
+    return ColumnScaler(
+        names=tuple(column.name for column in columns),
+        mean=tuple(float(m) if on else 0.0 for m, on in zip(fit.mean_, scaled, strict=True)),
+        scale=tuple(float(s) if on else 1.0 for s, on in zip(fit.scale_, scaled, strict=True)),
+    )
