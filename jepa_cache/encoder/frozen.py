@@ -1,0 +1,157 @@
+"""A frozen encoder ready for use: pixels in, tokens out, and the guarded cast to the stored precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_cache.encoder.checkpoints import build_encoder
+from jepa_cache.encoder.preprocess import CROP_RULES
+
+if TYPE_CHECKING:
+    from jepa_cache.config.schema import EncoderPreset
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class TokenOverflowError(ValueError):
+    """Tokens do not fit the stored precision; `step` is the first such step."""
+
+    def __init__(self, message: str, step: int) -> None:
+        """Keep the index of the step, counted over all leading axes."""
+        super().__init__(message)
+        self.step = step
+
+
+class FrozenEncoder:
+    """Owns one encoder on one device. Never trains, never reads files; `preprocess` may be called from any thread."""
+
+    def __init__(
+        self,
+        preset: EncoderPreset,
+        state: Mapping[str, Tensor | np.ndarray],
+        *,
+        device: str | torch.device,
+        compute_dtype: str,
+    ) -> None:
+        """Build the encoder and move it to the device.
+
+        Args:
+            preset: sizes, crop rule, mean and std.
+            state: official name -> tensor, from `checkpoints.load_encoder_state`.
+            device: "cpu", "cuda", "cuda:1" ...
+            compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
+
+        Raises:
+            ValueError: the state does not fit the preset, or a name (dtype, crop rule, RoPE flavour) is unknown.
+        """
+        for what, name, known in (("compute_dtype", compute_dtype, COMPUTE_DTYPES), ("crop", preset.crop, CROP_RULES)):
+            if name not in known:
+                raise ValueError(f"unknown {what} '{name}' for encoder '{preset.name}'; known: {', '.join(known)}")
+        if preset.resolution % preset.patch_size:
+            raise ValueError(
+                f"encoder '{preset.name}': resolution {preset.resolution} is no multiple of the patch {preset.patch_size}"
+            )
+        self.preset = preset
+        self.device = torch.device(device)
+        self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
+        self.encoder = build_encoder(preset, state).to(self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per step (N)."""
+        return (self.preset.resolution // self.preset.patch_size) ** 2
+
+    @property
+    def width(self) -> int:
+        """Channels of a token (D)."""
+        return self.preset.embed_dim
+
+    def preprocess(self, frames: np.ndarray) -> Tensor:
+        """Crop, resize and normalise frames by the preset's rule, on the CPU.
+
+        Args:
+            frames: [F, h, w, 3] uint8 RGB.
+
+        Returns:
+            [F, 3, R, R] float32, R the preset's resolution. Each frame's result is independent of the others.
+
+        Raises:
+            ValueError: the frames are not uint8 [F, h, w, 3].
+        """
+        preset = self.preset
+        return CROP_RULES[preset.crop](frames, preset.resolution, mean=preset.mean, std=preset.std)
+
+    @torch.no_grad()
+    def encode(self, groups: Tensor) -> Tensor:
+        """Encode groups of frames, each group on its own.
+
+        Args:
+            groups: [B, G, 3, R, R] float32, preprocessed. G = 1 is frame mode: the frame is repeated to fill a
+                tubelet, as the AC trainer does. G = tubelet is tubelet mode, a larger multiple clip mode, where
+                attention spans the clip in both directions of time.
+
+        Returns:
+            tokens [B, T, N, D] on the device, T = 1 in frame mode, else G / tubelet; after the encoder's final norm,
+            before any parameter-free layer norm. float32, or under autocast what its final norm gives (float32 or
+            the compute dtype).
+
+        Raises:
+            ValueError: the groups have another form, or their frames do not fill whole tubelets.
+
+        Source: V-JEPA 2-AC, arXiv 2506.09985 (frame mode).
+        """
+        tubelet, side = self.preset.tubelet_size, self.preset.resolution
+        if groups.ndim != 5 or groups.shape[2:] != (3, side, side):
+            raise ValueError(f"groups must be [B, G, 3, {side}, {side}]; got {list(groups.shape)}")
+        num_frames = groups.shape[1]
+        if num_frames != 1 and (num_frames == 0 or num_frames % tubelet):
+            raise ValueError(
+                f"a group is 1 frame or a multiple of the tubelet ({tubelet}); got {num_frames} frames. Choose such "
+                f"an encode.frames_per_clip"
+            )
+        clips = groups.to(self.device, non_blocking=True).transpose(1, 2)
+        if num_frames == 1:
+            clips = clips.expand(-1, -1, tubelet, -1, -1)
+        autocast = nullcontext()
+        if self.compute_dtype != torch.float32:
+            autocast = torch.autocast(self.device.type, dtype=self.compute_dtype)
+        with autocast:
+            tokens = self.encoder(clips)
+        return tokens.unflatten(1, (-1, self.num_tokens))
+
+
+def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
+    """Cast tokens to the stored precision, refusing what it cannot hold.
+
+    Args:
+        tokens: [..., N, D] on any device; the leading axes are counted as steps.
+        dtype: "float16" or "float32".
+
+    Returns:
+        Array of the same shape on the CPU.
+
+    Raises:
+        TokenOverflowError: a value is not finite after the cast; names the first such step and its largest value.
+        ValueError: unknown dtype.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"unknown stored dtype '{dtype}'; known: {', '.join(STORED_DTYPES)}")
+    stored = tokens.detach().to(STORED_DTYPES[dtype])
+    finite = stored.isfinite().all(dim=-1).all(dim=-1).flatten()
+    if not finite.all():
+        step = int((~finite).nonzero()[0])
+        values = tokens.detach().flatten(0, -3)[step] if tokens.ndim > 2 else tokens.detach()
+        raise TokenOverflowError(
+            f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: largest magnitude "
+            f"{values.abs().max().item():g}, limit {torch.finfo(STORED_DTYPES[dtype]).max:g}. Store with another dtype, "
+            f"or compute in float32 if the encoder itself overflows",
+            step,
+        )
+    return stored.cpu().numpy()

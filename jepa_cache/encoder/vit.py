@@ -1,0 +1,203 @@
+"""The V-JEPA 2 video transformer, with the released checkpoints' parameter names.
+
+Own module instead of transformers' VJEPA2Model: that one takes positions from its configuration instead of the input,
+so another resolution or aspect runs with wrong positions and without a warning.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROPE_BASE = 10000.0
+
+
+@lru_cache(maxsize=16)
+def _rotation_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
+
+    The head's channels are three blocks (time, row, column) of equal even width and a rest that is not rotated (cosine
+    1, sine 0). Positions are the integer indices of the input's own grid. Within a block of width r the r/2 frequencies
+    are TILED, so the two members of an adjacent pair turn by different angles: an upstream slip that the released
+    weights were trained with.
+
+    Tables are float32 and made on the CPU whatever the compute dtype and device. Upstream builds them in bfloat16 under
+    autocast (angles off by 3e-3 rad at position 15); we keep float32, which differs from the released training by less
+    than bfloat16's other noise and gives one answer for every precision.
+
+    Source: V-JEPA 2, arXiv 2506.09985, upstream `VisionTransformer` with RoPE.
+    """
+    width = 2 * (head_dim // 3 // 2)
+    frequencies = ROPE_BASE ** (-2.0 * torch.arange(width // 2, dtype=torch.float32) / width)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    rotated = [(axis.reshape(-1, 1) * frequencies).repeat(1, 2) for axis in axes]
+    rest = torch.zeros(rotated[0].shape[0], head_dim - 3 * width)
+    angles = torch.cat([*rotated, rest], dim=1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotation_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cached tables for a token grid (T, H, W); see `_rotation_tables`.
+
+    Made outside inference mode, whoever asks first: an inference tensor in the cache would break a later backward.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _rotation_tables(grid, head_dim, device)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of queries or keys.
+
+    Args:
+        x: [B, heads, N, head_dim], any float dtype.
+        cosine: [N, head_dim] float32.
+        sine: [N, head_dim] float32.
+
+    Returns:
+        [B, heads, N, head_dim] in x's dtype; the product is formed in float32.
+    """
+    swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    return (x * cosine + swapped * sine).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Full self-attention over all tokens of a clip, with rotary positions."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        """Make the projections; `qkv` rows are query, key, value, each split into heads contiguously."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Mix tokens x [B, N, D] -> [B, N, D]."""
+        batch, num_tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(rotate(q, cosine, sine), rotate(k, cosine, sine), v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, dim))
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron with exact (erf) GELU."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
+        """Make both layers."""
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, N, D] -> [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, norm_eps: float) -> None:
+        """Make attention, perceptron and their norms."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.mlp = MLP(embed_dim, mlp_dim)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Map x [B, N, D] -> [B, N, D]."""
+        x = x + self.attn(self.norm1(x), cosine, sine)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a clip into tubelets of patches and projects each to a token."""
+
+    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int) -> None:
+        """Make the projection; a Conv3d for the official names and shapes, applied as a matrix product."""
+        super().__init__()
+        self.kernel = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=self.kernel, stride=self.kernel)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Project clip [B, 3, F, h, w] -> [B, N, D] in time, row, column order; F, h, w are whole tubelets."""
+        # One matrix product instead of Conv3d: kernel = stride makes them equal, and bfloat16 Conv3d is slow on GPUs.
+        batch, channels, *size = clip.shape
+        split = [part for axis, k in zip(size, self.kernel, strict=True) for part in (axis // k, k)]
+        patches = clip.reshape(batch, channels, *split).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """V-JEPA 2 encoder. Owns the forward pass; never loads weights, chooses precision or prepares pixels.
+
+    Parameters carry the official names, so a released state dict loads strictly. Freshly made parameters are torch's
+    defaults and mean nothing: load a state before use.
+
+    Source: V-JEPA 2, arXiv 2506.09985.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        patch_size: int = 16,
+        tubelet_size: int = 2,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        """Make the modules.
+
+        Raises:
+            ValueError: the width does not split into heads, or a head is too narrow for rotary positions.
+        """
+        super().__init__()
+        if embed_dim % num_heads or embed_dim // num_heads < 6:
+            raise ValueError(
+                f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim "
+                f"{embed_dim} and num_heads {num_heads}. Change one of them in the encoder preset"
+            )
+        self.patch_size = patch_size
+        self.tubelet_size = tubelet_size
+        self.head_dim = embed_dim // num_heads
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Encode clips of any length and size; attention spans the whole clip in both directions of time.
+
+        Args:
+            clip: [B, 3, F, h, w] float, normalised pixels. Frames beyond a multiple of the tubelet are dropped.
+
+        Returns:
+            tokens [B, T*H*W, D] after the final norm, T = F // tubelet, H = h / patch, W = w / patch; order time, row,
+            column.
+
+        Raises:
+            ValueError: the clip has not five axes or not three channels, is shorter than a tubelet, or its height or
+                width is no multiple of the patch.
+        """
+        if clip.ndim != 5 or clip.shape[1] != 3:
+            raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
+        num_frames, height, width = clip.shape[2:]
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise ValueError(
+                f"frame height and width must be multiples of the patch ({self.patch_size} px); got {height} x {width}. "
+                f"Choose such a resolution in the encoder preset"
+            )
+        if num_frames < self.tubelet_size:
+            raise ValueError(
+                f"a clip needs at least one tubelet of {self.tubelet_size} frames; got {num_frames}. To encode a "
+                f"single frame repeat it, as frame mode does"
+            )
+        steps = num_frames // self.tubelet_size
+        grid = (steps, height // self.patch_size, width // self.patch_size)
+        cosine, sine = rotation_tables(grid, self.head_dim, clip.device)
+        x = self.patch_embed(clip[:, :, : steps * self.tubelet_size])
+        for block in self.blocks:
+            x = block(x, cosine, sine)
+        return self.norm(x)

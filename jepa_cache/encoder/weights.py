@@ -1,0 +1,207 @@
+"""Where an encoder's weights come from, and what identifies them. Imports no torch: `encode` asks for the identity first.
+
+A missing file is always an error here; random weights exist only for a preset that names a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jepa_cache.config.schema import EncoderPreset
+
+INIT_STD = 0.02
+OFFICIAL_BASE_URL = "https://dl.fbaipublicfiles.com/vjepa2/"
+OFFICIAL_FILES = ("vitl.pt", "vith.pt", "vitg.pt", "vitg-384.pt", "vjepa2-ac-vitg.pt")
+_WAY_OUT = (
+    f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), the same encoders as safetensors on the "
+    "Hugging Face hub (hf://facebook/vjepa2-vitl-fpc64-256/model.safetensors). Download one on a machine with network "
+    "and name it with encode.weights=PATH. Random weights are never used in place of a missing file"
+)
+
+
+class WeightsNotFoundError(ValueError):
+    """The named weights cannot be had; the message says how to get them."""
+
+
+def parameter_shapes(preset: EncoderPreset) -> dict[str, tuple[int, ...]]:
+    """List an encoder's parameters under their official names, in the official order.
+
+    Returns:
+        name -> shape.
+    """
+    dim, hidden = preset.embed_dim, preset.mlp_dim
+    kernel = (preset.tubelet_size, preset.patch_size, preset.patch_size)
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (dim, 3, *kernel), "patch_embed.proj.bias": (dim,)}
+    for index in range(preset.depth):
+        block = f"blocks.{index}."
+        for name, shape in (
+            ("norm1", (dim,)),
+            ("attn.qkv", (3 * dim, dim)),
+            ("attn.proj", (dim, dim)),
+            ("norm2", (dim,)),
+            ("mlp.fc1", (hidden, dim)),
+            ("mlp.fc2", (dim, hidden)),
+        ):
+            shapes[f"{block}{name}.weight"] = shape
+            shapes[f"{block}{name}.bias"] = shape[:1]
+    return shapes | {"norm.weight": (dim,), "norm.bias": (dim,)}
+
+
+def random_state(preset: EncoderPreset) -> dict[str, np.ndarray]:
+    """Draw seeded, untrained weights by the official initialisation; only for presets that name a seed (`tiny`).
+
+    Matrices and the patch projection are normal with deviation 0.02 (upstream's truncation at +-2 never acts), biases
+    0, norms 1; attn.proj and mlp.fc2 of block l (from 1) are divided by sqrt(2 l).
+
+    Returns:
+        official name -> float32 array, the same on every machine for one seed.
+
+    Raises:
+        ValueError: the preset names no seed.
+
+    Source: V-JEPA 2, arXiv 2506.09985, upstream initialisation.
+    """
+    if preset.random_seed is None:
+        raise ValueError(
+            f"encoder preset '{preset.name}' names no random_seed, so it has no random weights. {_WAY_OUT}"
+        )
+    generator = np.random.Generator(np.random.PCG64(preset.random_seed))
+    state = {}
+    for name, shape in parameter_shapes(preset).items():
+        if name.endswith(".bias"):
+            state[name] = np.zeros(shape, np.float32)
+        elif "norm" in name:
+            state[name] = np.ones(shape, np.float32)
+        else:
+            std = INIT_STD
+            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                std /= np.sqrt(2.0 * (int(name.split(".")[1]) + 1))
+            state[name] = (generator.standard_normal(shape) * std).astype(np.float32)
+    return state
+
+
+def file_sha256(path: Path) -> str:
+    """Digest a whole file: hex sha256. Cost: reads every byte, some seconds for several GB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_in_use(preset: EncoderPreset, path: Path) -> str | None:
+    """Name the top-level entry that is read from a weights file; None for safetensors, which have no entries."""
+    return None if path.suffix == ".safetensors" else preset.weights_entry
+
+
+def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callable[[Path], str] = file_sha256) -> str:
+    """Name the weights by their content, for the recipe: equal strings mean equal weights.
+
+    Covers weights only; what else decides the tokens (num_heads, rope, crop, dtype) belongs into the recipe beside it.
+
+    Args:
+        preset: the encoder.
+        path: its weights file from `resolve_weights`; None for a preset with random_seed.
+        digest: gives a file's hex sha256, possibly remembered from an earlier run.
+
+    Returns:
+        `random:<sha256 over names, shapes and bytes>`, or `file:<sha256 of the file>` followed by `#<entry>` for
+        checkpoints that have entries.
+
+    Raises:
+        ValueError: the file's digest is not the one that the preset gives, or the preset names no seed and no file.
+    """
+    if path is None:
+        total = hashlib.sha256()
+        for name, array in random_state(preset).items():
+            total.update(f"{name} {list(array.shape)} {array.dtype.str}\n".encode())
+            total.update(array.tobytes())
+        return f"random:{total.hexdigest()}"
+    found = digest(path)
+    if preset.weights_sha256 and found != preset.weights_sha256:
+        raise ValueError(
+            f"weights file {path} has sha256 {found}, but encoder preset '{preset.name}' gives {preset.weights_sha256}: "
+            f"it is another file or was damaged. Download it again, or correct weights_sha256 in the preset"
+        )
+    entry = entry_in_use(preset, path)
+    return f"file:{found}" + (f"#{entry}" if entry else "")
+
+
+def weights_folder() -> Path:
+    """Where downloads by URL are kept: $XDG_CACHE_HOME/jepa-cache/weights, or the same under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache" / "weights"
+
+
+def resolve_weights(reference: str, *, base: Path) -> Path:
+    """Turn a reference to weights into a local file, downloading it at most once.
+
+    Args:
+        reference: a path (relative to `base`, ~ allowed), an https:// URL, or hf://owner/repo/file.
+        base: folder that relative paths start from.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        WeightsNotFoundError: the file is missing or cannot be downloaded.
+        ValueError: the reference has an unknown form, or names a V-JEPA 1 file.
+    """
+    scheme = urlparse(reference).scheme if "://" in reference else ""
+    if scheme in ("http", "https"):
+        return _download(reference)
+    if scheme == "hf":
+        return _from_hub(reference)
+    if scheme:
+        raise ValueError(f"weights are a path, an https:// URL or hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    path = base / Path(reference).expanduser()
+    if not path.is_file():
+        raise WeightsNotFoundError(f"weights file {path} does not exist. {_WAY_OUT}")
+    return path
+
+
+def _download(url: str) -> Path:
+    parts = urlparse(url)
+    if parts.path.startswith("/jepa/") and parts.hostname == "dl.fbaipublicfiles.com":
+        raise ValueError(f"{url} is a V-JEPA 1 file; only V-JEPA 2 encoders can be loaded. {_WAY_OUT}")
+    # Host and path stay in the name: files of one name from two places must not stand for each other.
+    target = weights_folder() / str(parts.hostname) / parts.path.lstrip("/")
+    if target.is_file():
+        return target
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        # The size comes first, because a connection that breaks off leaves a short file without any error.
+        with urlopen(Request(url, method="HEAD"), timeout=60) as answer:
+            size_bytes = int(answer.headers.get("Content-Length") or 0)
+        from torch.hub import download_url_to_file
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(url, str(part), progress=True)
+        got_bytes = part.stat().st_size
+        if size_bytes and got_bytes != size_bytes:
+            raise OSError(f"the download ended after {got_bytes} of {size_bytes} bytes")
+        part.replace(target)
+    except (OSError, ValueError) as error:
+        raise WeightsNotFoundError(f"weights {url} could not be downloaded to {target}: {error}. {_WAY_OUT}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _from_hub(reference: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    owner, _, rest = reference.removeprefix("hf://").partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
+        raise ValueError(f"a hub reference is hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise WeightsNotFoundError(f"weights {reference} could not be had from the hub: {error}. {_WAY_OUT}") from error

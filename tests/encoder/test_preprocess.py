@@ -1,0 +1,132 @@
+"""What the crop rules promise.
+
+Claims: crops are the official centred ones; every rule keeps a constant picture constant, works for frames smaller and
+larger than the output, treats each frame alone, and refuses what is not uint8 RGB.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_cache.encoder.preprocess import (
+    AC_ASPECT_RANGE,
+    CROP_RULES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ac_crop_box,
+    ac_transform,
+    eval_transform,
+)
+
+SIZES = [(360, 640), (640, 360), (90, 90), (20, 30), (7, 200)]
+
+
+def noise(num_frames, height, width):
+    return np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (720, 1280, (0, 154, 720, 972)),
+        (360, 640, (0, 77, 360, 486)),
+        (480, 640, (0, 0, 480, 640)),
+        (640, 360, (80, 0, 480, 360)),
+        (10, 41, (0, 13, 10, 14)),
+        (41, 12, (12, 0, 16, 12)),
+    ],
+)
+def test_ac_crop_is_the_official_fallback(height, width, box):
+    assert ac_crop_box(height, width) == box
+
+
+def test_crop_sides_round_half_to_even():
+    # 10 * 1.35 = 13.5 -> 14, but 50 * 1.25 = 62.5 -> 62.
+    assert ac_crop_box(10, 40)[3] == 14
+    assert ac_crop_box(50, 100, (0.75, 1.25))[3] == 62
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crop_is_inside_the_frame_and_within_the_aspect_range(size):
+    top, left, height, width = ac_crop_box(*size)
+    assert 0 <= top <= top + height <= size[0]
+    assert 0 <= left <= left + width <= size[1]
+    low, high = AC_ASPECT_RANGE
+    # Half a pixel of rounding on either side.
+    assert low * height - 1 <= width <= high * height + 1
+
+
+@pytest.mark.parametrize("rule", CROP_RULES)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_constant_picture_maps_to_its_normalised_colour(rule, size):
+    colour = np.array([200, 30, 77], np.uint8)
+    frames = np.broadcast_to(colour, (2, *size, 3))
+    out = CROP_RULES[rule](frames, 48, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    expected = torch.from_numpy((colour / 255.0 - IMAGENET_MEAN) / IMAGENET_STD).float()
+    assert out.shape == (2, 3, 48, 48)
+    # float32 arithmetic on values of order 1.
+    torch.testing.assert_close(out, expected.view(1, 3, 1, 1).expand_as(out), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", CROP_RULES)
+def test_a_frame_does_not_depend_on_its_neighbours(rule):
+    frames = noise(3, 50, 70)
+    apply = CROP_RULES[rule]
+    together = apply(frames, 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    alone = apply(frames[1:2], 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_square_rule_takes_the_centred_square():
+    frames = noise(1, 40, 100)
+    square = CROP_RULES["square"](frames, 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    assert torch.equal(square, ac_transform(frames[:, :, 30:70], 32))
+
+
+def test_ac_crop_at_the_output_size_is_not_resampled():
+    frames = noise(1, 32, 32)
+    out = ac_transform(frames, 32, mean=(0, 0, 0), std=(1, 1, 1)) * 255
+    assert np.array_equal(out[0].permute(1, 2, 0).numpy().round(), frames[0])
+
+
+def test_mean_and_deviation_are_the_callers():
+    frames = noise(1, 32, 32)
+    plain = ac_transform(frames, 32, mean=(0, 0, 0), std=(1, 1, 1))
+    shifted = ac_transform(frames, 32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    torch.testing.assert_close(shifted, plain * 2 - 1, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_eval_pixels_are_whole_uint8_levels(antialias):
+    out = eval_transform(noise(1, 100, 120), 48, antialias=antialias, mean=(0, 0, 0), std=(1, 1, 1)) * 255
+    assert (out - out.round()).abs().max() < 1e-3
+
+
+def test_eval_keeps_224_of_256_parts_of_the_short_side():
+    # A frame whose short side is already int(64 * 256 / 224) = 73: no resize, only the centre crop, offset 4.5 -> 4.
+    frames = noise(1, 73, 73)
+    out = eval_transform(frames, 64, antialias=True, mean=(0, 0, 0), std=(1, 1, 1)) * 255
+    assert np.array_equal(out[0].permute(1, 2, 0).numpy().round(), frames[0, 4:68, 4:68])
+
+
+def test_antialias_matters_when_shrinking():
+    frames = noise(1, 360, 640)
+    array_path, tensor_path = (eval_transform(frames, 48, antialias=antialias) for antialias in (False, True))
+    assert array_path.std() > 1.5 * tensor_path.std()
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)]
+)
+@pytest.mark.parametrize("rule", CROP_RULES)
+def test_frames_of_another_form_are_refused(frames, rule):
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        CROP_RULES[rule](frames, 16, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def test_read_only_and_mirrored_frames_are_taken_without_a_warning(recwarn):
+    frames = noise(1, 40, 40)
+    mirrored = np.ascontiguousarray(frames[:, :, ::-1])
+    mirrored.flags.writeable = False
+    assert torch.equal(ac_transform(frames[:, :, ::-1], 16), ac_transform(mirrored, 16))
+    assert not recwarn.list
