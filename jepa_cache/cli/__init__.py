@@ -1,0 +1,1 @@
+"""The `jepa-cache` command, one file per command, and what the stage scripts share."""

@@ -1,0 +1,59 @@
+"""What every stage script shares: its arguments, and how an error a user can cause is shown."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jepa_cache.config.loading import is_override
+
+
+class StageArguments(NamedTuple):
+    """`key=value` overrides of params.yaml, positional paths, and whether to start over."""
+
+    overrides: list[str]
+    paths: list[str]
+    fresh: bool
+
+
+def parse_stage_arguments(
+    description: str | None, argv: list[str] | None, *, paths: str | None = None, fresh: str | None = None
+) -> StageArguments:
+    """Parse a stage's command line.
+
+    Args:
+        description: Help text: the script's docstring.
+        argv: Arguments; None means the process's own.
+        paths: Help for positional paths; None when the stage takes none.
+        fresh: Help for --fresh; None when the stage has no such flag.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="PATH | key=value" if paths else "key=value",
+        help=f"{paths}; key=value overrides of params.yaml"
+        if paths
+        else "overrides of params.yaml, such as train.lr=3e-4",
+    )
+    if fresh is not None:
+        parser.add_argument("--fresh", action="store_true", help=fresh)
+    parsed = parser.parse_intermixed_args(argv)
+    overrides = [argument for argument in parsed.arguments if is_override(argument)]
+    positional = [argument for argument in parsed.arguments if not is_override(argument)]
+    if positional and paths is None:
+        parser.error(f"unexpected argument {positional[0]!r}: this stage takes key=value overrides only")
+    return StageArguments(overrides, positional, getattr(parsed, "fresh", False))
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
+    try:
+        main()
+    except ValueError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
+        sys.exit(f"error: {error}{notes}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues from what is there")

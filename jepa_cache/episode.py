@@ -1,0 +1,75 @@
+"""Episode: what every source yields, an encoded video together with its native-rate records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Skipped(NamedTuple):
+    """A recording that was not used, and why; it goes into the `skipped` report instead of being replaced."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One original recording, undecoded; owns no open file and never changes after it was made.
+
+    Time alignment: video frame t shows the state BEFORE row `frame_ticks[t]` of the controls acts. The controls that lead
+    from frame a to frame b are therefore the rows `frame_ticks[a]` to `frame_ticks[b] - 1`, all of them.
+
+    Attributes:
+        key: Unique within the data set: the segment's name, with the folders of the tar member where there are any.
+        video: The encoded container, as bytes or as a path.
+        fps: Frames per second of the video, Hz.
+        controls: Name to array of shape [M]: the records at their native rate, unscaled.
+        frame_ticks: [F] int64, non-decreasing, within [0, M): the row of the controls that each usable frame shows.
+        num_video_frames: Frames in the container; may exceed F, the frames beyond F are not used.
+        notes: What a user should know of this recording, as sentences.
+
+    Raises:
+        ValueError: A shape, range or order above does not hold; the message names the episode.
+    """
+
+    key: str
+    video: bytes | Path
+    fps: float
+    controls: dict[str, np.ndarray]
+    frame_ticks: np.ndarray
+    num_video_frames: int
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check shapes, ranges and order."""
+        if not self.key:
+            raise ValueError("an episode needs a key; got an empty one")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"episode {self.key!r}: fps must be positive and finite; got {self.fps!r}")
+        shapes = {name: column.shape for name, column in self.controls.items()}
+        if not shapes or len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+            raise ValueError(f"episode {self.key!r}: controls must be 1-D arrays of one length; got {shapes}")
+        ticks = self.frame_ticks
+        if ticks.ndim != 1 or ticks.dtype != np.int64 or len(ticks) == 0:
+            raise ValueError(
+                f"episode {self.key!r}: frame_ticks must be a non-empty 1-D int64 array; got {ticks.dtype} {ticks.shape}"
+            )
+        if np.any(np.diff(ticks) < 0) or ticks[0] < 0 or ticks[-1] >= self.num_ticks:
+            raise ValueError(
+                f"episode {self.key!r}: frame_ticks must not decrease and must lie in [0, {self.num_ticks}); "
+                f"got values from {ticks.min()} to {ticks.max()}"
+            )
+        if self.num_video_frames < len(ticks):
+            raise ValueError(
+                f"episode {self.key!r}: {len(ticks)} frames have a tick, but the video holds {self.num_video_frames}"
+            )
+
+    @property
+    def num_ticks(self) -> int:
+        """M, the number of native control rows."""
+        return len(next(iter(self.controls.values())))

@@ -1,0 +1,192 @@
+"""WebDataset tar shards: samples read one at a time wherever their members lie, and folders packed into such tars."""
+
+from __future__ import annotations
+
+import glob
+import os
+import posixpath
+import tarfile
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+BLOCK_BYTES = 512
+
+
+class TarSample(NamedTuple):
+    """The members of one key, by suffix; where `problem` is set, the sample must not be used and `members` is empty."""
+
+    key: str
+    members: dict[str, bytes]
+    problem: str | None
+
+
+class _Entry:
+    """Where the members of one key lie: suffix to (offset, size) in bytes."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[int, int]] = {}
+        self.problem: str | None = None
+
+
+def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
+    """Yield the samples of an uncompressed tar shard in the order in which their keys first appear.
+
+    A key is the member's path up to the first dot of its base name, and the suffix is what follows, in lower case and
+    without leading dots (`a..MP4` gives key `a`, suffix `mp4`). The members of one key need not be adjacent: the headers
+    are read first, then each sample by its offsets. Nothing is ever written to disk.
+
+    Only members whose suffix is in `suffixes` make samples. Reported as a problem, not used: a suffix that a key has
+    twice, a link or device in a file's place, an absolute name or one with `..`, a name with a dot inside
+    (`a.b.mp4`), and members that are cut off. A tar that ends early, or goes on after its end mark, adds one last
+    sample under the tar's own name that says so.
+
+    Args:
+        path: The tar shard.
+        suffixes: The suffixes that are wanted, in lower case.
+
+    Raises:
+        ValueError: The file is no uncompressed tar at all.
+
+    Cost: memory for one sample and for the list of members; the bytes of unwanted members are never read.
+        Source: the key rule is webdataset's (`base_plus_ext`), whose own reader needs adjacent members.
+    """
+    with path.open("rb") as file:
+        entries, problem = _read_index(path, file, suffixes)
+        for key, entry in entries.items():
+            members = {}
+            if entry.problem is None:
+                for suffix, (offset_bytes, size_bytes) in entry.places.items():
+                    file.seek(offset_bytes)
+                    members[suffix] = file.read(size_bytes)
+            yield TarSample(key, members, entry.problem)
+    if problem is not None:
+        yield TarSample(path.name, {}, problem)
+
+
+def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[dict[str, _Entry], str | None]:
+    from webdataset.tariterators import base_plus_ext  # Imports torch (3 s), hence here.
+
+    size_bytes = os.fstat(file.fileno()).st_size
+    entries: dict[str, _Entry] = {}
+    end, problem = 0, None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in _iter_headers(tar):
+                if member.size < 0:  # Some Python versions would read the same header for ever.
+                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                end = member.offset_data
+                if not member.islnk() and not member.issym():
+                    end += -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
+                name = posixpath.normpath(member.name)
+                key, suffix = base_plus_ext(name)
+                suffix = suffix.lower().lstrip(".") if suffix else ""
+                if member.isdir() or suffix.rpartition(".")[2] not in suffixes:
+                    continue
+                fault = _find_fault(member, name, size_bytes)
+                if suffix not in suffixes:
+                    key, fault = name, fault or f"member {name!r} has a dot inside its name; rename it without"
+                entry = entries.setdefault(key, _Entry())
+                if suffix in entry.places:
+                    fault = fault or f"the tar holds more than one member {suffix!r} of this key"
+                entry.places[suffix] = (member.offset_data, member.size)
+                entry.problem = entry.problem or fault
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+    ) as error:  # tarfile lets the latter two out of bad pax headers.
+        if not entries and end == 0:
+            raise ValueError(
+                f"{path} is no uncompressed tar shard ({error}). Unpack it and pack it again with: jepa-cache pack DIR OUT"
+            ) from error
+        problem = f"the tar is damaged or cut off after byte {end} of {size_bytes} ({error}); what followed is lost"
+    return entries, problem or _find_tail_problem(file, end, size_bytes)
+
+
+def _iter_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        yield member
+
+
+def _find_fault(member: tarfile.TarInfo, name: str, size_bytes: int) -> str | None:
+    if not member.isreg() or member.issparse():
+        return f"member {name!r} is a link, a device or a sparse file; only plain files are read"
+    if name.startswith("/") or ".." in name.split("/"):
+        return f"member {name!r} has an absolute name or one that leaves its folder"
+    if member.offset_data + member.size > size_bytes:
+        return (
+            f"member {name!r} is cut off: it ends at byte {member.offset_data + member.size}, the tar at {size_bytes}"
+        )
+    return None
+
+
+def _find_tail_problem(file: BinaryIO, end: int, size_bytes: int) -> str | None:
+    """Check that an end mark and nothing else follows the last member; `tarfile` stops at a bad header silently."""
+    if end + BLOCK_BYTES > size_bytes:
+        return f"the tar has no end mark: it was cut off at byte {size_bytes}, and members may be lost"
+    file.seek(end)
+    while block := file.read(1 << 20):
+        if np.frombuffer(block, np.uint8).any():
+            return (
+                f"after its last readable member (byte {end} of {size_bytes}) the tar goes on with data that is no "
+                "member: a damaged header, or tars that were joined with cat. What follows is not read"
+            )
+    return None
+
+
+def expand_inputs(inputs: Sequence[str], base: Path, suffix: str = ".tar") -> list[Path]:
+    """Find the files that inputs name: folders (searched recursively), files, globs, `{000000..000123}` brace ranges.
+
+    Args:
+        inputs: Absolute, or relative to `base`; `~` is the home folder. Every name of a brace range must exist.
+        base: The folder that relative inputs start from.
+        suffix: The ending of the files that are wanted.
+
+    Returns:
+        The files, sorted by path, each once (a file that is reached by several names or links counts once). Hidden files
+        are left out.
+
+    Raises:
+        ValueError: An input, or a name of its brace range, finds nothing, or is a file of another form.
+    """
+    from braceexpand import braceexpand
+
+    found: dict[Path, Path] = {}
+    for pattern in inputs:
+        # A file or folder of exactly this name wins over reading its brackets as a pattern.
+        literal = base / Path(pattern).expanduser()
+        names = [pattern] if literal.exists() else list(braceexpand(pattern))
+        missing = []
+        for name in names:
+            paths = _match_input(base / Path(name).expanduser(), suffix)
+            if not paths:
+                missing.append(name)
+            for path in paths:
+                found.setdefault(path.resolve(), path)
+        if missing:
+            also = (
+                f" (nothing for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})"
+                if len(names) > 1
+                else ""
+            )
+            raise ValueError(
+                f"the input {pattern!r} finds no *{suffix} file{also}; relative inputs start from {base}. "
+                "Give a folder, a file, a glob in quotes or a brace range such as 'x-{000000..000123}.tar'"
+            )
+    return sorted(found.values())
+
+
+def _match_input(path: Path, suffix: str) -> list[Path]:
+    # glob.glob, not Path.rglob: links to folders are followed, as data folders on clusters often are links.
+    matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    files = []
+    for match in matches:
+        if match.is_dir():
+            inside = glob.glob(f"{glob.escape(str(match))}/**/*{glob.escape(suffix)}", recursive=True)  # noqa: PTH207
+            files += [Path(name) for name in inside if Path(name).is_file()]
+        elif match.name.endswith(suffix):
+            files.append(match)
+    return files

@@ -1,0 +1,74 @@
+"""Sources: one module per data set, the only place that knows a data set's quirks; found by their file names.
+
+A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. Files that begin with an
+underscore help a source and are none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from jepa_cache.config.parsing import nearest
+from jepa_cache.episode import Episode, Skipped
+
+
+class Unit(NamedTuple):
+    """One unit of input, the unit of crash safety: normally one tar shard. `name` is for messages only."""
+
+    name: str
+    path: Path
+
+
+class Source(Protocol):
+    """A data set's reader.
+
+    Attributes:
+        recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.
+    """
+
+    recipe: dict[str, object]
+
+    def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
+        """Find the units that `inputs` name, in a fixed order.
+
+        Args:
+            inputs: Folders, files, globs and brace ranges, absolute or relative to `base`.
+            base: The folder that relative inputs start from.
+
+        Raises:
+            ValueError: An input that finds nothing, or something that is no unit of this source.
+        """
+        ...
+
+    def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
+        """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
+
+        Raises:
+            ValueError: The unit as a whole cannot be read.
+        """
+        ...
+
+
+def list_sources() -> list[str]:
+    """Names of all sources, sorted; imports none of them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def build_source(name: str, options: Mapping[str, Any]) -> Source:
+    """Make the source called `name`.
+
+    Args:
+        name: A module of this package, e.g. "vpt".
+        options: The source's own options, as in the data set preset.
+
+    Raises:
+        ValueError: An unknown source or option (the nearest known one is named), or a wrong value.
+    """
+    known = list_sources()
+    if name not in known:
+        raise ValueError(f"there is no source called {name!r}{nearest(name, known)}")
+    return importlib.import_module(f"{__name__}.{name}").build(dict(options))

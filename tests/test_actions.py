@@ -1,0 +1,248 @@
+"""Claims of actions.py.
+
+An action aggregates ALL ticks between two anchors, so splitting a step never changes the total; angles are differences on the
+circle or in SO(3), never of wrapped numbers; a key held on any tick counts; what a recording does not hold is an error and never
+a zero; the pose arithmetic is the reference's.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from scipy.spatial.transform import Rotation
+
+from jepa_cache.actions import (
+    ACTION_SPACES,
+    POSE_CONTROLS,
+    VPT_BUTTONS,
+    get_action_space,
+    integrate_pose,
+    pose_actions,
+    poses_in_camera_frame,
+    wrap_degrees,
+    zero_actions,
+)
+from tests.makers import GOLDEN
+
+NUM_TICKS = 60
+
+
+def _make_controls(seed=0, num_ticks=NUM_TICKS):
+    rng = np.random.default_rng(seed)
+    dx, dy = rng.integers(-800, 800, num_ticks) / 2, rng.integers(-100, 100, num_ticks) / 2
+    controls = {
+        "mouse_dx": dx,
+        "mouse_dy": dy,
+        "yaw_deg": 170 + np.concatenate(([0], np.cumsum(0.15 * dx)[:-1])),
+        "pitch_deg": rng.uniform(-90, 90, num_ticks),
+        "hotbar": rng.integers(0, 9, num_ticks).astype(np.int8),
+        **{name: rng.random(num_ticks) < 0.15 for name in VPT_BUTTONS},
+    }
+    poses = rng.uniform(-3, 3, (num_ticks, 7))
+    poses[:, 4] /= 2
+    poses[:, 6] = rng.random(num_ticks)
+    return {**controls, **dict(zip(POSE_CONTROLS, poses.T, strict=True))}
+
+
+def _columns(space, kind=None, names=()):
+    return [index for index, column in enumerate(space.actions) if column.kind == kind or column.name in names]
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_shapes_follow_the_columns(name):
+    space = get_action_space(name)
+    actions, states = space.aggregate(_make_controls(), np.array([0, 4, 8, 11]))
+    assert (actions.shape, states.shape) == ((3, len(space.actions)), (4, len(space.states)))
+    assert actions.dtype == states.dtype == np.float32
+    assert f"{len(space.actions)}" in name or name.startswith("pose")
+    assert len({column.name for column in space.actions}) == len(space.actions)
+
+
+def test_vpt36_has_its_columns_in_the_documented_order():
+    names = [column.name for column in get_action_space("vpt36").actions]
+    assert names[:4] == ["mouse_dx", "mouse_dy", "dyaw", "dpitch"]
+    assert names[4:9] == ["ESC", "back", "drop", "forward", "hotbar.1"]
+    assert names[16:27] == ["hotbar.9", *names[17:24], "attack", "use", "pickItem"]
+    assert names[17:24] == ["inventory", "jump", "left", "right", "sneak", "sprint", "swapHands"]
+    assert names[27:] == [f"slot.{slot}" for slot in range(1, 10)]
+
+
+def test_vpt13_is_a_part_of_vpt36():
+    anchors = np.array([0, 7, 9, 30])
+    vpt13 = get_action_space("vpt13").aggregate(_make_controls(), anchors)
+    vpt36 = get_action_space("vpt36").aggregate(_make_controls(), anchors)
+    np.testing.assert_array_equal(vpt13.actions, np.delete(vpt36.actions, np.arange(4, 27), axis=1))
+    np.testing.assert_array_equal(vpt13.states, vpt36.states)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.lists(st.integers(1, NUM_TICKS - 2), min_size=1, max_size=12, unique=True), seed=st.integers(0, 99))
+def test_splitting_a_step_changes_no_total(cuts, seed):
+    space, controls = get_action_space("vpt36"), _make_controls(seed)
+    parts = space.aggregate(controls, np.array([0, *sorted(cuts), NUM_TICKS - 1])).actions.astype(np.float64)
+    (whole,) = space.aggregate(controls, np.array([0, NUM_TICKS - 1])).actions.astype(np.float64)
+    np.testing.assert_array_equal(parts[:, :2].sum(axis=0), whole[:2])
+    binary = _columns(space, "binary")
+    np.testing.assert_array_equal(parts[:, binary].max(axis=0), whole[binary])
+    assert abs(wrap_degrees(parts[:, 2].sum() - whole[2])) < 1e-3
+    assert abs(parts[:, 3].sum() - whole[3]) < 1e-3
+    np.testing.assert_array_equal(parts[0, -9:], whole[-9:])
+
+
+def test_an_action_takes_every_tick_from_its_anchor_to_the_one_before_the_next():
+    controls, anchors = _make_controls(), np.array([3, 7, 20])
+    actions = get_action_space("vpt36").aggregate(controls, anchors).actions
+    for row, (a, b) in enumerate(itertools.pairwise(anchors)):
+        assert actions[row, 0] == controls["mouse_dx"][a:b].sum()
+        assert actions[row, 1] == controls["mouse_dy"][a:b].sum()
+        np.testing.assert_array_equal(actions[row, 4:27], [controls[name][a:b].any() for name in VPT_BUTTONS])
+        np.testing.assert_array_equal(actions[row, 27:], np.arange(9) == controls["hotbar"][a])
+
+
+def test_aggregating_subsampled_rows_would_lose_movement():
+    controls, anchors = _make_controls(), np.arange(0, NUM_TICKS, 4)
+    right = get_action_space("vpt13").aggregate(controls, anchors).actions
+    subsampled = {name: column[anchors] for name, column in controls.items()}
+    wrong = get_action_space("vpt13").aggregate(subsampled, np.arange(len(anchors))).actions
+    assert not np.allclose(right[:, 0], wrong[:, 0])
+    np.testing.assert_allclose(right[:, 2], wrap_degrees(0.15 * right[:, 0].astype(np.float64)), atol=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(start=st.floats(-2000, 2000), turn=st.floats(-179, 179))
+def test_yaw_differences_do_not_depend_on_where_the_circle_is_cut(start, turn):
+    controls = _make_controls(num_ticks=2)
+    results = []
+    for yaw in (np.array([start, start + turn]), wrap_degrees(np.array([start, start + turn]))):
+        results.append(get_action_space("vpt13").aggregate({**controls, "yaw_deg": yaw}, np.array([0, 1])))
+    assert abs(results[0].actions[0, 2] - turn) < 1e-3
+    np.testing.assert_allclose(results[0].actions, results[1].actions, atol=1e-3)
+    assert (results[0].states[:, 0] > -180).all() and (results[0].states[:, 0] <= 180).all()
+
+
+@pytest.mark.parametrize(("angle", "expected"), [(180, 180), (-180, 180), (540, 180), (-181, 179), (181, -179), (0, 0)])
+def test_angles_are_wrapped_to_minus_180_excluded_180_included(angle, expected):
+    assert wrap_degrees(np.array([float(angle)]))[0] == expected
+
+
+def test_the_state_keeps_its_range_in_float32():
+    controls = {**_make_controls(num_ticks=2), "yaw_deg": np.array([-180 + 1e-9, 180 + 1e-9])}
+    assert get_action_space("vpt13").aggregate(controls, np.array([0, 1])).states[:, 0].tolist() == [180, 180]
+
+
+def test_states_are_read_at_the_anchors():
+    controls, anchors = _make_controls(), np.array([5, 6, 40])
+    states = get_action_space("vpt13").aggregate(controls, anchors).states
+    np.testing.assert_allclose(states[:, 0], wrap_degrees(controls["yaw_deg"][anchors]), atol=1e-4)
+    np.testing.assert_allclose(states[:, 1], controls["pitch_deg"][anchors], atol=1e-4)
+
+
+def test_two_steps_on_one_tick_have_no_action_between_them():
+    actions = get_action_space("vpt36").aggregate(_make_controls(), np.array([4, 4])).actions
+    assert not actions[:, :27].any() and actions[0, 27:].sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("hotbar", -1, "no hotbar slot at tick 8"),
+        ("yaw_deg", np.nan, "no yaw at tick 8"),
+        ("pitch_deg", np.nan, "no pitch at tick 8"),
+    ],
+)
+def test_what_the_recording_lacks_at_an_anchor_is_an_error(column, value, message):
+    controls = _make_controls()
+    controls[column][8] = value
+    aggregate = get_action_space("vpt13").aggregate
+    aggregate(controls, np.array([0, 4, 12]))
+    with pytest.raises(ValueError, match=message):
+        aggregate(controls, np.array([0, 4, 8, 12]))
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_missing_columns_are_named(name):
+    space, controls = get_action_space(name), _make_controls()
+    for required in space.required:
+        with pytest.raises(ValueError, match=required):
+            space.aggregate({k: v for k, v in controls.items() if k != required}, np.array([0, 1]))
+
+
+@pytest.mark.parametrize("anchors", [[], [3, 2], [-1, 2], [0, NUM_TICKS], [0.0, 1.0], [[0, 1]]])
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_wrong_anchors_are_refused(name, anchors):
+    with pytest.raises(ValueError, match="anchors must"):
+        get_action_space(name).aggregate(_make_controls(), np.array(anchors))
+
+
+def test_an_unknown_space_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'vpt36'"):
+        get_action_space("vtp36")
+
+
+def test_zero_actions_keep_the_slot_and_nothing_else():
+    space = get_action_space("vpt36")
+    actions = space.aggregate(_make_controls(), np.arange(0, 40, 4)).actions
+    zeros = zero_actions(actions, space)
+    np.testing.assert_array_equal(zeros[:, 27:], actions[:, 27:])
+    assert not zeros[:, :27].any() and actions[:, :27].any() and zeros.dtype == np.float32
+    with pytest.raises(ValueError, match="36 columns"):
+        zero_actions(actions[:, :13], space)
+
+
+GOLDEN_POSES = load_file(GOLDEN / "poses.safetensors")
+TRAJECTORIES = sorted({name.split("/")[1] for name in GOLDEN_POSES})
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_poses_equal_the_reference(trajectory):
+    states, extrinsics = (GOLDEN_POSES[f"in/{trajectory}/{name}"] for name in ("states", "extrinsics"))
+    seen = poses_in_camera_frame(states, extrinsics)
+    results = {
+        "actions": pose_actions(states),
+        "next_states": integrate_pose(states[:-1], pose_actions(states)),
+        "states_camera_frame": seen,
+        "actions_camera_frame": pose_actions(seen),
+    }
+    for name, result in results.items():
+        np.testing.assert_allclose(result, GOLDEN_POSES[f"out/{trajectory}/{name}"], rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_integrating_the_actions_gives_the_states_back():
+    states = GOLDEN_POSES["in/wild/states"]
+    after = integrate_pose(states[:-1], pose_actions(states))
+    np.testing.assert_allclose(after[:, :3], states[1:, :3], atol=1e-9)
+    turned = Rotation.from_euler("xyz", after[:, 3:6]) * Rotation.from_euler("xyz", states[1:, 3:6]).inv()
+    assert turned.magnitude().max() < 1e-7
+
+
+def test_a_jump_of_an_euler_angle_by_two_pi_is_no_rotation():
+    states = np.zeros((2, 7))
+    states[:, 3] = np.pi - 0.01, -np.pi + 0.01
+    np.testing.assert_allclose(pose_actions(states)[0], [0, 0, 0, 0.02, 0, 0, 0], atol=1e-12)
+
+
+def test_the_gripper_stays_within_its_range():
+    state, action = np.zeros(7), np.zeros(7)
+    action[6] = 1.7
+    assert integrate_pose(state, action)[6] == 1 and integrate_pose(state, -action)[6] == 0
+
+
+def test_pose7_takes_differences_between_anchors():
+    controls, anchors = _make_controls(), np.array([2, 9, 33])
+    poses = np.stack([controls[name] for name in POSE_CONTROLS], axis=1)
+    actions, states = get_action_space("pose7").aggregate(controls, anchors)
+    np.testing.assert_array_equal(actions, pose_actions(poses[anchors]).astype(np.float32))
+    np.testing.assert_array_equal(states, poses[anchors].astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 6), (2, 3, 7)])
+def test_poses_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[T, 7\]"):
+        pose_actions(np.zeros(shape))
+    with pytest.raises(ValueError, match="extrinsics must be"):
+        poses_in_camera_frame(np.zeros((3, 7)), np.zeros((3, 7)))
+    with pytest.raises(ValueError, match="must both be"):
+        integrate_pose(np.zeros(7), np.zeros(6))
