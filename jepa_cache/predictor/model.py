@@ -1,0 +1,301 @@
+"""The V-JEPA 2-AC predictor: next-step tokens from past tokens, actions and states.
+
+Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens; attention is
+block-causal over steps. Parameter names are those of the released checkpoint, which loads strictly.
+
+Letters of this file besides the project's: P predictor width, here always called `predictor_dim`; L = K + N tokens per step.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jepa_cache.predictor.attention import RotaryTable, block_causal_attention, rotary_table, rotate
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, each [B, heads, steps*L, d]; the keys are already rotated to their own time positions."""
+
+
+class PredictorOutput(NamedTuple):
+    """What one pass gives: predictions, and what a later pass needs to continue after it."""
+
+    tokens: Tensor
+    """[B, T, N, E] prediction of the step after each given one; not layer-normed."""
+    past: list[KeysValues]
+    """Per block the keys and values of all steps so far (past ones included)."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one block with a fused projection; owns weights only, masking and kernels are `attention`'s."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        """Make the two projections of `width` channels."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = rotate(q, table), rotate(k, table)
+        num_past_steps = 0
+        if past is not None:
+            num_past_steps = past[0].shape[2] // tokens_per_step
+            k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+        out = block_causal_attention(q, k, v, tokens_per_step=tokens_per_step, num_past_steps=num_past_steps)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (k, v)
+
+
+class MLP(nn.Module):
+    """Two linear layers with the exact (erf) GELU between; the tanh form moves outputs by 1e-3."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Make both layers."""
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., P] to [..., P]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float) -> None:
+        """Make the block's four parts."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, hidden)
+
+    def forward(
+        self, x: Tensor, table: RotaryTable, tokens_per_step: int, num_kept: int, past: KeysValues | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far."""
+        attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
+        x = x + attended
+        x = x + self.mlp(self.norm2(x))
+        if num_kept < k.shape[2]:
+            # Copies: a view would keep the whole window alive, which activation checkpointing is there to avoid.
+            k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
+        return x, k, v
+
+
+class ACPredictor(nn.Module):
+    """Predicts the tokens of the next step from those of this and earlier steps, with their actions and states.
+
+    Owns the official parameters under their official names, and nothing else: no buffers, no mask, no optimiser state. Positions are
+    rotary; there is no residual from input to output, and the output is not layer-normed (see `rollout.normalize_tokens`).
+
+    `extrinsics_encoder` is always present, as in the released file; where unused it is frozen so that DDP does not wait for it.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985. There the state has the action's width; here both are free.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        predictor_dim: int,
+        depth: int,
+        num_heads: int,
+        action_dim: int,
+        state_dim: int,
+        grid: tuple[int, int],
+        mlp_ratio: float = 4.0,
+        use_extrinsics: bool = False,
+        norm_eps: float = 1e-6,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Build the predictor with the official initialisation.
+
+        Args:
+            embed_dim: E, token width of the encoder.
+            predictor_dim: inner width; a multiple of `num_heads`.
+            depth: number of blocks.
+            num_heads: attention heads.
+            action_dim: A, at least 2 (extrinsics have A - 1 columns).
+            state_dim: S.
+            grid: (H, W) rows and columns of the patch grid of one step.
+            mlp_ratio: hidden width of the MLP / `predictor_dim`.
+            use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
+            norm_eps: of every LayerNorm.
+            activation_checkpointing: recompute each block in the backward pass: about a third more time, far less memory.
+
+        Raises:
+            ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
+        """
+        super().__init__()
+        sizes = {
+            "embed_dim": embed_dim,
+            "predictor_dim": predictor_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "state_dim": state_dim,
+            "grid rows": grid[0],
+            "grid columns": grid[1],
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"predictor: {name} must be at least 1, got {size}")
+        if action_dim < 2:
+            raise ValueError(f"predictor: action_dim must be at least 2 (extrinsics have one less), got {action_dim}")
+        if predictor_dim % num_heads or predictor_dim // num_heads < 6:
+            raise ValueError(
+                f"predictor: predictor_dim must be a multiple of num_heads with at least 6 channels a head (fewer hold no "
+                f"rotary position), got {predictor_dim} and {num_heads}"
+            )
+        self.embed_dim, self.action_dim, self.state_dim = embed_dim, action_dim, state_dim
+        self.grid = (int(grid[0]), int(grid[1]))
+        self.use_extrinsics = use_extrinsics
+        self.activation_checkpointing = activation_checkpointing
+        self.head_width = predictor_dim // num_heads
+        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.action_encoder = nn.Linear(action_dim, predictor_dim)
+        self.state_encoder = nn.Linear(state_dim, predictor_dim)
+        self.extrinsics_encoder = nn.Linear(action_dim - 1, predictor_dim).requires_grad_(use_extrinsics)
+        self.predictor_blocks = nn.ModuleList(
+            Block(predictor_dim, num_heads, int(predictor_dim * mlp_ratio), norm_eps) for _ in range(depth)
+        )
+        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
+        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.reset_parameters()
+
+    @property
+    def num_conditioning_tokens(self) -> int:
+        """Return K, the conditioning tokens of each step: action, state, and extrinsics where used."""
+        return 3 if self.use_extrinsics else 2
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return L = K + N, all tokens of one step."""
+        return self.num_conditioning_tokens + self.grid[0] * self.grid[1]
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: normal of deviation 0.02 cut at +-2, biases 0, and residual outputs of block l divided by sqrt(2 l).
+
+        Source: V-JEPA 2-AC (official initialisation).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.predictor_blocks, start=1):
+                block.attn.proj.weight.div_((2.0 * number) ** 0.5)
+                block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        states: Tensor,
+        extrinsics: Tensor | None = None,
+        past: Sequence[KeysValues] | None = None,
+        num_kept_steps: int | None = None,
+    ) -> PredictorOutput:
+        """Predict the step after each of the T given ones.
+
+        With `past` the given steps continue after the steps that it holds: the result equals that of one pass over all of them,
+        gradients included, at the cost of the new steps only.
+
+        Args:
+            tokens: [B, T, N, E] tokens of the given steps, layer-normed by the caller.
+            actions: [B, T, A]; `actions[t]` leads from step t to t+1.
+            states: [B, T, S].
+            extrinsics: [B, T, A-1] camera pose; given exactly where the predictor uses it.
+            past: what an earlier pass returned, or None for a window that begins here.
+            num_kept_steps: keep keys and values of this many first steps only (None: of all), to save memory.
+
+        Returns:
+            Predictions [B, T, N, E] and the keys and values of the kept steps.
+
+        Raises:
+            ValueError: an input has the wrong shape, or `extrinsics` or `past` does not fit this predictor.
+        """
+        self._check_shapes(tokens, actions, states, extrinsics, past)
+        batch, num_steps = tokens.shape[:2]
+        length, num_conditioning = self.tokens_per_step, self.num_conditioning_tokens
+        first_step = past[0][0].shape[2] // length if past else 0
+        conditioning = [self.action_encoder(actions), self.state_encoder(states)]
+        if extrinsics is not None:
+            conditioning.append(self.extrinsics_encoder(extrinsics))
+        frame = self.predictor_embed(tokens)
+        x = torch.cat([torch.stack(conditioning, dim=2).to(frame.dtype), frame], dim=2).flatten(1, 2)
+        # Under autocast x is already in the low dtype of the queries; elsewhere it has the weights' dtype.
+        table = rotary_table(
+            self.head_width,
+            first_step=first_step,
+            num_steps=num_steps,
+            grid=self.grid,
+            num_conditioning=num_conditioning,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        num_all_steps = first_step + num_steps
+        num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
+        kept: list[KeysValues] = []
+        for i, block in enumerate(self.predictor_blocks):
+            arguments = (x, table, length, num_kept, past[i] if past else None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, k, v = block(*arguments)
+            kept.append((k, v))
+        x = x.view(batch, num_steps, length, -1)[:, :, num_conditioning:]
+        return PredictorOutput(self.predictor_proj(self.predictor_norm(x)), kept)
+
+    def _check_shapes(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        states: Tensor,
+        extrinsics: Tensor | None,
+        past: Sequence[KeysValues] | None,
+    ) -> None:
+        num_tokens = self.grid[0] * self.grid[1]
+        if tokens.ndim != 4 or tokens.shape[1] < 1 or tokens.shape[2:] != (num_tokens, self.embed_dim):
+            raise ValueError(
+                f"predictor: tokens must be [B, T, N, E] with N={num_tokens} (grid {self.grid[0]}x{self.grid[1]}), "
+                f"E={self.embed_dim} and at least one step, got {list(tokens.shape)}"
+            )
+        if (extrinsics is not None) != self.use_extrinsics:
+            raise ValueError(
+                f"predictor: use_extrinsics is {self.use_extrinsics} but extrinsics were "
+                f"{'not ' if extrinsics is None else ''}given"
+            )
+        expected = {"actions": (actions, self.action_dim), "states": (states, self.state_dim)}
+        if extrinsics is not None:
+            expected["extrinsics"] = (extrinsics, self.action_dim - 1)
+        for name, (array, width) in expected.items():
+            if array.shape != (*tokens.shape[:2], width):
+                raise ValueError(
+                    f"predictor: {name} must be [B, T, {width}] = {[*tokens.shape[:2], width]} for tokens "
+                    f"{list(tokens.shape)}, got {list(array.shape)}"
+                )
+        if past is None:
+            return
+        if len(past) != len(self.predictor_blocks):
+            raise ValueError(
+                f"predictor: past holds {len(past)} blocks, the predictor has {len(self.predictor_blocks)}"
+            )
+        shape = past[0][0].shape
+        if len(shape) != 4 or shape[0] != tokens.shape[0] or shape[2] % self.tokens_per_step or shape[2] == 0:
+            raise ValueError(
+                f"predictor: past must hold keys and values [B={tokens.shape[0]}, heads, steps*{self.tokens_per_step}, "
+                f"{self.head_width}], got {list(shape)}"
+            )

@@ -1,0 +1,167 @@
+"""Predictions from a predictor: with true tokens (teacher forcing) and with its own (rollout).
+
+Pure functions that training, validation and evaluation share. They only call the predictor, so that a wrapped one (DDP, LoRA) serves
+as well, and they carry gradients unless the caller switches them off.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_cache.predictor.model import KeysValues, PredictorOutput
+
+Predictor = Callable[..., PredictorOutput]
+"""An `ACPredictor`, or a module that wraps one and is called alike."""
+
+REPS_NORM_EPS = 1e-5
+"""Of the parameter-free layer norm on tokens; the blocks' own norms have 1e-6."""
+
+
+def normalize_tokens(tokens: Tensor) -> Tensor:
+    """Apply the parameter-free layer norm that the predictor's inputs, targets and outputs share.
+
+    Always in float32 (float64 stays), also for float16 tokens from the cache and under autocast.
+
+    Args:
+        tokens: [..., D], any floating dtype.
+
+    Returns:
+        [..., D] float32, mean 0 and variance 1 over D.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985 (`normalize_reps`; eps 1e-5).
+    """
+    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=REPS_NORM_EPS)
+
+
+def as_reps(predicted: Tensor, normalize_reps: bool) -> Tensor:
+    """Turn raw predictions [..., D] into what is compared and fed back: float32, layer-normed where `normalize_reps`."""
+    if normalize_reps:
+        return normalize_tokens(predicted)
+    return predicted if predicted.dtype == torch.float64 else predicted.float()
+
+
+def teacher_forcing(
+    predictor: Predictor,
+    tokens: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    *,
+    extrinsics: Tensor | None = None,
+    normalize_reps: bool = True,
+) -> Tensor:
+    """Predict every step of a window from the true steps before it.
+
+    Args:
+        predictor: an `ACPredictor`.
+        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; the last step is only the target.
+        actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
+        states: [B, T, S] or [B, T-1, S].
+        extrinsics: [B, T, A-1] or [B, T-1, A-1], for a predictor that uses it.
+        normalize_reps: layer-norm the predictions, as in training.
+
+    Returns:
+        [B, T-1, N, E] float32 predictions of steps 1 to T-1.
+
+    Raises:
+        ValueError: the window has fewer than two steps, or a shape does not fit.
+    """
+    num_steps = _num_predicted(tokens)
+    camera = None if extrinsics is None else extrinsics[:, :num_steps]
+    out = predictor(tokens[:, :num_steps], actions, states[:, :num_steps], camera, None, 0)
+    return as_reps(out.tokens, normalize_reps)
+
+
+def open_loop(
+    predictor: Predictor,
+    tokens: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    horizon: int,
+    *,
+    extrinsics: Tensor | None = None,
+    normalize_reps: bool = True,
+) -> Tensor:
+    """Predict K steps after a true context, each from the predictions before it.
+
+    The context is computed once; every further step costs one step, because keys and values of earlier ones are kept.
+
+    Args:
+        predictor: an `ACPredictor`.
+        tokens: [B, C, N, E] true context of C >= 1 steps, layer-normed where the predictor was trained so.
+        actions: [B, C+K-1, A]; `actions[t]` leads from step t to t+1.
+        states: [B, C+K-1, S]; true or assumed states, also of the predicted steps.
+        horizon: K >= 1.
+        extrinsics: [B, C+K-1, A-1], for a predictor that uses it.
+        normalize_reps: layer-norm the predictions before they are returned and fed back, as in training.
+
+    Returns:
+        [B, K, N, E] float32 predictions of steps C to C+K-1.
+
+    Raises:
+        ValueError: `horizon` is below 1, or actions, states or extrinsics do not have C+K-1 rows.
+    """
+    num_context = tokens.shape[1]
+    num_rows = num_context + horizon - 1
+    if horizon < 1:
+        raise ValueError(f"rollout: horizon must be at least 1, got {horizon}")
+    for name, rows in (("actions", actions), ("states", states), ("extrinsics", extrinsics)):
+        if rows is not None and rows.shape[1] != num_rows:
+            raise ValueError(
+                f"rollout: {name} must have {num_rows} rows ({num_context} context steps + horizon {horizon} - 1), "
+                f"got {rows.shape[1]}"
+            )
+    camera = None if extrinsics is None else extrinsics[:, :num_context]
+    out = predictor(tokens, actions[:, :num_context], states[:, :num_context], camera)
+    first = as_reps(out.tokens[:, -1:], normalize_reps)
+    return continue_rollout(
+        predictor,
+        first,
+        actions[:, num_context:],
+        states[:, num_context:],
+        past=out.past,
+        extrinsics=None if extrinsics is None else extrinsics[:, num_context:],
+        normalize_reps=normalize_reps,
+    )
+
+
+def continue_rollout(
+    predictor: Predictor,
+    first: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    *,
+    past: Sequence[KeysValues],
+    extrinsics: Tensor | None = None,
+    normalize_reps: bool = True,
+) -> Tensor:
+    """Feed a predicted step back, again and again: one further prediction for every row of `actions`.
+
+    Args:
+        predictor: an `ACPredictor`.
+        first: [B, 1, N, E] the first predicted step, as it is to be fed.
+        actions: [B, R, A] that lead onwards from the first predicted step; R may be 0.
+        states: [B, R, S] at the predicted steps.
+        past: keys and values of the steps before `first`.
+        extrinsics: [B, R, A-1], for a predictor that uses it.
+        normalize_reps: layer-norm each prediction before it is fed back.
+
+    Returns:
+        [B, 1+R, N, E] float32: `first` and the R predictions after it.
+    """
+    predicted = [first]
+    for row in range(actions.shape[1]):
+        now = slice(row, row + 1)
+        camera = None if extrinsics is None else extrinsics[:, now]
+        out = predictor(predicted[-1], actions[:, now], states[:, now], camera, past)
+        past = out.past
+        predicted.append(as_reps(out.tokens, normalize_reps))
+    return torch.cat(predicted, dim=1)
+
+
+def _num_predicted(tokens: Tensor) -> int:
+    if tokens.ndim != 4 or tokens.shape[1] < 2:
+        raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(tokens.shape)}")
+    return tokens.shape[1] - 1

@@ -1,0 +1,1 @@
+"""Stage two's training: losses, schedules, optimiser and the loop that uses them."""

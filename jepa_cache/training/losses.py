@@ -1,0 +1,117 @@
+"""The world-model loss of V-JEPA 2-AC: teacher forcing plus a rollout from the first step.
+
+With h the layer-normed tokens of the window, z predictions, and p = `loss_exp`:
+
+    jloss = mean |z_tf - h[1:]|^p / p          every step from the true ones before it
+    sloss = mean |z_ar - h[1:1+R]|^p / p       R = auto_steps steps from step 0, each from its own predictions
+    total = jloss + sloss
+
+Nothing is detached: gradients of the rollout flow through every step that it fed back.
+"""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from jepa_cache.predictor.rollout import Predictor, as_reps, continue_rollout
+
+
+class Losses(NamedTuple):
+    """The loss of one batch and the predictions that it was made of."""
+
+    total: Tensor
+    """[] float32, `jloss + sloss`; what is minimised."""
+    jloss: Tensor
+    """[] float32, teacher forcing."""
+    sloss: Tensor
+    """[] float32, rollout."""
+    z_tf: Tensor
+    """[B, T-1, N, D] float32 teacher-forced predictions of steps 1 to T-1."""
+    z_ar: Tensor
+    """[B, R, N, D] float32 rolled-out predictions of steps 1 to R = min(auto_steps, T-1)."""
+
+
+def world_model_loss(
+    predictor: Predictor,
+    tokens: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    *,
+    loss_exp: float = 1.0,
+    auto_steps: int = 2,
+    normalize_reps: bool = True,
+    rollout: Literal["fixed", "legacy"] = "fixed",
+    extrinsics: Tensor | None = None,
+) -> Losses:
+    """Compute the loss of one batch of windows.
+
+    The rollout reuses the keys and values that the teacher-forced pass has of step 0, so that it costs auto_steps - 1 single steps. By
+    causality this is exact, gradients included.
+
+    Args:
+        predictor: an `ACPredictor`, or a module that wraps one.
+        tokens: [B, T, N, D] encoder output as stored, any floating dtype; layer-normed here where `normalize_reps`.
+        actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
+        states: [B, T, S]; true states also condition the rollout.
+        loss_exp: p > 0; 1 is L1, 2 half the mean squared error.
+        auto_steps: R >= 1, steps of the rollout; capped at T-1.
+        normalize_reps: parameter-free layer norm of tokens and of every prediction.
+        rollout: `fixed` feeds the prediction of step 1 as step 1; `legacy` feeds the teacher-forced prediction of step 2 in its place,
+            the rule before the correction of June 2025 under which the released weights were trained (needs T >= 3).
+        extrinsics: [B, T, A-1], for a predictor that uses it.
+
+    Returns:
+        See `Losses`. Norms and losses are float32 also under autocast.
+
+    Raises:
+        ValueError: a setting is out of range, or shapes do not fit.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985; `legacy` is the rule before vjepa2 pull request 25.
+    """
+    _check(tokens, actions, states, loss_exp, auto_steps, rollout)
+    num_predicted = tokens.shape[1] - 1
+    auto_steps = min(auto_steps, num_predicted)
+    h = as_reps(tokens, normalize_reps)
+    camera = None if extrinsics is None else extrinsics[:, :num_predicted]
+    # Keys and values are wanted of step 0 only, and not at all where nothing is fed back.
+    out = predictor(h[:, :-1], actions, states[:, :-1], camera, None, min(auto_steps - 1, 1))
+    z_tf = as_reps(out.tokens, normalize_reps)
+    fed = 0 if rollout == "fixed" else 1
+    later = slice(1, auto_steps)
+    z_ar = continue_rollout(
+        predictor,
+        z_tf[:, fed : fed + 1],
+        actions[:, later],
+        states[:, later],
+        past=out.past,
+        extrinsics=None if extrinsics is None else extrinsics[:, later],
+        normalize_reps=normalize_reps,
+    )
+    jloss = _power_loss(z_tf, h[:, 1:], loss_exp)
+    sloss = _power_loss(z_ar, h[:, 1 : 1 + auto_steps], loss_exp)
+    return Losses(jloss + sloss, jloss, sloss, z_tf, z_ar)
+
+
+def _power_loss(predicted: Tensor, target: Tensor, p: float) -> Tensor:
+    error = (predicted - target).abs()
+    return error.mean() if p == 1.0 else error.pow(p).mean() / p
+
+
+def _check(tokens: Tensor, actions: Tensor, states: Tensor, loss_exp: float, auto_steps: int, rollout: str) -> None:
+    if loss_exp <= 0:
+        raise ValueError(f"loss_exp must be above 0, got {loss_exp}")
+    if auto_steps < 1:
+        raise ValueError(f"auto_steps must be at least 1, got {auto_steps}")
+    if rollout not in ("fixed", "legacy"):
+        raise ValueError(f"rollout must be 'fixed' or 'legacy', got {rollout!r}")
+    least = 3 if rollout == "legacy" else 2
+    if tokens.ndim != 4 or tokens.shape[1] < least:
+        raise ValueError(
+            f"tokens must be [B, T, N, D] with T >= {least} for rollout {rollout!r}, got {list(tokens.shape)}"
+        )
+    num_steps = tokens.shape[1]
+    if actions.shape[1] != num_steps - 1 or states.shape[1] != num_steps:
+        raise ValueError(
+            f"a window of {num_steps} steps needs {num_steps - 1} actions and {num_steps} states, "
+            f"got {actions.shape[1]} and {states.shape[1]}"
+        )

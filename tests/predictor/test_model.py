@@ -1,0 +1,192 @@
+"""The predictor network.
+
+Claims:
+- parameters have the official names and counts, whatever the widths of actions and states, and start as officially;
+- nothing later in a window changes an earlier output, by exactly 0, and everything earlier does;
+- keys and values of earlier steps give what one full pass gives, gradients included, with activation checkpointing too;
+- an unused extrinsics encoder is frozen, a used one matters;
+- a wrong shape is named.
+"""
+
+import pytest
+import torch
+
+from jepa_cache.predictor.model import ACPredictor
+
+GRID = (2, 3)
+SIZES = {
+    "embed_dim": 10,
+    "predictor_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "action_dim": 5,
+    "state_dim": 3,
+    "grid": GRID,
+}
+
+
+def build(**changes: object) -> ACPredictor:
+    """Make a small float64 predictor whose weights are wide enough for every input to matter."""
+    torch.manual_seed(0)
+    predictor = ACPredictor(**(SIZES | changes)).double()
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
+    return predictor
+
+
+def inputs(num_steps: int = 4, batch: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    shapes = ((GRID[0] * GRID[1], 10), (5,), (3,))
+    return [torch.randn(batch, num_steps, *shape, dtype=torch.float64) for shape in shapes]
+
+
+OFFICIAL_TOP_LEVEL = [
+    "predictor_embed",
+    "action_encoder",
+    "state_encoder",
+    "extrinsics_encoder",
+    "predictor_norm",
+    "predictor_proj",
+]
+OFFICIAL_PER_BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+
+
+def test_parameters_have_exactly_the_official_names():
+    layers = OFFICIAL_TOP_LEVEL + [f"predictor_blocks.{i}.{layer}" for i in range(2) for layer in OFFICIAL_PER_BLOCK]
+    assert set(build().state_dict()) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "predictor_dim", "depth", "num_heads", "num_weights"),
+    [
+        (1408, 1024, 24, 16, 305_220_992),
+        (1024, 1024, 24, 16, 304_434_176),
+        (1280, 1024, 24, 16, 304_958_720),
+        (1024, 384, 6, 6, 11_444_224),
+        (1024, 768, 12, 12, 86_648_320),
+    ],
+)
+def test_released_sizes_have_the_released_number_of_weights(
+    embed_dim: int, predictor_dim: int, depth: int, num_heads: int, num_weights: int
+):
+    with torch.device("meta"):
+        predictor = ACPredictor(
+            embed_dim=embed_dim,
+            predictor_dim=predictor_dim,
+            depth=depth,
+            num_heads=num_heads,
+            action_dim=7,
+            state_dim=7,
+            grid=(16, 16),
+        )
+    tensors = predictor.state_dict().values()
+    assert sum(tensor.numel() for tensor in tensors) == num_weights
+    assert len(tensors) == 12 * (depth + 1)
+
+
+def test_action_and_state_widths_are_independent():
+    predictor = build(action_dim=13, state_dim=2)
+    assert predictor.action_encoder.in_features == 13
+    assert predictor.state_encoder.in_features == 2
+    assert predictor.extrinsics_encoder.in_features == 12
+
+
+def test_fresh_weights_follow_the_official_initialisation():
+    torch.manual_seed(0)
+    predictor = ACPredictor(**(SIZES | {"predictor_dim": 192, "depth": 3}))
+    for number, block in enumerate(predictor.predictor_blocks, start=1):
+        for layer, std in ((block.attn.qkv, 0.02), (block.attn.proj, 0.02 / (2 * number) ** 0.5)):
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.05)  # 36,864 draws or more: 0.4 % at one sigma
+        assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / (2 * number) ** 0.5, rel=0.05)
+        assert block.norm1.eps == 1e-6
+    assert all(not p.any() for name, p in predictor.named_parameters() if name.endswith("bias"))
+    assert all((p == 1).all() for name, p in predictor.named_parameters() if p.ndim == 1 and name.endswith("weight"))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["tokens", "actions", "states"])
+@torch.no_grad()
+def test_later_inputs_never_change_earlier_outputs(which: int):
+    predictor, given = build(), inputs()
+    before = predictor(*given).tokens
+    given[which][:, 2] += 1.0
+    after = predictor(*given).tokens
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert ((before - after)[:, 2:].abs().amax(dim=(2, 3)) > 1e-6).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("num_first", [1, 3])
+def test_continuing_from_the_past_equals_one_full_pass_with_gradients(num_first: int, checkpointing: bool):
+    full, parts = build(), build(activation_checkpointing=checkpointing)
+    given = inputs()
+    weight = torch.randn(2, 4, 6, 10, dtype=torch.float64)
+    expected = full(*given).tokens
+    (expected * weight).sum().backward()
+    first = parts(*(x[:, :num_first] for x in given))
+    second = parts(*(x[:, num_first:] for x in given), past=first.past)
+    ours = torch.cat([first.tokens, second.tokens], dim=1)
+    (ours * weight).sum().backward()
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+    for (name, p), q in zip(full.named_parameters(), parts.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9, msg=name)
+
+
+@torch.no_grad()
+def test_continuing_from_kept_steps_forgets_the_others():
+    predictor, given = build(), inputs()
+    kept = predictor(*given, num_kept_steps=2).past
+    assert kept[0][0].shape[2] == 2 * predictor.tokens_per_step
+    again = predictor(*(x[:, 2:] for x in given), past=kept).tokens
+    torch.testing.assert_close(again, predictor(*given).tokens[:, 2:], atol=1e-12, rtol=0)
+
+
+def test_unused_extrinsics_encoder_is_frozen_and_a_used_one_matters():
+    assert not any(p.requires_grad for p in build().extrinsics_encoder.parameters())
+    predictor, given = build(use_extrinsics=True), inputs()
+    camera = torch.randn(2, 4, 4, dtype=torch.float64)
+    assert all(p.requires_grad for p in predictor.extrinsics_encoder.parameters())
+    moved = predictor(*given, camera + 1.0).tokens
+    assert (moved - predictor(*given, camera).tokens).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_columns_count_in_units_of_rows_over_columns():
+    square, wide = build(grid=(2, 2)), build(grid=(2, 4))
+    table = [p.predictor_blocks[0] for p in (square, wide)]  # same weights: only the positions can differ
+    assert all(torch.equal(a, b) for a, b in zip(table[0].parameters(), table[1].parameters(), strict=True))
+    tokens = torch.zeros(1, 1, 8, 10, dtype=torch.float64)
+    tokens[:, :, [0, 2, 4, 6]] = inputs(1, 1)[0][:, :, :4]
+    # A wide grid's even columns lie where the square grid's columns lie; its odd ones move the result, so compare keys.
+    keys = wide(tokens, *(x[:1, :1] for x in inputs()[1:])).past[0][0][:, :, 2:][:, :, ::2]
+    expected = square(tokens[:, :, ::2], *(x[:1, :1] for x in inputs()[1:])).past[0][0][:, :, 2:]
+    torch.testing.assert_close(keys, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda given: given.__setitem__(0, given[0][:, :, :5]), "tokens must be"),
+        (lambda given: given.__setitem__(0, given[0][..., :9]), "tokens must be"),
+        (lambda given: given.__setitem__(1, given[1][:, :3]), "actions must be"),
+        (lambda given: given.__setitem__(2, given[2][..., :1]), "states must be"),
+        (lambda given: given.append(torch.zeros(2, 4, 4)), "use_extrinsics is False"),
+        (lambda given: given.extend([None, []]), "past holds 0 blocks"),
+        (lambda given: given.extend([None, [(torch.zeros(2, 2, 7, 12),) * 2] * 2]), "past must hold"),
+    ],
+)
+def test_wrong_inputs_are_named(change, named: str):
+    given = inputs()
+    change(given)
+    with pytest.raises(ValueError, match=named):
+        build()(*given)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 5}, {"num_heads": 6}, {"action_dim": 1}, {"depth": 0}, {"grid": (0, 2)}]
+)
+def test_impossible_sizes_are_refused(change: dict):
+    with pytest.raises(ValueError, match="predictor: "):
+        ACPredictor(**(SIZES | change))

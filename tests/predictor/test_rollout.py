@@ -1,0 +1,90 @@
+"""Open-loop prediction.
+
+Claims:
+- it equals the plain loop that feeds a growing context from scratch, with and without layer norm, with extrinsics too;
+- its first step is the last teacher-forced step;
+- teacher forcing predicts each step from the true ones before it;
+- tokens are normalised in float32 whatever their dtype.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import normalize_tokens, open_loop, teacher_forcing
+
+
+def build(use_extrinsics: bool = False) -> ACPredictor:
+    torch.manual_seed(0)
+    predictor = ACPredictor(
+        embed_dim=10,
+        predictor_dim=24,
+        depth=2,
+        num_heads=2,
+        action_dim=5,
+        state_dim=3,
+        grid=(2, 2),
+        use_extrinsics=use_extrinsics,
+    )
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return predictor.double()
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("normalize_reps", [True, False])
+@pytest.mark.parametrize("use_extrinsics", [True, False])
+@torch.no_grad()
+def test_open_loop_equals_a_growing_context_from_scratch(use_extrinsics: bool, normalize_reps: bool):
+    predictor = build(use_extrinsics)
+    context, horizon = 3, 4
+    tokens, actions, states = draw(2, context, 4, 10), draw(2, 6, 5), draw(2, 6, 3)
+    camera = draw(2, 6, 4) if use_extrinsics else None
+    seen = tokens
+    for _ in range(horizon):
+        n = seen.shape[1]
+        out = predictor(seen, actions[:, :n], states[:, :n], None if camera is None else camera[:, :n]).tokens[:, -1:]
+        seen = torch.cat([seen, F.layer_norm(out, (10,), eps=1e-5) if normalize_reps else out], dim=1)
+    ours = open_loop(predictor, tokens, actions, states, horizon, extrinsics=camera, normalize_reps=normalize_reps)
+    torch.testing.assert_close(ours, seen[:, context:], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_first_rollout_step_is_the_last_teacher_forced_step():
+    predictor, tokens, actions, states = build(), draw(2, 4, 4, 10), draw(2, 3, 5), draw(2, 4, 3)
+    forced = teacher_forcing(predictor, tokens, actions, states)
+    rolled = open_loop(predictor, tokens[:, :3], actions, states[:, :3], 1)
+    torch.testing.assert_close(rolled[:, 0], forced[:, -1], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_teacher_forcing_never_looks_at_its_target():
+    predictor, tokens, actions, states = build(), draw(2, 4, 4, 10), draw(2, 3, 5), draw(2, 4, 3)
+    before = teacher_forcing(predictor, tokens, actions, states)
+    assert before.shape == (2, 3, 4, 10)
+    tokens[:, 2] += 1.0  # target of prediction 1, context of prediction 2
+    after = teacher_forcing(predictor, tokens, actions, states)
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tokens_are_normalised_in_float32(dtype: torch.dtype):
+    tokens = (torch.randn(3, 50) * 7 + 100).to(dtype)
+    ours = normalize_tokens(tokens)
+    exact = tokens.double()
+    exact = (exact - exact.mean(-1, keepdim=True)) / (exact.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
+
+
+def test_rollout_refuses_rows_that_do_not_fit_the_horizon():
+    with pytest.raises(ValueError, match="actions must have 4 rows"):
+        open_loop(build(), draw(1, 2, 4, 10), draw(1, 3, 5), draw(1, 4, 3), 3)
+    with pytest.raises(ValueError, match="horizon must be at least 1"):
+        open_loop(build(), draw(1, 2, 4, 10), draw(1, 1, 5), draw(1, 1, 3), 0)
