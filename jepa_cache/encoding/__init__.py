@@ -1,0 +1,1 @@
+"""Stage one: from recordings to the feature cache, each recording through the frozen encoder once."""

@@ -1,0 +1,177 @@
+"""Recordings decoded and preprocessed ahead of the encoder, by threads, in order and in bounded memory."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jepa_cache.encoding.modes import StepPlan, plan_steps
+from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.video import open_video
+from jepa_cache.sources import Source, Unit
+
+if TYPE_CHECKING:
+    import torch
+
+BATCHES_AHEAD = 2  # per episode: one being encoded, one ready
+
+
+class PixelBatch(NamedTuple):
+    """Preprocessed encoder inputs `pixels` [B, G, 3, R, R] and the luma mean and deviation of their B*G frames."""
+
+    pixels: torch.Tensor
+    luma: np.ndarray  # [B * G, 2] float32
+
+
+class UnitEnd(NamedTuple):
+    """Marks that the recordings of one unit are through."""
+
+    unit: Unit
+
+
+@dataclass
+class EpisodeStream:
+    """One episode on its way to the encoder: its plan, and batches that arrive while it is decoded."""
+
+    episode: Episode
+    plan: StepPlan
+    batches: queue.Queue[PixelBatch | Exception | None] = field(default_factory=lambda: queue.Queue(BATCHES_AHEAD))
+    decoder: str = ""
+
+    def __iter__(self) -> Iterator[PixelBatch]:
+        """Yield batches in order; raises what the decoder raised."""
+        while (item := self.batches.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How recordings become encoder inputs."""
+
+    fps: float
+    mode: str
+    frames_per_clip: int
+    tubelet_size: int
+    batch_size: int
+    decoder: str
+    num_decoders: int
+
+
+class Decoders:
+    """Iterates over the streams of all units in order while `num_decoders` threads work ahead.
+
+    A feeder thread reads recordings from the source; each gets a decoding task. Queues are bounded, so memory holds a
+    few episodes' containers and a few batches however long the run is. Batches never cross episodes, so the tokens of an
+    episode depend on nothing else.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        units: Sequence[Unit],
+        settings: DecodeSettings,
+        preprocess: Callable[[np.ndarray], torch.Tensor],
+    ) -> None:
+        self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
+        self._items: queue.Queue[EpisodeStream | Skipped | UnitEnd | Exception | None] = queue.Queue(
+            settings.num_decoders
+        )
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Decoders:
+        self._pool = ThreadPoolExecutor(self._settings.num_decoders, thread_name_prefix="decode")
+        self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
+        self._feeder.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._feeder.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[EpisodeStream | Skipped | UnitEnd]:
+        while (item := self._items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def _feed(self) -> None:
+        try:
+            for unit in self._units:
+                for recording in self._source.iter_episodes(unit):
+                    if self._stop.is_set():
+                        return
+                    self._put(self._items, self._start(recording))
+                self._put(self._items, UnitEnd(unit))
+            self._put(self._items, None)
+        except Exception as error:  # handed to the consumer, which raises it
+            self._put(self._items, error)
+
+    def _start(self, recording: Episode | Skipped) -> EpisodeStream | Skipped:
+        if isinstance(recording, Skipped):
+            return recording
+        settings = self._settings
+        try:
+            plan = plan_steps(
+                len(recording.frame_ticks),
+                recording.fps,
+                fps=settings.fps,
+                mode=settings.mode,
+                frames_per_clip=settings.frames_per_clip,
+                tubelet_size=settings.tubelet_size,
+            )
+        except ValueError as error:
+            return Skipped(recording.key, str(error))
+        stream = EpisodeStream(recording, plan)
+        self._pool.submit(self._decode, stream)
+        return stream
+
+    def _decode(self, stream: EpisodeStream) -> None:
+        inputs, batch_size = stream.plan.inputs, self._settings.batch_size
+        try:
+            video = open_video(stream.episode.video, self._settings.decoder)
+            try:
+                stream.decoder = video.decoder
+                for start in range(0, len(inputs), batch_size):
+                    if self._stop.is_set():
+                        return
+                    part = inputs[start : start + batch_size]
+                    frames = video.read(part.reshape(-1))
+                    pixels = self._preprocess(frames)
+                    batch = PixelBatch(pixels.reshape(*part.shape, *pixels.shape[1:]), luma_statistics(frames))
+                    self._put(stream.batches, batch)
+            finally:
+                video.close()
+            self._put(stream.batches, None)
+        except Exception as error:  # handed to the consumer, which raises it
+            self._put(stream.batches, error)
+
+    def _put(self, destination: queue.Queue, item: Any) -> None:
+        """Put, but give up when the consumer has gone."""
+        while not self._stop.is_set():
+            try:
+                destination.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def luma_statistics(frames: np.ndarray) -> np.ndarray:
+    """Mean and deviation of each frame's luma, from every fourth pixel in both directions.
+
+    Args:
+        frames: [F, h, w, 3] uint8 RGB.
+
+    Returns:
+        [F, 2] float32, 0 to 255. Source of the weights: ITU-R BT.601.
+    """
+    luma = frames[:, ::4, ::4].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.stack([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2))], axis=1)

@@ -1,0 +1,76 @@
+"""Which frames become which steps, in the three encode modes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class StepPlan(NamedTuple):
+    """The encoder inputs of one episode and the steps that come out of them.
+
+    Attributes:
+        inputs: [I, G] int64, video frames of each encoder input; G frames are encoded together.
+        anchors: [n] int64, the video frame whose moment a step stands for: the last sampled frame its tokens have seen.
+        segments: [X, 2] int64, [start, stop) of the contiguous runs of steps.
+        step_hz: Steps per second.
+    """
+
+    inputs: np.ndarray
+    anchors: np.ndarray
+    segments: np.ndarray
+    step_hz: float
+
+
+def sampling_stride(video_fps: float, fps: float) -> int:
+    """Frames between sampled ones: ceil(video fps / fps), so the true rate is never above the one asked for.
+
+    Source: the V-JEPA 2-AC training loader (15 Hz video at 4 fps gives stride 4, truly 3.75 fps).
+
+    Raises:
+        ValueError: When more frames are asked for than the video has.
+    """
+    if fps > video_fps * (1 + 1e-6):
+        raise ValueError(f"encode.fps {fps:g} is above the video's {video_fps:g} frames per second; lower encode.fps")
+    return math.ceil(video_fps / fps - 1e-6)
+
+
+def plan_steps(
+    num_frames: int, video_fps: float, *, fps: float, mode: str, frames_per_clip: int, tubelet_size: int
+) -> StepPlan:
+    """Lay out the encoder inputs of an episode.
+
+    `frame`: each sampled frame is encoded alone (doubled into a tubelet by the encoder). `tubelet`: consecutive sampled
+    frames of one tubelet are encoded together as one step. `clip`: `frames_per_clip` sampled frames are encoded jointly
+    into frames_per_clip / tubelet_size steps; early steps see later frames, so each clip is a segment of its own.
+    Sampled frames at the end that fill no input are left out.
+
+    Args:
+        num_frames: F, usable frames of the video.
+        video_fps: Hz.
+        fps: Hz asked for.
+        mode: "frame", "tubelet" or "clip".
+        frames_per_clip: Sampled frames of a clip.
+        tubelet_size: Frames of a tubelet.
+
+    Raises:
+        ValueError: When the video is too short for one input, or slower than `fps`.
+    """
+    stride = sampling_stride(video_fps, fps)
+    group = {"frame": 1, "tubelet": tubelet_size, "clip": frames_per_clip}[mode]
+    sampled = np.arange(0, num_frames, stride, dtype=np.int64)
+    num_inputs = len(sampled) // group
+    if num_inputs == 0:
+        raise ValueError(
+            f"{num_frames} usable frames give {len(sampled)} sampled ones at stride {stride}, but {mode} mode needs "
+            f"{group}; lower encode.frames_per_clip or raise encode.fps"
+        )
+    inputs = sampled[: num_inputs * group].reshape(num_inputs, group)
+    steps_per_input = max(1, group // tubelet_size)
+    anchors = inputs.reshape(num_inputs, steps_per_input, -1)[:, :, -1].reshape(-1)
+    bounds = np.arange(0, len(anchors) + 1, steps_per_input) if mode == "clip" else np.array([0, len(anchors)])
+    segments = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
+    frames_per_step = group // steps_per_input
+    return StepPlan(inputs, anchors, segments, video_fps / stride / frames_per_step)

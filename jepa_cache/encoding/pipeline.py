@@ -1,0 +1,292 @@
+"""Decoding, encoding and writing, overlapped: the loop that fills the token stores of the missing units."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd
+from jepa_cache.episode import Skipped
+from jepa_cache.media.video import DecodeError
+from jepa_cache.sources import Source, Unit
+from jepa_cache.store import layout
+from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.writer import TokenWriter, table
+
+if TYPE_CHECKING:
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
+WRITES_AHEAD = 4  # batches that may wait for the disk
+
+
+@dataclass
+class Timing:
+    """Where the main loop spent its time; the largest wait names the limit."""
+
+    decode_s: float = 0.0  # waiting for decoded frames
+    encode_s: float = 0.0  # in the encoder
+    write_s: float = 0.0  # waiting for the disk
+    num_frames: int = 0
+    num_bytes: int = 0  # of tokens
+    num_episodes: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """Which of the three the others waited for."""
+        times = {"decoding": self.decode_s, "the encoder": self.encode_s, "writing": self.write_s}
+        return max(times, key=times.__getitem__)
+
+
+@dataclass
+class _UnitRows:
+    """Step and segment tables of one unit while they grow."""
+
+    steps: list[dict[str, np.ndarray]] = field(default_factory=list)
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    decoders: dict[str, int] = field(default_factory=dict)
+
+
+def encode_units(
+    units: Sequence[tuple[Unit, str]],
+    source: Source,
+    encoder: FrozenEncoder,
+    settings: DecodeSettings,
+    root: CacheRoot,
+    *,
+    dtype: str,
+    fingerprint: str,
+    source_fingerprint: str,
+    card: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    on_progress: Callable[[Timing, int], None],
+) -> Timing:
+    """Encode every unit and publish its token store and controls, one unit after the other.
+
+    Args:
+        units: Units with the sha256 of their content.
+        source: Where the recordings come from.
+        encoder: The frozen encoder.
+        settings: Sampling, batching, decoding.
+        root: Cache root.
+        dtype: Stored dtype of the tokens.
+        fingerprint: Of the token recipe.
+        source_fingerprint: Of the source recipe.
+        card: Goes into every store's card, with what was skipped there.
+        provenance: Recorded in every store, outside its digest.
+        on_progress: Called after every batch with the timing so far and the bytes of recordings that are through.
+
+    Raises:
+        ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
+    """
+    digests = dict(units)
+    timing, started, bytes_through = Timing(), time.perf_counter(), 0
+    with (
+        _WriterThread(timing) as write,
+        Decoders(source, [unit for unit, _ in units], settings, encoder.preprocess) as items,
+    ):
+        remaining = iter(units)
+        current: _OpenUnit | None = None
+        for item in _timed(items, timing):
+            if current is None:
+                digest = next(remaining)[1]
+                places = (root.tokens(fingerprint, digest), root.controls(source_fingerprint, digest))
+                current = _OpenUnit(*places, encoder, dtype, write)
+            if isinstance(item, UnitEnd):
+                current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
+                assert digest == digests[item.unit]
+                current = None
+            elif isinstance(item, Skipped):
+                current.rows.skipped.append(item)
+            else:
+                for num_frames, num_bytes in current.encode(item, timing):
+                    timing.num_frames += num_frames
+                    timing.num_bytes += num_bytes
+                    timing.elapsed_s = time.perf_counter() - started
+                    on_progress(timing, bytes_through)
+                bytes_through += len(item.episode.video) if isinstance(item.episode.video, bytes) else 0
+    timing.elapsed_s = time.perf_counter() - started
+    return timing
+
+
+class _OpenUnit:
+    """The stores of one unit while they are filled; all disk work goes through the writer thread."""
+
+    def __init__(
+        self, tokens_path: Path, controls_path: Path, encoder: FrozenEncoder, dtype: str, write: _WriterThread
+    ) -> None:
+        from jepa_cache.encoder.frozen import to_stored
+
+        self.rows = _UnitRows()
+        self._to_stored = functools.partial(to_stored, dtype=dtype)
+        self._encoder = encoder
+        self._write = write
+        self._tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width)
+        self._controls_path = controls_path
+        self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
+        self._num_steps = 0
+        write.open(self._tokens)
+
+    def encode(self, stream: EpisodeStream, timing: Timing) -> Any:
+        """Encode one episode; yields (frames, bytes) per batch. An unreadable video is taken back and skipped by name."""
+        start, luma = self._num_steps, []
+        try:
+            for batch in _timed(stream, timing):
+                begun = time.perf_counter()
+                tokens = self._to_stored(self._encoder.encode(batch.pixels).flatten(0, 1))
+                timing.encode_s += time.perf_counter() - begun
+                luma.append(batch.luma)
+                self._num_steps += len(tokens)
+                self._write(self._tokens.append, tokens)
+                yield batch.pixels.shape[0] * batch.pixels.shape[1], tokens.nbytes
+        except DecodeError as error:
+            self._num_steps = start
+            self._write(self._tokens.roll_back, start)
+            self.rows.skipped.append(Skipped(stream.episode.key, str(error)))
+            return
+        except OverflowError as error:
+            raise ValueError(
+                f"episode {stream.episode.key!r}, steps from {self._num_steps - start} on: {error}"
+            ) from error
+        self._describe(stream, start, np.concatenate(luma))
+        timing.num_episodes += 1
+
+    def publish(self, card: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Publish controls first, then tokens: a token store that is there has its controls."""
+        rows = self.rows
+        columns = {
+            field.name: np.concatenate([part[field.name] for part in rows.steps]) if rows.steps else []
+            for field in layout.STEPS_SCHEMA
+        }
+        steps = table(layout.STEPS_SCHEMA, columns)
+        segments = table(
+            layout.SEGMENTS_SCHEMA,
+            {field.name: [row[field.name] for row in rows.segments] for field in layout.SEGMENTS_SCHEMA},
+        )
+        card = {
+            **card,
+            "skipped": [skipped._asdict() for skipped in rows.skipped],
+            "notes": rows.notes,
+            "num_segments": len(rows.segments),
+            "num_episodes": len(rows.steps),
+        }
+        self._write(_write_controls, self._controls_path, self._controls)
+        self._write(self._tokens.publish, steps, segments, card, provenance)
+        self._write.close(self._tokens)
+
+    def _describe(self, stream: EpisodeStream, start: int, luma: np.ndarray) -> None:
+        episode, plan = stream.episode, stream.plan
+        first = len(self.rows.segments)
+        # Luma comes for every sampled frame; steps keep that of their anchor.
+        anchor_luma = luma[np.searchsorted(plan.inputs.reshape(-1), plan.anchors)]
+        ticks = episode.frame_ticks[plan.anchors]
+        self.rows.steps.append(
+            {
+                "segment": first + np.repeat(np.arange(len(plan.segments)), np.diff(plan.segments, axis=1)[:, 0]),
+                "frame": plan.anchors,
+                "tick": ticks,
+                "gui": episode.controls["gui"][ticks] if "gui" in episode.controls else np.zeros(len(ticks), bool),
+                "idle": _idle_share(episode.controls.get("idle"), ticks),
+                "luma_mean": anchor_luma[:, 0],
+                "luma_std": anchor_luma[:, 1],
+            }
+        )
+        self.rows.segments += [
+            {
+                "segment": first + i,
+                "episode": episode.key,
+                "start": start + a,
+                "stop": start + b,
+                "step_hz": plan.step_hz,
+            }
+            for i, (a, b) in enumerate(plan.segments.tolist())
+        ]
+        self.rows.notes += [f"{episode.key}: {note}" for note in episode.notes]
+        self.rows.decoders[stream.decoder] = self.rows.decoders.get(stream.decoder, 0) + 1
+        self._controls.append((episode.key, episode.controls))
+
+
+class _WriterThread:
+    """One thread that does all disk work in order; `write(function, *arguments)` waits only while too much is queued."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self._pending: list[Future] = []
+        self._open: list[TokenWriter] = []
+
+    def __enter__(self) -> _WriterThread:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._wait_for(0)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            for writer in list(self._open):
+                self._leave(writer)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._pending.append(self._pool.submit(function, *arguments))
+        self._wait_for(WRITES_AHEAD)
+
+    def open(self, writer: TokenWriter) -> None:
+        """Enter a writer; it is left when closed, or when the thread ends."""
+        self(writer.__enter__)
+        self._open.append(writer)
+
+    def close(self, writer: TokenWriter) -> None:
+        """Leave a writer after what was queued before."""
+        self(self._leave, writer)
+
+    def _leave(self, writer: TokenWriter) -> None:
+        writer.__exit__(None, None, None)
+        self._open.remove(writer)
+
+    def _wait_for(self, num_left: int) -> None:
+        begun = time.perf_counter()
+        while len(self._pending) > num_left:
+            self._pending.pop(0).result()
+        self._timing.write_s += time.perf_counter() - begun
+
+
+def _timed(items: Any, timing: Timing) -> Any:
+    """Yield from `items`, counting the time spent waiting for the next one as decoding."""
+    iterator = iter(items)
+    while True:
+        begun = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            timing.decode_s += time.perf_counter() - begun
+        yield item
+
+
+def _write_controls(path: Any, controls: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> None:
+    if path.is_file():
+        return
+    with ControlsWriter(path) as writer:
+        for episode, columns in controls:
+            writer.append(episode, columns)
+
+
+def _idle_share(idle: np.ndarray | None, ticks: np.ndarray) -> np.ndarray:
+    """Mean of `idle` over the ticks from each anchor to the next; NaN where there is no next one or no record."""
+    share = np.full(len(ticks), np.nan, np.float32)
+    if idle is not None:
+        total = np.concatenate([[0.0], np.cumsum(idle, dtype=np.float64)])
+        share[:-1] = (total[ticks[1:]] - total[ticks[:-1]]) / np.maximum(np.diff(ticks), 1)
+    return share

@@ -1,0 +1,37 @@
+"""Stage one: encode recordings once into the feature cache.
+
+    python stages/encode.py                      what the data set preset names
+    python stages/encode.py shards               folders, tar files, globs, {000000..000123} ranges
+    python stages/encode.py shards encoder=vitl encode.fps=4
+
+Writes outputs/encode/manifest.json. Stores that are there under the same recipe are found again, never made again.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
+from jepa_cache.encoding.run import encode_dataset  # noqa: E402
+from jepa_cache.encoding.summary import describe_result  # noqa: E402
+from jepa_cache.store.manifest import write_manifest  # noqa: E402
+from jepa_cache.store.root import resolve_cache_root  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage with command line arguments."""
+    arguments = parse_stage_arguments(__doc__, argv, paths="tar shards, or folders, globs and ranges of them")
+    config = load_config(ROOT, arguments.overrides)
+    root = resolve_cache_root(config.cache_root, data_base(ROOT))
+    result = encode_dataset(config, arguments.paths, base=recordings_base(config, ROOT), root=root)
+    output = ROOT / "outputs/encode/manifest.json"
+    write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
+    print(describe_result(result, root))
+    print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py")
+
+
+if __name__ == "__main__":
+    run_stage(main)
