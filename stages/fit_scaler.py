@@ -1,0 +1,35 @@
+"""Fit the means and deviations of actions and states over the training episodes.
+
+    python stages/fit_scaler.py
+
+Writes outputs/scaler/scaler.json.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import load_config  # noqa: E402
+from jepa_cache.data.cache import count_episodes, open_dataset  # noqa: E402
+from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
+from jepa_cache.data.splits import TRAIN  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage with command line arguments."""
+    arguments = parse_stage_arguments(__doc__, argv)
+    config = load_config(ROOT, arguments.overrides)
+    dataset = open_dataset(config, ROOT)
+    segments = dataset.segments_of(TRAIN, config.split)
+    scaler = fit_scaler(dataset, segments, config.scaler)
+    output = ROOT / "outputs/scaler/scaler.json"
+    write_scaler(scaler, output)
+    print(f"fitted on {scaler.num_train_steps} steps of {count_episodes(segments)} training episodes")
+    print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,39 @@
+"""Stage two: train the action-conditioned predictor from cached tokens.
+
+    python stages/train_predictor.py
+    python stages/train_predictor.py predictor=small train.lr=3e-4
+    python stages/train_predictor.py --fresh
+
+An interrupted training continues under the same command. Writes outputs/train/run (weights, CSV) and outputs/train/live.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import data_base, load_config  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage with command line arguments."""
+    arguments = parse_stage_arguments(__doc__, argv, fresh="forget this run's checkpoints and start over")
+    config = load_config(ROOT, arguments.overrides)
+
+    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.data.scaler import read_scaler
+    from jepa_cache.training.trainer import train
+
+    dataset = open_dataset(config, ROOT)
+    scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
+    result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=arguments.fresh)
+    print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
+    if not dataset.manifest.encoder_trained:
+        print("the features come from an encoder with random weights: figures are relative, not results")
+    print(f"wrote {result.weights.relative_to(ROOT)}; next: python stages/evaluate.py")
+
+
+if __name__ == "__main__":
+    run_stage(main)
