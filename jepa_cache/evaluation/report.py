@@ -1,0 +1,115 @@
+"""What an evaluation leaves behind: metrics.json, horizon.csv, pictures, and a verdict in words that follows from the figures."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.scaler import scaler_from_json
+from jepa_cache.evaluation.plots import draw_horizon, draw_strip
+from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
+from jepa_cache.evaluation.strips import build_strip
+from jepa_cache.predictor.checkpoints import load_predictor
+from jepa_cache.store.recipe import canonical_json
+from jepa_cache.store.root import CacheRoot, atomic_file
+
+NUM_STRIPS = 2
+
+
+def evaluate_run(
+    config: Config, dataset: CachedDataset, weights: Path, out: Path, *, root: CacheRoot
+) -> dict[str, Any]:
+    """Measure trained weights on the held-out episodes and write metrics.json, horizon.csv and pictures.
+
+    Args:
+        config: Its `evaluate` and `split` sections count.
+        dataset: The cached features.
+        weights: predictor.safetensors of a training run; brings its own scaler.
+        out: Folder for the results.
+        root: Cache root, for the step tables.
+
+    Raises:
+        ValueError: When the weights were trained on other features or actions, or too few episodes are held out.
+    """
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
+    predictor, card = load_predictor(weights)
+    predictor.eval()
+    manifest = dataset.manifest
+    for name, then, now in (
+        ("tokens recipe", card["tokens_fingerprint"], manifest.fingerprint),
+        ("action space", card["action_space"], dataset.space.name),
+    ):
+        if then != now:
+            raise ValueError(
+                f"{weights} was trained with {name} {then}, but the manifest has {now}; train again, or encode as then"
+            )
+    scaler, normalize_reps = scaler_from_json(card["scaler"]), card["normalize_reps"]
+    errors = measure_windows(
+        predictor, config, dataset, scaler, window_steps=card["window_steps"], normalize_reps=normalize_reps
+    )
+    metrics = summarize(errors, config, dataset)
+    write_metrics(metrics, out / "metrics.json")
+    rows = horizon_table(errors, config)
+    write_horizon(rows, out / "horizon.csv")
+    pictures = out / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir(parents=True)
+    note = f"dataset {manifest.dataset}, encoder {manifest.encoder}" + (
+        "" if manifest.encoder_trained else " (untrained)"
+    )
+    draw_horizon(rows, pictures / "horizon.png", note=note)
+    for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
+        drawn = build_strip(position, errors, predictor, config, dataset, scaler, root, normalize_reps=normalize_reps)
+        draw_strip(drawn, pictures / f"strip{strip + 1}.png")
+    return metrics
+
+
+def _spread(count: int, num: int) -> list[int]:
+    """Positions spread over a list, away from its ends."""
+    return sorted({(2 * i + 1) * count // (2 * num) for i in range(num)})
+
+
+def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
+    """Write metrics.json atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(canonical_json(metrics))
+
+
+def write_horizon(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write the table of errors per open-loop step as CSV."""
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
+    """The figures in a few lines: gaps with intervals, and whether each is above chance."""
+    val, interval = metrics["val"], metrics["val_ci"]
+    lines = [
+        f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of layer-normed tokens, "
+        "95 % intervals over episodes",
+        f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
+    ]
+    for name, words in (
+        ("copy_last", "copying the last step"),
+        ("shuffled_actions", "shuffled actions"),
+        ("zero_actions", "zero actions"),
+    ):
+        for key, where in ((f"gap_{name}", "one step"), (f"gap_{name}_step{horizon}", f"open-loop step {horizon}")):
+            low, high = interval[key]
+            verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+            lines.append(f"  {where}: {verdict} {words}, gap {val[key]:.3f} [{low:.3f}, {high:.3f}]")
+    if not metrics["encoder_trained"]:
+        lines.append(
+            "  the encoder has random weights: these figures show that the path works, nothing about the world"
+        )
+    if not metrics["comparable"]:
+        lines.append("  clip mode: early steps have seen later frames; not comparable with frame or tubelet mode")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""The windows that are shown as strips: tokens from the cache, frames from the recording where it is at hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.scaler import Scaler
+from jepa_cache.episode import Episode
+from jepa_cache.evaluation.plots import Strip, token_colours
+from jepa_cache.evaluation.run import WindowErrors
+from jepa_cache.media.video import open_video
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import as_reps, open_loop
+from jepa_cache.sources import Unit, build_source
+from jepa_cache.store import layout
+from jepa_cache.store.digests import DigestTable
+from jepa_cache.store.root import CacheRoot
+
+
+@torch.no_grad()
+def build_strip(
+    position: int,
+    errors: WindowErrors,
+    predictor: ACPredictor,
+    config: Config,
+    dataset: CachedDataset,
+    scaler: Scaler,
+    root: CacheRoot,
+    *,
+    normalize_reps: bool,
+) -> Strip:
+    """Everything needed to draw the window at `position` of the measured ones."""
+    settings, manifest = config.evaluate, dataset.manifest
+    context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
+    number = errors.numbers[position]
+    batch = WindowLoader(dataset, errors.index, scaler).read([number])
+    h = as_reps(batch.tokens, normalize_reps)
+    predicted = open_loop(
+        predictor,
+        h[:, :context],
+        batch.actions[:, : stop - 1],
+        batch.states[:, : stop - 1],
+        settings.horizon,
+        normalize_reps=normalize_reps,
+    )[0]
+    true = h[0, :stop]
+    true_colours, predicted_colours = token_colours(true.numpy(), predicted.numpy(), manifest.grid)
+    window = errors.index[number]
+    segment = errors.index.segments[window.segment]
+    return Strip(
+        title=f"{segment.episode}, steps {window.start - segment.start} to {window.start - segment.start + stop - 1}"
+        + ("" if manifest.encoder_trained else " (encoder untrained)"),
+        frames=_read_frames(config, dataset, root, segment, window.start, stop),
+        true=true_colours,
+        predicted=predicted_colours,
+        error=(predicted - true[context:]).abs().mean(dim=-1).reshape(-1, *manifest.grid).numpy(),
+    )
+
+
+def _read_frames(
+    config: Config, dataset: CachedDataset, root: CacheRoot, segment: Segment, start: int, num_steps: int
+) -> np.ndarray | None:
+    """Anchor frames [T, h, w, 3] of a window; None when its recording is not on this machine any more."""
+    entry = dataset.manifest.entries[segment.store]
+    file = DigestTable().find(entry.unit_digest)
+    if file is None:
+        return None
+    steps = pq.read_table(
+        root.tokens(dataset.manifest.fingerprint, entry.unit_digest) / layout.STEPS_FILE, columns=["frame"]
+    )
+    frames = steps.column("frame").to_numpy()[start : start + num_steps]
+    source = build_source(config.dataset.source, config.dataset.source_options)
+    for recording in source.iter_episodes(Unit(file.name, file)):
+        if isinstance(recording, Episode) and recording.key == segment.episode:
+            video = open_video(recording.video, config.encode.decoder)
+            try:
+                return video.read(frames)
+            finally:
+                video.close()
+    raise ValueError(f"{file} has the digest of the unit that held episode {segment.episode!r}, but does not hold it")

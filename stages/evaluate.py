@@ -1,0 +1,35 @@
+"""Measure the trained predictor on held-out episodes, against baselines and with its actions taken away.
+
+    python stages/evaluate.py
+
+Writes outputs/evaluate/metrics.json, horizon.csv and pictures/.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import data_base, load_config  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage with command line arguments."""
+    arguments = parse_stage_arguments(__doc__, argv)
+    config = load_config(ROOT, arguments.overrides)
+
+    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.evaluation.report import describe_metrics, evaluate_run
+    from jepa_cache.store.root import resolve_cache_root
+
+    dataset = open_dataset(config, ROOT)
+    weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/evaluate"
+    metrics = evaluate_run(config, dataset, weights, out, root=resolve_cache_root(config.cache_root, data_base(ROOT)))
+    print(describe_metrics(metrics, config.evaluate.horizon))
+    print(f"wrote {out.relative_to(ROOT)}/metrics.json, horizon.csv, pictures/; next: dvc metrics show, dvc plots show")
+
+
+if __name__ == "__main__":
+    run_stage(main)
