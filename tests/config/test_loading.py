@@ -1,0 +1,101 @@
+"""Claims: params.yaml and presets resolve to typed values with a known origin; what cannot work is refused by name."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.schema import TrainConfig
+
+
+@pytest.fixture
+def root(tmp_path):
+    shutil.copy(REPOSITORY_ROOT / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY_ROOT / "configs", tmp_path / "configs")
+    return tmp_path
+
+
+def edit(root, old, new, file="params.yaml"):
+    text = (root / file).read_text()
+    assert old in text
+    (root / file).write_text(text.replace(old, new, 1))
+
+
+def test_null_means_as_the_preset_says_and_a_value_overrides_it(root):
+    assert load_config(root).train.lr == 0.004
+    config = load_config(root, ["train.lr=3e-4"])
+    assert config.train.lr == pytest.approx(3e-4)
+    assert config.origins["train.lr"] == "command line"
+    assert config.origins["train.weight_decay"] == "configs/train/demo.yaml"
+
+
+def test_scientific_notation_without_a_dot_is_a_number(root):
+    edit(root, "  lr: null", "  lr: 3e-4")
+    assert load_config(root).train.lr == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("  seed: 0\n  init", "  sed: 0\n  init", r"unknown key 'sed'; did you mean 'seed'"),
+        ("encoder: tiny", "encoder: vitll", r"no such preset; did you mean 'vitl'"),
+        ("dataset: sample", "datset: sample", r"unknown key 'datset'; did you mean 'dataset'"),
+        ("  batch_size: null     # encoder", "  batch_size: many  # encoder", r"batch_size must be of type int"),
+        ("  lr: null", "  lr: true", r"lr must be of type float"),
+        ("  schedule: null", "  schedule: wds", r"train.schedule is 'wds'; did you mean 'wsd'"),
+    ],
+)
+def test_a_misspelt_key_or_wrong_type_is_refused_with_the_way_out(root, old, new, words):
+    edit(root, old, new)
+    with pytest.raises(ConfigError, match=words):
+        load_config(root)
+
+
+def test_an_unknown_key_in_a_preset_names_its_file(root):
+    edit(root, "depth: 2", "dept: 2", "configs/predictor/tiny.yaml")
+    with pytest.raises(ConfigError, match=r"configs/predictor/tiny.yaml has the unknown key 'dept'; did you mean 'depth'"):
+        load_config(root)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.auto_steps=8", "train.auto_steps 8 needs a window of 9 steps"),
+        ("train.num_steps=100", "exceed train.num_steps 100"),
+        ("train.window_steps=1", "at least 2"),
+        ("split.val_share=1.5", r"must lie in \[0, 1\]"),
+        ("encode.weights=x.pt", "has seeded random weights"),
+        ("encode.dtype=float64", "encode.dtype is 'float64'"),
+        ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
+        ("train=1", "is a section"),
+    ],
+)
+def test_an_impossible_setting_is_refused_before_any_work(root, override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(root, [override])
+
+
+def test_a_window_longer_than_a_clip_is_refused_in_clip_mode(root):
+    assert load_config(root, ["encode.mode=clip"]).encode.frames_per_clip == 16
+    with pytest.raises(ConfigError, match=r"a segment is one clip of 4 steps.*train.window_steps is 8"):
+        load_config(root, ["encode.mode=clip", "encode.frames_per_clip=8"])
+
+
+def test_every_preset_in_the_repository_loads():
+    for kind in ("dataset", "encoder", "predictor"):
+        for path in (REPOSITORY_ROOT / "configs" / kind).glob("*.yaml"):
+            assert getattr(load_config(overrides=[f"{kind}={path.stem}"]), kind).name == path.stem
+
+
+def test_every_training_setting_stands_in_params_so_that_it_can_be_swept(root):
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(load_config(root).train, field.name)
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        load_config(root, [f"train.{field.name}={text}"])
+
+
+def test_paths_are_not_taken_for_overrides():
+    assert is_override("train.lr=3e-4") and is_override("dataset=vpt")
+    assert not is_override("shards") and not is_override("/data/date=2020/x.tar") and not is_override("./a=b.tar")
