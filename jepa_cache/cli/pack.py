@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from jepa_cache.media.packing import pack_folder
 
 NUM_SHOWN = 20
 
 
-def pack(folder: Path, out: Path, *, max_gb: float = 1.0, overwrite: bool = False) -> None:
+def pack(
+    folder: Annotated[Path, typer.Argument(help="where the recordings lie, searched recursively")],
+    out: Annotated[Path, typer.Argument(help="where the tar shards go")],
+    *,
+    max_gb: Annotated[float, typer.Option(help="most gigabytes of recordings in one tar shard")] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the tar shards of an earlier pack")] = False,
+) -> None:
     """Pack a folder of <segment>.mp4 + <segment>.jsonl pairs into tar shards under OUT, and say what was left out.
 
     Args:
@@ -33,4 +42,4 @@ def pack(folder: Path, out: Path, *, max_gb: float = 1.0, overwrite: bool = Fals
             print(f"  {left_out.name}: {left_out.reason}")
         if len(report.left_out) > NUM_SHOWN:
             print(f"  ... and {len(report.left_out) - NUM_SHOWN} more")
-    print(f"next: python stages/encode.py {shlex.quote(str(out))}")
+    print(f"next: set `dataset: vpt` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")

@@ -93,6 +93,14 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     return config
 
 
+def find_repository(folder: Path) -> Path:
+    """The checkout that `folder` lies in, known by its params.yaml and configs/; else the one this package lies in."""
+    for candidate in (folder, *folder.parents):
+        if (candidate / "params.yaml").is_file() and (candidate / "configs").is_dir():
+            return candidate
+    return REPOSITORY_ROOT
+
+
 def data_base(root: Path = REPOSITORY_ROOT) -> Path:
     """Folder that relative data paths are meant from: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
     return Path(os.environ.get("DVC_ROOT") or root)
@@ -126,7 +134,11 @@ class _Resolver:
 
     def preset(self, cls: type[T], kind: str, name: Any) -> T:
         file, mapping = self.preset_mapping(kind, name)
-        self.origins.update({f"{kind}.{key}": file for key in mapping})
+        if mapping.get("name", name) != name:
+            raise ConfigError(f"{file} calls itself {mapping['name']!r}; a preset is named by its file")
+        for key, value in mapping.items():
+            nested = value if isinstance(value, dict) and value else {None: None}
+            self.origins.update({f"{kind}.{key}" + (f".{inner}" if inner else ""): file for inner in nested})
         self.origins[f"{kind}.name"] = self.where.get(kind, "params.yaml")
         return parse_dataclass(cls, {"name": name, **mapping}, file)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from jepa_cache.actions import ActionSpace
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, write_actions
+from jepa_cache.store.reader import read_table
+from jepa_cache.store.verify import read_store_file
 
 
 def aggregate_store(
@@ -28,9 +29,8 @@ def aggregate_store(
         actions [n, A] float32 (row i leads to step i+1, the last row of each segment NaN), states [n, S] float32, and for
         every episode that this action space cannot describe the reason; its rows are NaN.
     """
-    steps = pq.read_table(tokens_store / layout.STEPS_FILE, columns=["tick"])
-    segments = pq.read_table(tokens_store / layout.SEGMENTS_FILE).to_pylist()
-    ticks = steps.column("tick").to_numpy()
+    ticks = read_table(tokens_store, layout.STEPS_FILE).column("tick").to_numpy()
+    segments = read_table(tokens_store, layout.SEGMENTS_FILE).to_pylist()
     actions = np.full((len(ticks), len(space.actions)), np.nan, np.float32)
     states = np.full((len(ticks), len(space.states)), np.nan, np.float32)
     excluded: dict[str, str] = {}
@@ -65,6 +65,16 @@ def _aggregate(space: ActionSpace, controls: Mapping[str, np.ndarray], anchors: 
     return space.aggregate(controls, anchors)
 
 
+def is_current(actions_store: Path, tokens_store: Path) -> bool:
+    """Whether published actions belong to the steps of this token store.
+
+    Token stores of two recipes share their actions as long as their steps are the same. They are not where a video
+    can be decoded under one recipe only, for its episode is then missing in the other.
+    """
+    actions, tokens = (read_store_file(store).card for store in (actions_store, tokens_store))
+    return actions.get("steps_digest") == tokens["steps_digest"]
+
+
 def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, space: ActionSpace) -> None:
     """Aggregate one unit and publish the result; the store's card names columns and excluded episodes."""
     actions, states, excluded = aggregate_store(tokens_store, controls_file, space)
@@ -73,5 +83,6 @@ def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, spa
         "states": [column._asdict() for column in space.states],
         "excluded": excluded,
         "num_steps": len(actions),
+        "steps_digest": read_store_file(tokens_store).card["steps_digest"],
     }
     write_actions(final, actions, states, card)

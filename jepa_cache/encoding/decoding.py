@@ -35,6 +35,13 @@ class UnitEnd(NamedTuple):
     unit: Unit
 
 
+class Unusable(NamedTuple):
+    """A recording that was read but gives no step under these settings, and why."""
+
+    episode: Episode
+    reason: str
+
+
 @dataclass
 class EpisodeStream:
     """One episode on its way to the encoder: its plan, and batches that arrive while it is decoded."""
@@ -81,7 +88,7 @@ class Decoders:
         preprocess: Callable[[np.ndarray], torch.Tensor],
     ) -> None:
         self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
-        self._items: queue.Queue[EpisodeStream | Skipped | UnitEnd | Exception | None] = queue.Queue(
+        self._items: queue.Queue[EpisodeStream | Skipped | Unusable | UnitEnd | Exception | None] = queue.Queue(
             settings.num_decoders
         )
         self._stop = threading.Event()
@@ -97,7 +104,7 @@ class Decoders:
         self._feeder.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[EpisodeStream | Skipped | UnitEnd]:
+    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | UnitEnd]:
         while (item := self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -115,7 +122,7 @@ class Decoders:
         except Exception as error:  # handed to the consumer, which raises it
             self._put(self._items, error)
 
-    def _start(self, recording: Episode | Skipped) -> EpisodeStream | Skipped:
+    def _start(self, recording: Episode | Skipped) -> EpisodeStream | Skipped | Unusable:
         if isinstance(recording, Skipped):
             return recording
         settings = self._settings
@@ -129,7 +136,7 @@ class Decoders:
                 tubelet_size=settings.tubelet_size,
             )
         except ValueError as error:
-            return Skipped(recording.key, str(error))
+            return Unusable(recording, str(error))
         stream = EpisodeStream(recording, plan)
         self._pool.submit(self._decode, stream)
         return stream

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd
-from jepa_cache.episode import Skipped
+from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd, Unusable
+from jepa_cache.encoding.writing import WriterThread
+from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import DecodeError
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store import layout
@@ -24,7 +25,8 @@ from jepa_cache.store.writer import TokenWriter, table
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-WRITES_AHEAD = 4  # batches that may wait for the disk
+# Decoders put the time of day into their messages; a store holds none, or its bytes would differ from run to run.
+CLOCK_TIME = re.compile(r"\[\d\d:\d\d:\d\d\] ?")
 
 
 @dataclass
@@ -92,7 +94,7 @@ def encode_units(
     digests = dict(units)
     timing, started, bytes_through = Timing(), time.perf_counter(), 0
     with (
-        _WriterThread(timing) as write,
+        WriterThread() as write,
         Decoders(source, [unit for unit, _ in units], settings, encoder.preprocess) as items,
     ):
         remaining = iter(units)
@@ -108,14 +110,18 @@ def encode_units(
                 current = None
             elif isinstance(item, Skipped):
                 current.rows.skipped.append(item)
+            elif isinstance(item, Unusable):
+                current.skip(item.episode, item.reason)
             else:
                 for num_frames, num_bytes in current.encode(item, timing):
                     timing.num_frames += num_frames
                     timing.num_bytes += num_bytes
                     timing.elapsed_s = time.perf_counter() - started
+                    timing.write_s = write.wait_s
                     on_progress(timing, bytes_through)
                 bytes_through += len(item.episode.video) if isinstance(item.episode.video, bytes) else 0
     timing.elapsed_s = time.perf_counter() - started
+    timing.write_s = write.wait_s
     return timing
 
 
@@ -123,10 +129,11 @@ class _OpenUnit:
     """The stores of one unit while they are filled; all disk work goes through the writer thread."""
 
     def __init__(
-        self, tokens_path: Path, controls_path: Path, encoder: FrozenEncoder, dtype: str, write: _WriterThread
+        self, tokens_path: Path, controls_path: Path, encoder: FrozenEncoder, dtype: str, write: WriterThread
     ) -> None:
-        from jepa_cache.encoder.frozen import to_stored
+        from jepa_cache.encoder.frozen import TokenOverflowError, to_stored
 
+        self._overflow = TokenOverflowError
         self.rows = _UnitRows()
         self._to_stored = functools.partial(to_stored, dtype=dtype)
         self._encoder = encoder
@@ -152,14 +159,19 @@ class _OpenUnit:
         except DecodeError as error:
             self._num_steps = start
             self._write(self._tokens.roll_back, start)
-            self.rows.skipped.append(Skipped(stream.episode.key, str(error)))
+            self.skip(stream.episode, str(error))
             return
-        except OverflowError as error:
+        except self._overflow as error:
             raise ValueError(
-                f"episode {stream.episode.key!r}, steps from {self._num_steps - start} on: {error}"
+                f"episode {stream.episode.key!r}, step {self._num_steps - start + error.step}: {error}"
             ) from error
         self._describe(stream, start, np.concatenate(luma))
         timing.num_episodes += 1
+
+    def skip(self, episode: Episode, reason: str) -> None:
+        """Leave an episode out by name; its controls are kept, since under another recipe it may be usable."""
+        self.rows.skipped.append(Skipped(episode.key, CLOCK_TIME.sub("", reason)))
+        self._controls.append((episode.key, episode.controls))
 
     def publish(self, card: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Publish controls first, then tokens: a token store that is there has its controls."""
@@ -214,51 +226,6 @@ class _OpenUnit:
         self.rows.notes += [f"{episode.key}: {note}" for note in episode.notes]
         self.rows.decoders[stream.decoder] = self.rows.decoders.get(stream.decoder, 0) + 1
         self._controls.append((episode.key, episode.controls))
-
-
-class _WriterThread:
-    """One thread that does all disk work in order; `write(function, *arguments)` waits only while too much is queued."""
-
-    def __init__(self, timing: Timing) -> None:
-        self._timing = timing
-        self._pending: list[Future] = []
-        self._open: list[TokenWriter] = []
-
-    def __enter__(self) -> _WriterThread:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            if kind is None:
-                self._wait_for(0)
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            for writer in list(self._open):
-                self._leave(writer)
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._pending.append(self._pool.submit(function, *arguments))
-        self._wait_for(WRITES_AHEAD)
-
-    def open(self, writer: TokenWriter) -> None:
-        """Enter a writer; it is left when closed, or when the thread ends."""
-        self(writer.__enter__)
-        self._open.append(writer)
-
-    def close(self, writer: TokenWriter) -> None:
-        """Leave a writer after what was queued before."""
-        self(self._leave, writer)
-
-    def _leave(self, writer: TokenWriter) -> None:
-        writer.__exit__(None, None, None)
-        self._open.remove(writer)
-
-    def _wait_for(self, num_left: int) -> None:
-        begun = time.perf_counter()
-        while len(self._pending) > num_left:
-            self._pending.pop(0).result()
-        self._timing.write_s += time.perf_counter() - begun
 
 
 def _timed(items: Any, timing: Timing) -> Any:

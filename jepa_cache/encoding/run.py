@@ -15,21 +15,20 @@ from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
-from jepa_cache.encoding.aggregation import write_unit_actions
+from jepa_cache.encoding.aggregation import is_current, write_unit_actions
 from jepa_cache.encoding.decoding import DecodeSettings
 from jepa_cache.encoding.pipeline import Timing, encode_units
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.encoding.units import digest_units, list_units
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Source, Unit, build_source
-from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.controls import ControlsWriter, is_readable
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest, ManifestEntry
 from jepa_cache.store.reader import StoreDamagedError
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot, remove_folder
 from jepa_cache.store.verify import check_store, read_store_file
-
-SAMPLE_FOLDER = Path("shards/sample")
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: C
     """
     source = build_source(config.dataset.source, config.dataset.source_options)
     space = get_action_space(config.encode.action_space)
-    units = _digest_units(_list_units(source, config, inputs, base))
+    units = digest_units(list_units(source, config, inputs, base))
     preset, weights = config.encoder, None
-    if config.encode.weights is not None:
+    if config.encode.weights != preset.weights:
         preset = replace(preset, weights=config.encode.weights, weights_sha256=None)
     if preset.weights is not None:
         weights = resolve_weights(preset.weights, base=base)
@@ -92,46 +91,6 @@ def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: C
     manifest = _build_manifest(config, units, root, recipe, token_print, actions, action_print, source_print)
     _check_skipped(manifest, config.encode.max_skipped_share)
     return EncodeResult(manifest, len(units), len(missing), timing)
-
-
-def _list_units(source: Source, config: Config, inputs: Sequence[str], base: Path) -> list[Unit]:
-    """The units to encode; the synthetic sample never mixes with other recordings."""
-    named = tuple(inputs) or config.dataset.inputs
-    units = source.list_units(named, base)
-    sample_folder = (base / SAMPLE_FOLDER).resolve()
-    sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
-    others = [unit for unit in units if unit not in sample]
-    if config.dataset.sample is None:
-        if sample and not others:
-            raise ValueError(
-                f"{', '.join(named)} holds only the synthetic sample recordings, but dataset is {config.dataset.name!r}; "
-                "name your own tar shards, or choose dataset=sample"
-            )
-        if sample:
-            print(
-                f"left out: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {config.dataset.name!r})"
-            )
-        return others
-    if sample and others:
-        raise ValueError(
-            f"{', '.join(named)} holds the synthetic sample and {len(others)} other tar shards (first: {others[0].path}); "
-            f"choose dataset=vpt for yours, or name {SAMPLE_FOLDER} alone"
-        )
-    return units
-
-
-def _digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:
-    """sha256 of each unit; files with the same content count once."""
-    digests: dict[str, Unit] = {}
-    lookup = DigestTable()
-    for unit in tqdm(units, desc="checking recordings", unit="file", delay=2):
-        digest = lookup.digest(unit.path)
-        if digest in digests:
-            print(f"left out: {unit.path} has the same content as {digests[digest].path}")
-        else:
-            digests[digest] = unit
-    # By digest, so that file names and their order change nothing.
-    return [(digests[digest], digest) for digest in sorted(digests)]
 
 
 def _is_whole(store: Path) -> bool:
@@ -226,16 +185,18 @@ def _ensure_actions(
     action_print: str,
 ) -> None:
     """Aggregate the unit's actions unless they are there; controls that were deleted are read from the recordings again."""
-    store = root.actions(action_print, digest)
+    store, tokens = root.actions(action_print, digest), root.tokens(token_print, digest)
     if _is_whole(store):
-        return
+        if is_current(store, tokens):
+            return
+        remove_folder(store)
     controls = root.controls(source_print, digest)
-    if not controls.is_file():
+    if not is_readable(controls):
         with ControlsWriter(controls) as writer:
             for recording in source.iter_episodes(unit):
                 if isinstance(recording, Episode):
                     writer.append(recording.key, recording.controls)
-    write_unit_actions(store, root.tokens(token_print, digest), controls, space)
+    write_unit_actions(store, tokens, controls, space)
 
 
 def _build_manifest(

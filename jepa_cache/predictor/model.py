@@ -2,8 +2,7 @@
 
 Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens; attention is
 block-causal over steps. Parameter names are those of the released checkpoint, which loads strictly.
-
-Letters of this file besides the project's: P predictor width, here always called `predictor_dim`; L = K + N tokens per step.
+Letters besides the project's: P predictor width, always called `predictor_dim`; L = K + N tokens per step.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,8 @@ import numpy as np
 from jepa_cache.sample.config import SampleConfig
 from jepa_cache.sample.player import play, write_script
 from jepa_cache.sample.recording import dim_for_gui, encode_video, write_lines
-from jepa_cache.sample.world import build_scenery, build_world, render
+from jepa_cache.sample.scenery import build_scenery
+from jepa_cache.sample.world import build_world, render
 
 _COLOURS = ("amber", "cobalt", "crimson", "ivory", "jade", "ochre", "teal", "violet")
 _ANIMALS = ("badger", "heron", "ibex", "lynx", "marten", "otter", "plover", "vole")

@@ -3,8 +3,7 @@
 The world is a grid of columns on flat ground that repeats every `MAP_BLOCKS` blocks. Coordinates are Minecraft's: x
 east, y up, z south, yaw 0 looks along +z and grows to the right, pitch is positive when looking down.
 Letters: R rays (azimuths) of one picture, L cells along a ray, P = 90 * 160 pixels.
-Colours are Y, U, V of BT.601 in its limited range, less its offsets: Y 0 to 219, U and V -112 to 112. That is what a
-video stores, and light and haze scale it as they scale RGB. They are kept as planes: one value of all pixels together.
+Colours are Y, U, V as in `scenery`.
 """
 
 import math
@@ -12,37 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa_cache.sample.scenery import FAR_HAZE, KINDS, NUM_GROUND_KINDS, TEXELS, Scenery, look_up_panorama
+
 HEIGHT_PIXELS, WIDTH_PIXELS = 90, 160
 MAP_BLOCKS = 64
 EYE_BLOCKS = 1.62
 BODY_BLOCKS = 0.8  # half width; Minecraft's is 0.3, but then walls fill the whole view too often
 REACH_BLOCKS = 21
 VERTICAL_FOV_DEG = 70.0
-TEXELS = 8  # per block side; at 90 rows one texel is one pixel about 8 blocks away
 
 _NUM_RAYS = 320
-_PANORAMA_ROWS, _PANORAMA_COLUMNS = 128, 1024
-_LOWEST_SINE = -0.06  # of the elevation in the panorama's last row
-_FAR_HAZE = 0.65  # share of haze in what lies at the end of the reach
-_HAZE = (196, 208, 218)  # RGB, as all colours written in this file
-
-# BT.601, limited range: what players assume of untagged standard-definition video. Rows Y, U, V.
-_RGB_TO_YUV = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
-
-# Mean colour of every block kind, RGB 0-255, and how its texels vary about it.
-_KINDS: tuple[tuple[str, tuple[int, int, int], str], ...] = (
-    ("grass", (104, 146, 72), "noise"),
-    ("sand", (206, 192, 140), "noise"),
-    ("gravel", (136, 130, 124), "noise"),
-    ("stone", (112, 112, 118), "noise"),
-    ("planks", (176, 136, 84), "planks"),
-    ("brick", (158, 82, 66), "bricks"),
-    ("log", (92, 70, 44), "bark"),
-    ("leaves", (48, 98, 42), "noise"),
-    ("snow", (234, 238, 242), "noise"),
-    ("lapis", (52, 82, 160), "bricks"),
-)
-_NUM_GROUND_KINDS = 3
 
 
 class World(NamedTuple):
@@ -51,16 +29,6 @@ class World(NamedTuple):
     heights: np.ndarray  # [MAP_BLOCKS, MAP_BLOCKS] float32, blocks above the ground, indexed [x, z]
     kinds: np.ndarray  # [MAP_BLOCKS, MAP_BLOCKS] int64, row of `Scenery.means`
     tints: np.ndarray  # [MAP_BLOCKS, MAP_BLOCKS] float32, -1 to 1, lightness of single columns
-
-
-class Scenery(NamedTuple):
-    """Textures, sky and hills, shared by all episodes of one data set so that what was learnt carries over."""
-
-    means: np.ndarray  # [3, kinds] float32, YUV
-    texels: np.ndarray  # [kinds * TEXELS * TEXELS] float32, Y about the mean
-    tint_levels: float  # Y that a tint of 1 adds
-    panorama: np.ndarray  # [3, rows * columns] float32, YUV, rows by falling sine of the elevation
-    haze: np.ndarray  # [3] float32, YUV
 
 
 def build_world(rng: np.random.Generator) -> World:
@@ -74,7 +42,7 @@ def build_world(rng: np.random.Generator) -> World:
         size = rng.integers(1, 4, 2) if rng.random() < 0.8 else rng.permutation([1, 5])
         cells = np.ix_(*((corner[i] + np.arange(size[i])) % MAP_BLOCKS for i in (0, 1)))
         heights[cells] = rng.integers(1, 5)
-        kinds[cells] = rng.integers(_NUM_GROUND_KINDS, len(_KINDS))
+        kinds[cells] = rng.integers(NUM_GROUND_KINDS, len(KINDS))
     middle = slice(MAP_BLOCKS // 2 - 2, MAP_BLOCKS // 2 + 3)
     heights[middle, middle] = 0
     kinds[middle, middle] = 0
@@ -89,14 +57,6 @@ def is_free(world: World, x_blocks: float, z_blocks: float) -> bool:
         for centre in (x_blocks, z_blocks)
     )
     return not world.heights[np.ix_(xs, zs)].any()
-
-
-def build_scenery(rng: np.random.Generator, contrast: float) -> Scenery:
-    """Draw the shared textures, sky and hills; `contrast` (0 to 1) scales the textures about their means."""
-    texels = np.stack([_pattern(rng, style) for _, _, style in _KINDS])
-    means = _to_yuv(np.array([colour for _, colour, _ in _KINDS]))
-    texels = (contrast * 60 * texels).astype(np.float32).ravel()
-    return Scenery(means, texels, contrast * 43, _to_yuv(_panorama(rng)), _to_yuv(np.array(_HAZE)))
 
 
 def render(
@@ -131,7 +91,7 @@ def render(
     colours = np.empty((3, HEIGHT_PIXELS * WIDTH_PIXELS), np.float32)
     behind = np.flatnonzero(hit == num_cells)
     turn = np.float32(np.radians(yaw_deg % 360))
-    colours[:, behind] = _look_up_panorama(scenery, sine.take(behind), azimuth.take(behind) + turn)
+    colours[:, behind] = look_up_panorama(scenery, sine.take(behind), azimuth.take(behind) + turn)
     seen = np.flatnonzero(hit < num_cells)
     slope, ray = slope.take(seen), ray.take(seen)
     place = ray * num_cells + hit.take(seen)
@@ -143,11 +103,6 @@ def render(
     hit_z = np.float32(z_blocks % MAP_BLOCKS) + distance * dir_z.take(ray)
     colours[:, seen] = _shade(world, scenery, cell, is_wall, slope, distance, hit_x, hit_z)
     return colours.reshape(3, HEIGHT_PIXELS, WIDTH_PIXELS)
-
-
-def _to_yuv(rgb: np.ndarray) -> np.ndarray:
-    """Convert colours [..., 3], RGB 0-255, to planes [3, ...] float32."""
-    return np.ascontiguousarray(np.moveaxis(rgb @ _RGB_TO_YUV.T, -1, 0), np.float32)
 
 
 def _pixel_rays(pitch_deg: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -243,59 +198,11 @@ def _shade(
     lightness = scenery.texels.take((kind * TEXELS + row) * TEXELS + column) * fade
     lightness += world.tints.take(cell) * (tint_fade * scenery.tint_levels)
     light = np.where(is_wall, np.where(faces_x, np.float32(0.62), np.float32(0.8)), np.float32(1))
-    haze = np.square(np.minimum(distance / REACH_BLOCKS, 1)) * np.float32(_FAR_HAZE)
+    haze = np.square(np.minimum(distance / REACH_BLOCKS, 1)) * np.float32(FAR_HAZE)
     light *= 1 - haze
     y, u, v = (mean.take(kind) for mean in scenery.means)
     y += lightness
     return np.stack([plane * light + haze * far for plane, far in zip((y, u, v), scenery.haze, strict=True)])
-
-
-def _look_up_panorama(scenery: Scenery, sine: np.ndarray, azimuth: np.ndarray) -> np.ndarray:
-    """Sky and hills behind the pixels, [3, pixels] float32."""
-    row = ((1 - sine) * ((_PANORAMA_ROWS - 1) / (1 - _LOWEST_SINE))).astype(np.int32)
-    column = np.floor(azimuth * np.float32(_PANORAMA_COLUMNS / (2 * np.pi))).astype(np.int32) % _PANORAMA_COLUMNS
-    place = np.minimum(row, _PANORAMA_ROWS - 1) * _PANORAMA_COLUMNS + column
-    return np.stack([plane.take(place) for plane in scenery.panorama])
-
-
-def _panorama(rng: np.random.Generator) -> np.ndarray:
-    """Draw sky, sun, clouds and two ridges of hills all around, [rows * columns, 3], RGB 0-255."""
-    haze = np.array(_HAZE)
-    sine = np.linspace(1, _LOWEST_SINE, _PANORAMA_ROWS)[:, None]
-    azimuth = np.linspace(0, 2 * np.pi, _PANORAMA_COLUMNS, endpoint=False)[None]
-    slope = sine / np.sqrt(np.maximum(1 - sine**2, 1e-6))
-    sky = haze + np.clip(sine, 0, 1)[..., None] ** 0.6 * (np.array([86, 138, 214]) - haze)
-    bands = sum(
-        np.sin(k * azimuth + rng.uniform(0, 6.28) + (3 + k) * sine) / k**0.5 * np.exp(-2 * np.abs(sine))
-        for k in (2, 3, 5)
-    )
-    cover = np.clip(bands - 0.35, 0, 0.8)[..., None]
-    image = sky + cover * (np.array([244, 246, 250]) - sky)
-    sun_azimuth, sun_sine = rng.uniform(0, 2 * np.pi), 0.55
-    away = (1 - np.cos(azimuth - sun_azimuth)) * (1 - sun_sine**2) + (sine - sun_sine) ** 2 / 2
-    image = np.where((away < 0.008)[..., None], np.array([255, 246, 206]), image)
-    for colour, base, size in (((134, 152, 168), 0.13, 0.05), ((88, 118, 92), 0.06, 0.03)):
-        ridge = base + size * sum(np.sin(k * azimuth + rng.uniform(0, 6.28)) / k**0.7 for k in (3, 5, 8, 13))
-        image = np.where((slope < np.maximum(ridge, 0.01))[..., None], np.array(colour), image)
-    ground = (1 - _FAR_HAZE) * np.array(_KINDS[0][1]) + _FAR_HAZE * haze
-    image = np.where((sine < 0)[..., None], ground, image)
-    return image.reshape(-1, 3)
-
-
-def _pattern(rng: np.random.Generator, style: str) -> np.ndarray:
-    """Texels of one kind about 0, [TEXELS, TEXELS], row 0 on top, within about -1 to 1."""
-    noise = rng.uniform(-1, 1, (TEXELS, TEXELS))
-    row, column = np.indices((TEXELS, TEXELS))
-    if style == "planks":
-        structure = np.where(row % 4 == 3, -0.9, 0.35)
-    elif style == "bricks":
-        structure = np.where((row % 4 == 3) | ((column + 2 * (row // 4)) % 4 == 3), 0.8, -0.4)
-    elif style == "bark":
-        structure = np.where(column % 3 == 0, -0.7, 0.4)
-    else:
-        return noise - noise.mean()
-    pattern = structure + 0.3 * noise
-    return pattern - pattern.mean()
 
 
 def _smooth_noise(rng: np.random.Generator, max_frequency: int) -> np.ndarray:

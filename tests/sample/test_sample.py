@@ -26,7 +26,8 @@ from jepa_cache.sample.build import build_sample
 from jepa_cache.sample.config import SampleConfig
 from jepa_cache.sample.episode import plan_quirks, record_episode
 from jepa_cache.sample.player import DEG_PER_COUNT, GUI_KEY, PlayerState, Tick, advance, write_script
-from jepa_cache.sample.world import MAP_BLOCKS, World, build_scenery, build_world, is_free, render
+from jepa_cache.sample.scenery import build_scenery
+from jepa_cache.sample.world import MAP_BLOCKS, World, build_world, is_free, render
 
 REAL_LOGS = Path(__file__).parents[3] / "shared" / "data" / "vpt"
 MOUSE_KEYS = ["x", "y", "dx", "dy", "scaledX", "scaledY", "dwheel", "buttons", "newButtons"]

@@ -1,0 +1,177 @@
+"""Claims: rooms import downwards only; the lower ones need no torch; dvc.yaml knows what each stage imports, and no more.
+
+Everything is read from the syntax tree, so an import inside a function counts too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "jepa_cache"
+
+# Highest first. Rooms on one floor do not know each other.
+FLOORS = (
+    {"stages", "cli"},
+    {"training"},
+    {"evaluation"},
+    {"encoding", "data"},
+    {"sources", "store", "predictor", "encoder", "sample"},
+    {"media", "episode"},
+    {"actions"},
+    {"config"},
+)
+# Where the code asks for it: stage scripts share cli/stage.py.
+SAME_FLOOR = {("stages", "cli")}
+WITHOUT_TORCH = ("sources", "store", "media", "sample", "episode", "actions", "config")
+STAGE_TWO = {"training", "predictor", "data", "evaluation"}
+STAGES = {
+    "sample": "sample",
+    "encode": "encode",
+    "fit_scaler": "fit_scaler",
+    "train": "train_predictor",
+    "evaluate": "evaluate",
+}
+
+
+def floor_of(room):
+    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def python_files():
+    return [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "stages").glob("*.py"))]
+
+
+def room_of(path):
+    if path.parent == ROOT / "stages":
+        return "stages"
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_modules(path):
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return modules
+
+
+def imported_rooms(path):
+    return {module.split(".")[1] for module in imported_modules(path) if module.startswith("jepa_cache.")}
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    room = room_of(path)
+    if room == "__init__":
+        assert not imported_rooms(path)
+        return
+    for other in imported_rooms(path) - {room}:
+        if other == "__init__":
+            continue
+        below = floor_of(other) > floor_of(room) or (room, other) in SAME_FLOOR
+        assert below, f"{path.relative_to(ROOT)} imports {other}, which is not below {room}"
+
+
+@pytest.mark.parametrize("room", WITHOUT_TORCH)
+def test_the_lower_rooms_import_no_torch(room):
+    files = (PACKAGE / room).rglob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
+    for path in files:
+        heavy = {module for module in imported_modules(path) if module.split(".")[0] in ("torch", "accelerate", "peft")}
+        assert not heavy, f"{path} imports {heavy}"
+
+
+def reachable_files(start):
+    """Files of the package that a script imports, directly or through others."""
+    found, todo = set(), [start]
+    while todo:
+        path = todo.pop()
+        for module in imported_modules(path):
+            if not module.startswith("jepa_cache"):
+                continue
+            base = ROOT / Path(*module.split("."))
+            for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+                if candidate.is_file() and candidate not in found:
+                    found.add(candidate)
+                    todo.append(candidate)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_deps_of_a_stage_cover_what_its_script_imports(pipeline, stage):
+    deps = [ROOT / dep for dep in pipeline["stages"][stage]["deps"]]
+    script = ROOT / "stages" / f"{STAGES[stage]}.py"
+    assert script in deps
+    # Sources are found by name at run time: the whole room counts where any of it does.
+    for path in reachable_files(script):
+        if path in (PACKAGE / "__init__.py", PACKAGE / "cli" / "__init__.py"):
+            continue
+        covered = any(dep == path or dep in path.parents for dep in deps)
+        assert covered, f"stage {stage} imports {path.relative_to(ROOT)}, which is not among its deps"
+
+
+def test_every_dep_in_the_package_is_needed_by_its_stage(pipeline):
+    for stage, script in STAGES.items():
+        reachable = reachable_files(ROOT / "stages" / f"{script}.py")
+        for dep in pipeline["stages"][stage]["deps"]:
+            if dep.startswith("jepa_cache"):
+                path = ROOT / dep
+                assert any(file == path or path in file.parents for file in reachable), (
+                    f"stage {stage} never imports {dep}"
+                )
+
+
+def test_encode_depends_on_nothing_of_stage_two(pipeline):
+    encode = pipeline["stages"]["encode"]
+    rooms = {Path(dep).parts[1].removesuffix(".py") for dep in encode["deps"] if dep.startswith("jepa_cache")}
+    assert not rooms & STAGE_TWO
+    sections = {key for key in encode["params"] if isinstance(key, str)}
+    assert sections == {"dataset", "encoder", "cache", "encode"}
+    reached = {room_of(path) for path in reachable_files(ROOT / "stages/encode.py")}
+    assert not reached & STAGE_TWO
+
+
+def test_package_folders_hold_a_docstring_and_no_reexports():
+    for path in PACKAGE.rglob("__init__.py"):
+        body = ast.parse(path.read_text()).body
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+        if path.parent.name != "sources":
+            assert len(body) == 1, f"{path} holds more than a docstring"
+
+
+def test_files_are_at_most_300_lines_long():
+    long = {
+        str(path.relative_to(ROOT)): n for path in python_files() if (n := len(path.read_text().splitlines())) > 300
+    }
+    assert not long, long
+
+
+def test_every_public_function_and_class_has_a_docstring_beyond_its_name():
+    for path in python_files():
+        for node in public_definitions(ast.parse(path.read_text())):
+            assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name} has no docstring"
+
+
+def public_definitions(tree):
+    """Functions and classes of a module, and the methods of public classes."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node)
+
+
+def test_stage_scripts_are_thin():
+    for path in (ROOT / "stages").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path

@@ -1,0 +1,140 @@
+"""Claims: the commands of the README work as typed, in any DVC workspace, and only `encode` ever runs the encoder.
+
+The true stage scripts run as processes in a checkout of their own with a smaller sample. One checkout serves all tests
+of this file, in their order, as a user's does.
+"""
+
+import csv
+import json
+import time
+
+import pytest
+
+from tests.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    checkout = Workspace(tmp_path_factory.mktemp("pipeline"))
+    checkout.first_output = checkout.run("dvc", "repro")
+    checkout.run("git", "add", "-A")
+    checkout.run("git", "commit", "-qm", "results")
+    return checkout
+
+
+def metrics_of(workspace):
+    return json.loads((workspace.root / "outputs/evaluate/metrics.json").read_text())
+
+
+def test_dvc_repro_goes_from_nothing_to_figures_and_pictures(workspace):
+    metrics = metrics_of(workspace)
+    assert metrics["encoder_trained"] is False
+    for name in ("teacher_forcing_l1", "rollout_l1", "copy_last_l1", "shuffled_actions_l1", "zero_actions_l1"):
+        low, high = metrics["val_ci"][name]
+        assert low <= metrics["val"][name] <= high
+    pictures = workspace.root / "outputs/evaluate/pictures"
+    assert all((pictures / name).read_bytes()[:4] == b"\x89PNG" for name in ("horizon.png", "strip1.png", "strip2.png"))
+    assert "random weights" in workspace.first_output
+
+
+def test_a_second_repro_does_nothing_but_the_check(workspace):
+    weights = workspace.root / "outputs/train/run/predictor.safetensors"
+    before, stores = weights.stat().st_mtime_ns, workspace.stores()
+    output = workspace.run("dvc", "repro")
+    assert "nothing to encode" in output
+    for stage in ("sample", "fit_scaler", "train", "evaluate"):
+        assert f"Stage '{stage}' didn't change, skipping" in output
+    assert (weights.stat().st_mtime_ns, workspace.stores()) == (before, stores)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["train.lr=1e-3"], ["scaler.states=none", "split.seed=1", "evaluate.horizon=3"]],
+    ids=["training", "scaler, split and evaluation"],
+)
+@pytest.mark.parametrize("where", [[], ["--temp"]], ids=["workspace", "temp"])
+def test_no_experiment_on_stage_two_runs_the_encoder(workspace, changes, where):
+    stores = workspace.stores()
+    settings = [argument for change in changes for argument in ("-S", change)]
+    output = workspace.run("dvc", "exp", "run", *where, *settings)
+    assert "nothing to encode" in output
+    assert workspace.stores() == stores
+    if not where:
+        workspace.run("git", "checkout", "-q", "--", ".")
+        workspace.run("dvc", "checkout", "-q")
+
+
+def test_a_queued_grid_runs_without_the_encoder(workspace):
+    stores = workspace.stores()
+    workspace.run("dvc", "exp", "run", "--queue", "-S", "train.lr=2e-3,3e-3", "-S", "train.seed=1")
+    workspace.run("dvc", "queue", "start", "-j", "1")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        status = workspace.run("dvc", "queue", "status")
+        if "Queued" not in status and "Running" not in status:
+            break
+        time.sleep(1)
+    assert status.count("Success") == 2, status
+    assert workspace.stores() == stores
+    shown = list(csv.DictReader(workspace.run("dvc", "exp", "show", "--csv").splitlines()))
+    losses = {row["val.teacher_forcing_l1"] for row in shown if row["train.lr"] in ("0.002", "0.003")}
+    assert len(losses) == 2, "the members of the grid must differ"
+
+
+def test_a_temporary_experiment_runs_its_own_copy_of_the_package(workspace):
+    workspace.edit("jepa_cache/evaluation/report.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
+    assert "HELD-OUT EPISODES; L1" in workspace.run("dvc", "exp", "run", "--temp")
+    workspace.run("git", "checkout", "-q", "--", ".")
+
+
+def test_another_action_space_runs_no_encoder_but_trains_anew(workspace):
+    stores = workspace.stores()
+    output = workspace.run("dvc", "exp", "run", "--temp", "-S", "encode.action_space=vpt36")
+    assert "nothing to encode" in output and "Running stage 'train'" in output
+    assert workspace.stores() == stores
+
+
+def test_metrics_and_plots_can_be_shown(workspace):
+    assert "teacher_forcing_l1" in workspace.run("dvc", "metrics", "show")
+    workspace.run("dvc", "plots", "show")
+    page = (workspace.root / "dvc_plots/index.html").read_text()
+    assert "training loss" in page and "horizon.png" in page
+
+
+def test_the_stage_scripts_run_without_dvc_and_say_what_is_next(workspace):
+    assert "next: python stages/fit_scaler.py" in workspace.python("stages/encode.py", "shards")
+    assert "next: python stages/train_predictor.py" in workspace.python("stages/fit_scaler.py")
+    output = workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
+    assert "trained 4 of 4 train steps" in output and "next: python stages/evaluate.py" in output
+    assert "is complete" in workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
+    assert "trained 4 of 4" in workspace.python(
+        "stages/train_predictor.py", "train.num_steps=4", "train.seed=5", "--fresh"
+    )
+
+
+@pytest.mark.parametrize("stage", ["sample", "encode", "fit_scaler", "train_predictor", "evaluate"])
+def test_every_stage_explains_itself(workspace, stage):
+    assert "python stages/" in workspace.python(f"stages/{stage}.py", "--help")
+
+
+def test_a_typo_in_params_stops_every_stage_with_the_nearest_name(workspace):
+    workspace.edit("params.yaml", "  horizon: 4", "  horizn: 4")
+    output = workspace.python("stages/encode.py", fails=True)
+    assert "unknown key 'horizn'; did you mean 'horizon'" in output and "Traceback" not in output
+    workspace.run("git", "checkout", "-q", "--", "params.yaml")
+
+
+def test_wrong_paths_are_named(workspace):
+    output = workspace.python("stages/encode.py", "no/such/folder", fails=True)
+    assert "no/such/folder" in output and "Traceback" not in output
+
+
+def test_synthetic_and_other_recordings_are_never_mixed(workspace):
+    (workspace.root / "shards/mine.tar").write_bytes(
+        (workspace.root / "shards/sample/sample-000000.tar").read_bytes() + b"\0" * 512
+    )
+    output = workspace.python("stages/encode.py", "shards", fails=True)
+    assert "synthetic sample and 1 other" in output
+    output = workspace.python("stages/encode.py", "shards", "dataset=vpt")
+    assert "left out: 2 synthetic tar shards" in output
+    (workspace.root / "shards/mine.tar").unlink()
