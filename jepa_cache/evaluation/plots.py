@@ -97,6 +97,7 @@ def draw_strip(strip: Strip, path: Path) -> None:
             picture = _cell(strip, name, step, context)
             if picture is None:
                 axes.set_facecolor("#eeeeee")
+                axes.set_box_aspect(strip.true.shape[1] / strip.true.shape[2])  # as the cells that hold a picture
                 if name == "recorded frame":
                     axes.text(
                         0.5, 0.5, "recording\nnot here", ha="center", va="center", fontsize=7, transform=axes.transAxes

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
@@ -19,6 +22,7 @@ from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot, atomic_file
 
 NUM_STRIPS = 2
+NUM_DIGITS = 3  # of figures in words
 
 
 def evaluate_run(
@@ -27,28 +31,35 @@ def evaluate_run(
     """Measure trained weights on the held-out episodes and write metrics.json, horizon.csv and pictures.
 
     Args:
-        config: Its `evaluate` and `split` sections count.
+        config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
         dataset: The cached features.
         weights: predictor.safetensors of a training run; brings its own scaler.
         out: Folder for the results.
         root: Cache root, for the step tables.
 
     Raises:
-        ValueError: When the weights were trained on other features or actions, or too few episodes are held out.
+        ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     predictor, card = load_predictor(weights)
-    predictor.eval()
     manifest = dataset.manifest
-    for name, then, now in (
-        ("tokens recipe", card["tokens_fingerprint"], manifest.fingerprint),
-        ("action space", card["action_space"], dataset.space.name),
+    for name, then, now, way_out in (
+        ("tokens recipe", card["tokens_fingerprint"], manifest.fingerprint, "encode as then"),
+        ("action space", card["action_space"], dataset.space.name, "encode as then"),
+        (
+            "split",
+            card["description"]["split"],
+            asdict(config.split),
+            "set split.* as then: it decides what was held out",
+        ),
     ):
         if then != now:
             raise ValueError(
-                f"{weights} was trained with {name} {then}, but the manifest has {now}; train again, or encode as then"
+                f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
             )
+    device = "cuda" if config.train.device == "auto" and torch.cuda.is_available() else "cpu"
+    predictor = predictor.to(device).eval()
     scaler, normalize_reps = scaler_from_json(card["scaler"]), card["normalize_reps"]
     errors = measure_windows(
         predictor, config, dataset, scaler, window_steps=card["window_steps"], normalize_reps=normalize_reps
@@ -103,9 +114,11 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         ("zero_actions", "zero actions"),
     ):
         for key, where in ((f"gap_{name}", "one step"), (f"gap_{name}_step{horizon}", f"open-loop step {horizon}")):
-            low, high = interval[key]
+            low, high = (round(end, NUM_DIGITS) for end in interval[key])  # a gap below the last digit shown is none
             verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
-            lines.append(f"  {where}: {verdict} {words}, gap {val[key]:.3f} [{low:.3f}, {high:.3f}]")
+            lines.append(
+                f"  {where}: {verdict} {words}, gap {val[key]:.{NUM_DIGITS}f} [{low:.{NUM_DIGITS}f}, {high:.{NUM_DIGITS}f}]"
+            )
     if not metrics["encoder_trained"]:
         lines.append(
             "  the encoder has random weights: these figures show that the path works, nothing about the world"

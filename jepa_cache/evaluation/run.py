@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.machine import default_num_threads
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import Config, EvaluateConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
@@ -70,14 +70,14 @@ def measure_windows(
         config: Its `evaluate` and `split` sections count.
         dataset: The cached features.
         scaler: The one the predictor was trained with.
-        window_steps: T of its training windows; teacher forcing is measured over as many.
+        window_steps: T of its training windows; teacher forcing is measured over as many, from the start of each window.
         normalize_reps: Whether it was trained on layer-normed tokens.
 
     Raises:
         ValueError: When fewer than two episodes with a long enough segment are held out.
     """
     torch.set_num_threads(default_num_threads())
-    settings = config.evaluate
+    settings, device = config.evaluate, next(predictor.parameters()).device
     num_steps = max(window_steps, settings.num_context_steps + settings.horizon)
     index = WindowIndex(dataset.segments_of(VAL, config.split), num_steps)
     numbers = spread_windows(index, settings.windows_per_episode)
@@ -85,7 +85,7 @@ def measure_windows(
     donors = choose_donors(episodes, seed=settings.seed)
     mean = training_mean(
         dataset, dataset.segments_of(TRAIN, config.split), scaler, num_steps=num_steps, normalize_reps=normalize_reps
-    )
+    ).to(device)
     loader = WindowLoader(dataset, index, scaler)
     parts: dict[str, list[np.ndarray]] = {}
     starts = range(0, len(numbers), settings.batch_size)
@@ -98,9 +98,13 @@ def measure_windows(
             SHUFFLED: loader.read(given).actions,
             ZERO: _zero_actions(dataset, scaler, index, batch),
         }
-        errors = _batch_errors(predictor, batch, actions, mean, config.evaluate, normalize_reps)
+        h = as_reps(batch.tokens.to(device), normalize_reps)
+        on_device = {name: given.to(device) for name, given in actions.items()}
+        errors = _batch_errors(
+            predictor, h, on_device, batch.states.to(device), mean, settings, window_steps, normalize_reps
+        )
         for name, values in errors.items():
-            parts.setdefault(name, []).append(values.numpy())
+            parts.setdefault(name, []).append(values.cpu().numpy())
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     return WindowErrors(
         episodes=episodes,
@@ -114,28 +118,31 @@ def measure_windows(
 
 def _batch_errors(
     predictor: ACPredictor,
-    batch: Batch,
+    h: Tensor,
     actions: Mapping[str, Tensor],
+    states: Tensor,
     mean: Tensor,
-    settings: Any,
+    settings: EvaluateConfig,
+    window_steps: int,
     normalize_reps: bool,
 ) -> dict[str, Tensor]:
-    h = as_reps(batch.tokens, normalize_reps)
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
-    target, future = h[:, 1:], h[:, context:stop]
+    target, future = h[:, 1:window_steps], h[:, context:stop]
     errors = {
-        f"one_step/{COPY_LAST}": l1_error(h[:, :-1], target).mean(dim=1),
+        f"one_step/{COPY_LAST}": l1_error(h[:, : window_steps - 1], target).mean(dim=1),
         f"one_step/{MEAN}": l1_error(mean.expand_as(target), target).mean(dim=1),
         f"horizon/{COPY_LAST}": l1_error(h[:, context - 1 : context].expand_as(future), future),
         f"horizon/{MEAN}": l1_error(mean.expand_as(future), future),
     }
     for name, given in actions.items():
-        one_step = teacher_forcing(predictor, h, given, batch.states, normalize_reps=normalize_reps)
+        one_step = teacher_forcing(
+            predictor, h[:, :window_steps], given[:, : window_steps - 1], states, normalize_reps=normalize_reps
+        )
         rolled = open_loop(
             predictor,
             h[:, :context],
             given[:, : stop - 1],
-            batch.states[:, : stop - 1],
+            states[:, : stop - 1],
             settings.horizon,
             normalize_reps=normalize_reps,
         )

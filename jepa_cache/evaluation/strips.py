@@ -39,15 +39,16 @@ def build_strip(
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
     number = errors.numbers[position]
     batch = WindowLoader(dataset, errors.index, scaler).read([number])
+    device = next(predictor.parameters()).device
     h = as_reps(batch.tokens, normalize_reps)
     predicted = open_loop(
         predictor,
-        h[:, :context],
-        batch.actions[:, : stop - 1],
-        batch.states[:, : stop - 1],
+        h[:, :context].to(device),
+        batch.actions[:, : stop - 1].to(device),
+        batch.states[:, : stop - 1].to(device),
         settings.horizon,
         normalize_reps=normalize_reps,
-    )[0]
+    )[0].cpu()
     true = h[0, :stop]
     true_colours, predicted_colours = token_colours(true.numpy(), predicted.numpy(), manifest.grid)
     window = errors.index[number]

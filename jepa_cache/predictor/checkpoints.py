@@ -39,7 +39,8 @@ def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object])
     state = {clean_name(name): tensor.detach().contiguous() for name, tensor in predictor.state_dict().items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(state, partial, metadata={"format": "pt", "card": json.dumps(card, sort_keys=True)})
+        # One key only: the library writes several in random order, and equal runs would differ in their bytes.
+        save_file(state, partial, metadata={"card": json.dumps(card, sort_keys=True)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

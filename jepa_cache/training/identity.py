@@ -15,7 +15,10 @@ from jepa_cache.predictor.checkpoints import OFFICIAL_SUFFIXES
 from jepa_cache.store.digests import state_folder
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import file_digest, fingerprint
+from jepa_cache.training.checkpoint import LATEST, WEIGHTS_FILE
 
+# What another machine may set otherwise without moving a number: a run goes on under other values.
+COSMETIC = ("checkpoint_every", "init", "num_loader_threads")  # init: its content counts, not its name
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
 CODE = ("actions.py", "data", "predictor", "store", "training")
 
@@ -36,7 +39,7 @@ def describe_run(config: Config, manifest: Manifest, scaler: Scaler, init: Path 
         "predictor": asdict(config.predictor),
         "scaler": scaler.to_json(),
         "split": asdict(config.split),
-        "train": asdict(config.train),
+        "train": {name: value for name, value in asdict(config.train).items() if name not in COSMETIC},
     }
 
 
@@ -56,8 +59,8 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
         return None
     path = (base / Path(reference).expanduser()).resolve()
     run = run_folder({}).parent / reference
-    candidates = [path, path / "predictor.safetensors", path / "run" / "predictor.safetensors"]
-    candidates.append(run / "checkpoints" / "latest" / "predictor.safetensors")
+    candidates = [path, path / WEIGHTS_FILE, path / "run" / WEIGHTS_FILE]
+    candidates += [folder / "checkpoints" / LATEST / WEIGHTS_FILE for folder in (path, run)]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".safetensors", *OFFICIAL_SUFFIXES):
             return candidate

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from jepa_cache.store.root import atomic_file
+
 COLUMNS = (
     "step",
     "epoch",
@@ -43,18 +45,21 @@ class Recorder:
         self.path = csv_path
         rows = [row for row in read_rows(csv_path) if int(row["step"]) <= resumed_step]
         self._live = Live(str(live_folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
-        with csv_path.open("w", newline="") as file:
+        with atomic_file(csv_path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
         for row in rows:
             self._mirror({name: float(value) for name, value in row.items() if value != ""})
+        if rows:
+            self._live.make_summary()
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one row; columns that are absent stay empty."""
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         self._mirror(row)
+        self._live.make_summary()
 
     def close(self) -> None:
         """Let DVCLive write its summary."""
@@ -65,7 +70,6 @@ class Recorder:
         for name, value in row.items():
             if name != "step":
                 self._live.log_metric(name, float(value))
-        self._live.make_summary()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -73,4 +77,4 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))

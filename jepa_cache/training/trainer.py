@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, TrainConfig
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch, WindowLoader
+from jepa_cache.data.loader import Batch
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.splits import TRAIN, VAL
-from jepa_cache.data.windows import WindowIndex, WindowSampler, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor_weights, save_predictor
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from jepa_cache.training.checkpoint import Checkpoint, forget_checkpoints, load_latest, save_checkpoint
+from jepa_cache.training.feed import Feed, Meter
 from jepa_cache.training.identity import describe_run, resolve_init, run_folder
 from jepa_cache.training.losses import Losses, world_model_loss
 from jepa_cache.training.optimizer import build_optimizer, set_rates
 from jepa_cache.training.recorder import Recorder
 from jepa_cache.training.schedule import cosine_weight_decay, warmup_cosine, warmup_stable_decay
-
-VALIDATION_WINDOWS_PER_EPISODE = 4
 
 
 class TrainResult(NamedTuple):
@@ -62,6 +59,7 @@ def train(
     description = describe_run(config, dataset.manifest, scaler, init)
     run = run_folder(description)
     if fresh and run.exists():
+        forget_checkpoints(run / "checkpoints")
         shutil.rmtree(run)
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
 
@@ -86,22 +84,24 @@ def train(
         optimizer.load_state_dict(checkpoint.optimizer)
         torch.set_rng_state(checkpoint.random_state)
 
-    feed = _Feed(config, dataset, scaler, accelerator)
+    feed = Feed(config, dataset, scaler, accelerator)
     recorder = Recorder(run / "train.csv", output.parent / "live", resumed_step=first_step)
     _announce(run, first_step, settings, feed, predictor)
     bar = tqdm(total=settings.num_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-    meter = _Meter(feed.loader, settings)
+    meter = Meter(feed.loader, settings, first_step)
     micro_batches = feed.batches(first_step)
-    for step in range(first_step, settings.num_steps):
-        set_rates(optimizer, *rates_at(step + 1, settings))
-        losses, grad_norm = train_step(accelerator, model, optimizer, micro_batches, settings)
-        _check_finite(losses, step, run)
+    for done in range(first_step + 1, settings.num_steps + 1):
+        set_rates(optimizer, *rates_at(done, settings))
+        report = train_step(accelerator, model, optimizer, micro_batches, settings)
+        _check_finite(report, done, run)
         bar.update()
-        done = step + 1
         last = done == settings.num_steps
-        if done % settings.log_every == 0 or last:
-            row = meter.row(done, feed.sampler.epoch(done * settings.grad_accumulation), losses, grad_norm, optimizer)
-            if settings.validate_every and (done % settings.validate_every == 0 or last) and feed.validation:
+        validating = bool(feed.validation and settings.validate_every) and (done % settings.validate_every == 0 or last)
+        if done % settings.log_every == 0 or validating or last:
+            row = meter.row(done, feed.sampler.epoch(done * settings.grad_accumulation))
+            row |= {name: float(value) for name, value in report._asdict().items()}
+            row["lr"] = optimizer.param_groups[0]["lr"]
+            if validating:
                 row |= validate(model, feed, settings)
             recorder.log(row)
             bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
@@ -114,22 +114,31 @@ def train(
     return TrainResult(weights, run, settings.num_steps - first_step, settings.num_steps)
 
 
+class StepReport(NamedTuple):
+    """What one train step says of itself: float32 scalars, left on the device until somebody reads them."""
+
+    total: Tensor  # means over the micro-batches
+    jloss: Tensor
+    sloss: Tensor
+    grad_norm: Tensor  # of all gradients together, before clipping
+
+
 def train_step(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, batches: Iterator[Batch], settings: TrainConfig
-) -> tuple[Losses, float]:
-    """One optimiser update from `grad_accumulation` batches; returns the last batch's losses and the gradient norm."""
-    grad_norm = float("nan")
+) -> StepReport:
+    """One optimiser update from the next `grad_accumulation` batches."""
+    parts = []
     for _ in range(settings.grad_accumulation):
-        batch = next(batches)
         with accelerator.accumulate(model):
-            losses = window_losses(model, batch, settings)
+            losses = window_losses(model, next(batches), settings)
             accelerator.backward(losses.total)
+            parts.append(torch.stack([losses.total, losses.jloss, losses.sloss]).detach())
             if accelerator.sync_gradients:
                 limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
-                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
             optimizer.zero_grad()
-    return losses, grad_norm
+    return StepReport(*torch.stack(parts).mean(dim=0), grad_norm)
 
 
 def window_losses(model: torch.nn.Module, batch: Batch, settings: TrainConfig) -> Losses:
@@ -147,7 +156,7 @@ def window_losses(model: torch.nn.Module, batch: Batch, settings: TrainConfig) -
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, feed: _Feed, settings: TrainConfig) -> dict[str, float]:
+def validate(model: torch.nn.Module, feed: Feed, settings: TrainConfig) -> dict[str, float]:
     """Mean losses over a few windows of every held-out episode."""
     model.eval()
     jloss = sloss = 0.0
@@ -195,95 +204,25 @@ def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any
     }
 
 
-class _Feed:
-    """Batches on the device: training ones in the sampler's order, validation ones from every held-out episode."""
-
-    def __init__(self, config: Config, dataset: CachedDataset, scaler: Scaler, accelerator: Accelerator) -> None:
-        self._settings, self._device = config.train, accelerator.device
-        pin = accelerator.device.type == "cuda"
-        index = WindowIndex(dataset.segments_of(TRAIN, config.split), self._settings.window_steps)
-        self.num_windows = len(index)
-        self.loader = WindowLoader(
-            dataset, index, scaler, num_threads=self._settings.num_loader_threads, pin_memory=pin
-        )
-        self.sampler = WindowSampler(
-            len(index),
-            self._settings.batch_size,
-            seed=self._settings.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        self.validation: list[int] = []
-        held_out = dataset.segments_of(VAL, config.split)
-        if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
-            val_index = WindowIndex(held_out, self._settings.window_steps)
-            self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
-            self._val_loader = WindowLoader(dataset, val_index, scaler)
-
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Training batches from train step `first_step` on, without end."""
-        steps = range(
-            first_step * self._settings.grad_accumulation, self._settings.num_steps * self._settings.grad_accumulation
-        )
-        for batch in self.loader.iterate(self.sampler.numbers(step) for step in steps):
-            yield self._to_device(batch)
-
-    def validation_batches(self) -> Iterator[Batch]:
-        """Each validation window once."""
-        size = self._settings.batch_size
-        chunks = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
-        for batch in self._val_loader.iterate(chunks):
-            yield self._to_device(batch)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return batch._replace(
-            tokens=batch.tokens.to(self._device),
-            actions=batch.actions.to(self._device),
-            states=batch.states.to(self._device),
-        )
-
-
-class _Meter:
-    """Rates since the last row: samples per second and the share of time spent waiting for the loader."""
-
-    def __init__(self, loader: WindowLoader, settings: TrainConfig) -> None:
-        self._loader, self._settings = loader, settings
-        self._time, self._wait, self._step = time.perf_counter(), loader.wait_s, None
-
-    def row(self, step: int, epoch: float, losses: Losses, grad_norm: float, optimizer: Any) -> dict[str, float]:
-        now, wait = time.perf_counter(), self._loader.wait_s
-        elapsed = now - self._time
-        num_steps = step - self._step if self._step is not None else self._settings.log_every
-        samples = num_steps * self._settings.batch_size * self._settings.grad_accumulation
-        row = {
-            "step": step,
-            "epoch": epoch,
-            "total": float(losses.total),
-            "jloss": float(losses.jloss),
-            "sloss": float(losses.sloss),
-            "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm,
-            "samples_per_s": samples / elapsed,
-            "loader_wait_share": (wait - self._wait) / elapsed,
-        }
-        self._time, self._wait, self._step = now, wait, step
-        return row
-
-
 def _snapshot(step: int, predictor: ACPredictor, optimizer: Any) -> Checkpoint:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in predictor.state_dict().items()}
     return Checkpoint(step, weights, optimizer.state_dict(), torch.get_rng_state())
 
 
-def _check_finite(losses: Losses, step: int, run: Path) -> None:
-    if not torch.isfinite(losses.total):
+def _check_finite(report: StepReport, step: int, run: Path) -> None:
+    """Stop before anything of a train step is kept whose loss or gradient is not finite: its update spoiled the weights.
+
+    On a GPU this waits for the train step to end, once. Nothing is lost by that: the copy of the next batch out of a buffer
+    that is filled again would wait as well.
+    """
+    if not torch.isfinite(report.total + report.grad_norm):
         raise ValueError(
-            f"the loss is {float(losses.total)} at train step {step}; nothing was overwritten, the last checkpoint is in "
-            f"{run / 'checkpoints'}. Lower train.lr, or set train.clip_norm"
+            f"at train step {step} the loss is {float(report.total)} and the norm of its gradient {float(report.grad_norm)}; "
+            f"nothing was overwritten, the last checkpoint is in {run / 'checkpoints'}. Lower train.lr, or set train.clip_norm"
         )
 
 
-def _announce(run: Path, first_step: int, settings: TrainConfig, feed: _Feed, predictor: ACPredictor) -> None:
+def _announce(run: Path, first_step: int, settings: TrainConfig, feed: Feed, predictor: ACPredictor) -> None:
     trainable = sum(parameter.numel() for parameter in predictor.parameters() if parameter.requires_grad)
     print(
         f"predictor with {trainable:,} trainable weights, {feed.num_windows} training windows of {settings.window_steps} steps"

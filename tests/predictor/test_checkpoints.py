@@ -111,3 +111,16 @@ def test_code_in_a_weight_file_is_never_run(tmp_path: Path):
         load_predictor_weights(build(0), tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     assert pickle.dumps(Payload(tmp_path / "ran"))  # the payload itself is sound
+
+
+def test_equal_weights_and_cards_give_equal_bytes(tmp_path):
+    # DVC compares files by their bytes: a file that differs from run to run would evaluate again for nothing.
+    contents = set()
+    for attempt in range(8):
+        torch.manual_seed(0)
+        predictor = ACPredictor(
+            embed_dim=8, predictor_dim=24, depth=1, num_heads=2, action_dim=3, state_dim=2, grid=(2, 2)
+        )
+        save_predictor(predictor, tmp_path / f"{attempt}.safetensors", {"b": 1, "a": [2]})
+        contents.add((tmp_path / f"{attempt}.safetensors").read_bytes())
+    assert len(contents) == 1

@@ -1,0 +1,189 @@
+"""Maker of a tiny cached data set, written with the store's own writers: no video, no encoder, and actions that move the tokens.
+
+Each episode turns its view at random; the tokens of a step are waves of its yaw. So a predictor that sees the actions can know
+the next step, and one that does not can only copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jepa_cache.actions import VPT_BUTTONS, get_action_space
+from jepa_cache.config.loading import REPOSITORY_ROOT, load_config
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
+from jepa_cache.store import layout
+from jepa_cache.store.controls import write_actions
+from jepa_cache.store.manifest import Manifest, ManifestEntry, write_manifest
+from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.verify import read_store_file
+from jepa_cache.store.writer import TokenWriter, table
+
+GRID, WIDTH = (2, 2), 8
+TICKS_PER_STEP = 4
+
+# Small and quick; five of the eight episodes train, three are held out.
+OVERRIDES = (
+    *(
+        "split.val_share=0.3",
+        "split.seed=2",
+        "train.num_steps=12",
+        "train.window_steps=5",
+        "train.batch_size=4",
+        "train.num_warmup=2",
+    ),
+    *("train.num_anneal=4", "train.lr=0.003", "train.start_lr=0.001", "train.log_every=2", "train.validate_every=6"),
+    *("train.checkpoint_every=4", "train.device=cpu", "train.num_threads=1", "evaluate.num_context_steps=2"),
+    *("evaluate.horizon=4", "evaluate.windows_per_episode=5", "evaluate.num_bootstrap=200", "evaluate.batch_size=4"),
+)
+
+
+class Cache(NamedTuple):
+    """A workspace: outputs/encode/manifest.json and outputs/scaler/scaler.json under `folder`, the stores under `root`."""
+
+    folder: Path
+    root: CacheRoot
+    config: Config
+    dataset: CachedDataset
+    scaler: Scaler
+
+
+def make_config(*overrides: str) -> Config:
+    """The repository's settings, made small, with a predictor of two thousand weights."""
+    config = load_config(REPOSITORY_ROOT, [*OVERRIDES, *overrides])
+    small = replace(config.predictor, predictor_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
+    return replace(config, predictor=small)
+
+
+def make_cache(
+    folder: Path,
+    *overrides: str,
+    seed: int = 0,
+    num_steps: int = 30,
+    encoder_trained: bool = False,
+    units: Mapping[str, Sequence[str]] | None = None,
+) -> Cache:
+    """Write and open a cached data set.
+
+    Args:
+        folder: Of the workspace; the stores lie in `folder/cache`.
+        overrides: `key=value` settings on top of `OVERRIDES`.
+        seed: Of the movements; another seed is another recipe.
+        num_steps: Of every episode.
+        encoder_trained: What the manifest claims.
+        units: sha256 of each unit to the keys of its episodes; default two units of four.
+    """
+    config, root = make_config(*overrides), CacheRoot(folder / "cache")
+    space = get_action_space(config.encode.action_space)
+    if units is None:
+        keys = [f"episode-{number}" for number in range(8)]
+        units = {
+            hashlib.sha256(name.encode()).hexdigest(): keys[part]
+            for name, part in (("a", slice(4)), ("b", slice(4, 8)))
+        }
+    sampling = {"fps": config.encode.fps, "mode": config.encode.mode}
+    recipe: dict[str, Any] = {"made by": "tests/caches.py", "seed": seed, "sampling": sampling}
+    action_recipe = {"action_space": space.name, "sampling": sampling}
+    rng, entries = np.random.default_rng(seed), []
+    for digest, episodes in sorted(units.items()):
+        tokens, actions, states = [], [], []
+        for _ in episodes:
+            controls = make_controls(num_steps, rng)
+            result = space.aggregate(controls, np.arange(num_steps) * TICKS_PER_STEP)
+            tokens.append(make_tokens(result.states[:, 0]))
+            actions.append(np.vstack([result.actions, np.full(result.actions.shape[1], np.nan)]))
+            states.append(result.states)
+        entries.append(_write_unit(root, recipe, action_recipe, digest, episodes, tokens, actions, states))
+    manifest = Manifest(
+        dataset=config.dataset.name,
+        fingerprint=fingerprint(recipe),
+        recipe=recipe,
+        action_fingerprint=fingerprint(action_recipe),
+        action_recipe=action_recipe,
+        source_fingerprint="0" * 32,
+        num_tokens=GRID[0] * GRID[1],
+        width=WIDTH,
+        grid=GRID,
+        mode=config.encode.mode,
+        encoder=config.encoder.name,
+        encoder_trained=encoder_trained,
+        comparable=True,
+        skipped=(),
+        notes=(),
+        entries=tuple(entries),
+    )
+    write_manifest(manifest, [folder / "outputs/encode/manifest.json"])
+    dataset = CachedDataset(manifest, root)
+    scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
+    write_scaler(scaler, folder / "outputs/scaler/scaler.json")
+    return Cache(folder, root, config, dataset, scaler)
+
+
+def make_controls(num_steps: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Native-rate controls of one episode: the mouse turns the view by 0.15 degrees a count, another slot every few steps."""
+    num_ticks = num_steps * TICKS_PER_STEP
+    turn = np.repeat(rng.integers(-60, 61, num_steps), TICKS_PER_STEP).astype(np.float64)
+    pitch = rng.integers(-3, 4, num_ticks).astype(np.float64)
+    controls: dict[str, np.ndarray] = {name: np.zeros(num_ticks, bool) for name in VPT_BUTTONS}
+    before = lambda counts: 0.15 * (np.cumsum(counts) - counts)  # noqa: E731
+    return controls | {
+        "mouse_dx": turn,
+        "mouse_dy": pitch,
+        "yaw_deg": rng.uniform(-180, 180) + before(turn),
+        "pitch_deg": before(pitch),
+        "hotbar": np.repeat(rng.integers(0, 9, num_steps), TICKS_PER_STEP).astype(np.int8),
+    }
+
+
+def make_tokens(yaw_deg: np.ndarray) -> np.ndarray:
+    """[T, N, D] float16 waves of the yaw, of other frequency per channel and phase per token."""
+    token, channel = np.meshgrid(np.arange(GRID[0] * GRID[1]), np.arange(WIDTH), indexing="ij")
+    angle = np.radians(yaw_deg)[:, None, None] * (1 + channel % 2) + 0.8 * token + 1.7 * channel
+    return (2 * np.sin(angle)).astype(np.float16)
+
+
+def _write_unit(
+    root: CacheRoot,
+    recipe: dict[str, Any],
+    action_recipe: dict[str, Any],
+    digest: str,
+    episodes: Sequence[str],
+    tokens: Sequence[np.ndarray],
+    actions: Sequence[np.ndarray],
+    states: Sequence[np.ndarray],
+) -> ManifestEntry:
+    stores = root.tokens(fingerprint(recipe), digest), root.actions(fingerprint(action_recipe), digest)
+    per_episode, num_steps = len(tokens[0]), sum(len(part) for part in tokens)
+    steps = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA}
+    steps["gui"] = np.zeros(num_steps, bool)
+    steps["segment"] = np.repeat(np.arange(len(episodes)), per_episode)
+    steps["frame"] = steps["tick"] = np.tile(np.arange(per_episode) * TICKS_PER_STEP, len(episodes))
+    starts = np.arange(len(episodes)) * per_episode
+    segments = {
+        "segment": np.arange(len(episodes)),
+        "episode": list(episodes),
+        "start": starts,
+        "stop": starts + per_episode,
+        "step_hz": np.full(len(episodes), 5.0),
+    }
+    card = {"recipe": recipe, "num_segments": len(episodes), "num_episodes": len(episodes), "skipped": [], "notes": []}
+    with TokenWriter(stores[0], num_tokens=GRID[0] * GRID[1], width=WIDTH) as writer:
+        for part in tokens:
+            writer.append(part)
+        writer.publish(table(layout.STEPS_SCHEMA, steps), table(layout.SEGMENTS_SCHEMA, segments), card, {})
+    write_actions(
+        stores[1],
+        np.concatenate(actions).astype(np.float32),
+        np.concatenate(states).astype(np.float32),
+        {"excluded": {}, "num_steps": num_steps},
+    )
+    tokens_digest, actions_digest = (read_store_file(store).digest for store in stores)
+    return ManifestEntry(digest, tokens_digest, actions_digest, num_steps, len(episodes), len(episodes))

@@ -1,0 +1,113 @@
+"""What a checkpoint promises to a training that was interrupted.
+
+Claims:
+- what is saved is what is loaded, and the newest two are kept, `latest` on the newest;
+- no failure while one is written harms those before it or leaves rubbish for long;
+- a damaged checkpoint is named, whatever part of it was hit, and removing it leads back to the one before.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_cache.training import checkpoint as checkpoints
+from jepa_cache.training.checkpoint import Checkpoint, forget_checkpoints, load_latest, save_checkpoint
+
+
+def make(step: int) -> Checkpoint:
+    weights = {name: torch.full((3, 2), step + offset) for name, offset in (("a.weight", 0.25), ("b.bias", 0.5))}
+    moments = {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.full((3, 2), step * 0.125)}}}
+    groups = [{"lr": 0.1 * step, "betas": (0.9, 0.999), "decays": True, "params": [0]}]
+    return Checkpoint(step, weights, moments | {"param_groups": groups}, torch.get_rng_state())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_equal(one: Checkpoint | None, other: Checkpoint) -> None:
+    assert one is not None and one.step == other.step
+    assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
+    assert torch.equal(one.optimizer["state"][0]["exp_avg"], other.optimizer["state"][0]["exp_avg"])
+    assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
+    assert torch.equal(one.random_state, other.random_state)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    assert load_latest(tmp_path) is None
+    saved = make(3)
+    save_checkpoint(tmp_path, saved)
+    torch.manual_seed(99)
+    assert_equal(load_latest(tmp_path), saved)
+
+
+def test_the_newest_two_are_kept_and_latest_is_the_newest_of_them(tmp_path):
+    for step in (5, 10, 15, 100):
+        save_checkpoint(tmp_path, make(step))
+        assert (tmp_path / "latest").readlink() == Path(f"step-{step:08d}")
+    assert names(tmp_path) == ["latest", "step-00000015", "step-00000100"]
+    assert_equal(load_latest(tmp_path), make(100))
+
+
+@pytest.mark.parametrize("name", ["save_file", "publish_folder", "sync", "remove_folder"])
+def test_a_failure_at_any_point_leaves_a_whole_newest_checkpoint_and_the_next_save_cleans_up(
+    tmp_path, monkeypatch, name
+):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make(step))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoints, name, fail)
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(tmp_path, make(3))
+    assert (tmp_path / "latest/state.json").is_file()
+    newest = load_latest(tmp_path)
+    published = name in ("sync", "remove_folder")
+    assert_equal(newest, make(3 if published else 2))
+    assert (tmp_path / "latest").readlink() == Path(f"step-{newest.step:08d}")
+    save_checkpoint(tmp_path, make(4))
+    assert names(tmp_path) == ["latest", "step-00000003" if published else "step-00000002", "step-00000004"]
+
+
+def test_a_step_that_is_saved_again_is_left_as_it_was(tmp_path):
+    save_checkpoint(tmp_path, make(7))
+    before = (tmp_path / "step-00000007").stat().st_ino
+    save_checkpoint(tmp_path, make(7))
+    assert (tmp_path / "step-00000007").stat().st_ino == before and names(tmp_path) == ["latest", "step-00000007"]
+
+
+@pytest.mark.parametrize("name", ["predictor.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_removing_it_leads_back_to_the_one_before(tmp_path, name, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make(step))
+    path = tmp_path / "step-00000002" / name
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        # The last digit of the last tensor, an inner byte of the zip file, the number of the train step.
+        position = {"predictor.safetensors": -1, "optimizer.pt": len(content) // 2, "state.json": content.index(b"2")}[
+            name
+        ]
+        content[position] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged .*delete this folder.*--fresh"):
+        load_latest(tmp_path)
+    shutil.rmtree(tmp_path / "step-00000002")
+    assert_equal(load_latest(tmp_path), make(1))
+    assert (tmp_path / "latest").readlink() == Path("step-00000001")
+
+
+def test_forgetting_removes_every_checkpoint(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make(step))
+    forget_checkpoints(tmp_path)
+    assert load_latest(tmp_path) is None

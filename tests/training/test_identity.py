@@ -1,0 +1,103 @@
+"""Which training a command means.
+
+Claims:
+- every setting, weight, episode, scaler number and line of code that decides a training decides its run, and nothing else does;
+- the id is the same in another workspace and process; runs lie in $JEPA_RUNS_HOME or the state folder.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+import jepa_cache
+from jepa_cache.config.schema import TrainConfig
+from jepa_cache.training.identity import CODE, COSMETIC, code_digest, describe_run, run_folder
+from tests.caches import Cache, make_cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def run_of(cache: Cache, *, init: Path | None = None, **changes: object) -> str:
+    parts = {"config": cache.config, "manifest": cache.dataset.manifest, "scaler": cache.scaler} | changes
+    return run_folder(describe_run(**parts, init=init)).name
+
+
+def other(value: object) -> object:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else f"{value}x"
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_each_train_setting_decides_the_run_unless_it_moves_no_number(cache, name):
+    changed = dataclasses.replace(cache.config.train, **{name: other(getattr(cache.config.train, name))})
+    config = dataclasses.replace(cache.config, train=changed)
+    assert (run_of(cache, config=config) == run_of(cache)) == (name in COSMETIC)
+
+
+@pytest.mark.parametrize(("section", "name"), [("predictor", "depth"), ("predictor", "mlp_ratio"), ("split", "seed")])
+def test_the_predictor_and_the_split_decide_the_run(cache, section, name):
+    part = getattr(cache.config, section)
+    changed = dataclasses.replace(part, **{name: other(getattr(part, name))})
+    assert run_of(cache, config=dataclasses.replace(cache.config, **{section: changed})) != run_of(cache)
+
+
+def test_evaluation_settings_do_not_decide_the_run(cache):
+    evaluate = dataclasses.replace(cache.config.evaluate, horizon=9, seed=4)
+    assert run_of(cache, config=dataclasses.replace(cache.config, evaluate=evaluate)) == run_of(cache)
+
+
+def test_the_scaler_decides_the_run(cache):
+    mean = (cache.scaler.states.mean[0] + 1e-9, *cache.scaler.states.mean[1:])
+    states = dataclasses.replace(cache.scaler.states, mean=mean)
+    assert run_of(cache, scaler=dataclasses.replace(cache.scaler, states=states)) != run_of(cache)
+
+
+def test_the_manifest_decides_the_run(cache):
+    entries = cache.dataset.manifest.entries[:1]
+    assert run_of(cache, manifest=dataclasses.replace(cache.dataset.manifest, entries=entries)) != run_of(cache)
+
+
+def test_the_content_of_the_initial_weights_decides_the_run_and_their_name_does_not(cache, tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (run_of(cache, init=tmp_path / name) for name in "abc")
+    assert a == b and len({a, c, run_of(cache)}) == 3
+
+
+def test_an_edit_of_the_code_that_trains_is_another_run_and_of_other_code_is_not(cache, tmp_path, monkeypatch):
+    original, package = code_digest(), tmp_path / "jepa_cache"
+    shutil.copytree(Path(jepa_cache.__file__).parent, package)
+    monkeypatch.setattr(jepa_cache, "__file__", str(package / "__init__.py"))
+    assert code_digest() == original
+    for edited in ("encoding/run.py", "evaluation/run.py", "cli/stage.py"):
+        with (package / edited).open("a") as file:
+            file.write("# edited\n")
+    assert code_digest() == original
+    seen = {original}
+    for name in CODE:
+        path = package / name if name.endswith(".py") else next(iter(sorted((package / name).glob("[a-z]*.py"))))
+        with path.open("a") as file:
+            file.write("# edited\n")
+        seen.add(code_digest())
+    assert len(seen) == 1 + len(CODE)
+
+
+def test_runs_lie_in_the_folder_of_the_environment_or_beside_the_digest_table(cache, tmp_path, monkeypatch):
+    description = describe_run(cache.config, cache.dataset.manifest, cache.scaler, None)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    default = run_folder(description)
+    assert default.parent == tmp_path / "state/jepa-cache/runs"
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "elsewhere"))
+    assert run_folder(description) == tmp_path / "elsewhere" / default.name
+
+
+def test_another_workspace_with_the_same_features_means_the_same_run(cache, tmp_path):
+    again = make_cache(tmp_path)
+    assert run_of(again) == run_of(cache)

@@ -1,0 +1,404 @@
+"""What a training promises, with the true parts on a tiny cache.
+
+Claims:
+- killed by SIGKILL at any file operation, the same command ends with the weights and the CSV of an uninterrupted run, bit for bit;
+- a finished run is not trained again; --fresh starts over, also after a kill half-way through forgetting;
+- a loss or gradient that is not finite stops the training and overwrites nothing;
+- other settings, scaler, manifest or code are another run; reader threads and checkpoint spacing are not, and move no number;
+- `train.init` takes a run folder, a file or a run's id; weights of other sizes are refused, difference by difference;
+- bfloat16 runs on the CPU; clip_norm bounds the applied gradient; accumulated batches equal one large batch;
+- the CSV's rates are the schedule's, and its validations fall where `validate_every` says;
+- a manifest made with other settings is refused.
+"""
+
+import csv
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from jepa_cache.config.loading import REPOSITORY_ROOT
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.scaler import read_scaler
+from jepa_cache.predictor.checkpoints import read_card
+from jepa_cache.training import trainer
+from jepa_cache.training.schedule import warmup_stable_decay
+from jepa_cache.training.trainer import train
+from tests.caches import Cache, make_cache, make_config
+
+TIMING = ("samples_per_s", "loader_wait_share")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    """Runs of this test only, and an accelerate that has not fixed its precision yet."""
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path / "runs"
+
+
+def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> trainer.TrainResult:
+    config = make_config(*overrides)
+    return train(config, cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
+
+
+def rows(result: trainer.TrainResult) -> list[dict[str, str]]:
+    """Rows of the CSV without the columns that depend on the clock."""
+    with (result.weights.parent / "train.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
+
+
+def content(weights: Path) -> tuple[dict, dict[str, bytes]]:
+    """The card and the bits of every tensor."""
+    return read_card(weights), {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+
+
+# --- killed and continued -------------------------------------------------------------------------------------------------
+
+
+def run_plan() -> None:
+    """In a process of its own: train once per item of the plan on stdin, each in a forked child that may kill itself."""
+    for name in ("dvc.repo", "dvclive", "scmrepo.git", "torch._dynamo", "zarr"):  # so that the children need not
+        importlib.import_module(name)
+    plan = json.load(sys.stdin)
+    config = make_config(*plan[0]["overrides"])
+    for item in plan:
+        process = os.fork()
+        if process == 0:
+            _train_and_die(config, Path(item["workspace"]), item)
+        _, status = os.waitpid(process, 0)
+        ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        if ended not in (0, -signal.SIGKILL):
+            sys.exit(f"child of {item} ended with {ended}")
+        print(json.dumps({"ended": ended, "count": _read_count(Path(item["home"]))}), flush=True)
+
+
+def _train_and_die(config: Config, workspace: Path, item: dict) -> None:
+    home = Path(item["home"])
+    home.mkdir(exist_ok=True)
+    os.environ["JEPA_RUNS_HOME"] = str(home / "runs")
+    log = os.open(home / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    count = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        """Count file operations below the runs folder, or on names relative to an open folder (what rmtree does)."""
+        nonlocal count
+        if event not in ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"):
+            return
+        name = arguments[1] if event == "os.symlink" else arguments[0]
+        path = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
+        if path.startswith(str(home / "runs")) or (event in ("os.remove", "os.rmdir") and not path.startswith("/")):
+            count += 1
+            if count == item["kill_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        dataset, scaler = open_dataset(config, workspace), read_scaler(workspace / "outputs/scaler/scaler.json")
+        sys.addaudithook(watch)
+        train(config, dataset, scaler, home / "out/run", base=home, fresh=item["fresh"])
+        (home / "count").write_text(str(count))
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _read_count(home: Path) -> int:
+    return int((home / "count").read_text()) if (home / "count").exists() else 0
+
+
+class Nursery:
+    """Makes plan items for one workspace and lets them run, in order."""
+
+    def __init__(self, cache: Cache, folder: Path, *overrides: str) -> None:
+        self.cache, self.folder, self.overrides = cache, folder, [*overrides, f"cache.root={cache.root.path}"]
+
+    def item(self, name: str, kill_at: int | None = None, fresh: bool = False) -> dict:
+        home = str(self.folder / name)
+        return {
+            "workspace": str(self.cache.folder),
+            "home": home,
+            "overrides": self.overrides,
+            "kill_at": kill_at,
+            "fresh": fresh,
+        }
+
+    def run(self, items: list[dict]) -> list[dict]:
+        command = [sys.executable, "-c", "from tests.training.test_trainer import run_plan; run_plan()"]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}
+        # Elsewhere than in the checkout: DVCLive would look the repository up in every child.
+        done = subprocess.run(
+            command, input=json.dumps(items), capture_output=True, text=True, cwd=self.folder, env=environment
+        )
+        logs = "".join(path.read_text()[-2000:] for path in self.folder.glob("*/log")) if done.returncode else ""
+        assert done.returncode == 0, done.stderr + logs
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def outcome(self, name: str) -> tuple[tuple, list[dict[str, str]]]:
+        weights = self.folder / name / "out/run/predictor.safetensors"
+        return content(weights), rows(trainer.TrainResult(weights, weights.parent, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.grad_accumulation=2", "train.checkpoint_every=3")], ids=["plain", "accumulating"]
+)
+def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
+    nursery = Nursery(cache, tmp_path, *overrides)
+    moments = range(20, 100, 19) if overrides else range(3, 80, 6)
+    plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
+    whole, *ends = nursery.run([nursery.item("whole"), *plan])
+    assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
+        "the moments span the whole training"
+    )
+    assert [end["ended"] for end in ends] == [-signal.SIGKILL, 0] * len(moments)
+    expected = nursery.outcome("whole")
+    assert len(expected[1]) == 6
+    for moment in moments:
+        found = nursery.outcome(f"at-{moment}")
+        assert found[0] == expected[0], f"other weights after a kill at file operation {moment}"
+        assert found[1] == expected[1], f"another CSV after a kill at file operation {moment}"
+        left = sorted(
+            path.name for path in next((tmp_path / f"at-{moment}/runs").iterdir()).joinpath("checkpoints").iterdir()
+        )
+        assert left[0] == "latest" and len(left) == 3, f"{left} are left after a kill at file operation {moment}"
+
+
+def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(cache, tmp_path):
+    nursery = Nursery(cache, tmp_path, "train.checkpoint_every=1")
+    whole, *ends = nursery.run([nursery.item("whole"), *[nursery.item("often", 90)] * 10, nursery.item("often")])
+    assert [end["ended"] for end in ends].count(-signal.SIGKILL) > 3 and whole["count"] > 150
+    assert nursery.outcome("often") == nursery.outcome("whole")
+
+
+def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(cache, tmp_path):
+    nursery = Nursery(cache, tmp_path)
+    moments = range(1, 16, 4)
+    plan = [nursery.item("whole")]
+    for moment in moments:
+        plan += [
+            nursery.item(f"at-{moment}"),
+            nursery.item(f"at-{moment}", moment, fresh=True),
+            nursery.item(f"at-{moment}"),
+        ]
+    ends = nursery.run(plan)
+    assert [end["ended"] for end in ends[1:]] == [0, -signal.SIGKILL, 0] * len(moments)
+    for moment in moments:
+        assert nursery.outcome(f"at-{moment}") == nursery.outcome("whole"), f"killed at file operation {moment}"
+
+
+# --- finished, fresh, other ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_trained_again_and_its_results_are_written_again(cache, tmp_path, monkeypatch, capsys):
+    first = run(cache, tmp_path)
+    weights = content(first.weights)
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(trainer, "train_step", None)
+    again = run(cache, tmp_path)
+    assert (first.num_trained, again.num_trained) == (12, 0)
+    assert content(again.weights) == weights and len(rows(again)) == 6
+    assert "complete" in capsys.readouterr().out
+
+
+def test_fresh_starts_over(cache, tmp_path):
+    first = run(cache, tmp_path)
+    before = content(first.weights), rows(first)
+    again = run(cache, tmp_path, fresh=True)
+    assert again.num_trained == 12 and again.run == first.run
+    assert (content(again.weights), rows(again)) == before
+
+
+def test_a_shorter_first_part_is_another_run_with_other_rates(cache, tmp_path):
+    assert run(cache, tmp_path).run != run(cache, tmp_path, "train.num_steps=10").run
+
+
+def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_run(cache, tmp_path):
+    plain = run(cache, tmp_path / "a")
+    other = run(cache, tmp_path / "b", "train.num_loader_threads=3", "train.checkpoint_every=5", fresh=True)
+    assert other.num_trained == 12 and other.run == plain.run
+    assert content(other.weights) == content(plain.weights) and rows(other) == rows(plain)
+
+
+# --- not finite ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(cache, tmp_path, runs):
+    kept = run(cache, tmp_path)
+    before = {path: path.read_bytes() for path in kept.weights.parent.iterdir()}
+    wild = ("train.lr=1e36", "train.start_lr=1e36", "train.checkpoint_every=1", "train.log_every=1")
+    with pytest.raises(ValueError, match=r"train step 2 the loss is nan.*nothing was overwritten.*train\.lr"):
+        run(cache, tmp_path, *wild)
+    assert {path: path.read_bytes() for path in kept.weights.parent.iterdir()} == before
+    (folder,) = (path for path in runs.iterdir() if path != kept.run)
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-00000001"]
+    assert len((folder / "train.csv").read_text().splitlines()) == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_are_kept(
+    cache, tmp_path, runs, monkeypatch
+):
+    build, calls = trainer.build_optimizer, []
+
+    def spoiled(model, **rates):
+        weight = model.action_encoder.weight
+        weight.register_hook(lambda grad: calls.append(1) or (grad * float("inf") if len(calls) == 3 else grad))
+        return build(model, **rates)
+
+    monkeypatch.setattr(trainer, "build_optimizer", spoiled)
+    with pytest.raises(ValueError, match=r"train step 3 .* norm of its gradient (nan|inf)"):
+        run(cache, tmp_path, "train.checkpoint_every=1")
+    (folder,) = runs.iterdir()
+    assert (folder / "checkpoints/latest").readlink() == Path("step-00000002")
+    assert all(
+        bool(t.isfinite().all()) for t in load_file(folder / "checkpoints/latest/predictor.safetensors").values()
+    )
+
+
+# --- train.init ----------------------------------------------------------------------------------------------------------
+
+STILL = (
+    "train.num_steps=1",
+    "train.num_warmup=0",
+    "train.num_anneal=0",
+    "train.lr=1e-12",
+    "train.weight_decay=0",
+    "train.seed=5",
+)
+
+
+def test_init_takes_a_run_folder_a_file_and_the_id_of_a_run_and_means_the_same_run_by_each(cache, tmp_path):
+    first = run(cache, tmp_path / "first")
+    trained = load_file(first.weights)
+    references = (str(first.weights.parent), str(first.weights), "first/run", first.run.name, str(first.run))
+    started = [
+        run(cache, tmp_path / "second", *STILL, f"train.init={(tmp_path / r) if r == 'first/run' else r}")
+        for r in references
+    ]
+    for result, reference in zip(started, references, strict=True):
+        weights = load_file(result.weights)
+        assert all(torch.allclose(weights[name], trained[name], atol=1e-9) for name in trained), reference
+    by_content = {
+        result.run for result, reference in zip(started, references, strict=True) if reference in references[:3]
+    }
+    assert len(by_content) == 1
+    assert run(cache, tmp_path / "third", *STILL).run not in {result.run for result in started}
+
+
+def test_init_that_names_nothing_says_what_was_tried(cache, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"train\.init='nothing' names no weights; tried .*nothing/predictor\.safetensors"
+    ):
+        run(cache, tmp_path, "train.init=nothing")
+
+
+def test_init_of_other_sizes_lists_every_difference(cache, tmp_path):
+    config = make_config("train.num_steps=6")
+    wide = replace(config, predictor=replace(config.predictor, predictor_dim=24))
+    other = train(wide, cache.dataset, cache.scaler, tmp_path / "wide/run", base=tmp_path)
+    num_weights = len(load_file(other.weights))
+    with pytest.raises(ValueError, match=r"predictor_embed\.weight is \[24, 8\] in the file, \[16, 8\] here") as error:
+        run(cache, tmp_path, f"train.init={other.weights}")
+    assert str(error.value).count("shape:") == num_weights - 1  # all but the bias of predictor_proj
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_runs_on_the_cpu_and_is_close_to_float32(cache, tmp_path):
+    exact = run(cache, tmp_path / "a")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rough = run(cache, tmp_path / "b", "train.precision=bfloat16")
+    assert {tensor.dtype for tensor in load_file(rough.weights).values()} == {torch.float32}
+    first, second = (float(rows(result)[0]["total"]) for result in (exact, rough))
+    assert first != second, "bfloat16 gave float32's numbers"
+    assert abs(first - second) < 0.05 * first  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_clip_norm_bounds_the_gradient_that_is_applied(cache, tmp_path, monkeypatch, accumulation):
+    applied, build = [], trainer.build_optimizer
+
+    def watched(model, **rates):
+        optimizer = build(model, **rates)
+
+        def look(*_: object) -> None:
+            grads = [parameter.grad.flatten() for group in optimizer.param_groups for parameter in group["params"]]
+            applied.append(float(torch.cat(grads).norm()))
+
+        optimizer.register_step_pre_hook(look)
+        return optimizer
+
+    monkeypatch.setattr(trainer, "build_optimizer", watched)
+    result = run(
+        cache, tmp_path, "train.clip_norm=0.01", f"train.grad_accumulation={accumulation}", "train.log_every=1"
+    )
+    assert len(applied) == 12 and max(applied) <= 0.01 * (1 + 1e-4)
+    assert min(float(row["grad_norm"]) for row in rows(result)) > 0.1, "the CSV shows the norm before clipping"
+
+
+def test_two_accumulated_batches_of_four_equal_one_of_eight(cache, tmp_path):
+    large = run(cache, tmp_path / "a", "train.batch_size=8")
+    halves = run(cache, tmp_path / "b", "train.batch_size=4", "train.grad_accumulation=2")
+    for one, other in zip(rows(large), rows(halves), strict=True):
+        assert one["epoch"] == other["epoch"] and one["lr"] == other["lr"]
+        for name in ("total", "jloss", "sloss", "grad_norm", "val_jloss", "val_sloss"):
+            # Sums of other order: float32 rounding, which Adam's division enlarges.
+            assert float(one[name] or 0) == pytest.approx(float(other[name] or 0), rel=1e-3), name
+
+
+def test_the_rates_in_the_csv_are_those_of_the_schedule(cache, tmp_path):
+    result = run(cache, tmp_path, "train.log_every=1")
+    rates = {"num_steps": 12, "num_warmup": 2, "num_anneal": 4, "start_lr": 0.001, "peak_lr": 0.003, "final_lr": 0.0}
+    assert [float(row["lr"]) for row in rows(result)] == [warmup_stable_decay(k, **rates) for k in range(1, 13)]
+
+
+def test_validations_fall_where_they_are_asked_for_whatever_is_logged_between(cache, tmp_path):
+    result = run(cache, tmp_path, "train.log_every=4", "train.validate_every=5")
+    assert [int(row["step"]) for row in rows(result)] == [4, 5, 8, 10, 12]
+    assert [int(row["step"]) for row in rows(result) if row["val_jloss"]] == [5, 10, 12]
+
+
+def test_training_without_held_out_windows_validates_nothing(cache, tmp_path):
+    config = make_config("split.val_share=0.0")
+    result = train(config, cache.dataset, cache.scaler, tmp_path / "run", base=tmp_path)
+    assert not any(row["val_jloss"] for row in rows(result))
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override", ["dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"]
+)
+def test_a_manifest_made_with_other_settings_is_refused(cache, override):
+    root = f"cache.root={cache.root.path}"
+    assert len(open_dataset(make_config(root), cache.folder).segments) == 8
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"other settings \({key} is .*encode\.py"):
+        open_dataset(make_config(root, override), cache.folder)
+
+
+def test_a_scaler_of_other_actions_is_refused(cache, tmp_path):
+    scaler = replace(cache.scaler, action_fingerprint="0" * 32)
+    with pytest.raises(ValueError, match=r"scaler was fitted for action recipe 0+.*fit_scaler\.py"):
+        train(cache.config, cache.dataset, scaler, tmp_path / "run", base=tmp_path)
