@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
@@ -17,7 +16,7 @@ from jepa_cache.data.splits import split_of
 from jepa_cache.store import layout
 from jepa_cache.store.controls import read_actions
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest
-from jepa_cache.store.reader import StoreDamagedError, TokenReader
+from jepa_cache.store.reader import StoreDamagedError, TokenReader, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.verify import read_store_file
 
@@ -46,7 +45,13 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
         "encode.mode": (config.encode.mode, manifest.mode),
         "encode.fps": (config.encode.fps, sampling["fps"]),
         "encode.action_space": (config.encode.action_space, manifest.action_recipe["action_space"]),
+        **{
+            f"encode.{key}": (getattr(config.encode, key), manifest.recipe[key])
+            for key in ("compute_dtype", "dtype", "decoder")
+        },
     }
+    if config.encode.mode == "clip":
+        asked["encode.frames_per_clip"] = (config.encode.frames_per_clip, sampling["frames_per_clip"])
     differing = [f"{key} is {now!r}, the manifest has {then!r}" for key, (now, then) in asked.items() if now != then]
     if differing:
         raise ValueError(
@@ -94,7 +99,7 @@ class CachedDataset:
             self._action_paths.append(actions)
             self.segments += [
                 Segment(number, row["episode"], row["start"], row["stop"])
-                for row in pq.read_table(tokens / layout.SEGMENTS_FILE).to_pylist()
+                for row in read_table(tokens, layout.SEGMENTS_FILE).to_pylist()
                 if row["episode"] not in excluded
             ]
 

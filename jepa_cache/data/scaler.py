@@ -60,13 +60,18 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
         config: "standard" or "none" for actions and for states.
 
     Raises:
-        ValueError: When there is no training segment.
+        ValueError: When there is no training segment, or none of two steps or more.
     """
     import dask
     from sklearn.preprocessing import StandardScaler
 
     if not segments:
         raise ValueError("no training segments: every episode is held out; lower split.val_share or add recordings")
+    if all(segment.stop - segment.start < 2 for segment in segments):
+        raise ValueError(
+            f"none of the {len(segments)} training segments has two steps, so there is no action; raise encode.fps, "
+            "encode.frames_per_clip in clip mode, or add longer recordings"
+        )
     by_store: dict[int, list[Segment]] = {}
     for segment in segments:
         by_store.setdefault(segment.store, []).append(segment)

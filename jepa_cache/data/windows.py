@@ -46,7 +46,13 @@ class WindowIndex:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, number: int) -> Window:
-        """Window `number`, 0 <= number < len."""
+        """Window `number`.
+
+        Raises:
+            IndexError: Unless 0 <= number < len.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"windows are numbered from 0 to {len(self) - 1}; asked for {number}")
         position = int(np.searchsorted(self._ends, number, side="right"))
         segment = self.segments[position]
         num_windows = segment.stop - segment.start - self.num_steps + 1

@@ -25,8 +25,10 @@ from jepa_cache.store.writer import TokenWriter, table
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-# Decoders put the time of day into their messages; a store holds none, or its bytes would differ from run to run.
+# What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frames
+# that were asked for when it broke (decord decodes ahead in a thread of its own, so that is a race).
 CLOCK_TIME = re.compile(r"\[\d\d:\d\d:\d\d\] ?")
+FRAMES_ASKED_FOR = re.compile(r"^frames \d+ to \d+ of (\d+) cannot")
 
 
 @dataclass
@@ -92,7 +94,7 @@ def encode_units(
         ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
     """
     digests = dict(units)
-    timing, started, bytes_through = Timing(), time.perf_counter(), 0
+    timing, started, bytes_through, bytes_finished = Timing(), time.perf_counter(), 0, 0
     with (
         WriterThread() as write,
         Decoders(source, [unit for unit, _ in units], settings, encoder.preprocess) as items,
@@ -108,6 +110,8 @@ def encode_units(
                 current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
                 assert digest == digests[item.unit]
                 current = None
+                bytes_finished += item.unit.path.stat().st_size
+                bytes_through = bytes_finished  # inside a unit only the videos' bytes are known
             elif isinstance(item, Skipped):
                 current.rows.skipped.append(item)
             elif isinstance(item, Unusable):
@@ -170,7 +174,8 @@ class _OpenUnit:
 
     def skip(self, episode: Episode, reason: str) -> None:
         """Leave an episode out by name; its controls are kept, since under another recipe it may be usable."""
-        self.rows.skipped.append(Skipped(episode.key, CLOCK_TIME.sub("", reason)))
+        stable = FRAMES_ASKED_FOR.sub(r"some of the \1 frames cannot", CLOCK_TIME.sub("", reason))
+        self.rows.skipped.append(Skipped(episode.key, stable))
         self._controls.append((episode.key, episode.controls))
 
     def publish(self, card: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:

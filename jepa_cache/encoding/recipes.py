@@ -9,7 +9,7 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 
 # Raised when the same settings would give other tokens or step tables than before.
-ENCODE_VERSION = 2
+ENCODE_VERSION = 1
 
 
 def token_recipe(

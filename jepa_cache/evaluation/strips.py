@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from jepa_cache.config.schema import Config
@@ -19,6 +18,7 @@ from jepa_cache.predictor.rollout import as_reps, open_loop
 from jepa_cache.sources import Unit, build_source
 from jepa_cache.store import layout
 from jepa_cache.store.digests import DigestTable
+from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 
 
@@ -71,9 +71,7 @@ def _read_frames(
     file = DigestTable().find(entry.unit_digest)
     if file is None:
         return None
-    steps = pq.read_table(
-        root.tokens(dataset.manifest.fingerprint, entry.unit_digest) / layout.STEPS_FILE, columns=["frame"]
-    )
+    steps = read_table(root.tokens(dataset.manifest.fingerprint, entry.unit_digest), layout.STEPS_FILE)
     frames = steps.column("frame").to_numpy()[start : start + num_steps]
     source = build_source(config.dataset.source, config.dataset.source_options)
     for recording in source.iter_episodes(Unit(file.name, file)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jepa_cache.store.reader import StoreDamagedError
 from jepa_cache.store.root import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.verify import write_store_file
 
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
+DIGEST_KEY = b"content_sha256"
+CONTROLS_WAY_OUT = "delete it and run `python stages/encode.py`, which reads the controls from the recordings again"
 
 
 class ControlsWriter:
@@ -26,6 +30,7 @@ class ControlsWriter:
     def __init__(self, final: Path) -> None:
         self._final = final
         self._writer: pq.ParquetWriter | None = None
+        self._hasher = hashlib.sha256()
 
     def __enter__(self) -> ControlsWriter:
         remove_stale_temporaries(self._final.parent)
@@ -45,8 +50,9 @@ class ControlsWriter:
         columns |= {name: pa.array(values) for name, values in controls.items()}
         table = pa.table(columns)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table, row_group_size=max(1, num_ticks))
+        _add_to_digest(self._hasher, episode, controls)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -54,24 +60,55 @@ class ControlsWriter:
         if self._writer is None and kind is None:
             self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
         if self._writer is not None:
+            self._writer.add_key_value_metadata({DIGEST_KEY: self._hasher.hexdigest()})
             self._writer.close()
         self._file.__exit__(kind, error, trace)
 
 
 def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written."""
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
-            key = table.column(EPISODE_COLUMN)[0].as_py()
-            yield (
-                key,
-                {
-                    name: table.column(name).to_numpy(zero_copy_only=False)
-                    for name in table.column_names
-                    if name != EPISODE_COLUMN
-                },
-            )
+    """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
+
+    Raises:
+        StoreDamagedError: When the file cannot be read, or, at the end, when its content has changed.
+    """
+    hasher = hashlib.sha256()
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                episode = table.column(EPISODE_COLUMN)[0].as_py()
+                names = [name for name in table.column_names if name != EPISODE_COLUMN]
+                controls = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}
+                _add_to_digest(hasher, episode, controls)
+                yield episode, controls
+            written = (file.metadata.metadata or {}).get(DIGEST_KEY, b"").decode()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreDamagedError(f"{path} is missing or damaged ({error}); {CONTROLS_WAY_OUT}") from error
+    if written != hasher.hexdigest():
+        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {CONTROLS_WAY_OUT}")
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a controls file is there and holds what was written; a damaged one is named.
+
+    Cost: reads the file.
+    """
+    if not path.is_file():
+        return False
+    try:
+        for _ in iter_controls(path):
+            pass
+    except StoreDamagedError as error:
+        print(f"damaged, reading the controls from the recordings again: {error}")
+        return False
+    return True
+
+
+def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, np.ndarray]) -> None:
+    for name in sorted(controls):
+        values = np.ascontiguousarray(controls[name])
+        hasher.update(f"{episode} {name} {values.dtype.str} {len(values)}\n".encode())
+        hasher.update(values.data)
 
 
 def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json
-from jepa_cache.store.root import CacheRoot, atomic_file
+from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
 
 MANIFEST_VERSION = 1
 
@@ -72,6 +72,7 @@ def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
     for path in paths:
         if path.is_file() and path.read_bytes() == content:
             continue
+        remove_stale_temporaries(path.parent)
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numcodecs.checksum32 import CRC32C
 
 from jepa_cache.store import layout
@@ -155,6 +157,19 @@ class TokenReader:
             f"chunk {chunk} (steps {start} to {start + self._chunk_steps}) in {layout.shard_path(self.store, shard)}: "
             f"{reason}; {WAY_OUT}"
         )
+
+
+def read_table(store: Path, name: str) -> pa.Table:
+    """Read the step or segment table of a store, with the checksums of its pages.
+
+    Raises:
+        StoreDamagedError: When it is missing or damaged.
+    """
+    path = store / name
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreDamagedError(f"{path} is missing or damaged ({error}); {WAY_OUT}") from error
 
 
 WAY_OUT = "delete the store's folder and run `python stages/encode.py`, which encodes just this unit again"

@@ -37,6 +37,7 @@ def read_store_file(store: Path) -> StoreFile:
 
     Raises:
         StoreDamagedError: When it is missing or no valid JSON.
+        ValueError: When another version of the program wrote the store.
     """
     document = _read_document(store)
     content = document["content"]
@@ -78,5 +79,9 @@ def _read_document(store: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise StoreDamagedError(f"{path} is damaged ({error}); {WAY_OUT}") from error
     if version != layout.FORMAT_VERSION:
-        raise StoreDamagedError(f"{store} has store format {version}, this program reads {layout.FORMAT_VERSION}")
+        # Not damaged: another version of this program wrote it, and nobody asked to replace it.
+        raise ValueError(
+            f"{store} has store format {version}, this program reads {layout.FORMAT_VERSION}; set cache.root to another "
+            "folder, or delete this one"
+        )
     return document

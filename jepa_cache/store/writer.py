@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jepa_cache.store import layout
+from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.verify import write_store_file
 
@@ -105,14 +107,15 @@ class TokenWriter:
         if self._num_pending:
             self._write_shard()
         self._array.resize((num_steps, self._num_tokens, self._width))
-        pq.write_table(steps, self._folder / layout.STEPS_FILE)
-        pq.write_table(segments, self._folder / layout.SEGMENTS_FILE)
+        pq.write_table(steps, self._folder / layout.STEPS_FILE, write_page_checksum=True)
+        pq.write_table(segments, self._folder / layout.SEGMENTS_FILE, write_page_checksum=True)
         with warnings.catch_warnings():
             # Consolidated metadata spares readers a listing, which would stumble over the Parquet files.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             zarr.consolidate_metadata(str(self._folder), zarr_format=3)
-        write_store_file(self._folder, {**card, "num_steps": num_steps}, provenance)
+        counted = {**card, "num_steps": num_steps, "steps_digest": digest_steps(steps, segments)}
+        write_store_file(self._folder, counted, provenance)
         check_shards(self._folder, num_steps)
         return publish_folder(self._folder, self.final)
 
@@ -135,6 +138,12 @@ def check_shards(store: Path, num_steps: int) -> None:
     with TokenReader(store) as reader:
         for chunk in range(-(-num_steps // layout.CHUNK_STEPS)):
             reader.check_chunk(chunk)
+
+
+def digest_steps(steps: pa.Table, segments: pa.Table) -> str:
+    """Hash of what actions depend on: the ticks [n] of the steps, and episode, start and stop of each segment."""
+    runs = segments.select(["episode", "start", "stop"]).to_pylist()
+    return hashlib.sha256(canonical_json({"segments": runs, "ticks": steps.column("tick").to_pylist()})).hexdigest()
 
 
 def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> pa.Table:

@@ -55,7 +55,9 @@ def test_a_misspelt_key_or_wrong_type_is_refused_with_the_way_out(root, old, new
 
 def test_an_unknown_key_in_a_preset_names_its_file(root):
     edit(root, "depth: 2", "dept: 2", "configs/predictor/tiny.yaml")
-    with pytest.raises(ConfigError, match=r"configs/predictor/tiny.yaml has the unknown key 'dept'; did you mean 'depth'"):
+    with pytest.raises(
+        ConfigError, match=r"configs/predictor/tiny.yaml has the unknown key 'dept'; did you mean 'depth'"
+    ):
         load_config(root)
 
 

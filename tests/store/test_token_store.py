@@ -57,7 +57,9 @@ def test_any_run_of_steps_reads_back_what_was_appended(tmp_path_factory, num_ste
 
 
 def test_zarr_xarray_dask_and_tensorstore_read_the_same_numbers_without_warnings(tmp_path):
-    dask_array, xarray, zarr, tensorstore = (pytest.importorskip(n) for n in ("dask.array", "xarray", "zarr", "tensorstore"))
+    dask_array, xarray, zarr, tensorstore = (
+        pytest.importorskip(n) for n in ("dask.array", "xarray", "zarr", "tensorstore")
+    )
     tokens, path = make_tokens(700), tmp_path / "a.zarr"
     write_store(path, tokens)
     with warnings.catch_warnings():
@@ -102,7 +104,10 @@ def test_an_empty_store_is_a_store(tmp_path):
 def test_non_finite_tokens_are_refused(tmp_path):
     tokens = make_tokens(4)
     tokens[2, 0, 0] = np.inf
-    with TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D) as writer, pytest.raises(ValueError, match="non-finite"):
+    with (
+        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D) as writer,
+        pytest.raises(ValueError, match="non-finite"),
+    ):
         writer.append(tokens)
 
 

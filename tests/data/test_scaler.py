@@ -1,0 +1,140 @@
+"""Claims: the scaler holds mean and deviation of the continuous columns over the training rows only, and survives JSON bit for bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jepa_cache.config.schema import ScalerConfig
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.scaler import ColumnScaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
+from jepa_cache.data.splits import TRAIN, VAL
+from jepa_cache.data.windows import WindowIndex
+from jepa_cache.store.recipe import canonical_json
+from tests.data.conftest import SPLIT
+
+STANDARD = ScalerConfig(actions="standard", states="standard")
+
+
+def rows_of(dataset, segments):
+    """Actions and states of segments, row by row, float64."""
+    actions, states = [], []
+    for segment in segments:
+        all_actions, all_states = dataset.controls(segment.store)
+        actions += [all_actions[step] for step in range(segment.start, segment.stop - 1)]
+        states += [all_states[step] for step in range(segment.start, segment.stop)]
+    return np.array(actions, np.float64), np.array(states, np.float64)
+
+
+def test_means_and_deviations_are_numpy_s_over_the_training_rows(dataset):
+    segments = dataset.segments_of(TRAIN, SPLIT)
+    held_out = dataset.segments_of(VAL, SPLIT)
+    assert len({segment.store for segment in segments}) > 1
+    assert held_out and {s.episode for s in held_out}.isdisjoint(s.episode for s in segments)
+    scaler = fit_scaler(dataset, segments, STANDARD)
+    actions, states = rows_of(dataset, segments)
+    assert scaler.num_train_steps == len(states)
+    for fitted, rows, columns in (
+        (scaler.actions, actions, dataset.space.actions),
+        (scaler.states, states, dataset.space.states),
+    ):
+        for number, column in enumerate(columns):
+            if column.kind == "continuous":
+                # Rounding of a mean updated store by store.
+                assert fitted.mean[number] == pytest.approx(rows[:, number].mean(), rel=1e-10, abs=1e-12)
+                assert fitted.scale[number] == pytest.approx(rows[:, number].std(), rel=1e-10)
+                assert fitted.scale[number] > 0.1
+
+
+def test_binary_and_one_hot_columns_are_left_alone(dataset):
+    scaler = fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD)
+    kinds = [column.kind for column in dataset.space.actions]
+    untouched = [number for number, kind in enumerate(kinds) if kind != "continuous"]
+    assert len(untouched) == 32
+    actions = rows_of(dataset, dataset.segments)[0].astype(np.float32)
+    assert np.array_equal(scaler.actions.apply(actions)[:, untouched], actions[:, untouched])
+    assert not np.array_equal(scaler.actions.apply(actions), actions)
+
+
+def test_held_out_rows_change_nothing(encoded):
+    results = []
+    for shift in (0.0, 1e6):
+        dataset = encoded.open()
+        for segment in dataset.segments_of(VAL, SPLIT):
+            actions, states = dataset.controls(segment.store)
+            actions[segment.start : segment.stop] += shift
+            states[segment.start : segment.stop] += shift
+        results.append(fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD))
+        dataset.close()
+    assert results[0] == results[1]
+
+
+def test_a_training_row_changes_it(encoded):
+    dataset = encoded.open()
+    segments = dataset.segments_of(TRAIN, SPLIT)
+    before = fit_scaler(dataset, segments, STANDARD)
+    dataset.controls(segments[-1].store)[0][segments[-1].stop - 2] += 50
+    assert fit_scaler(dataset, segments, STANDARD).actions.mean != before.actions.mean
+    dataset.close()
+
+
+def test_scaled_training_rows_have_mean_zero_and_deviation_one(dataset):
+    segments = dataset.segments_of(TRAIN, SPLIT)
+    scaler = fit_scaler(dataset, segments, STANDARD)
+    states = scaler.states.apply(rows_of(dataset, segments)[1].astype(np.float32))
+    assert states.dtype == np.float32
+    assert states.mean(axis=0) == pytest.approx(0, abs=1e-5) and states.std(axis=0) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_column_that_never_changes_is_moved_but_not_divided_by_zero(encoded):
+    dataset = encoded.open()
+    for store in range(3):
+        dataset.controls(store)[1][:, 1] = 7.0
+    scaler = fit_scaler(dataset, dataset.segments, STANDARD)
+    assert (scaler.states.mean[1], scaler.states.scale[1]) == (7.0, 1.0)
+    dataset.close()
+
+
+def test_the_rule_none_leaves_values_as_they_are(dataset):
+    scaler = fit_scaler(dataset, dataset.segments, ScalerConfig(actions="none", states="none"))
+    actions, states = (rows.astype(np.float32) for rows in rows_of(dataset, dataset.segments))
+    assert np.array_equal(scaler.actions.apply(actions), actions)
+    assert np.array_equal(scaler.states.apply(states), states)
+
+
+def test_json_gives_back_the_same_scaler_and_the_same_bytes(dataset, tmp_path):
+    scaler = fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD)
+    write_scaler(scaler, tmp_path / "scaler.json")
+    assert read_scaler(tmp_path / "scaler.json") == scaler == scaler_from_json(scaler.to_json())
+    again = fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD)
+    assert canonical_json(again.to_json()) == (tmp_path / "scaler.json").read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b'{"actions": {}}'])
+def test_a_missing_or_damaged_file_is_named_with_the_command_that_makes_it(tmp_path, content):
+    path = tmp_path / "scaler.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"scaler\.json.*fit_scaler\.py"):
+        read_scaler(path)
+
+
+def test_no_training_row_is_refused(dataset):
+    with pytest.raises(ValueError, match="every episode is held out"):
+        fit_scaler(dataset, [], STANDARD)
+    single = [dataset.segments[0]._replace(stop=dataset.segments[0].start + 1)]
+    with pytest.raises(ValueError, match="two steps"):
+        fit_scaler(dataset, single, STANDARD)
+
+
+def test_a_scaler_of_another_action_space_is_refused(dataset):
+    scaler = fit_scaler(dataset, dataset.segments, STANDARD)
+    other = dataclasses.replace(scaler, action_fingerprint="0" * 32)
+    with pytest.raises(ValueError, match=r"fitted for action recipe 0{32}.*fit_scaler\.py"):
+        WindowLoader(dataset, WindowIndex(dataset.segments, 4), other)
+
+
+def test_scaling_is_done_in_double_precision():
+    scaler = ColumnScaler(("x",), (1e6,), (1e-3,))
+    value = np.array([[1e6 + 0.0625]], np.float32)
+    assert scaler.apply(value)[0, 0] == np.float32(0.0625 / 1e-3)

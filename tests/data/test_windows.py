@@ -1,0 +1,127 @@
+"""Claims: windows are numbered without gaps and never leave their segment; the sampler is a pure function of seed and step.
+
+It gives the same global batch for any number of processes, and no window twice within an epoch.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jepa_cache.data.cache import Segment
+from jepa_cache.data.windows import WindowIndex, WindowSampler, spread_windows
+
+
+@st.composite
+def segment_lists(draw):
+    segments, start = [], 0
+    for number in range(draw(st.integers(1, 8))):
+        start += draw(st.integers(0, 5))
+        stop = start + draw(st.integers(1, 20))
+        segments.append(Segment(draw(st.integers(0, 2)), f"e{number // 2}", start, stop))
+        start = stop
+    return segments
+
+
+def index_of(segments, num_steps):
+    """The index, or None where no segment is long enough, after checking that."""
+    try:
+        return WindowIndex(segments, num_steps)
+    except ValueError:
+        assert all(segment.stop - segment.start < num_steps for segment in segments)
+        return None
+
+
+@given(segment_lists(), st.integers(1, 9))
+def test_the_numbers_name_every_run_of_steps_inside_a_segment_once_and_in_order(segments, num_steps):
+    expected = [
+        (segment.store, start, position)
+        for position, segment in enumerate(segments)
+        for start in range(segment.start, segment.stop - num_steps + 1)
+    ]
+    if (index := index_of(segments, num_steps)) is None:
+        return
+    assert [tuple(index[number]) for number in range(len(index))] == expected
+    for number in (-1, len(index)):
+        with pytest.raises(IndexError):
+            index[number]
+
+
+def test_no_segment_long_enough_is_refused_with_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"window of 8 steps: there are 2 segments, the longest has 7; lower train\.window"
+    ):
+        WindowIndex([Segment(0, "a", 0, 7), Segment(0, "b", 7, 9)], 8)
+    with pytest.raises(ValueError, match="0 segments"):
+        WindowIndex([], 8)
+
+
+samplers = st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**31))
+
+
+@given(samplers)
+def test_an_epoch_holds_every_window_once_and_the_next_has_another_order(sampler):
+    num_windows, batch_size, seed = sampler
+    drawn = WindowSampler(num_windows, batch_size, seed=seed)
+    num_batches = -(-2 * num_windows // batch_size)
+    numbers = np.concatenate([drawn.numbers(step) for step in range(num_batches)])
+    one, two = numbers[:num_windows].tolist(), numbers[num_windows : 2 * num_windows].tolist()
+    assert sorted(one) == sorted(two) == list(range(num_windows))
+    if num_windows > 20:
+        assert one != two
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 99), st.integers(0, 40))
+def test_the_global_batch_is_the_same_for_one_two_and_four_processes(num_windows, quarter, seed, step):
+    batches = []
+    for world_size in (1, 2, 4):
+        parts = [
+            WindowSampler(num_windows, 4 * quarter // world_size, seed=seed, rank=rank, world_size=world_size).numbers(
+                step
+            )
+            for rank in range(world_size)
+        ]
+        batches.append(np.concatenate(parts).tolist())
+    assert batches[0] == batches[1] == batches[2]
+
+
+@given(samplers, st.permutations(range(12)))
+def test_any_step_can_be_asked_for_at_any_time(sampler, order):
+    num_windows, batch_size, seed = sampler
+    straight = WindowSampler(num_windows, batch_size, seed=seed)
+    expected = [straight.numbers(step).tolist() for step in range(12)]
+    jumping = WindowSampler(num_windows, batch_size, seed=seed)
+    assert {step: jumping.numbers(step).tolist() for step in order} == dict(enumerate(expected))
+
+
+def test_another_seed_gives_another_order():
+    orders = {tuple(WindowSampler(50, 50, seed=seed).numbers(0).tolist()) for seed in range(20)}
+    assert len(orders) == 20
+
+
+def test_the_order_is_random_enough_that_neighbours_are_apart():
+    numbers = WindowSampler(5000, 5000, seed=0).numbers(0)
+    # Of a random order about 2 neighbouring pairs in 5000 differ by 1.
+    assert (np.abs(np.diff(numbers)) == 1).sum() < 15
+
+
+def test_epochs_are_counted_over_all_processes():
+    assert WindowSampler(40, 5, seed=0, rank=1, world_size=2).epoch(6) == pytest.approx(1.5)
+
+
+@given(segment_lists(), st.integers(1, 6), st.integers(1, 12))
+def test_evaluation_windows_are_spread_evenly_over_each_episode(segments, num_steps, per_episode):
+    if (index := index_of(segments, num_steps)) is None:
+        return
+    chosen = spread_windows(index, per_episode)
+    assert len(set(chosen)) == len(chosen)
+    of_episode = {}
+    for number in range(len(index)):
+        of_episode.setdefault(index.segments[index[number].segment].episode, []).append(number)
+    for numbers in of_episode.values():
+        picks = [numbers.index(number) for number in chosen if number in numbers]
+        assert len(picks) == min(per_episode, len(numbers))
+        assert picks == sorted(picks)
+        if len(picks) > 1:
+            assert picks[0] == 0 and picks[-1] == len(numbers) - 1
+            assert np.ptp(np.diff(picks)) <= 1

@@ -1,0 +1,103 @@
+"""Makers of small encoded data sets: VPT recordings through the whole stage one with the tiny encoder, and plain references."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jepa_cache.config.loading import load_config
+from jepa_cache.config.schema import Config
+from jepa_cache.encoding.run import EncodeResult, encode_dataset
+from jepa_cache.store import layout
+from jepa_cache.store.reader import TokenReader
+from jepa_cache.store.root import CacheRoot
+from tests.makers import make_vpt_pair, write_vpt_tar
+
+STRIDE = 4  # 20 Hz video at 5 fps
+BATCH = 8
+
+
+def tiny_config(**encode: object) -> Config:
+    """VPT recordings, tiny encoder, batches of 8, CPU; keywords replace fields of the encode section."""
+    config = load_config(overrides=["dataset=vpt", "encoder=tiny", "encode.device=cpu"])
+    return dataclasses.replace(config, encode=dataclasses.replace(config.encode, **{"batch_size": BATCH, **encode}))
+
+
+def make_tars(folder: Path, episodes: Mapping[str, Mapping[str, int]], *, first_seed: int = 0) -> Path:
+    """Tar shards by name, each of the named recordings with so many frames; no two recordings are alike."""
+    seed = first_seed
+    for tar, recordings in episodes.items():
+        pairs = {}
+        for key, num_frames in recordings.items():
+            pairs[key] = make_vpt_pair(num_frames, seed)
+            seed += 1
+        write_vpt_tar(folder / f"{tar}.tar", pairs)
+    return folder
+
+
+def encode(folder: Path, root: Path, config: Config | None = None, inputs: Sequence[str] = ()) -> EncodeResult:
+    """Stage one on every tar below `folder`; its digest table lies beside the root."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(root.parent / f"{root.name}-state"))
+        return encode_dataset(config or tiny_config(), inputs or [str(folder)], base=folder, root=CacheRoot(root))
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_video(folder: Path, key: str) -> bytes:
+    """The video of a recording, from whichever tar holds it (x264 does not make the same bytes twice)."""
+    for path in folder.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            if f"{key}.mp4" in tar.getnames():
+                return tar.extractfile(f"{key}.mp4").read()
+    raise KeyError(key)
+
+
+def decode_all(video: bytes) -> np.ndarray:
+    """Every frame [F, h, w, 3] uint8 by plain PyAV."""
+    with av.open(io.BytesIO(video)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def read_episodes(result: EncodeResult, root: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Per episode: tokens, actions, states and the columns of the step table, in the order of its steps."""
+    import zarr
+
+    cache, manifest, episodes = CacheRoot(root), result.manifest, {}
+    for entry in manifest.entries:
+        store = cache.tokens(manifest.fingerprint, entry.unit_digest)
+        tokens = np.empty((entry.num_steps, manifest.num_tokens, manifest.width), np.float16)
+        with TokenReader(store) as reader:
+            reader.read(0, tokens)
+        columns = pq.read_table(store / layout.STEPS_FILE).to_pydict()
+        columns = {name: np.array(values) for name, values in columns.items()} | {"tokens": tokens}
+        actions = zarr.open_group(cache.actions(manifest.action_fingerprint, entry.unit_digest), mode="r")
+        columns |= {name: np.asarray(actions[name][...]) for name in ("actions", "states")}
+        for row in pq.read_table(store / layout.SEGMENTS_FILE).to_pylist():
+            part = {name: values[row["start"] : row["stop"]] for name, values in columns.items()}
+            old = episodes.get(row["episode"])
+            episodes[row["episode"]] = (
+                part if old is None else {name: np.concatenate([old[name], part[name]]) for name in part}
+            )
+    return episodes
+
+
+def damage_middle(video: bytes) -> bytes:
+    """The same container with its coded pictures overwritten from the middle on: it opens, and fails while decoding."""
+    with av.open(io.BytesIO(video)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(video)
+    for position, size in sorted(packets)[len(packets) // 2 :]:
+        content[position : position + size] = b"\xff" * size
+    return bytes(content)

@@ -1,0 +1,318 @@
+"""Claims: a bad recording is named with its reason, costs no other one, and beyond a set share there is no manifest.
+
+What goes wrong in a thread stops the run with the true error and leaves nothing half-written; nothing ever hangs.
+"""
+
+import dataclasses
+import errno
+import faulthandler
+import gc
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_cache.encoder import checkpoints
+from jepa_cache.encoding import decoding, pipeline
+from jepa_cache.encoding.decoding import Decoders, DecodeSettings
+from jepa_cache.encoding.writing import WriterThread
+from jepa_cache.sources import Unit
+from jepa_cache.sources.vpt import VptSource
+from jepa_cache.store import writer
+from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, tiny_config
+from tests.makers import make_rows, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+
+DECODERS = ["decord", "pyav"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs_and_no_thread_stays():
+    """A deadlock ends the test run with every thread's stack; a test's threads end with it."""
+    before = set(threading.enumerate())
+    faulthandler.dump_traceback_later(30, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    gc.collect()
+    left = [t for t in threading.enumerate() if t not in before and t.name.startswith(("feed", "decode", "write"))]
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return {key: make_vpt_pair(60, seed) for seed, key in enumerate("abcd")}
+
+
+def needs(decoder):
+    if decoder == "decord":
+        pytest.importorskip("decord")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_video_that_breaks_in_the_middle_is_skipped_and_the_others_rows_stay_right(tmp_path, pairs, decoder):
+    needs(decoder)
+    broken = (damage_middle(pairs["b"][0]), pairs["b"][1])
+    # Batches of 2: some of the broken recording's tokens have been written when it breaks.
+    config = tiny_config(decoder=decoder, batch_size=2, max_skipped_share=0.5)
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "b": broken, "c": pairs["c"]})
+    write_vpt_tar(tmp_path / "whole/x.tar", {"a": pairs["a"], "c": pairs["c"]})
+    result = encode(tmp_path / "in", tmp_path / "cache", config)
+    expected = encode(tmp_path / "whole", tmp_path / "other", config)
+    if decoder == "pyav":  # decord decodes ahead, and may report the damage before its first frames
+        assert result.timing.num_frames > expected.timing.num_frames
+    assert [recording["key"] for recording in result.manifest.skipped] == ["b"]
+    assert result.manifest.skipped[0]["reason"].startswith(f"some of the 60 frames cannot be decoded by {decoder}: ")
+    assert result.manifest.entries[0].num_episodes == 2
+    one, two = read_episodes(result, tmp_path / "cache"), read_episodes(expected, tmp_path / "other")
+    assert one.keys() == two.keys() == {"a", "c"}
+    for key in two:
+        for name in two[key]:
+            assert np.array_equal(one[key][name], two[key][name], equal_nan=name not in ("gui",)), (key, name)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_reason_of_a_skip_holds_no_time_and_no_place_and_is_the_same_in_every_run(tmp_path, pairs, decoder):
+    needs(decoder)
+    broken = (damage_middle(pairs["b"][0]), pairs["b"][1])
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "b": broken})
+    manifests = []
+    for run, batch_size in enumerate((1, 2, 8, 2)):
+        config = tiny_config(decoder=decoder, max_skipped_share=0.5, batch_size=batch_size)
+        result = encode(tmp_path / "in", tmp_path / f"cache{run}", config)
+        manifests.append(result.manifest.skipped)
+    assert manifests == manifests[:1] * 4
+    assert not re.search(r"\d\d:\d\d:\d\d", result.manifest.skipped[0]["reason"])
+    assert str(tmp_path) not in result.manifest.skipped[0]["reason"]
+
+
+def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_rest_goes_on(tmp_path, pairs):
+    bad_lines = to_jsonl(make_rows(60, 7)).replace(b'"dx":', b'"dx:', 1)
+    write_tar(
+        tmp_path / "in/x.tar",
+        [
+            ("a.mp4", pairs["a"][0]),
+            ("a.jsonl", pairs["a"][1]),
+            ("alone.mp4", pairs["b"][0]),
+            ("novideo.mp4", b"not a video"),
+            ("novideo.jsonl", pairs["b"][1]),
+            ("badline.mp4", pairs["b"][0]),
+            ("badline.jsonl", bad_lines),
+            ("short.mp4", make_vpt_pair(9, 5)[0]),
+            ("short.jsonl", make_vpt_pair(9, 5)[1]),
+            ("c.mp4", pairs["c"][0]),
+            ("c.jsonl", pairs["c"][1]),
+        ],
+    )
+    config = tiny_config(mode="clip", frames_per_clip=8, max_skipped_share=0.7)
+    result = encode(tmp_path / "in", tmp_path / "cache", config)
+    reasons = {recording["key"]: recording["reason"] for recording in result.manifest.skipped}
+    expected = {"alone": "jsonl", "novideo": "opened", "badline": "line 1", "short": "clip mode needs 8"}
+    assert reasons.keys() == expected.keys()
+    for key, words in expected.items():
+        assert words in reasons[key]
+    assert read_episodes(result, tmp_path / "cache").keys() == {"a", "c"}
+
+
+def test_too_large_a_share_of_bad_recordings_stops_without_a_manifest_and_keeps_what_was_encoded(tmp_path, pairs):
+    write_tar(
+        tmp_path / "in/x.tar", [("a.mp4", pairs["a"][0]), ("a.jsonl", pairs["a"][1]), ("alone.mp4", pairs["b"][0])]
+    )
+    root = tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"1 of 2 recordings were skipped \(50%\).*max_skipped_share=0\.4"):
+        encode(tmp_path / "in", root, tiny_config(max_skipped_share=0.4))
+    assert len(list(root.glob("tokens/*/*.zarr"))) == 1
+    again = encode(tmp_path / "in", root, tiny_config(max_skipped_share=0.5))
+    assert again.num_encoded == 0 and len(again.manifest.skipped) == 1
+
+
+def test_no_usable_recording_at_all_stops_whatever_the_share(tmp_path, pairs):
+    write_tar(tmp_path / "in/x.tar", [("alone.mp4", pairs["b"][0])])
+    with pytest.raises(ValueError, match="no usable recording: all 1 were skipped"):
+        encode(tmp_path / "in", tmp_path / "cache", tiny_config(max_skipped_share=1.0))
+
+
+def test_an_episode_that_the_action_space_cannot_describe_is_left_out_by_name(tmp_path, pairs):
+    rows = make_rows(60, 8)
+    for row in rows[20:]:
+        del row["hotbar"]
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "old": (pairs["b"][0], to_jsonl(rows)), "c": pairs["c"]})
+    result = encode(tmp_path / "in", tmp_path / "cache", tiny_config(max_skipped_share=0.5))
+    assert [recording["key"] for recording in result.manifest.skipped] == ["old"]
+    assert "vpt13" in result.manifest.skipped[0]["reason"] and "tick 20" in result.manifest.skipped[0]["reason"]
+    assert result.manifest.entries[0].num_episodes == 2
+    episodes = read_episodes(result, tmp_path / "cache")
+    assert np.isnan(episodes["old"]["actions"]).all() and np.isnan(episodes["old"]["states"]).all()
+    assert np.isfinite(episodes["c"]["actions"][:-1]).all()
+
+
+def test_an_overflow_of_the_stored_dtype_stops_and_names_step_and_episode(tmp_path, pairs):
+    preset = tiny_config().encoder
+    state = checkpoints.load_encoder_state(preset, None)
+    torch.save({"encoder": state | {"norm.weight": state["norm.weight"] * 1e5}}, tmp_path / "huge.pt")
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"]})
+    config = tiny_config(weights=str(tmp_path / "huge.pt"))
+    preset = dataclasses.replace(preset, random_seed=None, weights=str(tmp_path / "huge.pt"), weights_entry="encoder")
+    with pytest.raises(ValueError, match=r"episode 'a', step 0: .*cannot be stored as float16"):
+        encode(tmp_path / "in", tmp_path / "cache", dataclasses.replace(config, encoder=preset))
+    assert not [path for path in all_files(tmp_path / "cache") if "tokens" in path]
+
+
+def test_the_step_of_an_overflow_is_counted_within_its_episode(tmp_path, pairs, monkeypatch):
+    from jepa_cache.encoder import frozen
+
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "b": pairs["b"]})
+    real, batches = frozen.FrozenEncoder.encode, []
+
+    def overflowing(self, groups):
+        tokens = real(self, groups).clone()
+        batches.append(len(groups))
+        if len(batches) == 4:  # a has 15 steps: batches of 8 and 7; this is the second of b
+            tokens[3] = 1e6
+        return tokens
+
+    monkeypatch.setattr(frozen.FrozenEncoder, "encode", overflowing)
+    with pytest.raises(ValueError, match=r"episode 'b', step 11: "):
+        encode(tmp_path / "in", tmp_path / "cache")
+
+
+def test_a_weights_file_that_is_not_the_one_the_preset_pins_is_refused(tmp_path, pairs):
+    preset = tiny_config().encoder
+    torch.save({"encoder": checkpoints.load_encoder_state(preset, None)}, tmp_path / "w.pt")
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"]})
+    preset = dataclasses.replace(
+        preset, random_seed=None, weights=str(tmp_path / "w.pt"), weights_entry="encoder", weights_sha256="0" * 64
+    )
+    config = dataclasses.replace(tiny_config(weights=str(tmp_path / "w.pt")), encoder=preset)
+    with pytest.raises(ValueError, match="sha256"):
+        encode(tmp_path / "in", tmp_path / "cache", config)
+
+
+def test_an_error_while_reading_recordings_surfaces(tmp_path, monkeypatch):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}, "b": {"z": 60}})
+
+    def failing(self, unit):
+        yield from list(real(self, unit))[:1]
+        raise OSError(errno.EIO, "the disk is gone")
+
+    real = VptSource.iter_episodes
+    monkeypatch.setattr(VptSource, "iter_episodes", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        encode(folder, tmp_path / "cache")
+    assert all_files(tmp_path / "cache") == {}
+
+
+def test_an_error_of_the_reading_thread_ends_the_iteration_with_it_after_what_came_before(tmp_path):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 5}})
+    (folder / "junk.tar").write_bytes(b"junk" * 1000)
+    seen = []
+    with pytest.raises(ValueError, match="no uncompressed tar"), decoders_of(folder) as items:
+        for item in items:
+            seen.append(type(item).__name__)
+            if not hasattr(item, "unit"):
+                assert len(list(item)) == 5
+    assert seen == ["EpisodeStream", "UnitEnd"]
+
+
+def test_a_unit_that_is_no_tar_at_all_stops_by_name(tmp_path):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 60}})
+    (folder / "junk.tar").write_bytes(b"junk" * 1000)
+    with pytest.raises(ValueError, match=r"junk\.tar is no uncompressed tar"):
+        encode(folder, tmp_path / "cache")
+
+
+def test_an_error_in_preprocessing_is_no_skip_but_stops(tmp_path, monkeypatch):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}})
+
+    def broken(frames):
+        raise RuntimeError("a mistake in our own code")
+
+    monkeypatch.setattr(decoding, "luma_statistics", broken)
+    with pytest.raises(RuntimeError, match="a mistake in our own code"):
+        encode(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(writer.TokenWriter, "append"), (writer.TokenWriter, "__enter__"), (pipeline, "_write_controls")],
+)
+def test_a_full_disk_stops_with_its_own_error_and_publishes_nothing_after_it(tmp_path, monkeypatch, target, name, call):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 60}, "b": {"y": 60}})
+    calls, real = [], getattr(target, name)
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(target, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        encode(folder, tmp_path / "cache")
+    published = len(list((tmp_path / "cache").glob("tokens/*/*.zarr")))
+    assert published == (call - 1 if name != "append" else 0)
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+    monkeypatch.undo()
+    result = encode(folder, tmp_path / "cache")
+    assert result.manifest.to_bytes() == encode(folder, tmp_path / "other").manifest.to_bytes()
+
+
+def test_after_a_failed_write_no_other_call_is_made():
+    made, gate = [], threading.Event()
+
+    def fail():
+        gate.wait(10)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), WriterThread() as write:
+        write(fail)
+        for number in range(3):
+            write(made.append, number)
+        gate.set()
+    assert made == []
+
+
+def decoders_of(folder, num_decoders=2):
+    units = [Unit(path.name, path) for path in sorted(folder.rglob("*.tar"))]
+    settings = DecodeSettings(20.0, "frame", 16, 2, 1, "pyav", num_decoders)
+    return Decoders(VptSource(tiny_options()), units, settings, lambda frames: torch.zeros(len(frames), 3, 2, 2))
+
+
+def tiny_options():
+    from jepa_cache.sources.vpt import VptOptions
+
+    return VptOptions(**tiny_config().dataset.source_options)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+@pytest.mark.parametrize("num_decoders", [1, 3])
+def test_a_consumer_that_stops_early_is_never_waited_for(tmp_path, stop_after, num_decoders):
+    folder = make_tars(tmp_path / "in", {"a": dict.fromkeys("uvwxyz", 60)})
+    with decoders_of(folder, num_decoders) as items:
+        for number, stream in enumerate(items):
+            if number == stop_after:
+                next(iter(stream))  # one of its sixty batches
+                break
+            assert len(list(stream)) == 60
+
+
+def test_memory_is_bounded_while_the_consumer_waits(tmp_path):
+    folder = make_tars(tmp_path / "in", {"a": dict.fromkeys("uvwxyz", 60)})
+    with decoders_of(folder) as items:
+        iterator = iter(items)
+        stream = next(iterator)
+        threading.Event().wait(0.5)
+        assert stream.batches.qsize() <= decoding.BATCHES_AHEAD
+        assert items._items.qsize() <= 2
+
+
+@pytest.mark.parametrize("num_decoders", [1, 4])
+def test_streams_come_in_the_order_of_the_recordings(tmp_path, num_decoders):
+    folder = make_tars(tmp_path / "in", {"a": {"u": 60, "v": 5, "w": 33}, "b": {"x": 8, "y": 60}})
+    with decoders_of(folder, num_decoders) as items:
+        order = [
+            (item.unit.name if hasattr(item, "unit") else (item.episode.key, sum(len(batch.pixels) for batch in item)))
+            for item in items
+        ]
+    assert order == [("u", 60), ("v", 5), ("w", 33), "a.tar", ("x", 8), ("y", 60), "b.tar"]

@@ -1,0 +1,121 @@
+"""Claims: every encode mode samples at the stride ceil(rate / fps) and encodes each frame once, in order.
+
+A step is anchored at the last frame that its tubelet has seen, and in clip mode each clip is a segment of its own.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jepa_cache.encoding.modes import plan_steps, sampling_stride
+
+RATES = st.sampled_from([5.0, 10.0, 15.0, 20.0, 24.0, 25.0, 30000 / 1001, 30.0, 60.0])
+
+
+@st.composite
+def requests(draw):
+    rate = draw(RATES)
+    tubelet = draw(st.integers(1, 4))
+    return {
+        "num_frames": draw(st.integers(1, 700)),
+        "video_fps": rate,
+        "fps": draw(st.floats(0.5, rate)),
+        "mode": draw(st.sampled_from(["frame", "tubelet", "clip"])),
+        "frames_per_clip": tubelet * draw(st.integers(1, 8)),
+        "tubelet_size": tubelet,
+    }
+
+
+def group_of(request):
+    return {"frame": 1, "tubelet": request["tubelet_size"], "clip": request["frames_per_clip"]}[request["mode"]]
+
+
+def plan(request):
+    """The plan, or None for an episode that is too short, after checking that it is."""
+    try:
+        return plan_steps(**request)
+    except ValueError:
+        stride = sampling_stride(request["video_fps"], request["fps"])
+        assert len(range(0, request["num_frames"], stride)) < group_of(request)
+        return None
+
+
+@given(rate=RATES, share=st.floats(0.01, 1))
+def test_the_true_rate_is_the_highest_that_is_not_above_the_one_asked_for(rate, share):
+    stride = sampling_stride(rate, rate * share)
+    slack = 1 + 2e-6  # of header rates such as 30000/1001
+    assert rate / stride <= rate * share * slack
+    assert stride == 1 or rate / (stride - 1) * slack > rate * share
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "stride"),
+    [(15, 4, 4), (20, 5, 4), (20, 20, 1), (30000 / 1001, 30000 / 1001 / 3, 3), (20.000001, 5, 4)],
+)
+def test_official_rates_give_the_official_strides(rate, fps, stride):
+    assert sampling_stride(rate, fps) == stride
+
+
+def test_more_frames_than_the_video_has_are_refused():
+    with pytest.raises(ValueError, match=r"encode\.fps 21 is above the video's 20"):
+        plan_steps(100, 20.0, fps=21, mode="frame", frames_per_clip=16, tubelet_size=2)
+
+
+@given(requests())
+def test_inputs_are_the_sampled_frames_in_order_each_once_and_only_an_incomplete_group_is_left_out(request):
+    if (result := plan(request)) is None:
+        return
+    stride = sampling_stride(request["video_fps"], request["fps"])
+    sampled = list(range(0, request["num_frames"], stride))
+    used = result.inputs.reshape(-1).tolist()
+    assert used == sampled[: len(used)]
+    assert len(sampled) - len(used) < group_of(request)
+    assert result.inputs.shape[1] == group_of(request) and result.inputs.dtype == np.int64
+
+
+@given(requests())
+def test_a_step_is_anchored_at_the_last_frame_of_its_own_tubelet(request):
+    if (result := plan(request)) is None:
+        return
+    per_step = 1 if request["mode"] == "frame" else request["tubelet_size"]
+    assert result.anchors.tolist() == result.inputs.reshape(-1)[per_step - 1 :: per_step].tolist()
+
+
+@given(requests())
+def test_segments_cover_all_steps_once_and_are_single_clips_in_clip_mode(request):
+    if (result := plan(request)) is None:
+        return
+    covered = [step for start, stop in result.segments.tolist() for step in range(start, stop)]
+    assert covered == list(range(len(result.anchors)))
+    if request["mode"] == "clip":
+        steps = request["frames_per_clip"] // request["tubelet_size"]
+        assert {stop - start for start, stop in result.segments.tolist()} == {steps}
+        for (start, stop), frames in zip(result.segments.tolist(), result.inputs, strict=True):
+            assert set(result.anchors[start:stop]) <= set(frames.tolist())
+    else:
+        assert len(result.segments) == 1
+
+
+@given(requests())
+def test_the_step_rate_follows_from_the_distance_of_the_anchors(request):
+    if (result := plan(request)) is None or len(result.anchors) < 2:
+        return
+    distances = set(np.diff(result.anchors).tolist())
+    assert len(distances) == 1
+    assert result.step_hz == pytest.approx(float(Fraction(request["video_fps"]) / distances.pop()), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["frame", "tubelet", "clip"])
+@pytest.mark.parametrize("video_fps", [20.0, 60.0])
+def test_an_episode_one_frame_too_short_is_refused_with_the_way_out(mode, video_fps):
+    needed = {"frame": 1, "tubelet": 2, "clip": 8}[mode]
+    stride = math.ceil(video_fps / 5)
+    enough = (needed - 1) * stride + 1
+    settings = {"fps": 5, "mode": mode, "frames_per_clip": 8, "tubelet_size": 2}
+    assert len(plan_steps(enough, video_fps, **settings).inputs) == 1
+    with pytest.raises(ValueError, match=rf"{mode} mode needs {needed}; lower encode\.frames_per_clip"):
+        plan_steps(enough - 1, video_fps, **settings)

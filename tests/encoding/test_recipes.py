@@ -1,0 +1,172 @@
+"""Claims: every setting that changes tokens changes the fingerprint; no other setting of the whole configuration does."""
+
+import dataclasses
+
+import pytest
+
+from jepa_cache.actions import get_action_space
+from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
+from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.sources import build_source
+from jepa_cache.store.recipe import fingerprint, recipe_changes
+from tests.encoded import tiny_config
+
+# Another value for every field that decides tokens; a field that is in neither table fails the tests by its name.
+ENCODE_CHANGES = {"fps": 4.0, "mode": "tubelet", "compute_dtype": "bfloat16", "dtype": "float32", "decoder": "pyav"}
+ENCODE_KEEPS = {
+    "frames_per_clip": 8,  # clip mode only
+    "action_space": "vpt36",
+    "weights": "elsewhere.pt",  # known by content, not by place
+    "batch_size": 3,
+    "device": "cuda",
+    "num_decoders": 7,
+    "max_skipped_share": 0.5,
+}
+ENCODER_CHANGES = {
+    "embed_dim": 128,
+    "depth": 3,
+    "num_heads": 8,
+    "mlp_dim": 128,
+    "patch_size": 32,
+    "tubelet_size": 4,
+    "resolution": 128,
+    "rope": "paired",
+    "crop": "square",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "random_seed": 1,
+}
+ENCODER_KEEPS = {
+    "name": "other",
+    "compute_dtype": "bfloat16",  # the one in use is encode.compute_dtype
+    "batch_size": 3,
+    "weights": "elsewhere.pt",
+    "weights_entry": "other",  # part of the identity of a file, tested below
+    "weights_sha256": "0" * 64,
+}
+
+
+def fingerprint_of(config):
+    source = build_source(config.dataset.source, config.dataset.source_options)
+    return fingerprint(
+        token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))
+    )
+
+
+def action_fingerprint_of(config):
+    source = build_source(config.dataset.source, config.dataset.source_options)
+    space = get_action_space(config.encode.action_space)
+    return fingerprint(action_recipe(config.encode, config.encoder, source.recipe, space))
+
+
+def changed(config, section, field, value):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+
+
+def test_every_field_of_the_encode_section_and_the_encoder_preset_is_placed():
+    assert {field.name for field in dataclasses.fields(EncodeConfig)} == ENCODE_CHANGES.keys() | ENCODE_KEEPS.keys()
+    assert {field.name for field in dataclasses.fields(EncoderPreset)} == ENCODER_CHANGES.keys() | ENCODER_KEEPS.keys()
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("encode", *item) for item in ENCODE_CHANGES.items()] + [("encoder", *item) for item in ENCODER_CHANGES.items()],
+)
+def test_a_setting_that_decides_tokens_changes_the_fingerprint(section, field, value):
+    config = tiny_config()
+    assert getattr(getattr(config, section), field) != value
+    assert fingerprint_of(changed(config, section, field, value)) != fingerprint_of(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("encode", *item) for item in ENCODE_KEEPS.items()] + [("encoder", *item) for item in ENCODER_KEEPS.items()],
+)
+def test_a_setting_that_decides_no_token_keeps_the_fingerprint(section, field, value):
+    config = tiny_config()
+    assert getattr(getattr(config, section), field) != value
+    assert fingerprint_of(changed(config, section, field, value)) == fingerprint_of(config)
+
+
+def other_value(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return f"{value} other"
+
+
+@pytest.mark.parametrize("section", ["predictor", "split", "scaler", "train", "evaluate"])
+def test_no_setting_of_stage_two_changes_any_fingerprint(section):
+    config = tiny_config()
+    for field in dataclasses.fields(getattr(config, section)):
+        value = other_value(getattr(getattr(config, section), field.name))
+        other = changed(config, section, field.name, value)
+        assert other != config
+        assert (fingerprint_of(other), action_fingerprint_of(other)) == (
+            fingerprint_of(config),
+            action_fingerprint_of(config),
+        ), f"{section}.{field.name}"
+
+
+def test_every_section_of_the_configuration_is_looked_at_here():
+    seen = {
+        "predictor",
+        "split",
+        "scaler",
+        "train",
+        "evaluate",
+        "encode",
+        "encoder",
+        "dataset",
+        "cache_root",
+        "origins",
+    }
+    assert {field.name for field in dataclasses.fields(Config)} == seen
+
+
+def test_of_the_data_set_only_the_source_and_its_options_change_the_fingerprint():
+    config = tiny_config()
+    for field, value in {"name": "mine", "inputs": ("x",), "fps": 1.0, "mode": "clip", "scale_actions": "none"}.items():
+        assert fingerprint_of(changed(config, "dataset", field, value)) == fingerprint_of(config)
+    simple = {"schema": "simple", "camera_unit": "delta_deg"}
+    assert fingerprint_of(changed(config, "dataset", "source_options", simple)) != fingerprint_of(config)
+
+
+def test_the_clip_length_counts_in_clip_mode_only():
+    clip = changed(tiny_config(), "encode", "mode", "clip")
+    assert fingerprint_of(changed(clip, "encode", "frames_per_clip", 8)) != fingerprint_of(clip)
+
+
+@pytest.mark.parametrize("field", ["fps", "mode", "action_space"])
+def test_actions_depend_on_the_sampling_and_the_action_space(field):
+    config = tiny_config()
+    value = {"fps": 4.0, "mode": "tubelet", "action_space": "vpt36"}[field]
+    assert action_fingerprint_of(changed(config, "encode", field, value)) != action_fingerprint_of(config)
+
+
+@pytest.mark.parametrize("field", sorted(ENCODER_CHANGES.keys() - {"tubelet_size"}))
+def test_actions_do_not_depend_on_the_encoder(field):
+    config = tiny_config()
+    assert action_fingerprint_of(changed(config, "encoder", field, ENCODER_CHANGES[field])) == action_fingerprint_of(
+        config
+    )
+
+
+def test_files_with_other_bytes_or_another_entry_are_other_weights(tmp_path):
+    preset = dataclasses.replace(tiny_config().encoder, random_seed=None, weights_entry="encoder")
+    identities = set()
+    for name, content in (("a.pt", b"one"), ("b.pt", b"two"), ("c.pt", b"one")):
+        (tmp_path / name).write_bytes(content)
+        identities.add(weights_identity(preset, tmp_path / name))
+    assert len(identities) == 2
+    other_entry = dataclasses.replace(preset, weights_entry="target_encoder")
+    assert weights_identity(other_entry, tmp_path / "a.pt") not in identities
+
+
+def test_what_changed_between_two_recipes_is_named_by_its_path():
+    old = {"encoder": {"rope": "tiled", "depth": 2}, "dtype": "float16", "gone": 1}
+    new = {"encoder": {"rope": "paired", "depth": 2}, "dtype": "float16", "new": 2}
+    assert recipe_changes(old, new) == ["encoder.rope: 'tiled' -> 'paired'", "gone: 1 -> None", "new: None -> 2"]
+    assert recipe_changes(old, old) == []

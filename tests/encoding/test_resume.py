@@ -1,0 +1,297 @@
+"""Claims: what was encoded under a recipe is found again and never encoded twice; only what is missing or damaged is made.
+
+A killed run leaves nothing that the same command does not put right, and its result is that of a run that was not killed.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jepa_cache.encoding import decoding, pipeline
+from jepa_cache.store import layout
+from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.root import CacheRoot
+from tests.encoded import all_files, encode, make_tars, read_episodes, tiny_config
+from tests.makers import make_vpt_pair, write_vpt_tar
+
+EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 40}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tars(tmp_path_factory.mktemp("recordings"), EPISODES)
+
+
+@pytest.fixture(scope="module")
+def complete(folder, tmp_path_factory):
+    """One uninterrupted run: its manifest bytes and every file."""
+    root = tmp_path_factory.mktemp("complete") / "cache"
+    return encode(folder, root).manifest.to_bytes(), all_files(root)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Keys of the episodes whose video is opened."""
+    keys, open_video = [], decoding.open_video
+
+    def opened(video, decoder):
+        keys.append(len(video))
+        return open_video(video, decoder)
+
+    monkeypatch.setattr(decoding, "open_video", opened)
+    return keys
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """Building an encoder or opening a video fails from now on, when called."""
+
+    def forbid():
+        def fail(*_, **__):
+            raise AssertionError("an encoder was built or a video opened")
+
+        monkeypatch.setattr("jepa_cache.encoder.frozen.FrozenEncoder.__init__", fail)
+        monkeypatch.setattr(decoding, "open_video", fail)
+
+    return forbid
+
+
+def token_stores(result, root):
+    return [CacheRoot(root).tokens(result.manifest.fingerprint, e.unit_digest) for e in result.manifest.entries]
+
+
+def test_a_second_run_encodes_nothing_and_gives_the_same_manifest(folder, tmp_path, no_encoder):
+    first = encode(folder, tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    no_encoder()
+    second = encode(folder, tmp_path / "cache")
+    assert second.manifest.to_bytes() == first.manifest.to_bytes()
+    assert (second.num_encoded, second.num_units, second.timing) == (0, 3, None)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+
+
+def test_another_action_space_needs_no_video_and_no_encoder(folder, tmp_path, no_encoder):
+    root = tmp_path / "cache"
+    first = encode(folder, root)
+    no_encoder()
+    second = encode(folder, root, tiny_config(action_space="vpt36"))
+    assert second.manifest.fingerprint == first.manifest.fingerprint
+    whole = encode(folder, root)
+    assert whole.manifest.to_bytes() == first.manifest.to_bytes()
+    old, new = read_episodes(first, root), read_episodes(second, root)
+    for key in old:
+        assert new[key]["actions"].shape[1] == 36
+        # vpt36 is vpt13 with 23 buttons between the mouse and the slots.
+        assert np.array_equal(np.delete(new[key]["actions"], slice(4, 27), 1), old[key]["actions"], equal_nan=True)
+        assert set(np.unique(new[key]["actions"][:-1, 4:27])) == {0.0, 1.0}
+
+
+def test_stage_two_settings_encode_nothing(folder, tmp_path, no_encoder):
+    import dataclasses
+
+    config = tiny_config()
+    first = encode(folder, tmp_path / "cache", config)
+    no_encoder()
+    other = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, lr=1.0, seed=5),
+        split=dataclasses.replace(config.split, seed=9),
+        scaler=dataclasses.replace(config.scaler, actions="none"),
+        evaluate=dataclasses.replace(config.evaluate, horizon=2),
+    )
+    assert encode(folder, tmp_path / "cache", other).manifest.to_bytes() == first.manifest.to_bytes()
+
+
+def test_deleted_controls_are_read_again_without_decoding(folder, tmp_path, complete, no_encoder):
+    root = tmp_path / "cache"
+    encode(folder, root)
+    for path in (*root.glob("controls/*/*"), *root.glob("actions/*/*/store.json")):
+        path.unlink()
+    no_encoder()
+    encode(folder, root)
+    assert all_files(root) == complete[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_controls_are_named_and_read_again(folder, tmp_path, no_encoder, capsys, damage):
+    root = tmp_path / "cache"
+    encode(folder, root)
+    for path in root.glob("controls/*/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4] ^= 0x10
+        path.write_bytes(content[:-100] if damage == "cut" else content)
+    no_encoder()
+    result = encode(folder, root, tiny_config(action_space="vpt36"))
+    assert capsys.readouterr().out.count("damaged, reading the controls from the recordings again") == 3
+    fresh = encode(folder, tmp_path / "cache", tiny_config(action_space="vpt36"))
+    assert result.manifest.to_bytes() == fresh.manifest.to_bytes()
+
+
+def test_a_tar_that_is_added_is_encoded_alone(folder, tmp_path, complete, counted):
+    root = tmp_path / "cache"
+    encode(folder, root, inputs=["a.tar", "b.tar"])
+    assert len(counted) == 3
+    counted.clear()
+    result = encode(folder, root)
+    assert (len(counted), result.num_encoded) == (1, 1)
+    assert result.manifest.to_bytes() == complete[0]
+    assert all_files(root) == complete[1]
+
+
+def test_a_tar_under_another_name_is_found_again_and_an_edited_one_is_another_unit(tmp_path, no_encoder):
+    folder, root = make_tars(tmp_path / "in", {"a": {"x": 45}}), tmp_path / "cache"
+    first = encode(folder, root)
+    (folder / "a.tar").rename(folder / "renamed.tar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jepa_cache.encoder.frozen.FrozenEncoder.__init__", None)
+        assert encode(folder, root).manifest.to_bytes() == first.manifest.to_bytes()
+    write_vpt_tar(folder / "renamed.tar", {"x": make_vpt_pair(45, 99)})
+    edited = encode(folder, root)
+    assert edited.num_encoded == 1
+    assert edited.manifest.entries[0].unit_digest != first.manifest.entries[0].unit_digest
+    assert len(list(root.glob("tokens/*/*.zarr"))) == 2
+
+
+def test_two_recipes_lie_side_by_side_and_are_never_mixed(folder, tmp_path, no_encoder):
+    root = tmp_path / "cache"
+    slow, quick = tiny_config(), tiny_config(fps=10.0)
+    first, second = encode(folder, root, slow), encode(folder, root, quick)
+    assert second.num_encoded == 3 and second.manifest.fingerprint != first.manifest.fingerprint
+    assert second.manifest.action_fingerprint != first.manifest.action_fingerprint
+    no_encoder()
+    assert encode(folder, root, slow).manifest.to_bytes() == first.manifest.to_bytes()
+    assert encode(folder, root, quick).manifest.to_bytes() == second.manifest.to_bytes()
+
+
+def test_a_recording_too_short_for_one_recipe_is_used_by_another(tmp_path):
+    folder, root = make_tars(tmp_path / "in", {"a": {"long": 70, "short": 20}}), tmp_path / "cache"
+    clip = encode(folder, root, tiny_config(mode="clip", frames_per_clip=16, max_skipped_share=0.5))
+    assert [recording["key"] for recording in clip.manifest.skipped] == ["short"]
+    frame = encode(folder, root)
+    assert read_episodes(frame, root).keys() == {"long", "short"}
+    assert frame.manifest.skipped == ()
+
+
+@pytest.mark.parametrize("name", ["tokens/c/0/0/0", "tokens/zarr.json", layout.SEGMENTS_FILE, layout.STORE_FILE])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_store_is_named_and_encoded_again_alone(folder, tmp_path, complete, counted, capsys, name, damage):
+    root = tmp_path / "cache"
+    store = token_stores(encode(folder, root), root)[1]
+    path = store / name
+    path.unlink() if damage == "missing" else os.truncate(path, path.stat().st_size // 2)
+    counted.clear()
+    result = encode(folder, root)
+    assert result.num_encoded == 1 and 1 <= len(counted) <= 2
+    assert f"damaged, encoding it again: {path}" in capsys.readouterr().out
+    assert result.manifest.to_bytes() == complete[0]
+    assert all_files(root) == complete[1]
+
+
+def test_a_store_of_another_version_of_the_program_is_never_removed(folder, tmp_path):
+    root = tmp_path / "cache"
+    path = token_stores(encode(folder, root), root)[0] / layout.STORE_FILE
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
+    with pytest.raises(ValueError, match="store format 7, this program reads 1"):
+        encode(folder, root)
+    assert path.is_file()
+
+
+def test_actions_made_for_other_steps_are_made_again(tmp_path, monkeypatch):
+    folder, root = make_tars(tmp_path / "in", {"a": {"x": 45, "y": 38}}), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        opened = []
+
+        def open_second_only(video, decoder):
+            opened.append(video)
+            if len(opened) == 1:
+                raise decoding_error("nothing of it on this machine")
+            return real(video, decoder)
+
+        real, decoding_error = decoding.open_video, pipeline.DecodeError
+        patch.setattr(decoding, "open_video", open_second_only)
+        partly = encode(folder, root, tiny_config(decoder="pyav", max_skipped_share=0.5, num_decoders=1))
+    assert [recording["key"] for recording in partly.manifest.skipped] == ["x"]
+    expected = read_episodes(encode(folder, tmp_path / "other"), tmp_path / "other")
+    episodes = read_episodes(encode(folder, root), root)
+    for key in ("x", "y"):
+        assert np.array_equal(episodes[key]["actions"], expected[key]["actions"], equal_nan=True)
+
+
+KILL_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import numpy, pyarrow, torch
+import webdataset.tariterators
+import jepa_cache.encoding.run as run, jepa_cache.encoder.frozen
+from jepa_cache.encoding import aggregation, pipeline
+from jepa_cache.store import controls, manifest, root, verify, writer
+from tests.encoded import encode
+
+folder, base = Path(sys.argv[1]), Path(sys.argv[2])
+
+def killing(module, name, count, after):
+    real = getattr(module, name)
+    calls = []
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **options)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(module, name, killed)
+
+POINTS = {
+    "first_append": (writer.TokenWriter, "append", 2, True),
+    "before_store_file": (writer, "write_store_file", 2, False),
+    "before_rename": (writer, "publish_folder", 1, False),
+    "first_published": (writer, "publish_folder", 1, True),
+    "actions_before_rename": (controls, "publish_folder", 2, False),
+    "controls_half": (controls.ControlsWriter, "append", 2, True),
+}
+for name, point in POINTS.items():
+    child = os.fork()
+    if child == 0:
+        killing(*point)
+        encode(folder, base / name)
+        os._exit(0)
+    print(name, os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_a_run_that_was_killed_anywhere_is_finished_by_the_same_command(folder, tmp_path, complete):
+    process = subprocess.run(
+        [sys.executable, "-c", KILL_SCRIPT, str(folder), str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    outcomes = dict(line.split() for line in process.stdout.splitlines() if len(line.split()) == 2)
+    assert len(outcomes) == 6 and set(outcomes.values()) == {str(int(signal.SIGKILL))}, process.stdout
+    leftovers = 0
+    for name in outcomes:
+        root = tmp_path / name
+        leftovers += len(list(root.rglob(".tmp-*")))
+        result = encode(folder, root)
+        assert result.manifest.to_bytes() == complete[0], name
+        assert all_files(root) == complete[1], name
+        assert not list(root.rglob(".tmp-*")), name
+    assert leftovers > 0
+
+
+def test_the_restored_controls_are_those_of_the_first_run(folder, tmp_path):
+    root = tmp_path / "cache"
+    result = encode(folder, root)
+    paths = sorted(root.glob("controls/*/*"))
+    before = [dict(iter_controls(path)) for path in paths]
+    for path in paths:
+        path.unlink()
+    encode(folder, root, tiny_config(action_space="vpt36"))
+    for path, old in zip(paths, before, strict=True):
+        new = dict(iter_controls(path))
+        assert new.keys() == old.keys()
+        assert all(np.array_equal(new[key][name], old[key][name], equal_nan=True) for key in old for name in old[key])
+    assert result.num_encoded == 3

@@ -1,0 +1,231 @@
+"""Claims: the cache holds what the encoder gives on the decoded frames, bit for bit, with the right tables, actions and controls.
+
+The same recordings give the same bytes everywhere, whatever files they lie in and however many threads decode them.
+"""
+
+import json
+import shutil
+import socket
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jepa_cache.actions import get_action_space
+from jepa_cache.encoder.checkpoints import load_encoder_state
+from jepa_cache.encoder.frozen import FrozenEncoder
+from jepa_cache.store import layout
+from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.verify import check_store, read_store_file
+from tests.encoded import (
+    BATCH,
+    STRIDE,
+    all_files,
+    decode_all,
+    encode,
+    make_tars,
+    read_episodes,
+    read_video,
+    tiny_config,
+)
+from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+
+EPISODES = {"a": {"x": 61, "sub/y": 44}, "b": {"z": 52}}
+SEEDS = {"x": (61, 0), "sub/y": (44, 1), "z": (52, 2)}
+MODES = {"frame": (1, 1), "tubelet": (2, 1), "clip": (4, 2)}  # frames of an input, steps that come out of it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tars(tmp_path_factory.mktemp("recordings"), EPISODES)
+
+
+@pytest.fixture(scope="module")
+def encoded(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoded") / "cache"
+    return encode(folder, root), root
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    preset = tiny_config().encoder
+    return FrozenEncoder(preset, load_encoder_state(preset, None), device="cpu", compute_dtype="float32")
+
+
+def reference_tokens(encoder, video, group):
+    """Sampled frames, grouped, encoded in batches of BATCH groups, cast to float16."""
+    frames = decode_all(video)[::STRIDE]
+    frames = frames[: len(frames) // group * group]
+    groups = encoder.preprocess(frames).unflatten(0, (-1, group))
+    return torch.cat([encoder.encode(part).flatten(0, 1) for part in groups.split(BATCH)]).half().numpy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_the_encoder_s_output_on_the_decoded_frames_bit_for_bit(folder, tmp_path, encoder, mode):
+    group, _ = MODES[mode]
+    result = encode(folder, tmp_path / "cache", tiny_config(mode=mode, frames_per_clip=4))
+    episodes = read_episodes(result, tmp_path / "cache")
+    assert episodes.keys() == SEEDS.keys()
+    for key in SEEDS:
+        expected = reference_tokens(encoder, read_video(folder, key), group)
+        assert np.array_equal(episodes[key]["tokens"], expected), key
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_and_segments_say_which_frame_and_tick_each_step_shows(folder, tmp_path, mode):
+    group, steps_per_input = MODES[mode]
+    result = encode(folder, tmp_path / "cache", tiny_config(mode=mode, frames_per_clip=4))
+    for entry in result.manifest.entries:
+        store = CacheRoot(tmp_path / "cache").tokens(result.manifest.fingerprint, entry.unit_digest)
+        steps, segments = (
+            pq.read_table(store / name).to_pylist() for name in (layout.STEPS_FILE, layout.SEGMENTS_FILE)
+        )
+        per_step = group // steps_per_input
+        expected_steps, expected_segments = [], []
+        for key in [key for tar in EPISODES.values() for key in tar if any(row["episode"] == key for row in segments)]:
+            sampled = list(range(0, SEEDS[key][0], STRIDE))
+            anchors = sampled[: len(sampled) // group * group][per_step - 1 :: per_step]
+            length = steps_per_input if mode == "clip" else len(anchors)
+            for start in range(0, len(anchors), length):
+                first = len(expected_steps)
+                expected_steps += [(len(expected_segments), frame) for frame in anchors[start : start + length]]
+                expected_segments.append((len(expected_segments), key, first, first + length, 20 / STRIDE / per_step))
+        assert [tuple(row.values()) for row in segments] == expected_segments
+        assert [(row["segment"], row["frame"]) for row in steps] == expected_steps
+        assert all(row["tick"] == row["frame"] for row in steps)
+        assert (entry.num_steps, entry.num_segments) == (len(steps), len(segments))
+    assert result.manifest.comparable == (mode != "clip")
+
+
+def test_gui_idle_and_luma_are_those_of_the_recording(tmp_path):
+    rows = make_rows(49, 3)
+    for row in rows[20:30]:
+        row["isGuiOpen"] = True
+    for row in rows[8:14]:
+        row["mouse"].update(dx=0.0, dy=0.0)
+        row["keyboard"]["keys"] = []
+    yaw = 0.0
+    for row in rows:
+        row["yaw"] = yaw
+        yaw += 0.0 if row["isGuiOpen"] else 0.15 * row["mouse"]["dx"]
+    video = make_video(49, 3)
+    write_vpt_tar(tmp_path / "in/a.tar", {"k": (video, to_jsonl(rows))})
+    steps = read_episodes(encode(tmp_path / "in", tmp_path / "cache"), tmp_path / "cache")["k"]
+    assert steps["gui"].tolist() == [20 <= tick < 30 for tick in range(0, 49, STRIDE)]
+    still = np.array([not (row["mouse"]["dx"] or row["mouse"]["dy"] or row["keyboard"]["keys"]) for row in rows], float)
+    shares = [still[tick : tick + STRIDE].mean() for tick in range(0, 48, STRIDE)]
+    assert steps["idle"][:-1] == pytest.approx(shares) and np.isnan(steps["idle"][-1])
+    assert steps["idle"][2] == 1.0 and min(shares) < 1.0
+    luma = decode_all(video)[::STRIDE].astype(np.float64) @ [0.299, 0.587, 0.114]
+    # A sixteenth of the pixels is looked at; the test pictures are 8x8 blocks, so mean and deviation hardly change.
+    assert steps["luma_mean"] == pytest.approx(luma.mean(axis=(1, 2)), abs=6)
+    assert steps["luma_std"] == pytest.approx(luma.std(axis=(1, 2)), abs=6)
+    assert np.ptp(luma.mean(axis=(1, 2))) > 6
+
+
+@pytest.mark.parametrize("space", ["vpt13", "vpt36"])
+@pytest.mark.parametrize("mode", MODES)
+def test_actions_aggregate_the_ticks_between_anchors_and_end_each_segment_with_nan(folder, tmp_path, mode, space):
+    root = tmp_path / "cache"
+    result = encode(folder, root, tiny_config(mode=mode, frames_per_clip=4, action_space=space))
+    for key, episode in read_episodes(result, root).items():
+        rows = make_rows(*SEEDS[key])
+        dx, forward = (
+            np.array([read(row) for row in rows])
+            for read in (lambda r: r["mouse"]["dx"], lambda r: "key.keyboard.w" in r["keyboard"]["keys"])
+        )
+        frames, segments = episode["frame"], episode["segment"]
+        names = [column.name for column in get_action_space(space).actions]
+        for step, action in enumerate(episode["actions"]):
+            if step + 1 == len(frames) or segments[step + 1] != segments[step]:
+                assert np.isnan(action).all()
+                continue
+            ticks = slice(frames[step], frames[step + 1])
+            assert action[names.index("mouse_dx")] == dx[ticks].sum()
+            assert action[names.index("dyaw")] == pytest.approx(0.15 * dx[ticks].sum(), abs=1e-4)
+            if space == "vpt36":
+                assert action[names.index("forward")] == forward[ticks].any()
+        yaw = np.array([rows[frame]["yaw"] for frame in frames])
+        assert np.cos(np.radians(episode["states"][:, 0] - yaw)) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_controls_are_kept_at_their_native_rate(encoded):
+    result, root = encoded
+    kept = {}
+    for entry in result.manifest.entries:
+        kept |= dict(iter_controls(CacheRoot(root).controls(result.manifest.source_fingerprint, entry.unit_digest)))
+    assert kept.keys() == SEEDS.keys()
+    for key, controls in kept.items():
+        rows = make_rows(*SEEDS[key])
+        assert controls["mouse_dx"].tolist() == [row["mouse"]["dx"] for row in rows]
+        assert controls["forward"].tolist() == ["key.keyboard.w" in row["keyboard"]["keys"] for row in rows]
+
+
+def test_the_same_recordings_give_the_same_bytes_under_other_names_in_another_order_and_place(
+    folder, encoded, tmp_path
+):
+    (tmp_path / "deep").mkdir()
+    shutil.copy(folder / "a.tar", tmp_path / "deep/zz.tar")
+    shutil.copy(folder / "b.tar", tmp_path / "0.tar")
+    result = encode(tmp_path, tmp_path / "cache", inputs=[str(tmp_path / "deep"), "0.tar"])
+    assert result.manifest.to_bytes() == encoded[0].manifest.to_bytes()
+    assert all_files(tmp_path / "cache") == all_files(encoded[1])
+
+
+@pytest.mark.parametrize("num_decoders", [1, 3])
+def test_the_number_of_decoding_threads_changes_no_byte(folder, encoded, tmp_path, num_decoders):
+    encode(folder, tmp_path / "cache", tiny_config(num_decoders=num_decoders))
+    assert all_files(tmp_path / "cache") == all_files(encoded[1])
+
+
+def test_nothing_under_the_root_names_a_place_a_machine_or_a_file_of_the_input(folder, encoded):
+    texts = [str(folder), str(encoded[1].parent), socket.gethostname(), "a.tar", "b.tar"]
+    for name, content in all_files(encoded[1]).items():
+        for text in texts:
+            assert text.encode() not in content, f"{name} holds {text!r}"
+
+
+def test_the_manifest_lists_stores_by_digest_and_says_how_they_were_made(encoded):
+    result, root = encoded
+    manifest, cache = result.manifest, CacheRoot(root)
+    for entry in manifest.entries:
+        tokens = check_store(cache.tokens(manifest.fingerprint, entry.unit_digest), read_data=True)
+        actions = check_store(cache.actions(manifest.action_fingerprint, entry.unit_digest), read_data=True)
+        assert (tokens.digest, actions.digest) == (entry.tokens_digest, entry.actions_digest)
+        assert tokens.card["recipe"] == manifest.recipe
+        assert (
+            tokens.provenance["device"] == "cpu" and sum(tokens.provenance["decoders"].values()) == entry.num_episodes
+        )
+    assert (manifest.encoder_trained, manifest.grid, manifest.num_tokens, manifest.width) == (False, (4, 4), 16, 64)
+    assert json.loads(manifest.to_bytes())["skipped"] == []
+    assert result.timing.num_frames == manifest.num_steps and result.timing.num_episodes == 3
+
+
+def test_two_files_of_the_same_content_count_once(folder, tmp_path, capsys):
+    for name in ("one.tar", "two.tar"):
+        shutil.copy(folder / "b.tar", tmp_path / name)
+    result = encode(tmp_path, tmp_path / "cache")
+    assert result.num_units == 1 and result.manifest.num_steps == 13
+    assert "two.tar has the same content as" in capsys.readouterr().out
+
+
+def test_more_frames_than_lines_uses_the_lines_and_reports_the_rest(tmp_path):
+    video, lines = make_vpt_pair(1090, 4, num_lines=1056, size=(32, 32))
+    write_tar(tmp_path / "in/a.tar", [("k.mp4", video), ("k.jsonl", lines)])
+    result = encode(tmp_path / "in", tmp_path / "cache", tiny_config(batch_size=64))
+    steps = read_episodes(result, tmp_path / "cache")["k"]
+    assert result.manifest.notes == ("k: 1090 frames, 1056 lines: the last 34 frames are not used",)
+    assert steps["frame"].tolist() == list(range(0, 1056, STRIDE))
+
+
+def test_the_provenance_is_no_part_of_the_digest(folder, encoded, tmp_path):
+    result = encode(folder, tmp_path / "cache", tiny_config(batch_size=64))
+    cache, other = CacheRoot(tmp_path / "cache"), CacheRoot(encoded[1])
+    for entry in result.manifest.entries:
+        one, two = (
+            read_store_file(root.tokens(result.manifest.fingerprint, entry.unit_digest)) for root in (cache, other)
+        )
+        assert one.provenance["batch_size"] != two.provenance["batch_size"]
+        assert one.card == two.card

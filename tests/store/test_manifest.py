@@ -1,0 +1,131 @@
+"""Claims: a manifest reads back as it was written, has one spelling, is written whole or not at all, and names what is missing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jepa_cache.store.manifest import Manifest, ManifestEntry, find_missing, read_manifest, write_manifest
+from jepa_cache.store.root import CacheRoot
+
+ENTRY = ManifestEntry("a" * 64, "b" * 64, "c" * 64, num_steps=10, num_segments=2, num_episodes=1)
+MANIFEST = Manifest(
+    dataset="vpt",
+    fingerprint="1" * 32,
+    recipe={"z": 1, "a": {"y": [1, 2], "b": None}},
+    action_fingerprint="2" * 32,
+    action_recipe={"action_space": "vpt13"},
+    source_fingerprint="3" * 32,
+    num_tokens=16,
+    width=64,
+    grid=(4, 4),
+    mode="frame",
+    encoder="tiny",
+    encoder_trained=False,
+    comparable=True,
+    skipped=({"key": "k", "reason": "why"},),
+    notes=("k: a note",),
+    entries=(ENTRY, dataclasses.replace(ENTRY, unit_digest="d" * 64, num_steps=5)),
+)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    write_manifest(MANIFEST, [tmp_path / "x/manifest.json", tmp_path / "y.json"])
+    assert read_manifest(tmp_path / "x/manifest.json") == MANIFEST
+    assert (tmp_path / "y.json").read_bytes() == (tmp_path / "x/manifest.json").read_bytes() == MANIFEST.to_bytes()
+    assert MANIFEST.num_steps == 15
+
+
+def test_keys_are_sorted_at_every_level():
+    document = json.loads(MANIFEST.to_bytes())
+    assert MANIFEST.to_bytes() == (json.dumps(document, sort_keys=True, indent=2) + "\n").encode()
+    reordered = dataclasses.replace(MANIFEST, recipe={"a": {"b": None, "y": [1, 2]}, "z": 1})
+    assert reordered.to_bytes() == MANIFEST.to_bytes()
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Manifest)])
+def test_every_field_counts_in_the_digest(field):
+    value = getattr(MANIFEST, field)
+    other = {bool: lambda: not value, int: lambda: value + 1, str: lambda: value + "x", dict: lambda: {"other": 1}}
+    changed = dataclasses.replace(MANIFEST, **{field: other.get(type(value), lambda: value[:1])()})
+    if changed == MANIFEST:  # tuples of one element
+        changed = dataclasses.replace(MANIFEST, **{field: ()})
+    assert changed.digest != MANIFEST.digest
+
+
+def test_an_identical_file_is_left_untouched_and_another_is_replaced(tmp_path):
+    path = tmp_path / "manifest.json"
+    write_manifest(MANIFEST, [path])
+    before = path.stat()
+    write_manifest(MANIFEST, [path])
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    write_manifest(dataclasses.replace(MANIFEST, dataset="mine"), [path])
+    assert read_manifest(path).dataset == "mine"
+
+
+def test_what_a_killed_writer_left_beside_the_manifest_is_removed(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from jepa_cache.store.root import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "manifest.json")], check=False)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".tmp-"]
+    write_manifest(MANIFEST, [tmp_path / "manifest.json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_manifest(tmp_path, monkeypatch):
+    path = tmp_path / "manifest.json"
+    write_manifest(MANIFEST, [path])
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(dataclasses.replace(MANIFEST, dataset="mine"), [path])
+    assert read_manifest(path) == MANIFEST
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.pop("entries"),
+        lambda document: document.update(unknown=1),
+        lambda document: document.update(manifest_version=99),
+        lambda document: document["entries"][0].pop("num_steps"),
+    ],
+    ids=["field gone", "field unknown", "other version", "entry field gone"],
+)
+def test_a_manifest_of_another_form_is_refused_with_the_way_out(tmp_path, change):
+    document = json.loads(MANIFEST.to_bytes())
+    change(document)
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"manifest\.json is no valid manifest.*encode\.py"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_missing_or_cut_manifest_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(ValueError, match=r"is missing; run `python stages/encode\.py`"):
+        read_manifest(tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").write_bytes(MANIFEST.to_bytes()[:100])
+    with pytest.raises(ValueError, match="no valid manifest"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+def test_missing_stores_are_listed_by_their_place(tmp_path):
+    root = CacheRoot(tmp_path)
+    places = [
+        place
+        for entry in MANIFEST.entries
+        for place in (root.tokens("1" * 32, entry.unit_digest), root.actions("2" * 32, entry.unit_digest))
+    ]
+    assert find_missing(MANIFEST, root) == places
+    for place in places[:3]:
+        place.mkdir(parents=True)
+    assert find_missing(MANIFEST, root) == places[3:]
