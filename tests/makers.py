@@ -35,6 +35,7 @@ def make_video(
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=fps, options=dict(options or {"g": "10"}))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.thread_count = 1  # x264's threads change the bits
         for index in range(num_frames):
             image = np.roll(texture, 2 * index, axis=1)
             image[:8, : 1 + index % width] = 255

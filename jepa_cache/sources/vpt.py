@@ -112,7 +112,7 @@ class VptSource:
             if sample.problem is not None:
                 yield Skipped(sample.key, sample.problem)
             elif missing:
-                yield Skipped(sample.key, f"{unit.name} holds no {sample.key}.{missing[0]} beside its partner")
+                yield Skipped(sample.key, f"the tar shard holds no {sample.key}.{missing[0]} beside its partner")
             else:
                 try:
                     yield self._read_episode(sample)
@@ -175,7 +175,8 @@ def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
 def _align_ticks(info: VideoInfo, num_ticks: int) -> tuple[float, np.ndarray, tuple[str, ...]]:
     """Frame rate, frame_ticks [F] and notes of a recording whose lines are ticks of 1/20 s."""
     if math.isclose(info.fps, TICK_HZ, rel_tol=0.01):
-        return info.fps, *_align_counts(info.num_frames, num_ticks)
+        # The ticks' own rate: a header of 20.002 Hz must not give another stride than one of 20.
+        return TICK_HZ, *_align_counts(info.num_frames, num_ticks)
     # Other recorders write another rate into the header. The counts tell whether that is just the header (a frame per line)
     # or whether the video really has another clock.
     by_count = info.num_frames / num_ticks
