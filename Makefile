@@ -26,7 +26,7 @@ demo: install
 	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/; next: dvc exp run -S train.lr=3e-4"
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -45,6 +45,9 @@ OVERRIDES = (
     *("evaluate.horizon=4", "evaluate.windows_per_episode=5", "evaluate.num_bootstrap=200", "evaluate.batch_size=4"),
 )
 
+AS_CONFIGURED = {"compute_dtype": "float32", "dtype": "float16", "decoder": "auto"}
+"""What `open_dataset` compares with params.yaml."""
+
 
 class Cache(NamedTuple):
     """A workspace: outputs/encode/manifest.json and outputs/scaler/scaler.json under `folder`, the stores under `root`."""
@@ -90,7 +93,7 @@ def make_cache(
             for name, part in (("a", slice(4)), ("b", slice(4, 8)))
         }
     sampling = {"fps": config.encode.fps, "mode": config.encode.mode}
-    recipe: dict[str, Any] = {"made by": "tests/caches.py", "seed": seed, "sampling": sampling}
+    recipe: dict[str, Any] = {"made by": "tests/caches.py", "seed": seed, "sampling": sampling, **AS_CONFIGURED}
     action_recipe = {"action_space": space.name, "sampling": sampling}
     rng, entries = np.random.default_rng(seed), []
     for digest, episodes in sorted(units.items()):

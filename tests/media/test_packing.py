@@ -135,4 +135,6 @@ def test_the_command_says_what_was_left_out_and_what_to_type_next(folder, tmp_pa
     pack(folder, tmp_path / "out")
     printed = capsys.readouterr().out
     assert "packed 4 recordings" in printed and "lonely.jsonl: there is no lonely.mp4" in printed
-    assert printed.rstrip().splitlines()[-1] == f"next: python stages/encode.py {tmp_path / 'out'}"
+    assert printed.rstrip().splitlines()[-1] == (
+        f"next: set `dataset: vpt` in params.yaml, then python stages/encode.py {tmp_path / 'out'}"
+    )
