@@ -7,15 +7,17 @@ SO(3), OR of keys and buttons, the slot at a. Actions and states are raw; scalin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from jepa_cache.config.parsing import nearest
+from jepa_cache.poses import POSE_SPACES
+from jepa_cache.vpt_actions import build_vpt25
 
 VPT_KEYS = (
     *("ESC", "back", "drop", "forward"),
@@ -24,8 +26,6 @@ VPT_KEYS = (
 )
 VPT_BUTTONS = (*VPT_KEYS, "attack", "use", "pickItem")
 """The 20 keyboard keys and 3 mouse buttons of VPT by their official names, in the order of `vpt36`."""
-
-POSE_CONTROLS = ("x_m", "y_m", "z_m", "rx_rad", "ry_rad", "rz_rad", "gripper")
 
 
 class Column(NamedTuple):
@@ -75,14 +75,25 @@ def get_action_space(name: str) -> ActionSpace:
       step), then the 9 one-hot columns.
     - `pose7`: A = 7, S = 7. Difference of x, y, z (m), rotation difference in the base frame as extrinsic xyz Euler angles
       (rad), difference of the gripper (0 open, 1 closed).
+    - `pose7_camera`: A = 7, S = 7. `pose7` of the poses as the camera sees them: `inverse(camera pose) @ pose` at each step.
+    - `droid_command7`: A = 7, S = 7. The pose that the last row before the next step commands, as seen from the measured pose
+      at the step: difference of x, y, z (m), rotation difference in the base frame (rad), difference of the gripper. An
+      absolute command replaces the ones before it, so the last one stands for all; 0 where a step has no row of its own.
+    - `vector_last<A>x<S>`, `vector_sum<A>x<S>` (e.g. `vector_last7x14`): the columns action_0 to action_<A-1> and state_0 to
+      state_<S-1> of any robot or game. `last`: the command of the last row before the next step, for absolute commands
+      (target positions, velocities). `sum`: the sum over all rows of the step, for commands that are changes.
 
-    The state of the VPT spaces is yaw in (-180, 180] and pitch, degrees; that of `pose7` the pose itself.
+    The state of the VPT spaces is yaw in (-180, 180] and pitch, degrees; that of `pose7` and `droid_command7` the pose
+    itself, that of `pose7_camera` the pose in the camera's frame.
 
     Raises:
         ValueError: An unknown name; the nearest known one is named.
     """
+    if (match := VECTOR_NAME.fullmatch(name)) is not None:
+        return _build_vector(name, match[1], int(match[2]), int(match[3]))
     if name not in ACTION_SPACES:
-        raise ValueError(f"there is no action space {name!r}{nearest(name, list(ACTION_SPACES))}")
+        hint = nearest(name, [*ACTION_SPACES, "vector_last<A>x<S>", "vector_sum<A>x<S>"])
+        raise ValueError(f"there is no action space {name!r}{hint}")
     return ACTION_SPACES[name]
 
 
@@ -103,91 +114,6 @@ def zero_actions(actions: np.ndarray, space: ActionSpace) -> np.ndarray:
 def wrap_degrees(angles_deg: np.ndarray) -> np.ndarray:
     """Map angles to (-180, 180] degrees; any shape, float64."""
     return angles_deg - 360.0 * np.ceil((angles_deg - 180.0) / 360.0)
-
-
-def pose_actions(states: np.ndarray) -> np.ndarray:
-    """Differences between successive poses; never of Euler angles, which jump by 2 pi.
-
-    Args:
-        states: [T, 7]: x, y, z (m), extrinsic xyz Euler angles (rad), gripper in [0, 1].
-
-    Returns:
-        [T-1, 7] float64: translation (m), Euler angles of `R[t+1] R[t]^T` (rad, base frame), gripper difference; row t
-        leads from t to t+1.
-
-    Raises:
-        ValueError: Another shape.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985.
-    """
-    states = _check_poses(states)
-    rotations = _rotations(states[:, 3:6])
-    actions = np.diff(states, axis=0)
-    if len(actions):
-        actions[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
-    return actions
-
-
-def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Apply one action to each pose: the inverse of `pose_actions`, with the gripper kept in [0, 1].
-
-    Args:
-        states: [..., 7] poses as in `pose_actions`.
-        actions: [..., 7] of the same shape.
-
-    Returns:
-        [..., 7] float64, the poses after the actions.
-
-    Raises:
-        ValueError: The shapes differ or the last axis is not 7.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985 (pose update of its planner).
-    """
-    states, actions = np.asarray(states, np.float64), np.asarray(actions, np.float64)
-    if states.shape != actions.shape or states.shape[-1:] != (7,):
-        raise ValueError(f"states and actions must both be [..., 7]; got {states.shape} and {actions.shape}")
-    after = states + actions
-    turned = _rotations(actions[..., 3:6].reshape(-1, 3)) * _rotations(states[..., 3:6].reshape(-1, 3))
-    after[..., 3:6] = turned.as_euler("xyz").reshape(after[..., 3:6].shape)
-    after[..., 6] = np.clip(after[..., 6], 0.0, 1.0)
-    return after
-
-
-def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
-    """Express poses as seen from a camera: `inverse(extrinsics[t]) @ pose[t]`.
-
-    Args:
-        states: [T, 7] poses as in `pose_actions`, in the robot's base frame.
-        extrinsics: [T, 6] camera poses in the base frame: x, y, z (m), extrinsic xyz Euler angles (rad).
-
-    Returns:
-        [T, 7] float64; the gripper is unchanged.
-
-    Raises:
-        ValueError: Other shapes.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985 (its option `camera_frame`).
-    """
-    states, extrinsics = _check_poses(states), np.asarray(extrinsics, np.float64)
-    if extrinsics.shape != (len(states), 6):
-        raise ValueError(f"extrinsics must be [{len(states)}, 6], one camera pose per state; got {extrinsics.shape}")
-    to_camera = _rotations(extrinsics[:, 3:6]).inv()
-    seen = states.copy()
-    if len(states):
-        seen[:, :3] = to_camera.apply(states[:, :3] - extrinsics[:, :3])
-        seen[:, 3:6] = (to_camera * _rotations(states[:, 3:6])).as_euler("xyz")
-    return seen
-
-
-def _check_poses(states: np.ndarray) -> np.ndarray:
-    states = np.asarray(states, np.float64)
-    if states.ndim != 2 or states.shape[1] != 7:
-        raise ValueError(f"states must be [T, 7]; got {states.shape}")
-    return states
-
-
-def _rotations(euler_rad: np.ndarray) -> Rotation:
-    return Rotation.from_euler("xyz", euler_rad)
 
 
 def _select(controls: Mapping[str, np.ndarray], anchors: np.ndarray, required: tuple[str, ...]) -> np.ndarray:
@@ -260,14 +186,56 @@ def _aggregate_vpt(controls: Mapping[str, np.ndarray], anchors: np.ndarray, butt
     return StepControls(np.stack(columns, axis=1).astype(np.float32), states.astype(np.float32))
 
 
-def _aggregate_pose7(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> StepControls:
-    anchors = _select(controls, anchors, POSE_CONTROLS)
-    poses = np.stack([controls[name][anchors] for name in POSE_CONTROLS], axis=1).astype(np.float64)
-    if not np.isfinite(poses).all():
-        row, column = np.argwhere(~np.isfinite(poses))[0]
-        raise ValueError(f"the recording holds no {POSE_CONTROLS[column]} at tick {anchors[row]}; pose7 needs it")
-    return StepControls(pose_actions(poses).astype(np.float32), poses.astype(np.float32))
+def _aggregate_poses(
+    controls: Mapping[str, np.ndarray], anchors: np.ndarray, describe: Callable, required: tuple[str, ...]
+) -> StepControls:
+    actions, states = describe(controls, _select(controls, anchors, required))
+    return StepControls(actions.astype(np.float32), states.astype(np.float32))
 
+
+def _aggregate_vector(
+    controls: Mapping[str, np.ndarray],
+    anchors: np.ndarray,
+    rule: str,
+    actions: tuple[str, ...],
+    states: tuple[str, ...],
+) -> StepControls:
+    anchors = _select(controls, anchors, (*actions, *states))
+    if rule == "sum":
+        with np.errstate(invalid="ignore"):  # Infinite minus infinite; an error below.
+            columns = [_sum_steps(controls[name], anchors) for name in actions]
+    else:
+        # Where two steps show the same row (video faster than the rows) the command before it is still in force.
+        rows = np.maximum(anchors[1:] - 1, 0)
+        columns = [controls[name][rows].astype(np.float64) for name in actions]
+    with np.errstate(over="ignore"):  # Beyond float32 becomes infinite, and that is an error below.
+        result = StepControls(
+            np.stack(columns, axis=1).astype(np.float32),
+            np.stack([controls[name][anchors] for name in states], axis=1).astype(np.float32),
+        )
+    for values, names in zip(result, (actions, states), strict=True):
+        if not np.isfinite(values).all():
+            step, column = np.argwhere(~np.isfinite(values))[0]
+            raise ValueError(
+                f"the recording holds no finite {names[column]} at the step of tick {anchors[step]}; a vector space needs it"
+            )
+    return result
+
+
+def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> ActionSpace:
+    unit = {"sum": "as recorded, summed over the step", "last": "as recorded, last row of the step"}[rule]
+    actions = tuple(Column(f"action_{index}", unit, "continuous") for index in range(num_actions))
+    states = tuple(Column(f"state_{index}", "as recorded", "continuous") for index in range(num_states))
+    read = {
+        "actions": tuple(column.name for column in actions),
+        "states": tuple(column.name for column in states),
+    }
+    aggregate = partial(_aggregate_vector, rule=rule, **read)
+    return ActionSpace(name, 1, actions, states, (*read["actions"], *read["states"]), aggregate)
+
+
+VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")
+"""Generic spaces are built from their names, so that a manifest's name alone is enough to read a cache."""
 
 VPT_REQUIRED = ("mouse_dx", "mouse_dy", "yaw_deg", "pitch_deg", "hotbar")
 # Minecraft turns by 0.15 degrees a count outside a GUI; inside one the mouse moves the cursor, and dyaw stays 0.
@@ -282,7 +250,7 @@ _POSE = tuple(zip(("x", "y", "z", "rx", "ry", "rz", "gripper"), _POSE_UNITS, str
 _POSE_STATES = tuple(Column(name, unit, "continuous") for name, unit in _POSE)
 _POSE_ACTIONS = tuple(Column(f"d{name}", unit, "continuous") for name, unit in _POSE)
 
-ACTION_SPACES: Mapping[str, ActionSpace] = {
+ACTION_SPACES: dict[str, ActionSpace] = {
     space.name: space
     for space in (
         ActionSpace("vpt13", 1, (*_MOUSE, *_SLOTS), _VIEW, VPT_REQUIRED, partial(_aggregate_vpt, buttons=())),
@@ -294,7 +262,18 @@ ACTION_SPACES: Mapping[str, ActionSpace] = {
             (*VPT_REQUIRED, *VPT_BUTTONS),
             partial(_aggregate_vpt, buttons=VPT_BUTTONS),
         ),
-        ActionSpace("pose7", 1, _POSE_ACTIONS, _POSE_STATES, POSE_CONTROLS, _aggregate_pose7),
+        *(
+            ActionSpace(
+                name,
+                1,
+                _POSE_ACTIONS,
+                _POSE_STATES,
+                required,
+                partial(_aggregate_poses, describe=describe, required=required),
+            )
+            for name, (describe, required) in POSE_SPACES.items()
+        ),
     )
 }
-"""Every action space by its name; a new one is a function and an entry here."""
+"""Every action space of a fixed width by its name; a new one is a function and an entry here."""
+ACTION_SPACES["vpt25"] = build_vpt25(ACTION_SPACES["vpt36"])

@@ -16,14 +16,19 @@ from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import (
     ACTION_SPACES,
-    POSE_CONTROLS,
     VPT_BUTTONS,
     get_action_space,
+    wrap_degrees,
+    zero_actions,
+)
+from jepa_cache.poses import (
+    CAMERA_CONTROLS,
+    COMMAND_CONTROLS,
+    POSE_CONTROLS,
+    commanded_actions,
     integrate_pose,
     pose_actions,
     poses_in_camera_frame,
-    wrap_degrees,
-    zero_actions,
 )
 from tests.makers import GOLDEN
 
@@ -44,7 +49,14 @@ def _make_controls(seed=0, num_ticks=NUM_TICKS):
     poses = rng.uniform(-3, 3, (num_ticks, 7))
     poses[:, 4] /= 2
     poses[:, 6] = rng.random(num_ticks)
-    return {**controls, **dict(zip(POSE_CONTROLS, poses.T, strict=True))}
+    commands = poses + rng.normal(0, 0.05, poses.shape)
+    cameras = rng.uniform(-1.5, 1.5, (num_ticks, 6))
+    return {
+        **controls,
+        **dict(zip(POSE_CONTROLS, poses.T, strict=True)),
+        **dict(zip(COMMAND_CONTROLS, commands.T, strict=True)),
+        **dict(zip(CAMERA_CONTROLS, cameras.T, strict=True)),
+    }
 
 
 def _columns(space, kind=None, names=()):
@@ -236,6 +248,39 @@ def test_pose7_takes_differences_between_anchors():
     actions, states = get_action_space("pose7").aggregate(controls, anchors)
     np.testing.assert_array_equal(actions, pose_actions(poses[anchors]).astype(np.float32))
     np.testing.assert_array_equal(states, poses[anchors].astype(np.float32))
+
+
+def _stack(controls, names):
+    return np.stack([controls[name] for name in names], axis=1)
+
+
+def test_pose7_camera_is_pose7_of_the_poses_that_the_camera_sees():
+    controls, anchors = _make_controls(), np.array([2, 9, 33])
+    seen = poses_in_camera_frame(_stack(controls, POSE_CONTROLS)[anchors], _stack(controls, CAMERA_CONTROLS)[anchors])
+    actions, states = get_action_space("pose7_camera").aggregate(controls, anchors)
+    np.testing.assert_array_equal(states, seen.astype(np.float32))
+    np.testing.assert_array_equal(actions, pose_actions(seen).astype(np.float32))
+
+
+def test_droid_command7_leads_from_the_pose_at_a_step_to_the_last_pose_commanded_before_the_next():
+    controls, anchors = _make_controls(), np.array([2, 9, 33])
+    poses, commands = _stack(controls, POSE_CONTROLS), _stack(controls, COMMAND_CONTROLS)
+    actions, states = get_action_space("droid_command7").aggregate(controls, anchors)
+    np.testing.assert_array_equal(states, poses[anchors].astype(np.float32))
+    # The inverse of the rule brings each pose to the command of row 8, then 32.
+    reached = integrate_pose(poses[anchors[:-1]], actions.astype(np.float64))
+    turn = commanded_actions(reached, commands[[8, 32]])
+    np.testing.assert_allclose(turn[:, :6], 0, atol=1e-5)  # float32
+    np.testing.assert_allclose(actions[:, 6], (commands[[8, 32], 6] - poses[anchors[:-1], 6]), atol=1e-6)
+
+
+def test_a_robot_that_follows_its_commands_at_once_has_equal_commanded_and_measured_actions():
+    controls, anchors = _make_controls(), np.array([0, 4, 9, 9, 20])
+    for name, command in zip(POSE_CONTROLS, COMMAND_CONTROLS, strict=True):
+        controls[command] = np.append(controls[name][1:], 0)
+    commanded, measured = (get_action_space(name).aggregate(controls, anchors) for name in ("droid_command7", "pose7"))
+    np.testing.assert_allclose(commanded.actions, measured.actions, atol=1e-6)
+    assert not commanded.actions[2].any(), "two steps on one row have no command between them"
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 6), (2, 3, 7)])

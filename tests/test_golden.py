@@ -21,9 +21,9 @@ from safetensors import safe_open
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from jepa_cache.actions import integrate_pose, pose_actions, poses_in_camera_frame
 from jepa_cache.encoder.preprocess import ac_transform, eval_transform
 from jepa_cache.encoder.vit import VisionTransformer
+from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
 from jepa_cache.predictor.attention import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss

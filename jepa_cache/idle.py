@@ -1,0 +1,150 @@
+"""openpi's rule for the parts of a DROID episode in which the robot rests, and the ranges that others have published."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+JOINT_VELOCITY_CONTROLS = tuple(f"command_joint{joint}_rad_s" for joint in range(1, 8))
+"""Columns of an episode's controls that the rule looks at."""
+IDLE_TOLERANCE = 1e-3  # rad/s, change of a commanded joint velocity from one row to the next
+# The published list of all 76 k episodes is a few tens of MB; a larger file is none.
+MAX_RANGES_BYTES = 1 << 30
+
+_EPISODE_PATH = re.compile(r"([^/]+/(?:success|failure)/[^/]+/[^/]+)/")
+
+
+def find_episode_key(path: str) -> str | None:
+    """`<lab>/<success or failure>/<date>/<episode>` from a path of the raw release; None where the path has no such part.
+
+    RLDS and raw recordings of one episode thus have one key, and a list of ranges fits both.
+    """
+    matches = _EPISODE_PATH.findall(path)
+    return matches[-1] if matches else None
+
+
+def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
+    """Rows in which the command stays as it was: every joint's velocity changes by less than 1e-3 rad/s.
+
+    Judged is the change of the command, not its size. Row 0 has nothing before it and is not idle; nor is a row at a NaN.
+
+    Args:
+        joint_velocity_commands: [M, 7] rad/s.
+
+    Returns:
+        [M] bool.
+
+    Raises:
+        ValueError: Another shape.
+
+    Source: openpi, `compute_droid_nonidle_ranges`.
+    """
+    commands = np.asarray(joint_velocity_commands, np.float64)
+    if commands.ndim != 2 or commands.shape[1] != 7:
+        raise ValueError(f"joint velocity commands must be [M, 7]; got {commands.shape}")
+    still = (np.abs(np.diff(commands, axis=0)) < IDLE_TOLERANCE).all(axis=1)
+    return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
+
+
+def keep_ranges(
+    idle: np.ndarray, *, min_idle_len: int = 7, min_keep_len: int = 16, cut_end: int = 10
+) -> list[tuple[int, int]]:
+    """What remains of an episode without its rests.
+
+    Args:
+        idle: [M] bool, as `find_idle_rows` tells.
+        min_idle_len: Runs of at least so many idle rows are rests and go; shorter ones stay.
+        min_keep_len: Of what remains, runs of at least so many rows are kept; 16 rows are about 1 s at 15 Hz.
+        cut_end: Rows taken from the end of each kept run, whose chunks of 16 actions would reach into the rest. A world
+            model needs no chunk: 0 keeps them.
+
+    Returns:
+        Ranges of rows [start, end), ascending; without those that the cut leaves empty.
+
+    Raises:
+        ValueError: A length below 1 or a negative cut.
+
+    Source: openpi, `compute_droid_nonidle_ranges`.
+    """
+    if min_idle_len < 1 or min_keep_len < 1 or cut_end < 0:
+        raise ValueError(
+            f"idle runs and kept runs are at least 1 row long and the cut is at least 0; got min_idle_len={min_idle_len}, "
+            f"min_keep_len={min_keep_len}, cut_end={cut_end}"
+        )
+    kept = np.ones(len(idle), bool)
+    for start, end in _find_runs(np.asarray(idle, bool)):
+        if end - start >= min_idle_len:
+            kept[start:end] = False
+    runs = [(start, end) for start, end in _find_runs(kept) if end - start >= min_keep_len]
+    return [(start, end - cut_end) for start, end in runs if end - cut_end > start]
+
+
+def idle_ranges(
+    joint_velocity_commands: np.ndarray, *, min_idle_len: int = 7, min_keep_len: int = 16, cut_end: int = 10
+) -> list[tuple[int, int]]:
+    """The ranges of rows that openpi keeps of an episode: `keep_ranges` of its `find_idle_rows`.
+
+    Args:
+        joint_velocity_commands: [M, 7] rad/s, at 15 Hz.
+        min_idle_len: See `keep_ranges`.
+        min_keep_len: See `keep_ranges`.
+        cut_end: See `keep_ranges`.
+
+    Raises:
+        ValueError: As the two of them.
+    """
+    idle = find_idle_rows(joint_velocity_commands)
+    return keep_ranges(idle, min_idle_len=min_idle_len, min_keep_len=min_keep_len, cut_end=cut_end)
+
+
+def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Read a published list of kept ranges: JSON of `"<recording folder>--<file path>": [[start, end], ...]`.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        Ranges [start, end) of 15 Hz rows by the episode's key `<lab>/<outcome>/<date>/<episode>`; by the name as it stands
+        where it has no such part.
+
+    Raises:
+        ValueError: No such JSON, a range that is none, or two entries of one episode.
+    """
+    if path.stat().st_size > MAX_RANGES_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a list of ranges has at most {MAX_RANGES_BYTES}")
+    try:
+        listed = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); a list of ranges maps names of episodes to ranges") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"{path} must map names of episodes to ranges; got a {type(listed).__name__}")
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for name, pairs in listed.items():
+        key = find_episode_key(name) or name
+        if key in ranges:
+            raise ValueError(f"{path} lists the episode {key!r} twice")
+        if not isinstance(pairs, list) or not all(_is_range(pair) for pair in pairs):
+            raise ValueError(
+                f"{path}: ranges are pairs [start, end] with 0 <= start <= end; got {str(pairs)[:80]} for {name!r}"
+            )
+        ranges[key] = [(start, end) for start, end in pairs]
+    return ranges
+
+
+def _is_range(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(bound, int) and not isinstance(bound, bool) for bound in pair)
+        and 0 <= pair[0] <= pair[1]
+    )
+
+
+def _find_runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of the runs of True."""
+    edges = np.diff(np.concatenate(([0], mask.astype(np.int8), [0])))
+    return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True))

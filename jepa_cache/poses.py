@@ -1,0 +1,178 @@
+"""Arithmetic of end-effector poses: differences, integration and change of frame, with rotations in SO(3).
+
+A pose is [.., 7]: x, y, z (m), extrinsic xyz Euler angles (rad), gripper (0 open, 1 closed). Everything is float64. Euler
+angles are never subtracted: the first one of a gripper that points down lies at +-pi and jumps by 2 pi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+POSE_CONTROLS = ("x_m", "y_m", "z_m", "rx_rad", "ry_rad", "rz_rad", "gripper")
+"""A measured pose in the robot's base frame: metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed."""
+COMMAND_CONTROLS = tuple(f"command_{name}" for name in POSE_CONTROLS)
+"""The absolute pose that a row commands, in the form of POSE_CONTROLS."""
+CAMERA_CONTROLS = tuple(f"ext_{name}" for name in POSE_CONTROLS[:6])
+"""The camera's pose in the base frame."""
+
+
+def pose_actions(states: np.ndarray) -> np.ndarray:
+    """Differences between successive poses; never of Euler angles, which jump by 2 pi.
+
+    Args:
+        states: [T, 7]: x, y, z (m), extrinsic xyz Euler angles (rad), gripper in [0, 1].
+
+    Returns:
+        [T-1, 7] float64: translation (m), Euler angles of `R[t+1] R[t]^T` (rad, base frame), gripper difference; row t
+        leads from t to t+1.
+
+    Raises:
+        ValueError: Another shape.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985.
+    """
+    states = _check_poses(states)
+    rotations = _rotations(states[:, 3:6])
+    actions = np.diff(states, axis=0)
+    if len(actions):
+        actions[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
+    return actions
+
+
+def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:
+    """How far commanded poses lie from measured ones, by the rule of `pose_actions`.
+
+    Args:
+        states: [T, 7] measured poses.
+        commands: [T, 7] poses that were commanded, in the same frame.
+
+    Returns:
+        [T, 7] float64: translation (m), Euler angles of `R_command R_state^T` (rad, base frame), gripper difference.
+
+    Raises:
+        ValueError: Other shapes.
+    """
+    states, commands = _check_poses(states), _check_poses(commands)
+    if len(states) != len(commands):
+        raise ValueError(f"every state needs one command; got {len(states)} states and {len(commands)} commands")
+    actions = commands - states
+    if len(actions):
+        actions[:, 3:6] = (_rotations(commands[:, 3:6]) * _rotations(states[:, 3:6]).inv()).as_euler("xyz")
+    return actions
+
+
+def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Apply one action to each pose: the inverse of `pose_actions`, with the gripper kept in [0, 1].
+
+    Args:
+        states: [..., 7] poses as in `pose_actions`.
+        actions: [..., 7] of the same shape.
+
+    Returns:
+        [..., 7] float64, the poses after the actions.
+
+    Raises:
+        ValueError: The shapes differ or the last axis is not 7.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985 (pose update of its planner).
+    """
+    states, actions = np.asarray(states, np.float64), np.asarray(actions, np.float64)
+    if states.shape != actions.shape or states.shape[-1:] != (7,):
+        raise ValueError(f"states and actions must both be [..., 7]; got {states.shape} and {actions.shape}")
+    after = states + actions
+    turned = _rotations(actions[..., 3:6].reshape(-1, 3)) * _rotations(states[..., 3:6].reshape(-1, 3))
+    after[..., 3:6] = turned.as_euler("xyz").reshape(after[..., 3:6].shape)
+    after[..., 6] = np.clip(after[..., 6], 0.0, 1.0)
+    return after
+
+
+def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
+    """Express poses as seen from a camera: `inverse(extrinsics[t]) @ pose[t]`.
+
+    Args:
+        states: [T, 7] poses as in `pose_actions`, in the robot's base frame.
+        extrinsics: [T, 6] camera poses in the base frame: x, y, z (m), extrinsic xyz Euler angles (rad).
+
+    Returns:
+        [T, 7] float64; the gripper is unchanged.
+
+    Raises:
+        ValueError: Other shapes.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985 (its option `camera_frame`).
+    """
+    states, extrinsics = _check_poses(states), np.asarray(extrinsics, np.float64)
+    if extrinsics.shape != (len(states), 6):
+        raise ValueError(f"extrinsics must be [{len(states)}, 6], one camera pose per state; got {extrinsics.shape}")
+    to_camera = _rotations(extrinsics[:, 3:6]).inv()
+    seen = states.copy()
+    if len(states):
+        seen[:, :3] = to_camera.apply(states[:, :3] - extrinsics[:, :3])
+        seen[:, 3:6] = (to_camera * _rotations(states[:, 3:6])).as_euler("xyz")
+    return seen
+
+
+def describe_pose7(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Actions [n-1, 7] and states [n, 7] of the action space `pose7`, float64.
+
+    Args:
+        controls: Name to [M]; holds POSE_CONTROLS.
+        anchors: [n] rows of the controls, non-decreasing.
+
+    Raises:
+        ValueError: A pose is not finite at an anchor.
+    """
+    poses = _read_poses(controls, POSE_CONTROLS, anchors)
+    return pose_actions(poses), poses
+
+
+def describe_pose7_camera(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `describe_pose7`, of the poses in the camera's frame at each anchor; needs CAMERA_CONTROLS as well."""
+    cameras = _read_poses(controls, CAMERA_CONTROLS, anchors)
+    seen = poses_in_camera_frame(_read_poses(controls, POSE_CONTROLS, anchors), cameras)
+    return pose_actions(seen), seen
+
+
+def describe_droid_command7(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Commands [n-1, 7] as seen from the measured poses [n, 7], float64; needs COMMAND_CONTROLS as well.
+
+    Of the rows between two anchors the last one's command counts: absolute commands replace each other. Two steps may show
+    one row (a video faster than the rows); no command lies between them, and the action is 0.
+    """
+    poses = _read_poses(controls, POSE_CONTROLS, anchors)
+    moves = np.diff(anchors) > 0
+    actions = np.zeros((len(anchors) - 1, 7))
+    commands = _read_poses(controls, COMMAND_CONTROLS, anchors[1:][moves] - 1)
+    actions[moves] = commanded_actions(poses[:-1][moves], commands)
+    return actions, poses
+
+
+def _read_poses(controls: Mapping[str, np.ndarray], names: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
+    """[n, len(names)] float64 of the controls at the rows."""
+    poses = np.stack([controls[name][rows] for name in names], axis=1).astype(np.float64)
+    if not np.isfinite(poses).all():
+        row, column = np.argwhere(~np.isfinite(poses))[0]
+        raise ValueError(f"the recording holds no {names[column]} at tick {rows[row]}; the pose spaces need it")
+    return poses
+
+
+def _check_poses(states: np.ndarray) -> np.ndarray:
+    states = np.asarray(states, np.float64)
+    if states.ndim != 2 or states.shape[1] != 7:
+        raise ValueError(f"states must be [T, 7]; got {states.shape}")
+    return states
+
+
+def _rotations(euler_rad: np.ndarray) -> Rotation:
+    return Rotation.from_euler("xyz", euler_rad)
+
+
+POSE_SPACES: Mapping[str, tuple[Callable, tuple[str, ...]]] = {
+    "pose7": (describe_pose7, POSE_CONTROLS),
+    "pose7_camera": (describe_pose7_camera, (*POSE_CONTROLS, *CAMERA_CONTROLS)),
+    "droid_command7": (describe_droid_command7, (*POSE_CONTROLS, *COMMAND_CONTROLS)),
+}
+"""The action spaces made of poses: how actions and states come about, and the controls they need."""
