@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jepa_cache.media.images import FrameSequence, SideBySide
 
 
 class Skipped(NamedTuple):
@@ -26,24 +29,28 @@ class Episode:
 
     Attributes:
         key: Unique within the data set: the segment's name, with the folders of the tar member where there are any.
-        video: The encoded container, as bytes or as a path.
+        video: The encoded video: a container, its path, a picture per frame, or a stereo container.
         fps: Frames per second of the video, Hz.
         controls: Name to array of shape [M]: the records at their native rate, unscaled.
         frame_ticks: [F] int64, non-decreasing, within [0, M): the row of the controls that each usable frame shows.
-        num_video_frames: Frames in the container; may exceed F, the frames beyond F are not used.
+        num_video_frames: Frames in the container, or in this recording's part of it; may exceed F, the frames beyond F are
+            not used.
         notes: What a user should know of this recording, as sentences.
+        first_frame: Frame t of this recording is frame `first_frame + t` of the container; above 0 only where several
+            recordings share a container.
 
     Raises:
         ValueError: A shape, range or order above does not hold; the message names the episode.
     """
 
     key: str
-    video: bytes | Path
+    video: bytes | Path | FrameSequence | SideBySide
     fps: float
     controls: dict[str, np.ndarray]
     frame_ticks: np.ndarray
     num_video_frames: int
     notes: tuple[str, ...] = ()
+    first_frame: int = 0
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order."""
@@ -68,6 +75,8 @@ class Episode:
             raise ValueError(
                 f"episode {self.key!r}: {len(ticks)} frames have a tick, but the video holds {self.num_video_frames}"
             )
+        if self.first_frame < 0:
+            raise ValueError(f"episode {self.key!r}: first_frame must be at least 0; got {self.first_frame}")
 
     @property
     def num_ticks(self) -> int:

@@ -6,13 +6,21 @@ import glob
 import os
 import posixpath
 import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 BLOCK_BYTES = 512
+MAX_MEMBER_BYTES = 4 << 30
+"""A member is held in memory as a whole; five minutes of 1280x720 video are below 1 GB."""
+
+MAX_LINE_BYTES: Mapping[str, int] = {"jsonl": 1 << 20}
+"""By suffix. Real VPT lines have up to 1.2 kB; a parsed line can take 30 times its bytes in memory."""
+
+MAX_HEADER_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 class TarSample(NamedTuple):
@@ -40,7 +48,7 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
 
     Only members whose suffix is in `suffixes` make samples. Reported as a problem, not used: a suffix that a key has
     twice, a link or device in a file's place, an absolute name or one with `..`, a name with a dot inside
-    (`a.b.mp4`), and members that are cut off. A tar that ends early, or goes on after its end mark, adds one last
+    (`a.b.mp4`), members that are cut off, members above 4 GiB, and jsonl members with a line above 1 MiB. A tar that ends early, or goes on after its end mark, adds one last
     sample under the tar's own name that says so.
 
     Args:
@@ -56,12 +64,17 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
     with path.open("rb") as file:
         entries, problem = _read_index(path, file, suffixes)
         for key, entry in entries.items():
-            members = {}
-            if entry.problem is None:
-                for suffix, (offset_bytes, size_bytes) in entry.places.items():
-                    file.seek(offset_bytes)
-                    members[suffix] = file.read(size_bytes)
-            yield TarSample(key, members, entry.problem)
+            members: dict[str, bytes] = {}
+            fault = entry.problem
+            for suffix, (offset_bytes, size_bytes) in entry.places.items() if fault is None else ():
+                file.seek(offset_bytes)
+                if suffix in MAX_LINE_BYTES and (line := _find_long_line(file, size_bytes, MAX_LINE_BYTES[suffix])):
+                    fault = f"line {line} of its {suffix} is longer than {MAX_LINE_BYTES[suffix]} bytes"
+                    members = {}
+                    break
+                file.seek(offset_bytes)
+                members[suffix] = file.read(size_bytes)
+            yield TarSample(key, members, fault)
     if problem is not None:
         yield TarSample(path.name, {}, problem)
 
@@ -73,7 +86,7 @@ def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[d
     entries: dict[str, _Entry] = {}
     end, problem = 0, None
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_HeaderFile(file), mode="r:") as tar:
             for member in _iter_headers(tar):
                 if member.size < 0:  # Some Python versions would read the same header for ever.
                     raise tarfile.ReadError(f"member {member.name!r} has a negative size")
@@ -106,6 +119,38 @@ def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[d
     return entries, problem or _find_tail_problem(file, end, size_bytes)
 
 
+class _HeaderFile:
+    """A tar as `tarfile` sees it while headers are listed: a header that claims to be huge is refused, not read.
+
+    A pax or long-name header may have any length, and tarfile reads it as a whole.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
+        return self._file.read(size)
+
+
+def _find_long_line(file: BinaryIO, size_bytes: int, max_bytes: int) -> int | None:
+    """The number, counted from 1, of the first line longer than `max_bytes` in the next `size_bytes`; one block at a time."""
+    number, length = 1, 0
+    while size_bytes and (block := file.read(min(READ_BYTES, size_bytes))):
+        size_bytes -= len(block)
+        start = 0
+        while (end := block.find(b"\n", start)) >= 0:
+            if length + end - start > max_bytes:
+                return number
+            number, length, start = number + 1, 0, end + 1
+        length += len(block) - start
+        if length > max_bytes:
+            return number
+    return None
+
+
 def _iter_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         yield member
@@ -120,6 +165,8 @@ def _find_fault(member: tarfile.TarInfo, name: str, size_bytes: int) -> str | No
         return (
             f"member {name!r} is cut off: it ends at byte {member.offset_data + member.size}, the tar at {size_bytes}"
         )
+    if member.size > MAX_MEMBER_BYTES:
+        return f"member {name!r} has {member.size} bytes; at most {MAX_MEMBER_BYTES} are read into memory"
     return None
 
 

@@ -2,71 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
-import io
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jepa_cache.media.images import FrameSequence, SideBySide, decode_image
+from jepa_cache.media.probe import DecodeError, VideoData, VideoInfo, as_file, describe_error, probe_video
+
+MIN_SEEK_FRAMES = 64
+"""PyAV decodes from the start up to here, and enters at a key frame beyond."""
+
 DECODERS = ("auto", "decord", "pyav")
-
-
-class DecodeError(ValueError):
-    """A video, or one of its frames, that cannot be decoded; the message holds the decoder's reason."""
-
-
-class VideoInfo(NamedTuple):
-    """What a container holds: `num_frames` frames of [height, width] pixels at `fps` Hz, as `codec`."""
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    codec: str
-
-
-def probe_video(video: bytes | Path) -> VideoInfo:
-    """Read size, rate and number of frames without decoding any.
-
-    Frames are counted by their packets, because headers may hold no count or a wrong one, and a file that was cut off
-    keeps the header of the whole. Packets that an edit list hides are not counted: no decoder returns them.
-
-    Args:
-        video: The encoded container, or its path.
-
-    Raises:
-        DecodeError: Not a video, no video stream, no frame rate, no frames, or a file that ends before its last frame.
-
-    Cost: one pass over the packets; 2.5 ms for 445 frames of 640x360.
-    """
-    import av
-
-    try:
-        with av.open(_as_file(video)) as container:
-            if not container.streams.video:
-                raise DecodeError("the container holds no video stream")
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            size_bytes = len(video) if isinstance(video, bytes) else video.stat().st_size
-            # Indexed containers (mp4) tell where every packet ends. PyAV would return the frames before the cut
-            # without a word.
-            last_byte = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-            if last_byte > size_bytes:
-                raise DecodeError(
-                    f"the file is cut off: its last frame ends at byte {last_byte}, the file at {size_bytes}"
-                )
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            codec = stream.codec_context
-            info = VideoInfo(num_frames, float(rate or 0.0), codec.height, codec.width, codec.name)
-    except DecodeError:
-        raise
-    except Exception as error:  # PyAV's errors share no base class with the OSErrors of a path.
-        raise DecodeError(f"the video cannot be opened: {_reason(error)}") from error
-    if info.num_frames == 0 or info.fps <= 0 or info.height == 0 or info.width == 0:
-        raise DecodeError(f"the video has no usable frames: {info}")
-    return info
 
 
 class Video:
@@ -74,13 +24,15 @@ class Video:
 
     Attributes:
         info: Number of frames, rate, size and codec.
-        decoder: The decoder in use, "decord" or "pyav". Their frames are the same bit for bit.
+        decoder: The decoder in use: "decord" or "pyav", whose frames are the same bit for bit, or "pillow" for pictures.
+        first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
-    def __init__(self, info: VideoInfo, decoder: str, handle: Any) -> None:
+    def __init__(self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0) -> None:
         """Hold an opened decoder; use `open_video`."""
         self.info = info
         self.decoder = decoder
+        self.first_frame = first_frame
         self._handle = handle
         self._next_index = 0
         self._frames: Iterator[Any] | None = None
@@ -90,7 +42,8 @@ class Video:
         """Decode the frames at `indices`, going on from where the call before ended.
 
         Args:
-            indices: [n] integers, strictly ascending, the first one above the last one of the call before.
+            indices: [n] integers, strictly ascending, the first one above the last one of the call before; counted from
+                `first_frame`.
 
         Returns:
             [n, h, w, 3] uint8, RGB, 0 to 255.
@@ -99,14 +52,15 @@ class Video:
             ValueError: `indices` are not ascending or not within the video, or the video is closed.
             DecodeError: A frame is damaged or missing.
 
-        Cost: every frame up to the last index is decoded once, however many calls there are.
+        Cost: every frame up to the last index is decoded once, however many calls there are; of those before `first_frame`
+            only the ones since the last key frame.
         """
         if self._handle is None:
             raise ValueError("the video is closed; open it again with open_video")
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = np.asarray(indices, dtype=np.int64) + self.first_frame
         if len(indices) == 0:
             return np.empty((0, self.info.height, self.info.width, 3), np.uint8)
-        if np.any(np.diff(indices) <= 0) or indices[0] < self._next_index:
+        if np.any(np.diff(indices) <= 0) or indices[0] < max(self._next_index, self.first_frame):
             raise ValueError(
                 f"frames are read in ascending order, each once; got {indices.tolist()[:8]}... after frame "
                 f"{self._next_index - 1}. Open the video again to go back"
@@ -114,13 +68,13 @@ class Video:
         if indices[-1] >= self.info.num_frames:
             raise ValueError(f"frame {indices[-1]} was asked for, but the video has {self.info.num_frames} frames")
         try:
-            frames = self._read_decord(indices) if self.decoder == "decord" else self._read_pyav(indices)
+            frames = getattr(self, f"_read_{self.decoder}")(indices)
         except DecodeError:
             raise
         except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
             raise DecodeError(
                 f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames} cannot be decoded by {self.decoder}: "
-                f"{_reason(error)}"
+                f"{describe_error(error)}"
             ) from error
         self._next_index = int(indices[-1]) + 1
         expected = (len(indices), self.info.height, self.info.width, 3)
@@ -146,11 +100,17 @@ class Video:
     def _read_decord(self, indices: np.ndarray) -> np.ndarray:
         return self._handle.get_batch(indices).asnumpy()
 
+    def _read_pillow(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack([decode_image(self._handle.frames[i], (self.info.height, self.info.width)) for i in indices])
+
     def _read_pyav(self, indices: np.ndarray) -> np.ndarray:
         if self._frames is None:
             stream = self._handle.streams.video[0]
             stream.codec_context.thread_count = 1  # One thread per video: the encode stage runs several videos.
-            self._frames = self._handle.decode(stream)
+            if self.first_frame >= MIN_SEEK_FRAMES:
+                self._frames, self._next_frame = _seek_pyav(self._handle, stream, self.first_frame)
+            else:
+                self._frames = self._handle.decode(stream)
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
         for row, index in enumerate(indices):
             while True:
@@ -172,56 +132,97 @@ class Video:
         return frames
 
 
-def open_video(video: bytes | Path, decoder: str = "auto") -> Video:
+class _LeftHalf(Video):
+    """The left picture of a stereo video."""
+
+    def __init__(self, whole: Video) -> None:
+        super().__init__(whole.info._replace(width=whole.info.width // 2), whole.decoder, None, whole.first_frame)
+        self._whole = whole
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(self._whole.read(indices)[:, :, : self.info.width])
+
+    def close(self) -> None:
+        self._whole.close()
+
+
+def _seek_pyav(container: Any, stream: Any, index: int) -> tuple[Iterator[Any], int]:
+    """Frames from a little before frame `index` on, and the number of the first of them.
+
+    Frames are numbered by the order of their times, which all packets tell without being decoded. The number of the frame that
+    comes first after the jump is looked up, never assumed. Containers without times are read from the start.
+
+    Raises:
+        DecodeError: The first frame after the jump is unknown or too late.
+    """
+    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    if any(packet.pts is None or packet.dts is None for packet in packets):
+        container.seek(0, stream=stream)
+        return container.decode(stream), 0
+    times = sorted(packet.pts for packet in packets)
+    starts = [packet.pts for packet in packets if packet.is_keyframe and packet.pts <= times[index]]
+    container.seek(max(starts, default=times[0]), stream=stream)
+    frames = container.decode(stream)
+    first = next(frames, None)
+    number = bisect.bisect_left(times, first.pts) if first is not None and first.pts is not None else len(times)
+    if number > index or times[number] != first.pts:
+        raise DecodeError(f"the video cannot be entered at frame {index}: no frame before it could be found")
+    return itertools.chain([first], frames), number
+
+
+def open_video(video: VideoData, decoder: str = "auto", *, first_frame: int = 0) -> Video:
     """Open a video for reading forwards.
 
     Args:
-        video: The encoded container, or its path.
+        video: The encoded video. A FrameSequence is decoded by Pillow, whatever the decoder for containers is.
         decoder: "decord", "pyav", or "auto": decord where it is installed, opens the file and counts the same frames
-            as the container, else PyAV (decord 0.6 reads no AV1, and has wheels for x86-64 Linux only). `Video.decoder`
-            says which one it became.
+            as the container, and the video has no open groups of pictures, else PyAV (decord 0.6 reads no AV1, and has
+            wheels for x86-64 Linux only). `Video.decoder` says which one it became.
+        first_frame: Where the recording begins in a container that several share; indices count from there.
 
     Raises:
-        ValueError: An unknown decoder, or decord asked for by name where it is not installed.
+        ValueError: An unknown decoder, decord asked for by name where it is not installed, or a first frame that the
+            video does not have.
         DecodeError: The video cannot be opened.
     """
     if decoder not in DECODERS:
         raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+    if isinstance(video, SideBySide):
+        return _LeftHalf(open_video(video.video, decoder, first_frame=first_frame))
     info = probe_video(video)
+    if not 0 <= first_frame < info.num_frames:
+        raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
+    if isinstance(video, FrameSequence):
+        return Video(info, "pillow", video, first_frame)
     installed = importlib.util.find_spec("decord") is not None
     if decoder == "decord" and not installed:
         raise ValueError("decord is not installed on this machine; use the decoder 'auto' or 'pyav'")
     if decoder == "decord" or (decoder == "auto" and installed):
         try:
-            return Video(info, "decord", _open_decord(video, info))
+            return Video(info, "decord", _open_decord(video, info), first_frame)
         except DecodeError:
             if decoder == "decord":
                 raise
     import av
 
     try:
-        return Video(info, "pyav", av.open(_as_file(video)))
+        return Video(info, "pyav", av.open(as_file(video)), first_frame)
     except Exception as error:
-        raise DecodeError(f"the video cannot be opened: {_reason(error)}") from error
+        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
 
 
-def _open_decord(video: bytes | Path, info: VideoInfo) -> Any:
+def _open_decord(video: VideoData, info: VideoInfo) -> Any:
     import decord
 
+    if info.open_gop:
+        raise DecodeError(
+            "the video has open groups of pictures, in which decord returns other frames than asked for; "
+            "use the decoder 'auto' or 'pyav'"
+        )
     try:
-        reader = decord.VideoReader(_as_file(video), ctx=decord.cpu(0), num_threads=1)
+        reader = decord.VideoReader(as_file(video), ctx=decord.cpu(0), num_threads=1)
     except Exception as error:  # RuntimeError or decord's own DECORDError.
-        raise DecodeError(f"decord cannot open the video: {_reason(error)}") from error
+        raise DecodeError(f"decord cannot open the video: {describe_error(error)}") from error
     if len(reader) != info.num_frames:
         raise DecodeError(f"decord counts {len(reader)} frames where the container holds {info.num_frames}")
     return reader
-
-
-def _as_file(video: bytes | Path) -> io.BytesIO | str:
-    return io.BytesIO(video) if isinstance(video, bytes) else str(video)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a decoder's message; decord appends a stack trace."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -32,7 +32,7 @@ def _read_all(video, decoder, indices=None):
 
 
 def test_probe_tells_count_rate_size_and_codec(video):
-    assert probe_video(video) == (NUM_FRAMES, 20.0, 48, 64, "h264")
+    assert probe_video(video)[:5] == (NUM_FRAMES, 20.0, 48, 64, "h264")
 
 
 @pytest.mark.parametrize("container", ["matroska", "mpegts"])
@@ -182,5 +182,5 @@ def test_an_unknown_decoder_is_refused(video):
 def test_real_clip_has_the_same_frames_from_both_decoders():
     path = next(REAL_VPT.glob("*.mp4"))
     indices = np.arange(0, 120, 4)
-    assert probe_video(path) == (445, 20.0, 360, 640, "mpeg4")
+    assert probe_video(path)[:5] == (445, 20.0, 360, 640, "mpeg4")
     np.testing.assert_array_equal(_read_all(path, "decord", indices), _read_all(path, "pyav", indices))
