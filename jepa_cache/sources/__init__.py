@@ -17,10 +17,23 @@ from jepa_cache.episode import Episode, Skipped
 
 
 class Unit(NamedTuple):
-    """One unit of input, the unit of crash safety: normally one tar shard. `name` is for messages only."""
+    """One unit of input, the unit of crash safety: normally one tar shard. `name` is for messages only.
+
+    A source without tar shards makes a unit of files that belong together whatever else is added: an episode's folder, say.
+    """
 
     name: str
-    path: Path
+    files: tuple[Path, ...]
+
+    @property
+    def path(self) -> Path:
+        """The first file; the only one of a tar shard."""
+        return self.files[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
 
 
 class Source(Protocol):

@@ -37,6 +37,8 @@ KEYS = {
 KEY_PREFIX = "key.keyboard."
 COLUMN_INDEX = {name: index for index, name in enumerate(VPT_BUTTONS)}
 _REQUIRED = object()
+MAX_LINE_BYTES = 1 << 20
+"""Real lines have up to 1.2 kB. JSON may take 30 times its bytes when parsed, so a huge line is refused before that."""
 
 
 class LineError(ValueError):
@@ -111,13 +113,15 @@ def iter_lines(data: bytes) -> Iterator[Line]:
     """Parse a jsonl file line by line; empty lines at its end are allowed.
 
     Raises:
-        LineError: No line at all, or a line that is no JSON object; a recording cannot go on after it, because every later
-            line would be counted as an earlier tick.
+        LineError: No line at all, a line above 1 MiB, or one that is no JSON object; a recording cannot go on after it,
+            because every later line would be counted as an earlier tick.
     """
     lines = data.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
         raise LineError("the jsonl file holds no line")
     for number, text in enumerate(lines, start=1):
+        if len(text) > MAX_LINE_BYTES:
+            raise LineError(f"line {number} of {len(lines)} has {len(text)} bytes; at most {MAX_LINE_BYTES} are read")
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError; depth without end a RecursionError.

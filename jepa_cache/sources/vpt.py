@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
-from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
+from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Unit
+from jepa_cache.sources._vpt_clock import RecordingError, align_ticks, align_times
 from jepa_cache.sources._vpt_lines import LineError, read_contractor, read_simple
 
 RECIPE_VERSION = 1
@@ -24,7 +25,10 @@ RECIPE_VERSION = 1
 SUFFIXES = ("mp4", "jsonl")
 SCHEMAS = ("contractor", "simple")
 CAMERA_UNITS = ("delta_deg", "delta_rad", "absolute_deg", "absolute_rad")
-TICK_HZ = 20.0
+MOUSE_SCALES = ("recorded", "by_version")
+# Factor of mouse.dx and dy inside GUIs by recorder version; 1 for all others. Source: the table in the loader of
+# openai/Video-Pre-Training, which never applies it; no recording of these versions was at hand to measure it on.
+GUI_MOUSE_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
 DEG_PER_COUNT = 0.15  # 360 / 2400 exactly: in 99.9 % of the non-GUI steps of 64 VPT logs, within 0.01 degrees.
 YAW_TOLERANCE_DEG = 0.01
 # A recording is no VPT when fewer than this share of its turning steps follow the law. Real logs: 100 % in five of five, 99.9 %
@@ -33,12 +37,6 @@ YAW_TOLERANCE_DEG = 0.01
 MIN_YAW_SHARE = 0.6
 # Fewer breaches than this prove nothing: one respawn in a recording that hardly moves is a breach.
 MIN_YAW_BREACHES = 3
-# Frame and line counts of one recording differed by up to 3 %; beyond 10 % they say nothing about the clock.
-MAX_COUNT_RATIO = 1.1
-
-
-class RecordingError(ValueError):
-    """A recording that can be read but must not be used as VPT."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,14 @@ class VptOptions:
     Attributes:
         schema: "contractor", or "simple" for lines of timestamp, mouse, keyboard, camera, hotbar.
         camera_unit: Simple schema only, and needed there: delta_deg, delta_rad, absolute_deg or absolute_rad.
+        mouse_scale: Contractor schema only. "recorded", or "by_version": mouse movement inside GUIs (the cursor) is
+            brought to one scale by GUI_MOUSE_FACTORS; the recorder version is the folder in the tar member's path
+            (`10.0/<segment>.mp4`), and a recording without one is skipped. Movement outside GUIs is never scaled.
     """
 
     schema: str = "contractor"
     camera_unit: str | None = None
+    mouse_scale: str = "recorded"
 
     def __post_init__(self) -> None:
         """Check the values and their combination."""
@@ -61,6 +63,12 @@ class VptOptions:
             raise ValueError(
                 "vpt source: camera_unit belongs to schema 'simple'; contractor lines hold absolute degrees"
             )
+        if self.mouse_scale not in MOUSE_SCALES:
+            raise ValueError(
+                f"vpt source: there is no mouse_scale {self.mouse_scale!r}{nearest(self.mouse_scale, MOUSE_SCALES)}"
+            )
+        if self.schema == "simple" and self.mouse_scale != "recorded":
+            raise ValueError("vpt source: mouse_scale 'by_version' belongs to schema 'contractor'; leave it out")
         if self.schema == "simple" and self.camera_unit not in CAMERA_UNITS:
             raise ValueError(
                 f"vpt source: schema 'simple' needs source_options.camera_unit, one of {', '.join(CAMERA_UNITS)} "
@@ -87,7 +95,11 @@ class VptSource:
     def __init__(self, options: VptOptions) -> None:
         """Hold the options."""
         self.options = options
-        self.recipe: dict[str, object] = {"source": "vpt", "recipe_version": RECIPE_VERSION, **asdict(options)}
+        # mouse_scale came later: at "recorded" it is left out, so that the stores made before are found again.
+        chosen = {
+            name: value for name, value in asdict(options).items() if (name, value) != ("mouse_scale", "recorded")
+        }
+        self.recipe: dict[str, object] = {"source": "vpt", "recipe_version": RECIPE_VERSION, **chosen}
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
         """Find tar shards: folders, files, globs and brace ranges, relative to `base`; sorted, each once.
@@ -95,7 +107,7 @@ class VptSource:
         Raises:
             ValueError: An input finds no tar.
         """
-        return [Unit(path.name, path) for path in expand_inputs(inputs, base, ".tar")]
+        return [Unit(path.name, (path,)) for path in expand_inputs(inputs, base, ".tar")]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.
@@ -124,13 +136,15 @@ class VptSource:
         if self.options.schema == "contractor":
             controls, notes = read_contractor(lines)
             check_yaw_law(controls)
+            if self.options.mouse_scale == "by_version":
+                notes = (*notes, *_scale_gui_mouse(controls, sample.key))
             info = probe_video(video)
-            fps, frame_ticks, clock_notes = _align_ticks(info, len(controls["tick"]))
+            fps, frame_ticks, clock_notes = align_ticks(info, len(controls["tick"]))
         else:
             controls, times_s = read_simple(lines, self.options.camera_unit or "")
             notes = ()
             info = probe_video(video)
-            fps, frame_ticks, clock_notes = info.fps, *_align_times(info, times_s)
+            fps, frame_ticks, clock_notes = info.fps, *align_times(info, times_s)
         return Episode(
             key=sample.key,
             video=video,
@@ -142,111 +156,63 @@ class VptSource:
         )
 
 
-def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
-    """Check that outside GUIs the player turns by 0.15 degrees per mouse count: `yaw[t+1] - yaw[t] == 0.15 * dx[t]`.
+def _scale_gui_mouse(controls: Mapping[str, np.ndarray], key: str) -> tuple[str, ...]:
+    """Bring mouse movement inside GUIs to one scale, in place; a note where that changed anything."""
+    versions = [part for part in key.split("/")[:-1] if re.fullmatch(r"\d+\.\d+", part)]
+    if len(versions) != 1:
+        raise RecordingError(
+            f"the path {key!r} names {'no' if not versions else 'more than one'} recorder version, which mouse_scale "
+            "'by_version' needs: pack the recordings in folders such as 10.0/, or set source_options.mouse_scale: recorded"
+        )
+    factor = GUI_MOUSE_FACTORS.get(versions[0], 1.0)
+    for name in ("mouse_dx", "mouse_dy"):
+        controls[name][controls["gui"]] *= factor
+    return () if factor == 1.0 else (f"recorder {versions[0]}: mouse movement inside GUIs times {factor:g}",)
+
+
+class YawLaw(NamedTuple):
+    """How well yaw follows the mouse: judged steps, breaches among them, and the first breach (line from 1, dx, turn)."""
+
+    num_judged: int
+    num_breaches: int
+    line: int
+    dx: float
+    turned_deg: float
+
+
+def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
+    """Measure where outside GUIs the player turns by 0.15 degrees per mouse count: `yaw[t+1] - yaw[t] == 0.15 * dx[t]`.
 
     Judged are the steps with both lines outside a GUI in which the mouse or the yaw moves; the difference is taken on the
     circle. GUI steps are left out: there the mouse moves the cursor, at a scale that differs between recorder versions.
-    Lines without yaw cannot be judged and pass.
+    Lines without yaw cannot be judged.
 
     Args:
         controls: The columns [M] `mouse_dx`, `yaw_deg` and `gui`.
-
-    Raises:
-        RecordingError: At least 3 breaches, and the law holds in less than 60 % of the judged steps.
-
-    Source: measured on 64 VPT logs.
     """
     outside = ~controls["gui"][:-1] & ~controls["gui"][1:]
     turned_deg = np.diff(controls["yaw_deg"])
     counts = controls["mouse_dx"][:-1]
     judged = outside & np.isfinite(turned_deg) & ((counts != 0) | (np.abs(turned_deg) > YAW_TOLERANCE_DEG))
     breaches = np.abs(wrap_degrees(turned_deg[judged] - DEG_PER_COUNT * counts[judged])) > YAW_TOLERANCE_DEG
-    num_breaches = int(breaches.sum())
-    if num_breaches >= MIN_YAW_BREACHES and num_breaches > (1 - MIN_YAW_SHARE) * len(breaches):
-        row = int(np.flatnonzero(judged)[breaches.argmax()])
-        raise RecordingError(
-            f"this is no VPT contractor recording: yaw does not follow the mouse in {num_breaches} of {len(breaches)} "
-            f"turning steps (it must turn by {DEG_PER_COUNT} degrees per count of mouse.dx; line {row + 1}: dx {counts[row]:g}, "
-            f"yaw turns by {turned_deg[row]:g}). Is its yaw a change per step, or on another scale? Use schema 'simple'"
-        )
+    if not breaches.any():
+        return YawLaw(len(breaches), 0, 0, 0.0, 0.0)
+    row = int(np.flatnonzero(judged)[breaches.argmax()])
+    return YawLaw(len(breaches), int(breaches.sum()), row + 1, float(counts[row]), float(turned_deg[row]))
 
 
-def _align_ticks(info: VideoInfo, num_ticks: int) -> tuple[float, np.ndarray, tuple[str, ...]]:
-    """Frame rate, frame_ticks [F] and notes of a recording whose lines are ticks of 1/20 s."""
-    if math.isclose(info.fps, TICK_HZ, rel_tol=0.01):
-        # The ticks' own rate: a header of 20.002 Hz must not give another stride than one of 20.
-        return TICK_HZ, *_align_counts(info.num_frames, num_ticks)
-    # Other recorders write another rate into the header. The counts tell whether that is just the header (a frame per line)
-    # or whether the video really has another clock.
-    by_count = info.num_frames / num_ticks
-    by_time = by_count * TICK_HZ / info.fps
-    ratios = [max(ratio, 1 / ratio) for ratio in (by_count, by_time)]
-    if min(ratios) > MAX_COUNT_RATIO:
-        raise RecordingError(
-            f"{info.num_frames} frames at {info.fps:g} Hz fit {num_ticks} ticks at {TICK_HZ:g} Hz neither frame by line "
-            "nor by time; the frames cannot be placed"
-        )
-    if ratios[0] <= ratios[1]:
-        frame_ticks, notes = _align_counts(info.num_frames, num_ticks)
-        note = f"the header says {info.fps:g} Hz, but there is a frame per line: taken as {TICK_HZ:g} Hz"
-        return TICK_HZ, frame_ticks, (note, *notes)
-    frame_ticks, notes = _align_times(info, np.arange(num_ticks) / TICK_HZ)
-    return info.fps, frame_ticks, (f"video at {info.fps:g} Hz: frames are placed on the ticks by time", *notes)
-
-
-def _align_counts(num_frames: int, num_ticks: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Frame t shows line t, from the start, as long as there are both."""
-    num_used = min(num_frames, num_ticks)
-    notes: tuple[str, ...] = ()
-    if num_frames != num_ticks:
-        what = "frames" if num_frames > num_ticks else "lines"
-        surplus = abs(num_frames - num_ticks)
-        notes = (f"{num_frames} frames, {num_ticks} lines: the last {surplus} {what} are not used",)
-    return np.arange(num_used, dtype=np.int64), notes
-
-
-def _align_times(info: VideoInfo, times_s: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Place each frame on the row that is nearest in time, the earlier one of two equally near.
-
-    Nearest, not last: times are rounded (0.067 for 2/30 s), and a row that comes just after its frame would lose it to the row
-    before. The error is at most half a row's interval either way, whichever of frames and rows is the faster.
-
-    Args:
-        info: The video; frame t is at t / fps seconds.
-        times_s: [M] non-decreasing times of the rows, seconds since the start of the video.
-
-    Returns:
-        frame_ticks [F], without the frames that come after the last row by more than half an interval; and notes.
+def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
+    """Refuse a recording whose yaw does not follow the mouse; what cannot be judged passes.
 
     Raises:
-        RecordingError: The first row comes later than one interval (or frame) after the first frame, or no row falls into
-            the video: the times do not count from the video's start.
+        RecordingError: At least 3 breaches, and the law of `measure_yaw_law` holds in less than 60 % of the judged steps.
+
+    Source: measured on 64 VPT logs.
     """
-    interval_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1.0 / info.fps
-    frame_times_s = np.arange(info.num_frames) / info.fps
-    late_s = max(interval_s, 1.0 / info.fps)
-    if abs(times_s[0]) > late_s * 1.001:
+    law = measure_yaw_law(controls)
+    if law.num_breaches >= MIN_YAW_BREACHES and law.num_breaches > (1 - MIN_YAW_SHARE) * law.num_judged:
         raise RecordingError(
-            f"the timestamps begin at {times_s[0]:g} s and the video, which lasts {info.num_frames / info.fps:g} s, at 0 s: they "
-            f"must be seconds since its start (within {late_s:g} s), else frames and controls cannot be brought together"
+            f"this is no VPT contractor recording: yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} "
+            f"turning steps (it must turn by {DEG_PER_COUNT} degrees per count of mouse.dx; line {law.line}: dx {law.dx:g}, "
+            f"yaw turns by {law.turned_deg:g}). Is its yaw a change per step, or on another scale? Use schema 'simple'"
         )
-    usable = frame_times_s <= times_s[-1] + late_s / 2
-    frame_times_s = frame_times_s[usable]
-    after = np.minimum(np.searchsorted(times_s, frame_times_s), len(times_s) - 1)
-    before = np.maximum(after - 1, 0)
-    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
-    to_before, to_after = (np.round(np.abs(times_s[rows] - frame_times_s), 9) for rows in (before, after))
-    frame_ticks = np.where(to_before <= to_after, before, after).astype(np.int64)
-    notes = []
-    if len(frame_ticks) < info.num_frames:
-        notes.append(
-            f"{info.num_frames} frames, rows until {times_s[-1]:g} s: the last {info.num_frames - len(frame_ticks)} "
-            "frames are not used"
-        )
-    num_later = len(times_s) - 1 - int(frame_ticks[-1])
-    if num_later * interval_s > late_s:
-        notes.append(f"the last {num_later} rows come after the last frame and are not used")
-    if len(times_s) > 1 and (gap_s := float(np.diff(times_s).max())) > 5 * late_s:
-        notes.append(f"the rows have a gap of {gap_s:g} s; frames in it show no controls")
-    return frame_ticks, tuple(notes)

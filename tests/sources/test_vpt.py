@@ -21,7 +21,7 @@ VIDEO = make_video(NUM_FRAMES)
 
 
 def _read_tar(path, **options):
-    return list(build_source("vpt", options).iter_episodes(Unit(path.name, path)))
+    return list(build_source("vpt", options).iter_episodes(Unit(path.name, (path,))))
 
 
 def _read(tmp_path, rows, video=VIDEO):

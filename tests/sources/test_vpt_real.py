@@ -67,5 +67,5 @@ def test_the_four_logs_without_video_are_skipped_for_their_partner(tmp_path):
 
     members = [(path.name, path.read_bytes()) for path in sorted((REAL_VPT / "logs_only").glob("*.jsonl"))]
     tar = write_tar(tmp_path / "a.tar", members)
-    skipped = list(build_source("vpt", {}).iter_episodes(Unit("a.tar", tar)))
+    skipped = list(build_source("vpt", {}).iter_episodes(Unit("a.tar", (tar,))))
     assert len(skipped) == 4 and all("holds no" in result.reason and ".mp4" in result.reason for result in skipped)

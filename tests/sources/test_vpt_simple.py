@@ -30,7 +30,7 @@ def _make_rows(times_s, camera=None):
 
 def _read(tmp_path, rows, *, unit="absolute_deg", video=VIDEO):
     tar = write_vpt_tar(tmp_path / "a.tar", {"seg": (video, to_jsonl(rows))})
-    (result,) = build_source("vpt", {"schema": "simple", "camera_unit": unit}).iter_episodes(Unit("a.tar", tar))
+    (result,) = build_source("vpt", {"schema": "simple", "camera_unit": unit}).iter_episodes(Unit("a.tar", (tar,)))
     return result
 
 

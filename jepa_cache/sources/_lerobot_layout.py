@@ -1,0 +1,215 @@
+"""Where a LeRobot data set keeps its episodes: info.json, its path templates, and the lists of episodes in meta/.
+
+Everything in meta/ is untrusted: templates name files inside the data set only, and files have a largest size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from jepa_cache.config.parsing import nearest
+from jepa_cache.sources._json_files import iter_objects, read_object
+from jepa_cache.sources._parquet import ParquetError, iter_rows
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+MAX_INFO_BYTES = 16 << 20
+# Fields of the published templates; a format is digits such as 03d or nothing. str.format itself would let a template read
+# attributes and ask for a billion digits.
+TEMPLATE_FIELDS = ("episode_chunk", "episode_index", "video_key", "chunk_index", "file_index")
+TEMPLATE_FORMAT = re.compile(r"(0?[0-9]{1,2}d)?")
+
+
+class LayoutError(ValueError):
+    """A data set whose meta/ cannot be used; the message names the data set."""
+
+
+class Place(NamedTuple):
+    """One listed episode: its files, and where in the video it lies (None: the whole file is this episode)."""
+
+    index: int
+    num_rows: int
+    data: Path
+    video: Path
+    span_s: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What meta/info.json says.
+
+    Attributes:
+        root: The folder of the data set.
+        name: Its name in episode keys: the folder's, or owner/name for a snapshot from the hub.
+        version: One of VERSIONS.
+        fps: Hz, of rows and videos.
+        features: Column or video key to its description.
+        chunks_size: Episodes in a folder (v2).
+        data_path: Template of the parquet files.
+        video_path: Template of the videos.
+    """
+
+    root: Path
+    name: str
+    version: str
+    fps: float
+    features: Mapping[str, Any]
+    chunks_size: int
+    data_path: str
+    video_path: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether files hold many episodes (v3.0)."""
+        return self.version == "v3.0"
+
+    def key(self, index: int) -> str:
+        """The key of an episode."""
+        return f"{self.name}/episode_{index:06d}"
+
+    def lists(self) -> list[Path]:
+        """The files that list the episodes."""
+        if self.packed:
+            return sorted((self.root / "meta" / "episodes").glob("**/*.parquet"))
+        return [self.root / "meta" / "episodes.jsonl"]
+
+    def check_camera(self, camera: str) -> None:
+        """Check that `camera` is a video of this data set.
+
+        Raises:
+            LayoutError: It is not; the nearest video key is named.
+        """
+        kinds = {name: kind.get("dtype") for name, kind in self.features.items() if isinstance(kind, Mapping)}
+        cameras = [name for name, kind in kinds.items() if kind == "video"]
+        if camera not in cameras:
+            if kinds.get(camera) == "image":
+                raise LayoutError(f"{self.root}: {camera!r} holds images inside parquet files; only videos are read")
+            raise LayoutError(f"{self.root}: there is no video {camera!r} in meta/info.json{nearest(camera, cameras)}")
+
+
+def read_layout(root: Path) -> Layout:
+    """Read meta/info.json.
+
+    Raises:
+        LayoutError: It is missing, damaged, or of another version.
+    """
+    info = read_object(root / "meta" / "info.json", MAX_INFO_BYTES)
+    version = info.get("codebase_version")
+    if version not in VERSIONS:
+        raise LayoutError(
+            f"{root}: codebase_version is {version!r}; {', '.join(VERSIONS)} are read. Convert the data set with "
+            "LeRobot's own scripts"
+        )
+    fps, features, chunks_size = info.get("fps"), info.get("features"), info.get("chunks_size", 1000)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
+        raise LayoutError(f"{root}: fps in meta/info.json must be a positive number; got {fps!r}")
+    if not isinstance(features, Mapping):
+        raise LayoutError(f"{root}: features in meta/info.json must be an object; got {type(features).__name__}")
+    if isinstance(chunks_size, bool) or not isinstance(chunks_size, int) or chunks_size < 1:
+        raise LayoutError(f"{root}: chunks_size in meta/info.json must be a positive integer; got {chunks_size!r}")
+    templates = [info.get("data_path"), info.get("video_path")]
+    for name, template in zip(("data_path", "video_path"), templates, strict=True):
+        if not isinstance(template, str):
+            raise LayoutError(f"{root}: {name} in meta/info.json must be a template; got {template!r}")
+    return Layout(root, _find_name(root), version, float(fps), features, chunks_size, *templates)
+
+
+def fill_template(layout: Layout, template: str, values: Mapping[str, int | str]) -> Path:
+    """The path that a template of info.json means, inside the data set.
+
+    Raises:
+        LayoutError: An unknown field or format, or a path that is absolute or leaves the data set's folder.
+    """
+    parts = []
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise LayoutError(f"{layout.root}: the path template {template!r} is no template: {error}") from error
+    for text, field, spec, conversion in fields:
+        parts.append(text)
+        if field is None:
+            continue
+        if (
+            field not in TEMPLATE_FIELDS
+            or field not in values
+            or conversion
+            or not TEMPLATE_FORMAT.fullmatch(spec or "")
+        ):
+            raise LayoutError(
+                f"{layout.root}: the path template {template!r} uses {{{field}{'!' + conversion if conversion else ''}:{spec}}}; "
+                f"allowed are {', '.join(values)} with formats such as 03d"
+            )
+        value = values[field]
+        if isinstance(value, str) and spec:
+            raise LayoutError(f"{layout.root}: the path template {template!r} gives {field} a format that does not fit")
+        parts.append(format(value, spec) if spec else str(value))
+    path = PurePosixPath("".join(parts))
+    if path.is_absolute() or ".." in path.parts or "\\" in str(path) or "\0" in str(path) or not path.parts:
+        raise LayoutError(f"{layout.root}: the path template {template!r} leads out of the data set: {str(path)!r}")
+    return layout.root / path
+
+
+def iter_places(layout: Layout, camera: str) -> Iterator[Place]:
+    """List the episodes of a data set, in the order of meta/.
+
+    Raises:
+        LayoutError: meta/ lists no episodes, or an entry that cannot be used.
+    """
+    yield from _iter_packed(layout, camera) if layout.packed else _iter_single(layout, camera)
+
+
+def _iter_single(layout: Layout, camera: str) -> Iterator[Place]:
+    for entry in iter_objects(layout.lists()[0]):
+        index, length = entry.get("episode_index"), entry.get("length", -1)
+        if not _is_index(index) or isinstance(length, bool) or not isinstance(length, int):
+            raise LayoutError(
+                f"{layout.root}: meta/episodes.jsonl has an entry without a usable index: {repr(entry)[:80]}"
+            )
+        values = {"episode_chunk": index // layout.chunks_size, "episode_index": index}
+        data = fill_template(layout, layout.data_path, values)
+        video = fill_template(layout, layout.video_path, {**values, "video_key": camera})
+        yield Place(index, length, data, video, None)
+
+
+def _iter_packed(layout: Layout, camera: str) -> Iterator[Place]:
+    prefix = f"videos/{camera}"
+    integers = ("episode_index", "length", "data/chunk_index", "data/file_index")
+    of_video = (f"{prefix}/chunk_index", f"{prefix}/file_index")
+    times = (f"{prefix}/from_timestamp", f"{prefix}/to_timestamp")
+    lists = layout.lists()
+    if not lists:
+        raise LayoutError(f"{layout.root}: there is no parquet file in meta/episodes")
+    for path in lists:
+        try:
+            for batch in iter_rows(path, (*integers, *of_video, *times)):
+                for row in range(len(batch["length"])):
+                    numbers = [batch[name][row, 0] for name in (*integers, *of_video)]
+                    if not all(float(number).is_integer() and 0 <= number < 2**31 for number in numbers):
+                        raise LayoutError(
+                            f"{layout.root}: {path.name} lists an episode with an index that is none: {numbers}"
+                        )
+                    index, length, chunk, file, video_chunk, video_file = (int(number) for number in numbers)
+                    data = fill_template(layout, layout.data_path, {"chunk_index": chunk, "file_index": file})
+                    values = {"video_key": camera, "chunk_index": video_chunk, "file_index": video_file}
+                    video = fill_template(layout, layout.video_path, values)
+                    span_s = (float(batch[times[0]][row, 0]), float(batch[times[1]][row, 0]))
+                    yield Place(index, length, data, video, span_s)
+        except ParquetError as error:
+            raise LayoutError(f"{layout.root}: {error}") from error
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _find_name(root: Path) -> str:
+    """owner/name for a snapshot in the hub's cache (datasets--owner--name/snapshots/<commit>), else the folder's name."""
+    repository = root.parent.parent.name
+    if root.parent.name == "snapshots" and repository.startswith("datasets--"):
+        return repository.removeprefix("datasets--").replace("--", "/")
+    return root.resolve().name

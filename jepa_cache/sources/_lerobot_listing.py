@@ -1,0 +1,70 @@
+"""Which files of a LeRobot data set make a unit, and which episodes lie in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jepa_cache.sources import Unit
+from jepa_cache.sources._lerobot_layout import Place, iter_places, read_layout
+
+
+class Listing:
+    """The listed episodes of one data set by the files they lie in; holds as long as nothing in meta/ changes.
+
+    Attributes:
+        root: The data set's folder.
+        layout: What info.json says.
+        lists: The files that list the episodes.
+        places: The episodes, in the order of the lists.
+        by_file: Parquet file, or video where an episode of v2 has no parquet file, to its episodes.
+    """
+
+    def __init__(self, root: Path, camera: str) -> None:
+        """Read meta/ of the data set at `root`.
+
+        Raises:
+            ValueError: meta/ cannot be used, or has no such camera.
+        """
+        self._stamp = _stamp(root)
+        self.root = root
+        self.layout = read_layout(root)
+        self.layout.check_camera(camera)
+        self.lists = self.layout.lists()
+        self.places = list(iter_places(self.layout, camera))
+        self.by_file: dict[Path, list[Place]] = {}
+        for place in self.places:
+            self.by_file.setdefault(place.data, []).append(place)
+            if not self.layout.packed and not place.data.is_file():
+                self.by_file.setdefault(place.video, []).append(place)
+
+    def is_of(self, root: Path) -> bool:
+        """Whether this is the list of `root`, and still true."""
+        return self.root == root and self._stamp == _stamp(root)
+
+    def missing(self) -> list[Place]:
+        """Listed episodes that no unit of files covers."""
+        return [
+            place
+            for place in self.places
+            if not place.data.is_file() and (self.layout.packed or not place.video.is_file())
+        ]
+
+    def list_units(self) -> list[Unit]:
+        """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files."""
+        units = []
+        missing = {place.index for place in self.missing()}
+        groups: dict[Path, dict[Path, None]] = {}
+        for place in self.places:
+            if place.index not in missing:
+                groups.setdefault(place.data, {})[place.video] = None
+        for data, videos in groups.items():
+            files = [path for path in (data, *sorted(videos)) if path.is_file()]
+            units.append(Unit(f"{self.layout.name}/{data.relative_to(self.root).as_posix()}", tuple(files)))
+        if missing:
+            units.append(Unit(f"{self.layout.name}: {len(missing)} listed episodes without files", tuple(self.lists)))
+        return units
+
+
+def _stamp(root: Path) -> list[tuple[str, int, int]]:
+    paths = sorted(path for path in (root / "meta").rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -1,0 +1,267 @@
+"""LeRobot data sets, v2.0, v2.1 (a parquet and an mp4 per episode) and v3.0 (many episodes in one), from disk or the hub."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.tar import expand_inputs
+from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
+from jepa_cache.sources import Unit
+from jepa_cache.sources._hub import PREFIX, fetch_dataset
+from jepa_cache.sources._lerobot_columns import ColumnError, build_controls, parse_selection
+from jepa_cache.sources._lerobot_layout import Layout, Place
+from jepa_cache.sources._lerobot_listing import Listing
+from jepa_cache.sources._parquet import ParquetError, iter_rows
+from jepa_cache.sources._placement import PlacementError, place_frames
+
+RECIPE_VERSION = 1
+"""Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
+
+MAX_EPISODE_BYTES = 1 << 30
+
+
+class RecordingError(ValueError):
+    """An episode that can be read but whose parts contradict each other."""
+
+
+@dataclass(frozen=True)
+class LerobotOptions:
+    """Options of the source. A selection is `column`, `column[3]`, `column[0:7]` or `column[name]`, names as in info.json.
+
+    Attributes:
+        camera: The video key, e.g. "observation.images.top".
+        actions: Selections that together become action_0, action_1, ...
+        states: Selections that together become state_0, state_1, ...
+        columns: Control name to selection of one number, e.g. {x_m: "observation.state[0]", ...} for the action space pose7,
+            or {success: is_episode_successful}.
+    """
+
+    camera: str
+    actions: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that every selection can be read and that there is one."""
+        if not (self.actions or self.states or self.columns):
+            raise ValueError(
+                "lerobot source: nothing is selected; name columns in source_options.actions and .states, "
+                'e.g. actions: ["action"], states: ["observation.state"]'
+            )
+        for name, text in self.columns.items():
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise ValueError(f"lerobot source: columns maps control names to selections; got {name!r}: {text!r}")
+        for text in self.selections:
+            parse_selection(text)
+
+    @property
+    def selections(self) -> tuple[str, ...]:
+        """All selections."""
+        return (*self.actions, *self.states, *self.columns.values())
+
+
+def build(options: Mapping[str, Any]) -> LerobotSource:
+    """Make the source from the `source_options` of a preset.
+
+    Raises:
+        ValueError: An unknown option (the nearest known one is named) or a wrong value.
+    """
+    return LerobotSource(parse_dataclass(LerobotOptions, options, "source_options of lerobot"))
+
+
+class LerobotSource:
+    """Reads LeRobot data sets. A unit is an episode's two files (v2), or a parquet file and the videos of its episodes (v3).
+
+    Row i is read at the moment of the frame at its `timestamp`, and its action acts from there on. A unit's data set is found
+    again by looking for meta/info.json above its files.
+    """
+
+    def __init__(self, options: LerobotOptions) -> None:
+        """Hold the options."""
+        self.options = options
+        self.recipe: dict[str, object] = {
+            "source": "lerobot",
+            "recipe_version": RECIPE_VERSION,
+            "camera": options.camera,
+            "actions": list(options.actions),
+            "states": list(options.states),
+            "columns": dict(sorted(options.columns.items())),
+        }
+        self._listing: Listing | None = None
+
+    def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
+        """Find data sets (folders that hold meta/info.json, at any depth) and `hub:owner/name[@revision]`; list their units.
+
+        Listed episodes of which no file is there make one more unit, whose file is the list; it yields them as skipped.
+
+        Raises:
+            ValueError: An input finds no data set, meta/ cannot be used, the camera does not exist, or two data sets have
+                one name.
+        """
+        units: list[Unit] = []
+        names: dict[str, Path] = {}
+        for root in self._find_roots(inputs, base):
+            listing = Listing(root, self.options.camera)
+            name = listing.layout.name
+            if name in names:
+                raise ValueError(f"{names[name]} and {root} have one name; rename a folder, episode keys begin with it")
+            names[name] = root
+            units += listing.list_units()
+        return units
+
+    def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
+        """Yield the episodes of a unit, one in memory at a time.
+
+        Skipped, with the reason: a listed episode whose files are missing, damaged or of another clock than info.json says,
+        a column that is missing or holds no numbers, rows or frames that do not fit the list.
+
+        Raises:
+            ValueError: meta/ cannot be used.
+        """
+        listing = self._open_listing(unit)
+        if unit.files[0] in listing.lists:
+            for place in listing.missing():
+                yield Skipped(
+                    listing.layout.key(place.index), f"{place.data.name} and its video are listed but not there"
+                )
+            return
+        infos: dict[Path, VideoInfo] = {}
+        waiting = {place.index: place for place in listing.by_file[unit.files[0]]}
+        try:
+            for index, rows in self._iter_rows(listing, waiting):
+                place = waiting.pop(index, None)
+                key = listing.layout.key(index)
+                if place is None:
+                    yield Skipped(key, f"its rows in {unit.files[0].name} are not listed in meta, or lie in two places")
+                    continue
+                try:
+                    yield self._read_episode(listing.layout, place, rows, infos)
+                except (RecordingError, DecodeError, ColumnError, PlacementError) as error:
+                    yield Skipped(key, str(error))
+            reason = f"{unit.files[0].name} holds none of its rows"
+        except (ParquetError, RecordingError) as error:
+            reason = str(error)
+        for index in waiting:
+            yield Skipped(listing.layout.key(index), reason)
+
+    def _find_roots(self, inputs: Sequence[str], base: Path) -> list[Path]:
+        patterns = ("meta/*", "data/*", f"videos/*{self.options.camera}/*")
+        roots = [fetch_dataset(text, patterns) for text in inputs if text.startswith(PREFIX)]
+        for text in inputs:
+            if text.startswith(PREFIX):
+                continue
+            found = expand_inputs([text], base, "info.json")
+            here = [path.parent.parent for path in found if path.name == "info.json" and path.parent.name == "meta"]
+            if not here:
+                raise ValueError(
+                    f"the input {text!r} holds no LeRobot data set: there is no meta/info.json in or below it"
+                )
+            roots += here
+        return sorted(set(roots))
+
+    def _open_listing(self, unit: Unit) -> Listing:
+        root = next((folder for folder in unit.files[0].parents if (folder / "meta" / "info.json").is_file()), None)
+        if root is None:
+            raise ValueError(f"{unit.files[0]} lies in no LeRobot data set: no folder above it holds meta/info.json")
+        if self._listing is None or not self._listing.is_of(root):
+            self._listing = Listing(root, self.options.camera)
+        return self._listing
+
+    def _iter_rows(self, listing: Listing, places: Mapping[int, Place]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The rows of one episode after the other: index, and column to [M, W]."""
+        first = next(iter(places.values()))
+        if not first.data.is_file():
+            raise RecordingError(f"{first.data.name} is not there")
+        columns = {"timestamp": None, **{parse_selection(text).column: None for text in self.options.selections}}
+        if not listing.layout.packed:
+            yield first.index, _join(list(_bounded(iter_rows(first.data, tuple(columns)), first.data)))
+            return
+        parts: list[dict[str, np.ndarray]] = []
+        last: int | None = None
+        for batch in iter_rows(first.data, (*columns, "episode_index")):
+            indices = batch["episode_index"][:, 0]
+            if not (np.isfinite(indices).all() and (indices >= 0).all() and (indices < 2**31).all()):
+                raise RecordingError(f"{first.data.name} has rows whose episode_index is no index")
+            bounds = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(indices)]
+            for start, stop in itertools.pairwise(bounds):
+                if start == stop:
+                    continue
+                if last is not None and int(indices[start]) != last:
+                    yield last, _join(parts)
+                    parts = []
+                last = int(indices[start])
+                parts.append({name: values[start:stop] for name, values in batch.items()})
+                list(_bounded(iter(parts), first.data))
+        if last is not None:
+            yield last, _join(parts)
+
+    def _read_episode(
+        self, layout: Layout, place: Place, rows: Mapping[str, np.ndarray], infos: dict[Path, VideoInfo]
+    ) -> Episode:
+        if not place.video.is_file():
+            raise RecordingError(f"its video {place.video.relative_to(layout.root)} is not there")
+        if place.video not in infos:
+            infos[place.video] = probe_video(place.video)
+        info = infos[place.video]
+        if not math.isclose(info.fps, layout.fps, rel_tol=0.01):
+            raise RecordingError(f"meta/info.json says {layout.fps:g} Hz, but its video runs at {info.fps:g} Hz")
+        first_frame, num_frames = _find_frames(place, info)
+        if rows["timestamp"].shape[1] != 1:
+            raise RecordingError(f"timestamp holds {rows['timestamp'].shape[1]} numbers in a row; one is needed")
+        frame_ticks, notes = place_frames(rows["timestamp"][:, 0], num_frames, info.fps)
+        num_rows = len(rows["timestamp"])
+        if place.num_rows not in (-1, num_rows):
+            notes = (*notes, f"listed with {place.num_rows} rows, has {num_rows}")
+        options = self.options
+        return Episode(
+            key=layout.key(place.index),
+            video=place.video,
+            fps=info.fps,
+            controls=build_controls(
+                rows, layout.features, actions=options.actions, states=options.states, columns=options.columns
+            ),
+            frame_ticks=frame_ticks,
+            num_video_frames=num_frames,
+            notes=notes,
+            first_frame=first_frame,
+        )
+
+
+def _find_frames(place: Place, info: VideoInfo) -> tuple[int, int]:
+    """First frame and number of frames of an episode in its video."""
+    if place.span_s is None:
+        return 0, info.num_frames
+    start, stop = (time_s * info.fps for time_s in place.span_s)
+    if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop):
+        raise RecordingError(f"meta/episodes places it from {place.span_s[0]} to {place.span_s[1]} s of its video")
+    if abs(start - round(start)) > 0.25:
+        raise RecordingError(f"meta/episodes places its start at {place.span_s[0]} s, between two frames of its video")
+    if round(start) >= info.num_frames:
+        raise RecordingError(
+            f"meta/episodes places it from {place.span_s[0]:g} s on, but its video lasts {info.num_frames / info.fps:g} s"
+        )
+    return round(start), max(1, min(round(stop), info.num_frames) - round(start))
+
+
+def _bounded(parts: Iterator[dict[str, np.ndarray]], path: Path) -> Iterator[dict[str, np.ndarray]]:
+    size_bytes = 0
+    for part in parts:
+        size_bytes += sum(values.nbytes for values in part.values())
+        if size_bytes > MAX_EPISODE_BYTES:
+            raise RecordingError(f"{path.name} holds an episode with more than {MAX_EPISODE_BYTES} bytes of rows")
+        yield part
+
+
+def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if not parts:
+        raise RecordingError("the file holds no row")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

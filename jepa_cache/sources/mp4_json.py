@@ -1,0 +1,168 @@
+"""Anyone's recordings: a folder of `<name>.mp4` with `<name>.json` beside it, which holds fps, actions and states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.tar import expand_inputs
+from jepa_cache.media.video import DecodeError, probe_video
+from jepa_cache.sources import Unit
+from jepa_cache.sources._json_files import JsonError, read_object
+from jepa_cache.sources._placement import PlacementError, place_frames
+
+RECIPE_VERSION = 1
+"""Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
+
+MAX_JSON_BYTES = 32 << 20
+"""Two million numbers: an hour at 30 Hz with 14 columns. Parsed, JSON takes ten times its bytes and more."""
+
+
+class RecordingError(ValueError):
+    """A recording that can be read but must not be used; the message names the field."""
+
+
+@dataclass(frozen=True)
+class Mp4JsonOptions:
+    """Options of the source: none."""
+
+
+def build(options: Mapping[str, Any]) -> Mp4JsonSource:
+    """Make the source from the `source_options` of a preset.
+
+    Raises:
+        ValueError: An unknown option.
+    """
+    return Mp4JsonSource(parse_dataclass(Mp4JsonOptions, options, "source_options of mp4_json"))
+
+
+class Mp4JsonSource:
+    """Reads pairs of mp4 and json; holds its options and nothing else. A unit is one pair.
+
+    The json is an object: `fps` (rows per second, Hz), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
+    [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps) and `success` (true or
+    false). Other fields are left alone. Controls are action_0.., state_0.. and success.
+    """
+
+    def __init__(self, options: Mp4JsonOptions) -> None:
+        """Hold the options."""
+        self.recipe: dict[str, object] = {"source": "mp4_json", "recipe_version": RECIPE_VERSION, **asdict(options)}
+
+    def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
+        """Find pairs: folders, files, globs and brace ranges, relative to `base`; sorted, each once.
+
+        An mp4 or json without its partner is a unit too, and is yielded as skipped.
+
+        Raises:
+            ValueError: An input finds neither, or two pairs have one key.
+        """
+        pairs: dict[Path, set[Path]] = {}
+        for text in inputs:
+            found = _expand(text, base)
+            for path in found:
+                pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
+        keys: dict[str, Path] = {}
+        for stem in sorted(pairs):
+            other = keys.setdefault(_find_key(stem), stem)
+            if other != stem:
+                raise ValueError(f"{other} and {stem} have one key, {_find_key(stem)!r}; rename a file or its folder")
+        # json first, because .json sorts before .mp4.
+        return [Unit(_find_key(stem), tuple(sorted(pairs[stem]))) for stem in sorted(pairs)]
+
+    def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
+        """Yield the pair; as skipped, with the reason, when it cannot be used."""
+        stem = unit.files[0].with_suffix("")
+        files = {path.suffix: path for path in unit.files}
+        try:
+            for suffix in (".mp4", ".json"):
+                if suffix not in files:
+                    raise RecordingError(f"there is no {stem.name}{suffix} beside {unit.files[0].name}")
+            yield _read_episode(_find_key(stem), files[".mp4"], files[".json"])
+        except (RecordingError, JsonError, DecodeError, PlacementError) as error:
+            yield Skipped(_find_key(stem), str(error))
+
+
+def _read_episode(key: str, video: Path, records: Path) -> Episode:
+    fields = read_object(records, MAX_JSON_BYTES)
+    fps = fields.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
+        raise RecordingError(f"{records.name}: fps must be a positive number of rows per second; got {fps!r}")
+    states = _read_rows(fields, "states", records.name, 2)
+    actions = _read_rows(fields, "actions", records.name, 2)
+    if len(actions) == len(states) - 1:  # No action leads on from the last state.
+        actions = np.concatenate([actions, np.full((1, actions.shape[1]), np.nan)])
+    if len(actions) != len(states):
+        raise RecordingError(
+            f"{records.name}: {len(actions)} actions and {len(states)} states; there must be as many, or one action less"
+        )
+    times_s = np.arange(len(states)) / fps
+    if "times" in fields:
+        times_s = _read_rows(fields, "times", records.name, 1)
+        if len(times_s) != len(states):
+            raise RecordingError(
+                f"{records.name}: {len(times_s)} times and {len(states)} states; there must be as many"
+            )
+    success = fields.get("success")
+    if success is not None and not isinstance(success, bool):
+        raise RecordingError(f"{records.name}: success must be true or false; got {repr(success)[:60]}")
+    info = probe_video(video)
+    frame_ticks, notes = place_frames(times_s, info.num_frames, info.fps)
+    controls = {f"action_{index}": column.copy() for index, column in enumerate(actions.T)}
+    controls |= {f"state_{index}": column.copy() for index, column in enumerate(states.T)}
+    if success is not None:
+        controls["success"] = np.full(len(states), success)
+    return Episode(
+        key=key,
+        video=video,
+        fps=info.fps,
+        controls=controls,
+        frame_ticks=frame_ticks,
+        num_video_frames=info.num_frames,
+        notes=notes,
+    )
+
+
+def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np.ndarray:
+    """[M, K] or [M] float64, finite."""
+    if name not in fields:
+        raise RecordingError(f"{file}: the field {name} is missing; it holds {', '.join(map(repr, list(fields)[:20]))}")
+    wanted = {1: "a list of numbers", 2: "a list of rows of equal length, each a list of numbers"}[ndim]
+    try:
+        values = np.asarray(fields[name])
+    except ValueError as error:  # Rows of several lengths.
+        raise RecordingError(f"{file}: {name} must be {wanted}") from error
+    if values.ndim != ndim or values.size == 0 or values.dtype.kind not in "iuf":
+        raise RecordingError(f"{file}: {name} must be {wanted}; got {values.dtype} of shape {values.shape}")
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise RecordingError(f"{file}: {name} must be finite; row {np.argwhere(~np.isfinite(values))[0][0]} is not")
+    return values
+
+
+def _expand(text: str, base: Path) -> list[Path]:
+    """The mp4 and json files that one input names."""
+    found, errors = [], []
+    for suffix in (".mp4", ".json"):
+        try:
+            found += expand_inputs([text], base, suffix)
+        except ValueError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _find_partners(path: Path) -> list[Path]:
+    return [partner for partner in (path.with_suffix(".json"), path.with_suffix(".mp4")) if partner.is_file()]
+
+
+def _find_key(stem: Path) -> str:
+    """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
+    return f"{stem.resolve().parent.name}/{stem.name}"
