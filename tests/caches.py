@@ -21,7 +21,7 @@ from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
 from jepa_cache.store import layout
 from jepa_cache.store.controls import write_actions
-from jepa_cache.store.manifest import Manifest, ManifestEntry, write_manifest
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
@@ -105,13 +105,22 @@ def make_cache(
             actions.append(np.vstack([result.actions, np.full(result.actions.shape[1], np.nan)]))
             states.append(result.states)
         entries.append(_write_unit(root, recipe, action_recipe, digest, episodes, tokens, actions, states))
-    manifest = Manifest(
+    part = ManifestPart(
         dataset=config.dataset.name,
+        weight=1.0,
+        camera=None,
+        phase=0,
         fingerprint=fingerprint(recipe),
         recipe=recipe,
         action_fingerprint=fingerprint(action_recipe),
         action_recipe=action_recipe,
         source_fingerprint="0" * 32,
+        skipped=(),
+        notes=(),
+        entries=tuple(entries),
+    )
+    manifest = Manifest(
+        dataset=config.dataset.name,
         num_tokens=GRID[0] * GRID[1],
         width=WIDTH,
         grid=GRID,
@@ -119,9 +128,8 @@ def make_cache(
         encoder=config.encoder.name,
         encoder_trained=encoder_trained,
         comparable=True,
-        skipped=(),
-        notes=(),
-        entries=tuple(entries),
+        action_space=space.name,
+        parts=(part,),
     )
     write_manifest(manifest, [folder / "outputs/encode/manifest.json"])
     dataset = CachedDataset(manifest, root)

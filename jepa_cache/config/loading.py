@@ -20,6 +20,7 @@ from jepa_cache.config.schema import (
     EncodeConfig,
     EncoderPreset,
     EvaluateConfig,
+    FilterConfig,
     PredictorPreset,
     ScalerConfig,
     SplitConfig,
@@ -48,7 +49,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         where[key] = "command line"
 
     names = ("dataset", "encoder", "predictor")
-    sections = ("cache", "encode", "split", "scaler", "train", "evaluate")
+    sections = ("cache", "encode", "split", "filter", "scaler", "train", "evaluate")
     check_keys(params, [*names, *sections], "params.yaml")
     for key in (*names, *sections):
         if key not in params:
@@ -63,7 +64,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     encode_defaults = {
         key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
         for kind, preset, keys in (
-            ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space")),
+            ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")),
             ("encoder", encoder, ("weights", "compute_dtype", "batch_size")),
         )
         for key in keys
@@ -83,10 +84,12 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         predictor=predictor,
         encode=reader.section(EncodeConfig, "encode", params["encode"], encode_defaults),
         split=reader.section(SplitConfig, "split", params["split"], {}),
+        filter=reader.section(FilterConfig, "filter", params["filter"], {}),
         scaler=reader.section(ScalerConfig, "scaler", params["scaler"], scaler_defaults),
         train=reader.section(TrainConfig, "train", train_section, train_defaults),
         evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
         cache_root=params["cache"].get("root"),
+        members=_members(reader, dataset),
         origins=reader.origins,
     )
     check_config(config)
@@ -112,6 +115,27 @@ def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
     The workspace for the rendered sample, a DVC out that every workspace has of its own; `data_base` for everything else.
     """
     return root if config.dataset.sample is not None else data_base(root)
+
+
+def _members(reader: _Resolver, dataset: DatasetPreset) -> tuple[tuple[DatasetPreset, float], ...]:
+    """The presets that a mixture names, each under the mixture's own sampling; else the preset itself."""
+    if not dataset.mixture:
+        return ((dataset, 1.0),)
+    members = []
+    for name, weight in dataset.mixture.items():
+        if weight <= 0:
+            raise ConfigError(
+                f"configs/dataset/{dataset.name}.yaml: the weight of {name} must be above 0; got {weight}"
+            )
+        file, mapping = reader.preset_mapping("dataset", name)
+        member = parse_dataclass(DatasetPreset, {**mapping, "name": name}, file)
+        if member.mixture or member.action_space != dataset.action_space:
+            raise ConfigError(
+                f"configs/dataset/{dataset.name}.yaml: {name} must be a data set of action space {dataset.action_space!r} and no "
+                f"mixture itself; it has {member.action_space!r}"
+            )
+        members.append((member, weight))
+    return tuple(members)
 
 
 class _Resolver:

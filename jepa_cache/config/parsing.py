@@ -56,7 +56,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _coerce(value, next(arg for arg in args if arg is not type(None)), where)
+        for kind in (arg for arg in args if arg is not type(None)):
+            try:
+                return _coerce(value, kind, where)
+            except ConfigError as error:
+                refused = error
+        raise refused
     if hint is Any:
         return value
     if origin is dict:

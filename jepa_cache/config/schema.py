@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ENCODE_MODES = ("frame", "tubelet", "clip")
@@ -26,6 +26,9 @@ class DatasetPreset:
     scale_actions: str  # one of SCALING_RULES
     scale_states: str
     sample: dict[str, Any] | None  # settings of the synthetic recordings; only the sample data set has them
+    cameras: tuple[str, ...] = ()  # each its own stores; empty where a source has one
+    phases: tuple[int, ...] | str = (0,)  # starting offsets in video frames, each its own stores; "all" for every one
+    mixture: dict[str, float] = field(default_factory=dict)  # other presets and the rates at which windows are drawn
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class EncodeConfig:
     mode: str
     frames_per_clip: int
     action_space: str
+    cameras: tuple[str, ...]
+    phases: tuple[int, ...] | str
     weights: str | None  # overrides the encoder preset's
     compute_dtype: str
     batch_size: int
@@ -98,6 +103,18 @@ class SplitConfig:
 
     val_share: float
     seed: int
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which steps windows may hold; segments are cut by the step table, without video or encoder."""
+
+    drop_gui: bool  # steps with a screen open
+    drop_null: bool  # steps from which no control acts until the next one
+    drop_idle: bool  # ticks in which the commanded joint velocities stand still, by openpi's rule
+    min_luma_std: float  # of the anchor frame, 0 to 255; above 0 drops loading screens
+    only_success: bool  # episodes that ended well, where the source knows
+    min_steps: int  # shorter pieces are dropped
 
 
 @dataclass(frozen=True)
@@ -161,10 +178,12 @@ class Config:
     predictor: PredictorPreset
     encode: EncodeConfig
     split: SplitConfig
+    filter: FilterConfig
     scaler: ScalerConfig
     train: TrainConfig
     evaluate: EvaluateConfig
     cache_root: str | None
+    members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
     @property

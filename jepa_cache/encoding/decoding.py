@@ -67,6 +67,7 @@ class DecodeSettings:
     mode: str
     frames_per_clip: int
     tubelet_size: int
+    phase: int
     batch_size: int
     decoder: str
     num_decoders: int
@@ -134,6 +135,7 @@ class Decoders:
                 mode=settings.mode,
                 frames_per_clip=settings.frames_per_clip,
                 tubelet_size=settings.tubelet_size,
+                phase=settings.phase,
             )
         except ValueError as error:
             return Unusable(recording, str(error))
@@ -144,7 +146,7 @@ class Decoders:
     def _decode(self, stream: EpisodeStream) -> None:
         inputs, batch_size = stream.plan.inputs, self._settings.batch_size
         try:
-            video = open_video(stream.episode.video, self._settings.decoder)
+            video = open_video(stream.episode.video, self._settings.decoder, first_frame=stream.episode.first_frame)
             try:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), batch_size):

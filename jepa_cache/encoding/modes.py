@@ -38,7 +38,14 @@ def sampling_stride(video_fps: float, fps: float) -> int:
 
 
 def plan_steps(
-    num_frames: int, video_fps: float, *, fps: float, mode: str, frames_per_clip: int, tubelet_size: int
+    num_frames: int,
+    video_fps: float,
+    *,
+    fps: float,
+    mode: str,
+    frames_per_clip: int,
+    tubelet_size: int,
+    phase: int = 0,
 ) -> StepPlan:
     """Lay out the encoder inputs of an episode.
 
@@ -54,13 +61,18 @@ def plan_steps(
         mode: "frame", "tubelet" or "clip".
         frames_per_clip: Sampled frames of a clip.
         tubelet_size: Frames of a tubelet.
+        phase: First sampled frame, below the stride.
 
     Raises:
         ValueError: When the video is too short for one input, or slower than `fps`.
     """
     stride = sampling_stride(video_fps, fps)
+    if phase >= stride:
+        raise ValueError(
+            f"phase {phase} is not below the stride {stride} of a video at {video_fps:g} Hz; lower encode.phases"
+        )
     group = {"frame": 1, "tubelet": tubelet_size, "clip": frames_per_clip}[mode]
-    sampled = np.arange(0, num_frames, stride, dtype=np.int64)
+    sampled = np.arange(phase, num_frames, stride, dtype=np.int64)
     num_inputs = len(sampled) // group
     if num_inputs == 0:
         raise ValueError(

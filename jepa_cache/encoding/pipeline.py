@@ -6,7 +6,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ class Timing:
     num_bytes: int = 0  # of tokens
     num_episodes: int = 0
     elapsed_s: float = 0.0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def limit(self) -> str:
@@ -110,7 +113,7 @@ def encode_units(
                 current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
                 assert digest == digests[item.unit]
                 current = None
-                bytes_finished += item.unit.path.stat().st_size
+                bytes_finished += item.unit.num_bytes
                 bytes_through = bytes_finished  # inside a unit only the videos' bytes are known
             elif isinstance(item, Skipped):
                 current.rows.skipped.append(item)
@@ -123,10 +126,17 @@ def encode_units(
                     timing.elapsed_s = time.perf_counter() - started
                     timing.write_s = write.wait_s
                     on_progress(timing, bytes_through)
-                bytes_through += len(item.episode.video) if isinstance(item.episode.video, bytes) else 0
+                bytes_through += video_bytes(item.episode.video)
     timing.elapsed_s = time.perf_counter() - started
     timing.write_s = write.wait_s
     return timing
+
+
+def video_bytes(video: Any) -> int:
+    """Size of an encoded video, whatever form it has."""
+    if isinstance(video, bytes):
+        return len(video)
+    return video.stat().st_size if isinstance(video, Path) else video.size_bytes
 
 
 class _OpenUnit:

@@ -13,7 +13,12 @@ ENCODE_VERSION = 1
 
 
 def token_recipe(
-    encode: EncodeConfig, encoder: EncoderPreset, source_recipe: Mapping[str, Any], weights_identity: str
+    encode: EncodeConfig,
+    encoder: EncoderPreset,
+    source_recipe: Mapping[str, Any],
+    weights_identity: str,
+    *,
+    phase: int = 0,
 ) -> dict[str, Any]:
     """Everything that decides the tokens of a store; its hash is the fingerprint.
 
@@ -37,7 +42,7 @@ def token_recipe(
             "resolution": encoder.resolution,
             "std": list(encoder.std),
         },
-        "sampling": sampling_recipe(encode),
+        "sampling": sampling_recipe(encode, phase),
         "compute_dtype": encode.compute_dtype,
         "dtype": encode.dtype,
         "decoder": encode.decoder,
@@ -45,24 +50,29 @@ def token_recipe(
     }
 
 
-def sampling_recipe(encode: EncodeConfig) -> dict[str, Any]:
+def sampling_recipe(encode: EncodeConfig, phase: int) -> dict[str, Any]:
     """Which moments of a recording become steps."""
     return {
         "fps": encode.fps,
         "frames_per_clip": encode.frames_per_clip if encode.mode == "clip" else None,
         "mode": encode.mode,
-        "phase": 0,
+        "phase": phase,
         "view": "main",
     }
 
 
 def action_recipe(
-    encode: EncodeConfig, encoder: EncoderPreset, source_recipe: Mapping[str, Any], space: ActionSpace
+    encode: EncodeConfig,
+    encoder: EncoderPreset,
+    source_recipe: Mapping[str, Any],
+    space: ActionSpace,
+    *,
+    phase: int = 0,
 ) -> dict[str, Any]:
     """Everything that decides actions and states: no weights, no pixels."""
     return {
         "action_space": space.name,
         "action_version": space.version,
-        "sampling": {**sampling_recipe(encode), "tubelet_size": encoder.tubelet_size},
+        "sampling": {**sampling_recipe(encode, phase), "tubelet_size": encoder.tubelet_size},
         "source": dict(source_recipe),
     }

@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.machine import default_num_threads
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import Config, EncoderPreset
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.aggregation import is_current, write_unit_actions
 from jepa_cache.encoding.decoding import DecodeSettings
+from jepa_cache.encoding.parts import Part, plan_parts
 from jepa_cache.encoding.pipeline import Timing, encode_units
-from jepa_cache.encoding.recipes import action_recipe, token_recipe
-from jepa_cache.encoding.units import digest_units, list_units
 from jepa_cache.episode import Episode
-from jepa_cache.sources import Source, Unit, build_source
+from jepa_cache.sources import Unit
 from jepa_cache.store.controls import ControlsWriter, is_readable
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.store.manifest import Manifest, ManifestEntry
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.reader import StoreDamagedError
-from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot, remove_folder
 from jepa_cache.store.verify import check_store, read_store_file
+
+if TYPE_CHECKING:
+    from jepa_cache.encoder.frozen import FrozenEncoder
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class EncodeResult:
     manifest: Manifest
     num_units: int
     num_encoded: int
-    timing: Timing | None
+    timing: Timing | None  # None when nothing was encoded
 
 
 def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: CacheRoot) -> EncodeResult:
@@ -56,41 +57,42 @@ def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: C
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
     """
-    source = build_source(config.dataset.source, config.dataset.source_options)
     space = get_action_space(config.encode.action_space)
-    units = digest_units(list_units(source, config, inputs, base))
-    preset, weights = config.encoder, None
-    if config.encode.weights != preset.weights:
-        preset = replace(preset, weights=config.encode.weights, weights_sha256=None)
-    if preset.weights is not None:
-        weights = resolve_weights(preset.weights, base=base)
-    recipe = token_recipe(
-        config.encode, preset, source.recipe, weights_identity(preset, weights, digest=DigestTable().digest)
+    encoder, weights = config.encoder, None
+    if config.encode.weights != encoder.weights:
+        encoder = replace(encoder, weights=config.encode.weights, weights_sha256=None)
+    if encoder.weights is not None:
+        weights = resolve_weights(encoder.weights, base=base)
+    identity = weights_identity(encoder, weights, digest=DigestTable().digest)
+
+    parts, manifest_parts = plan_parts(config, encoder, identity, space, inputs, base), []
+    timing, num_encoded = Timing(), 0
+    frozen: FrozenEncoder | None = None
+    for part in parts:
+        missing = [(unit, digest) for unit, digest in part.units if not _is_whole(root.tokens(part.tokens, digest))]
+        if missing:
+            frozen = frozen or _load_encoder(config, encoder, weights)
+            timing += _encode_missing(config, frozen, part, missing, root)
+            num_encoded += len(missing)
+        for unit, digest in part.units:
+            _ensure_actions(root, part, space, unit, digest)
+        manifest_parts.append(_describe_part(part, root))
+
+    side = encoder.resolution // encoder.patch_size
+    manifest = Manifest(
+        dataset=config.dataset.name,
+        num_tokens=encoder.num_tokens,
+        width=encoder.embed_dim,
+        grid=(side, side),
+        mode=config.encode.mode,
+        encoder=encoder.name,
+        encoder_trained=encoder.trained,
+        comparable=config.encode.mode != "clip",
+        action_space=space.name,
+        parts=tuple(manifest_parts),
     )
-    token_print, source_print = fingerprint(recipe), fingerprint(dict(source.recipe))
-
-    missing = [(unit, digest) for unit, digest in units if not _is_whole(root.tokens(token_print, digest))]
-    timing = None
-    if missing:
-        timing = _encode_missing(
-            config,
-            preset,
-            weights,
-            source,
-            missing,
-            root,
-            recipe=recipe,
-            token_print=token_print,
-            source_print=source_print,
-        )
-    actions = action_recipe(config.encode, preset, source.recipe, space)
-    action_print = fingerprint(actions)
-    for unit, digest in units:
-        _ensure_actions(root, source, space, unit, digest, token_print, source_print, action_print)
-
-    manifest = _build_manifest(config, units, root, recipe, token_print, actions, action_print, source_print)
     _check_skipped(manifest, config.encode.max_skipped_share)
-    return EncodeResult(manifest, len(units), len(missing), timing)
+    return EncodeResult(manifest, sum(len(part.units) for part in parts), num_encoded, timing if num_encoded else None)
 
 
 def _is_whole(store: Path) -> bool:
@@ -106,50 +108,48 @@ def _is_whole(store: Path) -> bool:
     return True
 
 
-def _encode_missing(
-    config: Config,
-    preset: Any,
-    weights: Path | None,
-    source: Source,
-    missing: Sequence[tuple[Unit, str]],
-    root: CacheRoot,
-    *,
-    recipe: dict[str, Any],
-    token_print: str,
-    source_print: str,
-) -> Timing:
+def _load_encoder(config: Config, encoder: EncoderPreset, weights: Path | None) -> FrozenEncoder:
     import torch
 
     from jepa_cache.encoder.checkpoints import load_encoder_state
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-    encode = config.encode
     torch.set_num_threads(default_num_threads())
-    device = encode.device if encode.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = FrozenEncoder(
-        preset, load_encoder_state(preset, weights), device=device, compute_dtype=encode.compute_dtype
-    )
-    if not preset.trained:
+    wanted = config.encode.device
+    device = wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if not encoder.trained:
         print(
-            f"encoder {preset.name!r} has seeded random weights: its features are for trying things out, not for results"
+            f"encoder {encoder.name!r} has seeded random weights: its features are for trying things out, not for results"
         )
+    state = load_encoder_state(encoder, weights)
+    return FrozenEncoder(encoder, state, device=device, compute_dtype=config.encode.compute_dtype)
+
+
+def _encode_missing(
+    config: Config, encoder: FrozenEncoder, part: Part, missing: Sequence[tuple[Unit, str]], root: CacheRoot
+) -> Timing:
+    import torch
+
+    encode = config.encode
     settings = DecodeSettings(
         fps=encode.fps,
         mode=encode.mode,
         frames_per_clip=encode.frames_per_clip,
-        tubelet_size=preset.tubelet_size,
+        tubelet_size=encoder.preset.tubelet_size,
+        phase=part.phase,
         batch_size=encode.batch_size,
         decoder=encode.decoder,
         num_decoders=encode.num_decoders,
     )
     provenance = {
         "batch_size": encode.batch_size,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "versions": {name: version(name) for name in ("torch", "numpy", "zarr", "av")}
         | {"python": platform.python_version()},
     }
-    total_bytes = sum(unit.path.stat().st_size for unit, _ in missing)
-    with tqdm(desc="encoding", unit=" frames", dynamic_ncols=True) as bar:
+    total_bytes = sum(unit.num_bytes for unit, _ in missing)
+    what = "encoding" if part.view == "main" else f"encoding {part.view}"
+    with tqdm(desc=what, unit=" frames", dynamic_ncols=True) as bar:
 
         def show(timing: Timing, bytes_through: int) -> None:
             if bytes_through:  # the number of frames is not known before they are decoded
@@ -159,14 +159,14 @@ def _encode_missing(
 
         timing = encode_units(
             missing,
-            source,
+            part.source,
             encoder,
             settings,
             root,
             dtype=encode.dtype,
-            fingerprint=token_print,
-            source_fingerprint=source_print,
-            card={"recipe": recipe},
+            fingerprint=part.tokens,
+            source_fingerprint=part.controls,
+            card={"recipe": part.recipe},
             provenance=provenance,
             on_progress=show,
         )
@@ -174,45 +174,27 @@ def _encode_missing(
     return timing
 
 
-def _ensure_actions(
-    root: CacheRoot,
-    source: Source,
-    space: ActionSpace,
-    unit: Unit,
-    digest: str,
-    token_print: str,
-    source_print: str,
-    action_print: str,
-) -> None:
+def _ensure_actions(root: CacheRoot, part: Part, space: ActionSpace, unit: Unit, digest: str) -> None:
     """Aggregate the unit's actions unless they are there; controls that were deleted are read from the recordings again."""
-    store, tokens = root.actions(action_print, digest), root.tokens(token_print, digest)
+    store, tokens = root.actions(part.actions, digest), root.tokens(part.tokens, digest)
     if _is_whole(store):
         if is_current(store, tokens):
             return
         remove_folder(store)
-    controls = root.controls(source_print, digest)
+    controls = root.controls(part.controls, digest)
     if not is_readable(controls):
         with ControlsWriter(controls) as writer:
-            for recording in source.iter_episodes(unit):
+            for recording in part.source.iter_episodes(unit):
                 if isinstance(recording, Episode):
                     writer.append(recording.key, recording.controls)
     write_unit_actions(store, tokens, controls, space)
 
 
-def _build_manifest(
-    config: Config,
-    units: Sequence[tuple[Unit, str]],
-    root: CacheRoot,
-    recipe: dict[str, Any],
-    token_print: str,
-    actions: dict[str, Any],
-    action_print: str,
-    source_print: str,
-) -> Manifest:
+def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
     entries, skipped, notes = [], [], []
-    for _, digest in units:
-        tokens = read_store_file(root.tokens(token_print, digest))
-        aggregated = read_store_file(root.actions(action_print, digest))
+    for _, digest in part.units:
+        tokens = read_store_file(root.tokens(part.tokens, digest))
+        aggregated = read_store_file(root.actions(part.actions, digest))
         excluded = aggregated.card["excluded"]
         entries.append(
             ManifestEntry(
@@ -226,21 +208,16 @@ def _build_manifest(
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
-    side = config.encoder.resolution // config.encoder.patch_size
-    return Manifest(
-        dataset=config.dataset.name,
-        fingerprint=token_print,
-        recipe=recipe,
-        action_fingerprint=action_print,
-        action_recipe=actions,
-        source_fingerprint=source_print,
-        num_tokens=config.encoder.num_tokens,
-        width=config.encoder.embed_dim,
-        grid=(side, side),
-        mode=config.encode.mode,
-        encoder=config.encoder.name,
-        encoder_trained=config.encoder.trained,
-        comparable=config.encode.mode != "clip",
+    return ManifestPart(
+        dataset=part.preset.name,
+        weight=part.weight,
+        camera=part.camera,
+        phase=part.phase,
+        fingerprint=part.tokens,
+        recipe=part.recipe,
+        action_fingerprint=part.actions,
+        action_recipe=part.action_recipe,
+        source_fingerprint=part.controls,
         skipped=tuple(skipped),
         notes=tuple(notes),
         entries=tuple(entries),

@@ -7,40 +7,38 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store.digests import DigestTable
 
 SAMPLE_FOLDER = Path("shards/sample")
 
 
-def list_units(source: Source, config: Config, inputs: Sequence[str], base: Path) -> list[Unit]:
+def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], base: Path) -> list[Unit]:
     """The units to encode; the synthetic sample never mixes with other recordings.
 
     Args:
         source: Finds the units.
-        config: Resolved settings; its data set preset names inputs and says whether it is the sample.
+        preset: Names inputs and says whether it is the sample.
         inputs: Replace the preset's list when not empty.
         base: Folder that relative paths are meant from.
 
     Raises:
         ValueError: Nothing is found, or the sample and other recordings would be mixed.
     """
-    named = tuple(inputs) or config.dataset.inputs
+    named = tuple(inputs) or preset.inputs
     units = source.list_units(named, base)
     sample_folder = (base / SAMPLE_FOLDER).resolve()
     sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
     others = [unit for unit in units if unit not in sample]
-    if config.dataset.sample is None:
+    if preset.sample is None:
         if sample and not others:
             raise ValueError(
-                f"{', '.join(named)} holds only the synthetic sample recordings, but dataset is {config.dataset.name!r}; "
+                f"{', '.join(named)} holds only the synthetic sample recordings, but dataset is {preset.name!r}; "
                 "name your own tar shards, or choose dataset=sample"
             )
         if sample:
-            print(
-                f"left out: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {config.dataset.name!r})"
-            )
+            print(f"left out: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {preset.name!r})")
         return others
     if sample and others:
         raise ValueError(
@@ -59,7 +57,7 @@ def digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:
     digests: dict[str, Unit] = {}
     lookup = DigestTable()
     for unit in tqdm(units, desc="checking recordings", unit="file", delay=2):
-        digest = lookup.digest(unit.path)
+        digest = lookup.digest_unit(unit.files)
         if digest in digests:
             print(f"left out: {unit.path} has the same content as {digests[digest].path}")
         else:

@@ -5,8 +5,11 @@ It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cac
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +19,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS digests (
     path TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, modified_ns INTEGER NOT NULL, digest TEXT NOT NULL
 )"""
+UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL)"
 
 
 def state_folder() -> Path:
@@ -45,18 +49,30 @@ class DigestTable:
                 connection.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", (*key, digest))
             return digest
 
-    def find(self, digest: str) -> Path | None:
-        """A file on this machine that had this digest when it was last looked at, if it is still there unchanged."""
+    def digest_unit(self, files: Sequence[Path]) -> str:
+        """sha256 of a unit of input: of its only file, else of its files' digests in their order; remembered for `find_unit`."""
+        digest = self._join(files)
+        names = json.dumps([str(file.resolve()) for file in files])
+        with closing(self._connect()) as connection, connection:
+            connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?)", (digest, names))
+        return digest
+
+    def find_unit(self, digest: str) -> tuple[Path, ...] | None:
+        """The files on this machine that made up this unit when last looked at, if they still do."""
         with closing(self._connect()) as connection:
-            rows = connection.execute("SELECT path, num_bytes, modified_ns FROM digests WHERE digest = ?", (digest,))
-            for path, num_bytes, modified_ns in rows.fetchall():
-                file = Path(path)
-                if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (num_bytes, modified_ns):
-                    return file
-        return None
+            row = connection.execute("SELECT files FROM units WHERE digest = ?", (digest,)).fetchone()
+        files = tuple(Path(name) for name in json.loads(row[0])) if row else ()
+        if not files or not all(file.is_file() for file in files):
+            return None
+        return files if self._join(files) == digest else None
+
+    def _join(self, files: Sequence[Path]) -> str:
+        digests = [self.digest(file) for file in files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=60)
         connection.execute(SCHEMA)
+        connection.execute(UNITS_SCHEMA)
         return connection

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json
+from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, fingerprint
 from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
 
 MANIFEST_VERSION = 1
@@ -31,15 +31,28 @@ class ManifestEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """One data set under one recipe."""
+class ManifestPart:
+    """One data set from one camera at one starting offset: all its stores share one recipe."""
 
-    dataset: str
+    dataset: str  # preset name
+    weight: float  # relative rate at which training draws windows from the parts of this data set together
+    camera: str | None  # None where the source has one view
+    phase: int  # first sampled frame
     fingerprint: str
     recipe: dict[str, Any]
     action_fingerprint: str
     action_recipe: dict[str, Any]
     source_fingerprint: str
+    skipped: tuple[dict[str, str], ...]  # key and reason of every recording left out
+    notes: tuple[str, ...]
+    entries: tuple[ManifestEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stage two trains on: one part, or several of one encoder and one action space."""
+
+    dataset: str  # preset name; of a mixture, its own
     num_tokens: int
     width: int
     grid: tuple[int, int]  # rows, columns of patches
@@ -47,14 +60,53 @@ class Manifest:
     encoder: str  # preset name
     encoder_trained: bool
     comparable: bool  # False in clip mode: early steps have seen later frames
-    skipped: tuple[dict[str, str], ...]  # key and reason of every recording left out
-    notes: tuple[str, ...]
-    entries: tuple[ManifestEntry, ...]
+    action_space: str
+    parts: tuple[ManifestPart, ...]
 
     @property
     def num_steps(self) -> int:
         """Steps of all stores."""
         return sum(entry.num_steps for entry in self.entries)
+
+    @property
+    def entries(self) -> tuple[ManifestEntry, ...]:
+        """Entries of all parts, in order; the n-th is store number n of the training set."""
+        return tuple(entry for part in self.parts for entry in part.entries)
+
+    @property
+    def stores(self) -> tuple[tuple[ManifestPart, ManifestEntry], ...]:
+        """Every entry with its part, in the order of `entries`."""
+        return tuple((part, entry) for part in self.parts for entry in part.entries)
+
+    @property
+    def skipped(self) -> tuple[dict[str, str], ...]:
+        """Key and reason of every recording that was left out of any part."""
+        return tuple(recording for part in self.parts for recording in part.skipped)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the recordings of all parts, each once."""
+        return tuple(dict.fromkeys(note for part in self.parts for note in part.notes))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The first part's token recipe; parts differ in source, camera and phase only."""
+        return self.parts[0].recipe
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the token recipes: that of the only part, else a hash of all."""
+        return _joint([part.fingerprint for part in self.parts])
+
+    @property
+    def action_fingerprint(self) -> str:
+        """Identity of the action recipes: that of the only part, else a hash of all."""
+        return _joint([part.action_fingerprint for part in self.parts])
+
+    @property
+    def source_fingerprint(self) -> str:
+        """Identity of the source recipes: that of the only part, else a hash of all."""
+        return _joint([part.source_fingerprint for part in self.parts])
 
     def to_bytes(self) -> bytes:
         """The one spelling of this manifest."""
@@ -64,6 +116,11 @@ class Manifest:
     def digest(self) -> str:
         """Hash of the manifest's bytes: the identity of a training set."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:DIGEST_LENGTH]
+
+
+def _joint(fingerprints: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(fingerprints))
+    return distinct[0] if len(distinct) == 1 else fingerprint({"parts": distinct})
 
 
 def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
@@ -88,9 +145,8 @@ def read_manifest(path: Path) -> Manifest:
         version = document.pop("manifest_version")
         if version != MANIFEST_VERSION:
             raise ValueError(f"it has version {version}, this program reads {MANIFEST_VERSION}")
-        document["entries"] = tuple(ManifestEntry(**entry) for entry in document["entries"])
-        for key in ("skipped", "notes", "grid"):
-            document[key] = tuple(document[key])
+        document["parts"] = tuple(_read_part(part) for part in document["parts"])
+        document["grid"] = tuple(document["grid"])
         return Manifest(**document)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; run `python stages/encode.py` first") from error
@@ -98,14 +154,20 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{path} is no valid manifest ({error}); run `python stages/encode.py` again") from error
 
 
+def _read_part(document: dict[str, Any]) -> ManifestPart:
+    entries = tuple(ManifestEntry(**entry) for entry in document.pop("entries"))
+    skipped, notes = tuple(document.pop("skipped")), tuple(document.pop("notes"))
+    return ManifestPart(**document, skipped=skipped, notes=notes, entries=entries)
+
+
 def find_missing(manifest: Manifest, root: CacheRoot) -> list[Path]:
     """Stores that the manifest lists and the root does not hold."""
-    paths = []
-    for entry in manifest.entries:
-        for path in (
-            root.tokens(manifest.fingerprint, entry.unit_digest),
-            root.actions(manifest.action_fingerprint, entry.unit_digest),
-        ):
-            if not path.is_dir():
-                paths.append(path)
-    return paths
+    places = [
+        place
+        for part, entry in manifest.stores
+        for place in (
+            root.tokens(part.fingerprint, entry.unit_digest),
+            root.actions(part.action_fingerprint, entry.unit_digest),
+        )
+    ]
+    return [place for place in places if not place.is_dir()]

@@ -274,8 +274,8 @@ def test_after_a_failed_write_no_other_call_is_made():
 
 
 def decoders_of(folder, num_decoders=2):
-    units = [Unit(path.name, path) for path in sorted(folder.rglob("*.tar"))]
-    settings = DecodeSettings(20.0, "frame", 16, 2, 1, "pyav", num_decoders)
+    units = [Unit(path.name, (path,)) for path in sorted(folder.rglob("*.tar"))]
+    settings = DecodeSettings(20.0, "frame", 16, 2, 0, 1, "pyav", num_decoders)
     return Decoders(VptSource(tiny_options()), units, settings, lambda frames: torch.zeros(len(frames), 3, 2, 2))
 
 

@@ -22,6 +22,8 @@ ENCODE_KEEPS = {
     "device": "cuda",
     "num_decoders": 7,
     "max_skipped_share": 0.5,
+    "cameras": ("wrist",),  # an option of the source, hence in its recipe
+    "phases": (1,),  # each phase has a recipe of its own, tested below
 }
 ENCODER_CHANGES = {
     "embed_dim": 128,
@@ -97,7 +99,7 @@ def other_value(value):
     return f"{value} other"
 
 
-@pytest.mark.parametrize("section", ["predictor", "split", "scaler", "train", "evaluate"])
+@pytest.mark.parametrize("section", ["predictor", "split", "filter", "scaler", "train", "evaluate"])
 def test_no_setting_of_stage_two_changes_any_fingerprint(section):
     config = tiny_config()
     for field in dataclasses.fields(getattr(config, section)):
@@ -114,6 +116,7 @@ def test_every_section_of_the_configuration_is_looked_at_here():
     seen = {
         "predictor",
         "split",
+        "filter",
         "scaler",
         "train",
         "evaluate",
@@ -122,6 +125,7 @@ def test_every_section_of_the_configuration_is_looked_at_here():
         "dataset",
         "cache_root",
         "origins",
+        "members",
     }
     assert {field.name for field in dataclasses.fields(Config)} == seen
 
@@ -132,6 +136,16 @@ def test_of_the_data_set_only_the_source_and_its_options_change_the_fingerprint(
         assert fingerprint_of(changed(config, "dataset", field, value)) == fingerprint_of(config)
     simple = {"schema": "simple", "camera_unit": "delta_deg"}
     assert fingerprint_of(changed(config, "dataset", "source_options", simple)) != fingerprint_of(config)
+
+
+def test_every_phase_has_a_recipe_of_its_own_for_tokens_and_actions():
+    config = tiny_config()
+    source, space = build_source(config.dataset.source, config.dataset.source_options), get_action_space("vpt13")
+    tokens = {fingerprint(token_recipe(config.encode, config.encoder, source.recipe, "w", phase=p)) for p in range(3)}
+    actions = {
+        fingerprint(action_recipe(config.encode, config.encoder, source.recipe, space, phase=p)) for p in range(3)
+    }
+    assert len(tokens) == len(actions) == 3
 
 
 def test_the_clip_length_counts_in_clip_mode_only():

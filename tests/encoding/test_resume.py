@@ -38,9 +38,9 @@ def counted(monkeypatch):
     """Keys of the episodes whose video is opened."""
     keys, open_video = [], decoding.open_video
 
-    def opened(video, decoder):
+    def opened(video, decoder, **options):
         keys.append(len(video))
-        return open_video(video, decoder)
+        return open_video(video, decoder, **options)
 
     monkeypatch.setattr(decoding, "open_video", opened)
     return keys
@@ -205,11 +205,11 @@ def test_actions_made_for_other_steps_are_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         opened = []
 
-        def open_second_only(video, decoder):
+        def open_second_only(video, decoder, **options):
             opened.append(video)
             if len(opened) == 1:
                 raise decoding_error("nothing of it on this machine")
-            return real(video, decoder)
+            return real(video, decoder, **options)
 
         real, decoding_error = decoding.open_video, pipeline.DecodeError
         patch.setattr(decoding, "open_video", open_second_only)

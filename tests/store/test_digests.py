@@ -66,17 +66,19 @@ def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(tmp_path, monkey
     assert table.digest(path) == sha256(b"second, longer")
 
 
-def test_a_file_is_found_by_its_digest_only_while_it_is_unchanged(tmp_path):
+def test_a_unit_is_found_by_its_digest_only_while_its_files_are_unchanged(tmp_path):
     table = DigestTable(tmp_path / "state")
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(b"same")
-        table.digest(tmp_path / name)
-    assert table.find(sha256(b"same")) in {tmp_path / "a", tmp_path / "b"}
-    (tmp_path / "a").unlink()
-    assert table.find(sha256(b"same")) == tmp_path / "b"
-    (tmp_path / "b").write_bytes(b"other content")
-    assert table.find(sha256(b"same")) is None
-    assert table.find("0" * 64) is None
+    files = tuple(tmp_path / name for name in "ab")
+    for file in files:
+        file.write_bytes(file.name.encode())
+    one, both = table.digest_unit(files[:1]), table.digest_unit(files)
+    assert one == sha256(b"a") and both not in (one, table.digest_unit(files[::-1]))
+    assert table.find_unit(one) == files[:1] and table.find_unit(both) == files
+    assert table.find_unit("0" * 64) is None
+    files[1].write_bytes(b"longer")
+    assert table.find_unit(both) is None and table.find_unit(one) == files[:1]
+    files[0].unlink()
+    assert table.find_unit(one) is None
 
 
 def test_the_table_lies_in_the_state_folder_of_the_machine(tmp_path, monkeypatch):

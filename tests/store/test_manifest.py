@@ -8,17 +8,26 @@ import sys
 
 import pytest
 
-from jepa_cache.store.manifest import Manifest, ManifestEntry, find_missing, read_manifest, write_manifest
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, find_missing, read_manifest, write_manifest
 from jepa_cache.store.root import CacheRoot
 
 ENTRY = ManifestEntry("a" * 64, "b" * 64, "c" * 64, num_steps=10, num_segments=2, num_episodes=1)
-MANIFEST = Manifest(
+PART = ManifestPart(
     dataset="vpt",
+    weight=1.0,
+    camera="wrist",
+    phase=0,
     fingerprint="1" * 32,
     recipe={"z": 1, "a": {"y": [1, 2], "b": None}},
     action_fingerprint="2" * 32,
     action_recipe={"action_space": "vpt13"},
     source_fingerprint="3" * 32,
+    skipped=({"key": "k", "reason": "why"},),
+    notes=("k: a note",),
+    entries=(ENTRY, dataclasses.replace(ENTRY, unit_digest="d" * 64, num_steps=5)),
+)
+MANIFEST = Manifest(
+    dataset="vpt",
     num_tokens=16,
     width=64,
     grid=(4, 4),
@@ -26,9 +35,8 @@ MANIFEST = Manifest(
     encoder="tiny",
     encoder_trained=False,
     comparable=True,
-    skipped=({"key": "k", "reason": "why"},),
-    notes=("k: a note",),
-    entries=(ENTRY, dataclasses.replace(ENTRY, unit_digest="d" * 64, num_steps=5)),
+    action_space="vpt13",
+    parts=(PART,),
 )
 
 
@@ -42,18 +50,35 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_keys_are_sorted_at_every_level():
     document = json.loads(MANIFEST.to_bytes())
     assert MANIFEST.to_bytes() == (json.dumps(document, sort_keys=True, indent=2) + "\n").encode()
-    reordered = dataclasses.replace(MANIFEST, recipe={"a": {"b": None, "y": [1, 2]}, "z": 1})
+    reordered = dataclasses.replace(
+        MANIFEST, parts=(dataclasses.replace(PART, recipe={"a": {"b": None, "y": [1, 2]}, "z": 1}),)
+    )
     assert reordered.to_bytes() == MANIFEST.to_bytes()
+
+
+def changed(value):
+    kinds = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 1, str: lambda: value + "x"}
+    return kinds.get(type(value), lambda: {"other": 1} if isinstance(value, dict) else value[:-1])()
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Manifest)])
 def test_every_field_counts_in_the_digest(field):
-    value = getattr(MANIFEST, field)
-    other = {bool: lambda: not value, int: lambda: value + 1, str: lambda: value + "x", dict: lambda: {"other": 1}}
-    changed = dataclasses.replace(MANIFEST, **{field: other.get(type(value), lambda: value[:1])()})
-    if changed == MANIFEST:  # tuples of one element
-        changed = dataclasses.replace(MANIFEST, **{field: ()})
-    assert changed.digest != MANIFEST.digest
+    other = dataclasses.replace(MANIFEST, **{field: changed(getattr(MANIFEST, field))})
+    assert other.digest != MANIFEST.digest
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ManifestPart)])
+def test_every_field_of_a_part_counts_in_the_digest(field):
+    other = dataclasses.replace(PART, **{field: changed(getattr(PART, field))})
+    assert dataclasses.replace(MANIFEST, parts=(other,)).digest != MANIFEST.digest
+
+
+def test_several_parts_have_an_identity_of_their_own_and_keep_their_stores_apart():
+    other = dataclasses.replace(PART, fingerprint="4" * 32, entries=(ENTRY,))
+    both = dataclasses.replace(MANIFEST, parts=(PART, other))
+    assert MANIFEST.fingerprint == "1" * 32 and both.fingerprint not in ("1" * 32, "4" * 32)
+    assert [part.fingerprint[0] for part, _ in both.stores] == ["1", "1", "4"]
+    assert len(both.entries) == 3 and both.notes == MANIFEST.notes
 
 
 def test_an_identical_file_is_left_untouched_and_another_is_replaced(tmp_path):
@@ -95,10 +120,10 @@ def test_a_write_that_fails_leaves_the_old_manifest(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda document: document.pop("entries"),
+        lambda document: document["parts"][0].pop("entries"),
         lambda document: document.update(unknown=1),
         lambda document: document.update(manifest_version=99),
-        lambda document: document["entries"][0].pop("num_steps"),
+        lambda document: document["parts"][0]["entries"][0].pop("num_steps"),
     ],
     ids=["field gone", "field unknown", "other version", "entry field gone"],
 )
