@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_stage_arguments(__doc__, argv)
     config = load_config(ROOT, arguments.overrides)
     dataset = open_dataset(config, ROOT)
-    segments = dataset.segments_of(TRAIN, config.split)
+    segments = dataset.segments_of(TRAIN, config.split, config.filter)
     scaler = fit_scaler(dataset, segments, config.scaler)
     output = ROOT / "outputs/scaler/scaler.json"
     write_scaler(scaler, output)

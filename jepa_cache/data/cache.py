@@ -11,10 +11,11 @@ import numpy as np
 
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
-from jepa_cache.config.schema import Config, SplitConfig
+from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
+from jepa_cache.data.filters import NO_FILTER, cut_runs, keep_steps, keep_ticks
 from jepa_cache.data.splits import split_of
 from jepa_cache.store import layout
-from jepa_cache.store.controls import read_actions
+from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest
 from jepa_cache.store.reader import StoreDamagedError, TokenReader, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
@@ -44,7 +45,7 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
         "encoder": (config.encoder.name, manifest.encoder),
         "encode.mode": (config.encode.mode, manifest.mode),
         "encode.fps": (config.encode.fps, sampling["fps"]),
-        "encode.action_space": (config.encode.action_space, manifest.action_recipe["action_space"]),
+        "encode.action_space": (config.encode.action_space, manifest.action_space),
         **{
             f"encode.{key}": (getattr(config.encode, key), manifest.recipe[key])
             for key in ("compute_dtype", "dtype", "decoder")
@@ -79,16 +80,17 @@ class CachedDataset:
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"
             )
         self.manifest = manifest
-        self.space: ActionSpace = get_action_space(manifest.action_recipe["action_space"])
+        self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
         self._token_paths: list[Path] = []
         self._action_paths: list[Path] = []
         self._readers: dict[int, TokenReader] = {}
         self._controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
-        for number, entry in enumerate(manifest.entries):
-            tokens = root.tokens(manifest.fingerprint, entry.unit_digest)
-            actions = root.actions(manifest.action_fingerprint, entry.unit_digest)
+        self._root = root
+        for number, (part, entry) in enumerate(manifest.stores):
+            tokens = root.tokens(part.fingerprint, entry.unit_digest)
+            actions = root.actions(part.action_fingerprint, entry.unit_digest)
             for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
                 if read_store_file(path).digest != digest:
                     raise StoreDamagedError(
@@ -103,13 +105,35 @@ class CachedDataset:
                 if row["episode"] not in excluded
             ]
 
-    def segments_of(self, split: str, config: SplitConfig) -> list[Segment]:
-        """Segments of the episodes in one split ("train" or "val")."""
-        return [
+    def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
+        """Segments of the episodes in one split ("train" or "val"), cut by the filters."""
+        chosen = [
             segment
             for segment in self.segments
             if split_of(segment.episode, val_share=config.val_share, seed=config.seed) == split
         ]
+        if filters == NO_FILTER:
+            return chosen
+        keep: dict[int, np.ndarray] = {}
+        cut = []
+        for segment in chosen:
+            if segment.store not in keep:
+                keep[segment.store] = self._kept_steps(segment.store, filters)
+            runs = cut_runs(segment.start, segment.stop, keep[segment.store], filters.min_steps)
+            cut += [segment._replace(start=start, stop=stop) for start, stop in runs]
+        return cut
+
+    def _kept_steps(self, store: int, filters: FilterConfig) -> np.ndarray:
+        part, entry = self.manifest.stores[store]
+        steps = read_table(self._token_paths[store], layout.STEPS_FILE)
+        keep = keep_steps(steps, filters)
+        if filters.drop_idle or filters.only_success:
+            ticks = steps.column("tick").to_numpy()
+            controls = dict(iter_controls(self._root.controls(part.source_fingerprint, entry.unit_digest)))
+            for segment in (segment for segment in self.segments if segment.store == store):
+                run = slice(segment.start, segment.stop)
+                keep[run] &= keep_ticks(controls[segment.episode], filters)[ticks[run]]
+        return keep
 
     def read_tokens(self, store: int, start: int, out: np.ndarray) -> None:
         """Fill `out` [T, N, D] float16 with the raw tokens of the steps from `start` on.

@@ -9,6 +9,9 @@ import numpy as np
 
 from jepa_cache.data.cache import Segment
 
+MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly
+GROUP_STRIDE = 1 << 32  # keeps the streams of a mixture's groups apart
+
 
 class Window(NamedTuple):
     """Steps [start, start + T) of store number `store`."""
@@ -42,6 +45,10 @@ class WindowIndex:
                 f"{longest}; lower train.window_steps, raise encode.fps, or add longer recordings"
             )
 
+    def counts(self) -> list[int]:
+        """Windows of each segment."""
+        return np.diff(self._ends, prepend=0).tolist()
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
@@ -60,15 +67,34 @@ class WindowIndex:
         return Window(segment.store, segment.start + offset, position)
 
 
+class WindowGroup(NamedTuple):
+    """Windows of one data set of a mixture: `count` of them in the index, drawn at a rate in proportion to `weight`."""
+
+    count: int
+    weight: float
+
+
 class WindowSampler:
     """Draws windows without replacement, epoch after epoch.
 
     A pure function of (seed, step, rank, world size): whatever the number of loader threads or processes, and after any
     resume, train step k sees the same global batch. Each epoch is a permutation of all windows seeded by (seed, epoch);
     the global batch of a step is the next run of that order, and rank r takes its r-th part.
+
+    In a mixture every group has its own epochs, and each run of `MIXTURE_BLOCK` draws holds every group exactly as often
+    as its weight says (rounded), in an order seeded by (seed, block).
     """
 
-    def __init__(self, num_windows: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_windows: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[WindowGroup] = (),
+    ) -> None:
         """Fix the order.
 
         Args:
@@ -77,28 +103,65 @@ class WindowSampler:
             seed: Of the order.
             rank: This process.
             world_size: Processes.
+            groups: Of a mixture, in the order of the index; their counts add up to `num_windows`.
+
+        Raises:
+            ValueError: A group has no window, or the counts do not add up.
         """
+        groups = list(groups) or [WindowGroup(num_windows, 1.0)]
+        if sum(group.count for group in groups) != num_windows or min(group.count for group in groups) < 1:
+            raise ValueError(
+                f"every data set of a mixture needs windows, {num_windows} in all; got {[g.count for g in groups]}"
+            )
         self._num_windows, self._batch_size = num_windows, batch_size
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._permutation: tuple[int, np.ndarray] | None = None
+        self._counts = np.array([group.count for group in groups])
+        self._firsts = np.cumsum(self._counts) - self._counts
+        self._shares = _block_shares(np.array([group.weight for group in groups]))
+        self._block: tuple[int, np.ndarray] | None = None
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def numbers(self, step: int) -> np.ndarray:
         """Window numbers [B] of this rank's batch at `step` (from 0)."""
         first = (step * self._world_size + self._rank) * self._batch_size
-        positions = np.arange(first, first + self._batch_size)
-        epochs, places = np.divmod(positions, self._num_windows)
-        return np.array([self._order(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        return np.array([self._draw(position) for position in range(first, first + self._batch_size)])
 
     def epoch(self, step: int) -> float:
-        """Passes over all windows before `step`."""
+        """Passes over as many windows as there are, before `step`."""
         return step * self._world_size * self._batch_size / self._num_windows
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._permutation is None or self._permutation[0] != epoch:
+    def _draw(self, position: int) -> int:
+        group, draw = 0, position
+        if len(self._counts) > 1:
+            block, place = divmod(position, MIXTURE_BLOCK)
+            order = self._block_order(block)
+            group = int(order[place])
+            draw = block * int(self._shares[group]) + int((order[:place] == group).sum())
+        epoch, place = divmod(draw, int(self._counts[group]))
+        return int(self._firsts[group] + self._order(group, epoch)[place])
+
+    def _block_order(self, block: int) -> np.ndarray:
+        if self._block is None or self._block[0] != block:
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, block], counter=1))
+            self._block = (block, generator.permutation(np.repeat(np.arange(len(self._shares)), self._shares)))
+        return self._block[1]
+
+    def _order(self, group: int, epoch: int) -> np.ndarray:
+        if self._permutations.get(group, (None,))[0] != epoch:
             # Philox is counter based: (seed, epoch) names the stream, nothing has to be replayed.
-            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-            self._permutation = (epoch, generator.permutation(self._num_windows))
-        return self._permutation[1]
+            generator = np.random.Generator(np.random.Philox(key=[self._seed + group * GROUP_STRIDE, epoch]))
+            self._permutations[group] = (epoch, generator.permutation(self._counts[group]))
+        return self._permutations[group][1]
+
+
+def _block_shares(weights: np.ndarray) -> np.ndarray:
+    """How often each group stands in a block: its share of the weights, by largest remainders, at least once."""
+    exact = weights / weights.sum() * MIXTURE_BLOCK
+    shares = np.maximum(np.floor(exact).astype(int), 1)
+    while shares.sum() != MIXTURE_BLOCK:
+        step = 1 if shares.sum() < MIXTURE_BLOCK else -1
+        shares[np.argmax(step * (exact - shares))] += step
+    return shares
 
 
 def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:

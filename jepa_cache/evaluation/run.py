@@ -79,12 +79,16 @@ def measure_windows(
     torch.set_num_threads(default_num_threads())
     settings, device = config.evaluate, next(predictor.parameters()).device
     num_steps = max(window_steps, settings.num_context_steps + settings.horizon)
-    index = WindowIndex(dataset.segments_of(VAL, config.split), num_steps)
+    index = WindowIndex(dataset.segments_of(VAL, config.split, config.filter), num_steps)
     numbers = spread_windows(index, settings.windows_per_episode)
     episodes = [index.segments[index[number].segment].episode for number in numbers]
     donors = choose_donors(episodes, seed=settings.seed)
     mean = training_mean(
-        dataset, dataset.segments_of(TRAIN, config.split), scaler, num_steps=num_steps, normalize_reps=normalize_reps
+        dataset,
+        dataset.segments_of(TRAIN, config.split, config.filter),
+        scaler,
+        num_steps=num_steps,
+        normalize_reps=normalize_reps,
     ).to(device)
     loader = WindowLoader(dataset, index, scaler)
     parts: dict[str, list[np.ndarray]] = {}

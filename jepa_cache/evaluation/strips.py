@@ -67,18 +67,22 @@ def _read_frames(
     config: Config, dataset: CachedDataset, root: CacheRoot, segment: Segment, start: int, num_steps: int
 ) -> np.ndarray | None:
     """Anchor frames [T, h, w, 3] of a window; None when its recording is not on this machine any more."""
-    entry = dataset.manifest.entries[segment.store]
-    file = DigestTable().find(entry.unit_digest)
-    if file is None:
+    part, entry = dataset.manifest.stores[segment.store]
+    files = DigestTable().find_unit(entry.unit_digest)
+    if files is None:
         return None
-    steps = read_table(root.tokens(dataset.manifest.fingerprint, entry.unit_digest), layout.STEPS_FILE)
+    steps = read_table(root.tokens(part.fingerprint, entry.unit_digest), layout.STEPS_FILE)
     frames = steps.column("frame").to_numpy()[start : start + num_steps]
-    source = build_source(config.dataset.source, config.dataset.source_options)
-    for recording in source.iter_episodes(Unit(file.name, file)):
+    preset = next(preset for preset, _ in config.members if preset.name == part.dataset)
+    options = preset.source_options | ({"camera": part.camera} if part.camera else {})
+    source = build_source(preset.source, options)
+    for recording in source.iter_episodes(Unit(files[0].name, files)):
         if isinstance(recording, Episode) and recording.key == segment.episode:
-            video = open_video(recording.video, config.encode.decoder)
+            video = open_video(recording.video, config.encode.decoder, first_frame=recording.first_frame)
             try:
                 return video.read(frames)
             finally:
                 video.close()
-    raise ValueError(f"{file} has the digest of the unit that held episode {segment.episode!r}, but does not hold it")
+    raise ValueError(
+        f"{files[0]} has the digest of the unit that held episode {segment.episode!r}, but does not hold it"
+    )

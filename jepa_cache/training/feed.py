@@ -13,7 +13,7 @@ from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.splits import TRAIN, VAL
-from jepa_cache.data.windows import WindowIndex, WindowSampler, spread_windows
+from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
 
@@ -42,7 +42,7 @@ class Feed:
         """
         self._settings, self._device = config.train, accelerator.device
         pin = accelerator.device.type == "cuda"
-        index = WindowIndex(dataset.segments_of(TRAIN, config.split), self._settings.window_steps)
+        index = WindowIndex(dataset.segments_of(TRAIN, config.split, config.filter), self._settings.window_steps)
         self.num_windows = len(index)
         self.loader = WindowLoader(
             dataset, index, scaler, num_threads=self._settings.num_loader_threads, pin_memory=pin
@@ -53,9 +53,10 @@ class Feed:
             seed=self._settings.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            groups=_mixture_groups(dataset, index),
         )
         self.validation: list[int] = []
-        held_out = dataset.segments_of(VAL, config.split)
+        held_out = dataset.segments_of(VAL, config.split, config.filter)
         if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
             val_index = WindowIndex(held_out, self._settings.window_steps)
             self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
@@ -74,6 +75,15 @@ class Feed:
         chunks = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
         for batch in self._val_loader.iterate(chunks):
             yield move_batch(batch, self._device)
+
+
+def _mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:
+    """Windows and weight of every data set, in the order of the index."""
+    counts: dict[str, int] = {part.dataset: 0 for part in dataset.manifest.parts}
+    weights = {part.dataset: part.weight for part in dataset.manifest.parts}
+    for segment, count in zip(index.segments, index.counts(), strict=True):
+        counts[dataset.manifest.stores[segment.store][0].dataset] += count
+    return [WindowGroup(count, weights[name]) for name, count in counts.items()]
 
 
 class Meter:

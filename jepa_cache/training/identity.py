@@ -20,7 +20,7 @@ from jepa_cache.training.checkpoint import LATEST, WEIGHTS_FILE
 # What another machine may set otherwise without moving a number: a run goes on under other values.
 COSMETIC = ("checkpoint_every", "init", "num_loader_threads")  # init: its content counts, not its name
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
-CODE = ("actions.py", "data", "predictor", "store", "training")
+CODE = ("actions.py", "data", "idle.py", "poses.py", "predictor", "store", "training", "vpt_actions.py")
 
 
 def describe_run(config: Config, manifest: Manifest, scaler: Scaler, init: Path | None) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def describe_run(config: Config, manifest: Manifest, scaler: Scaler, init: Path 
         "manifest": manifest.digest,
         "predictor": asdict(config.predictor),
         "scaler": scaler.to_json(),
+        "filter": asdict(config.filter),
         "split": asdict(config.split),
         "train": {name: value for name, value in asdict(config.train).items() if name not in COSMETIC},
     }

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cache.data.cache import Segment
-from jepa_cache.data.windows import WindowIndex, WindowSampler, spread_windows
+from jepa_cache.data.windows import MIXTURE_BLOCK, WindowGroup, WindowIndex, WindowSampler, spread_windows
 
 
 @st.composite
@@ -125,3 +125,25 @@ def test_evaluation_windows_are_spread_evenly_over_each_episode(segments, num_st
         if len(picks) > 1:
             assert picks[0] == 0 and picks[-1] == len(numbers) - 1
             assert np.ptp(np.diff(picks)) <= 1
+
+
+def test_a_mixture_draws_each_data_set_at_its_rate_and_each_window_equally_often():
+    groups = [WindowGroup(50, 1.0), WindowGroup(7, 3.0)]
+    sampler = WindowSampler(57, 16, seed=3, groups=groups)
+    drawn = np.concatenate([sampler.numbers(step) for step in range(4 * MIXTURE_BLOCK // 16)])
+    assert (drawn < 50).sum() == MIXTURE_BLOCK
+    counts = np.bincount(drawn, minlength=57)
+    assert np.ptp(counts[:50]) <= 1 and np.ptp(counts[50:]) <= 1
+
+
+def test_a_mixture_is_the_same_for_any_number_of_processes_and_from_any_step():
+    groups = [WindowGroup(50, 1.0), WindowGroup(70, 0.3)]
+    whole = WindowSampler(120, 12, seed=3, groups=groups)
+    ranks = [WindowSampler(120, 3, seed=3, rank=rank, world_size=4, groups=groups) for rank in range(4)]
+    for step in (200, 0, 90, 91):
+        assert np.array_equal(whole.numbers(step), np.concatenate([rank.numbers(step) for rank in ranks]))
+
+
+def test_a_data_set_of_a_mixture_without_windows_is_refused():
+    with pytest.raises(ValueError, match="needs windows"):
+        WindowSampler(5, 2, seed=0, groups=[WindowGroup(5, 1.0), WindowGroup(0, 1.0)])

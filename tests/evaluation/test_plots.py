@@ -100,7 +100,7 @@ def recorded(tmp_path, monkeypatch) -> tuple[Cache, dict[str, bytes]]:
     tar = write_vpt_tar(tmp_path / "shards/a.tar", pairs)
     units = {hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}
     cache = make_cache(tmp_path, "train.num_steps=6", units=units, num_steps=12)
-    assert DigestTable().digest(tar) in units
+    assert DigestTable().digest_unit([tar]) in units
     return cache, {key: video for key, (video, _) in pairs.items()}
 
 
