@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from jepa_cache.cli.doctor import doctor
+from jepa_cache.cli.index_droid import index_droid
+from jepa_cache.cli.inspect_data import inspect
 from jepa_cache.cli.pack import pack
 from jepa_cache.cli.params import params
 
@@ -15,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Work on recordings and on the feature cache.",
 )
-for command in (pack, params):
+for command in (doctor, index_droid, inspect, pack, params):
     app.command(help=command.__doc__.partition("\n\n")[0])(command)
 
 
