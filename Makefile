@@ -22,8 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/dvc repro
 	@echo
-	@$(BIN)/dvc metrics show --md outputs/evaluate/metrics.json | head -40
-	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/; next: dvc exp run -S train.lr=3e-4"
+	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/"; echo "next: source .venv/bin/activate, then dvc exp run -S train.lr=3e-4"
 
 test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
