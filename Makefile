@@ -25,7 +25,7 @@ demo: install
 	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/"; echo "next: source .venv/bin/activate, then dvc exp run -S train.lr=3e-4"
 
 test: install
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,3 +17,11 @@ def private_folders(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("JEPA_RUNS_HOME", raising=False)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return home
+
+
+# Minutes long, as whole checkouts run in them: started first, so that no worker waits for another at the end.
+LONG_FILES = ("test_pipeline.py", "test_real_recordings.py", "test_mixtures.py", "test_trainer.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))

@@ -1,5 +1,6 @@
-"""Claims: cameras, phases and data sets of a mixture are parts of one manifest, each with stores of its own that are found
-again when used alone; DROID goes the whole way from raw folders to metrics.
+"""Claims: cameras, phases and data sets of a mixture are parts of one manifest, with stores that are found again alone.
+
+DROID goes the whole way from raw folders to metrics.
 
 Made episodes; the real ones too where the optional folder of recordings is there.
 """
