@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ROOT, arguments.overrides)
 
     from jepa_cache.data.cache import open_dataset
-    from jepa_cache.evaluation.report import describe_metrics, evaluate_run
+    from jepa_cache.evaluation.report import check_settings, describe_metrics, evaluate_run
     from jepa_cache.store.root import resolve_cache_root
 
     dataset = open_dataset(config, ROOT)
     weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/evaluate"
+    check_settings(config, weights)
     metrics = evaluate_run(config, dataset, weights, out, root=resolve_cache_root(config.cache_root, data_base(ROOT)))
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(f"wrote {out.relative_to(ROOT)}/metrics.json, horizon.csv, pictures/; next: dvc metrics show, dvc plots show")

@@ -52,7 +52,7 @@ def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
         sys.exit(f"error: {error}{notes}")
     except KeyboardInterrupt:

@@ -191,15 +191,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"
         ) from error
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} must hold a mapping; got {type(loaded).__name__}")
+        raise ConfigError(f"{path} must hold a mapping; got {'nothing' if loaded is None else type(loaded).__name__}")
     return loaded
 
 
 def _apply_override(params: dict[str, Any], override: str) -> str:
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
 
     key, equals, text = override.partition("=")
     if not equals:
@@ -216,7 +216,12 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
         raise ConfigError(
             f"{key!r} is a section, not a parameter; set one of its keys, such as {key}.{next(iter(section[last]))}=..."
         )
-    section[last] = YAML(typ="safe", pure=True).load(text)
+    try:
+        section[last] = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(
+            f"the value of {override!r} is no valid YAML; put it in quotes, or close its brackets"
+        ) from error
     return key
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.store.recipe import canonical_json
+from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.store.root import atomic_file
 
 
@@ -36,6 +36,7 @@ class Scaler:
     actions: ColumnScaler
     states: ColumnScaler
     num_train_steps: int  # steps it was fitted on
+    segments_digest: str  # of the segments it was fitted on: another split or filter is another scaler
     action_fingerprint: str
 
     def to_json(self) -> dict:
@@ -44,6 +45,7 @@ class Scaler:
             "actions": vars(self.actions),
             "states": vars(self.states),
             "num_train_steps": self.num_train_steps,
+            "segments_digest": self.segments_digest,
             "action_fingerprint": self.action_fingerprint,
         }
 
@@ -89,8 +91,27 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
         actions=_column_scaler(space.actions, action_fit, config.actions),
         states=_column_scaler(space.states, state_fit, config.states),
         num_train_steps=num_steps,
+        segments_digest=digest_segments(segments),
         action_fingerprint=dataset.manifest.action_fingerprint,
     )
+
+
+def digest_segments(segments: Sequence[Segment]) -> str:
+    """Identity of a training split: the episodes and runs of steps that it is made of."""
+    return fingerprint({"segments": sorted([s.episode, s.store, s.start, s.stop] for s in segments)})
+
+
+def check_scaler(scaler: Scaler, segments: Sequence[Segment]) -> None:
+    """Refuse a scaler that was fitted on other segments than those to be trained on.
+
+    Raises:
+        ValueError: With the command that fits it again.
+    """
+    if scaler.segments_digest != digest_segments(segments):
+        raise ValueError(
+            "the scaler was fitted on other segments (another split, filter or manifest), so it may have seen held-out "
+            "episodes; run `python stages/fit_scaler.py` again with the same settings"
+        )
 
 
 def write_scaler(scaler: Scaler, path: Path) -> None:
@@ -118,7 +139,8 @@ def scaler_from_json(document: dict) -> Scaler:
     actions, states = (
         ColumnScaler(**{key: tuple(value) for key, value in document[name].items()}) for name in ("actions", "states")
     )
-    return Scaler(actions, states, document["num_train_steps"], document["action_fingerprint"])
+    kept = ("num_train_steps", "segments_digest", "action_fingerprint")
+    return Scaler(actions, states, **{key: document[key] for key in kept})
 
 
 def _read_rows(dataset: CachedDataset, store: int, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:

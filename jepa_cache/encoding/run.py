@@ -57,6 +57,7 @@ def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: C
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
     """
+    root.check_writable()
     space = get_action_space(config.encode.action_space)
     encoder, weights = config.encoder, None
     if config.encode.weights != encoder.weights:

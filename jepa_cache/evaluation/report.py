@@ -17,11 +17,17 @@ from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
 from jepa_cache.evaluation.strips import build_strip
-from jepa_cache.predictor.checkpoints import load_predictor
+from jepa_cache.predictor.checkpoints import load_predictor, read_card
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot, atomic_file
 
 NUM_STRIPS = 2
+OF_THE_MACHINE = (
+    "device",
+    "log_every",
+    "num_threads",
+    "validate_every",
+)  # move no weight, so weights may differ in them
 NUM_DIGITS = 3  # of figures in words
 
 
@@ -79,6 +85,29 @@ def evaluate_run(
         drawn = build_strip(position, errors, predictor, config, dataset, scaler, root, normalize_reps=normalize_reps)
         draw_strip(drawn, pictures / f"strip{strip + 1}.png")
     return metrics
+
+
+def check_settings(config: Config, weights: Path) -> None:
+    """Refuse weights of another training: those of an earlier run still lie there when the one asked for was interrupted.
+
+    Raises:
+        ValueError: Naming every setting that differs, or when the weights are missing.
+    """
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
+    description = read_card(weights)["description"]
+    now = {"predictor": asdict(config.predictor), "train": asdict(config.train)}
+    differing = [
+        f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
+        for section in now
+        for key, then in description[section].items()
+        if key not in OF_THE_MACHINE and now[section].get(key) != then
+    ]
+    if differing:
+        raise ValueError(
+            f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
+            "settings, or evaluate with those"
+        )
 
 
 def _spread(count: int, num: int) -> list[int]:

@@ -41,6 +41,7 @@ def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object])
     try:
         # One key only: the library writes several in random order, and equal runs would differ in their bytes.
         save_file(state, partial, metadata={"card": json.dumps(card, sort_keys=True)})
+        partial.chmod(0o644)  # the library makes it readable by its owner alone
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

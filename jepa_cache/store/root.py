@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,21 @@ class CacheRoot:
     """Paths below one cache root; holds no times, hosts or absolute paths itself."""
 
     path: Path
+
+    def check_writable(self) -> None:
+        """Make the root and try to write in it, before hours of work.
+
+        Raises:
+            ValueError: It cannot be made or written; says where and why.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"the cache root {self.path} cannot be written ({error}); set cache.root or $JEPA_CACHE_HOME"
+            ) from error
 
     def tokens(self, fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the tokens, segments and step table of one unit under one recipe."""

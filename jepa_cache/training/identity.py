@@ -65,7 +65,7 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".safetensors", *OFFICIAL_SUFFIXES):
             return candidate
-    tried = ", ".join(str(candidate) for candidate in candidates)
+    tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
     raise ValueError(f"train.init={reference!r} names no weights; tried {tried}")
 
 

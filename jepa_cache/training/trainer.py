@@ -16,10 +16,11 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, TrainConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import Batch
-from jepa_cache.data.scaler import Scaler
+from jepa_cache.data.scaler import Scaler, check_scaler
+from jepa_cache.data.splits import TRAIN
 from jepa_cache.predictor.checkpoints import load_predictor_weights, save_predictor
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.checkpoint import Checkpoint, forget_checkpoints, load_latest, save_checkpoint
+from jepa_cache.training.checkpoint import WEIGHTS_FILE, Checkpoint, forget_checkpoints, load_latest, save_checkpoint
 from jepa_cache.training.feed import Feed, Meter
 from jepa_cache.training.identity import describe_run, resolve_init, run_folder
 from jepa_cache.training.losses import Losses, world_model_loss
@@ -55,6 +56,7 @@ def train(
     """
     settings = config.train
     torch.set_num_threads(settings.num_threads or default_num_threads())
+    check_scaler(scaler, dataset.segments_of(TRAIN, config.split, config.filter))
     init = resolve_init(settings.init, base)
     description = describe_run(config, dataset.manifest, scaler, init)
     run = run_folder(description)
@@ -258,7 +260,7 @@ def _write_outputs(
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
     }
-    weights = output / "predictor.safetensors"
+    weights = output / WEIGHTS_FILE
     save_predictor(predictor, weights, card)
     shutil.copyfile(run / "train.csv", output / "train.csv")
     return weights

@@ -101,3 +101,11 @@ def test_every_training_setting_stands_in_params_so_that_it_can_be_swept(root):
 def test_paths_are_not_taken_for_overrides():
     assert is_override("train.lr=3e-4") and is_override("dataset=vpt")
     assert not is_override("shards") and not is_override("/data/date=2020/x.tar") and not is_override("./a=b.tar")
+
+
+def test_a_broken_override_and_a_broken_file_are_named(root):
+    with pytest.raises(ConfigError, match=r"train.lr=\[1"):
+        load_config(root, ["train.lr=[1"])
+    (root / "params.yaml").write_bytes(b"dataset: \xff\n")
+    with pytest.raises(ConfigError, match=r"params\.yaml is no valid YAML"):
+        load_config(root)

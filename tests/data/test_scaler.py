@@ -7,7 +7,7 @@ import pytest
 
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.loader import WindowLoader
-from jepa_cache.data.scaler import ColumnScaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
+from jepa_cache.data.scaler import ColumnScaler, check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.recipe import canonical_json
@@ -138,3 +138,12 @@ def test_scaling_is_done_in_double_precision():
     scaler = ColumnScaler(("x",), (1e6,), (1e-3,))
     value = np.array([[1e6 + 0.0625]], np.float32)
     assert scaler.apply(value)[0, 0] == np.float32(0.0625 / 1e-3)
+
+
+def test_a_scaler_of_other_segments_is_refused(dataset):
+    segments = dataset.segments_of(TRAIN, SPLIT)
+    scaler = fit_scaler(dataset, segments, STANDARD)
+    check_scaler(scaler, segments[::-1])
+    for others in (segments[1:], [segments[0]._replace(start=segments[0].start + 1), *segments[1:]]):
+        with pytest.raises(ValueError, match=r"fit_scaler\.py"):
+            check_scaler(scaler, others)

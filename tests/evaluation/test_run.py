@@ -300,3 +300,13 @@ def test_one_held_out_episode_is_too_few(tmp_path, monkeypatch):
     result = train(cache.config, cache.dataset, cache.scaler, tmp_path / "train/run", base=tmp_path)
     with pytest.raises(ValueError, match="at least two held-out episodes"):
         evaluate(cache, result.weights, tmp_path)
+
+
+def test_weights_of_another_training_are_refused(tmp_path):
+    # What an interrupted training leaves: the weights of the run before it.
+    cache = make_cache(tmp_path)
+    result = train(cache.config, cache.dataset, cache.scaler, tmp_path / "out/run", base=tmp_path)
+    other = replace(cache.config, train=replace(cache.config.train, lr=0.5))
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.\d+, now it is 0\.5"):
+        report.check_settings(other, result.weights)
+    report.check_settings(cache.config, result.weights)

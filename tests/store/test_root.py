@@ -150,3 +150,11 @@ def test_no_descriptor_stays_open(tmp_path):
         remove_stale_temporaries(tmp_path)
         remove_folder(tmp_path / "a")
     assert len(list(folder_of_open.iterdir())) == before
+
+
+def test_a_root_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written.*JEPA_CACHE_HOME"):
+        CacheRoot(tmp_path / "file" / "root").check_writable()
+    CacheRoot(tmp_path / "new" / "root").check_writable()
+    assert list((tmp_path / "new" / "root").iterdir()) == []

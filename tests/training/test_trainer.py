@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import open_dataset
-from jepa_cache.data.scaler import read_scaler
+from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.training import trainer
 from jepa_cache.training.schedule import warmup_stable_decay
@@ -380,7 +380,8 @@ def test_validations_fall_where_they_are_asked_for_whatever_is_logged_between(ca
 
 def test_training_without_held_out_windows_validates_nothing(cache, tmp_path):
     config = make_config("split.val_share=0.0")
-    result = train(config, cache.dataset, cache.scaler, tmp_path / "run", base=tmp_path)
+    scaler = fit_scaler(cache.dataset, cache.dataset.segments_of("train", config.split), config.scaler)
+    result = train(config, cache.dataset, scaler, tmp_path / "run", base=tmp_path)
     assert not any(row["val_jloss"] for row in rows(result))
 
 
