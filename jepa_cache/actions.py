@@ -265,7 +265,7 @@ ACTION_SPACES: dict[str, ActionSpace] = {
         *(
             ActionSpace(
                 name,
-                1,
+                2,
                 _POSE_ACTIONS,
                 _POSE_STATES,
                 required,

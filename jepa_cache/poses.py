@@ -6,10 +6,10 @@ angles are never subtracted: the first one of a gripper that points down lies at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 POSE_CONTROLS = ("x_m", "y_m", "z_m", "rx_rad", "ry_rad", "rz_rad", "gripper")
 """A measured pose in the robot's base frame: metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed."""
@@ -35,10 +35,11 @@ def pose_actions(states: np.ndarray) -> np.ndarray:
     Source: V-JEPA 2-AC, arXiv 2506.09985.
     """
     states = _check_poses(states)
-    rotations = _rotations(states[:, 3:6])
+    turns = _to_matrices(states[:, 3:6])
     actions = np.diff(states, axis=0)
     if len(actions):
-        actions[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
+        # One by one: a stack of products may differ in the last bit, which is what decides between +pi and -pi.
+        actions[:, 3:6] = _to_euler(np.stack([after @ before.T for before, after in itertools.pairwise(turns)]))
     return actions
 
 
@@ -60,7 +61,7 @@ def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:
         raise ValueError(f"every state needs one command; got {len(states)} states and {len(commands)} commands")
     actions = commands - states
     if len(actions):
-        actions[:, 3:6] = (_rotations(commands[:, 3:6]) * _rotations(states[:, 3:6]).inv()).as_euler("xyz")
+        actions[:, 3:6] = _to_euler(_to_matrices(commands[:, 3:6]) @ _to_matrices(states[:, 3:6]).transpose(0, 2, 1))
     return actions
 
 
@@ -83,8 +84,8 @@ def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
     if states.shape != actions.shape or states.shape[-1:] != (7,):
         raise ValueError(f"states and actions must both be [..., 7]; got {states.shape} and {actions.shape}")
     after = states + actions
-    turned = _rotations(actions[..., 3:6].reshape(-1, 3)) * _rotations(states[..., 3:6].reshape(-1, 3))
-    after[..., 3:6] = turned.as_euler("xyz").reshape(after[..., 3:6].shape)
+    turns = (_to_matrices(poses[..., 3:6].reshape(-1, 3)) for poses in (actions, states))
+    after[..., 3:6] = _to_euler(next(turns) @ next(turns)).reshape(after[..., 3:6].shape)
     after[..., 6] = np.clip(after[..., 6], 0.0, 1.0)
     return after
 
@@ -107,11 +108,11 @@ def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndar
     states, extrinsics = _check_poses(states), np.asarray(extrinsics, np.float64)
     if extrinsics.shape != (len(states), 6):
         raise ValueError(f"extrinsics must be [{len(states)}, 6], one camera pose per state; got {extrinsics.shape}")
-    to_camera = _rotations(extrinsics[:, 3:6]).inv()
     seen = states.copy()
     if len(states):
-        seen[:, :3] = to_camera.apply(states[:, :3] - extrinsics[:, :3])
-        seen[:, 3:6] = (to_camera * _rotations(states[:, 3:6])).as_euler("xyz")
+        places = np.linalg.inv(_to_transforms(extrinsics)) @ _to_transforms(states)
+        seen[:, :3] = places[:, :3, 3]
+        seen[:, 3:6] = _to_euler(places[:, :3, :3])
     return seen
 
 
@@ -166,8 +167,30 @@ def _check_poses(states: np.ndarray) -> np.ndarray:
     return states
 
 
-def _rotations(euler_rad: np.ndarray) -> Rotation:
-    return Rotation.from_euler("xyz", euler_rad)
+# Rotations are multiplied as matrices, as the official code does. Quaternions are as exact, but where a turn by pi or a middle
+# angle of pi / 2 leaves a choice of Euler angles they choose others: +pi for -pi in one of three such steps.
+# SciPy's rotations take half a second to import, which `jepa-cache status` need not pay.
+
+
+def _to_matrices(euler_rad: np.ndarray) -> np.ndarray:
+    """[n, 3, 3] of extrinsic xyz Euler angles [n, 3]."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_euler("xyz", euler_rad).as_matrix()
+
+
+def _to_euler(matrices: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_matrix(matrices).as_euler("xyz")
+
+
+def _to_transforms(poses: np.ndarray) -> np.ndarray:
+    """[n, 4, 4] of positions and Euler angles [n, 6 or more]."""
+    transforms = np.tile(np.eye(4), (len(poses), 1, 1))
+    transforms[:, :3, :3] = _to_matrices(poses[:, 3:6])
+    transforms[:, :3, 3] = poses[:, :3]
+    return transforms
 
 
 POSE_SPACES: Mapping[str, tuple[Callable, tuple[str, ...]]] = {

@@ -219,7 +219,24 @@ def test_poses_equal_the_reference(trajectory):
         "actions_camera_frame": pose_actions(seen),
     }
     for name, result in results.items():
-        np.testing.assert_allclose(result, GOLDEN_POSES[f"out/{trajectory}/{name}"], rtol=0, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(result, GOLDEN_POSES[f"out/{trajectory}/{name}"], rtol=0, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:Gimbal lock")
+@pytest.mark.parametrize("kind", ["half turns", "gimbal lock", "wraparound"])
+def test_angles_are_those_of_the_matrix_product_where_several_would_do(kind):
+    """Official: R[t+1] @ R[t]^T, step by step. Bit for bit, for +pi and -pi are one turn and two numbers."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(200, 7))
+    if kind == "half turns":
+        states[:, 3:6] = rng.choice([0, np.pi / 2, -np.pi / 2, np.pi, -np.pi, np.pi / 4], size=(200, 3))
+    elif kind == "gimbal lock":
+        states[:, 4] = np.where(np.arange(200) % 2, np.pi / 2, -np.pi / 2)
+    else:
+        states[:, 3] = (np.cumsum(rng.normal(0, 0.1, 200)) + 2 * np.pi) % (2 * np.pi) - np.pi
+    turns = [Rotation.from_euler("xyz", state[3:6]).as_matrix() for state in states]
+    expected = [Rotation.from_matrix(after @ before.T).as_euler("xyz") for before, after in itertools.pairwise(turns)]
+    np.testing.assert_array_equal(pose_actions(states)[:, 3:6], np.stack(expected))
 
 
 def test_integrating_the_actions_gives_the_states_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def default_num_threads() -> int:
@@ -11,3 +12,8 @@ def default_num_threads() -> int:
     On a busy two-core machine two threads were 6 to 20 times slower than one: they spin at every barrier.
     """
     return max(1, (os.cpu_count() or 1) // 2)
+
+
+def state_folder() -> Path:
+    """Folder of what this machine remembers: $XDG_STATE_HOME/jepa-cache, else ~/.local/state/jepa-cache."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.client
 import json
 import re
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-TIMEOUT_S = 30.0
-NUM_ATTEMPTS = 6
-"""In a row without a new byte; a connection that drops every few MB still ends."""
-FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
-BLOCK_BYTES = 1 << 18
+from jepa_cache.media.http import BLOCK_BYTES, DownloadError, TemporaryError, open_url, read_block, repeat
+
+PART_SUFFIXES = (".part", ".part.json")
 MAX_BYTES = 8 << 30
 """Of one file; a server cannot fill the disk with more. Five minutes of VPT video have some 100 MB."""
-
-
-class DownloadError(ValueError):
-    """A file that could not be had; the message holds its URL and the last reason."""
-
-
-class _TemporaryError(Exception):
-    """This attempt failed, another may succeed."""
 
 
 class RemoteFile(NamedTuple):
@@ -38,6 +25,7 @@ class RemoteFile(NamedTuple):
     size_bytes: int
     validator: str | None
     md5: str | None
+    crc32c: str | None = None
 
 
 def probe_url(url: str, *, sleep: Callable[[float], None] = time.sleep) -> RemoteFile:
@@ -46,7 +34,7 @@ def probe_url(url: str, *, sleep: Callable[[float], None] = time.sleep) -> Remot
     Raises:
         DownloadError: The file is not there, the server gives no size, or it does not answer after several attempts.
     """
-    return _repeat(url, lambda: _probe_once(url), lambda: 0, sleep)
+    return repeat(url, lambda: _probe_once(url), lambda: 0, sleep)
 
 
 def download_file(url: str, path: Path, *, sleep: Callable[[float], None] = time.sleep) -> int:
@@ -72,38 +60,15 @@ def download_file(url: str, path: Path, *, sleep: Callable[[float], None] = time
         return path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    _repeat(url, lambda: _continue_part(url, part), lambda: part.stat().st_size if part.exists() else 0, sleep)
+    repeat(url, lambda: _continue_part(url, part), lambda: part.stat().st_size if part.exists() else 0, sleep)
     size_bytes = part.stat().st_size
     part.replace(path)
     _note_of(part).unlink(missing_ok=True)
     return size_bytes
 
 
-def _repeat(url: str, attempt: Callable[[], Any], progress: Callable[[], int], sleep: Callable[[float], None]) -> Any:
-    pause_s, num_left, reached = FIRST_PAUSE_S, NUM_ATTEMPTS, progress()
-    while True:
-        try:
-            return attempt()
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code < 500 and error.code not in (408, 429):
-                raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from error
-            reason = f"the server answers {error.code} {error.reason}"
-        except _TemporaryError as error:
-            reason = str(error)
-        now = progress()
-        num_left, pause_s = (NUM_ATTEMPTS, FIRST_PAUSE_S) if now > reached else (num_left - 1, pause_s)
-        reached = max(reached, now)
-        if num_left <= 0:
-            raise DownloadError(
-                f"{url}: given up after {NUM_ATTEMPTS} attempts without progress; the last one: {reason}"
-            )
-        sleep(pause_s)
-        pause_s = min(2 * pause_s, MAX_PAUSE_S)
-
-
 def _probe_once(url: str) -> RemoteFile:
-    with _open(url, method="HEAD") as response:
+    with open_url(url, method="HEAD") as response:
         return _describe(url, response)
 
 
@@ -116,12 +81,12 @@ def _continue_part(url: str, part: Path) -> None:
     if known is not None and known.validator is not None and 0 < done < known.size_bytes:
         headers = {"Range": f"bytes={done}-", "If-Range": known.validator}
     try:
-        response = _open(url, headers=headers)
+        response = open_url(url, headers=headers)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # The file is shorter than the part: it changed.
             error.close()
             _drop(part)
-            raise _TemporaryError("the file is shorter than the part at hand; starting over") from error
+            raise TemporaryError("the file is shorter than the part at hand; starting over") from error
         raise
     with response:
         if response.status == 206:
@@ -131,12 +96,12 @@ def _continue_part(url: str, part: Path) -> None:
             part.unlink(missing_ok=True)  # Before the note changes: no crash may leave old bytes under a new note.
             _note_of(part).write_text(json.dumps({"url": url, **known._asdict()}))
         with part.open("ab" if done else "wb") as file:
-            while done <= known.size_bytes and (block := _read_block(response)):
+            while done <= known.size_bytes and (block := read_block(response)):
                 file.write(block)
                 done += len(block)
     size_bytes = part.stat().st_size
     if size_bytes < known.size_bytes:
-        raise _TemporaryError(f"the connection was cut off at byte {size_bytes} of {known.size_bytes}")
+        raise TemporaryError(f"the connection was cut off at byte {size_bytes} of {known.size_bytes}")
     return _check_part(url, part, known)
 
 
@@ -148,7 +113,7 @@ def _check_range(part: Path, known: RemoteFile | None, done: int, response: Any)
     fits = known is not None and match is not None and (int(match[1]), int(match[3])) == (done, known.size_bytes)
     if not fits or (validator is not None and validator != known.validator):
         _drop(part)
-        raise _TemporaryError(f"the server continues another file or place (Content-Range {text!r}); starting over")
+        raise TemporaryError(f"the server continues another file or place (Content-Range {text!r}); starting over")
     return known
 
 
@@ -156,20 +121,16 @@ def _check_part(url: str, part: Path, known: RemoteFile) -> None:
     size_bytes = part.stat().st_size
     if size_bytes != known.size_bytes:
         _drop(part)
-        raise _TemporaryError(f"{size_bytes} bytes arrived where {known.size_bytes} were announced; starting over")
+        raise TemporaryError(f"{size_bytes} bytes arrived where {known.size_bytes} were announced; starting over")
     if known.md5 is not None:
         with part.open("rb") as file:
             digest = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
         if digest != known.md5:
             _drop(part)
-            raise _TemporaryError(f"its MD5 is {digest}, the server announced {known.md5}; starting over")
-
-
-def _read_block(response: Any) -> bytes:
-    try:
-        return response.read(BLOCK_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise _TemporaryError(f"{type(error).__name__}: {error}") from error
+            raise TemporaryError(f"its MD5 is {digest}, the server announced {known.md5}; starting over")
+    elif known.crc32c is not None and (checksum := _find_crc32c(part)) != known.crc32c:
+        _drop(part)
+        raise TemporaryError(f"its crc32c is {checksum}, the server announced {known.crc32c}; starting over")
 
 
 def _describe(url: str, response: Any) -> RemoteFile:
@@ -181,7 +142,23 @@ def _describe(url: str, response: Any) -> RemoteFile:
     if int(text) > MAX_BYTES:
         raise DownloadError(f"{url} has {int(text)} bytes; at most {MAX_BYTES} are downloaded as one file")
     md5 = response.headers.get("x-ms-blob-content-md5") or response.headers.get("Content-MD5")
-    return RemoteFile(int(text), _validator(response), md5)
+    # Google Cloud Storage; a file that was put together from parts has no MD5 there.
+    hashes = dict(part.strip().split("=", 1) for part in _google_hashes(response).split(",") if "=" in part)
+    return RemoteFile(int(text), _validator(response), md5 or hashes.get("md5"), hashes.get("crc32c"))
+
+
+def _google_hashes(response: Any) -> str:
+    return ",".join(response.headers.get_all("x-goog-hash") or ())
+
+
+def _find_crc32c(path: Path) -> str:
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum.update(block)
+    return base64.b64encode(checksum.digest()).decode()
 
 
 def _validator(response: Any) -> str | None:
@@ -198,7 +175,8 @@ def _read_note(part: Path, url: str) -> RemoteFile | None:
     """What the part is of; None where that is unknown or another URL's."""
     try:
         note = json.loads(_note_of(part).read_text())
-        return RemoteFile(int(note["size_bytes"]), note["validator"], note["md5"]) if note["url"] == url else None
+        known = RemoteFile(int(note["size_bytes"]), note["validator"], note["md5"], note["crc32c"])
+        return known if note["url"] == url else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # A crash may leave half a note.
         return None
 
@@ -206,27 +184,3 @@ def _read_note(part: Path, url: str) -> RemoteFile | None:
 def _drop(part: Path) -> None:
     part.unlink(missing_ok=True)
     _note_of(part).unlink(missing_ok=True)
-
-
-class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows redirects on the same host only, never from https to http."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if new.netloc != old.netloc or new.scheme not in ("https", old.scheme):
-            raise DownloadError(
-                f"{req.full_url}: the server redirects to {newurl}, on another host; that is not followed"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Any:
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadError(f"only http and https are downloaded; got {url!r}")
-    request = urllib.request.Request(url, method=method, headers={"User-Agent": "jepa-cache", **(headers or {})})
-    try:
-        return urllib.request.build_opener(_SameHost).open(request, timeout=TIMEOUT_S)
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError.
-        raise _TemporaryError(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error

@@ -70,7 +70,7 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
         size: (h, w) that it must have; checked before decoding.
 
     Returns:
-        [h, w, 3] uint8, RGB.
+        [h, w, 3] uint8, RGB; not to be written to.
 
     Raises:
         ImageError: It is damaged, too large or of another size.
@@ -81,7 +81,8 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
                 f"a picture is {image.width}x{image.height}; the video began with {size[1]}x{size[0]} pixels"
             )
         try:
-            return np.array(image.convert("RGB"))
+            # convert copies even where there is nothing to convert.
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others for damaged pictures.
             raise ImageError(f"a picture cannot be decoded: {type(error).__name__}: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ class TarSample(NamedTuple):
 
     key: str
     members: dict[str, bytes]
+    problem: str | None
+
+
+class SamplePlaces(NamedTuple):
+    """Where the members of one key lie: suffix to (offset, size) in bytes of the tar shard."""
+
+    key: str
+    places: dict[str, tuple[int, int]]
     problem: str | None
 
 
@@ -62,7 +71,7 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
         Source: the key rule is webdataset's (`base_plus_ext`), whose own reader needs adjacent members.
     """
     with path.open("rb") as file:
-        entries, problem = _read_index(path, file, suffixes)
+        entries, problem = read_index(path, file, suffixes)
         for key, entry in entries.items():
             members: dict[str, bytes] = {}
             fault = entry.problem
@@ -79,28 +88,35 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
         yield TarSample(path.name, {}, problem)
 
 
-def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[dict[str, _Entry], str | None]:
-    from webdataset.tariterators import base_plus_ext  # Imports torch (3 s), hence here.
+def list_samples(path: Path, suffixes: Container[str]) -> list[SamplePlaces]:
+    """The samples that `iter_samples` would yield, without their bytes. Cost: reads the headers only.
 
+    Raises:
+        ValueError: The file is no uncompressed tar at all.
+    """
+    with path.open("rb") as file:
+        entries, problem = read_index(path, file, suffixes)
+    samples = [SamplePlaces(key, entry.places, entry.problem) for key, entry in entries.items()]
+    return samples if problem is None else [*samples, SamplePlaces(path.name, {}, problem)]
+
+
+def read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[dict[str, _Entry], str | None]:
+    """Where the members of each key lie, and what is wrong with the tar as a whole; see `iter_samples`."""
     size_bytes = os.fstat(file.fileno()).st_size
     entries: dict[str, _Entry] = {}
-    end, problem = 0, None
+    end, problem, named = 0, None, False
     try:
-        with tarfile.open(fileobj=_HeaderFile(file), mode="r:") as tar:
-            for member in _iter_headers(tar):
-                if member.size < 0:  # Some Python versions would read the same header for ever.
-                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
-                end = member.offset_data
-                if not member.islnk() and not member.issym():
-                    end += -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
-                name = posixpath.normpath(member.name)
-                key, suffix = base_plus_ext(name)
-                suffix = suffix.lower().lstrip(".") if suffix else ""
-                if member.isdir() or suffix.rpartition(".")[2] not in suffixes:
+        with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:
+            for member in iter_headers(tar):
+                end = find_end(member)
+                place = find_key(member, suffixes)
+                if place is None:
                     continue
-                fault = _find_fault(member, name, size_bytes)
+                key, suffix = place
+                fault = _find_fault(member, posixpath.normpath(member.name), size_bytes)
                 if suffix not in suffixes:
-                    key, fault = name, fault or f"member {name!r} has a dot inside its name; rename it without"
+                    fault = fault or f"member {key!r} has a dot inside its name; rename it without"
+                named = named or member.offset_data + member.size > size_bytes
                 entry = entries.setdefault(key, _Entry())
                 if suffix in entry.places:
                     fault = fault or f"the tar holds more than one member {suffix!r} of this key"
@@ -116,10 +132,38 @@ def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[d
                 f"{path} is no uncompressed tar shard ({error}). Unpack it and pack it again with: jepa-cache pack DIR OUT"
             ) from error
         problem = f"the tar is damaged or cut off after byte {end} of {size_bytes} ({error}); what followed is lost"
+    if named:  # A member that was cut off is named by its own sample, and nothing can follow it.
+        return entries, None
     return entries, problem or _find_tail_problem(file, end, size_bytes)
 
 
-class _HeaderFile:
+def find_key(member: tarfile.TarInfo, suffixes: Container[str]) -> tuple[str, str] | None:
+    """Key and suffix of a member that belongs to a sample; the whole name is the key where the suffix has a dot inside."""
+    name = posixpath.normpath(member.name)
+    key, suffix = split_name(name)
+    suffix = suffix.lower().lstrip(".") if suffix else ""
+    if member.isdir() or suffix.rpartition(".")[2] not in suffixes:
+        return None
+    return (key if suffix in suffixes else name), suffix
+
+
+def find_end(member: tarfile.TarInfo) -> int:
+    """The byte behind a member and its padding."""
+    if member.islnk() or member.issym():
+        return member.offset_data
+    return member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def split_name(name: str) -> tuple[str | None, str | None]:
+    """Key and suffix of a member: its path up to the first dot of its base name, and what follows; (None, None) without one.
+
+    Source: webdataset's `base_plus_ext`, with which a test compares it. Importing webdataset imports torch: 3 s.
+    """
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2]) if match else (None, None)
+
+
+class HeaderFile:
     """A tar as `tarfile` sees it while headers are listed: a header that claims to be huge is refused, not read.
 
     A pax or long-name header may have any length, and tarfile reads it as a whole.
@@ -130,6 +174,7 @@ class _HeaderFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
+        """The next `size` bytes; a tarfile.ReadError where that is more than a header has."""
         if size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
         return self._file.read(size)
@@ -151,8 +196,11 @@ def _find_long_line(file: BinaryIO, size_bytes: int, max_bytes: int) -> int | No
     return None
 
 
-def _iter_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def iter_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar in their order, one header at a time."""
     while (member := tar.next()) is not None:
+        if member.size < 0:  # Some Python versions would read the same header for ever.
+            raise tarfile.ReadError(f"member {member.name!r} has a negative size")
         yield member
 
 
@@ -163,7 +211,8 @@ def _find_fault(member: tarfile.TarInfo, name: str, size_bytes: int) -> str | No
         return f"member {name!r} has an absolute name or one that leaves its folder"
     if member.offset_data + member.size > size_bytes:
         return (
-            f"member {name!r} is cut off: it ends at byte {member.offset_data + member.size}, the tar at {size_bytes}"
+            f"member {name!r} is cut off: it ends at byte {member.offset_data + member.size}, the tar at {size_bytes}; what "
+            "followed is lost"
         )
     if member.size > MAX_MEMBER_BYTES:
         return f"member {name!r} has {member.size} bytes; at most {MAX_MEMBER_BYTES} are read into memory"
@@ -221,7 +270,7 @@ def expand_inputs(inputs: Sequence[str], base: Path, suffix: str = ".tar") -> li
             )
             raise ValueError(
                 f"the input {pattern!r} finds no *{suffix} file{also}; relative inputs start from {base}. "
-                "Give a folder, a file, a glob in quotes or a brace range such as 'x-{000000..000123}.tar'"
+                f"Give a folder, a file, a glob in quotes or a brace range such as 'x-{{000000..000123}}{suffix}'"
             )
     return sorted(found.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -11,7 +10,17 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.media.images import FrameSequence, SideBySide, decode_image
-from jepa_cache.media.probe import DecodeError, VideoData, VideoInfo, as_file, describe_error, probe_video
+from jepa_cache.media.probe import (
+    DecodeError,
+    PacketIndex,
+    VideoData,
+    VideoInfo,
+    as_file,
+    describe_error,
+    index_packets,
+    open_container,
+    probe_video,
+)
 
 MIN_SEEK_FRAMES = 64
 """PyAV decodes from the start up to here, and enters at a key frame beyond."""
@@ -28,14 +37,18 @@ class Video:
         first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
-    def __init__(self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0) -> None:
+    def __init__(
+        self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0, packets: PacketIndex | None = None
+    ) -> None:
         """Hold an opened decoder; use `open_video`."""
         self.info = info
         self.decoder = decoder
         self.first_frame = first_frame
         self._handle = handle
+        self._packets = packets
         self._next_index = 0
         self._frames: Iterator[Any] | None = None
+        self._to_rgb: Any = None
         self._next_frame = 0
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -87,7 +100,7 @@ class Video:
         if self._handle is not None and self.decoder == "pyav":
             self._handle.close()
         self._handle = None
-        self._frames = None
+        self._frames = self._to_rgb = None
 
     def __enter__(self) -> Video:
         """Return itself; `with open_video(...) as video` closes it at the end."""
@@ -101,14 +114,21 @@ class Video:
         return self._handle.get_batch(indices).asnumpy()
 
     def _read_pillow(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([decode_image(self._handle.frames[i], (self.info.height, self.info.width)) for i in indices])
+        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
+        for row, index in enumerate(indices):
+            frames[row] = decode_image(self._handle.frames[index], frames.shape[1:3])
+        return frames
 
     def _read_pyav(self, indices: np.ndarray) -> np.ndarray:
         if self._frames is None:
+            from av.video.reformatter import VideoReformatter
+
+            # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
+            self._to_rgb = VideoReformatter()
             stream = self._handle.streams.video[0]
             stream.codec_context.thread_count = 1  # One thread per video: the encode stage runs several videos.
-            if self.first_frame >= MIN_SEEK_FRAMES:
-                self._frames, self._next_frame = _seek_pyav(self._handle, stream, self.first_frame)
+            if self.first_frame >= MIN_SEEK_FRAMES and self._packets is not None:
+                self._frames, self._next_frame = _seek_pyav(self._handle, stream, self.first_frame, self._packets)
             else:
                 self._frames = self._handle.decode(stream)
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
@@ -128,7 +148,7 @@ class Video:
                     f"frame {index} is {frame.width}x{frame.height}; the video began with "
                     f"{self.info.width}x{self.info.height}"
                 )
-            frames[row] = frame.to_ndarray(format="rgb24")
+            frames[row] = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
         return frames
 
 
@@ -146,7 +166,7 @@ class _LeftHalf(Video):
         self._whole.close()
 
 
-def _seek_pyav(container: Any, stream: Any, index: int) -> tuple[Iterator[Any], int]:
+def _seek_pyav(container: Any, stream: Any, index: int, packets: PacketIndex) -> tuple[Iterator[Any], int]:
     """Frames from a little before frame `index` on, and the number of the first of them.
 
     Frames are numbered by the order of their times, which all packets tell without being decoded. The number of the frame that
@@ -155,16 +175,14 @@ def _seek_pyav(container: Any, stream: Any, index: int) -> tuple[Iterator[Any], 
     Raises:
         DecodeError: The first frame after the jump is unknown or too late.
     """
-    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    if any(packet.pts is None or packet.dts is None for packet in packets):
-        container.seek(0, stream=stream)
+    times, key_times = packets.times, packets.key_times
+    if times is None or key_times is None:
         return container.decode(stream), 0
-    times = sorted(packet.pts for packet in packets)
-    starts = [packet.pts for packet in packets if packet.is_keyframe and packet.pts <= times[index]]
-    container.seek(max(starts, default=times[0]), stream=stream)
+    starts = key_times[key_times <= times[index]]
+    container.seek(int(starts[-1]) if len(starts) else int(times[0]), stream=stream)
     frames = container.decode(stream)
     first = next(frames, None)
-    number = bisect.bisect_left(times, first.pts) if first is not None and first.pts is not None else len(times)
+    number = int(np.searchsorted(times, first.pts)) if first is not None and first.pts is not None else len(times)
     if number > index or times[number] != first.pts:
         raise DecodeError(f"the video cannot be entered at frame {index}: no frame before it could be found")
     return itertools.chain([first], frames), number
@@ -189,26 +207,23 @@ def open_video(video: VideoData, decoder: str = "auto", *, first_frame: int = 0)
         raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if isinstance(video, SideBySide):
         return _LeftHalf(open_video(video.video, decoder, first_frame=first_frame))
-    info = probe_video(video)
+    packets = None if isinstance(video, FrameSequence) else index_packets(video)
+    info = probe_video(video) if packets is None else packets.info
     if not 0 <= first_frame < info.num_frames:
         raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
-    if isinstance(video, FrameSequence):
+    if packets is None:
         return Video(info, "pillow", video, first_frame)
     installed = importlib.util.find_spec("decord") is not None
     if decoder == "decord" and not installed:
         raise ValueError("decord is not installed on this machine; use the decoder 'auto' or 'pyav'")
-    if decoder == "decord" or (decoder == "auto" and installed):
+    # decord reads all packets of a file whenever it opens it: of a container of many recordings that costs more than decoding one.
+    if decoder == "decord" or (decoder == "auto" and installed and first_frame < MIN_SEEK_FRAMES):
         try:
             return Video(info, "decord", _open_decord(video, info), first_frame)
         except DecodeError:
             if decoder == "decord":
                 raise
-    import av
-
-    try:
-        return Video(info, "pyav", av.open(as_file(video)), first_frame)
-    except Exception as error:
-        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
+    return Video(info, "pyav", open_container(video), first_frame, packets)
 
 
 def _open_decord(video: VideoData, info: VideoInfo) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jepa_cache.config.parsing import nearest
 from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.bucket import BucketFile
 
 
 class Unit(NamedTuple):
@@ -23,10 +24,10 @@ class Unit(NamedTuple):
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path | BucketFile, ...]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | BucketFile:
         """The first file; the only one of a tar shard."""
         return self.files[0]
 
@@ -36,8 +37,19 @@ class Unit(NamedTuple):
         return sum(file.stat().st_size for file in self.files)
 
 
+class Head(NamedTuple):
+    """A unit and the number of its recordings."""
+
+    unit: Unit
+    num_recordings: int
+
+
 class Source(Protocol):
     """A data set's reader.
+
+    A source whose units hold several recordings may also have `take_first(unit, most, folder) -> Head`: a unit of the first
+    recordings of `unit`, at most `most`; the unit itself where it holds no more, else of new files that are written below the
+    empty `folder`. It reads nothing that lies behind them.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.

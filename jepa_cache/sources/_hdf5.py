@@ -29,6 +29,9 @@ class Hdf5File:
         import h5py
 
         self._name = path.name
+        self._groups: dict[
+            str, object
+        ] = {}  # Walked already: opening a group takes longer than reading an episode's column.
         try:
             # Without locks: data folders are often mounted read-only, where HDF5's locks fail.
             self._file = h5py.File(path, "r", locking=False)
@@ -43,6 +46,7 @@ class Hdf5File:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
+        self._groups.clear()
         self._file.close()
 
     def read(self, name: str, width: int) -> np.ndarray | None:
@@ -77,17 +81,18 @@ class Hdf5File:
         """Walk to an object by hard links. Looking a path up at once would open the file that an external link names."""
         import h5py
 
-        node = self._file
-        for part in name.split("/"):
-            if not isinstance(node, h5py.Group) or not node.id.links.exists(part.encode()):
-                return None
-            if node.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
-                raise Hdf5Error(
-                    f"{name} in {self._name} is a soft or external link, which is not followed: it may lead to other files. "
-                    "Store the array itself (h5repack does not; copy it with h5py)"
-                )
-            node = node[part]
-        return node
+        above, _, last = name.rpartition("/")
+        if above and above not in self._groups:
+            self._groups[above] = self._find(above)
+        node = self._groups[above] if above else self._file
+        if not isinstance(node, h5py.Group) or not node.id.links.exists(last.encode()):
+            return None
+        if node.id.links.get_info(last.encode()).type != h5py.h5l.TYPE_HARD:
+            raise Hdf5Error(
+                f"{name} in {self._name} is a soft or external link, which is not followed: it may lead to other files. "
+                "Store the array itself (h5repack does not; copy it with h5py)"
+            )
+        return node[last]
 
     def _check(self, dataset, name: str, width: int) -> None:
         if dataset.is_virtual or dataset.external:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,16 @@ def parse_selection(text: str) -> Selection:
         start, stop = (int(bounds[end]) if bounds[end] else None for end in ("start", "stop"))
         return Selection(text, match["column"], slice(start, stop))
     return Selection(text, match["column"], part)
+
+
+def find_indices(texts: Sequence[str], features: Mapping[str, Any]) -> dict[str, int | None]:
+    """Of the selections by name, which number of the column each means by info.json; None where it gives no such name."""
+    indices = {}
+    for selection in map(parse_selection, texts):
+        if isinstance(selection.part, str):
+            names = _read_names(features.get(selection.column))
+            indices[selection.text] = names.index(selection.part) if selection.part in names else None
+    return indices
 
 
 def select(selection: Selection, rows: Mapping[str, np.ndarray], features: Mapping[str, Any]) -> np.ndarray:

@@ -176,19 +176,24 @@ def _iter_single(layout: Layout, camera: str) -> Iterator[Place]:
         yield Place(index, length, data, video, None)
 
 
+def list_columns(camera: str) -> tuple[str, ...]:
+    """The columns of meta/episodes that say where an episode lies: four of the rows, two and two of the video."""
+    of_rows = ("episode_index", "length", "data/chunk_index", "data/file_index")
+    of_video = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+    return (*of_rows, *(f"videos/{camera}/{name}" for name in of_video))
+
+
 def _iter_packed(layout: Layout, camera: str) -> Iterator[Place]:
-    prefix = f"videos/{camera}"
-    integers = ("episode_index", "length", "data/chunk_index", "data/file_index")
-    of_video = (f"{prefix}/chunk_index", f"{prefix}/file_index")
-    times = (f"{prefix}/from_timestamp", f"{prefix}/to_timestamp")
+    columns = list_columns(camera)
+    integers, times = columns[:6], columns[6:]
     lists = layout.lists()
     if not lists:
         raise LayoutError(f"{layout.root}: there is no parquet file in meta/episodes")
     for path in lists:
         try:
-            for batch in iter_rows(path, (*integers, *of_video, *times)):
+            for batch in iter_rows(path, columns):
                 for row in range(len(batch["length"])):
-                    numbers = [batch[name][row, 0] for name in (*integers, *of_video)]
+                    numbers = [batch[name][row, 0] for name in integers]
                     if not all(float(number).is_integer() and 0 <= number < 2**31 for number in numbers):
                         raise LayoutError(
                             f"{layout.root}: {path.name} lists an episode with an index that is none: {numbers}"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from jepa_cache.config.machine import state_folder
 from jepa_cache.sources import Unit
+from jepa_cache.sources._lerobot_columns import find_indices
 from jepa_cache.sources._lerobot_layout import Place, iter_places, read_layout
 
 
@@ -49,9 +56,14 @@ class Listing:
             if not place.data.is_file() and (self.layout.packed or not place.video.is_file())
         ]
 
-    def list_units(self) -> list[Unit]:
-        """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files."""
+    def list_units(self, selections: Sequence[str]) -> list[Unit]:
+        """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files.
+
+        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set whose
+        meta/ was corrected has other units, and one that only grew has not.
+        """
         units = []
+        shared = {"fps": self.layout.fps, "indices": find_indices(selections, self.layout.features)}
         missing = {place.index for place in self.missing()}
         groups: dict[Path, dict[Path, None]] = {}
         for place in self.places:
@@ -59,10 +71,26 @@ class Listing:
                 groups.setdefault(place.data, {})[place.video] = None
         for data, videos in groups.items():
             files = [path for path in (data, *sorted(videos)) if path.is_file()]
+            places = self.by_file[data] if self.layout.packed else ()
+            spans = [(place.index, place.num_rows, place.span_s) for place in places]
+            files.append(_write_once({**shared, "episodes": spans}))
             units.append(Unit(f"{self.layout.name}/{data.relative_to(self.root).as_posix()}", tuple(files)))
         if missing:
-            units.append(Unit(f"{self.layout.name}: {len(missing)} listed episodes without files", tuple(self.lists)))
+            files = (*self.lists, _write_once({"missing": sorted(missing)}))
+            units.append(Unit(f"{self.layout.name}: {len(missing)} listed episodes without files", files))
         return units
+
+
+def _write_once(content: dict[str, Any]) -> Path:
+    """A file of this content, named by it, in the folder of what this machine remembers."""
+    data = json.dumps(content, sort_keys=True).encode()
+    path = state_folder() / "lerobot" / f"{hashlib.sha256(data).hexdigest()[:32]}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    return path
 
 
 def _stamp(root: Path) -> list[tuple[str, int, int]]:

@@ -71,11 +71,7 @@ def _place_by_time(times_s: np.ndarray, num_frames: int, fps: float) -> Placemen
         )
     frame_times_s = np.arange(num_frames) / fps
     frame_times_s = frame_times_s[frame_times_s <= times_s[-1] + late_s / 2]
-    after = np.minimum(np.searchsorted(times_s, frame_times_s), len(times_s) - 1)
-    before = np.maximum(after - 1, 0)
-    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
-    to_before, to_after = (np.round(np.abs(times_s[rows] - frame_times_s), 9) for rows in (before, after))
-    frame_ticks = np.where(to_before <= to_after, before, after).astype(np.int64)
+    frame_ticks = find_nearest_rows(times_s, frame_times_s)
     notes = [f"{num_frames} frames at {fps:g} Hz and {len(times_s)} rows until {times_s[-1]:g} s are placed by time"]
     if len(frame_ticks) < num_frames:
         notes.append(f"the last {num_frames - len(frame_ticks)} frames come after the last row and are not used")
@@ -85,3 +81,17 @@ def _place_by_time(times_s: np.ndarray, num_frames: int, fps: float) -> Placemen
     if len(times_s) > 1 and (gap_s := float(np.diff(times_s).max())) > 5 * late_s:
         notes.append(f"the rows have a gap of {gap_s:g} s; frames in it show no controls")
     return Placement(frame_ticks, tuple(notes))
+
+
+def find_nearest_rows(times_s: np.ndarray, frame_times_s: np.ndarray) -> np.ndarray:
+    """[F] int64: for each frame the row nearest in time, the earlier one of two equally near.
+
+    Args:
+        times_s: [M] non-decreasing times of the rows, M > 0.
+        frame_times_s: [F] times of the frames, on the same clock.
+    """
+    after = np.minimum(np.searchsorted(times_s, frame_times_s), len(times_s) - 1)
+    before = np.maximum(after - 1, 0)
+    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
+    to_before, to_after = (np.round(np.abs(times_s[rows] - frame_times_s), 9) for rows in (before, after))
+    return np.where(to_before <= to_after, before, after).astype(np.int64)

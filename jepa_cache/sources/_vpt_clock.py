@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from jepa_cache.media.video import VideoInfo
+from jepa_cache.sources._placement import find_nearest_rows
 
 TICK_HZ = 20.0
 # Frame and line counts of one recording differed by up to 3 %; beyond 10 % they say nothing about the clock.
@@ -78,11 +79,7 @@ def align_times(info: VideoInfo, times_s: np.ndarray) -> tuple[np.ndarray, tuple
         )
     usable = frame_times_s <= times_s[-1] + late_s / 2
     frame_times_s = frame_times_s[usable]
-    after = np.minimum(np.searchsorted(times_s, frame_times_s), len(times_s) - 1)
-    before = np.maximum(after - 1, 0)
-    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
-    to_before, to_after = (np.round(np.abs(times_s[rows] - frame_times_s), 9) for rows in (before, after))
-    frame_ticks = np.where(to_before <= to_after, before, after).astype(np.int64)
+    frame_ticks = find_nearest_rows(times_s, frame_times_s)
     notes = []
     if len(frame_ticks) < info.num_frames:
         notes.append(

@@ -1,41 +1,12 @@
-"""Lines of VPT-like jsonl files to control columns: field names, types and per-tick quirks; knows no video.
-
-Columns, each [M], row t = line t: `tick` int64 (the line's number), `mouse_dx mouse_dy` float64 (mouse counts), `yaw_deg pitch_deg`
-float64 (before the line acts, yaw unwrapped as recorded, NaN where absent), `hotbar` int8 (0 to 8, -1 where absent), `gui
-gui_inventory` bool, `idle` float32 (1 where nothing is pressed or moved), `milli` int64 (-1 where absent), `xpos_blocks
-ypos_blocks zpos_blocks` float64 (NaN where absent), and a bool for each of the 23 VPT buttons.
-"""
+"""Lines of VPT-like jsonl files: parsed one by one, with checked access to their fields; knows no meaning of them."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from jepa_cache.actions import VPT_BUTTONS
-
-MOUSE_BUTTONS = {0: "attack", 1: "use", 2: "pickItem"}
-# The 20 keys of the official VPT code; right.shift, which it lacks, is a second sneak. All other keys are ignored.
-KEYS = {
-    "escape": "ESC",
-    "s": "back",
-    "q": "drop",
-    "w": "forward",
-    **{str(slot): f"hotbar.{slot}" for slot in range(1, 10)},
-    "e": "inventory",
-    "space": "jump",
-    "a": "left",
-    "d": "right",
-    "left.shift": "sneak",
-    "right.shift": "sneak",
-    "left.control": "sprint",
-    "f": "swapHands",
-}
-KEY_PREFIX = "key.keyboard."
-COLUMN_INDEX = {name: index for index, name in enumerate(VPT_BUTTONS)}
 _REQUIRED = object()
 MAX_LINE_BYTES = 1 << 20
 """Real lines have up to 1.2 kB. JSON may take 30 times its bytes when parsed, so a huge line is refused before that."""
@@ -113,170 +84,29 @@ def iter_lines(data: bytes) -> Iterator[Line]:
     """Parse a jsonl file line by line; empty lines at its end are allowed.
 
     Raises:
-        LineError: No line at all, a line above 1 MiB, or one that is no JSON object; a recording cannot go on after it,
-            because every later line would be counted as an earlier tick.
+        LineError: No line at all, a line above 1 MiB, or one that is no JSON object.
     """
+    lines = split_lines(data)
+    for number, text in enumerate(lines, start=1):
+        yield parse_line(number, text, len(lines))
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines of a jsonl file, without empty ones at its end. Raises a LineError when there is none."""
     lines = data.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
         raise LineError("the jsonl file holds no line")
-    for number, text in enumerate(lines, start=1):
-        if len(text) > MAX_LINE_BYTES:
-            raise LineError(f"line {number} of {len(lines)} has {len(text)} bytes; at most {MAX_LINE_BYTES} are read")
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError; depth without end a RecursionError.
-            raise LineError(f"line {number} of {len(lines)} is no JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise LineError(f"line {number} of {len(lines)} is no JSON object; got {repr(record)[:60]}")
-        yield Line(number, record)
+    return lines
 
 
-class ContractorControls(NamedTuple):
-    """Columns [M] of a contractor recording, and sentences on what is unusual in it."""
-
-    controls: dict[str, np.ndarray]
-    notes: tuple[str, ...]
-
-
-def read_contractor(data: bytes) -> ContractorControls:
-    """Columns of a contractor jsonl, with the stuck attack button released and wheel changes of the hotbar as key presses.
-
-    Attack is stuck when line 0 says that it was newly pressed; it then counts as released until a later line says so
-    again (63 of 64 measured recordings). A hotbar slot that differs from the line before is a press of its key on this
-    line, starting from the first line's own slot. Optional: everything but mouse movement and buttons, keys and isGuiOpen.
-
-    Raises:
-        LineError: A bad line, or a field that is missing or of a wrong type.
-
-    Source: attack and hotbar rules as in the loader of openai/Video-Pre-Training, except that it starts from slot 0 and so
-        injects a press at the start of recordings that begin on another slot. Rates measured on 64 VPT logs.
-    """
-    columns = _Columns()
-    ticks = []
-    stuck = False
-    for row, line in enumerate(iter_lines(data)):
-        buttons = line.read_list("mouse.buttons", int)
-        new_buttons = line.read_list("mouse.newButtons", int, [])
-        stuck = new_buttons == [0] if row == 0 else stuck and 0 not in new_buttons
-        if stuck:
-            buttons = [button for button in buttons if button != 0]
-        columns.add(line, line.read_list("keyboard.keys", str), buttons, line.read_bool("isGuiOpen"))
-        columns.add_view(line.read_float("yaw", math.nan), line.read_float("pitch", math.nan))
-        ticks.append(line.read_int("tick", row))
-    controls = columns.build()
-    notes = []
-    jumps = np.flatnonzero(np.diff(ticks) != 1)
-    if len(jumps):
-        notes.append(
-            f"the field tick jumps at {len(jumps)} places, first at line {jumps[0] + 2}: {ticks[jumps[0]]} to "
-            f"{ticks[jumps[0] + 1]}; ticks are counted by line"
-        )
-    return ContractorControls(controls, tuple(notes))
-
-
-class SimpleControls(NamedTuple):
-    """Columns [M] of a recording in the simple schema, and the rows' times [M] float64, seconds since the video's start."""
-
-    controls: dict[str, np.ndarray]
-    times_s: np.ndarray
-
-
-def read_simple(data: bytes, camera_unit: str) -> SimpleControls:
-    """Columns of the simple schema: timestamp, mouse {dx, dy, buttons}, keyboard, camera, hotbar.
-
-    `keyboard` is a list of keys or {keys: [...]}, with or without "key.keyboard."; `camera` is {yaw, pitch} or [yaw, pitch],
-    absolute (before the row acts) or the change that the row makes. Changes are summed from 0 at the first row, so yaw and
-    pitch are then relative to the start. camera, hotbar, mouse.buttons and isGuiOpen (false) are optional.
-
-    Args:
-        data: The jsonl file.
-        camera_unit: delta_deg, delta_rad, absolute_deg or absolute_rad.
-
-    Raises:
-        LineError: A bad line, a field that is missing or of a wrong type, or times that go backwards.
-    """
-    columns = _Columns()
-    times_s: list[float] = []
-    kind, unit = camera_unit.split("_")
-    scale = math.degrees(1.0) if unit == "rad" else 1.0
-    sums = [0.0, 0.0]
-    for line in iter_lines(data):
-        times_s.append(line.read_float("timestamp"))
-        if len(times_s) > 1 and times_s[-1] < times_s[-2]:
-            raise LineError(f"line {line.number}: the timestamp goes back from {times_s[-2]} to {times_s[-1]} s")
-        keys = line.read_list("keyboard.keys" if isinstance(line.read("keyboard"), dict) else "keyboard", str)
-        buttons = line.read_list("mouse.buttons", int, [])
-        columns.add(line, keys, buttons, line.read_bool("isGuiOpen", False))
-        view = [value * scale for value in _read_camera(line)]
-        columns.add_view(*(sums if kind == "delta" else view))
-        sums = [total + change for total, change in zip(sums, view, strict=True)]
-    return SimpleControls(columns.build(), np.array(times_s))
-
-
-def _read_camera(line: Line) -> tuple[float, float]:
-    camera = line.read("camera", None)
-    if isinstance(camera, list) and len(camera) == 2:
-        line = Line(line.number, {"camera": {"yaw": camera[0], "pitch": camera[1]}})
-    elif camera is None:
-        return math.nan, math.nan
-    elif not isinstance(camera, dict):
-        raise line.wrong("camera", "{yaw, pitch} or [yaw, pitch]", camera)
-    return line.read_float("camera.yaw"), line.read_float("camera.pitch")
-
-
-class _Columns:
-    """Rows collected as Python numbers, so that a line's large fields (stats, inventory) are dropped at once."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[float, ...]] = []
-        self._held: list[set[int]] = []
-        self._view: list[tuple[float, float]] = []
-
-    def add(self, line: Line, keys: list[str], buttons: list[int], gui: bool) -> None:
-        hotbar = line.read_int("hotbar", -1)
-        if not -1 <= hotbar <= 8 or (hotbar == -1 and line.read("hotbar", None) is not None):
-            raise line.wrong("hotbar", "a slot from 0 to 8", hotbar)
-        held = {KEYS[key] for key in (key.removeprefix(KEY_PREFIX) for key in keys) if key in KEYS}
-        held |= {MOUSE_BUTTONS[button] for button in buttons if button in MOUSE_BUTTONS}
-        if self._rows and -1 not in (hotbar, self._rows[-1][2]) and hotbar != self._rows[-1][2]:
-            held.add(f"hotbar.{hotbar + 1}")
-        self._held.append({COLUMN_INDEX[name] for name in held})
-        self._rows.append(
-            (
-                line.read_float("mouse.dx"),
-                line.read_float("mouse.dy"),
-                hotbar,
-                gui,
-                line.read_bool("isGuiInventory", False),
-                line.read_int("milli", -1),
-                *(line.read_float(f"{axis}pos", math.nan) for axis in "xyz"),
-            )
-        )
-
-    def add_view(self, yaw_deg: float, pitch_deg: float) -> None:
-        self._view.append((yaw_deg, pitch_deg))
-
-    def build(self) -> dict[str, np.ndarray]:
-        num_ticks = len(self._rows)
-        held = np.zeros((len(VPT_BUTTONS), num_ticks), bool)
-        for row, indices in enumerate(self._held):
-            held[list(indices), row] = True
-        dx, dy, hotbar, gui, gui_inventory, milli, x, y, z = zip(*self._rows, strict=True)
-        yaw_deg, pitch_deg = np.array(self._view, np.float64).T
-        controls = {
-            "tick": np.arange(num_ticks, dtype=np.int64),
-            "mouse_dx": np.array(dx, np.float64),
-            "mouse_dy": np.array(dy, np.float64),
-            "yaw_deg": yaw_deg.copy(),
-            "pitch_deg": pitch_deg.copy(),
-            "hotbar": np.array(hotbar, np.int8),
-            "gui": np.array(gui, bool),
-            "gui_inventory": np.array(gui_inventory, bool),
-            "milli": np.array(milli, np.int64),
-            "xpos_blocks": np.array(x, np.float64),
-            "ypos_blocks": np.array(y, np.float64),
-            "zpos_blocks": np.array(z, np.float64),
-        }
-        still = ~held.any(axis=0) & (controls["mouse_dx"] == 0) & (controls["mouse_dy"] == 0)
-        controls["idle"] = still.astype(np.float32)
-        return {**controls, **dict(zip(VPT_BUTTONS, held, strict=True))}
+def parse_line(number: int, text: bytes, num_lines: int) -> Line:
+    """Parse line `number` of `num_lines`. Raises a LineError when it is too long, no JSON, or no object."""
+    if len(text) > MAX_LINE_BYTES:
+        raise LineError(f"line {number} of {num_lines} has {len(text)} bytes; at most {MAX_LINE_BYTES} are read")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError; depth without end a RecursionError.
+        raise LineError(f"line {number} of {num_lines} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise LineError(f"line {number} of {num_lines} is no JSON object; got {repr(record)[:60]}")
+    return Line(number, record)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cache.config.parsing import nearest, parse_dataclass
+from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.images import SideBySide
 from jepa_cache.media.video import probe_video
@@ -33,7 +33,6 @@ from jepa_cache.sources._hdf5 import Hdf5File
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
-SKIP_RULES = ("keep", "idle")
 # A single view of the release's cameras is 16:9 (1.78), two side by side are 3.56; by the size, because file names are not reliable.
 MIN_STEREO_ASPECT = 2.5
 
@@ -45,21 +44,13 @@ class RawOptions:
     Attributes:
         camera: "left" (the one that the metadata call left_mp4_path, as in the official training), "exterior_1",
             "exterior_2" or "wrist".
-        skip_action: What to do with rows whose action the recorder marked as skipped (the operator did not move the robot):
-            "keep" them as they are, or count them as "idle", so that the idle filter cuts them. Frames are never dropped.
     """
 
     camera: str = "left"
-    skip_action: str = "keep"
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_camera(self.camera)
-        if self.skip_action not in SKIP_RULES:
-            raise ValueError(
-                f"droid_raw source: skip_action must be keep or idle; got {self.skip_action!r}"
-                f"{nearest(self.skip_action, SKIP_RULES)}"
-            )
 
 
 def build(options: Mapping[str, Any]) -> DroidRawSource:
@@ -160,9 +151,7 @@ class DroidRawSource:
         if skipped is not None:
             if len(skipped) != num_rows:
                 raise RecordingError(f"{TRAJECTORY} has {num_rows} rows, but {len(skipped)} in skip_action")
-            controls["skip_action"] = skipped[:, 0] != 0
-            if self.options.skip_action == "idle" and "idle" in controls:
-                controls["idle"] = np.maximum(controls["idle"], controls["skip_action"].astype(np.float32))
+            controls["skip_action"] = skipped[:, 0] != 0  # for filter.drop_skipped_actions; no row is dropped here
         frame_ticks, clock_notes = align_frames(info, num_rows)
         return Episode(
             key=key,

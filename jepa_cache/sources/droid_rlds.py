@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +12,14 @@ import numpy as np
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.idle import find_episode_key
+from jepa_cache.media.bucket import BucketFile
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.video import probe_video
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._droid_rows import NATIVE_HZ, RecordingError, Rows, build_controls
-from jepa_cache.sources._tfrecords import FEATURES_FILE, Features, iter_records, parse_shard_name, read_path
+from jepa_cache.sources._tfds_features import FEATURES_FILE, INFO_FILE, STEPS, Features
+from jepa_cache.sources._tfds_listing import list_bucket, list_local
+from jepa_cache.sources._tfrecords import copy_first_records, iter_records, parse_shard_name
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frames or fps of an unchanged recording change."""
@@ -39,8 +41,10 @@ class RldsOptions:
         command: The same of the commanded absolute pose; empty where there is none.
         joint_velocity_command: Feature of 7 commanded joint velocities (rad/s), for `idle`; null where there is none.
         extrinsics: Name of a camera to the feature of its pose in the base frame (6 numbers, one per episode), used where the
-            directory has it (DROID since 1.0.1). The wrist camera moves, so it has none.
-        success: Feature of a path or text that contains "success" in successful episodes; null where it is not known.
+            directory has it (DROID since 1.0.1). None for the wrist camera: it moves, and 1.0.1 holds one pose for the whole
+            episode; droid_raw has its pose in every row.
+        success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null where it
+            is not known.
         episode_key: Features that together name an episode.
         gripper_one_is: What a gripper of 1 means: "closed" (DROID) or "open" (BridgeData), which is turned over.
     """
@@ -80,6 +84,13 @@ class RldsOptions:
             raise ValueError(f"droid_rlds source: native_hz must be positive; got {self.native_hz}")
         if not self.pose or not self.episode_key:
             raise ValueError("droid_rlds source: pose and episode_key must each name at least one feature")
+        per_episode = [name for name in (*self.episode_key, self.success) if name and name.startswith(STEPS)]
+        per_step = [name for name in self.cameras.values() if not name.startswith(STEPS)]
+        if per_episode or per_step:
+            raise ValueError(
+                f"droid_rlds source: cameras are features of {STEPS}*, success and episode_key are of the episode; got "
+                f"{(per_episode + per_step)[0]!r}"
+            )
 
 
 def build(options: Mapping[str, Any]) -> DroidRldsSource:
@@ -118,9 +129,11 @@ class DroidRldsSource:
         Raises:
             ValueError: An input finds no shard, or a shard has no features.json beside it.
         """
-        shards: dict[Path, Path] = {}
+        shards: dict[Path | BucketFile, Path | BucketFile] = {}
+        features: dict[str, Path | BucketFile] = {}
         for given in inputs:
-            paths = _list_remote(given) if "://" in given else _list_local(given, base)
+            paths = list_bucket(given) if "://" in given else list_local(given, base)
+            features |= {_folder(path): path for path in paths if path.name == FEATURES_FILE}
             found = [
                 path for path in paths if (name := parse_shard_name(path.name)) and name.split == self.options.split
             ]
@@ -132,21 +145,34 @@ class DroidRldsSource:
                     f"directory (the folder that holds {FEATURES_FILE}) or its tfrecord files; relative inputs start from {base}"
                 )
             for path in found:
-                shards.setdefault(path if "://" in given else path.resolve(), path)
-        by_folder: dict[Path, list[Path]] = {}
-        for path in sorted(shards.values()):
-            by_folder.setdefault(path.parent, []).append(path)
+                shards.setdefault(path.resolve(), path)
+        by_folder: dict[str, list[Path | BucketFile]] = {}
+        for path in sorted(shards.values(), key=str):
+            by_folder.setdefault(_folder(path), []).append(path)
         for folder, paths in by_folder.items():
-            if not (folder / FEATURES_FILE).exists():
+            if folder not in features:
                 raise ValueError(f"{folder} holds tfrecord shards but no {FEATURES_FILE}, which says what is in them")
             total = max(parse_shard_name(path.name).count for path in paths)
             if len(paths) < total:
                 print(f"note: {folder} holds {len(paths)} of the {total} tfrecord shards of its split")
         return [
-            Unit("/".join(path.parts[-3:]), (path, path.parent / FEATURES_FILE))
-            for paths in by_folder.values()
+            Unit("/".join(path.parts[-3:]), (path, features[folder]))
+            for folder, paths in by_folder.items()
             for path in paths
         ]
+
+    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
+        """The first records of a tfrecord shard in a shard of their own, written below `folder`; see `Source`."""
+        shard, features = unit.files
+        num_records = copy_first_records(shard, most, folder / shard.name)
+        if num_records is None:
+            return Head(unit, sum(1 for _ in iter_records(shard)))
+        with features.open("rb") as file:
+            (folder / FEATURES_FILE).write_bytes(file.read())
+        (folder / INFO_FILE).write_text('{"splits": []}')  # That of the whole says how many records there should be.
+        return Head(
+            Unit(f"{unit.name}, first {num_records}", (folder / shard.name, folder / FEATURES_FILE)), num_records
+        )
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
@@ -158,7 +184,7 @@ class DroidRldsSource:
             ValueError: The file is no TFRecord file, or the directory lacks a feature that the options name.
         """
         path = unit.files[0]
-        features = self._open_features(path.parent)
+        features = self._open_features(unit.files[1])
         num_records, keys = 0, set()
         for record in iter_records(path):
             name = f"{path.name}#{record.index}"
@@ -188,28 +214,32 @@ class DroidRldsSource:
                 f"the shard holds {num_records} records where dataset_info.json lists {expected}; fetch it again",
             )
 
-    def _open_features(self, folder: Path) -> Features:
+    def _open_features(self, path: Path | BucketFile) -> Features:
         options = self.options
         wanted = [options.cameras[options.camera], *options.pose, *options.command, *options.episode_key]
         wanted += [name for name in (options.joint_velocity_command, options.success) if name is not None]
         extrinsics = options.extrinsics.get(options.camera)
-        return Features(folder, tuple(dict.fromkeys(wanted)), optional=(extrinsics,) if extrinsics else ())
+        return Features(path, tuple(dict.fromkeys(wanted)), optional=(extrinsics,) if extrinsics else ())
 
     def _name_episode(self, example: Mapping[str, Any]) -> str:
-        name = "--".join(_to_text(read_path(example, part)) for part in self.options.episode_key)
+        name = "--".join(_to_text(example[part]) for part in self.options.episode_key)
         return find_episode_key(name) or name.lstrip("/")
 
     def _read_episode(self, features: Features, key: str, example: Mapping[str, Any]) -> Episode:
         options = self.options
-        steps = example["steps"]
-        if not steps:
+        lengths = {name: len(value) for name, value in example.items() if name.startswith(STEPS)}
+        if len(set(lengths.values())) > 1:
+            raise RecordingError(f"its features have different numbers of steps: {lengths}")
+        num_steps = lengths[options.cameras[options.camera]]
+        if num_steps == 0:
             raise RecordingError("the episode has no steps")
-        video = FrameSequence(
-            tuple(_read(example, step, options.cameras[options.camera]) for step in steps), options.native_hz
-        )
+        pictures = tuple(example[options.cameras[options.camera]])
+        if not all(isinstance(picture, bytes) for picture in pictures):
+            raise RecordingError(f"{options.cameras[options.camera]} holds no encoded pictures")
+        video = FrameSequence(pictures, options.native_hz)
         info = probe_video(video)
-        poses = _read_columns(example, steps, options.pose)
-        commands = _read_columns(example, steps, options.command) if options.command else None
+        poses = _read_columns(example, num_steps, options.pose)
+        commands = _read_columns(example, num_steps, options.command) if options.command else None
         if options.gripper_one_is == "open":
             for array in (poses, commands):
                 if array is not None:
@@ -219,9 +249,9 @@ class DroidRldsSource:
         rows = Rows(
             poses,
             commands,
-            _read_columns(example, steps, (joints,)) if joints else None,
-            _read_columns(example, steps, (extrinsics,)) if extrinsics in features.names else None,
-            "success" in _to_text(read_path(example, success)) if success else None,
+            _read_columns(example, num_steps, (joints,)) if joints else None,
+            _read_columns(example, num_steps, (extrinsics,)) if extrinsics in features.names else None,
+            _read_success(example[success]) if success else None,
         )
         return Episode(
             key=key,
@@ -233,48 +263,27 @@ class DroidRldsSource:
         )
 
 
-def _read(example: Mapping[str, Any], step: Mapping[str, Any], name: str) -> Any:
-    """A feature of a step, or of the whole episode."""
-    return read_path(step, name.removeprefix("steps/")) if name.startswith("steps/") else read_path(example, name)
-
-
-def _read_columns(example: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """[M, C] float64: the columns of these features, one after the other."""
-    parts = [np.array([np.ravel(_read(example, step, name)) for step in steps], np.float64) for name in names]
+def _read_columns(example: Mapping[str, Any], num_steps: int, names: Sequence[str]) -> np.ndarray:
+    """[M, C] float64: the columns of these features, one after the other; those of an episode are the same in every row."""
+    parts = []
+    for name in names:
+        values = np.asarray(example[name], np.float64)
+        values = values.reshape(num_steps, -1) if name.startswith(STEPS) else np.tile(values.ravel(), (num_steps, 1))
+        parts.append(values)
     return np.concatenate(parts, axis=1)
+
+
+def _read_success(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str | bytes):
+        raise RecordingError(f"success must be a text, or true or false; got {repr(value)[:60]}")
+    return "success" in _to_text(value)
 
 
 def _to_text(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-def _list_local(given: str, base: Path) -> list[Path]:
-    from braceexpand import braceexpand
-
-    literal = base / Path(given).expanduser()
-    found: list[Path] = []
-    for name in [given] if literal.exists() else braceexpand(given):
-        path = base / Path(name).expanduser()
-        for match in [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]:  # noqa: PTH207
-            # glob.glob, not Path.rglob: links to folders are followed, as data folders on clusters often are links.
-            inside = glob.glob(f"{glob.escape(str(match))}/**/*.tfrecord-*", recursive=True)  # noqa: PTH207
-            found += [Path(name) for name in inside] if match.is_dir() else [match]
-    return found
-
-
-def _list_remote(given: str) -> list[Path]:
-    """The files of a TFDS directory on gs://; etils reads them through gcsfs or TensorFlow, whichever is there."""
-    from etils import epath
-
-    try:
-        return list(epath.Path(given).iterdir())
-    except ImportError as error:
-        raise ValueError(
-            f"{given} cannot be read without gcsfs: type `pip install gcsfs`, or copy the directory with "
-            f"`gsutil -m cp -r {given} DIR` and give DIR"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{given} cannot be listed ({type(error).__name__}: {error}). Is the network reachable, and is it the folder that "
-            f"holds {FEATURES_FILE}? Or copy it with `gsutil -m cp -r {given} DIR` and give DIR"
-        ) from error
+def _folder(path: Path | BucketFile) -> str:
+    return str(path).rpartition("/")[0]

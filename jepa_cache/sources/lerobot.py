@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,12 @@ from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.tar import expand_inputs
 from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._hub import PREFIX, fetch_dataset
 from jepa_cache.sources._lerobot_columns import ColumnError, build_controls, parse_selection
 from jepa_cache.sources._lerobot_layout import Layout, Place
 from jepa_cache.sources._lerobot_listing import Listing
+from jepa_cache.sources._lerobot_subset import copy_first_episodes
 from jepa_cache.sources._parquet import ParquetError, iter_rows
 from jepa_cache.sources._placement import PlacementError, place_frames
 
@@ -115,8 +117,19 @@ class LerobotSource:
             if name in names:
                 raise ValueError(f"{names[name]} and {root} have one name; rename a folder, episode keys begin with it")
             names[name] = root
-            units += listing.list_units()
+            units += listing.list_units(self.options.selections)
         return units
+
+    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
+        """The first listed episodes of a parquet file in a data set of their own, written below `folder`; see `Source`."""
+        listing = self._open_listing(unit)
+        places = listing.missing() if unit.files[0] in listing.lists else listing.by_file[unit.files[0]]
+        if len(places) <= most or not listing.layout.packed:
+            return Head(unit, len(places))
+        columns = dict.fromkeys(("episode_index", *self._columns))
+        root = copy_first_episodes(listing.layout, self.options.camera, places[:most], tuple(columns), folder)
+        (first,) = Listing(root, self.options.camera).list_units(self.options.selections)
+        return Head(first._replace(name=f"{unit.name}, first {most}"), most)
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a unit, one in memory at a time.
@@ -153,17 +166,25 @@ class LerobotSource:
         for index in waiting:
             yield Skipped(listing.layout.key(index), reason)
 
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """The columns of rows that are read, each once."""
+        return tuple(dict.fromkeys(["timestamp", *(parse_selection(text).column for text in self.options.selections)]))
+
     def _find_roots(self, inputs: Sequence[str], base: Path) -> list[Path]:
         patterns = ("meta/*", "data/*", f"videos/*{self.options.camera}/*")
         roots = [fetch_dataset(text, patterns) for text in inputs if text.startswith(PREFIX)]
         for text in inputs:
             if text.startswith(PREFIX):
                 continue
-            found = expand_inputs([text], base, "info.json")
+            found = []
+            with contextlib.suppress(ValueError):  # Its message tells of files and ranges; a data set is a folder.
+                found = expand_inputs([text], base, "info.json")
             here = [path.parent.parent for path in found if path.name == "info.json" and path.parent.name == "meta"]
             if not here:
                 raise ValueError(
-                    f"the input {text!r} holds no LeRobot data set: there is no meta/info.json in or below it"
+                    f"the input {text!r} holds no LeRobot data set: there is no meta/info.json in or below it; relative inputs "
+                    f"start from {base}. Give a data set's folder, or hub:owner/name"
                 )
             roots += here
         return sorted(set(roots))
@@ -181,13 +202,13 @@ class LerobotSource:
         first = next(iter(places.values()))
         if not first.data.is_file():
             raise RecordingError(f"{first.data.name} is not there")
-        columns = {"timestamp": None, **{parse_selection(text).column: None for text in self.options.selections}}
+        columns = self._columns
         if not listing.layout.packed:
-            yield first.index, _join(list(_bounded(iter_rows(first.data, tuple(columns)), first.data)))
+            yield first.index, _join(list(_bounded(iter_rows(first.data, columns), first.data)))
             return
         parts: list[dict[str, np.ndarray]] = []
         last: int | None = None
-        for batch in iter_rows(first.data, (*columns, "episode_index")):
+        for batch in iter_rows(first.data, tuple(dict.fromkeys((*columns, "episode_index")))):
             indices = batch["episode_index"][:, 0]
             if not (np.isfinite(indices).all() and (indices >= 0).all() and (indices < 2**31).all()):
                 raise RecordingError(f"{first.data.name} has rows whose episode_index is no index")

@@ -14,12 +14,14 @@ from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
+from jepa_cache.media.tar_subset import copy_first_samples, count_samples
 from jepa_cache.media.video import DecodeError, probe_video
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._vpt_clock import RecordingError, align_ticks, align_times
-from jepa_cache.sources._vpt_lines import LineError, read_contractor, read_simple
+from jepa_cache.sources._vpt_controls import read_contractor, read_simple
+from jepa_cache.sources._vpt_lines import LineError
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
 SUFFIXES = ("mp4", "jsonl")
@@ -109,37 +111,61 @@ class VptSource:
         """
         return [Unit(path.name, (path,)) for path in expand_inputs(inputs, base, ".tar")]
 
+    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
+        """The first recordings of a tar shard in a tar of their own, written below `folder`; see `Source`."""
+        out = folder / unit.path.name
+        num_samples = copy_first_samples(unit.path, SUFFIXES, most, out)
+        if num_samples is None:
+            return Head(unit, count_samples(unit.path, SUFFIXES))
+        return Head(Unit(f"{unit.name}, first {num_samples}", (out,)), num_samples)
+
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.
 
         Skipped, with the reason: a sample without its partner or otherwise unusable in the tar, a video that cannot be
-        opened, a bad line or a field of a wrong type (with the line's number), and a recording that is no VPT because its
-        yaw does not follow the mouse. A recording with one bad line is skipped as a whole.
+        opened, a field that is missing or of a wrong type (with the line's number), and a recording that is no VPT because its
+        yaw does not follow the mouse. Of a contractor recording with lines that are no JSON the longest run between them is
+        kept, with a note; one in the simple schema is skipped.
 
         Raises:
             ValueError: The file is no tar.
         """
+        alone: Skipped | None = None
         for sample in iter_samples(unit.path, SUFFIXES):
             missing = [suffix for suffix in SUFFIXES if suffix not in sample.members]
+            if alone is not None:
+                if sample.problem is not None and sample.key == unit.path.name:
+                    # The tar ends early, and this is the recording that was cut off: one loss, not two.
+                    yield Skipped(alone.key, f"{alone.reason}: {sample.problem}")
+                    return
+                yield alone
+                alone = None
             if sample.problem is not None:
                 yield Skipped(sample.key, sample.problem)
             elif missing:
-                yield Skipped(sample.key, f"the tar shard holds no {sample.key}.{missing[0]} beside its partner")
+                alone = Skipped(sample.key, f"the tar shard holds no {sample.key}.{missing[0]} beside its partner")
             else:
                 try:
                     yield self._read_episode(sample)
                 except (DecodeError, LineError, RecordingError) as error:
                     yield Skipped(sample.key, str(error))
+        if alone is not None:
+            yield alone
 
     def _read_episode(self, sample: TarSample) -> Episode:
         video, lines = (sample.members[suffix] for suffix in SUFFIXES)
+        first_frame = 0
         if self.options.schema == "contractor":
-            controls, notes = read_contractor(lines)
+            controls, notes, first_line, num_lines = read_contractor(lines)
             check_yaw_law(controls)
             if self.options.mouse_scale == "by_version":
                 notes = (*notes, *_scale_gui_mouse(controls, sample.key))
             info = probe_video(video)
-            fps, frame_ticks, clock_notes = align_ticks(info, len(controls["tick"]))
+            fps, frame_ticks, clock_notes = align_ticks(info, num_lines)
+            shown = np.flatnonzero((frame_ticks >= first_line) & (frame_ticks < first_line + len(controls["tick"])))
+            if len(shown) == 0:
+                raise RecordingError(f"no frame of the video shows one of its usable lines: {'; '.join(notes)}")
+            first_frame, frame_ticks = int(shown[0]), frame_ticks[shown] - first_line
         else:
             controls, times_s = read_simple(lines, self.options.camera_unit or "")
             notes = ()
@@ -151,8 +177,9 @@ class VptSource:
             fps=fps,
             controls=controls,
             frame_ticks=frame_ticks,
-            num_video_frames=info.num_frames,
+            num_video_frames=info.num_frames - first_frame,
             notes=(*notes, *clock_notes),
+            first_frame=first_frame,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +19,8 @@ class FlakyServer:
         self.headers: dict[str, dict[str, str]] = {}
         self.faults: dict[str, list[Any]] = {}
         """Of each: ("drop", bytes), ("status", code), ("redirect", location), ("no_ranges",), ("wrong_range",), ("no_length",)."""
+        self.find: Callable[[str], bytes | None] = lambda path: None
+        """Answers for paths that are not in `files`."""
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = ""
 
@@ -48,7 +50,7 @@ def serve() -> Iterator[FlakyServer]:
             state.requests.append((self.command, self.path, self.headers.get("Range")))
             faults = state.faults.get(self.path, [])
             fault = faults.pop(0) if faults and (body or faults[0][0] == "status") else ("none",)
-            data = state.files.get(self.path)
+            data = state.files.get(self.path, state.find(self.path))
             if fault[0] == "status" or data is None:
                 self.send_error(fault[1] if fault[0] == "status" else 404)
                 return
@@ -58,15 +60,16 @@ def serve() -> Iterator[FlakyServer]:
                 self.end_headers()
                 return
             etag, start = state.etags.get(self.path, '"1"'), 0
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            if asked and fault[0] != "no_ranges" and self.headers.get("If-Range") == etag:
-                start = int(asked[1])
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if asked and fault[0] != "no_ranges" and self.headers.get("If-Range", etag) == etag:
+                start, size = int(asked[1]), len(data)
                 if start >= len(data):
                     self.send_error(416)
                     return
                 self.send_response(206)
                 first = start + 7 if fault[0] == "wrong_range" else start
-                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+                data = data[: int(asked[2]) + 1] if asked[2] else data
+                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{size}")
             else:
                 self.send_response(200)
             if fault[0] != "no_length":

@@ -231,5 +231,5 @@ def test_a_full_disk_is_no_network_trouble(server, fetch, monkeypatch, pauses):
 
 
 def test_a_probe_tells_size_and_validator_without_the_body(server):
-    assert probe_url(f"{server.url}/f") == (len(DATA), '"1"', None)
+    assert probe_url(f"{server.url}/f") == (len(DATA), '"1"', None, None)
     assert [method for method, *_ in server.requests] == ["HEAD"]

@@ -88,3 +88,19 @@ def test_what_lies_before_the_last_key_frame_is_not_decoded(monkeypatch):
     with open_video(make_video(NUM_FRAMES, 3, codec=codec, options=options), "pyav", first_frame=140) as opened:
         opened.read(np.array([0]))
     assert entered == [120]
+
+
+def test_a_container_of_many_recordings_is_read_through_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    from jepa_cache.media import probe
+
+    reads, real = [], probe._read_packets
+    monkeypatch.setattr(probe, "_read_packets", lambda video: reads.append(video) or real(video))
+    path = tmp_path / "many.mp4"
+    path.write_bytes(make_video(NUM_FRAMES, codec="libx264", options={"g": "30"}))
+    for first_frame in (0, 70, 100, 140):
+        probe_video(path)
+        with open_video(path, first_frame=first_frame) as opened:
+            assert opened.read(np.arange(2)).shape == (2, 48, 64, 3)
+    assert len(reads) == 1
+    path.write_bytes(make_video(20))
+    assert probe_video(path).num_frames == 20 and len(reads) == 2

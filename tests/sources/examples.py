@@ -161,5 +161,5 @@ def droid_raw() -> dict[str, Example]:
     def damage(folder: Path, seed: int) -> None:
         shutil.rmtree(folder / f"ILIAD/success/2023-04-21/made-{seed}/recordings")
 
-    changes = [{"camera": "wrist"}, {"skip_action": "idle"}]
+    changes = [{"camera": "wrist"}]
     return {"episode": Example({"camera": "exterior_1"}, "pose7_camera", write, damage, 15.0, changes)}

@@ -14,6 +14,7 @@ import pytest
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.cli.index_droid import index_droid
+from jepa_cache.data.filters import NO_FILTER, keep_ticks
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS, pose_actions
@@ -240,12 +241,12 @@ def test_the_minimum_that_the_official_loader_needs_is_enough(tmp_path, folder):
     assert episode.key == "ILIAD/success/2023-04-21/made-0"
 
 
-def test_skipped_actions_are_kept_apart_and_count_as_idle_when_asked(tmp_path, folder):
-    keep, idle = (read_one(tmp_path, skip_action=rule).controls for rule in ("keep", "idle"))
+def test_skipped_actions_are_kept_apart_for_filters(tmp_path, folder):
+    controls = read_one(tmp_path).controls
     marked = np.arange(24) % 5 == 4
-    np.testing.assert_array_equal(keep["skip_action"], marked)
-    np.testing.assert_array_equal(idle["idle"], np.where(marked, 1.0, keep["idle"]))
-    assert not keep["idle"][marked].all()
+    np.testing.assert_array_equal(controls["skip_action"], marked)
+    assert not keep_ticks(controls, replace(NO_FILTER, drop_skipped_actions=True))[marked].any()
+    assert not controls["idle"][marked].all()
 
 
 def test_a_failure_is_no_success(tmp_path):
@@ -364,7 +365,6 @@ def test_folders_that_link_in_a_circle_are_searched_once(tmp_path, folder):
     ("options", "message"),
     [
         ({"camera": "rist"}, "did you mean 'wrist'"),
-        ({"skip_action": "drop"}, "keep or idle"),
         ({"cam": "wrist"}, "camera"),
     ],
 )

@@ -25,6 +25,7 @@ from tests.droid_makers import (
     REAL_DROID,
     decode,
     droid_features,
+    frame_record,
     make_episode,
     read_real,
     to_example,
@@ -207,12 +208,6 @@ def test_inputs_without_shards_are_refused(folder, tmp_path):
         build_source("droid_rlds", {}).list_units([str(lone)], tmp_path)
 
 
-def test_a_bucket_without_gcsfs_says_what_to_type(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match="pip install gcsfs"):
-        build_source("droid_rlds", {}).list_units(["gs://gresearch/robotics/droid_100/1.0.0"], tmp_path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,6 +215,8 @@ def test_a_bucket_without_gcsfs_says_what_to_type(monkeypatch, tmp_path):
         ({"gripper_one_is": "up"}, "closed or open"),
         ({"native_hz": 0.0}, "positive"),
         ({"camara": "wrist"}, "did you mean 'camera'"),
+        ({"cameras": {"exterior_1": "episode_metadata/file_path"}}, "cameras are features of steps/"),
+        ({"success": "steps/is_last"}, "of the episode; got 'steps/is_last'"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -236,6 +233,12 @@ def test_the_recipe_knows_its_camera_and_nothing_of_the_others(folder):
     one, other = (build_source("droid_rlds", {"camera": camera}).recipe for camera in ("exterior_1", "wrist"))
     assert one != other and one["cameras"] == "steps/observation/exterior_image_1_left"
     assert json.loads(json.dumps(one)) == one
+
+
+def tf_example(data):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(data)
 
 
 def only_shard(folder):
@@ -331,8 +334,6 @@ def test_the_records_of_a_file_that_tensorflow_wrote_pass_their_checksums():
 
 
 def test_a_record_that_does_not_fit_the_features_is_skipped(copy):
-    from tests.droid_makers import frame_record
-
     path, data = only_shard(copy)
     path.write_bytes(frame_record(b"\xff\xff\xff") + data[first_end(data) :])
     first, *others = read(copy)
@@ -343,6 +344,49 @@ def test_two_episodes_of_one_name_are_not_mixed_up(tmp_path, examples):
     folder = write_tfds(tmp_path / "1", droid_features((48, 64), extras=False), [[examples[0], examples[0]]])
     episode, skipped = read(folder)
     assert isinstance(episode, Episode) and "the same name" in skipped.reason
+
+
+def test_features_of_different_lengths_are_not_brought_together(copy):
+    path, data = only_shard(copy)
+    end = first_end(data)
+    example = tf_example(data[12 : end - 4])
+    del example.features.feature["steps/observation/gripper_position"].float_list.value[-1]
+    path.write_bytes(frame_record(example.SerializeToString()) + data[end:])
+    first, *others = read(copy)
+    assert isinstance(first, Skipped) and "different numbers of steps" in first.reason and len(others) == 2
+
+
+def test_a_flag_of_success_counts_as_such_and_a_number_does_not(tmp_path, examples):
+    import tensorflow_datasets as tfds
+
+    features = droid_features((48, 64), extras=False)
+    for kind, value in ((np.bool_, False), (np.int64, 1)):
+        metadata = {**features["episode_metadata"], "done": tfds.features.Scalar(kind)}
+        changed = tfds.features.FeaturesDict(
+            {"steps": features["steps"], "episode_metadata": tfds.features.FeaturesDict(metadata)}
+        )
+        example = {**examples[0], "episode_metadata": {**examples[0]["episode_metadata"], "done": value}}
+        folder = write_tfds(tmp_path / kind.__name__, changed, [[example]])
+        (result,) = read(folder, success="episode_metadata/done")
+        if kind is np.bool_:
+            assert not result.controls["success"].any()
+        else:
+            assert "success must be a text, or true or false" in result.reason
+
+
+def test_numbers_packed_into_bytes_are_read_like_others(tmp_path, examples):
+    import tensorflow_datasets as tfds
+
+    features = droid_features((48, 64), extras=False)
+    step = dict(features["steps"].feature)
+    packed = tfds.features.Tensor(shape=(6,), dtype=np.float64, encoding="bytes")
+    step["observation"] = tfds.features.FeaturesDict({**step["observation"], "cartesian_position": packed})
+    changed = tfds.features.FeaturesDict(
+        {"steps": tfds.features.Dataset(step), "episode_metadata": features["episode_metadata"]}
+    )
+    (episode,) = read(write_tfds(tmp_path / "packed", changed, [examples[:1]]))
+    expected = [row["observation"]["cartesian_position"][0] for row in examples[0]["steps"]]
+    np.testing.assert_array_equal(episode.controls["x_m"], expected)  # float64, for once
 
 
 def test_a_features_file_cannot_have_a_module_imported(copy, tmp_path, monkeypatch):

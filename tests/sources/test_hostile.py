@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pytest
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media import tar as tar_module
 from jepa_cache.media.tar import iter_samples
+from jepa_cache.media.video import DecodeError, open_video, probe_video
 from jepa_cache.sources import _vpt_lines, build_source
 from tests.makers import make_vpt_pair, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, make_rows, read_list, write_info, write_list, write_v2, write_v3
@@ -40,6 +42,55 @@ def peak_of(function):
         return result, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+# Videos
+
+PLAYLISTS = {
+    "ffconcat": b"ffconcat version 1.0\nfile secret.mp4\n",
+    "m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1.0,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+    "dash": b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" profiles="dash:profile"><Period/></MPD>',
+    "sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    "transport": b"\x47ffconcat version 1.0\nfile secret.mp4\n",
+    "disguised": b"\x00\x00\x00\x08ftyp#EXTM3U\n#EXTINF:1.0,\nsecret.mp4\n<MPD dash:profile",
+    "images": b"secret%d.mp4",
+}
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_playlist_that_is_called_mp4_leads_nowhere(tmp_path, kind, decoder):
+    video, _ = make_vpt_pair(6)
+    (tmp_path / "secret.mp4").write_bytes(video)
+    (tmp_path / "a.mp4").write_bytes(PLAYLISTS[kind])
+    for given in (tmp_path / "a.mp4", PLAYLISTS[kind]):
+        with pytest.raises(DecodeError, match="the video cannot be opened"):
+            open_video(given, decoder)
+
+
+def test_neither_decoder_is_shown_what_begins_as_no_container(tmp_path, monkeypatch):
+    """Other builds of FFmpeg open more forms than the one at hand."""
+    monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("PyAV was asked"))
+    for content in PLAYLISTS.values():
+        if content[4:8] != b"ftyp":
+            with pytest.raises(DecodeError, match=r"which is no mp4, mov, mkv, webm, avi or ts file"):
+                probe_video(content)
+
+
+def test_ffmpeg_may_open_only_plain_files_of_four_forms(tmp_path, monkeypatch):
+    import av
+
+    (tmp_path / "a.mp4").write_bytes(make_vpt_pair(6)[0])
+    (tmp_path / "concat:b.mp4").write_bytes(make_vpt_pair(6)[0])
+    monkeypatch.chdir(tmp_path)
+    asked, real = [], av.open
+    monkeypatch.setattr("av.open", lambda file, **options: asked.append((file, options)) or real(file, **options))
+    for name in ("a.mp4", "concat:b.mp4"):
+        with open_video(Path(name), "pyav") as video:
+            assert video.info.num_frames == 6
+    assert {file for file, _ in asked} == {str(tmp_path / "a.mp4"), str(tmp_path / "concat:b.mp4")}
+    options = {"format_whitelist": "mov,matroska,avi,mpegts", "protocol_whitelist": "file"}
+    assert all(given == {"options": options} for _, given in asked)
 
 
 # Tar shards

@@ -4,6 +4,7 @@ Columns are chosen by name; rows are placed by their timestamps; what contradict
 fetched, and says what to do when it cannot be.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
+from jepa_cache.store.digests import DigestTable
 from tests.sources.lerobot_makers import (
     CAMERA,
     cached_video,
@@ -100,7 +102,7 @@ def test_av1_videos_are_read(tmp_path):
 def test_a_unit_of_a_packed_data_set_is_a_parquet_file_and_its_videos(tmp_path):
     write_v3(tmp_path / "arm", [{0: 5, 1: 5}, {2: 5}])
     units = build_source("lerobot", OPTIONS).list_units(["arm"], tmp_path)
-    assert [[path.name for path in unit.files] for unit in units] == [
+    assert [[path.name for path in unit.files[:-1]] for unit in units] == [
         ["file-000.parquet", "file-000.mp4"],
         ["file-001.parquet", "file-001.mp4"],
     ]
@@ -291,6 +293,59 @@ def test_a_change_of_meta_is_seen_by_the_same_source(tmp_path):
     assert all(isinstance(item, Episode) for item in source.iter_episodes(unit))
     write_list(tmp_path / "arm", read_list(tmp_path / "arm")[:1])
     assert [type(item) for item in source.iter_episodes(unit)] == [Episode, Skipped]
+
+
+def unit_digests(folder, options=OPTIONS):
+    units = build_source("lerobot", options).list_units(["."], folder)
+    return {unit.name: DigestTable().digest_unit(unit.files) for unit in units}
+
+
+def edit_info(root, edit):
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    edit(info)
+    path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_unit_is_another_when_meta_says_something_else_of_its_numbers(tmp_path, packed):
+    root = tmp_path / "arm"
+    write_v3(root, [{0: 6, 1: 6}]) if packed else write_v2(root, {0: 6, 1: 6})
+    options = {**OPTIONS, "actions": ["action[lift]"]}
+    seen = [unit_digests(tmp_path, options)]
+    edit_info(root, lambda info: info.update(robot_type="another", total_episodes=7, splits={}))
+    assert unit_digests(tmp_path, options) == seen[0], "nothing of that decides a number"
+    edit_info(root, lambda info: info.update(fps=10.05))
+    seen.append(unit_digests(tmp_path, options))
+    edit_info(root, lambda info: info["features"]["action"].update(names=["lift", "pan"]))
+    seen.append(unit_digests(tmp_path, options))
+    if packed:
+        listed = read_list(root)
+        listed[1][f"videos/{CAMERA}/from_timestamp"] += 0.1
+        write_list(root, listed)
+        seen.append(unit_digests(tmp_path, options))
+    for name in seen[0]:
+        assert len({digests[name] for digests in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_episodes_that_are_added_leave_the_digests_of_the_others(tmp_path, packed):
+    root = tmp_path / "arm"
+    write_v3(root, [{0: 6, 1: 6}]) if packed else write_v2(root, {0: 6, 1: 6})
+    before = unit_digests(tmp_path)
+    contents = {path: path.read_bytes() for path in root.rglob("*.mp4")}
+    write_v3(root, [{0: 6, 1: 6}, {2: 6}]) if packed else write_v2(root, {0: 6, 1: 6, 2: 6})
+    assert all(path.read_bytes() == content for path, content in contents.items())
+    after = unit_digests(tmp_path)
+    assert before.items() <= after.items() and len(after) == len(before) + 1
+
+
+def test_an_input_without_a_data_set_says_what_one_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for given in ("empty", "nowhere", "x-{000..002}"):
+        with pytest.raises(ValueError, match=r"no meta/info\.json in or below it.*Give a data set's folder") as caught:
+            read_all(tmp_path, inputs=[given])
+        assert ".tar" not in str(caught.value)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real LeRobot data set in ../shared/data")

@@ -12,6 +12,7 @@ import pytest
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source, list_sources
 from jepa_cache.sources import vpt as vpt_module
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
@@ -264,14 +265,55 @@ def test_a_missing_field_is_skipped_with_line_and_field(tmp_path, field):
 @pytest.mark.parametrize(
     "bad", [b"{", b"", b"[1]", b"null", b'{"mouse": \xff}', b"[" * 100_000, b'{"mouse":' * 100_000, b"1" * 5000]
 )
-def test_a_bad_line_skips_the_recording_with_its_number(tmp_path, bad):
+def test_a_bad_line_ends_a_run_and_the_longest_one_is_kept(tmp_path, bad):
     lines = to_jsonl(make_rows(NUM_FRAMES)).split(b"\n")
-    lines[6] = bad
-    assert "line 7 of 12" in _read(tmp_path, b"\n".join(lines)).reason
+    whole = _read(tmp_path, b"\n".join(lines))
+    lines[4] = bad
+    episode = _read(tmp_path, b"\n".join(lines))
+    assert (episode.first_frame, episode.num_video_frames, episode.num_ticks) == (5, 7, 7)
+    assert episode.frame_ticks.tolist() == list(range(7))
+    for name, column in whole.controls.items():
+        np.testing.assert_array_equal(episode.controls[name], column[5:])
+    assert (
+        "1 of 12 lines cannot be used (first: line 5 of 12" in episode.notes[0] and "lines 6 to 12" in episode.notes[0]
+    )
+    with open_video(episode.video, first_frame=episode.first_frame) as part, open_video(whole.video) as video:
+        np.testing.assert_array_equal(part.read(np.arange(7)), video.read(np.arange(5, 12)))
 
 
-def test_a_last_line_that_was_cut_off_skips_the_recording(tmp_path):
-    assert "line 12 of 12" in _read(tmp_path, to_jsonl(make_rows(NUM_FRAMES))[:-40]).reason
+def test_a_last_line_that_was_cut_off_costs_that_line(tmp_path):
+    episode = _read(tmp_path, to_jsonl(make_rows(NUM_FRAMES))[:-40])
+    assert (episode.first_frame, episode.num_ticks, len(episode.frame_ticks)) == (0, 11, 11)
+    assert "line 12 of 12" in episode.notes[0]
+
+
+def test_of_equal_runs_the_first_is_kept_and_without_a_good_line_there_is_none(tmp_path):
+    lines = to_jsonl(make_rows(11)).rstrip().split(b"\n")
+    lines[5] = b"{"
+    assert _read(tmp_path, b"\n".join(lines)).first_frame == 0
+    assert "line 1 of 2 is no JSON" in _read(tmp_path, b"{\n[").reason
+
+
+def test_attack_is_followed_from_line_0_and_slots_from_the_runs_own_first_line(tmp_path):
+    rows = _with_attack(make_rows(NUM_FRAMES), range(12), [0, 9])
+    for row in rows[4:]:
+        row["hotbar"] = 3
+    lines = to_jsonl(rows).split(b"\n")
+    lines[3] = b"{"
+    episode = _read(tmp_path, b"\n".join(lines))
+    assert episode.controls["attack"].tolist() == [False] * 5 + [True] * 3, "stuck until line 9 presses it anew"
+    assert not episode.controls["hotbar.4"].any() and (episode.controls["hotbar"] == 3).all()
+    lines[0] = b"{"
+    assert _read(tmp_path, b"\n".join(lines)).controls["attack"].tolist() == [False] * 5 + [True] * 3
+    free = to_jsonl(_with_attack(make_rows(NUM_FRAMES), range(12), [])).split(b"\n")
+    free[3] = b"{"
+    assert _read(tmp_path, b"\n".join(free)).controls["attack"].all(), "line 0 does not say that it is stuck"
+
+
+def test_frames_that_show_no_line_of_the_run_skip_the_recording(tmp_path):
+    lines = to_jsonl(make_rows(3 * NUM_FRAMES)).split(b"\n")
+    lines[NUM_FRAMES] = b"{"
+    assert "no frame of the video shows" in _read(tmp_path, b"\n".join(lines)).reason
 
 
 @pytest.mark.parametrize("lines", [b"", b"\n\n"])
@@ -386,7 +428,7 @@ def test_helper_modules_are_no_sources():
 
 
 # A change of these numbers needs a higher RECIPE_VERSION: stored controls would no longer be what the reader gives.
-PINNED = {1: "03b8ba2b3aed2f67"}
+PINNED = {1: "03b8ba2b3aed2f67", 2: "a0726fca4ec25944"}
 
 
 def test_the_recipe_version_pins_the_numbers(tmp_path):
@@ -398,12 +440,14 @@ def test_the_recipe_version_pins_the_numbers(tmp_path):
         {"timestamp": t / 20, "mouse": row["mouse"], "keyboard": row["keyboard"], "camera": [1, 2]}
         for t, row in enumerate(rows)
     ]
-    for number, (lines, options) in enumerate([(rows, {}), (simple, {"schema": "simple", "camera_unit": "delta_rad"})]):
-        tar = write_vpt_tar(tmp_path / f"{number}.tar", {"seg": (VIDEO, to_jsonl(lines))})
+    bad = to_jsonl(rows).replace(b"{", b"", 1)
+    cases = [(to_jsonl(rows), {}), (bad, {}), (to_jsonl(simple), {"schema": "simple", "camera_unit": "delta_rad"})]
+    for number, (lines, options) in enumerate(cases):
+        tar = write_vpt_tar(tmp_path / f"{number}.tar", {"seg": (VIDEO, lines)})
         (episode,) = _read_tar(tar, **options)
         for name, column in sorted(episode.controls.items()):
             digest.update(f"{name} {column.dtype} {np.round(column.astype(np.float64), 6).tolist()}".encode())
-        digest.update(f"{episode.frame_ticks.tolist()} {episode.fps} {episode.key}".encode())
+        digest.update(f"{episode.frame_ticks.tolist()} {episode.first_frame} {episode.fps} {episode.key}".encode())
     assert digest.hexdigest()[:16] == PINNED[vpt_module.RECIPE_VERSION]
 
 

@@ -16,7 +16,7 @@ from jepa_cache.encoding.decoding import luma_statistics
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
-from jepa_cache.sources._vpt_lines import read_contractor
+from jepa_cache.sources._vpt_controls import read_contractor
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_tar, write_vpt_tar
 
 NUM_FRAMES = 12
@@ -170,7 +170,7 @@ def test_the_real_loading_screen_is_flatter_than_the_three_seconds_after_it():
 @needs_real
 @real_logs
 def test_real_null_actions_are_kept_and_are_exactly_the_ticks_without_mapped_key_button_or_movement(log):
-    controls, _ = read_contractor(log.read_bytes())
+    controls = read_contractor(log.read_bytes()).controls
     lines = [json.loads(line) for line in log.read_bytes().splitlines()]
     assert len(controls["tick"]) == len(lines) and (controls["idle"] == 1).any()
     moved = np.array([bool(row["mouse"]["dx"] or row["mouse"]["dy"]) for row in lines])
@@ -181,7 +181,7 @@ def test_real_null_actions_are_kept_and_are_exactly_the_ticks_without_mapped_key
 @needs_real
 @real_logs
 def test_in_real_logs_every_change_of_slot_is_a_press_and_a_step_starts_with_its_own_slot(log):
-    controls, _ = read_contractor(log.read_bytes())
+    controls = read_contractor(log.read_bytes()).controls
     changes = np.flatnonzero(np.diff(controls["hotbar"])) + 1
     for tick in changes:
         assert controls[f"hotbar.{controls['hotbar'][tick] + 1}"][tick]
@@ -191,7 +191,7 @@ def test_in_real_logs_every_change_of_slot_is_a_press_and_a_step_starts_with_its
 @needs_real
 @real_logs
 def test_in_real_logs_the_view_stands_still_while_a_gui_is_open_though_the_mouse_moves(log):
-    controls, _ = read_contractor(log.read_bytes())
+    controls = read_contractor(log.read_bytes()).controls
     inside = controls["gui"][:-1] & controls["gui"][1:]
     assert np.abs(np.diff(controls["yaw_deg"])[inside]).sum() == 0
     vpt25 = _vpt25().aggregate(controls, np.arange(len(controls["tick"])))
@@ -215,3 +215,22 @@ def test_a_hard_link_in_a_tar_cannot_give_one_recording_the_video_of_another(tmp
     results = _read_tar(path)
     assert [type(result).__name__ for result in results] == ["Episode", "Skipped"]
     assert "link" in results[1].reason
+
+
+def test_a_tar_that_was_cut_off_costs_the_recording_that_was_cut_and_counts_once(tmp_path):
+    pair = (VIDEO, to_jsonl(make_rows(NUM_FRAMES)))
+    path = write_vpt_tar(tmp_path / "a.tar", {"a": pair, "b": pair})
+    content, (video, lines) = path.read_bytes(), (512 + 512 * -(-len(part) // 512) for part in pair)
+    second = video + lines
+    for cut in (
+        second + 1,
+        second + 600,
+        second + video - 1,
+        second + video,
+        second + video + 300,
+        second + video + 600,
+    ):
+        path.write_bytes(content[:cut])
+        first, *lost = _read_tar(path)
+        assert isinstance(first, Episode) and len(lost) == 1, cut
+        assert "cut off" in lost[0].reason and lost[0].key == ("a.tar" if cut < second + 512 else "b")

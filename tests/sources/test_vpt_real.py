@@ -10,7 +10,7 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.packing import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source
-from jepa_cache.sources._vpt_lines import read_contractor
+from jepa_cache.sources._vpt_controls import read_contractor
 from jepa_cache.sources.vpt import check_yaw_law
 from tests.makers import REAL_VPT
 
@@ -43,7 +43,7 @@ def test_the_look_alike_is_skipped_and_says_why(results):
 
 @pytest.mark.parametrize("log", LOGS, ids=lambda path: path.stem)
 def test_logs_follow_the_yaw_law_and_lose_their_stuck_attack(log):
-    controls, notes = read_contractor(log.read_bytes())
+    controls, notes, *_ = read_contractor(log.read_bytes())
     check_yaw_law(controls)
     assert notes == ()
     assert not controls["attack"][0], "all of them are stuck on the first line"
@@ -54,7 +54,7 @@ def test_logs_follow_the_yaw_law_and_lose_their_stuck_attack(log):
 
 @pytest.mark.parametrize("log", LOGS, ids=lambda path: path.stem)
 def test_outside_guis_turns_are_the_summed_mouse_over_whole_steps(log):
-    controls, _ = read_contractor(log.read_bytes())
+    controls = read_contractor(log.read_bytes()).controls
     anchors = np.arange(0, len(controls["tick"]), 4)
     actions = get_action_space("vpt36").aggregate(controls, anchors).actions.astype(np.float64)
     outside = np.array([not controls["gui"][a : b + 1].any() for a, b in itertools.pairwise(anchors)])
