@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,9 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.cli.inspect_batch import inspect_batch
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
+from jepa_cache.config.schema import Config, DatasetPreset
 from jepa_cache.inspection.inputs import iter_units
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.statistics import InspectionReport, inspect_units
@@ -18,6 +22,7 @@ from jepa_cache.media.packing import LeftOut
 from jepa_cache.sources import build_source
 
 KEY_WIDTH = 44
+MAX_NOTES = 20  # kinds of them
 
 
 def inspect(
@@ -29,6 +34,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     html: Annotated[Path | None, typer.Option(help="write a page with pictures and histograms to this file")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="look at the first recordings only")] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="show the first training batch of the encoded data set instead")
+    ] = False,
 ) -> None:
     """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them.
 
@@ -37,45 +45,78 @@ def inspect(
         as_json: Print JSON instead of tables.
         html: Write a page to this file as well.
         limit: Look at the first recordings only.
+        batch: Show one training batch as the predictor would get it; needs `encode.py` and `fit_scaler.py` to have run.
 
     Raises:
-        ValueError: Nothing is found, or a setting is wrong.
+        ValueError: Nothing is found, a setting is wrong, or there is no folder for the page.
     """
     given = inputs or []
+    if html is not None and not html.parent.is_dir():  # Said before the work, not after.
+        raise ValueError(f"--html {html}: there is no folder {html.parent}")
+    if batch:
+        recordings = [text for text in given if not is_override(text)]
+        if recordings or limit is not None:
+            raise ValueError(
+                "--batch shows the data set that is encoded and takes key=value overrides only; got "
+                f"{recordings[0] if recordings else f'--limit {limit}'!r}"
+            )
+        inspect_batch(given, as_json=as_json, html=html)
+        return
     root = find_repository(Path.cwd())
     config = load_config(root, [text for text in given if is_override(text)])
     paths = [text for text in given if not is_override(text)]
+    if paths and len(config.members) > 1:
+        raise ValueError(
+            f"{config.dataset.name} is a mixture: its members name their own recordings; leave out {paths[0]!r}"
+        )
     base = Path.cwd() if paths else recordings_base(config, root)
-    source = build_source(config.dataset.source, config.dataset.source_options)
-    left_out: list[LeftOut] = []
-    report = inspect_units(
-        source,
-        tqdm(
-            iter_units(source, paths or config.dataset.inputs, base, left_out),
-            desc="inspect",
-            unit="unit",
-            disable=None,
-        ),
-        get_action_space(config.encode.action_space),
-        step_hz=config.encode.fps,
-        limit=limit,
-        pictures=html is not None,
-    )
-    report.skipped.extend({"unit": "", "key": file.name, "reason": file.reason} for file in left_out)
+    reports = [
+        _inspect_member(config, preset, camera, paths or preset.inputs, base, limit=limit, pictures=html is not None)
+        for preset, _ in config.members
+        for camera in config.encode.cameras or (None,)
+    ]
     if html is not None:
-        html.write_text(build_page(report), encoding="utf-8")
+        html.write_text(build_page(reports), encoding="utf-8")
     if as_json:
-        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        print(json.dumps({"data_sets": [report.to_json() for report in reports]}, indent=2, allow_nan=False))
         return
-    print_report(report)
+    for report in reports:
+        print_report(report)
     if html is not None:
         print(f"wrote {html}")
 
 
+def _inspect_member(
+    config: Config,
+    preset: DatasetPreset,
+    camera: str | None,
+    inputs: Sequence[str],
+    base: Path,
+    *,
+    limit: int | None,
+    pictures: bool,
+) -> InspectionReport:
+    """One data set, of a mixture or alone, seen by one camera."""
+    source = build_source(preset.source, preset.source_options | ({"camera": camera} if camera else {}))
+    left_out: list[LeftOut] = []
+    units = iter_units(source, inputs, base, left_out)
+    report = inspect_units(
+        source,
+        tqdm(units, desc=f"inspect {preset.name}", unit="unit", disable=None),
+        get_action_space(config.encode.action_space),
+        name=f"{preset.name}, {camera}" if camera else preset.name,
+        step_hz=config.encode.fps,
+        limit=limit,
+        pictures=pictures,
+    )
+    report.skipped.extend({"unit": "", "key": file.name, "reason": file.reason} for file in left_out)
+    return report
+
+
 def print_report(report: InspectionReport) -> None:
-    """Print the tables: recordings, action columns, what is suspicious, what was skipped."""
+    """Print the tables: recordings, action columns, what is to be known or suspicious, what was skipped."""
     print(
-        f"{'recording':<{KEY_WIDTH}} {'fps':>6} {'frames':>7} {'rows':>7} {'s':>7} {'idle':>5} {'GUI':>5} {'equal':>5}"
+        f"{report.name:<{KEY_WIDTH}} {'fps':>6} {'frames':>7} {'rows':>7} {'s':>7} {'idle':>5} {'GUI':>5} {'equal':>5}"
     )
     for entry in report.recordings:
         key = entry.key if len(entry.key) <= KEY_WIDTH else f"...{entry.key[3 - KEY_WIDTH :]}"
@@ -85,14 +126,21 @@ def print_report(report: InspectionReport) -> None:
             f"{'  suspicious' if entry.suspicions else ''}"
         )
     if report.columns:
+        name_width, unit_width = (max(len(column[part]) for column in report.columns) for part in (0, 1))
         print(
             f"\n{report.num_actions} actions in {report.action_space} at {report.step_hz:g} steps/s or a little below"
         )
-        print(f"{'column':<14} {'unit':<14} {'mean':>10} {'std':>10} {'min':>10} {'max':>10} {'zero':>7}")
+        head = " ".join(f"{name:>10}" for name in ("mean", "std", "min", "max"))
+        print(f"{'column':<{name_width}} {'unit':<{unit_width}} {head} {'zero':>7}")
         for column in report.columns:
             numbers = " ".join(f"{x:>10.4g}" for x in (column.mean, column.std, column.minimum, column.maximum))
-            print(f"{column.name:<14} {column.unit[:14]:<14} {numbers} {column.zero_share:>7.1%}")
+            print(f"{column.name:<{name_width}} {column.unit:<{unit_width}} {numbers} {column.zero_share:>7.1%}")
     print()
+    notes = Counter(note for entry in report.recordings for note in entry.notes)
+    for note, count in notes.most_common(MAX_NOTES):
+        print(f"note: {count} recordings: {note}")
+    if len(notes) > MAX_NOTES:
+        print(f"note: {len(notes) - MAX_NOTES} more, see --json")
     for entry in report.recordings:
         for text in entry.suspicions:
             print(f"suspicious: {entry.key}: {text}")
@@ -101,8 +149,8 @@ def print_report(report: InspectionReport) -> None:
     suspicious = sum(bool(entry.suspicions) for entry in report.recordings)
     hours = sum(entry.duration_s for entry in report.recordings) / 3600
     print(
-        f"{len(report.recordings)} recordings of source {report.source}, {hours:.2f} h: {suspicious} suspicious; "
-        f"{len(report.skipped)} skipped"
+        f"{len(report.recordings)} recordings of {report.name} (source {report.source}), {hours:.2f} h: {suspicious} suspicious; "
+        f"{len(report.skipped)} skipped\n"
     )
 
 

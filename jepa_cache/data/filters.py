@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,51 +12,60 @@ from jepa_cache.config.schema import FilterConfig
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, idle_ranges
 
 NO_FILTER = FilterConfig(
-    drop_gui=False, drop_null=False, drop_idle=False, min_luma_std=0.0, only_success=False, min_steps=1
+    drop_gui=False,
+    drop_null=False,
+    drop_loading=False,
+    drop_idle=False,
+    idle_cut_end=0,
+    drop_skipped_actions=False,
+    keep_ranges=None,
+    only_success=False,
+    min_steps=1,
 )
+# Luma deviation, of 255, below which a frame is of one colour. The flattest frame of play at hand, a forest at night, has 13.5;
+# the loading screen of that recording has 13.7, so no threshold tells those two apart.
+PLAIN_LUMA_STD = 4.0
 
 
 def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
-    """Which steps of a store the filters leave, [n] bool.
+    """Which steps of a store the filters on the step table leave, [n] bool.
 
     Args:
         steps: The store's step table, `store.layout.STEPS_SCHEMA`.
-        config: What to drop. `drop_idle` is the caller's: it needs the controls.
+        config: `drop_gui`, `drop_null` and the part of `drop_loading` that goes by pictures count here.
+
+    Raises:
+        ValueError: A filter needs a record that the source does not have.
     """
     keep = np.ones(len(steps), bool)
     if config.drop_gui:
         keep &= ~steps.column("gui").to_numpy()
     if config.drop_null:
+        idle, followed = steps.column("idle").to_numpy(), np.diff(steps.column("segment").to_numpy()) == 0
+        if followed.any() and np.isnan(idle).all():
+            raise ValueError("filter.drop_null: this source does not record when somebody acts; set it to false")
         # NaN at an episode's end, where nothing acts any more, is no reason to drop.
-        keep &= ~(steps.column("idle").to_numpy() == 1.0)
-    if config.min_luma_std > 0:
-        keep &= steps.column("luma_std").to_numpy() >= config.min_luma_std
+        keep &= ~(idle == 1.0)
+    if config.drop_loading:
+        keep &= steps.column("luma_std").to_numpy() >= PLAIN_LUMA_STD
     return keep
 
 
-def cut_runs(start: int, stop: int, keep: np.ndarray, min_steps: int) -> list[tuple[int, int]]:
-    """The contiguous runs of kept steps inside [start, stop) that have at least `min_steps`.
-
-    Args:
-        start: First step of a segment.
-        stop: One past its last.
-        keep: [n] bool over the whole store.
-        min_steps: Shorter runs are dropped.
-
-    Returns:
-        [start, stop) of each run, in order.
-    """
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], keep[start:stop].astype(np.int8), [0]])))
-    runs = (edges + start).reshape(-1, 2)
-    return [(int(a), int(b)) for a, b in runs if b - a >= min_steps]
+def needs_controls(config: FilterConfig) -> bool:
+    """Whether `keep_ticks` can drop anything under these filters, so that the controls have to be read."""
+    flags = (config.drop_loading, config.drop_idle, config.drop_skipped_actions, config.only_success)
+    return any(flags) or config.keep_ranges is not None
 
 
-def keep_ticks(controls: Mapping[str, np.ndarray], config: FilterConfig) -> np.ndarray:
+def keep_ticks(
+    controls: Mapping[str, np.ndarray], config: FilterConfig, ranges: Sequence[tuple[int, int]] | None = None
+) -> np.ndarray:
     """Which native ticks of an episode the filters on controls leave, [M] bool.
 
     Args:
         controls: Name to [M] array, as the source recorded them.
-        config: `drop_idle` and `only_success` count.
+        config: `drop_loading`, `drop_idle`, `drop_skipped_actions` and `only_success` count here.
+        ranges: Of ticks [start, end), the only ones to keep; None keeps all. Ends beyond M are cut.
 
     Raises:
         ValueError: A filter needs a record that the source does not have.
@@ -63,19 +73,96 @@ def keep_ticks(controls: Mapping[str, np.ndarray], config: FilterConfig) -> np.n
     num_ticks = len(next(iter(controls.values())))
     keep = np.ones(num_ticks, bool)
     if config.only_success:
-        if "success" not in controls:
-            raise ValueError("filter.only_success: this source does not record how an episode ended; set it to false")
-        keep &= controls["success"]
+        keep &= _read(controls, "success", "only_success", "how an episode ended")
+    if config.drop_skipped_actions:
+        keep &= ~_read(controls, "skip_action", "drop_skipped_actions", "which actions were skipped")
+    if config.drop_loading:
+        keep[: find_first_act(_read(controls, "idle", "drop_loading", "when somebody acts"))] = False
     if config.drop_idle:
-        missing = [name for name in JOINT_VELOCITY_CONTROLS if name not in controls]
-        if missing:
-            raise ValueError(
-                f"filter.drop_idle needs the commanded joint velocities ({missing[0]} is missing); set it to false"
-            )
-        commands = np.stack([controls[name] for name in JOINT_VELOCITY_CONTROLS], axis=1)
-        moving = np.zeros(num_ticks, bool)
-        # A world model has no action chunks that reach beyond a range's end, so nothing is cut there.
-        for start, stop in idle_ranges(commands, cut_end=0):
-            moving[start:stop] = True
-        keep &= moving
+        columns = [_read(controls, name, "drop_idle", f"the commanded {name}") for name in JOINT_VELOCITY_CONTROLS]
+        keep &= _mask(idle_ranges(np.stack(columns, axis=1), cut_end=config.idle_cut_end), num_ticks)
+    if ranges is not None:
+        keep &= _mask(ranges, num_ticks)
     return keep
+
+
+def find_first_act(idle: np.ndarray) -> int:
+    """The first tick, from 1 on, at which somebody acts; M where nobody ever does.
+
+    Nobody can act while a world is loading, and few do at once when it is there. Tick 0 does not count: it holds what was
+    pressed and moved while the world was loading (attack in 63 of 64 VPT logs).
+
+    Args:
+        idle: [M], 1 where nothing is done.
+    """
+    acts = np.flatnonzero(np.asarray(idle)[1:] < 1)
+    return int(acts[0]) + 1 if len(acts) else len(idle)
+
+
+def join_steps(keep: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    """Which steps may be followed by the next one: no tick between the two was dropped.
+
+    Args:
+        keep: [M] bool, the ticks that are left.
+        anchors: [n] ticks of the steps, non-decreasing.
+
+    Returns:
+        [n] bool; False for the last step, which nothing follows.
+    """
+    dropped = np.concatenate(([0], np.cumsum(~keep)))[anchors]
+    return np.concatenate((np.diff(dropped) == 0, [False]))
+
+
+def cut_runs(start: int, stop: int, keep: np.ndarray, joined: np.ndarray, min_steps: int) -> list[tuple[int, int]]:
+    """The contiguous runs of kept and joined steps inside [start, stop) that have at least `min_steps`.
+
+    Args:
+        start: First step of a segment.
+        stop: One past its last.
+        keep: [n] bool over the whole store.
+        joined: [n] bool over the whole store: whether the next step may follow.
+        min_steps: Shorter runs are dropped.
+
+    Returns:
+        [start, stop) of each run, in order.
+    """
+    inside = keep[start:stop]
+    linked = inside[:-1] & inside[1:] & joined[start:stop][:-1]
+    outside = np.zeros(min(1, len(inside)), bool)
+    firsts = np.flatnonzero(inside & ~np.concatenate((outside, linked))) + start
+    ends = np.flatnonzero(inside & ~np.concatenate((linked, outside))) + start + 1
+    return [(a, b) for a, b in zip(firsts.tolist(), ends.tolist(), strict=True) if b - a >= min_steps]
+
+
+def ranges_path(config: FilterConfig, base: Path) -> Path | None:
+    """The file that `filter.keep_ranges` names.
+
+    Args:
+        config: The filters.
+        base: Folder that a relative path is meant from.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    if config.keep_ranges is None:
+        return None
+    path = base / Path(config.keep_ranges).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"filter.keep_ranges={config.keep_ranges!r} names no file ({path}); give a JSON of kept ranges, absolute or relative to "
+            f"{base}, or null"
+        )
+    return path
+
+
+def _mask(ranges: Sequence[tuple[int, int]], num_ticks: int) -> np.ndarray:
+    mask = np.zeros(num_ticks, bool)
+    for start, end in ranges:
+        mask[start:end] = True
+    return mask
+
+
+def _read(controls: Mapping[str, np.ndarray], name: str, key: str, what: str) -> np.ndarray:
+    if name not in controls:
+        raise ValueError(f"filter.{key}: this source does not record {what}; set it to false")
+    return controls[name]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from jepa_cache.inspection.pictures import picture_url
 from jepa_cache.inspection.recording import RecordingReport
-from jepa_cache.inspection.statistics import ColumnStatistics, InspectionReport, picture_url
+from jepa_cache.inspection.statistics import ColumnStatistics, InspectionReport
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
@@ -20,12 +21,21 @@ img { width: 100%; } svg { background: #f6f6f6; } h3 { font-size: 1em; margin: .
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def build_page(report: InspectionReport) -> str:
-    """Write the report as HTML; every text that comes from the data is escaped, and scripts are forbidden."""
+def build_page(reports: Iterable[InspectionReport]) -> str:
+    """Write reports as HTML; every text that comes from the data is escaped, and scripts are forbidden."""
+    body = "\n".join(part for report in reports for part in _describe(report) if part)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>jepa-cache inspect</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _describe(report: InspectionReport) -> list[str]:
     suspicious = [recording for recording in report.recordings if recording.suspicions]
     hours = sum(recording.duration_s for recording in report.recordings) / 3600
-    body = [
-        f"<h1>Recordings of source {escape(report.source)}</h1>",
+    return [
+        f"<h1>Recordings of {escape(report.name)} (source {escape(report.source)})</h1>",
         f"<p>{len(report.recordings)} recordings, {hours:.2f} h; {len(suspicious)} suspicious, {len(report.skipped)} skipped; "
         f"{report.num_actions} actions in {escape(report.action_space)} at {report.step_hz:g} steps/s or a little below.</p>",
         "<h2>Skipped</h2>" if report.skipped else "",
@@ -42,11 +52,6 @@ def build_page(report: InspectionReport) -> str:
         *(_card(recording) for recording in report.recordings),
         "</div>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>jepa-cache inspect</title>'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
-    )
 
 
 def draw_histogram(column: ColumnStatistics, width: int = 240, height: int = 48) -> str:

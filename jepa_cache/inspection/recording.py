@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from jepa_cache.episode import Episode
+from jepa_cache.inspection.pictures import encode_picture
 from jepa_cache.media.video import DecodeError, Video, VideoInfo, open_video
 from jepa_cache.sources.vpt import measure_yaw_law
 
 NUM_DECODED = 200
 """Frames that are decoded of a recording, from its start: 10 s of VPT, some 0.4 s of work at 640x360."""
 BATCH_FRAMES = 20
-PICTURE_WIDTH = 320  # pixels
 
 # Thresholds of what is called suspicious. The real recordings at hand stay clear of all of them.
 MAX_YAW_BREACHES = 0.01  # 0.1 % in 64 VPT logs
@@ -151,16 +150,7 @@ def _read_frames(video: Video, num_frames: int, *, picture: bool) -> _Frames:
         last = small[-1:]
     changes = np.concatenate(changes)
     changes[0] = np.nan
-    return _Frames(changes, np.concatenate(deviations), _encode_picture(kept) if picture else None)
-
-
-def _encode_picture(frame: np.ndarray) -> bytes:
-    from matplotlib.image import imsave
-
-    stride = max(1, frame.shape[1] // PICTURE_WIDTH)
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(frame[::stride, ::stride]), format="jpeg", pil_kwargs={"quality": 75})
-    return buffer.getvalue()
+    return _Frames(changes, np.concatenate(deviations), encode_picture(kept) if picture else None)
 
 
 def _equal_share(episode: Episode, frames: _Frames) -> float | None:
@@ -186,7 +176,8 @@ def _judge_clock(episode: Episode, tick_hz: float | None) -> list[str]:
     if unused > MAX_UNUSED_S * episode.fps:
         suspicions.append(f"{unused} of {episode.num_video_frames} frames have no row")
     left = episode.num_ticks - 1 - int(ticks[-1])
-    if left > MAX_UNUSED_S * episode.fps:
+    ticks_per_frame = (ticks[-1] - ticks[0]) / (len(ticks) - 1) if len(ticks) > 1 else 1.0
+    if left > MAX_UNUSED_S * episode.fps * ticks_per_frame:
         suspicions.append(f"{left} of {episode.num_ticks} rows have no frame")
     return suspicions
 

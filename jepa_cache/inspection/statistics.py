@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -40,8 +39,12 @@ class ColumnStatistics(NamedTuple):
 
 
 class InspectionReport(NamedTuple):
-    """What was found: recordings, those that were skipped (unit, key, reason), and the action columns over all of them."""
+    """What was found: recordings, those that were skipped (unit, key, reason), and the action columns over all of them.
 
+    `name` is that of the data set preset, with the camera where one was chosen; `source` is the module that read it.
+    """
+
+    name: str
     source: str
     action_space: str
     step_hz: float
@@ -58,6 +61,7 @@ class InspectionReport(NamedTuple):
             del entry["picture"]
             recordings.append(entry)
         return {
+            "name": self.name,
             "source": self.source,
             "action_space": self.action_space,
             "step_hz": self.step_hz,
@@ -133,6 +137,7 @@ def inspect_units(
     units: Iterable[Unit],
     space: ActionSpace,
     *,
+    name: str,
     step_hz: float,
     limit: int | None = None,
     pictures: bool = False,
@@ -143,6 +148,7 @@ def inspect_units(
         source: Reads the units.
         units: May be made while they are read.
         space: The action space whose columns are measured.
+        name: Of the data set, for the report.
         step_hz: Steps per second that the actions lead between; as in stage one the true rate may be a little lower.
         limit: Recordings to look at, of all units together; None means all.
         pictures: Keep a picture of each of the first 300 recordings.
@@ -164,8 +170,8 @@ def inspect_units(
             reason = f"the action space {space.name} cannot describe it: {error}"
             report = RecordingReport(**{**vars(report), "suspicions": (*report.suspicions, reason)})
         recordings.append(report)
-    name = str(source.recipe.get("source", type(source).__name__))
-    return InspectionReport(name, space.name, step_hz, rows.count, recordings, skipped, rows.columns())
+    reader = str(source.recipe.get("source", type(source).__name__))
+    return InspectionReport(name, reader, space.name, step_hz, rows.count, recordings, skipped, rows.columns())
 
 
 def _iter_limited(source: Source, units: Iterable[Unit], limit: int | None) -> Iterator[tuple[Unit, Episode | Skipped]]:
@@ -181,8 +187,3 @@ def _iter_limited(source: Source, units: Iterable[Unit], limit: int | None) -> I
 def _anchors(episode: Episode, step_hz: float) -> np.ndarray:
     """Rows at the steps of stage one's frame mode: every ceil(video fps / step_hz)-th frame."""
     return episode.frame_ticks[:: max(1, math.ceil(episode.fps / step_hz - 1e-6))]
-
-
-def picture_url(picture: bytes) -> str:
-    """A JPEG as a data URL."""
-    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

@@ -1,21 +1,50 @@
-"""Claims: filters cut segments by the step table and the controls; what is cut is never in a window, all else stays."""
+"""Claims: filters cut segments by the step table and the controls; what is cut is in no window, at a step or between two.
+
+What is not cut stays. A list of ranges keeps what it lists and nothing else; what it does not know is said.
+"""
+
+import dataclasses
+import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jepa_cache.config.loading import REPOSITORY_ROOT, load_config
 from jepa_cache.config.schema import FilterConfig
-from jepa_cache.data.filters import NO_FILTER, cut_runs, keep_steps, keep_ticks
-from jepa_cache.data.windows import WindowIndex
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.filters import (
+    NO_FILTER,
+    cut_runs,
+    find_first_act,
+    join_steps,
+    keep_steps,
+    keep_ticks,
+    needs_controls,
+    ranges_path,
+)
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS
+from jepa_cache.media.video import open_video
+from jepa_cache.sources import Unit, build_source
 from jepa_cache.store import layout
+from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.reader import read_table
 from jepa_cache.store.writer import table
+from tests.data.conftest import SPLIT
+from tests.makers import REAL_VPT, write_vpt_tar
+
+STRIDE = 4  # ticks from a step to the next in the encoded recordings
+PAIR = REAL_VPT / "trimmed_shabby-viridian-beaver-b064d8e1dc68-20220417-011815"
+needs_real = pytest.mark.skipif(
+    not PAIR.with_suffix(".mp4").is_file(), reason="no real recordings in ../shared/data/vpt"
+)
 
 
 def steps_table(num_steps, **columns):
     base = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA} | {"gui": np.zeros(num_steps, bool)}
-    for name in ("segment", "frame", "tick"):
+    for name in ("frame", "tick"):
         base[name] = np.arange(num_steps)
     return table(layout.STEPS_SCHEMA, base | columns)
 
@@ -24,19 +53,33 @@ def filters(**changes):
     return FilterConfig(**(vars(NO_FILTER) | changes))
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 5), st.data())
+masks = st.lists(st.booleans(), min_size=1, max_size=40)
+
+
+@given(masks, st.integers(1, 5), st.data())
 def test_the_runs_are_exactly_the_kept_steps_in_pieces_of_enough_length(keep, min_steps, data):
+    joined = np.array(data.draw(st.lists(st.booleans(), min_size=len(keep), max_size=len(keep))))
     keep = np.array(keep)
     start = data.draw(st.integers(0, len(keep)))
     stop = data.draw(st.integers(start, len(keep)))
-    runs = cut_runs(start, stop, keep, min_steps)
-    covered = {step for a, b in runs for step in range(a, b)}
-    assert all(keep[step] and start <= step < stop for step in covered)
+    runs = cut_runs(start, stop, keep, joined, min_steps)
+    covered = [step for a, b in runs for step in range(a, b)]
+    assert covered == sorted(set(covered)) and all(keep[step] and start <= step < stop for step in covered)
     assert all(b - a >= min_steps for a, b in runs)
+    assert all(joined[step] for a, b in runs for step in range(a, b - 1))
     for a, b in runs:  # as long as can be
-        assert (a == start or not keep[a - 1]) and (b == stop or not keep[b])
+        assert a == start or not (keep[a - 1] and joined[a - 1])
+        assert b == stop or not (keep[b] and joined[b - 1])
     if min_steps == 1:
-        assert covered == {step for step in range(start, stop) if keep[step]}
+        assert covered == [step for step in range(start, stop) if keep[step]]
+
+
+@given(masks, st.data())
+def test_two_steps_are_joined_where_no_tick_between_them_was_dropped(keep, data):
+    keep = np.array(keep)
+    anchors = np.array(sorted(data.draw(st.lists(st.integers(0, len(keep) - 1), min_size=1, max_size=10))))
+    joined = join_steps(keep, anchors)
+    assert joined.tolist() == [*(keep[a:b].all() for a, b in pairwise(anchors)), False]
 
 
 def test_each_filter_drops_its_own_steps_only():
@@ -45,30 +88,147 @@ def test_each_filter_drops_its_own_steps_only():
     assert keep_steps(table_, NO_FILTER).tolist() == [True] * 4
     assert keep_steps(table_, filters(drop_gui=True)).tolist() == [True, False, True, True]
     assert keep_steps(table_, filters(drop_null=True)).tolist() == [True, True, False, True]
-    assert keep_steps(table_, filters(min_luma_std=5.0)).tolist() == [True, True, True, False]
+    assert keep_steps(table_, filters(drop_loading=True)).tolist() == [True, True, True, False]
 
 
-def test_idle_ticks_go_by_the_commanded_joint_velocities():
+def test_idle_ticks_go_by_the_commanded_joint_velocities_and_the_end_is_cut_as_asked():
     commands = np.random.default_rng(0).standard_normal(60)
     commands[20:40] = commands[20]
     controls = dict.fromkeys(JOINT_VELOCITY_CONTROLS, commands)
-    kept = keep_ticks(controls, filters(drop_idle=True))
-    assert kept[:20].all() and not kept[21:40].any() and kept[40:].all()
+    assert np.flatnonzero(~keep_ticks(controls, filters(drop_idle=True))).tolist() == list(range(21, 40))
+    cut = keep_ticks(controls, filters(drop_idle=True, idle_cut_end=10))
+    assert np.flatnonzero(cut).tolist() == [*range(11), *range(40, 50)]
 
 
-def test_a_filter_on_what_the_source_does_not_record_is_refused():
-    for change in ("drop_idle", "only_success"):
-        with pytest.raises(ValueError, match=f"filter.{change}"):
-            keep_ticks({"tick": np.arange(3)}, filters(**{change: True}))
+def test_an_episode_begins_when_somebody_acts_whatever_its_first_tick_holds():
+    for idle in ([0, 1, 1, 0, 1], [1, 1, 1, 0, 0]):
+        kept = keep_ticks({"idle": np.array(idle, np.float32)}, filters(drop_loading=True))
+        assert kept.tolist() == [False, False, False, True, True]
+    assert [find_first_act(np.array(idle)) for idle in ([0, 0], [0, 1, 1], [0], [])] == [1, 3, 1, 0]
 
 
-def test_windows_of_a_cached_data_set_hold_no_step_that_was_cut(tmp_path):
-    from tests.caches import make_cache
+def test_skipped_actions_and_failures_are_dropped_when_asked():
+    controls = {"skip_action": np.array([False, True, False]), "success": np.zeros(3, bool)}
+    assert keep_ticks(controls, filters(drop_skipped_actions=True)).tolist() == [True, False, True]
+    assert not keep_ticks(controls, filters(only_success=True)).any()
+    assert keep_ticks(controls, NO_FILTER).all()
 
-    cache = make_cache(tmp_path)
-    whole = cache.dataset.segments_of("train", cache.config.split)
-    long = cache.dataset.segments_of("train", cache.config.split, filters(min_steps=31))
-    assert whole and not long
-    same = cache.dataset.segments_of("train", cache.config.split, filters(drop_gui=True))
-    assert same == whole
-    assert len(WindowIndex(same, 5)) == len(WindowIndex(whole, 5))
+
+@pytest.mark.parametrize("name", ["drop_idle", "only_success", "drop_loading", "drop_skipped_actions"])
+def test_a_filter_on_what_the_source_does_not_record_is_refused(name):
+    asked = filters(**{name: True})
+    assert needs_controls(asked)
+    with pytest.raises(ValueError, match=rf"filter\.{name}: this source does not record"):
+        keep_ticks({"tick": np.arange(3)}, asked)
+
+
+def test_null_steps_of_a_source_that_never_says_who_acts_are_refused():
+    with pytest.raises(ValueError, match=r"filter\.drop_null: this source does not record"):
+        keep_steps(steps_table(3, idle=[np.nan] * 3), filters(drop_null=True))
+    keep_steps(steps_table(3, idle=[np.nan] * 3, segment=np.arange(3)), filters(drop_null=True))
+
+
+def write_ranges(path, ranges):
+    path.write_text(json.dumps(ranges))
+    return filters(keep_ranges=path.name)
+
+
+@pytest.fixture
+def based(encoded, tmp_path):
+    """The encoded recordings, with files of filters in tmp_path; e0 and e1 are of the training split."""
+    dataset = CachedDataset(encoded.manifest, encoded.root, base=tmp_path)
+    yield dataset
+    dataset.close()
+
+
+def ticks_of(dataset, segment):
+    return read_table(dataset._token_paths[segment.store], layout.STEPS_FILE)["tick"].to_numpy()[
+        segment.start : segment.stop
+    ]
+
+
+def test_a_list_of_ranges_keeps_the_ticks_it_lists_and_names_the_episodes_it_does_not_know(based, tmp_path, capsys):
+    known, *others = sorted({segment.episode for segment in based.segments_of("train", SPLIT)})
+    asked = write_ranges(tmp_path / "r.json", {known: [[2, 18], [19, 37]], "elsewhere": [[0, 9]]})
+    segments = based.segments_of("train", SPLIT, asked)
+    # The gap of one tick lies between two steps and still parts them.
+    assert [ticks_of(based, segment).tolist() for segment in segments] == [[4, 8, 12, 16], [20, 24, 28, 32, 36]]
+    assert {segment.episode for segment in segments} == {known}
+    said = f"{len(others)} of {len(others) + 1} train episodes are not in r.json and are left out (first: {others[0]})"
+    assert said in capsys.readouterr().err
+
+
+def test_ranges_beyond_an_episode_are_said(based, tmp_path, capsys):
+    keys = {segment.episode for segment in based.segments}
+    based.segments_of("train", SPLIT, write_ranges(tmp_path / "r.json", {key: [[0, 30]] for key in keys}))
+    assert capsys.readouterr().err == ""
+    based.segments_of("train", SPLIT, write_ranges(tmp_path / "s.json", {key: [[0, 900]] for key in keys}))
+    assert "have fewer ticks than the list keeps" in capsys.readouterr().err
+
+
+def test_a_list_that_knows_no_episode_at_all_is_refused_and_so_is_a_missing_one(based, tmp_path):
+    with pytest.raises(ValueError, match=r"lists 1 episodes and none of this data set, whose first is 'e\d'"):
+        based.segments_of("train", SPLIT, write_ranges(tmp_path / "r.json", {"other": [[0, 9]]}))
+    with pytest.raises(ValueError, match=r"keep_ranges='none\.json' names no file"):
+        based.segments_of("train", SPLIT, filters(keep_ranges="none.json"))
+
+
+def test_a_list_of_ranges_may_lie_anywhere(tmp_path):
+    (tmp_path / "r.json").touch()
+    assert ranges_path(filters(keep_ranges=str(tmp_path / "r.json")), tmp_path / "base") == tmp_path / "r.json"
+    assert ranges_path(NO_FILTER, tmp_path) is None
+
+
+def test_segments_are_cut_once_and_what_is_done_to_a_list_of_them_stays_there(based, tmp_path, capsys):
+    asked = write_ranges(tmp_path / "r.json", {"e1": [[0, 30]], "e0": [[0, 30]]})
+    first = based.segments_of("train", SPLIT, asked)
+    (tmp_path / "r.json").unlink()
+    capsys.readouterr()
+    first.append("mine")
+    assert based.segments_of("train", SPLIT, asked) == first[:-1]
+    assert capsys.readouterr().err == ""
+
+
+def test_windows_begin_where_somebody_acts_and_the_other_steps_stay(based):
+    whole = based.segments_of("train", SPLIT)
+    assert based.segments_of("train", SPLIT, filters(drop_gui=True, drop_null=True)) == whole
+    (part,) = based.manifest.parts
+    first = {
+        episode: find_first_act(controls["idle"])
+        for entry in part.entries
+        for episode, controls in iter_controls(based._root.controls(part.source_fingerprint, entry.unit_digest))
+    }
+    expected = [segment._replace(start=segment.start - -first[segment.episode] // STRIDE) for segment in whole]
+    assert based.segments_of("train", SPLIT, filters(drop_loading=True)) == expected != whole
+    longest = max(segment.stop - segment.start for segment in expected)
+    (kept,) = based.segments_of("train", SPLIT, filters(drop_loading=True, min_steps=longest))
+    assert kept.stop - kept.start == longest
+
+
+@needs_real
+def test_the_loading_screen_of_the_real_recording_goes_and_play_stays(tmp_path):
+    pair = tuple(PAIR.with_suffix(suffix).read_bytes() for suffix in (".mp4", ".jsonl"))
+    tar = write_vpt_tar(tmp_path / "real.tar", {"real": pair})
+    (episode,) = build_source("vpt", {}).iter_episodes(Unit("real", (tar,)))
+    # By eye: frame 0 is the loading screen, in 1 to 7 parts of the world are missing, from 17 on the player acts.
+    assert np.flatnonzero(~keep_ticks(episode.controls, filters(drop_loading=True))).tolist() == list(range(17))
+    with open_video(episode.video) as video:
+        frames = video.read(np.array([0, 212])).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    loading, night = frames.std(axis=(1, 2))
+    assert night < loading, "no threshold of luma tells the loading screen from play"
+
+
+@needs_real
+def test_every_real_log_begins_with_ticks_in_which_nobody_acts():
+    from jepa_cache.sources._vpt_controls import read_contractor
+
+    logs = sorted((REAL_VPT / "logs_only").glob("*.jsonl"))
+    assert [find_first_act(read_contractor(log.read_bytes()).controls["idle"]) for log in logs] == [49, 11, 60, 32]
+
+
+def test_every_filter_is_explained_and_can_be_swept():
+    page = (REPOSITORY_ROOT / "docs/filters.md").read_text()
+    section = (REPOSITORY_ROOT / "params.yaml").read_text().partition("\nfilter:")[2].partition("\nscaler:")[0]
+    for field in dataclasses.fields(FilterConfig):
+        assert f"| `{field.name}` |" in page and f"\n  {field.name}: " in section, field.name
+    assert load_config().filter == NO_FILTER

@@ -5,6 +5,7 @@ the data; any source will do.
 """
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,12 +15,14 @@ from typer.testing import CliRunner
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_data import inspect
+from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.inspection import statistics
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.recording import inspect_recording
 from jepa_cache.inspection.statistics import inspect_units
 from jepa_cache.sources import build_source
+from tests.droid_makers import make_episode, write_raw
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
 
 NUM_FRAMES = 50
@@ -31,7 +34,7 @@ needs_real = pytest.mark.skipif(not REAL_VPT.exists(), reason="no real recording
 def _inspect(tmp_path, pairs, *, space=VPT36, **options):
     tar = write_vpt_tar(tmp_path / "a.tar", pairs)
     source = build_source("vpt", {})
-    return inspect_units(source, source.list_units([str(tar)], tmp_path), space, step_hz=5, **options)
+    return inspect_units(source, source.list_units([str(tar)], tmp_path), space, name="vpt", step_hz=5, **options)
 
 
 def _one(tmp_path, rows, video=VIDEO):
@@ -222,13 +225,13 @@ class _Robot:
 
 def test_any_source_is_described_with_what_it_knows():
     unit = type("AnyUnit", (), {"name": "shard"})()
-    report = inspect_units(_Robot(), [unit], get_action_space("pose7"), step_hz=4)
+    report = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4)
     assert [entry.key for entry in report.recordings] == ["good", "second"]
     assert report.skipped == [{"unit": "shard", "key": "bad", "reason": "no camera"}]
     (first, _) = report.recordings
     assert (first.idle_share, first.gui_share, first.tick_hz, first.suspicions) == (None, None, None, ())
     assert len(report.columns) == 7
-    limited = inspect_units(_Robot(), [unit], get_action_space("pose7"), step_hz=4, limit=2)
+    limited = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
     assert [entry.key for entry in limited.recordings] == ["good"]
 
 
@@ -242,7 +245,7 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_holds_pictures_and_histograms_and_loads_nothing(tmp_path):
-    page = build_page(_inspect(tmp_path, {"seg": (VIDEO, to_jsonl(_moving_rows()))}, pictures=True))
+    page = build_page([_inspect(tmp_path, {"seg": (VIDEO, to_jsonl(_moving_rows()))}, pictures=True)])
     tags = _Tags()
     tags.feed(page)
     images = [attrs["src"] for tag, attrs in tags.found if tag == "img"]
@@ -258,9 +261,9 @@ def test_names_in_the_data_cannot_write_into_the_page(tmp_path):
     report = _inspect(tmp_path, {evil.replace("/", ""): (VIDEO, lines), "b<b>": (VIDEO, b"{")})
     assert report.skipped
     tags = _Tags()
-    tags.feed(build_page(report))
+    tags.feed(build_page([report]))
     assert not [tag for tag, attrs in tags.found if tag == "script" or "evil" in str(attrs)]
-    assert "&lt;b&gt;" in build_page(report)
+    assert "&lt;b&gt;" in build_page([report])
 
 
 def test_the_command_prints_tables_json_and_a_page(tmp_path):
@@ -268,10 +271,10 @@ def test_the_command_prints_tables_json_and_a_page(tmp_path):
     result = _run("dataset=vpt", tmp_path, "--html", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     assert "skipped: bad: line 1 of 1 is no JSON" in result.output
-    assert "1 recordings of source vpt" in result.output and "mouse_dx" in result.output
+    assert "1 recordings of vpt (source vpt)" in result.output and "mouse_dx" in result.output
     assert "good" in (tmp_path / "page.html").read_text()
     result = _run("dataset=vpt", tmp_path, "--json")
-    report = json.loads(result.stdout)
+    (report,) = json.loads(result.stdout)["data_sets"]
     assert report["recordings"][0]["key"] == "good" and "picture" not in report["recordings"][0]
     assert report["skipped"][0]["key"] == "bad" and report["action_columns"][0]["counts"]
 
@@ -282,7 +285,7 @@ def test_a_folder_of_loose_pairs_is_read_and_its_lone_files_are_named(tmp_path):
         (tmp_path / "loose" / name).write_bytes(VIDEO)
     for name in ("10.0/a.jsonl", "b.jsonl"):
         (tmp_path / "loose" / name).write_bytes(to_jsonl(_moving_rows()))
-    report = json.loads(_run("dataset=vpt", tmp_path / "loose", "--json").stdout)
+    (report,) = json.loads(_run("dataset=vpt", tmp_path / "loose", "--json").stdout)["data_sets"]
     assert [entry["key"] for entry in report["recordings"]] == ["10.0/a", "b"]
     assert [(entry["key"], "no lone.jsonl" in entry["reason"]) for entry in report["skipped"]] == [("lone.mp4", True)]
 
@@ -292,9 +295,49 @@ def test_an_input_without_recordings_is_an_error(tmp_path):
     assert isinstance(result.exception, ValueError) and "finds no" in str(result.exception)
 
 
+@pytest.mark.parametrize("flags", [[], ["--batch"]])
+def test_a_page_in_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path, flags):
+    result = _run("dataset=vpt", *flags, "--html", tmp_path / "nowhere/page.html")
+    assert isinstance(result.exception, ValueError) and "there is no folder" in str(result.exception)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with settings and presets of its own, in which the command is typed."""
+    shutil.copy(REPOSITORY_ROOT / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY_ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_data_set_of_a_mixture_has_a_report_of_its_own(checkout):
+    preset = (checkout / "configs/dataset/vpt.yaml").read_text()
+    for seed, name in enumerate(("a", "b")):
+        write_vpt_tar(checkout / f"shards/{name}/x.tar", {f"{name}-seg": (VIDEO, to_jsonl(_moving_rows(seed=seed)))})
+        (checkout / f"configs/dataset/{name}.yaml").write_text(preset.replace("shards/vpt", f"shards/{name}"))
+    (checkout / "configs/dataset/both.yaml").write_text(preset + "mixture: {a: 1.0, b: 3.0}\n")
+    reports = json.loads(_run("dataset=both", "--json").stdout)["data_sets"]
+    assert [(r["name"], [entry["key"] for entry in r["recordings"]]) for r in reports] == [
+        ("a", ["a-seg"]),
+        ("b", ["b-seg"]),
+    ]
+    assert reports[0]["action_columns"] != reports[1]["action_columns"]
+    result = _run("dataset=both", "shards/a")
+    assert isinstance(result.exception, ValueError) and "both is a mixture" in str(result.exception)
+
+
+def test_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
+    write_raw(checkout / "shards/droid_raw", make_episode(0, 60, num_frames=20, fps=5))
+    given = ("dataset=droid_raw", "encode.cameras=[wrist, exterior_1]")
+    reports = json.loads(_run(*given, "--json").stdout)["data_sets"]
+    assert [report["name"] for report in reports] == ["droid_raw, wrist", "droid_raw, exterior_1"]
+    assert [entry["suspicions"] for report in reports for entry in report["recordings"]] == [[], []]
+    assert "note: 1 recordings: video at 5 Hz: frames are placed on the 15 Hz rows by time" in _run(*given).output
+
+
 @needs_real
 def test_the_real_look_alike_is_flagged_as_no_vpt_and_says_why():
-    report = json.loads(_run("dataset=vpt", REAL_VPT / "counter_example", "--json").stdout)
+    (report,) = json.loads(_run("dataset=vpt", REAL_VPT / "counter_example", "--json").stdout)["data_sets"]
     assert report["recordings"] == []
     (skipped,) = report["skipped"]
     assert "fearless-timber-seeker" in skipped["key"]
@@ -303,7 +346,7 @@ def test_the_real_look_alike_is_flagged_as_no_vpt_and_says_why():
 
 @needs_real
 def test_the_real_recording_is_not_suspected():
-    report = json.loads(_run("dataset=vpt", REAL_VPT, "--json").stdout)
+    (report,) = json.loads(_run("dataset=vpt", REAL_VPT, "--json").stdout)["data_sets"]
     (recording,) = report["recordings"]
     assert recording["suspicions"] == [] and recording["codec"] == "mpeg4"
     assert (recording["num_frames"], recording["num_ticks"], recording["yaw_breach_share"]) == (445, 446, 0.0)

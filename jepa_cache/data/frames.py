@@ -1,0 +1,66 @@
+"""The video frames that steps in the cache were made of, from the recordings where those are still on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.episode import Episode
+from jepa_cache.media.video import open_video
+from jepa_cache.sources import Unit, build_source
+from jepa_cache.store.digests import DigestTable
+
+
+def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment]) -> list[np.ndarray | None]:
+    """Decode the anchor frames of some runs of steps.
+
+    Args:
+        config: Names the sources of the data set and the decoder.
+        dataset: The cached data set.
+        runs: Steps of one episode each, such as a window.
+
+    Returns:
+        For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
+
+    Raises:
+        ValueError: A recording is there, but does not hold the episode, or cannot be decoded.
+
+    Cost: reads the whole unit (tar shard) of each run, once.
+    """
+    frames: list[np.ndarray | None] = [None] * len(runs)
+    for store in sorted({run.store for run in runs}):
+        part, entry = dataset.manifest.stores[store]
+        files = DigestTable().find_unit(entry.unit_digest)
+        if files is None:
+            continue
+        preset = next(preset for preset, _ in config.members if preset.name == part.dataset)
+        source = build_source(preset.source, preset.source_options | ({"camera": part.camera} if part.camera else {}))
+        numbers = dataset.steps(store).column("frame").to_numpy()
+        wanted: dict[str, list[int]] = {}
+        for position, run in enumerate(runs):
+            if run.store == store:
+                wanted.setdefault(run.episode, []).append(position)
+        for recording in source.iter_episodes(Unit(files[0].name, files)):
+            if isinstance(recording, Episode) and recording.key in wanted:
+                positions = wanted.pop(recording.key)
+                spans = [numbers[runs[position].start : runs[position].stop] for position in positions]
+                needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
+                with open_video(recording.video, config.encode.decoder, first_frame=recording.first_frame) as video:
+                    decoded = video.read(needed)
+                for position, span in zip(positions, spans, strict=True):
+                    frames[position] = decoded[np.searchsorted(needed, span)]
+                if not wanted:
+                    break
+        if wanted:
+            raise ValueError(
+                f"{_name(files)} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
+            )
+    return frames
+
+
+def _name(files: Sequence[Path]) -> str:
+    return f"{files[0]}" + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
