@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,13 +16,16 @@ import pyarrow.parquet as pq
 
 from jepa_cache.store.reader import StoreDamagedError
 from jepa_cache.store.root import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
-from jepa_cache.store.verify import write_store_file
+from jepa_cache.store.verify import check_store, write_store_file
 
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
 DIGEST_KEY = b"content_sha256"
-CONTROLS_WAY_OUT = "delete it and run `python stages/encode.py`, which reads the controls from the recordings again"
+CONTROLS_WAY_OUT = (
+    "run `jepa-cache repair`, which reads the controls from the recordings again (or delete it and run "
+    "`python stages/encode.py`)"
+)
 
 
 class ControlsWriter:
@@ -57,11 +61,15 @@ class ControlsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is None and kind is None:
-            self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
-        if self._writer is not None:
-            self._writer.add_key_value_metadata({DIGEST_KEY: self._hasher.hexdigest()})
-            self._writer.close()
+        try:
+            if self._writer is None and kind is None:
+                self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
+            if self._writer is not None:
+                self._writer.add_key_value_metadata({DIGEST_KEY: self._hasher.hexdigest()})
+                self._writer.close()
+        except BaseException:
+            self._file.__exit__(*sys.exc_info())
+            raise
         self._file.__exit__(kind, error, trace)
 
 
@@ -82,7 +90,7 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
                 _add_to_digest(hasher, episode, controls)
                 yield episode, controls
             written = (file.metadata.metadata or {}).get(DIGEST_KEY, b"").decode()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last two: a damaged name of a column
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {CONTROLS_WAY_OUT}") from error
     if written != hasher.hexdigest():
         raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {CONTROLS_WAY_OUT}")
@@ -145,7 +153,9 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Ma
 
 
 def read_actions(store: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The whole actions [n, A] and states [n, S] of one unit, float32; zarr checks the crc32c.
+    """The whole actions [n, A] and states [n, S] of one unit, float32.
+
+    Every byte is checked first, since Zarr itself reads a missing chunk as NaN. Cost: reads the store twice; it is small.
 
     Raises:
         ValueError: When the store is missing or damaged.
@@ -153,10 +163,11 @@ def read_actions(store: Path) -> tuple[np.ndarray, np.ndarray]:
     import zarr
 
     try:
+        check_store(store, read_data=True)
         group = zarr.open_group(store, mode="r")
         return np.asarray(group[ACTIONS][...]), np.asarray(group[STATES][...])
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise ValueError(
-            f"the actions store {store} is missing or damaged ({error}); delete its folder and run "
-            "`python stages/encode.py`, which makes it again in seconds"
+            f"the actions store {store} is missing or damaged ({error}); run `jepa-cache repair`, which makes it again in "
+            "seconds (or delete its folder and run `python stages/encode.py`)"
         ) from error

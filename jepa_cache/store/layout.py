@@ -1,15 +1,20 @@
 """Names, shapes and codecs of a token store: Zarr v3 that zarr-python, xarray, dask and tensorstore read without our code.
 
-`tokens` [n, N, D] float16, dimensions step, token, channel; inner chunks of 8 steps in shards of 512, bytes + crc32c, no
-compressor, fill value NaN. Beside it, in the same group, `steps.parquet`, `segments.parquet` and `store.json`.
+`tokens` [n, N, D], dimensions step, token, channel; inner chunks of 8 steps in shards of 512, bytes + crc32c, no
+compressor. float16, or as `store.quantisation` says, then with `token_scales` [n, N], `channel_scales` [D] and `channel_means`
+[D] beside it. In the same group lie `steps.parquet`, `segments.parquet` and `store.json`. docs/store_format.md tells
+everything that another program needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+
+from jepa_cache.store.quantisation import Channels, get_scheme, scales_dtype, scales_shape
 
 if TYPE_CHECKING:
     import zarr
@@ -18,6 +23,10 @@ FORMAT_VERSION = 1
 CHUNK_STEPS = 8
 SHARD_STEPS = 512
 TOKENS = "tokens"
+TOKEN_SCALES = "token_scales"
+CHANNEL_SCALES = "channel_scales"
+CHANNEL_MEANS = "channel_means"
+SCALE_ARRAYS = (TOKEN_SCALES, CHANNEL_SCALES, CHANNEL_MEANS)
 STEPS_FILE = "steps.parquet"
 SEGMENTS_FILE = "segments.parquet"
 STORE_FILE = "store.json"
@@ -54,21 +63,59 @@ def shard_path(store: Path, shard: int) -> Path:
     return store / TOKENS / "c" / str(shard) / "0" / "0"
 
 
-def create_tokens_array(store: Path, num_tokens: int, width: int) -> zarr.Array:
-    """An empty tokens array in a new group at `store`; it grows by resizing."""
-    import numpy as np
+def create_tokens_array(store: Path, num_tokens: int, width: int, dtype: str = "float16") -> zarr.Array:
+    """An empty tokens array in a new group at `store`, stored as `quantisation` says; it grows by resizing."""
+    import zarr
+
+    scheme = get_scheme(dtype)
+    zarr.create_group(store, zarr_format=3, overwrite=False)
+    shape = (0, num_tokens, width // scheme.codes_per_item)
+    last = "channel" if scheme.codes_per_item == 1 else "byte"
+    attributes = {} if scheme.meaning is None else {"scheme": dtype, "meaning": scheme.meaning}
+    return _create_array(store, TOKENS, shape, ("step", "token", last), scheme.dtype, scheme.fill_value, attributes)
+
+
+def create_token_scales(store: Path, num_steps: int, num_tokens: int, width: int, dtype: str) -> zarr.Array:
+    """The array of token scales beside the tokens."""
+    shape = scales_shape(dtype, num_steps, num_tokens, width)
+    dimensions = ("step", "token", "group")[: len(shape)]
+    return _create_array(store, TOKEN_SCALES, shape, dimensions, scales_dtype(dtype).name, float("nan"))
+
+
+def write_channels(store: Path, channels: Channels) -> None:
+    """Write the channels' scales and means beside the tokens, each as one chunk of one shard."""
+    for name, values in ((CHANNEL_SCALES, channels.scales), (CHANNEL_MEANS, channels.means)):
+        rows = len(values)
+        array = _create_array(
+            store, name, values.shape, ("channel",), "float32", float("nan"), chunk_rows=rows, shard_rows=rows
+        )
+        array[...] = values
+
+
+def _create_array(
+    store: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dimensions: tuple[str, ...],
+    dtype: str,
+    fill_value: float,
+    attributes: Mapping[str, str] | None = None,
+    *,
+    chunk_rows: int = CHUNK_STEPS,
+    shard_rows: int = SHARD_STEPS,
+) -> zarr.Array:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
-    group = zarr.create_group(store, zarr_format=3, overwrite=False)
-    return group.create_array(
-        TOKENS,
-        shape=(0, num_tokens, width),
-        chunks=(CHUNK_STEPS, num_tokens, width),
-        shards=(SHARD_STEPS, num_tokens, width),
-        dtype="float16",
+    return zarr.open_group(store, mode="r+").create_array(
+        name,
+        shape=shape,
+        chunks=(chunk_rows, *shape[1:]),
+        shards=(shard_rows, *shape[1:]),
+        dtype=dtype,
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
-        fill_value=np.nan,
-        dimension_names=("step", "token", "channel"),
+        fill_value=fill_value,
+        dimension_names=dimensions,
+        attributes=dict(attributes or {}),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, fingerprint
 from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
 
 MANIFEST_VERSION = 1
+SELF_DIGEST = "sha256"  # of the manifest without this entry
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class ManifestEntry:
     num_steps: int
     num_segments: int
     num_episodes: int
+    # What storing cost, of the steps' tokens: root mean square error relative to the values, largest error. None where a store
+    # does not say.
+    reconstruction_rmse: float | None = None
+    reconstruction_max_abs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,18 @@ class Manifest:
         return _joint([part.source_fingerprint for part in self.parts])
 
     def to_bytes(self) -> bytes:
-        """The one spelling of this manifest."""
-        return canonical_json({"manifest_version": MANIFEST_VERSION, **asdict(self)})
+        """The one spelling of this manifest, with a hash of all the rest in it."""
+        content = {"manifest_version": MANIFEST_VERSION, **asdict(self)}
+        return canonical_json({**content, SELF_DIGEST: _digest(content)})
 
     @property
     def digest(self) -> str:
         """Hash of the manifest's bytes: the identity of a training set."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:DIGEST_LENGTH]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _joint(fingerprints: Sequence[str]) -> str:
@@ -127,9 +137,9 @@ def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
     """Write the same bytes to every path, atomically; an identical file is left untouched."""
     content = manifest.to_bytes()
     for path in paths:
+        remove_stale_temporaries(path.parent)
         if path.is_file() and path.read_bytes() == content:
             continue
-        remove_stale_temporaries(path.parent)
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
 
@@ -145,6 +155,8 @@ def read_manifest(path: Path) -> Manifest:
         version = document.pop("manifest_version")
         if version != MANIFEST_VERSION:
             raise ValueError(f"it has version {version}, this program reads {MANIFEST_VERSION}")
+        if document.pop(SELF_DIGEST, None) != _digest({"manifest_version": version, **document}):
+            raise ValueError("it has changed since it was written: its sha256 differs")
         document["parts"] = tuple(_read_part(part) for part in document["parts"])
         document["grid"] = tuple(document["grid"])
         return Manifest(**document)
@@ -170,4 +182,5 @@ def find_missing(manifest: Manifest, root: CacheRoot) -> list[Path]:
             root.actions(part.action_fingerprint, entry.unit_digest),
         )
     ]
-    return [place for place in places if not place.is_dir()]
+    root.prefetch(places)
+    return [place for place in places if not root.fetch(place)]

@@ -1,57 +1,79 @@
-"""Reads runs of steps from a token store into given buffers, by the shard index, with `os.preadv`.
+"""Reads runs of steps from the arrays of a store into given buffers, by the shard index, with `os.preadv`.
 
-About as quick as a raw memory map, where zarr-python reaches a fifth of it: a shard without compressor is its chunks
-back to back with an index (offset and length of each, 16 bytes a chunk, and a crc32c) at the end. The order of chunks in
-a shard is never assumed: the index is read.
+About as quick as a raw memory map, where zarr-python reaches a fifth of it (docs/benchmarks.md). The order of chunks in a
+shard is never assumed: the index is read. Chunks that lie back to back are read by one call, their checksums going to a
+buffer beside the steps.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numcodecs.checksum32 import CRC32C
 
 from jepa_cache.store import layout
+from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
+from jepa_cache.store.shards import (
+    CRC_BYTES,
+    MISSING,
+    OPEN_SHARDS,
+    OpenShard,
+    array_shard_path,
+    read_all,
+    read_array_layout,
+)
+from jepa_cache.store.verify import check_content, read_store_file
 
-MISSING = np.iinfo(np.uint64).max
-CRC_BYTES = 4
+CRC_PIECE_BYTES = 1 << 20  # a checksum holds the interpreter, so other threads get their turn in between
+
+_UNREAD = bytearray(CRC_BYTES)  # where checksums go that were checked before; never looked at
+_scratch = threading.local()
 
 
-class StoreDamagedError(ValueError):
-    """A store that does not hold what it should; the message names the place and what to type next."""
+class ArrayReader:
+    """Random access along the first axis of one array of a store; safe to use from several threads.
 
+    The crc32c of a chunk is checked the first time that any of it is read. Open files are shared with all other readers of
+    the process and bounded in number.
 
-class TokenReader:
-    """Random access to the steps of one store; safe to use from several threads.
-
-    The crc32c of a chunk is checked the first time that any of it is read.
+    Attributes:
+        shape: [n, ...].
+        dtype: Of the values.
+        num_chunks: Chunks of the array.
     """
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
-        metadata = _read_metadata(store)
-        self.num_steps, self.num_tokens, self.width = metadata["shape"]
-        codec = metadata["codecs"][0]
-        inner = [codec["name"] for codec in codec["configuration"].get("codecs", [])]
-        if codec["name"] != "sharding_indexed" or inner != ["bytes", "crc32c"] or metadata["data_type"] != "float16":
-            raise StoreDamagedError(
-                f"{store}: the tokens array is not in this program's format ({metadata['data_type']}, {inner})"
-            )
-        self._chunk_steps = codec["configuration"]["chunk_shape"][0]
-        self._shard_steps = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self._step_bytes = self.num_tokens * self.width * 2
-        self._num_chunks = -(-self.num_steps // self._chunk_steps)
-        self._checked = np.zeros(self._num_chunks, bool)
-        self._descriptors: dict[int, int] = {}
-        self._indexes: dict[int, np.ndarray] = {}
+    def __init__(
+        self, store: Path, name: str = layout.TOKENS, *, verify_checksums: bool = True, use_kept: bool = True
+    ) -> None:
+        """Read the metadata; files are opened on demand.
 
-    def __enter__(self) -> TokenReader:
+        Args:
+            store: Folder of the store.
+            name: Of the array in it.
+            verify_checksums: False leaves the chunks' checksums unread; the shard indexes are checked all the same.
+            use_kept: Of a store in a bucket, read what is kept on this machine; False asks the bucket.
+
+        Raises:
+            StoreDamagedError: When the metadata is missing or another format's.
+        """
+        self.store, self.name, self._use_kept = store, name, use_kept
+        array = read_array_layout(store, name)
+        self.shape, self.dtype = array.shape, array.dtype
+        self._chunk_steps, self._shard_chunks, self._chunk_bytes = array[2:]
+        self._shard_steps = self._chunk_steps * self._shard_chunks
+        self._step_bytes = self._chunk_bytes // self._chunk_steps
+        self._stored_bytes = self._chunk_bytes + CRC_BYTES
+        self.num_chunks = -(-self.shape[0] // self._chunk_steps)
+        self._checked = bytearray(self.num_chunks) if verify_checksums else b"\1" * self.num_chunks
+        self._key = object()  # of this reader's shards among the open ones
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -60,126 +82,166 @@ class TokenReader:
         self.close()
 
     def close(self) -> None:
-        """Close the open shard files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-        self._indexes.clear()
+        """Let the open shard files go; a later read opens them again."""
+        OPEN_SHARDS.drop((self._key, shard) for shard in range(-(-self.num_chunks // self._shard_chunks)))
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the steps from `start` on.
+        """Fill `out` with the rows from `start` on.
 
         Args:
-            start: First step.
-            out: [T, N, D] float16, C-contiguous; T may span chunks and shards.
+            start: First row.
+            out: [T, ...] of the array's dtype, C-contiguous; T may span chunks and shards. Its content is undefined when
+                an error is raised.
 
         Raises:
-            IndexError: When the run leaves the store.
+            IndexError: When the run leaves the array.
             StoreDamagedError: When a chunk is missing, short or fails its checksum.
         """
-        if out.dtype != np.float16 or out.shape[1:] != (self.num_tokens, self.width) or not out.flags.c_contiguous:
+        if out.dtype != self.dtype or out.shape[1:] != self.shape[1:] or not out.flags.c_contiguous:
             raise ValueError(
-                f"out must be C-contiguous float16 [T, {self.num_tokens}, {self.width}]; got {out.dtype} {out.shape}"
+                f"out must be C-contiguous {self.dtype} [T, {', '.join(map(str, self.shape[1:]))}]; got {out.dtype} {out.shape}"
             )
         stop = start + len(out)
-        if start < 0 or stop > self.num_steps:
-            raise IndexError(f"{self.store} holds steps 0 to {self.num_steps}; asked for {start} to {stop}")
+        if start < 0 or stop > self.shape[0]:
+            raise IndexError(f"{self.store} holds steps 0 to {self.shape[0]}; asked for {start} to {stop}")
+        if not len(out):
+            return
+        target, step_bytes = memoryview(out).cast("B"), self._step_bytes
         step = start
         while step < stop:
-            chunk, offset = divmod(step, self._chunk_steps)
-            count = min(self._chunk_steps - offset, stop - step)
-            view = out[step - start : step - start + count]
-            if self._checked[chunk]:
-                self._read_bytes(chunk, offset * self._step_bytes, view.reshape(-1).view(np.uint8))
-            else:
-                view[...] = self._read_checked(chunk)[offset : offset + count]
+            number, row = divmod(step, self._shard_steps)
+            count = min(self._shard_steps - row, stop - step)
+            begin = (step - start) * step_bytes
+            self._read_in_shard(number, row, count, target[begin : begin + count * step_bytes])
             step += count
 
     def check_chunk(self, chunk: int) -> None:
-        """Read one chunk and check its crc32c.
+        """Read one chunk and check its crc32c, whatever was checked before.
 
         Raises:
             StoreDamagedError: When it is missing, short or does not match.
         """
-        self._read_checked(chunk)
+        self._read_whole(self._shard(chunk // self._shard_chunks), chunk, 0, memoryview(b""))
 
-    def _read_checked(self, chunk: int) -> np.ndarray:
-        buffer = np.empty(self._chunk_steps * self._step_bytes + CRC_BYTES, np.uint8)
-        self._read_bytes(chunk, 0, buffer)
+    def _read_in_shard(self, number: int, row: int, count: int, target: memoryview) -> None:
+        """Fill `target` with `count` rows of one shard, by one call where that is possible."""
+        shard = self._shard(number)
+        chunk_steps, step_bytes = self._chunk_steps, self._step_bytes
+        inner, skipped = divmod(row, chunk_steps)
+        last, base = (row + count - 1) // chunk_steps, number * self._shard_chunks
+        if last < shard.num_in_order and self._checked.find(0, base + inner, base + last + 1) < 0:
+            filled = (chunk_steps - skipped) * step_bytes
+            pieces = [target[:filled]]
+            for _ in range(last - inner):
+                pieces += (_UNREAD, target[filled : filled + self._chunk_bytes])
+                filled += self._chunk_bytes
+            wanted = len(target) + (last - inner) * CRC_BYTES
+            try:
+                if shard.readv(pieces, inner * self._stored_bytes + skipped * step_bytes) == wanted:
+                    return
+            except OSError:
+                pass  # chunk by chunk, which names the one that cannot be read
+        while target:
+            inner, skipped = divmod(row, chunk_steps)
+            num_bytes = min((chunk_steps - skipped) * step_bytes, len(target))
+            self._read_chunk(shard, base + inner, skipped * step_bytes, target[:num_bytes])
+            row, target = row + num_bytes // step_bytes, target[num_bytes:]
+
+    def _read_chunk(self, shard: OpenShard, chunk: int, skip: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of one chunk from `skip` on; one that is not checked yet is read as a whole."""
+        if self._checked[chunk]:
+            self._fill(shard, chunk, [target], self._offset(shard, chunk) + skip)
+        else:
+            self._read_whole(shard, chunk, skip, target)
+
+    def _read_whole(self, shard: OpenShard, chunk: int, skip: int, target: memoryview) -> None:
+        # The wanted bytes go straight to their place, the others and the checksum beside.
+        beside = _take_scratch(self._stored_bytes - len(target))
+        parts = [beside[:skip], target, beside[skip:-CRC_BYTES], beside[-CRC_BYTES:]]
+        self._fill(shard, chunk, parts, self._offset(shard, chunk))
+        value = 0
+        for part in parts[:3]:
+            for begin in range(0, len(part), CRC_PIECE_BYTES):
+                value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
+        if value != int.from_bytes(parts[3], "little"):
+            raise self._damaged(chunk, "its checksum does not match")
+        if isinstance(self._checked, bytearray):
+            self._checked[chunk] = 1
+
+    def _fill(self, shard: OpenShard, chunk: int, pieces: list[memoryview], begin: int) -> None:
+        """Fill the pieces one after the other with the bytes of a chunk's file from `begin` on."""
         try:
-            data = CRC32C(location="end").decode(buffer)
-        except RuntimeError as error:
-            raise self._damaged(chunk, "its checksum does not match") from error
-        self._checked[chunk] = True
-        return np.frombuffer(data, np.float16).reshape(self._chunk_steps, self.num_tokens, self.width)
+            num_read = read_all(shard.readv, pieces, begin)
+        except OSError as error:
+            raise self._damaged(chunk, f"it cannot be read ({error})") from error
+        if num_read < sum(map(len, pieces)):
+            raise self._damaged(chunk, "the file ends inside it")
 
-    def _read_bytes(self, chunk: int, skip: int, out: np.ndarray) -> None:
-        shard, inner = divmod(chunk, self._shard_steps // self._chunk_steps)
-        offset, num_bytes = (int(value) for value in self._index(shard)[inner])
+    def _shard(self, number: int) -> OpenShard:
+        shard = OPEN_SHARDS.get((self._key, number))
+        if shard is None:
+            shard = OpenShard(self._shard_path(number), self._shard_chunks, self._stored_bytes, use_kept=self._use_kept)
+            shard = OPEN_SHARDS.add((self._key, number), shard)
+        return shard
+
+    def _offset(self, shard: OpenShard, chunk: int) -> int:
+        offset, num_bytes = shard.index[chunk % self._shard_chunks]
         if offset == MISSING:
             raise self._damaged(chunk, "the shard index does not list it")
-        if num_bytes != self._chunk_steps * self._step_bytes + CRC_BYTES:
-            raise self._damaged(chunk, f"the shard index gives it {num_bytes} bytes")
-        view, position = memoryview(out), offset + skip
-        while len(view):
-            got = os.preadv(self._descriptors[shard], [view], position)
-            if got == 0:
-                raise self._damaged(chunk, "the file ends inside it")
-            view, position = view[got:], position + got
+        if num_bytes != self._stored_bytes:
+            raise self._damaged(chunk, f"the shard index gives it {num_bytes} bytes instead of {self._stored_bytes}")
+        return offset
 
-    def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indexes:
-            path = layout.shard_path(self.store, shard)
-            num_chunks = self._shard_steps // self._chunk_steps
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
-            size = num_chunks * 16 + CRC_BYTES
-            raw = os.pread(descriptor, size, max(0, os.fstat(descriptor).st_size - size))
-            try:
-                if len(raw) != size:
-                    raise RuntimeError(f"the file has only {len(raw)} bytes")
-                index = np.frombuffer(CRC32C(location="end").decode(raw), np.uint64).reshape(num_chunks, 2)
-            except RuntimeError as error:
-                os.close(descriptor)
-                raise StoreDamagedError(f"the shard index at the end of {path} is damaged; {WAY_OUT}") from error
-            # Threads may race to here; setdefault keeps one descriptor and the loser closes its own.
-            if self._descriptors.setdefault(shard, descriptor) != descriptor:
-                os.close(descriptor)
-            self._indexes[shard] = index
-        return self._indexes[shard]
+    def _shard_path(self, number: int) -> Path:
+        return array_shard_path(self.store, self.name, number, len(self.shape))
 
     def _damaged(self, chunk: int, reason: str) -> StoreDamagedError:
         start = chunk * self._chunk_steps
-        shard = chunk * self._chunk_steps // self._shard_steps
-        return StoreDamagedError(
-            f"chunk {chunk} (steps {start} to {start + self._chunk_steps}) in {layout.shard_path(self.store, shard)}: "
-            f"{reason}; {WAY_OUT}"
-        )
+        stop = min(start + self._chunk_steps, self.shape[0])
+        where = f"steps {start} to {stop}{_describe_episodes(self.store, start, stop)}"
+        path = self._shard_path(chunk // self._shard_chunks)
+        return StoreDamagedError(f"chunk {chunk} ({where}) in {path}: {reason}; {WAY_OUT}")
+
+
+class TokenReader(ArrayReader):
+    """The tokens [n, N, D] of one store."""
+
+    def __init__(self, store: Path, *, verify_checksums: bool = True) -> None:
+        """Read the metadata, as `ArrayReader` does."""
+        super().__init__(store, layout.TOKENS, verify_checksums=verify_checksums)
+        self.num_steps, self.num_tokens, self.width = self.shape
 
 
 def read_table(store: Path, name: str) -> pa.Table:
-    """Read the step or segment table of a store, with the checksums of its pages.
+    """Read the step or segment table of a store, after a check of all its bytes: the checksums of Parquet leave out names.
 
     Raises:
         StoreDamagedError: When it is missing or damaged.
     """
     path = store / name
+    record = read_store_file(store).files.get(name)
+    if record is None:
+        raise StoreDamagedError(f"{store / layout.STORE_FILE} does not list {name}; {WAY_OUT}")
+    check_content(path, record.sha256)
     try:
-        return pq.read_table(path, page_checksum_verification=True)
+        return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {WAY_OUT}") from error
 
 
-WAY_OUT = "delete the store's folder and run `python stages/encode.py`, which encodes just this unit again"
+def _take_scratch(num_bytes: int) -> memoryview:
+    """This thread's buffer for bytes that nobody asked for, kept between reads."""
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = _scratch.buffer = bytearray(num_bytes)
+    return memoryview(buffer)[:num_bytes]
 
 
-def _read_metadata(store: Path) -> dict:
-    path = store / layout.TOKENS / "zarr.json"
+def _describe_episodes(store: Path, start: int, stop: int) -> str:
+    """The episodes of these steps, as far as the segment table can be read."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
-    except ValueError as error:
-        raise StoreDamagedError(f"{path} is no valid JSON; {WAY_OUT}") from error
+        segments = read_table(store, layout.SEGMENTS_FILE).to_pylist()
+    except ValueError:  # its own damage is not what was asked about
+        return ""
+    episodes = sorted({row["episode"] for row in segments if row["start"] < stop and start < row["stop"]})
+    return f", episode {', '.join(episodes)}" if episodes else ""

@@ -7,14 +7,17 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from jepa_cache.store.locks import Claim, held_file, is_claimed, lock_file, try_claim
 from jepa_cache.store.recipe import unit_id
 
 TEMPORARY_PREFIX = ".tmp-"
+LOCK_SUFFIX = ".lock"  # beside a temporary folder: its writer lives
+CLAIM_SUFFIX = ".claim"  # of the file that says who makes a store
 
 
 def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
@@ -25,11 +28,13 @@ def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
         base: Folder that relative data paths are meant from.
 
     Raises:
-        ValueError: For an object-store URL, which this version cannot write.
+        ValueError: For a URL that is not s3://bucket/prefix or gs://bucket/prefix.
     """
     chosen = configured or os.environ.get("JEPA_CACHE_HOME") or "~/.cache/jepa-cache"
     if "://" in chosen:
-        raise ValueError(f"cache.root must be a folder; object stores are not supported yet, got {chosen!r}")
+        from jepa_cache.store.mirror import open_mirror
+
+        return open_mirror(chosen)
     return CacheRoot((base / Path(chosen).expanduser()).resolve())
 
 
@@ -39,19 +44,25 @@ class CacheRoot:
 
     path: Path
 
+    @property
+    def name(self) -> str:
+        """What users call it: its folder or URL."""
+        return str(self.path)
+
     def check_writable(self) -> None:
-        """Make the root and try to write in it, before hours of work.
+        """Make the root and try to write and lock a file in it, before hours of work.
 
         Raises:
-            ValueError: It cannot be made or written; says where and why.
+            ValueError: It cannot be made, written or locked; says where and why.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            make_folder(self.path)
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
-                f"the cache root {self.path} cannot be written ({error}); set cache.root or $JEPA_CACHE_HOME"
+                f"the cache root {self.path} cannot be written ({error}); set cache.root or $JEPA_CACHE_HOME "
+                "(a Lustre file system must be mounted with its option flock)"
             ) from error
 
     def tokens(self, fingerprint: str, unit_digest: str) -> Path:
@@ -70,6 +81,56 @@ class CacheRoot:
         """The copy of a manifest that says which stores are still wanted."""
         return self.path / "manifests" / f"{digest}.json"
 
+    def fetch(self, place: Path) -> bool:
+        """Whether a store or file is published; what reading it needs is here afterwards."""
+        return place.exists()
+
+    def prefetch(self, places: Sequence[Path]) -> None:
+        """Fetch many at the same time, so that `fetch` of each is quick afterwards; here there is nothing to do."""
+
+    def publish(self, place: Path) -> None:
+        """Make a finished store or file known to everyone; in a folder it is already."""
+
+    def remove(self, place: Path) -> None:
+        """Remove a store or file, so that at every moment it is whole or gone."""
+        if place.is_dir():
+            remove_folder(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def refresh(self) -> list[str]:
+        """Bring what is here up to date with what is published, for who looks at everything; says what is damaged there."""
+        return []
+
+    def find_abandoned(self) -> dict[str, int]:
+        """Names and bytes of uploads that were never finished; a folder has none."""
+        return {}
+
+    def remove_abandoned(self, name: str) -> None:
+        """Remove one of `find_abandoned`."""
+
+    def claim(self, store: Path) -> Claim | None:
+        """Claim the making of a store; None while another encoder, on this machine or another, holds it."""
+        make_folder(store.parent)
+        return try_claim(_claim_file(store))
+
+    def is_claimed(self, store: Path) -> bool:
+        """Whether a living encoder is making a store."""
+        return is_claimed(_claim_file(store))
+
+    @contextmanager
+    def claimed(self, store: Path) -> Iterator[None]:
+        """Claim the making of a store for the block, waiting for whoever holds it."""
+        make_folder(store.parent)
+        with held_file(_claim_file(store)):
+            yield
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what dead writers left anywhere below the root; living ones hold a lock on theirs. Cost: lists every folder."""
+        for folder in (self.path, *self.path.glob("*"), *self.path.glob("*/*")):
+            if folder.suffix not in (".zarr", ".parquet", ".json"):
+                remove_stale_temporaries(folder)
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -77,18 +138,45 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     A crash at any moment leaves the old file or the new one, never a part.
     """
-    with _claimed_temporary(path, os.mknod, Path.unlink) as temporary:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+    make_folder(path.parent)
+    temporary = _temporary_beside(path)
+    descriptor = lock_file(temporary, create=True, wait=True)
+    assert descriptor is not None
+    try:
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
     """Yield a private folder beside `final`, to be filled and published; removed when the block leaves it there."""
-    with _claimed_temporary(final, os.mkdir, shutil.rmtree) as temporary:
-        yield temporary
+    make_folder(final.parent)
+    temporary = _temporary_beside(final)
+    with held_file(_lock_of(temporary)):  # there before the folder and gone after it, so the folder is never without
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each on the disk before anything is put into it."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def publish_folder(temporary: Path, final: Path) -> bool:
@@ -112,22 +200,30 @@ def publish_folder(temporary: Path, final: Path) -> bool:
 
 def remove_stale_temporaries(folder: Path) -> None:
     """Remove what writers left behind when they were killed; living writers hold a lock on theirs."""
-    if not folder.is_dir():
-        return
-    with _locked(folder):
-        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            try:
-                with _locked(path, blocking=False):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            except (BlockingIOError, FileNotFoundError):
-                continue  # a living writer's, or one that was published or removed just now
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*") if folder.is_dir() else ():
+        if path.is_dir():
+            if not _lock_of(path).exists():  # a store that was being removed
+                _remove_tree(path)
+            continue
+        descriptor = lock_file(path)
+        if descriptor is None:  # a living writer's, or one that was published or removed just now
+            continue
+        try:
+            if path.suffix == LOCK_SUFFIX:
+                _remove_tree(path.with_suffix(""))
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a store so that it is whole or gone at every moment: renamed first, then deleted."""
     temporary = _temporary_beside(path)
-    path.rename(temporary)
-    shutil.rmtree(temporary)
+    try:
+        path.rename(temporary)
+    except FileNotFoundError:
+        return  # another process did it
+    _remove_tree(temporary)
 
 
 def sync(path: Path) -> None:
@@ -139,31 +235,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _claimed_temporary(final: Path, create: Callable[[Path], None], remove: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary file or folder that carries a lock of this process, which the kernel releases when it dies."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(final)
-    with ExitStack() as stack:
-        with _locked(final.parent):  # so that nobody sees it before it is locked
-            create(temporary)
-            stack.enter_context(_locked(temporary))
-        try:
-            yield temporary
-        finally:
-            if temporary.exists():
-                remove(temporary)
-
-
 def _temporary_beside(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name}"
 
 
-@contextmanager
-def _locked(path: Path, *, blocking: bool = True) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if blocking else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name + LOCK_SUFFIX)
+
+
+def _claim_file(store: Path) -> Path:
+    return store.parent / f"{TEMPORARY_PREFIX}{store.name}{CLAIM_SUFFIX}"
+
+
+def _remove_tree(path: Path) -> None:
+    while path.exists():
+        with suppress(FileNotFoundError):  # two processes may remove the same left-over
+            shutil.rmtree(path)

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jepa_cache.store import layout
-from jepa_cache.store.reader import WAY_OUT, StoreDamagedError
+from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.recipe import canonical_json, file_digest
+from jepa_cache.store.records import open_remote
+
+SELF_DIGEST = "sha256"  # of store.json itself, without this entry
+
+
+class FileRecord(NamedTuple):
+    """Size and sha256 of one file of a store."""
+
+    num_bytes: int
+    sha256: str
 
 
 class StoreFile(NamedTuple):
-    """What store.json says: `card` describes the content, `digest` covers it, `provenance` is how it was made."""
+    """What store.json says.
+
+    Attributes:
+        card: Describes the content.
+        digest: Covers card and files.
+        provenance: How it was made.
+        files: Every other file by its path in the store.
+    """
 
     card: dict[str, Any]
     digest: str
     provenance: dict[str, Any]
-    num_bytes: int
+    files: dict[str, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files but store.json."""
+        return sum(file.num_bytes for file in self.files.values())
 
 
 def write_store_file(folder: Path, card: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
@@ -29,7 +52,8 @@ def write_store_file(folder: Path, card: Mapping[str, Any], provenance: Mapping[
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
     }
     content = {"format_version": layout.FORMAT_VERSION, "card": dict(card), "files": listing}
-    (folder / layout.STORE_FILE).write_bytes(canonical_json({"content": content, "provenance": dict(provenance)}))
+    document = {"content": content, "provenance": dict(provenance)}
+    (folder / layout.STORE_FILE).write_bytes(canonical_json({**document, SELF_DIGEST: _digest(document)}))
 
 
 def read_store_file(store: Path) -> StoreFile:
@@ -39,14 +63,60 @@ def read_store_file(store: Path) -> StoreFile:
         StoreDamagedError: When it is missing or no valid JSON.
         ValueError: When another version of the program wrote the store.
     """
-    document = _read_document(store)
-    content = document["content"]
-    return StoreFile(
-        card=content["card"],
-        digest=hashlib.sha256(canonical_json(content)).hexdigest(),
-        provenance=document["provenance"],
-        num_bytes=sum(entry["num_bytes"] for entry in content["files"].values()),
-    )
+    raw, document = _read_document(store)
+    if document["content"]["format_version"] != layout.FORMAT_VERSION:
+        # Not damaged: another version of this program wrote it, and nobody asked to replace it.
+        raise ValueError(
+            f"{store} has store format {document['content']['format_version']}, this program reads {layout.FORMAT_VERSION}; "
+            "set cache.root to another folder, or delete this one"
+        )
+    if not _is_as_written(raw, document):
+        raise StoreDamagedError(
+            f"{store / layout.STORE_FILE} has changed since it was written (sha256 differs); {WAY_OUT}"
+        )
+    try:
+        content = document["content"]
+        return StoreFile(
+            card=dict(content["card"]),
+            digest=_digest_text(raw) or _digest(content),
+            provenance=dict(document["provenance"]),
+            files={name: FileRecord(**entry) for name, entry in content["files"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreDamagedError(f"{store / layout.STORE_FILE} is damaged ({error!r}); {WAY_OUT}") from error
+
+
+def is_misread_version(store: Path, digest: str) -> bool:
+    """Whether a store of this digest has another format version only because that number was damaged.
+
+    Raises:
+        StoreDamagedError: When store.json is missing or no valid JSON.
+    """
+    return _digest({**_read_document(store)[1]["content"], "format_version": layout.FORMAT_VERSION}) == digest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def _is_as_written(raw: bytes, document: Mapping[str, Any]) -> bool:
+    """Whether store.json is what its own sha256, its last entry, says; stores made before there was one have none."""
+    if document.keys() == {"content", "provenance"}:
+        return True
+    written, end = document.get(SELF_DIGEST), raw.rfind(b',\n  "%s": ' % SELF_DIGEST.encode())
+    return written == hashlib.sha256(raw[:end] + b"\n}\n").hexdigest()
+
+
+def _digest_text(raw: bytes) -> str | None:
+    """The digest without spelling the content anew, which costs ten times as much; None when the file is not as it was written.
+
+    In the canonical spelling the content stands in store.json as it would stand alone, but for two spaces before every line.
+    """
+    head, tail = b'{\n  "content": ', b',\n  "provenance": '
+    end = raw.find(tail)
+    if not raw.startswith(head) or end < 0:
+        return None
+    return hashlib.sha256(raw[len(head) : end].replace(b"\n  ", b"\n") + b"\n").hexdigest()
 
 
 def check_store(store: Path, *, read_data: bool = False) -> StoreFile:
@@ -57,31 +127,56 @@ def check_store(store: Path, *, read_data: bool = False) -> StoreFile:
     Raises:
         StoreDamagedError: Naming the first file that is missing or differs.
     """
-    for name, entry in _read_document(store)["content"]["files"].items():
-        path = store / name
-        if not path.is_file():
-            raise StoreDamagedError(f"{path} is missing; {WAY_OUT}")
-        size = path.stat().st_size
-        if size != entry["num_bytes"]:
-            raise StoreDamagedError(f"{path} has {size} bytes, not {entry['num_bytes']}; {WAY_OUT}")
-        if read_data and file_digest(path) != entry["sha256"]:
-            raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {WAY_OUT}")
-    return read_store_file(store)
+    found = read_store_file(store)
+    for name, file in found.files.items():
+        check_size(store / name, file.num_bytes)
+        if read_data:
+            check_content(store / name, file.sha256)
+    return found
 
 
-def _read_document(store: Path) -> dict[str, Any]:
+def check_size(path: Path, num_bytes: int) -> None:
+    """Check that a file is there with its size.
+
+    Raises:
+        StoreDamagedError: It is not.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remote = open_remote(path)
+        if remote is not None and remote.num_bytes == num_bytes:
+            return
+        raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreDamagedError(f"{path} is no file; {WAY_OUT}")
+    if found.st_size != num_bytes:
+        raise StoreDamagedError(f"{path} has {found.st_size} bytes, not {num_bytes}; {WAY_OUT}")
+
+
+def check_content(path: Path, sha256: str) -> None:
+    """Check that a file holds what was written. Cost: reads it.
+
+    Raises:
+        StoreDamagedError: It does not, or the disk cannot read it.
+    """
+    try:
+        remote = None if path.exists() else open_remote(path)
+        found = file_digest(path) if remote is None else remote.digest()
+    except OSError as error:
+        raise StoreDamagedError(f"{path} cannot be read ({error}); {WAY_OUT}") from error
+    if found != sha256:
+        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {WAY_OUT}")
+
+
+def _read_document(store: Path) -> tuple[bytes, dict[str, Any]]:
     path = store / layout.STORE_FILE
     try:
-        document = json.loads(path.read_bytes())
-        version = document["content"]["format_version"]
-    except FileNotFoundError as error:
+        raw = path.read_bytes()
+        document = json.loads(raw)
+        document["content"]["format_version"]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise StoreDamagedError(f"{path} is damaged ({error}); {WAY_OUT}") from error
-    if version != layout.FORMAT_VERSION:
-        # Not damaged: another version of this program wrote it, and nobody asked to replace it.
-        raise ValueError(
-            f"{store} has store format {version}, this program reads {layout.FORMAT_VERSION}; set cache.root to another "
-            "folder, or delete this one"
-        )
-    return document
+    return raw, document

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,30 +16,51 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jepa_cache.config.machine import default_num_threads
 from jepa_cache.store import layout
+from jepa_cache.store.quantisation import check_width, decode, encode, get_scheme, is_finite, measure_channels
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import publish_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.store.staging import Staging
 from jepa_cache.store.verify import write_store_file
+
+STAGING_FOLDER = "staging"
 
 
 class TokenWriter:
     """Collects the steps of one unit and publishes them as one store; leaves nothing behind unless `publish` ran.
 
-    Whole zarr shards are written at once: writing one in pieces costs about eight times as much.
+    Whole zarr shards are written at once: writing one in pieces costs about eight times as much. Where codes are stored,
+    the steps wait in float16 until all are there, and are quantised shard by shard when published.
     """
 
-    def __init__(self, final: Path, *, num_tokens: int, width: int) -> None:
+    def __init__(self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16") -> None:
+        """Prepare the buffer of one shard.
+
+        Args:
+            final: Place of the store.
+            num_tokens: N.
+            width: D.
+            dtype: How tokens are stored, a name in `quantisation.SCHEMES`.
+
+        Raises:
+            ValueError: For an unknown dtype, or a width that it cannot have.
+        """
+        check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
+        self._dtype, self._scheme = dtype, get_scheme(dtype)
         self._stack = ExitStack()
-        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), np.float16)
+        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._scheme.given)
         self._num_pending = 0
         self._num_shards = 0
+        self._errors: list[np.ndarray] = []  # rows [3] of every step, as `append` takes them
 
     def __enter__(self) -> TokenWriter:
         remove_stale_temporaries(self.final.parent)
         self._folder = self._stack.enter_context(temporary_folder(self.final))
-        self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width)
+        self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width, self._dtype)
+        self._staging = Staging(self._folder / STAGING_FOLDER) if self._scheme.max_code is not None else None
         return self
 
     def __exit__(
@@ -50,24 +73,27 @@ class TokenWriter:
         """Steps appended so far."""
         return self._num_shards * layout.SHARD_STEPS + self._num_pending
 
-    def append(self, tokens: np.ndarray) -> None:
+    def append(self, tokens: np.ndarray, errors: np.ndarray | None = None) -> None:
         """Add steps at the end.
 
         Args:
-            tokens: [T, N, D] float16, finite.
+            tokens: [T, N, D] float16, or the bits of bfloat16 as uint16 where that is stored; finite.
+            errors: [T, 3] float64 of each step's cast from what the encoder gave: sum of squared errors, sum of squares,
+                largest error. None where nobody measured them.
 
         Raises:
             ValueError: When the shape or dtype is another, or a value is not finite.
         """
         expected = (self._num_tokens, self._width)
-        if tokens.dtype != np.float16 or tokens.shape[1:] != expected:
+        if tokens.dtype != self._pending.dtype or tokens.shape[1:] != expected:
             raise ValueError(
-                f"tokens must be float16 [T, {expected[0]}, {expected[1]}]; got {tokens.dtype} {tokens.shape}"
+                f"tokens must be {self._pending.dtype} [T, {expected[0]}, {expected[1]}]; got {tokens.dtype} {tokens.shape}"
             )
-        if not np.isfinite(tokens).all():
+        if not is_finite(tokens):
             raise ValueError(
                 f"tokens of steps {self.num_steps} to {self.num_steps + len(tokens)} hold non-finite values"
             )
+        self._errors += [] if errors is None else list(errors)
         while len(tokens):
             part = tokens[: layout.SHARD_STEPS - self._num_pending]
             self._pending[self._num_pending : self._num_pending + len(part)] = part
@@ -79,10 +105,15 @@ class TokenWriter:
     def roll_back(self, num_steps: int) -> None:
         """Forget every step from `num_steps` on, for an episode that turned out to be unreadable half-way."""
         shard, rest = divmod(num_steps, layout.SHARD_STEPS)
+        del self._errors[num_steps:]
         if shard < self._num_shards:
-            self._pending[:rest] = self._array[shard * layout.SHARD_STEPS : num_steps]
             self._num_shards = shard
-            self._array.resize((shard * layout.SHARD_STEPS, self._num_tokens, self._width))
+            if self._staging is not None:
+                self._staging.read(shard, self._pending)
+                self._staging.truncate(shard)
+            else:
+                self._pending[:rest] = self._array[shard * layout.SHARD_STEPS : num_steps]
+                self._resize(shard * layout.SHARD_STEPS)
         self._num_pending = rest
 
     def publish(
@@ -106,7 +137,9 @@ class TokenWriter:
         num_steps = self.num_steps
         if self._num_pending:
             self._write_shard()
-        self._array.resize((num_steps, self._num_tokens, self._width))
+        self._resize(num_steps)
+        if self._staging is not None:
+            self._quantise(self._staging, num_steps)
         pq.write_table(steps, self._folder / layout.STEPS_FILE, write_page_checksum=True)
         pq.write_table(segments, self._folder / layout.SEGMENTS_FILE, write_page_checksum=True)
         with warnings.catch_warnings():
@@ -114,30 +147,84 @@ class TokenWriter:
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             zarr.consolidate_metadata(str(self._folder), zarr_format=3)
-        counted = {**card, "num_steps": num_steps, "steps_digest": digest_steps(steps, segments)}
+        counted = {
+            **card,
+            "num_steps": num_steps,
+            "steps_digest": digest_steps(steps, segments),
+            "reconstruction": describe_errors(self._errors) if len(self._errors) == num_steps else None,
+        }
         write_store_file(self._folder, counted, provenance)
-        check_shards(self._folder, num_steps)
+        check_arrays(self._folder)
         return publish_folder(self._folder, self.final)
 
     def _write_shard(self) -> None:
         start = self._num_shards * layout.SHARD_STEPS
-        self._array.resize((start + self._num_pending, self._num_tokens, self._width))
-        self._array[start : start + self._num_pending] = self._pending[: self._num_pending]
+        tokens = self._pending[: self._num_pending]
+        if self._staging is not None:
+            self._staging.append(tokens)
+        else:
+            self._resize(start + self._num_pending)
+            self._array[start : start + self._num_pending] = tokens
         self._num_shards += 1
         self._num_pending = 0
 
+    def _resize(self, num_steps: int) -> None:
+        self._array.resize((num_steps, *self._array.shape[1:]))
 
-def check_shards(store: Path, num_steps: int) -> None:
-    """Read every chunk of a store back and check its crc32c.
+    def _quantise(self, staging: Staging, num_steps: int) -> None:
+        """Turn the staged steps into codes and scales, in two passes over them: channel statistics, then codes."""
+        steps = self._pending
+        channels = measure_channels(staging.iter_shards(steps), self._width)
+        token_scales = layout.create_token_scales(self._folder, num_steps, *steps.shape[1:], self._dtype)
+        codes = np.empty((len(steps), *self._array.shape[1:]), self._array.dtype)
+        scales = np.empty((len(steps), *token_scales.shape[1:]), token_scales.dtype)
+
+        def quantise(row: int) -> np.ndarray:
+            codes[row], scales[row] = encode(steps[row], self._dtype, channels)
+            return measure_error(decode(codes[row], self._dtype, scales[row], channels), steps[row])
+
+        self._errors = []
+        with ThreadPoolExecutor(default_num_threads(), thread_name_prefix="quantise") as pool:
+            for shard, staged in enumerate(staging.iter_shards(steps)):
+                self._errors += pool.map(quantise, range(len(staged)))
+                run = slice(shard * layout.SHARD_STEPS, shard * layout.SHARD_STEPS + len(staged))
+                self._array[run], token_scales[run] = codes[: len(staged)], scales[: len(staged)]
+        staging.close()
+        layout.write_channels(self._folder, channels)
+
+
+def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Sum of squared errors, sum of squares of the truth and largest error of one step: [N, D] each to [3] float64."""
+    truth = truth.astype(np.float32)
+    error = values - truth
+    largest = max(error.max(), -error.min())
+    squared, squares = (np.square(a, out=a).sum(axis=0).sum(dtype=np.float64) for a in (error, truth))
+    return np.array([squared, squares, largest])
+
+
+def describe_errors(errors: Sequence[np.ndarray]) -> dict[str, float]:
+    """What a store's card says of all steps: error relative to the values, both as root mean squares, and the largest error.
+
+    Three digits, so that the order in which a device adds up cannot change a store's digest.
+    """
+    squared, squares = (math.fsum(float(row[column]) for row in errors) for column in (0, 1))
+    relative = math.sqrt(squared / squares) if squares else 0.0
+    largest = max((float(row[2]) for row in errors), default=0.0)
+    return {"max_abs": float(f"{largest:.3g}"), "relative_rmse": float(f"{relative:.3g}")}
+
+
+def check_arrays(store: Path) -> None:
+    """Read every chunk of every array of a store back and check its crc32c.
 
     Raises:
         StoreDamagedError: Naming the shard and chunk.
     """
-    from jepa_cache.store.reader import TokenReader
+    from jepa_cache.store.reader import ArrayReader
 
-    with TokenReader(store) as reader:
-        for chunk in range(-(-num_steps // layout.CHUNK_STEPS)):
-            reader.check_chunk(chunk)
+    for metadata in sorted(store.glob("*/zarr.json")):
+        with ArrayReader(store, metadata.parent.name) as reader:
+            for chunk in range(reader.num_chunks):
+                reader.check_chunk(chunk)
 
 
 def digest_steps(steps: pa.Table, segments: pa.Table) -> str:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from jepa_cache.store import digests
-from jepa_cache.store.digests import DigestTable, state_folder
+from jepa_cache.store.digests import DigestTable, join_digests, state_folder
 
 
 @pytest.fixture
@@ -111,3 +111,61 @@ def test_several_writers_share_one_table(tmp_path):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         DigestTable(tmp_path / "state").digest(tmp_path / "absent")
+
+
+def test_what_is_remembered_at_once_is_what_the_table_would_say_without_reading(tmp_path, monkeypatch):
+    table = DigestTable(tmp_path / "state")
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    digests = list(table.digest_units([[paths[0]], paths[1:]]))
+    assert digests == [table.digest_unit([paths[0]]), table.digest_unit(paths[1:])]
+    paths[0].write_bytes(b"changed")
+    monkeypatch.setattr("jepa_cache.store.digests.file_digest", lambda _: pytest.fail("a file was read"))
+    remembered = table.remember()
+    assert remembered.digest(paths[0]) is None
+    assert join_digests([remembered.digest(path) for path in paths[1:]]) == digests[1]
+    assert list(remembered.earlier([paths[0]])) == [digests[0]] and list(remembered.earlier(paths)) == []
+
+
+def test_every_content_that_a_file_was_seen_with_is_remembered(tmp_path):
+    table, path = DigestTable(tmp_path / "state"), tmp_path / "a.tar"
+    seen = []
+    for content in (b"first", b"second", b"third"):
+        path.write_bytes(content)
+        seen.append(table.digest_unit([path]))
+    assert sorted(table.remember().earlier([path])) == sorted(seen)
+
+
+def test_what_was_hashed_before_a_run_ended_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("jepa_cache.store.digests.SAVE_S", 0.0)
+    table, good, gone = DigestTable(tmp_path / "state"), tmp_path / "good", tmp_path / "gone"
+    good.write_bytes(b"x")
+    with pytest.raises(FileNotFoundError):
+        list(table.digest_units([[good], [gone]]))
+    assert table.remember().digest(good) is not None
+
+
+def test_the_table_is_free_for_others_while_a_large_file_is_hashed(tmp_path, monkeypatch):
+    """Hashing may take minutes; another process must be able to write its own digests meanwhile."""
+    import sqlite3
+
+    monkeypatch.setattr("jepa_cache.store.digests.LARGE_BYTES", 0)
+    table, paths = DigestTable(tmp_path / "state"), [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+
+    def hash_slowly(path):
+        with sqlite3.connect(table.path, timeout=0.1) as other:
+            other.execute("INSERT OR REPLACE INTO units VALUES ('x', '[]')")
+        return path.name
+
+    monkeypatch.setattr("jepa_cache.store.digests.file_digest", hash_slowly)
+    assert len(list(table.digest_units([[path] for path in paths]))) == 2
+
+
+def test_a_table_that_is_none_is_named_with_the_way_out(tmp_path):
+    table = DigestTable(tmp_path)
+    table.path.write_bytes(b"no database at all, but long enough to be taken for one" * 20)
+    with pytest.raises(ValueError, match=r"digests\.sqlite cannot be opened .* delete the file"):
+        table.remember()

@@ -30,9 +30,9 @@ def test_params_win_over_the_environment_and_that_over_the_home_folder(tmp_path,
     assert resolve_cache_root("~/mine", tmp_path).path == tmp_path / "home/mine"
 
 
-def test_an_object_store_is_refused():
-    with pytest.raises(ValueError, match=r"cache\.root must be a folder.*'s3://bucket/x'"):
-        resolve_cache_root("s3://bucket/x", Path())
+def test_a_url_that_is_no_object_store_is_refused():
+    with pytest.raises(ValueError, match=r"s3://bucket/prefix or gs://bucket/prefix; got 'ftp://bucket/x'"):
+        resolve_cache_root("ftp://bucket/x", Path())
 
 
 def test_places_follow_from_fingerprint_and_digest_alone():
@@ -112,11 +112,11 @@ def test_only_the_temporaries_of_dead_writers_are_removed(tmp_path):
         "    (folder / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert process.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    assert process.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 3
     (tmp_path / "published").mkdir()
     with temporary_folder(tmp_path / "c") as folder, atomic_file(tmp_path / "d") as file:
         remove_stale_temporaries(tmp_path)
-        assert set(tmp_path.iterdir()) == {folder, file, tmp_path / "published"}
+        assert set(tmp_path.iterdir()) == {folder, Path(f"{folder}.lock"), file, tmp_path / "published"}
         file.write_text("d")
         assert publish_folder(folder, tmp_path / "c")
     assert {path.name for path in tmp_path.iterdir()} == {"published", "c", "d"}
@@ -158,3 +158,43 @@ def test_a_root_that_cannot_be_written_is_refused_before_any_work(tmp_path):
         CacheRoot(tmp_path / "file" / "root").check_writable()
     CacheRoot(tmp_path / "new" / "root").check_writable()
     assert list((tmp_path / "new" / "root").iterdir()) == []
+
+
+def test_new_folders_are_on_the_disk_before_anything_is_put_into_them(tmp_path, monkeypatch):
+    synced, real_sync = [], store_root.sync
+    monkeypatch.setattr(store_root, "sync", lambda path: (synced.append(path), real_sync(path)))
+    store_root.make_folder(tmp_path / "a/b/c")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
+    store_root.make_folder(tmp_path / "a/b/c")
+    assert len(synced) == 3
+
+
+def test_a_store_that_another_process_removed_first_is_no_error(tmp_path):
+    remove_folder(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_writers_left_anywhere_below_the_root_is_removed_and_nothing_else(tmp_path):
+    root = CacheRoot(tmp_path)
+    left = [
+        "tokens/fp/.tmp-1-u.zarr/x",
+        "controls/fp/.tmp-2-u.parquet",
+        "manifests/.tmp-3-m.json",
+        "actions/fp/.tmp-u.zarr.claim",
+    ]
+    kept = ["tokens/fp/u.zarr/tokens/c/0", "controls/fp/u.parquet", "manifests/m.json", "other/file"]
+    for name in left + kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with temporary_folder(root.tokens("fp", "v" * 32)) as living, root.claimed(root.actions("fp", "w" * 32)):
+        root.remove_stale_temporaries()
+        assert living.is_dir() and root.is_claimed(root.actions("fp", "w" * 32))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+def test_files_are_made_with_the_user_s_own_permissions(tmp_path):
+    with atomic_file(tmp_path / "a"):
+        pass
+    plain = tmp_path / "b"
+    plain.touch()
+    assert (tmp_path / "a").stat().st_mode == plain.stat().st_mode

@@ -1,0 +1,139 @@
+"""Who is using a cache root, so that a clean-up never takes a store away from a running or an interrupted encode.
+
+Running encodes share a lock on the file `in-use.lock`, which the kernel lets go when they die. What an encode is going to
+make is written under `<root>/unfinished` until its manifest is there: the stores of an encode that was killed half-way are
+wanted, though no manifest lists them yet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from jepa_cache.store.manifest import Manifest
+from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json
+from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
+
+FOLDER = "unfinished"
+LOCK_FILE = "in-use.lock"
+
+
+class RefusedError(ValueError):
+    """Something that must not be done as things are; nothing was changed."""
+
+
+class RootInUseError(RefusedError):
+    """An encode, repair or export is running on this root, or a clean-up is."""
+
+
+class WantedPart(NamedTuple):
+    """The stores of one part that an encode is going to make: their three fingerprints and the sha256 of its units."""
+
+    fingerprint: str
+    action_fingerprint: str
+    source_fingerprint: str
+    units: tuple[str, ...]
+
+
+class UnfinishedEncode(NamedTuple):
+    """What an encode that has not written its manifest yet is going to make; `digest` names its file."""
+
+    digest: str
+    dataset: str
+    parts: tuple[WantedPart, ...]
+
+
+@contextmanager
+def in_use(root: CacheRoot) -> Iterator[None]:
+    """Hold the root together with any number of others, so that nothing is cleaned away meanwhile.
+
+    Raises:
+        RootInUseError: A clean-up is running.
+        ValueError: The root cannot be made or written.
+    """
+    root.check_writable()
+    with _held(root, fcntl.LOCK_SH, "a `jepa-cache gc --delete` is running on it; wait until it has ended"):
+        yield
+
+
+@contextmanager
+def held_alone(root: CacheRoot) -> Iterator[None]:
+    """Hold the root alone, for a clean-up.
+
+    Raises:
+        RootInUseError: Somebody else holds it.
+    """
+    with _held(root, fcntl.LOCK_EX, "an encode, repair, export or another clean-up is running on it; wait for its end"):
+        yield
+
+
+def announce(root: CacheRoot, dataset: str, parts: Sequence[WantedPart]) -> None:
+    """Say what an encode is going to make, unless all of it is there already."""
+    if all(root.fetch(root.tokens(part.fingerprint, unit)) for part in parts for unit in part.units):
+        return
+    content = canonical_json({"dataset": dataset, "parts": [part._asdict() for part in parts]})
+    path = root.path / FOLDER / f"{hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]}.json"
+    if root.fetch(path) and path.read_bytes() == content:
+        return
+    remove_stale_temporaries(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+    root.publish(path)
+
+
+def settle(root: CacheRoot, manifest: Manifest) -> None:
+    """Forget the unfinished encodes whose stores this manifest lists; call it when the manifest lies in the root."""
+    root.publish(root.manifest(manifest.digest))
+    listed = {(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores}
+    for unfinished in list_unfinished(root):
+        if all((part.fingerprint, unit) in listed for part in unfinished.parts for unit in part.units):
+            root.remove(unfinished_path(root, unfinished.digest))
+
+
+def list_unfinished(root: CacheRoot) -> list[UnfinishedEncode]:
+    """The encodes that were begun on this root and have not written their manifest yet.
+
+    Raises:
+        ValueError: A record cannot be read; says which.
+    """
+    found = []
+    for path in sorted((root.path / FOLDER).glob("*.json")):
+        try:
+            document = json.loads(path.read_bytes())
+            parts = tuple(WantedPart(**{**part, "units": tuple(part["units"])}) for part in document["parts"])
+            found.append(UnfinishedEncode(path.stem, document["dataset"], parts))
+        except FileNotFoundError:
+            continue  # that encode has ended just now
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); it says which stores an encode still wants. Delete it if none is running"
+            ) from error
+    return found
+
+
+def unfinished_path(root: CacheRoot, digest: str) -> Path:
+    """The record of an unfinished encode."""
+    return root.path / FOLDER / f"{digest}.json"
+
+
+@contextmanager
+def _held(root: CacheRoot, kind: int, reason: str) -> Iterator[None]:
+    path = root.path / LOCK_FILE
+    try:  # Writable, because NFS gives an exclusive lock to no other.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's file
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RootInUseError(f"the cache root {root.path} is in use: {reason}") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+"""A real S3 server as a process on loopback (moto's), and a proxy before it that loses requests and answers as told."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+import pytest
+
+from jepa_cache.store import objects
+
+BUCKET = "bucket"
+
+
+class Fault(NamedTuple):
+    """What happens to the next `times` requests whose "METHOD /path?query" the pattern is found in.
+
+    `kind` is "refuse" (closed before the server sees it), "deaf" (carried out, but the answer is lost), "cut" (the answer
+    ends after `number` bytes of its body) or "status" (answered with this code and `text`).
+    """
+
+    pattern: str
+    kind: str
+    number: int = 0
+    text: str = ""
+    times: int = 1
+
+
+class S3Server:
+    """Its address, the proxy's, the faults that wait and the requests that the proxy saw."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.direct_url = f"http://127.0.0.1:{port}"
+        self.url = ""  # through the proxy
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+
+    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """One request, past the proxy."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def take_fault(self, request: str) -> Fault | None:
+        """The first fault that this request meets; it is used up by one."""
+        for number, fault in enumerate(self.faults):
+            if re.search(fault.pattern, request):
+                if fault.times > 1:
+                    self.faults[number] = fault._replace(times=fault.times - 1)
+                else:
+                    del self.faults[number]
+                return fault
+        return None
+
+
+@contextmanager
+def serve_s3() -> Iterator[S3Server]:
+    """An empty server with one bucket, and its proxy, for the time of the block; the test is skipped without moto."""
+    pytest.importorskip("obstore", reason="object stores need the library obstore (extra `objects`)")
+    pytest.importorskip("moto", reason="the S3 server of the tests is moto's (extra `dev`)")
+    pytest.importorskip("flask", reason="moto's server needs flask (extra `dev`)")
+    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        port = _read_port(process)
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        server = S3Server(port)
+        with _proxy(server):
+            assert server.ask("PUT", f"/{BUCKET}")[0] == 200
+            yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _read_port(process: subprocess.Popen[str]) -> int:
+    deadline, seen = time.monotonic() + 60, ""
+    while time.monotonic() < deadline:
+        line = process.stderr.readline()
+        seen += line
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            return int(found[1])
+        if not line and process.poll() is not None:
+            break
+    raise AssertionError(f"moto's server did not start: {seen}")
+
+
+@contextmanager
+def _proxy(server: S3Server) -> Iterator[None]:
+    # moto looks whether there is an object and writes it in two steps; S3 does it in one, hence one write at a time.
+    writing = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.0"  # a connection per request: losing one is closing it
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _forward(self) -> None:
+            request = f"{self.command} {self.path}"
+            server.requests.append(request)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fault = server.take_fault(request)
+            kind = fault.kind if fault else ""
+            if kind == "refuse":
+                return
+            if kind == "status":
+                self.send_response(fault.number)
+                self.send_header("Content-Length", str(len(fault.text)))
+                self.end_headers()
+                self.wfile.write(fault.text.encode())
+                return
+            with (
+                writing if "If-None-Match" in self.headers else nullcontext(),
+                closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection,
+            ):
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                data = answer.read()
+            if kind == "deaf":
+                return
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data[: fault.number] if kind == "cut" else data)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{proxy.server_address[1]}"
+    try:
+        yield
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join()
+
+
+def use_server(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send what follows to the server, through the proxy, with short pauses between repeated requests."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "backoff": quick})
+    monkeypatch.setattr(objects, "PAUSES_S", (0.001,) * 4)

@@ -1,0 +1,239 @@
+"""Claims: every dtype is written whole, the same content always as the same bytes, and other Zarr readers get our numbers.
+
+What is missing never reads as numbers, whatever the dtype; a store says what its dtype cost.
+"""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+from jepa_cache.store import layout, writer
+from jepa_cache.store.quantisation import SCHEMES, Channels, decode, encode, measure_channels
+from jepa_cache.store.reader import ArrayReader, StoreDamagedError
+from jepa_cache.store.verify import check_store, read_store_file, write_store_file
+from jepa_cache.store.writer import TokenWriter
+from tests.encoded import all_files
+from tests.store import plain_reader
+from tests.store.test_token_store import flip, tables
+
+N, D, STEPS = 3, 64, 530
+CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
+ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in SCHEMES}
+
+
+def make_tokens(num_steps=STEPS, seed=0):
+    """What the writer takes for every dtype: tokens with some large channels."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((num_steps, N, D)) * rng.uniform(0.1, 9, D) + rng.uniform(-5, 5, D)).astype(np.float16)
+
+
+def given(tokens, dtype):
+    if dtype != "bfloat16":
+        return tokens
+    return (tokens.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write(path, dtype, pieces, **options):
+    """Publish a store of these pieces; None takes the last one back."""
+    with TokenWriter(path, num_tokens=N, width=D, dtype=dtype) as opened:
+        starts = [0]
+        for piece in pieces:
+            if piece is None:
+                opened.roll_back(starts.pop())
+            else:
+                starts.append(opened.num_steps)
+                opened.append(given(piece, dtype), **options)
+        opened.publish(*tables(opened.num_steps), {"recipe": {"dtype": dtype}}, {})
+    return path
+
+
+def read_all(path, name="tokens"):
+    with ArrayReader(path, name) as reader:
+        out = np.empty(reader.shape, reader.dtype)
+        reader.read(0, out)
+        return out
+
+
+def read_values(path, dtype):
+    """By our own reader and formula."""
+    if dtype not in CODED:
+        return decode(read_all(path), dtype)
+    scales, means = read_all(path, "channel_scales"), read_all(path, "channel_means")
+    return decode(read_all(path), dtype, read_all(path, "token_scales"), Channels(scales, means))
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def store(request, tmp_path_factory):
+    """(dtype, path, the tokens given) of a store of two shards."""
+    path = tmp_path_factory.mktemp(request.param) / "a.zarr"
+    return request.param, write(path, request.param, [make_tokens()]), make_tokens()
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    shutil.copytree(store[1], tmp_path / "b.zarr")
+    return store[0], tmp_path / "b.zarr"
+
+
+def test_what_is_read_is_the_code_of_what_was_given(store):
+    dtype, path, tokens = store
+    if dtype not in CODED:
+        assert np.array_equal(read_all(path), given(tokens, dtype))
+        return
+    channels = measure_channels([tokens], D)
+    codes, scales = zip(*(encode(step, dtype, channels) for step in tokens), strict=True)
+    assert np.array_equal(read_all(path), codes) and np.array_equal(read_all(path, "token_scales"), scales)
+    assert np.array_equal(read_all(path, "channel_scales"), channels.scales)
+    assert np.array_equal(read_all(path, "channel_means"), channels.means)
+
+
+def test_a_reader_written_from_the_document_gets_the_same_values(store):
+    dtype, path, _ = store
+    assert np.array_equal(plain_reader.read_tokens(path), read_values(path, dtype))
+
+
+def by_zarr(path):
+    zarr = pytest.importorskip("zarr")
+    return {name: array[...] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+def by_xarray(path):
+    return {name: array.values for name, array in pytest.importorskip("xarray").open_zarr(path).items()}
+
+
+def by_dask(path):
+    dask_array = pytest.importorskip("dask.array")
+    names = [folder.name for folder in path.iterdir() if folder.is_dir()]
+    return {name: dask_array.from_zarr(str(path), component=name).compute(scheduler="sync") for name in names}
+
+
+def by_tensorstore(path):
+    tensorstore, arrays = pytest.importorskip("tensorstore"), {}
+    for folder in (folder for folder in path.iterdir() if folder.is_dir()):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
+        arrays[folder.name] = tensorstore.open(spec).result().read().result()
+    return arrays
+
+
+@pytest.mark.parametrize("read", [by_zarr, by_xarray, by_dask, by_tensorstore])
+def test_other_readers_give_the_same_numbers_without_warnings(store, read):
+    dtype, path, _ = store
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arrays = read(path)
+    assert sorted(arrays) == sorted(ARRAYS[dtype])
+    for name, array in arrays.items():
+        assert array.dtype == read_all(path, name).dtype and np.array_equal(array, read_all(path, name))
+
+
+def test_xarray_applies_the_formula_by_the_names_of_the_dimensions(tmp_path):
+    path = write(tmp_path / "a.zarr", "int8", [make_tokens(20)])
+    opened = pytest.importorskip("xarray").open_zarr(path)
+    values = opened.tokens.astype("float32") * opened.token_scales * opened.channel_scales + opened.channel_means
+    assert values.dims == ("step", "token", "channel") and np.array_equal(values, read_values(path, "int8"))
+
+
+def test_the_array_says_how_it_is_to_be_read(store):
+    zarr = pytest.importorskip("zarr")
+    dtype, path, _ = store
+    attributes = dict(zarr.open_group(path, mode="r")["tokens"].attrs)
+    assert attributes == ({} if dtype == "float16" else {"scheme": dtype, "meaning": SCHEMES[dtype].meaning})
+
+
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
+    tokens, other = make_tokens(), make_tokens(600, seed=1)
+    whole = write(tmp_path / "a.zarr", dtype, [tokens])
+    # An episode that is taken back reaches over a shard's end; so does the one that follows.
+    pieces = write(tmp_path / "b.zarr", dtype, [tokens[:100], other, None, tokens[100:]])
+    assert all_files(whole) == all_files(pieces)
+
+
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
+    assert check_store(write(tmp_path / "a.zarr", dtype, [])).card["num_steps"] == 0
+    tokens = make_tokens(1)
+    values = read_values(write(tmp_path / "b.zarr", dtype, [tokens]), dtype)
+    assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
+
+
+@pytest.mark.parametrize("dtype", CODED)
+def test_nothing_that_waited_is_published_or_left_behind(tmp_path, dtype):
+    path = write(tmp_path / "a.zarr", dtype, [make_tokens()])
+    assert sorted(p.name for p in path.iterdir() if p.is_dir()) == sorted(ARRAYS[dtype])
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "b.zarr", num_tokens=N, width=D, dtype=dtype) as opened:
+        opened.append(make_tokens(600))
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_a_chunk_that_the_index_does_not_list_never_reads_as_numbers(copied):
+    from numcodecs.checksum32 import CRC32C
+
+    dtype, path = copied
+    for name in ARRAYS[dtype]:
+        shard = next(file for file in sorted((path / name / "c").rglob("0")) if file.is_file())
+        content, size = shard.read_bytes(), 16 * (1 if name.startswith("channel") else 64)
+        index = np.frombuffer(content[-size - 4 : -4], np.uint64).copy()
+        index[:2] = np.iinfo(np.uint64).max
+        shard.write_bytes(content[: -size - 4] + bytes(CRC32C(location="end").encode(index.tobytes())))
+        with pytest.raises(StoreDamagedError, match="does not list"):
+            read_all(path, name)
+
+
+def test_a_missing_file_and_a_flipped_bit_are_named_in_every_array(copied):
+    dtype, path = copied
+    for name in ARRAYS[dtype]:
+        shard = next(file for file in sorted((path / name / "c").rglob("0")) if file.is_file())
+        flip(shard, 3)
+        with pytest.raises(StoreDamagedError, match=f"{name}.*checksum"):
+            read_all(path, name)
+        shard.unlink()
+        with pytest.raises(StoreDamagedError, match=f"{name}.*missing"):
+            read_all(path, name)
+
+
+@pytest.mark.parametrize("name", ["tokens", *layout.SCALE_ARRAYS])
+def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_path, monkeypatch, name):
+    def flipped(folder, *given):
+        flip(next(path for path in (folder / name / "c").rglob("0") if path.is_file()), 3)
+        write_store_file(folder, *given)
+
+    monkeypatch.setattr(writer, "write_store_file", flipped)
+    with pytest.raises(StoreDamagedError, match=f"{name}.*checksum"):
+        write(tmp_path / "a.zarr", "int8", [make_tokens(20)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", CODED)
+def test_the_card_states_the_error_of_the_values_that_are_read(tmp_path, dtype):
+    tokens = make_tokens()
+    path = write(tmp_path / "a.zarr", dtype, [tokens])
+    truth = tokens.astype(np.float64)
+    error = read_values(path, dtype) - truth
+    stated = read_store_file(path).card["reconstruction"]
+    assert stated["relative_rmse"] == pytest.approx(np.sqrt((error**2).sum() / (truth**2).sum()), rel=0.005)
+    assert stated["max_abs"] == pytest.approx(np.abs(error).max(), rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_error_of_a_cast_is_the_one_that_was_measured_and_none_is_invented(tmp_path, dtype):
+    tokens = make_tokens(20)
+    errors = np.array([[0.01, 0.09, 0.123456], *[[0.0, 0.0, 0.0]] * 19])
+    measured = write(tmp_path / "a.zarr", dtype, [tokens], errors=errors)
+    assert read_store_file(measured).card["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
+    assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).card["reconstruction"] is None
+
+
+def test_what_a_dtype_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="known: float16, bfloat16, int8"):
+        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D, dtype="int2")
+    with pytest.raises(ValueError, match="int4 needs a token width that is a multiple of 64; got 96"):
+        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=96, dtype="int4")
+    with (
+        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D, dtype="bfloat16") as opened,
+        pytest.raises(ValueError, match="must be uint16"),
+    ):
+        opened.append(make_tokens(2))

@@ -1,0 +1,416 @@
+"""Claims: any window of any array reads back exactly, wherever chunks and shards end and in whatever order they lie, from threads.
+
+No more files are open than the bound; each chunk is checked once; what is missing, damaged or another format's is named with
+its place and what to type, and never reads as numbers.
+"""
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from jepa_cache.store import layout, reader, shards
+from jepa_cache.store.reader import ArrayReader, StoreDamagedError, TokenReader
+from jepa_cache.store.writer import TokenWriter, table
+
+CHUNK, SHARD_CHUNKS = 3, 4
+SHARD = CHUNK * SHARD_CHUNKS
+
+
+def make_values(dtype, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), dtype=np.uint8)
+    return values.view(dtype).reshape(shape)
+
+
+def write_array(path, values, *, name="tokens", chunk=CHUNK, shard=SHARD, fill_value=0, skip=()):
+    """An array as `store.layout` makes them, with small chunks; shards in `skip` stay unwritten."""
+    group = zarr.open_group(path, mode="a", zarr_format=3)
+    rest = values.shape[1:]
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=(chunk, *rest),
+        shards=(shard, *rest),
+        dtype=values.dtype.name,
+        serializer=BytesCodec(endian="little"),
+        compressors=[Crc32cCodec()],
+        fill_value=fill_value,
+        config={"write_empty_chunks": True},
+    )
+    for number in range(-(-len(values) // shard)):
+        if number not in skip:
+            array[number * shard : (number + 1) * shard] = values[number * shard : (number + 1) * shard]
+    return path
+
+
+def same_bits(one, other):
+    return one.tobytes() == other.tobytes()
+
+
+def read_window(array, start, num_steps):
+    out = np.empty((num_steps, *array.shape[1:]), array.dtype)
+    array.read(start, out)
+    return out
+
+
+def open_files():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def shard_files(path, name="tokens"):
+    return sorted((path / name / "c").rglob("0"), key=str)
+
+
+@pytest.fixture
+def few_open_shards(monkeypatch):
+    """At most two open shards in the whole process."""
+    pool = shards.OpenShards(2)
+    monkeypatch.setattr(reader, "OPEN_SHARDS", pool)
+    return pool
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dtype=st.sampled_from(shards.DTYPES),
+    rest=st.lists(st.integers(1, 4), max_size=3),
+    num_steps=st.integers(1, 3 * SHARD + 2),
+    chunk=st.integers(1, 4),
+    shard_chunks=st.integers(1, 5),
+    verify=st.booleans(),
+    data=st.data(),
+)
+def test_any_window_of_any_array_is_read_as_it_was_written(
+    tmp_path_factory, dtype, rest, num_steps, chunk, shard_chunks, verify, data
+):
+    values = make_values(dtype, (num_steps, *rest))
+    path = write_array(tmp_path_factory.mktemp("store"), values, name="other", chunk=chunk, shard=chunk * shard_chunks)
+    with ArrayReader(path, "other", verify_checksums=verify) as array:
+        assert (array.shape, array.dtype) == (values.shape, values.dtype)
+        for _ in range(6):
+            start = data.draw(st.integers(0, num_steps))
+            count = data.draw(st.integers(0, num_steps - start))
+            assert same_bits(read_window(array, start, count), values[start : start + count])
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(SHARD_CHUNKS)), gap=st.integers(0, 9), data=st.data())
+def test_chunks_may_lie_in_any_order_with_gaps_between_them(tmp_path_factory, order, gap, data):
+    values = make_values("float16", (SHARD, 2, 5))
+    path = write_array(tmp_path_factory.mktemp("store"), values)
+    (file,) = path.glob("tokens/c/0/0/0")
+    stored = values[:CHUNK].nbytes + 4
+    raw, body, index = file.read_bytes(), b"", np.empty((SHARD_CHUNKS, 2), "<u8")
+    for chunk in order:
+        body += b"\xaa" * gap
+        index[chunk] = len(body), stored
+        body += raw[chunk * stored : (chunk + 1) * stored]
+    checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    file.write_bytes(body + index.tobytes() + checksum)
+    with ArrayReader(path) as array:
+        for _ in range(2):  # the second time without checksums
+            assert same_bits(read_window(array, 0, SHARD), values)
+        start = data.draw(st.integers(0, SHARD - 1))
+        assert same_bits(read_window(array, start, SHARD - start), values[start:])
+
+
+def test_threads_read_the_same_while_their_files_push_each_other_out(tmp_path, few_open_shards):
+    values = make_values("float16", (6 * SHARD, 4, 5))
+    path = write_array(tmp_path, values)
+    wrong = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(150):
+            start = int(rng.integers(0, len(values)))
+            count = int(rng.integers(1, min(2 * SHARD, len(values) - start) + 1))
+            if not same_bits(read_window(array, start, count), values[start : start + count]):
+                wrong.append(start)
+
+    before = open_files()
+    with ArrayReader(path) as array, ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert wrong == []
+    assert open_files() == before
+
+
+def test_no_more_files_are_open_than_the_bound_however_many_stores_are_read(tmp_path, few_open_shards):
+    values = make_values("int8", (3 * SHARD, 2))
+    readers = [ArrayReader(write_array(tmp_path / str(number), values)) for number in range(5)]
+    before, most = open_files(), 0
+    for _ in range(2):
+        for array in readers:
+            assert same_bits(read_window(array, 0, len(values)), values)
+            most = max(most, open_files())
+    assert most - before <= 2 and len(few_open_shards) == 2
+    for array in readers:
+        array.close()
+    assert open_files() == before and len(few_open_shards) == 0
+
+
+def test_the_bound_leaves_half_of_the_files_that_a_process_may_usually_open():
+    assert shards.OPEN_SHARDS.limit <= 1024 // 2
+
+
+def test_a_closed_reader_opens_its_files_again(tmp_path):
+    values = make_values("float32", (SHARD, 2))
+    array = ArrayReader(write_array(tmp_path, values))
+    for _ in range(2):
+        assert same_bits(read_window(array, 1, 7), values[1:8])
+        array.close()
+
+
+def test_a_shard_in_use_stays_open_when_it_is_let_go(tmp_path):
+    values = make_values("uint8", (SHARD, 2))
+    write_array(tmp_path, values)
+    pool, key = shards.OpenShards(1), object()
+    path = shards.array_shard_path(tmp_path, "tokens", 0, 2)
+    used = pool.add(key, shards.OpenShard(path, SHARD_CHUNKS, CHUNK * 2 + 4))
+    pool.drop([key])
+    buffer = bytearray(CHUNK * 2)
+    assert used.readv([buffer], 0) == len(buffer) and buffer == values[:CHUNK].tobytes()
+    before = open_files()
+    del used
+    assert open_files() == before - 1
+
+
+def test_reads_that_end_early_are_continued(tmp_path, monkeypatch):
+    values = make_values("float16", (2 * SHARD, 3, 7))
+    whole = os.preadv
+
+    def short(descriptor, buffers, offset):
+        return whole(descriptor, [memoryview(buffers[0]).cast("B")[:11]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    with ArrayReader(write_array(tmp_path, values)) as array:
+        for _ in range(2):  # with and without checksums
+            assert same_bits(read_window(array, 2, 2 * SHARD - 5), values[2:-3])
+
+
+def make_store(path, num_steps=40):
+    """A token store as stage one writes it, with episode "early" up to step 20 and "late" from there."""
+    columns = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA} | {"gui": np.zeros(num_steps, bool)}
+    segments = {"segment": [0, 1], "episode": ["early", "late"], "start": [0, 20], "stop": [20, num_steps]}
+    tokens = np.random.default_rng(0).standard_normal((num_steps, 3, 5)).astype(np.float16)
+    with TokenWriter(path, num_tokens=3, width=5) as writer:
+        writer.append(tokens)
+        tables = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, segments | {"step_hz": [5.0, 5.0]})
+        writer.publish(*tables, {}, {})
+    return tokens
+
+
+def flip_bit(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("chunk", "episodes"), [(0, "episode early"), (2, "episode early, late"), (4, "episode late")])
+def test_damage_names_store_chunk_episode_and_what_to_type(tmp_path, chunk, episodes):
+    make_store(tmp_path / "a.zarr")
+    flip_bit(layout.shard_path(tmp_path / "a.zarr", 0), chunk * (8 * 30 + 4) + 77)
+    first, last = chunk * 8, chunk * 8 + 8
+    expected = rf"chunk {chunk} \(steps {first} to {last}, {episodes}\) in .*a\.zarr.*checksum.*`jepa-cache repair`"
+    with TokenReader(tmp_path / "a.zarr") as tokens, pytest.raises(StoreDamagedError, match=expected):
+        tokens.read(first + 1, np.empty((1, 3, 5), np.float16))
+
+
+def test_the_part_of_a_chunk_that_nobody_asked_for_is_checked_too_and_again_until_it_is_whole(tmp_path):
+    path = write_array(tmp_path, make_values("uint8", (SHARD, 6)))
+    flip_bit(path / "tokens/c/0/0", 2 * 6)
+    with ArrayReader(path) as array:
+        for _ in range(2):
+            with pytest.raises(StoreDamagedError, match="checksum"):
+                read_window(array, 0, 1)
+        read_window(array, CHUNK, CHUNK)
+
+
+def test_a_chunk_is_not_taken_for_checked_because_that_of_another_shard_was(tmp_path):
+    path = write_array(tmp_path, make_values("uint8", (3 * SHARD, 6)))
+    flip_bit(path / "tokens/c/1/0", 1)
+    with ArrayReader(path) as array:
+        read_window(array, 0, SHARD), read_window(array, 2 * SHARD, SHARD)
+        with pytest.raises(StoreDamagedError, match=rf"chunk {SHARD_CHUNKS} .*checksum"):
+            read_window(array, SHARD, 1)
+
+
+def test_each_chunk_is_checked_once(tmp_path, monkeypatch):
+    checked, real = [], google_crc32c.extend
+    monkeypatch.setattr(google_crc32c, "extend", lambda value, data: checked.append(len(data)) or real(value, data))
+    values = make_values("uint8", (SHARD, 6))
+    with ArrayReader(write_array(tmp_path, values)) as array:
+        for start in (1, 2, 1):
+            read_window(array, start, 4)
+        assert sum(checked) == 2 * CHUNK * 6
+        array.check_chunk(0)
+        assert sum(checked) == 3 * CHUNK * 6
+
+
+def test_without_checksums_no_chunk_is_checked_but_its_index_is(tmp_path):
+    values = make_values("uint8", (SHARD, 6))
+    path = write_array(tmp_path, values)
+    flip_bit(path / "tokens/c/0/0", 0)
+    with ArrayReader(path, verify_checksums=False) as array:
+        assert not same_bits(read_window(array, 0, SHARD), values)
+        with pytest.raises(StoreDamagedError, match="checksum"):
+            array.check_chunk(0)
+    flip_bit(path / "tokens/c/0/0", -9)
+    with ArrayReader(path, verify_checksums=False) as array, pytest.raises(StoreDamagedError, match="index"):
+        read_window(array, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", shards.DTYPES)
+def test_what_was_never_written_does_not_read_as_numbers(tmp_path, dtype):
+    values = make_values(dtype, (3 * SHARD, 2))
+    path = write_array(tmp_path, values, skip=(1,))
+    array = zarr.open_group(path, mode="a", zarr_format=3)["tokens"]
+    array.resize((4 * SHARD, 2))
+    array[3 * SHARD : 3 * SHARD + CHUNK] = values[:CHUNK]  # one chunk of the last shard
+    with ArrayReader(path) as steps:
+        with pytest.raises(StoreDamagedError, match=r"tokens/c/1/0 is missing; run `jepa-cache repair`"):
+            read_window(steps, SHARD - 1, 2)
+        for first in (3 * SHARD + CHUNK, 3 * SHARD + CHUNK - 1):
+            with pytest.raises(StoreDamagedError, match=r"chunk 13 .*does not list it; run `jepa-cache repair`"):
+                read_window(steps, first, 2)
+        assert same_bits(read_window(steps, 3 * SHARD, CHUNK), values[:CHUNK])
+
+
+@pytest.mark.parametrize("removed", [1, 20, CHUNK * 6 + 4, SHARD_CHUNKS * (CHUNK * 6 + 4)])
+def test_a_shard_that_lost_bytes_in_front_of_its_index_is_named_whatever_is_read_of_it(tmp_path, removed):
+    path = write_array(tmp_path, make_values("uint8", (SHARD, 6)))
+    file = path / "tokens/c/0/0"
+    file.write_bytes(file.read_bytes()[removed:])
+    with (
+        ArrayReader(path, verify_checksums=False) as array,
+        pytest.raises(
+            StoreDamagedError, match=r"tokens/c/0/0 is shorter than its shard index says; run `jepa-cache repair`"
+        ),
+    ):
+        read_window(array, 0, 1)
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_named_by_chunk(tmp_path):
+    path = write_array(tmp_path, make_values("uint8", (SHARD, 6)))
+    with ArrayReader(path, verify_checksums=False) as array:
+        read_window(array, 0, 1)
+        os.truncate(path / "tokens/c/0/0", 2 * (CHUNK * 6 + 4) + 1)
+        with pytest.raises(StoreDamagedError, match=r"chunk 2 .*the file ends inside it"):
+            read_window(array, 0, SHARD)
+
+
+def test_a_chunk_of_another_length_is_named(tmp_path):
+    path = write_array(tmp_path, make_values("uint8", (SHARD, 6)))
+    file = path / "tokens/c/0/0"
+    raw = file.read_bytes()
+    index = np.frombuffer(raw[-(SHARD_CHUNKS * 16 + 4) : -4], "<u8").copy()
+    index[3] -= 1
+    checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    file.write_bytes(raw[: -(SHARD_CHUNKS * 16 + 4)] + index.tobytes() + checksum)
+    for verify in (True, False):
+        with ArrayReader(path, verify_checksums=verify) as array:
+            read_window(array, 0, CHUNK)
+            with pytest.raises(StoreDamagedError, match=r"chunk 1 .*gives it 21 bytes instead of 22"):
+                read_window(array, 0, CHUNK + 1)
+
+
+def test_a_disk_that_cannot_be_read_is_named_by_chunk(tmp_path, monkeypatch):
+    make_store(tmp_path / "a.zarr")
+    whole = os.preadv
+
+    def failing(descriptor, buffers, offset):
+        if offset < 8 * 30 + 4 + 100 <= offset + sum(map(len, buffers)):  # inside chunk 1
+            raise OSError(5, "Input/output error")
+        return whole(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    for verify in (True, False):
+        with (
+            TokenReader(tmp_path / "a.zarr", verify_checksums=verify) as tokens,
+            pytest.raises(
+                StoreDamagedError, match=r"chunk 1 \(steps 8 to 16, episode early\).*Input/output error.*repair"
+            ),
+        ):
+            tokens.read(0, np.empty((40, 3, 5), np.float16))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.empty((4, 6), np.int8),
+        np.empty((4, 5), np.uint8),
+        np.empty((4, 3, 2), np.uint8),
+        np.empty((4, 12), np.uint8)[:, ::2],
+    ],
+    ids=["dtype", "width", "dimensions", "not contiguous"],
+)
+def test_buffers_of_another_form_are_refused(tmp_path, out):
+    with (
+        ArrayReader(write_array(tmp_path, make_values("uint8", (SHARD, 6)))) as array,
+        pytest.raises(ValueError, match=r"C-contiguous uint8 \[T, 6\]"),
+    ):
+        array.read(0, out)
+
+
+def test_a_window_outside_the_array_is_refused(tmp_path):
+    with ArrayReader(write_array(tmp_path, make_values("uint8", (SHARD, 6)))) as array:
+        for start, count in ((-1, 2), (SHARD - 1, 2), (SHARD + 1, 0)):
+            with pytest.raises(IndexError, match=f"holds steps 0 to {SHARD}"):
+                read_window(array, start, count)
+
+
+def _other(metadata, what):
+    sharding = metadata["codecs"][0]["configuration"]
+    if what == "compressed":
+        sharding["codecs"].insert(1, {"name": "zstd", "configuration": {"level": 0}})
+    elif what == "big endian":
+        sharding["codecs"][0]["configuration"]["endian"] = "big"
+    elif what == "index first":
+        sharding["index_location"] = "start"
+    elif what == "no shards":
+        metadata["codecs"] = [{"name": "bytes"}, {"name": "crc32c"}]
+    elif what == "float64":
+        metadata["data_type"] = "float64"
+    elif what == "cut across":
+        sharding["chunk_shape"][1] = 3
+    elif what == "uneven":
+        sharding["chunk_shape"][0] = CHUNK + 2
+    elif what == "empty":
+        metadata.clear()
+    return metadata
+
+
+OTHERS = ("compressed", "big endian", "index first", "no shards", "float64", "cut across", "uneven", "empty")
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_array_of_another_format_is_refused_by_name(tmp_path, what):
+    path = write_array(tmp_path, make_values("float16", (SHARD, 6)))
+    file = path / "tokens/zarr.json"
+    file.write_text(json.dumps(_other(json.loads(file.read_text()), what)))
+    with pytest.raises(StoreDamagedError, match=r"tokens/zarr\.json.* this program's format.*repair"):
+        ArrayReader(path)
+
+
+def test_scratch_memory_is_one_chunk_per_thread(tmp_path):
+    path = write_array(tmp_path, make_values("uint8", (SHARD, 6)))
+    sizes = []
+
+    def work():
+        with ArrayReader(path) as array:
+            for chunk in range(SHARD_CHUNKS):
+                array.check_chunk(chunk)
+        sizes.append(len(reader._scratch.buffer))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert sizes == [CHUNK * 6 + 4]

@@ -1,0 +1,131 @@
+"""Claims: docs/store_format.md is enough to read a cache (`plain_reader` was written from it), and what it says is so."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jepa_cache.config.loading import REPOSITORY_ROOT
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.store import layout
+from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.quantisation import SCHEMES
+from jepa_cache.store.recipe import canonical_json, fingerprint
+from tests.caches import make_cache
+from tests.store import plain_reader
+
+DOCUMENT = (REPOSITORY_ROOT / "docs/store_format.md").read_text()
+
+
+def rows_of(heading):
+    """The rows of the table whose heading begins so, as cells without back-ticks."""
+    lines = DOCUMENT[DOCUMENT.index(f"| {heading}") :].split("\n")
+    table = lines[2 : next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("format"))
+
+
+def test_the_plain_reader_imports_nothing_of_ours():
+    tree = ast.parse(Path(plain_reader.__file__).read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [module for module in modules if module.startswith(("jepa_cache", "tests", "zarr"))]
+
+
+def test_a_training_set_read_by_the_document_is_the_one_that_we_read(cache):
+    dataset: CachedDataset = cache.dataset
+    stores = list(plain_reader.read_training_set(cache.root.path, cache.folder / "outputs/encode/manifest.json"))
+    assert len(stores) == len(dataset.manifest.entries) == 2
+    segments = []
+    for number, (tokens, actions, states, runs, steps) in enumerate(stores):
+        ours = np.empty(tokens.shape, np.float16)
+        dataset.read_tokens(number, 0, ours)
+        assert np.array_equal(tokens, ours.astype(np.float32))
+        assert np.array_equal(actions, dataset.controls(number)[0], equal_nan=True)
+        assert np.array_equal(states, dataset.controls(number)[1])
+        segments += [(number, run["episode"], run["start"], run["stop"]) for run in runs]
+        for run in runs:
+            assert (
+                np.isnan(actions[run["stop"] - 1]).all() and np.isfinite(actions[run["start"] : run["stop"] - 1]).all()
+            )
+            assert set(steps["segment"][run["start"] : run["stop"]]) == {run["segment"]}
+    assert segments == [tuple(segment) for segment in dataset.segments]
+
+
+def test_the_example_values_follow_from_the_formula():
+    examples = rows_of("dtype | stored |")
+    assert {row[0].split(",")[0] for row in examples} == set(SCHEMES)
+    for name, stored, *scales, value in examples:
+        dtype = name.split(",")[0]
+        number = int(stored, 0)
+        if dtype == "float16":
+            got = np.array(number, np.uint16).view(np.float16)
+        elif dtype == "bfloat16":
+            got = np.array(number << 16, np.uint32).view(np.float32)
+        else:
+            codes = plain_reader.to_codes(dtype, np.array([number], np.int8 if dtype == "int8" else np.uint8))
+            got = plain_reader.formula(codes[int("odd" in name)], *(np.float32(scale) for scale in scales))
+        assert got == np.float32(value), (name, stored)
+
+
+def test_the_table_of_dtypes_is_what_is_written():
+    rows = {row[0]: row for row in rows_of("dtype | `tokens` |")}
+    assert list(rows) == list(SCHEMES)
+    for name, scheme in SCHEMES.items():
+        assert rows[name][1].startswith(f"{scheme.dtype} [n, N, D{' / 2' if scheme.codes_per_item == 2 else ''}]")
+        assert bool(rows[name][2]) == bool(rows[name][3]) == (scheme.max_code is not None)
+        fill = rows[name][4].split()[0]
+        assert np.isnan(scheme.fill_value) if fill == "NaN" else scheme.fill_value == int(fill)
+
+
+@pytest.mark.parametrize(
+    ("heading", "schema"),
+    [("column | type | meaning |\n|---|---|---|\n| segment | int32 | row in", layout.STEPS_SCHEMA),
+     ("column | type | meaning |\n|---|---|---|\n| segment | int32 | 0, 1", layout.SEGMENTS_SCHEMA)],
+    ids=["steps", "segments"],
+)  # fmt: skip
+def test_the_columns_of_the_tables_are_those_that_are_written(heading, schema):
+    written = [(name, kind) for names, kind, _ in rows_of(heading) for name in names.split(", ")]
+    assert written == [(field.name, "float32" if str(field.type) == "float" else str(field.type).replace("double", "float64")) for field in schema]  # fmt: skip
+
+
+def test_every_key_of_a_manifest_is_in_the_document(cache):
+    document = json.loads(cache.dataset.manifest.to_bytes())
+    part = document["parts"][0]
+    for key in {*document, *part, *part["entries"][0]}:
+        assert re.search(rf"[`.]{key}[`\[]", DOCUMENT), f"{key} is not in the document"
+
+
+def test_the_checksum_is_the_one_that_the_document_names():
+    assert plain_reader.crc32c(b"123456789") == 0xE3069283
+
+
+def test_canonical_json_is_spelled_as_the_document_says():
+    text = canonical_json({"b": [1, 5.0], "a": {"ä": 1e-5, "c": {}, "d": []}}).decode()
+    assert (
+        text
+        == '{\n  "a": {\n    "c": {},\n    "d": [],\n    "\\u00e4": 1e-05\n  },\n  "b": [\n    1,\n    5.0\n  ]\n}\n'
+    )
+
+
+def test_fingerprints_in_paths_are_hashes_of_the_recipes(cache):
+    part = cache.dataset.manifest.parts[0]
+    assert part.fingerprint == fingerprint(part.recipe) and part.action_fingerprint == fingerprint(part.action_recipe)
+
+
+def test_the_digest_of_controls_is_made_as_the_document_says(tmp_path):
+    rng = np.random.default_rng(0)
+    with ControlsWriter(tmp_path / "c.parquet") as writer:
+        for episode, ticks in (("z", 5), ("a", 3)):
+            writer.append(episode, {"yaw": rng.standard_normal(ticks), "on": np.ones(ticks, bool), "slot": np.arange(ticks, dtype=np.int8)})  # fmt: skip
+    stated, computed = plain_reader.read_controls_digest(tmp_path / "c.parquet")
+    assert stated == computed
+    assert pq.ParquetFile(tmp_path / "c.parquet").num_row_groups == 2
