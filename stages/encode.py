@@ -3,6 +3,8 @@
     python stages/encode.py                      what the data set preset names
     python stages/encode.py shards               folders, tar files, globs, {000000..000123} ranges
     python stages/encode.py shards encoder=vitl encode.fps=4
+    python stages/encode.py shards --workers 4   one process for each GPU of this machine
+    python stages/encode.py shards --scheduler tcp://node:8786      workers of a Dask cluster
 
 Writes outputs/encode/manifest.json. Stores that are there under the same recipe are found again, never made again.
 """
@@ -15,20 +17,38 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
+from jepa_cache.encoding.parts import Part  # noqa: E402
+from jepa_cache.encoding.rates import record_rate  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.encoding.summary import describe_result  # noqa: E402
+from jepa_cache.encoding.workers import Workers  # noqa: E402
 from jepa_cache.store.manifest import write_manifest  # noqa: E402
 from jepa_cache.store.root import resolve_cache_root  # noqa: E402
+from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    arguments = parse_stage_arguments(__doc__, argv, paths="tar shards, or folders, globs and ranges of them")
+    arguments = parse_stage_arguments(
+        __doc__, argv, paths="tar shards, or folders, globs and ranges of them", workers="processes on this machine"
+    )
+    chosen = arguments.num_workers, arguments.scheduler
+    workers = None if chosen == (None, None) else Workers(*chosen)
     config = load_config(ROOT, arguments.overrides)
     root = resolve_cache_root(config.cache_root, data_base(ROOT))
-    result = encode_dataset(config, arguments.paths, base=recordings_base(config, ROOT), root=root)
     output = ROOT / "outputs/encode/manifest.json"
-    write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
+
+    def announce_parts(parts: list[Part]) -> list[Part]:
+        announce(root, config.dataset.name, [part.wanted for part in parts])
+        return parts
+
+    with in_use(root):
+        base = recordings_base(config, ROOT)
+        result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts)
+        write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
+        settle(root, result.manifest)
+    if workers is None:
+        record_rate(config, result.timing)
     print(describe_result(result, root))
     print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py")
 

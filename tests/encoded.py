@@ -15,10 +15,13 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
+from jepa_cache.encoding.parts import Part
 from jepa_cache.encoding.run import EncodeResult, encode_dataset
 from jepa_cache.store import layout
+from jepa_cache.store.manifest import Manifest, write_manifest
 from jepa_cache.store.reader import TokenReader
 from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.usage import announce, in_use, settle
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 STRIDE = 4  # 20 Hz video at 5 fps
@@ -29,6 +32,19 @@ def tiny_config(**encode: object) -> Config:
     """VPT recordings, tiny encoder, batches of 8, CPU; keywords replace fields of the encode section."""
     config = load_config(overrides=["dataset=vpt", "encoder=tiny", "encode.device=cpu"])
     return dataclasses.replace(config, encode=dataclasses.replace(config.encode, **{"batch_size": BATCH, **encode}))
+
+
+def tiniest_config(**encode: object) -> Config:
+    """The least work that is still all of stage one: one block, four tokens of sixteen channels."""
+    config = tiny_config(**encode)
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 1, "mlp_dim": 16, "resolution": 32}
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **sizes))
+
+
+def make_tiny_tar(folder: Path, name: str, seed: int = 0, num_frames: int = 9) -> Path:
+    """A tar shard of one recording of 32 x 32 pixels; another seed is another recording."""
+    write_vpt_tar(folder / f"{name}.tar", {f"episode-{seed}": make_vpt_pair(num_frames, seed, size=(32, 32))})
+    return folder
 
 
 def make_tars(folder: Path, episodes: Mapping[str, Mapping[str, int]], *, first_seed: int = 0) -> Path:
@@ -48,6 +64,20 @@ def encode(folder: Path, root: Path, config: Config | None = None, inputs: Seque
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(root.parent / f"{root.name}-state"))
         return encode_dataset(config or tiny_config(), inputs or [str(folder)], base=folder, root=CacheRoot(root))
+
+
+def run_stage_one(folder: Path, root: CacheRoot, config: Config) -> Manifest:
+    """Stage one on every tar below `folder` as its script does it: announced, encoded, its manifest in the root."""
+
+    def on_plan(parts: list[Part]) -> list[Part]:
+        announce(root, config.dataset.name, [part.wanted for part in parts])
+        return parts
+
+    with in_use(root):
+        manifest = encode_dataset(config, [str(folder)], base=folder, root=root, on_plan=on_plan).manifest
+        write_manifest(manifest, [root.manifest(manifest.digest)])
+        settle(root, manifest)
+    return manifest
 
 
 def all_files(folder: Path) -> dict[str, bytes]:

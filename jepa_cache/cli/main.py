@@ -1,30 +1,56 @@
-"""The `jepa-cache` console command: registers one function per command file."""
+"""The `jepa-cache` console command: one file per command, of which only the one that was typed is imported."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import typer
 
-from jepa_cache.cli.doctor import doctor
-from jepa_cache.cli.index_droid import index_droid
-from jepa_cache.cli.inspect_data import inspect
-from jepa_cache.cli.pack import pack
-from jepa_cache.cli.params import params
+from jepa_cache.cli.outcome import help_of
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    help="Work on recordings and on the feature cache.",
-)
-for command in (doctor, index_droid, inspect, pack, params):
-    app.command(help=command.__doc__.partition("\n\n")[0])(command)
+# Command to its module and function; `export` is a group of its own.
+COMMANDS = {
+    "plan": ("plan", "plan"),
+    "status": ("status", "status"),
+    "verify": ("verify", "verify"),
+    "repair": ("repair", "repair"),
+    "gc": ("gc", "gc"),
+    "export": ("export", "export"),
+    "inspect": ("inspect_data", "inspect"),
+    "pack": ("pack", "pack"),
+    "index-droid": ("index_droid", "index_droid"),
+    "params": ("params", "params"),
+    "doctor": ("doctor", "doctor"),
+}
+
+
+def build_app(only: str | None = None) -> typer.Typer:
+    """The console command.
+
+    Args:
+        only: Command to register alone, so that the others are not imported; any other word registers all.
+    """
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        help="Work on recordings and on the feature cache.",
+    )
+    app.callback()(lambda: None)  # with one command alone typer would take its name for an argument
+    for name in [only] if only in COMMANDS else COMMANDS:
+        module, function = COMMANDS[name]
+        command = getattr(importlib.import_module(f"jepa_cache.cli.{module}"), function)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name, help=help_of(command))(command)
+    return app
 
 
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     try:
-        app()
+        build_app(next(iter(sys.argv[1:]), None))()
     except ValueError as error:
         sys.exit(f"error: {error}")

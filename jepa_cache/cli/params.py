@@ -35,5 +35,5 @@ def flatten(config: Config) -> list[tuple[str, object]]:
                 nested = value.items() if isinstance(value, dict) else []
                 rows += [(f"{section}.{key}.{inner}", x) for inner, x in nested] or [(f"{section}.{key}", value)]
         elif section == "cache_root":
-            rows.append(("cache.root", values))
+            rows += [("cache.root", values), ("cache.verify_checksums", config.verify_checksums)]
     return rows

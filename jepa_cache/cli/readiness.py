@@ -165,10 +165,13 @@ def check_disk(root: Path, cache_root: str | None) -> list[Finding]:
     from jepa_cache.config.loading import data_base
     from jepa_cache.store.root import resolve_cache_root
 
-    path = resolve_cache_root(cache_root, data_base(root)).path
+    cache = resolve_cache_root(cache_root, data_base(root))
+    path = cache.path
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     free_bytes = shutil.disk_usage(existing).free
-    found = f"{free_bytes / 2**30:.0f} GiB free at {path}"
+    found = f"{free_bytes / 2**30:.0f} GiB free at {path}" + (
+        f", for parts of {cache.name}" if cache.name != str(path) else ""
+    )
     todo = "export JEPA_CACHE_HOME=/a/larger/disk, or set cache.root in params.yaml"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return [Finding("cache root", MISSING, f"{existing} is not writable", todo)]

@@ -11,15 +11,22 @@ from jepa_cache.config.loading import is_override
 
 
 class StageArguments(NamedTuple):
-    """`key=value` overrides of params.yaml, positional paths, and whether to start over."""
+    """`key=value` overrides of params.yaml, positional paths, whether to start over, and how many processes work where."""
 
     overrides: list[str]
     paths: list[str]
     fresh: bool
+    num_workers: int | None = None
+    scheduler: str | None = None
 
 
 def parse_stage_arguments(
-    description: str | None, argv: list[str] | None, *, paths: str | None = None, fresh: str | None = None
+    description: str | None,
+    argv: list[str] | None,
+    *,
+    paths: str | None = None,
+    fresh: str | None = None,
+    workers: str | None = None,
 ) -> StageArguments:
     """Parse a stage's command line.
 
@@ -28,6 +35,7 @@ def parse_stage_arguments(
         argv: Arguments; None means the process's own.
         paths: Help for positional paths; None when the stage takes none.
         fresh: Help for --fresh; None when the stage has no such flag.
+        workers: Help for --workers, beside which there is --scheduler; None when the stage is one process.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -40,12 +48,24 @@ def parse_stage_arguments(
     )
     if fresh is not None:
         parser.add_argument("--fresh", action="store_true", help=fresh)
+    if workers is not None:
+        where = parser.add_mutually_exclusive_group()
+        where.add_argument("--workers", type=int, metavar="N", help=workers)
+        where.add_argument(
+            "--scheduler", metavar="ADDRESS", help="workers of a Dask scheduler, such as tcp://node:8786"
+        )
     parsed = parser.parse_intermixed_args(argv)
     overrides = [argument for argument in parsed.arguments if is_override(argument)]
     positional = [argument for argument in parsed.arguments if not is_override(argument)]
     if positional and paths is None:
         parser.error(f"unexpected argument {positional[0]!r}: this stage takes key=value overrides only")
-    return StageArguments(overrides, positional, getattr(parsed, "fresh", False))
+    return StageArguments(
+        overrides,
+        positional,
+        fresh=getattr(parsed, "fresh", False),
+        num_workers=getattr(parsed, "workers", None),
+        scheduler=getattr(parsed, "scheduler", None),
+    )
 
 
 def run_stage(main: Callable[[], None]) -> None:

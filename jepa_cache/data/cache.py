@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
-from jepa_cache.data.filters import NO_FILTER, cut_runs, keep_steps, keep_ticks
+from jepa_cache.data.filters import (
+    NO_FILTER,
+    cut_runs,
+    join_steps,
+    keep_steps,
+    keep_ticks,
+    needs_controls,
+    ranges_path,
+)
 from jepa_cache.data.splits import split_of
+from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest
-from jepa_cache.store.reader import StoreDamagedError, TokenReader, read_table
+from jepa_cache.store.quantisation import Channels, get_scheme
+from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.verify import read_store_file
 
@@ -58,7 +71,9 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(differing)}); run `python stages/encode.py` again"
         )
-    return CachedDataset(manifest, resolve_cache_root(config.cache_root, data_base(repository)))
+    base = data_base(repository)
+    root = resolve_cache_root(config.cache_root, base)
+    return CachedDataset(manifest, root, base=base, verify_checksums=config.verify_checksums)
 
 
 class CachedDataset:
@@ -67,8 +82,16 @@ class CachedDataset:
     Holds actions and states in memory (a few hundred bytes a step); tokens are read on demand.
     """
 
-    def __init__(self, manifest: Manifest, root: CacheRoot) -> None:
+    def __init__(
+        self, manifest: Manifest, root: CacheRoot, *, base: Path | None = None, verify_checksums: bool = True
+    ) -> None:
         """Open the stores.
+
+        Args:
+            manifest: What to open.
+            root: Where the stores are.
+            base: Folder that files named by filters are meant from; None is that of all data.
+            verify_checksums: Check the crc32c of each chunk of tokens when it is first read.
 
         Raises:
             ValueError: When a store that the manifest lists is gone or is another one now.
@@ -76,18 +99,23 @@ class CachedDataset:
         missing = find_missing(manifest, root)
         if missing:
             raise ValueError(
-                f"{len(missing)} of the stores in the manifest are not in {root.path} (first: {missing[0]}); "
+                f"{len(missing)} of the stores in the manifest are not in {root.name} (first: {missing[0]}); "
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"
             )
         self.manifest = manifest
+        self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
+        self.scheme = get_scheme(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
         self._token_paths: list[Path] = []
         self._action_paths: list[Path] = []
-        self._readers: dict[int, TokenReader] = {}
+        self._readers: dict[tuple[int, str], ArrayReader] = {}
+        self._channels: dict[int, Channels] = {}
         self._controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
-        self._root = root
+        self._root, self._base = root, base or data_base()
+        self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
+        self._verify_checksums = verify_checksums
         for number, (part, entry) in enumerate(manifest.stores):
             tokens = root.tokens(part.fingerprint, entry.unit_digest)
             actions = root.actions(part.action_fingerprint, entry.unit_digest)
@@ -106,7 +134,19 @@ class CachedDataset:
             ]
 
     def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
-        """Segments of the episodes in one split ("train" or "val"), cut by the filters."""
+        """Segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.
+
+        Episodes that a list of ranges does not know are left out, as openpi does; how many is said on stderr.
+
+        Raises:
+            ValueError: A filter needs a record that an episode does not have, or `keep_ranges` fits no episode.
+        """
+        asked = split, config, filters
+        if asked not in self._cut:
+            self._cut[asked] = self._cut_segments(*asked)
+        return list(self._cut[asked])
+
+    def _cut_segments(self, split: str, config: SplitConfig, filters: FilterConfig) -> list[Segment]:
         chosen = [
             segment
             for segment in self.segments
@@ -114,35 +154,111 @@ class CachedDataset:
         ]
         if filters == NO_FILTER:
             return chosen
-        keep: dict[int, np.ndarray] = {}
-        cut = []
-        for segment in chosen:
-            if segment.store not in keep:
-                keep[segment.store] = self._kept_steps(segment.store, filters)
-            runs = cut_runs(segment.start, segment.stop, keep[segment.store], filters.min_steps)
-            cut += [segment._replace(start=start, stop=stop) for start, stop in runs]
+        ranges = self._read_ranges(split, filters, sorted({segment.episode for segment in chosen}))
+        cut, beyond = [], []
+        for store, group in groupby(chosen, key=lambda segment: segment.store):
+            runs = list(group)
+            keep, joined = self._kept_steps(store, runs, filters, ranges, beyond)
+            for segment in runs:
+                pieces = cut_runs(segment.start, segment.stop, keep, joined, filters.min_steps)
+                cut += [segment._replace(start=start, stop=stop) for start, stop in pieces]
+        if beyond:
+            print(
+                f"filter.keep_ranges: {len(beyond)} {split} segments have fewer ticks than the list keeps of them (first: {beyond[0]}); "
+                "was it made of another release?",
+                file=sys.stderr,
+            )
         return cut
 
-    def _kept_steps(self, store: int, filters: FilterConfig) -> np.ndarray:
+    def _read_ranges(
+        self, split: str, filters: FilterConfig, episodes: Sequence[str]
+    ) -> dict[str, list[tuple[int, int]]] | None:
+        path = ranges_path(filters, self._base)
+        if path is None:
+            return None
+        ranges = read_ranges(path)
+        if not any(segment.episode in ranges for segment in self.segments):
+            raise ValueError(
+                f"filter.keep_ranges: {path} lists {len(ranges)} episodes and none of this data set, whose first is "
+                f"{self.segments[0].episode if self.segments else None!r}; its first is {next(iter(ranges), None)!r}"
+            )
+        unknown = [episode for episode in episodes if episode not in ranges]
+        if unknown:
+            print(
+                f"filter.keep_ranges: {len(unknown)} of {len(episodes)} {split} episodes are not in {path.name} and are left out "
+                f"(first: {unknown[0]})",
+                file=sys.stderr,
+            )
+        return ranges
+
+    def _kept_steps(
+        self,
+        store: int,
+        runs: Sequence[Segment],
+        filters: FilterConfig,
+        ranges: dict[str, list[tuple[int, int]]] | None,
+        beyond: list[str],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the steps [n] of a store, those that may be in a window, and those that the next one may follow."""
         part, entry = self.manifest.stores[store]
-        steps = read_table(self._token_paths[store], layout.STEPS_FILE)
-        keep = keep_steps(steps, filters)
-        if filters.drop_idle or filters.only_success:
+        steps = self.steps(store)
+        keep, joined = keep_steps(steps, filters), np.ones(len(steps), bool)
+        if needs_controls(filters):
             ticks = steps.column("tick").to_numpy()
-            controls = dict(iter_controls(self._root.controls(part.source_fingerprint, entry.unit_digest)))
-            for segment in (segment for segment in self.segments if segment.store == store):
+            file = self._root.controls(part.source_fingerprint, entry.unit_digest)
+            self._root.fetch(file)
+            controls = dict(iter_controls(file))
+            for segment in runs:
+                known = None if ranges is None else ranges.get(segment.episode, [])
+                try:
+                    left = keep_ticks(controls[segment.episode], filters, known)
+                except ValueError as error:
+                    raise ValueError(f"episode {segment.episode!r}: {error}") from error
+                last = max((end for _, end in known or ()), default=0)
+                if last > len(left):
+                    beyond.append(f"{segment.episode}, {len(left)} ticks, kept to {last}")
                 run = slice(segment.start, segment.stop)
-                keep[run] &= keep_ticks(controls[segment.episode], filters)[ticks[run]]
-        return keep
+                keep[run] &= left[ticks[run]]
+                joined[run] = join_steps(left, ticks[run])
+        return keep, joined
+
+    def steps(self, store: int) -> pa.Table:
+        """The step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
+        return read_table(self._token_paths[store], layout.STEPS_FILE)
 
     def read_tokens(self, store: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` [T, N, D] float16 with the raw tokens of the steps from `start` on.
+        """Fill `out` [T, N, D] with the tokens of the steps from `start` on as they are stored: int4 [T, N, D / 2].
 
         Raises:
             StoreDamagedError: Naming the chunk, the episode and the way out.
         """
+        self._read(store, layout.TOKENS, start, out)
+
+    def read_token_scales(self, store: int, start: int, out: np.ndarray) -> None:
+        """Fill `out` [T, N] float32 with the scales of the same steps, where codes are stored; int4 [T, N, D / 64] float16.
+
+        Raises:
+            StoreDamagedError: Naming the chunk, the episode and the way out.
+        """
+        self._read(store, layout.TOKEN_SCALES, start, out)
+
+    def channels(self, store: int) -> Channels:
+        """The channels' scales and means of a store, where codes are stored: [D] float32 each.
+
+        Raises:
+            StoreDamagedError: Naming the file and the way out.
+        """
+        if store not in self._channels:
+            arrays = []
+            for name in (layout.CHANNEL_SCALES, layout.CHANNEL_MEANS):
+                arrays.append(np.empty(self.manifest.width, np.float32))
+                self._reader(store, name).read(0, arrays[-1])
+            self._channels[store] = Channels(*arrays)
+        return self._channels[store]
+
+    def _read(self, store: int, name: str, start: int, out: np.ndarray) -> None:
         try:
-            self._reader(store).read(start, out)
+            self._reader(store, name).read(start, out)
         except StoreDamagedError as error:
             episodes = {
                 s.episode for s in self.segments if s.store == store and s.start < start + len(out) and start < s.stop
@@ -163,11 +279,13 @@ class CachedDataset:
             reader.close()
         self._readers.clear()
 
-    def _reader(self, store: int) -> TokenReader:
+    def _reader(self, store: int, name: str) -> ArrayReader:
         with self._lock:
-            if store not in self._readers:
-                self._readers[store] = TokenReader(self._token_paths[store])
-            return self._readers[store]
+            if (store, name) not in self._readers:
+                self._readers[store, name] = ArrayReader(
+                    self._token_paths[store], name, verify_checksums=self._verify_checksums
+                )
+            return self._readers[store, name]
 
 
 def count_episodes(segments: Sequence[Segment]) -> int:

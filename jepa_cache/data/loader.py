@@ -12,24 +12,42 @@ import torch
 from torch import Tensor
 
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dequantise import STORED_AS, TokenScales, dequantise
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
+from jepa_cache.store.quantisation import scales_dtype, scales_shape
 
 
 class Batch(NamedTuple):
     """B windows of T steps.
 
     Attributes:
-        tokens: [B, T, N, D] float16, raw encoder output.
+        tokens: [B, T, N, D], raw encoder output: as stored (int4 [B, T, N, D / 2]), after `to_device` floating-point values.
         actions: [B, T-1, A] float32, scaled; `actions[:, t]` leads from step t to t+1.
         states: [B, T, S] float32, scaled.
         numbers: [B] window numbers in the index.
+        scales: Of the tokens, where these are codes.
     """
 
     tokens: Tensor
     actions: Tensor
     states: Tensor
     numbers: np.ndarray
+    scales: TokenScales | None = None
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, its tokens as values: what is copied are the stored bytes. The copies have ended on return.
+
+    Tensors that are on the device already and values that need no formula stay the same memory.
+    """
+    scales = None if batch.scales is None else TokenScales(*(tensor.to(device) for tensor in batch.scales))
+    return batch._replace(
+        tokens=dequantise(batch.tokens.to(device), scales),
+        actions=batch.actions.to(device),
+        states=batch.states.to(device),
+        scales=None,
+    )
 
 
 class WindowLoader:
@@ -101,21 +119,43 @@ class WindowLoader:
         if old is not None and len(old.tokens) == batch_size:
             return old
         manifest, space, num_steps = self._dataset.manifest, self._dataset.space, self._index.num_steps
-        shape = (batch_size, num_steps, manifest.num_tokens, manifest.width)
+        dtype, scheme, width = self._dataset.dtype, self._dataset.scheme, manifest.width
+        scales = None
+        if scheme.max_code is not None:
+            rows = scales_shape(dtype, batch_size * num_steps, manifest.num_tokens, width)[1:]
+            scales = TokenScales(
+                tokens=self._empty((batch_size, num_steps, *rows), getattr(torch, scales_dtype(dtype).name)),
+                channels=self._empty((batch_size, width)),
+                means=self._empty((batch_size, width)),
+            )
+        shape = (batch_size, num_steps, manifest.num_tokens, width // scheme.codes_per_item)
         return Batch(
-            tokens=torch.empty(shape, dtype=torch.float16, pin_memory=self._pin_memory),
-            actions=torch.empty((batch_size, num_steps - 1, len(space.actions)), pin_memory=self._pin_memory),
-            states=torch.empty((batch_size, num_steps, len(space.states)), pin_memory=self._pin_memory),
+            tokens=self._empty(shape, STORED_AS[dtype]),
+            actions=self._empty((batch_size, num_steps - 1, len(space.actions))),
+            states=self._empty((batch_size, num_steps, len(space.states))),
             numbers=np.empty(0, np.int64),
+            scales=scales,
         )
 
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+
     def _fill(self, buffer: Batch, numbers: np.ndarray) -> Batch:
-        tokens, num_steps = buffer.tokens.numpy(), self._index.num_steps
+        # numpy has no bfloat16 and float8: it fills their bits.
+        tokens = buffer.tokens.view(torch.uint8).numpy().view(self._dataset.scheme.dtype)
+        raw_actions, raw_states, num_steps = buffer.actions.numpy(), buffer.states.numpy(), self._index.num_steps
         for row, number in enumerate(numbers):
             window = self._index[int(number)]
             self._dataset.read_tokens(window.store, window.start, tokens[row])
+            if buffer.scales is not None:
+                self._dataset.read_token_scales(window.store, window.start, buffer.scales.tokens[row].numpy())
+                channels = self._dataset.channels(window.store)
+                buffer.scales.channels[row] = torch.from_numpy(channels.scales)
+                buffer.scales.means[row] = torch.from_numpy(channels.means)
             actions, states = self._dataset.controls(window.store)
             stop = window.start + num_steps
-            buffer.actions[row] = torch.from_numpy(self._scaler.actions.apply(actions[window.start : stop - 1]))
-            buffer.states[row] = torch.from_numpy(self._scaler.states.apply(states[window.start : stop]))
+            raw_actions[row], raw_states[row] = actions[window.start : stop - 1], states[window.start : stop]
+        # All windows at once: one by one this took longer than reading the tokens of a small encoder.
+        raw_actions[...] = self._scaler.actions.apply(raw_actions)
+        raw_states[...] = self._scaler.states.apply(raw_states)
         return buffer._replace(numbers=numbers)

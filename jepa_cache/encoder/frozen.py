@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+# To what tokens are cast for the store, which makes codes of float16. Each is cast from what was computed, never from another.
+STORED_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float16,
+    "float8_e4m3": torch.float16,
+    "int4": torch.float16,
+}
 
 
 class TokenOverflowError(ValueError):
@@ -132,18 +140,16 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
 
     Args:
         tokens: [..., N, D] on any device; the leading axes are counted as steps.
-        dtype: "float16" or "float32".
+        dtype: how they are stored; what the store makes codes of is cast to float16.
 
     Returns:
-        Array of the same shape on the CPU.
+        Array of the same shape on the CPU; bfloat16 as its bits, uint16, for numpy knows no such numbers.
 
     Raises:
         TokenOverflowError: a value is not finite after the cast; names the first such step and its largest value.
         ValueError: unknown dtype.
     """
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"unknown stored dtype '{dtype}'; known: {', '.join(STORED_DTYPES)}")
-    stored = tokens.detach().to(STORED_DTYPES[dtype])
+    stored = _cast(tokens, dtype)
     finite = stored.isfinite().all(dim=-1).all(dim=-1).flatten()
     if not finite.all():
         step = int((~finite).nonzero()[0])
@@ -154,4 +160,29 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
             f"or compute in float32 if the encoder itself overflows",
             step,
         )
-    return stored.cpu().numpy()
+    return (stored.view(torch.uint16) if dtype == "bfloat16" else stored).cpu().numpy()
+
+
+def measure_cast(tokens: Tensor, dtype: str) -> np.ndarray:
+    """What `to_stored` changes: per step the sum of squared errors, the sum of squares and the largest error.
+
+    Args:
+        tokens: [B, N, D] on any device, finite.
+        dtype: as for `to_stored`.
+
+    Returns:
+        [B, 3] float64. A cast's error is a float32 number, so only the sums round, in float64.
+
+    Raises:
+        ValueError: unknown dtype.
+    """
+    truth = tokens.detach().float()
+    error = _cast(tokens, dtype).float() - truth
+    squared, squares = (values.square().sum(dim=(-2, -1), dtype=torch.float64) for values in (error, truth))
+    return torch.stack([squared, squares, error.abs().amax(dim=(-2, -1)).double()], dim=-1).cpu().numpy()
+
+
+def _cast(tokens: Tensor, dtype: str) -> Tensor:
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"unknown stored dtype '{dtype}'; known: {', '.join(STORED_DTYPES)}")
+    return tokens.detach().to(STORED_DTYPES[dtype])

@@ -63,14 +63,27 @@ def _checked(frames: np.ndarray) -> np.ndarray:
 
 def _resized(frames: np.ndarray, height: int, width: int, *, antialias: bool) -> Tensor:
     # Frame by frame and channels last: 0.5 ms for a 640x360 frame to 64 px against 4.6 ms for planar batches of 64,
-    # with the same bits; and a frame cannot depend on its neighbours.
+    # with the same bits; and a frame cannot depend on its neighbours. One buffer, of which only the rows that are looked at
+    # are filled, makes it 0.2 ms.
     resized = torch.empty(len(frames), 3, height, width)
+    rows = slice(None) if antialias else _rows_looked_at(frames.shape[1], height)
+    pixels = np.zeros(frames.shape[1:], np.float32)
+    planar = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     for target, frame in zip(resized, frames, strict=True):
-        pixels = torch.from_numpy(np.array(frame[None])).permute(0, 3, 1, 2).float()
+        pixels[rows] = frame[rows]
         target.copy_(
-            F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=antialias)[0]
+            F.interpolate(planar, (height, width), mode="bilinear", align_corners=False, antialias=antialias)[0]
         )
     return resized
+
+
+def _rows_looked_at(num_rows: int, num_resized: int) -> np.ndarray | slice:
+    """The rows of a frame that bilinear resizing without antialias takes anything from: two for every row of the result."""
+    centres = (np.arange(num_resized) + 0.5) * (num_rows / num_resized) - 0.5
+    # torch computes the centres in float32, which may be a hair below a row or above it.
+    nearest = np.floor(centres + np.array([[-0.01], [0.01]])).astype(np.int64)
+    rows = np.unique(np.clip([nearest, nearest + 1], 0, num_rows - 1))
+    return rows if len(rows) < 0.7 * num_rows else slice(None)
 
 
 def _normalised(pixels: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:

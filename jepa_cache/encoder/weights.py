@@ -165,12 +165,41 @@ def resolve_weights(reference: str, *, base: Path) -> Path:
     return path
 
 
+def find_weights(reference: str, *, base: Path) -> Path | None:
+    """The local file that `resolve_weights` would give, where it need not be downloaded; else None.
+
+    Args:
+        reference: as for `resolve_weights`.
+        base: folder that relative paths start from.
+
+    Raises:
+        WeightsNotFoundError: a path that does not exist.
+        ValueError: the reference has an unknown form.
+    """
+    scheme = urlparse(reference).scheme if "://" in reference else ""
+    if scheme in ("http", "https"):
+        target = _downloaded(reference)
+        return target if target.is_file() else None
+    if scheme == "hf":
+        from huggingface_hub import try_to_load_from_cache
+
+        owner, repo, file = _split_hub(reference)
+        found = try_to_load_from_cache(f"{owner}/{repo}", file)
+        return Path(found) if isinstance(found, str) else None
+    return resolve_weights(reference, base=base)
+
+
+def _downloaded(url: str) -> Path:
+    """Where a download is kept. Host and path stay in the name: files of one name from two places must not be mixed up."""
+    parts = urlparse(url)
+    return weights_folder() / str(parts.hostname) / parts.path.lstrip("/")
+
+
 def _download(url: str) -> Path:
     parts = urlparse(url)
     if parts.path.startswith("/jepa/") and parts.hostname == "dl.fbaipublicfiles.com":
         raise ValueError(f"{url} is a V-JEPA 1 file; only V-JEPA 2 encoders can be loaded. {_WAY_OUT}")
-    # Host and path stay in the name: files of one name from two places must not stand for each other.
-    target = weights_folder() / str(parts.hostname) / parts.path.lstrip("/")
+    target = _downloaded(url)
     if target.is_file():
         return target
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -197,11 +226,16 @@ def _from_hub(reference: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    owner, _, rest = reference.removeprefix("hf://").partition("/")
-    repo, _, file = rest.partition("/")
-    if not (owner and repo and file):
-        raise ValueError(f"a hub reference is hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    owner, repo, file = _split_hub(reference)
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", file))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise WeightsNotFoundError(f"weights {reference} could not be had from the hub: {error}. {_WAY_OUT}") from error
+
+
+def _split_hub(reference: str) -> tuple[str, str, str]:
+    owner, _, rest = reference.removeprefix("hf://").partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
+        raise ValueError(f"a hub reference is hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    return owner, repo, file

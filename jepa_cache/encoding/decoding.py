@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,13 +13,16 @@ import numpy as np
 
 from jepa_cache.encoding.modes import StepPlan, plan_steps
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.video import open_video
+from jepa_cache.media.video import Video, open_video
 from jepa_cache.sources import Source, Unit
 
 if TYPE_CHECKING:
     import torch
 
 BATCHES_AHEAD = 2  # per episode: one being encoded, one ready
+# Decoded at once. A batch of 64 frames of 640x360 is 44 MB: it would have to be fetched from memory again to be resized, and
+# decoding it in such pieces takes a tenth less time.
+PIECE_FRAMES = 8
 
 
 class PixelBatch(NamedTuple):
@@ -84,7 +87,7 @@ class Decoders:
     def __init__(
         self,
         source: Source,
-        units: Sequence[Unit],
+        units: Iterable[Unit],
         settings: DecodeSettings,
         preprocess: Callable[[np.ndarray], torch.Tensor],
     ) -> None:
@@ -152,16 +155,24 @@ class Decoders:
                 for start in range(0, len(inputs), batch_size):
                     if self._stop.is_set():
                         return
-                    part = inputs[start : start + batch_size]
-                    frames = video.read(part.reshape(-1))
-                    pixels = self._preprocess(frames)
-                    batch = PixelBatch(pixels.reshape(*part.shape, *pixels.shape[1:]), luma_statistics(frames))
-                    self._put(stream.batches, batch)
+                    self._put(stream.batches, self._read_batch(video, inputs[start : start + batch_size]))
             finally:
                 video.close()
             self._put(stream.batches, None)
         except Exception as error:  # handed to the consumer, which raises it
             self._put(stream.batches, error)
+
+    def _read_batch(self, video: Video, inputs: np.ndarray) -> PixelBatch:
+        """Decode and preprocess the frames [B, G] of one batch."""
+        import torch
+
+        frames, pixels, luma = inputs.reshape(-1), [], []
+        for start in range(0, len(frames), PIECE_FRAMES):
+            piece = video.read(frames[start : start + PIECE_FRAMES])
+            pixels.append(self._preprocess(piece))
+            luma.append(luma_statistics(piece))
+        joined = torch.cat(pixels)
+        return PixelBatch(joined.reshape(*inputs.shape, *joined.shape[1:]), np.concatenate(luma))
 
     def _put(self, destination: queue.Queue, item: Any) -> None:
         """Put, but give up when the consumer has gone."""
@@ -182,5 +193,8 @@ def luma_statistics(frames: np.ndarray) -> np.ndarray:
     Returns:
         [F, 2] float32, 0 to 255. Source of the weights: ITU-R BT.601.
     """
-    luma = frames[:, ::4, ::4].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    sampled = np.empty((*frames[:, ::4, ::4].shape[:3], 3), np.uint8)
+    for channel in range(3):  # a third quicker than picking pixels, whose three values numpy copies one by one
+        sampled[..., channel] = frames[:, ::4, ::4, channel]
+    luma = sampled.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return np.stack([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2))], axis=1)

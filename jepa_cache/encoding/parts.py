@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
 from jepa_cache.encoding.modes import sampling_stride
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import digest_units, list_units
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Source, Unit, build_source
 from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.usage import WantedPart
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,16 @@ class Part:
     preset: DatasetPreset
     weight: float
     camera: str | None
-    source: Source
     phase: int
     units: Sequence[tuple[Unit, str]]
     recipe: dict[str, Any]
     action_recipe: dict[str, Any]
+    notes: tuple[str, ...] = ()  # on what was left out before any recording was read
+
+    @property
+    def source(self) -> Source:
+        """Reader of its recordings."""
+        return open_source(self.preset, self.camera)
 
     @property
     def view(self) -> str:
@@ -36,26 +46,65 @@ class Part:
         words = [self.camera] if self.camera else []
         return ", ".join([*words, *([f"phase {self.phase}"] if self.phase else [])]) or "main"
 
-    @property
+    @cached_property
     def tokens(self) -> str:
         """Fingerprint of its token stores."""
         return fingerprint(self.recipe)
 
-    @property
+    @cached_property
     def actions(self) -> str:
         """Fingerprint of its action stores."""
         return fingerprint(self.action_recipe)
 
-    @property
+    @cached_property
     def controls(self) -> str:
         """Fingerprint of its controls: of the source alone."""
-        return fingerprint(dict(self.source.recipe))
+        return fingerprint(self.recipe["source"])
+
+    @property
+    def wanted(self) -> WantedPart:
+        """The stores that it is made of."""
+        return WantedPart(self.tokens, self.actions, self.controls, tuple(digest for _, digest in self.units))
+
+
+def open_source(preset: DatasetPreset, camera: str | None) -> Source:
+    """The source of a data set, as one of its cameras sees it; one object for each, since some remember a listing."""
+    options = preset.source_options | ({"camera": camera} if camera else {})
+    return _open_source(preset.source, json.dumps(options, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _open_source(name: str, options: str) -> Source:
+    return build_source(name, json.loads(options))
+
+
+def used_encoder(config: Config) -> EncoderPreset:
+    """The encoder preset with the weights that `encode.weights` names in place of its own."""
+    if config.encode.weights == config.encoder.weights:
+        return config.encoder
+    return replace(config.encoder, weights=config.encode.weights, weights_sha256=None)
 
 
 def plan_parts(
-    config: Config, encoder: EncoderPreset, identity: str, space: ActionSpace, inputs: Sequence[str], base: Path
+    config: Config,
+    encoder: EncoderPreset,
+    identity: str,
+    space: ActionSpace,
+    inputs: Sequence[str],
+    base: Path,
+    *,
+    digest: Callable[[Sequence[Unit]], list[tuple[Unit, str]]] = digest_units,
 ) -> list[Part]:
     """One part for every data set of a mixture, camera and phase.
+
+    Args:
+        config: Resolved settings.
+        encoder: Preset, with the weights that are used.
+        identity: Of these weights.
+        space: Action space.
+        inputs: Replace the presets' lists when not empty.
+        base: Folder that relative paths are meant from.
+        digest: Names the content of units; another one may look it up where `digest_units` would read terabytes.
 
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
@@ -67,20 +116,22 @@ def plan_parts(
     parts = []
     for preset, weight in config.members:
         for camera in config.encode.cameras or (None,):
-            options = preset.source_options | ({"camera": camera} if camera else {})
-            source = build_source(preset.source, options)
-            units = digest_units(list_units(source, preset, inputs, base))
+            source = open_source(preset, camera)
+            found, notes = list_units(source, preset, inputs, base), ()
+            if config.encode.max_episodes is not None:
+                found, notes = take_recordings(source, found, config.encode.max_episodes)
+            units = digest(found)
             for phase in _phases(config, source, units):
                 parts.append(
                     Part(
                         preset=preset,
                         weight=weight,
                         camera=camera,
-                        source=source,
                         phase=phase,
                         units=units,
                         recipe=token_recipe(config.encode, encoder, source.recipe, identity, phase=phase),
                         action_recipe=action_recipe(config.encode, encoder, source.recipe, space, phase=phase),
+                        notes=notes,
                     )
                 )
     return parts

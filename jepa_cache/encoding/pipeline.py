@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd, Unusable
+from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import DecodeError
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.quantisation import step_bytes
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
 
@@ -65,7 +68,7 @@ class _UnitRows:
 
 
 def encode_units(
-    units: Sequence[tuple[Unit, str]],
+    units: Iterable[tuple[Unit, str]],
     source: Source,
     encoder: FrozenEncoder,
     settings: DecodeSettings,
@@ -81,7 +84,7 @@ def encode_units(
     """Encode every unit and publish its token store and controls, one unit after the other.
 
     Args:
-        units: Units with the sha256 of their content.
+        units: Units with the sha256 of their content; taken one by one, by another thread, shortly before each is read.
         source: Where the recordings come from.
         encoder: The frozen encoder.
         settings: Sampling, batching, decoding.
@@ -96,22 +99,28 @@ def encode_units(
     Raises:
         ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
     """
-    digests = dict(units)
+    taken: deque[tuple[Unit, str]] = deque()
+
+    def take() -> Iterator[Unit]:
+        for unit, digest in units:
+            taken.append((unit, digest))
+            yield unit
+
     timing, started, bytes_through, bytes_finished = Timing(), time.perf_counter(), 0, 0
     with (
         WriterThread() as write,
-        Decoders(source, [unit for unit, _ in units], settings, encoder.preprocess) as items,
+        Decoders(source, take(), settings, encoder.preprocess) as items,
     ):
-        remaining = iter(units)
         current: _OpenUnit | None = None
         for item in _timed(items, timing):
             if current is None:
-                digest = next(remaining)[1]
+                unit, digest = taken.popleft()
                 places = (root.tokens(fingerprint, digest), root.controls(source_fingerprint, digest))
-                current = _OpenUnit(*places, encoder, dtype, write)
+                current = _OpenUnit(root, *places, encoder, dtype, write)
             if isinstance(item, UnitEnd):
+                check_unchanged(unit, digest)
                 current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
-                assert digest == digests[item.unit]
+                assert item.unit == unit
                 current = None
                 bytes_finished += item.unit.num_bytes
                 bytes_through = bytes_finished  # inside a unit only the videos' bytes are known
@@ -143,17 +152,24 @@ class _OpenUnit:
     """The stores of one unit while they are filled; all disk work goes through the writer thread."""
 
     def __init__(
-        self, tokens_path: Path, controls_path: Path, encoder: FrozenEncoder, dtype: str, write: WriterThread
+        self,
+        root: CacheRoot,
+        tokens_path: Path,
+        controls_path: Path,
+        encoder: FrozenEncoder,
+        dtype: str,
+        write: WriterThread,
     ) -> None:
-        from jepa_cache.encoder.frozen import TokenOverflowError, to_stored
+        from jepa_cache.encoder.frozen import TokenOverflowError, measure_cast, to_stored
 
         self._overflow = TokenOverflowError
         self.rows = _UnitRows()
-        self._to_stored = functools.partial(to_stored, dtype=dtype)
+        self._to_stored, self._measure_cast = (functools.partial(f, dtype=dtype) for f in (to_stored, measure_cast))
         self._encoder = encoder
         self._write = write
-        self._tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width)
-        self._controls_path = controls_path
+        self._tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width, dtype=dtype)
+        self._step_bytes = step_bytes(dtype, encoder.num_tokens, encoder.width)
+        self._root, self._controls_path = root, controls_path
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
         self._num_steps = 0
         write.open(self._tokens)
@@ -164,12 +180,13 @@ class _OpenUnit:
         try:
             for batch in _timed(stream, timing):
                 begun = time.perf_counter()
-                tokens = self._to_stored(self._encoder.encode(batch.pixels).flatten(0, 1))
+                computed = self._encoder.encode(batch.pixels).flatten(0, 1)
+                tokens, errors = self._to_stored(computed), self._measure_cast(computed)
                 timing.encode_s += time.perf_counter() - begun
                 luma.append(batch.luma)
                 self._num_steps += len(tokens)
-                self._write(self._tokens.append, tokens)
-                yield batch.pixels.shape[0] * batch.pixels.shape[1], tokens.nbytes
+                self._write(self._tokens.append, tokens, errors)
+                yield batch.pixels.shape[0] * batch.pixels.shape[1], len(tokens) * self._step_bytes
         except DecodeError as error:
             self._num_steps = start
             self._write(self._tokens.roll_back, start)
@@ -207,9 +224,10 @@ class _OpenUnit:
             "num_segments": len(rows.segments),
             "num_episodes": len(rows.steps),
         }
-        self._write(_write_controls, self._controls_path, self._controls)
+        self._write(_write_controls, self._root, self._controls_path, self._controls)
         self._write(self._tokens.publish, steps, segments, card, provenance)
         self._write.close(self._tokens)
+        self._write(self._root.publish, self._tokens.final)
 
     def _describe(self, stream: EpisodeStream, start: int, luma: np.ndarray) -> None:
         episode, plan = stream.episode, stream.plan
@@ -257,12 +275,13 @@ def _timed(items: Any, timing: Timing) -> Any:
         yield item
 
 
-def _write_controls(path: Any, controls: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> None:
-    if path.is_file():
+def _write_controls(root: CacheRoot, path: Path, controls: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> None:
+    if root.fetch(path):
         return
     with ControlsWriter(path) as writer:
         for episode, columns in controls:
             writer.append(episode, columns)
+    root.publish(path)
 
 
 def _idle_share(idle: np.ndarray | None, ticks: np.ndarray) -> np.ndarray:

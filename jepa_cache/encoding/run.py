@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from jepa_cache.actions import ActionSpace, get_action_space
+from jepa_cache.actions import get_action_space
 from jepa_cache.config.machine import default_num_threads
-from jepa_cache.config.schema import Config, EncoderPreset
+from jepa_cache.config.schema import Config
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
-from jepa_cache.encoding.aggregation import is_current, write_unit_actions
-from jepa_cache.encoding.decoding import DecodeSettings
-from jepa_cache.encoding.parts import Part, plan_parts
-from jepa_cache.encoding.pipeline import Timing, encode_units
-from jepa_cache.episode import Episode
-from jepa_cache.sources import Unit
-from jepa_cache.store.controls import ControlsWriter, is_readable
+from jepa_cache.encoding.claims import is_whole, wait_for_others
+from jepa_cache.encoding.distribution import encode_on_workers
+from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder, resolve_device
+from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
+from jepa_cache.encoding.pipeline import Timing
+from jepa_cache.encoding.progress import HERE, ProgressBar
+from jepa_cache.encoding.workers import Workers
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
-from jepa_cache.store.reader import StoreDamagedError
-from jepa_cache.store.root import CacheRoot, remove_folder
-from jepa_cache.store.verify import check_store, read_store_file
-
-if TYPE_CHECKING:
-    from jepa_cache.encoder.frozen import FrozenEncoder
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.verify import read_store_file
 
 
 @dataclass(frozen=True)
@@ -42,42 +33,63 @@ class EncodeResult:
     timing: Timing | None  # None when nothing was encoded
 
 
-def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: CacheRoot) -> EncodeResult:
+def encode_dataset(
+    config: Config,
+    inputs: Sequence[str],
+    *,
+    base: Path,
+    root: CacheRoot,
+    workers: Workers | None = None,
+    on_plan: Callable[[list[Part]], list[Part]] = list,
+) -> EncodeResult:
     """Bring the cache up to date with the recordings and return the manifest.
 
     Idempotent: a unit whose store is there and whole under the recipe is not read again, whoever made it. A store with
-    files missing or cut short is encoded again, by name.
+    files missing or cut short is encoded again, by name. Several encoders may work on one root: each unit is encoded by
+    one of them, and what a dead one left is taken over.
 
     Args:
         config: Resolved settings.
         inputs: Folders, files, globs, brace ranges; replace the data set preset's list when not empty.
         base: Folder that relative paths are meant from.
         root: Cache root.
+        workers: Processes that encode, one unit each at a time; None encodes in this one.
+        on_plan: Is shown the parts before any work, and returns those to bring up to date.
 
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
     """
     root.check_writable()
+    root.remove_stale_temporaries()
     space = get_action_space(config.encode.action_space)
-    encoder, weights = config.encoder, None
-    if config.encode.weights != encoder.weights:
-        encoder = replace(encoder, weights=config.encode.weights, weights_sha256=None)
+    encoder, weights = used_encoder(config), None
     if encoder.weights is not None:
         weights = resolve_weights(encoder.weights, base=base)
     identity = weights_identity(encoder, weights, digest=DigestTable().digest)
 
-    parts, manifest_parts = plan_parts(config, encoder, identity, space, inputs, base), []
-    timing, num_encoded = Timing(), 0
-    frozen: FrozenEncoder | None = None
+    parts = on_plan(plan_parts(config, encoder, identity, space, inputs, base))
+    tasks = []
     for part in parts:
-        missing = [(unit, digest) for unit, digest in part.units if not _is_whole(root.tokens(part.tokens, digest))]
+        digests = [digest for _, digest in part.units]
+        root.prefetch([root.tokens(part.tokens, digest) for digest in digests])
+        root.prefetch([root.actions(part.actions, digest) for digest in digests])
+        missing = [
+            (unit, digest) for unit, digest in part.units if not is_whole(root, root.tokens(part.tokens, digest))
+        ]
         if missing:
-            frozen = frozen or _load_encoder(config, encoder, weights)
-            timing += _encode_missing(config, frozen, part, missing, root)
-            num_encoded += len(missing)
+            task_part = replace(part, units=missing)
+            tasks.append(EncodeTask(config.encode, encoder, weights, task_part, default_num_threads()))
+    if tasks and not encoder.trained:
+        print(
+            f"encoder {encoder.name!r} has seeded random weights: its features are for trying things out, not for results"
+        )
+    if workers is None:
+        timing, num_encoded = encode_here(tasks, root)
+    else:
+        timing, num_encoded = encode_on_workers(tasks, root, workers, space.name)
+    for part in parts:
         for unit, digest in part.units:
-            _ensure_actions(root, part, space, unit, digest)
-        manifest_parts.append(_describe_part(part, root))
+            ensure_actions(root, part, space, unit, digest)
 
     side = encoder.resolution // encoder.patch_size
     manifest = Manifest(
@@ -90,113 +102,44 @@ def encode_dataset(config: Config, inputs: Sequence[str], *, base: Path, root: C
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(manifest_parts),
+        parts=tuple(_describe_part(part, root) for part in parts),
     )
     _check_skipped(manifest, config.encode.max_skipped_share)
     return EncodeResult(manifest, sum(len(part.units) for part in parts), num_encoded, timing if num_encoded else None)
 
 
-def _is_whole(store: Path) -> bool:
-    """Whether a store is there with all its files; a damaged one is named and removed, to be encoded again."""
-    if not store.is_dir():
-        return False
-    try:
-        check_store(store)
-    except StoreDamagedError as error:
-        print(f"damaged, encoding it again: {error}")
-        remove_folder(store)
-        return False
-    return True
-
-
-def _load_encoder(config: Config, encoder: EncoderPreset, weights: Path | None) -> FrozenEncoder:
-    import torch
-
-    from jepa_cache.encoder.checkpoints import load_encoder_state
-    from jepa_cache.encoder.frozen import FrozenEncoder
-
-    torch.set_num_threads(default_num_threads())
-    wanted = config.encode.device
-    device = wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if not encoder.trained:
-        print(
-            f"encoder {encoder.name!r} has seeded random weights: its features are for trying things out, not for results"
+def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int]:
+    """Encode in this process; what other encoders hold comes last, when they have finished it or died."""
+    timing, num_encoded, encoder = Timing(), 0, None
+    for task in tasks:
+        device = resolve_device(task.encode.device)
+        encoder = encoder or load_encoder(
+            task.encoder,
+            task.weights,
+            device=device,
+            compute_dtype=task.encode.compute_dtype,
+            num_threads=task.num_threads,
         )
-    state = load_encoder_state(encoder, weights)
-    return FrozenEncoder(encoder, state, device=device, compute_dtype=config.encode.compute_dtype)
-
-
-def _encode_missing(
-    config: Config, encoder: FrozenEncoder, part: Part, missing: Sequence[tuple[Unit, str]], root: CacheRoot
-) -> Timing:
-    import torch
-
-    encode = config.encode
-    settings = DecodeSettings(
-        fps=encode.fps,
-        mode=encode.mode,
-        frames_per_clip=encode.frames_per_clip,
-        tubelet_size=encoder.preset.tubelet_size,
-        phase=part.phase,
-        batch_size=encode.batch_size,
-        decoder=encode.decoder,
-        num_decoders=encode.num_decoders,
-    )
-    provenance = {
-        "batch_size": encode.batch_size,
-        "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
-        "versions": {name: version(name) for name in ("torch", "numpy", "zarr", "av")}
-        | {"python": platform.python_version()},
-    }
-    total_bytes = sum(unit.num_bytes for unit, _ in missing)
-    what = "encoding" if part.view == "main" else f"encoding {part.view}"
-    with tqdm(desc=what, unit=" frames", dynamic_ncols=True) as bar:
-
-        def show(timing: Timing, bytes_through: int) -> None:
-            if bytes_through:  # the number of frames is not known before they are decoded
-                bar.total = max(timing.num_frames, round(timing.num_frames * total_bytes / bytes_through))
-            bar.set_postfix_str(f"limit: {timing.limit}", refresh=False)
-            bar.update(timing.num_frames - bar.n)
-
-        timing = encode_units(
-            missing,
-            part.source,
-            encoder,
-            settings,
-            root,
-            dtype=encode.dtype,
-            fingerprint=part.tokens,
-            source_fingerprint=part.controls,
-            card={"recipe": part.recipe},
-            provenance=provenance,
-            on_progress=show,
-        )
-        bar.total = timing.num_frames
-    return timing
-
-
-def _ensure_actions(root: CacheRoot, part: Part, space: ActionSpace, unit: Unit, digest: str) -> None:
-    """Aggregate the unit's actions unless they are there; controls that were deleted are read from the recordings again."""
-    store, tokens = root.actions(part.actions, digest), root.tokens(part.tokens, digest)
-    if _is_whole(store):
-        if is_current(store, tokens):
-            return
-        remove_folder(store)
-    controls = root.controls(part.controls, digest)
-    if not is_readable(controls):
-        with ControlsWriter(controls) as writer:
-            for recording in part.source.iter_episodes(unit):
-                if isinstance(recording, Episode):
-                    writer.append(recording.key, recording.controls)
-    write_unit_actions(store, tokens, controls, space)
+        with ProgressBar(task.part.view, task.num_bytes) as bar:
+            while task.part.units:
+                filled = fill_part(task, encoder, root, bar.show)
+                timing += filled.timing
+                num_encoded += filled.num_encoded
+                rest = replace(task, part=replace(task.part, units=filled.busy))
+                bar.end(HERE, filled.timing.num_frames, task.num_bytes - rest.num_bytes)
+                task = rest
+                if filled.busy:
+                    wait_for_others(root, task.places(root), bar.wait)
+    return timing, num_encoded
 
 
 def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
-    entries, skipped, notes = [], [], []
+    entries, skipped, notes = [], [], list(part.notes)
     for _, digest in part.units:
         tokens = read_store_file(root.tokens(part.tokens, digest))
         aggregated = read_store_file(root.actions(part.actions, digest))
         excluded = aggregated.card["excluded"]
+        measured = tokens.card.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
         entries.append(
             ManifestEntry(
                 unit_digest=digest,
@@ -205,6 +148,8 @@ def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
                 num_steps=tokens.card["num_steps"],
                 num_segments=tokens.card["num_segments"],
                 num_episodes=tokens.card["num_episodes"] - len(excluded),
+                reconstruction_rmse=measured["relative_rmse"],
+                reconstruction_max_abs=measured["max_abs"],
             )
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]

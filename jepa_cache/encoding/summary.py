@@ -27,7 +27,7 @@ def describe_result(result: EncodeResult, root: CacheRoot) -> str:
         )
     lines.append(
         f"cache: {num_episodes} episodes, {manifest.num_steps} steps of {manifest.num_tokens} x {manifest.width} tokens, "
-        f"{len(manifest.skipped)} skipped, in {root.path}"
+        f"{len(manifest.skipped)} skipped, in {root.name}"
     )
     if not manifest.comparable:
         lines.append(

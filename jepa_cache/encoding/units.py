@@ -56,11 +56,21 @@ def digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:
     """sha256 of each unit; files with the same content count once."""
     digests: dict[str, Unit] = {}
     lookup = DigestTable()
-    for unit in tqdm(units, desc="checking recordings", unit="file", delay=2):
-        digest = lookup.digest_unit(unit.files)
+    bar = tqdm(units, desc="checking recordings", unit="file", delay=2)
+    for unit, digest in zip(units, lookup.digest_units(unit.files for unit in bar), strict=True):
         if digest in digests:
             print(f"left out: {unit.path} has the same content as {digests[digest].path}")
         else:
             digests[digest] = unit
     # By digest, so that file names and their order change nothing.
     return [(digests[digest], digest) for digest in sorted(digests)]
+
+
+def check_unchanged(unit: Unit, digest: str) -> None:
+    """Check that a unit which was read is still the one that was found. Cost: one stat per file.
+
+    Raises:
+        ValueError: When its files have another content now, so that what was read may belong to neither.
+    """
+    if DigestTable().digest_unit(unit.files) != digest:
+        raise ValueError(f"{unit.path} was changed while it was being encoded; run the same command again")

@@ -1,14 +1,18 @@
 """Claims: windows are numbered without gaps and never leave their segment; the sampler is a pure function of seed and step.
 
-It gives the same global batch for any number of processes, and no window twice within an epoch.
+It gives the same global batch for any number of processes, before and after a resume, and no window twice within an epoch.
 """
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.cache import Segment
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.data.windows import MIXTURE_BLOCK, WindowGroup, WindowIndex, WindowSampler, spread_windows
 
 
@@ -83,6 +87,53 @@ def test_the_global_batch_is_the_same_for_one_two_and_four_processes(num_windows
         ]
         batches.append(np.concatenate(parts).tolist())
     assert batches[0] == batches[1] == batches[2]
+
+
+def global_batches(num_windows, batch_size, seed, groups, *, world_size, steps):
+    """The batches of these steps, put together from the shares of newly made samplers, one a process."""
+    ranks = [
+        WindowSampler(num_windows, batch_size // world_size, seed=seed, rank=rank, world_size=world_size, groups=groups)
+        for rank in range(world_size)
+    ]
+    return [np.concatenate([rank.numbers(step) for rank in ranks]).tolist() for step in steps]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 3)), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+    st.lists(st.tuples(st.integers(1, 8), st.sampled_from([1, 2, 4])), min_size=1, max_size=4),
+)
+def test_a_run_that_goes_on_with_other_numbers_of_processes_sees_the_same_windows(data_sets, quarter, seed, runs):
+    groups = [WindowGroup(*group) for group in data_sets]
+    arguments = sum(group.count for group in groups), 4 * quarter, seed, groups if len(groups) > 1 else ()
+    resumed, step = [], 0
+    for num_steps, world_size in runs:
+        resumed += global_batches(*arguments, world_size=world_size, steps=range(step, step + num_steps))
+        step += num_steps
+    assert resumed == global_batches(*arguments, world_size=1, steps=range(step))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_tokens_that_processes_read_together_are_those_of_one_process_also_after_a_resume(
+    encoded, dataset, world_size
+):
+    index = WindowIndex(dataset.segments, 4)
+    scaler = fit_scaler(dataset, dataset.segments, ScalerConfig("standard", "none"))
+    one = WindowSampler(len(index), 8, seed=5)
+    expected = [WindowLoader(dataset, index, scaler).read(one.numbers(step)) for step in range(6)]
+    for first, last in ((0, 2), (2, 6)):  # the second run opens everything anew
+        opened = encoded.open()
+        parts = []
+        for rank in range(world_size):
+            share = WindowSampler(len(index), 8 // world_size, seed=5, rank=rank, world_size=world_size)
+            loader = WindowLoader(opened, index, scaler, num_threads=1 + rank % 2)
+            batches = loader.iterate(share.numbers(step) for step in range(first, last))
+            parts.append([[tensor.clone() for tensor in batch[:3]] for batch in batches])
+        for step in range(first, last):
+            for number, whole in enumerate(expected[step][:3]):
+                assert torch.equal(torch.cat([part[step - first][number] for part in parts]), whole)
+        opened.close()
 
 
 @given(samplers, st.permutations(range(12)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, to_stored
+from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, measure_cast, to_stored
 
 # Values of order 1 to 4; another batch size orders float32 sums differently.
 BATCH_TOLERANCE = 1e-5
@@ -130,6 +130,39 @@ def test_what_the_stored_precision_cannot_hold_stops_and_names_the_first_step(va
     with pytest.raises(TokenOverflowError, match=r"step 3 .*float16") as caught:
         to_stored(tokens, "float16")
     assert caught.value.step == 3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "int4"])
+def test_what_becomes_codes_must_fit_float16_first(dtype):
+    tokens = torch.randn(3, 4, 8)
+    assert np.array_equal(to_stored(tokens, dtype), tokens.numpy().astype(np.float16))
+    tokens[1, 0, 0] = 70000.0
+    with pytest.raises(TokenOverflowError, match=rf"step 1 .*{dtype}.*limit 65504"):
+        to_stored(tokens, dtype)
+
+
+def test_bfloat16_is_stored_as_its_bits_and_holds_what_float16_cannot():
+    tokens = torch.randn(3, 4, 8) * 1e9
+    bits = to_stored(tokens, "bfloat16")
+    assert bits.dtype == np.uint16 and np.array_equal(bits, tokens.bfloat16().view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3.4e38])  # the last rounds to infinity
+def test_bfloat16_refuses_what_is_not_finite(value):
+    tokens = torch.zeros(3, 4, 8)
+    tokens[2, 1, 1] = value
+    with pytest.raises(TokenOverflowError, match=r"step 2 .*bfloat16"):
+        to_stored(tokens, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_error_of_a_cast_is_measured_step_by_step(dtype):
+    tokens = torch.randn(5, 4, 8)
+    cast = tokens.half() if dtype == "float16" else tokens.bfloat16()
+    error, truth = cast.double().numpy() - tokens.double().numpy(), tokens.double().numpy()
+    expected = [(error**2).sum((1, 2)), (truth**2).sum((1, 2)), np.abs(error).max((1, 2))]
+    # Squares are rounded to float32 before they are summed.
+    np.testing.assert_allclose(measure_cast(tokens, dtype), np.stack(expected, axis=1), rtol=1e-6)
 
 
 def test_float32_storage_holds_what_float16_cannot():

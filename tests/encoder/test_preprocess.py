@@ -1,12 +1,14 @@
 """What the crop rules promise.
 
 Claims: crops are the official centred ones; every rule keeps a constant picture constant, works for frames smaller and
-larger than the output, treats each frame alone, and refuses what is not uint8 RGB.
+larger than the output, treats each frame alone, is torch's own resizing to the bit, and refuses what is not uint8 RGB.
 """
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jepa_cache.encoder.preprocess import (
     AC_ASPECT_RANGE,
@@ -130,3 +132,14 @@ def test_read_only_and_mirrored_frames_are_taken_without_a_warning(recwarn):
     mirrored.flags.writeable = False
     assert torch.equal(ac_transform(frames[:, :, ::-1], 16), ac_transform(mirrored, 16))
     assert not recwarn.list
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 400), width=st.integers(1, 300), size=st.sampled_from([16, 48, 64, 96, 256]))
+def test_pixels_are_to_the_bit_those_of_torch_resizing_the_whole_crop(height, width, size):
+    frames = noise(1, height, width)
+    top, left, crop_height, crop_width = ac_crop_box(height, width)
+    crop = torch.from_numpy(frames[:, top : top + crop_height, left : left + crop_width]).permute(0, 3, 1, 2).float()
+    expected = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", align_corners=False)
+    shift, spread = (torch.tensor(values).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(ac_transform(frames, size), (expected - shift) / spread)

@@ -107,11 +107,14 @@ def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_rest_goes_
     config = tiny_config(mode="clip", frames_per_clip=8, max_skipped_share=0.7)
     result = encode(tmp_path / "in", tmp_path / "cache", config)
     reasons = {recording["key"]: recording["reason"] for recording in result.manifest.skipped}
-    expected = {"alone": "jsonl", "novideo": "opened", "badline": "line 1", "short": "clip mode needs 8"}
+    expected = {"alone": "jsonl", "novideo": "opened", "short": "clip mode needs 8"}
     assert reasons.keys() == expected.keys()
     for key, words in expected.items():
         assert words in reasons[key]
-    assert read_episodes(result, tmp_path / "cache").keys() == {"a", "c"}
+    assert read_episodes(result, tmp_path / "cache").keys() == {"a", "badline", "c"}
+    assert any("badline" in note and "line 1" in note for note in result.manifest.notes), (
+        "its good lines are used, and said"
+    )
 
 
 def test_too_large_a_share_of_bad_recordings_stops_without_a_manifest_and_keeps_what_was_encoded(tmp_path, pairs):

@@ -1,6 +1,14 @@
-"""Claims: every setting that changes tokens changes the fingerprint; no other setting of the whole configuration does."""
+"""Claims: every setting that changes tokens changes the fingerprint; no other setting of the whole configuration does.
+
+Each field of a recipe is explained in docs/filling.md; changing any of them leaves the old stores where they are.
+"""
 
 import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +18,9 @@ from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import fingerprint, recipe_changes
-from tests.encoded import tiny_config
+from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Another value for every field that decides tokens; a field that is in neither table fails the tests by its name.
 ENCODE_CHANGES = {"fps": 4.0, "mode": "tubelet", "compute_dtype": "bfloat16", "dtype": "float32", "decoder": "pyav"}
@@ -22,6 +32,7 @@ ENCODE_KEEPS = {
     "device": "cuda",
     "num_decoders": 7,
     "max_skipped_share": 0.5,
+    "max_episodes": 3,  # what is cut is another unit, with a digest of its own
     "cameras": ("wrist",),  # an option of the source, hence in its recipe
     "phases": (1,),  # each phase has a recipe of its own, tested below
 }
@@ -124,6 +135,7 @@ def test_every_section_of_the_configuration_is_looked_at_here():
         "encoder",
         "dataset",
         "cache_root",
+        "verify_checksums",
         "origins",
         "members",
     }
@@ -184,3 +196,99 @@ def test_what_changed_between_two_recipes_is_named_by_its_path():
     new = {"encoder": {"rope": "paired", "depth": 2}, "dtype": "float16", "new": 2}
     assert recipe_changes(old, new) == ["encoder.rope: 'tiled' -> 'paired'", "gone: 1 -> None", "new: None -> 2"]
     assert recipe_changes(old, old) == []
+
+
+def leaves(recipe, prefix=""):
+    """Every field of a recipe by its path, such as `encoder.rope`."""
+    found = {}
+    for key, value in recipe.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def recipe_of(config):
+    source = build_source(config.dataset.source, config.dataset.source_options)
+    return token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))
+
+
+LEAVES = leaves(recipe_of(tiny_config()))
+
+
+def replaced(recipe, path, value):
+    head, _, rest = path.partition(".")
+    return {**recipe, head: replaced(recipe[head], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_any_one_field_of_a_recipe_makes_another_one_and_is_named(path):
+    recipe = recipe_of(tiny_config())
+    other = replaced(recipe, path, "another")
+    assert fingerprint(other) != fingerprint(recipe)
+    assert recipe_changes(recipe, other) == [f"{path}: {LEAVES[path]!r} -> 'another'"]
+
+
+def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
+    text = (ROOT / "docs/filling.md").read_text()
+    table = re.findall(r"^\| (`.*?) \| .+ \|$", text, re.MULTILINE)
+    explained = {name for row in table for name in re.findall(r"`(.+?)`", row)}
+    options = {path for path in LEAVES if path.startswith("source.")} - {"source.source", "source.recipe_version"}
+    assert explained == LEAVES.keys() - options | {"source.*"}
+
+
+RUNNING_CHANGES = {
+    "encode": {"fps": 10.0, "mode": "tubelet", "compute_dtype": "bfloat16", "decoder": "pyav", "phases": (1,)},
+    "encoder": {
+        **{"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 32, "patch_size": 8, "resolution": 48},
+        **{"crop": "square", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "random_seed": 1},
+    },
+}
+
+
+def test_another_recipe_leaves_every_store_of_the_others_where_it_is(tmp_path):
+    config, folder, root = tiniest_config(), make_tiny_tar(tmp_path / "in", "a"), tmp_path / "cache"
+    encode(folder, root, config)
+    before = all_files(root)
+    num_recipes = 1
+    for section, changes in RUNNING_CHANGES.items():
+        for field, value in changes.items():
+            result = encode(folder, root, changed(config, section, field, value))
+            num_recipes += 1
+            assert result.num_encoded == 1, field
+            assert len(list(root.glob("tokens/*/*.zarr"))) == num_recipes, field
+            after = all_files(root)
+            assert before.items() <= after.items(), field
+            before = after
+    assert encode(folder, root, config).num_encoded == 0
+
+
+FINGERPRINTS = """
+import sys
+from jepa_cache.config.loading import load_config
+from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.actions import get_action_space
+from jepa_cache.sources import build_source
+from jepa_cache.store.recipe import fingerprint
+config = load_config(overrides=["dataset=vpt", "encoder=tiny"])
+source = build_source(config.dataset.source, config.dataset.source_options)
+print(fingerprint(token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))))
+print(fingerprint(action_recipe(config.encode, config.encoder, source.recipe, get_action_space("vpt13"))))
+print(sys.modules["jepa_cache"].__file__)
+"""
+
+
+def test_comments_in_the_code_and_the_code_of_stage_two_change_no_fingerprint(tmp_path):
+    shutil.copytree(ROOT / "jepa_cache", tmp_path / "jepa_cache", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("configs", "params.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for path in (tmp_path / "jepa_cache").rglob("*.py"):
+        stage_two = path.relative_to(tmp_path).parts[1] in ("training", "predictor", "evaluation", "data")
+        path.write_text(path.read_text() + ("\nNEW_CODE = 1\n" if stage_two else "\n# A new comment.\n"))
+    command = [sys.executable, "-c", FINGERPRINTS]
+    results = []
+    for folder in (ROOT, tmp_path):
+        process = subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        results.append(process.stdout.split())
+    assert results[0][:2] == results[1][:2]
+    assert [Path(result[2]).parents[1] for result in results] == [ROOT, tmp_path]

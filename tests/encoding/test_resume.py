@@ -3,7 +3,9 @@
 A killed run leaves nothing that the same command does not put right, and its result is that of a run that was not killed.
 """
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,9 +92,22 @@ def test_another_action_space_needs_no_video_and_no_encoder(folder, tmp_path, no
         assert set(np.unique(new[key]["actions"][:-1, 4:27])) == {0.0, 1.0}
 
 
-def test_stage_two_settings_encode_nothing(folder, tmp_path, no_encoder):
-    import dataclasses
+def test_another_action_space_or_scaler_is_made_although_the_recordings_cannot_be_decoded_any_more(folder, tmp_path):
+    recordings, root = shutil.copytree(folder, tmp_path / "in"), tmp_path / "cache"
+    config = tiny_config()
+    encode(recordings, root, config)
+    expected = encode(recordings, tmp_path / "other", tiny_config(action_space="vpt36"))
+    for path in recordings.glob("*.tar"):
+        status = path.stat()
+        path.write_bytes(os.urandom(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that it still counts as the file it was
+    result = encode(recordings, root, tiny_config(action_space="vpt36"))
+    assert result.num_encoded == 0 and result.manifest.to_bytes() == expected.manifest.to_bytes()
+    unscaled = dataclasses.replace(config, scaler=dataclasses.replace(config.scaler, actions="none", states="none"))
+    assert encode(recordings, root, unscaled).num_encoded == 0
 
+
+def test_stage_two_settings_encode_nothing(folder, tmp_path, no_encoder):
     config = tiny_config()
     first = encode(folder, tmp_path / "cache", config)
     no_encoder()
@@ -140,6 +155,41 @@ def test_a_tar_that_is_added_is_encoded_alone(folder, tmp_path, complete, counte
     assert (len(counted), result.num_encoded) == (1, 1)
     assert result.manifest.to_bytes() == complete[0]
     assert all_files(root) == complete[1]
+
+
+def test_a_tar_that_is_removed_or_replaced_touches_no_other(folder, tmp_path, complete, counted):
+    recordings, root = shutil.copytree(folder, tmp_path / "in"), tmp_path / "cache"
+    encode(recordings, root)
+    counted.clear()
+    (recordings / "b.tar").unlink()
+    without = encode(recordings, root)
+    assert (without.num_encoded, without.num_units, counted) == (0, 2, [])
+    assert all_files(root) == complete[1]
+    write_vpt_tar(recordings / "c.tar", {"w": make_vpt_pair(40, 77)})
+    replaced = encode(recordings, root)
+    assert (replaced.num_encoded, len(counted)) == (1, 1)
+    assert complete[1].items() <= all_files(root).items()
+    kept = {entry.unit_digest for entry in without.manifest.entries} & {
+        e.unit_digest for e in replaced.manifest.entries
+    }
+    assert len(kept) == 1
+
+
+def test_a_tar_that_is_changed_while_it_is_encoded_is_named_and_nothing_is_published(tmp_path, monkeypatch):
+    recordings, root = make_tars(tmp_path / "in", {"a": {"x": 45}}), tmp_path / "cache"
+    real = pipeline._OpenUnit.encode
+
+    def change(self, stream, timing):
+        with (recordings / "a.tar").open("ab") as file:
+            file.write(bytes(10240))
+        return real(self, stream, timing)
+
+    monkeypatch.setattr(pipeline._OpenUnit, "encode", change)
+    with pytest.raises(ValueError, match=r"a\.tar was changed while it was being encoded"):
+        encode(recordings, root)
+    assert all_files(root) == {}
+    monkeypatch.undo()
+    assert encode(recordings, root).num_encoded == 1
 
 
 def test_a_tar_under_another_name_is_found_again_and_an_edited_one_is_another_unit(tmp_path, no_encoder):

@@ -3,6 +3,7 @@
 The same recordings give the same bytes everywhere, whatever files they lie in and however many threads decode them.
 """
 
+import hashlib
 import json
 import shutil
 import socket
@@ -172,6 +173,23 @@ def test_the_same_recordings_give_the_same_bytes_under_other_names_in_another_or
     result = encode(tmp_path, tmp_path / "cache", inputs=[str(tmp_path / "deep"), "0.tar"])
     assert result.manifest.to_bytes() == encoded[0].manifest.to_bytes()
     assert all_files(tmp_path / "cache") == all_files(encoded[1])
+
+
+def test_the_batches_of_a_unit_are_the_same_whatever_is_encoded_before_it(folder, tmp_path, monkeypatch):
+    batches, real = [], FrozenEncoder.encode
+
+    def encode_batch(self, pixels):
+        batches.append(hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
+        return real(self, pixels)
+
+    monkeypatch.setattr(FrozenEncoder, "encode", encode_batch)
+    alone = {}
+    for name in ("a.tar", "b.tar"):
+        encode(folder, tmp_path / f"{name}-cache", inputs=[name])
+        alone[name], batches = batches, []
+    encode(folder, tmp_path / "cache")
+    assert batches in (alone["a.tar"] + alone["b.tar"], alone["b.tar"] + alone["a.tar"])
+    assert len(alone["a.tar"]) > len(alone["b.tar"]) > 1
 
 
 @pytest.mark.parametrize("num_decoders", [1, 3])

@@ -1,0 +1,114 @@
+"""What the cache commands share: their arguments, one result as text or JSON, and exit codes.
+
+0: all is well. 1: a problem was found, or the command refused. 2: wrong usage, or it could not be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
+from jepa_cache.config.schema import Config
+from jepa_cache.store.manifest import Manifest, read_manifest
+from jepa_cache.store.root import CacheRoot, resolve_cache_root
+from jepa_cache.store.usage import RefusedError
+
+FINE, PROBLEM, UNCHECKED = 0, 1, 2
+MANIFEST = Path("outputs/encode/manifest.json")
+
+
+class Outcome(NamedTuple):
+    """The result of a command: one JSON document, the same in words, and the exit code."""
+
+    document: dict[str, Any]
+    lines: list[str]
+    exit_code: int = FINE
+
+
+class Checkout(NamedTuple):
+    """What the arguments of a command mean in the checkout that it was typed in."""
+
+    repository: Path
+    config: Config
+    paths: list[str]
+    base: Path  # that relative recordings are meant from
+    root: CacheRoot
+
+    def read_manifest(self, path: Path | None) -> Manifest:
+        """The manifest at `path`, else the one that stage one wrote in this checkout.
+
+        Raises:
+            ValueError: It is missing or damaged.
+        """
+        return read_manifest(path or self.repository / MANIFEST)
+
+
+def open_checkout(arguments: Sequence[str] | None) -> Checkout:
+    """Read the settings of the checkout around the present folder.
+
+    Args:
+        arguments: Recordings and `key=value` overrides, as the stages take them.
+
+    Raises:
+        ValueError: A setting is wrong.
+    """
+    given = list(arguments or [])
+    repository = find_repository(Path.cwd())
+    config = load_config(repository, [text for text in given if is_override(text)])
+    root = resolve_cache_root(config.cache_root, data_base(repository))
+    for damage in root.refresh():
+        print(f"damaged: {damage}", file=sys.stderr)
+    return Checkout(
+        repository,
+        config,
+        [text for text in given if not is_override(text)],
+        recordings_base(config, repository),
+        root,
+    )
+
+
+def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
+    """Do the work and print its result, with --json as the one document on stdout; ends with its exit code.
+
+    What the work itself prints goes to stderr then.
+    """
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            outcome = work()
+    except (ValueError, OSError) as error:
+        notes = [str(note) for note in getattr(error, "__notes__", [])]
+        message = "\n  ".join([str(error), *notes])
+        code = PROBLEM if isinstance(error, RefusedError) else UNCHECKED
+        outcome = Outcome({"error": message}, [], code)
+        print(f"error: {message}", file=sys.stderr)
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on where it was"
+        outcome = Outcome({"error": message}, [], UNCHECKED)
+        print(message, file=sys.stderr)
+    if as_json:
+        print(json.dumps(outcome.document, indent=2, allow_nan=False))
+    elif outcome.lines:
+        print("\n".join(outcome.lines))
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """What --help says: the docstring without its section on arguments."""
+    return (command.__doc__ or "").partition("\n\n    Args:")[0]
+
+
+def describe_bytes(num_bytes: float) -> str:
+    """A size in words, in units of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

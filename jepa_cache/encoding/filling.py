@@ -1,0 +1,166 @@
+"""Fills the missing stores of one part: the same in the plain run and in a Dask worker."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jepa_cache.actions import ActionSpace
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset
+from jepa_cache.encoding.aggregation import is_current, write_unit_actions
+from jepa_cache.encoding.claims import Claims, is_whole, remove_damaged
+from jepa_cache.encoding.decoding import DecodeSettings
+from jepa_cache.encoding.parts import Part
+from jepa_cache.encoding.pipeline import Timing, encode_units
+from jepa_cache.encoding.units import check_unchanged
+from jepa_cache.episode import Episode
+from jepa_cache.sources import Unit
+from jepa_cache.store.controls import ControlsWriter, is_readable
+from jepa_cache.store.root import CacheRoot
+
+if TYPE_CHECKING:
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
+LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be had for every machine
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Units of one part that are missing, and what encoding them needs; small, for it may travel to a worker."""
+
+    encode: EncodeConfig  # with the device resolved
+    encoder: EncoderPreset
+    weights: Path | None
+    part: Part  # of the missing units alone
+    num_threads: int  # of torch; another count may change the last bits of tokens that are computed on a CPU
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its recordings."""
+        return sum(unit.num_bytes for unit, _ in self.part.units)
+
+    def places(self, root: CacheRoot) -> list[tuple[str, Path]]:
+        """Names of its units and where their token stores lie."""
+        return [(unit.name, root.tokens(self.part.tokens, digest)) for unit, digest in self.part.units]
+
+
+class Filled(NamedTuple):
+    """What `fill_part` did, and the units that it left to other encoders, which hold them."""
+
+    num_encoded: int
+    timing: Timing
+    busy: tuple[tuple[Unit, str], ...]
+
+
+def resolve_device(wanted: str) -> str:
+    """The device that `encode.device` means on this machine: "auto" is CUDA where there is one."""
+    import torch
+
+    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_encoder(
+    preset: EncoderPreset, weights: Path | None, *, device: str, compute_dtype: str, num_threads: int
+) -> FrozenEncoder:
+    """Build the encoder; `num_threads` becomes the number of torch threads of this process."""
+    import torch
+
+    from jepa_cache.encoder.checkpoints import load_encoder_state
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
+    torch.set_num_threads(num_threads)
+    return FrozenEncoder(preset, load_encoder_state(preset, weights), device=device, compute_dtype=compute_dtype)
+
+
+def fill_part(
+    task: EncodeTask, encoder: FrozenEncoder, root: CacheRoot, on_progress: Callable[[Timing, int], None]
+) -> Filled:
+    """Encode the units of a task that no other encoder is working on.
+
+    Args:
+        task: What to encode.
+        encoder: From `load_encoder`.
+        root: Cache root.
+        on_progress: Called after every batch with the timing so far and the bytes of recordings that are through.
+
+    Raises:
+        ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
+    """
+    encode, part = task.encode, task.part
+    settings = DecodeSettings(
+        fps=encode.fps,
+        mode=encode.mode,
+        frames_per_clip=encode.frames_per_clip,
+        tubelet_size=encoder.preset.tubelet_size,
+        phase=part.phase,
+        batch_size=encode.batch_size,
+        decoder=encode.decoder,
+        num_decoders=encode.num_decoders,
+    )
+    with Claims(root, part.tokens) as claims:
+        timing = encode_units(
+            claims.take(part.units),
+            part.source,
+            encoder,
+            settings,
+            root,
+            dtype=encode.dtype,
+            fingerprint=part.tokens,
+            source_fingerprint=part.controls,
+            card={"recipe": part.recipe},
+            provenance=describe_machine(encoder, encode.batch_size, task.num_threads),
+            on_progress=on_progress,
+        )
+    return Filled(claims.num_taken, timing, tuple(claims.busy))
+
+
+def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) -> dict[str, object]:
+    """What is recorded of the making of a store, outside its digest."""
+    import torch
+
+    return {
+        "batch_size": batch_size,
+        "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
+        "num_threads": num_threads,
+        "versions": _library_versions() | {"python": platform.python_version()},
+    }
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES if find_spec(name)}
+
+
+def ensure_actions(root: CacheRoot, part: Part, space: ActionSpace, unit: Unit, digest: str) -> None:
+    """Aggregate the unit's actions unless they are there; controls that were deleted are read from the recordings again."""
+    store, tokens = root.actions(part.actions, digest), root.tokens(part.tokens, digest)
+    if is_whole(root, store) and is_current(store, tokens):
+        return
+    with root.claimed(store):
+        if remove_damaged(root, store, "making"):
+            if is_current(store, tokens):  # another encoder made them meanwhile
+                return
+            root.remove(store)
+        write_unit_actions(store, tokens, ensure_controls(root, part, unit, digest), space)
+        root.publish(store)
+
+
+def ensure_controls(root: CacheRoot, part: Part, unit: Unit, digest: str) -> Path:
+    """The unit's controls; read from the recordings again where they are missing or damaged. Decodes nothing."""
+    controls = root.controls(part.controls, digest)
+    root.fetch(controls)
+    if not is_readable(controls):
+        root.remove(controls)
+        with ControlsWriter(controls) as writer:
+            for recording in part.source.iter_episodes(unit):
+                if isinstance(recording, Episode):
+                    writer.append(recording.key, recording.controls)
+            check_unchanged(unit, digest)
+        root.publish(controls)
+    return controls

@@ -1,0 +1,109 @@
+"""What a run would be about, found out without reading recordings: parts and recipes, and units known from earlier looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from jepa_cache.actions import get_action_space
+from jepa_cache.config.schema import Config, EncoderPreset
+from jepa_cache.encoder.weights import find_weights, weights_identity
+from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
+from jepa_cache.sources import Unit
+from jepa_cache.store.digests import DigestTable, Remembered, join_digests
+
+# New and changed files are hashed up to here, some tenths of a second; terabytes are left to stage one.
+HASH_BYTES = 256 << 20
+UNREAD = "unread:"
+
+
+class Inventory(NamedTuple):
+    """The parts of a run as the present settings and recordings make them.
+
+    Attributes:
+        parts: As stage one would have them. A unit whose content is not known has a digest that `is_unread`.
+        encoder: With the weights that are used.
+        weights: Their file; None for seeded ones, and for such as would have to be downloaded.
+        notes: What the reader should know.
+        remembered: What the digest table knew before this look.
+    """
+
+    parts: list[Part]
+    encoder: EncoderPreset
+    weights: Path | None
+    notes: list[str]
+    remembered: Remembered
+
+
+def take_inventory(config: Config, inputs: Sequence[str], base: Path) -> Inventory:
+    """Find parts, recipes and units; downloads nothing and reads no recording that was hashed before.
+
+    Args:
+        config: Resolved settings.
+        inputs: Replace the presets' lists when not empty.
+        base: Folder that relative paths are meant from.
+
+    Raises:
+        ValueError: As `plan_parts`; or a weights file that does not exist.
+    """
+    encoder, notes = used_encoder(config), []
+    weights, identity = None, ""
+    table = DigestTable()
+    if encoder.weights is not None:
+        weights = find_weights(encoder.weights, base=base)
+    if encoder.weights is not None and weights is None:
+        identity = f"not on this machine: {encoder.weights}"
+        notes.append(
+            f"the weights {encoder.weights} are not on this machine, so it cannot be known which stores were made with them; "
+            "`python stages/encode.py` downloads them, encode.weights=PATH names a file"
+        )
+    else:
+        identity = weights_identity(encoder, weights, digest=table.digest)
+    lookup = _Lookup(table)
+    space = get_action_space(config.encode.action_space)
+    parts = plan_parts(config, encoder, identity, space, inputs, base, digest=lookup)
+    num_unread = len({unit for part in parts for unit, digest in part.units if is_unread(digest)})
+    if num_unread:
+        notes.append(
+            f"{num_unread} units are new or have changed and were not read yet (more than {HASH_BYTES >> 20} MiB): "
+            "`python stages/encode.py` reads them, and finds those again whose content it knows"
+        )
+    return Inventory(parts, encoder, weights, notes, lookup.remembered)
+
+
+def is_unread(digest: str) -> bool:
+    """Whether this stands for content that nobody has looked at."""
+    return digest.startswith(UNREAD)
+
+
+class _Lookup:
+    """Names the content of units by what is remembered; hashes what is new until `HASH_BYTES` are read."""
+
+    def __init__(self, table: DigestTable) -> None:
+        self._table = table
+        self.remembered = table.remember()
+        self._left = HASH_BYTES
+
+    def __call__(self, units: Sequence[Unit]) -> list[tuple[Unit, str]]:
+        digests, new = {}, []
+        for unit in units:
+            known = [self.remembered.digest(file) for file in unit.files]
+            num_bytes = sum(
+                file.stat().st_size for file, digest in zip(unit.files, known, strict=True) if digest is None
+            )
+            if None not in known:
+                digests[unit] = join_digests(known)
+            elif num_bytes <= self._left:
+                self._left -= num_bytes
+                new.append(unit)
+            else:
+                digests[unit] = f"{UNREAD}{unit.path}"
+        bar = tqdm(new, desc="checking recordings", unit="unit", delay=2)
+        digests |= zip(new, self._table.digest_units(unit.files for unit in bar), strict=True)
+        distinct: dict[str, Unit] = {}
+        for unit in units:
+            distinct.setdefault(digests[unit], unit)
+        return [(distinct[digest], digest) for digest in sorted(distinct)]

@@ -1,0 +1,133 @@
+"""What the tests of the cache commands share: a small encoded data set, made once, of which every test has its own copy."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from jepa_cache.cli.main import build_app
+from jepa_cache.config.loading import REPOSITORY_ROOT
+from jepa_cache.store.manifest import Manifest, read_manifest
+from jepa_cache.store.root import CacheRoot
+from tests.encoded import make_tars
+
+EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 60}}
+SETTINGS = {
+    "dataset: sample": "dataset: vpt",
+    "batch_size: null     # encoder": "batch_size: 8     # encoder",
+    "device: auto         # auto | cpu | cuda | cuda:1": "device: cpu",
+}
+
+
+class Result(NamedTuple):
+    """How a command ended: exit code, what it printed, and its JSON where --json was given."""
+
+    code: int
+    out: str
+    err: str
+    document: dict
+
+
+class Checkout:
+    """A checkout with a cache root, a state folder and recordings; commands run in it as users type them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recordings, self.state = folder / "recordings", folder / "state"
+        self.manifest_path = folder / "outputs/encode/manifest.json"
+        self.root = CacheRoot(folder / "cache")
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.manifest_path)
+
+    def tokens(self, number: int = 0) -> Path:
+        """Token store of the n-th unit."""
+        part, entry = self.manifest.stores[number]
+        return self.root.tokens(part.fingerprint, entry.unit_digest)
+
+    def actions(self, number: int = 0) -> Path:
+        part, entry = self.manifest.stores[number]
+        return self.root.actions(part.action_fingerprint, entry.unit_digest)
+
+    def controls(self, number: int = 0) -> Path:
+        part, entry = self.manifest.stores[number]
+        return self.root.controls(part.source_fingerprint, entry.unit_digest)
+
+    def run(self, *arguments: str) -> Result:
+        """Run `jepa-cache ...` in this process."""
+        result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        document = json.loads(result.stdout) if "--json" in arguments else {}
+        return Result(result.exit_code, result.stdout, result.stderr, document)
+
+    def encode(self, *overrides: str) -> None:
+        """Run the true stage one."""
+        spec = importlib.util.spec_from_file_location("encode_stage", self.folder / "stages/encode.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main([str(self.recordings), *overrides])
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the root but its lock."""
+        paths = sorted(path for path in self.root.path.rglob("*") if path.is_file() and path.suffix != ".lock")
+        return {str(path.relative_to(self.root.path)): path.read_bytes() for path in paths}
+
+
+def _write_checkout(folder):
+    shutil.copytree(REPOSITORY_ROOT / "configs", folder / "configs")
+    shutil.copytree(REPOSITORY_ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (REPOSITORY_ROOT / "params.yaml").read_text()
+    for old, new in SETTINGS.items():
+        text = text.replace(old, new)
+    text = text.replace("  root: null", f"  root: {folder / 'cache'}", 1)
+    (folder / "params.yaml").write_text(text)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    return make_tars(tmp_path_factory.mktemp("tars"), EPISODES)
+
+
+@pytest.fixture(scope="session")
+def encoded(recordings, tmp_path_factory):
+    """A checkout of which the recordings are encoded; copied, never changed."""
+    folder = tmp_path_factory.mktemp("encoded")
+    checkout = Checkout(folder)
+    shutil.copytree(recordings, checkout.recordings)
+    _write_checkout(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(checkout.state))
+        patch.chdir(folder)
+        checkout.encode()
+    return checkout
+
+
+@pytest.fixture
+def checkout(encoded, tmp_path, monkeypatch):
+    """A copy of the encoded checkout, the present folder of the test."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(encoded.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("state"))
+    copy = Checkout(folder)
+    text = (folder / "params.yaml").read_text().replace(str(encoded.folder), str(folder))
+    (folder / "params.yaml").write_text(text)
+    monkeypatch.setenv("XDG_STATE_HOME", str(copy.state))
+    monkeypatch.chdir(folder)
+    return copy
+
+
+@pytest.fixture
+def fresh(recordings, tmp_path, monkeypatch):
+    """A checkout with recordings of which nothing is encoded."""
+    folder = tmp_path / "fresh"
+    copy = Checkout(folder)
+    shutil.copytree(recordings, copy.recordings)
+    _write_checkout(folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(copy.state))
+    monkeypatch.chdir(folder)
+    return copy

@@ -1,0 +1,289 @@
+"""Claims of `jepa-cache verify`: whatever byte of what a manifest lists is missing or flipped is found and named.
+
+The message names store, chunk and episode and says what to type; a subset says so; an interrupted run goes on and a complete one
+forgets; steps that are encoded again are bit-equal, and stores of other pixels are not.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jepa_cache.store import rounds
+from jepa_cache.store.recipe import canonical_json
+from tests.encoded import make_tars
+
+CLASSES = {
+    "token data": ("tokens", "tokens/c/0/0/0", 100),
+    "chunk checksum": ("tokens", "tokens/c/0/0/0", 8 * 16 * 64 * 2 + 2),
+    "shard index": ("tokens", "tokens/c/0/0/0", -100),
+    "index checksum": ("tokens", "tokens/c/0/0/0", -2),
+    "array metadata": ("tokens", "tokens/zarr.json", 60),
+    "group metadata": ("tokens", "zarr.json", 60),
+    "step table": ("tokens", "steps.parquet", 200),
+    "segment table": ("tokens", "segments.parquet", 40),
+    "card": ("tokens", "store.json", 300),
+    "card's first byte": ("tokens", "store.json", 0),
+    "actions": ("actions", "actions/c/0/0", 50),
+    "states' metadata": ("actions", "states/zarr.json", 60),
+    "actions' card": ("actions", "store.json", 200),
+    "controls": ("controls", "", 400),
+    "controls' end": ("controls", "", -2),
+}
+
+
+def flip(path, place, bit=2):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_whole_cache_is_told_to_be_so_and_not_changed(checkout):
+    before = checkout.files()
+    result = checkout.run("verify", "--json")
+    assert result.code == 0 and result.document["ok"] and result.document["findings"] == []
+    assert result.document["num_checked"] == result.document["num_units"] == 3
+    shards = sum(len(content) for name, content in before.items() if "tokens/c/" in name)
+    assert 0.99 * shards < result.document["num_bytes"] <= shards
+    assert checkout.files() == before
+    assert checkout.run("verify", "--read-data").code == 0
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_flipped_bit_of_every_byte_class_is_found_and_named(checkout, name):
+    kind, file, place = CLASSES[name]
+    store = getattr(checkout, kind)(1)
+    flip(store / file if file else store, place)
+    result = checkout.run("verify", "--json")
+    assert result.code == 1 and not result.document["ok"]
+    kinds = {finding["kind"] for finding in result.document["findings"]}
+    assert kind in kinds and all(finding["place"] == str(store) for finding in result.document["findings"])
+    assert all(str(store) in finding["problem"] for finding in result.document["findings"])
+
+
+@pytest.mark.parametrize("place", [5, 31, 45])
+def test_any_flipped_bit_in_the_first_bytes_of_a_card_is_found(checkout, place):
+    """Where JSON ends, where keys are misread, and in the format's number, which must not pass for another version."""
+    path = checkout.tokens() / "store.json"
+    for bit in (0, 3, 6):
+        flip(path, place, bit)
+        assert checkout.run("verify").code == 1, (place, bit, path.read_bytes()[:80])
+        flip(path, place, bit)
+
+
+def test_a_flipped_format_number_is_damage_and_another_version_is_not(checkout):
+    path = checkout.tokens() / "store.json"
+    text = path.read_text()
+    path.write_text(text.replace('"format_version": 1', '"format_version": 3'))
+    result = checkout.run("verify")
+    assert result.code == 1 and "the format version in its store.json is damaged" in result.out
+    document = json.loads(text)
+    document["content"]["format_version"] = 3
+    document["content"]["card"]["new_field"] = True
+    path.write_bytes(canonical_json(document))
+    result = checkout.run("verify")
+    assert result.code == 2 and "has store format 3" in result.err
+
+
+def test_damage_in_a_chunk_names_chunk_steps_and_episode(checkout):
+    flip(checkout.tokens(0) / "tokens/c/0/0/0", (8 * 16 * 64 * 2 + 4) + 10)
+    text = checkout.run("verify").out
+    assert "chunk 1 (steps 8 to " in text and "episode" in text and "next: jepa-cache repair" in text
+
+
+@pytest.mark.parametrize("kind", ["tokens", "actions", "controls"])
+def test_what_is_missing_is_named(checkout, kind):
+    place = getattr(checkout, kind)(2)
+    place.unlink() if place.is_file() else shutil.rmtree(place)
+    result = checkout.run("verify", "--json")
+    assert result.code == 1
+    assert [(finding["kind"], finding["place"]) for finding in result.document["findings"]] == [(kind, str(place))]
+
+
+def test_a_store_that_is_another_one_than_listed_is_found(checkout):
+    shutil.rmtree(checkout.tokens(0))
+    shutil.copytree(checkout.tokens(1), checkout.tokens(0))
+    result = checkout.run("verify")
+    assert result.code == 1 and "is not the store that the manifest lists" in result.out
+
+
+def test_a_root_without_its_copy_of_the_manifest_is_found(checkout):
+    checkout.root.manifest(checkout.manifest.digest).unlink()
+    result = checkout.run("verify", "--json")
+    assert result.code == 1 and [finding["kind"] for finding in result.document["findings"]] == ["manifest"]
+
+
+def test_a_changed_shard_with_right_checksums_is_found_by_reading_whole_files_alone(checkout):
+    """Bytes between chunks belong to none of them; here the last chunk's unused steps, with its checksum made anew."""
+    import google_crc32c
+
+    path = checkout.tokens(0) / "tokens/c/0/0/0"
+    content = bytearray(path.read_bytes())
+    chunk = 8 * 16 * 64 * 2
+    content[:chunk] = bytes(chunk)
+    content[chunk : chunk + 4] = google_crc32c.value(bytes(chunk)).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert checkout.run("verify").code == 0
+    result = checkout.run("verify", "--read-data")
+    assert result.code == 1 and "sha256 differs" in result.out
+
+
+def test_a_subset_reads_so_much_and_says_so_and_tables_are_always_read(checkout):
+    result = checkout.run("verify", "--subset", "10%", "--seed", "3", "--json")
+    whole = checkout.run("verify", "--json").document["num_bytes"]
+    assert result.code == 0 and 0 < result.document["num_bytes"] < whole
+    assert (result.document["share"], result.document["seed"]) == (0.1, 3)
+    assert checkout.run("verify", "--subset", "0.1", "--seed", "3", "--json").document == result.document
+    flip(checkout.tokens(2) / "steps.parquet", 200)
+    assert checkout.run("verify", "--subset", "1%").code == 1
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "-5%", "all", "nan"])
+def test_a_share_that_is_none_is_wrong_usage(checkout, text):
+    result = checkout.run("verify", f"--subset={text}")
+    assert result.code == 2 and "--subset is a share" in result.err
+
+
+def _interrupt(monkeypatch, number):
+    """The n-th unit's check is interrupted by the user."""
+    check, count = rounds.Audit.check, []
+
+    def checked(self, part, entry):
+        count.append(entry)
+        if len(count) == number:
+            raise KeyboardInterrupt
+        return check(self, part, entry)
+
+    monkeypatch.setattr(rounds.Audit, "check", checked)
+
+
+def test_an_interrupted_run_goes_on_and_a_complete_one_starts_over(checkout, monkeypatch):
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 3)
+        result = checkout.run("verify", "--json")
+        assert result.code == 2 and "interrupted" in result.document["error"]
+    document = checkout.run("verify", "--json").document
+    assert (document["num_checked"], document["num_checked_before"]) == (1, 2)
+    assert checkout.run("verify", "--json").document["num_checked"] == 3
+
+
+def test_what_was_touched_since_an_interrupted_run_is_read_again(checkout, monkeypatch):
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 3)
+        checkout.run("verify")
+    flip(checkout.tokens(0) / "tokens/c/0/0/0", 100)
+    result = checkout.run("verify", "--json")
+    assert result.code == 1 and result.document["num_checked"] == 2
+
+
+def test_fresh_forgets_an_interrupted_run(checkout, monkeypatch):
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 3)
+        checkout.run("verify")
+    assert checkout.run("verify", "--fresh", "--json").document["num_checked"] == 3
+
+
+def test_after_damage_only_that_is_read_again(checkout):
+    flip(checkout.tokens(1) / "tokens/c/0/0/0", 100)
+    checkout.run("verify")
+    document = checkout.run("verify", "--json").document
+    assert (document["num_checked"], document["num_checked_before"]) == (1, 2)
+
+
+def test_random_steps_encoded_again_are_bit_equal(checkout):
+    result = checkout.run("verify", "--against-online", "12", "--json", checkout.recordings)
+    online = result.document["against_online"]
+    assert result.code == 0 and online["bit_equal"] and (online["num_equal"], online["num_steps"]) == (12, 12)
+    assert online["largest_difference"] == 0 and online["batch_shape_difference"] >= 0
+    assert online["changes_since"] == []
+    assert len({(step["unit"], step["step"]) for step in online["steps"]}) == 12
+    again = checkout.run(
+        "verify", "--against-online", "12", "--json", "--seed", str(online["seed"]), checkout.recordings
+    )
+    assert again.document["against_online"] == online
+
+
+def test_each_step_is_encoded_in_the_batch_that_it_was_in_and_alone(checkout, monkeypatch):
+    """Episodes of 12, 10, 11 and 15 steps in batches of 8, of which every step is asked for; another shape may round otherwise."""
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
+    sizes, encode = [], FrozenEncoder.encode
+    monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: sizes.append(len(groups)) or encode(self, groups))
+    result = checkout.run("verify", "--against-online", "999", "--json", checkout.recordings)
+    num_steps = checkout.manifest.num_steps
+    assert result.document["against_online"]["num_equal"] == num_steps == sizes.count(1)
+    assert sorted(size for size in sizes if size > 1) == [2, 3, 4, 7, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_steps_in_other_stored_dtypes_are_bit_equal_too(fresh, dtype):
+    for name in ("a", "c"):
+        (fresh.recordings / f"{name}.tar").unlink()
+    fresh.encode(f"encode.dtype={dtype}")
+    result = fresh.run("verify", "--against-online", "4", "--json", fresh.recordings, f"encode.dtype={dtype}")
+    assert result.code == 0 and result.document["against_online"]["bit_equal"]
+
+
+def test_steps_of_a_clip_are_compared_in_their_clip(fresh):
+    (fresh.recordings / "a.tar").unlink()
+    clip = ("encode.mode=clip", "encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
+    clip = (*clip, "evaluate.num_context_steps=1", "evaluate.horizon=1")
+    fresh.encode(*clip)
+    result = fresh.run("verify", "--against-online", "6", "--json", fresh.recordings, *clip)
+    assert result.code == 0 and result.document["against_online"]["bit_equal"], result.document
+
+
+def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
+    from jepa_cache.encoding import comparison
+
+    open_video = comparison.open_video
+
+    class Darker:
+        def __init__(self, video):
+            self.video = video
+
+        def read(self, indices):
+            return self.video.read(indices)[:, ::-1].copy()
+
+        def close(self):
+            self.video.close()
+
+    monkeypatch.setattr(comparison, "open_video", lambda *a, **k: Darker(open_video(*a, **k)))
+    result = checkout.run("verify", "--against-online", "5", "--json", checkout.recordings)
+    online = result.document["against_online"]
+    assert result.code == 1 and not online["bit_equal"] and online["largest_difference"] > 0
+    assert online["largest_relative_error"] > 0.1
+
+
+def test_settings_of_another_recipe_cannot_be_compared(checkout):
+    result = checkout.run("verify", "--against-online", "2", checkout.recordings, "encode.fps=4")
+    assert result.code == 2 and "sampling.fps: 5.0 -> 4.0" in result.err
+
+
+def test_recordings_that_are_not_those_of_the_manifest_cannot_be_compared(checkout, tmp_path):
+    other = make_tars(tmp_path / "others", {"o": {"q": 20}}, first_seed=50)
+    result = checkout.run("verify", "--against-online", "2", other)
+    assert result.code == 2 and "none of the recordings" in result.err
+
+
+def test_no_manifest_cannot_be_checked(checkout):
+    checkout.manifest_path.unlink()
+    result = checkout.run("verify", "--json")
+    assert result.code == 2 and "is missing; run `python stages/encode.py` first" in result.document["error"]
+
+
+def test_another_manifest_can_be_named(checkout):
+    path = checkout.root.manifest(checkout.manifest.digest)
+    checkout.manifest_path.unlink()
+    assert checkout.run("verify", "--manifest", path).code == 0
+
+
+def test_stored_values_are_what_the_comparison_reads(checkout):
+    from jepa_cache.encoding.comparison import _read_row
+    from jepa_cache.store.reader import TokenReader
+
+    with TokenReader(checkout.tokens()) as reader:
+        tokens = np.empty(reader.shape, np.float16)
+        reader.read(0, tokens)
+    assert np.array_equal(_read_row(checkout.tokens(), "tokens", 5), tokens[5])

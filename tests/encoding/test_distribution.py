@@ -1,0 +1,282 @@
+"""Claims: Dask workers give the bytes that one process gives, and the death of one costs its unit another try.
+
+A unit that kills every worker, or cannot be encoded, is named at the end without stopping the rest. What the workers cannot do is an error before any task is sent: a GPU that none offers, no worker, no scheduler.
+"""
+
+import os
+import signal
+import sys
+from typing import NamedTuple
+
+import cloudpickle
+import dask
+import pytest
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from jepa_cache.config import machine
+from jepa_cache.encoding import distribution, recipes, run, workers
+from jepa_cache.encoding.distribution import EncodeFailedError
+from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.encoding.workers import Workers
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.verify import read_store_file
+from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
+from tests.makers import write_tar
+
+CONFIG = tiniest_config()
+
+
+class Place(NamedTuple):
+    """Where the tests of this file work: one scheduler with two workers, recordings, and what one process makes of them."""
+
+    address: str
+    client: object
+    state: object
+    folder: object
+    manifest: bytes
+    files: dict
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    base = tmp_path_factory.mktemp("cluster")
+    folder = base / "recordings"
+    for seed, name in enumerate("abc"):
+        make_tiny_tar(folder, name, seed)
+    expected = encode(folder, base / "cache", CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(base / "state"))
+        # One death is forgiven: 4 would cost these tests a minute.
+        with (
+            dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+            Workers(num_local=2).connect("cpu", machine.default_num_threads()) as connection,
+        ):
+            manifest = expected.manifest.to_bytes()
+            yield Place(
+                connection.address, connection.client, base / "state", folder, manifest, all_files(base / "cache")
+            )
+
+
+@pytest.fixture
+def encode_there(place, monkeypatch):
+    """Stage one on the workers."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
+
+    def encode_there(folder, root, config=CONFIG):
+        where = Workers(scheduler=place.address)
+        return encode_dataset(config, [str(folder)], base=folder, root=CacheRoot(root), workers=where)
+
+    return encode_there
+
+
+def plug(client, plugin):
+    """Let something happen in every worker, also in those that are started later."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    client.register_plugin(plugin, name="fault")
+
+
+class Deadly(WorkerPlugin):
+    """Kills the worker that is given a unit, once or always."""
+
+    def __init__(self, unit, marker=None):
+        self.unit, self.marker = unit, marker
+
+    def setup(self, worker):
+        from jepa_cache.encoding import distribution
+
+        real, plugin = distribution._check_recipe, self
+
+        def check_recipe(task, address):
+            if task.part.units[0][0].name == plugin.unit and not (plugin.marker and plugin.marker.exists()):
+                if plugin.marker:
+                    plugin.marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(task, address)
+
+        distribution._check_recipe = check_recipe
+
+
+def test_workers_give_what_one_process_gives_bit_for_bit(place, encode_there, tmp_path):
+    result = encode_there(place.folder, tmp_path / "cache")
+    assert result.manifest.to_bytes() == place.manifest
+    assert all_files(tmp_path / "cache") == place.files and not list(tmp_path.rglob(".tmp-*"))
+    assert (result.num_encoded, result.timing.num_episodes) == (3, 3)
+    assert encode_there(place.folder, tmp_path / "cache").num_encoded == 0
+
+
+def test_the_number_of_torch_threads_is_that_of_the_process_that_sends_the_tasks(
+    place, encode_there, tmp_path, monkeypatch
+):
+    # Another number of threads changes the last bits of some matrix products, so no worker may choose its own.
+    monkeypatch.setattr(run, "default_num_threads", lambda: 2)
+    result = encode_there(place.folder, tmp_path / "cache")
+    digest = result.manifest.entries[0].unit_digest
+    store = read_store_file(CacheRoot(tmp_path / "cache").tokens(result.manifest.fingerprint, digest))
+    assert store.provenance["num_threads"] == 2
+    assert set(place.client.run(lambda: sys.modules["torch"].get_num_threads()).values()) == {2}
+    here = encode(place.folder, tmp_path / "here", CONFIG)
+    assert result.manifest.to_bytes() == here.manifest.to_bytes()
+
+
+def test_what_a_dead_worker_was_at_is_done_by_another_one(place, encode_there, tmp_path):
+    plug(place.client, Deadly("b.tar", tmp_path / "died"))
+    try:
+        result = encode_there(place.folder, tmp_path / "cache")
+    finally:
+        place.client.unregister_worker_plugin("fault")
+    assert (tmp_path / "died").exists()
+    assert result.manifest.to_bytes() == place.manifest and all_files(tmp_path / "cache") == place.files
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_units_that_fail_are_listed_after_the_others_are_done(place, encode_there, tmp_path):
+    for name in "abc":
+        (tmp_path / f"in/{name}.tar").parent.mkdir(exist_ok=True)
+        (tmp_path / f"in/{name}.tar").write_bytes((place.folder / f"{name}.tar").read_bytes())
+    make_tiny_tar(tmp_path / "in", "poison", seed=9)
+    write_tar(tmp_path / "in/bad.tar", [("x.mp4", b"no video"), ("x.jsonl", b"{}")])
+    (tmp_path / "in/bad.tar").write_bytes(b"no tar at all" * 100)
+    plug(place.client, Deadly("poison.tar"))
+    try:
+        with pytest.raises(EncodeFailedError) as caught:
+            encode_there(tmp_path / "in", tmp_path / "cache")
+    finally:
+        place.client.unregister_worker_plugin("fault")
+    message = str(caught.value)
+    assert message.startswith("2 of 5 units could not be encoded")
+    assert f"{tmp_path}/in/poison.tar: 2 workers died while encoding it" in message
+    assert f"{tmp_path}/in/bad.tar: " in message and "no uncompressed tar" in message
+    stores = list((tmp_path / "cache").glob("tokens/*/[!.]*.zarr"))
+    assert len(stores) == 3
+    for name in ("poison", "bad"):
+        (tmp_path / f"in/{name}.tar").unlink()
+    again = encode_there(tmp_path / "in", tmp_path / "cache")
+    assert again.num_encoded == 0 and again.manifest.to_bytes() == place.manifest
+
+
+def test_a_gpu_that_no_worker_offers_is_an_error_at_once(place, encode_there, tmp_path):
+    with pytest.raises(ValueError, match=r"none of the \d workers of tcp://.* offers a GPU; .*--resources GPU=1"):
+        encode_there(place.folder, tmp_path / "cache", tiniest_config(device="cuda"))
+    assert not (tmp_path / "cache/tokens").exists()
+
+
+def test_workers_that_offer_no_gpu_encode_on_their_cpus_and_that_is_said(place, encode_there, tmp_path, capsys):
+    result = encode_there(place.folder, tmp_path / "cache", tiniest_config(device="auto"))
+    assert "offers a GPU (`--resources GPU=1`): encoding on their CPUs" in capsys.readouterr().out
+    assert result.manifest.to_bytes() == place.manifest
+
+
+def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place, encode_there, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "ENCODE_VERSION", 0)  # as if this command were older than the workers
+    with pytest.raises(
+        EncodeFailedError, match=r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"
+    ):
+        encode_there(place.folder, tmp_path / "cache")
+
+
+def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(place, encode_there, tmp_path, monkeypatch):
+    root = CacheRoot(tmp_path / "cache")
+    first = encode_there(place.folder, tmp_path / "cache")
+    store = root.tokens(first.manifest.fingerprint, first.manifest.entries[0].unit_digest)
+    kept = store.rename(tmp_path / "kept")
+    claim = root.claim(store)
+    waited = []
+
+    def finish(bar, unit):
+        waited.append(unit)
+        kept.rename(store)
+        claim.release()
+
+    monkeypatch.setattr(distribution.ProgressBar, "wait", finish)
+    result = encode_there(place.folder, tmp_path / "cache")
+    assert len(waited) == 1 and result.num_encoded == 0
+    assert result.manifest.to_bytes() == place.manifest
+
+
+def test_no_scheduler_and_no_worker_are_errors_that_say_what_to_start(monkeypatch):
+    from dask.distributed import Scheduler, SpecCluster
+
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    with (
+        pytest.raises(ValueError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 .*dask scheduler"),
+        Workers(scheduler="tcp://127.0.0.1:9").connect("cpu", 1),
+    ):
+        pass
+    options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": ":0"}
+    with (
+        SpecCluster(scheduler={"cls": Scheduler, "options": options}, silence_logs="ERROR") as cluster,
+        pytest.raises(ValueError, match=r"has no worker after 1 s; .*dask worker tcp://.* --nthreads 1"),
+        Workers(scheduler=cluster.scheduler_address).connect("cpu", 1),
+    ):
+        pass
+
+
+class FakeClient:
+    """A scheduler's list of workers."""
+
+    def __init__(self, *listed):
+        self.workers = {f"tcp://w{number}": worker for number, worker in enumerate(listed)}
+
+    def scheduler_info(self, n_workers):
+        return {"workers": self.workers}
+
+
+def worker(nthreads=1, **resources):
+    return {"nthreads": nthreads, "resources": resources}
+
+
+def test_tasks_take_a_gpu_each_where_workers_offer_them(capsys):
+    for wanted in ("auto", "cuda"):
+        connection = workers._check_cluster(FakeClient(worker(GPU=1), worker()), "tcp://s", wanted)
+        assert (connection.device, connection.resources, connection.num_workers) == ("cuda", {"GPU": 1}, 1)
+    connection = workers._check_cluster(FakeClient(worker(GPU=1), worker()), "tcp://s", "cpu")
+    assert (connection.device, connection.resources, connection.num_workers) == ("cpu", {}, 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_workers_that_take_several_tasks_at_a_time_are_refused():
+    with pytest.raises(ValueError, match=r"1 workers of tcp://s take several tasks .*tcp://w1.*--nthreads 1"):
+        workers._check_cluster(FakeClient(worker(), worker(4)), "tcp://s", "cpu")
+
+
+def test_a_number_and_an_address_exclude_each_other_and_one_is_needed():
+    for wrong in ({}, {"num_local": 2, "scheduler": "tcp://s"}, {"num_local": 0}, {"num_local": -1}):
+        with pytest.raises(ValueError, match="workers"):
+            Workers(**wrong)
+
+
+def test_more_workers_than_gpus_are_refused_and_each_gets_one_of_its_own(monkeypatch):
+    monkeypatch.setattr(workers, "resolve_device", lambda wanted: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
+    with (
+        pytest.raises(ValueError, match="3 workers need a GPU each, but this machine shows 2; use --workers 2"),
+        Workers(num_local=3).connect("auto", 1),
+    ):
+        pass
+    with Workers(num_local=2).connect("auto", 1) as connection:
+        assert (connection.device, connection.resources) == ("cuda", {"GPU": 1})
+        shown = connection.client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules))
+        assert sorted(shown.values()) == [("3", False), ("GPU-5f", False)]
+        offered = connection.client.scheduler_info(n_workers=-1)["workers"].values()
+        assert [one["resources"] for one in offered] == [{"GPU": 1}, {"GPU": 1}]
+    with (
+        pytest.raises(ValueError, match=r"names one GPU.*encode\.device=cuda"),
+        Workers(num_local=1).connect("cuda:1", 1),
+    ):
+        pass
+
+
+def test_tasks_are_small(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
+    sent = []
+
+    def send(tasks, *_):
+        sent.extend(tasks)
+        raise ValueError("nothing is sent")
+
+    monkeypatch.setattr(run, "encode_on_workers", send)
+    root, where = CacheRoot(tmp_path / "cache"), Workers(num_local=1)
+    with pytest.raises(ValueError, match="nothing is sent"):
+        encode_dataset(CONFIG, [str(place.folder)], base=place.folder, root=root, workers=where)
+    assert sum(len(task.part.units) for task in sent) == 3
+    assert all(len(cloudpickle.dumps(task)) < 10_000 for task in sent)

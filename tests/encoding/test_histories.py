@@ -1,0 +1,230 @@
+"""Claim: after any history of encoding, kills, full disks, edits, flipped bits and clean-ups, what a manifest lists is right.
+
+It reads back exactly what an undisturbed encode of the same recordings gives, or the store is reported by name. Nothing is
+reported that was not harmed. An encode ends with the manifest of an undisturbed one, and a repair with its bytes.
+"""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.encoding.repair import repair_manifest
+from jepa_cache.store import layout
+from jepa_cache.store.audit import Audit, Scope
+from jepa_cache.store.collection import remove_unneeded
+from jepa_cache.store.reader import read_table
+from jepa_cache.store.root import CacheRoot
+from tests.encoded import make_tiny_tar, run_stage_one, tiniest_config
+from tests.faults import FaultyDisk, Killed
+
+NAMES, CONTENTS = "ab", 3
+CONFIGS = {
+    "slow": tiniest_config(),
+    "quick": tiniest_config(fps=10.0),
+    "other actions": tiniest_config(action_space="vpt36"),
+}
+
+
+def read_unit(dataset, root, number):
+    """All that stage two reads of one unit."""
+    part, entry = dataset.manifest.stores[number]
+    tokens = np.empty((entry.num_steps, dataset.manifest.num_tokens, dataset.manifest.width), np.float16)
+    dataset.read_tokens(number, 0, tokens)
+    actions, states = dataset.controls(number)
+    steps = read_table(root.tokens(part.fingerprint, entry.unit_digest), layout.STEPS_FILE)
+    numbers = {name: steps.column(name).to_numpy() for name in steps.column_names}
+    segments = np.array([(s.start, s.stop) for s in dataset.segments if s.store == number])
+    return {**numbers, "tokens": tokens, "actions": actions, "states": states, "segments": segments}
+
+
+class Undisturbed:
+    """What encodes without any fault give, in a root of their own."""
+
+    def __init__(self, base):
+        self.base, self.root = base, CacheRoot(base / "cache")
+        self.tars = [make_tiny_tar(base / "tars", str(seed), seed) / f"{seed}.tar" for seed in range(CONTENTS)]
+
+    @functools.cache  # noqa: B019
+    def manifest(self, config, contents):
+        folder = Path(tempfile.mkdtemp(dir=self.base))
+        for content in contents:
+            shutil.copy(self.tars[content], folder)
+        return run_stage_one(folder, self.root, CONFIGS[config])
+
+    @functools.cache  # noqa: B019
+    def numbers(self, config, contents):
+        dataset = CachedDataset(self.manifest(config, contents), self.root)
+        numbers = [read_unit(dataset, self.root, number) for number in range(len(dataset.manifest.entries))]
+        dataset.close()
+        return numbers
+
+
+class Histories(RuleBasedStateMachine):
+    """One cache root and one folder of recordings, and what became of them."""
+
+    undisturbed: Undisturbed
+
+    def __init__(self):
+        super().__init__()
+        self.base = Path(tempfile.mkdtemp(dir=self.undisturbed.base))
+        self.folder, self.root = self.base / "in", CacheRoot(self.base / "cache")
+        self.folder.mkdir()
+        self.tars, self.config = {}, "slow"
+        self.listed = None  # the last manifest that was written, with the settings and recordings that it is of
+        self.harmed = False  # something was damaged behind the program's back, and not repaired since
+
+    def teardown(self):
+        shutil.rmtree(self.base)
+
+    @initialize(content=st.integers(0, CONTENTS - 1))
+    def begin(self, content):
+        self.put("a", content)
+        self.encode()
+
+    @rule(name=st.sampled_from(NAMES), content=st.integers(0, CONTENTS - 1))
+    def put(self, name, content):
+        """Append a tar shard, or edit one."""
+        shutil.copy(self.undisturbed.tars[content], self.folder / f"{name}.tar")
+        self.tars[name] = content
+
+    @precondition(lambda self: self.tars)
+    @rule(data=st.data())
+    def remove(self, data):
+        (self.folder / f"{self._draw(data, self.tars)}.tar").unlink()
+
+    def _draw(self, data, tars):
+        name = data.draw(st.sampled_from(sorted(tars)))
+        del tars[name]
+        return name
+
+    @rule(config=st.sampled_from(sorted(CONFIGS)))
+    def choose(self, config):
+        self.config = config
+
+    @precondition(lambda self: self.tars)
+    @rule()
+    def encode(self):
+        self._encode()
+        assert not list(self.root.path.rglob(".tmp-*"))
+
+    @precondition(lambda self: self.tars)
+    @rule(point=st.integers(0, 180), how=st.sampled_from(["kill", "half", "full", "readonly"]))
+    def encode_disturbed(self, point, how):
+        with FaultyDisk(self.root.path, point, how) as disk:
+            try:
+                self._encode()
+            except (Killed, OSError, ValueError):
+                assert disk.stopped
+
+    def _encode(self):
+        contents = frozenset(self.tars.values())
+        try:
+            manifest = run_stage_one(self.folder, self.root, CONFIGS[self.config])
+        except ValueError as error:
+            if not (self.harmed and str(self.root.path) in str(error)):
+                raise
+            return
+        assert manifest.to_bytes() == self.undisturbed.manifest(self.config, contents).to_bytes()
+        self.listed = manifest, self.config, contents
+
+    def _files(self):
+        files = sorted(path for path in self.root.path.rglob("*") if path.is_file() and path.stat().st_size)
+        return [path for path in files if path.relative_to(self.root.path).parts[0] != "unfinished"]
+
+    @rule(position=st.integers(0, 10**9), bit=st.integers(0, 7))
+    def flip(self, position, bit):
+        if files := self._files():
+            path = files[position % len(files)]
+            content = bytearray(path.read_bytes())
+            content[position % len(content)] ^= 1 << bit
+            path.write_bytes(content)
+            self.harmed = True
+
+    @rule(position=st.integers(0, 10**9), whole=st.booleans())
+    def lose(self, position, whole):
+        if files := self._files():
+            path = files[position % len(files)]
+            store = next((folder for folder in path.parents if folder.suffix == ".zarr"), None)
+            path.unlink() if store is None or not whole else shutil.rmtree(store)
+            self.harmed = True
+
+    @precondition(lambda self: self.root.path.is_dir())
+    @rule()
+    def clean_up(self):
+        try:
+            remove_unneeded(self.root)
+        except ValueError as error:
+            assert self.harmed and "manifest" in str(error)
+            return
+        assert not list(self.root.path.rglob(".tmp-*"))
+
+    @precondition(lambda self: self.listed is not None)
+    @rule()
+    def repair(self):
+        manifest, config, contents = self.listed
+        with Audit(self.root, Scope(read_data=True), lambda _: None) as audit:
+            findings = [it for part, entry in manifest.stores for it in audit.check(part, entry)]
+        assert not findings or self.harmed
+        if contents <= set(self.tars.values()):
+            repair = repair_manifest(
+                manifest, findings, CONFIGS[config], [str(self.folder)], base=self.folder, root=self.root
+            )
+            assert not (repair.lost or repair.differing or repair.left)
+            self._check_numbers(allow_errors=False)
+
+    @invariant()
+    def what_is_listed_reads_as_it_was_written_or_is_reported(self):
+        if self.listed is not None:
+            self._check_numbers(allow_errors=self.harmed)
+
+    def _check_numbers(self, allow_errors):
+        manifest, config, contents = self.listed
+        try:
+            dataset = CachedDataset(manifest, self.root)
+        except ValueError as error:
+            assert allow_errors and str(self.root.path) in str(error), error
+            return
+        for number, expected in enumerate(self.undisturbed.numbers(config, contents)):
+            try:
+                found = read_unit(dataset, self.root, number)
+            except ValueError as error:
+                assert allow_errors and manifest.entries[number].unit_digest[:32] in str(error), error
+                continue
+            for name in expected:
+                assert np.array_equal(found[name], expected[name], equal_nan=expected[name].dtype.kind == "f"), name
+        dataset.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+def run_histories(undisturbed, **options):
+    machine = type("Histories", (Histories,), {"undisturbed": undisturbed})
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    run_state_machine_as_test(machine, settings=settings(deadline=None, suppress_health_check=checks, **options))
+
+
+def test_any_history_leaves_what_is_listed_right_or_reported(undisturbed):
+    run_histories(undisturbed, max_examples=30, stateful_step_count=12, derandomize=True)
+
+
+@pytest.mark.long
+def test_any_of_many_histories_leaves_what_is_listed_right_or_reported(undisturbed):
+    run_histories(undisturbed, max_examples=300, stateful_step_count=30)

@@ -1,0 +1,165 @@
+"""Claims: stage one into a bucket gives what it gives in a folder, to every machine that asks; nobody encodes it again.
+
+Two caches of this machine stand for two machines: they share nothing but the bucket.
+"""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jepa_cache.config.schema import SplitConfig
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.filters import NO_FILTER
+from jepa_cache.encoding import run
+from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.store.collection import list_root, remove_unneeded
+from jepa_cache.store.manifest import write_manifest
+from jepa_cache.store.mirror import open_mirror
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.usage import WantedPart, announce, settle
+from tests.encoded import make_tiny_tar, tiniest_config
+from tests.store.s3_server import Fault, serve_s3, use_server
+
+NUM_UNITS = 2
+SPLIT = SplitConfig(val_share=0.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in")
+    for seed in range(NUM_UNITS):
+        make_tiny_tar(folder, f"unit-{seed}", seed=seed)
+    return folder
+
+
+@pytest.fixture
+def machines(server, monkeypatch, tmp_path):
+    """`machines("a")` is the root as machine a sees it."""
+    server.faults.clear()
+    use_server(server, monkeypatch)
+
+    def open_on(name):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        return open_mirror(f"s3://bucket/{tmp_path.name}")
+
+    yield open_on
+    assert not server.faults, "the test is not about what it says"
+
+
+def encode(recordings, root):
+    result = encode_dataset(tiniest_config(), [str(recordings)], base=recordings, root=root)
+    write_manifest(result.manifest, [root.manifest(result.manifest.digest)])
+    settle(root, result.manifest)
+    return result
+
+
+@pytest.fixture(scope="module")
+def in_a_folder(recordings, tmp_path_factory):
+    root = CacheRoot(tmp_path_factory.mktemp("folder"))
+    return encode(recordings, root).manifest, root
+
+
+def load_all(manifest, root):
+    """Everything that stage two reads."""
+    dataset, read = CachedDataset(manifest, root), []
+    segments = dataset.segments_of("train", SPLIT, replace(NO_FILTER, drop_gui=True))
+    with pytest.raises(ValueError, match="does not record the commanded"):  # so it has looked at the controls
+        dataset.segments_of("train", SPLIT, replace(NO_FILTER, drop_idle=True))
+    for segment in dataset.segments:
+        tokens = np.empty((segment.stop - segment.start, manifest.num_tokens, manifest.width), np.float16)
+        dataset.read_tokens(segment.store, segment.start, tokens)
+        read += [tokens, *dataset.controls(segment.store)]
+    dataset.close()
+    return segments, read
+
+
+def attempts_of(root):
+    """Of every place the attempts that lie in the bucket."""
+    found = {}
+    for key in root.bucket.list(""):
+        place, separator, rest = key.partition(".attempt-")
+        if separator:
+            found.setdefault(place, set()).add(rest.split("/")[0])
+    return found
+
+
+def test_a_bucket_gives_what_a_folder_gives_through_dropped_connections(server, machines, recordings, in_a_folder):
+    server.faults += [
+        Fault("PUT .*/tokens/c/", "refuse", times=2),
+        Fault("PUT .*/tokens/.*commit.json", "deaf"),
+        Fault("GET .*/actions/c/", "deaf", times=2),
+    ]
+    manifest, folder = in_a_folder
+    assert encode(recordings, machines("a")).manifest.to_bytes() == manifest.to_bytes()
+    segments, read = load_all(manifest, machines("b"))
+    expected_segments, expected = load_all(manifest, folder)
+    assert segments == expected_segments and len(read) == len(expected) >= 3 * NUM_UNITS
+    assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(read, expected, strict=True))
+
+
+def test_a_machine_with_an_empty_cache_finds_what_another_encoded(server, machines, recordings, monkeypatch):
+    manifest = encode(recordings, machines("a")).manifest
+    monkeypatch.setattr(run, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    server.requests.clear()
+    result = encode(recordings, machines("b"))
+    assert (result.num_encoded, result.manifest.to_bytes()) == (0, manifest.to_bytes())
+    assert all(".check-" in request for request in server.requests if request.startswith("PUT"))
+
+
+def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings, in_a_folder):
+    roots, manifests = [machines("a"), machines("b")], []
+    barrier = threading.Barrier(2)
+
+    def work(root):
+        barrier.wait()
+        manifests.append(encode(recordings, root).manifest.to_bytes())
+
+    threads = [threading.Thread(target=work, args=(root,)) for root in roots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert manifests == [in_a_folder[0].to_bytes()] * 2
+    attempts = attempts_of(roots[0])
+    assert len(attempts) == 3 * NUM_UNITS + 1 and all(len(names) == 1 for names in attempts.values())
+    assert not [key for key in roots[0].bucket.list("") if key.endswith(".hint")]
+
+
+def test_a_damaged_store_alone_is_encoded_again(machines, recordings, in_a_folder, capsys):
+    encode(recordings, machines("a"))
+    root = machines("b")
+    before = attempts_of(root)
+    chunk = next(key for key in root.bucket.list("tokens") if "/tokens/c/" in key)
+    root.bucket.delete([chunk])
+    result = encode(recordings, machines("b"))
+    assert (result.num_encoded, result.manifest.to_bytes()) == (1, in_a_folder[0].to_bytes())
+    assert chunk in capsys.readouterr().out
+    after = attempts_of(root)
+    assert {place for place in before if before[place] != after[place]} == {chunk.split(".attempt-")[0]}
+
+
+def test_a_clean_up_anywhere_keeps_what_other_machines_want_and_removes_the_rest(machines, recordings):
+    manifest = encode(recordings, machines("a")).manifest
+    root = machines("b")
+    assert root.refresh() == []
+    contents = list_root(root)
+    in_bucket = sum(found.num_bytes for key, found in root.bucket.list("").items() if not key.endswith("commit.json"))
+    manifest_bytes = len(manifest.to_bytes())
+    assert (contents.num_bytes(contents.stores), contents.unneeded()) == (in_bucket - manifest_bytes, {})
+    wanted = [WantedPart(part.fingerprint, "0" * 32, "0" * 32, ("0" * 64,)) for part in manifest.parts]
+    announce(machines("a"), "vpt", wanted)
+    root = machines("b")
+    root.refresh()
+    (unfinished,) = (listing.digest for listing in list_root(root).listings if listing.manifest is None)
+    remove_unneeded(root)
+    assert len(attempts_of(root)) == 3 * NUM_UNITS + 2, "nothing was removed"
+    remove_unneeded(root, {manifest.digest, unfinished})
+    assert not root.bucket.list("")

@@ -1,0 +1,147 @@
+"""Claims: with every stored dtype both stages run; what is stored is the encoder's output, cast once and coded as documented.
+
+Another dtype is another recipe, the manifest says what it cost, and a batch holds the documented values.
+"""
+
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from jepa_cache.config.schema import STORED_DTYPES, Config
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.loader import WindowLoader, to_device
+from jepa_cache.data.scaler import Scaler, fit_scaler
+from jepa_cache.data.windows import WindowIndex
+from jepa_cache.encoder.frozen import FrozenEncoder
+from jepa_cache.evaluation.report import evaluate_run
+from jepa_cache.store.manifest import Manifest
+from jepa_cache.store.quantisation import SCHEMES, encode, measure_channels
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.training.trainer import train
+from tests.caches import make_config
+from tests.encoded import all_files, make_tars, tiny_config
+from tests.encoded import encode as encode_recordings
+from tests.store import plain_reader
+
+EPISODES = {"a": {"e0": 60, "e1": 45, "e2": 40, "e3": 45}, "b": {"e4": 52, "e5": 40}}
+CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
+
+
+class Made(NamedTuple):
+    """A data set of one dtype, and what the encoder gave while it was made: [n, N, D] float32 per store, in order."""
+
+    config: Config
+    manifest: Manifest
+    root: CacheRoot
+    computed: list[torch.Tensor]
+
+    @property
+    def stores(self):
+        return [self.root.tokens(part.fingerprint, entry.unit_digest) for part, entry in self.manifest.stores]
+
+    def open(self) -> tuple[CachedDataset, Scaler]:
+        dataset = CachedDataset(self.manifest, self.root)
+        segments = dataset.segments_of("train", self.config.split)
+        return dataset, fit_scaler(dataset, segments, self.config.scaler)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    return make_tars(tmp_path_factory.mktemp("recordings"), EPISODES)
+
+
+def make(recordings, folder, dtype) -> Made:
+    outputs, real = [], FrozenEncoder.encode
+
+    def recorded(self, groups):
+        outputs.append(real(self, groups))
+        return outputs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenEncoder, "encode", recorded)
+        manifest = encode_recordings(recordings, folder / "cache", tiny_config(dtype=dtype)).manifest
+    root = CacheRoot(folder / "cache")
+    config = make_config("dataset=vpt", "encoder=tiny", f"encode.dtype={dtype}", "split.val_share=0.4", "split.seed=1")
+    return Made(config, manifest, root, in_order_of(manifest, root, torch.cat(outputs).flatten(0, 1)))
+
+
+def in_order_of(manifest, root, computed):
+    """The encoder's output by store: units are encoded in an order of their own, so that of the nearest values is taken."""
+    stores = [root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores]
+    values = [torch.from_numpy(plain_reader.read_tokens(store)) for store in stores]
+    first, second = ([len(part) for part in order] for order in (values, values[::-1]))
+    orders = [list(computed.split(first)), list(computed.split(second))[::-1]]
+    return min(orders, key=lambda order: max(float((a - b).abs().max()) for a, b in zip(order, values, strict=True)))
+
+
+@pytest.fixture(scope="module", params=STORED_DTYPES)
+def made(request, recordings, tmp_path_factory) -> Made:
+    return make(recordings, tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_what_is_stored_is_the_encoders_output_cast_once_and_coded(made):
+    dtype = made.config.encode.dtype
+    for store, computed in zip(made.stores, made.computed, strict=True):
+        stored = plain_reader.read_array(store / "tokens")
+        if dtype == "bfloat16":  # from float16 the rounding would be twice
+            assert np.array_equal(stored, computed.bfloat16().view(torch.uint16).numpy())
+            assert (stored != computed.half().bfloat16().view(torch.uint16).numpy()).any()
+            continue
+        tokens = computed.half().numpy()
+        if dtype in CODED:
+            channels = measure_channels([tokens], tokens.shape[2])
+            tokens = np.stack([encode(step, dtype, channels)[0] for step in tokens])
+        assert np.array_equal(stored, tokens)
+
+
+def test_the_manifest_says_what_storing_cost(made):
+    dtype = made.config.encode.dtype
+    for store, entry, computed in zip(made.stores, made.manifest.entries, made.computed, strict=True):
+        truth = (computed.half() if dtype in CODED else computed).double().numpy()
+        error = plain_reader.read_tokens(store) - truth
+        rmse, largest = np.sqrt((error**2).sum() / (truth**2).sum()), np.abs(error).max()
+        assert entry.reconstruction_rmse == pytest.approx(rmse, rel=0.005)  # stated with three digits
+        assert entry.reconstruction_max_abs == pytest.approx(largest, rel=0.005)
+        assert rmse < {"float16": 3e-4, "bfloat16": 3e-3, "int8": 0.01, "float8_e4m3": 0.03, "int4": 0.1}[dtype]
+
+
+def test_a_batch_holds_the_documented_values_of_its_windows(made):
+    dataset, scaler = made.open()
+    index = WindowIndex(dataset.segments, 5)
+    values = [plain_reader.read_tokens(store) for store in made.stores]
+    numbers = np.random.default_rng(0).integers(0, len(index), (6, 4)).tolist()
+    loader, stores = WindowLoader(dataset, index, scaler, num_threads=2), set()
+    for batch, chosen in zip(loader.iterate(numbers), numbers, strict=True):
+        windows = [index[number] for number in chosen]
+        stores |= {window.store for window in windows}
+        expected = np.stack([values[window.store][window.start : window.start + 5] for window in windows])
+        got = to_device(batch, torch.device("cpu")).tokens
+        assert got.is_floating_point() and np.array_equal(got.float().numpy(), expected)
+    assert len(stores) == 2  # whose channels differ
+    dataset.close()
+
+
+def test_stage_two_trains_and_evaluates(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
+    monkeypatch.setattr("jepa_cache.evaluation.report.draw_horizon", lambda *_, **__: None)
+    drawn = []
+    monkeypatch.setattr("jepa_cache.evaluation.report.draw_strip", lambda strip, *_: drawn.append(strip))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dataset, scaler = made.open()
+    result = train(made.config, dataset, scaler, tmp_path / "run", base=tmp_path)
+    metrics = evaluate_run(made.config, dataset, result.weights, tmp_path / "evaluate")
+    assert 0 < metrics["val"]["teacher_forcing_l1"] < 2 and drawn
+    dataset.close()
+
+
+def test_every_dtype_is_a_recipe_of_its_own_and_is_made_again_alike(recordings, tmp_path):
+    fingerprints = {make(recordings, tmp_path / "one", dtype).manifest.fingerprint for dtype in ("float16", "int8")}
+    assert len(fingerprints) == 2
+    shutil.rmtree(tmp_path / "two", ignore_errors=True)
+    again = make(recordings, tmp_path / "two", "int8")
+    for store in again.stores:
+        assert all_files(store) == all_files(tmp_path / "one" / store.relative_to(tmp_path / "two"))
