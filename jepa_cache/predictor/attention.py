@@ -1,24 +1,27 @@
-"""Block-causal attention and rotary positions: what the blocks of the AC predictor share.
+"""Block-causal attention: what the blocks of the AC predictor share, behind one function.
 
 A sequence is T steps of L tokens each, conditioning tokens first: [B, heads, T*L, d] with d the width of one head. A token may
 attend to every token of its own step and of earlier steps, never to a later one.
 
+Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal machines give equal numbers:
+
+| where | forward | backward |
+|---|---|---|
+| any device, any dtype | `F.scaled_dot_product_attention` per step over its prefix | that of the same kernel |
+| CPU with bfloat16 matrix products in hardware (AVX512_BF16 or AMX_BF16), bfloat16 | the same | `_PrefixAttention`: matrix products |
+
+On CUDA the first row takes the flash kernel, because no call has a mask; that has not been run on a GPU here.
+
 Letters of this file besides the project's: L tokens per step (conditioning and frame tokens), d head width.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class RotaryTable(NamedTuple):
-    """Cosine and signed sine of every angle of a run of steps; each [T*L, d], in the dtype of the queries."""
-
-    cos: Tensor
-    sin: Tensor
+from torch.autograd.function import once_differentiable
 
 
 def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.device | None = None) -> Tensor:
@@ -44,9 +47,7 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
     One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw away is never
-    computed. Forward + backward on one AVX512 thread (torch 2.13, float32) against one call with a mask: 0.80 times the time at B=1,
-    T=7, 258 tokens per step, 6x64 heads. With 18 tokens per step (B=32, 4x24 heads) it is 1.4 times, 6 % of that small train step:
-    too little for a second path.
+    computed.
 
     Args:
         q: [B, heads, T*L, d] queries of the T newest steps.
@@ -67,80 +68,67 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
             f"attention over whole steps of {tokens_per_step} tokens needs queries of T steps and keys and values of "
             f"{num_past_steps} + T steps; got {q.shape[2]} queries, {k.shape[2]} keys and {v.shape[2]} values"
         )
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and has_bfloat16_products() and torch.is_grad_enabled():
+        return _PrefixAttention.apply(q, k, v, tokens_per_step)
+    return _prefix_attention(q, k, v, tokens_per_step)
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices in hardware; elsewhere such products are slower than float32 ones.
+
+    torch before 2.11 or so does not tell; there the answer is no.
+    """
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    found = tell()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
     outputs = []
-    for step in range(num_steps):
-        prefix = (num_past_steps + step + 1) * tokens_per_step
-        q_step = q[:, :, step * tokens_per_step : (step + 1) * tokens_per_step]
-        outputs.append(F.scaled_dot_product_attention(q_step, k[:, :, :prefix], v[:, :, :prefix]))
-    return outputs[0] if num_steps == 1 else torch.cat(outputs, dim=2)
+    # Split and shortened from the last step on, because the gradient of a slice is padded with zeros to the whole it was cut from.
+    for q_step in reversed(q.split(tokens_per_step, dim=2)):
+        outputs.append(F.scaled_dot_product_attention(q_step, k, v))
+        k, v = k[:, :, :-tokens_per_step], v[:, :, :-tokens_per_step]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=2)
 
 
-@lru_cache(maxsize=64)
-def rotary_table(
-    head_width: int,
-    *,
-    first_step: int,
-    num_steps: int,
-    grid: tuple[int, int],
-    num_conditioning: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> RotaryTable:
-    """Build the rotation of every token of a run of steps, once per shape and dtype.
+class _PrefixAttention(torch.autograd.Function):
+    """The same, with a backward pass of batched matrix products.
 
-    The head is cut into three equal blocks of even width r for time, row and column; the channels left over are not rotated. Inside a
-    block the frequencies 10000^(-2j/r) are TILED over the channels while pairs are adjacent channels, so that the two members of a
-    pair turn by different angles: a quirk of the released weights that has to be kept. Conditioning tokens turn in the time block
-    only. Columns count in units of rows/columns of the grid, rows as they are. Angles are float32 whatever the dtype.
+    The CPU's flash kernel gains nothing from bfloat16 in its backward pass, matrix products gain a lot. The probabilities are computed
+    again from scores that are rounded to bfloat16; kept from the forward pass they would take 22 MB a block and window of 8 steps at
+    6 heads.
 
-    Args:
-        head_width: d.
-        first_step: time position of the first step.
-        num_steps: T.
-        grid: (H, W) rows and columns of the patch grid.
-        num_conditioning: tokens that precede the frame tokens of each step.
-        dtype: of the tables.
-        device: of the tables.
-
-    Returns:
-        Tables [T*(num_conditioning + H*W), d]: see `rotate`.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985; the tiling is known upstream as vjepa2 pull request 15.
+    Scores are laid out with keys as rows: a product of many short rows takes half the time of one of few long ones.
     """
-    num_rows, num_columns = grid
-    block = 2 * (head_width // 3 // 2)
-    # inference_mode(False): a cached table must stay usable in training, whoever asked for it first.
-    with torch.inference_mode(False), torch.no_grad():
-        frequency = 10000.0 ** (-torch.arange(block // 2, dtype=torch.float32, device=device) / (block / 2))
-        frequency = frequency.repeat(2)
-        frame = torch.arange(num_rows * num_columns, dtype=torch.float32, device=device)
-        row = torch.div(frame, num_columns, rounding_mode="floor")
-        column = (frame - row * num_columns) * (num_rows / num_columns)
-        still = torch.zeros(num_conditioning, dtype=torch.float32, device=device)
-        row, column = torch.cat([still, row]), torch.cat([still, column])
-        time = torch.arange(first_step, first_step + num_steps, dtype=torch.float32, device=device)
-        angle = torch.zeros(num_steps, len(row), head_width, dtype=torch.float32, device=device)
-        angle[..., :block] = (time[:, None] * frequency)[:, None]
-        angle[..., block : 2 * block] = row[:, None] * frequency
-        angle[..., 2 * block : 3 * block] = column[:, None] * frequency
-        angle = angle.flatten(0, 1)
-        sin = angle.sin()
-        sin[:, 0 : 3 * block : 2] *= -1.0  # x0 takes minus its partner's part, x1 plus
-        return RotaryTable(angle.cos().to(dtype), sin.to(dtype))
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
+        out = _prefix_attention(q, k, v, tokens_per_step)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.tokens_per_step = tokens_per_step
+        return out
 
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Turn queries or keys by their positions: `x * cos + partner(x) * sin`, the partner being the other channel of a pair.
-
-    Args:
-        x: [..., T*L, d].
-        table: tables [T*L, d] of the same dtype.
-
-    Returns:
-        [..., T*L, d].
-    """
-    paired = x.shape[-1] // 2 * 2
-    partner = x[..., :paired].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    if paired < x.shape[-1]:  # an odd head width: its last channel is never rotated
-        partner = torch.cat([partner, x[..., paired:]], dim=-1)
-    return torch.addcmul(x * table.cos, partner, table.sin)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = ctx.saved_tensors
+        shape, length = q.shape, ctx.tokens_per_step
+        scale = shape[-1] ** -0.5
+        q, k, v, out, gradient = (x.flatten(0, 1) for x in (q, k, v, out, gradient))
+        scaled = q * scale
+        minus_delta = -(gradient * out).sum(-1).unsqueeze(1)  # [B*heads, 1, T*L]
+        grad_q, grad_k, grad_v = torch.empty_like(scaled), torch.zeros_like(k), torch.zeros_like(v)
+        num_past = k.shape[1] - q.shape[1]
+        for start in range(0, q.shape[1], length):
+            rows, prefix = slice(start, start + length), slice(0, num_past + start + length)
+            q_step, g_step = scaled[:, rows].contiguous(), gradient[:, rows].contiguous()
+            probability = torch.bmm(k[:, prefix], q_step.transpose(1, 2)).softmax(1)
+            grad_v[:, prefix] += torch.bmm(probability, g_step)
+            grad_score = torch.baddbmm(minus_delta[:, :, rows], v[:, prefix], g_step.transpose(1, 2))
+            grad_score *= probability
+            grad_q[:, rows] = torch.bmm(grad_score.transpose(1, 2), k[:, prefix])
+            grad_k[:, prefix] += torch.bmm(grad_score, q_step)
+        grad_q *= scale
+        return grad_q.view(shape), grad_k.unflatten(0, shape[:2]), grad_v.unflatten(0, shape[:2]), None

@@ -1,9 +1,12 @@
 """Weight files of the predictor: our own (safetensors with a card) and the official ones (`.pt`), always loaded strictly."""
 
 import json
+import logging
 import os
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +16,13 @@ from torch import Tensor, nn
 
 from jepa_cache.predictor.model import ACPredictor
 
+log = logging.getLogger(__name__)
+
 OFFICIAL_ENTRY = "predictor"
+CARD_ENTRY = "jepa_cache"
+"""Where an official file of ours keeps its card, as JSON; upstream's loaders read their own entries only."""
+CONDITIONING = ("action_encoder", "state_encoder", "extrinsics_encoder")
+"""The layers whose input width follows from the action space."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".tar")
 # Put there by DDP, by the multi-sequence wrapper of upstream's pretraining, and by torch.compile (which may wrap single blocks).
 WRAPPER_NAMES = frozenset({"module", "backbone", "_orig_mod"})
@@ -36,12 +45,28 @@ def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object])
         path: safetensors file; an existing one is replaced.
         card: what is needed to build the predictor again (its configuration) and whatever describes the run; JSON.
     """
-    state = {clean_name(name): tensor.detach().contiguous() for name, tensor in predictor.state_dict().items()}
+    save_state(official_state(predictor), path, card)
+
+
+def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, object]) -> None:
+    """As `save_predictor`, from weights that already have their official names."""
+    # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
+    with replacing(path) as partial:
+        save_file(dict(state), partial, metadata={"card": json.dumps(card, sort_keys=True)})
+
+
+def official_state(predictor: nn.Module) -> dict[str, Tensor]:
+    """Return all weights of a predictor, also of one inside DDP or torch.compile, under their official names."""
+    return {clean_name(name): tensor.detach().contiguous() for name, tensor in predictor.state_dict().items()}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a partial file to write; when the block ends well it is synced and takes the place of `path` in one step."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        # One key only: the library writes several in random order, and equal runs would differ in their bytes.
-        save_file(state, partial, metadata={"card": json.dumps(card, sort_keys=True)})
-        partial.chmod(0o644)  # the library makes it readable by its owner alone
+        yield partial
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -50,19 +75,32 @@ def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object])
 
 
 def read_card(path: Path) -> dict[str, object]:
-    """Read the card of a file that `save_predictor` wrote, without its weights.
+    """Read the card of a file of this project, without its weights.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds no card.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
-    if "card" not in metadata:
+    card = find_card(path)
+    if card is None:
         raise CheckpointError(f"predictor weights {path} hold no card; they were not written by this project")
-    return json.loads(metadata["card"])
+    return card
+
+
+def find_card(path: Path) -> dict[str, object] | None:
+    """Read the card of a file, without its weights; None where the file was not written by this project.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if path.suffix in OFFICIAL_SUFFIXES:
+        card = read_official(path).get(CARD_ENTRY)
+    else:
+        try:
+            with safe_open(path, "pt") as file:
+                card = (file.metadata() or {}).get("card")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
+    return json.loads(card) if isinstance(card, str) else None
 
 
 def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
@@ -99,20 +137,66 @@ def load_predictor_weights(predictor: nn.Module, path: Path) -> None:
     Source: upstream checkpoint layout (vjepa2-ac-vitg.pt: entries encoder and predictor).
     """
     state = read_state(path)
-    own = predictor.state_dict()
-    differences = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
-    differences += [f"unexpected: {name} {list(state[name].shape)}" for name in state if name not in own]
-    differences += [
+    _refuse_differences(predictor.state_dict(), state, path)
+    predictor.load_state_dict(state, strict=True)
+
+
+def load_start_weights(predictor: nn.Module, path: Path) -> tuple[str, ...]:
+    """Fill a predictor from the weights that a fine-tuning starts from; its actions and states may have other widths.
+
+    The conditioning encoders whose input width differs are new layers: they keep the weights they were built with, bias included, and
+    the log says so. Everything else has to fit, as in `load_predictor_weights`.
+
+    Args:
+        predictor: a bare `ACPredictor`.
+        path: the file.
+
+    Returns:
+        Names of the new layers, such as ("action_encoder", "state_encoder", "extrinsics_encoder"); empty when all came from the file.
+
+    Raises:
+        CheckpointError: as `load_predictor_weights`.
+    """
+    state, own = read_state(path), predictor.state_dict()
+    new = []
+    for layer in CONDITIONING:
+        here, there = (weights.get(f"{layer}.weight") for weights in (own, state))
+        # Another number of rows is another predictor, not another action space.
+        if here is None or there is None or there.ndim != 2 or there.shape[1] == here.shape[1]:
+            continue
+        if there.shape[0] == here.shape[0]:
+            log.warning(
+                "%s takes %d numbers, in %s it takes %d: it is a new layer that starts from fresh weights",
+                layer,
+                here.shape[1],
+                path.name,
+                there.shape[1],
+            )
+            new.append(layer)
+            state |= {f"{layer}.{kind}": own[f"{layer}.{kind}"] for kind in ("weight", "bias")}
+    _refuse_differences(own, state, path)
+    predictor.load_state_dict(state, strict=True)
+    return tuple(new)
+
+
+def list_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Compare the names and shapes of weights to load with those that are here: one line per difference, empty where all fit."""
+    lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
+    lines += [f"unexpected: {name} {list(state[name].shape)}" for name in state if name not in own]
+    return lines + [
         f"shape: {name} is {list(state[name].shape)} in the file, {list(own[name].shape)} here"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+
+
+def _refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    differences = list_differences(own, state)
     if differences:
         raise CheckpointError(
             f"predictor weights {path} do not fit this predictor ({len(differences)} differences; compare the preset's "
             "sizes and the action and state widths):\n  " + "\n  ".join(differences)
         )
-    predictor.load_state_dict(state, strict=True)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -128,7 +212,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"predictor weights {path} do not exist")
     if path.suffix in OFFICIAL_SUFFIXES:
-        named = _read_official(path)
+        named = _predictor_entry(read_official(path), path)
     else:
         try:
             with safe_open(path, "pt") as file:
@@ -141,13 +225,30 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_official(path: Path) -> dict[str, Tensor]:
+def read_official(path: Path) -> Mapping[str, object]:
+    """Open an official `.pt` file: its entries by name.
+
+    Tensors are memory-mapped, so an unwanted encoder is never read; only the format before torch 1.6 cannot be, and is read whole.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors, numbers and text.
+    """
     try:
-        # mmap: the file also holds an encoder of four gigabytes that is not wanted here.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"predictor weights {path} cannot be read as tensors only: {error}") from error
-    if not isinstance(content, Mapping) or OFFICIAL_ENTRY not in content:
-        found = ", ".join(sorted(map(str, content))[:12]) if isinstance(content, Mapping) else type(content).__name__
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f'predictor weights {path} need an entry "{OFFICIAL_ENTRY}"; the file holds a {type(content).__name__}'
+        )
+    return content
+
+
+def _predictor_entry(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
+    if OFFICIAL_ENTRY not in content:
+        found = ", ".join(sorted(map(str, content))[:12])
         raise CheckpointError(f'predictor weights {path} need an entry "{OFFICIAL_ENTRY}"; the file holds: {found}')
-    return dict(content[OFFICIAL_ENTRY])
+    state = content[OFFICIAL_ENTRY]
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f'predictor weights {path}: entry "{OFFICIAL_ENTRY}" is no state dict')
+    return dict(state)

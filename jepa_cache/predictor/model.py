@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.predictor.attention import RotaryTable, block_causal_attention, rotary_table, rotate
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one block, each [B, heads, steps*L, d]; the keys are already rotated to their own time positions."""
+from jepa_cache.predictor.blocks import Block, KeysValues
+from jepa_cache.predictor.rotary import rotary_table
 
 
 class PredictorOutput(NamedTuple):
@@ -28,74 +25,12 @@ class PredictorOutput(NamedTuple):
     """Per block the keys and values of all steps so far (past ones included)."""
 
 
-class Attention(nn.Module):
-    """Multi-head attention of one block with a fused projection; owns weights only, masking and kernels are `attention`'s."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        """Make the two projections of `width` channels."""
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(
-        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None
-    ) -> tuple[Tensor, KeysValues]:
-        """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, table), rotate(k, table)
-        num_past_steps = 0
-        if past is not None:
-            num_past_steps = past[0].shape[2] // tokens_per_step
-            k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-        out = block_causal_attention(q, k, v, tokens_per_step=tokens_per_step, num_past_steps=num_past_steps)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (k, v)
-
-
-class MLP(nn.Module):
-    """Two linear layers with the exact (erf) GELU between; the tanh form moves outputs by 1e-3."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        """Make both layers."""
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., P] to [..., P]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to its input."""
-
-    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float) -> None:
-        """Make the block's four parts."""
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, hidden)
-
-    def forward(
-        self, x: Tensor, table: RotaryTable, tokens_per_step: int, num_kept: int, past: KeysValues | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far."""
-        attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
-        x = x + attended
-        x = x + self.mlp(self.norm2(x))
-        if num_kept < k.shape[2]:
-            # Copies: a view would keep the whole window alive, which activation checkpointing is there to avoid.
-            k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
-        return x, k, v
-
-
 class ACPredictor(nn.Module):
     """Predicts the tokens of the next step from those of this and earlier steps, with their actions and states.
 
     Owns the official parameters under their official names, and nothing else: no buffers, no mask, no optimiser state. Positions are
-    rotary; there is no residual from input to output, and the output is not layer-normed (see `rollout.normalize_tokens`).
+    rotary; the output is not layer-normed (see `rollout.normalize_tokens`). The official predictor has no residual from input to output;
+    `residual` adds one, which helps where few recordings are at hand: what does not move need not be rebuilt.
 
     `extrinsics_encoder` is always present, as in the released file; where unused it is frozen so that DDP does not wait for it.
 
@@ -116,6 +51,7 @@ class ACPredictor(nn.Module):
         use_extrinsics: bool = False,
         norm_eps: float = 1e-6,
         activation_checkpointing: bool = False,
+        residual: bool = False,
     ) -> None:
         """Build the predictor with the official initialisation.
 
@@ -131,6 +67,8 @@ class ACPredictor(nn.Module):
             use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
             norm_eps: of every LayerNorm.
             activation_checkpointing: recompute each block in the backward pass: about a third more time, far less memory.
+            residual: add each step's own tokens to the prediction of the step after it; not official, so such weights cannot be
+                exported to the official layout.
 
         Raises:
             ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
@@ -159,6 +97,7 @@ class ACPredictor(nn.Module):
         self.grid = (int(grid[0]), int(grid[1]))
         self.use_extrinsics = use_extrinsics
         self.activation_checkpointing = activation_checkpointing
+        self.residual = residual
         self.head_width = predictor_dim // num_heads
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.action_encoder = nn.Linear(action_dim, predictor_dim)
@@ -256,7 +195,8 @@ class ACPredictor(nn.Module):
                 x, k, v = block(*arguments)
             kept.append((k, v))
         x = x.view(batch, num_steps, length, -1)[:, :, num_conditioning:]
-        return PredictorOutput(self.predictor_proj(self.predictor_norm(x)), kept)
+        predicted = self.predictor_proj(self.predictor_norm(x))
+        return PredictorOutput(tokens + predicted if self.residual else predicted, kept)
 
     def _check_shapes(
         self,

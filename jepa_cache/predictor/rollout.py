@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_cache.predictor.model import KeysValues, PredictorOutput
+from jepa_cache.predictor.blocks import KeysValues
+from jepa_cache.predictor.model import PredictorOutput
 
 Predictor = Callable[..., PredictorOutput]
 """An `ACPredictor`, or a module that wraps one and is called alike."""
@@ -152,10 +153,12 @@ def continue_rollout(
         [B, 1+R, N, E] float32: `first` and the R predictions after it.
     """
     predicted = [first]
-    for row in range(actions.shape[1]):
+    last = actions.shape[1] - 1
+    for row in range(last + 1):
         now = slice(row, row + 1)
         camera = None if extrinsics is None else extrinsics[:, now]
-        out = predictor(predicted[-1], actions[:, now], states[:, now], camera, past)
+        # Nothing follows the last row: the keys and values of all steps would be held for nothing.
+        out = predictor(predicted[-1], actions[:, now], states[:, now], camera, past, 0 if row == last else None)
         past = out.past
         predicted.append(as_reps(out.tokens, normalize_reps))
     return torch.cat(predicted, dim=1)

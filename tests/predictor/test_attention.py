@@ -1,18 +1,26 @@
 """Attention and rotary positions.
 
 Claims:
-- prefix attention equals one masked softmax, forward and backward, with and without past steps;
+- prefix attention equals one masked softmax, forward and backward, with and without past steps, by either backward pass;
+- the backward pass by matrix products reproduces the reference's losses and gradients, and is as good in bfloat16 as the dtype allows;
+- it is taken for bfloat16 on a CPU that has such products, and nowhere else;
 - the mask lets a token see its own and earlier steps, and nothing else;
 - the rotary table equals the rule written out token by token, on grids that are not square, for odd head widths too;
+- the gradient of a rotation is that of the rule;
 - a table first built in inference mode can be trained with.
 """
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from jepa_cache.predictor.attention import block_causal_attention, block_causal_mask, rotary_table, rotate
+from jepa_cache.predictor import attention, blocks
+from jepa_cache.predictor.attention import block_causal_attention, block_causal_mask
+from jepa_cache.predictor.rotary import rotary_table, rotate
+from tests.test_golden import CHECKS, FILES, read_golden, read_kind
 
 
 def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -25,17 +33,25 @@ def table_of(head_width: int, grid: tuple[int, int], **changes: object):
     return rotary_table(head_width, grid=grid, device=torch.device("cpu"), **(options | changes))
 
 
-@pytest.mark.parametrize(("num_past", "num_new"), [(0, 1), (0, 4), (2, 1), (3, 2)])
-def test_prefix_attention_equals_masked_softmax_with_gradients(num_past: int, num_new: int):
+def by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens_per_step: int, num_past_steps: int = 0):
+    """Take the backward pass that bfloat16 takes on the CPU, in any dtype."""
+    return attention._PrefixAttention.apply(q, k, v, tokens_per_step)
+
+
+def draw(num_past: int, num_new: int, length: int = 5) -> list[torch.Tensor]:
+    """Queries, keys, values and the gradient of the output."""
     torch.manual_seed(0)
+    lengths = (num_new, num_past + num_new, num_past + num_new, num_new)
+    return [torch.randn(2, 3, steps * length, 8, dtype=torch.float64, requires_grad=True) for steps in lengths]
+
+
+@pytest.mark.parametrize("attend", [block_causal_attention, by_products])
+@pytest.mark.parametrize(("num_past", "num_new"), [(0, 1), (0, 4), (2, 1), (3, 2)])
+def test_prefix_attention_equals_masked_softmax_with_gradients(num_past: int, num_new: int, attend: Callable):
     length = 5
-    q = torch.randn(2, 3, num_new * length, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (
-        torch.randn(2, 3, (num_past + num_new) * length, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
-    weight = torch.randn_like(q)
+    q, k, v, weight = draw(num_past, num_new)
     mask = block_causal_mask(num_past + num_new, length)[num_past * length :]
-    ours = block_causal_attention(q, k, v, tokens_per_step=length, num_past_steps=num_past)
+    ours = attend(q, k, v, tokens_per_step=length, num_past_steps=num_past)
     expected = masked_reference(q, k, v, mask)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     for got, wanted in zip(
@@ -44,6 +60,45 @@ def test_prefix_attention_equals_masked_softmax_with_gradients(num_past: int, nu
         strict=True,
     ):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+def golden_files() -> list:
+    kinds = ("ac_predictor", "loss", "train_steps")
+    return [pytest.param(path, id=path.name) for path in FILES if read_kind(path) in kinds]
+
+
+@pytest.mark.parametrize("path", golden_files())
+def test_matrix_products_reproduce_the_reference_results(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "block_causal_attention", by_products)
+    golden = read_golden(path)
+    CHECKS[read_kind(path)](golden)
+    golden.check_nothing_is_left()
+
+
+def test_matrix_products_in_bfloat16_are_as_good_as_its_eight_bits_allow():
+    exact = draw(1, 3)
+    mask = block_causal_mask(4, 5)[5:]
+    expected = torch.autograd.grad((masked_reference(*exact[:3], mask) * exact[3]).sum(), exact[:3])
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    ours = torch.autograd.grad(by_products(*rounded[:3], tokens_per_step=5), rounded[:3], rounded[3])
+    for name, got, wanted in zip("qkv", ours, expected, strict=True):
+        error = ((got.double() - wanted).norm() / wanted.norm()).item()
+        assert error < 0.02, f"relative error of the gradient of {name} is {error:.3f}; 0.008 was seen"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capable", "expected"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False)],
+)
+def test_the_kernel_follows_from_dtype_and_processor(
+    dtype: torch.dtype, capable: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "has_bfloat16_products", lambda: capable)
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in draw(0, 2)[:3])
+    out = block_causal_attention(q, k, v, tokens_per_step=5)
+    assert (type(out.grad_fn).__name__ == "_PrefixAttentionBackward") == expected
+    monkeypatch.setattr(attention, "has_bfloat16_products", lambda: not capable)
+    assert torch.equal(block_causal_attention(q, k, v, tokens_per_step=5), out)  # only the backward pass differs
 
 
 def test_mask_admits_exactly_own_and_earlier_steps():
@@ -80,6 +135,14 @@ def test_rotation_equals_the_rule_written_out(head_width: int, grid: tuple[int, 
                 expected[first] = token[first] * math.cos(a0) - token[second] * math.sin(a0)
                 expected[second] = token[second] * math.cos(a1) + token[first] * math.sin(a1)
         torch.testing.assert_close(ours[index], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head_width", [24, 15])
+def test_the_gradient_of_a_rotation_is_that_of_the_rule(head_width: int):
+    torch.manual_seed(0)
+    table = table_of(head_width, (2, 3), dtype=torch.float64)
+    x = torch.randn(2, len(table.cos), head_width, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, table), (x,))
 
 
 def test_table_is_built_once_per_shape():

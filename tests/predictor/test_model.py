@@ -5,6 +5,7 @@ Claims:
 - nothing later in a window changes an earlier output, by exactly 0, and everything earlier does;
 - keys and values of earlier steps give what one full pass gives, gradients included, with activation checkpointing too;
 - an unused extrinsics encoder is frozen, a used one matters;
+- a residual predictor adds the newest known step to its prediction, in every kind of pass;
 - a wrong shape is named.
 """
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import normalize_tokens, open_loop
 
 GRID = (2, 3)
 SIZES = {
@@ -190,3 +192,23 @@ def test_wrong_inputs_are_named(change, named: str):
 def test_impossible_sizes_are_refused(change: dict):
     with pytest.raises(ValueError, match="predictor: "):
         ACPredictor(**(SIZES | change))
+
+
+@torch.no_grad()
+def test_residual_adds_each_steps_own_tokens_in_every_kind_of_pass():
+    plain, residual, given = build(), build(residual=True), inputs()
+    assert torch.equal(residual(*given).tokens, given[0] + plain(*given).tokens)
+    assert plain.state_dict().keys() == residual.state_dict().keys()
+    first = residual(*(x[:, :3] for x in given))
+    last = residual(*(x[:, 3:] for x in given), past=first.past)
+    torch.testing.assert_close(last.tokens, residual(*given).tokens[:, 3:], atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_a_residual_predictor_that_has_learned_nothing_copies_the_last_step():
+    predictor, given = build(residual=True), inputs()
+    predictor.predictor_proj.weight.zero_()
+    predictor.predictor_proj.bias.zero_()
+    rolled = open_loop(predictor, given[0][:, :2], given[1], given[2], 3)
+    for step in range(3):
+        torch.testing.assert_close(rolled[:, step], normalize_tokens(given[0][:, 1]), atol=1e-4, rtol=0)

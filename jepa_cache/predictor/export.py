@@ -1,0 +1,87 @@
+"""Finished predictors for other programs: the official checkpoint layout, and safetensors with a readable card beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jepa_cache.predictor.checkpoints import CARD_ENTRY, OFFICIAL_ENTRY, CheckpointError, replacing, save_state
+from jepa_cache.predictor.origin import ENCODER_ENTRIES
+
+# As upstream's own trainer, which wraps everything in DDP, writes it; upstream's hub code takes it off, its trainer expects it.
+OFFICIAL_PREFIX = "module."
+
+
+def export_official(
+    state: Mapping[str, Tensor], card: Mapping[str, object], path: Path, encoder: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint that upstream's loaders take, in one atomic step.
+
+    Entries: `predictor`, `encoder` and `target_encoder` (the same tensors, stored once) where an encoder is given, and `jepa_cache` with the
+    card as JSON text. Only what upstream reads to load weights: no optimiser, no counters.
+
+    Args:
+        state: official name -> tensor; written bit for bit in its dtype.
+        card: of the predictor, with its `architecture`.
+        path: a `.pt` file; an existing one is replaced.
+        encoder: official name -> tensor of the frozen encoder.
+
+    Raises:
+        CheckpointError: the predictor has a residual path, which the official one lacks.
+
+    Source: upstream checkpoint layout (vjepa2-ac-vitg.pt: entries encoder and predictor; the trainer's files also target_encoder).
+    """
+    architecture = card.get("architecture")
+    if isinstance(architecture, Mapping) and architecture.get("residual"):
+        raise CheckpointError(
+            "this predictor was trained with residual: true; the official one adds nothing to its output, so the same weights would predict "
+            "something else there. Export it as safetensors, or train with predictor.residual false"
+        )
+    content: dict[str, object] = {OFFICIAL_ENTRY: _prefixed(state), CARD_ENTRY: json.dumps(card, sort_keys=True)}
+    if encoder is not None:
+        content |= dict.fromkeys(ENCODER_ENTRIES, _prefixed(encoder))
+    # Through Python's own file: where it cannot be opened torch's writer says only that.
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+
+
+def export_safetensors(state: Mapping[str, Tensor], card: Mapping[str, object], path: Path) -> Path:
+    """Write weights under their official names, with the card inside, and beside it as a JSON file for people.
+
+    Args:
+        state: official name -> tensor; written bit for bit in its dtype.
+        card: of the predictor.
+        path: a `.safetensors` file; an existing one is replaced.
+
+    Returns:
+        The JSON file: the same name with `.json`.
+    """
+    save_state(state, path, card)
+    beside = path.with_suffix(".json")
+    with replacing(beside) as partial:
+        partial.write_text(json.dumps(card, sort_keys=True, indent=2) + "\n")
+    return beside
+
+
+def differs_from_official_class(architecture: Mapping[str, object]) -> list[str]:
+    """Say what upstream's predictor class cannot be built with as it is, for a person who wants to load an exported file there.
+
+    Args:
+        architecture: constructor arguments of `ACPredictor`.
+
+    Returns:
+        One line per difference; empty where the class takes the weights as they are.
+    """
+    actions, states = architecture["action_dim"], architecture["state_dim"]
+    if actions == states:
+        return []
+    return [
+        f"upstream's class ties the state width to the action width; here they are {states} and {actions}: replace its state_encoder by "
+        f"a linear layer that takes {states} numbers before loading"
+    ]
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{OFFICIAL_PREFIX}{name}": tensor.detach().contiguous() for name, tensor in state.items()}

@@ -1,0 +1,157 @@
+"""Export.
+
+Claims:
+- a predictor written to the official layout and read back is the same bit for bit, and so is one written as safetensors;
+- the official file has upstream's entries and prefixes, with the encoder where its file is given and is the right one;
+- a predictor with a residual path is refused there; other widths of actions and states are pointed out;
+- contradicting arguments are named before anything is written.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_cache.cli.main import main
+from jepa_cache.predictor.checkpoints import load_predictor, load_predictor_weights, read_card, save_predictor
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.origin import check_encoder
+from jepa_cache.store.recipe import file_digest
+from tests.official_files import write_official_file
+
+SIZES = {
+    "embed_dim": 8,
+    "predictor_dim": 12,
+    "depth": 1,
+    "num_heads": 2,
+    "action_dim": 7,
+    "state_dim": 7,
+    "grid": [2, 2],
+}
+
+
+def build(seed: int = 0, **changes: object) -> ACPredictor:
+    torch.manual_seed(seed)
+    return ACPredictor(**(SIZES | changes))
+
+
+def save(path: Path, predictor: ACPredictor, **card: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_predictor(predictor, path, {"architecture": SIZES} | card)
+    return path
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command as a user does; returns what it printed."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["jepa-cache", "export", "predictor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        if caught.value.code not in (0, None):
+            raise ValueError(caught.value.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def same(a: ACPredictor, b: ACPredictor) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and x.dtype == y.dtype and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+@pytest.mark.parametrize("where", ["outputs/train", "outputs/train/predictor.safetensors"])
+def test_a_round_trip_through_the_official_layout_is_bit_exact(tmp_path: Path, export, where: str):
+    predictor = build()
+    save(tmp_path / "outputs/train/predictor.safetensors", predictor)
+    export(tmp_path / where, tmp_path / "new/ac.pt")
+    content = torch.load(tmp_path / "new/ac.pt", weights_only=True)
+    assert content.keys() == {"predictor", "jepa_cache"}
+    assert content["predictor"].keys() == {f"module.{name}" for name in predictor.state_dict()}
+    # What upstream's hub code does with it: take the substrings off, load strictly.
+    cleaned = {name.replace("module.", "").replace("backbone.", ""): t for name, t in content["predictor"].items()}
+    theirs = build(1)
+    theirs.load_state_dict(cleaned, strict=True)
+    assert same(theirs, predictor)
+    ours, card = load_predictor(tmp_path / "new/ac.pt")
+    assert same(ours, predictor) and card == {"architecture": SIZES}
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["ac.pt"]
+    export(tmp_path / "new/ac.pt", tmp_path / "back.safetensors", "--format", "safetensors")
+    assert same(load_predictor(tmp_path / "back.safetensors")[0], predictor)
+
+
+def test_safetensors_come_with_a_card_for_people(tmp_path: Path, export):
+    save(tmp_path / "p.safetensors", build(), run="abc")
+    out = export(tmp_path / "p.safetensors", tmp_path / "out.safetensors", "--format", "safetensors")
+    assert json.loads((tmp_path / "out.json").read_text()) == read_card(tmp_path / "out.safetensors")
+    assert json.loads((tmp_path / "out.json").read_text())["run"] == "abc"
+    assert "out.json" in out
+    loaded = build(1)
+    load_predictor_weights(loaded, tmp_path / "out.safetensors")
+    assert same(loaded, build())
+
+
+def test_the_encoder_is_added_where_it_is_the_right_one(tmp_path: Path, export):
+    encoder = {"patch_embed.proj.bias": torch.randn(8), "norm.weight": torch.randn(8)}
+    file = tmp_path / "vitg.pt"
+    write_official_file(file, {}, encoder)
+    identity = f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}#target_encoder"
+    run = save(tmp_path / "p.safetensors", build(), encoder_weights=identity)
+    export(run, tmp_path / "ac.pt", "--encoder", file)
+    content = torch.load(tmp_path / "ac.pt", weights_only=True)
+    for entry in ("encoder", "target_encoder"):
+        assert content[entry].keys() == {f"module.{name}" for name in encoder}
+        assert all(torch.equal(content[entry][f"module.{name}"], tensor) for name, tensor in encoder.items())
+    # The new file is known as one of the cache that the predictor was trained on, although its own digest differs.
+    assert check_encoder(tmp_path / "ac.pt", identity, digest=file_digest).matches
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"encoder_weights": f"file:{'0' * 64}#encoder"}, "is not the encoder that this predictor was trained with"),
+        ({"encoder_weights": f"random:{'0' * 64}"}, "weights that no file holds"),
+        ({}, "card does not say which encoder"),
+    ],
+)
+def test_another_encoder_is_not_added(tmp_path: Path, export, card: dict[str, str], message: str):
+    write_official_file(tmp_path / "vitg.pt", {}, {"norm.weight": torch.zeros(8)})
+    run = save(tmp_path / "p.safetensors", build(), **card)
+    with pytest.raises(ValueError, match=message):
+        export(run, tmp_path / "ac.pt", "--encoder", tmp_path / "vitg.pt")
+    assert not (tmp_path / "ac.pt").exists()
+
+
+def test_a_residual_predictor_has_no_official_layout(tmp_path: Path, export):
+    run = save(tmp_path / "p.safetensors", build(residual=True), architecture=SIZES | {"residual": True})
+    with pytest.raises(ValueError, match="residual: true"):
+        export(run, tmp_path / "ac.pt")
+    assert not (tmp_path / "ac.pt").exists()
+    export(run, tmp_path / "ac.safetensors", "--format", "safetensors")
+    assert load_predictor(tmp_path / "ac.safetensors")[0].residual
+
+
+def test_widths_that_upstream_cannot_build_are_pointed_out(tmp_path: Path, export):
+    sizes = {"action_dim": 13, "state_dim": 2}
+    run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
+    assert "ties the state width to the action width" in export(run, tmp_path / "ac.pt")
+    assert "note" not in export(save(tmp_path / "p.safetensors", build()), tmp_path / "ac.pt")
+
+
+def test_arguments_that_contradict_each_other_are_named(tmp_path: Path, export):
+    run = save(tmp_path / "p.safetensors", build())
+    torch.save({"predictor": {}}, tmp_path / "foreign.pt")
+    for arguments, message in (
+        ([run, tmp_path / "ac.safetensors"], "--format official writes .pt"),
+        ([run, tmp_path / "ac.pt", "--format", "safetensors"], "--format safetensors writes .safetensors"),
+        ([run, tmp_path / "x.safetensors", "--format", "safetensors", "--encoder", run], "--encoder adds"),
+        ([tmp_path / "absent", tmp_path / "ac.pt"], "names no weights"),
+        ([tmp_path / "foreign.pt", tmp_path / "ac.pt"], "has no card that says"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(*arguments)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.pt", "p.safetensors"]
