@@ -93,7 +93,8 @@ def make_cache(
             for name, part in (("a", slice(4)), ("b", slice(4, 8)))
         }
     sampling = {"fps": config.encode.fps, "mode": config.encode.mode}
-    recipe: dict[str, Any] = {"made by": "tests/caches.py", "seed": seed, "sampling": sampling, **AS_CONFIGURED}
+    encoder = {"weights": f"made:{seed}"}
+    recipe: dict[str, Any] = {"made by": "tests/caches.py", "encoder": encoder, "sampling": sampling, **AS_CONFIGURED}
     action_recipe = {"action_space": space.name, "sampling": sampling}
     rng, entries = np.random.default_rng(seed), []
     for digest, episodes in sorted(units.items()):

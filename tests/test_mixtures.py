@@ -5,6 +5,7 @@ DROID goes the whole way from raw folders to metrics.
 Made episodes; the real ones too where the optional folder of recordings is there.
 """
 
+import csv
 import json
 
 import pytest
@@ -58,6 +59,10 @@ def test_a_mixture_lists_its_data_sets_with_their_weights_and_trains_on_both(wor
     assert manifest.digest != read_manifest(workspace.root / "outputs/encode/manifest.json").fingerprint
     workspace.python("stages/fit_scaler.py")
     workspace.python("stages/train_predictor.py")
+    with (workspace.root / "outputs/train/run/train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    told_apart = [(float(row["jloss.a"]), float(row["jloss.b"])) for row in rows if row["jloss.a"] and row["jloss.b"]]
+    assert told_apart and all(a != b for a, b in told_apart)
     workspace.python("stages/evaluate.py")
     stores = workspace.stores()
     assert "nothing to encode" in workspace.python("stages/encode.py", "dataset=b") and workspace.stores() == stores

@@ -1,87 +1,138 @@
-"""Checkpoints of a running training: written whole or not at all, checked when read, the newest one shown by `latest`."""
+"""Checkpoints of a running training: written whole or not at all, checked when read, rotated.
+
+`latest` points to the newest, `best` to the one with the lowest validation metric.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jepa_cache.store.recipe import file_digest
+from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
 from jepa_cache.store.root import publish_folder, remove_folder, remove_stale_temporaries, sync, temporary_folder
 
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 LATEST = "latest"
-NUM_KEPT = 2
+BEST = "best"
+
+
+class Best(NamedTuple):
+    """The best validation so far."""
+
+    step: int  # train step; 0 before the first validation
+    value: float  # of the metric; lower is better
+
+
+NO_BEST = Best(0, math.inf)
 
 
 class Checkpoint(NamedTuple):
     """Everything a training needs to go on as if it had never stopped.
 
-    The order of windows and the rates are pure functions of `step`, so they need no state of their own.
+    The order of windows, the rates and everything random are pure functions of `step`: they need no state of their own.
     """
 
     step: int  # train steps done
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
-    random_state: Tensor  # torch's generator
+    gradient_scaler: dict[str, Any]  # empty unless the precision is float16
+    num_threads: int  # torch threads; other numbers of threads round otherwise
+    best: Best = NO_BEST
+    card: Mapping[str, Any] = MappingProxyType({})  # what a training that starts from these weights must know of them
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Publish a checkpoint as `folder/step-XXXXXXXX`, point `latest` to it, and remove all but the newest two.
+class Rotation(NamedTuple):
+    """Which checkpoints stay: the newest, those at whole multiples of a spacing, and the best one."""
 
-    A crash at any moment leaves every `step-*` folder whole, and `latest` on one of them.
+    keep_last: int = 2
+    keep_every: int = 0  # train steps; 0: none for their spacing
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) -> Path:
+    """Publish a checkpoint as `folder/step-XXXXXXXX`, point `latest` and `best`, and remove what the rotation lets go.
+
+    A crash at any moment leaves every `step-*` folder whole, and the links on whole ones.
     """
     final = folder / _folder_name(checkpoint.step)
     with temporary_folder(final) as temporary:
-        save_file(checkpoint.weights, temporary / WEIGHTS_FILE)
-        training = {"optimizer": checkpoint.optimizer, "random_state": checkpoint.random_state}
+        card = {"card": json.dumps(dict(checkpoint.card), sort_keys=True)} if checkpoint.card else None
+        save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=card)
+        training = {"optimizer": checkpoint.optimizer, "gradient_scaler": checkpoint.gradient_scaler}
         torch.save(training, temporary / OPTIMIZER_FILE)
         digests = {name: file_digest(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
-        (temporary / STATE_FILE).write_text(json.dumps({"step": checkpoint.step, "sha256": digests}) + "\n")
+        state = {
+            "step": checkpoint.step,
+            "num_threads": checkpoint.num_threads,
+            "best": checkpoint.best._asdict() if checkpoint.best.step else None,
+            "sha256": digests,
+        }
+        (temporary / STATE_FILE).write_bytes(canonical_json({**state, "digest": fingerprint(state)}))
         publish_folder(temporary, final)
-    _tidy(folder)
+    _tidy(folder, rotation)
     return final
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path, rotation: Rotation | None = None) -> Checkpoint | None:
     """The newest checkpoint of a run, None when it has none.
 
-    What a crash right after publishing it left undone (`latest` one behind, old checkpoints) is done here.
+    With a rotation, what a crash right after publishing it left undone (links one behind, old checkpoints) is done here.
 
     Raises:
         ValueError: When it is damaged; names the file and the ways out.
     """
-    published = _published(folder)
+    published = published_checkpoints(folder)
     if not published:
         return None
-    path = published[-1]
+    checkpoint = load_checkpoint(published[-1])
+    if rotation is not None:
+        _tidy(folder, rotation)
+    return checkpoint
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one published checkpoint.
+
+    Raises:
+        ValueError: When it is damaged; names the file and the ways out.
+    """
     try:
         state = json.loads((path / STATE_FILE).read_text())
+        if state.pop("digest") != fingerprint(state):
+            raise ValueError(f"{STATE_FILE} has changed since it was written, its digest differs")
         if path.name != _folder_name(state["step"]):
             raise ValueError(f"{STATE_FILE} says train step {state['step']}")
         for name, digest in state["sha256"].items():
             if file_digest(path / name) != digest:
                 raise ValueError(f"{name} has changed since it was written, its sha256 differs")
         training = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        weights = load_file(path / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError) as error:
+        return Checkpoint(
+            step=state["step"],
+            weights=load_file(path / WEIGHTS_FILE),
+            optimizer=training["optimizer"],
+            gradient_scaler=training["gradient_scaler"],
+            num_threads=state["num_threads"],
+            best=Best(**state["best"]) if state["best"] else NO_BEST,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint {path} is damaged ({error}); delete this folder to go on from the one before it, if there is one, "
             "or start over with --fresh"
         ) from error
-    _tidy(folder)
-    return Checkpoint(state["step"], weights, training["optimizer"], training["random_state"])
 
 
 def forget_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a run, the newest last; a crash leaves those that are not removed yet whole."""
-    for path in _published(folder):
+    for path in published_checkpoints(folder):
         remove_folder(path)
 
 
@@ -89,17 +140,29 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _published(folder: Path) -> list[Path]:
+def published_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the checkpoints in `folder`, the newest last."""
     return sorted(folder.glob("step-*"))
 
 
-def _tidy(folder: Path) -> None:
-    *others, newest = _published(folder)
-    link = folder / f".{LATEST}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(newest.name)
-    link.replace(folder / LATEST)
+def _tidy(folder: Path, rotation: Rotation) -> None:
+    published = published_checkpoints(folder)
+    newest = published[-1]
+    best = json.loads((newest / STATE_FILE).read_text())["best"]
+    _link(folder, LATEST, newest.name)
+    if best and (folder / _folder_name(best["step"])).is_dir():
+        _link(folder, BEST, _folder_name(best["step"]))
     sync(folder)
-    for old in others[: 1 - NUM_KEPT]:
-        remove_folder(old)
+    for old in published[: -max(1, rotation.keep_last)]:
+        step = int(old.name.removeprefix("step-"))
+        wanted = (rotation.keep_every and step % rotation.keep_every == 0) or (best and step == best["step"])
+        if not wanted:
+            remove_folder(old)
     remove_stale_temporaries(folder)
+
+
+def _link(folder: Path, name: str, target: str) -> None:
+    link = folder / f".{name}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    link.replace(folder / name)

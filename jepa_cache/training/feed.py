@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from jepa_cache.config.schema import Config, TrainConfig
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch, WindowLoader
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
+from jepa_cache.training.processes import mean_over_processes, sum_over_processes
+from jepa_cache.training.stepping import StepReport
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
-
-
-def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; on the CPU it is the same memory. The copy has ended when this returns."""
-    return batch._replace(
-        tokens=batch.tokens.to(device), actions=batch.actions.to(device), states=batch.states.to(device)
-    )
 
 
 class Feed:
@@ -40,10 +37,13 @@ class Feed:
         Raises:
             ValueError: When no training segment holds a window.
         """
-        self._settings, self._device = config.train, accelerator.device
+        self._settings, self._device, self._dataset = config.train, accelerator.device, dataset
+        self._rank, self._num_processes = accelerator.process_index, accelerator.num_processes
         pin = accelerator.device.type == "cuda"
         index = WindowIndex(dataset.segments_of(TRAIN, config.split, config.filter), self._settings.window_steps)
         self.num_windows = len(index)
+        self._index = index
+        self.datasets = list(dict.fromkeys(part.dataset for part in dataset.manifest.parts))
         self.loader = WindowLoader(
             dataset, index, scaler, num_threads=self._settings.num_loader_threads, pin_memory=pin
         )
@@ -53,32 +53,56 @@ class Feed:
             seed=self._settings.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            groups=_mixture_groups(dataset, index),
+            groups=mixture_groups(dataset, index),
         )
         self.validation: list[int] = []
         held_out = dataset.segments_of(VAL, config.split, config.filter)
         if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
             val_index = WindowIndex(held_out, self._settings.window_steps)
             self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
+            self._val_index = val_index
             self._val_loader = WindowLoader(dataset, val_index, scaler)
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """The training batches that are left after `first_step` train steps, `grad_accumulation` for each."""
+    def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
+        """The training batches that are left after `first_step` of `num_steps` train steps, `grad_accumulation` for each."""
         per_step = self._settings.grad_accumulation
-        turns = range(first_step * per_step, self._settings.num_steps * per_step)
+        turns = range(first_step * per_step, num_steps * per_step)
         for batch in self.loader.iterate(self.sampler.numbers(turn) for turn in turns):
-            yield move_batch(batch, self._device)
+            yield to_device(batch, self._device)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Each validation window once."""
+        """Each validation window once over all processes; this one's share."""
         size = self._settings.batch_size
         chunks = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
-        for batch in self._val_loader.iterate(chunks):
-            yield move_batch(batch, self._device)
+        for batch in self._val_loader.iterate(chunks[self._rank :: self._num_processes]):
+            yield to_device(batch, self._device)
+
+    def datasets_of(self, numbers: np.ndarray, *, held_out: bool = False) -> np.ndarray:
+        """For each window number [B] the position in `datasets` of the data set that it is drawn from."""
+        index = self._val_index if held_out else self._index
+        stores = [index[int(number)].store for number in numbers]
+        return np.array([self.datasets.index(self._dataset.manifest.stores[store][0].dataset) for store in stores])
+
+    def describe(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Window numbers [B] of training windows in words: data set, episode, first step and number of steps."""
+        described = []
+        for number in numbers:
+            window = self._index[int(number)]
+            segment = self._index.segments[window.segment]
+            described.append(
+                {
+                    "window": int(number),
+                    "dataset": self._dataset.manifest.stores[window.store][0].dataset,
+                    "episode": segment.episode,
+                    "start": window.start - segment.start,
+                    "num_steps": self._index.num_steps,
+                }
+            )
+        return described
 
 
-def _mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:
-    """Windows and weight of every data set, in the order of the index."""
+def mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:
+    """Windows and weight of every data set, in the order of the index: what a sampler draws by."""
     counts: dict[str, int] = {part.dataset: 0 for part in dataset.manifest.parts}
     weights = {part.dataset: part.weight for part in dataset.manifest.parts}
     for segment, count in zip(index.segments, index.counts(), strict=True):
@@ -87,23 +111,47 @@ def _mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGr
 
 
 class Meter:
-    """Rates since the last row: samples per second and the share of time spent waiting for the loader."""
+    """What a row says of the train steps since the last one: rates, losses of each data set, memory."""
 
-    def __init__(self, loader: WindowLoader, settings: TrainConfig, first_step: int) -> None:
+    def __init__(self, feed: Feed, settings: TrainConfig, first_step: int, accelerator: Accelerator) -> None:
         """Begin to count after `first_step` train steps."""
-        self._loader, self._step = loader, first_step
-        self._windows_per_step = settings.batch_size * settings.grad_accumulation
-        self._time, self._wait = time.perf_counter(), loader.wait_s
+        self._feed, self._step, self._accelerator = feed, first_step, accelerator
+        self._batches_per_step = settings.grad_accumulation
+        self._windows_per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
+        self._time, self._wait = time.perf_counter(), feed.loader.wait_s
+        self._by_dataset = torch.zeros(2, len(feed.datasets), device=accelerator.device)  # sums and counts of jloss
 
-    def row(self, step: int, epoch: float) -> dict[str, float]:
-        """The first columns of the row of train step `step`; begins to count anew."""
-        now, wait = time.perf_counter(), self._loader.wait_s
+    def add(self, report: StepReport) -> None:
+        """Count the windows of a train step for their data sets."""
+        if len(self._feed.datasets) > 1:
+            owners = torch.from_numpy(self._feed.datasets_of(report.windows)).to(self._by_dataset.device)
+            self._by_dataset[0].index_add_(0, owners, report.jloss_by_window.float())
+            self._by_dataset[1].index_add_(0, owners, torch.ones_like(report.jloss_by_window, dtype=torch.float32))
+
+    def row(self, report: StepReport, step: int, lr: float) -> dict[str, float]:
+        """The row of train step `step`, the same on every process; begins to count anew."""
+        now, wait = time.perf_counter(), self._feed.loader.wait_s
         elapsed = now - self._time
+        total, jloss, sloss, *by_horizon = mean_over_processes(self._accelerator, report.losses).tolist()
         row = {
             "step": step,
-            "epoch": epoch,
+            "epoch": self._feed.sampler.epoch(step * self._batches_per_step),
+            "total": total,
+            "jloss": jloss,
+            "sloss": sloss,
+            "lr": lr,
+            "grad_norm": float(report.grad_norm),
             "samples_per_s": (step - self._step) * self._windows_per_step / elapsed,
             "loader_wait_share": (wait - self._wait) / elapsed,
+            **{f"sloss_h{number}": value for number, value in enumerate(by_horizon, start=1)},
         }
+        if len(self._feed.datasets) > 1:
+            sums, counts = sum_over_processes(self._accelerator, self._by_dataset).tolist()
+            shares = zip(self._feed.datasets, sums, counts, strict=True)
+            row |= {f"jloss.{name}": total / count for name, total, count in shares if count}
+        if self._accelerator.device.type == "cuda":
+            row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._accelerator.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self._accelerator.device)
         self._time, self._wait, self._step = now, wait, step
+        self._by_dataset.zero_()
         return row

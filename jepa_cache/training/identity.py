@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,38 @@ import jepa_cache
 from jepa_cache.config.schema import Config
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.predictor.checkpoints import OFFICIAL_SUFFIXES
-from jepa_cache.store.digests import state_folder
+from jepa_cache.store.digests import DigestTable, state_folder
 from jepa_cache.store.manifest import Manifest
-from jepa_cache.store.recipe import file_digest, fingerprint
-from jepa_cache.training.checkpoint import LATEST, WEIGHTS_FILE
+from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
+from jepa_cache.store.root import atomic_file
+from jepa_cache.training.checkpoint import LATEST, WEIGHTS_FILE, forget_checkpoints
+from jepa_cache.training.upload import download_run
 
 # What another machine may set otherwise without moving a number: a run goes on under other values.
-COSMETIC = ("checkpoint_every", "init", "num_loader_threads")  # init: its content counts, not its name
+COSMETIC = (
+    "checkpoint_every",
+    "init",  # its content counts, not its name
+    "keep_every",
+    "keep_last",
+    "loggers",
+    "num_loader_threads",
+    "select",
+    "upload_every_min",
+    "upload_to",
+)
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
 CODE = ("actions.py", "data", "idle.py", "poses.py", "predictor", "store", "training", "vpt_actions.py")
 
 
-def describe_run(config: Config, manifest: Manifest, scaler: Scaler, init: Path | None) -> dict[str, Any]:
+def describe_run(
+    config: Config,
+    manifest: Manifest,
+    scaler: Scaler,
+    init: Path | None,
+    ranges: Path | None = None,
+    *,
+    num_processes: int = 1,
+) -> dict[str, Any]:
     """Everything that decides a run, as plain JSON.
 
     Args:
@@ -31,16 +53,21 @@ def describe_run(config: Config, manifest: Manifest, scaler: Scaler, init: Path 
         manifest: The training set.
         scaler: Fitted on it.
         init: File whose weights are the start.
+        ranges: File that `filter.keep_ranges` names; as with `init` its content counts, not its name.
+        num_processes: That train together; their number decides the global batch.
     """
+    # Under num_epochs the train steps follow from the windows.
+    passive = (*COSMETIC, "num_steps") if config.train.num_epochs else COSMETIC
     return {
         "code": code_digest(),
-        "init": file_digest(init) if init is not None else None,
+        "init": DigestTable().digest(init) if init is not None else None,
         "manifest": manifest.digest,
+        "num_processes": num_processes,
         "predictor": asdict(config.predictor),
         "scaler": scaler.to_json(),
-        "filter": asdict(config.filter),
+        "filter": {**asdict(config.filter), "keep_ranges": file_digest(ranges) if ranges is not None else None},
         "split": asdict(config.split),
-        "train": {name: value for name, value in asdict(config.train).items() if name not in COSMETIC},
+        "train": {name: value for name, value in asdict(config.train).items() if name not in passive},
     }
 
 
@@ -67,6 +94,38 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
             return candidate
     tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
     raise ValueError(f"train.init={reference!r} names no weights; tried {tried}")
+
+
+def prepare_folder(run: Path, description: dict[str, Any], *, upload_to: str | None, fresh: bool) -> None:
+    """Make the run's folder; forget it first if asked, or fetch it from where it was uploaded to.
+
+    Raises:
+        ValueError: The folder holds another training, or the remote store cannot be read.
+    """
+    if fresh and run.exists():
+        forget_checkpoints(run / "checkpoints")
+        shutil.rmtree(run)
+    known = run.exists()
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _check_description(run / "description.json", description)
+    if upload_to is not None and not fresh and not known:
+        came_from = download_run(run, upload_to)
+        if came_from is not None:
+            print(f"fetched the run's checkpoint from {came_from}")
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    """Write what decides the run beside its checkpoints; refuse a folder of another run under this run's id."""
+    if path.is_file():
+        changes = recipe_changes(json.loads(path.read_text()), json.loads(canonical_json(description)))
+        if changes:
+            raise ValueError(
+                f"{path.parent} holds checkpoints of another training ({'; '.join(changes)}); move that folder away, or start over "
+                "with --fresh"
+            )
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(canonical_json(description))
 
 
 def code_digest() -> str:

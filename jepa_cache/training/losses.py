@@ -3,7 +3,7 @@
 With h the layer-normed tokens of the window, z predictions, and p = `loss_exp`:
 
     jloss = mean |z_tf - h[1:]|^p / p          every step from the true ones before it
-    sloss = mean |z_ar - h[1:1+R]|^p / p       R = auto_steps steps from step 0, each from its own predictions
+    sloss = mean |z_ar - h[s+1:s+1+R]|^p / p   R = auto_steps steps from step s (0 in the released recipe), each from its own predictions
     total = jloss + sloss
 
 Nothing is detached: gradients of the rollout flow through every step that it fed back.
@@ -28,7 +28,9 @@ class Losses(NamedTuple):
     z_tf: Tensor
     """[B, T-1, N, D] float32 teacher-forced predictions of steps 1 to T-1."""
     z_ar: Tensor
-    """[B, R, N, D] float32 rolled-out predictions of steps 1 to R = min(auto_steps, T-1)."""
+    """[B, R, N, D] float32 rolled-out predictions of steps s+1 to s+R, s = rollout_start."""
+    sloss_by_horizon: Tensor
+    """[R] float32, detached: the rollout loss of each of its steps; their mean is `sloss`."""
 
 
 def world_model_loss(
@@ -41,12 +43,13 @@ def world_model_loss(
     auto_steps: int = 2,
     normalize_reps: bool = True,
     rollout: Literal["fixed", "legacy"] = "fixed",
+    rollout_start: int = 0,
     extrinsics: Tensor | None = None,
 ) -> Losses:
     """Compute the loss of one batch of windows.
 
-    The rollout reuses the keys and values that the teacher-forced pass has of step 0, so that it costs auto_steps - 1 single steps. By
-    causality this is exact, gradients included.
+    The rollout reuses the keys and values that the teacher-forced pass has of the steps up to its start, so that it costs
+    auto_steps - 1 single steps. By causality this is exact, gradients included.
 
     Args:
         predictor: an `ACPredictor`, or a module that wraps one.
@@ -58,6 +61,7 @@ def world_model_loss(
         normalize_reps: parameter-free layer norm of tokens and of every prediction.
         rollout: `fixed` feeds the prediction of step 1 as step 1; `legacy` feeds the teacher-forced prediction of step 2 in its place,
             the rule before the correction of June 2025 under which the released weights were trained (needs T >= 3).
+        rollout_start: s, last true step that the rollout has seen; 0 in the released recipe. R is capped at T-1-s.
         extrinsics: [B, T, A-1], for a predictor that uses it.
 
     Returns:
@@ -68,16 +72,16 @@ def world_model_loss(
 
     Source: V-JEPA 2-AC, arXiv 2506.09985; `legacy` is the rule before vjepa2 pull request 25.
     """
-    _check(tokens, actions, states, loss_exp, auto_steps, rollout)
+    _check(tokens, actions, states, loss_exp, auto_steps, rollout, rollout_start)
     num_predicted = tokens.shape[1] - 1
-    auto_steps = min(auto_steps, num_predicted)
+    auto_steps = min(auto_steps, num_predicted - rollout_start)
     h = as_reps(tokens, normalize_reps)
     camera = None if extrinsics is None else extrinsics[:, :num_predicted]
-    # Keys and values are wanted of step 0 only, and not at all where nothing is fed back.
-    out = predictor(h[:, :-1], actions, states[:, :-1], camera, None, min(auto_steps - 1, 1))
+    # Keys and values are wanted up to the start only, and not at all where nothing is fed back.
+    out = predictor(h[:, :-1], actions, states[:, :-1], camera, None, rollout_start + 1 if auto_steps > 1 else 0)
     z_tf = as_reps(out.tokens, normalize_reps)
-    fed = 0 if rollout == "fixed" else 1
-    later = slice(1, auto_steps)
+    fed = rollout_start + (0 if rollout == "fixed" else 1)
+    later = slice(rollout_start + 1, rollout_start + auto_steps)
     z_ar = continue_rollout(
         predictor,
         z_tf[:, fed : fed + 1],
@@ -87,17 +91,27 @@ def world_model_loss(
         extrinsics=None if extrinsics is None else extrinsics[:, later],
         normalize_reps=normalize_reps,
     )
-    jloss = _power_loss(z_tf, h[:, 1:], loss_exp)
-    sloss = _power_loss(z_ar, h[:, 1 : 1 + auto_steps], loss_exp)
-    return Losses(jloss + sloss, jloss, sloss, z_tf, z_ar)
+    jloss = power_errors(z_tf, h[:, 1:], loss_exp).mean()
+    rolled = power_errors(z_ar, h[:, rollout_start + 1 : rollout_start + 1 + auto_steps], loss_exp)
+    sloss = rolled.mean()
+    return Losses(jloss + sloss, jloss, sloss, z_tf, z_ar, rolled.detach().mean(dim=(0, 2, 3)))
 
 
-def _power_loss(predicted: Tensor, target: Tensor, p: float) -> Tensor:
+def power_errors(predicted: Tensor, target: Tensor, p: float) -> Tensor:
+    """|predicted - target|^p / p, element by element."""
     error = (predicted - target).abs()
-    return error.mean() if p == 1.0 else error.pow(p).mean() / p
+    return error if p == 1.0 else error.pow(p) / p
 
 
-def _check(tokens: Tensor, actions: Tensor, states: Tensor, loss_exp: float, auto_steps: int, rollout: str) -> None:
+def _check(
+    tokens: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    loss_exp: float,
+    auto_steps: int,
+    rollout: str,
+    rollout_start: int,
+) -> None:
     if loss_exp <= 0:
         raise ValueError(f"loss_exp must be above 0, got {loss_exp}")
     if auto_steps < 1:
@@ -110,6 +124,11 @@ def _check(tokens: Tensor, actions: Tensor, states: Tensor, loss_exp: float, aut
             f"tokens must be [B, T, N, D] with T >= {least} for rollout {rollout!r}, got {list(tokens.shape)}"
         )
     num_steps = tokens.shape[1]
+    if not 0 <= rollout_start <= num_steps - least:
+        raise ValueError(
+            f"rollout_start must lie in 0 to {num_steps - least} for a window of {num_steps} steps and rollout {rollout!r}, "
+            f"got {rollout_start}"
+        )
     if actions.shape[1] != num_steps - 1 or states.shape[1] != num_steps:
         raise ValueError(
             f"a window of {num_steps} steps needs {num_steps - 1} actions and {num_steps} states, "

@@ -6,6 +6,8 @@ training takes up the schedule at its step and nothing else.
 
 import math
 
+from jepa_cache.config.schema import TrainConfig
+
 
 def warmup_stable_decay(
     k: int, *, num_steps: int, num_warmup: int, num_anneal: int, start_lr: float, peak_lr: float, final_lr: float
@@ -77,6 +79,26 @@ def cosine_weight_decay(k: int, *, num_steps: int, start_weight_decay: float, fi
     _check(k, num_steps, 0, 0)
     progress = min(1.0, k / num_steps)
     return final_weight_decay + (start_weight_decay - final_weight_decay) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def rates_at(k: int, settings: TrainConfig) -> tuple[float, float]:
+    """Return learning rate and weight decay of train step k, counted from 1, under a training's settings."""
+    decay = cosine_weight_decay(
+        k,
+        num_steps=settings.num_steps,
+        start_weight_decay=settings.weight_decay,
+        final_weight_decay=settings.final_weight_decay,
+    )
+    common = {
+        "num_steps": settings.num_steps,
+        "num_warmup": settings.num_warmup,
+        "start_lr": settings.start_lr,
+        "peak_lr": settings.lr,
+        "final_lr": settings.final_lr,
+    }
+    if settings.schedule == "wsd":
+        return warmup_stable_decay(k, num_anneal=settings.num_anneal, **common), decay
+    return warmup_cosine(k, **common), decay
 
 
 def _check(k: int, num_steps: int, num_warmup: int, num_anneal: int) -> None:

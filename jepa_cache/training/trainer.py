@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import json
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
-from jepa_cache.config.schema import Config, TrainConfig
+from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch
+from jepa_cache.data.filters import ranges_path
 from jepa_cache.data.scaler import Scaler, check_scaler
 from jepa_cache.data.splits import TRAIN
-from jepa_cache.predictor.checkpoints import load_predictor_weights, save_predictor
-from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.checkpoint import WEIGHTS_FILE, Checkpoint, forget_checkpoints, load_latest, save_checkpoint
+from jepa_cache.predictor.lora import count_trainable
+from jepa_cache.store.root import atomic_file
+from jepa_cache.training.checkpoint import (
+    BEST,
+    NO_BEST,
+    Best,
+    Checkpoint,
+    Rotation,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 from jepa_cache.training.feed import Feed, Meter
-from jepa_cache.training.identity import describe_run, resolve_init, run_folder
-from jepa_cache.training.losses import Losses, world_model_loss
+from jepa_cache.training.identity import describe_run, prepare_folder, resolve_init, run_folder
 from jepa_cache.training.optimizer import build_optimizer, set_rates
-from jepa_cache.training.recorder import Recorder
-from jepa_cache.training.schedule import cosine_weight_decay, warmup_cosine, warmup_stable_decay
+from jepa_cache.training.outputs import describe_weights, write_outputs
+from jepa_cache.training.processes import agree_to_stop, check_same_step, start_processes, watched_processes
+from jepa_cache.training.recorder import Recorder, columns_for
+from jepa_cache.training.schedule import rates_at
+from jepa_cache.training.signals import StopRequest
+from jepa_cache.training.sinks import open_sinks
+from jepa_cache.training.start import Learner, check_start, compare_start, resolve_epochs
+from jepa_cache.training.stepping import Objective, StepReport, check_finite, train_step
+from jepa_cache.training.upload import Uploader
+from jepa_cache.training.validation import validate
 
 
 class TrainResult(NamedTuple):
     """Where a training ended."""
 
-    weights: Path  # predictor.safetensors with its card
+    weights: Path | None  # predictor.safetensors with its card; None where it was stopped before its end
     run: Path  # folder of checkpoints
+    step: int  # train steps done in all
     num_trained: int  # train steps done by this call
-    num_steps: int
+    num_steps: int  # planned
+    stopped_by: str | None = None  # signal that ended it before its end
 
 
 def train(
@@ -47,220 +65,213 @@ def train(
         config: Resolved settings.
         dataset: The cached features.
         scaler: Fitted on the training episodes.
-        output: Folder for the weights, the CSV and DVCLive's files.
+        output: Folder for the weights and the CSV; DVCLive's files go beside it.
         base: Folder that a relative `train.init` is meant from.
         fresh: Forget earlier checkpoints of this run.
 
     Raises:
-        ValueError: When no window fits, the loss stops being finite, or the initial weights do not fit.
+        ValueError: When no window fits, the loss stops being finite, the initial weights do not fit, or another process of
+            this training has died.
     """
-    settings = config.train
-    torch.set_num_threads(settings.num_threads or default_num_threads())
     check_scaler(scaler, dataset.segments_of(TRAIN, config.split, config.filter))
-    init = resolve_init(settings.init, base)
-    description = describe_run(config, dataset.manifest, scaler, init)
-    run = run_folder(description)
-    if fresh and run.exists():
-        forget_checkpoints(run / "checkpoints")
-        shutil.rmtree(run)
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu",
-        mixed_precision="bf16" if settings.precision == "bfloat16" else "no",
-        gradient_accumulation_steps=settings.grad_accumulation,
-    )
-    torch.manual_seed(settings.seed)
-    predictor = ACPredictor(**predictor_arguments(config, dataset))
-    if init is not None:
-        load_predictor_weights(predictor, init)
-    checkpoint = load_latest(run / "checkpoints")
-    first_step = checkpoint.step if checkpoint else 0
-    if checkpoint:
-        predictor.load_state_dict(checkpoint.weights)
-    model = accelerator.prepare_model(predictor)
-    optimizer = accelerator.prepare_optimizer(
-        build_optimizer(predictor, lr=settings.lr, weight_decay=settings.weight_decay)
-    )
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.random_state)
-
+    accelerator = start_processes(config.train)
     feed = Feed(config, dataset, scaler, accelerator)
-    recorder = Recorder(run / "train.csv", output.parent / "live", resumed_step=first_step)
-    _announce(run, first_step, settings, feed, predictor)
-    bar = tqdm(total=settings.num_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-    meter = Meter(feed.loader, settings, first_step)
-    micro_batches = feed.batches(first_step)
-    for done in range(first_step + 1, settings.num_steps + 1):
-        set_rates(optimizer, *rates_at(done, settings))
-        report = train_step(accelerator, model, optimizer, micro_batches, settings)
-        _check_finite(report, done, run)
-        bar.update()
-        last = done == settings.num_steps
-        validating = bool(feed.validation and settings.validate_every) and (done % settings.validate_every == 0 or last)
-        if done % settings.log_every == 0 or validating or last:
-            row = meter.row(done, feed.sampler.epoch(done * settings.grad_accumulation))
-            row |= {name: float(value) for name, value in report._asdict().items()}
-            row["lr"] = optimizer.param_groups[0]["lr"]
-            if validating:
-                row |= validate(model, feed, settings)
+    config = resolve_epochs(config, feed.num_windows, accelerator.num_processes)
+    init = resolve_init(config.train.init, base)
+    ranges = ranges_path(config.filter, base)
+    description = describe_run(config, dataset.manifest, scaler, init, ranges, num_processes=accelerator.num_processes)
+    origin = check_start(config, dataset, init)
+    if origin is not None:
+        description["origin"] = origin._asdict()
+    run = run_folder(description)
+    if accelerator.is_main_process:
+        prepare_folder(run, description, upload_to=config.train.upload_to, fresh=fresh)
+        for change in compare_start(init, dataset, scaler) if init is not None else ():
+            print(f"the starting weights were trained with other inputs: {change}")
+    with watched_processes(accelerator, run):
+        accelerator.wait_for_everyone()
+        card = describe_weights(dataset, scaler)
+        training = _Training(config, dataset, feed, accelerator, run, init, card)
+        stopped_by = training.run_loop(output.parent / "live")
+    weights = None
+    if accelerator.is_main_process and stopped_by is None:
+        step = training.select_weights()
+        weights = write_outputs(training.learner, step, run, output, config, dataset, scaler, description)
+    num_trained = training.step - training.first_step
+    return TrainResult(weights, run, training.step, num_trained, config.train.num_steps, stopped_by)
+
+
+class _Training:
+    """One run of the loop: the predictor, its optimiser, and how far they are."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: CachedDataset,
+        feed: Feed,
+        accelerator: Accelerator,
+        run: Path,
+        init: Path | None,
+        card: dict[str, Any],
+    ) -> None:
+        settings = config.train
+        self.card = card
+        self.settings, self.feed, self.accelerator, self.run = settings, feed, accelerator, run
+        self.datasets = feed.datasets
+        self.checkpoints = run / "checkpoints"
+        self.rotation = Rotation(settings.keep_last, settings.keep_every)
+        main = accelerator.is_main_process
+        checkpoint = load_latest(self.checkpoints, self.rotation if main else None)
+        self.num_threads = settings.num_threads or (checkpoint.num_threads if checkpoint else default_num_threads())
+        torch.set_num_threads(self.num_threads)
+        torch.manual_seed(settings.seed)
+        self.learner = Learner(config, dataset, init)
+        if checkpoint:
+            self.learner.load_state(checkpoint.weights)
+        self.objective = Objective(self.learner.module, settings, accelerator.device)
+        if settings.compile:
+            self.learner.module.compile()
+        self.model = accelerator.prepare_model(self.objective)
+        self.optimizer = build_optimizer(
+            self.learner.module, lr=settings.lr, weight_decay=settings.weight_decay, kind=settings.optimizer
+        )
+        self.gradient_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
+        self.best: Best = NO_BEST
+        self.first_step = self.step = 0
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.gradient_scaler.load_state_dict(checkpoint.gradient_scaler)
+            self.first_step = self.step = checkpoint.step
+            self.best = checkpoint.best
+        check_same_step(accelerator, self.step)
+
+    def run_loop(self, live_folder: Path) -> str | None:
+        """Train to the end; returns the signal that ended it before, if one did."""
+        settings = self.settings
+        main = self.accelerator.is_main_process
+        columns = columns_for(
+            min(settings.auto_steps, settings.window_steps - 1),
+            self.datasets,
+            on_gpu=self.accelerator.device.type == "cuda",
+        )
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            batches = stack.enter_context(closing(self.feed.batches(self.step, settings.num_steps)))
+            recorder = uploader = None
+            if main:
+                shown = asdict(settings)
+                sinks = open_sinks(settings.loggers, live_folder=live_folder, run_folder=self.run, settings=shown)
+                recorder = Recorder(self.run / "train.csv", columns, sinks, resumed_step=self.step)
+                stack.callback(recorder.close)
+                if settings.upload_to is not None:
+                    uploader = Uploader(self.run, settings.upload_to, settings.upload_every_min * 60)
+                    stack.callback(uploader.close)
+            _announce(self, main)
+            bar = stack.enter_context(
+                tqdm(
+                    total=settings.num_steps,
+                    initial=self.step,
+                    desc="training",
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not main,
+                )
+            )
+            meter = Meter(self.feed, settings, self.step, self.accelerator)
+            while self.step < settings.num_steps and not self._has_converged():
+                step = self.step + 1
+                set_rates(self.optimizer, *rates_at(step, settings))
+                report = train_step(
+                    self.accelerator, self.model, self.optimizer, self.gradient_scaler, batches, settings, step
+                )
+                self._check(report, step)
+                self.step = step
+                bar.update()
+                meter.add(report)
+                stopping = agree_to_stop(self.accelerator, stop)
+                improved = self._log(report, meter, recorder, bar)
+                ended = step == settings.num_steps or self._has_converged()
+                if main and (step % settings.checkpoint_every == 0 or improved or ended or stopping):
+                    save_checkpoint(self.checkpoints, self._snapshot(), self.rotation)
+                    if uploader is not None:
+                        uploader.poke()
+                if stopping and not ended:
+                    return stop.name or "a signal to another process"
+        return None
+
+    def select_weights(self) -> int:
+        """Load the weights that are handed on into the predictor; returns their train step."""
+        if self.settings.select == "last" or not (self.checkpoints / BEST).exists():
+            return self.step
+        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve())
+        self.learner.load_state(checkpoint.weights)
+        return checkpoint.step
+
+    def _log(self, report: StepReport, meter: Meter, recorder: Recorder | None, bar: tqdm) -> bool:
+        """Validate and record where this train step asks for it; returns whether the metric became better."""
+        settings, step = self.settings, self.step
+        last = step == settings.num_steps
+        validating = bool(self.feed.validation and settings.validate_every) and (
+            step % settings.validate_every == 0 or last
+        )
+        if not (step % settings.log_every == 0 or validating or last):
+            return False
+        row = meter.row(report, step, self.optimizer.param_groups[0]["lr"])
+        improved = False
+        if validating:
+            row |= validate(self.objective, self.feed, settings, self.accelerator)
+            improved = row[settings.metric] < self.best.value
+            if improved:
+                self.best = Best(step, row[settings.metric])
+        if recorder is not None:
             recorder.log(row)
-            bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
-        if done % settings.checkpoint_every == 0 or last:
-            save_checkpoint(run / "checkpoints", _snapshot(done, predictor, optimizer))
-    bar.close()
-    micro_batches.close()
-    recorder.close()
-    weights = _write_outputs(predictor, run, output, config, dataset, scaler, description)
-    return TrainResult(weights, run, settings.num_steps - first_step, settings.num_steps)
+        bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
+        return improved
 
+    def _has_converged(self) -> bool:
+        """Whether `patience` validations in a row brought no better metric."""
+        patience, every = self.settings.patience, self.settings.validate_every
+        return bool(patience and self.best.step and self.step - self.best.step >= patience * every)
 
-class StepReport(NamedTuple):
-    """What one train step says of itself: float32 scalars, left on the device until somebody reads them."""
-
-    total: Tensor  # means over the micro-batches
-    jloss: Tensor
-    sloss: Tensor
-    grad_norm: Tensor  # of all gradients together, before clipping
-
-
-def train_step(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, batches: Iterator[Batch], settings: TrainConfig
-) -> StepReport:
-    """One optimiser update from the next `grad_accumulation` batches."""
-    parts = []
-    for _ in range(settings.grad_accumulation):
-        with accelerator.accumulate(model):
-            losses = window_losses(model, next(batches), settings)
-            accelerator.backward(losses.total)
-            parts.append(torch.stack([losses.total, losses.jloss, losses.sloss]).detach())
-            if accelerator.sync_gradients:
-                limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-            optimizer.step()
-            optimizer.zero_grad()
-    return StepReport(*torch.stack(parts).mean(dim=0), grad_norm)
-
-
-def window_losses(model: torch.nn.Module, batch: Batch, settings: TrainConfig) -> Losses:
-    """The world-model loss of one batch under these settings."""
-    return world_model_loss(
-        model,
-        batch.tokens,
-        batch.actions,
-        batch.states,
-        loss_exp=settings.loss_exp,
-        auto_steps=settings.auto_steps,
-        normalize_reps=settings.normalize_reps,
-        rollout=settings.rollout,
-    )
-
-
-@torch.no_grad()
-def validate(model: torch.nn.Module, feed: Feed, settings: TrainConfig) -> dict[str, float]:
-    """Mean losses over a few windows of every held-out episode."""
-    model.eval()
-    jloss = sloss = 0.0
-    for batch in feed.validation_batches():
-        losses = window_losses(model, batch, settings)
-        jloss += float(losses.jloss) * len(batch.tokens)
-        sloss += float(losses.sloss) * len(batch.tokens)
-    model.train()
-    return {"val_jloss": jloss / len(feed.validation), "val_sloss": sloss / len(feed.validation)}
-
-
-def rates_at(k: int, settings: TrainConfig) -> tuple[float, float]:
-    """Learning rate and weight decay of train step k, counted from 1."""
-    decay = cosine_weight_decay(
-        k,
-        num_steps=settings.num_steps,
-        start_weight_decay=settings.weight_decay,
-        final_weight_decay=settings.final_weight_decay,
-    )
-    common = {
-        "num_steps": settings.num_steps,
-        "num_warmup": settings.num_warmup,
-        "start_lr": settings.start_lr,
-        "peak_lr": settings.lr,
-        "final_lr": settings.final_lr,
-    }
-    if settings.schedule == "wsd":
-        return warmup_stable_decay(k, num_anneal=settings.num_anneal, **common), decay
-    return warmup_cosine(k, **common), decay
-
-
-def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """Constructor arguments of a predictor of the preset's size that fits the data set's tokens, actions and states."""
-    manifest, preset = dataset.manifest, config.predictor
-    return {
-        "embed_dim": manifest.width,
-        "predictor_dim": preset.predictor_dim,
-        "depth": preset.depth,
-        "num_heads": preset.num_heads,
-        "mlp_ratio": preset.mlp_ratio,
-        "action_dim": len(dataset.space.actions),
-        "state_dim": len(dataset.space.states),
-        "grid": list(manifest.grid),
-        "activation_checkpointing": preset.activation_checkpointing,
-    }
-
-
-def _snapshot(step: int, predictor: ACPredictor, optimizer: Any) -> Checkpoint:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in predictor.state_dict().items()}
-    return Checkpoint(step, weights, optimizer.state_dict(), torch.get_rng_state())
-
-
-def _check_finite(report: StepReport, step: int, run: Path) -> None:
-    """Stop before anything of a train step is kept whose loss or gradient is not finite: its update spoiled the weights.
-
-    On a GPU this waits for the train step to end, once. Nothing is lost by that: the copy of the next batch out of a buffer
-    that is filled again would wait as well.
-    """
-    if not torch.isfinite(report.total + report.grad_norm):
+    def _check(self, report: StepReport, step: int) -> None:
+        """Stop before anything of a train step is kept that spoiled the weights."""
+        reason = check_finite(report, self.gradient_scaler)
+        if reason is None:
+            return
+        windows = self.run / f"failed-step-{step:08d}-process-{self.accelerator.process_index}.json"
+        with atomic_file(windows) as temporary:
+            temporary.write_text(json.dumps(self.feed.describe(report.windows), indent=2) + "\n")
         raise ValueError(
-            f"at train step {step} the loss is {float(report.total)} and the norm of its gradient {float(report.grad_norm)}; "
-            f"nothing was overwritten, the last checkpoint is in {run / 'checkpoints'}. Lower train.lr, or set train.clip_norm"
+            f"at train step {step} {reason}; nothing was overwritten, the last checkpoint is in {self.checkpoints}, and the "
+            f"windows of this train step are named in {windows}. Look at them, lower train.lr, or set train.clip_norm"
+        )
+
+    def _snapshot(self) -> Checkpoint:
+        return Checkpoint(
+            self.step,
+            self.learner.state(),
+            self.optimizer.state_dict(),
+            self.gradient_scaler.state_dict(),
+            self.num_threads,
+            self.best,
+            self.card,
         )
 
 
-def _announce(run: Path, first_step: int, settings: TrainConfig, feed: Feed, predictor: ACPredictor) -> None:
-    trainable = sum(parameter.numel() for parameter in predictor.parameters() if parameter.requires_grad)
+def _announce(training: _Training, main: bool) -> None:
+    if not main:
+        return
+    settings, run, step = training.settings, training.run, training.step
+    trainable = count_trainable(training.learner.module)
+    for layer in training.learner.new_layers:
+        print(f"{layer} is a new layer: the starting weights have it in another width")
+    processes = training.accelerator.num_processes
     print(
-        f"predictor with {trainable:,} trainable weights, {feed.num_windows} training windows of {settings.window_steps} steps"
+        f"predictor with {trainable:,} trainable weights, {training.feed.num_windows} training windows of "
+        f"{settings.window_steps} steps; {training.accelerator.device}, {training.num_threads} torch threads"
+        + (f", {processes} processes" if processes > 1 else "")
     )
-    if first_step >= settings.num_steps:
+    if step >= settings.num_steps or training._has_converged():
         print(f"run {run.name} is complete; --fresh starts over")
-    elif first_step:
-        print(f"run {run.name} goes on at train step {first_step} of {settings.num_steps}; --fresh starts over")
-
-
-def _write_outputs(
-    predictor: ACPredictor,
-    run: Path,
-    output: Path,
-    config: Config,
-    dataset: CachedDataset,
-    scaler: Scaler,
-    description: dict,
-) -> Path:
-    output.mkdir(parents=True, exist_ok=True)
-    manifest = dataset.manifest
-    card = {
-        "run": run.name,
-        "description": description,
-        "architecture": predictor_arguments(config, dataset),
-        "action_space": dataset.space.name,
-        "window_steps": config.train.window_steps,
-        "normalize_reps": config.train.normalize_reps,
-        "scaler": scaler.to_json(),
-        "tokens_fingerprint": manifest.fingerprint,
-        "manifest": manifest.digest,
-        "encoder": manifest.encoder,
-        "encoder_trained": manifest.encoder_trained,
-        "mode": manifest.mode,
-    }
-    weights = output / WEIGHTS_FILE
-    save_predictor(predictor, weights, card)
-    shutil.copyfile(run / "train.csv", output / "train.csv")
-    return weights
+    elif step:
+        print(f"run {run.name} goes on at train step {step} of {settings.num_steps}; --fresh starts over")

@@ -1,7 +1,8 @@
 """What a checkpoint promises to a training that was interrupted.
 
 Claims:
-- what is saved is what is loaded, and the newest two are kept, `latest` on the newest;
+- what is saved is what is loaded;
+- the newest are kept, those at multiples of a spacing and the best one by the metric, with `latest` and `best` on theirs;
 - no failure while one is written harms those before it or leaves rubbish for long;
 - a damaged checkpoint is named, whatever part of it was hit, and removing it leads back to the one before.
 """
@@ -13,14 +14,25 @@ import pytest
 import torch
 
 from jepa_cache.training import checkpoint as checkpoints
-from jepa_cache.training.checkpoint import Checkpoint, forget_checkpoints, load_latest, save_checkpoint
+from jepa_cache.training.checkpoint import (
+    NO_BEST,
+    Best,
+    Checkpoint,
+    Rotation,
+    forget_checkpoints,
+    load_latest,
+    save_checkpoint,
+)
+
+TWO = Rotation(keep_last=2)
 
 
-def make(step: int) -> Checkpoint:
+def make(step: int, best: Best = NO_BEST) -> Checkpoint:
     weights = {name: torch.full((3, 2), step + offset) for name, offset in (("a.weight", 0.25), ("b.bias", 0.5))}
     moments = {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.full((3, 2), step * 0.125)}}}
     groups = [{"lr": 0.1 * step, "betas": (0.9, 0.999), "decays": True, "params": [0]}]
-    return Checkpoint(step, weights, moments | {"param_groups": groups}, torch.get_rng_state())
+    scaler = {"scale": 65536.0 / step, "_growth_tracker": step}
+    return Checkpoint(step, weights, moments | {"param_groups": groups}, scaler, num_threads=step, best=best)
 
 
 def names(folder: Path) -> list[str]:
@@ -32,23 +44,30 @@ def assert_equal(one: Checkpoint | None, other: Checkpoint) -> None:
     assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
     assert torch.equal(one.optimizer["state"][0]["exp_avg"], other.optimizer["state"][0]["exp_avg"])
     assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
-    assert torch.equal(one.random_state, other.random_state)
+    assert (one.gradient_scaler, one.num_threads, one.best) == (other.gradient_scaler, other.num_threads, other.best)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert load_latest(tmp_path) is None
     saved = make(3)
-    save_checkpoint(tmp_path, saved)
-    torch.manual_seed(99)
+    save_checkpoint(tmp_path, saved, TWO)
     assert_equal(load_latest(tmp_path), saved)
 
 
 def test_the_newest_two_are_kept_and_latest_is_the_newest_of_them(tmp_path):
     for step in (5, 10, 15, 100):
-        save_checkpoint(tmp_path, make(step))
+        save_checkpoint(tmp_path, make(step), TWO)
         assert (tmp_path / "latest").readlink() == Path(f"step-{step:08d}")
     assert names(tmp_path) == ["latest", "step-00000015", "step-00000100"]
     assert_equal(load_latest(tmp_path), make(100))
+
+
+def test_multiples_of_a_spacing_and_the_best_checkpoint_stay(tmp_path):
+    for step in range(1, 10):
+        save_checkpoint(tmp_path, make(step, Best(min(step, 2), 1.0)), Rotation(keep_last=2, keep_every=4))
+    kept = ["step-00000002", "step-00000004", "step-00000008", "step-00000009"]
+    assert names(tmp_path) == ["best", "latest", *kept]
+    assert (tmp_path / "best").readlink() == Path("step-00000002")
 
 
 @pytest.mark.parametrize("name", ["save_file", "publish_folder", "sync", "remove_folder"])
@@ -56,28 +75,28 @@ def test_a_failure_at_any_point_leaves_a_whole_newest_checkpoint_and_the_next_sa
     tmp_path, monkeypatch, name
 ):
     for step in (1, 2):
-        save_checkpoint(tmp_path, make(step))
+        save_checkpoint(tmp_path, make(step), TWO)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoints, name, fail)
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint(tmp_path, make(3))
+            save_checkpoint(tmp_path, make(3), TWO)
     assert (tmp_path / "latest/state.json").is_file()
-    newest = load_latest(tmp_path)
+    newest = load_latest(tmp_path, TWO)
     published = name in ("sync", "remove_folder")
     assert_equal(newest, make(3 if published else 2))
     assert (tmp_path / "latest").readlink() == Path(f"step-{newest.step:08d}")
-    save_checkpoint(tmp_path, make(4))
+    save_checkpoint(tmp_path, make(4), TWO)
     assert names(tmp_path) == ["latest", "step-00000003" if published else "step-00000002", "step-00000004"]
 
 
 def test_a_step_that_is_saved_again_is_left_as_it_was(tmp_path):
-    save_checkpoint(tmp_path, make(7))
+    save_checkpoint(tmp_path, make(7), TWO)
     before = (tmp_path / "step-00000007").stat().st_ino
-    save_checkpoint(tmp_path, make(7))
+    save_checkpoint(tmp_path, make(7), TWO)
     assert (tmp_path / "step-00000007").stat().st_ino == before and names(tmp_path) == ["latest", "step-00000007"]
 
 
@@ -85,7 +104,7 @@ def test_a_step_that_is_saved_again_is_left_as_it_was(tmp_path):
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_named_and_removing_it_leads_back_to_the_one_before(tmp_path, name, damage):
     for step in (1, 2):
-        save_checkpoint(tmp_path, make(step))
+        save_checkpoint(tmp_path, make(step), TWO)
     path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     if damage == "gone":
@@ -102,12 +121,12 @@ def test_a_damaged_checkpoint_is_named_and_removing_it_leads_back_to_the_one_bef
     with pytest.raises(ValueError, match=r"step-00000002 is damaged .*delete this folder.*--fresh"):
         load_latest(tmp_path)
     shutil.rmtree(tmp_path / "step-00000002")
-    assert_equal(load_latest(tmp_path), make(1))
+    assert_equal(load_latest(tmp_path, TWO), make(1))
     assert (tmp_path / "latest").readlink() == Path("step-00000001")
 
 
 def test_forgetting_removes_every_checkpoint(tmp_path):
     for step in (1, 2):
-        save_checkpoint(tmp_path, make(step))
+        save_checkpoint(tmp_path, make(step), TWO)
     forget_checkpoints(tmp_path)
     assert load_latest(tmp_path) is None

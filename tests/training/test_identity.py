@@ -13,6 +13,7 @@ import pytest
 
 import jepa_cache
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.training import trainer
 from jepa_cache.training.identity import CODE, COSMETIC, code_digest, describe_run, run_folder
 from tests.caches import Cache, make_cache
 
@@ -22,9 +23,9 @@ def cache(tmp_path_factory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache"))
 
 
-def run_of(cache: Cache, *, init: Path | None = None, **changes: object) -> str:
+def run_of(cache: Cache, *, init: Path | None = None, ranges: Path | None = None, **changes: object) -> str:
     parts = {"config": cache.config, "manifest": cache.dataset.manifest, "scaler": cache.scaler} | changes
-    return run_folder(describe_run(**parts, init=init)).name
+    return run_folder(describe_run(**parts, init=init, ranges=ranges)).name
 
 
 def other(value: object) -> object:
@@ -71,6 +72,40 @@ def test_the_content_of_the_initial_weights_decides_the_run_and_their_name_does_
         (tmp_path / name).write_bytes(content)
     a, b, c = (run_of(cache, init=tmp_path / name) for name in "abc")
     assert a == b and len({a, c, run_of(cache)}) == 3
+
+
+def with_filters(cache: Cache, **changes: object):
+    return dataclasses.replace(cache.config, filter=dataclasses.replace(cache.config.filter, **changes))
+
+
+def test_every_filter_decides_the_run_and_of_a_list_of_ranges_only_its_content(cache, tmp_path):
+    runs = {run_of(cache)}
+    names = [field.name for field in dataclasses.fields(cache.config.filter) if field.name != "keep_ranges"]
+    runs |= {run_of(cache, config=with_filters(cache, **{n: other(getattr(cache.config.filter, n))})) for n in names}
+    assert len(runs) == 1 + len(names)
+    listed = []
+    for name, content in (("a", "{}"), ("b", "{}"), ("c", '{"e": []}')):
+        (tmp_path / name).write_text(content)
+        listed.append(run_of(cache, config=with_filters(cache, keep_ranges=name), ranges=tmp_path / name))
+    assert listed[0] == listed[1] and len({*listed, *runs}) == len(runs) + 2
+
+
+def test_training_reads_the_ranges_that_its_filter_names(cache, tmp_path, monkeypatch):
+    (tmp_path / "ranges.json").touch()
+    seen = []
+
+    def describe(*arguments, **_):
+        seen.extend(arguments)
+        raise InterruptedError
+
+    segments = cache.dataset.segments_of("train", cache.config.split)
+    monkeypatch.setattr(trainer, "describe_run", describe)
+    monkeypatch.setattr(trainer, "check_scaler", lambda *_: None)
+    monkeypatch.setattr(cache.dataset, "segments_of", lambda *_: segments)
+    config = with_filters(cache, keep_ranges="ranges.json")
+    with pytest.raises(InterruptedError):
+        trainer.train(config, cache.dataset, cache.scaler, tmp_path, base=tmp_path)
+    assert seen[-1] == tmp_path / "ranges.json"
 
 
 def test_an_edit_of_the_code_that_trains_is_another_run_and_of_other_code_is_not(cache, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jepa_cache.training.recorder import COLUMNS, Recorder, read_rows
+from jepa_cache.training.sinks import DVCLiveSink
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def record(folder: Path, steps, *, resumed_step: int = 0, offset: float = 0.0) -> None:
-    recorder = Recorder(folder / "train.csv", folder / "live", resumed_step=resumed_step)
+    recorder = Recorder(folder / "train.csv", COLUMNS, [DVCLiveSink(folder / "live")], resumed_step=resumed_step)
     for step in steps:
         row = {"step": step, "total": step / 3 + offset, "jloss": 0.1 * step, "lr": 1e-3 / step}
         recorder.log(row | ({"val_jloss": 0.7} if step % 4 == 0 else {}))

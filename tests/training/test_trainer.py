@@ -156,7 +156,7 @@ class Nursery:
 
     def outcome(self, name: str) -> tuple[tuple, list[dict[str, str]]]:
         weights = self.folder / name / "out/run/predictor.safetensors"
-        return content(weights), rows(trainer.TrainResult(weights, weights.parent, 0, 0))
+        return content(weights), rows(trainer.TrainResult(weights, weights.parent, 0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ class Nursery:
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
     nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 100, 19) if overrides else range(3, 80, 6)
+    moments = range(20, 113, 18) if overrides else range(3, 112, 8)
     plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
     whole, *ends = nursery.run([nursery.item("whole"), *plan])
     assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
@@ -180,7 +180,7 @@ def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupte
         left = sorted(
             path.name for path in next((tmp_path / f"at-{moment}/runs").iterdir()).joinpath("checkpoints").iterdir()
         )
-        assert left[0] == "latest" and len(left) == 3, f"{left} are left after a kill at file operation {moment}"
+        assert left[:2] == ["best", "latest"] and len(left) in (4, 5), f"{left} are left after file operation {moment}"
 
 
 def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(cache, tmp_path):

@@ -1,0 +1,71 @@
+"""What a training hands on: the weights with their card, and the CSV."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.scaler import Scaler
+from jepa_cache.predictor.checkpoints import save_state
+from jepa_cache.predictor.lora import save_adapter
+from jepa_cache.predictor.origin import ENCODER_FIELD
+from jepa_cache.training.checkpoint import WEIGHTS_FILE
+from jepa_cache.training.start import Learner, predictor_arguments
+
+
+def describe_weights(dataset: CachedDataset, scaler: Scaler) -> dict[str, Any]:
+    """What a training that starts from the weights of this one must know of them."""
+    return {
+        "action_space": dataset.space.name,
+        "scaler": scaler.to_json(),
+        ENCODER_FIELD: dataset.manifest.recipe["encoder"]["weights"],
+    }
+
+
+def write_outputs(
+    learner: Learner,
+    step: int,
+    run: Path,
+    output: Path,
+    config: Config,
+    dataset: CachedDataset,
+    scaler: Scaler,
+    description: dict[str, Any],
+) -> Path:
+    """Write predictor.safetensors, with everything that evaluation must know in its card, and a copy of train.csv.
+
+    Args:
+        learner: With the weights that are handed on. Under LoRA the adapter is written as well, in `adapter/`.
+        step: Train steps that they have seen.
+        run: Folder of the checkpoints and the CSV.
+        output: Where to write.
+        config: Resolved settings.
+        dataset: The cached features.
+        scaler: Fitted on the training episodes.
+        description: Of the run, see `identity.describe_run`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    manifest = dataset.manifest
+    card = {
+        "run": run.name,
+        "step": step,
+        "description": description,
+        "architecture": predictor_arguments(config, dataset),
+        **describe_weights(dataset, scaler),
+        "window_steps": config.train.window_steps,
+        "normalize_reps": config.train.normalize_reps,
+        "tokens_fingerprint": manifest.fingerprint,
+        "manifest": manifest.digest,
+        "encoder": manifest.encoder,
+        "encoder_trained": manifest.encoder_trained,
+        "mode": manifest.mode,
+    }
+    weights = output / WEIGHTS_FILE
+    save_state(learner.predictor_state(), weights, card)
+    if learner.lora:
+        save_adapter(learner.module, output / "adapter", card)
+    shutil.copyfile(run / "train.csv", output / "train.csv")
+    return weights

@@ -1,0 +1,87 @@
+"""The processes of one training: one without a launcher, several under torchrun, accelerate launch or SLURM's srun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from jepa_cache.config.schema import TrainConfig
+from jepa_cache.training.signals import StopRequest
+
+
+class ProcessDiedError(ValueError):
+    """Another process of this training is gone; its own message says why."""
+
+
+def start_processes(settings: TrainConfig) -> Accelerator:
+    """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs.
+
+    Source: Hugging Face Accelerate; precision and accumulation are this package's own.
+    """
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
+
+
+def mean_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes; the tensor itself when there is one."""
+    return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
+
+
+def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes; the tensor itself when there is one."""
+    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+
+
+def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
+    """Whether any process was asked to stop; the same answer in all, so that all stop at the same train step."""
+    if accelerator.num_processes == 1:
+        return request.name is not None
+    asked = torch.tensor(float(request.name is not None), device=accelerator.device)
+    return bool(accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def check_same_step(accelerator: Accelerator, step: int) -> None:
+    """Refuse processes that go on from different checkpoints.
+
+    Raises:
+        ValueError: They do, because they do not see the same folder.
+    """
+    if accelerator.num_processes == 1:
+        return
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different train steps ({steps}): $JEPA_RUNS_HOME must be a folder that all "
+            "machines of a training share"
+        )
+
+
+@contextmanager
+def watched_processes(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Turn the failure of a collective operation, which is how a dead process shows in the others, into words.
+
+    Raises:
+        ProcessDiedError: Another process is gone.
+    """
+    try:
+        yield
+    except ProcessDiedError:
+        raise
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_collective(error):
+            raise
+        raise ProcessDiedError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} cannot reach the others: one of them has died "
+            f"(its own message is above or in its log). Nothing was overwritten; the last checkpoint is in {run}, and the same "
+            f"command goes on from there. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _is_collective(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "peer")
+    distributed = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
+    return distributed or any(word in str(error).lower() for word in words)

@@ -1,0 +1,230 @@
+"""What the options of a training promise, each with the true parts on a tiny cache.
+
+Claims:
+- epochs become the train steps that cover the windows so often;
+- training ends after `patience` validations without a better metric, a restart knows it, and `select: best` hands on the best;
+- a stop signal saves a checkpoint, and the same command goes on to the weights of an uninterrupted run;
+- checkpoints are copied to the remote folder, and a machine that knows nothing of the run goes on from there, bit for bit;
+- rollouts start where the seed says, anew in each batch, also after a resume;
+- float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
+- LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
+- weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
+- the windows of a batch that failed are named.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from jepa_cache.predictor.checkpoints import CheckpointError, read_card
+from jepa_cache.training import trainer
+from jepa_cache.training.stepping import draw_rollout_start
+from jepa_cache.training.trainer import TrainResult, train
+from tests.caches import Cache, make_cache, make_config
+
+TIMING = ("samples_per_s", "loader_wait_share")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path / "runs"
+
+
+def run(cache: Cache, output: Path, *overrides: str) -> TrainResult:
+    return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output)
+
+
+def rows(result: TrainResult) -> list[dict[str, str]]:
+    with (result.run / "train.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
+
+
+def bits(weights: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    """SIGTERM arrives while this train step is computed."""
+    original = trainer.train_step
+
+    def signalled(*arguments):
+        if arguments[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", signalled)
+
+
+def assert_resumes_bit_for_bit(cache: Cache, tmp_path: Path, monkeypatch, *overrides: str) -> TrainResult:
+    """Train whole, then again with a stop in the middle; both end alike."""
+    whole = run(cache, tmp_path, *overrides)
+    expected = bits(whole.weights), rows(whole)
+    shutil.rmtree(whole.run)
+    with monkeypatch.context() as patched:
+        stop_at(7, patched)
+        stopped = run(cache, tmp_path, *overrides)
+    assert (stopped.stopped_by, stopped.step, stopped.weights) == ("SIGTERM", 7, None)
+    again = run(cache, tmp_path, *overrides)
+    assert (again.num_trained, again.step) == (5, 12)
+    assert (bits(again.weights), rows(again)) == expected
+    return again
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on_bit_for_bit(cache, tmp_path, monkeypatch):
+    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.checkpoint_every=100", "train.rollout_start=random")
+
+
+def test_epochs_become_the_train_steps_that_cover_the_windows(cache, tmp_path):
+    result = run(cache, tmp_path, "train.num_epochs=0.5", "train.batch_size=8")
+    assert result.num_steps * 8 >= 65 > (result.num_steps - 1) * 8  # half of five episodes of 26 windows
+    assert float(rows(result)[-1]["epoch"]) == pytest.approx(result.num_steps * 8 / 130)
+
+
+def test_epochs_too_short_for_the_schedule_are_refused(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"num_warmup 2 \+ train\.num_anneal 4 exceed train\.num_steps 4"):
+        run(cache, tmp_path, "train.num_epochs=0.1")
+
+
+def test_training_ends_without_progress_and_the_best_weights_are_handed_on(cache, tmp_path, monkeypatch, capsys):
+    validations = iter([3.0, 1.0, 2.0, 2.5, 0.1])
+
+    def worsening(*_):
+        value = next(validations)
+        return {"val_total": value, "val_jloss": value, "val_sloss": value}
+
+    monkeypatch.setattr(trainer, "validate", worsening)
+    settings = ("train.validate_every=2", "train.patience=2", "train.select=best", "train.checkpoint_every=100")
+    result = run(cache, tmp_path, *settings)
+    assert result.step == 8 and read_card(result.weights)["step"] == 4
+    assert bits(result.weights) == bits(result.run / "checkpoints/best/predictor.safetensors")
+    assert bits(result.weights) != bits(result.run / "checkpoints/latest/predictor.safetensors")
+    again = run(cache, tmp_path, *settings)
+    assert again.num_trained == 0 and "complete" in capsys.readouterr().out
+    last = run(cache, tmp_path, *settings[:2], "train.select=last", settings[3])
+    assert last.run == result.run and read_card(last.weights)["step"] == 8
+
+
+def test_a_machine_that_knows_nothing_of_a_run_goes_on_from_its_uploads(cache, tmp_path, monkeypatch, capsys):
+    whole = run(cache, tmp_path / "a", "train.checkpoint_every=3")
+    expected = bits(whole.weights), rows(whole)
+    remote = ("train.checkpoint_every=3", f"train.upload_to=file://{tmp_path}/remote", "train.upload_every_min=0")
+    shutil.rmtree(whole.run)
+    with monkeypatch.context() as patched:
+        stop_at(8, patched)
+        assert run(cache, tmp_path / "b", *remote).step == 8
+    there = sorted(path.name for path in (tmp_path / "remote").glob("*/checkpoints/*"))
+    assert there[-1] == "step-00000008" and len(there) <= 3
+    shutil.rmtree(whole.run)
+    again = run(cache, tmp_path / "c", *remote)
+    assert "fetched the run's checkpoint from" in capsys.readouterr().out
+    assert again.num_trained == 4 and (bits(again.weights), rows(again)) == expected
+
+
+def test_an_upload_that_was_cut_short_is_not_taken_for_a_checkpoint(cache, tmp_path, capsys):
+    remote = (f"train.upload_to=file://{tmp_path}/remote",)
+    first = run(cache, tmp_path, *remote)
+    shutil.rmtree(first.run)
+    (newest,) = (tmp_path / "remote").glob("*/checkpoints/step-00000012")
+    (newest / "state.json").unlink()
+    again = run(cache, tmp_path, *remote)
+    assert again.num_trained == 4 and "step-00000008" in capsys.readouterr().out
+
+
+def test_a_remote_folder_that_cannot_be_used_is_named_before_anything_is_trained(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.upload_to='nowhere://x' cannot be used: Protocol not known"):
+        run(cache, tmp_path, "train.upload_to=nowhere://x")
+
+
+def test_rollouts_start_where_the_seed_says_and_leave_room_for_all_their_steps():
+    settings = make_config("train.rollout_start=random", "train.window_steps=8").train
+    starts = [draw_rollout_start(settings, turn) for turn in range(200)]
+    assert starts == [draw_rollout_start(settings, turn) for turn in range(200)]
+    assert set(starts) == set(range(6))  # 8 steps: the last start leaves two to predict
+    assert starts != [draw_rollout_start(replace(settings, seed=1), turn) for turn in range(200)]
+    legacy = replace(settings, rollout="legacy")
+    assert max(draw_rollout_start(legacy, turn) for turn in range(200)) == 5
+
+
+def test_float16_trains_and_resumes_with_its_gradient_scaler(cache, tmp_path, monkeypatch):
+    result = assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.precision=float16")
+    state = torch.load(result.run / "checkpoints/latest/optimizer.pt", weights_only=True)
+    assert 0 < state["gradient_scaler"]["scale"] < 65536, "the first gradients overflow, so the scale has come down"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (an extra) is not installed")
+def test_eight_bit_adamw_trains_and_resumes(cache, tmp_path, monkeypatch):
+    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.optimizer=adamw8bit")
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(cache, tmp_path) -> Path:
+    """Weights to start from."""
+    return run(cache, tmp_path / "base", "train.num_steps=8").weights
+
+
+LORA = ("train.lora_rank=2", "train.lora_dropout=0.1")
+
+
+def test_lora_trains_the_adapters_alone_and_resumes_bit_for_bit(cache, tmp_path, base, monkeypatch):
+    result = assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, *LORA, f"train.init={base}")
+    kept = load_file(result.run / "checkpoints/latest/predictor.safetensors")
+    assert all("lora_" in name for name in kept)
+    before, after = load_file(base), load_file(result.weights)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        name
+        for name in before
+        if name.endswith("weight") and any(f".{t}." in name for t in ("qkv", "proj", "fc1", "fc2"))
+    }
+    adapter = result.weights.parent / "adapter"
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_lora_without_starting_weights_is_refused(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.lora_rank is 2, but train\.init names no weights"):
+        run(cache, tmp_path, *LORA)
+
+
+# --- origin ---------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_encoder_are_refused_unless_allowed_and_that_is_recorded(cache, tmp_path, base):
+    other = make_cache(tmp_path / "other", seed=7)
+    start = make_config(f"train.init={base}", "train.num_steps=7")
+    with pytest.raises(CheckpointError, match=r"tokens are those of encoder made:7.*trained on the tokens of made:0"):
+        train(start, other.dataset, other.scaler, tmp_path / "run", base=tmp_path)
+    allowed = replace(start, train=replace(start.train, allow_other_encoder=True))
+    result = train(allowed, other.dataset, other.scaler, tmp_path / "run", base=tmp_path)
+    assert read_card(result.weights)["description"]["origin"]["matches"] is False
+
+
+def test_the_windows_of_a_batch_that_failed_are_named(cache, tmp_path, runs):
+    with pytest.raises(
+        ValueError, match=r"windows of this train step are named in .*failed-step-00000002-process-0\.json"
+    ):
+        run(cache, tmp_path, "train.lr=1e36", "train.start_lr=1e36")
+    (path,) = runs.glob("*/failed-step-*.json")
+    named = json.loads(path.read_text())
+    training = {segment.episode for segment in cache.dataset.segments_of("train", cache.config.split)}
+    assert len(named) == 4 and {window["episode"] for window in named} <= training
+    assert all(0 <= window["start"] <= 25 and window["num_steps"] == 5 for window in named)
