@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base, load_config  # noqa: E402
+from jepa_cache.config.loading import load_config  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,12 +22,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.evaluation.report import check_settings, describe_metrics, evaluate_run
-    from jepa_cache.store.root import resolve_cache_root
 
     dataset = open_dataset(config, ROOT)
     weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/evaluate"
     check_settings(config, weights)
-    metrics = evaluate_run(config, dataset, weights, out, root=resolve_cache_root(config.cache_root, data_base(ROOT)))
+    metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(f"wrote {out.relative_to(ROOT)}/metrics.json, horizon.csv, pictures/; next: dvc metrics show, dvc plots show")
 

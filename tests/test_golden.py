@@ -21,8 +21,11 @@ from safetensors import safe_open
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
+from jepa_cache.actions import get_action_space
 from jepa_cache.encoder.preprocess import ac_transform, eval_transform
 from jepa_cache.encoder.vit import VisionTransformer
+from jepa_cache.evaluation.motion import build_motion
+from jepa_cache.evaluation.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
 from jepa_cache.predictor.attention import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
@@ -277,6 +280,29 @@ def check_train_steps(golden: Golden) -> None:
             golden.compare(name, final[name], 1e-4, group="final")
 
 
+def check_planner(golden: Golden) -> None:
+    predictor = build_golden_predictor(golden).eval()
+    given, search = golden.group("in"), golden.config["planner"]
+    motion = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"])
+    settings = PlannerSettings(
+        horizon=search["rollout"],
+        num_samples=search["samples"],
+        num_elites=search["topk"],
+        num_rounds=search["cem_steps"],
+        mean_momentum=search["momentum_mean"],
+        std_momentum=search["momentum_std"],
+        gripper_mean_momentum=search["momentum_mean_gripper"],
+        gripper_std_momentum=search["momentum_std_gripper"],
+        close_gripper_from=golden.config["close_gripper"],
+    )
+    states = given["context_state"][0].double().numpy()
+    context = Context(given["context_tokens"], np.zeros((len(states) - 1, 7)), states)
+    noise = given["noise"].double().numpy()
+    plan = plan_actions(predictor, context, given["goal_tokens"][0], motion, settings, noise=noise)
+    golden.compare("energies", torch.from_numpy(plan.energies), 1e-4)
+    golden.compare("actions", torch.from_numpy(plan.actions), 1e-4)
+
+
 def read_schedule(case: dict) -> tuple[Callable[[int], float], Callable[[int], float]]:
     """Turn an official optimisation section, in epochs of `ipe` train steps, into the two schedules."""
     ipe = case["ipe"]
@@ -363,7 +389,7 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "schedule": check_schedule,
     "poses": check_poses,
     "preprocess": check_preprocess,
-    "planner": check_later,
+    "planner": check_planner,
     "encoder_v21": check_later,
 }
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.predictor.rollout import as_reps
 
 TRAINING_WINDOWS_PER_EPISODE = 8
+CPU = torch.device("cpu")
 
 
 def training_mean(
@@ -26,7 +27,7 @@ def training_mean(
     loader = WindowLoader(dataset, index, scaler)
     total, count = torch.zeros(()), 0
     for batch in loader.iterate([numbers[start : start + 16] for start in range(0, len(numbers), 16)]):
-        reps = as_reps(batch.tokens, normalize_reps)
+        reps = as_reps(to_device(batch, CPU).tokens, normalize_reps)
         total = total + reps.sum(dim=(0, 1))
         count += reps.shape[0] * reps.shape[1]
     return total / count

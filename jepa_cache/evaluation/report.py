@@ -19,11 +19,12 @@ from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
 from jepa_cache.evaluation.strips import build_strip
 from jepa_cache.predictor.checkpoints import load_predictor, read_card
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import CacheRoot, atomic_file
+from jepa_cache.store.root import atomic_file
 
 NUM_STRIPS = 2
 OF_THE_MACHINE = (
     "device",
+    "keep_ranges",  # known by its content, which the segments show
     "log_every",
     "num_threads",
     "validate_every",
@@ -31,9 +32,7 @@ OF_THE_MACHINE = (
 NUM_DIGITS = 3  # of figures in words
 
 
-def evaluate_run(
-    config: Config, dataset: CachedDataset, weights: Path, out: Path, *, root: CacheRoot
-) -> dict[str, Any]:
+def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
     """Measure trained weights on the held-out episodes and write metrics.json, horizon.csv and pictures.
 
     Args:
@@ -41,7 +40,6 @@ def evaluate_run(
         dataset: The cached features.
         weights: predictor.safetensors of a training run; brings its own scaler.
         out: Folder for the results.
-        root: Cache root, for the step tables.
 
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
@@ -82,7 +80,7 @@ def evaluate_run(
     )
     draw_horizon(rows, pictures / "horizon.png", note=note)
     for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
-        drawn = build_strip(position, errors, predictor, config, dataset, scaler, root, normalize_reps=normalize_reps)
+        drawn = build_strip(position, errors, predictor, config, dataset, scaler, normalize_reps=normalize_reps)
         draw_strip(drawn, pictures / f"strip{strip + 1}.png")
     return metrics
 
@@ -96,7 +94,7 @@ def check_settings(config: Config, weights: Path) -> None:
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]
-    now = {"predictor": asdict(config.predictor), "train": asdict(config.train)}
+    now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
     differing = [
         f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
         for section in now

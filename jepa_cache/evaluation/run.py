@@ -15,7 +15,7 @@ from jepa_cache.actions import zero_actions
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, EvaluateConfig
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch, WindowLoader
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowIndex, spread_windows
@@ -102,7 +102,7 @@ def measure_windows(
             SHUFFLED: loader.read(given).actions,
             ZERO: _zero_actions(dataset, scaler, index, batch),
         }
-        h = as_reps(batch.tokens.to(device), normalize_reps)
+        h = as_reps(to_device(batch, device).tokens, normalize_reps)
         on_device = {name: given.to(device) for name, given in actions.items()}
         errors = _batch_errors(
             predictor, h, on_device, batch.states.to(device), mean, settings, window_steps, normalize_reps

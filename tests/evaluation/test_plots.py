@@ -111,9 +111,7 @@ def strip_of(cache: Cache, position: int) -> tuple[Strip, str, int]:
     errors = measure_windows(
         predictor, config, cache.dataset, cache.scaler, window_steps=card["window_steps"], normalize_reps=True
     )
-    strip = build_strip(
-        position, errors, predictor, config, cache.dataset, cache.scaler, cache.root, normalize_reps=True
-    )
+    strip = build_strip(position, errors, predictor, config, cache.dataset, cache.scaler, normalize_reps=True)
     window = errors.index[errors.numbers[position]]
     segment = errors.index.segments[window.segment]
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][position], atol=1e-5)
@@ -142,7 +140,7 @@ def test_a_recording_that_is_gone_or_changed_is_not_shown(recorded):
 def test_a_recording_without_the_episode_is_an_error(recorded, monkeypatch):
     cache, _ = recorded
     monkeypatch.setattr(
-        "jepa_cache.evaluation.strips.build_source", lambda *_: type("Empty", (), {"iter_episodes": lambda *_: []})()
+        "jepa_cache.data.frames.build_source", lambda *_: type("Empty", (), {"iter_episodes": lambda *_: []})()
     )
     with pytest.raises(ValueError, match=r"a\.tar has the digest .* does not hold it"):
         strip_of(cache, 0)
@@ -154,7 +152,7 @@ def test_an_evaluation_leaves_its_pictures_and_none_of_an_earlier_one(recorded):
     (out / "pictures").mkdir(parents=True)
     (out / "pictures/strip9.png").touch()
     weights = train(cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder).weights
-    evaluate_run(cache.config, cache.dataset, weights, out, root=cache.root)
+    evaluate_run(cache.config, cache.dataset, weights, out)
     expected = ["horizon.png", *(f"strip{number + 1}.png" for number in range(NUM_STRIPS))]
     assert sorted(path.name for path in (out / "pictures").iterdir()) == expected
     for path in (out / "pictures").iterdir():

@@ -66,7 +66,7 @@ def changed(trained: Trained, path: Path, change) -> Path:
 
 
 def evaluate(cache: Cache, weights: Path, out: Path, config: Config | None = None) -> dict:
-    metrics = evaluate_run(config or cache.config, cache.dataset, weights, out, root=cache.root)
+    metrics = evaluate_run(config or cache.config, cache.dataset, weights, out)
     assert json.loads((out / "metrics.json").read_text()) == metrics
     return metrics
 

@@ -1,0 +1,134 @@
+"""What a plan may move, and where a state is after an action: end-effector poses and the Minecraft view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jepa_cache.actions import ActionSpace, wrap_degrees
+from jepa_cache.poses import integrate_pose
+from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
+
+GRIPPER_LIMIT = 0.75
+GRIPPER_DEAD_ZONE = 0.25
+POSE_SPACES = ("pose7", "pose7_camera", "droid_command7")
+VIEW_SPACES = ("vpt13", "vpt36", "vpt25")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The part of an action space that a planner searches.
+
+    K searched numbers an action; the rest of an action follows from them, or is 0, or stays as it was.
+    """
+
+    names: tuple[str, ...]  # of the K numbers
+    columns: np.ndarray  # [K] of the action
+    limit: np.ndarray  # [K] float64, largest size of each number
+    first_std: np.ndarray  # [K] float64, of the first samples
+    gripper: np.ndarray  # [K] bool
+    dead_zone: np.ndarray  # [K] float64; smaller results of a plan become 0
+    complete: Callable[[np.ndarray], np.ndarray]  # actions [.., A] with the searched columns set -> whole actions
+    integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]  # states [.., S], actions [.., A] -> states [.., S]
+
+    def actions(self, searched: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """Whole actions.
+
+        Args:
+            searched: [.., K].
+            base: [A], what holds where nothing is searched.
+
+        Returns:
+            [.., A] float64.
+        """
+        actions = np.broadcast_to(base, (*searched.shape[:-1], len(base))).astype(np.float64)
+        actions[..., self.columns] = searched
+        return self.complete(actions)
+
+
+def build_motion(
+    space: ActionSpace,
+    *,
+    max_step_m: float = 0.05,
+    max_rotation_rad: float = 0.0,
+    max_turn_deg: float = 30.0,
+    fixed: tuple[str, ...] = (),
+) -> Motion:
+    """What a plan may move in an action space.
+
+    Poses: dx, dy, dz and the gripper, each axis up to `max_step_m` (a box) and 0.75; rotations only where
+    `max_rotation_rad` is above 0. View: dyaw and dpitch, with the mouse counts that they take; keys stay as they were.
+
+    Args:
+        space: The cache's.
+        max_step_m: Largest translation of one step along each axis.
+        max_rotation_rad: Largest rotation of one step about each axis; 0 leaves rotations out, as the released planner.
+        max_turn_deg: Largest turn of the view in one step.
+        fixed: Names of columns that stay 0.
+
+    Raises:
+        ValueError: The space says nothing of where an action leads, or a fixed column is not searched.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
+    """
+    names = [column.name for column in space.actions]
+    if space.name in POSE_SPACES:
+        searched = [0, 1, 2, *([3, 4, 5] if max_rotation_rad > 0 else []), 6]
+        limit = np.array([max_step_m] * 3 + [max_rotation_rad] * 3 + [GRIPPER_LIMIT])[searched]
+        gripper = np.array(searched) == 6
+        motion = Motion(
+            names=tuple(names[column] for column in searched),
+            columns=np.array(searched),
+            limit=limit,
+            first_std=np.where(gripper, 1.0, limit),
+            gripper=gripper,
+            dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
+            complete=lambda actions: actions,
+            integrate=integrate_pose,
+        )
+    elif space.name in VIEW_SPACES:
+        motion = _view_motion(names, max_turn_deg)
+    else:
+        raise ValueError(
+            f"action space {space.name!r} does not say where an action leads, so nothing can be planned in it; known are "
+            f"{', '.join((*POSE_SPACES, *VIEW_SPACES))}"
+        )
+    unknown = [name for name in fixed if name not in motion.names]
+    if unknown:
+        raise ValueError(f"only searched columns can be fixed ({', '.join(motion.names)}); got {', '.join(unknown)}")
+    kept = np.array([name not in fixed for name in motion.names])
+    return replace(
+        motion,
+        names=tuple(name for name in motion.names if name not in fixed),
+        **{key: getattr(motion, key)[kept] for key in ("columns", "limit", "first_std", "gripper", "dead_zone")},
+    )
+
+
+def _view_motion(names: list[str], max_turn_deg: float) -> Motion:
+    camera = ("cameraX", "cameraY") if "cameraX" in names else ("dyaw", "dpitch")
+    columns = np.array([names.index(name) for name in camera])
+    mouse = [names.index(name) for name in ("mouse_dx", "mouse_dy") if name in names]
+
+    def complete(actions: np.ndarray) -> np.ndarray:
+        if mouse:
+            actions[..., mouse] = actions[..., columns] / CAMERA_DEG_PER_COUNT
+        return actions
+
+    def integrate(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        after = np.asarray(states, np.float64) + actions[..., columns]
+        after[..., 0] = wrap_degrees(after[..., 0])
+        after[..., 1] = np.clip(after[..., 1], -90.0, 90.0)
+        return after
+
+    return Motion(
+        names=camera,
+        columns=columns,
+        limit=np.full(2, max_turn_deg),
+        first_std=np.full(2, max_turn_deg),
+        gripper=np.zeros(2, bool),
+        dead_zone=np.zeros(2),
+        complete=complete,
+        integrate=integrate,
+    )
