@@ -1,4 +1,5 @@
-# make demo: everything from nothing to figures. make test: the test suite. Both install into .venv first.
+# make demo: everything from nothing to figures. make test: the test suite. make test-long: the campaigns beside it.
+# All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -7,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # dvc and jepa-cache start `python`; it must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-long bench bench-peers lint format clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,23 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Every fault at every change to the disk, every bit flipped, long random histories: hours.
+test-long: install
+	$(BIN)/python -m pytest tests -m long --numprocesses 2
+
+# About ten minutes on two cores that do nothing else; 5 GB in the temporary folder. docs/benchmarks.md says how to read it.
+bench: install
+	$(BIN)/python benchmarks/read.py --rounds 20
+	$(BIN)/python benchmarks/encode.py --rounds 3
+	$(BIN)/python benchmarks/loader.py
+
+# The libraries that read.py compares with. litdata and mosaicml-streaming require torchvision (mosaicml-streaming also the clients of
+# four clouds), whose registry build is for CUDA and breaks imports beside a CPU torch; reading needs none of that.
+bench-peers: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps litdata lightning-utilities tifffile \
+		mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jepa_cache.config.parsing import ConfigError, nearest
-from jepa_cache.config.schema import COMPUTE_DTYPES, ENCODE_MODES, SCALING_RULES, Config
+from jepa_cache.config.schema import (
+    COMPUTE_DTYPES,
+    ENCODE_MODES,
+    INT4_GROUP,
+    LOGGERS,
+    METRICS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCALING_RULES,
+    STORED_DTYPES,
+    Config,
+    TrainConfig,
+)
 
 
 def check_config(config: Config) -> None:
@@ -17,22 +29,37 @@ def check_config(config: Config) -> None:
     encode, encoder, train, evaluate = config.encode, config.encoder, config.train, config.evaluate
     _check_choice("encode.mode", encode.mode, ENCODE_MODES)
     _check_choice("encode.compute_dtype", encode.compute_dtype, COMPUTE_DTYPES)
-    _check_choice("encode.dtype", encode.dtype, ("float16",))
+    _check_choice("encode.dtype", encode.dtype, STORED_DTYPES)
     _check_choice("encode.decoder", encode.decoder, ("auto", "decord", "pyav"))
     _check_choice("scaler.actions", config.scaler.actions, SCALING_RULES)
     _check_choice("scaler.states", config.scaler.states, SCALING_RULES)
     _check_choice("train.schedule", train.schedule, ("wsd", "cosine"))
     _check_choice("train.rollout", train.rollout, ("fixed", "legacy"))
-    _check_choice("train.precision", train.precision, ("float32", "bfloat16"))
+    _check_choice("train.rollout_start", train.rollout_start, ("first", "random"))
+    _check_choice("train.precision", train.precision, PRECISIONS)
+    _check_choice("train.optimizer", train.optimizer, OPTIMIZERS)
+    _check_choice("train.metric", train.metric, METRICS)
+    _check_choice("train.select", train.select, ("last", "best"))
+    for logger in train.loggers:
+        _check_choice("train.loggers", logger, LOGGERS)
     _check_choice(f"rope of encoder {encoder.name}", encoder.rope, ("tiled",))
     for key in ("fps", "num_decoders", "batch_size"):
         _check_positive(f"encode.{key}", getattr(encode, key))
+    if encode.max_episodes is not None:
+        _check_positive("encode.max_episodes", encode.max_episodes)
     for key in ("num_steps", "batch_size", "grad_accumulation", "auto_steps", "loss_exp", "lr"):
         _check_positive(f"train.{key}", getattr(train, key))
-    for key in ("log_every", "checkpoint_every", "num_loader_threads"):
+    for key in ("log_every", "checkpoint_every", "num_loader_threads", "keep_last", "lora_alpha"):
         _check_positive(f"train.{key}", getattr(train, key))
     for key in ("horizon", "num_context_steps", "windows_per_episode", "num_bootstrap", "batch_size"):
         _check_positive(f"evaluate.{key}", getattr(evaluate, key))
+    filters = config.filter
+    _check_positive("filter.min_steps", filters.min_steps)
+    if filters.idle_cut_end < 0 or (filters.idle_cut_end and not filters.drop_idle):
+        raise ConfigError(
+            f"filter.idle_cut_end is at least 0, and above it only with filter.drop_idle; got {filters.idle_cut_end} with "
+            f"drop_idle {str(filters.drop_idle).lower()}"
+        )
     for key, share in (
         ("split.val_share", config.split.val_share),
         ("encode.max_skipped_share", encode.max_skipped_share),
@@ -56,6 +83,11 @@ def check_config(config: Config) -> None:
     if encoder.embed_dim % encoder.num_heads:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: embed_dim {encoder.embed_dim} is no multiple of num_heads {encoder.num_heads}"
+        )
+    if encode.dtype == "int4" and encoder.embed_dim % INT4_GROUP:
+        raise ConfigError(
+            f"encode.dtype int4 has one scale for {INT4_GROUP} channels, but encoder preset {encoder.name!r} has embed_dim "
+            f"{encoder.embed_dim}, no multiple of it; choose int8"
         )
     predictor = config.predictor
     if predictor.predictor_dim % predictor.num_heads:
@@ -86,6 +118,25 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"train.auto_steps {train.auto_steps} needs a window of {train.auto_steps + 1} steps; train.window_steps is {train.window_steps}"
         )
+    for key in ("num_epochs", "lora_rank", "lora_dropout", "patience", "keep_every", "upload_every_min", "clip_norm"):
+        if getattr(train, key) < 0:
+            raise ConfigError(f"train.{key} must not be below 0; got {getattr(train, key)}")
+    if train.lora_dropout >= 1:
+        raise ConfigError(f"train.lora_dropout is a probability below 1; got {train.lora_dropout}")
+    if not train.validate_every and (train.patience or train.select == "best"):
+        raise ConfigError(
+            f"train.patience={train.patience} and train.select={train.select!r} need validations; set train.validate_every above 0"
+        )
+    if not train.num_epochs:
+        check_schedule(train)
+
+
+def check_schedule(train: TrainConfig) -> None:
+    """Refuse a warm-up and a decay that do not fit into the train steps.
+
+    Raises:
+        ConfigError: They do not.
+    """
     if train.num_warmup + (train.num_anneal if train.schedule == "wsd" else 0) > train.num_steps:
         raise ConfigError(
             f"train.num_warmup {train.num_warmup} + train.num_anneal {train.num_anneal} exceed train.num_steps {train.num_steps}; "

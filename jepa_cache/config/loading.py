@@ -59,7 +59,10 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     dataset = reader.preset(DatasetPreset, "dataset", params["dataset"])
     encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
     predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
-    check_keys(params["cache"], ["root"], "params.yaml: cache")
+    check_keys(params["cache"], ["root", "verify_checksums"], "params.yaml: cache")
+    verify_checksums = params["cache"].get("verify_checksums")
+    if not isinstance(verify_checksums, bool):
+        raise ConfigError(f"params.yaml: cache.verify_checksums must be true or false; got {verify_checksums!r}")
 
     encode_defaults = {
         key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
@@ -89,6 +92,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         train=reader.section(TrainConfig, "train", train_section, train_defaults),
         evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
         cache_root=params["cache"].get("root"),
+        verify_checksums=verify_checksums,
         members=_members(reader, dataset),
         origins=reader.origins,
     )

@@ -8,6 +8,12 @@ from typing import Any
 
 ENCODE_MODES = ("frame", "tubelet", "clip")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tokens; docs/store_format.md
+INT4_GROUP = 64  # channels of a token that share an int4 scale
+OPTIMIZERS = ("adamw", "adamw8bit")
+PRECISIONS = ("float32", "bfloat16", "float16")
+METRICS = ("val_total", "val_jloss", "val_sloss")
+LOGGERS = ("dvclive", "tensorboard", "wandb")
 SCALING_RULES = ("standard", "none")
 
 
@@ -75,6 +81,7 @@ class PredictorPreset:
     num_heads: int
     mlp_ratio: float
     activation_checkpointing: bool
+    residual: bool  # add each step's own tokens to its prediction; the official predictor does not
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class EncodeConfig:
     decoder: str  # "auto", "decord", "pyav"
     num_decoders: int  # threads
     max_skipped_share: float  # of the recordings, in [0, 1]
+    max_episodes: int | None  # only the first recordings of each data set; the rest is not read
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,11 @@ class FilterConfig:
 
     drop_gui: bool  # steps with a screen open
     drop_null: bool  # steps from which no control acts until the next one
+    drop_loading: bool  # the start of an episode until somebody acts, and frames of one colour
     drop_idle: bool  # ticks in which the commanded joint velocities stand still, by openpi's rule
-    min_luma_std: float  # of the anchor frame, 0 to 255; above 0 drops loading screens
+    idle_cut_end: int  # ticks that drop_idle takes from the end of each part that it keeps
+    drop_skipped_actions: bool  # ticks whose action the recorder marked as skipped
+    keep_ranges: str | None  # JSON file of the ticks to keep, by episode
     only_success: bool  # episodes that ended well, where the source knows
     min_steps: int  # shorter pieces are dropped
 
@@ -131,9 +142,12 @@ class TrainConfig:
 
     seed: int
     init: str | None  # run folder or checkpoint whose weights are the start
+    allow_other_encoder: bool  # start from weights that belong to another encoder's tokens; recorded
     num_steps: int  # train steps
+    num_epochs: float  # above 0: passes over the training windows, in place of num_steps
     window_steps: int  # T
     batch_size: int  # windows per forward pass and process
+    optimizer: str  # one of OPTIMIZERS
     grad_accumulation: int  # forward passes per train step
     schedule: str  # "wsd" or "cosine"
     num_warmup: int  # train steps
@@ -147,14 +161,28 @@ class TrainConfig:
     auto_steps: int  # rollout steps in the loss
     normalize_reps: bool
     rollout: str  # "fixed", or "legacy" (the rule of the released weights)
+    rollout_start: str  # "first" step of the window (the released recipe), or a "random" one in each batch
+    lora_rank: int  # 0 trains all weights; above 0 low-rank adapters on qkv, proj, fc1 and fc2
+    lora_alpha: float
+    lora_dropout: float
+    lora_rslora: bool  # scale alpha / sqrt(rank) instead of alpha / rank
     clip_norm: float  # 0 switches clipping off
-    precision: str  # "float32" or "bfloat16"
+    precision: str  # one of PRECISIONS
+    compile: bool  # torch.compile
+    metric: str  # one of METRICS, lower is better; names the best checkpoint
+    patience: int  # validations without a better metric before training stops; 0 never stops
+    select: str  # which weights are handed on: "last" or "best"
     device: str  # "auto" or "cpu"
     num_threads: int  # torch threads; 0 means half the cores
     num_loader_threads: int
     log_every: int  # train steps
     validate_every: int  # train steps; 0 switches it off
     checkpoint_every: int  # train steps
+    keep_last: int  # checkpoints
+    keep_every: int  # train steps; checkpoints at its multiples stay too; 0 keeps none for that
+    upload_to: str | None  # folder URL (s3://, gs://, file://) that gets copies of the checkpoints
+    upload_every_min: float
+    loggers: tuple[str, ...]  # of LOGGERS; the CSV is always written
 
 
 @dataclass(frozen=True)
@@ -183,6 +211,7 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     cache_root: str | None
+    verify_checksums: bool  # of every chunk of the cache when a process first reads it
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 

@@ -1,6 +1,7 @@
 """Claims: params.yaml and presets resolve to typed values with a known origin; what cannot work is refused by name."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -67,9 +68,12 @@ def test_an_unknown_key_in_a_preset_names_its_file(root):
         ("train.auto_steps=8", "train.auto_steps 8 needs a window of 9 steps"),
         ("train.num_steps=100", "exceed train.num_steps 100"),
         ("train.window_steps=1", "at least 2"),
+        ("filter.idle_cut_end=10", "above it only with filter.drop_idle; got 10 with drop_idle false"),
+        ("filter.min_steps=0", "filter.min_steps must be above 0"),
         ("split.val_share=1.5", r"must lie in \[0, 1\]"),
         ("encode.weights=x.pt", "has seeded random weights"),
         ("encode.dtype=float64", "encode.dtype is 'float64'"),
+        ("encode.dtype=fp8", "known: bfloat16, float16, float8_e4m3, int4, int8"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train=1", "is a section"),
     ],
@@ -94,8 +98,7 @@ def test_every_preset_in_the_repository_loads():
 def test_every_training_setting_stands_in_params_so_that_it_can_be_swept(root):
     for field in dataclasses.fields(TrainConfig):
         value = getattr(load_config(root).train, field.name)
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        load_config(root, [f"train.{field.name}={text}"])
+        load_config(root, [f"train.{field.name}={json.dumps(value)}"])  # JSON is YAML
 
 
 def test_paths_are_not_taken_for_overrides():
