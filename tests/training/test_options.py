@@ -9,6 +9,7 @@ Claims:
 - float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
 - LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
 - weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
+- the preset's `residual` reaches the predictor, its card and what it learns;
 - the windows of a batch that failed are named.
 """
 
@@ -216,6 +217,18 @@ def test_weights_of_another_encoder_are_refused_unless_allowed_and_that_is_recor
     allowed = replace(start, train=replace(start.train, allow_other_encoder=True))
     result = train(allowed, other.dataset, other.scaler, tmp_path / "run", base=tmp_path)
     assert read_card(result.weights)["description"]["origin"]["matches"] is False
+
+
+def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
+    plain = make_config("train.log_every=1")
+    residual = replace(plain, predictor=replace(plain.predictor, residual=True))
+    results = [
+        train(config, cache.dataset, cache.scaler, tmp_path / name / "run", base=tmp_path)
+        for name, config in (("plain", plain), ("residual", residual))
+    ]
+    assert [read_card(result.weights)["architecture"]["residual"] for result in results] == [False, True]
+    first, second = (float(rows(result)[0]["jloss"]) for result in results)
+    assert second < 0.9 * first, "from the first train step it starts near copy-last"
 
 
 def test_the_windows_of_a_batch_that_failed_are_named(cache, tmp_path, runs):
