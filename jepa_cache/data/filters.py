@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pyarrow as pa
 
 from jepa_cache.config.schema import FilterConfig
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, idle_ranges
+from jepa_cache.store.recipe import file_digest
 
+DIGESTED = re.compile(r"(?P<path>.+)@(?P<digest>[0-9a-f]{8,64})")
+DIGEST_SHOWN = 12  # hex digits
 NO_FILTER = FilterConfig(
     drop_gui=False,
     drop_null=False,
@@ -135,22 +140,37 @@ def cut_runs(start: int, stop: int, keep: np.ndarray, joined: np.ndarray, min_st
 
 
 def ranges_path(config: FilterConfig, base: Path) -> Path | None:
-    """The file that `filter.keep_ranges` names.
+    """The file that `filter.keep_ranges` names: `PATH`, or `PATH@DIGEST` with the beginning of the content's sha256.
+
+    DVC compares this setting alone, so an edited file would be overlooked there; hence the digest is needed under DVC.
 
     Args:
         config: The filters.
         base: Folder that a relative path is meant from.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file, its content is another, or DVC runs this stage and the digest is missing.
     """
     if config.keep_ranges is None:
         return None
-    path = base / Path(config.keep_ranges).expanduser()
+    named = DIGESTED.fullmatch(config.keep_ranges)
+    name, digest = (named["path"], named["digest"]) if named else (config.keep_ranges, "")
+    path = base / Path(name).expanduser()
     if not path.is_file():
         raise ValueError(
             f"filter.keep_ranges={config.keep_ranges!r} names no file ({path}); give a JSON of kept ranges, absolute or relative to "
             f"{base}, or null"
+        )
+    found = file_digest(path) if digest or os.environ.get("DVC_STAGE") else ""
+    if not found.startswith(digest):
+        raise ValueError(
+            f"filter.keep_ranges={config.keep_ranges!r}: the sha256 of {path} begins with {found[:DIGEST_SHOWN]}, so it was edited; "
+            f"put it back, or set filter.keep_ranges to {name}@{found[:DIGEST_SHOWN]}"
+        )
+    if found and not digest:
+        raise ValueError(
+            f"filter.keep_ranges={config.keep_ranges!r}: DVC would overlook an edit of that file; set filter.keep_ranges to "
+            f"{name}@{found[:DIGEST_SHOWN]}, which says its content too"
         )
     return path
 

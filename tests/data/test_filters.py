@@ -4,6 +4,7 @@ What is not cut stays. A list of ranges keeps what it lists and nothing else; wh
 """
 
 import dataclasses
+import hashlib
 import json
 from itertools import pairwise
 
@@ -176,6 +177,21 @@ def test_a_list_that_knows_no_episode_at_all_is_refused_and_so_is_a_missing_one(
 def test_a_list_of_ranges_may_lie_anywhere(tmp_path):
     (tmp_path / "r.json").touch()
     assert ranges_path(filters(keep_ranges=str(tmp_path / "r.json")), tmp_path / "base") == tmp_path / "r.json"
+
+
+def test_a_list_of_ranges_may_say_its_content_and_under_dvc_it_must(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    path.write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    assert ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path) == path
+    monkeypatch.setenv("DVC_STAGE", "train")
+    assert ranges_path(filters(keep_ranges=f"r.json@{digest}"), tmp_path) == path
+    with pytest.raises(ValueError, match=rf"DVC would overlook an edit .* r\.json@{digest[:12]}, which"):
+        ranges_path(filters(keep_ranges="r.json"), tmp_path)
+    path.write_text('{"a": []}')
+    with pytest.raises(ValueError, match=r"it was edited; put it back, or set filter\.keep_ranges to r\.json@"):
+        ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path)
+
     assert ranges_path(NO_FILTER, tmp_path) is None
 
 
