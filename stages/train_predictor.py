@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     dataset = open_dataset(config, ROOT)
     scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
     result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=arguments.fresh)
-    print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
     if result.stopped_by is not None:
         print(
             f"stopped by {result.stopped_by} at train step {result.step}; the same command goes on. Exit code {REQUEUE_EXIT_CODE}"
@@ -38,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(REQUEUE_EXIT_CODE)
     if result.weights is None:
         return  # another process than the first
+    print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
     print(f"wrote {result.weights.relative_to(ROOT)}; next: python stages/evaluate.py")
