@@ -1,0 +1,117 @@
+"""What a plan promises, beside the reference implementation's results (tests/test_golden.py).
+
+Claims:
+- a longer context gives the energies of one pass over all of it, and the samples of a pass do not change them;
+- the search finds the action after which a world that is known sees its goal;
+- fixed columns stay 0, limits hold, the gripper closes when asked to, and the returned states are where the actions lead;
+- views: the mouse follows the turn, yaw wraps and pitch stops at straight up and down;
+- spaces that do not say where an action leads, columns that are not searched and wrong shapes are refused.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_cache.actions import get_action_space
+from jepa_cache.evaluation.motion import build_motion
+from jepa_cache.evaluation.planner import SETTINGS, Context, PlannerSettings, plan_actions
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import as_reps
+
+POSE = get_action_space("pose7")
+QUICK = PlannerSettings(horizon=2, num_samples=12, num_elites=4, num_rounds=2, mean_momentum=0.15, std_momentum=0.15)
+
+
+def make_world(num_context=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    predictor = ACPredictor(
+        embed_dim=8, predictor_dim=16, depth=2, num_heads=2, action_dim=7, state_dim=7, grid=(2, 2)
+    ).eval()
+    for parameter in predictor.parameters():  # wide weights: actions must move the tokens
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    tokens = as_reps(torch.randn(num_context + 1, 4, 8, generator=generator), True)
+    numbers = np.random.default_rng(seed)
+    states = numbers.uniform(-0.3, 0.3, (num_context, 7)) + np.array([0, 0, 0, 0, 0, 0, 0.5])
+    actions = numbers.uniform(-0.05, 0.05, (num_context - 1, 7))
+    return predictor, Context(tokens[:-1], actions, states), tokens[-1]
+
+
+def test_a_longer_context_gives_the_energies_of_one_pass_over_all_of_it():
+    predictor, context, goal = make_world()
+    motion, settings = build_motion(POSE), replace(QUICK, horizon=1, num_rounds=1)
+    plan = plan_actions(predictor, context, goal, motion, settings, seed=3)
+    noise = np.random.default_rng(3).standard_normal((1, 1, 12, 4))
+    searched = np.clip(noise[0, 0] * motion.first_std, -motion.limit, motion.limit)
+    for number, action in enumerate(motion.actions(searched, np.zeros(7))):
+        rows = torch.tensor(np.concatenate([context.actions, action[None]]), dtype=torch.float32)[None]
+        states = torch.tensor(context.states, dtype=torch.float32)[None]
+        with torch.no_grad():
+            seen = as_reps(predictor(context.tokens[None], rows, states).tokens[:, -1], True)
+        assert plan.energies[0, number] == pytest.approx(float((seen[0] - goal).abs().mean()), abs=1e-5)
+
+
+def test_the_samples_of_a_pass_change_nothing():
+    predictor, context, goal = make_world()
+    plans = [
+        plan_actions(predictor, context, goal, build_motion(POSE), QUICK, batch_size=size) for size in (None, 5, 1)
+    ]
+    for plan in plans[1:]:
+        np.testing.assert_allclose(plan.energies, plans[0].energies, atol=1e-5)
+        np.testing.assert_allclose(plan.actions, plans[0].actions, atol=1e-5)
+
+
+def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
+    def known(tokens, actions, states, extrinsics, past):
+        """Tokens that show where the hand is after the action."""
+        place = (states + actions)[..., None, :3].expand(*tokens.shape[:3], 3)
+        return SimpleNamespace(tokens=place, past=past)
+
+    context = Context(torch.zeros(1, 4, 3), np.zeros((0, 7)), np.zeros((1, 7)))
+    target = torch.tensor([0.03, -0.02, 0.04])
+    settings = PlannerSettings(1, 200, 10, 12, 0.15, 0.15)
+    plan = plan_actions(
+        known, context, target.expand(4, 3), build_motion(POSE), settings, normalize_reps=False, base_action=np.zeros(7)
+    )
+    np.testing.assert_allclose(plan.actions[0, :3], target, atol=2e-3)
+    assert not plan.actions[0, 3:6].any() and plan.energies[-1].mean() < plan.energies[0].mean()
+
+
+def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
+    predictor, context, goal = make_world()
+    motion = build_motion(POSE, max_step_m=0.075, max_rotation_rad=0.1, fixed=("dy",))
+    assert len(motion.names) == 6 and len(build_motion(POSE).names) == 4
+    plan = plan_actions(predictor, context, goal, motion, replace(QUICK, close_gripper_from=1))
+    assert (np.abs(plan.actions[:, :3]) <= 0.075).all() and (np.abs(plan.actions[:, 3:6]) <= 0.1).all()
+    assert not plan.actions[:, 1].any() and plan.actions[:, 3:6].any()
+    assert plan.actions[1, 6] > 0.9 and abs(plan.actions[0, 6]) <= 0.75
+    np.testing.assert_allclose(plan.states[1], motion.integrate(plan.states[0], plan.actions[0]))
+    np.testing.assert_allclose(plan.states[0], context.states[-1])
+
+
+@pytest.mark.parametrize("name", ["vpt13", "vpt25"])
+def test_in_a_view_the_mouse_follows_the_turn_yaw_wraps_and_pitch_stops(name):
+    space = get_action_space(name)
+    motion, columns = build_motion(space), [column.name for column in space.actions]
+    base = np.zeros(len(columns))
+    action = motion.actions(np.array([15.0, -6.0]), base)
+    if name == "vpt13":
+        assert action[columns.index("mouse_dx")] == pytest.approx(100.0)
+        assert action[columns.index("mouse_dy")] == pytest.approx(-40.0)
+    np.testing.assert_allclose(motion.integrate(np.array([170.0, -88.0]), action), [-175.0, -90.0])
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match="does not say where an action leads"):
+        build_motion(get_action_space("vector_sum2x2"))
+    with pytest.raises(ValueError, match=r"only searched columns can be fixed .*got drx"):
+        build_motion(POSE, fixed=("drx",))
+    with pytest.raises(ValueError, match="elites"):
+        replace(QUICK, num_elites=13)
+    predictor, context, goal = make_world()
+    with pytest.raises(ValueError, match="as many states and one action less"):
+        plan_actions(predictor, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
+    assert set(SETTINGS) == {"cem", "world_model", "notebook", "paper"}
