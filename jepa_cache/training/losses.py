@@ -31,6 +31,8 @@ class Losses(NamedTuple):
     """[B, R, N, D] float32 rolled-out predictions of steps s+1 to s+R, s = rollout_start."""
     sloss_by_horizon: Tensor
     """[R] float32, detached: the rollout loss of each of its steps; their mean is `sloss`."""
+    jloss_by_window: Tensor
+    """[B] float32, detached: the teacher-forced loss of each window; their mean is `jloss`."""
 
 
 def world_model_loss(
@@ -91,13 +93,22 @@ def world_model_loss(
         extrinsics=None if extrinsics is None else extrinsics[:, later],
         normalize_reps=normalize_reps,
     )
-    jloss = power_errors(z_tf, h[:, 1:], loss_exp).mean()
-    rolled = power_errors(z_ar, h[:, rollout_start + 1 : rollout_start + 1 + auto_steps], loss_exp)
+    forced = _power_errors(z_tf, h[:, 1:], loss_exp)
+    jloss = forced.mean()
+    rolled = _power_errors(z_ar, h[:, rollout_start + 1 : rollout_start + 1 + auto_steps], loss_exp)
     sloss = rolled.mean()
-    return Losses(jloss + sloss, jloss, sloss, z_tf, z_ar, rolled.detach().mean(dim=(0, 2, 3)))
+    return Losses(
+        jloss + sloss,
+        jloss,
+        sloss,
+        z_tf,
+        z_ar,
+        rolled.detach().mean(dim=(0, 2, 3)),
+        forced.detach().mean(dim=(1, 2, 3)),
+    )
 
 
-def power_errors(predicted: Tensor, target: Tensor, p: float) -> Tensor:
+def _power_errors(predicted: Tensor, target: Tensor, p: float) -> Tensor:
     """|predicted - target|^p / p, element by element."""
     error = (predicted - target).abs()
     return error if p == 1.0 else error.pow(p) / p

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.data.loader import Batch
 from jepa_cache.predictor.model import PredictorOutput
-from jepa_cache.training.losses import Losses, power_errors, world_model_loss
+from jepa_cache.training.losses import Losses, world_model_loss
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROLLOUT_STREAM = 2  # counter of the Philox stream that draws rollout starts
@@ -99,7 +99,7 @@ def train_step(
             gradient_scaler.scale(losses.total / accumulation).backward()
         parts.append(torch.cat([torch.stack([losses.total, losses.jloss, losses.sloss]), losses.sloss_by_horizon]))
         windows.append(batch.numbers)
-        by_window.append(jloss_by_window(losses, batch.tokens, settings))
+        by_window.append(losses.jloss_by_window)
     gradient_scaler.unscale_(optimizer)
     limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -107,15 +107,6 @@ def train_step(
     gradient_scaler.update()
     optimizer.zero_grad()
     return StepReport(torch.stack(parts).detach().mean(dim=0), grad_norm, np.concatenate(windows), torch.cat(by_window))
-
-
-@torch.no_grad()
-def jloss_by_window(losses: Losses, tokens: Tensor, settings: TrainConfig) -> Tensor:
-    """[B] float32, the teacher-forced loss of each window."""
-    from jepa_cache.predictor.rollout import as_reps
-
-    targets = as_reps(tokens, settings.normalize_reps)[:, 1:]
-    return power_errors(losses.z_tf, targets, settings.loss_exp).mean(dim=(1, 2, 3))
 
 
 def draw_rollout_start(settings: TrainConfig, turn: int) -> int:

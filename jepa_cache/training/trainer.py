@@ -219,7 +219,7 @@ class _Training:
         row = meter.row(report, step, self.optimizer.param_groups[0]["lr"])
         improved = False
         if validating:
-            row |= validate(self.objective, self.feed, settings, self.accelerator)
+            row |= validate(self.objective, self.feed, self.accelerator)
             improved = row[settings.metric] < self.best.value
             if improved:
                 self.best = Best(step, row[settings.metric])

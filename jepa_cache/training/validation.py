@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from jepa_cache.config.schema import TrainConfig
 from jepa_cache.training.feed import Feed
 from jepa_cache.training.processes import sum_over_processes
-from jepa_cache.training.stepping import Objective, jloss_by_window
+from jepa_cache.training.stepping import Objective
 
 
 @torch.no_grad()
-def validate(objective: Objective, feed: Feed, settings: TrainConfig, accelerator: Accelerator) -> dict[str, float]:
+def validate(objective: Objective, feed: Feed, accelerator: Accelerator) -> dict[str, float]:
     """Mean losses over a few windows of every held-out episode, shared out among the processes.
 
     Returns:
@@ -26,7 +25,7 @@ def validate(objective: Objective, feed: Feed, settings: TrainConfig, accelerato
         sums += torch.stack([losses.jloss, losses.sloss]).double().cpu() * len(batch.tokens)
         if len(feed.datasets) > 1:
             owners = torch.from_numpy(feed.datasets_of(batch.numbers, held_out=True))
-            by_dataset[0].index_add_(0, owners, jloss_by_window(losses, batch.tokens, settings).double().cpu())
+            by_dataset[0].index_add_(0, owners, losses.jloss_by_window.double().cpu())
             by_dataset[1].index_add_(0, owners, torch.ones(len(owners), dtype=torch.float64))
     objective.train()
     flat = torch.cat([sums, by_dataset.flatten()]).to(accelerator.device, torch.float32)
