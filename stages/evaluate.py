@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ROOT, arguments.overrides)
 
     from jepa_cache.data.cache import open_dataset
-    from jepa_cache.evaluation.report import check_settings, describe_metrics, evaluate_run
+    from jepa_cache.evaluation.report import describe_metrics, evaluate_run
+    from jepa_cache.evaluation.subject import check_settings
 
     dataset = open_dataset(config, ROOT)
     weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/evaluate"

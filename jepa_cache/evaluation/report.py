@@ -5,30 +5,19 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
 from jepa_cache.evaluation.strips import build_strip
-from jepa_cache.predictor.checkpoints import load_predictor, read_card
+from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import atomic_file
 
 NUM_STRIPS = 2
-OF_THE_MACHINE = (
-    "device",
-    "keep_ranges",  # known by its content, which the segments show
-    "log_every",
-    "num_threads",
-    "validate_every",
-)  # move no weight, so weights may differ in them
 NUM_DIGITS = 3  # of figures in words
 
 
@@ -44,30 +33,9 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
-    predictor, card = load_predictor(weights)
+    subject = open_subject(config, dataset, weights)
     manifest = dataset.manifest
-    for name, then, now, way_out in (
-        ("tokens recipe", card["tokens_fingerprint"], manifest.fingerprint, "encode as then"),
-        ("action space", card["action_space"], dataset.space.name, "encode as then"),
-        (
-            "split",
-            card["description"]["split"],
-            asdict(config.split),
-            "set split.* as then: it decides what was held out",
-        ),
-    ):
-        if then != now:
-            raise ValueError(
-                f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
-            )
-    device = "cuda" if config.train.device == "auto" and torch.cuda.is_available() else "cpu"
-    predictor = predictor.to(device).eval()
-    scaler, normalize_reps = scaler_from_json(card["scaler"]), card["normalize_reps"]
-    errors = measure_windows(
-        predictor, config, dataset, scaler, window_steps=card["window_steps"], normalize_reps=normalize_reps
-    )
+    errors = measure_windows(subject)
     metrics = summarize(errors, config, dataset)
     write_metrics(metrics, out / "metrics.json")
     rows = horizon_table(errors, config)
@@ -80,32 +48,9 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     )
     draw_horizon(rows, pictures / "horizon.png", note=note)
     for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
-        drawn = build_strip(position, errors, predictor, config, dataset, scaler, normalize_reps=normalize_reps)
+        drawn = build_strip(position, errors, subject)
         draw_strip(drawn, pictures / f"strip{strip + 1}.png")
     return metrics
-
-
-def check_settings(config: Config, weights: Path) -> None:
-    """Refuse weights of another training: those of an earlier run still lie there when the one asked for was interrupted.
-
-    Raises:
-        ValueError: Naming every setting that differs, or when the weights are missing.
-    """
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
-    description = read_card(weights)["description"]
-    now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
-    differing = [
-        f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
-        for section in now
-        for key, then in description[section].items()
-        if key not in OF_THE_MACHINE and now[section].get(key) != then
-    ]
-    if differing:
-        raise ValueError(
-            f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
-            "settings, or evaluate with those"
-        )
 
 
 def _spread(count: int, num: int) -> list[int]:

@@ -17,10 +17,10 @@ from jepa_cache.config.schema import Config, EvaluateConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.evaluation.baselines import choose_donors, training_mean
 from jepa_cache.evaluation.metrics import bootstrap_mean, cosine_similarity, episode_means, l1_error
+from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
 
@@ -51,44 +51,27 @@ class WindowErrors:
 
 
 @torch.no_grad()
-def measure_windows(
-    predictor: ACPredictor,
-    config: Config,
-    dataset: CachedDataset,
-    scaler: Scaler,
-    *,
-    window_steps: int,
-    normalize_reps: bool,
-) -> WindowErrors:
+def measure_windows(subject: Subject) -> WindowErrors:
     """Run the predictor and all controls over windows spread evenly over the held-out episodes.
 
     In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
-    back. The controls differ from the model in their actions alone.
-
-    Args:
-        predictor: What is measured.
-        config: Its `evaluate` and `split` sections count.
-        dataset: The cached features.
-        scaler: The one the predictor was trained with.
-        window_steps: T of its training windows; teacher forcing is measured over as many, from the start of each window.
-        normalize_reps: Whether it was trained on layer-normed tokens.
+    back. The controls differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
+    training window has, from the start of each window.
 
     Raises:
         ValueError: When fewer than two episodes with a long enough segment are held out.
     """
+    config, dataset, scaler = subject.config, subject.dataset, subject.scaler
+    normalize_reps, window_steps = subject.normalize_reps, subject.window_steps
     torch.set_num_threads(default_num_threads())
-    settings, device = config.evaluate, next(predictor.parameters()).device
+    settings, device = config.evaluate, subject.device
     num_steps = max(window_steps, settings.num_context_steps + settings.horizon)
-    index = WindowIndex(dataset.segments_of(VAL, config.split, config.filter), num_steps)
+    index = WindowIndex(subject.held_out_segments(), num_steps)
     numbers = spread_windows(index, settings.windows_per_episode)
     episodes = [index.segments[index[number].segment].episode for number in numbers]
     donors = choose_donors(episodes, seed=settings.seed)
     mean = training_mean(
-        dataset,
-        dataset.segments_of(TRAIN, config.split, config.filter),
-        scaler,
-        num_steps=num_steps,
-        normalize_reps=normalize_reps,
+        dataset, subject.training_segments(), scaler, num_steps=num_steps, normalize_reps=normalize_reps
     ).to(device)
     loader = WindowLoader(dataset, index, scaler)
     parts: dict[str, list[np.ndarray]] = {}
@@ -105,7 +88,7 @@ def measure_windows(
         h = as_reps(to_device(batch, device).tokens, normalize_reps)
         on_device = {name: given.to(device) for name, given in actions.items()}
         errors = _batch_errors(
-            predictor, h, on_device, batch.states.to(device), mean, settings, window_steps, normalize_reps
+            subject.predictor, h, on_device, batch.states.to(device), mean, settings, window_steps, normalize_reps
         )
         for name, values in errors.items():
             parts.setdefault(name, []).append(values.cpu().numpy())

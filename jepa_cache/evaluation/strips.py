@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.frames import read_frames
 from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.scaler import Scaler
 from jepa_cache.evaluation.plots import Strip, token_colours
 from jepa_cache.evaluation.run import WindowErrors
-from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps, open_loop
 
 
 @torch.no_grad()
-def build_strip(
-    position: int,
-    errors: WindowErrors,
-    predictor: ACPredictor,
-    config: Config,
-    dataset: CachedDataset,
-    scaler: Scaler,
-    *,
-    normalize_reps: bool,
-) -> Strip:
+def build_strip(position: int, errors: WindowErrors, subject: Subject) -> Strip:
     """Everything needed to draw the window at `position` of the measured ones."""
-    settings, manifest = config.evaluate, dataset.manifest
+    dataset, normalize_reps, device = subject.dataset, subject.normalize_reps, subject.device
+    settings, manifest = subject.config.evaluate, dataset.manifest
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
     number = errors.numbers[position]
-    batch = to_device(WindowLoader(dataset, errors.index, scaler).read([number]), torch.device("cpu"))
-    device = next(predictor.parameters()).device
+    batch = to_device(WindowLoader(dataset, errors.index, subject.scaler).read([number]), torch.device("cpu"))
     h = as_reps(batch.tokens, normalize_reps)
     predicted = open_loop(
-        predictor,
+        subject.predictor,
         h[:, :context].to(device),
         batch.actions[:, : stop - 1].to(device),
         batch.states[:, : stop - 1].to(device),
@@ -48,7 +36,9 @@ def build_strip(
     return Strip(
         title=f"{segment.episode}, steps {window.start - segment.start} to {window.start - segment.start + stop - 1}"
         + ("" if manifest.encoder_trained else " (encoder untrained)"),
-        frames=read_frames(config, dataset, [segment._replace(start=window.start, stop=window.start + stop)])[0],
+        frames=read_frames(subject.config, dataset, [segment._replace(start=window.start, stop=window.start + stop)])[
+            0
+        ],
         true=true_colours,
         predicted=predicted_colours,
         error=(predicted - true[context:]).abs().mean(dim=-1).reshape(-1, *manifest.grid).numpy(),

@@ -16,8 +16,8 @@ from jepa_cache.evaluation.plots import LABELS, Strip, draw_horizon, draw_strip,
 from jepa_cache.evaluation.report import NUM_STRIPS, evaluate_run
 from jepa_cache.evaluation.run import PREDICTIONS, measure_windows
 from jepa_cache.evaluation.strips import build_strip
+from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.media.video import open_video
-from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.training.trainer import train
 from tests.caches import TICKS_PER_STEP, Cache, make_cache
@@ -107,11 +107,9 @@ def recorded(tmp_path, monkeypatch) -> tuple[Cache, dict[str, bytes]]:
 def strip_of(cache: Cache, position: int) -> tuple[Strip, str, int]:
     config, folder = cache.config, cache.folder
     weights = train(config, cache.dataset, cache.scaler, folder / "train/run", base=folder).weights
-    predictor, card = load_predictor(weights)
-    errors = measure_windows(
-        predictor, config, cache.dataset, cache.scaler, window_steps=card["window_steps"], normalize_reps=True
-    )
-    strip = build_strip(position, errors, predictor, config, cache.dataset, cache.scaler, normalize_reps=True)
+    subject = open_subject(config, cache.dataset, weights)
+    errors = measure_windows(subject)
+    strip = build_strip(position, errors, subject)
     window = errors.index[errors.numbers[position]]
     segment = errors.index.segments[window.segment]
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][position], atol=1e-5)

@@ -25,6 +25,7 @@ from jepa_cache.evaluation import run as evaluation
 from jepa_cache.evaluation.baselines import choose_donors, training_mean
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.report import describe_metrics, evaluate_run
+from jepa_cache.evaluation.subject import check_settings, open_subject
 from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_cache, make_config
@@ -253,10 +254,7 @@ def test_zero_actions_are_raw_zeros_with_the_slot_kept(trained, monkeypatch):
     monkeypatch.setattr(
         evaluation, "teacher_forcing", lambda p, h, actions, states, **_: seen.append(actions) or h[:, 1:]
     )
-    predictor, card = load_predictor(trained.weights)
-    evaluation.measure_windows(
-        predictor, cache.config, cache.dataset, cache.scaler, window_steps=card["window_steps"], normalize_reps=True
-    )
+    evaluation.measure_windows(open_subject(cache.config, cache.dataset, trained.weights))
     scale = cache.scaler.actions
     for true, zero in zip(seen[0::3], seen[2::3], strict=True):  # model, shuffled, zero of each batch
         raw = zero.numpy() * np.array(scale.scale) + np.array(scale.mean)
@@ -308,5 +306,5 @@ def test_weights_of_another_training_are_refused(tmp_path):
     result = train(cache.config, cache.dataset, cache.scaler, tmp_path / "out/run", base=tmp_path)
     other = replace(cache.config, train=replace(cache.config.train, lr=0.5))
     with pytest.raises(ValueError, match=r"train\.lr was 0\.\d+, now it is 0\.5"):
-        report.check_settings(other, result.weights)
-    report.check_settings(cache.config, result.weights)
+        check_settings(other, result.weights)
+    check_settings(cache.config, result.weights)

@@ -1,0 +1,113 @@
+"""What is evaluated: trained weights, the cached episodes that they never saw, and how both belong together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.scaler import Scaler, scaler_from_json
+from jepa_cache.data.splits import TRAIN, VAL
+from jepa_cache.predictor.checkpoints import load_predictor, read_card
+from jepa_cache.predictor.model import ACPredictor
+
+OF_THE_MACHINE = (
+    "device",
+    "keep_ranges",  # known by its content, which the segments show
+    "log_every",
+    "num_threads",
+    "validate_every",
+)  # move no weight, so weights may differ in them
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A predictor with the data set it is measured on; every measurement takes one."""
+
+    predictor: ACPredictor  # in eval mode, on its device
+    config: Config  # its evaluate, split and filter sections count
+    dataset: CachedDataset
+    scaler: Scaler  # the one it was trained with
+    window_steps: int  # T of its training windows
+    normalize_reps: bool  # whether it was trained on layer-normed tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictor is."""
+        return next(self.predictor.parameters()).device
+
+    def training_segments(self) -> list[Segment]:
+        """Segments of the training episodes, cut by the filters."""
+        return self.dataset.segments_of(TRAIN, self.config.split, self.config.filter)
+
+    def held_out_segments(self) -> list[Segment]:
+        """Segments of the held-out episodes, cut by the filters."""
+        return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
+
+
+def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subject:
+    """Load trained weights for an evaluation on a data set.
+
+    Args:
+        config: The present settings; `train.device` says where to compute.
+        dataset: The cached features.
+        weights: predictor.safetensors of a training run; brings its own scaler.
+
+    Raises:
+        ValueError: The weights are missing, or were trained on other features, actions or episodes.
+    """
+    _check_present(weights)
+    predictor, card = load_predictor(weights)
+    for name, then, now, way_out in (
+        ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint, "encode as then"),
+        ("action space", card["action_space"], dataset.space.name, "encode as then"),
+        (
+            "split",
+            card["description"]["split"],
+            asdict(config.split),
+            "set split.* as then: it decides what was held out",
+        ),
+    ):
+        if then != now:
+            raise ValueError(
+                f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
+            )
+    device = "cuda" if config.train.device == "auto" and torch.cuda.is_available() else "cpu"
+    return Subject(
+        predictor.to(device).eval(),
+        config,
+        dataset,
+        scaler_from_json(card["scaler"]),
+        card["window_steps"],
+        card["normalize_reps"],
+    )
+
+
+def check_settings(config: Config, weights: Path) -> None:
+    """Refuse weights of another training: those of an earlier run still lie there when the one asked for was interrupted.
+
+    Raises:
+        ValueError: Naming every setting that differs, or when the weights are missing.
+    """
+    _check_present(weights)
+    description = read_card(weights)["description"]
+    now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
+    differing = [
+        f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
+        for section in now
+        for key, then in description[section].items()
+        if key not in OF_THE_MACHINE and now[section].get(key) != then
+    ]
+    if differing:
+        raise ValueError(
+            f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
+            "settings, or evaluate with those"
+        )
+
+
+def _check_present(weights: Path) -> None:
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
