@@ -8,6 +8,7 @@ from jepa_cache.config.parsing import ConfigError, nearest
 from jepa_cache.config.schema import (
     COMPUTE_DTYPES,
     ENCODE_MODES,
+    ENCODER_KINDS,
     INT4_GROUP,
     LOGGERS,
     METRICS,
@@ -42,6 +43,7 @@ def check_config(config: Config) -> None:
     _check_choice("train.select", train.select, ("last", "best"))
     for logger in train.loggers:
         _check_choice("train.loggers", logger, LOGGERS)
+    _check_choice(f"kind of encoder {encoder.name}", encoder.kind, ENCODER_KINDS)
     _check_choice(f"rope of encoder {encoder.name}", encoder.rope, ("tiled",))
     for key in ("fps", "num_decoders", "batch_size"):
         _check_positive(f"encode.{key}", getattr(encode, key))

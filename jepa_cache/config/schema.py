@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ENCODER_KINDS = ("vjepa2",)  # each another architecture, with other names of weights
 ENCODE_MODES = ("frame", "tubelet", "clip")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tokens; docs/store_format.md
@@ -59,6 +60,7 @@ class EncoderPreset:
     weights_entry: str | None  # top-level entry of an official .pt file
     weights_sha256: str | None  # null where unknown
     random_seed: int | None  # seeded random weights; exactly one of weights and random_seed is set
+    kind: str = "vjepa2"  # one of ENCODER_KINDS
 
     @property
     def num_tokens(self) -> int:

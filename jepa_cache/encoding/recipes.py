@@ -35,6 +35,7 @@ def token_recipe(
             "rope": encoder.rope,
             "tubelet_size": encoder.tubelet_size,
             "weights": weights_identity,
+            **_encoder_extras(encoder),
         },
         "preprocess": {
             "crop": encoder.crop,
@@ -48,6 +49,11 @@ def token_recipe(
         "decoder": encode.decoder,
         "source": dict(source_recipe),
     }
+
+
+def _encoder_extras(encoder: EncoderPreset) -> dict[str, Any]:
+    """What tells kinds of encoders apart. V-JEPA 2 has none of it, so that its fingerprints stay what they were."""
+    return {} if encoder.kind == "vjepa2" else {"kind": encoder.kind}
 
 
 def sampling_recipe(encode: EncodeConfig, phase: int) -> dict[str, Any]:

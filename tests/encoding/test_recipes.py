@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
@@ -49,6 +50,7 @@ ENCODER_CHANGES = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "random_seed": 1,
+    "kind": "another",
 }
 ENCODER_KEEPS = {
     "name": "other",
@@ -259,6 +261,28 @@ def test_another_recipe_leaves_every_store_of_the_others_where_it_is(tmp_path):
             assert before.items() <= after.items(), field
             before = after
     assert encode(folder, root, config).num_encoded == 0
+
+
+# Caches of these recipes exist: preset and mode, of the vpt data set, with weights "pinned".
+PINNED = {
+    ("tiny", "frame"): "6d23c60ec4f15a66c5b76232848dc44f",
+    ("tiny", "tubelet"): "836e958788be2e05e25fce824a5a2e20",
+    ("tiny", "clip"): "d89b5835d4f0de00c7600898ccc54dba",
+    ("vitl", "frame"): "3b4a6c8cba7dd5d04f246dea5c996d3f",
+    ("vitl", "tubelet"): "40ad3ee44a6f8a6863badc1cdf7322ac",
+    ("vitl", "clip"): "8de0005a14152ecce170389f814f4c55",
+    ("vith", "frame"): "140226144b9300f302325104ab46d231",
+    ("vitg", "frame"): "cb863a39f45d3475bba554660c2ef785",
+    ("vitg384", "frame"): "e52ffd6bb2c08e6b11c56472d8ad29d7",
+    ("ac_vitg", "frame"): "cb863a39f45d3475bba554660c2ef785",
+}
+
+
+@pytest.mark.parametrize(("preset", "mode"), PINNED)
+def test_the_recipes_of_caches_that_exist_keep_their_fingerprints(preset, mode):
+    config = load_config(overrides=["dataset=vpt", f"encoder={preset}", f"encode.mode={mode}"])
+    source = build_source(config.dataset.source, config.dataset.source_options)
+    assert fingerprint(token_recipe(config.encode, config.encoder, source.recipe, "pinned")) == PINNED[preset, mode]
 
 
 FINGERPRINTS = """
