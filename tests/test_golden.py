@@ -2,8 +2,7 @@
 
 Claims:
 - every file of the folder (tests/golden, or $JEPA_GOLDEN_DIR) is checked, chosen by its `kind` metadata, built from its `config`;
-- a folder without files, a file that cannot be read, an unknown kind, and an expected tensor that no check knows are failures;
-- kinds of later work fail as expected, and turn into failures of the suite once they pass.
+- a folder without files, a file that cannot be read, an unknown kind, and an expected tensor that no check knows are failures.
 """
 
 import json
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from jepa_cache.actions import get_action_space
 from jepa_cache.encoder.preprocess import ac_transform, eval_transform
 from jepa_cache.encoder.vit import VisionTransformer
+from jepa_cache.encoder.vit21 import VisionTransformer21
 from jepa_cache.evaluation.motion import build_motion
 from jepa_cache.evaluation.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
@@ -111,9 +111,12 @@ def load_strictly(module: nn.Module, golden: Golden) -> None:
     module.load_state_dict(golden.group("param"), strict=True)
 
 
-def build_golden_encoder(golden: Golden) -> VisionTransformer:
+def build_golden_encoder(golden: Golden) -> VisionTransformer | VisionTransformer21:
     config = golden.config
-    encoder = VisionTransformer(
+    build, options = VisionTransformer, {}
+    if golden.metadata["kind"] == "encoder_v21":
+        build, options = VisionTransformer21, {"positions": "rescaled" if config["interpolate_rope"] else "grid"}
+    encoder = build(
         embed_dim=config["embed_dim"],
         depth=config["depth"],
         num_heads=config["num_heads"],
@@ -122,6 +125,7 @@ def build_golden_encoder(golden: Golden) -> VisionTransformer:
         patch_size=golden.setting("patch_size"),
         tubelet_size=golden.setting("tubelet_size"),
         norm_eps=golden.setting("norm_eps"),
+        **options,
     )
     load_strictly(encoder, golden)
     return encoder.eval()
@@ -180,6 +184,19 @@ def check_encoder_per_frame(golden: Golden) -> None:
         golden.compare("tokens_raw", tokens, 1e-4)
     if "tokens_normalized" in expected:
         golden.compare("tokens_normalized", F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5), 1e-4)
+
+
+@torch.no_grad()
+def check_encoder_v21(golden: Golden) -> None:
+    encoder = build_golden_encoder(golden)
+    given, expected = golden.group("in"), golden.group("out")
+    assert list(encoder.levels) == json.loads(golden.metadata.get("hierarchical_layers", str(list(encoder.levels))))
+    if "tokens" in expected:
+        golden.compare("tokens", encoder(given["clip"]), 1e-4)
+    if "hierarchical_tokens" in expected:
+        golden.compare("hierarchical_tokens", encoder.encode_levels(given["clip"]), 1e-4)
+    if "image_tokens" in expected:
+        golden.compare("image_tokens", encoder(given["image"]), 1e-4)
 
 
 @torch.no_grad()
@@ -375,10 +392,6 @@ def check_preprocess(golden: Golden) -> None:
                 golden.compare(name, clip.transpose(0, 1), atol)
 
 
-def check_later(golden: Golden) -> None:
-    raise NotImplementedError(f"kind {golden.metadata['kind']} belongs to later work")
-
-
 CHECKS: dict[str, Callable[[Golden], None]] = {
     "encoder": check_encoder,
     "encoder_per_frame": check_encoder_per_frame,
@@ -390,7 +403,7 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "poses": check_poses,
     "preprocess": check_preprocess,
     "planner": check_planner,
-    "encoder_v21": check_later,
+    "encoder_v21": check_encoder_v21,
 }
 
 
@@ -402,22 +415,12 @@ def read_kind(path: Path) -> str:
         return f"unreadable: {error}"
 
 
-def collect() -> list:
-    parameters = []
-    for path in FILES:
-        kind = read_kind(path)
-        later = CHECKS.get(kind) is check_later
-        marks = [pytest.mark.xfail(strict=True, raises=NotImplementedError, reason=f"{kind} is later work")]
-        parameters.append(pytest.param(path, id=path.relative_to(FOLDER).as_posix(), marks=marks if later else []))
-    return parameters
-
-
 def test_folder_holds_files_of_a_known_kind():
     assert FILES, f"no *.safetensors in {FOLDER}"
     assert any(read_kind(path) in CHECKS for path in FILES), f"no file of a known kind in {FOLDER}"
 
 
-@pytest.mark.parametrize("path", collect())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDER).as_posix())
 def test_reference_results_are_reproduced(path: Path):
     kind = read_kind(path)
     assert kind in CHECKS, f"{path} has kind {kind!r}; known are {sorted(CHECKS)}"

@@ -61,19 +61,18 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
     needed = sum(part.to_write.num_bytes for part in parts)
     if get_scheme(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
         needed += max(part.largest_steps for part in parts) * step_bytes(
-            "float16", encoder.num_tokens, encoder.embed_dim
+            "float16", encode.num_tokens_of(encoder), encoder.embed_dim
         )
     free = free_bytes(checkout.root)
     fits = free is None or needed <= free
-    per_input, frames, _ = count_encoder(encoder, encode.mode, encode.frames_per_clip)
+    per_input, frames, _ = count_encoder(encoder, encode)
     rate = find_rate(config)
     given = frames_per_s or (rate.frames_per_s if rate else None)
     runs = compare_runs(
         encoder,
         config.predictor,
         config.train,
-        mode=encode.mode,
-        frames_per_clip=encode.frames_per_clip,
+        encode,
         num_frames=round(total.num_frames),
         num_actions=len(space.actions),
         num_states=len(space.states),

@@ -10,13 +10,18 @@ from jepa_cache.config.schema import (
     ENCODE_MODES,
     ENCODER_KINDS,
     INT4_GROUP,
+    LEVEL_LAYERS,
     LOGGERS,
     METRICS,
     OPTIMIZERS,
     PRECISIONS,
+    ROTARY,
     SCALING_RULES,
+    SINGLE_FRAMES,
     STORED_DTYPES,
     Config,
+    EncodeConfig,
+    EncoderPreset,
     TrainConfig,
 )
 
@@ -44,8 +49,8 @@ def check_config(config: Config) -> None:
     for logger in train.loggers:
         _check_choice("train.loggers", logger, LOGGERS)
     _check_choice(f"kind of encoder {encoder.name}", encoder.kind, ENCODER_KINDS)
-    _check_choice(f"rope of encoder {encoder.name}", encoder.rope, ("tiled",))
-    for key in ("fps", "num_decoders", "batch_size"):
+    _check_choice("encode.single_frame", encode.single_frame, SINGLE_FRAMES)
+    for key in ("fps", "num_decoders", "batch_size", "pool"):
         _check_positive(f"encode.{key}", getattr(encode, key))
     if encode.max_episodes is not None:
         _check_positive("encode.max_episodes", encode.max_episodes)
@@ -82,6 +87,8 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
         )
+    _check_architecture(encoder)
+    _check_tokens(encode, encoder)
     if encoder.embed_dim % encoder.num_heads:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: embed_dim {encoder.embed_dim} is no multiple of num_heads {encoder.num_heads}"
@@ -143,6 +150,48 @@ def check_schedule(train: TrainConfig) -> None:
         raise ConfigError(
             f"train.num_warmup {train.num_warmup} + train.num_anneal {train.num_anneal} exceed train.num_steps {train.num_steps}; "
             "lower them together with num_steps"
+        )
+
+
+def _check_architecture(encoder: EncoderPreset) -> None:
+    """Refuse a preset whose weights cannot have been trained so: they would load, and give wrong tokens."""
+    if encoder.kind not in ROTARY:
+        return
+    rope, positions = ROTARY[encoder.kind]
+    _check_choice(f"rope of encoder {encoder.name}, kind {encoder.kind},", encoder.rope, (rope,))
+    _check_choice(f"positions of encoder {encoder.name}, kind {encoder.kind},", encoder.positions, positions)
+    if encoder.positions == "rescaled" and encoder.patch_size != 16:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
+        )
+    if encoder.kind == "vjepa2_1" and encoder.depth not in LEVEL_LAYERS:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: a V-JEPA 2.1 encoder has a depth of {', '.join(map(str, LEVEL_LAYERS))}, for which "
+            f"the blocks of its four levels are known; got {encoder.depth}"
+        )
+    if encoder.kind == "vjepa2_1" and encoder.random_seed is not None:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: V-JEPA 2.1 encoders have no seeded random weights; set random_seed to null and name "
+            "weights"
+        )
+
+
+def _check_tokens(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    side = encoder.resolution // encoder.patch_size
+    if side % encode.pool:
+        raise ConfigError(
+            f"encode.pool {encode.pool} must divide the grid of encoder {encoder.name!r}, {side} x {side} patches; choose a divisor, "
+            "or 1 to store every token"
+        )
+    if encode.single_frame == "image" and encoder.kind != "vjepa2_1":
+        raise ConfigError(
+            f"encode.single_frame is 'image', but encoder {encoder.name!r} is of kind {encoder.kind}, which has no image path; set "
+            "encode.single_frame to doubled, or choose a V-JEPA 2.1 encoder (vitb384_v21, vitl384_v21, ...)"
+        )
+    if encode.single_frame == "image" and encode.mode != "frame":
+        raise ConfigError(
+            f"encode.single_frame is 'image', but in {encode.mode} mode no frame is encoded alone; set encode.mode to frame, or "
+            "encode.single_frame to doubled"
         )
 
 

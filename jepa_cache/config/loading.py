@@ -68,7 +68,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
         for kind, preset, keys in (
             ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")),
-            ("encoder", encoder, ("weights", "compute_dtype", "batch_size")),
+            ("encoder", encoder, ("weights", "single_frame", "compute_dtype", "batch_size")),
         )
         for key in keys
     }

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ENCODER_KINDS = ("vjepa2",)  # each another architecture, with other names of weights
+ENCODER_KINDS = ("vjepa2", "vjepa2_1")  # each another architecture, with other names of weights
+# Rotary positions that the weights of a kind were trained with: how channels are paired, and where rows and columns lie.
+ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
+# V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
+LEVEL_LAYERS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
+# How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
+SINGLE_FRAMES = ("doubled", "image")
 ENCODE_MODES = ("frame", "tubelet", "clip")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tokens; docs/store_format.md
@@ -50,7 +56,7 @@ class EncoderPreset:
     patch_size: int  # pixels
     tubelet_size: int  # frames
     resolution: int  # pixels, square
-    rope: str  # "tiled" (V-JEPA 2)
+    rope: str  # "tiled" (V-JEPA 2) or "paired" (V-JEPA 2.1)
     crop: str  # key of encoder.preprocess.CROP_RULES
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
@@ -61,10 +67,12 @@ class EncoderPreset:
     weights_sha256: str | None  # null where unknown
     random_seed: int | None  # seeded random weights; exactly one of weights and random_seed is set
     kind: str = "vjepa2"  # one of ENCODER_KINDS
+    positions: str = "grid"  # rows and columns by index, or "rescaled" to span 0 to 15 (V-JEPA 2.1)
+    single_frame: str = "doubled"  # one of SINGLE_FRAMES; "image" in V-JEPA 2.1 only
 
     @property
     def num_tokens(self) -> int:
-        """N: patch tokens of one step."""
+        """Patch tokens that the encoder gives for one step."""
         return (self.resolution // self.patch_size) ** 2
 
     @property
@@ -97,6 +105,8 @@ class EncodeConfig:
     cameras: tuple[str, ...]
     phases: tuple[int, ...] | str
     weights: str | None  # overrides the encoder preset's
+    single_frame: str  # one of SINGLE_FRAMES; frame mode only
+    pool: int  # 1 stores every patch's token, 2 the mean of each 2 x 2 patches' tokens
     compute_dtype: str
     batch_size: int
     dtype: str  # stored dtype of the tokens
@@ -105,6 +115,16 @@ class EncodeConfig:
     num_decoders: int  # threads
     max_skipped_share: float  # of the recordings, in [0, 1]
     max_episodes: int | None  # only the first recordings of each data set; the rest is not read
+
+    def grid_of(self, encoder: EncoderPreset) -> tuple[int, int]:
+        """Rows and columns of the stored tokens of a step."""
+        side = encoder.resolution // encoder.patch_size // self.pool
+        return side, side
+
+    def num_tokens_of(self, encoder: EncoderPreset) -> int:
+        """N: stored tokens of a step."""
+        rows, columns = self.grid_of(encoder)
+        return rows * columns
 
 
 @dataclass(frozen=True)

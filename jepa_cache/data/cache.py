@@ -63,7 +63,10 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
             f"encode.{key}": (getattr(config.encode, key), manifest.recipe[key])
             for key in ("compute_dtype", "dtype", "decoder")
         },
+        "encode.pool": (config.encode.pool, manifest.recipe.get("pool", 1)),  # absent where off
     }
+    if "single_frame" in manifest.recipe["encoder"]:
+        asked["encode.single_frame"] = (config.encode.single_frame, manifest.recipe["encoder"]["single_frame"])
     if config.encode.mode == "clip":
         asked["encode.frames_per_clip"] = (config.encode.frames_per_clip, sampling["frames_per_clip"])
     differing = [f"{key} is {now!r}, the manifest has {then!r}" for key, (now, then) in asked.items() if now != then]

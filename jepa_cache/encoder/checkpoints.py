@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_cache.config.schema import ROTARY
+from jepa_cache.encoder.structure import CheckpointError, check_state, random_state
 from jepa_cache.encoder.vit import VisionTransformer
-from jepa_cache.encoder.weights import entry_in_use, parameter_shapes, random_state
+from jepa_cache.encoder.vit21 import VisionTransformer21
+from jepa_cache.encoder.weights import entry_in_use
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
@@ -37,10 +40,6 @@ _HF_NAMES = (
     (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
 )
 _HF_QUERY = re.compile(r"^(blocks\.\d+\.attn\.)query(\.weight|\.bias)$")
-
-
-class CheckpointError(ValueError):
-    """A weights file does not hold the encoder that the preset describes; the message lists how."""
 
 
 def load_state(path: Path, entry: str | None) -> dict[str, Tensor]:
@@ -94,61 +93,41 @@ def load_encoder_state(preset: EncoderPreset, path: Path | None) -> dict[str, Te
     return state
 
 
-def check_state(preset: EncoderPreset, state: Mapping[str, Tensor | np.ndarray], *, origin: str) -> None:
-    """Compare a state dict with a preset, strictly.
-
-    Args:
-        preset: what is expected.
-        state: official name -> tensor.
-        origin: where the state came from, for the message.
-
-    Raises:
-        CheckpointError: names every missing, unexpected and wrongly shaped tensor.
-    """
-    expected = parameter_shapes(preset)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    lines = [f"missing     {name} {list(expected[name])}" for name in expected if name not in found]
-    lines += [f"unexpected  {name} {list(found[name])}" for name in sorted(found) if name not in expected]
-    lines += [
-        f"wrong shape {name} {list(found[name])}, expected {list(expected[name])}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    if not lines:
-        return
-    hint = "Choose the encoder preset that fits the file, or another file with encode.weights=PATH"
-    if any(name.startswith(("norms_block.", "patch_embed_img.")) for name in found):
-        hint = "This is a V-JEPA 2.1 encoder, which is another architecture. " + hint
-    raise CheckpointError(
-        f"the weights in {origin} are not those of encoder preset '{preset.name}' (embed_dim {preset.embed_dim}, depth "
-        f"{preset.depth}, mlp_dim {preset.mlp_dim}); {len(lines)} tensors differ:\n  "
-        + "\n  ".join(lines)
-        + f"\n{hint}"
-    )
-
-
-def build_encoder(preset: EncoderPreset, state: Mapping[str, Tensor | np.ndarray]) -> VisionTransformer:
+def build_encoder(
+    preset: EncoderPreset, state: Mapping[str, Tensor | np.ndarray]
+) -> VisionTransformer | VisionTransformer21:
     """Make a preset's encoder with exactly the given weights, in float32, evaluation mode and without gradients.
 
     Raises:
         CheckpointError: the state does not fit the preset.
-        ValueError: the preset asks for a RoPE flavour that the module does not have.
+        ValueError: the preset asks for rotary positions that its kind does not have.
     """
-    if preset.rope != "tiled":
-        raise ValueError(f"encoder preset '{preset.name}' has rope '{preset.rope}'; known: 'tiled' (V-JEPA 2)")
+    rope, positions = ROTARY[preset.kind]
+    if preset.rope != rope or preset.positions not in positions:
+        raise ValueError(
+            f"encoder preset '{preset.name}' of kind {preset.kind} has rope '{preset.rope}' and positions '{preset.positions}'; "
+            f"known: rope '{rope}', positions {' or '.join(positions)}"
+        )
     check_state(preset, state, origin="the given state")
     # Made without storage and given its weights afterwards: no parameter is ever random, and none is held twice.
     with torch.device("meta"):
-        encoder = VisionTransformer(
-            embed_dim=preset.embed_dim,
-            depth=preset.depth,
-            num_heads=preset.num_heads,
-            mlp_dim=preset.mlp_dim,
-            patch_size=preset.patch_size,
-            tubelet_size=preset.tubelet_size,
-        )
+        encoder = _make(preset)
     encoder.load_state_dict({name: torch.as_tensor(tensor).float() for name, tensor in state.items()}, assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def _make(preset: EncoderPreset) -> VisionTransformer | VisionTransformer21:
+    sizes = {
+        "embed_dim": preset.embed_dim,
+        "depth": preset.depth,
+        "num_heads": preset.num_heads,
+        "mlp_dim": preset.mlp_dim,
+        "patch_size": preset.patch_size,
+        "tubelet_size": preset.tubelet_size,
+    }
+    if preset.kind == "vjepa2_1":
+        return VisionTransformer21(**sizes, positions=preset.positions)
+    return VisionTransformer(**sizes)
 
 
 def _names(content: Mapping[str, object]) -> str:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_cache.config.schema import SINGLE_FRAMES
 from jepa_cache.encoder.checkpoints import build_encoder
+from jepa_cache.encoder.pooling import pool_tokens
 from jepa_cache.encoder.preprocess import CROP_RULES
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class FrozenEncoder:
         *,
         device: str | torch.device,
         compute_dtype: str,
+        single_frame: str = "doubled",
+        pool: int = 1,
     ) -> None:
         """Build the encoder and move it to the device.
 
@@ -55,17 +59,31 @@ class FrozenEncoder:
             state: official name -> tensor, from `checkpoints.load_encoder_state`.
             device: "cpu", "cuda", "cuda:1" ...
             compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
+            single_frame: how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only).
+            pool: 2 averages the tokens of each 2 x 2 patches.
 
         Raises:
-            ValueError: the state does not fit the preset, or a name (dtype, crop rule, RoPE flavour) is unknown.
+            ValueError: the state does not fit the preset, the encoder has no image path, or a name (dtype, crop rule, RoPE
+                flavour) is unknown.
         """
-        for what, name, known in (("compute_dtype", compute_dtype, COMPUTE_DTYPES), ("crop", preset.crop, CROP_RULES)):
+        for what, name, known in (
+            ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
+            ("crop", preset.crop, CROP_RULES),
+            ("single_frame", single_frame, SINGLE_FRAMES),
+        ):
             if name not in known:
                 raise ValueError(f"unknown {what} '{name}' for encoder '{preset.name}'; known: {', '.join(known)}")
         if preset.resolution % preset.patch_size:
             raise ValueError(
                 f"encoder '{preset.name}': resolution {preset.resolution} is no multiple of the patch {preset.patch_size}"
             )
+        if single_frame == "image" and preset.kind != "vjepa2_1":
+            raise ValueError(
+                f"encoder '{preset.name}' of kind {preset.kind} has no image path; set encode.single_frame: doubled"
+            )
+        side = preset.resolution // preset.patch_size
+        self.grid, self.pool = (side, side), pool
+        self.frames_of_one = preset.tubelet_size if single_frame == "doubled" else 1
         self.preset = preset
         self.device = torch.device(device)
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
@@ -73,8 +91,8 @@ class FrozenEncoder:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per step (N)."""
-        return (self.preset.resolution // self.preset.patch_size) ** 2
+        """Tokens per step (N), after pooling."""
+        return (self.grid[0] // self.pool) * (self.grid[1] // self.pool)
 
     @property
     def width(self) -> int:
@@ -102,13 +120,13 @@ class FrozenEncoder:
 
         Args:
             groups: [B, G, 3, R, R] float32, preprocessed. G = 1 is frame mode: the frame is repeated to fill a
-                tubelet, as the AC trainer does. G = tubelet is tubelet mode, a larger multiple clip mode, where
+                tubelet, as the AC trainer does, or goes through the image path. G = tubelet is tubelet mode, a larger multiple clip mode, where
                 attention spans the clip in both directions of time.
 
         Returns:
             tokens [B, T, N, D] on the device, T = 1 in frame mode, else G / tubelet; after the encoder's final norm,
             before any parameter-free layer norm. float32, or under autocast what its final norm gives (float32 or
-            the compute dtype).
+            the compute dtype); pooled tokens are float32.
 
         Raises:
             ValueError: the groups have another form, or their frames do not fill whole tubelets.
@@ -126,13 +144,13 @@ class FrozenEncoder:
             )
         clips = groups.to(self.device, non_blocking=True).transpose(1, 2)
         if num_frames == 1:
-            clips = clips.expand(-1, -1, tubelet, -1, -1)
+            clips = clips.expand(-1, -1, self.frames_of_one, -1, -1)
         autocast = nullcontext()
         if self.compute_dtype != torch.float32:
             autocast = torch.autocast(self.device.type, dtype=self.compute_dtype)
         with autocast:
             tokens = self.encoder(clips)
-        return tokens.unflatten(1, (-1, self.num_tokens))
+        return pool_tokens(tokens.unflatten(1, (-1, self.grid[0] * self.grid[1])), self.grid, self.pool)
 
 
 def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:

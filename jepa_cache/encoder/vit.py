@@ -1,4 +1,4 @@
-"""The V-JEPA 2 video transformer, with the released checkpoints' parameter names.
+"""The V-JEPA 2 video transformer, with the released checkpoints' parameter names, and the parts that V-JEPA 2.1 shares.
 
 Own module instead of transformers' VJEPA2Model: that one takes positions from its configuration instead of the input,
 so another resolution or aspect runs with wrong positions and without a warning.
@@ -11,39 +11,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROPE_BASE = 10000.0
+RESCALED_SPAN = 15.0  # rescaled rows and columns run from 0 to this: the last index of the 16 x 16 grid of 256 px
 
 
 @lru_cache(maxsize=16)
-def _rotation_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rotation_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, pairing: str, positions: str
+) -> tuple[Tensor, Tensor]:
     """Give cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
 
     The head's channels are three blocks (time, row, column) of equal even width and a rest that is not rotated (cosine
-    1, sine 0). Positions are the integer indices of the input's own grid. Within a block of width r the r/2 frequencies
-    are TILED, so the two members of an adjacent pair turn by different angles: an upstream slip that the released
-    weights were trained with.
+    1, sine 0). Within a block of width r there are r/2 frequencies. `tiled` repeats the list of them, so that the two members of
+    an adjacent pair turn by different angles: an upstream slip that the released V-JEPA 2 weights were trained with.
+    `paired` gives both members the same one, as V-JEPA 2.1 does.
+
+    Positions are the integer indices of the input's own grid; `rescaled` stretches rows and columns, not time, so that they
+    span 0 to 15 at every resolution (V-JEPA 2.1). A side of one patch is at 0.
 
     Tables are float32 and made on the CPU whatever the compute dtype and device. Upstream builds them in bfloat16 under
     autocast (angles off by 3e-3 rad at position 15); we keep float32, which differs from the released training by less
     than bfloat16's other noise and gives one answer for every precision.
 
-    Source: V-JEPA 2, arXiv 2506.09985, upstream `VisionTransformer` with RoPE.
+    Source: V-JEPA 2, arXiv 2506.09985, upstream `VisionTransformer` with RoPE; V-JEPA 2.1, arXiv 2603.14482.
     """
     width = 2 * (head_dim // 3 // 2)
     frequencies = ROPE_BASE ** (-2.0 * torch.arange(width // 2, dtype=torch.float32) / width)
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    rotated = [(axis.reshape(-1, 1) * frequencies).repeat(1, 2) for axis in axes]
-    rest = torch.zeros(rotated[0].shape[0], head_dim - 3 * width)
-    angles = torch.cat([*rotated, rest], dim=1)
-    return angles.cos().to(device), angles.sin().to(device)
+    times, rows, columns = (torch.arange(n, dtype=torch.float32) for n in grid)
+    if positions == "rescaled":
+        rows, columns = (side * (RESCALED_SPAN / max(1, len(side) - 1)) for side in (rows, columns))
+    axes = torch.meshgrid(times, rows, columns, indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in axes]
+    angles = [it.repeat_interleave(2, dim=1) if pairing == "paired" else it.repeat(1, 2) for it in angles]
+    rest = torch.zeros(angles[0].shape[0], head_dim - 3 * width)
+    joined = torch.cat([*angles, rest], dim=1)
+    return joined.cos().to(device), joined.sin().to(device)
 
 
-def rotation_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotation_tables(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    device: torch.device,
+    *,
+    pairing: str = "tiled",
+    positions: str = "grid",
+) -> tuple[Tensor, Tensor]:
     """Cached tables for a token grid (T, H, W); see `_rotation_tables`.
 
     Made outside inference mode, whoever asks first: an inference tensor in the cache would break a later backward.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return _rotation_tables(grid, head_dim, device)
+        return _rotation_tables(grid, head_dim, device, pairing, positions)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -129,6 +146,51 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def split_width(embed_dim: int, num_heads: int) -> int:
+    """Channels of a head.
+
+    Raises:
+        ValueError: the width does not split into heads, or a head is too narrow for rotary positions.
+    """
+    if embed_dim % num_heads or embed_dim // num_heads < 6:
+        raise ValueError(
+            f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim "
+            f"{embed_dim} and num_heads {num_heads}. Change one of them in the encoder preset"
+        )
+    return embed_dim // num_heads
+
+
+def measure_clip(clip: Tensor, patch_size: int) -> tuple[int, int, int]:
+    """Frames of a clip [B, 3, F, h, w], and rows and columns of its patches.
+
+    Raises:
+        ValueError: the clip has not five axes or not three channels, or its height or width is no multiple of the patch.
+    """
+    if clip.ndim != 5 or clip.shape[1] != 3:
+        raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
+    num_frames, height, width = clip.shape[2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"frame height and width must be multiples of the patch ({patch_size} px); got {height} x {width}. "
+            f"Choose such a resolution in the encoder preset"
+        )
+    return num_frames, height // patch_size, width // patch_size
+
+
+def count_tubelets(num_frames: int, tubelet_size: int) -> int:
+    """Whole tubelets (T) of a clip.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if num_frames < tubelet_size:
+        raise ValueError(
+            f"a clip needs at least one tubelet of {tubelet_size} frames; got {num_frames}. To encode a "
+            f"single frame repeat it, as frame mode does"
+        )
+    return num_frames // tubelet_size
+
+
 class VisionTransformer(nn.Module):
     """V-JEPA 2 encoder. Owns the forward pass; never loads weights, chooses precision or prepares pixels.
 
@@ -155,14 +217,9 @@ class VisionTransformer(nn.Module):
             ValueError: the width does not split into heads, or a head is too narrow for rotary positions.
         """
         super().__init__()
-        if embed_dim % num_heads or embed_dim // num_heads < 6:
-            raise ValueError(
-                f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim "
-                f"{embed_dim} and num_heads {num_heads}. Change one of them in the encoder preset"
-            )
+        self.head_dim = split_width(embed_dim, num_heads)
         self.patch_size = patch_size
         self.tubelet_size = tubelet_size
-        self.head_dim = embed_dim // num_heads
         self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
@@ -181,22 +238,9 @@ class VisionTransformer(nn.Module):
             ValueError: the clip has not five axes or not three channels, is shorter than a tubelet, or its height or
                 width is no multiple of the patch.
         """
-        if clip.ndim != 5 or clip.shape[1] != 3:
-            raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
-        num_frames, height, width = clip.shape[2:]
-        if height % self.patch_size or width % self.patch_size or not height or not width:
-            raise ValueError(
-                f"frame height and width must be multiples of the patch ({self.patch_size} px); got {height} x {width}. "
-                f"Choose such a resolution in the encoder preset"
-            )
-        if num_frames < self.tubelet_size:
-            raise ValueError(
-                f"a clip needs at least one tubelet of {self.tubelet_size} frames; got {num_frames}. To encode a "
-                f"single frame repeat it, as frame mode does"
-            )
-        steps = num_frames // self.tubelet_size
-        grid = (steps, height // self.patch_size, width // self.patch_size)
-        cosine, sine = rotation_tables(grid, self.head_dim, clip.device)
+        num_frames, rows, columns = measure_clip(clip, self.patch_size)
+        steps = count_tubelets(num_frames, self.tubelet_size)
+        cosine, sine = rotation_tables((steps, rows, columns), self.head_dim, clip.device)
         x = self.patch_embed(clip[:, :, : steps * self.tubelet_size])
         for block in self.blocks:
             x = block(x, cosine, sine)

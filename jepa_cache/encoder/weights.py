@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-import numpy as np
+from jepa_cache.encoder.structure import random_state
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
-INIT_STD = 0.02
 OFFICIAL_BASE_URL = "https://dl.fbaipublicfiles.com/vjepa2/"
-OFFICIAL_FILES = ("vitl.pt", "vith.pt", "vitg.pt", "vitg-384.pt", "vjepa2-ac-vitg.pt")
+OFFICIAL_FILES = (
+    "vitl.pt",
+    "vith.pt",
+    "vitg.pt",
+    "vitg-384.pt",
+    "vjepa2-ac-vitg.pt",
+    "vjepa2_1_vitb_dist_vitG_384.pt",
+    "vjepa2_1_vitl_dist_vitG_384.pt",
+    "vjepa2_1_vitg_384.pt",
+    "vjepa2_1_vitG_384.pt",
+)
 _WAY_OUT = (
     f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), the same encoders as safetensors on the "
     "Hugging Face hub (hf://facebook/vjepa2-vitl-fpc64-256/model.safetensors). Download one on a machine with network "
@@ -30,63 +39,6 @@ _WAY_OUT = (
 
 class WeightsNotFoundError(ValueError):
     """The named weights cannot be had; the message says how to get them."""
-
-
-def parameter_shapes(preset: EncoderPreset) -> dict[str, tuple[int, ...]]:
-    """List an encoder's parameters under their official names, in the official order.
-
-    Returns:
-        name -> shape.
-    """
-    dim, hidden = preset.embed_dim, preset.mlp_dim
-    kernel = (preset.tubelet_size, preset.patch_size, preset.patch_size)
-    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (dim, 3, *kernel), "patch_embed.proj.bias": (dim,)}
-    for index in range(preset.depth):
-        block = f"blocks.{index}."
-        for name, shape in (
-            ("norm1", (dim,)),
-            ("attn.qkv", (3 * dim, dim)),
-            ("attn.proj", (dim, dim)),
-            ("norm2", (dim,)),
-            ("mlp.fc1", (hidden, dim)),
-            ("mlp.fc2", (dim, hidden)),
-        ):
-            shapes[f"{block}{name}.weight"] = shape
-            shapes[f"{block}{name}.bias"] = shape[:1]
-    return shapes | {"norm.weight": (dim,), "norm.bias": (dim,)}
-
-
-def random_state(preset: EncoderPreset) -> dict[str, np.ndarray]:
-    """Draw seeded, untrained weights by the official initialisation; only for presets that name a seed (`tiny`).
-
-    Matrices and the patch projection are normal with deviation 0.02 (upstream's truncation at +-2 never acts), biases
-    0, norms 1; attn.proj and mlp.fc2 of block l (from 1) are divided by sqrt(2 l).
-
-    Returns:
-        official name -> float32 array, the same on every machine for one seed.
-
-    Raises:
-        ValueError: the preset names no seed.
-
-    Source: V-JEPA 2, arXiv 2506.09985, upstream initialisation.
-    """
-    if preset.random_seed is None:
-        raise ValueError(
-            f"encoder preset '{preset.name}' names no random_seed, so it has no random weights. {_WAY_OUT}"
-        )
-    generator = np.random.Generator(np.random.PCG64(preset.random_seed))
-    state = {}
-    for name, shape in parameter_shapes(preset).items():
-        if name.endswith(".bias"):
-            state[name] = np.zeros(shape, np.float32)
-        elif "norm" in name:
-            state[name] = np.ones(shape, np.float32)
-        else:
-            std = INIT_STD
-            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-                std /= np.sqrt(2.0 * (int(name.split(".")[1]) + 1))
-            state[name] = (generator.standard_normal(shape) * std).astype(np.float32)
-    return state
 
 
 def file_sha256(path: Path) -> str:

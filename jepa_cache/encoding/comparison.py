@@ -104,8 +104,8 @@ def compare_online(
     encoder = load_encoder(
         preset,
         weights,
+        encode_config,
         device=resolve_device(encode_config.device),
-        compute_dtype=encode_config.compute_dtype,
         num_threads=default_num_threads(),
     )
     results, changes = [], {}

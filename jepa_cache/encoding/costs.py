@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jepa_cache.config.schema import EncoderPreset, PredictorPreset, TrainConfig
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
 
 CONDITIONING_TOKENS = 2  # action and state
 BACKWARD = 2  # the backward pass costs two forward ones
@@ -43,12 +43,13 @@ class BreakEven:
         return (self.online + self.predictor) / self.predictor if self.predictor else None
 
 
-def count_encoder(encoder: EncoderPreset, mode: str, frames_per_clip: int) -> tuple[int, int, int]:
+def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> tuple[int, int, int]:
     """Operations of one encoder input, the sampled frames that it takes, and the steps that it gives."""
-    frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": frames_per_clip}[mode]
+    frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
     steps = max(1, frames // encoder.tubelet_size)
     tokens, width = steps * encoder.num_tokens, encoder.embed_dim
-    patch = 3 * encoder.tubelet_size * encoder.patch_size**2
+    as_image = encode.mode == "frame" and encode.single_frame == "image"
+    patch = 3 * (1 if as_image else encoder.tubelet_size) * encoder.patch_size**2
     block = 2 * tokens * (4 * width**2 + 2 * width * encoder.mlp_dim) + 4 * tokens**2 * width
     return 2 * tokens * patch * width + encoder.depth * block, frames, steps
 
@@ -77,9 +78,8 @@ def compare_runs(
     encoder: EncoderPreset,
     predictor: PredictorPreset,
     train: TrainConfig,
+    encode: EncodeConfig,
     *,
-    mode: str,
-    frames_per_clip: int,
     num_frames: int,
     num_actions: int,
     num_states: int,
@@ -90,19 +90,18 @@ def compare_runs(
         encoder: Chosen encoder.
         predictor: Chosen predictor.
         train: Windows, batch and number of train steps.
-        mode: Encode mode.
-        frames_per_clip: In clip mode.
+        encode: Mode, and how tokens are pooled.
         num_frames: Sampled frames in the data set.
         num_actions: A.
         num_states: S.
     """
-    per_input, frames, steps = count_encoder(encoder, mode, frames_per_clip)
+    per_input, frames, steps = count_encoder(encoder, encode)
     num_windows = train.num_steps * train.batch_size * train.grad_accumulation
     touched_steps = num_windows * train.window_steps
     per_window = count_predictor(
         predictor,
         train,
-        num_tokens=encoder.num_tokens,
+        num_tokens=encode.num_tokens_of(encoder),
         width=encoder.embed_dim,
         num_actions=num_actions,
         num_states=num_states,

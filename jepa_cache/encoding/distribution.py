@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.claims import wait_for_others
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder
@@ -183,8 +183,7 @@ def encode_unit(task: EncodeTask, root: CacheRoot, action_space: str, report_to:
     with _one_at_a_time:  # however many threads the worker was given
         try:
             _check_recipe(task, worker.address)
-            encode = task.encode
-            encoder = _load_once(task.encoder, task.weights, encode.device, encode.compute_dtype, task.num_threads)
+            encoder = _load_once(task.encoder, task.weights, task.encode, task.num_threads)
             filled = fill_part(task, encoder, root, report)
             if filled.busy:
                 return UnitResult(0, filled.timing, busy=True)
@@ -213,7 +212,5 @@ def _identify_weights(preset: EncoderPreset, weights: Path | None) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(
-    preset: EncoderPreset, weights: Path | None, device: str, compute_dtype: str, num_threads: int
-) -> FrozenEncoder:
-    return load_encoder(preset, weights, device=device, compute_dtype=compute_dtype, num_threads=num_threads)
+def _load_once(preset: EncoderPreset, weights: Path | None, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
+    return load_encoder(preset, weights, encode, device=encode.device, num_threads=num_threads)

@@ -66,16 +66,23 @@ def resolve_device(wanted: str) -> str:
 
 
 def load_encoder(
-    preset: EncoderPreset, weights: Path | None, *, device: str, compute_dtype: str, num_threads: int
+    preset: EncoderPreset, weights: Path | None, encode: EncodeConfig, *, device: str, num_threads: int
 ) -> FrozenEncoder:
-    """Build the encoder; `num_threads` becomes the number of torch threads of this process."""
+    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process."""
     import torch
 
     from jepa_cache.encoder.checkpoints import load_encoder_state
     from jepa_cache.encoder.frozen import FrozenEncoder
 
     torch.set_num_threads(num_threads)
-    return FrozenEncoder(preset, load_encoder_state(preset, weights), device=device, compute_dtype=compute_dtype)
+    return FrozenEncoder(
+        preset,
+        load_encoder_state(preset, weights),
+        device=device,
+        compute_dtype=encode.compute_dtype,
+        single_frame=encode.single_frame,
+        pool=encode.pool,
+    )
 
 
 def fill_part(

@@ -103,9 +103,11 @@ def _plan_part(
     to_do = sum(amounts, Amount()).scaled(factor)
     to_do.num_units = len(units)
 
+    num_tokens = encode.num_tokens_of(encoder)
+
     def measure(amount: Amount, dtype: str) -> Size:
         num_segments = amount.num_steps if encode.mode == "clip" else amount.num_episodes
-        return measure_tokens(dtype, int(amount.num_steps), int(num_segments), encoder.num_tokens, encoder.embed_dim)
+        return measure_tokens(dtype, int(amount.num_steps), int(num_segments), num_tokens, encoder.embed_dim)
 
     def measure_rest(amount: Amount, digest: str | None = None) -> list[Size]:
         """Actions and controls; of the unit `digest` only those that are not there."""

@@ -35,7 +35,7 @@ def token_recipe(
             "rope": encoder.rope,
             "tubelet_size": encoder.tubelet_size,
             "weights": weights_identity,
-            **_encoder_extras(encoder),
+            **_encoder_extras(encoder, encode),
         },
         "preprocess": {
             "crop": encoder.crop,
@@ -48,12 +48,20 @@ def token_recipe(
         "dtype": encode.dtype,
         "decoder": encode.decoder,
         "source": dict(source_recipe),
+        **({} if encode.pool == 1 else {"pool": encode.pool}),  # absent where off, as in recipes from before it
     }
 
 
-def _encoder_extras(encoder: EncoderPreset) -> dict[str, Any]:
+def _encoder_extras(encoder: EncoderPreset, encode: EncodeConfig) -> dict[str, Any]:
     """What tells kinds of encoders apart. V-JEPA 2 has none of it, so that its fingerprints stay what they were."""
-    return {} if encoder.kind == "vjepa2" else {"kind": encoder.kind}
+    if encoder.kind == "vjepa2":
+        return {}
+    extras = {"kind": encoder.kind}
+    if encoder.kind == "vjepa2_1":
+        extras["positions"] = encoder.positions
+        if encode.mode == "frame":  # in the other modes every input is a video
+            extras["single_frame"] = encode.single_frame
+    return extras
 
 
 def sampling_recipe(encode: EncodeConfig, phase: int) -> dict[str, Any]:

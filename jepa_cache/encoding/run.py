@@ -91,12 +91,11 @@ def encode_dataset(
         for unit, digest in part.units:
             ensure_actions(root, part, space, unit, digest)
 
-    side = encoder.resolution // encoder.patch_size
     manifest = Manifest(
         dataset=config.dataset.name,
-        num_tokens=encoder.num_tokens,
+        num_tokens=config.encode.num_tokens_of(encoder),
         width=encoder.embed_dim,
-        grid=(side, side),
+        grid=config.encode.grid_of(encoder),
         mode=config.encode.mode,
         encoder=encoder.name,
         encoder_trained=encoder.trained,
@@ -116,8 +115,8 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
         encoder = encoder or load_encoder(
             task.encoder,
             task.weights,
+            task.encode,
             device=device,
-            compute_dtype=task.encode.compute_dtype,
             num_threads=task.num_threads,
         )
         with ProgressBar(task.part.view, task.num_bytes) as bar:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jepa_cache.config.schema import EncoderPreset
-from jepa_cache.encoder.weights import parameter_shapes
+from jepa_cache.encoder.structure import parameter_shapes
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jepa_cache.encoder.checkpoints import build_encoder, load_encoder_state
+from jepa_cache.encoder.structure import parameter_shapes
 from jepa_cache.encoder.vit import VisionTransformer, rotate, rotation_tables
-from jepa_cache.encoder.weights import parameter_shapes
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,10 @@ import pytest
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder import weights
+from jepa_cache.encoder.structure import parameter_shapes, random_state
 from jepa_cache.encoder.weights import (
     WeightsNotFoundError,
     file_sha256,
-    parameter_shapes,
-    random_state,
     resolve_weights,
     weights_identity,
 )
@@ -43,7 +42,7 @@ def test_tiny_weights_never_change():
 def test_identity_and_random_weights_import_no_torch():
     code = (
         "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder.weights import weights_identity;"
-        "p = S(name='t', embed_dim=12, depth=1, num_heads=2, mlp_dim=8, patch_size=4, tubelet_size=2, random_seed=0);"
+        "p = S(name='t', embed_dim=12, depth=1, num_heads=2, mlp_dim=8, patch_size=4, tubelet_size=2, random_seed=0, kind='vjepa2');"
         "weights_identity(p, None); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,12 +26,12 @@ def _count(function):
     ("mode", "num_frames", "sampled", "steps"), [("frame", 2, 1, 1), ("tubelet", 2, 2, 1), ("clip", 8, 8, 4)]
 )
 def test_an_encoder_input_costs_what_torch_counts(mode, num_frames, sampled, steps):
-    preset = CONFIG.encoder
+    preset, encode = CONFIG.encoder, replace(CONFIG.encode, mode=mode, frames_per_clip=8)
     model = VisionTransformer(
         embed_dim=preset.embed_dim, depth=preset.depth, num_heads=preset.num_heads, mlp_dim=preset.mlp_dim
     )
     counted = _count(lambda: model(torch.zeros(1, 3, num_frames, preset.resolution, preset.resolution)))
-    assert count_encoder(preset, mode, frames_per_clip=8) == (counted, sampled, steps)
+    assert count_encoder(preset, encode) == (counted, sampled, steps)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -58,7 +58,7 @@ def test_a_window_in_training_costs_what_torch_counts(window_steps, auto_steps, 
 
 
 def test_break_even_does_not_depend_on_the_predictor_and_the_gain_does():
-    shape = {"mode": "frame", "frames_per_clip": 16, "num_frames": 1000, "num_actions": 7, "num_states": 7}
+    shape = {"encode": CONFIG.encode, "num_frames": 1000, "num_actions": 7, "num_states": 7}
     vitl = load_config(overrides=["encoder=vitl", "predictor=small"])
     small = compare_runs(vitl.encoder, vitl.predictor, vitl.train, **shape)
     large = compare_runs(vitl.encoder, load_config(overrides=["predictor=ac300m"]).predictor, vitl.train, **shape)

@@ -24,11 +24,19 @@ from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 # Another value for every field that decides tokens; a field that is in neither table fails the tests by its name.
-ENCODE_CHANGES = {"fps": 4.0, "mode": "tubelet", "compute_dtype": "bfloat16", "dtype": "float32", "decoder": "pyav"}
+ENCODE_CHANGES = {
+    "fps": 4.0,
+    "mode": "tubelet",
+    "compute_dtype": "bfloat16",
+    "dtype": "float32",
+    "decoder": "pyav",
+    "pool": 2,
+}
 ENCODE_KEEPS = {
     "frames_per_clip": 8,  # clip mode only
     "action_space": "vpt36",
     "weights": "elsewhere.pt",  # known by content, not by place
+    "single_frame": "image",  # V-JEPA 2.1 only, tested below
     "batch_size": 3,
     "device": "cuda",
     "num_decoders": 7,
@@ -59,6 +67,8 @@ ENCODER_KEEPS = {
     "weights": "elsewhere.pt",
     "weights_entry": "other",  # part of the identity of a file, tested below
     "weights_sha256": "0" * 64,
+    "positions": "rescaled",  # V-JEPA 2.1 only, tested below
+    "single_frame": "image",  # the one in use is encode.single_frame
 }
 
 

@@ -16,7 +16,8 @@ import torch
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.checkpoints import load_encoder_state
-from jepa_cache.encoder.weights import file_sha256, parameter_shapes, weights_identity
+from jepa_cache.encoder.structure import parameter_shapes
+from jepa_cache.encoder.weights import file_sha256, weights_identity
 from jepa_cache.predictor.checkpoints import (
     CheckpointError,
     load_predictor_weights,
