@@ -1,4 +1,4 @@
-"""Weight files of exactly the official structure: what upstream's AC trainer writes, with its names, prefixes and other entries."""
+"""Weight files of exactly the official structure: what upstream's trainers write, with their names, prefixes and other entries."""
 
 from __future__ import annotations
 
@@ -32,6 +32,42 @@ def write_official_file(
         },
         path,
     )
+
+
+def write_v21_file(
+    path: Path, encoder: Mapping[str, Tensor], *, entry: str = "ema_encoder", prefix: str = "module.backbone."
+) -> None:
+    """Write a V-JEPA 2.1 pretraining file: the wanted encoder under `entry`, another one under `encoder`, and what lies beside."""
+    torch.save(
+        {
+            "encoder": without_storage({f"{prefix}{name}": tuple(tensor.shape) for name, tensor in encoder.items()}),
+            "predictor": {"module.backbone.mask_tokens.0": torch.zeros(1, 1, 24)},
+            entry: {f"{prefix}{name}": tensor for name, tensor in encoder.items()},
+            "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
+            "scaler": None,
+            "epoch": 60,
+            "loss": 0.3,
+            "batch_size": 24,
+            "world_size": 128,
+            "lr": 5e-4,
+        },
+        path,
+    )
+
+
+def draw_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Weights drawn wide enough that positions, attention, biases and norms show in the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("_embed"):  # V-JEPA 2.1's modality vectors
+            state[name] = noise
+        elif len(shape) > 1:
+            state[name] = noise * 1.6 / torch.Size(shape[1:]).numel() ** 0.5
+        else:
+            state[name] = noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return state
 
 
 def without_storage(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -156,9 +156,10 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 def _pick_entry(content: Mapping[str, object], entry: str, path: Path) -> Mapping[str, Tensor]:
     if entry not in content:
-        raise CheckpointError(
-            f"{path} has no entry '{entry}'; it has: {_names(content)}. Set weights_entry in the preset"
-        )
+        hint = "Set weights_entry in the preset"
+        if "ema_encoder" in content:  # of the files known, only these have it
+            hint += "; distilled V-JEPA 2.1 encoders are under ema_encoder (presets vitb384_v21, vitl384_v21)"
+        raise CheckpointError(f"{path} has no entry '{entry}'; it has: {_names(content)}. {hint}")
     state = content[entry]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: entry '{entry}' is no state dict. The file has: {_names(content)}")

@@ -2,20 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import TrainConfig
-
-
-@pytest.fixture
-def root(tmp_path):
-    shutil.copy(REPOSITORY_ROOT / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY_ROOT / "configs", tmp_path / "configs")
-    return tmp_path
 
 
 def edit(root, old, new, file="params.yaml"):

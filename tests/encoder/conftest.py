@@ -10,6 +10,7 @@ import torch
 
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder.structure import parameter_shapes
+from tests.official_files import draw_state
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +56,29 @@ def file_preset(preset):
 @pytest.fixture
 def wide_state(preset):
     """Official names; drawn wide enough that positions and attention show in the outputs."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in parameter_shapes(preset).items():
-        fan_in = torch.Size(shape[1:]).numel()
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            state[name] = noise * 1.6 / fan_in**0.5
-        else:
-            state[name] = noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return state
+    return draw_state(parameter_shapes(preset))
+
+
+@pytest.fixture
+def preset_21(preset):
+    """As `preset`, of V-JEPA 2.1's kind, at the least depth that has four levels; weights from entry ema_encoder of a file."""
+    return replace(
+        preset,
+        name="small_v21",
+        kind="vjepa2_1",
+        depth=12,
+        rope="paired",
+        positions="rescaled",
+        random_seed=None,
+        weights="encoder.pt",
+        weights_entry="ema_encoder",
+    )
+
+
+@pytest.fixture
+def state_21(preset_21):
+    """Its weights."""
+    return draw_state(parameter_shapes(preset_21))
 
 
 @pytest.fixture

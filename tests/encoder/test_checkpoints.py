@@ -181,5 +181,5 @@ def test_the_masked_predictor_of_a_hub_file_is_ignored_and_nothing_else(tmp_path
 
 
 def test_unknown_rope_flavour_is_refused(preset, wide_state):
-    with pytest.raises(ValueError, match="rope 'interleaved' and .*; known: rope 'tiled'"):
+    with pytest.raises(ValueError, match=r"rope 'interleaved' and .*; known: rope 'tiled'"):
         build_encoder(replace(preset, rope="interleaved"), wide_state)

@@ -182,6 +182,11 @@ NUM_WEIGHTS = {
     "vitg": 1_012_173_952,
     "vitg384": 1_012_173_952,
     "ac_vitg": 1_012_173_952,
+    # 86.8, 304.7, 1,013.3 and 1,845.2 million are known; the digits follow from the list of tensors.
+    "vitb384_v21": 86_833_152,
+    "vitl384_v21": 304_680_960,
+    "vitg384_v21": 1_013_267_968,
+    "vitgigantic384_v21": 1_845_216_768,
 }
 
 

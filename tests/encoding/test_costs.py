@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.vit import VisionTransformer
+from jepa_cache.encoder.vit21 import VisionTransformer21
 from jepa_cache.encoding.costs import compare_runs, count_encoder, count_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
@@ -32,6 +33,26 @@ def test_an_encoder_input_costs_what_torch_counts(mode, num_frames, sampled, ste
     )
     counted = _count(lambda: model(torch.zeros(1, 3, num_frames, preset.resolution, preset.resolution)))
     assert count_encoder(preset, encode) == (counted, sampled, steps)
+
+
+@pytest.mark.parametrize(("single_frame", "num_frames"), [("doubled", 2), ("image", 1)])
+def test_a_v21_frame_costs_what_torch_counts_on_either_way(single_frame, num_frames):
+    preset = replace(CONFIG.encoder, kind="vjepa2_1", depth=12)
+    model = VisionTransformer21(
+        embed_dim=preset.embed_dim, depth=12, num_heads=preset.num_heads, mlp_dim=preset.mlp_dim
+    )
+    counted = _count(lambda: model(torch.zeros(1, 3, num_frames, preset.resolution, preset.resolution)))
+    assert count_encoder(preset, replace(CONFIG.encode, single_frame=single_frame)) == (counted, 1, 1)
+
+
+def test_pooling_makes_the_predictor_cheaper_and_leaves_the_encoder():
+    shape = {"num_frames": 1000, "num_actions": 7, "num_states": 7}
+    whole, pooled = (
+        compare_runs(CONFIG.encoder, CONFIG.predictor, CONFIG.train, replace(CONFIG.encode, pool=pool), **shape)
+        for pool in (1, 2)
+    )
+    assert whole.build == pooled.build and whole.online == pooled.online
+    assert 2 < whole.predictor / pooled.predictor < 10
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

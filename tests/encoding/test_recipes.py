@@ -203,6 +203,29 @@ def test_files_with_other_bytes_or_another_entry_are_other_weights(tmp_path):
     assert weights_identity(other_entry, tmp_path / "a.pt") not in identities
 
 
+def v21_config(**encode):
+    """A V-JEPA 2.1 encoder with everything that decides its tokens, V-JEPA 2's settings but for what must differ."""
+    config = tiny_config(**encode)
+    preset = dataclasses.replace(config.encoder, kind="vjepa2_1", depth=12, rope="paired", positions="rescaled")
+    return dataclasses.replace(config, encoder=preset)
+
+
+def v21_fingerprint(config):
+    return fingerprint(token_recipe(config.encode, config.encoder, {}, "w"))
+
+
+def test_the_way_of_a_single_frame_counts_in_frame_mode_only():
+    for mode, counts in (("frame", True), ("tubelet", False), ("clip", False)):
+        doubled, image = (v21_fingerprint(v21_config(mode=mode, single_frame=way)) for way in ("doubled", "image"))
+        assert (doubled != image) == counts, mode
+
+
+def test_positions_and_kind_count_in_a_v21_recipe():
+    config = v21_config()
+    for field, value in {"positions": "grid", "kind": "vjepa2"}.items():
+        assert v21_fingerprint(changed(config, "encoder", field, value)) != v21_fingerprint(config)
+
+
 def test_what_changed_between_two_recipes_is_named_by_its_path():
     old = {"encoder": {"rope": "tiled", "depth": 2}, "dtype": "float16", "gone": 1}
     new = {"encoder": {"rope": "paired", "depth": 2}, "dtype": "float16", "new": 2}
@@ -242,9 +265,11 @@ def test_any_one_field_of_a_recipe_makes_another_one_and_is_named(path):
 def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     text = (ROOT / "docs/filling.md").read_text()
     table = re.findall(r"^\| (`.*?) \| .+ \|$", text, re.MULTILINE)
+    v21 = v21_config()
     explained = {name for row in table for name in re.findall(r"`(.+?)`", row)}
     options = {path for path in LEAVES if path.startswith("source.")} - {"source.source", "source.recipe_version"}
-    assert explained == LEAVES.keys() - options | {"source.*"}
+    recipe = recipe_of(tiny_config(pool=2)) | {"encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]}
+    assert explained == leaves(recipe).keys() - options | {"source.*"}
 
 
 RUNNING_CHANGES = {

@@ -1,0 +1,98 @@
+"""Claims: a V-JEPA 2.1 file of the released structure goes through stage one and every command by naming preset and file.
+
+What is stored is the image path's output, averaged over 2 x 2 patches and cast once; the manifest, plan and predictor have the
+pooled grid; status names the settings that changed, and stage two refuses a manifest made with others.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+from jepa_cache.config.loading import load_config
+from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.data.cache import open_dataset
+from jepa_cache.encoder.preprocess import ac_transform
+from jepa_cache.encoder.structure import parameter_shapes
+from jepa_cache.encoder.vit21 import VisionTransformer21
+from jepa_cache.training.start import predictor_arguments
+from tests.encoded import decode_all, read_video
+from tests.official_files import draw_state, write_v21_file
+from tests.store import plain_reader
+
+SIZES = {"embed_dim": 48, "depth": 12, "num_heads": 2, "mlp_dim": 96, "resolution": 64}
+
+
+@pytest.fixture
+def made(fresh):
+    """A checkout with a preset of a tiny V-JEPA 2.1 encoder, its weights file, and one encoded recording."""
+    for name in ("a", "c"):
+        (fresh.recordings / f"{name}.tar").unlink()
+    lines = (fresh.folder / "configs/encoder/vitl384_v21.yaml").read_text().splitlines()
+    changed = {f"{key}:": f"{key}: {value}" for key, value in {**SIZES, "compute_dtype": "float32"}.items()}
+    lines = [next((new for key, new in changed.items() if line.startswith(key)), line) for line in lines]
+    (fresh.folder / "configs/encoder/small_v21.yaml").write_text("\n".join(lines))
+    preset: EncoderPreset = load_config(fresh.folder, ["encoder=small_v21"]).encoder
+    state = draw_state(parameter_shapes(preset))
+    write_v21_file(fresh.folder / "v21.pt", state)
+    overrides = ("encoder=small_v21", f"encode.weights={fresh.folder / 'v21.pt'}", "encode.single_frame=image")
+    return fresh, state, (*overrides, "encode.pool=2")
+
+
+def test_a_released_file_is_encoded_pooled_checked_and_offered_to_the_predictor(made):
+    checkout, state, overrides = made
+    planned = checkout.run("plan", "--json", checkout.recordings, *overrides).document
+    checkout.encode(*overrides)
+    manifest = checkout.manifest
+    assert (manifest.grid, manifest.num_tokens, manifest.width) == ((2, 2), 4, 48)
+    assert planned["all"]["steps"] == manifest.num_steps
+    tokens = plain_reader.read_tokens(checkout.tokens())
+    # Half of the bytes of so small a store are tables.
+    assert planned["bytes"]["float16"]["tokens"] == pytest.approx(_bytes_below(checkout.tokens()), rel=0.05)
+
+    frames = decode_all(read_video(checkout.recordings, "z"))[::4][: manifest.num_steps]
+    encoder = VisionTransformer21(embed_dim=48, depth=12, num_heads=2, mlp_dim=96)
+    encoder.load_state_dict(state)
+    with torch.no_grad():
+        whole = encoder(ac_transform(frames, 64)[:, :, None])
+    expected = avg_pool2d(whole.transpose(1, 2).unflatten(-1, (4, 4)), 2).flatten(2).transpose(1, 2).half().numpy()
+    # Another batch size orders float32 sums differently, which may move a value to the next number of float16.
+    np.testing.assert_allclose(tokens.astype(np.float32), expected.astype(np.float32), atol=4e-3)
+
+    online = checkout.run("verify", "--against-online", "4", "--json", checkout.recordings, *overrides)
+    assert online.code == 0 and online.document["against_online"]["bit_equal"]
+    assert checkout.run("status", "--json", checkout.recordings, *overrides).document["ready"]
+    config = load_config(checkout.folder, overrides)
+    assert predictor_arguments(config, open_dataset(config, checkout.folder))["grid"] == [2, 2]
+
+
+def _bytes_below(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_another_way_or_pool_is_another_recipe_that_status_and_stage_two_name(made):
+    checkout, _, overrides = made
+    checkout.encode(*overrides)
+    for other, change, words in (
+        (
+            "encode.single_frame=doubled",
+            "encoder.single_frame: 'image' -> 'doubled'",
+            "encode.single_frame is 'doubled'",
+        ),
+        ("encode.pool=4", "pool: 2 -> 4", "encode.pool is 4, the manifest has 2"),
+        ("encode.pool=1", "pool: 2 -> None", "encode.pool is 1, the manifest has 2"),
+    ):
+        text = checkout.run("status", checkout.recordings, *overrides, other).out
+        assert change in text and "another recipe" in text
+        with pytest.raises(ValueError, match=words):
+            open_dataset(load_config(checkout.folder, [*overrides, other]), checkout.folder)
+
+
+def test_the_wrong_entry_and_the_wrong_kind_stop_stage_one_by_name(made):
+    checkout, _, overrides = made
+    with pytest.raises(ValueError, match=r"no entry 'target_encoder'.*V-JEPA 2\.1.*vitl384_v21"):
+        checkout.encode("encoder=vitl", overrides[1])
+    preset = checkout.folder / "configs/encoder/small_v21.yaml"
+    preset.write_text(preset.read_text().replace("weights_entry: ema_encoder", "weights_entry: target_encoder"))
+    with pytest.raises(ValueError, match=r"no entry 'target_encoder'; it has: .*ema_encoder"):
+        checkout.encode(*overrides)
