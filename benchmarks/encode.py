@@ -120,17 +120,15 @@ def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, giv
     import torch
 
     from jepa_cache.config.machine import default_num_threads
-    from jepa_cache.encoder.checkpoints import load_encoder_state
     from jepa_cache.encoder.frozen import FrozenEncoder
+    from jepa_cache.encoder.modules import load_module
     from jepa_cache.encoding.run import encode_dataset
 
     torch.set_num_threads(default_num_threads())
     config = encoder_config(name, num_decoders)
     tars = make_recordings(folder, config, num_frames, given)
     episodes = read_episodes(build_source(config.dataset.source, dict(config.dataset.source_options)), tars)
-    encoder = FrozenEncoder(
-        config.encoder, load_encoder_state(config.encoder, None), device="cpu", compute_dtype="float32"
-    )
+    encoder = FrozenEncoder(config.encoder, load_module(config.encoder, None), device="cpu", compute_dtype="float32")
     # The encoder's speed does not depend on the pixels, so a few batches stand for all.
     sizes = [(-(-len(episode.frame_ticks) // round(episode.fps / config.encode.fps))) for episode in episodes]
     pixels = encoder.preprocess(np.concatenate(decode(episodes[0], config, True))[: config.encode.batch_size])

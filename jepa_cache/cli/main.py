@@ -19,6 +19,7 @@ COMMANDS = {
     "export": ("export", "export"),
     "inspect": ("inspect_data", "inspect"),
     "pack": ("pack", "pack"),
+    "add-encoder": ("add_encoder", "add_encoder"),
     "index-droid": ("index_droid", "index_droid"),
     "params": ("params", "params"),
     "doctor": ("doctor", "doctor"),

@@ -88,6 +88,7 @@ def check_config(config: Config) -> None:
             f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
         )
     _check_architecture(encoder)
+    _check_image_encoder(encode, encoder)
     _check_tokens(encode, encoder)
     if encoder.embed_dim % encoder.num_heads:
         raise ConfigError(
@@ -173,6 +174,32 @@ def _check_architecture(encoder: EncoderPreset) -> None:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: V-JEPA 2.1 encoders have no seeded random weights; set random_seed to null and name "
             "weights"
+        )
+
+
+def _check_image_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    if encoder.short_side is not None and (
+        not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution
+    ):
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: short_side is for the pillow_* crop rules and at least the resolution "
+            f"{encoder.resolution}; got {encoder.short_side} with crop {encoder.crop!r}"
+        )
+    if encoder.kind != "hf":
+        return
+    if encode.mode != "frame":
+        raise ConfigError(
+            f"encoder {encoder.name!r} is an image encoder and takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
+        )
+    if (encoder.rope, encoder.tubelet_size, encoder.weights_entry) != ("own", 1, None):
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has rope own, tubelet_size 1 and weights_entry null; got "
+            f"{encoder.rope!r}, {encoder.tubelet_size} and {encoder.weights_entry!r}"
+        )
+    if encoder.random_seed is not None:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has no seeded random weights; set random_seed to null and "
+            "name weights"
         )
 
 

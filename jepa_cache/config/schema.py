@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ENCODER_KINDS = ("vjepa2", "vjepa2_1")  # each another architecture, with other names of weights
+ENCODER_KINDS = (
+    "vjepa2",
+    "vjepa2_1",
+    "hf",
+)  # each another architecture; hf: an image encoder of the transformers library
 # Rotary positions that the weights of a kind were trained with: how channels are paired, and where rows and columns lie.
 ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
 # V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
@@ -56,7 +60,7 @@ class EncoderPreset:
     patch_size: int  # pixels
     tubelet_size: int  # frames
     resolution: int  # pixels, square
-    rope: str  # "tiled" (V-JEPA 2) or "paired" (V-JEPA 2.1)
+    rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business)
     crop: str  # key of encoder.preprocess.CROP_RULES
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
@@ -69,6 +73,9 @@ class EncoderPreset:
     kind: str = "vjepa2"  # one of ENCODER_KINDS
     positions: str = "grid"  # rows and columns by index, or "rescaled" to span 0 to 15 (V-JEPA 2.1)
     single_frame: str = "doubled"  # one of SINGLE_FRAMES; "image" in V-JEPA 2.1 only
+    short_side: int | None = (
+        None  # pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed
+    )
 
     @property
     def num_tokens(self) -> int:

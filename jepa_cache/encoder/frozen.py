@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_cache.config.schema import SINGLE_FRAMES
-from jepa_cache.encoder.checkpoints import build_encoder
 from jepa_cache.encoder.pooling import pool_tokens
-from jepa_cache.encoder.preprocess import CROP_RULES
+from jepa_cache.encoder.preprocess import crop_rule
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
@@ -45,7 +43,7 @@ class FrozenEncoder:
     def __init__(
         self,
         preset: EncoderPreset,
-        state: Mapping[str, Tensor | np.ndarray],
+        module: nn.Module,
         *,
         device: str | torch.device,
         compute_dtype: str,
@@ -56,19 +54,17 @@ class FrozenEncoder:
 
         Args:
             preset: sizes, crop rule, mean and std.
-            state: official name -> tensor, from `checkpoints.load_encoder_state`.
+            module: the preset's encoder, from `modules.load_module`: clips [B, 3, T, R, R] to tokens [B, T' * N, D].
             device: "cpu", "cuda", "cuda:1" ...
             compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
             single_frame: how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only).
             pool: 2 averages the tokens of each 2 x 2 patches.
 
         Raises:
-            ValueError: the state does not fit the preset, the encoder has no image path, or a name (dtype, crop rule, RoPE
-                flavour) is unknown.
+            ValueError: the encoder has no image path, or a name (dtype, crop rule) is unknown.
         """
         for what, name, known in (
             ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
-            ("crop", preset.crop, CROP_RULES),
             ("single_frame", single_frame, SINGLE_FRAMES),
         ):
             if name not in known:
@@ -87,7 +83,8 @@ class FrozenEncoder:
         self.preset = preset
         self.device = torch.device(device)
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
-        self.encoder = build_encoder(preset, state).to(self.device)
+        self._crop = crop_rule(preset)
+        self.encoder = module.to(self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -112,7 +109,7 @@ class FrozenEncoder:
             ValueError: the frames are not uint8 [F, h, w, 3].
         """
         preset = self.preset
-        return CROP_RULES[preset.crop](frames, preset.resolution, mean=preset.mean, std=preset.std)
+        return self._crop(frames, preset.resolution, mean=preset.mean, std=preset.std)
 
     @torch.no_grad()
     def encode(self, groups: Tensor) -> Tensor:

@@ -3,14 +3,19 @@
 No torchvision and no cv2: both resizes are torch's own, and both official results are met within one uint8 level.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jepa_cache.config.schema import EncoderPreset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -163,9 +168,67 @@ def eval_transform(
     return _normalised(pixels[:, :, top : top + size, left : left + size] / 255.0, 1.0, mean, std)
 
 
+def pillow_transform(
+    frames: np.ndarray,
+    size: int,
+    *,
+    resample: str,
+    short_side: int | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Prepare frames as the image processors of the transformers library do: Pillow's resize to uint8, centre crop, mean and std.
+
+    Args:
+        frames: [F, h, w, 3] uint8 RGB, any size.
+        size: output side, pixels.
+        resample: "bilinear", "bicubic" or "lanczos", all with antialias, as Pillow's filters are.
+        short_side: pixels that the short side is resized to before the centre is cut out; None squeezes the frame to the square.
+        mean: of RGB pixels in [0, 1].
+        std: of RGB pixels in [0, 1].
+
+    Returns:
+        [F, 3, size, size] float32.
+
+    Raises:
+        ValueError: the frames are not uint8 [F, h, w, 3].
+
+    Source: transformers 5.23, BitImageProcessorPil (DINOv2) and ViTImageProcessorPil; their results are met exactly.
+    """
+    from PIL import Image
+
+    frames = _checked(frames)
+    height, width = frames.shape[1:3]
+    resized = (size, size)
+    if short_side is not None:
+        long_side = int(short_side * max(height, width) / min(height, width))
+        resized = (short_side, long_side) if height <= width else (long_side, short_side)
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    pixels = torch.empty(len(frames), 3, size, size)
+    for target, frame in zip(pixels, frames, strict=True):
+        picture = Image.fromarray(frame).resize(resized[::-1], Image.Resampling[resample.upper()])
+        target.copy_(torch.from_numpy(np.array(picture)[top : top + size, left : left + size]).permute(2, 0, 1))
+    return _normalised(pixels / 255.0, 1.0, mean, std)
+
+
 CROP_RULES: Mapping[str, CropRule] = {
     "ac": ac_transform,
     "square": partial(ac_transform, aspect_range=(1.0, 1.0)),
     "eval_array": partial(eval_transform, antialias=False),
     "eval_tensor": partial(eval_transform, antialias=True),
+    "pillow_bilinear": partial(pillow_transform, resample="bilinear"),
+    "pillow_bicubic": partial(pillow_transform, resample="bicubic"),
+    "pillow_lanczos": partial(pillow_transform, resample="lanczos"),
 }
+
+
+def crop_rule(preset: EncoderPreset) -> CropRule:
+    """The rule that a preset names, with the short side that it gives.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if preset.crop not in CROP_RULES:
+        raise ValueError(f"unknown crop '{preset.crop}' for encoder '{preset.name}'; known: {', '.join(CROP_RULES)}")
+    rule = CROP_RULES[preset.crop]
+    return rule if preset.short_side is None else partial(rule, short_side=preset.short_side)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
+from jepa_cache.encoder.image_files import model_digest, resolve_model
 from jepa_cache.encoder.structure import random_state
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callab
 
     Args:
         preset: the encoder.
-        path: its weights file from `resolve_weights`; None for a preset with random_seed.
+        path: its weights from `resolve_weights`; None for a preset with random_seed.
         digest: gives a file's hex sha256, possibly remembered from an earlier run.
 
     Returns:
         `random:<sha256 over names, shapes and bytes>`, or `file:<sha256 of the file>` followed by `#<entry>` for
-        checkpoints that have entries.
+        checkpoints that have entries, or `hf:<sha256 over config and weights>` for an image encoder.
 
     Raises:
         ValueError: the file's digest is not the one that the preset gives, or the preset names no seed and no file.
@@ -75,12 +76,14 @@ def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callab
             total.update(f"{name} {list(array.shape)} {array.dtype.str}\n".encode())
             total.update(array.tobytes())
         return f"random:{total.hexdigest()}"
-    found = digest(path)
+    found = model_digest(path, digest=digest) if preset.kind == "hf" else digest(path)
     if preset.weights_sha256 and found != preset.weights_sha256:
         raise ValueError(
-            f"weights file {path} has sha256 {found}, but encoder preset '{preset.name}' gives {preset.weights_sha256}: "
-            f"it is another file or was damaged. Download it again, or correct weights_sha256 in the preset"
+            f"weights {path} have sha256 {found}, but encoder preset '{preset.name}' gives {preset.weights_sha256}: "
+            f"they are other ones or were damaged. Download it again, or correct weights_sha256 in the preset"
         )
+    if preset.kind == "hf":
+        return f"hf:{found}"
     entry = entry_in_use(preset, path)
     return f"file:{found}" + (f"#{entry}" if entry else "")
 
@@ -90,20 +93,24 @@ def weights_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache" / "weights"
 
 
-def resolve_weights(reference: str, *, base: Path) -> Path:
+def resolve_weights(reference: str, *, base: Path, kind: str = "vjepa2") -> Path:
     """Turn a reference to weights into a local file, downloading it at most once.
 
     Args:
-        reference: a path (relative to `base`, ~ allowed), an https:// URL, or hf://owner/repo/file.
+        reference: a path (relative to `base`, ~ allowed), an https:// URL, or hf://owner/repo/file; for kind hf a folder or
+            hf://owner/repo[@revision].
         base: folder that relative paths start from.
+        kind: of the encoder.
 
     Returns:
-        Path of an existing file.
+        Path of an existing file; for kind hf of a folder.
 
     Raises:
         WeightsNotFoundError: the file is missing or cannot be downloaded.
         ValueError: the reference has an unknown form, or names a V-JEPA 1 file.
     """
+    if kind == "hf":
+        return resolve_model(reference, base=base)
     scheme = urlparse(reference).scheme if "://" in reference else ""
     if scheme in ("http", "https"):
         return _download(reference)
@@ -117,17 +124,20 @@ def resolve_weights(reference: str, *, base: Path) -> Path:
     return path
 
 
-def find_weights(reference: str, *, base: Path) -> Path | None:
+def find_weights(reference: str, *, base: Path, kind: str = "vjepa2") -> Path | None:
     """The local file that `resolve_weights` would give, where it need not be downloaded; else None.
 
     Args:
         reference: as for `resolve_weights`.
         base: folder that relative paths start from.
+        kind: of the encoder.
 
     Raises:
         WeightsNotFoundError: a path that does not exist.
         ValueError: the reference has an unknown form.
     """
+    if kind == "hf":
+        return resolve_model(reference, base=base, local_only=True)
     scheme = urlparse(reference).scheme if "://" in reference else ""
     if scheme in ("http", "https"):
         target = _downloaded(reference)

@@ -100,7 +100,7 @@ def compare_online(
     """
     chosen = _choose(manifest, inventory, root, num_steps, seed)
     encode_config, preset = config.encode, inventory.encoder
-    weights = resolve_weights(preset.weights, base=base) if preset.weights is not None else None
+    weights = resolve_weights(preset.weights, base=base, kind=preset.kind) if preset.weights is not None else None
     encoder = load_encoder(
         preset,
         weights,

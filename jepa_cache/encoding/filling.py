@@ -71,13 +71,13 @@ def load_encoder(
     """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process."""
     import torch
 
-    from jepa_cache.encoder.checkpoints import load_encoder_state
     from jepa_cache.encoder.frozen import FrozenEncoder
+    from jepa_cache.encoder.modules import load_module
 
     torch.set_num_threads(num_threads)
     return FrozenEncoder(
         preset,
-        load_encoder_state(preset, weights),
+        load_module(preset, weights),
         device=device,
         compute_dtype=encode.compute_dtype,
         single_frame=encode.single_frame,

@@ -53,7 +53,7 @@ def take_inventory(config: Config, inputs: Sequence[str], base: Path) -> Invento
     weights, identity = None, ""
     table = DigestTable()
     if encoder.weights is not None:
-        weights = find_weights(encoder.weights, base=base)
+        weights = find_weights(encoder.weights, base=base, kind=encoder.kind)
     if encoder.weights is not None and weights is None:
         identity = f"not on this machine: {encoder.weights}"
         notes.append(

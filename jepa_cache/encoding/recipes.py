@@ -42,6 +42,7 @@ def token_recipe(
             "mean": list(encoder.mean),
             "resolution": encoder.resolution,
             "std": list(encoder.std),
+            **({} if encoder.short_side is None else {"short_side": encoder.short_side}),
         },
         "sampling": sampling_recipe(encode, phase),
         "compute_dtype": encode.compute_dtype,

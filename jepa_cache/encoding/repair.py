@@ -86,7 +86,7 @@ def _repair_units(
     root: CacheRoot,
 ) -> None:
     encoder = used_encoder(config)
-    weights = resolve_weights(encoder.weights, base=base) if encoder.weights is not None else None
+    weights = resolve_weights(encoder.weights, base=base, kind=encoder.kind) if encoder.weights is not None else None
     identity = weights_identity(encoder, weights, digest=DigestTable().digest)
     space = get_action_space(config.encode.action_space)
     parts = {part.tokens: part for part in plan_parts(config, encoder, identity, space, inputs, base)}

@@ -64,7 +64,7 @@ def encode_dataset(
     space = get_action_space(config.encode.action_space)
     encoder, weights = used_encoder(config), None
     if encoder.weights is not None:
-        weights = resolve_weights(encoder.weights, base=base)
+        weights = resolve_weights(encoder.weights, base=base, kind=encoder.kind)
     identity = weights_identity(encoder, weights, digest=DigestTable().digest)
 
     parts = on_plan(plan_parts(config, encoder, identity, space, inputs, base))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_cache.encoder.checkpoints import build_encoder
 from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, measure_cast, to_stored
 
 # Values of order 1 to 4; another batch size orders float32 sums differently.
@@ -18,7 +19,7 @@ BATCH_TOLERANCE = 1e-5
 
 @pytest.fixture
 def frozen(preset, wide_state):
-    return FrozenEncoder(preset, wide_state, device="cpu", compute_dtype="float32")
+    return FrozenEncoder(preset, build_encoder(preset, wide_state), device="cpu", compute_dtype="float32")
 
 
 @pytest.fixture
@@ -78,7 +79,11 @@ def test_nothing_can_train(frozen, frames):
 
 
 def test_bfloat16_is_near_float32_and_not_equal(preset, wide_state, frozen, frames):
-    half = FrozenEncoder(preset, wide_state, device="cpu", compute_dtype="bfloat16").encode(frames[:, None]).float()
+    half = (
+        FrozenEncoder(preset, build_encoder(preset, wide_state), device="cpu", compute_dtype="bfloat16")
+        .encode(frames[:, None])
+        .float()
+    )
     difference = (half - frozen.encode(frames[:, None])).abs()
     # bfloat16 keeps 8 bits: 0.4 % of values of order 1, through a few layers.
     assert 0 < difference.mean() < 0.03
@@ -86,7 +91,7 @@ def test_bfloat16_is_near_float32_and_not_equal(preset, wide_state, frozen, fram
 
 def test_weights_stored_in_bfloat16_are_computed_in_float32(preset, wide_state, frames):
     state = {name: value.bfloat16() for name, value in wide_state.items()}
-    frozen = FrozenEncoder(preset, state, device="cpu", compute_dtype="float32")
+    frozen = FrozenEncoder(preset, build_encoder(preset, state), device="cpu", compute_dtype="float32")
     assert frozen.encode(frames[:, None]).dtype == torch.float32
 
 
@@ -111,7 +116,9 @@ def test_groups_of_another_resolution_are_refused(frozen):
 )
 def test_unknown_settings_are_refused_at_the_start(preset, wide_state, change, compute_dtype, message):
     with pytest.raises(ValueError, match=message):
-        FrozenEncoder(replace(preset, **change), wide_state, device="cpu", compute_dtype=compute_dtype)
+        FrozenEncoder(
+            replace(preset, **change), build_encoder(preset, wide_state), device="cpu", compute_dtype=compute_dtype
+        )
 
 
 def test_storing_is_the_plain_cast():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_cache.encoder.checkpoints import build_encoder
 from jepa_cache.encoder.frozen import FrozenEncoder
 from jepa_cache.encoder.pooling import pool_tokens
 
@@ -50,7 +51,7 @@ def test_a_grid_that_does_not_split_is_refused(grid):
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_the_encoder_gives_the_means_of_what_it_gives_unpooled(preset, wide_state, compute_dtype):
     options = {"device": "cpu", "compute_dtype": compute_dtype}
-    whole, pooled = (FrozenEncoder(preset, wide_state, pool=pool, **options) for pool in (1, 2))
+    whole, pooled = (FrozenEncoder(preset, build_encoder(preset, wide_state), pool=pool, **options) for pool in (1, 2))
     clips = whole.preprocess(np.random.default_rng(2).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8)).view(
         2, 4, 3, 32, 32
     )

@@ -28,7 +28,9 @@ def encoder(preset_21, state_21):
 
 
 def frozen(preset, state, **options):
-    return FrozenEncoder(preset, state, **{"device": "cpu", "compute_dtype": "float32", **options})
+    return FrozenEncoder(
+        preset, build_encoder(preset, state), **{"device": "cpu", "compute_dtype": "float32", **options}
+    )
 
 
 def angles(grid, positions):

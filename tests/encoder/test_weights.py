@@ -199,5 +199,7 @@ def test_presets_have_the_released_size(name):
 def test_every_preset_names_exactly_one_origin_of_weights(path):
     preset = read_preset(path.stem)
     assert (preset.weights is None) != (preset.random_seed is None)
-    if preset.weights:
+    if preset.kind == "hf":
+        assert preset.weights.startswith("hf://") and preset.weights.count("/") == 3
+    elif preset.weights:
         assert preset.weights.removeprefix(weights.OFFICIAL_BASE_URL) in weights.OFFICIAL_FILES

@@ -59,6 +59,7 @@ ENCODER_CHANGES = {
     "std": (0.5, 0.5, 0.5),
     "random_seed": 1,
     "kind": "another",
+    "short_side": 72,
 }
 ENCODER_KEEPS = {
     "name": "other",

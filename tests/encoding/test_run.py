@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.encoder.checkpoints import load_encoder_state
 from jepa_cache.encoder.frozen import FrozenEncoder
+from jepa_cache.encoder.modules import load_module
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.root import CacheRoot
@@ -52,7 +52,7 @@ def encoded(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder():
     preset = tiny_config().encoder
-    return FrozenEncoder(preset, load_encoder_state(preset, None), device="cpu", compute_dtype="float32")
+    return FrozenEncoder(preset, load_module(preset, None), device="cpu", compute_dtype="float32")
 
 
 def reference_tokens(encoder, video, group):

@@ -1,0 +1,98 @@
+"""`jepa-cache add-encoder`: a preset for an image encoder of the transformers library, from what the model says of itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jepa_cache.config.loading import data_base, find_repository
+from jepa_cache.encoder.image_files import ImageModelError, model_files, read_model, read_preprocessing, resolve_model
+
+PRESET = """\
+# {model_type} from {reference}, an image encoder of the transformers library; frame mode only.
+# {kib:,.0f} KiB per step in float16 ({num_tokens} tokens * {embed_dim} channels * 2 bytes). Written by `jepa-cache add-encoder`.
+kind: hf
+embed_dim: {embed_dim}
+depth: {depth}
+num_heads: {num_heads}
+mlp_dim: {mlp_dim}
+patch_size: {patch_size}
+tubelet_size: 1
+resolution: {resolution}        # pixels, square
+short_side: {short_side}       # pixels that the short side is resized to before the centre is cut out; null: the frame is squeezed
+rope: own              # positions are the model's business
+crop: {crop}
+mean: {mean}   # of RGB pixels in [0, 1]
+std: {std}
+compute_dtype: {compute_dtype}
+batch_size: 64          # frames per forward
+weights: {reference}
+weights_entry: null
+weights_sha256: null   # empty: computed and recorded at first use
+random_seed: null
+"""
+
+
+def add_encoder(
+    source: Annotated[str, typer.Argument(help="folder of a saved model, or hf://owner/repo[@revision]")],
+    name: Annotated[str, typer.Argument(help="of the preset: configs/encoder/NAME.yaml")],
+    *,
+    resolution: Annotated[int | None, typer.Option(help="pixels, in place of the model's own")] = None,
+) -> None:
+    """Write configs/encoder/NAME.yaml for a frozen image encoder (DINOv2, DINOv3, I-JEPA, ViT, ...).
+
+    Sizes come from the model's config, preprocessing from its preprocessor_config.json. Nothing is run of the model, and a
+    model that needs code of its own is refused.
+
+    Args:
+        source: Folder of a saved model, or hf://owner/repo[@revision].
+        name: Of the preset.
+        resolution: Pixels, in place of the model's own; the short side grows in proportion.
+
+    Raises:
+        ValueError: The model cannot be used, the name is taken or no name, or the resolution is no multiple of the patch.
+    """
+    root = find_repository(Path.cwd())
+    path = root / "configs/encoder" / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(f"a preset's name has letters, digits, '_', '-' and '.'; got {name!r}")
+    if path.exists():
+        raise ValueError(f"{path.relative_to(root)} exists; choose another name, or remove it")
+    folder = resolve_model(source, base=data_base(root))
+    model_files(folder)
+    model = read_model(folder)
+    fields = read_preprocessing(folder)
+    lacking = [key for key in ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size") if key not in model.sizes]
+    if lacking:
+        raise ImageModelError(
+            f"the config of {source} does not say {', '.join(lacking)}; write the preset by hand (docs/encoders.md)"
+        )
+    if resolution is not None:
+        if fields["short_side"] is not None:
+            fields["short_side"] = round(fields["short_side"] * resolution / fields["resolution"])
+        fields["resolution"] = resolution
+    if fields["resolution"] % model.sizes["patch_size"]:
+        raise ValueError(
+            f"resolution {fields['resolution']} is no multiple of the model's patch_size {model.sizes['patch_size']}; choose one "
+            "with --resolution"
+        )
+    num_tokens = (fields["resolution"] // model.sizes["patch_size"]) ** 2
+    fields["short_side"] = "null" if fields["short_side"] is None else fields["short_side"]
+    reference = source if source.startswith("hf://") else str(folder.resolve())
+    text = PRESET.format(
+        model_type=model.model_type,
+        reference=reference,
+        num_tokens=num_tokens,
+        kib=num_tokens * model.sizes["embed_dim"] * 2 / 1024,
+        compute_dtype="bfloat16",
+        **model.sizes,
+        **fields,
+    )
+    path.write_text(text)
+    print(f"{model.model_type}: {num_tokens} tokens a frame, {model.sizes['embed_dim']} wide")
+    print(
+        f"wrote {path.relative_to(root)}; next: jepa-cache plan encoder={name}, python stages/encode.py encoder={name}"
+    )

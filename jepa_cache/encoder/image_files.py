@@ -1,0 +1,263 @@
+"""Image encoders of the transformers library as they lie on disk: which files count, what names them, what they say of themselves.
+
+Imports neither torch nor transformers. No code that lies beside the weights is ever run, and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jepa_cache.config.schema import EncoderPreset
+
+CONFIG, PREPROCESSING, WEIGHTS, INDEX = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+CLASS_TOKENS = {
+    "beit": 1,
+    "clip_vision_model": 1,
+    "deit": 2,  # class and distillation
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "ijepa": 0,
+    "siglip_vision_model": 0,
+    "vit": 1,
+    "vit_msn": 1,
+}
+"""Tokens before the patch tokens of `last_hidden_state`, by model_type; registers (config.num_register_tokens) come on top."""
+PILLOW_FILTERS = {
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}  # numbers of PIL.Image.Resampling, as preprocessing files have them
+OFTEN_TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
+
+
+class ImageModelError(ValueError):
+    """A folder or hub repository that cannot serve as a frozen image encoder; the message says why and what would."""
+
+
+def resolve_model(reference: str, *, base: Path, local_only: bool = False) -> Path | None:
+    """The folder of a model: one on disk, or the local copy of a hub repository.
+
+    Args:
+        reference: folder (relative to `base`, ~ allowed), or hf://owner/repo, hf://owner/repo@revision.
+        base: folder that relative paths start from.
+        local_only: download nothing.
+
+    Returns:
+        A folder; None only with `local_only`, where the hub's copy is not on this machine.
+
+    Raises:
+        ImageModelError: the folder or repository cannot be had.
+    """
+    if not reference.startswith("hf://"):
+        if "://" in reference:
+            raise ImageModelError(f"an image encoder is a folder or hf://owner/repo[@revision]; got '{reference}'")
+        folder = base / Path(reference).expanduser()
+        if not folder.is_dir():
+            raise ImageModelError(
+                f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
+                f"hf://owner/repo[@revision]; {folder} is no folder"
+            )
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = reference.removeprefix("hf://").partition("@")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ImageModelError(f"a model on the hub is hf://owner/repo or hf://owner/repo@revision; got '{reference}'")
+    try:
+        # By name: neither code nor pickles are ever fetched.
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=[CONFIG, PREPROCESSING, "model*.safetensors", INDEX],
+                local_files_only=local_only,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if local_only:
+            return None
+        raise ImageModelError(f"{reference} could not be had from the hub: {error}") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ImageModelError(
+            f"{reference} could not be had from the hub: {error}. Download it on a machine with network (`hf download {repo}`) and "
+            "name the folder with encode.weights=PATH"
+        ) from error
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide a model's numbers, config first, then weights by name.
+
+    Raises:
+        ImageModelError: a file is missing, or the weights are pickles.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ImageModelError(f"{folder} holds no {CONFIG}; an image encoder is a folder as save_pretrained writes it")
+    if (folder / INDEX).is_file():
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = [folder / INDEX, *(folder / name for name in names)]
+    else:
+        files = [folder / WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or len(files) == 0:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        raise ImageModelError(
+            f"{folder} lacks {', '.join(missing)}"
+            + (f"; it has {', '.join(pickles)}, but pickles can run code and are not read here" if pickles else "")
+            + ". Save the model again with save_pretrained(FOLDER), which writes safetensors"
+        )
+    return [folder / CONFIG, *files]
+
+
+def model_digest(folder: Path, *, digest: Callable[[Path], str]) -> str:
+    """Name a model by the content of its config and weights, whatever folder or revision they came from: hex sha256.
+
+    Args:
+        folder: from `resolve_model`.
+        digest: gives a file's hex sha256, possibly remembered from an earlier run.
+
+    Raises:
+        ImageModelError: a file is missing.
+    """
+    total = hashlib.sha256()
+    for file in model_files(folder):
+        total.update(f"{file.name} {digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+class ImageModel(NamedTuple):
+    """What a model's config says.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        num_prefix: tokens before the patch tokens: class, distillation and register tokens.
+        sizes: embed_dim, depth, num_heads, mlp_dim (of two equal matrices, for gated ones too) and patch_size, where it says so.
+    """
+
+    model_type: str
+    num_prefix: int
+    sizes: Mapping[str, int]
+
+
+def read_model(folder: Path) -> ImageModel:
+    """Read a model's config.
+
+    Raises:
+        ImageModelError: it needs code of its own, or is of a type whose tokens are not known to be patches in rows.
+    """
+    config = _read_json(folder / CONFIG)
+    model_type = str(config.get("model_type"))
+    if "auto_map" in config:
+        raise ImageModelError(
+            f"{folder / CONFIG} names code of its own (auto_map: {', '.join(map(str, config['auto_map'].values()))}). Code of a "
+            "repository is never run here; take a copy of the model in a class that transformers itself has"
+        )
+    if model_type not in CLASS_TOKENS:
+        both = (
+            f" {model_type} holds a text model too: save the image part alone."
+            if model_type in OFTEN_TWO_TOWERS
+            else ""
+        )
+        raise ImageModelError(
+            f"{folder / CONFIG} is of model_type '{model_type}', of which it is not known that its tokens are patches in rows, "
+            f"and how many others come before them.{both} Known: {', '.join(sorted(CLASS_TOKENS))}"
+        )
+    sizes = {
+        ours: config[theirs]
+        for ours, theirs in (
+            ("embed_dim", "hidden_size"),
+            ("depth", "num_hidden_layers"),
+            ("num_heads", "num_attention_heads"),
+            ("patch_size", "patch_size"),
+        )
+        if isinstance(config.get(theirs), int)
+    }
+    if model_type.startswith("dinov2"):  # gated ones have three matrices of 2/3 of this
+        sizes["mlp_dim"] = int(config["hidden_size"] * config.get("mlp_ratio", 4))
+    elif isinstance(config.get("intermediate_size"), int):
+        gated = bool(config.get("use_gated_mlp"))
+        sizes["mlp_dim"] = config["intermediate_size"] * 3 // 2 if gated else config["intermediate_size"]
+    return ImageModel(model_type, CLASS_TOKENS[model_type] + int(config.get("num_register_tokens") or 0), sizes)
+
+
+def check_model(preset: EncoderPreset, folder: Path) -> ImageModel:
+    """Compare a model with the preset that names it.
+
+    Raises:
+        ImageModelError: listing every size that differs, or as `read_model`.
+    """
+    model = read_model(folder)
+    differing = [
+        f"{name} is {getattr(preset, name)} in the preset and {size} in the model"
+        for name, size in model.sizes.items()
+        if getattr(preset, name) != size
+    ]
+    if differing:
+        raise ImageModelError(
+            f"encoder preset '{preset.name}' does not describe the model in {folder}: {'; '.join(differing)}. "
+            f"`jepa-cache add-encoder {folder} NAME` writes the preset that does"
+        )
+    return model
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """The preset fields that a model's preprocessing file stands for: resolution, short_side, crop, mean, std.
+
+    Raises:
+        ImageModelError: the file is missing, or asks for something else than a resize by Pillow, a centre crop, and mean and std.
+    """
+    path = folder / PREPROCESSING
+    if not path.is_file():
+        raise ImageModelError(
+            f"{folder} has no {PREPROCESSING}, so how its pictures were prepared is not known; write the preset by hand (docs/encoders.md)"
+        )
+    config = _read_json(path)
+
+    def refuse(what: str) -> ImageModelError:
+        return ImageModelError(f"{path}: {what}; write the preset by hand (docs/encoders.md)")
+
+    size, crop = config.get("size"), config.get("crop_size")
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if not config.get("do_resize", True) or not config.get("do_normalize", True):
+        raise refuse("it does not resize, or does not normalise")
+    if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not config.get("do_rescale", True):
+        raise refuse(f"pixels are scaled by {config.get('rescale_factor')} and not by 1/255")
+    if config.get("resample", 2) not in PILLOW_FILTERS:
+        raise refuse(f"resample {config['resample']} is none of {PILLOW_FILTERS}")
+    short_side = size if isinstance(size, int) else (size or {}).get("shortest_edge")
+    cropped = bool(config.get("do_center_crop", False))
+    square = crop if cropped else size
+    if not isinstance(square, Mapping) or square.get("height") != square.get("width") or not square.get("height"):
+        raise refuse(f"it gives no square: size {size}, crop_size {crop}, do_center_crop {cropped}")
+    if cropped and short_side is None:
+        if size != crop:
+            raise refuse(f"it squeezes to {size} and then crops to {crop}")
+    elif not cropped:
+        short_side = None
+    return {
+        "resolution": square["height"],
+        "crop": f"pillow_{PILLOW_FILTERS[config.get('resample', 2)]}",
+        "short_side": short_side,
+        "mean": list(config["image_mean"]),
+        "std": list(config["image_std"]),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ImageModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ImageModelError(f"{path} holds no JSON object")
+    return content

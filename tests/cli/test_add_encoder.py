@@ -1,0 +1,146 @@
+"""`jepa-cache add-encoder`, and what becomes of the preset that it writes.
+
+Claims:
+- the preset follows from the model's config and preprocessing; encode, verify against online and training take it like every other;
+- the cached tokens are those of the transformers model for the frames as its own processor prepares them;
+- another model under the same preset is another recipe; names that are taken, and what cannot be used, are refused and write nothing.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from transformers import BitImageProcessorPil
+
+from jepa_cache.config.loading import load_config
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.store.manifest import read_manifest
+from tests.encoded import decode_all, read_video
+from tests.encoder.image_models import CENTRE_CROP, change_config, make_model, save_model
+
+
+@pytest.fixture
+def added(fresh, tmp_path):
+    folder = save_model(tmp_path / "model")
+    result = fresh.run("add-encoder", folder, "small_dino")
+    assert result.code == 0 and "16 tokens a frame, 32 wide" in result.out and "encoder=small_dino" in result.out
+    return fresh
+
+
+def encode(checkout, *overrides):
+    checkout.encode("encoder=small_dino", "encode.compute_dtype=float32", *overrides)
+    return read_manifest(checkout.manifest_path)
+
+
+def test_the_preset_says_what_the_model_says(added):
+    preset = load_config(added.folder, ["encoder=small_dino"]).encoder
+    assert (preset.kind, preset.embed_dim, preset.depth, preset.num_heads, preset.mlp_dim) == ("hf", 32, 2, 2, 64)
+    assert (preset.resolution, preset.short_side, preset.crop, preset.num_tokens) == (64, 73, "pillow_bicubic", 16)
+    assert preset.trained
+
+
+def test_cached_tokens_are_the_model_s_own(added):
+    manifest = encode(added)
+    assert (manifest.num_tokens, manifest.width, manifest.grid, manifest.encoder_trained) == (16, 32, (4, 4), True)
+    model, processor = make_model("dinov2"), BitImageProcessorPil(**CENTRE_CROP)
+    found = 0
+    for entry in manifest.entries:
+        store = added.root.tokens(manifest.fingerprint, entry.unit_digest)
+        tokens, steps, segments = zarr.open_group(store, mode="r")["tokens"][...], *tables(store)
+        for segment in segments:
+            rows = slice(segment["start"], segment["stop"])
+            frames = decode_all(read_video(added.recordings, segment["episode"]))[steps["frame"][rows]]
+            pixels = processor(list(frames), return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                own = model(pixel_values=pixels).last_hidden_state[:, 1:]
+            assert np.abs(tokens[rows].astype(np.float32) - own.numpy()).max() < 2e-3 * own.abs().max(), "float16"
+            found += 1
+    assert found == 4
+
+
+def tables(store):
+    import pyarrow.parquet as pq
+
+    from jepa_cache.store import layout
+
+    steps = {name: np.array(values) for name, values in pq.read_table(store / layout.STEPS_FILE).to_pydict().items()}
+    return steps, pq.read_table(store / layout.SEGMENTS_FILE).to_pylist()
+
+
+def test_verify_encodes_again_and_finds_the_same(added):
+    encode(added)
+    overrides = ["encoder=small_dino", "encode.compute_dtype=float32", str(added.recordings)]
+    result = added.run("verify", "--against-online", "3", "--json", *overrides)
+    assert result.code == 0, result.err
+    status = added.run("status", "--json", *overrides)
+    assert status.code == 0, status.err
+
+
+def test_the_predictor_trains_on_such_tokens(added, tmp_path, monkeypatch):
+    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.data.scaler import fit_scaler
+    from jepa_cache.training.trainer import train
+
+    encode(added)
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
+    overrides = ["encoder=small_dino", "encode.compute_dtype=float32", "train.num_steps=2", "train.num_warmup=0"]
+    overrides += [
+        "train.num_anneal=0",
+        "train.window_steps=3",
+        "train.batch_size=2",
+        "train.validate_every=0",
+        "split.val_share=0.5",
+    ]
+    config = load_config(added.folder, overrides)
+    dataset = open_dataset(config, added.folder)
+    scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
+    assert train(config, dataset, scaler, tmp_path / "train/run", base=tmp_path).num_trained == 2
+
+
+def test_another_model_in_the_same_place_is_another_recipe(added, tmp_path):
+    first = encode(added)
+    save_model(tmp_path / "model", seed=1)
+    assert encode(added).fingerprint != first.fingerprint
+
+
+def test_a_model_that_has_changed_its_shape_is_refused(added, tmp_path):
+    save_model(tmp_path / "model", hidden_size=48)
+    with pytest.raises(ValueError, match=r"embed_dim is 32 in the preset and 48 in the model.*add-encoder"):
+        encode(added)
+
+
+@pytest.mark.parametrize("mode", ["tubelet", "clip"])
+def test_frames_are_taken_one_by_one(added, mode):
+    with pytest.raises(ConfigError, match=r"takes frames one by one; encode\.mode must be frame"):
+        load_config(added.folder, ["encoder=small_dino", f"encode.mode={mode}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "changes", "message"),
+    [
+        ("vitl", (), {}, "configs/encoder/vitl.yaml exists"),
+        ("../evil", (), {}, "a preset's name has letters"),
+        ("odd", ("--resolution", "70"), {}, "resolution 70 is no multiple of the model's patch_size 16"),
+        ("swin", (), {"model_type": "swin"}, "model_type 'swin', of which it is not known"),
+        ("evil", (), {"auto_map": {"AutoModel": "a.B"}}, "names code of its own"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_writes_nothing(fresh, tmp_path, name, options, changes, message):
+    folder = save_model(tmp_path / "model")
+    change_config(folder, **changes)
+    before = sorted(path.name for path in (fresh.folder / "configs/encoder").iterdir())
+    with pytest.raises(ValueError, match=message):
+        fresh.run("add-encoder", folder, name, *options)
+    assert sorted(path.name for path in (fresh.folder / "configs/encoder").iterdir()) == before
+
+
+def test_another_resolution_scales_the_short_side_too(fresh, tmp_path):
+    folder = save_model(tmp_path / "model")
+    fresh.run("add-encoder", folder, "wide", "--resolution", "128")
+    preset = load_config(fresh.folder, ["encoder=wide"]).encoder
+    assert (preset.resolution, preset.short_side, preset.num_tokens) == (128, 146, 64)
+    (folder / "preprocessor_config.json").write_text(json.dumps({k: v for k, v in CENTRE_CROP.items() if k != "size"}))
+    with pytest.raises(ValueError, match="write the preset by hand"):
+        fresh.run("add-encoder", folder, "another")

@@ -1,0 +1,238 @@
+"""Frozen image encoders of the transformers library.
+
+Claims:
+- the tokens are the model's own last_hidden_state without class, distillation and register tokens, in rows of the picture, for every
+  class that is known; other sizes than the model takes, and other numbers of tokens, are errors;
+- pixels are what transformers' own image processors make of the frames, exactly;
+- code of a repository is never run, pickles are never read, weights that are missing are never drawn;
+- the identity is that of config and weights, wherever they lie; a preset that does not describe the model is refused with every
+  difference.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.encoder.image_encoder import load_image_encoder
+from jepa_cache.encoder.image_files import (
+    CLASS_TOKENS,
+    ImageModelError,
+    model_digest,
+    read_model,
+    read_preprocessing,
+    resolve_model,
+)
+from jepa_cache.encoder.preprocess import crop_rule, pillow_transform
+from jepa_cache.encoder.weights import file_sha256
+from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, save_model
+
+RNG = np.random.default_rng(0)
+
+
+def preset_of(folder, **changes) -> EncoderPreset:
+    fields = read_preprocessing(folder)
+    return replace(
+        EncoderPreset(
+            name="image",
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            mlp_dim=64,
+            patch_size=16,
+            tubelet_size=1,
+            rope="own",
+            compute_dtype="float32",
+            batch_size=4,
+            weights=str(folder),
+            weights_entry=None,
+            weights_sha256=None,
+            random_seed=None,
+            kind="hf",
+            **fields,
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("dinov2"))
+
+
+def test_every_known_class_is_tried_here():
+    assert set(MODELS) == set(CLASS_TOKENS)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_tokens_are_the_model_s_own_without_what_comes_before_the_patches(tmp_path, model_type):
+    folder = save_model(tmp_path, model_type)
+    encoder = load_image_encoder(preset_of(folder), folder)
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = make_model(model_type)(pixel_values=pixels).last_hidden_state
+        tokens = encoder(pixels[:, :, None])
+    assert tokens.shape == (2, 16, 32)
+    assert torch.equal(tokens, own[:, MODELS[model_type][3] :])
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_tokens_come_row_by_row(tmp_path, model_type):
+    # Without blocks a token sees its own patch only.
+    folder = save_model(tmp_path, model_type, num_hidden_layers=0)
+    encoder = load_image_encoder(preset_of(folder, depth=0), folder)
+    pixels = torch.randn(1, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    other = pixels.clone()
+    other[..., 16:32, 32:48] += 1.0  # row 1, column 2 of 4 x 4
+    changed = (encoder(pixels) != encoder(other)).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [1 * 4 + 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "preprocessing"), [((90, 160), CENTRE_CROP), ((75, 74), CENTRE_CROP), ((90, 160), SQUEEZED)]
+)
+def test_pixels_are_those_of_the_library_s_own_processor(tmp_path, size, preprocessing):
+    from transformers import BitImageProcessorPil, ViTImageProcessorPil
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    (tmp_path / "config.json").write_text("{}")
+    frames = RNG.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    processor = (BitImageProcessorPil if preprocessing is CENTRE_CROP else ViTImageProcessorPil)(**preprocessing)
+    expected = processor(list(frames), return_tensors="pt")["pixel_values"]
+    preset = preset_of(tmp_path)
+    assert torch.equal(crop_rule(preset)(frames, preset.resolution, mean=preset.mean, std=preset.std), expected)
+
+
+def test_frames_do_not_depend_on_their_neighbours():
+    frames = RNG.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    together = pillow_transform(frames, 32, resample="bicubic", short_side=36)
+    alone = [pillow_transform(frames[i : i + 1], 32, resample="bicubic", short_side=36) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_one_frame_is_refused(dinov2):
+    encoder = load_image_encoder(preset_of(dinov2), dinov2)
+    with pytest.raises(ImageModelError, match=r"one by one; got 2\. Set encode\.mode: frame"):
+        encoder(torch.zeros(1, 3, 2, 64, 64))
+
+
+def test_code_of_a_repository_is_refused_by_name_and_never_run(tmp_path):
+    folder = save_model(tmp_path)
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(folder, auto_map={"AutoModel": "modeling_evil.Evil"}, model_type="evil")
+    with pytest.raises(ImageModelError, match=r"auto_map: modeling_evil\.Evil.*never run"):
+        load_image_encoder(preset_of(folder), folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_are_not_read(tmp_path):
+    folder = save_model(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ImageModelError, match=r"lacks model\.safetensors; it has pytorch_model\.bin, but pickles"):
+        load_image_encoder(preset_of(folder), folder)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    del state["encoder.layer.1.norm1.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ImageModelError, match=r"missing encoder\.layer\.1\.norm1\.weight; .*would be random"):
+        load_image_encoder(preset_of(folder), folder)
+
+
+def test_a_pooler_that_is_missing_does_not_matter(tmp_path):
+    folder = save_model(tmp_path, "vit")
+    from safetensors.torch import load_file, save_file
+
+    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("pooler.")}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_image_encoder(preset_of(folder), folder)(torch.zeros(1, 3, 1, 64, 64)).shape == (1, 16, 32)
+
+
+def test_a_resolution_that_the_model_does_not_take_is_an_error_and_one_that_it_takes_is_not(tmp_path, dinov2):
+    wide = load_image_encoder(preset_of(dinov2, resolution=96), dinov2)
+    assert wide(torch.zeros(1, 3, 1, 96, 96)).shape == (1, 36, 32), "DINOv2 interpolates its positions"
+    folder = save_model(tmp_path, "ijepa")
+    with pytest.raises(ImageModelError, match="does not take the 96 px of encoder preset 'image'"):
+        load_image_encoder(preset_of(folder, resolution=96), folder)
+
+
+def test_a_preset_that_does_not_describe_the_model_is_refused_with_every_difference(dinov2):
+    with pytest.raises(
+        ImageModelError, match=r"embed_dim is 48 .* 32 in the model; depth is 3 .* 2 in the model"
+    ) as error:
+        load_image_encoder(preset_of(dinov2, embed_dim=48, depth=3), dinov2)
+    assert "add-encoder" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "resnet"}, "model_type 'resnet', of which it is not known"),
+        ({"model_type": "clip"}, "clip holds a text model too"),
+    ],
+)
+def test_models_without_known_patches_are_refused(tmp_path, dinov2, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((dinov2 / "config.json").read_text()) | changes))
+    with pytest.raises(ImageModelError, match=message):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_resize": False}, "does not resize"),
+        ({"rescale_factor": 1.0}, "scaled by 1.0 and not by 1/255"),
+        ({"resample": 0}, "resample 0 is none of"),
+        ({"crop_size": {"height": 64, "width": 80}}, "gives no square"),
+        ({"size": {"height": 70, "width": 70}}, "squeezes to .* and then crops"),
+    ],
+)
+def test_preprocessing_that_is_not_known_is_refused(tmp_path, changes, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CENTRE_CROP | changes))
+    with pytest.raises(ImageModelError, match=message):
+        read_preprocessing(tmp_path)
+
+
+def test_a_folder_that_is_none_and_a_reference_that_is_none_are_refused(tmp_path):
+    with pytest.raises(ImageModelError, match="is no folder"):
+        resolve_model("nothing", base=tmp_path)
+    with pytest.raises(ImageModelError, match="or hf://owner/repo@revision; got 'hf://only'"):
+        resolve_model("hf://only", base=tmp_path)
+    with pytest.raises(ImageModelError, match="a folder or hf://"):
+        resolve_model("https://example.com/model", base=tmp_path)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_identity_is_that_of_config_and_weights_wherever_they_lie(tmp_path, dinov2):
+    same = save_model(tmp_path / "copy")
+    other = save_model(tmp_path / "other", seed=1)
+    identity = model_digest(dinov2, digest=file_sha256)
+    assert model_digest(same, digest=file_sha256) == identity
+    assert model_digest(other, digest=file_sha256) != identity
+    change_config(same, layer_norm_eps=1e-5)
+    assert model_digest(same, digest=file_sha256) != identity, "the config decides numbers too"
+
+
+def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp_path, dinov2):
+    model = make_model("dinov2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CENTRE_CROP))
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    pixels = torch.randn(1, 3, 1, 64, 64)
+    one, several = (load_image_encoder(preset_of(folder), folder)(pixels) for folder in (dinov2, tmp_path))
+    assert torch.equal(one, several)
+    next(tmp_path.glob("model-00002-*.safetensors")).unlink()
+    with pytest.raises(ImageModelError, match=r"lacks model-00002-"):
+        model_digest(tmp_path, digest=file_sha256)
