@@ -68,7 +68,7 @@ def add_encoder(
     lacking = [key for key in ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size") if key not in model.sizes]
     if lacking:
         raise ImageModelError(
-            f"the config of {source} does not say {', '.join(lacking)}; write the preset by hand (docs/encoders.md)"
+            f"the config of {source} does not say {', '.join(lacking)}; write the preset by hand (docs/image_encoders.md)"
         )
     if resolution is not None:
         if fields["short_side"] is not None:

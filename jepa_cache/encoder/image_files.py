@@ -84,13 +84,11 @@ def resolve_model(reference: str, *, base: Path, local_only: bool = False) -> Pa
                 local_files_only=local_only,
             )
         )
-    except LocalEntryNotFoundError as error:
-        if local_only:
-            return None
-        raise ImageModelError(f"{reference} could not be had from the hub: {error}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
+        if local_only and isinstance(error, LocalEntryNotFoundError):
+            return None
         raise ImageModelError(
-            f"{reference} could not be had from the hub: {error}. Download it on a machine with network (`hf download {repo}`) and "
+            f"{reference} could not be had from the hub: {error} Download it on a machine with network (`hf download {repo}`) and "
             "name the folder with encode.weights=PATH"
         ) from error
 
@@ -219,12 +217,12 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     path = folder / PREPROCESSING
     if not path.is_file():
         raise ImageModelError(
-            f"{folder} has no {PREPROCESSING}, so how its pictures were prepared is not known; write the preset by hand (docs/encoders.md)"
+            f"{folder} has no {PREPROCESSING}, so how its pictures were prepared is not known; write the preset by hand (docs/image_encoders.md)"
         )
     config = _read_json(path)
 
     def refuse(what: str) -> ImageModelError:
-        return ImageModelError(f"{path}: {what}; write the preset by hand (docs/encoders.md)")
+        return ImageModelError(f"{path}: {what}; write the preset by hand (docs/image_encoders.md)")
 
     size, crop = config.get("size"), config.get("crop_size")
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
