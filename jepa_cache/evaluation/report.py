@@ -11,6 +11,7 @@ from typing import Any
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
+from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
 from jepa_cache.evaluation.strips import build_strip
 from jepa_cache.evaluation.subject import open_subject
@@ -38,6 +39,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     errors = measure_windows(subject)
     metrics = summarize(errors, config, dataset)
     write_metrics(metrics, out / "metrics.json")
+    write_record(errors, subject, weights, out)
     rows = horizon_table(errors, config)
     write_horizon(rows, out / "horizon.csv")
     pictures = out / "pictures"

@@ -1,0 +1,81 @@
+"""What lets two evaluations be compared later: the error of each held-out episode, and the settings that the run was made with."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa_cache.evaluation.metrics import episode_means
+from jepa_cache.evaluation.run import MODEL, WindowErrors
+from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.checkpoints import read_card
+from jepa_cache.store.recipe import canonical_json
+from jepa_cache.store.root import atomic_file
+
+EPISODES_FILE = "episodes.csv"
+SETTINGS_FILE = "settings.json"
+
+
+def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float]]:
+    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and control.
+
+    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for name in errors.one_step:
+        one_step, rollout = (
+            ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
+        )
+        columns[one_step] = episode_means(errors.one_step[name], errors.episodes)
+        columns[rollout] = episode_means(errors.horizon[name].mean(axis=1), errors.episodes)
+    return [
+        {"episode": episode, "num_windows": errors.episodes.count(episode)}
+        | {name: float(values[row]) for name, values in columns.items()}
+        for row, episode in enumerate(sorted(set(errors.episodes)))
+    ]
+
+
+def describe_subject(subject: Subject, weights: Path) -> dict[str, Any]:
+    """Everything that says what was measured: the training run, its settings, the tokens, and how they were measured.
+
+    Args:
+        subject: What is measured.
+        weights: Its predictor.safetensors, whose card says how it was trained.
+    """
+    card, manifest, config = read_card(weights), subject.dataset.manifest, subject.config
+    description = card["description"]
+    return {
+        "run": card["run"],
+        "step": card["step"],
+        "dataset": manifest.dataset,
+        "encoder": manifest.encoder,
+        "encoder_trained": manifest.encoder_trained,
+        "mode": manifest.mode,
+        "dtype": subject.dataset.dtype,
+        "tokens_fingerprint": manifest.fingerprint,
+        "manifest": manifest.digest,
+        "action_space": manifest.action_space,
+        **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
+        "measured": {
+            "filter": asdict(config.filter),
+            "split": asdict(config.split),
+            "evaluate": asdict(config.evaluate),
+            "window_steps": subject.window_steps,
+            "normalize_reps": subject.normalize_reps,
+        },
+    }
+
+
+def write_record(errors: WindowErrors, subject: Subject, weights: Path, out: Path) -> None:
+    """Write episodes.csv and settings.json, which `jepa-cache compare` reads."""
+    rows = episode_table(errors)
+    with atomic_file(out / EPISODES_FILE) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_file(out / SETTINGS_FILE) as temporary:
+        temporary.write_bytes(canonical_json(describe_subject(subject, weights)))
