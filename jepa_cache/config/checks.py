@@ -12,6 +12,7 @@ from jepa_cache.config.schema import (
     INT4_GROUP,
     LEVEL_LAYERS,
     LOGGERS,
+    MEASUREMENTS,
     METRICS,
     OPTIMIZERS,
     PRECISIONS,
@@ -48,6 +49,8 @@ def check_config(config: Config) -> None:
     _check_choice("train.select", train.select, ("last", "best"))
     for logger in train.loggers:
         _check_choice("train.loggers", logger, LOGGERS)
+    for measurement in evaluate.measure:
+        _check_choice("evaluate.measure", measurement, MEASUREMENTS)
     _check_choice(f"kind of encoder {encoder.name}", encoder.kind, ENCODER_KINDS)
     _check_choice("encode.single_frame", encode.single_frame, SINGLE_FRAMES)
     for key in ("fps", "num_decoders", "batch_size", "pool"):

@@ -25,6 +25,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
 LOGGERS = ("dvclive", "tensorboard", "wandb")
+MEASUREMENTS: tuple[str, ...] = ()  # of evaluation, beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
 
 
@@ -224,6 +225,7 @@ class EvaluateConfig:
     num_bootstrap: int  # resamples of the episodes
     batch_size: int
     seed: int
+    measure: tuple[str, ...]  # of MEASUREMENTS, beside the errors that are always measured
 
 
 @dataclass(frozen=True)

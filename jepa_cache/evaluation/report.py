@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
 from jepa_cache.evaluation.strips import build_strip
-from jepa_cache.evaluation.subject import open_subject
+from jepa_cache.evaluation.subject import Subject, open_subject
+from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import atomic_file
+
+Measurement = Callable[[Subject, Path], dict[str, Any]]
+"""Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
+
+MEASUREMENTS: dict[str, Measurement] = {}
+"""What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
 
 NUM_STRIPS = 2
 NUM_DIGITS = 3  # of figures in words
@@ -35,16 +42,17 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
     subject = open_subject(config, dataset, weights)
+    clear_folder(out)
     manifest = dataset.manifest
     errors = measure_windows(subject)
-    metrics = summarize(errors, config, dataset)
+    metrics = summarize(errors, config, dataset) | {"settings": describe_settings(subject, weights)}
+    for name in config.evaluate.measure:
+        metrics |= MEASUREMENTS[name](subject, out)
     write_metrics(metrics, out / "metrics.json")
     write_record(errors, subject, weights, out)
     rows = horizon_table(errors, config)
     write_horizon(rows, out / "horizon.csv")
     pictures = out / "pictures"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
     note = f"dataset {manifest.dataset}, encoder {manifest.encoder}" + (
         "" if manifest.encoder_trained else " (untrained)"
     )
@@ -53,6 +61,30 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         drawn = build_strip(position, errors, subject)
         draw_strip(drawn, pictures / f"strip{strip + 1}.png")
     return metrics
+
+
+def clear_folder(out: Path) -> None:
+    """Make the folder and remove what an earlier evaluation left: a table of a measurement that is no longer asked for would be read as new."""
+    shutil.rmtree(out / "pictures", ignore_errors=True)
+    for pattern in ("*.csv", "*.npz", "*.json", "report.html"):
+        for old in out.glob(pattern):
+            old.unlink()
+    (out / "pictures").mkdir(parents=True)
+
+
+def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
+    """The few settings without which the figures say nothing; settings.json holds all."""
+    card, manifest, settings = read_card(weights), subject.dataset.manifest, subject.config.evaluate
+    return {
+        "dataset": manifest.dataset,
+        "encoder": manifest.encoder,
+        "predictor": card["description"]["predictor"]["name"],
+        "train_steps": card["step"],
+        "window_steps": subject.window_steps,
+        "num_context_steps": settings.num_context_steps,
+        "horizon": settings.horizon,
+        "seed": settings.seed,
+    }
 
 
 def _spread(count: int, num: int) -> list[int]:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 import zarr
 
-from jepa_cache.config.schema import Config
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.evaluation import report
 from jepa_cache.evaluation import run as evaluation
 from jepa_cache.evaluation.baselines import choose_donors, training_mean
@@ -244,6 +245,32 @@ def test_an_untrained_encoder_is_said_in_metrics_and_words(trained, tmp_path):
     metrics = evaluate(trained.cache, trained.weights, tmp_path)
     assert "nothing about the world" in describe_metrics(metrics | {"encoder_trained": False}, 4)
     assert "not comparable" in describe_metrics(metrics | {"comparable": False}, 4)
+
+
+def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goes(trained, tmp_path, monkeypatch):
+    assert tuple(report.MEASUREMENTS) == MEASUREMENTS  # what the settings may name is what there is
+
+    def measure(subject, out):
+        (out / "steps.csv").write_text("horizon\n4\n")
+        return {"steps": {"horizon": subject.config.evaluate.horizon}}
+
+    monkeypatch.setitem(report.MEASUREMENTS, "steps", measure)
+    config = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, measure=("steps",)))
+    assert evaluate(trained.cache, trained.weights, tmp_path, config)["steps"] == {"horizon": 4}
+    assert (tmp_path / "steps.csv").is_file()
+    assert "steps" not in evaluate(trained.cache, trained.weights, tmp_path)
+    assert not (tmp_path / "steps.csv").exists()
+
+
+def test_an_unknown_measurement_is_refused():
+    with pytest.raises(ConfigError, match=r"evaluate\.measure is 'energi'"):
+        make_config("evaluate.measure=[energi]")
+
+
+def test_metrics_name_the_settings_they_were_measured_with(trained, tmp_path):
+    settings = evaluate(trained.cache, trained.weights, tmp_path)["settings"]
+    assert settings["train_steps"] == 250 and settings["window_steps"] == 5 and settings["horizon"] == 4
+    assert settings["encoder"] == trained.cache.config.encoder.name
 
 
 # --- controls and refusals ------------------------------------------------------------------------------------------------
