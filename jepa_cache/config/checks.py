@@ -16,6 +16,7 @@ from jepa_cache.config.schema import (
     METRICS,
     OPTIMIZERS,
     PRECISIONS,
+    PROBES,
     ROTARY,
     SCALING_RULES,
     SINGLE_FRAMES,
@@ -47,6 +48,8 @@ def check_config(config: Config) -> None:
     _check_choice("train.optimizer", train.optimizer, OPTIMIZERS)
     _check_choice("train.metric", train.metric, METRICS)
     _check_choice("train.select", train.select, ("last", "best"))
+    for probe in evaluate.probes:
+        _check_choice("evaluate.probes", probe, PROBES)
     for logger in train.loggers:
         _check_choice("train.loggers", logger, LOGGERS)
     for measurement in evaluate.measure:
@@ -61,7 +64,15 @@ def check_config(config: Config) -> None:
         _check_positive(f"train.{key}", getattr(train, key))
     for key in ("log_every", "checkpoint_every", "num_loader_threads", "keep_last", "lora_alpha"):
         _check_positive(f"train.{key}", getattr(train, key))
-    for key in ("horizon", "num_context_steps", "windows_per_episode", "num_bootstrap", "batch_size"):
+    for key in (
+        "horizon",
+        "num_context_steps",
+        "windows_per_episode",
+        "num_bootstrap",
+        "batch_size",
+        "probe_width",
+        "probe_windows",
+    ):
         _check_positive(f"evaluate.{key}", getattr(evaluate, key))
     filters = config.filter
     _check_positive("filter.min_steps", filters.min_steps)

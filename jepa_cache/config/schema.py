@@ -25,8 +25,9 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
 LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS: tuple[str, ...] = ()  # of evaluation, beyond errors; `evaluation.report.MEASUREMENTS` holds them
+MEASUREMENTS: tuple[str, ...] = ("probes",)  # of evaluation, beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
+PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,9 @@ class EvaluateConfig:
     batch_size: int
     seed: int
     measure: tuple[str, ...]  # of MEASUREMENTS, beside the errors that are always measured
+    probes: tuple[str, ...]  # of PROBES, where `measure` names probes
+    probe_width: int  # numbers a step that the probes' heads read, at most
+    probe_windows: int  # of the training and of the held-out episodes each, at most
 
 
 @dataclass(frozen=True)

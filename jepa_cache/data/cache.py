@@ -203,14 +203,11 @@ class CachedDataset:
         beyond: list[str],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the steps [n] of a store, those that may be in a window, and those that the next one may follow."""
-        part, entry = self.manifest.stores[store]
         steps = self.steps(store)
         keep, joined = keep_steps(steps, filters), np.ones(len(steps), bool)
         if needs_controls(filters):
             ticks = steps.column("tick").to_numpy()
-            file = self._root.controls(part.source_fingerprint, entry.unit_digest)
-            self._root.fetch(file)
-            controls = dict(iter_controls(file))
+            controls = self.read_native_controls(store)
             for segment in runs:
                 known = None if ranges is None else ranges.get(segment.episode, [])
                 try:
@@ -275,6 +272,13 @@ class CachedDataset:
             if store not in self._controls:
                 self._controls[store] = read_actions(self._action_paths[store])
             return self._controls[store]
+
+    def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
+        """Raw controls of a store: episode to name to [M]; reads a whole file, StoreDamagedError where it is not whole."""
+        part, entry = self.manifest.stores[store]
+        file = self._root.controls(part.source_fingerprint, entry.unit_digest)
+        self._root.fetch(file)
+        return dict(iter_controls(file))
 
     def close(self) -> None:
         """Close all files."""

@@ -22,7 +22,15 @@ from jepa_cache.store.root import atomic_file
 Measurement = Callable[[Subject, Path], dict[str, Any]]
 """Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
 
-MEASUREMENTS: dict[str, Measurement] = {}
+
+def _run_probes(subject: Subject, out: Path) -> dict[str, Any]:
+    # Here, because scikit-learn takes two seconds of everybody else.
+    from jepa_cache.evaluation.probes import run_probes
+
+    return run_probes(subject, out)
+
+
+MEASUREMENTS: dict[str, Measurement] = {"probes": _run_probes}
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
 
 NUM_STRIPS = 2
