@@ -43,6 +43,7 @@ OVERRIDES = (
     *("train.num_anneal=4", "train.lr=0.003", "train.start_lr=0.001", "train.log_every=2", "train.validate_every=6"),
     *("train.checkpoint_every=4", "train.device=cpu", "train.num_threads=1", "evaluate.num_context_steps=2"),
     *("evaluate.horizon=4", "evaluate.windows_per_episode=5", "evaluate.num_bootstrap=200", "evaluate.batch_size=4"),
+    "evaluate.measure=[]",
 )
 
 AS_CONFIGURED = {"compute_dtype": "float32", "dtype": "float16", "decoder": "auto"}
@@ -73,6 +74,7 @@ def make_cache(
     num_steps: int = 30,
     encoder_trained: bool = False,
     units: Mapping[str, Sequence[str]] | None = None,
+    dtype: str = "float16",
 ) -> Cache:
     """Write and open a cached data set.
 
@@ -83,8 +85,9 @@ def make_cache(
         num_steps: Of every episode.
         encoder_trained: What the manifest claims.
         units: sha256 of each unit to the keys of its episodes; default two units of four.
+        dtype: That the tokens are stored as.
     """
-    config, root = make_config(*overrides), CacheRoot(folder / "cache")
+    config, root = make_config(f"encode.dtype={dtype}", *overrides), CacheRoot(folder / "cache")
     space = get_action_space(config.encode.action_space)
     if units is None:
         keys = [f"episode-{number}" for number in range(8)]
@@ -94,7 +97,13 @@ def make_cache(
         }
     sampling = {"fps": config.encode.fps, "mode": config.encode.mode}
     encoder = {"weights": f"made:{seed}"}
-    recipe: dict[str, Any] = {"made by": "tests/caches.py", "encoder": encoder, "sampling": sampling, **AS_CONFIGURED}
+    recipe: dict[str, Any] = {
+        "made by": "tests/caches.py",
+        "encoder": encoder,
+        "sampling": sampling,
+        **AS_CONFIGURED,
+        "dtype": dtype,
+    }
     action_recipe = {"action_space": space.name, "sampling": sampling}
     rng, entries = np.random.default_rng(seed), []
     for digest, episodes in sorted(units.items()):
@@ -187,9 +196,12 @@ def _write_unit(
         "step_hz": np.full(len(episodes), 5.0),
     }
     card = {"recipe": recipe, "num_segments": len(episodes), "num_episodes": len(episodes), "skipped": [], "notes": []}
-    with TokenWriter(stores[0], num_tokens=GRID[0] * GRID[1], width=WIDTH) as writer:
+    dtype = recipe["dtype"]
+    with TokenWriter(stores[0], num_tokens=GRID[0] * GRID[1], width=WIDTH, dtype=dtype) as writer:
         for part in tokens:
-            writer.append(part)
+            writer.append(
+                part if dtype != "bfloat16" else (part.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            )
         writer.publish(table(layout.STEPS_SCHEMA, steps), table(layout.SEGMENTS_SCHEMA, segments), card, {})
     write_actions(
         stores[1],

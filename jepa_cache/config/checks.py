@@ -24,6 +24,7 @@ from jepa_cache.config.schema import (
     Config,
     EncodeConfig,
     EncoderPreset,
+    EvaluateConfig,
     TrainConfig,
 )
 
@@ -74,6 +75,7 @@ def check_config(config: Config) -> None:
         "probe_windows",
     ):
         _check_positive(f"evaluate.{key}", getattr(evaluate, key))
+    check_energy(evaluate)
     filters = config.filter
     _check_positive("filter.min_steps", filters.min_steps)
     if filters.idle_cut_end < 0 or (filters.idle_cut_end and not filters.drop_idle):
@@ -234,6 +236,24 @@ def _check_tokens(encode: EncodeConfig, encoder: EncoderPreset) -> None:
             f"encode.single_frame is 'image', but in {encode.mode} mode no frame is encoded alone; set encode.mode to frame, or "
             "encode.single_frame to doubled"
         )
+
+
+def check_energy(evaluate: EvaluateConfig) -> None:
+    """Refuse settings of energies that cannot work.
+
+    Raises:
+        ConfigError: With the rule and the value.
+    """
+    for key in ("energy_samples", "energy_windows"):
+        _check_positive(f"evaluate.{key}", getattr(evaluate, key))
+    if evaluate.energy_samples % 10:
+        raise ConfigError(
+            f"evaluate.energy_samples must be a multiple of 10, so that chance puts exactly a tenth of the true actions into "
+            f"the best tenth; got {evaluate.energy_samples}"
+        )
+    axes = evaluate.energy_axes
+    if axes is not None and (len(axes) != 2 or axes[0] == axes[1]):
+        raise ConfigError(f"evaluate.energy_axes names two different action columns, or is null; got {list(axes)}")
 
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:

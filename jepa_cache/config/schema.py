@@ -25,7 +25,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
 LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS: tuple[str, ...] = ("probes",)  # of evaluation, beyond errors; `evaluation.report.MEASUREMENTS` holds them
+MEASUREMENTS = ("energy", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
 PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
 
@@ -230,6 +230,9 @@ class EvaluateConfig:
     probes: tuple[str, ...]  # of PROBES, where `measure` names probes
     probe_width: int  # numbers a step that the probes' heads read, at most
     probe_windows: int  # of the training and of the held-out episodes each, at most
+    energy_samples: int  # actions that the true one is ranked among, itself included; a multiple of 10
+    energy_windows: int  # per episode
+    energy_axes: tuple[str, ...] | None  # two action columns of the energy maps; None: as suits the space
 
 
 @dataclass(frozen=True)

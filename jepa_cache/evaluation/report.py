@@ -10,6 +10,7 @@ from typing import Any
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.evaluation.energy import write_energy
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
@@ -30,7 +31,10 @@ def _run_probes(subject: Subject, out: Path) -> dict[str, Any]:
     return run_probes(subject, out)
 
 
-MEASUREMENTS: dict[str, Measurement] = {"probes": _run_probes}
+MEASUREMENTS: dict[str, Measurement] = {
+    "energy": write_energy,
+    "probes": _run_probes,
+}
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
 
 NUM_STRIPS = 2
@@ -51,7 +55,6 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     """
     subject = open_subject(config, dataset, weights)
     clear_folder(out)
-    manifest = dataset.manifest
     errors = measure_windows(subject)
     metrics = summarize(errors, config, dataset) | {"settings": describe_settings(subject, weights)}
     for name in config.evaluate.measure:
@@ -61,10 +64,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     rows = horizon_table(errors, config)
     write_horizon(rows, out / "horizon.csv")
     pictures = out / "pictures"
-    note = f"dataset {manifest.dataset}, encoder {manifest.encoder}" + (
-        "" if manifest.encoder_trained else " (untrained)"
-    )
-    draw_horizon(rows, pictures / "horizon.png", note=note)
+    draw_horizon(rows, pictures / "horizon.png", note=subject.features)
     for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
         drawn = build_strip(position, errors, subject)
         draw_strip(drawn, pictures / f"strip{strip + 1}.png")

@@ -39,6 +39,13 @@ class Subject:
         """Where the predictor is."""
         return next(self.predictor.parameters()).device
 
+    @property
+    def features(self) -> str:
+        """What the figures are of, for pictures: data set and encoder, and whether that was trained."""
+        manifest = self.dataset.manifest
+        untrained = "" if manifest.encoder_trained else " (untrained: figures are relative)"
+        return f"dataset {manifest.dataset}, encoder {manifest.encoder}{untrained}"
+
     def training_segments(self) -> list[Segment]:
         """Segments of the training episodes, cut by the filters."""
         return self.dataset.segments_of(TRAIN, self.config.split, self.config.filter)

@@ -1,0 +1,111 @@
+"""One predictor step with any action: what is shared by all actions of a window is computed once, and other actions are recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
+from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.rollout import as_reps
+
+
+class OneStep:
+    """One held-out window of C + 1 steps: its context computed once, then the energy of any last action."""
+
+    def __init__(self, subject: Subject, batch: Batch) -> None:
+        """Compute what all actions share.
+
+        Args:
+            subject: What is measured.
+            batch: One window, read from the cache; its last step is the one to be foreseen.
+        """
+        on_device = to_device(batch, subject.device)
+        h = as_reps(on_device.tokens, subject.normalize_reps)
+        states = on_device.states
+        self._subject = subject
+        self._newest, self._target, self._state = h[:, -2:-1], h[:, -1], states[:, -2:-1]
+        self._past = None
+        if h.shape[1] > 2:
+            self._past = subject.predictor(h[:, :-2], on_device.actions[:, :-1], states[:, :-2]).past
+
+    def energies(self, actions: np.ndarray) -> np.ndarray:
+        """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
+        subject, size = self._subject, self._subject.config.evaluate.batch_size
+        scaled = torch.from_numpy(subject.scaler.actions.apply(actions)).to(subject.device)
+        return torch.cat([self._pass(part[:, None]) for part in scaled.split(size)]).double().cpu().numpy()
+
+    def _pass(self, actions: torch.Tensor) -> torch.Tensor:
+        count = len(actions)
+        tokens, states = (given.expand(count, *given.shape[1:]) for given in (self._newest, self._state))
+        past = self._past and [tuple(part.expand(count, -1, -1, -1) for part in pair) for pair in self._past]
+        out = self._subject.predictor(tokens, actions, states, None, past, 0)
+        z = as_reps(out.tokens[:, 0], self._subject.normalize_reps)
+        return (z - self._target).abs().mean(dim=(1, 2), dtype=torch.float64)
+
+
+class ActionPool:
+    """The recorded actions of a data set, to draw some of other episodes."""
+
+    def __init__(self, dataset: CachedDataset, segments: Sequence[Segment]) -> None:
+        """Collect the actions inside the segments.
+
+        Args:
+            dataset: The cached data set.
+            segments: Of training and held-out episodes.
+        """
+        self._one_hot = np.array([column.kind == "onehot" for column in dataset.space.actions])
+        self._dataset_of = [part.dataset for part, _ in dataset.manifest.stores]
+        parts: dict[str, list[np.ndarray]] = {}
+        names: dict[str, list[np.ndarray]] = {}
+        for segment in segments:
+            rows = dataset.controls(segment.store)[0][segment.start : segment.stop - 1]
+            parts.setdefault(self._dataset_of[segment.store], []).append(rows)
+            names.setdefault(self._dataset_of[segment.store], []).append(np.full(len(rows), segment.episode))
+        self._actions = {name: np.concatenate(rows) for name, rows in parts.items()}
+        self._episodes = {name: np.concatenate(keys) for name, keys in names.items()}
+
+    def draw(self, count: int, like: np.ndarray, segment: Segment, rng: np.random.Generator) -> np.ndarray:
+        """Draw actions [count, A] with replacement from other episodes of the same data set.
+
+        One-hot columns (the slot that is selected at the step) stay as in `like` [A]: the frame shows them, so another one
+        would give an action away.
+
+        Raises:
+            ValueError: There is no other episode.
+        """
+        name = self._dataset_of[segment.store]
+        others = np.flatnonzero(self._episodes[name] != segment.episode)
+        if not len(others):
+            raise ValueError(
+                f"the energy of {segment.episode!r} is compared with actions of other episodes of data set {name!r}, and "
+                "there are none; add recordings, or leave energy out of evaluate.measure"
+            )
+        drawn = self._actions[name][rng.choice(others, count)]
+        return np.where(self._one_hot, like, drawn)
+
+    def deviations(self, segment: Segment) -> np.ndarray:
+        """Standard deviation [A] of the actions of a segment's data set."""
+        return self._actions[self._dataset_of[segment.store]].std(axis=0, dtype=np.float64)
+
+
+def open_window(subject: Subject, index: WindowIndex, number: int) -> tuple[OneStep, np.ndarray, Segment]:
+    """A window of C + 1 steps, its last true action [A] unscaled, and the segment it lies in."""
+    batch = WindowLoader(subject.dataset, index, subject.scaler).read([number])
+    place = index[number]
+    actions, _ = subject.dataset.controls(place.store)
+    return OneStep(subject, batch), actions[place.start + index.num_steps - 2], index.segments[place.segment]
+
+
+def choose_windows(subject: Subject, per_episode: int) -> tuple[WindowIndex, list[int]]:
+    """Windows of C + 1 steps spread evenly over each held-out episode, and their index.
+
+    Raises:
+        ValueError: No held-out segment is long enough.
+    """
+    index = WindowIndex(subject.held_out_segments(), subject.config.evaluate.num_context_steps + 1)
+    return index, spread_windows(index, per_episode)

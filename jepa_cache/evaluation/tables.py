@@ -1,0 +1,48 @@
+"""How a measurement leaves its figures behind: rows of a CSV, and a section of metrics.json with intervals over episodes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa_cache.config.schema import EvaluateConfig
+from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
+from jepa_cache.store.root import atomic_file
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows that share their keys as CSV with one header line, atomically."""
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def build_section(
+    name: str, values: Mapping[str, np.ndarray], episodes: Sequence[str], settings: EvaluateConfig
+) -> dict[str, dict[str, Any]]:
+    """Means over episodes under `name`, and their 95 % intervals under `<name>_ci`.
+
+    Args:
+        name: Of the section in metrics.json.
+        values: Figure name to [windows].
+        episodes: Key of each window's episode.
+        settings: Resamples and seed.
+
+    Raises:
+        ValueError: When there are fewer than two episodes.
+    """
+    estimates = {
+        figure: bootstrap_mean(
+            episode_means(per_window, episodes), num_resamples=settings.num_bootstrap, seed=settings.seed
+        )
+        for figure, per_window in values.items()
+    }
+    return {
+        name: {figure: estimate.mean for figure, estimate in estimates.items()},
+        f"{name}_ci": {figure: [estimate.low, estimate.high] for figure, estimate in estimates.items()},
+    }
