@@ -25,7 +25,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
 LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS = ("energy", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
+MEASUREMENTS = ("energy", "distances", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
 PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
 

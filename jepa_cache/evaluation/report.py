@@ -10,6 +10,7 @@ from typing import Any
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.evaluation.distances import write_distances
 from jepa_cache.evaluation.energy import write_energy
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.record import write_record
@@ -33,6 +34,7 @@ def _run_probes(subject: Subject, out: Path) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Measurement] = {
     "energy": write_energy,
+    "distances": write_distances,
     "probes": _run_probes,
 }
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
