@@ -239,12 +239,12 @@ def _check_tokens(encode: EncodeConfig, encoder: EncoderPreset) -> None:
 
 
 def check_energy(evaluate: EvaluateConfig) -> None:
-    """Refuse settings of energies that cannot work.
+    """Refuse settings of energy and noise that cannot work.
 
     Raises:
         ConfigError: With the rule and the value.
     """
-    for key in ("energy_samples", "energy_windows"):
+    for key in ("energy_samples", "energy_windows", "noise_windows"):
         _check_positive(f"evaluate.{key}", getattr(evaluate, key))
     if evaluate.energy_samples % 10:
         raise ConfigError(

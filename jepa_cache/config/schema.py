@@ -25,7 +25,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
 LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS = ("energy", "distances", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
+MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
 PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
 
@@ -233,6 +233,7 @@ class EvaluateConfig:
     energy_samples: int  # actions that the true one is ranked among, itself included; a multiple of 10
     energy_windows: int  # per episode
     energy_axes: tuple[str, ...] | None  # two action columns of the energy maps; None: as suits the space
+    noise_windows: int  # per episode
 
 
 @dataclass(frozen=True)

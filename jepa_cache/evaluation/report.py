@@ -12,6 +12,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.evaluation.distances import write_distances
 from jepa_cache.evaluation.energy import write_energy
+from jepa_cache.evaluation.noise import write_noise
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
@@ -35,6 +36,7 @@ def _run_probes(subject: Subject, out: Path) -> dict[str, Any]:
 MEASUREMENTS: dict[str, Measurement] = {
     "energy": write_energy,
     "distances": write_distances,
+    "noise": write_noise,
     "probes": _run_probes,
 }
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
