@@ -21,6 +21,7 @@ COMMANDS = {
     "pack": ("pack", "pack"),
     "add-encoder": ("add_encoder", "add_encoder"),
     "index-droid": ("index_droid", "index_droid"),
+    "compare": ("compare", "compare"),
     "params": ("params", "params"),
     "doctor": ("doctor", "doctor"),
 }

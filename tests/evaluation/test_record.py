@@ -1,11 +1,17 @@
-"""Claims: episodes.csv averages to metrics.json, column by column; settings.json names the run, its settings and the windows."""
+"""What an evaluation leaves for comparisons.
+
+Claims: episodes.csv averages to metrics.json, column by column; settings.json names the run, its settings and the windows;
+`jepa-cache compare` reads both, and finds the evaluation of a training run, but not that of another one.
+"""
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from jepa_cache.cli.compare import compare_runs
 from jepa_cache.evaluation import report
 from jepa_cache.evaluation.report import evaluate_run
 from jepa_cache.training.trainer import train
@@ -50,3 +56,24 @@ def test_the_settings_say_which_run_was_measured_on_what(evaluated):
     assert settings["train"]["lr"] == cache.config.train.lr and settings["step"] == cache.config.train.num_steps
     assert settings["measured"]["evaluate"]["horizon"] == cache.config.evaluate.horizon
     assert settings["run"] in {path.name for path in (cache.folder / "runs").iterdir()}
+
+
+def test_an_evaluation_is_found_from_its_training_run_and_differs_in_nothing_from_itself(evaluated):
+    cache, folder, _ = evaluated
+    outcome = compare_runs([str(folder), str(cache.folder / "train/run")])
+    (group,) = outcome.document["groups"]
+    (pair,) = group["paired"]
+    assert (
+        outcome.exit_code == 0 and pair["rollout_l1"]["mean"] == 0 and pair["rollout_l1"]["words"] == "not told apart"
+    )
+    assert group["runs"][0]["settings"] == {} and any("random weights" in line for line in outcome.lines)
+
+
+def test_the_evaluation_of_another_training_run_is_refused(evaluated, tmp_path):
+    cache, folder, _ = evaluated
+    shutil.copytree(folder, tmp_path / "evaluate")
+    shutil.copytree(cache.folder / "train", tmp_path / "train")
+    settings = json.loads((tmp_path / "evaluate/settings.json").read_text())
+    (tmp_path / "evaluate/settings.json").write_text(json.dumps(settings | {"run": "another"}))
+    with pytest.raises(ValueError, match="of another training run"):
+        compare_runs([str(tmp_path / "train/run")])

@@ -1,0 +1,227 @@
+"""`jepa-cache compare`, on evaluations that are written by hand and committed with DVC.
+
+Claims:
+- a difference is called one only when the interval of the paired differences over shared episodes leaves 0 out: pairs tell apart what
+  the intervals of the two runs do not, and noise is told apart from nothing;
+- runs of other tokens, windows, splits or filters, and runs of which that is not known, are shown apart with the reason, exit code 1;
+- settings that differ are named, and those that move no number are not;
+- a run is found by file, folder, checkout, git revision; what is none, or damaged, is one message that names it, exit code 2.
+"""
+
+import csv
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from jepa_cache.cli.main import build_app
+from jepa_cache.evaluation.metrics import bootstrap_mean
+from jepa_cache.store.recipe import canonical_json
+
+NUM_EPISODES = 12
+BASE = np.linspace(0.3, 0.9, NUM_EPISODES)  # episodes differ far more than runs do
+
+
+def settings_of(**changes):
+    """As evaluation/record.py writes them; `changes` with __ for dots."""
+    settings = {
+        "run": "r",
+        "step": 10,
+        "dataset": "vpt",
+        "encoder": "vitl",
+        "encoder_trained": True,
+        "mode": "frame",
+        "tokens_fingerprint": "t",
+        "train": {"lr": 1e-3, "seed": 0, "num_threads": 1},
+        "measured": {
+            "filter": {"drop_gui": False},
+            "split": {"val_share": 0.2, "seed": 0},
+            "evaluate": {"horizon": 4, "num_context_steps": 3, "windows_per_episode": 2, "batch_size": 32},
+            "window_steps": 8,
+            "normalize_reps": True,
+        },
+    }
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        place = settings
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return settings
+
+
+def write_run(folder, errors, *, first=0, num_windows=2, trained=True, **changes):
+    """An evaluation of episodes `first`, `first` + 1, ... with these open-loop errors; teacher forcing has half of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"episode-{number:02d}" for number in range(first, first + len(errors))]
+    columns = {"teacher_forcing_l1": errors / 2, "rollout_l1": errors}
+    estimates = {
+        name: bootstrap_mean(values, num_resamples=200, seed=0)
+        for name, values in {**columns, "gap_copy_last": 0.1 * errors, "gap_zero_actions": 0 * errors}.items()
+    }
+    metrics = {
+        "encoder_trained": trained,
+        "comparable": True,
+        "mode": "frame",
+        "num_episodes": len(errors),
+        "num_windows": num_windows * len(errors),
+        "val": {name: estimate.mean for name, estimate in estimates.items()},
+        "val_ci": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
+        "verdict": {"actions": {"answer": "yes", "words": "uses its actions"}},
+    }
+    (folder / "metrics.json").write_bytes(canonical_json(metrics))
+    (folder / "settings.json").write_bytes(canonical_json(settings_of(**changes)))
+    with (folder / "episodes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["episode", "num_windows", *columns])
+        writer.writerows([name, num_windows, *values] for name, *values in zip(names, *columns.values(), strict=True))
+    return folder
+
+
+def compare(*arguments, fails=0):
+    """Run the command; its JSON document, and what it prints without --json."""
+    app, runner = build_app("compare"), CliRunner()
+    texts = []
+    for extra in ([], ["--json"]):
+        result = runner.invoke(app, ["compare", *map(str, arguments), *extra])
+        assert result.exit_code == fails, result.output
+        texts.append(result)
+    return json.loads(texts[1].stdout), texts[0].output
+
+
+def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    one = write_run(tmp_path / "one", BASE)
+    better = write_run(tmp_path / "better", BASE - 0.01 + 0.004 * rng.normal(size=NUM_EPISODES))
+    same = write_run(tmp_path / "same", BASE + rng.permutation(np.linspace(-0.02, 0.02, NUM_EPISODES)))
+    document, text = compare(one, better, same)
+    (group,) = document["groups"]
+    figures = [run["figures"]["rollout_l1"]["interval"] for run in group["runs"]]
+    assert figures[0][0] < figures[1][1] and figures[1][0] < figures[0][1], "the two intervals overlap"
+    words = {pair["run"]: pair["rollout_l1"]["words"] for pair in group["paired"]}
+    assert words == {str(better): "better", str(same): "not told apart"}
+    pair = group["paired"][0]["rollout_l1"]
+    assert pair["low"] < pair["mean"] < pair["high"] < 0 and pair["num_episodes"] == NUM_EPISODES
+    assert f"{better} against {one}, open loop: better, difference -0.0" in text and "yes" in text
+    document, _ = compare(better, one)
+    assert document["groups"][0]["paired"][0]["teacher_forcing_l1"]["words"] == "worse"
+
+
+def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):
+    one = write_run(tmp_path / "one", BASE)
+    later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)
+    last = write_run(tmp_path / "last", BASE[:3], first=NUM_EPISODES - 1)
+    document, _ = compare(one, later, last)
+    pairs = [pair["rollout_l1"] for pair in document["groups"][0]["paired"]]
+    assert pairs[0]["num_episodes"] == NUM_EPISODES - 4 and pairs[0]["mean"] == pytest.approx(-0.05)
+    assert pairs[1]["num_episodes"] == 1 and "cannot be told" in pairs[1]["words"] and "mean" not in pairs[1]
+
+
+def test_pairs_with_other_numbers_of_windows_are_refused(tmp_path):
+    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE, num_windows=3)
+    document, _ = compare(one, other, fails=2)
+    assert "episode-00 has 3 windows" in document["error"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder",
+        "mode",
+        "dataset",
+        "tokens_fingerprint",
+        "measured__split__seed",
+        "measured__filter__drop_gui",
+        "measured__evaluate__horizon",
+        "measured__window_steps",
+        "measured__normalize_reps",
+    ],
+)
+def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path, name):
+    one, same = write_run(tmp_path / "one", BASE), write_run(tmp_path / "same", BASE)
+    other = write_run(tmp_path / "other", BASE - 0.2, **{name: "another"})
+    document, text = compare(one, other, same, fails=1)
+    assert [[run["run"] for run in group["runs"]] for group in document["groups"]] == [
+        [str(one), str(same)],
+        [str(other)],
+    ]
+    assert name.replace("__", ".") in document["groups"][1]["apart"] and "another" in text
+    assert not document["groups"][1]["paired"]
+
+
+def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tmp_path):
+    one = write_run(tmp_path / "one", BASE)
+    other = write_run(
+        tmp_path / "other",
+        BASE,
+        train__lr=3e-4,
+        train__num_threads=2,
+        measured__evaluate__batch_size=8,
+        run="s",
+        trained=False,
+    )
+    document, text = compare(one, other)
+    (group,) = document["groups"]
+    assert [run["settings"] for run in group["runs"]] == [{"train.lr": 1e-3}, {"train.lr": 3e-4}]
+    assert f"train.lr: 0.001 in {one}, 0.0003 in {other}" in text
+    assert "random weights" not in text
+    assert "random weights" in compare(other)[1]
+
+
+def test_what_is_older_than_settings_json_is_shown_but_not_compared(tmp_path):
+    one, old = write_run(tmp_path / "one", BASE), write_run(tmp_path / "old", BASE)
+    (old / "settings.json").unlink()
+    (old / "episodes.csv").unlink()
+    document, _ = compare(one, old, fails=1)
+    assert "not known what was measured" in document["groups"][1]["apart"]
+
+
+def test_what_is_no_evaluation_is_one_message(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "one", BASE)
+    for damage, word in (("{", "no evaluation"), ('{"val": {}}', "no evaluation"), ("[]", "no evaluation")):
+        (run / "metrics.json").write_text(damage)
+        assert word in compare(run, fails=2)[0]["error"]
+    (tmp_path / "empty").mkdir()
+    assert "holds no evaluation" in compare(tmp_path / "empty", fails=2)[0]["error"]
+    assert "named twice" in compare(run, run, fails=2)[0]["error"]
+    assert "holds no evaluation" in compare(run / "episodes.csv", fails=2)[0]["error"]
+
+
+def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, monkeypatch):
+    from dvc.repo import Repo
+
+    repository = tmp_path / "checkout"
+    write_run(repository / "outputs/evaluate", BASE)
+    (repository / "params.yaml").write_text("train: {}\n")
+    (repository / "configs").mkdir()
+    (repository / "dvc.yaml").write_text(
+        "stages:\n  evaluate:\n    cmd: 'true'\n    metrics: [outputs/evaluate/metrics.json]\n"
+        "    outs: [outputs/evaluate/episodes.csv, outputs/evaluate/settings.json]\n"
+    )
+    git = lambda *a: subprocess.run(["git", *a], cwd=repository, check=True, capture_output=True)  # noqa: E731
+    git("init", "-q")
+    git("config", "user.email", "test@example.com")
+    git("config", "user.name", "test")
+    monkeypatch.chdir(repository)
+    with Repo.init(str(repository)) as repo:
+        repo.commit(force=True)
+        git("add", "-A")
+        git("commit", "-qm", "one")
+        git("tag", "one")
+        for file in ("metrics.json", "episodes.csv", "settings.json"):
+            (repository / "outputs/evaluate" / file).unlink()
+        write_run(repository / "outputs/evaluate", BASE - 0.05, train__lr=3e-4)
+        repo.commit(force=True)
+    document, _ = compare("one", ".")
+    (group,) = document["groups"]
+    assert [run["run"] for run in group["runs"]] == ["one", "."]
+    assert group["paired"][0]["rollout_l1"]["mean"] == pytest.approx(-0.05)
+    assert group["runs"][0]["settings"] == {"train.lr": 1e-3}
+    error = compare("none-such", ".", fails=2)[0]["error"]
+    assert "none-such is no file or folder" in error and "dvc exp list" in error
+    git("checkout", "-q", "--orphan", "bare")
+    git("rm", "-qf", "--cached", "-r", "dvc.lock", "dvc.yaml")
+    git("commit", "-qm", "bare")
+    assert "has no outputs/evaluate/metrics.json" in compare("bare", fails=2)[0]["error"]
