@@ -226,6 +226,11 @@ class CachedDataset:
         """The step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
         return read_table(self._token_paths[store], layout.STEPS_FILE)
 
+    def step_hz(self, store: int) -> dict[str, float]:
+        """True rate of steps of every episode in a store: its video's frame rate over its stride."""
+        table = read_table(self._token_paths[store], layout.SEGMENTS_FILE)
+        return dict(zip(table.column("episode").to_pylist(), table.column("step_hz").to_pylist(), strict=True))
+
     def read_tokens(self, store: int, start: int, out: np.ndarray) -> None:
         """Fill `out` [T, N, D] with the tokens of the steps from `start` on as they are stored: int4 [T, N, D / 2].
 

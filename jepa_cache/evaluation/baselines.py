@@ -1,10 +1,10 @@
-"""Predictions that need no predictor, and controls that take its actions away."""
+"""Predictions that need no predictor: the last step, the training mean, a straight line, and a regression on actions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,37 +15,136 @@ from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.predictor.rollout import as_reps
 
 TRAINING_WINDOWS_PER_EPISODE = 8
+BATCH_SIZE = 16
+RIDGE = 1e-3  # penalty for each training row, of inputs with deviations near 1
 CPU = torch.device("cpu")
 
 
-def training_mean(
+class Baselines(NamedTuple):
+    """What was learned from the training episodes.
+
+    Attributes:
+        mean: [N, D] float32, of the tokens at each position.
+        change: [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change.
+    """
+
+    mean: Tensor
+    change: Tensor
+
+    def to(self, device: torch.device) -> Baselines:
+        """The same on a device."""
+        return Baselines(self.mean.to(device), self.change.to(device))
+
+
+def fit_baselines(
     dataset: CachedDataset, segments: Sequence[Segment], scaler: Scaler, *, num_steps: int, normalize_reps: bool
-) -> Tensor:
-    """Mean of the training tokens at each position, [N, D] float32, over windows spread evenly over each episode."""
+) -> Baselines:
+    """Mean and ridge regression over windows spread evenly over each training episode, in one pass.
+
+    The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
+    from t to t+1, the scaled state at t, and 1. It sees no tokens.
+
+    Args:
+        dataset: The cached features.
+        segments: Of the training episodes.
+        scaler: Of actions and states.
+        num_steps: Of each window, at least 2.
+        normalize_reps: Whether tokens are layer-normed.
+
+    Raises:
+        ValueError: When no training segment holds a window.
+
+    Cost: reads up to 8 windows of each training episode; memory [A+S+1, N, D] float64 (150 MB for 50 inputs at N=256,
+    D=1408) and one batch of 16 windows, however many there are.
+    """
     index = WindowIndex(segments, num_steps)
     numbers = spread_windows(index, TRAINING_WINDOWS_PER_EPISODE)
     loader = WindowLoader(dataset, index, scaler)
-    total, count = torch.zeros(()), 0
-    for batch in loader.iterate([numbers[start : start + 16] for start in range(0, len(numbers), 16)]):
+    num_inputs = len(dataset.space.actions) + len(dataset.space.states) + 1
+    shape = dataset.manifest.num_tokens, dataset.manifest.width
+    total, num_rows = torch.zeros(shape, dtype=torch.float64), 0
+    squares = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
+    products = torch.zeros(num_inputs, shape[0] * shape[1], dtype=torch.float64)
+    for batch in loader.iterate([numbers[start : start + BATCH_SIZE] for start in range(0, len(numbers), BATCH_SIZE)]):
         reps = as_reps(to_device(batch, CPU).tokens, normalize_reps)
-        total = total + reps.sum(dim=(0, 1))
-        count += reps.shape[0] * reps.shape[1]
-    return total / count
+        total += reps.sum(dim=(0, 1))
+        num_rows += reps.shape[0] * reps.shape[1]
+        inputs = _inputs(batch.actions, batch.states[:, :-1]).flatten(0, 1)
+        squares += inputs.T.double() @ inputs.double()
+        products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
+    num_pairs = float(squares[-1, -1])
+    penalty = torch.full((num_inputs,), RIDGE * num_pairs, dtype=torch.float64)
+    penalty[-1] = 1e-9 * num_pairs  # the constant is not shrunk
+    change = torch.linalg.solve(squares + penalty.diag(), products)
+    return Baselines((total / num_rows).float(), change.float().unflatten(1, shape))
 
 
-def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
-    """For every window another one, of another episode, whose actions it is given: [windows] positions.
+def _inputs(actions: Tensor, states: Tensor) -> Tensor:
+    """[B, T, A] and [B, T, S] to [B, T, A+S+1]."""
+    return torch.cat([actions, states, torch.ones(*actions.shape[:2], 1, device=actions.device)], dim=-1)
 
-    Shuffled actions keep their marginals; only what links them to the frames is gone.
 
-    Raises:
-        ValueError: When all windows are of one episode.
+def regress_teacher_forced(
+    baselines: Baselines, h: Tensor, actions: Tensor, states: Tensor, *, normalize_reps: bool
+) -> Tensor:
+    """Steps 1 to T-1 by the regression, each from the true one before it.
+
+    Args:
+        baselines: With the weights.
+        h: [B, T, N, D] true tokens.
+        actions: [B, T-1, A] scaled.
+        states: [B, T-1, S] scaled.
+        normalize_reps: Layer-norm what comes out, as the predictor's predictions are.
+
+    Returns:
+        [B, T-1, N, D].
     """
-    names = np.array(episodes)
-    generator = np.random.default_rng(seed)
-    if len(set(episodes)) < 2:
-        raise ValueError(
-            "the control with shuffled actions needs at least two held-out episodes; raise split.val_share, try another "
-            f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
-        )
-    return np.array([generator.choice(np.flatnonzero(names != name)) for name in names])
+    change = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
+    return as_reps(h[:, :-1] + change, normalize_reps)
+
+
+def regress_open_loop(
+    baselines: Baselines, last: Tensor, actions: Tensor, states: Tensor, *, normalize_reps: bool
+) -> Tensor:
+    """K steps by the regression, each from the one that it predicted before.
+
+    Args:
+        baselines: With the weights.
+        last: [B, N, D] last true step.
+        actions: [B, K, A] scaled, the first one leads on from `last`.
+        states: [B, K, S] scaled, the first one at `last`.
+        normalize_reps: Layer-norm each prediction.
+
+    Returns:
+        [B, K, N, D].
+    """
+    changes = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
+    predicted = []
+    for step in range(changes.shape[1]):
+        last = as_reps(last + changes[:, step], normalize_reps)
+        predicted.append(last)
+    return torch.stack(predicted, dim=1)
+
+
+def extrapolate_teacher_forced(h: Tensor, *, normalize_reps: bool) -> Tensor:
+    """Steps 2 to T-1 on a straight line through the two true ones before: 2 h[t] - h[t-1], [B, T, N, D] to [B, T-2, N, D]."""
+    return as_reps(2 * h[:, 1:-1] - h[:, :-2], normalize_reps)
+
+
+def extrapolate_open_loop(before: Tensor, last: Tensor, horizon: int, *, normalize_reps: bool) -> Tensor:
+    """K steps, each on a straight line through the two before it, which are predictions themselves after a while.
+
+    Args:
+        before: [B, N, D] last true step but one.
+        last: [B, N, D] last true step.
+        horizon: K.
+        normalize_reps: Layer-norm each prediction.
+
+    Returns:
+        [B, K, N, D].
+    """
+    predicted = []
+    for _ in range(horizon):
+        before, last = last, as_reps(2 * last - before, normalize_reps)
+        predicted.append(last)
+    return torch.stack(predicted, dim=1)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.evaluation.metrics import episode_means
-from jepa_cache.evaluation.run import MODEL, WindowErrors
 from jepa_cache.evaluation.subject import Subject
+from jepa_cache.evaluation.windows import MODEL, WindowErrors, mean_of_steps
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import atomic_file
@@ -20,10 +20,11 @@ EPISODES_FILE = "episodes.csv"
 SETTINGS_FILE = "settings.json"
 
 
-def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float]]:
+def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
     """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and control.
 
-    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others.
+    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
+    a prediction exists for no window of the episode.
     """
     columns: dict[str, np.ndarray] = {}
     for name in errors.one_step:
@@ -31,10 +32,10 @@ def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float]]:
             ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
         )
         columns[one_step] = episode_means(errors.one_step[name], errors.episodes)
-        columns[rollout] = episode_means(errors.horizon[name].mean(axis=1), errors.episodes)
+        columns[rollout] = episode_means(mean_of_steps(errors.horizon[name]), errors.episodes)
     return [
         {"episode": episode, "num_windows": errors.episodes.count(episode)}
-        | {name: float(values[row]) for name, values in columns.items()}
+        | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in columns.items()}
         for row, episode in enumerate(sorted(set(errors.episodes)))
     ]
 

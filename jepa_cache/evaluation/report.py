@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, horizon.csv, pictures, and a verdict in words that follows from the figures."""
+"""What an evaluation leaves behind: metrics.json with a verdict in words, tables, and pictures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from jepa_cache.evaluation.energy import write_energy
 from jepa_cache.evaluation.noise import write_noise
 from jepa_cache.evaluation.plots import draw_horizon, draw_strip
 from jepa_cache.evaluation.record import write_record
-from jepa_cache.evaluation.run import horizon_table, measure_windows, summarize
+from jepa_cache.evaluation.run import horizon_table, position_table, summarize
+from jepa_cache.evaluation.slices import describe_windows, slice_table, worst_table
 from jepa_cache.evaluation.strips import build_strip
 from jepa_cache.evaluation.subject import Subject, open_subject
+from jepa_cache.evaluation.verdict import describe_verdict, find_gain
+from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import atomic_file
@@ -42,17 +45,16 @@ MEASUREMENTS: dict[str, Measurement] = {
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
 
 NUM_STRIPS = 2
-NUM_DIGITS = 3  # of figures in words
 
 
 def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
-    """Measure trained weights on the held-out episodes and write metrics.json, horizon.csv and pictures.
+    """Measure trained weights on the held-out episodes and write metrics.json, tables and pictures.
 
     Args:
         config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
         dataset: The cached features.
         weights: predictor.safetensors of a training run; brings its own scaler.
-        out: Folder for the results.
+        out: Folder for the results of this evaluation alone: tables and pictures that lie in it are removed.
 
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
@@ -61,12 +63,18 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     clear_folder(out)
     errors = measure_windows(subject)
     metrics = summarize(errors, config, dataset) | {"settings": describe_settings(subject, weights)}
+    metrics["verdict"] = describe_verdict(metrics)
     for name in config.evaluate.measure:
         metrics |= MEASUREMENTS[name](subject, out)
     write_metrics(metrics, out / "metrics.json")
     write_record(errors, subject, weights, out)
-    rows = horizon_table(errors, config)
-    write_horizon(rows, out / "horizon.csv")
+    rows, facts = horizon_table(errors, config), describe_windows(subject, errors)
+    write_rows(rows, out / "horizon.csv")
+    for measure in ("l2", "cosine"):
+        write_rows(horizon_table(errors, config, measure), out / f"horizon_{measure}.csv")
+    write_rows(position_table(errors, config), out / "positions.csv")
+    write_rows(slice_table(facts, errors, config.evaluate), out / "slices.csv")
+    write_rows(worst_table(facts, errors), out / "worst.csv")
     pictures = out / "pictures"
     draw_horizon(rows, pictures / "horizon.png", note=subject.features)
     for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
@@ -95,6 +103,8 @@ def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
         "window_steps": subject.window_steps,
         "num_context_steps": settings.num_context_steps,
         "horizon": settings.horizon,
+        "step_hz": subject.config.step_hz,
+        "normalize_reps": subject.normalize_reps,
         "seed": settings.seed,
     }
 
@@ -110,8 +120,8 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
         temporary.write_bytes(canonical_json(metrics))
 
 
-def write_horizon(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write the table of errors per open-loop step as CSV."""
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a table as CSV, atomically; None is an empty cell."""
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -119,28 +129,15 @@ def write_horizon(rows: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
-    """The figures in a few lines: gaps with intervals, and whether each is above chance."""
-    val, interval = metrics["val"], metrics["val_ci"]
+    """The figures in a few lines: errors, the verdict, and the gain over every baseline and control with its interval."""
+    val = metrics["val"]
     lines = [
-        f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of layer-normed tokens, "
-        "95 % intervals over episodes",
+        f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of "
+        f"{'layer-normed ' if metrics['settings']['normalize_reps'] else ''}tokens, 95 % intervals over episodes",
         f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
     ]
-    for name, words in (
-        ("copy_last", "copying the last step"),
-        ("shuffled_actions", "shuffled actions"),
-        ("zero_actions", "zero actions"),
-    ):
-        for key, where in ((f"gap_{name}", "one step"), (f"gap_{name}_step{horizon}", f"open-loop step {horizon}")):
-            low, high = (round(end, NUM_DIGITS) for end in interval[key])  # a gap below the last digit shown is none
-            verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
-            lines.append(
-                f"  {where}: {verdict} {words}, gap {val[key]:.{NUM_DIGITS}f} [{low:.{NUM_DIGITS}f}, {high:.{NUM_DIGITS}f}]"
-            )
-    if not metrics["encoder_trained"]:
-        lines.append(
-            "  the encoder has random weights: these figures show that the path works, nothing about the world"
-        )
-    if not metrics["comparable"]:
-        lines.append("  clip mode: early steps have seen later frames; not comparable with frame or tubelet mode")
-    return "\n".join(lines)
+    for name in PREDICTIONS[1:]:
+        gains = [find_gain(metrics, name, where) for where in ("", f"_step{horizon}")]
+        one_step, last = ("not measured" if gain is None else str(gain) for gain in gains)
+        lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
+    return "\n".join([*lines, *(f"  {answer['words']}" for answer in metrics["verdict"].values())])

@@ -1,206 +1,134 @@
-"""Evaluation as a whole: held-out windows through the predictor, errors per episode, metrics with intervals."""
+"""What the errors of held-out windows say: figures with intervals and tests for metrics.json, and tables against the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from jepa_cache.actions import zero_actions
-from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, EvaluateConfig
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch, WindowLoader, to_device
-from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.baselines import choose_donors, training_mean
-from jepa_cache.evaluation.metrics import bootstrap_mean, cosine_similarity, episode_means, l1_error
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
+from jepa_cache.evaluation.controls import SHUFFLED, ZERO
+from jepa_cache.evaluation.metrics import Estimate, bootstrap_mean, bootstrap_ratio, episode_means, paired_p_value
+from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, WindowErrors, mean_of_steps
 
-MODEL, COPY_LAST, MEAN, SHUFFLED, ZERO = "model", "copy_last", "mean", "shuffled_actions", "zero_actions"
-PREDICTIONS = (MODEL, COPY_LAST, MEAN, SHUFFLED, ZERO)
-CONTROLS = (COPY_LAST, SHUFFLED, ZERO)
-
-
-@dataclass(frozen=True)
-class WindowErrors:
-    """Errors of every held-out window.
-
-    Attributes:
-        episodes: Key of each window's episode.
-        one_step: Prediction name to [windows], teacher-forced L1 over the window.
-        horizon: Prediction name to [windows, K], open-loop L1.
-        cosine: "one_step" to [windows] and "horizon" to [windows, K], of the model.
-        index: Windows by number.
-        numbers: Window numbers in the index.
-    """
-
-    episodes: list[str]
-    one_step: dict[str, np.ndarray]
-    horizon: dict[str, np.ndarray]
-    cosine: dict[str, np.ndarray]
-    index: WindowIndex
-    numbers: list[int]
-
-
-@torch.no_grad()
-def measure_windows(subject: Subject) -> WindowErrors:
-    """Run the predictor and all controls over windows spread evenly over the held-out episodes.
-
-    In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
-    back. The controls differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
-    training window has, from the start of each window.
-
-    Raises:
-        ValueError: When fewer than two episodes with a long enough segment are held out.
-    """
-    config, dataset, scaler = subject.config, subject.dataset, subject.scaler
-    normalize_reps, window_steps = subject.normalize_reps, subject.window_steps
-    torch.set_num_threads(default_num_threads())
-    settings, device = config.evaluate, subject.device
-    num_steps = max(window_steps, settings.num_context_steps + settings.horizon)
-    index = WindowIndex(subject.held_out_segments(), num_steps)
-    numbers = spread_windows(index, settings.windows_per_episode)
-    episodes = [index.segments[index[number].segment].episode for number in numbers]
-    donors = choose_donors(episodes, seed=settings.seed)
-    mean = training_mean(
-        dataset, subject.training_segments(), scaler, num_steps=num_steps, normalize_reps=normalize_reps
-    ).to(device)
-    loader = WindowLoader(dataset, index, scaler)
-    parts: dict[str, list[np.ndarray]] = {}
-    starts = range(0, len(numbers), settings.batch_size)
-    chunks = [numbers[start : start + settings.batch_size] for start in starts]
-    batches = tqdm(loader.iterate(chunks), total=len(chunks), desc="evaluating", unit="batch", dynamic_ncols=True)
-    for start, batch in zip(starts, batches, strict=True):
-        given = [numbers[donor] for donor in donors[start : start + len(batch.numbers)]]
-        actions = {
-            MODEL: batch.actions,
-            SHUFFLED: loader.read(given).actions,
-            ZERO: _zero_actions(dataset, scaler, index, batch),
-        }
-        h = as_reps(to_device(batch, device).tokens, normalize_reps)
-        on_device = {name: given.to(device) for name, given in actions.items()}
-        errors = _batch_errors(
-            subject.predictor, h, on_device, batch.states.to(device), mean, settings, window_steps, normalize_reps
-        )
-        for name, values in errors.items():
-            parts.setdefault(name, []).append(values.cpu().numpy())
-    joined = {name: np.concatenate(values) for name, values in parts.items()}
-    return WindowErrors(
-        episodes=episodes,
-        one_step={name: joined[f"one_step/{name}"] for name in PREDICTIONS},
-        horizon={name: joined[f"horizon/{name}"] for name in PREDICTIONS},
-        cosine={name: joined[f"cosine/{name}"] for name in ("one_step", "horizon")},
-        index=index,
-        numbers=numbers,
-    )
-
-
-def _batch_errors(
-    predictor: ACPredictor,
-    h: Tensor,
-    actions: Mapping[str, Tensor],
-    states: Tensor,
-    mean: Tensor,
-    settings: EvaluateConfig,
-    window_steps: int,
-    normalize_reps: bool,
-) -> dict[str, Tensor]:
-    context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
-    target, future = h[:, 1:window_steps], h[:, context:stop]
-    errors = {
-        f"one_step/{COPY_LAST}": l1_error(h[:, : window_steps - 1], target).mean(dim=1),
-        f"one_step/{MEAN}": l1_error(mean.expand_as(target), target).mean(dim=1),
-        f"horizon/{COPY_LAST}": l1_error(h[:, context - 1 : context].expand_as(future), future),
-        f"horizon/{MEAN}": l1_error(mean.expand_as(future), future),
-    }
-    for name, given in actions.items():
-        one_step = teacher_forcing(
-            predictor, h[:, :window_steps], given[:, : window_steps - 1], states, normalize_reps=normalize_reps
-        )
-        rolled = open_loop(
-            predictor,
-            h[:, :context],
-            given[:, : stop - 1],
-            states[:, : stop - 1],
-            settings.horizon,
-            normalize_reps=normalize_reps,
-        )
-        errors[f"one_step/{name}"] = l1_error(one_step, target).mean(dim=1)
-        errors[f"horizon/{name}"] = l1_error(rolled, future)
-        if name == MODEL:
-            errors["cosine/one_step"] = cosine_similarity(one_step, target).mean(dim=1)
-            errors["cosine/horizon"] = cosine_similarity(rolled, future)
-    return errors
-
-
-def _zero_actions(dataset: CachedDataset, scaler: Scaler, index: WindowIndex, batch: Batch) -> Tensor:
-    """Raw zeros before scaling, one-hot columns kept: [B, T-1, A]."""
-    rows = []
-    for number in batch.numbers:
-        window = index[int(number)]
-        actions, _ = dataset.controls(window.store)
-        raw = actions[window.start : window.start + index.num_steps - 1]
-        rows.append(scaler.actions.apply(zero_actions(raw, dataset.space)))
-    return torch.from_numpy(np.stack(rows))
+RATIOS = (COPY_LAST, SHUFFLED, ZERO)
+EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
 
 
 def summarize(errors: WindowErrors, config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """The content of metrics.json: means over episodes, and 95 % intervals over episodes beside them.
+    """The content of metrics.json: means over episodes, 95 % intervals over episodes beside them, and paired tests.
 
-    A gap is the control's error minus the model's, per episode: above 0 the model is better.
+    A gap is the error of a baseline or control minus the model's, per episode and over the windows and steps that both
+    exist for: above 0 the model is better. A gain is the gap in per cent of that error. What fewer than two episodes have is
+    left out.
     """
-    settings = config.evaluate
-    values: dict[str, np.ndarray] = {}
-
-    def put(name: str, per_window: np.ndarray) -> None:
-        values[name] = episode_means(per_window, errors.episodes)
-
-    put("teacher_forcing_l1", errors.one_step[MODEL])
-    put("rollout_l1", errors.horizon[MODEL].mean(axis=1))
-    put("teacher_forcing_cosine", errors.cosine["one_step"])
-    put("rollout_cosine", errors.cosine["horizon"].mean(axis=1))
-    for name in (COPY_LAST, MEAN, SHUFFLED, ZERO):
-        put(f"{name}_l1", errors.one_step[name])
-        put(f"rollout_{name}_l1", errors.horizon[name].mean(axis=1))
-    for step in range(settings.horizon):
-        put(f"rollout_l1_step{step + 1}", errors.horizon[MODEL][:, step])
-        put(f"rollout_cosine_step{step + 1}", errors.cosine["horizon"][:, step])
-    for name in CONTROLS:
-        put(f"gap_{name}", errors.one_step[name] - errors.one_step[MODEL])
-        put(f"gap_{name}_step{settings.horizon}", errors.horizon[name][:, -1] - errors.horizon[MODEL][:, -1])
-    estimate: Callable[[np.ndarray], Any] = lambda v: bootstrap_mean(  # noqa: E731
-        v, num_resamples=settings.num_bootstrap, seed=settings.seed
-    )
-    estimates = {name: estimate(per_episode) for name, per_episode in values.items()}
-    model = estimates["teacher_forcing_l1"].mean
     return {
         "encoder_trained": dataset.manifest.encoder_trained,
         "comparable": dataset.manifest.comparable,
         "mode": dataset.manifest.mode,
         "num_episodes": len(set(errors.episodes)),
         "num_windows": len(errors.episodes),
-        "val": {name: value.mean for name, value in estimates.items()}
-        | {f"ratio_{name}": model / estimates[f"{name}_l1"].mean for name in CONTROLS},
-        "val_ci": {name: [value.low, value.high] for name, value in estimates.items()},
+        **Figures(errors, config.evaluate).sections(),
     }
 
 
-def horizon_table(errors: WindowErrors, config: Config) -> list[dict[str, float]]:
-    """One row per open-loop step: L1 of the model and of every baseline and control, with interval ends."""
-    rows = []
-    for step in range(config.evaluate.horizon):
-        row: dict[str, float] = {"horizon": step + 1}
-        for name in PREDICTIONS:
-            per_episode = episode_means(errors.horizon[name][:, step], errors.episodes)
-            value = bootstrap_mean(per_episode, num_resamples=config.evaluate.num_bootstrap, seed=config.evaluate.seed)
-            row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-        rows.append(row)
+class Figures:
+    """Collects the figures of one evaluation: sections `val`, `val_ci` and `p_value`."""
+
+    def __init__(self, errors: WindowErrors, settings: EvaluateConfig) -> None:
+        """Work everything out."""
+        self._episodes, self._settings = errors.episodes, settings
+        self._estimates: dict[str, Estimate] = {}
+        self._ratios: dict[str, float] = {}
+        self._p_values: dict[str, float] = {}
+        for measure, of in errors.teacher_forced.items():
+            self._add_mean(f"teacher_forcing_{measure}", mean_of_steps(of[MODEL]))
+        for measure, of in errors.open_loop.items():
+            self._add_mean(f"rollout_{measure}", of[MODEL].mean(axis=1))
+            for step in range(settings.horizon):
+                self._add_mean(f"rollout_{measure}_step{step + 1}", of[MODEL][:, step])
+        for name in PREDICTIONS[1:]:
+            one_step, horizon = errors.teacher_forced["l1"], errors.open_loop["l1"]
+            self._add_mean(f"{name}_l1", mean_of_steps(one_step[name]))
+            self._add_mean(f"rollout_{name}_l1", mean_of_steps(horizon[name]))
+            self._compare(name, "", one_step[name], one_step[MODEL])
+            for step in range(settings.horizon):
+                if name in EVERY_STEP or step + 1 == settings.horizon:
+                    at = slice(step, step + 1)
+                    self._compare(name, f"_step{step + 1}", horizon[name][:, at], horizon[MODEL][:, at])
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Numbers, interval ends and p values by name."""
+        return {
+            "val": {name: value.mean for name, value in self._estimates.items()} | self._ratios,
+            "val_ci": {name: [value.low, value.high] for name, value in self._estimates.items()},
+            "p_value": self._p_values,
+        }
+
+    def _add_mean(self, name: str, per_window: np.ndarray) -> None:
+        values = self._per_episode(per_window)
+        if len(values) >= 2:
+            self._estimates[name] = bootstrap_mean(values, **self._resampling)
+
+    def _compare(self, name: str, where: str, other: np.ndarray, model: np.ndarray) -> None:
+        """Compare errors [windows, steps] with the model's, on the windows and steps that both exist for."""
+        gaps = self._per_episode(mean_of_steps(other - model))
+        if len(gaps) < 2:
+            return
+        errors = self._per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
+        self._estimates[f"gap_{name}{where}"] = bootstrap_mean(gaps, **self._resampling)
+        gain = bootstrap_ratio(gaps, errors, **self._resampling)
+        self._estimates[f"gain_{name}{where}_percent"] = Estimate(*(100 * value for value in gain))
+        self._p_values[f"gap_{name}{where}"] = paired_p_value(gaps, seed=self._settings.seed)
+        if name in RATIOS and not where:
+            self._ratios[f"ratio_{name}"] = 1 - gain.mean
+
+    def _per_episode(self, per_window: np.ndarray) -> np.ndarray:
+        values = episode_means(per_window, self._episodes)
+        return values[np.isfinite(values)]
+
+    @property
+    def _resampling(self) -> dict[str, int]:
+        return {"num_resamples": self._settings.num_bootstrap, "seed": self._settings.seed}
+
+
+def step_table(
+    values: Mapping[str, np.ndarray], episodes: list[str], settings: EvaluateConfig, *, first_column: str
+) -> list[dict[str, float]]:
+    """One row per step: the mean over episodes of every prediction and its interval ends.
+
+    Args:
+        values: Prediction to [windows, steps]; NaN where it does not exist.
+        episodes: Of the windows.
+        settings: Of the resampling.
+        first_column: Name of the step's number, from 1.
+
+    Returns:
+        Rows with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`; a prediction that no step has is left
+        out, and where fewer than two episodes have it its cells are None.
+    """
+    steps = next(iter(values.values())).shape[1]
+    rows: list[dict[str, float]] = [{first_column: step + 1} for step in range(steps)]
+    for name, of in values.items():
+        if not np.isfinite(of).any():
+            continue
+        for step, row in enumerate(rows):
+            per_episode = episode_means(of[:, step], episodes)
+            per_episode = per_episode[np.isfinite(per_episode)]
+            estimate: tuple = (None, None, None)
+            if len(per_episode) >= 2:
+                estimate = bootstrap_mean(per_episode, num_resamples=settings.num_bootstrap, seed=settings.seed)
+            row.update(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
     return rows
+
+
+def horizon_table(errors: WindowErrors, config: Config, measure: str = "l1") -> list[dict[str, float]]:
+    """One row per open-loop step, see `step_table`."""
+    return step_table(errors.open_loop[measure], errors.episodes, config.evaluate, first_column="horizon")
+
+
+def position_table(errors: WindowErrors, config: Config) -> list[dict[str, float]]:
+    """One row per teacher-forced position, that is, true steps seen before the predicted one; L1, see `step_table`."""
+    return step_table(errors.teacher_forced["l1"], errors.episodes, config.evaluate, first_column="num_seen")

@@ -7,8 +7,8 @@ import torch
 from jepa_cache.data.frames import read_frames
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.evaluation.plots import Strip, token_colours
-from jepa_cache.evaluation.run import WindowErrors
 from jepa_cache.evaluation.subject import Subject
+from jepa_cache.evaluation.windows import WindowErrors
 from jepa_cache.predictor.rollout import as_reps, open_loop
 
 

@@ -1,15 +1,29 @@
 """Baselines and controls.
 
 Claims:
-- donors are of another episode, the same by seed, and drawn from all of them; one episode alone is refused;
-- the mean baseline is the mean of training tokens, and held-out ones do not touch it.
+- donors, of whole windows and of single steps, are of another episode, the same by seed, and drawn from all of them; one
+  episode alone is refused;
+- zero actions keep the slot; shifted ones are the recording's own neighbours, and where there is none they are NaN;
+- the mean baseline is the mean of training tokens, and held-out ones do not touch it; the regression finds a change that
+  depends on actions and states in a line, and leaves out what does not; a straight line foresees one.
 """
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
-from jepa_cache.evaluation.baselines import TRAINING_WINDOWS_PER_EPISODE, choose_donors, training_mean
+from jepa_cache.data.windows import WindowIndex
+from jepa_cache.evaluation.baselines import (
+    TRAINING_WINDOWS_PER_EPISODE,
+    Baselines,
+    extrapolate_open_loop,
+    extrapolate_teacher_forced,
+    fit_baselines,
+    regress_open_loop,
+    regress_teacher_forced,
+)
+from jepa_cache.evaluation.controls import CONTROLS, choose_donors, control_actions, draw_rows
 from tests.caches import make_cache
 
 
@@ -31,7 +45,7 @@ def test_one_episode_alone_has_no_donors():
 def test_the_mean_baseline_is_the_mean_over_training_windows(tmp_path, normalize):
     cache, num_steps = make_cache(tmp_path), 5
     segments = cache.dataset.segments_of("train", cache.config.split)
-    found = training_mean(cache.dataset, segments, cache.scaler, num_steps=num_steps, normalize_reps=normalize)
+    found = fit_baselines(cache.dataset, segments, cache.scaler, num_steps=num_steps, normalize_reps=normalize).mean
     parts = []
     for segment in segments:
         entry = cache.dataset.manifest.entries[segment.store]
@@ -45,3 +59,58 @@ def test_the_mean_baseline_is_the_mean_over_training_windows(tmp_path, normalize
                 window = (window - window.mean(-1, keepdims=True)) / np.sqrt(window.var(-1, keepdims=True) + 1e-5)
             parts.append(window)
     assert np.allclose(found.numpy(), np.concatenate(parts).mean(axis=0), atol=1e-5)
+
+
+def test_every_step_gets_an_action_of_another_episode():
+    episodes, num_rows = [f"{number // 7}" for number in range(42)], 5
+    rows = draw_rows(episodes, num_rows, seed=0)
+    assert rows.shape == (42, num_rows)
+    assert all(episodes[row // num_rows] != episodes[window] for window in range(42) for row in rows[window])
+    assert np.array_equal(rows, draw_rows(episodes, num_rows, seed=0))
+    assert len(np.unique(rows)) > 100, "drawn from all rows"
+
+
+def test_controls_take_the_place_of_the_true_actions(tmp_path):
+    cache, num_steps = make_cache(tmp_path), 6
+    index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), num_steps)
+    numbers = list(range(len(index)))
+    found = control_actions(cache.dataset, cache.scaler, index, numbers, seed=0)
+    assert set(found) == set(CONTROLS)
+    scale = cache.scaler.actions
+    undo = lambda values: values * np.array(scale.scale) + np.array(scale.mean)  # noqa: E731
+    true = np.stack([cache.dataset.controls(index[n].store)[0][index[n].start :][: num_steps - 1] for n in numbers])
+    zero = undo(found["zero_actions"])
+    assert np.allclose(zero[..., :4], 0, atol=1e-5) and np.allclose(zero[..., 4:], true[..., 4:])
+    per_segment = len(index) // len(index.segments)
+    for place in numbers:
+        after, before = undo(found["next_actions"][place]), undo(found["previous_actions"][place])
+        if place % per_segment in (0, per_segment - 1):  # the first and the last window of a segment lack a neighbour
+            assert np.isnan(after).all() and np.isnan(before).all()
+        else:
+            assert np.allclose(after, true[place + 1], atol=1e-4) and np.allclose(before, true[place - 1], atol=1e-4)
+    every_row, permuted = (x.reshape(-1, true.shape[-1]) for x in (true, undo(found["permuted_actions"])))
+    assert (np.abs(permuted[:, None] - every_row[None]).max(axis=-1).min(axis=1) < 1e-3).all()
+    assert all(np.isfinite(found[name]).all() for name in ("shuffled_actions", "zero_actions", "permuted_actions"))
+
+
+def test_a_straight_line_foresees_one():
+    line = torch.arange(6.0)[None, :, None, None] * torch.randn(1, 1, 3, 4) + torch.randn(1, 1, 3, 4)
+    assert torch.allclose(extrapolate_teacher_forced(line, normalize_reps=False), line[:, 2:], atol=1e-5)
+    assert torch.allclose(
+        extrapolate_open_loop(line[:, 0], line[:, 1], 4, normalize_reps=False), line[:, 2:], atol=1e-5
+    )
+
+
+def test_the_regression_adds_what_actions_and_states_say_of_each_token():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    change, actions, states = draw(6, 3, 4), draw(2, 5, 3), draw(2, 5, 2)
+    baselines = Baselines(torch.zeros(3, 4), change)
+    h = [draw(2, 3, 4)]
+    for t in range(5):
+        inputs = torch.cat([actions[:, t], states[:, t], torch.ones(2, 1)], dim=-1)
+        h.append(h[-1] + (inputs @ change.flatten(1)).unflatten(1, (3, 4)))
+    h = torch.stack(h, dim=1)
+    one_step = regress_teacher_forced(baselines, h, actions, states, normalize_reps=False)
+    rolled = regress_open_loop(baselines, h[:, 0], actions, states, normalize_reps=False)
+    assert torch.allclose(one_step, h[:, 1:], atol=1e-4) and torch.allclose(rolled, h[:, 1:], atol=1e-4)

@@ -2,22 +2,33 @@
 
 Claims:
 - L1 and cosine are means over tokens and channels; windows of one episode count as one;
-- the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed.
+- the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
+- the paired test is exact for few episodes, rejects a true null at about its level, and cannot reject with five episodes.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from jepa_cache.evaluation.metrics import bootstrap_mean, cosine_similarity, episode_means, l1_error
+from jepa_cache.evaluation.metrics import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    cosine_similarity,
+    episode_means,
+    l1_error,
+    l2_error,
+    paired_p_value,
+)
 
 
 def test_errors_are_means_over_tokens_and_channels():
     target = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5) + 1
     assert torch.allclose(l1_error(target + 0.5, target), torch.full((2, 3), 0.5))
+    assert torch.allclose(l2_error(target + 0.5, target), torch.full((2, 3), 0.5))
     half = target.clone()
     half[..., :2, :] += 3.0
     assert torch.allclose(l1_error(half, target), torch.full((2, 3), 1.5))
+    assert torch.allclose(l2_error(half, target), torch.full((2, 3), 4.5**0.5))
     assert torch.allclose(cosine_similarity(2 * target, target), torch.ones(2, 3))
     assert torch.allclose(cosine_similarity(-target, target), -torch.ones(2, 3))
 
@@ -60,3 +71,27 @@ def test_the_interval_is_the_same_by_seed_and_holds_the_mean():
 def test_fewer_than_two_episodes_have_no_interval(count):
     with pytest.raises(ValueError, match=f"at least two held-out episodes; got {count}"):
         bootstrap_mean(np.zeros(count), num_resamples=10, seed=0)
+
+
+def test_windows_that_a_prediction_does_not_exist_for_are_left_out():
+    values, episodes = np.array([1.0, np.nan, 3.0, np.nan]), ["a", "a", "b", "c"]
+    assert np.array_equal(episode_means(values, episodes), [1.0, 3.0, np.nan], equal_nan=True)
+
+
+def test_the_interval_of_a_ratio_draws_both_parts_together():
+    wholes = np.random.default_rng(0).uniform(1, 5, 8)
+    ratio = bootstrap_ratio(0.2 * wholes, wholes, num_resamples=100, seed=0)
+    assert np.allclose(ratio, 0.2)
+
+
+def test_the_paired_test_is_exact_for_few_episodes():
+    assert paired_p_value(np.zeros(7), seed=0) == 1
+    assert paired_p_value(np.ones(6), seed=0) == pytest.approx(2 / 2**6)
+    assert paired_p_value(np.array([1.0, 2, 3, -0.5]), seed=0) == pytest.approx(4 / 2**4)
+    assert paired_p_value(np.ones(5), seed=0) > 0.05
+
+
+def test_the_paired_test_rejects_a_true_null_at_about_its_level():
+    rng = np.random.default_rng(0)
+    rejected = sum(paired_p_value(rng.standard_normal(9), seed=0) < 0.05 for _ in range(400))
+    assert 0.02 <= rejected / 400 <= 0.08

@@ -1,0 +1,97 @@
+"""Actions that take the true ones' place before the same predictor: none, others', or those of the wrong step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jepa_cache.actions import zero_actions
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.scaler import Scaler
+from jepa_cache.data.windows import WindowIndex
+
+SHUFFLED, ZERO, PERMUTED = "shuffled_actions", "zero_actions", "permuted_actions"
+NEXT, PREVIOUS = "next_actions", "previous_actions"
+CONTROLS = (SHUFFLED, ZERO, PERMUTED, NEXT, PREVIOUS)
+SHIFTED = (NEXT, PREVIOUS)
+PERMUTED_STREAM = 1  # of the seed; the donors of whole windows have the seed's own
+
+
+def control_actions(
+    dataset: CachedDataset, scaler: Scaler, index: WindowIndex, numbers: Sequence[int], *, seed: int
+) -> dict[str, np.ndarray]:
+    """Scaled actions of every control for some windows: [windows, T-1, A] float32 each.
+
+    - `shuffled_actions`: those of a whole window of another episode.
+    - `permuted_actions`: for each step another one, of any window of another episode.
+    - `zero_actions`: raw zeros before scaling, one-hot columns kept.
+    - `next_actions`, `previous_actions`: the true ones, one step too early or too late. A window without the neighbour in its
+      segment is NaN in both, so that both are measured on the same windows.
+
+    Args:
+        dataset: The cached features.
+        scaler: Of the predictor.
+        index: Windows by number.
+        numbers: The windows that are measured.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: When all windows are of one episode.
+    """
+    windows = [index[number] for number in numbers]
+    episodes = [index.segments[window.segment].episode for window in windows]
+    num_rows = index.num_steps - 1
+    shape = len(windows), num_rows, len(dataset.space.actions)
+    raw, after, before = (np.full(shape, np.nan, np.float32) for _ in range(3))
+    for place, window in enumerate(windows):
+        actions, _ = dataset.controls(window.store)
+        segment = index.segments[window.segment]
+        raw[place] = actions[window.start : window.start + num_rows]
+        # The last row of a segment leads nowhere, so the row after the window's must lie before it.
+        if segment.start < window.start and window.start + num_rows < segment.stop - 1:
+            after[place] = actions[window.start + 1 : window.start + 1 + num_rows]
+            before[place] = actions[window.start - 1 : window.start - 1 + num_rows]
+    donors = choose_donors(episodes, seed=seed)
+    rows = draw_rows(episodes, num_rows, seed=seed)
+    permuted = raw.reshape(-1, shape[-1])[rows]
+    given = {
+        SHUFFLED: raw[donors],
+        ZERO: zero_actions(raw, dataset.space),
+        PERMUTED: permuted,
+        NEXT: after,
+        PREVIOUS: before,
+    }
+    return {name: scaler.actions.apply(values) for name, values in given.items()}
+
+
+def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
+    """For every window another one, of another episode, whose actions it is given: [windows] positions.
+
+    Shuffled actions keep their marginals and their order in time; only what links them to the frames is gone.
+
+    Raises:
+        ValueError: When all windows are of one episode.
+    """
+    names = np.array(episodes)
+    generator = np.random.default_rng(seed)
+    if len(set(episodes)) < 2:
+        raise ValueError(
+            "the control with shuffled actions needs at least two held-out episodes; raise split.val_share, try another "
+            f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
+        )
+    return np.array([generator.choice(np.flatnonzero(names != name)) for name in names])
+
+
+def draw_rows(episodes: Sequence[str], num_rows: int, *, seed: int) -> np.ndarray:
+    """For every step of every window a row of another episode: [windows, rows] positions among all windows' rows.
+
+    Each is drawn alone and evenly, so the marginals are those of the other episodes and the order in time is gone too.
+    """
+    names = np.array(episodes)
+    generator = np.random.default_rng([seed, PERMUTED_STREAM])
+    rows = np.empty((len(names), num_rows), np.int64)
+    for place, name in enumerate(names):
+        donors = generator.choice(np.flatnonzero(names != name), size=num_rows)
+        rows[place] = donors * num_rows + generator.integers(num_rows, size=num_rows)
+    return rows

@@ -1,0 +1,176 @@
+"""The verdict in words: what the figures of one evaluation say, and no more than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+MARGIN_PERCENT = 0.5
+"""A gain below it is told as none, however surely it is above 0."""
+
+SIGNIFICANCE = 0.05
+MIN_EPISODES = 6
+"""With fewer no paired test can reach 0.05, so no answer is `yes`."""
+
+YES, NO, UNCLEAR = "yes", "no", "unclear"
+BASELINE_WORDS = {
+    "copy_last": "copying the last step",
+    "mean": "the training mean",
+    "extrapolation": "a straight line through the last two steps",
+    "regression": "a linear regression on actions and states",
+}
+
+
+class Gain(NamedTuple):
+    """The model against one other prediction: per cent of the other's error, interval ends, p value, all over episodes."""
+
+    percent: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:.1f} % [{self.low:.1f}, {self.high:.1f}]"
+
+
+def find_gain(metrics: Mapping[str, Any], name: str, where: str = "") -> Gain | None:
+    """The gain over a baseline or control, None where it was not measured.
+
+    Args:
+        metrics: As `run.summarize` gives them.
+        name: Of the other prediction.
+        where: "" for one step, or "_step<k>".
+    """
+    key = f"gain_{name}{where}_percent"
+    if key not in metrics["val"]:
+        return None
+    return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][f"gap_{name}{where}"])
+
+
+def judge(gain: Gain, num_episodes: int) -> str:
+    """`yes`, `no` or `unclear`: is the gain above the margin?
+
+    Yes, when the whole interval lies above the margin and the paired test says so; no, when the whole interval lies below
+    it, which a tiny gain does and a loss; else unclear.
+    """
+    if gain.high < MARGIN_PERCENT:
+        return NO
+    if gain.low > MARGIN_PERCENT and num_episodes >= MIN_EPISODES and gain.p < SIGNIFICANCE:
+        return YES
+    return UNCLEAR
+
+
+def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
+    """The answer with its reason.
+
+    Args:
+        gain: To be judged.
+        num_episodes: Held-out ones.
+        better: What is better if the gain is above 0, such as "true actions".
+        other: What it is compared with.
+    """
+    answer = judge(gain, num_episodes)
+    size = f"{gain.percent:.1f} % lower [{gain.low:.1f}, {gain.high:.1f}]"
+    if gain.high < 0:
+        size = f"{-gain.percent:.1f} % higher [{-gain.high:.1f}, {-gain.low:.1f}]"
+    told = f"{answer}, error of {better} {size} than that of {other}"
+    if answer == YES:
+        return f"{told} (p {gain.p:.2g})"
+    if answer == NO:
+        return told if gain.high < 0 else f"{told}: below {MARGIN_PERCENT} %, as good as none"
+    if num_episodes < MIN_EPISODES:
+        return f"{told}, but {num_episodes} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"
+    if gain.low > MARGIN_PERCENT:
+        return f"{told}, but the paired test does not confirm it (p {gain.p:.2g})"
+    return f"{told}: the interval reaches from below {MARGIN_PERCENT} % to above it"
+
+
+def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Answers to the questions that users ask: {question: {"answer": "yes|no|unclear", "words": a sentence}}.
+
+    Each rests on one comparison that is named beforehand, so no correction for several tests is made:
+
+    - `actions`: does the predictor need the true actions? Teacher forcing, against actions of another episode.
+    - `actions_rollout`: the same at the last open-loop step.
+    - `timing`: does it use those of the right step? Against the next and the previous ones, the nearer of the two.
+    - `copying`: is it better than copying the last step?
+    - `baselines`: is it better than the strongest of all baselines?
+    - `horizon`: how many open-loop steps does it beat both copying and the training mean, counted from the first?
+    - `limits`: what the figures cannot say; `none` or `some`.
+
+    Args:
+        metrics: As `run.summarize` gives them, with `settings`.
+    """
+    count, last = metrics["num_episodes"], f"_step{metrics['settings']['horizon']}"
+    questions: dict[str, tuple[str, str]] = {}
+
+    def ask(question: str, title: str, gain: Gain | None, better: str, other: str) -> None:
+        if gain is None:
+            questions[question] = UNCLEAR, f"{title}: unclear, fewer than two episodes hold a window to measure it on"
+        else:
+            questions[question] = judge(gain, count), f"{title}: {explain(gain, count, better, other)}"
+
+    shuffled = "another episode's"
+    ask("actions", "uses its actions", find_gain(metrics, "shuffled_actions"), "true actions", shuffled)
+    ask(
+        "actions_rollout",
+        f"uses its actions in open loop, step {metrics['settings']['horizon']}",
+        find_gain(metrics, "shuffled_actions", last),
+        "true actions",
+        shuffled,
+    )
+    shifts = {"the next step's": find_gain(metrics, "next_actions"), "the previous step's": None}
+    shifts["the previous step's"] = find_gain(metrics, "previous_actions")
+    nearer = min((name for name in shifts if shifts[name]), key=lambda name: shifts[name].percent, default=None)
+    ask("timing", "uses those of the right step", shifts.get(nearer), "true actions", str(nearer))
+    ask("copying", "better than copying", find_gain(metrics, "copy_last"), "the predictor", BASELINE_WORDS["copy_last"])
+    gains = {name: gain for name in BASELINE_WORDS if (gain := find_gain(metrics, name))}
+    strongest = min(gains, key=lambda name: gains[name].percent)
+    ask("baselines", "better than every baseline", gains[strongest], "the predictor", BASELINE_WORDS[strongest])
+    questions["horizon"] = _describe_horizon(metrics)
+    relative = "" if metrics["encoder_trained"] else " (relative: the encoder is untrained)"
+    verdict = {name: {"answer": answer, "words": words + relative} for name, (answer, words) in questions.items()}
+    return verdict | {"limits": _describe_limits(metrics)}
+
+
+def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Steps are tested in order and the count ends at the first that fails, which keeps the error rate of one test."""
+    settings, count = metrics["settings"], metrics["num_episodes"]
+    title, both = "sees ahead", "both copying the last step and the training mean"
+    reached, answer = 0, YES
+    for step in range(1, settings["horizon"] + 1):
+        gains = [find_gain(metrics, name, f"_step{step}") for name in ("copy_last", "mean")]
+        answers = {judge(gain, count) for gain in gains if gain is not None}
+        answer = NO if NO in answers else UNCLEAR if UNCLEAR in answers or None in gains else YES
+        if answer != YES:
+            break
+        reached = step
+    if not reached:
+        few = f"; {count} held-out episodes are too few ({MIN_EPISODES} are needed)" if count < MIN_EPISODES else ""
+        reason = f"it is not shown to beat {both} at the first open-loop step{few}"
+        return answer, f"{title}: {answer}, {reason}"
+    seconds = f"{reached / settings['step_hz']:.2g} s"
+    end = "all that were measured" if reached == settings["horizon"] else f"of {settings['horizon']} measured"
+    return YES, f"{title}: yes, it beats {both} for {reached} open-loop steps ({end}; {seconds})"
+
+
+def _describe_limits(metrics: Mapping[str, Any]) -> dict[str, str]:
+    limits = []
+    if not metrics["encoder_trained"]:
+        limits.append(
+            "the encoder has random weights, so these figures show that the path works, nothing about the world"
+        )
+    if not metrics["comparable"]:
+        limits.append(
+            "clip mode: early steps have seen later frames, so figures are not comparable with frame or tubelet mode, and "
+            "an advantage of true actions may be seen in the tokens already"
+        )
+    if metrics["num_episodes"] < MIN_EPISODES:
+        limits.append(
+            f"only {metrics['num_episodes']} held-out episodes: intervals over so few are too narrow, and no answer is yes; "
+            "raise split.val_share or add recordings"
+        )
+    return {
+        "answer": "some" if limits else "none",
+        "words": "limits: " + ("; ".join(limits) or "none that this report knows"),
+    }

@@ -1,0 +1,222 @@
+"""Held-out windows through the predictor, the baselines and the controls: the error of every predicted step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from jepa_cache.config.machine import default_num_threads
+from jepa_cache.data.loader import WindowLoader, to_device
+from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.baselines import (
+    Baselines,
+    extrapolate_open_loop,
+    extrapolate_teacher_forced,
+    fit_baselines,
+    regress_open_loop,
+    regress_teacher_forced,
+)
+from jepa_cache.evaluation.controls import CONTROLS, SHIFTED, control_actions
+from jepa_cache.evaluation.metrics import MEASURES
+from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
+
+MODEL = "model"
+COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
+BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
+PREDICTIONS = (MODEL, *BASELINES, *CONTROLS)
+
+
+@dataclass(frozen=True)
+class WindowErrors:
+    """Errors of every held-out window; NaN where a prediction does not exist, never for another reason.
+
+    Attributes:
+        episodes: Key of each window's episode.
+        teacher_forced: Measure (`metrics.MEASURES`) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
+        open_loop: The same to [windows, K], of the K steps after the context.
+        index: Windows by number.
+        numbers: Window numbers in the index.
+    """
+
+    episodes: list[str]
+    teacher_forced: dict[str, dict[str, np.ndarray]]
+    open_loop: dict[str, dict[str, np.ndarray]]
+    index: WindowIndex
+    numbers: list[int]
+
+    @property
+    def one_step(self) -> dict[str, np.ndarray]:
+        """Prediction to [windows], teacher-forced L1 over the steps of the window for which it exists."""
+        return {name: mean_of_steps(values) for name, values in self.teacher_forced["l1"].items()}
+
+    @property
+    def horizon(self) -> dict[str, np.ndarray]:
+        """Prediction to [windows, K], open-loop L1."""
+        return self.open_loop["l1"]
+
+
+def mean_of_steps(values: np.ndarray) -> np.ndarray:
+    """[windows, steps] to [windows] float64: the mean over the steps that exist, NaN where none does."""
+    exists = np.isfinite(values)
+    sums = np.where(exists, values, 0.0).sum(axis=1, dtype=np.float64)
+    return np.where(exists.any(axis=1), sums / np.maximum(exists.sum(axis=1), 1), np.nan)
+
+
+class Predicted(NamedTuple):
+    """What one prediction says of the windows of a batch.
+
+    Attributes:
+        name: Of `PREDICTIONS`.
+        rows: [R] windows of the batch that it exists for.
+        first: Teacher-forced steps before this one do not exist.
+        teacher_forced: [R, T-1-first, N, D].
+        open_loop: [R, K, N, D], or None where it does not exist.
+    """
+
+    name: str
+    rows: Tensor
+    first: int
+    teacher_forced: Tensor
+    open_loop: Tensor | None
+
+
+class _Given(NamedTuple):
+    """A batch on the device: h [B, T, N, D] true tokens, scaled actions [B, T-1, A] and states [B, T, S]."""
+
+    h: Tensor
+    actions: Tensor
+    states: Tensor
+
+
+@torch.no_grad()
+def measure_windows(subject: Subject) -> WindowErrors:
+    """Run the predictor, all baselines and all controls over windows spread evenly over the held-out episodes.
+
+    In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
+    back. The controls differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
+    training window has, from the start of each window.
+
+    Raises:
+        ValueError: When fewer than two episodes with a long enough segment are held out, or the predictor gives no numbers.
+    """
+    torch.set_num_threads(default_num_threads())
+    settings, device = subject.config.evaluate, subject.device
+    num_steps = max(subject.window_steps, settings.num_context_steps + settings.horizon)
+    index = WindowIndex(subject.held_out_segments(), num_steps)
+    numbers = spread_windows(index, settings.windows_per_episode)
+    controls = control_actions(subject.dataset, subject.scaler, index, numbers, seed=settings.seed)
+    baselines = fit_baselines(
+        subject.dataset,
+        subject.training_segments(),
+        subject.scaler,
+        num_steps=num_steps,
+        normalize_reps=subject.normalize_reps,
+    ).to(device)
+    shapes = {"teacher_forced": subject.window_steps - 1, "open_loop": settings.horizon}
+    found = {
+        kind: {measure: {name: np.full((len(numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
+        for kind, steps in shapes.items()
+    }
+    starts = range(0, len(numbers), settings.batch_size)
+    chunks = [numbers[start : start + settings.batch_size] for start in starts]
+    batches = WindowLoader(subject.dataset, index, subject.scaler).iterate(chunks)
+    batches = tqdm(batches, total=len(chunks), desc="evaluating", unit="batch", dynamic_ncols=True)
+    context = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
+    for start, batch in zip(starts, batches, strict=True):
+        batch = to_device(batch, device)
+        given = _Given(as_reps(batch.tokens, subject.normalize_reps), batch.actions, batch.states)
+        replaced = {
+            name: torch.from_numpy(values[start : start + len(given.h)]).to(device) for name, values in controls.items()
+        }
+        for predicted in _predictions(subject, baselines, given, replaced):
+            true, rows = given.h[predicted.rows], start + predicted.rows.cpu().numpy()
+            later = true[:, 1 + predicted.first : subject.window_steps]
+            for measure, error in MEASURES.items():
+                values = error(predicted.teacher_forced, later)
+                found["teacher_forced"][measure][predicted.name][rows, predicted.first :] = _checked(values, subject)
+                if predicted.open_loop is not None:
+                    values = error(predicted.open_loop, true[:, context])
+                    found["open_loop"][measure][predicted.name][rows] = _checked(values, subject)
+    episodes = [index.segments[index[number].segment].episode for number in numbers]
+    return WindowErrors(episodes, **found, index=index, numbers=numbers)
+
+
+def _checked(values: Tensor, subject: Subject) -> np.ndarray:
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"a prediction on held-out windows of {subject.dataset.manifest.dataset} holds NaN or infinity, so no error can be "
+            "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
+        )
+    return values.cpu().numpy()
+
+
+def _predictions(
+    subject: Subject, baselines: Baselines, given: _Given, replaced: Mapping[str, Tensor]
+) -> Iterator[Predicted]:
+    """Everything in `PREDICTIONS` for one batch, one after the other, as each is as large as the tokens."""
+    settings, normalize = subject.config.evaluate, subject.normalize_reps
+    h, num_trained = given.h, subject.window_steps
+    context, horizon = settings.num_context_steps, settings.horizon
+    everything = torch.arange(len(h), device=h.device)
+    past, true = h[:, : num_trained - 1], h[:, :num_trained]
+    last = h[:, context - 1]
+    constant = lambda token: token.unsqueeze(1).expand(-1, horizon, -1, -1)  # noqa: E731
+    yield Predicted(COPY_LAST, everything, 0, past, constant(last))
+    yield Predicted(MEAN, everything, 0, baselines.mean.expand_as(past), constant(baselines.mean.expand_as(last)))
+    straight = None
+    if context >= 2:
+        straight = extrapolate_open_loop(h[:, context - 2], last, horizon, normalize_reps=normalize)
+    yield Predicted(EXTRAPOLATION, everything, 1, extrapolate_teacher_forced(true, normalize_reps=normalize), straight)
+    ahead = slice(context - 1, context - 1 + horizon)
+    yield Predicted(
+        REGRESSION,
+        everything,
+        0,
+        regress_teacher_forced(
+            baselines,
+            true,
+            given.actions[:, : num_trained - 1],
+            given.states[:, : num_trained - 1],
+            normalize_reps=normalize,
+        ),
+        regress_open_loop(baselines, last, given.actions[:, ahead], given.states[:, ahead], normalize_reps=normalize),
+    )
+    for name, actions in {MODEL: given.actions, **replaced}.items():
+        rows = everything
+        if name in SHIFTED:  # windows without a neighbour have no such actions
+            rows = everything[torch.isfinite(actions).flatten(1).all(dim=1)]
+        if len(rows):
+            yield _run_predictor(subject, name, rows, given, actions)
+
+
+def _run_predictor(subject: Subject, name: str, rows: Tensor, given: _Given, actions: Tensor) -> Predicted:
+    settings, num_trained = subject.config.evaluate, subject.window_steps
+    context, num_rows = settings.num_context_steps, settings.num_context_steps + settings.horizon - 1
+    h, actions, states = given.h[rows], actions[rows], given.states[rows]
+    return Predicted(
+        name,
+        rows,
+        0,
+        teacher_forcing(
+            subject.predictor,
+            h[:, :num_trained],
+            actions[:, : num_trained - 1],
+            states,
+            normalize_reps=subject.normalize_reps,
+        ),
+        open_loop(
+            subject.predictor,
+            h[:, :context],
+            actions[:, :num_rows],
+            states[:, :num_rows],
+            settings.horizon,
+            normalize_reps=subject.normalize_reps,
+        ),
+    )
