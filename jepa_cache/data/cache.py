@@ -298,8 +298,3 @@ class CachedDataset:
                     self._token_paths[store], name, verify_checksums=self._verify_checksums
                 )
             return self._readers[store, name]
-
-
-def count_episodes(segments: Sequence[Segment]) -> int:
-    """Different episodes among segments."""
-    return len({segment.episode for segment in segments})

@@ -177,3 +177,8 @@ def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:
         picks = np.linspace(0, len(numbers) - 1, min(per_episode, len(numbers))).round().astype(int)
         chosen += [numbers[pick] for pick in np.unique(picks)]
     return chosen
+
+
+def count_episodes(segments: Sequence[Segment]) -> int:
+    """Different episodes among segments."""
+    return len({segment.episode for segment in segments})

@@ -11,9 +11,9 @@ from sklearn.random_projection import SparseRandomProjection
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_cache.data.cache import CachedDataset, Segment, count_episodes
+from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import Window, WindowIndex, spread_windows
+from jepa_cache.data.windows import Window, WindowIndex, count_episodes, spread_windows
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps
 
