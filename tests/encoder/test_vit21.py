@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from jepa_cache.config.loading import load_config
+from jepa_cache.config.schema import LEVEL_LAYERS
 from jepa_cache.encoder.checkpoints import CheckpointError, build_encoder, load_encoder_state
 from jepa_cache.encoder.frozen import FrozenEncoder
-from jepa_cache.encoder.structure import parameter_shapes
+from jepa_cache.encoder.structure import level_layers, parameter_shapes
 from jepa_cache.encoder.vit import rotate, rotation_tables
 from jepa_cache.encoder.vit21 import VisionTransformer21
 from tests.official_files import without_storage, write_v21_file
@@ -85,6 +86,12 @@ def test_levels_come_in_the_order_of_depth_and_the_last_is_the_plain_output(enco
     for level, last_block in enumerate((2, 5, 8, 11)):
         cut = build_cut(encoder, last_block, level)
         assert torch.equal(levels[..., level, :], cut(clip))
+
+
+@pytest.mark.parametrize("depth", LEVEL_LAYERS)
+def test_every_depth_has_four_levels_up_to_its_last_block(depth):
+    layers = level_layers(depth)
+    assert len(layers) == 4 and layers[-1] == depth - 1 and list(layers) == sorted(set(layers))
 
 
 def build_cut(encoder, last_block, level):
