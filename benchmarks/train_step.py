@@ -6,8 +6,9 @@
     python benchmarks/train_step.py ac300m --blocks 24 --batch 8 --device cuda --dtypes bfloat16
     python benchmarks/train_step.py small --encoder vitg --variants ours
     python benchmarks/train_step.py ac300m --batch 8 --variants ours+checkpointing lora+checkpointing --dtypes bfloat16 --embed-dim 1408
+    python benchmarks/train_step.py ac300m --grid 24 --variants ours+checkpointing --dtypes bfloat16   # V-JEPA 2.1 at 384 px
 
-A train step is forward, backward and AdamW on random tokens: teacher forcing over T-1 steps and a rollout, L1, 16x16 patches a step.
+A train step is forward, backward and AdamW on random tokens: teacher forcing over T-1 steps and a rollout, L1, 16x16 patches a step unless --grid says otherwise.
 The plain way (benchmarks/reference_predictor.py) has a dense mask, rotary angles at every call, a rollout computed from scratch and AdamW
 one tensor at a time. Both have the same weights; their losses are compared before anything is timed.
 
@@ -42,9 +43,6 @@ from jepa_cache.predictor.model import ACPredictor  # noqa: E402
 from jepa_cache.training.losses import world_model_loss  # noqa: E402
 from jepa_cache.training.optimizer import build_optimizer  # noqa: E402
 
-GRID = (16, 16)
-NUM_TOKENS = GRID[0] * GRID[1]
-LENGTH = NUM_TOKENS + 2  # tokens of a step with its action and state
 ACTIONS = STATES = 7
 BLOCKS = {"base": 2, "ac300m": 1}  # measured on a CPU; all blocks are alike
 VARIANTS = ("plain", "ours", "lora", "plain+checkpointing", "ours+checkpointing", "lora+checkpointing")
@@ -73,6 +71,17 @@ class Case(NamedTuple):
     auto_steps: int
     batch: int
     device: torch.device
+    side: int  # of the grid of patches
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of a step."""
+        return self.side**2
+
+    @property
+    def length(self) -> int:
+        """Tokens of a step with its action and state."""
+        return self.num_tokens + 2
 
 
 def build_step(case: Case, variant: str) -> Callable[[], float]:
@@ -86,11 +95,11 @@ def build_step(case: Case, variant: str) -> Callable[[], float]:
         "num_heads": case.preset.num_heads,
         "action_dim": ACTIONS,
         "state_dim": STATES,
-        "grid": GRID,
+        "grid": (case.side, case.side),
     }
     who, _, checkpointing = who.partition("+")
     ours = ACPredictor(**sizes, activation_checkpointing=bool(checkpointing))
-    shapes = ((NUM_TOKENS, case.embed_dim), (ACTIONS,), (STATES,))
+    shapes = ((case.num_tokens, case.embed_dim), (ACTIONS,), (STATES,))
     steps = (case.window_steps, case.window_steps - 1, case.window_steps)
     window = [torch.randn(case.batch, n, *shape).to(case.device) for n, shape in zip(steps, shapes, strict=True)]
     if who != "plain":
@@ -149,13 +158,13 @@ def useful_gflop(case: Case, blocks: int) -> float:
     """10^9 floating-point operations of the products that a train step needs: forward, and twice that backward."""
     width, hidden = case.preset.predictor_dim, int(case.preset.predictor_dim * case.preset.mlp_ratio)
     num_forced, num_fed = case.window_steps - 1, min(case.auto_steps, case.window_steps - 1) - 1
-    num_tokens = (num_forced + num_fed) * LENGTH
+    num_tokens = (num_forced + num_fed) * case.length
     linear = (
         blocks * num_tokens * 2 * width * (4 * width + 2 * hidden)
-        + (num_forced + num_fed) * NUM_TOKENS * 4 * case.embed_dim * width
+        + (num_forced + num_fed) * case.num_tokens * 4 * case.embed_dim * width
     )
     prefixes = [*range(1, num_forced + 1), *range(2, num_fed + 2)]
-    scores = LENGTH * LENGTH * sum(prefixes)
+    scores = case.length**2 * sum(prefixes)
     return 3 * case.batch * (linear + blocks * 4 * width * scores) / 1e9
 
 
@@ -191,7 +200,16 @@ def peak_mib(case: Case, variant: str) -> float:
         step(), step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     arguments = [case.preset.name, "--blocks", case.blocks, "--batch", case.batch, "--window-steps", case.window_steps]
-    arguments += ["--auto-steps", case.auto_steps, "--embed-dim", case.embed_dim, "--peak-of", variant]
+    arguments += [
+        "--auto-steps",
+        case.auto_steps,
+        "--embed-dim",
+        case.embed_dim,
+        "--grid",
+        case.side,
+        "--peak-of",
+        variant,
+    ]
     command = [sys.executable, __file__, *map(str, arguments)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -242,7 +260,7 @@ def encoder_gflop_per_frame(preset: EncoderPreset) -> float:
 def report(case: Case, options: argparse.Namespace) -> None:
     """Measure one size and print its lines."""
     print(
-        f"\n{case.name}: {case.blocks} of {case.preset.depth} blocks {case.preset.predictor_dim} wide, batch {case.batch}, T={case.window_steps}, auto_steps {case.auto_steps}, E={case.embed_dim}"
+        f"\n{case.name}: {case.blocks} of {case.preset.depth} blocks {case.preset.predictor_dim} wide, batch {case.batch}, T={case.window_steps}, auto_steps {case.auto_steps}, E={case.embed_dim}, {case.side} x {case.side} patches"
     )
     steps = {
         f"{name} {dtype}": build_step(case, f"{name} {dtype}") for dtype in options.dtypes for name in options.variants
@@ -293,6 +311,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="blocks to measure; all of small, 2 of base, 1 of ac300m")
     parser.add_argument("--embed-dim", type=int, help="E; the encoder's where one is named, else 1024")
+    parser.add_argument("--grid", type=int, default=16, help="side of the grid of patches of a step")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -314,6 +333,7 @@ def main() -> None:
             options.auto_steps,
             options.batch,
             torch.device(options.device),
+            options.grid,
         )
         if options.peak_of:
             print(own_peak_mib(case, options.peak_of))

@@ -213,3 +213,5 @@ def test_rescaled_positions_of_other_patches_are_refused():
 def test_an_encoder_without_an_image_path_is_not_asked_for_one(preset, wide_state):
     with pytest.raises(ValueError, match="kind vjepa2 has no image path"):
         frozen(preset, wide_state, single_frame="image")
+    with pytest.raises(ValueError, match="unknown single_frame 'once'"):
+        frozen(preset, wide_state, single_frame="once")
