@@ -32,7 +32,7 @@ OFFICIAL_FILES = (
     "vjepa2_1_vitG_384.pt",
 )
 _WAY_OUT = (
-    f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), the same encoders as safetensors on the "
+    f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), those of V-JEPA 2 also as safetensors on the "
     "Hugging Face hub (hf://facebook/vjepa2-vitl-fpc64-256/model.safetensors). Download one on a machine with network "
     "and name it with encode.weights=PATH. Random weights are never used in place of a missing file"
 )
