@@ -117,8 +117,8 @@ class FrozenEncoder:
 
         Args:
             groups: [B, G, 3, R, R] float32, preprocessed. G = 1 is frame mode: the frame is repeated to fill a
-                tubelet, as the AC trainer does, or goes through the image path. G = tubelet is tubelet mode, a larger multiple clip mode, where
-                attention spans the clip in both directions of time.
+                tubelet, as the AC trainer does, or goes through the image path. G = tubelet is tubelet mode, a larger
+                multiple clip mode, where attention spans the clip in both directions of time.
 
         Returns:
             tokens [B, T, N, D] on the device, T = 1 in frame mode, else G / tubelet; after the encoder's final norm,
