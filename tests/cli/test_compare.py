@@ -95,7 +95,7 @@ def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_not
     rng = np.random.default_rng(0)
     one = write_run(tmp_path / "one", BASE)
     better = write_run(tmp_path / "better", BASE - 0.01 + 0.004 * rng.normal(size=NUM_EPISODES))
-    same = write_run(tmp_path / "same", BASE + rng.permutation(np.linspace(-0.02, 0.02, NUM_EPISODES)))
+    same = write_run(tmp_path / "same", BASE - 0.002 + rng.permutation(np.linspace(-0.02, 0.02, NUM_EPISODES)))
     document, text = compare(one, better, same)
     (group,) = document["groups"]
     figures = [run["figures"]["rollout_l1"]["interval"] for run in group["runs"]]
