@@ -18,7 +18,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, mean_squared_error
 
 from jepa_cache.config.parsing import ConfigError
-from jepa_cache.evaluation.probe_heads import RIDGE_PENALTIES, fit_linear
+from jepa_cache.evaluation import probe_heads
+from jepa_cache.evaluation.probe_heads import RIDGE_PENALTIES, fit_label, fit_linear
 from jepa_cache.evaluation.probe_inputs import StepFeatures, read_sample
 from jepa_cache.evaluation.probe_scores import draw_episodes
 from jepa_cache.evaluation.probes import (
@@ -164,6 +165,18 @@ def test_regularisation_is_not_chosen_within_an_episode(rng):
     target = np.repeat(numbers - numbers.mean(), PER_EPISODE, axis=0)
     assert fit_linear(features, {"x": target}, keys).penalties["x"] == RIDGE_PENALTIES[-1] * len(keys)
     assert fit_linear(features, {"x": target}, [f"{row}" for row in range(len(keys))]).penalties["x"] < len(keys)
+
+
+def test_no_fold_of_a_label_has_an_episode_on_both_sides(rng, monkeypatch):
+    keys = np.array(episodes(8, "train"))
+    features = rng.normal(size=(len(keys), 4))
+    folds = []
+    whole = probe_heads.cross_val_predict
+    monkeypatch.setattr(probe_heads, "cross_val_predict", lambda *a, cv: folds.extend(cv) or whole(*a, cv=cv))
+    assert not isinstance(fit_label(features, (features[:, 0] > 0).astype(str), keys), str)
+    assert len(folds) >= 3
+    for train, left_out in folds:
+        assert not set(keys[train]) & set(keys[left_out]) and len(train) + len(left_out) == len(keys)
 
 
 @pytest.fixture(scope="module")
