@@ -16,6 +16,7 @@ from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
+from jepa_cache.evaluation.controls import SHUFFLED, control_actions
 from jepa_cache.training.processes import mean_over_processes, sum_over_processes
 from jepa_cache.training.stepping import StepReport
 
@@ -56,12 +57,24 @@ class Feed:
             groups=mixture_groups(dataset, index),
         )
         self.validation: list[int] = []
+        self.compares = False  # whether there are episodes enough to give windows another's actions
         held_out = dataset.segments_of(VAL, config.split, config.filter)
         if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
             val_index = WindowIndex(held_out, self._settings.window_steps)
             self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
             self._val_index = val_index
             self._val_loader = WindowLoader(dataset, val_index, scaler)
+            self.compares = len({val_index.segments[val_index[n].segment].episode for n in self.validation}) > 1
+            if self.compares:
+                self._shuffled = dict(zip(self.validation, self._shuffle(scaler), strict=True))
+
+    def _shuffle(self, scaler: Scaler) -> np.ndarray:
+        given = control_actions(self._dataset, scaler, self._val_index, self.validation, seed=self._settings.seed)
+        return given[SHUFFLED]
+
+    def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:
+        """For validation windows [B] the scaled actions [B, T-1, A] of a window of another episode, the same every time."""
+        return torch.from_numpy(np.stack([self._shuffled[int(number)] for number in numbers])).to(self._device)
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
         """The training batches that are left after `first_step` of `num_steps` train steps, `grad_accumulation` for each."""

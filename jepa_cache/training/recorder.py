@@ -23,6 +23,8 @@ COLUMNS = (
     "val_total",
     "val_jloss",
     "val_sloss",
+    "val_gap_copy_last",
+    "val_gap_shuffled_actions",
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.data.loader import Batch
 from jepa_cache.predictor.model import PredictorOutput
+from jepa_cache.predictor.rollout import as_reps, teacher_forcing
 from jepa_cache.training.losses import Losses, world_model_loss
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +48,14 @@ class Objective(nn.Module):
             rollout=settings.rollout,
             rollout_start=rollout_start,
         )
+
+    def as_reps(self, tokens: Tensor) -> Tensor:
+        """What predictions are compared with: [B, T, N, D] tokens as float32, layer-normed where the training does so."""
+        return as_reps(tokens, self._settings.normalize_reps)
+
+    def predict(self, h: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+        """Teacher-forced predictions [B, T-1, N, D] from h [B, T, N, D] as `as_reps` gives it."""
+        return teacher_forcing(self._predict, h, actions, states, normalize_reps=self._settings.normalize_reps)
 
     def _predict(self, *arguments: Any) -> PredictorOutput:
         dtype = AUTOCAST[self._settings.precision]

@@ -1,0 +1,66 @@
+"""Validation while a training runs.
+
+Claims:
+- its losses and its gaps to copying and to another episode's actions are those of the weights that it leaves, computed anew;
+- with one held-out episode there is no other to compare with, and the losses stay.
+"""
+
+import csv
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.controls import choose_donors
+from jepa_cache.predictor.checkpoints import load_predictor
+from jepa_cache.predictor.rollout import normalize_tokens, teacher_forcing
+from jepa_cache.training.feed import VALIDATION_WINDOWS_PER_EPISODE
+from jepa_cache.training.trainer import TrainResult, train
+from tests.caches import Cache, make_cache
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(tmp_path, monkeypatch):
+    """Runs of this test only, and an accelerate that has not fixed its precision yet."""
+    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(cache: Cache) -> TrainResult:
+    return train(cache.config, cache.dataset, cache.scaler, cache.folder / "run", base=cache.folder)
+
+
+def last_row(result: TrainResult) -> dict[str, str]:
+    with (result.weights.parent / "train.csv").open(newline="") as file:
+        return list(csv.DictReader(file))[-1]
+
+
+def test_validation_compares_with_copying_and_with_the_actions_of_another_episode(tmp_path):
+    cache = make_cache(tmp_path)
+    result = run(cache)
+    row = last_row(result)
+    predictor, card = load_predictor(result.weights)
+    index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), card["window_steps"])
+    numbers = spread_windows(index, VALIDATION_WINDOWS_PER_EPISODE)
+    episodes = [index.segments[index[number].segment].episode for number in numbers]
+    donors = choose_donors(episodes, seed=cache.config.train.seed)
+    batch = WindowLoader(cache.dataset, index, cache.scaler).read(numbers)
+    h = normalize_tokens(batch.tokens)
+    errors = []
+    with torch.no_grad():
+        for actions in (batch.actions, batch.actions[donors]):
+            predicted = teacher_forcing(predictor.eval(), h, actions, batch.states)
+            errors.append(float((predicted - h[:, 1:]).abs().mean()))
+    copied = float((h[:, :-1] - h[:, 1:]).abs().mean())
+    assert float(row["val_jloss"]) == pytest.approx(errors[0], abs=1e-5)
+    assert float(row["val_gap_copy_last"]) == pytest.approx(copied - errors[0], abs=1e-5)
+    assert float(row["val_gap_shuffled_actions"]) == pytest.approx(errors[1] - errors[0], abs=1e-5)
+    assert errors[1] != errors[0]
+
+
+def test_one_held_out_episode_is_validated_without_another_to_compare_with(tmp_path):
+    alone = make_cache(tmp_path, "split.seed=1")
+    row = last_row(run(alone))
+    assert row["val_jloss"] and not row["val_gap_copy_last"] and not row["val_gap_shuffled_actions"]
