@@ -2,7 +2,7 @@
 
     python stages/evaluate.py
 
-Writes outputs/evaluate/metrics.json, horizon.csv and pictures/.
+Writes outputs/evaluate/metrics.json, tables (*.csv) and pictures/; docs/honesty_report.md says how to read them.
 """
 
 import sys
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(config, weights)
     metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
-    print(f"wrote {out.relative_to(ROOT)}/metrics.json, horizon.csv, pictures/; next: dvc metrics show, dvc plots show")
+    print(f"wrote {out.relative_to(ROOT)}/metrics.json, tables, pictures/; next: dvc metrics show, dvc plots show")
 
 
 if __name__ == "__main__":

@@ -479,6 +479,18 @@ def test_metrics_name_the_settings_they_were_measured_with(trained, tmp_path):
     assert settings["encoder"] == trained.cache.config.encoder.name
 
 
+def test_what_does_not_exist_is_left_out_and_said(trained, tmp_path):
+    # One step of context has no line through it, and a window as long as its segment has no neighbours.
+    settings = replace(trained.cache.config.evaluate, num_context_steps=1, horizon=29)
+    metrics = evaluate(trained.cache, trained.weights, tmp_path, replace(trained.cache.config, evaluate=settings))
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert "extrapolation_l1" in metrics["val"] and "rollout_extrapolation_l1" not in metrics["val"]
+    assert not any("next_actions" in name or "previous_actions" in name for name in metrics["val"])
+    assert not {"extrapolation", "next_actions"} & set(read_rows(tmp_path / "horizon.csv")[0])
+    assert metrics["verdict"]["timing"]["answer"] == "unclear"
+    assert "next_actions: one step not measured, open-loop step 29 not measured" in describe_metrics(metrics, 29)
+
+
 # --- controls and refusals ------------------------------------------------------------------------------------------------
 
 
