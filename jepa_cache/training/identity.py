@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.predictor.checkpoints import OFFICIAL_SUFFIXES
 from jepa_cache.store.digests import DigestTable, state_folder
+from jepa_cache.store.locks import Claim, lock_file
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
 from jepa_cache.store.root import atomic_file
@@ -94,6 +97,50 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
             return candidate
     tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
     raise ValueError(f"train.init={reference!r} names no weights; tried {tried}")
+
+
+def check_init_stays(init: Path, output: Path) -> None:
+    """Refuse to start from the file that the training itself overwrites at its end.
+
+    Args:
+        init: From `resolve_init`.
+        output: Folder that the training writes its weights to.
+
+    Raises:
+        ValueError: It is that file.
+    """
+    if init.resolve() == (output / WEIGHTS_FILE).resolve():
+        raise ValueError(
+            f"train.init names {init}, which this training overwrites at its end: the same command would start from other weights "
+            "each time. Copy the file elsewhere and name the copy, or name the run that made it by its id (`run` in the file's card; "
+            "its checkpoints stay)"
+        )
+
+
+@contextmanager
+def held_run(run: Path) -> Iterator[None]:
+    """Keep other processes out of a run for the block, by a lock beside its folder that dies with its process.
+
+    Raises:
+        ValueError: Another process trains it, or the folder of all runs cannot be written or locked.
+    """
+    lock = run.with_name(f"{run.name}.lock")
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = lock_file(lock, create=True)
+    except OSError as error:
+        raise ValueError(
+            f"the folder of all runs, {run.parent}, cannot be written or locked ({error}); set $JEPA_RUNS_HOME to another"
+        ) from error
+    if descriptor is None:
+        raise ValueError(
+            f"run {run.name} is being trained by another process, which holds {lock}; two would overwrite each other's checkpoints. "
+            "Wait for it or stop it; to train twice, change a setting (train.seed) or set another $JEPA_RUNS_HOME"
+        )
+    try:
+        yield
+    finally:
+        Claim(lock, descriptor).release()
 
 
 def prepare_folder(run: Path, description: dict[str, Any], *, upload_to: str | None, fresh: bool) -> None:

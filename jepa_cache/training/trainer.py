@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,14 @@ from jepa_cache.training.checkpoint import (
     save_checkpoint,
 )
 from jepa_cache.training.feed import Feed, Meter
-from jepa_cache.training.identity import describe_run, prepare_folder, resolve_init, run_folder
+from jepa_cache.training.identity import (
+    check_init_stays,
+    describe_run,
+    held_run,
+    prepare_folder,
+    resolve_init,
+    run_folder,
+)
 from jepa_cache.training.optimizer import build_optimizer, set_rates
 from jepa_cache.training.outputs import describe_weights, write_outputs
 from jepa_cache.training.processes import agree_to_stop, check_same_step, start_processes, watched_processes
@@ -70,33 +77,37 @@ def train(
         fresh: Forget earlier checkpoints of this run.
 
     Raises:
-        ValueError: When no window fits, the loss stops being finite, the initial weights do not fit, or another process of
-            this training has died.
+        ValueError: When no window fits, the loss stops being finite, the initial weights do not fit or are the output, another
+            process trains this run, or another process of this training has died.
     """
     check_scaler(scaler, dataset.segments_of(TRAIN, config.split, config.filter))
     accelerator = start_processes(config.train)
     feed = Feed(config, dataset, scaler, accelerator)
     config = resolve_epochs(config, feed.num_windows, accelerator.num_processes)
     init = resolve_init(config.train.init, base)
+    if init is not None:
+        check_init_stays(init, output)
     ranges = ranges_path(config.filter, base)
     description = describe_run(config, dataset.manifest, scaler, init, ranges, num_processes=accelerator.num_processes)
     origin = check_start(config, dataset, init)
     if origin is not None:
         description["origin"] = origin._asdict()
     run = run_folder(description)
-    if accelerator.is_main_process:
-        prepare_folder(run, description, upload_to=config.train.upload_to, fresh=fresh)
-        for change in compare_start(init, dataset, scaler) if init is not None else ():
-            print(f"the starting weights were trained with other inputs: {change}")
-    with watched_processes(accelerator, run):
-        accelerator.wait_for_everyone()
-        card = describe_weights(dataset, scaler)
-        training = _Training(config, dataset, feed, accelerator, run, init, card)
-        stopped_by = training.run_loop(output.parent / "live")
-    weights = None
-    if accelerator.is_main_process and stopped_by is None:
-        step = training.select_weights()
-        weights = write_outputs(training.learner, step, run, output, config, dataset, scaler, description)
+    main = accelerator.is_main_process
+    with held_run(run) if main else nullcontext():
+        if main:
+            prepare_folder(run, description, upload_to=config.train.upload_to, fresh=fresh)
+            for change in compare_start(init, dataset, scaler) if init is not None else ():
+                print(f"the starting weights were trained with other inputs: {change}")
+        with watched_processes(accelerator, run):
+            accelerator.wait_for_everyone()
+            card = describe_weights(dataset, scaler)
+            training = _Training(config, dataset, feed, accelerator, run, init, card)
+            stopped_by = training.run_loop(output.parent / "live")
+        weights = None
+        if main and stopped_by is None:
+            step = training.select_weights()
+            weights = write_outputs(training.learner, step, run, output, config, dataset, scaler, description)
     num_trained = training.step - training.first_step
     return TrainResult(weights, run, training.step, num_trained, config.train.num_steps, stopped_by)
 

@@ -18,11 +18,6 @@ from jepa_cache.training.identity import CODE, COSMETIC, code_digest, describe_r
 from tests.caches import Cache, make_cache
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Cache:
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
 def run_of(cache: Cache, *, init: Path | None = None, ranges: Path | None = None, **changes: object) -> str:
     parts = {"config": cache.config, "manifest": cache.dataset.manifest, "scaler": cache.scaler} | changes
     return run_folder(describe_run(**parts, init=init, ranges=ranges)).name

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from jepa_cache.predictor.checkpoints import CheckpointError, read_card
@@ -35,17 +34,7 @@ from tests.caches import Cache, make_cache, make_config
 
 TIMING = ("samples_per_s", "loader_wait_share")
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Cache:
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return tmp_path / "runs"
+pytestmark = pytest.mark.usefixtures("runs")
 
 
 def run(cache: Cache, output: Path, *overrides: str) -> TrainResult:

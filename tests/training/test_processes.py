@@ -20,14 +20,9 @@ from safetensors.torch import load_file
 
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE
-from tests.caches import Cache, make_cache
+from tests.caches import Cache
 
 EXACT = 1e-5  # relative; sums of other order in float32
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Cache:
-    return make_cache(tmp_path_factory.mktemp("cache"))
 
 
 def run_training(workspace: str, output: str, *overrides: str) -> None:

@@ -5,7 +5,9 @@ Claims:
 - a finished run is not trained again; --fresh starts over, also after a kill half-way through forgetting;
 - a loss or gradient that is not finite stops the training and overwrites nothing;
 - other settings, scaler, manifest or code are another run; reader threads and checkpoint spacing are not, and move no number;
+- a run that another process holds is refused, and free again when that process is gone, however it ended;
 - `train.init` takes a run folder, a file or a run's id; weights of other sizes are refused, difference by difference;
+- starting weights that the training itself would overwrite are refused, and stay;
 - bfloat16 runs on the CPU; clip_norm bounds the applied gradient; accumulated batches equal one large batch;
 - the CSV's rates are the schedule's, and its validations fall where `validate_every` says;
 - a manifest made with other settings is refused.
@@ -35,22 +37,11 @@ from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.training import trainer
 from jepa_cache.training.schedule import warmup_stable_decay
 from jepa_cache.training.trainer import train
-from tests.caches import Cache, make_cache, make_config
+from tests.caches import Cache, make_config
 
 TIMING = ("samples_per_s", "loader_wait_share")
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Cache:
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch) -> Path:
-    """Runs of this test only, and an accelerate that has not fixed its precision yet."""
-    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return tmp_path / "runs"
+pytestmark = pytest.mark.usefixtures("runs")
 
 
 def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> trainer.TrainResult:
@@ -239,6 +230,30 @@ def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_
     assert content(other.weights) == content(plain.weights) and rows(other) == rows(plain)
 
 
+# --- two at once ---------------------------------------------------------------------------------------------------------
+
+HOLD = "import sys, time; from pathlib import Path; from jepa_cache.training.identity import held_run\n"
+HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+
+
+def test_a_run_that_another_process_holds_is_refused_until_that_process_is_killed(cache, tmp_path):
+    whole = run(cache, tmp_path)
+    command = [sys.executable, "-c", HOLD, str(whole.run)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        for fresh in (False, True):
+            with pytest.raises(
+                ValueError, match=rf"run {whole.run.name} is being trained by another process.*train\.seed"
+            ):
+                run(cache, tmp_path, fresh=fresh)
+        assert (whole.run / "checkpoints/latest").exists()
+        assert run(cache, tmp_path / "other", "train.seed=9").num_trained == 12
+        holder.kill()
+    assert run(cache, tmp_path).num_trained == 0
+    assert not list(whole.run.parent.glob("*.lock"))
+
+
 # --- not finite ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +299,17 @@ STILL = (
     "train.weight_decay=0",
     "train.seed=5",
 )
+
+
+def test_init_may_not_name_the_file_that_the_training_overwrites(cache, tmp_path):
+    first = run(cache, tmp_path)
+    before = first.weights.read_bytes()
+    (tmp_path / "link").symlink_to(first.weights.parent)
+    for reference in (first.weights.parent, first.weights, "run", "link"):
+        with pytest.raises(ValueError, match=r"overwrites at its end.*Copy the file elsewhere"):
+            run(cache, tmp_path, *STILL, f"train.init={reference}")
+    assert first.weights.read_bytes() == before
+    assert run(cache, tmp_path, *STILL, f"train.init={first.run.name}").num_trained == 1
 
 
 def test_init_takes_a_run_folder_a_file_and_the_id_of_a_run_and_means_the_same_run_by_each(cache, tmp_path):
