@@ -36,6 +36,16 @@ def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.
     return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
 
 
+def end_processes(accelerator: Accelerator) -> None:
+    """Leave the other processes in order, without waiting for them.
+
+    Left to the end of the interpreter, the threads of the process group now and then abort it: a training that ended well
+    would be reported as failed (torch 2.13 with gloo: two launches of three of a script that ends at once).
+    """
+    if accelerator.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
 def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
     """Whether any process was asked to stop; the same answer in all, so that all stop at the same train step."""
     if accelerator.num_processes == 1:

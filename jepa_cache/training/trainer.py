@@ -41,7 +41,13 @@ from jepa_cache.training.identity import (
 )
 from jepa_cache.training.optimizer import build_optimizer, set_rates
 from jepa_cache.training.outputs import describe_weights, write_outputs
-from jepa_cache.training.processes import agree_to_stop, check_same_step, start_processes, watched_processes
+from jepa_cache.training.processes import (
+    agree_to_stop,
+    check_same_step,
+    end_processes,
+    start_processes,
+    watched_processes,
+)
 from jepa_cache.training.recorder import Recorder, columns_for
 from jepa_cache.training.schedule import rates_at
 from jepa_cache.training.signals import StopRequest
@@ -104,10 +110,11 @@ def train(
             card = describe_weights(dataset, scaler)
             training = _Training(config, dataset, feed, accelerator, run, init, card)
             stopped_by = training.run_loop(output.parent / "live")
-        weights = None
-        if main and stopped_by is None:
-            step = training.select_weights()
-            weights = write_outputs(training.learner, step, run, output, config, dataset, scaler, description)
+            weights = None
+            if main and stopped_by is None:
+                step = training.select_weights()
+                weights = write_outputs(training.learner, step, run, output, config, dataset, scaler, description)
+            end_processes(accelerator)
     num_trained = training.step - training.first_step
     return TrainResult(weights, run, training.step, num_trained, config.train.num_steps, stopped_by)
 
