@@ -232,15 +232,15 @@ def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_
 
 # --- two at once ---------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from jepa_cache.training.identity import held_run\n"
-HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+HOLD = "import sys; from pathlib import Path; from jepa_cache.training.identity import held_run\n"
+HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_run_that_another_process_holds_is_refused_until_that_process_is_killed(cache, tmp_path):
     whole = run(cache, tmp_path)
     command = [sys.executable, "-c", HOLD, str(whole.run)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         assert holder.stdout.readline() == "held\n"
         for fresh in (False, True):
             with pytest.raises(
