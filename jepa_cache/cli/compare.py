@@ -108,7 +108,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
 
 def list_group(document: dict[str, Any]) -> list[str]:
     """A group in words: a table, the settings that differ, and the paired differences."""
-    from jepa_cache.evaluation.comparison import COMPARED
+    from jepa_cache.evaluation.comparison import COMPARED, NUM_DIGITS
 
     rows = [["run", *COMPARED.values(), *(f"gap to {name}" for name in GAPS.values()), "uses its actions", "episodes"]]
     for run in document["runs"]:
@@ -123,7 +123,7 @@ def list_group(document: dict[str, Any]) -> list[str]:
         for column, words in COMPARED.items():
             difference = pair[column]
             shown = (
-                f", difference {_with_interval(*(difference[key] for key in ('mean', 'low', 'high')), 4)}"
+                f", difference {_with_interval(*(difference[key] for key in ('mean', 'low', 'high')), NUM_DIGITS)}"
                 if "mean" in difference
                 else ""
             )

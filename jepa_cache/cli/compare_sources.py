@@ -96,10 +96,11 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
     try:
         metrics: dict[str, Any] = json.loads(read(METRICS_FILE) or "")
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
-        needed = [
-            metrics[section][key] for section in ("val", "val_ci") for key in ("teacher_forcing_l1", "rollout_l1")
-        ]
-        assert len(needed) == 4
+        for section in ("val", "val_ci"):
+            (
+                metrics[section]["teacher_forcing_l1"],
+                metrics[section]["rollout_l1"],
+            )  # KeyError where this is something else
         return Evaluated(
             name=name,
             metrics=metrics,
@@ -113,7 +114,8 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
 
 
 def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
-    return {
-        row.pop("episode"): {name: float(value) for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(text))
-    }
+    rows = csv.DictReader(io.StringIO(text))
+    try:
+        return {row.pop("episode"): {name: float(value) for name, value in row.items()} for row in rows}
+    except ValueError as error:
+        raise TypeError(f"{EPISODES_FILE}: {error}") from error

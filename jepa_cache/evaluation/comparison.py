@@ -24,6 +24,7 @@ KIND = (
 FILTERS = "measured.filter."
 # Names of other things, or follow from them.
 NO_SETTINGS = ("run", "encoder_trained", "tokens_fingerprint")
+NUM_DIGITS = 4  # of a difference in words; one below the last digit is none: another batch size moves the eighth
 UNTRAINED, CLIP = (
     "the encoder has random weights: figures are relative",
     "clip mode: early steps have seen later frames",
@@ -51,9 +52,10 @@ class Difference(NamedTuple):
         """What may be said."""
         if self.estimate is None:
             return "cannot be told: fewer than two shared episodes"
-        if self.estimate.high < 0:
+        low, high = (round(end, NUM_DIGITS) for end in (self.estimate.low, self.estimate.high))
+        if high < 0:
             return "better"
-        return "worse" if self.estimate.low > 0 else "not told apart"
+        return "worse" if low > 0 else "not told apart"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -109,6 +109,13 @@ def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_not
     assert document["groups"][0]["paired"][0]["teacher_forcing_l1"]["words"] == "worse"
 
 
+def test_what_only_another_batch_size_moves_is_no_difference(tmp_path):
+    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE + 1e-7)
+    document, _ = compare(one, other)
+    pair = document["groups"][0]["paired"][0]["rollout_l1"]
+    assert pair["low"] > 0 and pair["words"] == "not told apart"
+
+
 def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):
     one = write_run(tmp_path / "one", BASE)
     later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)
@@ -183,6 +190,9 @@ def test_what_is_no_evaluation_is_one_message(tmp_path, monkeypatch):
     for damage, word in (("{", "no evaluation"), ('{"val": {}}', "no evaluation"), ("[]", "no evaluation")):
         (run / "metrics.json").write_text(damage)
         assert word in compare(run, fails=2)[0]["error"]
+    run = write_run(tmp_path / "torn", BASE)
+    (run / "episodes.csv").write_text("episode,num_windows,rollout_l1\nx,2,0.5.\n")
+    assert "episodes.csv" in compare(run, fails=2)[0]["error"]
     (tmp_path / "empty").mkdir()
     assert "holds no evaluation" in compare(tmp_path / "empty", fails=2)[0]["error"]
     assert "named twice" in compare(run, run, fails=2)[0]["error"]
