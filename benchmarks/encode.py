@@ -5,10 +5,11 @@
     python benchmarks/encode.py tiny --recording FOLDER  # mp4 + jsonl pairs of your own
 
 In every round, one after the other: stage one as a whole into an empty root (read, decode, encode, write, check, publish; the
-disk's fsync included), the decoder alone on the same frames in the same pieces with as many threads, and the bare encoder on
-batches of the same sizes. Rates are in sampled frames a second; a ratio is the median over the rounds, so that a busy machine hits
-both. "cores" is what stage one used: where that is all there are, more decoder threads would be no quicker. vits, vitb and vitl have
-random weights, for measuring only.
+disk's fsync included), the decoder alone on the same frames with as many threads (decord by its own batch call, else as stage one
+reads), and the bare encoder on batches of the same sizes. Rates are in sampled frames a second by the clock; a ratio is the median
+over the rounds, so that a busy machine hits both. "by CPU" compares the processor time of the decoder alone with all that stage one
+takes. "cores" is what stage one used: where that is all there are, more decoder threads would be no quicker. vits, vitb and vitl
+have random weights, for measuring only.
 """
 
 import argparse
@@ -30,19 +31,20 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np  # noqa: E402
 
-from benchmarks.sources import DATA  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import Config  # noqa: E402
-from jepa_cache.encoding.decoding import PIECE_FRAMES  # noqa: E402
 from jepa_cache.encoding.modes import plan_steps  # noqa: E402
 from jepa_cache.episode import Episode  # noqa: E402
 from jepa_cache.media.packing import pack_folder  # noqa: E402
+from jepa_cache.media.probe import as_file  # noqa: E402
 from jepa_cache.media.video import open_video  # noqa: E402
 from jepa_cache.sources import build_source  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
+from tests.makers import REAL_VPT, make_vpt_pair  # noqa: E402
 
 # Width, depth, heads and width of the MLP of the usual small sizes, which have no released AC features.
 SIZES = {"vits": (384, 12, 6, 1536), "vitb": (768, 12, 12, 3072), "vitl": (1024, 24, 16, 4096)}
+BATCH_FRAMES = 8  # of the decoder alone: a tenth quicker than 64
 NUM_FRAMES = {"tiny": 1200, "vits": 160, "vitb": 64, "vitl": 24}
 
 
@@ -63,10 +65,8 @@ def make_recordings(folder: Path, config: Config, num_frames: int, given: Path |
     stride = round(20 / config.encode.fps)
     pairs = folder / "pairs"
     pairs.mkdir()
-    real = sorted((given or DATA / "vpt").glob("*.mp4"))
+    real = sorted((given or REAL_VPT).glob("*.mp4"))
     if not real:
-        from tests.makers import make_vpt_pair
-
         (folder / "made.mp4").write_bytes((made := make_vpt_pair(400, size=(360, 640)))[0])
         (folder / "made.jsonl").write_bytes(made[1])
         real = [folder / "made.mp4"]
@@ -97,7 +97,7 @@ def read_episodes(source: object, tars: Path) -> list[Episode]:
 
 
 def decode(episode: Episode, config: Config, keep: bool) -> list[np.ndarray]:
-    """Decode the sampled frames of one recording in batches, as stage one does."""
+    """Decode the sampled frames of one recording in batches, by the decoder's own means."""
     encode, batches = config.encode, []
     plan = plan_steps(
         len(episode.frame_ticks),
@@ -109,22 +109,24 @@ def decode(episode: Episode, config: Config, keep: bool) -> list[np.ndarray]:
     )
     with open_video(episode.video, encode.decoder, first_frame=episode.first_frame) as video:
         frames = plan.inputs.reshape(-1)
-        for start in range(0, len(frames), PIECE_FRAMES):
-            piece = video.read(frames[start : start + PIECE_FRAMES])
-            batches += [piece] if keep else []
+        read = video.read
+        if video.decoder == "decord":
+            import decord
+
+            reader = decord.VideoReader(as_file(episode.video), ctx=decord.cpu(0), num_threads=1)
+            read = lambda indices: reader.get_batch(indices).asnumpy()  # noqa: E731
+        for start in range(0, len(frames), BATCH_FRAMES):
+            batch = read(frames[start : start + BATCH_FRAMES])
+            batches += [batch] if keep else []
     return batches
 
 
 def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, given: Path | None, folder: Path) -> str:
     """One line of the table."""
-    import torch
-
-    from jepa_cache.config.machine import default_num_threads
     from jepa_cache.encoder.frozen import FrozenEncoder
     from jepa_cache.encoder.modules import load_module
     from jepa_cache.encoding.run import encode_dataset
 
-    torch.set_num_threads(default_num_threads())
     config = encoder_config(name, num_decoders)
     tars = make_recordings(folder, config, num_frames, given)
     episodes = read_episodes(build_source(config.dataset.source, dict(config.dataset.source_options)), tars)
@@ -138,7 +140,7 @@ def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, giv
         for start in range(0, size, config.encode.batch_size)
     ]
     rates: dict[str, list[float]] = {"stage one": [], "decoder": [], "encoder": []}
-    limits, cores, total = [], [], sum(batches)
+    limits, cores, by_cpu, total = [], [], [], sum(batches)
     for number in range(num_rounds + 1):  # the first warms up
         begun = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -146,10 +148,10 @@ def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, giv
         assert timing.num_frames == total, (timing.num_frames, total)
         cpu_s = time.process_time() - begun
         shutil.rmtree(folder / "cache")
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(config.encode.num_decoders) as pool:
             list(pool.map(lambda episode: decode(episode, config, False), episodes))
-        decode_s = time.perf_counter() - begun
+        decode_s, decode_cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
         begun = time.perf_counter()
         for size in batches:
             encoder.encode(pixels[:size, None])
@@ -159,13 +161,14 @@ def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, giv
                 rates[key].append(total / seconds)
             limits.append(timing.limit)
             cores.append(cpu_s / timing.elapsed_s)
+            by_cpu.append(decode_cpu_s / cpu_s)
     stage, decoder, bare = (np.array(rates[key]) for key in rates)
     limit = max(set(limits), key=limits.count)
     columns = [
         f"{name:<6} {num_decoders:>8} {total:>7} {np.median(cores):>6.1f}",
         *(f"{np.median(rate):>10.1f}" for rate in (stage, decoder, bare)),
     ]
-    for ratio in (stage / decoder, stage / bare):
+    for ratio in (stage / decoder, np.array(by_cpu), stage / bare):
         low, middle, high = np.percentile(ratio, [25, 50, 75])
         columns.append(f"{middle:>8.1%} [{low:.1%}, {high:.1%}]")
     return " ".join([*columns, f" {limit}"])
@@ -187,7 +190,7 @@ def main() -> None:
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {arguments.rounds} rounds; frames/s, medians; quartiles of the ratios"
     )
     print(
-        f"{'':<6} {'decoders':>8} {'frames':>7} {'cores':>6} {'stage one':>10} {'decoder':>10} {'encoder':>10} {'of the decoder':>24} "
+        f"{'':<6} {'decoders':>8} {'frames':>7} {'cores':>6} {'stage one':>10} {'decoder':>10} {'encoder':>10} {'of the decoder':>24} {'by CPU':>24} "
         f"{'of the encoder':>24}  the summary's limit"
     )
     for name in arguments.encoders:
