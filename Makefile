@@ -32,7 +32,7 @@ test: install
 test-long: install
 	$(BIN)/python -m pytest tests -m long --numprocesses 2
 
-# About ten minutes on two cores that do nothing else; 5 GB in the temporary folder. docs/benchmarks.md says how to read it.
+# On two cores that do nothing else, 5 GB in the temporary folder. docs/benchmarks.md says how to read it.
 bench: install
 	$(BIN)/python benchmarks/read.py --rounds 20
 	$(BIN)/python benchmarks/encode.py --rounds 3

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 
 from tests import caches  # noqa: E402
 
-DEFAULTS = {"16x64": (32, 40), "256x1024": (2, 5)}
+DEFAULTS = {"16x64": (32, 8), "256x1024": (2, 5)}
 """Batch size and train steps by shape; of other shapes, those of the second."""
 ALONE_S = 2.0
 
