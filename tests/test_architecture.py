@@ -22,7 +22,7 @@ FLOORS = (
     {"episode"},
     {"media"},
     {"actions"},
-    {"config", "idle", "poses", "vpt_actions"},
+    {"config", "idle", "poses", "vpt_actions", "webpage"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}
@@ -35,6 +35,7 @@ WITHOUT_TORCH = (
     "actions",
     "poses",
     "vpt_actions",
+    "webpage",
     "config",
     "inspection",
 )

@@ -8,13 +8,14 @@ from html import escape
 import numpy as np
 
 from jepa_cache.inspection.batch import BatchReport, ColumnReport, Spread, TensorReport, name_window
-from jepa_cache.inspection.page import POLICY, STYLE
-from jepa_cache.inspection.pictures import encode_picture, picture_url
+from jepa_cache.inspection.pictures import encode_picture
+from jepa_cache.webpage import build_document, build_table, picture_url
 
 FRAME_WIDTH = 160  # pixels
 BATCH_STYLE = """
-.strip { overflow-x: auto; margin-bottom: 1.5em; } .strip td, .strip th { padding: .1em .3em; font-size: 12px; white-space: nowrap; }
-.strip img { width: 150px; } .strip td.action { text-align: center; color: #36648b; }
+.strip { margin-bottom: 1.5em; } .strip td, .strip th { padding: .1em .3em; font-size: 12px; }
+.strip img { width: 150px; display: block; } .strip td.action { text-align: center; color: var(--accent); }
+@media print { .strip img { width: 100%; } }
 """
 SPREAD_HEAD = ("min", "mean", "max", "std")
 
@@ -35,12 +36,15 @@ def build_batch_page(report: BatchReport, frames: Sequence[np.ndarray | None], r
         f"<h1>The first training batch: {len(report.windows)} windows</h1>",
         f"<p>{shown}</p>",
         "<h2>Tensors</h2>",
-        _table(
-            ("tensor", "shape", "dtype", *SPREAD_HEAD, "not finite", "what it is"), map(_tensor_row, report.tensors)
+        build_table(
+            ("tensor", "shape", "dtype", *SPREAD_HEAD, "not finite", "what it is"),
+            map(_tensor_row, report.tensors),
+            label="Tensors",
+            words=(8,),
         ),
         *(
             f"<h2>{title} columns</h2>"
-            + _table(
+            + build_table(
                 (
                     "column",
                     "unit",
@@ -49,6 +53,7 @@ def build_batch_page(report: BatchReport, frames: Sequence[np.ndarray | None], r
                     *(f"raw {name}" for name in SPREAD_HEAD),
                 ),
                 map(_column_row, columns),
+                label=f"{title} columns",
             )
             for title, columns in (("Action", report.actions), ("State", report.states))
         ),
@@ -58,11 +63,7 @@ def build_batch_page(report: BatchReport, frames: Sequence[np.ndarray | None], r
         *(_strip(report, number, window_frames, raw_actions[number]) for number, window_frames in enumerate(frames)),
         "<ol start='0'>" + "".join(f"<li>{escape(name_window(window))}</li>" for window in report.windows) + "</ol>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>jepa-cache inspect --batch</title>'
-        f"<style>{STYLE}{BATCH_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return build_document("jepa-cache inspect --batch", body, style=BATCH_STYLE)
 
 
 def _strip(report: BatchReport, number: int, frames: np.ndarray | None, actions: np.ndarray) -> str:
@@ -89,7 +90,10 @@ def _strip(report: BatchReport, number: int, frames: np.ndarray | None, actions:
         for index, column in enumerate(report.actions)
         if actions[:, index].any()
     )
-    return f'<div class="strip">{head}<table>{pictures}{ticks}{rows}</table></div>'
+    return (
+        f'<section class="strip">{head}<div class="scroll" role="region" aria-label="window {number}" tabindex="0">'
+        f"<table>{pictures}{ticks}{rows}</table></div></section>"
+    )
 
 
 def _tensor_row(tensor: TensorReport) -> tuple[str, ...]:
@@ -103,9 +107,3 @@ def _column_row(column: ColumnReport) -> tuple[str, ...]:
 
 def _numbers(spread: Spread) -> Iterable[str]:
     return ("-" if value is None else f"{value:.4g}" for value in spread[:4])
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"

@@ -5,30 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from jepa_cache.inspection.pictures import picture_url
 from jepa_cache.inspection.recording import RecordingReport
 from jepa_cache.inspection.statistics import ColumnStatistics, InspectionReport
+from jepa_cache.webpage import build_document, build_markup_table, picture_url
 
-STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; } th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } .bad { color: #a40000; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em; }
-.card { border: 1px solid #ccc; border-radius: 4px; padding: .6em; overflow-wrap: anywhere; } .card.suspicious { border-color: #a40000; }
-img { width: 100%; } svg { background: #f6f6f6; } h3 { font-size: 1em; margin: .3em 0; } ul { margin: .3em 0; padding-left: 1.2em; }
-"""
-# Names and messages come from the data; the policy holds even where escaping should be forgotten.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = "svg { background: var(--box); fill: var(--accent); vertical-align: middle; } .card.suspicious { border-color: var(--bad); }"
 
 
 def build_page(reports: Iterable[InspectionReport]) -> str:
     """Write reports as HTML; every text that comes from the data is escaped, and scripts are forbidden."""
-    body = "\n".join(part for report in reports for part in _describe(report) if part)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>jepa-cache inspect</title>'
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    body = [part for report in reports for part in _describe(report)]
+    return build_document("jepa-cache inspect", body, style=STYLE)
 
 
 def _describe(report: InspectionReport) -> list[str]:
@@ -60,7 +47,7 @@ def draw_histogram(column: ColumnStatistics, width: int = 240, height: int = 48)
     bar_width = width / len(column.counts)
     bars = "".join(
         f'<rect x="{index * bar_width:.1f}" y="{height - height * count**0.5 / top:.1f}" width="{bar_width:.1f}" '
-        f'height="{height * count**0.5 / top:.1f}" fill="#36648b"/>'
+        f'height="{height * count**0.5 / top:.1f}"/>'
         for index, count in enumerate(column.counts)
         if count
     )
@@ -69,14 +56,18 @@ def draw_histogram(column: ColumnStatistics, width: int = 240, height: int = 48)
 
 
 def _columns(columns: Iterable[ColumnStatistics]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(column.name)}</td><td>{escape(column.unit)}</td><td>{column.mean:.4g}</td><td>{column.std:.4g}</td>"
-        f"<td>{column.minimum:.4g}</td><td>{column.maximum:.4g}</td><td>{column.zero_share:.1%}</td>"
-        f"<td>{column.edges[0]:.3g} {draw_histogram(column)} {column.edges[-1]:.3g}</td></tr>"
+    head = ("column", "unit", "mean", "std", "min", "max", "zero", "histogram")
+    rows = [
+        (
+            escape(column.name),
+            escape(column.unit),
+            *(f"{value:.4g}" for value in (column.mean, column.std, column.minimum, column.maximum)),
+            f"{column.zero_share:.1%}",
+            f"{column.edges[0]:.3g} {draw_histogram(column)} {column.edges[-1]:.3g}",
+        )
         for column in columns
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("column", "unit", "mean", "std", "min", "max", "zero", "histogram"))
-    return f"<table><tr>{head}</tr>{rows}</table>" if rows else "<p>No recording gave an action.</p>"
+    ]
+    return build_markup_table(head, rows, label="Action columns") if rows else "<p>No recording gave an action.</p>"
 
 
 def _card(recording: RecordingReport) -> str:

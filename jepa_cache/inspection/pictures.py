@@ -1,8 +1,7 @@
-"""Small pictures of frames, as JPEG and as data URLs for a page that loads nothing."""
+"""Small pictures of frames, as JPEG."""
 
 from __future__ import annotations
 
-import base64
 import io
 
 import numpy as np
@@ -18,8 +17,3 @@ def encode_picture(frame: np.ndarray, width: int = PICTURE_WIDTH) -> bytes:
     buffer = io.BytesIO()
     imsave(buffer, np.ascontiguousarray(frame[::stride, ::stride]), format="jpeg", pil_kwargs={"quality": 75})
     return buffer.getvalue()
-
-
-def picture_url(picture: bytes) -> str:
-    """A JPEG as a data URL."""
-    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

@@ -24,6 +24,7 @@ from jepa_cache.media.video import open_video
 from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.training.feed import Feed
+from tests.browser import measure_widths
 from tests.caches import OVERRIDES, TICKS_PER_STEP, make_cache
 from tests.makers import make_vpt_pair, write_vpt_tar
 
@@ -137,7 +138,7 @@ def test_the_page_shows_a_frame_a_step_and_names_in_the_data_cannot_write_into_i
     )
 
 
-def test_names_are_escaped():
+def test_names_are_escaped_and_the_page_fits_a_phone(tmp_path):
     from jepa_cache.actions import get_action_space
     from jepa_cache.inspection.batch import WindowReport, describe_batch
     from jepa_cache.inspection.batch_page import build_batch_page
@@ -149,6 +150,8 @@ def test_names_are_escaped():
     )
     page = build_batch_page(report, [np.zeros((2, 48, 64, 3), np.uint8)], actions)
     assert "<script" not in page and page.count("&lt;script&gt;") >= 4
+    (width,) = measure_widths([page], 360, tmp_path)
+    assert width <= 360, "a phone does not scroll the page sideways"
 
 
 def test_a_recording_that_is_gone_is_said_in_place_of_frames(here, tmp_path, monkeypatch):

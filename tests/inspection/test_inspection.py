@@ -22,6 +22,7 @@ from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.recording import inspect_recording
 from jepa_cache.inspection.statistics import inspect_units
 from jepa_cache.sources import build_source
+from tests.browser import measure_widths
 from tests.droid_makers import make_episode, write_raw
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
 
@@ -233,6 +234,13 @@ def test_any_source_is_described_with_what_it_knows():
     assert len(report.columns) == 7
     limited = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
     assert [entry.key for entry in limited.recordings] == ["good"]
+
+
+def test_a_phone_does_not_scroll_the_page_sideways(tmp_path):
+    report = _inspect(tmp_path, {"long-" * 60: (VIDEO, to_jsonl(_moving_rows())), "b": (VIDEO, b"{")})
+    assert report.columns and report.skipped
+    (width,) = measure_widths([build_page([report])], 360, tmp_path)
+    assert width <= 360
 
 
 class _Tags(HTMLParser):
