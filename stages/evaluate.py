@@ -2,7 +2,8 @@
 
     python stages/evaluate.py
 
-Writes outputs/evaluate/metrics.json, tables (*.csv) and pictures/; docs/honesty_report.md says how to read them.
+Writes outputs/evaluate/report.html, to be opened in a browser, and what it is made of: metrics.json, tables (*.csv)
+and pictures/; docs/honesty_report.md says how to read them.
 """
 
 import sys
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(config, weights)
     metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
-    print(f"wrote {out.relative_to(ROOT)}/metrics.json, tables, pictures/; next: dvc metrics show, dvc plots show")
+    print(f"wrote {out.relative_to(ROOT)}/report.html, metrics.json, tables, pictures/; next: dvc metrics show")
 
 
 if __name__ == "__main__":

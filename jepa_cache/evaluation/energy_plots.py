@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from jepa_cache.evaluation.energy_map import MAP_STEPS, EnergyMaps
-from jepa_cache.evaluation.plots import _figure
+from jepa_cache.evaluation.plots import new_figure
 
 NUM_DRAWN = 3  # single maps beside their mean
 
 
 def draw_ranks(rows: Sequence[Mapping[str, float]], path: Path, *, note: str) -> None:
     """How often the true action lies in each tenth of the ranks, against chance; `note` says what the features are."""
-    figure, axes = _figure(7.0, 4.0)
+    figure, axes = new_figure(7.0, 4.0)
     left = np.array([row["rank_bin_low"] for row in rows])
     axes.bar(left, [row["share"] for row in rows], width=0.09, align="edge", color="#1f77b4", label="true action")
     axes.axhline(rows[0]["chance"], color="#d62728", linestyle="--", label="chance: actions make no difference")
@@ -31,7 +31,7 @@ def draw_ranks(rows: Sequence[Mapping[str, float]], path: Path, *, note: str) ->
 def draw_maps(maps: EnergyMaps, path: Path, *, note: str) -> None:
     """The mean landscape around the true action, and some single ones with the true action marked."""
     drawn = np.unique(np.linspace(0, len(maps.grids) - 1, min(NUM_DRAWN, len(maps.grids))).round().astype(int))
-    figure, _ = _figure(4.2 * (len(drawn) + 1), 4.4, axes=False)
+    figure, _ = new_figure(4.2 * (len(drawn) + 1), 4.4, axes=False)
     places = figure.subplots(1, len(drawn) + 1, squeeze=False)[0]
     middle = MAP_STEPS // 2
     offsets = (maps.grids - maps.grids[:, :, middle : middle + 1]).mean(axis=0)

@@ -13,11 +13,11 @@ from jepa_cache.data.cache import CachedDataset
 from jepa_cache.evaluation.distances import write_distances
 from jepa_cache.evaluation.energy import write_energy
 from jepa_cache.evaluation.noise import write_noise
-from jepa_cache.evaluation.plots import draw_horizon, draw_strip
+from jepa_cache.evaluation.page import write_page
+from jepa_cache.evaluation.pictures import draw_pictures
 from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, position_table, summarize
 from jepa_cache.evaluation.slices import describe_windows, slice_table, worst_table
-from jepa_cache.evaluation.strips import build_strip
 from jepa_cache.evaluation.subject import Subject, open_subject
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
@@ -44,11 +44,9 @@ MEASUREMENTS: dict[str, Measurement] = {
 }
 """What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
 
-NUM_STRIPS = 2
-
 
 def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
-    """Measure trained weights on the held-out episodes and write metrics.json, tables and pictures.
+    """Measure trained weights on the held-out episodes and write metrics.json, tables, pictures and report.html.
 
     Args:
         config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
@@ -75,11 +73,8 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     write_rows(position_table(errors, config), out / "positions.csv")
     write_rows(slice_table(facts, errors, config.evaluate), out / "slices.csv")
     write_rows(worst_table(facts, errors), out / "worst.csv")
-    pictures = out / "pictures"
-    draw_horizon(rows, pictures / "horizon.png", note=subject.features)
-    for strip, position in enumerate(_spread(len(errors.numbers), NUM_STRIPS)):
-        drawn = build_strip(position, errors, subject)
-        draw_strip(drawn, pictures / f"strip{strip + 1}.png")
+    draw_pictures(errors, subject, rows, out / "pictures")
+    write_page(out)
     return metrics
 
 
@@ -107,11 +102,6 @@ def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
         "normalize_reps": subject.normalize_reps,
         "seed": settings.seed,
     }
-
-
-def _spread(count: int, num: int) -> list[int]:
-    """Positions spread over a list, away from its ends."""
-    return sorted({(2 * i + 1) * count // (2 * num) for i in range(num)})
 
 
 def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:

@@ -1,26 +1,50 @@
-"""The windows that are shown as strips: tokens from the cache, frames from the recording where it is at hand."""
+"""The windows that are shown: tokens from the cache, frames from the recording where it is at hand."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from jepa_cache.data.frames import read_frames
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.evaluation.plots import Strip, token_colours
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.evaluation.colours import TokenColours, fit_colours
+from jepa_cache.evaluation.plots import Strip
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.windows import WindowErrors
 from jepa_cache.predictor.rollout import as_reps, open_loop
 
+NUM_FITTED = 8  # windows that the colours are fitted on
+
+
+def spread_positions(count: int, num: int) -> list[int]:
+    """Up to `num` positions spread over a list of `count`, away from its ends."""
+    return sorted({(2 * i + 1) * count // (2 * num) for i in range(num)})
+
+
+def fit_window_colours(errors: WindowErrors, subject: Subject) -> TokenColours:
+    """Colours fitted on the true tokens of up to 8 windows, spread over all that were measured."""
+    numbers = [errors.numbers[position] for position in spread_positions(len(errors.numbers), NUM_FITTED)]
+    batch = WindowLoader(subject.dataset, errors.index, subject.scaler).read(numbers)
+    return fit_colours(as_reps(batch.tokens, subject.normalize_reps).flatten(0, 1).numpy())
+
 
 @torch.no_grad()
-def build_strip(position: int, errors: WindowErrors, subject: Subject) -> Strip:
-    """Everything needed to draw the window at `position` of the measured ones."""
+def build_strips(
+    positions: Sequence[int], errors: WindowErrors, subject: Subject, colours: TokenColours
+) -> list[Strip]:
+    """Everything needed to draw the windows at `positions` of the measured ones, all painted in `colours`."""
     dataset, normalize_reps, device = subject.dataset, subject.normalize_reps, subject.device
     settings, manifest = subject.config.evaluate, dataset.manifest
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
-    number = errors.numbers[position]
-    batch = to_device(WindowLoader(dataset, errors.index, subject.scaler).read([number]), torch.device("cpu"))
-    h = as_reps(batch.tokens, normalize_reps)
+    windows = [errors.index[errors.numbers[position]] for position in positions]
+    segments = [errors.index.segments[window.segment] for window in windows]
+    runs = [
+        segment._replace(start=window.start, stop=window.start + stop)
+        for segment, window in zip(segments, windows, strict=True)
+    ]
+    batch = WindowLoader(dataset, errors.index, subject.scaler).read([errors.numbers[p] for p in positions])
+    h = as_reps(batch.tokens, normalize_reps)[:, :stop]
     predicted = open_loop(
         subject.predictor,
         h[:, :context].to(device),
@@ -28,18 +52,18 @@ def build_strip(position: int, errors: WindowErrors, subject: Subject) -> Strip:
         batch.states[:, : stop - 1].to(device),
         settings.horizon,
         normalize_reps=normalize_reps,
-    )[0].cpu()
-    true = h[0, :stop]
-    true_colours, predicted_colours = token_colours(true.numpy(), predicted.numpy(), manifest.grid)
-    window = errors.index[number]
-    segment = errors.index.segments[window.segment]
-    return Strip(
-        title=f"{segment.episode}, steps {window.start - segment.start} to {window.start - segment.start + stop - 1}"
-        + ("" if manifest.encoder_trained else " (encoder untrained)"),
-        frames=read_frames(subject.config, dataset, [segment._replace(start=window.start, stop=window.start + stop)])[
-            0
-        ],
-        true=true_colours,
-        predicted=predicted_colours,
-        error=(predicted - true[context:]).abs().mean(dim=-1).reshape(-1, *manifest.grid).numpy(),
-    )
+    ).cpu()
+    error = (predicted - h[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
+    note = "" if manifest.encoder_trained else " (encoder untrained)"
+    return [
+        Strip(
+            title=f"{segment.episode}, steps {run.start - segment.start} to {run.stop - segment.start - 1}{note}",
+            frames=frames,
+            true=colours.paint(h[number].numpy(), manifest.grid),
+            predicted=colours.paint(predicted[number].numpy(), manifest.grid),
+            error=error[number],
+        )
+        for number, (segment, run, frames) in enumerate(
+            zip(segments, runs, read_frames(subject.config, dataset, runs), strict=True)
+        )
+    ]

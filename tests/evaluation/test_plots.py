@@ -1,7 +1,10 @@
 """Pictures of an evaluation.
 
 Claims:
-- true and predicted tokens are coloured in one basis, fitted on the true ones;
+- true and predicted tokens of all strips are coloured in one basis, fitted on the true ones;
+- every column of horizon.csv that has an interval is drawn, new ones too;
+- the animation has a picture for each step that shows that step's frame, tokens and error, and is small;
+- recorded actions are those between the steps of the segments, never one that leads out of them;
 - a strip shows the window's own anchor frames where the recording is here, and a grey cell that says so where it is not;
 - a recording with the right digest that lacks the episode is an error; pictures are whole PNG files of a sensible size.
 """
@@ -12,9 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_cache.evaluation.plots import LABELS, Strip, draw_horizon, draw_strip, token_colours
-from jepa_cache.evaluation.report import NUM_STRIPS, evaluate_run
-from jepa_cache.evaluation.strips import build_strip
+from jepa_cache.actions import Column
+from jepa_cache.evaluation.action_plots import HELD_OUT, draw_actions, read_segment_actions
+from jepa_cache.evaluation.animation import GAP, LINE, PANEL_WIDTH, write_animation
+from jepa_cache.evaluation.colours import fit_colours
+from jepa_cache.evaluation.pictures import NUM_STRIPS
+from jepa_cache.evaluation.plots import LABELS, Strip, draw_horizon, draw_strip, list_series
+from jepa_cache.evaluation.report import evaluate_run
+from jepa_cache.evaluation.strips import build_strips, fit_window_colours, spread_positions
 from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.media.video import open_video
@@ -27,7 +35,9 @@ RNG = np.random.default_rng(0)
 
 
 def make_strip(frames: bool = True) -> Strip:
-    true, predicted = token_colours(RNG.standard_normal((5, 6, 8)), RNG.standard_normal((3, 6, 8)), (2, 3))
+    tokens = RNG.standard_normal((5, 6, 8))
+    colours = fit_colours(tokens)
+    true, predicted = colours.paint(tokens, (2, 3)), colours.paint(RNG.standard_normal((3, 6, 8)), (2, 3))
     pictures = np.full((5, 48, 64, 3), (255, 0, 0), np.uint8) if frames else None
     return Strip("an episode, steps 0 to 4", pictures, true, predicted, RNG.random((3, 2, 3)))
 
@@ -37,26 +47,29 @@ def share_of(path, colour: tuple[int, int, int]) -> float:
     return float((pixels == np.array(colour, np.uint8)).all(axis=-1).mean())
 
 
-def test_equal_tokens_have_equal_colours_in_both_rows():
+def test_equal_tokens_have_equal_colours_wherever_they_stand():
     tokens = RNG.standard_normal((4, 6, 8))
-    true, same = token_colours(tokens, tokens[2:], (2, 3))
-    assert true.shape == (4, 2, 3, 3) and np.array_equal(same, true[2:])
+    colours = fit_colours(tokens)
+    true = colours.paint(tokens, (2, 3))
+    assert true.shape == (4, 2, 3, 3) and np.array_equal(colours.paint(tokens[2:], (2, 3)), true[2:])
     assert true.min() == 0 and true.max() == 1 and len(np.unique(true.round(6))) > 50
 
 
-def test_the_basis_is_of_the_true_tokens_alone():
-    tokens = RNG.standard_normal((4, 6, 8))
-    one, _ = token_colours(tokens, tokens[:1], (2, 3))
-    other, far = token_colours(tokens, 100 * RNG.standard_normal((2, 6, 8)), (2, 3))
-    assert np.array_equal(one, other)
-    assert ((far == 0) | (far == 1)).mean() > 0.9, "what lies far outside is clipped, not rescaled"
+def test_what_lies_far_outside_is_clipped_and_not_rescaled():
+    far = fit_colours(RNG.standard_normal((4, 6, 8))).paint(100 * RNG.standard_normal((2, 6, 8)), (2, 3))
+    assert ((far == 0) | (far == 1)).mean() > 0.9
+
+
+def test_the_basis_of_many_tokens_is_that_of_all_of_them_up_to_chance():
+    tokens = RNG.standard_normal((40, 300, 8)) * np.array([9, 7, 5, 1, 1, 1, 1, 1])
+    components = fit_colours(tokens).components
+    assert np.allclose(np.abs(components), np.eye(3, 8), atol=0.1)
 
 
 def test_colours_follow_rows_and_columns_of_the_grid():
     tokens = np.zeros((1, 6, 8))
     tokens[0, 4, 0] = 1.0  # row 1, column 1 of 2 x 3
-    true, _ = token_colours(tokens + 1e-6 * RNG.standard_normal(tokens.shape), tokens, (2, 3))
-    first = true[0, :, :, 0]
+    first = fit_colours(tokens + 1e-6 * RNG.standard_normal(tokens.shape)).paint(tokens, (2, 3))[0, :, :, 0]
     odd = np.abs(first - np.median(first)) > 0.5
     assert np.argwhere(odd).tolist() == [[1, 1]]
 
@@ -76,17 +89,65 @@ def test_a_missing_recording_shows_grey_cells(tmp_path):
 
 
 def test_the_error_against_horizon_shows_every_prediction(tmp_path):
-    assert set(LABELS) <= set(PREDICTIONS)
+    assert set(PREDICTIONS) == set(LABELS)
+    names = {name: colour for name, (_, colour) in LABELS.items()} | {"something_new": "#637939"}
     rows = [
-        {"horizon": step} | {f"{name}{end}": rank + step / 10 + shift for rank, name in enumerate(LABELS) for end, shift in
-        (("", 0.0), ("_low", -0.1), ("_high", 0.1))}
+        {"horizon": step, "num_windows": 7}
+        | {f"{name}{end}": rank + step / 10 + shift for rank, name in enumerate(names)
+        for end, shift in (("", 0.0), ("_low", -0.1), ("_high", 0.1))}
         for step in range(1, 5)
     ]  # fmt: skip
+    rows[0] |= {"next_actions": None, "next_actions_low": None, "next_actions_high": None}
+    assert list_series(list(rows[0])) == list(names)
     draw_horizon(rows, tmp_path / "horizon.png", note="made up")
     image = Image.open(tmp_path / "horizon.png")
     assert image.format == "PNG" and image.width > 600 and image.height > 400
-    for _, colour in LABELS.values():
-        assert share_of(tmp_path / "horizon.png", tuple(bytes.fromhex(colour[1:]))) > 0.001, colour
+    for name, colour in names.items():
+        assert share_of(tmp_path / "horizon.png", tuple(bytes.fromhex(colour[1:]))) > 0.0003, name
+
+
+def panel(picture: Image.Image, number: int) -> np.ndarray:
+    """Pixels of one of the animation's four panels: rows and columns of its inside."""
+    height = (picture.height - LINE - GAP) // 2 - LINE - GAP
+    left = GAP + (number % 2) * (PANEL_WIDTH + GAP)
+    top = 2 * LINE + GAP + (number // 2) * (height + LINE + GAP)
+    return np.asarray(picture.convert("RGB").crop((left, top, left + PANEL_WIDTH, top + height)))
+
+
+def test_the_animation_shows_each_step_with_its_own_panels(tmp_path):
+    strip = make_strip()
+    frames = np.zeros((5, 32, 48, 3), np.uint8)
+    frames[:] = 50 * np.arange(5)[:, None, None, None]
+    strip = strip._replace(frames=frames, error=np.stack([np.full((2, 3), level) for level in (0.0, 0.5, 1.0)]))
+    path = tmp_path / "rollout.gif"
+    write_animation(strip, path)
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as animation:
+        assert animation.n_frames == 5
+        errors = []
+        for step in range(5):
+            animation.seek(step)
+            picture = animation.convert("RGB")
+            assert abs(float(np.median(panel(picture, 0))) - 50 * step) < 12
+            cells = [(1, strip.true[step])] + ([(2, strip.predicted[step - 2])] if step >= 2 else [])
+            for number, colours in cells:
+                pixels = panel(picture, number)
+                height = len(pixels)
+                centre = pixels[height // 4 :: height // 2, PANEL_WIDTH // 6 :: PANEL_WIDTH // 3][:2, :3]
+                assert np.abs(centre / 255 - colours).max() < 0.12, (step, number)
+            errors.append(panel(picture, 3).mean())
+    assert errors[0] == pytest.approx(errors[1], abs=1), "context steps have no error"
+    assert errors[2] < 20 < errors[3] < errors[4]
+
+
+def test_actions_of_held_out_and_training_episodes_are_both_drawn(tmp_path):
+    columns = [Column("dyaw", "deg", "continuous"), Column("still", "", "continuous"), Column("jump", "", "binary")]
+    training = np.stack([RNG.standard_normal(500), np.zeros(500), RNG.random(500) < 0.5], axis=1)
+    draw_actions(columns, training, training[:40], tmp_path / "actions.png")
+    assert share_of(tmp_path / "actions.png", tuple(bytes.fromhex(HELD_OUT[1:]))) > 0.005
+    many = [Column(f"column{number}", "", "continuous") for number in range(40)]
+    draw_actions(many, np.zeros((9, 40)), np.zeros((5, 40)), tmp_path / "many.png")
+    assert Image.open(tmp_path / "many.png").height < 2000, "24 of them"
 
 
 # --- from a recording -----------------------------------------------------------------------------------------------------
@@ -109,7 +170,7 @@ def strip_of(cache: Cache, position: int) -> tuple[Strip, str, int]:
     weights = train(config, cache.dataset, cache.scaler, folder / "train/run", base=folder).weights
     subject = open_subject(config, cache.dataset, weights)
     errors = measure_windows(subject)
-    strip = build_strip(position, errors, subject)
+    (strip,) = build_strips([position], errors, subject, fit_window_colours(errors, subject))
     window = errors.index[errors.numbers[position]]
     segment = errors.index.segments[window.segment]
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][position], atol=1e-5)
@@ -126,6 +187,28 @@ def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):
     assert start > 0 and np.array_equal(strip.frames, expected)
     assert strip.title.startswith(f"{episode}, steps {start} to {start + num_steps - 1}")
     assert (len(strip.true), len(strip.predicted), len(strip.error)) == (num_steps, 4, 4)
+
+
+def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recorded):
+    cache, _ = recorded
+    weights = train(cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder).weights
+    subject = open_subject(cache.config, cache.dataset, weights)
+    errors = measure_windows(subject)
+    colours = fit_window_colours(errors, subject)
+    together = build_strips([0, 1], errors, subject, colours)
+    assert np.allclose(build_strips([1], errors, subject, colours)[0].true, together[1].true, atol=1e-5)
+    overlap = errors.index[errors.numbers[1]].start - errors.index[errors.numbers[0]].start
+    assert 0 < overlap < len(together[0].true)
+    assert np.allclose(together[0].true[overlap:], together[1].true[:-overlap], atol=1e-6), "the same steps, twice"
+    segments = subject.held_out_segments()
+    actions = read_segment_actions(cache.dataset, segments)
+    assert len(actions) == sum(segment.stop - segment.start - 1 for segment in segments) and np.isfinite(actions).all()
+
+
+def test_positions_are_spread_and_never_twice():
+    assert (
+        spread_positions(160, 2) == [40, 120] and spread_positions(3, 8) == [0, 1, 2] and spread_positions(1, 2) == [0]
+    )
 
 
 def test_a_recording_that_is_gone_or_changed_is_not_shown(recorded):
@@ -151,7 +234,12 @@ def test_an_evaluation_leaves_its_pictures_and_none_of_an_earlier_one(recorded):
     (out / "pictures/strip9.png").touch()
     weights = train(cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder).weights
     evaluate_run(cache.config, cache.dataset, weights, out)
-    expected = ["horizon.png", *(f"strip{number + 1}.png" for number in range(NUM_STRIPS))]
+    expected = [
+        "actions.png",
+        "horizon.png",
+        "rollout1.gif",
+        *(f"strip{number + 1}.png" for number in range(NUM_STRIPS)),
+    ]
     assert sorted(path.name for path in (out / "pictures").iterdir()) == expected
     for path in (out / "pictures").iterdir():
         with Image.open(path) as image:
