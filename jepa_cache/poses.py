@@ -90,6 +90,23 @@ def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
     return after
 
 
+def rotation_angle(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Angle in radians, 0 to pi, of the rotation between two attitudes.
+
+    Args:
+        one: [..., 3] extrinsic xyz Euler angles in radians.
+        other: [..., 3].
+
+    Returns:
+        [...] float64.
+    """
+    one, other = np.broadcast_arrays(np.asarray(one, np.float64), np.asarray(other, np.float64))
+    between = _to_matrices(one.reshape(-1, 3)) @ _to_matrices(other.reshape(-1, 3)).transpose(0, 2, 1)
+    # |R - 1| (Frobenius) is 2 sqrt(2) sin(angle / 2): exact for small angles, where the trace is not.
+    half = np.linalg.norm(between - np.eye(3), axis=(1, 2)) / (2 * np.sqrt(2))
+    return (2 * np.arcsin(np.clip(half, 0, 1))).reshape(one.shape[:-1])
+
+
 def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
     """Express poses as seen from a camera: `inverse(extrinsics[t]) @ pose[t]`.
 

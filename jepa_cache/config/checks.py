@@ -15,6 +15,7 @@ from jepa_cache.config.schema import (
     MEASUREMENTS,
     METRICS,
     OPTIMIZERS,
+    PLAN_SETTINGS,
     PRECISIONS,
     PROBES,
     ROTARY,
@@ -25,6 +26,7 @@ from jepa_cache.config.schema import (
     EncodeConfig,
     EncoderPreset,
     EvaluateConfig,
+    PlanConfig,
     TrainConfig,
 )
 
@@ -99,6 +101,7 @@ def check_config(config: Config) -> None:
             f"encode.weights={encode.weights!r} is set, but encoder {encoder.name!r} has seeded random weights; "
             "choose a preset with weights (encoder=vitl) or set encode.weights to null"
         )
+    _check_plan(config.plan)
     if encoder.resolution % encoder.patch_size:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
@@ -254,6 +257,24 @@ def check_energy(evaluate: EvaluateConfig) -> None:
     axes = evaluate.energy_axes
     if axes is not None and (len(axes) != 2 or axes[0] == axes[1]):
         raise ConfigError(f"evaluate.energy_axes names two different action columns, or is null; got {list(axes)}")
+
+
+def _check_plan(plan: PlanConfig) -> None:
+    _check_choice("plan.settings", plan.settings, PLAN_SETTINGS)
+    for key in ("starts_per_episode", "num_context_steps", "max_turn_deg", "num_random"):
+        _check_positive(f"plan.{key}", getattr(plan, key))
+    for key, least in (("num_samples", 2), ("num_rounds", 1)):
+        value = getattr(plan, key)
+        if value is not None and value < least:
+            raise ConfigError(f"plan.{key} is at least {least}, or null for that of plan.settings; got {value}")
+    if plan.max_step_m is not None:
+        _check_positive("plan.max_step_m", plan.max_step_m)
+    if plan.max_rotation_rad < 0 or plan.num_timed < 0:
+        raise ConfigError(
+            f"plan.max_rotation_rad and plan.num_timed must not be below 0; got {plan.max_rotation_rad} and {plan.num_timed}"
+        )
+    if not plan.horizons or min(plan.horizons) < 1 or len(set(plan.horizons)) < len(plan.horizons):
+        raise ConfigError(f"plan.horizons is a list of different numbers of steps from 1 on; got {list(plan.horizons)}")
 
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:

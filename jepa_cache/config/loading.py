@@ -21,6 +21,7 @@ from jepa_cache.config.schema import (
     EncoderPreset,
     EvaluateConfig,
     FilterConfig,
+    PlanConfig,
     PredictorPreset,
     ScalerConfig,
     SplitConfig,
@@ -49,7 +50,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         where[key] = "command line"
 
     names = ("dataset", "encoder", "predictor")
-    sections = ("cache", "encode", "split", "filter", "scaler", "train", "evaluate")
+    sections = ("cache", "encode", "split", "filter", "scaler", "train", "evaluate", "plan")
     check_keys(params, [*names, *sections], "params.yaml")
     for key in (*names, *sections):
         if key not in params:
@@ -91,6 +92,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         scaler=reader.section(ScalerConfig, "scaler", params["scaler"], scaler_defaults),
         train=reader.section(TrainConfig, "train", train_section, train_defaults),
         evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
+        plan=reader.section(PlanConfig, "plan", params["plan"], {}),
         cache_root=params["cache"].get("root"),
         verify_checksums=verify_checksums,
         members=_members(reader, dataset),

@@ -24,6 +24,7 @@ INT4_GROUP = 64  # channels of a token that share an int4 scale
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 METRICS = ("val_total", "val_jloss", "val_sloss")
+PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in evaluation/planner.py
 LOGGERS = ("dvclive", "tensorboard", "wandb")
 MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
@@ -237,6 +238,24 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """How plans to goal frames are searched for and scored on the held-out episodes."""
+
+    settings: str  # one of PLAN_SETTINGS
+    num_samples: int | None  # a round, in place of the settings'
+    num_rounds: int | None
+    horizons: tuple[int, ...]  # steps to the goal
+    starts_per_episode: int
+    num_context_steps: int  # true steps before a plan
+    max_step_m: float | None  # largest translation of a step along each axis; null: the settings'
+    max_rotation_rad: float  # largest rotation of a step about each axis; 0 leaves rotations out
+    max_turn_deg: float  # largest turn of the view in a step
+    num_random: int  # random plans that a plan is compared with
+    num_timed: int  # plans that are searched for once more by the plain loop
+    seed: int
+
+
+@dataclass(frozen=True)
 class Config:
     """The resolved settings of one run, and where each value came from."""
 
@@ -249,6 +268,7 @@ class Config:
     scaler: ScalerConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    plan: PlanConfig
     cache_root: str | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one

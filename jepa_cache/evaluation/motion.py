@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jepa_cache.actions import ActionSpace, wrap_degrees
-from jepa_cache.poses import integrate_pose
+from jepa_cache.poses import integrate_pose, rotation_angle
 from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
 
 GRIPPER_LIMIT = 0.75
@@ -104,6 +104,37 @@ def build_motion(
         names=tuple(name for name in motion.names if name not in fixed),
         **{key: getattr(motion, key)[kept] for key in ("columns", "limit", "first_std", "gripper", "dead_zone")},
     )
+
+
+def end_distances(space: str, reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """How far states lie apart, the chief distance first.
+
+    Args:
+        space: Action space that the planner knows.
+        reached: [..., S] unscaled states.
+        true: [..., S].
+
+    Returns:
+        Poses: position_m (Euclidean), rotation_rad (angle of the rotation between them), gripper (absolute). Views: camera_deg (angle
+        between the directions of view), yaw_deg (on the circle), pitch_deg.
+    """
+    if space in POSE_SPACES:
+        return {
+            "position_m": np.linalg.norm(reached[..., :3] - true[..., :3], axis=-1),
+            "rotation_rad": rotation_angle(reached[..., 3:6], true[..., 3:6]),
+            "gripper": np.abs(reached[..., 6] - true[..., 6]),
+        }
+    directions = []
+    for states in (reached, true):
+        yaw, pitch = np.radians(states[..., 0]), np.radians(states[..., 1])
+        directions.append(np.stack([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)], axis=-1))
+    # By the half chord: exact for small angles, where the cosine is not.
+    chord = np.linalg.norm(directions[0] - directions[1], axis=-1)
+    return {
+        "camera_deg": np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))),
+        "yaw_deg": np.abs(wrap_degrees(reached[..., 0] - true[..., 0])),
+        "pitch_deg": np.abs(reached[..., 1] - true[..., 1]),
+    }
 
 
 def _view_motion(names: list[str], max_turn_deg: float) -> Motion:

@@ -139,7 +139,7 @@ def plan_actions(
     std = np.tile(motion.first_std, (horizon, 1))
     keep_mean = np.where(motion.gripper, settings.gripper_mean_momentum, settings.mean_momentum)
     keep_std = np.where(motion.gripper, settings.gripper_std_momentum, settings.std_momentum)
-    rollout = _Rollout(predictor, context, motion, scale_actions, scale_states, normalize_reps)
+    rollout = Rollout(predictor, context, motion, scale_actions, scale_states, normalize_reps)
     energies = np.empty((settings.num_rounds, settings.num_samples), np.float32)
     for number in range(settings.num_rounds):
         samples = np.clip(noise[number] * std[:, None] + mean[:, None], -motion.limit, motion.limit)
@@ -164,9 +164,10 @@ def follow_actions(state: np.ndarray, actions: np.ndarray, motion: Motion) -> np
     return np.stack(states)
 
 
-class _Rollout:
+class Rollout:
     """Rolls samples out from one context; what all samples share is computed once."""
 
+    @torch.no_grad()
     def __init__(
         self,
         predictor: Predictor,
@@ -176,6 +177,7 @@ class _Rollout:
         scale_states: Scale,
         normalize_reps: bool,
     ) -> None:
+        """Compute the steps before the last one of the context; the arguments are those of `plan_actions`."""
         self._predictor, self._motion, self._normalize_reps = predictor, motion, normalize_reps
         self._scale_actions, self._scale_states = scale_actions, scale_states
         self._newest, self._state = context.tokens[-1:], np.asarray(context.states[-1], np.float64)
@@ -184,8 +186,9 @@ class _Rollout:
             before = (context.tokens[None, :-1], self._tensor(scale_actions(context.actions))[None])
             self._past = predictor(*before, self._tensor(scale_states(context.states[:-1]))[None]).past
 
+    @torch.no_grad()
     def energies(self, actions: np.ndarray, goal: Tensor, batch_size: int) -> np.ndarray:
-        """Energy [samples] of whole unscaled actions [samples, H, A]."""
+        """Energy [samples] of whole unscaled actions [samples, H, A]: distance of the last predicted step from the goal [N, E]."""
         parts = [
             self._roll_out(actions[start : start + batch_size], goal) for start in range(0, len(actions), batch_size)
         ]

@@ -1,0 +1,37 @@
+"""Plan to recorded goal frames of held-out episodes, and compare with what was done.
+
+    python stages/plan.py
+    python stages/plan.py plan.settings=world_model plan.num_samples=null plan.num_rounds=null
+
+Writes outputs/plan/metrics.json, timing.json, plans.csv and plans.png.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import load_config  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage with command line arguments."""
+    arguments = parse_stage_arguments(__doc__, argv)
+    config = load_config(ROOT, arguments.overrides)
+
+    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.evaluation.planning_report import describe_plans, plan_run
+    from jepa_cache.evaluation.subject import check_settings
+
+    dataset = open_dataset(config, ROOT)
+    weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/plan"
+    check_settings(config, weights)
+    metrics = plan_run(config, dataset, weights, out)
+    print(describe_plans(metrics))
+    print(f"wrote {out.relative_to(ROOT)}/metrics.json, timing.json, plans.csv, plans.png; next: docs/planning.md")
+
+
+if __name__ == "__main__":
+    run_stage(main)
