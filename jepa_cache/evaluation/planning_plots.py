@@ -53,7 +53,9 @@ def draw_plans(score: PlanningScore, metrics: Mapping[str, Any], path: Path, *, 
     for horizon in horizons:
         lowest = np.mean([record.energies for record in score.records if record.horizon == horizon], axis=0)
         recorded = np.mean([record.energy_recorded for record in score.records if record.horizon == horizon])
-        (line,) = search.plot(range(1, len(lowest) + 1), lowest, marker="o", label=f"{horizon} step{'s' if horizon > 1 else ''}")
+        (line,) = search.plot(
+            range(1, len(lowest) + 1), lowest, marker="o", label=f"{horizon} step{'s' if horizon > 1 else ''}"
+        )
         search.axhline(recorded, color=line.get_color(), linestyle=":", linewidth=1)
     search.set(xlabel="round of the search", ylabel="lowest energy", title="search (dotted: the recorded actions)")
     search.set_xticks(range(1, len(lowest) + 1))

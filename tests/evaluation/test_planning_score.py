@@ -1,0 +1,217 @@
+"""The offline score of plans.
+
+Claims:
+- distances between ends are metres, angles on SO(3), degrees on the circle and between directions;
+- a predictor that knows the world ends near the recorded ends and gets "yes"; one that ignores its actions never does;
+- what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions;
+- the plain loop gives the energies of ours; equal runs leave equal metrics; a space without motion is refused.
+"""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from torch import nn
+
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.schema import PlanConfig
+from jepa_cache.evaluation.motion import end_distances
+from jepa_cache.evaluation.planner import SETTINGS
+from jepa_cache.evaluation.planning_report import describe_plans, judge_plans, plan_run, summarize_plans
+from jepa_cache.evaluation.planning_score import PLAN, RANDOM, ZERO, choose_settings, score_plans
+from jepa_cache.evaluation.subject import Subject
+from jepa_cache.poses import rotation_angle
+from jepa_cache.predictor.model import PredictorOutput
+from jepa_cache.training.trainer import train
+from tests.caches import make_cache, make_config, make_tokens
+
+PLANS = ("plan.starts_per_episode=2", "plan.num_context_steps=2", "plan.num_samples=40", "plan.num_rounds=5")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache"), *PLANS, encoder_trained=True)
+
+
+class World(nn.Module):
+    """Knows the made world: tokens are waves of the yaw. Keeps no past worth the name."""
+
+    def __init__(self, cache, *, blind: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.scaler, self.blind = cache.scaler, blind
+        self.column = [column.name for column in cache.dataset.space.actions].index("dyaw")
+
+    def forward(self, tokens, actions, states, extrinsics=None, past=None, num_kept_steps=None):
+        def raw(scaler, values, column):
+            return values[..., column].double() * scaler.scale[column] + scaler.mean[column]
+
+        yaw = raw(self.scaler.states, states, 0)
+        if not self.blind:
+            yaw = yaw + raw(self.scaler.actions, actions, self.column)
+        made = torch.from_numpy(np.stack([make_tokens(row.numpy()) for row in yaw]).astype(np.float32))
+        return PredictorOutput(made, [(torch.zeros(len(tokens), 1, 1, 1),) * 2])
+
+
+def quick_config(cache):
+    """One plan per episode and horizon, few samples: where the search itself does not matter."""
+    return replace(cache.config, plan=replace(cache.config.plan, starts_per_episode=1, num_samples=8, num_rounds=2))
+
+
+def subject_of(cache, **options) -> Subject:
+    return Subject(World(cache, **options).eval(), cache.config, cache.dataset, cache.scaler, 5, True)
+
+
+# --- distances ------------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_angles_are_those_of_scipy_small_and_large_and_at_half_a_turn():
+    rng = np.random.default_rng(0)
+    one, other = rng.uniform(-3, 3, (2, 200, 3))
+    other[:50] = one[:50] + 1e-7 * rng.standard_normal((50, 3))
+    rotations = [Rotation.from_euler("xyz", angles) for angles in (one, other)]
+    expected = (rotations[0] * rotations[1].inv()).magnitude()
+    assert np.allclose(rotation_angle(one, other), expected, atol=1e-9)
+    assert rotation_angle(np.zeros(3), np.array([np.pi, 0, 0])) == pytest.approx(np.pi)
+
+
+def test_pose_ends_are_compared_in_metres_radians_and_gripper():
+    true, reached = np.zeros(7), np.array([0.3, 0.0, 0.4, 0.0, 0.0, 0.2, 0.5])
+    found = end_distances("pose7", reached, true)
+    assert {name: round(float(value), 9) for name, value in found.items()} == {
+        "position_m": 0.5,
+        "rotation_rad": 0.2,
+        "gripper": 0.5,
+    }
+
+
+def test_view_ends_are_compared_on_the_circle_and_between_directions():
+    found = end_distances("vpt13", np.array([[179.0, 0.0], [0.0, 80.0]]), np.array([[-179.0, 0.0], [90.0, 80.0]]))
+    assert found["yaw_deg"] == pytest.approx([2.0, 90.0])
+    # At 80 degrees of pitch a quarter turn moves the view by little.
+    assert found["camera_deg"] == pytest.approx(
+        [2.0, 2 * np.degrees(np.arcsin(np.sin(np.pi / 4) * np.cos(np.radians(80))))]
+    )
+
+
+@pytest.fixture(scope="module")
+def score(cache):
+    """Of the predictor that knows the world."""
+    return score_plans(subject_of(cache))
+
+
+# --- the score ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_predictor_that_knows_the_world_ends_where_the_recorded_actions_did(cache, score):
+    metrics = summarize_plans(score, cache.config)
+    assert score.names[0] == "camera_deg" and metrics["num_plans"] == 3 * 2 * 3
+    for horizon in (1, 2, 3):
+        plan, zero = (metrics["val"][f"yaw_deg_{kind}_h{horizon}"] for kind in (PLAN, ZERO))
+        assert plan < 0.5 * zero, f"{horizon} steps: plans end {plan:.1f} degrees away, not moving {zero:.1f}"
+    verdict = judge_plans(metrics, score)
+    assert {kind: judged["answer"] for kind, judged in verdict.items()} == {ZERO: "yes", RANDOM: "yes"}
+
+
+def test_a_predictor_that_ignores_its_actions_is_not_called_a_planner(cache):
+    score = score_plans(subject_of(cache, blind=True))
+    verdict = judge_plans(summarize_plans(score, cache.config), score)
+    assert verdict[ZERO]["answer"] != "yes"
+    assert all(np.ptp(record.energies) == 0 for record in score.records if record.horizon == 1)
+
+
+def test_what_plans_are_compared_with_follows_from_the_recorded_actions(cache, score):
+    names = [column.name for column in cache.dataset.space.actions]
+    held_out = cache.dataset.segments_of("val", cache.config.split)
+    camera = [names.index(name) for name in score.searched]
+    for record in score.records:
+        segment = next(s for s in held_out if s.episode == record.episode)
+        actions, _ = cache.dataset.controls(segment.store)
+        first = segment.start + record.first_step
+        moves = actions[first : first + record.horizon][:, camera].astype(np.float64)
+        assert np.allclose(record.recorded, moves.sum(axis=0), atol=1e-4)
+        # Yaw alone: the made pitch stays far from its limits, so sums are ends.
+        turned = (moves[:, 0].sum() + 180) % 360 - 180
+        assert record.distances[ZERO]["yaw_deg"] == pytest.approx(abs(turned), abs=1e-3)
+        assert record.moved["yaw_deg"] == pytest.approx(abs(turned), abs=1e-3)
+        planned = record.planned[0]
+        off = abs((planned - moves[:, 0].sum() + 180) % 360 - 180)
+        assert record.distances[PLAN]["yaw_deg"] == pytest.approx(off, abs=1e-3)
+
+
+def test_the_search_is_repeatable_and_another_seed_is_another_search(cache):
+    quick = quick_config(cache)
+    scores = [
+        score_plans(replace(subject_of(cache), config=replace(quick, plan=replace(quick.plan, seed=seed))))
+        for seed in (0, 0, 1)
+    ]
+    planned = [[record.planned.tolist() for record in score.records] for score in scores]
+    assert planned[0] == planned[1] != planned[2]
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JEPA_RUNS_HOME", str(folder / "runs"))
+        return train(cache.config, cache.dataset, cache.scaler, folder / "train/run", base=folder).weights
+
+
+def test_a_run_leaves_metrics_times_a_table_and_a_picture(cache, trained, tmp_path):
+    metrics, _ = (plan_run(quick_config(cache), cache.dataset, trained, tmp_path / run) for run in "ab")
+    files = [(tmp_path / run / "metrics.json").read_bytes() for run in "ab"]
+    assert files[0] == files[1]
+    written = json.loads(files[0])
+    assert written["val"] == metrics["val"] and "timing" not in written
+    rows = list(csv.DictReader((tmp_path / "a/plans.csv").open()))
+    assert len(rows) == metrics["num_plans"]
+    distances = [float(row["camera_deg_plan"]) for row in rows if row["horizon"] == "2"]
+    assert metrics["val"]["camera_deg_plan_h2"] == pytest.approx(np.mean(distances)), "one plan an episode"
+    assert (tmp_path / "a/plans.png").read_bytes()[:4] == b"\x89PNG"
+    words = describe_plans(metrics)
+    assert "camera_deg, plans end nearer than not moving" in words and "random weights" not in words
+    assert "random weights" in describe_plans(metrics | {"encoder_trained": False})
+    # The plain loop: float32 sums in another order; energies are of order 1.
+    timing = metrics["timing"]
+    assert timing["speed_up_over_plain_loop"] > 0 and timing["samples_per_s"] > 0
+    assert timing["largest_energy_difference"] < 1e-5
+
+
+def test_a_space_without_motion_is_refused(cache):
+    blind = subject_of(cache)
+    blind.dataset.space, space = replace(blind.dataset.space, name="vector_sum2x2"), blind.dataset.space
+    try:
+        with pytest.raises(ValueError, match="does not say where an action leads"):
+            score_plans(blind)
+    finally:
+        blind.dataset.space = space
+
+
+# --- settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
+    plan: PlanConfig = replace(cache.config.plan, settings="world_model", num_samples=None, num_rounds=None)
+    assert choose_settings(plan) == SETTINGS["world_model"]
+    own = choose_settings(replace(plan, num_samples=80, num_rounds=3))
+    assert (own.num_samples, own.num_elites, own.num_rounds) == (80, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("plan.settings=notebok", "did you mean 'notebook'"),
+        ("plan.num_samples=1", r"plan\.num_samples is at least 2"),
+        ("plan.horizons=[]", r"plan\.horizons is a list"),
+        ("plan.horizons=[1,1]", r"plan\.horizons is a list"),
+        ("plan.max_rotation_rad=-1.0", "must not be below 0"),
+        ("plan.max_step_m=0.0", r"plan\.max_step_m must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(override, words):
+    with pytest.raises(ConfigError, match=words):
+        make_config(override)
