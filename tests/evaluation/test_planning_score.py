@@ -132,6 +132,7 @@ def test_what_plans_are_compared_with_follows_from_the_recorded_actions(cache, s
         segment = next(s for s in held_out if s.episode == record.episode)
         actions, _ = cache.dataset.controls(segment.store)
         first = segment.start + record.first_step
+        assert record.first_step >= cache.config.plan.num_context_steps - 1
         moves = actions[first : first + record.horizon][:, camera].astype(np.float64)
         assert np.allclose(record.recorded, moves.sum(axis=0), atol=1e-4)
         # Yaw alone: the made pitch stays far from its limits, so sums are ends.
@@ -215,3 +216,29 @@ def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
 def test_settings_that_cannot_work_are_refused(override, words):
     with pytest.raises(ConfigError, match=words):
         make_config(override)
+
+
+def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_last_action(cache, monkeypatch):
+    from jepa_cache.evaluation import planning_score
+
+    given, real = [], planning_score.plan_actions
+
+    def spy(predictor, context, goal, motion, settings, **options):
+        given.append((context, goal, settings.horizon, options["base_action"]))
+        return real(predictor, context, goal, motion, settings, **options)
+
+    monkeypatch.setattr(planning_score, "plan_actions", spy)
+    records = score_plans(replace(subject_of(cache), config=quick_config(cache))).records
+    held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
+    for (context, goal, horizon, base), record in zip(given, records, strict=True):
+        segment = held_out[record.episode]
+        actions, states = cache.dataset.controls(segment.store)
+        now = segment.start + record.first_step
+        assert np.array_equal(context.states, states[now - 1 : now + 1]) and np.array_equal(base, actions[now - 1])
+        assert np.array_equal(context.actions, actions[now - 1 : now])
+        wave = torch.from_numpy(
+            make_tokens(states[now - 1 : now + horizon + 1, 0].astype(np.float64)).astype(np.float32)
+        )
+        h = torch.nn.functional.layer_norm(wave, wave.shape[-1:], eps=1e-5)
+        # The cache holds float16 of the yaw before it was stored as float32.
+        assert torch.allclose(context.tokens, h[:2], atol=5e-3) and torch.allclose(goal, h[1 + horizon], atol=5e-3)
