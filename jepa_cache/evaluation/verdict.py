@@ -30,7 +30,12 @@ class Gain(NamedTuple):
     p: float
 
     def __str__(self) -> str:
-        return f"{self.percent:.1f} % [{self.low:.1f}, {self.high:.1f}]"
+        return _sized(self.percent, "", self.low, self.high)
+
+
+def _sized(percent: float, word: str, low: float, high: float) -> str:
+    mean, first, last = (f"{round(value, 1) + 0.0:.1f}" for value in (percent, low, high))  # + 0.0: no -0.0
+    return f"{mean} %{word} [{first}, {last}]"
 
 
 def find_gain(metrics: Mapping[str, Any], name: str, where: str = "") -> Gain | None:
@@ -70,9 +75,9 @@ def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
         other: What it is compared with.
     """
     answer = judge(gain, num_episodes)
-    size = f"{gain.percent:.1f} % lower [{gain.low:.1f}, {gain.high:.1f}]"
+    size = _sized(gain.percent, " lower", gain.low, gain.high)
     if gain.high < 0:
-        size = f"{-gain.percent:.1f} % higher [{-gain.high:.1f}, {-gain.low:.1f}]"
+        size = _sized(-gain.percent, " higher", -gain.high, -gain.low)
     told = f"{answer}, error of {better} {size} than that of {other}"
     if answer == YES:
         return f"{told} (p {gain.p:.2g})"
