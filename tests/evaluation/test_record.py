@@ -24,7 +24,7 @@ def evaluated(tmp_path_factory):
     cache = make_cache(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", str(cache.folder / "runs"))
-        for name in ("draw_horizon", "draw_strip"):
+        for name in ("draw_pictures", "write_page"):
             patch.setattr(report, name, lambda *_, **__: None)
         weights = train(
             cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder

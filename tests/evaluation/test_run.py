@@ -65,7 +65,7 @@ def trained(tmp_path_factory) -> Trained:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time; test_plots.py draws them."""
-    for name in ("draw_horizon", "draw_strip"):
+    for name in ("draw_pictures", "write_page"):
         monkeypatch.setattr(report, name, lambda *_, **__: None)
 
 
@@ -266,7 +266,7 @@ def result(trained, tmp_path_factory) -> Path:
     """The folder of one evaluation."""
     out = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_horizon", "draw_strip"):
+        for name in ("draw_pictures", "write_page"):
             patch.setattr(report, name, lambda *_, **__: None)
         evaluate(trained.cache, trained.weights, out)
     return out
