@@ -114,8 +114,8 @@ def merge_intervals(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tup
         value = _short(row[place])
         if header[place] not in ends:
             return value
-        low, high = ends[header[place]]
-        return f"{value} [{_short(row[low])}, {_short(row[high])}]"
+        low, high = (row[end] for end in ends[header[place]])
+        return f"{value} [{_short(low)}, {_short(high)}]" if low or high else value  # no interval over one episode
 
     return [header[place].replace("_", " ") for place in kept], [[cell(row, place) for place in kept] for row in rows]
 

@@ -71,6 +71,7 @@ def bare(tmp_path):
 def whole(tmp_path):
     """An evaluation with everything, and evil names wherever the data gives names."""
     verdict = {
+        "limits": {"answer": "some", "words": "what it cannot say"},
         "actions": {"answer": "yes", "words": f"it does, {EVIL}"},
         "copying": {"answer": "no", "words": "worse than copying"},
         "another_question": {"answer": "unclear", "words": "who knows"},
@@ -117,8 +118,10 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(whole)
     ):
         assert text in page.text
     assert all(f"{name}_figure" in page.text for name in ("energy", "distance", "noise", "probe"))
+    assert page.text.index("it does, ") < page.text.index("worse than copying") < page.text.index("what it cannot say")
     assert "0.2 to 0.3" in page.text and "nested.a.b" in page.text and f"of {MAX_ROWS + 5} rows" in page.text
     assert "evaluate.horizon=4 'evaluate.measure=[\"energy\"]' evaluate.energy_axes=null" in page.text
+    assert page.text.count("0.5123 [0.5, 0.53]") == MAX_ROWS, "and no more"
     images = page.all("img")
     assert len(images) == len(list((whole / "pictures").iterdir())) and all(image["alt"] for image in images)
     assert "Left out" not in page.text and "Not measured" not in page.text
@@ -180,3 +183,4 @@ def test_intervals_join_their_value_and_other_columns_stay():
         [["0.0", "0.1", "1.23456", "1.0", "2.0", "007"]],
     )
     assert head == ["rank bin low", "rank bin high", "x", "name"] and rows == [["0", "0.1", "1.235 [1, 2]", "007"]]
+    assert merge_intervals(["x", "x_low", "x_high"], [["0.50000", "", ""]])[1] == [["0.5"]], "over one episode"
