@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(config, weights)
     metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
-    print(f"wrote {out.relative_to(ROOT)}/report.html, metrics.json, tables, pictures/; next: dvc metrics show")
+    print(
+        f"wrote {out.relative_to(ROOT)}/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare tells runs apart"
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from jepa_cache.evaluation.statistics import (
     sum_moments,
 )
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import write_table
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 from jepa_cache.predictor.rollout import as_reps, open_loop
 
 TRUE, MODEL, COPY_LAST = "true", "model", "copy_last"
@@ -291,5 +291,5 @@ def write_distances(subject: Subject, out: Path) -> dict[str, Any]:
                     if row["horizon"] in (1, len(rows)):
                         section[f"{column}_step{row['horizon']}"] = estimate.mean
                         intervals[f"{column}_step{row['horizon']}"] = [estimate.low, estimate.high]
-    write_table(rows, out / "distance.csv")
+    write_table(rows, out / MEASUREMENTS_FOLDER / "distance.csv")
     return {"distance": section, "distance_ci": intervals}

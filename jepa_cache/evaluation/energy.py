@@ -21,7 +21,7 @@ from jepa_cache.evaluation.energy_map import measure_maps, write_maps
 from jepa_cache.evaluation.energy_plots import draw_maps, draw_ranks
 from jepa_cache.evaluation.metrics import episode_means
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import build_section, write_table
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
 
 NUM_BINS = 10  # of ranks; the first holds the best tenth
 # Energies nearer than this, relative to the true action's, are one energy: a batched float32 pass gives equal actions
@@ -121,7 +121,7 @@ def write_energy(subject: Subject, out: Path) -> dict[str, Any]:
     sections = build_section("energy", values, ranks.episodes, subject.config.evaluate)
     sections["energy"] |= {"num_samples": ranks.num_samples, "num_windows": len(ranks.episodes)}
     rows = rank_table(ranks)
-    write_table(rows, out / "energy_ranks.csv")
+    write_table(rows, out / MEASUREMENTS_FOLDER / "energy_ranks.csv")
     note = subject.features
     draw_ranks(rows, out / "pictures/energy_ranks.png", note=note)
     maps = measure_maps(subject)

@@ -14,7 +14,7 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.evaluation.candidates import ActionPool, choose_windows, open_window
 from jepa_cache.evaluation.motion import POSE_SPACES, VIEW_SPACES, build_motion
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import write_table
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 
 MAP_STEPS = 13  # of each axis, odd: the true action lies in the middle
 MAP_REACH = 2.0  # standard deviations of the recorded actions, to each side of the true one
@@ -161,7 +161,7 @@ def write_maps(maps: EnergyMaps, out: Path) -> None:
                 for i in range(MAP_STEPS)
                 for j in range(MAP_STEPS)
             ],
-            out / f"energy_map{number}.csv",
+            out / MEASUREMENTS_FOLDER / f"energy_map{number}.csv",
         )
         listing.append(
             {
@@ -177,4 +177,4 @@ def write_maps(maps: EnergyMaps, out: Path) -> None:
                 "energy_true": float(energies[middle, middle]),
             }
         )
-    write_table(listing, out / "energy_maps.csv")
+    write_table(listing, out / MEASUREMENTS_FOLDER / "energy_maps.csv")

@@ -22,7 +22,7 @@ from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.evaluation.metrics import l1_error
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import build_section, write_table
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
 from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
 from jepa_cache.store.quantisation import (
     Channels,
@@ -222,7 +222,7 @@ def write_noise(subject: Subject, out: Path) -> dict[str, Any]:
     sections = build_section("noise", values, floor.episodes, subject.config.evaluate)
     if (recorded := recorded_rmse(dataset)) is not None:
         sections["noise"]["stored_rmse"] = recorded
-    write_table(_noise_table(sections, floor, dataset), out / "noise.csv")
+    write_table(_noise_table(sections, floor, dataset), out / MEASUREMENTS_FOLDER / "noise.csv")
     return sections
 
 

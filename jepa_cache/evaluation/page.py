@@ -30,6 +30,7 @@ from jepa_cache.evaluation.page_words import (
     STRIPS,
     WORST,
 )
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER
 from jepa_cache.store.root import atomic_file
 from jepa_cache.webpage import build_document, build_markup_table
 
@@ -238,5 +239,5 @@ def _optional(name: str, out: Path, metrics: Mapping[str, Any], remaining: Remai
     parts.append(f'<p class="soft">{escape(explanation)}</p>')
     parts += build_section_tables(metrics, only={section, f"{section}_notes"})
     parts += [remaining.show(picture) for picture in pictures]
-    parts += [build_file_table(out / table, label=f"{heading}: {table}") for table in tables]
+    parts += [build_file_table(out / MEASUREMENTS_FOLDER / table, label=f"{heading}: {table}") for table in tables]
     return parts

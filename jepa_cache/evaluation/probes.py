@@ -6,7 +6,6 @@ shows that something is in the tokens, never that it is not.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +29,10 @@ from jepa_cache.evaluation.probe_scores import (
     sum_regression,
 )
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.store.root import atomic_file
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 
 PROBES_FILE = "probes.csv"
+PROBE_COLUMNS = ("probe", "target", "metric", "value", "low", "high", "baseline")
 INVERSE_DYNAMICS, STATE, ANTICIPATION, CLASSIFICATION = "inverse_dynamics", "state", "anticipation", "classification"
 REGRESSIONS = {R2: fit_linear, QUADRATIC_R2: fit_quadratic}
 
@@ -214,10 +214,7 @@ def summarize_probes(probed: Probed, settings: EvaluateConfig) -> tuple[list[dic
 def run_probes(subject: Subject, out: Path) -> dict[str, Any]:
     """Measure the probes, write probes.csv and return their sections of metrics.json."""
     rows, sections = summarize_probes(measure_probes(subject), subject.config.evaluate)
-    with atomic_file(out / PROBES_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["probe", "target", "metric", "value", "low", "high", "baseline"])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(rows, out / MEASUREMENTS_FOLDER / PROBES_FILE, columns=PROBE_COLUMNS)
     return sections
 
 

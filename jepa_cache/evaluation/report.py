@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, position_table, summarize
 from jepa_cache.evaluation.slices import describe_windows, slice_table, worst_table
 from jepa_cache.evaluation.subject import Subject, open_subject
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.predictor.checkpoints import read_card
@@ -67,12 +67,12 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     write_metrics(metrics, out / "metrics.json")
     write_record(errors, subject, weights, out)
     rows, facts = horizon_table(errors, config), describe_windows(subject, errors)
-    write_rows(rows, out / "horizon.csv")
+    write_table(rows, out / "horizon.csv")
     for measure in ("l2", "cosine"):
-        write_rows(horizon_table(errors, config, measure), out / f"horizon_{measure}.csv")
-    write_rows(position_table(errors, config), out / "positions.csv")
-    write_rows(slice_table(facts, errors, config.evaluate), out / "slices.csv")
-    write_rows(worst_table(facts, errors), out / "worst.csv")
+        write_table(horizon_table(errors, config, measure), out / f"horizon_{measure}.csv")
+    write_table(position_table(errors, config), out / "positions.csv")
+    write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
+    write_table(worst_table(facts, errors), out / "worst.csv")
     draw_pictures(errors, subject, rows, out / "pictures")
     write_page(out)
     return metrics
@@ -81,10 +81,12 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
 def clear_folder(out: Path) -> None:
     """Make the folder and remove what an earlier evaluation left: a table of a measurement that is no longer asked for would be read as new."""
     shutil.rmtree(out / "pictures", ignore_errors=True)
-    for pattern in ("*.csv", "*.npz", "*.json", "report.html"):
+    shutil.rmtree(out / MEASUREMENTS_FOLDER, ignore_errors=True)
+    for pattern in ("*.csv", "*.json", "report.html"):
         for old in out.glob(pattern):
             old.unlink()
-    (out / "pictures").mkdir(parents=True)
+    for folder in ("pictures", MEASUREMENTS_FOLDER):
+        (out / folder).mkdir(parents=True)
 
 
 def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
@@ -108,14 +110,6 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
     """Write metrics.json atomically."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(canonical_json(metrics))
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a table as CSV, atomically; None is an empty cell."""
-    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:

@@ -13,11 +13,21 @@ from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.store.root import atomic_file
 
+MEASUREMENTS_FOLDER = "measurements"
+"""Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was asked for."""
 
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows that share their keys as CSV with one header line, atomically."""
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path, *, columns: Sequence[str] = ()) -> None:
+    """Write rows that share their keys as CSV with one header line, atomically; None is an empty cell. The folder is made.
+
+    Args:
+        rows: With the same keys.
+        path: Of the file.
+        columns: Where there may be no row; else those of the first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(columns or rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -115,7 +115,7 @@ def test_vectors_are_those_of_the_files_and_of_the_same_places(cache):
 
 def test_the_table_holds_every_step_and_agrees_with_the_metrics(cache, tmp_path):
     sections = write_distances(subject_of(cache, a_predictor()), tmp_path)
-    with (tmp_path / "distance.csv").open(newline="") as file:
+    with (tmp_path / "measurements/distance.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["horizon"] for row in rows] == ["1", "2", "3", "4"]
     for name, (low, high) in sections["distance_ci"].items():

@@ -209,15 +209,15 @@ def test_tables_metrics_and_pictures_agree(cache, tmp_path):
     assert set(sections) == {"energy", "energy_ci"}
     assert sections["energy"]["num_windows"] == 9 and sections["energy"]["num_samples"] == 20
     assert sections["energy"]["mean_rank"] == pytest.approx(ranks.ranks().mean())  # three windows of each episode
-    with (tmp_path / "energy_ranks.csv").open(newline="") as file:
+    with (tmp_path / "measurements/energy_ranks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and float(rows[0]["share"]) == pytest.approx(sections["energy"]["top10_rate"])
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
-    with (tmp_path / "energy_maps.csv").open(newline="") as file:
+    with (tmp_path / "measurements/energy_maps.csv").open(newline="") as file:
         listing = list(csv.DictReader(file))
     assert len(listing) == 3
     for row in listing:
-        with (tmp_path / f"energy_map{row['map']}.csv").open(newline="") as file:
+        with (tmp_path / f"measurements/energy_map{row['map']}.csv").open(newline="") as file:
             cells = {(float(c["x"]), float(c["y"])): float(c["energy"]) for c in csv.DictReader(file)}
         assert len(cells) == MAP_STEPS**2
         assert cells[float(row["x_true"]), float(row["y_true"])] == float(row["energy_true"])

@@ -75,7 +75,7 @@ def test_neighbouring_steps_and_their_distances_are_those_of_the_files(cache, tm
 def test_the_table_and_the_metrics_agree(cache, tmp_path, capsys):
     sections = write_noise(subject_of(cache), tmp_path)
     assert "noise floor without int4: int4 needs a token width" in capsys.readouterr().err
-    with (tmp_path / "noise.csv").open(newline="") as file:
+    with (tmp_path / "measurements/noise.csv").open(newline="") as file:
         rows = {row["dtype"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["float16", "bfloat16", "int8", "float8_e4m3"]
     noise, interval = sections["noise"], sections["noise_ci"]

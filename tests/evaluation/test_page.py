@@ -86,13 +86,16 @@ def whole(tmp_path):
     (tmp_path / "settings.json").write_text(
         json.dumps(settings | {"predictor": {"name": EVIL}, "nested": {"a": {"b": [1, 2]}}} | measured)
     )
+    (tmp_path / "measurements").mkdir()
     interval = {"l1": 0.512345, "l1_low": 0.5, "l1_high": 0.53}
     write_rows(tmp_path / "horizon.csv", [{"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}])
     write_rows(tmp_path / "slices.csv", [{"slice": "episode", "value": EVIL} | interval for _ in range(MAX_ROWS + 5)])
     write_rows(tmp_path / "worst.csv", [{"rank": 1, "episode": f"{EVIL} {'x' * 400}", "camera": EVIL, "l1": 0.9}])
     for name in ("energy_ranks", "distance", "noise"):
-        write_rows(tmp_path / f"{name}.csv", [{f"column_{number}": 0.123456 for number in range(40)}])
-    write_rows(tmp_path / "probes.csv", [{"probe": EVIL, "value": 0.8, "low": 0.7, "high": 0.9, "baseline": 0.0}])
+        write_rows(tmp_path / f"measurements/{name}.csv", [{f"column_{number}": 0.123456 for number in range(40)}])
+    write_rows(
+        tmp_path / "measurements/probes.csv", [{"probe": EVIL, "value": 0.8, "low": 0.7, "high": 0.9, "baseline": 0.0}]
+    )
     (tmp_path / "pictures").mkdir()
     for name in ("horizon", "actions", "strip1", "strip2", "energy_ranks", "energy_maps", "unheard_of"):
         Image.fromarray(np.zeros((40, 1600, 3), np.uint8)).save(tmp_path / f"pictures/{name}.png")

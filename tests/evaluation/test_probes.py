@@ -261,7 +261,7 @@ def test_the_yaw_is_found_in_tokens_that_are_waves_of_it(cache, tmp_path):
     for name, value in found.items():
         low, high = sections["probe_ci"][name]
         assert low <= value <= high, name
-    with (tmp_path / "probes.csv").open(newline="") as file:
+    with (tmp_path / "measurements/probes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["probe", "target", "metric", "value", "low", "high", "baseline"]
     table = {(row["probe"], row["target"], row["metric"]): float(row["value"]) for row in rows}
