@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jepa_cache"
 # Highest first. Rooms on one floor do not know each other.
 FLOORS = (
     {"stages", "cli"},
-    {"training"},
+    {"training", "api"},
     {"evaluation"},
     {"encoding", "data", "inspection"},
     {"sources", "store", "predictor", "encoder", "sample"},

@@ -58,6 +58,7 @@ def write_outputs(
         "window_steps": config.train.window_steps,
         "normalize_reps": config.train.normalize_reps,
         "tokens_fingerprint": manifest.fingerprint,
+        "tokens_recipe": manifest.recipe,  # of the first part; what decides the tokens of given frames is the same in all
         "manifest": manifest.digest,
         "encoder": manifest.encoder,
         "encoder_trained": manifest.encoder_trained,

@@ -1,0 +1,254 @@
+"""Encoder and world model for programs that deploy them: frames to tokens, and frames, states and a goal to actions.
+
+What goes in is what a camera and a robot or game give: uint8 frames, states and actions in their own units. Settings come from
+params.yaml and the presets, as in `python stages/encode.py`; weights from the files that training or `jepa-cache export predictor` wrote.
+Letters besides the project's: C steps of a context, G frames of one step (1 in frame mode, a tubelet's in tubelet mode).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_cache.actions import ActionSpace, get_action_space
+from jepa_cache.config.loading import data_base, find_repository, load_config
+from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.data.scaler import scaler_from_json
+from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
+from jepa_cache.encoder.weights import resolve_weights, weights_identity
+from jepa_cache.encoding.filling import load_encoder, resolve_device
+from jepa_cache.encoding.parts import used_encoder
+from jepa_cache.encoding.recipes import token_recipe
+from jepa_cache.evaluation.motion import VIEW_SPACES, Motion, build_motion
+from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
+from jepa_cache.predictor.checkpoints import load_predictor
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.store.digests import DigestTable
+from jepa_cache.store.recipe import recipe_changes
+
+log = logging.getLogger(__name__)
+
+RECIPE_FIELD = "tokens_recipe"
+"""Of a predictor's card: the recipe of the tokens that it was trained on."""
+
+
+class Encoder:
+    """A frozen encoder that turns frames into the tokens that a cache of the same settings holds. Never trains, writes no file."""
+
+    def __init__(self, frozen: FrozenEncoder, encode: EncodeConfig, identity: str) -> None:
+        """Wrap an encoder that is loaded already; `Encoder.load` does it all.
+
+        Args:
+            frozen: On its device.
+            encode: Settings of stage one: mode, stored dtype, batches.
+            identity: Of its weights, from `weights_identity`.
+        """
+        self._frozen, self._encode = frozen, encode
+        self.recipe = comparable_recipe(token_recipe(encode, frozen.preset, {}, identity))
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str] = ()) -> Encoder:
+        """Load an encoder preset with its weights.
+
+        Sets the number of torch threads of this process to that of stage one: another number may change the last bits of tokens.
+
+        Args:
+            name: Of a preset in configs/encoder.
+            overrides: As on the command line of `stages/encode.py`, such as "encode.weights=vitl.pt", "encode.device=cpu"; all else as
+                params.yaml of the working folder's checkout says.
+
+        Raises:
+            ConfigError: Unknown names or settings that do not fit.
+            ValueError: Weights that cannot be had, or are not those of the preset.
+        """
+        root = find_repository(Path.cwd())
+        config = load_config(root, [f"encoder={name}", *overrides])
+        preset, weights = used_encoder(config), None
+        if preset.weights is not None:
+            weights = resolve_weights(preset.weights, base=data_base(root), kind=preset.kind)
+        if not preset.trained:
+            log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
+        identity = weights_identity(preset, weights, digest=DigestTable().digest)
+        device = resolve_device(config.encode.device)
+        frozen = load_encoder(preset, weights, config.encode, device=device, num_threads=default_num_threads())
+        return cls(frozen, config.encode, identity)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._frozen.device
+
+    @property
+    def frames_per_step(self) -> int:
+        """G: frames that one step is made of; in clip mode those of a tubelet, though whole clips have to be given."""
+        return 1 if self._encode.mode == "frame" else self._frozen.preset.tubelet_size
+
+    def tokens(self, frames: np.ndarray) -> Tensor:
+        """Encode frames as stage one does: crop, encoder, cast to the stored dtype.
+
+        Equal to the cache bit for bit when the frames of an episode are given whole, on the same machine and kind of device. Fewer at a
+        time, and the matrices have other shapes, which may change the last bits. Of a cache that stores codes (int8 ...), these are
+        the values before they were coded.
+
+        Args:
+            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the rate of the cache (`encode.fps`). F is a multiple of G; in
+                clip mode of `encode.frames_per_clip`.
+
+        Returns:
+            [F / G, N, D] float32 on the encoder's device; before any layer norm.
+
+        Raises:
+            ValueError: The frames have another form or number.
+            TokenOverflowError: Tokens that the stored dtype cannot hold.
+        """
+        group = self._encode.frames_per_clip if self._encode.mode == "clip" else self.frames_per_step
+        if len(frames) == 0 or len(frames) % group:
+            raise ValueError(
+                f"{self._encode.mode} mode encodes frames in groups of {group}; got {len(frames)} frames. Give a multiple of {group}"
+            )
+        size, parts = group * self._encode.batch_size, []
+        for start in range(0, len(frames), size):
+            pixels = self._frozen.preprocess(frames[start : start + size]).unflatten(0, (-1, group))
+            stored = torch.from_numpy(to_stored(self._frozen.encode(pixels).flatten(0, 1), self._encode.dtype))
+            parts.append(stored.view(torch.bfloat16) if self._encode.dtype == "bfloat16" else stored)
+        return torch.cat(parts).to(self.device).float()
+
+
+class WorldModel:
+    """A trained predictor with the encoder whose tokens it reads: plans from what is seen now to what should be seen."""
+
+    def __init__(self, encoder: Encoder, predictor: ACPredictor, card: Mapping[str, Any]) -> None:
+        """Put both together; `WorldModel.load` reads them and checks that they fit."""
+        self._encoder, self._predictor = encoder, predictor.to(encoder.device).eval()
+        self._scaler = scaler_from_json(card["scaler"])
+        self._normalize_reps = bool(card["normalize_reps"])
+        self.space: ActionSpace = get_action_space(card["action_space"])
+        self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
+        self.window_steps: int = card["window_steps"]
+
+    @classmethod
+    def load(cls, weights: str | Path, encoder: Encoder) -> WorldModel:
+        """Load a trained predictor onto the encoder's device.
+
+        Args:
+            weights: outputs/train/run/predictor.safetensors, or a file that `jepa-cache export predictor` wrote.
+            encoder: Whose tokens it was trained on.
+
+        Raises:
+            CheckpointError: The file is missing or damaged, or has no card.
+            ValueError: It was trained on tokens of another encoder or other settings (every difference is named), in clip mode, or by
+                a version that did not write down on which.
+        """
+        predictor, card = load_predictor(Path(weights))
+        if RECIPE_FIELD not in card:
+            raise ValueError(
+                f"{weights} does not say on which tokens it was trained (no {RECIPE_FIELD} in its card): an older version wrote it. Train again"
+            )
+        trained_on = comparable_recipe(card[RECIPE_FIELD])
+        differing = recipe_changes(trained_on, encoder.recipe)
+        if differing:
+            raise ValueError(
+                f"{weights} was trained on other tokens than this encoder gives, which would be noise to it ({'; '.join(differing)}; trained "
+                f"on -> given). It was encoder preset {card['encoder']!r}: load that one, with overrides such as encode.pool=2 as then"
+            )
+        if card["mode"] == "clip":
+            raise ValueError(
+                f"{weights} was trained in clip mode, where the tokens of a step have seen later frames; there are none of those when a plan is "
+                "made. Train on a cache of encode.mode=frame or tubelet"
+            )
+        return cls(encoder, predictor, card)
+
+    def plan(
+        self,
+        frames: np.ndarray,
+        states: np.ndarray,
+        goal: np.ndarray,
+        *,
+        actions: np.ndarray | None = None,
+        settings: str | PlannerSettings = "notebook",
+        motion: Motion | None = None,
+        base_action: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> Plan:
+        """Search for the actions after which the goal is seen; carry out the first one, look, and plan again.
+
+        Args:
+            frames: [C * G, h, w, 3] uint8 RGB: the steps so far, the present one last, at `self.fps` and from the camera of the cache. At
+                most `window_steps` steps were ever seen in training.
+            states: [C, S] of these steps, in the units of the action space (docs/action_spaces.md).
+            goal: [h, w, 3] or [G, h, w, 3] uint8 RGB of the step to be reached.
+            actions: [C-1, A] between the steps; needed where C is above 1.
+            settings: Name in `planner.SETTINGS`, or your own.
+            motion: What may move, from `build_motion(self.space, ...)`; by default that of the published settings.
+            base_action: [A] for the columns that are not searched (keys, slot); by default the last of `actions` in spaces of views, zeros for
+                poses and where there is no last one.
+            seed: Of the samples.
+
+        Returns:
+            Unscaled actions [H, A], states [H+1, S] where they lead, and energies [rounds, samples].
+
+        Raises:
+            ValueError: Shapes do not fit, unknown settings, or a space that says nothing of where an action leads.
+        """
+        if isinstance(settings, str) and settings not in SETTINGS:
+            raise ValueError(f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}")
+        named = SETTINGS[settings] if isinstance(settings, str) else settings
+        if motion is None:
+            limit = {"max_step_m": MAX_STEP_M[settings]} if isinstance(settings, str) else {}
+            motion = build_motion(self.space, **limit)
+        context = self._context(frames, np.asarray(states, np.float64), actions)
+        if base_action is None and self.space.name in VIEW_SPACES and len(context.actions):
+            base_action = context.actions[-1]
+        if base_action is not None and np.shape(base_action) != (len(self.space.actions),):
+            raise ValueError(f"base_action must be [{len(self.space.actions)}]; got {list(np.shape(base_action))}")
+        goal = goal[None] if goal.ndim == 3 else goal
+        if len(goal) != self._encoder.frames_per_step:
+            raise ValueError(f"a goal is one step, hence {self._encoder.frames_per_step} frames; got {len(goal)}")
+        return plan_actions(
+            self._predictor,
+            context,
+            as_reps(self._encoder.tokens(goal), self._normalize_reps)[0],
+            motion,
+            named,
+            scale_actions=self._scaler.actions.apply,
+            scale_states=self._scaler.states.apply,
+            base_action=base_action,
+            normalize_reps=self._normalize_reps,
+            seed=seed,
+        )
+
+    def _context(self, frames: np.ndarray, states: np.ndarray, actions: np.ndarray | None) -> Context:
+        num_actions, num_states = len(self.space.actions), len(self.space.states)
+        num_steps = len(frames) // self._encoder.frames_per_step
+        if actions is None:
+            if num_steps > 1:
+                raise ValueError(
+                    f"{num_steps} steps have {num_steps - 1} actions between them; give them as `actions`, or the present step alone"
+                )
+            actions = np.zeros((0, num_actions))
+        actions = np.asarray(actions, np.float64)
+        for name, values, shape in (
+            ("states", states, (num_steps, num_states)),
+            ("actions", actions, (num_steps - 1, num_actions)),
+        ):
+            if values.shape != shape:
+                raise ValueError(
+                    f"{name} of {num_steps} steps must be {list(shape)} in action space {self.space.name!r}; got {list(values.shape)}"
+                )
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
+        return Context(as_reps(self._encoder.tokens(frames), self._normalize_reps), actions, states)
+
+
+def comparable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a token recipe decides the tokens of given frames: not where these came from, nor their rate, nor what decoded them."""
+    kept = {key: value for key, value in recipe.items() if key not in ("source", "decoder", "sampling")}
+    return kept | {"sampling": {key: recipe["sampling"][key] for key in ("mode", "frames_per_clip")}}

@@ -1,0 +1,242 @@
+"""Encoder and world model from Python.
+
+Claims:
+- tokens of given frames are those that the cache holds, bit for bit for whole episodes, in frame and in tubelet mode;
+- a plan from frames is the plan from the cached tokens; an exported predictor plans the same;
+- a predictor of another encoder, pooling or dtype, of clip mode, or without a word of its tokens is refused, naming the difference;
+- frames, states, actions, goals and settings that do not fit are refused;
+- the examples of docs/planning.md run as they stand there.
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from jepa_cache.api import Encoder, WorldModel
+from jepa_cache.cli.export_predictor import ExportFormat, export_predictor
+from jepa_cache.config.loading import load_config
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.scaler import fit_scaler
+from jepa_cache.evaluation.motion import build_motion
+from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, plan_actions
+from jepa_cache.predictor.checkpoints import load_predictor
+from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.training.trainer import train
+from tests.encoded import STRIDE, decode_all, encode, make_tars, read_video
+
+DOC = Path(__file__).resolve().parents[1] / "docs/planning.md"
+SMALL = (
+    *(
+        "dataset=vpt",
+        "encoder=tiny",
+        "encode.device=cpu",
+        "train.device=cpu",
+        "split.val_share=0.3",
+        "train.num_steps=2",
+    ),
+    *(
+        "train.window_steps=4",
+        "train.batch_size=2",
+        "train.num_warmup=0",
+        "train.num_anneal=0",
+        "train.validate_every=2",
+    ),
+    *("train.log_every=1", "train.checkpoint_every=2", "train.num_threads=1"),
+)
+QUICK = replace(SETTINGS["notebook"], num_samples=6, num_elites=2, num_rounds=2)
+
+
+class Trained(NamedTuple):
+    """A workspace after training, and one of its episodes as a camera and a game gave it."""
+
+    folder: Path
+    weights: Path
+    dataset: CachedDataset
+    frames: np.ndarray  # [F, h, w, 3]
+    states: np.ndarray  # [F, S]
+    actions: np.ndarray  # [F-1, A]
+    tokens: torch.Tensor  # [F, N, D] float32
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JEPA_RUNS_HOME", str(folder / "runs"))
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        config = load_config(overrides=SMALL)
+        small = replace(config.predictor, predictor_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
+        config = replace(config, predictor=small)
+        make_tars(folder / "shards", {"one": {f"episode-{number}": 30 for number in range(6)}})
+        dataset = CachedDataset(
+            encode(folder / "shards", folder / "cache", config).manifest, CacheRoot(folder / "cache")
+        )
+        scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
+        train(config, dataset, scaler, folder / "outputs/train/run", base=folder)
+    segment = dataset.segments[0]
+    tokens = np.empty((segment.stop - segment.start, 16, 64), np.float16)
+    dataset.read_tokens(segment.store, segment.start, tokens)
+    actions, states = (values[segment.start : segment.stop] for values in dataset.controls(segment.store))
+    frames = decode_all(read_video(folder / "shards", segment.episode))[::STRIDE][: len(tokens)]
+    weights = folder / "outputs/train/run/predictor.safetensors"
+    return Trained(folder, weights, dataset, frames, states, actions[:-1], torch.from_numpy(tokens).float())
+
+
+@pytest.fixture(scope="module")
+def world(trained):
+    return WorldModel.load(trained.weights, Encoder.load("tiny", ["encode.device=cpu"]))
+
+
+def rewrite_card(weights, target, **changes):
+    """The same weights with another card; a change to None takes the entry out."""
+    with safe_open(weights, "pt") as file:
+        card = json.loads(file.metadata()["card"]) | changes
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration)
+    kept = {key: value for key, value in card.items() if value is not None}
+    save_file(tensors, target, {"card": json.dumps(kept)})
+    return target
+
+
+def test_tokens_from_frames_are_those_in_the_cache(trained):
+    encoder = Encoder.load("tiny", ["encode.device=cpu"])
+    tokens = encoder.tokens(trained.frames)
+    assert tokens.dtype == torch.float32 and torch.equal(tokens, trained.tokens)
+    # Other batch shapes: the last bit of a float16 of size 4 at most.
+    alone = torch.cat([encoder.tokens(frame[None]) for frame in trained.frames])
+    torch.testing.assert_close(alone, trained.tokens, atol=4e-3, rtol=0)
+
+
+def test_tokens_of_tubelets_are_those_in_the_cache(trained, tmp_path):
+    settings = ("encode.mode=tubelet", "encode.device=cpu", "encode.dtype=bfloat16")
+    manifest = encode(
+        trained.folder / "shards", tmp_path / "cache", load_config(overrides=[*SMALL, *settings])
+    ).manifest
+    dataset = CachedDataset(manifest, CacheRoot(tmp_path / "cache"))
+    segment = next(run for run in dataset.segments if run.episode == trained.dataset.segments[0].episode)
+    stored = np.empty((segment.stop - segment.start, 16, 64), np.uint16)
+    dataset.read_tokens(segment.store, segment.start, stored)
+    encoder = Encoder.load("tiny", settings)
+    tokens = encoder.tokens(trained.frames[: 2 * len(stored)])
+    assert encoder.frames_per_step == 2
+    assert torch.equal(tokens, torch.from_numpy(stored).view(torch.bfloat16).float())
+    with pytest.raises(ValueError, match="groups of 2; got 3 frames"):
+        encoder.tokens(trained.frames[:3])
+    with pytest.raises(ValueError, match="groups of 2; got 0 frames"):
+        encoder.tokens(trained.frames[:0])
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_plan_from_frames_is_the_plan_from_cached_tokens(trained, world, num_steps):
+    states, actions = trained.states[:num_steps], trained.actions[: num_steps - 1]
+    given = {"actions": actions} if num_steps > 1 else {}
+    plan = world.plan(trained.frames[:num_steps], states, trained.frames[5], settings=QUICK, seed=4, **given)
+    predictor, card = load_predictor(trained.weights)
+    h, scaler = as_reps(trained.tokens, True), world._scaler
+    expected = plan_actions(
+        predictor.eval(),
+        Context(h[:num_steps], actions.astype(np.float64), states.astype(np.float64)),
+        h[5],
+        build_motion(world.space),
+        QUICK,
+        scale_actions=scaler.actions.apply,
+        scale_states=scaler.states.apply,
+        base_action=actions[-1] if num_steps > 1 else np.zeros(len(world.space.actions)),
+        seed=4,
+    )
+    np.testing.assert_allclose(plan.energies, expected.energies, atol=1e-3)
+    np.testing.assert_allclose(plan.actions, expected.actions, atol=1e-3)
+    assert card["action_space"] == world.space.name and world.fps == 5.0
+    if num_steps > 1:  # the slot stays as it was
+        assert actions[-1, 4:].sum() == 1
+        np.testing.assert_array_equal(plan.actions[:, 4:], np.tile(actions[-1, 4:], (2, 1)))
+
+
+def test_tokens_are_layer_normed_before_a_plan(trained, world, monkeypatch):
+    """This encoder's tokens are nearly normed already; those of others are not."""
+    given = (trained.frames[:3], trained.states[:3], trained.frames[5])
+    plan = world.plan(*given, actions=trained.actions[:2], settings=QUICK)
+    tokens = Encoder.tokens
+    monkeypatch.setattr(Encoder, "tokens", lambda self, frames: 3 * tokens(self, frames) + 1)
+    scaled = world.plan(*given, actions=trained.actions[:2], settings=QUICK)
+    np.testing.assert_allclose(scaled.energies, plan.energies, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", list(ExportFormat))
+def test_an_exported_predictor_plans_the_same(trained, world, tmp_path, form):
+    out = tmp_path / ("world.pt" if form is ExportFormat.OFFICIAL else "world.safetensors")
+    export_predictor(str(trained.weights), out, form=form)
+    exported = WorldModel.load(out, Encoder.load("tiny", ["encode.device=cpu"]))
+    plans = [
+        model.plan(trained.frames[:1], trained.states[:1], trained.frames[2], settings=QUICK)
+        for model in (world, exported)
+    ]
+    np.testing.assert_array_equal(plans[0].actions, plans[1].actions)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("encode.pool=2", r"pool: None -> 2"),
+        ("encode.dtype=bfloat16", r"dtype: 'float16' -> 'bfloat16'"),
+        ("encode.compute_dtype=bfloat16", r"compute_dtype: 'float32' -> 'bfloat16'"),
+        ("encode.mode=tubelet", r"sampling.mode: 'frame' -> 'tubelet'"),
+    ],
+)
+def test_an_encoder_of_other_settings_is_refused(trained, override, said):
+    with pytest.raises(ValueError, match=said):
+        WorldModel.load(trained.weights, Encoder.load("tiny", ["encode.device=cpu", override]))
+
+
+def test_other_weights_of_the_same_size_are_refused(trained, world):
+    other = Encoder(world._encoder._frozen, world._encoder._encode, "random:other")
+    with pytest.raises(ValueError, match=r"noise to it \(encoder.weights: 'random:\w+' -> 'random:other'"):
+        WorldModel.load(trained.weights, other)
+
+
+def test_clip_mode_and_cards_that_do_not_say_enough_are_refused(trained, world, tmp_path):
+    with pytest.raises(ValueError, match="an older version wrote it"):
+        WorldModel.load(rewrite_card(trained.weights, tmp_path / "old.safetensors", tokens_recipe=None), world._encoder)
+    with pytest.raises(ValueError, match="clip mode, where the tokens of a step have seen later frames"):
+        WorldModel.load(rewrite_card(trained.weights, tmp_path / "clip.safetensors", mode="clip"), world._encoder)
+    with pytest.raises(ValueError, match=r"do not exist|cannot be read"):
+        WorldModel.load(tmp_path / "nothing.safetensors", world._encoder)
+
+
+def test_what_does_not_fit_a_plan_is_refused(trained, world):
+    frames, states, actions = trained.frames, trained.states, trained.actions
+    refused = {
+        "unknown planner settings 'robot'; known: cem": ((frames[:1], states[:1], frames[2]), {"settings": "robot"}),
+        "2 steps have 1 actions between them": ((frames[:2], states[:2], frames[2]), {}),
+        r"states of 1 steps must be \[1, 2\].*got \[2, 2\]": ((frames[:1], states[:2], frames[2]), {}),
+        r"actions of 2 steps must be \[1, 13\]": ((frames[:2], states[:2], frames[2]), {"actions": actions[:2]}),
+        "states must be finite; got nan": ((frames[:1], states[:1] * np.nan, frames[2]), {}),
+        "hence 1 frames; got 2": ((frames[:1], states[:1], frames[2:4]), {}),
+        r"base_action must be \[13\]; got \[2\]": ((frames[:1], states[:1], frames[2]), {"base_action": np.zeros(2)}),
+        "uint8": ((frames[:1].astype(np.float32), states[:1], frames[2]), {}),
+    }
+    for said, (given, options) in refused.items():
+        with pytest.raises(ValueError, match=said):
+            world.plan(*given, **{"settings": QUICK, **options})
+    assert set(MAX_STEP_M) == set(SETTINGS)
+
+
+def test_the_examples_of_the_manual_run(trained, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(trained.folder)
+    for block in blocks:
+        names = {"frames": trained.frames, "states": trained.states, "actions": trained.actions}
+        exec(block, names)
+        if "plan" in names:
+            assert names["plan"].actions.shape == (2, 13) and np.isfinite(names["plan"].actions).all()
+        else:
+            assert torch.equal(names["tokens"], trained.tokens)
