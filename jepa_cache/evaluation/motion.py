@@ -69,10 +69,15 @@ def build_motion(
         fixed: Names of columns that stay 0.
 
     Raises:
-        ValueError: The space says nothing of where an action leads, or a fixed column is not searched.
+        ValueError: The space says nothing of where an action leads, a fixed column is not searched, or a limit is not above 0.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
+    if not (0 < max_step_m < np.inf and 0 < max_turn_deg < np.inf and 0 <= max_rotation_rad < np.inf):
+        raise ValueError(
+            "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0; got "
+            f"{max_step_m}, {max_turn_deg} and {max_rotation_rad}. Name columns in `fixed` to keep them still"
+        )
     names = [column.name for column in space.actions]
     if space.name in POSE_SPACES:
         searched = [0, 1, 2, *([3, 4, 5] if max_rotation_rad > 0 else []), 6]

@@ -29,7 +29,9 @@ class PlannerSettings:
     std_momentum: float
     gripper_mean_momentum: float = 0.15
     gripper_std_momentum: float = 0.15
-    close_gripper_from: int | None = None  # step of the plan from which the gripper closes (action 1)
+    close_gripper_from: int | None = (
+        None  # step of the plan from which the gripper closes (action 1); from the horizon on: never
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -37,6 +39,10 @@ class PlannerSettings:
             raise ValueError(
                 "a plan needs a horizon and rounds of at least 1, and 2 to num_samples elites; got "
                 f"horizon {self.horizon}, {self.num_rounds} rounds, {self.num_elites} elites of {self.num_samples} samples"
+            )
+        if self.close_gripper_from is not None and self.close_gripper_from < 0:
+            raise ValueError(
+                f"close_gripper_from counts steps of the plan from 0; got {self.close_gripper_from}. Use None to leave the gripper to the search"
             )
 
 
@@ -116,7 +122,7 @@ def plan_actions(
         batch_size: Samples in one pass of the predictor; all by default.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, energies are not finite, or a gripper is to close that is not searched.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
@@ -128,13 +134,14 @@ def plan_actions(
         raise ValueError(
             f"noise must be [rounds, horizon, samples, searched columns] = {list(shape)}; got {list(noise.shape)}"
         )
-    if len(context.tokens) != len(context.states) or len(context.actions) != len(context.states) - 1:
+    _check_context(context, goal)
+    if settings.close_gripper_from is not None and not motion.gripper.any():
         raise ValueError(
-            f"a context of {len(context.tokens)} steps needs as many states and one action less; got {len(context.states)} "
-            f"states and {len(context.actions)} actions"
+            f"close_gripper_from is {settings.close_gripper_from}, but no gripper is searched ({', '.join(motion.names)}); set it to None, or "
+            "leave the gripper's column out of `fixed`"
         )
     if base_action is None:
-        base_action = np.zeros(context.actions.shape[1] if context.actions.ndim == 2 else len(motion.columns))
+        base_action = np.zeros(context.actions.shape[1])
     mean = np.zeros((horizon, num_searched))
     std = np.tile(motion.first_std, (horizon, 1))
     keep_mean = np.where(motion.gripper, settings.gripper_mean_momentum, settings.mean_momentum)
@@ -147,6 +154,11 @@ def plan_actions(
             samples[settings.close_gripper_from :, :, motion.gripper] = 1.0
         actions = motion.actions(samples.swapaxes(0, 1), base_action)  # [samples, H, A]
         energies[number] = rollout.energies(actions, goal, batch_size or settings.num_samples)
+        if not np.isfinite(energies[number]).all():
+            raise ValueError(
+                f"round {number} has {int((~np.isfinite(energies[number])).sum())} energies of {settings.num_samples} that are not finite, so "
+                "nothing can be ranked; look for NaN in the goal, the context and the predictor's weights, or for a scaler of other actions"
+            )
         best = np.argsort(energies[number], kind="stable")[: settings.num_elites]
         elite = samples[:, best]
         mean = (1 - keep_mean) * elite.mean(axis=1) + keep_mean * mean
@@ -154,6 +166,22 @@ def plan_actions(
     found = np.where(np.abs(mean) < motion.dead_zone, 0.0, mean)
     actions = motion.actions(found, base_action)
     return Plan(actions, follow_actions(context.states[-1], actions, motion), energies)
+
+
+def _check_context(context: Context, goal: Tensor) -> None:
+    tokens, actions, states = context
+    shapes = f"tokens {list(tokens.shape)}, states {list(states.shape)}, actions {list(actions.shape)}"
+    if tokens.ndim != 3 or states.ndim != 2 or actions.ndim != 2:
+        raise ValueError(f"a context is tokens [C, N, E], states [C, S] and actions [C-1, A]; got {shapes}")
+    if not 0 < len(tokens) == len(states) == len(actions) + 1:
+        raise ValueError(
+            f"a context of {len(tokens)} steps needs as many states and one action less, and at least one step; got {shapes}"
+        )
+    if goal.shape != tokens.shape[1:]:
+        raise ValueError(
+            f"the goal's tokens must be [N, E] = {list(tokens.shape[1:])} as the context's; got {list(goal.shape)}. Encode it with the same "
+            "encoder and pooling, and give one step alone"
+        )
 
 
 def follow_actions(state: np.ndarray, actions: np.ndarray, motion: Motion) -> np.ndarray:

@@ -5,7 +5,8 @@ Claims:
 - the search finds the action after which a world that is known sees its goal;
 - fixed columns stay 0, limits hold, the gripper closes when asked to, and the returned states are where the actions lead;
 - views: the mouse follows the turn, yaw wraps and pitch stops at straight up and down;
-- spaces that do not say where an action leads, columns that are not searched and wrong shapes are refused.
+- spaces that do not say where an action leads, columns that are not searched, wrong shapes, limits, energies that are not finite and a
+  gripper that cannot close are refused.
 """
 
 from dataclasses import replace
@@ -114,4 +115,55 @@ def test_what_cannot_be_planned_is_refused():
     predictor, context, goal = make_world()
     with pytest.raises(ValueError, match="as many states and one action less"):
         plan_actions(predictor, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
+    for shape in ((3, 8), (1, 4, 8), (4, 1)):
+        with pytest.raises(ValueError, match=r"goal's tokens must be \[N, E\] = \[4, 8\]"):
+            plan_actions(predictor, context, torch.zeros(shape), build_motion(POSE), QUICK)
+    for wrong in ({"tokens": context.tokens.flatten(0, 1)}, {"states": context.states[0]}, {"actions": np.zeros(0)}):
+        with pytest.raises(ValueError, match=r"a context is tokens \[C, N, E\]"):
+            plan_actions(predictor, context._replace(**wrong), goal, build_motion(POSE), QUICK)
+    empty = Context(context.tokens[:0], np.zeros((0, 7)), context.states[:0])
+    with pytest.raises(ValueError, match="at least one step"):
+        plan_actions(predictor, empty, goal, build_motion(POSE), QUICK)
+
+
+def test_energies_that_cannot_be_ranked_are_refused():
+    predictor, context, goal = make_world()
+    goal = goal.clone()
+    goal[0, 0] = np.nan
+    with pytest.raises(ValueError, match="round 0 has 12 energies of 12 that are not finite"):
+        plan_actions(predictor, context, goal, build_motion(POSE), QUICK)
+
+
+def test_a_gripper_that_cannot_close_is_refused_and_one_that_closes_too_late_stays_open():
+    predictor, context, goal = make_world()
+    with pytest.raises(ValueError, match="counts steps of the plan from 0; got -1"):
+        replace(QUICK, close_gripper_from=-1)
+    with pytest.raises(ValueError, match=r"no gripper is searched \(dx, dy, dz\)"):
+        plan_actions(
+            predictor, context, goal, build_motion(POSE, fixed=("dgripper",)), replace(QUICK, close_gripper_from=0)
+        )
+    plans = [
+        plan_actions(predictor, context, goal, build_motion(POSE), replace(QUICK, close_gripper_from=step))
+        for step in (None, 2)
+    ]
+    np.testing.assert_array_equal(plans[0].actions, plans[1].actions)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_step_m": 0.0},
+        {"max_step_m": np.nan},
+        {"max_turn_deg": -1.0},
+        {"max_rotation_rad": -0.1},
+        {"max_step_m": np.inf},
+    ],
+    ids=str,
+)
+def test_limits_that_leave_nothing_to_search_are_refused(limits):
+    with pytest.raises(ValueError, match="must be above 0 and max_rotation_rad not below 0"):
+        build_motion(POSE, **limits)
+
+
+def test_published_settings_are_four():
     assert set(SETTINGS) == {"cem", "world_model", "notebook", "paper"}
