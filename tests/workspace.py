@@ -85,6 +85,13 @@ class Workspace:
         )
         return output
 
+    def shell(self, command: str) -> tuple[str, int]:
+        """Run a line as a shell does; returns what it printed, and its exit code."""
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=self.root, env=self.env, capture_output=True, text=True, timeout=600
+        )
+        return result.stdout + result.stderr, result.returncode
+
     def python(self, *arguments: str, fails: bool = False) -> str:
         """Run `python ...` in the checkout."""
         return self.run(sys.executable, *arguments, fails=fails)

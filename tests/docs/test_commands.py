@@ -1,0 +1,166 @@
+"""The manual's commands.
+
+Claims:
+- every command in README.md and docs/ names a script, command, target, option and setting that exists, whether it is run or not;
+- every link to a file of the repository leads somewhere, and every page is in the list of pages;
+- (long) every block that does not say why not runs, page by page, in a checkout with a smaller sample.
+"""
+
+import re
+import shlex
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import pytest
+import typer
+
+from jepa_cache.cli.main import COMMANDS, build_app
+from jepa_cache.config.loading import is_override, load_config
+from tests.docs.blocks import ROOT, Block, find_blocks
+from tests.workspace import Workspace
+
+BLOCKS = find_blocks()
+# Programs that are not ours; what they are given is not checked.
+OTHERS = {
+    "source",
+    "export",
+    "mkdir",
+    "sed",
+    "gsutil",
+    "cd",
+    "dask",
+    "srun",
+    "scontrol",
+    "exit",
+    "git",
+    "pip",
+    "if",
+    "unset",
+    "jq",
+}
+DVC = {"repro", "exp", "queue", "metrics", "plots", "push", "pull", "checkout", "params"}
+STAGE_OPTIONS = {"encode": {"--workers", "--scheduler"}, "train_predictor": {"--fresh"}}
+
+
+@cache
+def console_options(command: str, sub: str | None) -> set[str]:
+    group = typer.main.get_command(build_app(command)).commands[command]
+    chosen = group.commands[sub] if sub else group
+    return {option for parameter in chosen.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
+
+
+def check_settings(words: list[str]) -> None:
+    """Every key exists and its values are of its kind; lists after a comma are grids of single values."""
+    for word in words:
+        key, _, value = word.partition("=")
+        values = value.split(",") if not value.startswith("[") else [value]
+        for single in values:
+            load_config(ROOT, [f"{key}={single}"] + ([] if key != "encode.single_frame" else ["encoder=vitl384_v21"]))
+
+
+def check_command(command: str) -> None:
+    words = shlex.split(command.split("|")[0].split("&&")[0].split(">")[0].rstrip("&; "))
+    while words and (re.fullmatch(r"[A-Z_]+=.*", words[0])):
+        words.pop(0)
+    if not words or words[0] in OTHERS or words[0].startswith("#"):
+        return
+    first, rest = words[0], words[1:]
+    if first == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert all(word in targets or "=" in word for word in rest), command
+    elif first == "jepa-cache":
+        if rest and rest[0] == "--help":
+            return
+        assert rest and rest[0] in COMMANDS, command
+        sub = rest[1] if rest[0] == "export" else None
+        options = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert options <= console_options(rest[0], sub), command
+        check_settings([word for word in rest if is_override(word)])
+    elif first == "dvc":
+        assert rest and rest[0] in DVC, command
+        check_settings([after for word, after in pairwise(rest) if word == "-S"])
+    elif first in ("python", "torchrun", "accelerate"):
+        scripts = [word for word in rest if word.endswith(".py")]
+        assert len(scripts) == 1, command
+        script = ROOT / scripts[0]
+        assert script.is_file(), command
+        given = rest[rest.index(scripts[0]) + 1 :]
+        if script.parent.name == "stages" and script.stem != "fetch_vpt":
+            options = {word.split("=")[0] for word in given if word.startswith("--")}
+            assert options <= STAGE_OPTIONS.get(script.stem, set()) | {"--help"}, command
+            check_settings([word for word in given if is_override(word)])
+    else:
+        pytest.fail(f"{command!r} starts with a program that is not known here")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_commands_name_what_exists(block: Block):
+    for command in block.commands:
+        check_command(command)
+
+
+def test_a_command_that_does_not_exist_is_found():
+    for wrong in (
+        "jepa-cache plann",
+        "jepa-cache plan --fast",
+        "python stages/encode.py encode.fsp=4",
+        "make dem",
+        "dvc exp run -S train.lrr=1",
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            check_command(wrong)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_page_is_in_the_list_of_pages():
+    listed = (ROOT / "docs/README.md").read_text()
+    missing = [
+        page.name
+        for page in (ROOT / "docs").glob("*.md")
+        if page.name != "README.md" and f"({page.name})" not in listed
+    ]
+    assert not missing
+
+
+# --- run ------------------------------------------------------------------------------------------------------------------
+
+RUN = [block for block in BLOCKS if block.not_run is None]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp("docs"))
+    workspace.run("dvc", "repro")
+    workspace.run("git", "add", "-A")
+    workspace.run("git", "commit", "-qm", "results")
+    return workspace
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [name for name, _ in groupby(RUN, key=lambda block: block.page)])
+def test_the_commands_of_a_page_run(checkout, page):
+    for block in RUN:
+        if block.page != page:
+            continue
+        for command in block.commands:
+            output, code = checkout.shell(command)
+            assert "Traceback" not in output, f"{block.name}: {command}\n{output[-3000:]}"
+            # A transcript may show what a command says of a cache that is not as it should be.
+            assert code in ((0, 1) if block.transcript else (0,)), (
+                f"{block.name}: {command} ended with {code}\n{output[-3000:]}"
+            )
+    checkout.run("git", "checkout", "-q", "--", ".")
+    checkout.run("dvc", "checkout", "-q", "--force")
