@@ -33,6 +33,9 @@ ROOMS = {  # in the order in which a user meets them
     "predictor": "Predictors and their weights",
     "training": "Training",
     "evaluation": "Evaluation and planning",
+    "webpage": "Pages",
+    "api": "From Python",
+    "deployment": "From Python",
 }
 INTERNAL = {"AssertionError", "KeyError", "IndexError", "StopIteration", "AttributeError", "NotImplementedError"}
 
