@@ -117,6 +117,11 @@ def test_a_command_that_does_not_exist_is_found():
             check_command(wrong)
 
 
+def test_shell_blocks_have_one_name_so_that_none_is_overlooked():
+    for page in pages():
+        assert not re.search(r"^```(sh|shell|console)$", page.read_text(), re.M), page
+
+
 def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
