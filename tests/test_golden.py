@@ -2,6 +2,7 @@
 
 Claims:
 - every file of the folder (tests/golden, or $JEPA_GOLDEN_DIR) is checked, chosen by its `kind` metadata, built from its `config`;
+- planner files may give their context in either layout, fix columns, and say their settings at either level;
 - a folder without files, a file that cannot be read, an unknown kind, and an expected tensor that no check knows are failures.
 """
 
@@ -297,25 +298,90 @@ def check_train_steps(golden: Golden) -> None:
             golden.compare(name, final[name], 1e-4, group="final")
 
 
+# What a planner's config may say, under `planner` or beside it, and what the published search assumes where it does not.
+PLANNER_DEFAULTS = {
+    "rollout": None,  # these three are the noise's, where no setting says them
+    "samples": None,
+    "cem_steps": None,
+    "topk": 10,
+    "maxnorm": 0.05,
+    "momentum_mean": 0.25,
+    "momentum_std": 0.95,
+    "momentum_mean_gripper": 0.15,
+    "momentum_std_gripper": 0.15,
+    "close_gripper": None,
+    "fixed": None,
+    "normalize_reps": True,
+}
+# Names of the searched columns, as files and as we call them, and their places among the 4 searched and the 7 of an action.
+SEARCHED = {"x": "dx", "y": "dy", "z": "dz", "gripper": "dgripper"}
+PLACES = {0: "dx", 1: "dy", 2: "dz", 3: "dgripper", 6: "dgripper"}
+
+
+def read_planner_settings(config: dict) -> dict:
+    """Return the settings of a search, wherever they stand; one under `planner` that is not known is a failure."""
+    under = config.get("planner", {})
+    renamed = {"axis": "fixed", "axes": "fixed", "fixed_axes": "fixed", "close_gripper_from": "close_gripper"}
+    under = {renamed.get(name, name): value for name, value in under.items()}
+    beside = {renamed.get(name, name): value for name, value in config.items() if name != "planner"}
+    unread = sorted(under.keys() - PLANNER_DEFAULTS.keys())
+    assert not unread, f"planner settings that are never read: {unread}"
+    twice = sorted(name for name in under.keys() & beside.keys() if under[name] != beside[name])
+    assert not twice, f"planner settings that are said twice and differ: {twice}"
+    return PLANNER_DEFAULTS | {name: value for name, value in beside.items() if name in PLANNER_DEFAULTS} | under
+
+
+def read_fixed(fixed: object) -> tuple[str, ...]:
+    """Return our names of fixed columns, given as names or places, in a list or as {column: value}."""
+    if isinstance(fixed, dict):
+        assert not any(fixed.values()), f"columns can be fixed at 0 only; got {fixed}"
+    names = []
+    for column in fixed or ():
+        place = str(column)
+        name = PLACES.get(int(place)) if place.isdigit() else SEARCHED.get(place, place)
+        assert name in SEARCHED.values(), f"fixed column {column!r} is none of those that are searched"
+        names.append(name)
+    return tuple(names)
+
+
+def read_planner_context(given: dict[str, Tensor]) -> tuple[Context, Tensor]:
+    """Return the context and the goal [N, E]; a batch axis of 1 and a joint axis of steps and tokens are allowed."""
+    known = {"context_tokens", "context_state", "context_states", "context_actions", "goal_tokens", "noise"}
+    assert not given.keys() - known, f"inputs that are never read: {sorted(given.keys() - known)}"
+    goal = given["goal_tokens"].flatten(0, -3) if given["goal_tokens"].ndim > 2 else given["goal_tokens"][None]
+    assert len(goal) == 1, f"one goal is expected; got {list(given['goal_tokens'].shape)}"
+    (states,) = (given[name] for name in ("context_state", "context_states") if name in given)
+    states = states.reshape(-1, states.shape[-1]).double().numpy()
+    tokens = given["context_tokens"].reshape(-1, *goal.shape[1:])
+    assert len(tokens) == len(states), f"context tokens of {len(tokens)} steps, but {len(states)} states"
+    actions = np.zeros((len(states) - 1, states.shape[-1]))
+    if "context_actions" in given:
+        actions = given["context_actions"].reshape(-1, given["context_actions"].shape[-1]).double().numpy()
+    return Context(tokens, actions, states), goal[0]
+
+
 def check_planner(golden: Golden) -> None:
     predictor = build_golden_predictor(golden).eval()
-    given, search = golden.group("in"), golden.config["planner"]
-    motion = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"])
+    given, search = golden.group("in"), read_planner_settings(golden.config)
+    everything = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"])
+    motion = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"], fixed=read_fixed(search["fixed"]))
+    noise = given["noise"].double().numpy()
+    if noise.shape[-1] == len(everything.names):  # drawn for all columns, fixed ones too
+        noise = noise[..., [everything.names.index(name) for name in motion.names]]
     settings = PlannerSettings(
-        horizon=search["rollout"],
-        num_samples=search["samples"],
+        horizon=search["rollout"] or noise.shape[1],
+        num_samples=search["samples"] or noise.shape[2],
         num_elites=search["topk"],
-        num_rounds=search["cem_steps"],
+        num_rounds=search["cem_steps"] or noise.shape[0],
         mean_momentum=search["momentum_mean"],
         std_momentum=search["momentum_std"],
         gripper_mean_momentum=search["momentum_mean_gripper"],
         gripper_std_momentum=search["momentum_std_gripper"],
-        close_gripper_from=golden.config["close_gripper"],
+        close_gripper_from=None if search["close_gripper"] is False else search["close_gripper"],
     )
-    states = given["context_state"][0].double().numpy()
-    context = Context(given["context_tokens"], np.zeros((len(states) - 1, 7)), states)
-    noise = given["noise"].double().numpy()
-    plan = plan_actions(predictor, context, given["goal_tokens"][0], motion, settings, noise=noise)
+    context, goal = read_planner_context(given)
+    normalize = bool(search["normalize_reps"])
+    plan = plan_actions(predictor, context, goal, motion, settings, noise=noise, normalize_reps=normalize)
     golden.compare("energies", torch.from_numpy(plan.energies), 1e-4)
     golden.compare("actions", torch.from_numpy(plan.actions), 1e-4)
 
@@ -427,3 +493,57 @@ def test_reference_results_are_reproduced(path: Path):
     golden = read_golden(path)
     CHECKS[kind](golden)
     golden.check_nothing_is_left()
+
+
+def test_planner_contexts_are_read_in_both_layouts():
+    tokens, states = torch.randn(3, 4, 8), torch.randn(1, 3, 7)
+    given = {"context_state": states, "goal_tokens": torch.randn(1, 4, 8), "noise": torch.zeros(0)}
+    for layout in (tokens[None], tokens.flatten(0, 1)[None], tokens, tokens.flatten(0, 1)):
+        context, goal = read_planner_context({**given, "context_tokens": layout})
+        assert torch.equal(context.tokens, tokens) and torch.equal(goal, given["goal_tokens"][0])
+        assert context.actions.shape == (2, 7) and not context.actions.any()
+        np.testing.assert_array_equal(context.states, states[0])
+    actions = torch.randn(1, 2, 7)
+    context, _ = read_planner_context({**given, "context_tokens": tokens, "context_actions": actions})
+    np.testing.assert_array_equal(context.actions, actions[0])
+    with pytest.raises(AssertionError, match=r"never read: \['camera'\]"):
+        read_planner_context({**given, "context_tokens": tokens, "camera": actions})
+    with pytest.raises(AssertionError, match="context tokens of 2 steps, but 3 states"):
+        read_planner_context({**given, "context_tokens": tokens[:2]})
+
+
+def test_planner_settings_are_read_at_either_level_and_none_is_left_unread():
+    nested = read_planner_settings({"depth": 2, "close_gripper": 1, "planner": {"topk": 6, "axis": {"y": 0.0}}})
+    flat = read_planner_settings({"depth": 2, "close_gripper": 1, "topk": 6, "fixed": {"y": 0.0}})
+    assert nested == flat and nested["topk"] == 6 and nested["close_gripper"] == 1 and nested["momentum_std"] == 0.95
+    assert read_fixed(nested["fixed"]) == read_fixed(["dy"]) == read_fixed([1]) == read_fixed({"1": 0}) == ("dy",)
+    assert read_fixed(["gripper", 6]) == ("dgripper", "dgripper") and read_fixed(None) == ()
+    for config, said in (
+        ({"planner": {"momentum": 1}}, r"never read: \['momentum'\]"),
+        ({"topk": 5, "planner": {"topk": 6}}, "said twice"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            read_planner_settings(config)
+    for fixed, said in (({"x": 0.1}, "at 0 only"), (["roll"], "none of those"), ([4], "none of those")):
+        with pytest.raises(AssertionError, match=said):
+            read_fixed(fixed)
+
+
+@pytest.mark.skipif(
+    not (FOLDER / "planner_cem.safetensors").is_file(), reason=f"no planner_cem.safetensors in {FOLDER}"
+)
+def test_noise_of_fixed_columns_is_left_out():
+    """Results of a search with a fixed column are made here and read back as a file with noise for all four columns gives them."""
+    golden = read_golden(FOLDER / "planner_cem.safetensors")
+    search = read_planner_settings(golden.config)
+    motion = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"], fixed=("dy",))
+    settings = PlannerSettings(search["rollout"], search["samples"], search["topk"], search["cem_steps"], 0.15, 0.75)
+    context, goal = read_planner_context(golden.group("in"))
+    noise = golden.group("in")["noise"].double().numpy()
+    predictor = build_golden_predictor(golden).eval()
+    plan = plan_actions(predictor, context, goal, motion, settings, noise=noise[..., [0, 2, 3]])
+    out = {"energies": torch.from_numpy(plan.energies), "actions": torch.from_numpy(plan.actions)}
+    assert not plan.actions[:, 1].any() and not torch.allclose(out["energies"], golden.group("out")["energies"])
+    fixed = Golden(golden.config | {"fixed": ["y"]}, golden.metadata, golden.groups | {"out": out})
+    check_planner(fixed)
+    fixed.check_nothing_is_left()

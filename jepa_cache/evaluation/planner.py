@@ -173,7 +173,7 @@ def _check_context(context: Context, goal: Tensor) -> None:
     shapes = f"tokens {list(tokens.shape)}, states {list(states.shape)}, actions {list(actions.shape)}"
     if tokens.ndim != 3 or states.ndim != 2 or actions.ndim != 2:
         raise ValueError(f"a context is tokens [C, N, E], states [C, S] and actions [C-1, A]; got {shapes}")
-    if not 0 < len(tokens) == len(states) == len(actions) + 1:
+    if not len(tokens) == len(states) == len(actions) + 1:
         raise ValueError(
             f"a context of {len(tokens)} steps needs as many states and one action less, and at least one step; got {shapes}"
         )
