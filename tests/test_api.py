@@ -170,6 +170,20 @@ def test_tokens_are_layer_normed_before_a_plan(trained, world, monkeypatch):
     np.testing.assert_allclose(scaled.energies, plan.energies, atol=1e-3)
 
 
+def test_states_are_scaled_as_in_training(trained, world, tmp_path):
+    """Moving the mean of the scaler and the states alike changes nothing; moving one of them does."""
+    card = json.loads(json.dumps(load_predictor(trained.weights)[1]))
+    card["scaler"]["states"]["mean"] = [mean + 8.0 for mean in card["scaler"]["states"]["mean"]]
+    path = rewrite_card(trained.weights, tmp_path / "moved.safetensors", scaler=card["scaler"])
+    moved = WorldModel.load(path, world._encoder)
+    frame, goal, states = trained.frames[:1], trained.frames[5], np.array([[10.0, 5.0]])
+    plans = [
+        model.plan(frame, states + shift, goal, settings=QUICK) for model, shift in ((world, 0), (moved, 8), (moved, 0))
+    ]
+    np.testing.assert_allclose(plans[0].energies, plans[1].energies, atol=1e-5)
+    assert np.abs(plans[0].energies - plans[2].energies).max() > 1e-4
+
+
 @pytest.mark.parametrize("form", list(ExportFormat))
 def test_an_exported_predictor_plans_the_same(trained, world, tmp_path, form):
     out = tmp_path / ("world.pt" if form is ExportFormat.OFFICIAL else "world.safetensors")
