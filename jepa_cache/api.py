@@ -209,6 +209,8 @@ class WorldModel:
             base_action = context.actions[-1]
         if base_action is not None and np.shape(base_action) != (len(self.space.actions),):
             raise ValueError(f"base_action must be [{len(self.space.actions)}]; got {list(np.shape(base_action))}")
+        if base_action is not None:
+            self._check_switches("base_action", np.asarray(base_action, np.float64))
         goal = goal[None] if goal.ndim == 3 else goal
         if len(goal) != self._encoder.frames_per_step:
             raise ValueError(f"a goal is one step, hence {self._encoder.frames_per_step} frames; got {len(goal)}")
@@ -224,6 +226,17 @@ class WorldModel:
             normalize_reps=self._normalize_reps,
             seed=seed,
         )
+
+    def _check_switches(self, name: str, actions: np.ndarray) -> None:
+        """Refuse keys and slots that are neither 0 nor 1, and what is no number at all."""
+        switches = np.array([column.kind != "continuous" for column in self.space.actions])
+        wrong = ~np.isfinite(actions) | (switches & ~np.isin(actions, (0, 1)))
+        if wrong.any():
+            column = self.space.actions[int(np.argwhere(wrong)[0][-1])]
+            raise ValueError(
+                f"{name}: column {column.name} of action space {self.space.name!r} is {column.kind} and holds "
+                f"{'0 or 1' if column.kind != 'continuous' else 'a finite number'}; got {actions[wrong][0]:g}"
+            )
 
     def _context(self, frames: np.ndarray, states: np.ndarray, actions: np.ndarray | None) -> Context:
         num_actions, num_states = len(self.space.actions), len(self.space.states)
@@ -245,6 +258,7 @@ class WorldModel:
                 )
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
+        self._check_switches("actions", actions)
         return Context(as_reps(self._encoder.tokens(frames), self._normalize_reps), actions, states)
 
 

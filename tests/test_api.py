@@ -235,6 +235,14 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         "states must be finite; got nan": ((frames[:1], states[:1] * np.nan, frames[2]), {}),
         "hence 1 frames; got 2": ((frames[:1], states[:1], frames[2:4]), {}),
         r"base_action must be \[13\]; got \[2\]": ((frames[:1], states[:1], frames[2]), {"base_action": np.zeros(2)}),
+        "base_action: column .* holds 0 or 1; got 9": (
+            (frames[:1], states[:1], frames[2]),
+            {"base_action": np.full(13, 9.0)},
+        ),
+        "actions: column .* holds 0 or 1; got 9": (
+            (frames[:2], states[:2], frames[2]),
+            {"actions": np.full((1, 13), 9.0)},
+        ),
         "uint8": ((frames[:1].astype(np.float32), states[:1], frames[2]), {}),
     }
     for said, (given, options) in refused.items():

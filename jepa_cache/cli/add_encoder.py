@@ -70,6 +70,10 @@ def add_encoder(
         raise ImageModelError(
             f"the config of {source} does not say {', '.join(lacking)}; write the preset by hand (docs/image_encoders.md)"
         )
+    if model.sizes["patch_size"] < 1 or (resolution is not None and resolution < 1):
+        raise ValueError(
+            f"patch_size and --resolution must be at least 1; got {model.sizes['patch_size']} and {resolution}"
+        )
     if resolution is not None:
         if fields["short_side"] is not None:
             fields["short_side"] = round(fields["short_side"] * resolution / fields["resolution"])

@@ -116,6 +116,6 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
 def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
     rows = csv.DictReader(io.StringIO(text))
     try:
-        return {row.pop("episode"): {name: float(value) for name, value in row.items()} for row in rows}
+        return {row.pop("episode"): {name: float(value or "nan") for name, value in row.items()} for row in rows}
     except ValueError as error:
         raise TypeError(f"{EPISODES_FILE}: {error}") from error

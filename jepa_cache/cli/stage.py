@@ -76,4 +76,6 @@ def run_stage(main: Callable[[], None]) -> None:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
         sys.exit(f"error: {error}{notes}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from what is there")
+        sys.exit(
+            "interrupted; type the same command again: encode and train go on from what is there, the others start over"
+        )

@@ -30,6 +30,8 @@ from jepa_cache.config.schema import (
     TrainConfig,
 )
 
+LEAST_BOOTSTRAP = 100  # resamples: below 40 a 2.5 % quantile is the smallest value itself
+
 
 def check_config(config: Config) -> None:
     """Refuse combinations that cannot work, before anything is read or computed.
@@ -102,6 +104,7 @@ def check_config(config: Config) -> None:
             "choose a preset with weights (encoder=vitl) or set encode.weights to null"
         )
     _check_plan(config.plan)
+    _check_resampling(config)
     if encoder.resolution % encoder.patch_size:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
@@ -257,6 +260,16 @@ def check_energy(evaluate: EvaluateConfig) -> None:
     axes = evaluate.energy_axes
     if axes is not None and (len(axes) != 2 or axes[0] == axes[1]):
         raise ConfigError(f"evaluate.energy_axes names two different action columns, or is null; got {list(axes)}")
+
+
+def _check_resampling(config: Config) -> None:
+    if config.evaluate.num_bootstrap < LEAST_BOOTSTRAP:
+        raise ConfigError(
+            f"evaluate.num_bootstrap is at least {LEAST_BOOTSTRAP}, for the ends of 95 % intervals; got {config.evaluate.num_bootstrap}"
+        )
+    for key, seed in (("evaluate.seed", config.evaluate.seed), ("plan.seed", config.plan.seed)):
+        if seed < 0:
+            raise ConfigError(f"{key} must not be below 0; got {seed}")
 
 
 def _check_plan(plan: PlanConfig) -> None:

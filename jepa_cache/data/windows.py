@@ -42,7 +42,8 @@ class WindowIndex:
             longest = max((s.stop - s.start for s in self.segments), default=0)
             raise ValueError(
                 f"no segment holds a window of {num_steps} steps: there are {len(self.segments)} segments, the longest has "
-                f"{longest}; lower train.window_steps, raise encode.fps, or add longer recordings"
+                f"{longest}; lower what asks for them (train.window_steps; evaluate.num_context_steps + evaluate.horizon; plan.num_context_steps + plan.horizons), "
+                "raise encode.fps, or add longer recordings"
             )
 
     def counts(self) -> list[int]:

@@ -114,7 +114,29 @@ def model_files(folder: Path) -> list[Path]:
             + (f"; it has {', '.join(pickles)}, but pickles can run code and are not read here" if pickles else "")
             + ". Save the model again with save_pretrained(FOLDER), which writes safetensors"
         )
+    for file in files:
+        if file.suffix == ".safetensors" and not _is_whole(file):
+            raise ImageModelError(
+                f"{file} ({file.stat().st_size} bytes) is no whole safetensors file; copy or download it again"
+            )
     return [folder / CONFIG, *files]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    with file.open("rb") as content:
+        length = content.read(8)
+        size = int.from_bytes(length, "little") if len(length) == 8 else -1
+        if not 0 < size <= file.stat().st_size - 8:
+            return False
+        try:
+            header = json.loads(content.read(size))
+            return (
+                8 + size + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+                == file.stat().st_size
+            )
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 def model_digest(folder: Path, *, digest: Callable[[Path], str]) -> str:
@@ -232,6 +254,9 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
         raise refuse(f"pixels are scaled by {config.get('rescale_factor')} and not by 1/255")
     if config.get("resample", 2) not in PILLOW_FILTERS:
         raise refuse(f"resample {config['resample']} is none of {PILLOW_FILTERS}")
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if not all(isinstance(v, list) and len(v) == 3 for v in (mean, std)) or min(std) <= 0:
+        raise refuse(f"image_mean {mean} and image_std {std} are no three numbers each, deviations above 0")
     short_side = size if isinstance(size, int) else (size or {}).get("shortest_edge")
     cropped = bool(config.get("do_center_crop", False))
     square = crop if cropped else size
@@ -246,8 +271,8 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
         "resolution": square["height"],
         "crop": f"pillow_{PILLOW_FILTERS[config.get('resample', 2)]}",
         "short_side": short_side,
-        "mean": list(config["image_mean"]),
-        "std": list(config["image_std"]),
+        "mean": mean,
+        "std": std,
     }
 
 

@@ -121,6 +121,11 @@ def paired_difference(
         ValueError: An episode has other numbers of windows in the two, so the pairs would not be pairs.
     """
     shared = sorted(run.episodes.keys() & reference.episodes.keys())
+    for evaluated in (run, reference):
+        if not evaluated.episodes:
+            raise ValueError(
+                f"{evaluated.name} has no episodes.csv, without which runs cannot be paired; run its evaluation again"
+            )
     for episode in shared:
         counts = run.episodes[episode]["num_windows"], reference.episodes[episode]["num_windows"]
         if counts[0] != counts[1]:
@@ -128,7 +133,8 @@ def paired_difference(
                 f"episode {episode} has {counts[0]:.0f} windows in {run.name} and {counts[1]:.0f} in {reference.name}; evaluate both "
                 "with the same data and settings"
             )
-    if len(shared) < 2:
-        return Difference(None, len(shared))
     values = np.array([run.episodes[episode][column] - reference.episodes[episode][column] for episode in shared])
-    return Difference(bootstrap_mean(values, num_resamples=num_resamples, seed=seed), len(shared))
+    values = values[np.isfinite(values)]  # an empty cell: that episode has no such figure
+    if len(values) < 2:
+        return Difference(None, len(values))
+    return Difference(bootstrap_mean(values, num_resamples=num_resamples, seed=seed), len(values))

@@ -92,8 +92,9 @@ def slice_table(facts: WindowFacts, errors: WindowErrors, settings: EvaluateConf
     }
     rows: list[Row] = []
     for name, values in slices.items():
-        known = THIRDS if set(values) <= set(THIRDS) else sorted(set(values))
-        for value in known if len(set(values)) > 1 else ():
+        # In the order of their size; where values repeat, a third may be empty.
+        known = [third for third in THIRDS if third in values] or sorted(set(values))
+        for value in known if len(known) > 1 else ():
             chosen = np.array(values) == value
             episodes = [episode for episode, own in zip(facts.episode, chosen, strict=True) if own]
             row: Row = {"slice": name, "value": value, "num_windows": len(episodes), "num_episodes": len(set(episodes))}

@@ -1,5 +1,6 @@
 """Weight files of the predictor: our own (safetensors with a card) and the official ones (`.pt`), always loaded strictly."""
 
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 OFFICIAL_ENTRY = "predictor"
 CARD_ENTRY = "jepa_cache"
 """Where an official file of ours keeps its card, as JSON; upstream's loaders read their own entries only."""
+DIGEST_FIELD = "weights_sha256"
+"""Of the card in a file: digest of the weights beside it, checked when they are read. Cards in memory are without it."""
 CONDITIONING = ("action_encoder", "state_encoder", "extrinsics_encoder")
 """The layers whose input width follows from the action space."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".tar")
@@ -50,9 +53,19 @@ def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object])
 
 def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, object]) -> None:
     """As `save_predictor`, from weights that already have their official names."""
+    card = {**card, DIGEST_FIELD: _digest(state)}
     # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
     with replacing(path) as partial:
         save_file(dict(state), partial, metadata={"card": json.dumps(card, sort_keys=True)})
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over the names and bytes of weights."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(f"{name} {list(state[name].shape)} {state[name].dtype}\n".encode())
+        total.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def official_state(predictor: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +113,11 @@ def find_card(path: Path) -> dict[str, object] | None:
                 card = (file.metadata() or {}).get("card")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
-    return json.loads(card) if isinstance(card, str) else None
+    if not isinstance(card, str):
+        return None
+    content = json.loads(card)
+    content.pop(DIGEST_FIELD, None)
+    return content
 
 
 def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
@@ -217,8 +234,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, "pt") as file:
                 named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration)
+                expected = json.loads((file.metadata() or {}).get("card", "{}")).get(DIGEST_FIELD)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
+        if expected is not None and _digest(named) != expected:
+            raise CheckpointError(
+                f"predictor weights {path} are damaged: they are not those that were written (their sha256 differs). Copy the file again, "
+                "or write it anew with `python stages/train_predictor.py`, which goes on from its checkpoints"
+            )
     state = {clean_name(name): tensor for name, tensor in named.items()}
     if len(state) != len(named):
         raise CheckpointError(f"predictor weights {path}: several names differ only in wrapper prefixes")

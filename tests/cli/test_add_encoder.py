@@ -124,6 +124,8 @@ def test_frames_are_taken_one_by_one(added, mode):
         ("../evil", (), {}, "a preset's name has letters"),
         ("odd", ("--resolution", "70"), {}, "resolution 70 is no multiple of the model's patch_size 16"),
         ("swin", (), {"model_type": "swin"}, "model_type 'swin', of which it is not known"),
+        ("none", (), {"patch_size": 0}, "patch_size and --resolution must be at least 1; got 0"),
+        ("nil", ("--resolution", "0"), {}, "must be at least 1; got 16 and 0"),
         ("evil", (), {"auto_map": {"AutoModel": "a.B"}}, "names code of its own"),
     ],
 )

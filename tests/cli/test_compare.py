@@ -185,6 +185,17 @@ def test_what_is_older_than_settings_json_is_shown_but_not_compared(tmp_path):
     assert "not known what was measured" in document["groups"][1]["apart"]
 
 
+def test_an_empty_cell_is_no_figure_and_a_missing_table_is_said(tmp_path):
+    one, other = (write_run(tmp_path / name, BASE + number) for number, name in enumerate(("one", "other")))
+    lines = (other / "episodes.csv").read_text().splitlines()
+    lines[1] = lines[1].rpartition(",")[0] + ","
+    (other / "episodes.csv").write_text("\n".join(lines) + "\n")
+    _, text = compare(one, other)
+    assert f"paired over {len(BASE) - 1} episodes" in text, text
+    (other / "episodes.csv").unlink()
+    assert "has no episodes.csv, without which runs cannot be paired" in compare(one, other, fails=2)[0]["error"]
+
+
 def test_what_is_no_evaluation_is_one_message(tmp_path, monkeypatch):
     run = write_run(tmp_path / "one", BASE)
     for damage, word in (("{", "no evaluation"), ('{"val": {}}', "no evaluation"), ("[]", "no evaluation")):

@@ -138,6 +138,15 @@ def test_pickles_are_not_read(tmp_path):
         load_image_encoder(preset_of(folder), folder)
 
 
+@pytest.mark.parametrize("kept", [0, 7, 3000, -1])
+def test_a_file_that_was_cut_short_is_refused_before_anything_is_loaded(tmp_path, kept):
+    folder = save_model(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ImageModelError, match="no whole safetensors file; copy or download it again"):
+        model_digest(folder, digest=file_sha256)
+
+
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -195,6 +204,8 @@ def test_models_without_known_patches_are_refused(tmp_path, dinov2, changes, mes
         ({"resample": 0}, "resample 0 is none of"),
         ({"crop_size": {"height": 64, "width": 80}}, "gives no square"),
         ({"size": {"height": 70, "width": 70}}, "squeezes to .* and then crops"),
+        ({"image_std": [0.0, 0.2, 0.2]}, "no three numbers each, deviations above 0"),
+        ({"image_mean": [0.5, 0.5]}, "no three numbers each"),
     ],
 )
 def test_preprocessing_that_is_not_known_is_refused(tmp_path, changes, message):

@@ -48,7 +48,10 @@ def place(tmp_path_factory):
         patch.setenv("XDG_STATE_HOME", str(base / "state"))
         # One death is forgiven: 4 would cost these tests a minute.
         with (
-            dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+            # One task a worker: a unit that waits behind a deadly one must not be counted as its victim.
+            dask.config.set(
+                {"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-saturation": 1.0}
+            ),
             Workers(num_local=2).connect("cpu", machine.default_num_threads()) as connection,
         ):
             manifest = expected.manifest.to_bytes()

@@ -144,6 +144,7 @@ def test_every_section_of_the_configuration_is_looked_at_here():
         "scaler",
         "train",
         "evaluate",
+        "plan",
         "encode",
         "encoder",
         "dataset",

@@ -17,9 +17,9 @@ EPISODES = ["a", "a", "a", "b", "b", "c"]
 ERRORS = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 8.0])
 
 
-def make_errors() -> WindowErrors:
+def make_errors(copied: np.ndarray = 2 * ERRORS) -> WindowErrors:
     """Six windows of two predicted steps."""
-    errors = {MODEL: ERRORS, SHUFFLED: ERRORS + 1, COPY_LAST: 2 * ERRORS}
+    errors = {MODEL: ERRORS, SHUFFLED: ERRORS + 1, COPY_LAST: copied}
     l1 = {name: np.stack([values, values], axis=1) for name, values in errors.items()}
     return WindowErrors(EPISODES, {"l1": l1}, {"l1": l1}, index=None, numbers=list(range(6)))
 
@@ -79,3 +79,10 @@ def test_the_worst_windows_come_first_with_their_camera():
         6,
     ]
     assert (rows[1]["episode"], rows[1]["first_step"], rows[1]["start_s"], rows[1]["camera"]) == ("b", 5, 1.0, "left")
+
+
+def test_a_third_that_no_window_falls_into_has_no_row():
+    # Recordings that are copies of each other: errors repeat, and one third is empty.
+    errors = make_errors(np.array([1.0, 1, 1, 1, 1, 2]))
+    rows = [row for row in slice_table(make_facts(), errors, make_config().evaluate) if row["slice"] == "token_motion"]
+    assert [(row["value"], row["num_windows"]) for row in rows] == [("low", 5), ("high", 1)]

@@ -4,7 +4,7 @@ Claims:
 - what is saved is loaded bit for bit, with its card;
 - official files load through their entry, with wrapper prefixes stripped, and export under official names;
 - every missing, unexpected or misshapen tensor is listed, and nothing is loaded then;
-- a missing, damaged or foreign file is refused, and a code-carrying pickle is never run.
+- a missing, damaged (one value changed, too) or foreign file is refused, and a code-carrying pickle is never run.
 """
 
 import pickle
@@ -124,3 +124,15 @@ def test_equal_weights_and_cards_give_equal_bytes(tmp_path):
         save_predictor(predictor, tmp_path / f"{attempt}.safetensors", {"b": 1, "a": [2]})
         contents.add((tmp_path / f"{attempt}.safetensors").read_bytes())
     assert len(contents) == 1
+
+
+@pytest.mark.parametrize("change", [b"\x00", b"\xff"], ids=["zeroed", "set"])
+def test_damaged_weights_are_refused(tmp_path, change):
+    path = tmp_path / "predictor.safetensors"
+    save_predictor(build(0), path, {})
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = change * 64
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="are damaged: they are not those that were written"):
+        load_predictor_weights(build(1), path)
