@@ -42,7 +42,7 @@ class WindowIndex:
             longest = max((s.stop - s.start for s in self.segments), default=0)
             raise ValueError(
                 f"no segment holds a window of {num_steps} steps: there are {len(self.segments)} segments, the longest has "
-                f"{longest}; lower what asks for them (train.window_steps; evaluate.num_context_steps + evaluate.horizon; plan.num_context_steps + plan.horizons), "
+                f"{longest}; lower train.window_steps (evaluate.num_context_steps and evaluate.horizon, or plan.num_context_steps and plan.horizons, where these ask for more), "
                 "raise encode.fps, or add longer recordings"
             )
 

@@ -171,7 +171,7 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
         values = tokens.detach().flatten(0, -3)[step] if tokens.ndim > 2 else tokens.detach()
         if values.isnan().any():
             raise TokenOverflowError(
-                f"tokens of step {step} (of {finite.numel()} in this batch) are no numbers (NaN). In float32 that comes from damaged weights or "
+                f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: they are no numbers (NaN). In float32 that comes from damaged weights or "
                 "from a preset's mean and std; in a lower encode.compute_dtype also from an overflow inside the encoder, which float32 mends",
                 step,
             )

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from jepa_cache.data.frames import read_frames
-from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.evaluation.colours import TokenColours, fit_colours
 from jepa_cache.evaluation.plots import Strip
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.windows import WindowErrors
 from jepa_cache.predictor.rollout import as_reps, open_loop
+
+CPU = torch.device("cpu")
 
 NUM_FITTED = 8  # windows that the colours are fitted on
 
@@ -25,7 +27,7 @@ def spread_positions(count: int, num: int) -> list[int]:
 def fit_window_colours(errors: WindowErrors, subject: Subject) -> TokenColours:
     """Colours fitted on the true tokens of up to 8 windows, spread over all that were measured."""
     numbers = [errors.numbers[position] for position in spread_positions(len(errors.numbers), NUM_FITTED)]
-    batch = WindowLoader(subject.dataset, errors.index, subject.scaler).read(numbers)
+    batch = to_device(WindowLoader(subject.dataset, errors.index, subject.scaler).read(numbers), CPU)
     return fit_colours(as_reps(batch.tokens, subject.normalize_reps).flatten(0, 1).numpy())
 
 
@@ -43,7 +45,8 @@ def build_strips(
         segment._replace(start=window.start, stop=window.start + stop)
         for segment, window in zip(segments, windows, strict=True)
     ]
-    batch = WindowLoader(dataset, errors.index, subject.scaler).read([errors.numbers[p] for p in positions])
+    numbers = [errors.numbers[position] for position in positions]
+    batch = to_device(WindowLoader(dataset, errors.index, subject.scaler).read(numbers), CPU)
     h = as_reps(batch.tokens, normalize_reps)[:, :stop]
     predicted = open_loop(
         subject.predictor,

@@ -39,6 +39,10 @@ def normalize_tokens(tokens: Tensor) -> Tensor:
 
 def as_reps(predicted: Tensor, normalize_reps: bool) -> Tensor:
     """Turn raw predictions [..., D] into what is compared and fed back: float32, layer-normed where `normalize_reps`."""
+    if not predicted.is_floating_point():
+        raise ValueError(
+            f"tokens must be values, not the codes of a store ({predicted.dtype}); take `data.loader.to_device` first"
+        )
     if normalize_reps:
         return normalize_tokens(predicted)
     return predicted if predicted.dtype == torch.float64 else predicted.float()
