@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.evaluation.planning_score import PLAN, RANDOM, ZERO, PlanningScore
+from jepa_cache.evaluation.plots import new_figure
 
 COLOURS = {PLAN: ("plan", "#1f77b4"), ZERO: ("not moving", "#7f7f7f"), RANDOM: ("random movements", "#d62728")}
 
@@ -22,11 +23,7 @@ def draw_plans(score: PlanningScore, metrics: Mapping[str, Any], path: Path, *, 
         path: PNG.
         note: What the features are.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, _ = new_figure(13.5, 4.4, axes=False)
     distance, moves, search = figure.subplots(1, 3)
     name, horizons = score.names[0], sorted({record.horizon for record in score.records})
     for shift, (kind, (label, colour)) in zip((-0.08, 0, 0.08), COLOURS.items(), strict=True):

@@ -14,9 +14,7 @@ from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.evaluation.planning_plots import draw_plans
 from jepa_cache.evaluation.planning_score import KINDS, PLAN, RANDOM, ZERO, PlanningScore, score_plans
 from jepa_cache.evaluation.subject import open_subject
-from jepa_cache.evaluation.tables import write_table
-from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import atomic_file
+from jepa_cache.evaluation.tables import write_json, write_table
 
 BASELINES = {ZERO: "not moving", RANDOM: "random movements"}
 
@@ -41,10 +39,9 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         "mode": dataset.manifest.mode,
     }
     metrics["verdict"] = judge_plans(metrics, score)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(metrics, out / "metrics.json")
+    write_json(metrics, out / "metrics.json")
     # Beside the metrics, so that equal runs leave equal metrics.
-    _write_json(describe_timing(score), out / "timing.json")
+    write_json(describe_timing(score), out / "timing.json")
     write_table(plan_table(score), out / "plans.csv")
     draw_plans(score, metrics, out / "plans.png", note=subject.features)
     return metrics | {"timing": describe_timing(score)}
@@ -149,8 +146,3 @@ def describe_plans(metrics: Mapping[str, Any]) -> str:
     if not metrics["comparable"]:
         lines.append("  clip mode: early steps have seen later frames; not comparable with frame or tubelet mode")
     return "\n".join(lines)
-
-
-def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(canonical_json(content))

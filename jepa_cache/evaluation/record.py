@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import numpy as np
 
 from jepa_cache.evaluation.metrics import episode_means
 from jepa_cache.evaluation.subject import Subject
+from jepa_cache.evaluation.tables import write_json, write_table
 from jepa_cache.evaluation.windows import MODEL, WindowErrors, mean_of_steps
 from jepa_cache.predictor.checkpoints import read_card
-from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import atomic_file
 
 EPISODES_FILE = "episodes.csv"
 SETTINGS_FILE = "settings.json"
@@ -73,10 +71,5 @@ def describe_subject(subject: Subject, weights: Path) -> dict[str, Any]:
 
 def write_record(errors: WindowErrors, subject: Subject, weights: Path, out: Path) -> None:
     """Write episodes.csv and settings.json, which `jepa-cache compare` reads."""
-    rows = episode_table(errors)
-    with atomic_file(out / EPISODES_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    with atomic_file(out / SETTINGS_FILE) as temporary:
-        temporary.write_bytes(canonical_json(describe_subject(subject, weights)))
+    write_table(episode_table(errors), out / EPISODES_FILE)
+    write_json(describe_subject(subject, weights), out / SETTINGS_FILE)

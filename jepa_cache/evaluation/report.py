@@ -18,12 +18,10 @@ from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, position_table, summarize
 from jepa_cache.evaluation.slices import describe_windows, slice_table, worst_table
 from jepa_cache.evaluation.subject import Subject, open_subject
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
+from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_json, write_table
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.predictor.checkpoints import read_card
-from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import atomic_file
 
 Measurement = Callable[[Subject, Path], dict[str, Any]]
 """Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
@@ -64,7 +62,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     metrics["verdict"] = describe_verdict(metrics)
     for name in config.evaluate.measure:
         metrics |= MEASUREMENTS[name](subject, out)
-    write_metrics(metrics, out / "metrics.json")
+    write_json(metrics, out / "metrics.json")
     write_record(errors, subject, weights, out)
     rows, facts = horizon_table(errors, config), describe_windows(subject, errors)
     write_table(rows, out / "horizon.csv")
@@ -104,12 +102,6 @@ def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
         "normalize_reps": subject.normalize_reps,
         "seed": settings.seed,
     }
-
-
-def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    """Write metrics.json atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(canonical_json(metrics))
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
+from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import atomic_file
 
 MEASUREMENTS_FOLDER = "measurements"
@@ -30,6 +31,13 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path, *, columns: Seque
         writer = csv.DictWriter(file, list(columns or rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON with sorted keys, atomically: equal content gives equal bytes. The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(canonical_json(content))
 
 
 def build_section(
