@@ -139,6 +139,16 @@ def test_what_the_stored_precision_cannot_hold_stops_and_names_the_first_step(va
     assert caught.value.step == 3
 
 
+def test_what_is_no_number_points_to_weights_and_preset_and_not_to_another_dtype():
+    tokens = torch.zeros(2, 4, 8)
+    tokens[1, 0, 0] = float("nan")
+    with pytest.raises(
+        TokenOverflowError, match=r"step 1 .*no numbers \(NaN\).*damaged weights.*preset's mean and std"
+    ) as caught:
+        to_stored(tokens, "float16")
+    assert caught.value.step == 1 and "another dtype" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "int4"])
 def test_what_becomes_codes_must_fit_float16_first(dtype):
     tokens = torch.randn(3, 4, 8)

@@ -4,7 +4,7 @@ Claims:
 - it equals the plain loop that feeds a growing context from scratch, with and without layer norm, with extrinsics too;
 - its first step is the last teacher-forced step;
 - teacher forcing predicts each step from the true ones before it;
-- tokens are normalised in float32 whatever their dtype.
+- tokens are normalised in float32 whatever their dtype; the codes of a store are no tokens.
 """
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import normalize_tokens, open_loop, teacher_forcing
+from jepa_cache.predictor.rollout import as_reps, normalize_tokens, open_loop, teacher_forcing
 
 
 def build(use_extrinsics: bool = False) -> ACPredictor:
@@ -88,3 +88,10 @@ def test_rollout_refuses_rows_that_do_not_fit_the_horizon():
         open_loop(build(), draw(1, 2, 4, 10), draw(1, 3, 5), draw(1, 4, 3), 3)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
         open_loop(build(), draw(1, 2, 4, 10), draw(1, 1, 5), draw(1, 1, 3), 0)
+
+
+@pytest.mark.parametrize("normalize_reps", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_codes_of_a_store_are_refused(dtype, normalize_reps):
+    with pytest.raises(ValueError, match=r"must be values, not the codes of a store"):
+        as_reps(torch.zeros(1, 2, 4, 8, dtype=dtype), normalize_reps)
