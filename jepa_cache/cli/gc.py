@@ -51,7 +51,10 @@ def clean_up(checkout: Checkout, *, delete: bool, forget: list[str]) -> Outcome:
     if checkout.paths:
         raise ValueError(f"gc takes key=value overrides only; got {checkout.paths[0]!r}")
     if not checkout.root.path.is_dir() and checkout.root.name == str(checkout.root.path):
-        raise ValueError(f"there is no cache root {checkout.root.path}; set cache.root or $JEPA_CACHE_HOME")
+        raise ValueError(
+            f"there is no cache root {checkout.root.path}: nothing was encoded into it yet (`python stages/encode.py` does), or "
+            "the cache lies elsewhere: set cache.root or $JEPA_CACHE_HOME"
+        )
     own = own_digest(checkout)
     contents = list_root(checkout.root)
     forgotten = {listing.digest for listing in find_listings(contents, forget)}

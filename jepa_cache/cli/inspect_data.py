@@ -15,6 +15,7 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_batch import inspect_batch
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config, DatasetPreset
+from jepa_cache.encoding.units import check_rendered
 from jepa_cache.inspection.inputs import iter_units
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.statistics import InspectionReport, inspect_units
@@ -99,6 +100,7 @@ def _inspect_member(
     """One data set, of a mixture or alone, seen by one camera."""
     source = build_source(preset.source, preset.source_options | ({"camera": camera} if camera else {}))
     left_out: list[LeftOut] = []
+    check_rendered(preset, [] if inputs == preset.inputs else inputs, base)
     units = iter_units(source, inputs, base, left_out)
     report = inspect_units(
         source,

@@ -99,7 +99,8 @@ def check_libraries(root: Path) -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         if version is not None and requirement.specifier.contains(version, prereleases=True):
-            good.append(f"{requirement.name} {version}")
+            if (line := f"{requirement.name} {version}") not in good:  # a library may belong to several extras
+                good.append(line)
             continue
         found = "not installed" if version is None else f"{version} is installed"
         bound = f"; {requirement.specifier} is needed" if str(requirement.specifier) else ""

@@ -27,7 +27,13 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
         ValueError: Nothing is found, or the sample and other recordings would be mixed.
     """
     named = tuple(inputs) or preset.inputs
-    units = source.list_units(named, base)
+    check_rendered(preset, inputs, base)
+    try:
+        units = source.list_units(named, base)
+    except ValueError as error:
+        for hint in _hints(named, base):
+            error.add_note(hint)
+        raise
     sample_folder = (base / SAMPLE_FOLDER).resolve()
     sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
     others = [unit for unit in units if unit not in sample]
@@ -50,6 +56,38 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             "note: dataset is 'sample', but these are other recordings; set dataset: vpt in params.yaml to name them so"
         )
     return units
+
+
+def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> None:
+    """Check that the sample's recordings are there when they are what is asked for.
+
+    Args:
+        preset: Says whether it is the sample.
+        inputs: Replace the preset's list when not empty.
+        base: The workspace.
+
+    Raises:
+        ValueError: They were never rendered in this workspace.
+    """
+    if preset.sample is not None and not inputs and not any((base / SAMPLE_FOLDER).glob("*.tar")):
+        raise ValueError(
+            f"the sample recordings are not rendered yet: {base / SAMPLE_FOLDER} holds no *.tar; `python stages/sample.py` "
+            "renders them in seconds. For recordings of yours set `dataset` in params.yaml"
+        )
+
+
+def _hints(named: Sequence[str], base: Path) -> list[str]:
+    """Ways out where inputs find nothing: they lie below the present folder, or are pairs of files that nobody packed."""
+    hints = []
+    for text in named:
+        here, meant = (folder / Path(text).expanduser() for folder in (Path.cwd(), base))
+        if here.exists() and not meant.exists():
+            hints.append(f"{here.resolve()} is there: name it so, in full")
+        elif meant.is_dir() and (loose := next(meant.rglob("*.mp4"), None)) is not None:
+            hints.append(
+                f"it holds video files such as {loose.name}: `jepa-cache pack {meant} OUT` makes tar shards of .mp4 + .jsonl pairs"
+            )
+    return hints
 
 
 def digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:

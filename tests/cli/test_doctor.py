@@ -56,6 +56,8 @@ def test_this_machine_gets_a_line_of_each_kind_and_is_ready():
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["ready"], report
     assert [finding["name"] for finding in report["findings"] if finding["name"] in NAMES] == list(NAMES)
+    (libraries,) = (finding["found"].split(", ") for finding in report["findings"] if finding["name"] == "libraries")
+    assert len(set(libraries)) == len(libraries), "a library of two extras is named once"
 
 
 def test_the_table_shows_the_same_and_says_what_to_type(web):
