@@ -16,12 +16,11 @@ BUFFER_BYTES = 64 << 10
 
 
 class TarVideo(NamedTuple):
-    """One recording of a tar shard: its video's header, or None and why it cannot be used; and the bytes of its records."""
+    """One recording of a tar shard: its video's header, or None and why it cannot be used."""
 
     key: str
     info: VideoInfo | None
     problem: str
-    record_bytes: int
 
 
 def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
@@ -34,15 +33,14 @@ def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
     """
     for sample in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):
         videos = [place for suffix, place in sample.places.items() if suffix in VIDEO_SUFFIXES]
-        records = [size for suffix, (_, size) in sample.places.items() if suffix in RECORD_SUFFIXES]
-        if sample.problem is not None or not videos or not records:
-            yield TarVideo(sample.key, None, sample.problem or "video or records are missing", sum(records))
+        if sample.problem is not None or not videos or not set(RECORD_SUFFIXES) & sample.places.keys():
+            yield TarVideo(sample.key, None, sample.problem or "video or records are missing")
             continue
         try:
             with header_counts(), FilePart(path, *videos[0]) as part:
-                yield TarVideo(sample.key, probe_video(io.BufferedReader(part, BUFFER_BYTES)), "", sum(records))
+                yield TarVideo(sample.key, probe_video(io.BufferedReader(part, BUFFER_BYTES)), "")
         except DecodeError as error:
-            yield TarVideo(sample.key, None, str(error), sum(records))
+            yield TarVideo(sample.key, None, str(error))
 
 
 class FilePart(io.RawIOBase):

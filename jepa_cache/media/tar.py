@@ -1,4 +1,4 @@
-"""WebDataset tar shards: samples read one at a time wherever their members lie, and folders packed into such tars."""
+"""WebDataset tar shards: samples read one at a time wherever their members lie, and found by folders, globs and ranges."""
 
 from __future__ import annotations
 
@@ -40,14 +40,6 @@ class SamplePlaces(NamedTuple):
     problem: str | None
 
 
-class _Entry:
-    """Where the members of one key lie: suffix to (offset, size) in bytes."""
-
-    def __init__(self) -> None:
-        self.places: dict[str, tuple[int, int]] = {}
-        self.problem: str | None = None
-
-
 def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
     """Yield the samples of an uncompressed tar shard in the order in which their keys first appear.
 
@@ -57,8 +49,8 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
 
     Only members whose suffix is in `suffixes` make samples. Reported as a problem, not used: a suffix that a key has
     twice, a link or device in a file's place, an absolute name or one with `..`, a name with a dot inside
-    (`a.b.mp4`), members that are cut off, members above 4 GiB, and jsonl members with a line above 1 MiB. A tar that ends early, or goes on after its end mark, adds one last
-    sample under the tar's own name that says so.
+    (`a.b.mp4`), members that are cut off, members above 4 GiB, and jsonl members with a line above 1 MiB. A tar that ends
+    early, or goes on after its end mark, adds one last sample under the tar's own name that says so.
 
     Args:
         path: The tar shard.
@@ -68,24 +60,21 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
         ValueError: The file is no uncompressed tar at all.
 
     Cost: memory for one sample and for the list of members; the bytes of unwanted members are never read.
-        Source: the key rule is webdataset's (`base_plus_ext`), whose own reader needs adjacent members.
+
+    Source: the key rule is webdataset's (`base_plus_ext`), whose own reader needs adjacent members.
     """
     with path.open("rb") as file:
-        entries, problem = read_index(path, file, suffixes)
-        for key, entry in entries.items():
+        for key, places, problem in _read_index(path, file, suffixes):
             members: dict[str, bytes] = {}
-            fault = entry.problem
-            for suffix, (offset_bytes, size_bytes) in entry.places.items() if fault is None else ():
+            for suffix, (offset_bytes, size_bytes) in places.items() if problem is None else ():
                 file.seek(offset_bytes)
                 if suffix in MAX_LINE_BYTES and (line := _find_long_line(file, size_bytes, MAX_LINE_BYTES[suffix])):
-                    fault = f"line {line} of its {suffix} is longer than {MAX_LINE_BYTES[suffix]} bytes"
+                    problem = f"line {line} of its {suffix} is longer than {MAX_LINE_BYTES[suffix]} bytes"
                     members = {}
                     break
                 file.seek(offset_bytes)
                 members[suffix] = file.read(size_bytes)
-            yield TarSample(key, members, fault)
-    if problem is not None:
-        yield TarSample(path.name, {}, problem)
+            yield TarSample(key, members, problem)
 
 
 def list_samples(path: Path, suffixes: Container[str]) -> list[SamplePlaces]:
@@ -95,46 +84,43 @@ def list_samples(path: Path, suffixes: Container[str]) -> list[SamplePlaces]:
         ValueError: The file is no uncompressed tar at all.
     """
     with path.open("rb") as file:
-        entries, problem = read_index(path, file, suffixes)
-    samples = [SamplePlaces(key, entry.places, entry.problem) for key, entry in entries.items()]
-    return samples if problem is None else [*samples, SamplePlaces(path.name, {}, problem)]
+        return _read_index(path, file, suffixes)
 
 
-def read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> tuple[dict[str, _Entry], str | None]:
-    """Where the members of each key lie, and what is wrong with the tar as a whole; see `iter_samples`."""
+def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> list[SamplePlaces]:
     size_bytes = os.fstat(file.fileno()).st_size
-    entries: dict[str, _Entry] = {}
+    places: dict[str, dict[str, tuple[int, int]]] = {}
+    faults: dict[str, str] = {}
     end, problem, named = 0, None, False
     try:
         with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:
             for member in iter_headers(tar):
                 end = find_end(member)
-                place = find_key(member, suffixes)
-                if place is None:
+                if (found := find_key(member, suffixes)) is None:
                     continue
-                key, suffix = place
+                key, suffix = found
                 fault = _find_fault(member, posixpath.normpath(member.name), size_bytes)
                 if suffix not in suffixes:
                     fault = fault or f"member {key!r} has a dot inside its name; rename it without"
                 named = named or member.offset_data + member.size > size_bytes
-                entry = entries.setdefault(key, _Entry())
-                if suffix in entry.places:
+                of_key = places.setdefault(key, {})
+                if suffix in of_key:
                     fault = fault or f"the tar holds more than one member {suffix!r} of this key"
-                entry.places[suffix] = (member.offset_data, member.size)
-                entry.problem = entry.problem or fault
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-    ) as error:  # tarfile lets the latter two out of bad pax headers.
-        if not entries and end == 0:
+                of_key[suffix] = (member.offset_data, member.size)
+                if fault is not None:
+                    faults.setdefault(key, fault)
+    # tarfile lets the latter two out of bad pax headers.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if not places and end == 0:
             raise ValueError(
                 f"{path} is no uncompressed tar shard ({error}). Unpack it and pack it again with: jepa-cache pack DIR OUT"
             ) from error
         problem = f"the tar is damaged or cut off after byte {end} of {size_bytes} ({error}); what followed is lost"
+    samples = [SamplePlaces(key, of_key, faults.get(key)) for key, of_key in places.items()]
     if named:  # A member that was cut off is named by its own sample, and nothing can follow it.
-        return entries, None
-    return entries, problem or _find_tail_problem(file, end, size_bytes)
+        return samples
+    problem = problem or _find_tail_problem(file, end, size_bytes)
+    return samples if problem is None else [*samples, SamplePlaces(path.name, {}, problem)]
 
 
 def find_key(member: tarfile.TarInfo, suffixes: Container[str]) -> tuple[str, str] | None:

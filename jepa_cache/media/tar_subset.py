@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Collection, Container
+from collections.abc import Collection
 from pathlib import Path
 
-from jepa_cache.media.tar import BLOCK_BYTES, READ_BYTES, HeaderFile, find_end, find_key, iter_headers, read_index
-
-
-def count_samples(path: Path, suffixes: Container[str]) -> int:
-    """How many samples `iter_samples` would yield. Cost: reads the headers only."""
-    with path.open("rb") as file:
-        entries, problem = read_index(path, file, suffixes)
-    return len(entries) + (problem is not None)
+from jepa_cache.media.tar import BLOCK_BYTES, READ_BYTES, HeaderFile, find_end, find_key, iter_headers
 
 
 def copy_first_samples(path: Path, suffixes: Collection[str], most: int, out: Path) -> int | None:

@@ -13,8 +13,8 @@ import numpy as np
 from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
-from jepa_cache.media.tar_subset import copy_first_samples, count_samples
+from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
+from jepa_cache.media.tar_subset import copy_first_samples
 from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._vpt_clock import RecordingError, align_ticks, align_times
@@ -116,7 +116,7 @@ class VptSource:
         out = folder / unit.path.name
         num_samples = copy_first_samples(unit.path, SUFFIXES, most, out)
         if num_samples is None:
-            return Head(unit, count_samples(unit.path, SUFFIXES))
+            return Head(unit, len(list_samples(unit.path, SUFFIXES)))
         return Head(Unit(f"{unit.name}, first {num_samples}", (out,)), num_samples)
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
