@@ -50,6 +50,18 @@ def check_keys(values: Any, known: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where} has the unknown key {key!r}{nearest(str(key), known)}")
 
 
+def check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ConfigError that names the nearest value where `value` is not `known`."""
+    if value not in known:
+        raise ConfigError(f"{key} is {value!r}{nearest(value, known)}")
+
+
+def check_positive(key: str, value: float) -> None:
+    """Raise a ConfigError where `value` is not above 0."""
+    if value <= 0:
+        raise ConfigError(f"{key} must be above 0; got {value}")
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against a type hint; ints pass for floats, lists become tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ENCODER_KINDS = (
-    "vjepa2",
-    "vjepa2_1",
-    "hf",
-)  # each another architecture; hf: an image encoder of the transformers library
+# Each another architecture; hf: an image encoder of the transformers library.
+ENCODER_KINDS = ("vjepa2", "vjepa2_1", "hf")
 # Rotary positions that the weights of a kind were trained with: how channels are paired, and where rows and columns lie.
 ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
 # V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
@@ -19,6 +16,7 @@ LEVEL_LAYERS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48:
 SINGLE_FRAMES = ("doubled", "image")
 ENCODE_MODES = ("frame", "tubelet", "clip")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+DECODERS = ("auto", "decord", "pyav")
 STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tokens; docs/store_format.md
 INT4_GROUP = 64  # channels of a token that share an int4 scale
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -76,9 +74,8 @@ class EncoderPreset:
     kind: str = "vjepa2"  # one of ENCODER_KINDS
     positions: str = "grid"  # rows and columns by index, or "rescaled" to span 0 to 15 (V-JEPA 2.1)
     single_frame: str = "doubled"  # one of SINGLE_FRAMES; "image" in V-JEPA 2.1 only
-    short_side: int | None = (
-        None  # pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed
-    )
+    # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
+    short_side: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +118,7 @@ class EncodeConfig:
     batch_size: int
     dtype: str  # stored dtype of the tokens
     device: str  # "auto", "cpu", "cuda", "cuda:1"
-    decoder: str  # "auto", "decord", "pyav"
+    decoder: str  # one of DECODERS
     num_decoders: int  # threads
     max_skipped_share: float  # of the recordings, in [0, 1]
     max_episodes: int | None  # only the first recordings of each data set; the rest is not read

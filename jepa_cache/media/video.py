@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.config.schema import DECODERS
 from jepa_cache.media.images import FrameSequence, SideBySide, decode_image
 from jepa_cache.media.probe import (
     DecodeError,
@@ -24,8 +25,6 @@ from jepa_cache.media.probe import (
 
 MIN_SEEK_FRAMES = 64
 """PyAV decodes from the start up to here, and enters at a key frame beyond."""
-
-DECODERS = ("auto", "decord", "pyav")
 
 
 class Video:
