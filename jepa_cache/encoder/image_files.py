@@ -13,12 +13,8 @@ from typing import Any, NamedTuple
 
 from jepa_cache.config.schema import EncoderPreset
 
-CONFIG, PREPROCESSING, WEIGHTS, INDEX = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
+CONFIG, PREPROCESSING = "config.json", "preprocessor_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLASS_TOKENS = {
     "beit": 1,
     "clip_vision_model": 1,
@@ -32,11 +28,8 @@ CLASS_TOKENS = {
     "vit_msn": 1,
 }
 """Tokens before the patch tokens of `last_hidden_state`, by model_type; registers (config.num_register_tokens) come on top."""
-PILLOW_FILTERS = {
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-}  # numbers of PIL.Image.Resampling, as preprocessing files have them
+# Numbers of PIL.Image.Resampling, as preprocessing files have them.
+PILLOW_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 OFTEN_TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
 
 

@@ -29,9 +29,8 @@ class Hdf5File:
         import h5py
 
         self._name = path.name
-        self._groups: dict[
-            str, object
-        ] = {}  # Walked already: opening a group takes longer than reading an episode's column.
+        # Walked already: opening a group takes longer than reading an episode's column.
+        self._groups: dict[str, object] = {}
         try:
             # Without locks: data folders are often mounted read-only, where HDF5's locks fail.
             self._file = h5py.File(path, "r", locking=False)
