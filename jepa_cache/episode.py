@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from jepa_cache.media.images import FrameSequence, SideBySide
 
 
+class RecordingError(ValueError):
+    """A recording that can be read but must not be used; its source yields it as `Skipped`, for the reason in the message."""
+
+
 class Skipped(NamedTuple):
     """A recording that was not used, and why; it goes into the `skipped` report instead of being replaced."""
 

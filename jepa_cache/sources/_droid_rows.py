@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa_cache.episode import RecordingError
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_idle_rows
 from jepa_cache.media.video import VideoInfo
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
@@ -15,10 +16,6 @@ NATIVE_HZ = 15.0
 # Counts of one recording differ by a frame or two; beyond that and 10 % frames and rows have different clocks.
 MAX_COUNT_RATIO = 1.1
 MAX_COUNT_DIFFERENCE = 2
-
-
-class RecordingError(ValueError):
-    """An episode that cannot be used, and why."""
 
 
 class Rows(NamedTuple):

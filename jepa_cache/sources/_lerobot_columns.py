@@ -9,14 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa_cache.config.parsing import nearest
+from jepa_cache.episode import RecordingError
 
 PATTERN = re.compile(r"(?P<column>[^\[\]]+)(\[(?P<part>[^\[\]]+)\])?")
 SLICE = re.compile(r"(?P<start>[0-9]{0,6}):(?P<stop>[0-9]{0,6})")
 FLAGS = ("gui", "success")
-
-
-class ColumnError(ValueError):
-    """A selection that does not fit the data set."""
 
 
 class Selection(NamedTuple):
@@ -71,21 +68,21 @@ def select(selection: Selection, rows: Mapping[str, np.ndarray], features: Mappi
         [M, K].
 
     Raises:
-        ColumnError: The column is narrower, or has no number of that name.
+        RecordingError: The column is narrower, or has no number of that name.
     """
     values = rows[selection.column]
     part = selection.part
     if isinstance(part, str):
         names = _read_names(features.get(selection.column))
         if part not in names:
-            raise ColumnError(f"{selection.text}: meta/info.json gives no such name{nearest(part, names)}")
+            raise RecordingError(f"{selection.text}: meta/info.json gives no such name{nearest(part, names)}")
         part = names.index(part)
     if isinstance(part, int):
         part = slice(part, part + 1)
     width = values.shape[1]
     start, stop, _ = (part or slice(None)).indices(1 << 20)
     if part is not None and ((part.stop is not None and part.stop > width) or start >= min(stop, width)):
-        raise ColumnError(f"{selection.text}: the column has {width} numbers, counted from 0")
+        raise RecordingError(f"{selection.text}: the column has {width} numbers, counted from 0")
     return values[:, part] if part is not None else values
 
 
@@ -100,7 +97,7 @@ def build_controls(
     """Controls [M]: action_0.. and state_0.. in the order selected, and the columns that have a name of their own.
 
     Raises:
-        ColumnError: A selection does not fit, or a named column selects more than one number.
+        RecordingError: A selection does not fit, or a named column selects more than one number.
     """
     controls = {}
     for prefix, texts in (("action", actions), ("state", states)):
@@ -109,7 +106,7 @@ def build_controls(
     for name, text in columns.items():
         values = select(parse_selection(text), rows, features)
         if values.shape[1] != 1:
-            raise ColumnError(f"{name}: {text} selects {values.shape[1]} numbers; one is needed, e.g. {text}[0]")
+            raise RecordingError(f"{name}: {text} selects {values.shape[1]} numbers; one is needed, e.g. {text}[0]")
         kind = bool if name in FLAGS else np.float32 if name == "idle" else np.float64
         controls[name] = values[:, 0].astype(kind)
     return controls

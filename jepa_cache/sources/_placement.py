@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa_cache.episode import RecordingError
+
 MAX_LENGTH_RATIO = 1.5
 """Rows and video that differ more in length do not tell one story: one of the two rates is wrong."""
-
-
-class PlacementError(ValueError):
-    """Frames and rows that cannot be brought together."""
 
 
 class Placement(NamedTuple):
@@ -38,43 +36,60 @@ def place_frames(times_s: np.ndarray, num_frames: int, fps: float) -> Placement:
         Ticks of the usable frames: those up to half an interval after the last row.
 
     Raises:
-        PlacementError: No row; times that are not finite or go back; a first row more than one interval away from the first
+        RecordingError: No row; times that are not finite or go back; a first row more than one interval away from the first
             frame; or rows that last more than 1.5 times as long as the video, or the reverse.
     """
     if len(times_s) == 0:
-        raise PlacementError("the recording holds no row")
+        raise RecordingError("the recording holds no row")
     if not np.isfinite(times_s).all() or np.any(np.diff(times_s) < 0):
         row = int(np.argmax(~np.isfinite(times_s) | (np.diff(times_s, prepend=times_s[0]) < 0)))
-        raise PlacementError(f"the times of the rows must be finite and not go back; row {row} says {times_s[row]:g} s")
+        raise RecordingError(f"the times of the rows must be finite and not go back; row {row} says {times_s[row]:g} s")
     drift_s = times_s - times_s[0] - np.arange(len(times_s)) / fps
     if len(times_s) == num_frames and np.abs(drift_s).max() <= 0.25 / fps:
         notes = ()
         if abs(times_s[0]) > 0.25 / fps:
             notes = (f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one",)
         return Placement(np.arange(num_frames, dtype=np.int64), notes)
-    return _place_by_time(times_s, num_frames, fps)
-
-
-def _place_by_time(times_s: np.ndarray, num_frames: int, fps: float) -> Placement:
-    interval_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1.0 / fps
-    late_s = max(interval_s, 1.0 / fps)
+    interval_s, late_s = measure_intervals(times_s, fps)
     if abs(times_s[0]) > late_s * 1.001:
-        raise PlacementError(
+        raise RecordingError(
             f"the rows begin at {times_s[0]:g} s and the video, which lasts {num_frames / fps:g} s, at 0 s: times must be "
             f"seconds since its first frame (within {late_s:g} s)"
         )
     lengths_s = (float(times_s[-1]) + interval_s, num_frames / fps)
     if max(lengths_s) > MAX_LENGTH_RATIO * min(lengths_s):
-        raise PlacementError(
+        raise RecordingError(
             f"{len(times_s)} rows last {lengths_s[0]:g} s and {num_frames} frames at {fps:g} Hz last {lengths_s[1]:g} s: one of "
             "the two rates must be wrong"
         )
-    frame_times_s = np.arange(num_frames) / fps
-    frame_times_s = frame_times_s[frame_times_s <= times_s[-1] + late_s / 2]
-    frame_ticks = find_nearest_rows(times_s, frame_times_s)
+    frame_ticks, other_notes = place_by_time(times_s, num_frames, fps)
     notes = [f"{num_frames} frames at {fps:g} Hz and {len(times_s)} rows until {times_s[-1]:g} s are placed by time"]
     if len(frame_ticks) < num_frames:
         notes.append(f"the last {num_frames - len(frame_ticks)} frames come after the last row and are not used")
+    return Placement(frame_ticks, (*notes, *other_notes))
+
+
+def measure_intervals(times_s: np.ndarray, fps: float) -> tuple[float, float]:
+    """Median interval of the rows (that of the frames, for a single row), and the longer one of rows and frames; seconds."""
+    interval_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1.0 / fps
+    return interval_s, max(interval_s, 1.0 / fps)
+
+
+def place_by_time(times_s: np.ndarray, num_frames: int, fps: float) -> Placement:
+    """Place frame t, at t / fps seconds, on the row that is nearest in time; whether the times are usable is not asked.
+
+    Args:
+        times_s: [M] non-decreasing times of the rows, seconds since the first frame, M > 0.
+        num_frames: Frames of the recording.
+        fps: Hz.
+
+    Returns:
+        Ticks without the frames that come after the last row by more than half an interval; notes on later rows and gaps.
+    """
+    interval_s, late_s = measure_intervals(times_s, fps)
+    frame_times_s = np.arange(num_frames) / fps
+    frame_ticks = find_nearest_rows(times_s, frame_times_s[frame_times_s <= times_s[-1] + late_s / 2])
+    notes = []
     num_later = len(times_s) - 1 - int(frame_ticks[-1])
     if num_later * interval_s > late_s:
         notes.append(f"the last {num_later} rows come after the last frame and are not used")

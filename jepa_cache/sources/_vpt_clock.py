@@ -6,16 +6,13 @@ import math
 
 import numpy as np
 
+from jepa_cache.episode import RecordingError
 from jepa_cache.media.video import VideoInfo
-from jepa_cache.sources._placement import find_nearest_rows
+from jepa_cache.sources._placement import measure_intervals, place_by_time
 
 TICK_HZ = 20.0
 # Frame and line counts of one recording differed by up to 3 %; beyond 10 % they say nothing about the clock.
 MAX_COUNT_RATIO = 1.1
-
-
-class RecordingError(ValueError):
-    """A recording that can be read but must not be used as VPT."""
 
 
 def align_ticks(info: VideoInfo, num_ticks: int) -> tuple[float, np.ndarray, tuple[str, ...]]:
@@ -69,26 +66,14 @@ def align_times(info: VideoInfo, times_s: np.ndarray) -> tuple[np.ndarray, tuple
         RecordingError: The first row comes later than one interval (or frame) after the first frame, or no row falls into
             the video: the times do not count from the video's start.
     """
-    interval_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1.0 / info.fps
-    frame_times_s = np.arange(info.num_frames) / info.fps
-    late_s = max(interval_s, 1.0 / info.fps)
+    _, late_s = measure_intervals(times_s, info.fps)
     if abs(times_s[0]) > late_s * 1.001:
         raise RecordingError(
             f"the timestamps begin at {times_s[0]:g} s and the video, which lasts {info.num_frames / info.fps:g} s, at 0 s: they "
             f"must be seconds since its start (within {late_s:g} s), else frames and controls cannot be brought together"
         )
-    usable = frame_times_s <= times_s[-1] + late_s / 2
-    frame_times_s = frame_times_s[usable]
-    frame_ticks = find_nearest_rows(times_s, frame_times_s)
-    notes = []
-    if len(frame_ticks) < info.num_frames:
-        notes.append(
-            f"{info.num_frames} frames, rows until {times_s[-1]:g} s: the last {info.num_frames - len(frame_ticks)} "
-            "frames are not used"
-        )
-    num_later = len(times_s) - 1 - int(frame_ticks[-1])
-    if num_later * interval_s > late_s:
-        notes.append(f"the last {num_later} rows come after the last frame and are not used")
-    if len(times_s) > 1 and (gap_s := float(np.diff(times_s).max())) > 5 * late_s:
-        notes.append(f"the rows have a gap of {gap_s:g} s; frames in it show no controls")
-    return frame_ticks, tuple(notes)
+    frame_ticks, notes = place_by_time(times_s, info.num_frames, info.fps)
+    if (num_late := info.num_frames - len(frame_ticks)) > 0:
+        late = f"{info.num_frames} frames, rows until {times_s[-1]:g} s: the last {num_late} frames are not used"
+        notes = (late, *notes)
+    return frame_ticks, notes

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.images import SideBySide
 from jepa_cache.media.video import probe_video
 from jepa_cache.sources import Unit
@@ -27,7 +27,7 @@ from jepa_cache.sources._droid_folders import (
     read_list,
     read_metadata,
 )
-from jepa_cache.sources._droid_rows import RecordingError, Rows, align_frames, build_controls
+from jepa_cache.sources._droid_rows import Rows, align_frames, build_controls
 from jepa_cache.sources._hdf5 import Hdf5File
 
 RECIPE_VERSION = 1

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.parsing import nearest, parse_dataclass
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import find_episode_key
 from jepa_cache.media.bucket import BucketFile
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.video import probe_video
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._droid_rows import NATIVE_HZ, RecordingError, Rows, build_controls
+from jepa_cache.sources._droid_rows import NATIVE_HZ, Rows, build_controls
 from jepa_cache.sources._tfds_features import FEATURES_FILE, INFO_FILE, STEPS, Features
 from jepa_cache.sources._tfds_listing import list_bucket, list_local
 from jepa_cache.sources._tfrecords import copy_first_records, iter_records, parse_shard_name

@@ -13,26 +13,22 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.tar import expand_inputs
 from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
 from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._hub import PREFIX, fetch_dataset
-from jepa_cache.sources._lerobot_columns import ColumnError, build_controls, parse_selection
+from jepa_cache.sources._lerobot_columns import build_controls, parse_selection
 from jepa_cache.sources._lerobot_layout import Layout, Place
 from jepa_cache.sources._lerobot_listing import Listing
 from jepa_cache.sources._lerobot_subset import copy_first_episodes
 from jepa_cache.sources._parquet import ParquetError, iter_rows
-from jepa_cache.sources._placement import PlacementError, place_frames
+from jepa_cache.sources._placement import place_frames
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
 MAX_EPISODE_BYTES = 1 << 30
-
-
-class RecordingError(ValueError):
-    """An episode that can be read but whose parts contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ class LerobotSource:
                     continue
                 try:
                     yield self._read_episode(listing.layout, place, rows, infos)
-                except (RecordingError, DecodeError, ColumnError, PlacementError) as error:
+                except (RecordingError, DecodeError) as error:
                     yield Skipped(key, str(error))
             reason = f"{unit.files[0].name} holds none of its rows"
         except (ParquetError, RecordingError) as error:

@@ -11,22 +11,18 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.tar import expand_inputs
 from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Unit
 from jepa_cache.sources._json_files import JsonError, read_object
-from jepa_cache.sources._placement import PlacementError, place_frames
+from jepa_cache.sources._placement import place_frames
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
 MAX_JSON_BYTES = 32 << 20
 """Two million numbers: an hour at 30 Hz with 14 columns. Parsed, JSON takes ten times its bytes and more."""
-
-
-class RecordingError(ValueError):
-    """A recording that can be read but must not be used; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Mp4JsonSource:
                 if suffix not in files:
                     raise RecordingError(f"there is no {stem.name}{suffix} beside {unit.files[0].name}")
             yield _read_episode(_find_key(stem), files[".mp4"], files[".json"])
-        except (RecordingError, JsonError, DecodeError, PlacementError) as error:
+        except (RecordingError, JsonError, DecodeError) as error:
             yield Skipped(_find_key(stem), str(error))
 
 

@@ -12,14 +12,15 @@ import numpy as np
 
 from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.parsing import nearest, parse_dataclass
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
 from jepa_cache.media.tar_subset import copy_first_samples
 from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._vpt_clock import RecordingError, align_ticks, align_times
+from jepa_cache.sources._vpt_clock import align_ticks, align_times
 from jepa_cache.sources._vpt_controls import read_contractor, read_simple
 from jepa_cache.sources._vpt_lines import LineError
+from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
 
 RECIPE_VERSION = 2
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
@@ -31,7 +32,6 @@ MOUSE_SCALES = ("recorded", "by_version")
 # Factor of mouse.dx and dy inside GUIs by recorder version; 1 for all others. Source: the table in the loader of
 # openai/Video-Pre-Training, which never applies it; no recording of these versions was at hand to measure it on.
 GUI_MOUSE_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
-DEG_PER_COUNT = 0.15  # 360 / 2400 exactly: in 99.9 % of the non-GUI steps of 64 VPT logs, within 0.01 degrees.
 YAW_TOLERANCE_DEG = 0.01
 # A recording is no VPT when fewer than this share of its turning steps follow the law. Real logs: 100 % in five of five, 99.9 %
 # of all steps in 64. Where yaw is a per-step change, each lone movement gives one step that follows (0 to dyaw) and one that
@@ -221,7 +221,7 @@ def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
     turned_deg = np.diff(controls["yaw_deg"])
     counts = controls["mouse_dx"][:-1]
     judged = outside & np.isfinite(turned_deg) & ((counts != 0) | (np.abs(turned_deg) > YAW_TOLERANCE_DEG))
-    breaches = np.abs(wrap_degrees(turned_deg[judged] - DEG_PER_COUNT * counts[judged])) > YAW_TOLERANCE_DEG
+    breaches = np.abs(wrap_degrees(turned_deg[judged] - CAMERA_DEG_PER_COUNT * counts[judged])) > YAW_TOLERANCE_DEG
     if not breaches.any():
         return YawLaw(len(breaches), 0, 0, 0.0, 0.0)
     row = int(np.flatnonzero(judged)[breaches.argmax()])
@@ -240,6 +240,6 @@ def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
     if law.num_breaches >= MIN_YAW_BREACHES and law.num_breaches > (1 - MIN_YAW_SHARE) * law.num_judged:
         raise RecordingError(
             f"this is no VPT contractor recording: yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} "
-            f"turning steps (it must turn by {DEG_PER_COUNT} degrees per count of mouse.dx; line {law.line}: dx {law.dx:g}, "
+            f"turning steps (it must turn by {CAMERA_DEG_PER_COUNT} degrees per count of mouse.dx; line {law.line}: dx {law.dx:g}, "
             f"yaw turns by {law.turned_deg:g}). Is its yaw a change per step, or on another scale? Use schema 'simple'"
         )
