@@ -85,10 +85,17 @@ def place_by_time(times_s: np.ndarray, num_frames: int, fps: float) -> Placement
 
     Returns:
         Ticks without the frames that come after the last row by more than half an interval; notes on later rows and gaps.
+
+    Raises:
+        RecordingError: All frames do.
     """
     interval_s, late_s = measure_intervals(times_s, fps)
     frame_times_s = np.arange(num_frames) / fps
     frame_ticks = find_nearest_rows(times_s, frame_times_s[frame_times_s <= times_s[-1] + late_s / 2])
+    if len(frame_ticks) == 0:
+        raise RecordingError(
+            f"the last row is at {times_s[-1]:g} s, before the video's first frame at 0 s: no frame shows a row"
+        )
     notes = []
     num_later = len(times_s) - 1 - int(frame_ticks[-1])
     if num_later * interval_s > late_s:

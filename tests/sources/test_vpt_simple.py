@@ -113,6 +113,11 @@ def test_times_that_do_not_count_from_the_videos_start_are_skipped(tmp_path, sta
     assert isinstance(skipped, Skipped) and "seconds since its start" in skipped.reason
 
 
+def test_rows_that_all_lie_before_the_video_are_skipped(tmp_path):
+    skipped = _read(tmp_path, _make_rows([-0.05]))
+    assert isinstance(skipped, Skipped) and "no frame shows a row" in skipped.reason
+
+
 def test_times_that_go_back_are_skipped_with_the_line(tmp_path):
     times = np.arange(20) / 20
     times[7] = 0.1
