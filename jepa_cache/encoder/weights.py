@@ -42,18 +42,12 @@ class WeightsNotFoundError(ValueError):
     """The named weights cannot be had; the message says how to get them."""
 
 
-def file_sha256(path: Path) -> str:
-    """Digest a whole file: hex sha256. Cost: reads every byte, some seconds for several GB."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def entry_in_use(preset: EncoderPreset, path: Path) -> str | None:
     """Name the top-level entry that is read from a weights file; None for safetensors, which have no entries."""
     return None if path.suffix == ".safetensors" else preset.weights_entry
 
 
-def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callable[[Path], str] = file_sha256) -> str:
+def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callable[[Path], str]) -> str:
     """Name the weights by their content, for the recipe: equal strings mean equal weights.
 
     Covers weights only; what else decides the tokens (num_heads, rope, crop, dtype) belongs into the recipe beside it.

@@ -27,7 +27,7 @@ from jepa_cache.encoder.image_files import (
     resolve_model,
 )
 from jepa_cache.encoder.preprocess import crop_rule, pillow_transform
-from jepa_cache.encoder.weights import file_sha256
+from jepa_cache.store.recipe import file_digest
 from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, save_model
 
 RNG = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def test_a_file_that_was_cut_short_is_refused_before_anything_is_loaded(tmp_path
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ImageModelError, match="no whole safetensors file; copy or download it again"):
-        model_digest(folder, digest=file_sha256)
+        model_digest(folder, digest=file_digest)
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
@@ -229,11 +229,11 @@ def test_a_folder_that_is_none_and_a_reference_that_is_none_are_refused(tmp_path
 def test_the_identity_is_that_of_config_and_weights_wherever_they_lie(tmp_path, dinov2):
     same = save_model(tmp_path / "copy")
     other = save_model(tmp_path / "other", seed=1)
-    identity = model_digest(dinov2, digest=file_sha256)
-    assert model_digest(same, digest=file_sha256) == identity
-    assert model_digest(other, digest=file_sha256) != identity
+    identity = model_digest(dinov2, digest=file_digest)
+    assert model_digest(same, digest=file_digest) == identity
+    assert model_digest(other, digest=file_digest) != identity
     change_config(same, layer_norm_eps=1e-5)
-    assert model_digest(same, digest=file_sha256) != identity, "the config decides numbers too"
+    assert model_digest(same, digest=file_digest) != identity, "the config decides numbers too"
 
 
 def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp_path, dinov2):
@@ -246,4 +246,4 @@ def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp
     assert torch.equal(one, several)
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()
     with pytest.raises(ImageModelError, match=r"lacks model-00002-"):
-        model_digest(tmp_path, digest=file_sha256)
+        model_digest(tmp_path, digest=file_digest)

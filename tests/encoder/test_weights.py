@@ -18,10 +18,10 @@ from jepa_cache.encoder import weights
 from jepa_cache.encoder.structure import parameter_shapes, random_state
 from jepa_cache.encoder.weights import (
     WeightsNotFoundError,
-    file_sha256,
     resolve_weights,
     weights_identity,
 )
+from jepa_cache.store.recipe import file_digest
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "encoder"
 TINY_IDENTITY = "random:8e747ed62b082e586d5e661b2b39b437943403b8dd970f2f47120b002f303326"
@@ -36,14 +36,14 @@ def read_preset(name):
 
 def test_tiny_weights_never_change():
     # Every cache made with tiny carries this digest; another generator or order would change it unnoticed.
-    assert weights_identity(read_preset("tiny"), None) == TINY_IDENTITY
+    assert weights_identity(read_preset("tiny"), None, digest=file_digest) == TINY_IDENTITY
 
 
 def test_identity_and_random_weights_import_no_torch():
     code = (
         "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder.weights import weights_identity;"
         "p = S(name='t', embed_dim=12, depth=1, num_heads=2, mlp_dim=8, patch_size=4, tubelet_size=2, random_seed=0, kind='vjepa2');"
-        "weights_identity(p, None); sys.exit('torch' in sys.modules)"
+        "weights_identity(p, None, digest=str); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -59,8 +59,10 @@ def test_random_weights_follow_the_official_initialisation(preset):
 
 
 def test_random_weights_follow_the_seed(preset):
-    assert weights_identity(preset, None) == weights_identity(preset, None)
-    assert weights_identity(preset, None) != weights_identity(replace(preset, random_seed=4), None)
+    assert weights_identity(preset, None, digest=file_digest) == weights_identity(preset, None, digest=file_digest)
+    assert weights_identity(preset, None, digest=file_digest) != weights_identity(
+        replace(preset, random_seed=4), None, digest=file_digest
+    )
 
 
 def test_without_a_seed_there_are_no_random_weights(file_preset):
@@ -72,17 +74,23 @@ def test_identity_of_a_file_follows_bytes_and_entry_but_not_the_name(file_preset
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     one.write_bytes(b"weights")
     two.write_bytes(b"weights")
-    assert weights_identity(file_preset, one) == weights_identity(file_preset, two)
-    assert weights_identity(file_preset, one).endswith("#target_encoder")
-    assert weights_identity(replace(file_preset, weights_entry="encoder"), one) != weights_identity(file_preset, one)
+    assert weights_identity(file_preset, one, digest=file_digest) == weights_identity(
+        file_preset, two, digest=file_digest
+    )
+    assert weights_identity(file_preset, one, digest=file_digest).endswith("#target_encoder")
+    assert weights_identity(replace(file_preset, weights_entry="encoder"), one, digest=file_digest) != weights_identity(
+        file_preset, one, digest=file_digest
+    )
     two.write_bytes(b"Weights")
-    assert weights_identity(file_preset, one) != weights_identity(file_preset, two)
+    assert weights_identity(file_preset, one, digest=file_digest) != weights_identity(
+        file_preset, two, digest=file_digest
+    )
 
 
 def test_entry_is_no_part_of_the_identity_of_safetensors(file_preset, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
-    assert weights_identity(file_preset, path) == f"file:{file_sha256(path)}"
+    assert weights_identity(file_preset, path, digest=file_digest) == f"file:{file_digest(path)}"
 
 
 def test_a_remembered_digest_is_used(file_preset, tmp_path):
@@ -92,9 +100,9 @@ def test_a_remembered_digest_is_used(file_preset, tmp_path):
 def test_another_file_than_the_preset_names_is_refused(file_preset, tmp_path):
     path = tmp_path / "encoder.pt"
     path.write_bytes(b"weights")
-    assert weights_identity(replace(file_preset, weights_sha256=file_sha256(path)), path)
+    assert weights_identity(replace(file_preset, weights_sha256=file_digest(path)), path, digest=file_digest)
     with pytest.raises(ValueError, match="gives 0000"):
-        weights_identity(replace(file_preset, weights_sha256="0000"), path)
+        weights_identity(replace(file_preset, weights_sha256="0000"), path, digest=file_digest)
 
 
 def test_relative_paths_start_at_the_base(tmp_path):

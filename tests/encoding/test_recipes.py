@@ -18,7 +18,7 @@ from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.sources import build_source
-from jepa_cache.store.recipe import fingerprint, recipe_changes
+from jepa_cache.store.recipe import file_digest, fingerprint, recipe_changes
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,9 @@ ENCODER_KEEPS = {
 def fingerprint_of(config):
     source = build_source(config.dataset.source, config.dataset.source_options)
     return fingerprint(
-        token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))
+        token_recipe(
+            config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest)
+        )
     )
 
 
@@ -199,10 +201,10 @@ def test_files_with_other_bytes_or_another_entry_are_other_weights(tmp_path):
     identities = set()
     for name, content in (("a.pt", b"one"), ("b.pt", b"two"), ("c.pt", b"one")):
         (tmp_path / name).write_bytes(content)
-        identities.add(weights_identity(preset, tmp_path / name))
+        identities.add(weights_identity(preset, tmp_path / name, digest=file_digest))
     assert len(identities) == 2
     other_entry = dataclasses.replace(preset, weights_entry="target_encoder")
-    assert weights_identity(other_entry, tmp_path / "a.pt") not in identities
+    assert weights_identity(other_entry, tmp_path / "a.pt", digest=file_digest) not in identities
 
 
 def v21_config(**encode):
@@ -245,7 +247,9 @@ def leaves(recipe, prefix=""):
 
 def recipe_of(config):
     source = build_source(config.dataset.source, config.dataset.source_options)
-    return token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))
+    return token_recipe(
+        config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest)
+    )
 
 
 LEAVES = leaves(recipe_of(tiny_config()))
@@ -329,10 +333,10 @@ from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.actions import get_action_space
 from jepa_cache.sources import build_source
-from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.recipe import file_digest, fingerprint
 config = load_config(overrides=["dataset=vpt", "encoder=tiny"])
 source = build_source(config.dataset.source, config.dataset.source_options)
-print(fingerprint(token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None))))
+print(fingerprint(token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest))))
 print(fingerprint(action_recipe(config.encode, config.encoder, source.recipe, get_action_space("vpt13"))))
 print(sys.modules["jepa_cache"].__file__)
 """

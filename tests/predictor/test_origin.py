@@ -17,7 +17,7 @@ import torch
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.checkpoints import load_encoder_state
 from jepa_cache.encoder.structure import parameter_shapes
-from jepa_cache.encoder.weights import file_sha256, weights_identity
+from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.predictor.checkpoints import (
     CheckpointError,
     load_predictor_weights,
@@ -27,6 +27,7 @@ from jepa_cache.predictor.checkpoints import (
 )
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.origin import ENCODER_FIELD, check_encoder, encoder_identities
+from jepa_cache.store.recipe import file_digest
 from tests.official_files import without_storage, write_official_file
 
 SIZES = {
@@ -135,35 +136,35 @@ def test_the_encoder_in_an_official_file_is_known_as_a_cache_names_it(official: 
     from dataclasses import replace
 
     preset = replace(load_config(overrides=["encoder=ac_vitg"]).encoder, weights_entry=entry)
-    identity = weights_identity(preset, official)
-    assert identity in encoder_identities(official, file_sha256)
-    match = check_encoder(official, identity, digest=file_sha256)
+    identity = weights_identity(preset, official, digest=file_digest)
+    assert identity in encoder_identities(official, file_digest)
+    match = check_encoder(official, identity, digest=file_digest)
     assert match.matches and match.cache == identity
 
 
 def test_another_encoder_is_refused_unless_allowed(official: Path):
     other = f"file:{'0' * 64}#encoder"
     with pytest.raises(CheckpointError) as caught:
-        check_encoder(official, other, digest=file_sha256)
-    assert other in str(caught.value) and file_sha256(official) in str(caught.value)
+        check_encoder(official, other, digest=file_digest)
+    assert other in str(caught.value) and file_digest(official) in str(caught.value)
     assert "train.allow_other_encoder" in str(caught.value)
-    match = check_encoder(official, other, digest=file_sha256, allow_other=True)
-    assert not match.matches and match.file == encoder_identities(official, file_sha256)
+    match = check_encoder(official, other, digest=file_digest, allow_other=True)
+    assert not match.matches and match.file == encoder_identities(official, file_digest)
 
 
 def test_a_predictor_alone_says_nothing_and_is_refused_unless_allowed(tmp_path: Path):
     torch.save({"predictor": build().state_dict(), "encoder": {}}, tmp_path / "alone.pt")
     with pytest.raises(CheckpointError, match="holds a predictor alone"):
-        check_encoder(tmp_path / "alone.pt", "random:1", digest=file_sha256)
-    assert check_encoder(tmp_path / "alone.pt", "random:1", digest=file_sha256, allow_other=True).file == ()
+        check_encoder(tmp_path / "alone.pt", "random:1", digest=file_digest)
+    assert check_encoder(tmp_path / "alone.pt", "random:1", digest=file_digest, allow_other=True).file == ()
 
 
 def test_weights_of_this_project_name_their_encoder_in_the_card(tmp_path: Path):
     path = tmp_path / "own.safetensors"
     save_predictor(build(), path, {ENCODER_FIELD: "random:abc"})
-    assert check_encoder(path, "random:abc", digest=file_sha256).matches
+    assert check_encoder(path, "random:abc", digest=file_digest).matches
     with pytest.raises(CheckpointError, match="tokens of random:abc"):
-        check_encoder(path, "random:abd", digest=file_sha256)
+        check_encoder(path, "random:abd", digest=file_digest)
 
 
 @pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors", "absent.pt"])
@@ -171,4 +172,4 @@ def test_a_damaged_file_is_not_taken_for_one_that_says_nothing(tmp_path: Path, n
     for broken in ("broken.pt", "broken.safetensors"):
         (tmp_path / broken).write_bytes(b"x" * 50)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        check_encoder(tmp_path / name, "random:1", digest=file_sha256, allow_other=True)
+        check_encoder(tmp_path / name, "random:1", digest=file_digest, allow_other=True)
