@@ -97,8 +97,8 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
         metrics: dict[str, Any] = json.loads(read(METRICS_FILE) or "")
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
         for section in ("val", "val_ci"):
-            for name in ("teacher_forcing_l1", "rollout_l1"):
-                metrics[section][name]  # KeyError where this is something else
+            for column in ("teacher_forcing_l1", "rollout_l1"):
+                metrics[section][column]  # KeyError where this is something else
         return Evaluated(
             name=name,
             metrics=metrics,
