@@ -6,14 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jepa_cache.cli.outcome import FINE, MANIFEST, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report
+from jepa_cache.cli.outcome import (
+    FINE,
+    MANIFEST,
+    PROBLEM,
+    Checkout,
+    Outcome,
+    describe_bytes,
+    open_checkout,
+    report,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from jepa_cache.store.collection import Contents, Listing
-
-NUM_SHOWN = 20
 
 
 def gc(
@@ -79,7 +87,7 @@ def clean_up(checkout: Checkout, *, delete: bool, forget: list[str]) -> Outcome:
     lines = [f"cache root {checkout.root.name}, {describe_bytes(document['kept_bytes'])} kept"]
     lines += [_line(entry) for entry in document["listings"]]
     verb = "removed" if delete else "not needed"
-    lines += _list_unneeded(document["unneeded"], verb)
+    lines += shorten([f"{verb}: {it['path']} ({describe_bytes(it['num_bytes'])})" for it in document["unneeded"]])
     lines += [f"left alone, not of this program: {path}" for path in contents.unknown]
     if temporaries:
         lines.append(f"{verb}: {len(temporaries)} temporaries of writers that died")
@@ -149,10 +157,3 @@ def _line(entry: dict[str, Any]) -> str:
         f"Hz, {entry['dtype']}, {entry['action_space']}, {entry['num_units']} units, {entry['num_steps']} steps, written "
         f"{entry['written']}; {sizes}{missing}"
     )
-
-
-def _list_unneeded(unneeded: list[dict[str, Any]], verb: str) -> list[str]:
-    lines = [f"{verb}: {entry['path']} ({describe_bytes(entry['num_bytes'])})" for entry in unneeded[:NUM_SHOWN]]
-    if len(unneeded) > NUM_SHOWN:
-        lines.append(f"... and {len(unneeded) - NUM_SHOWN} more (--json lists all)")
-    return lines

@@ -15,12 +15,12 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_batch import inspect_batch
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config, DatasetPreset
+from jepa_cache.encoding.parts import check_inputs, open_source
 from jepa_cache.encoding.units import check_rendered
 from jepa_cache.inspection.inputs import iter_units
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.statistics import InspectionReport, inspect_units
 from jepa_cache.media.packing import LeftOut
-from jepa_cache.sources import build_source
 
 KEY_WIDTH = 44
 MAX_NOTES = 20  # kinds of them
@@ -66,10 +66,7 @@ def inspect(
     root = find_repository(Path.cwd())
     config = load_config(root, [text for text in given if is_override(text)])
     paths = [text for text in given if not is_override(text)]
-    if paths and len(config.members) > 1:
-        raise ValueError(
-            f"{config.dataset.name} is a mixture: its members name their own recordings; leave out {paths[0]!r}"
-        )
+    check_inputs(config, paths)
     base = Path.cwd() if paths else recordings_base(config, root)
     reports = [
         _inspect_member(config, preset, camera, paths or preset.inputs, base, limit=limit, pictures=html is not None)
@@ -98,7 +95,7 @@ def _inspect_member(
     pictures: bool,
 ) -> InspectionReport:
     """One data set, of a mixture or alone, seen by one camera."""
-    source = build_source(preset.source, preset.source_options | ({"camera": camera} if camera else {}))
+    source = open_source(preset, camera)
     left_out: list[LeftOut] = []
     check_rendered(preset, [] if inputs == preset.inputs else inputs, base)
     units = iter_units(source, inputs, base, left_out)

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from jepa_cache.cli.outcome import help_of
+from jepa_cache.cli.stage import describe_error
 
 # Command to its module and function; `export` is a group of its own.
 COMMANDS = {
@@ -54,5 +55,5 @@ def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     try:
         build_app(next(iter(sys.argv[1:]), None))()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # OSError: a full disk, a file that cannot be written
+        sys.exit(f"error: {describe_error(error)}")

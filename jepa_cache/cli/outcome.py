@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import typer
 
+from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
 from jepa_cache.store.manifest import Manifest, read_manifest
@@ -21,6 +22,9 @@ from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.usage import RefusedError
 
 FINE, PROBLEM, UNCHECKED = 0, 1, 2
+NUM_SHOWN = 20
+"""Lines of a list that may be long."""
+
 MANIFEST = Path("outputs/encode/manifest.json")
 
 
@@ -83,8 +87,7 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             outcome = work()
     except (ValueError, OSError) as error:
-        notes = [str(note) for note in getattr(error, "__notes__", [])]
-        message = "\n  ".join([str(error), *notes])
+        message = describe_error(error)
         code = PROBLEM if isinstance(error, RefusedError) else UNCHECKED
         outcome = Outcome({"error": message}, [], code)
         print(f"error: {message}", file=sys.stderr)
@@ -103,6 +106,13 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
 def help_of(command: Callable[..., None]) -> str:
     """What --help says: the docstring without its section on arguments."""
     return (command.__doc__ or "").partition("\n\n    Args:")[0]
+
+
+def shorten(lines: Sequence[str], indent: str = "") -> list[str]:
+    """The first 20 lines of a list, and how many more there are in the JSON document."""
+    if len(lines) <= NUM_SHOWN:
+        return list(lines)
+    return [*lines[:NUM_SHOWN], f"{indent}... and {len(lines) - NUM_SHOWN} more (--json lists all)"]
 
 
 def describe_bytes(num_bytes: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report
+from jepa_cache.config.machine import existing_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,8 +107,7 @@ def free_bytes(root: CacheRoot) -> int | None:
     """Free bytes on the disk of a cache root that need not exist yet; None for a bucket, which has no end."""
     if root.name != str(root.path):
         return None
-    folder = next(path for path in (root.path, *root.path.parents) if path.exists())
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing_folder(root.path)).free
 
 
 def _sum_sizes(parts: Sequence[PartPlan]) -> dict[str, dict[str, int]]:

@@ -68,13 +68,17 @@ def parse_stage_arguments(
     )
 
 
+def describe_error(error: BaseException) -> str:
+    """An error as a user is shown it: its message, and under it what was added where it passed."""
+    return "\n  ".join([str(error), *getattr(error, "__notes__", [])])
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
     try:
         main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
-        sys.exit(f"error: {error}{notes}")
+        sys.exit(f"error: {describe_error(error)}")
     except KeyboardInterrupt:
         sys.exit(
             "interrupted; type the same command again: encode and train go on from what is there, the others start over"

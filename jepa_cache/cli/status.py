@@ -15,6 +15,7 @@ from jepa_cache.cli.outcome import (
     describe_bytes,
     open_checkout,
     report,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from jepa_cache.encoding.status import PartStatus
     from jepa_cache.store.manifest import Manifest
-
-NUM_SHOWN = 20
 
 
 def status(
@@ -113,11 +112,8 @@ def list_reasons(part: PartStatus) -> list[str]:
     for other in part.why:
         lines.append(f"  why: {other.num_units} units are stored under recipe {other.fingerprint}, which differs in")
         lines += [f"    {change}" for change in other.changes]
-    shown = [unit for unit in part.units if unit.state != "done"]
-    for unit in shown[:NUM_SHOWN]:
-        lines.append(f"  {unit.state} {unit.name}: {unit.reason}")
-    if len(shown) > NUM_SHOWN:
-        lines.append(f"  ... and {len(shown) - NUM_SHOWN} more (--json lists all)")
+    shown = [f"  {unit.state} {unit.name}: {unit.reason}" for unit in part.units if unit.state != "done"]
+    lines += shorten(shown, indent="  ")
     if part.num_without_actions:
         lines.append(
             f"  {part.num_without_actions} units lack actions in this action space: seconds, no video is opened"

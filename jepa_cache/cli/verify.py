@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report
+from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
 
 if TYPE_CHECKING:
     from jepa_cache.encoding.comparison import Comparison
     from jepa_cache.store.manifest import Manifest
-
-NUM_SHOWN = 20
 
 
 def verify(
@@ -116,9 +114,7 @@ def check_all(
         "findings": [{**finding._asdict(), "place": str(finding.place)} for finding in result.findings],
         "against_online": describe_comparison(comparison) if comparison else None,
     }
-    lines = [finding.problem for finding in result.findings[:NUM_SHOWN]]
-    if len(result.findings) > NUM_SHOWN:
-        lines.append(f"... and {len(result.findings) - NUM_SHOWN} more (--json lists all)")
+    lines = shorten([finding.problem for finding in result.findings])
     what = f"{share:.3g} of the chunks (seed {seed})" if share < 1 else "every chunk"
     lines.append(
         f"read {describe_bytes(result.num_bytes)} of {result.num_checked} of {len(manifest.entries)} units: {what}"
@@ -159,9 +155,11 @@ def describe_steps(comparison: Comparison) -> list[str]:
         lines[0] += f", largest difference {max(step.difference for step in steps):.3g}"
     lines.append(f"the encoder's own largest difference between a batch of one and the recorded batch: {own:.3g}")
     lines += [f"not as recorded: {change}" for change in comparison.changes]
-    lines += [
-        f"step {step.step} of {step.unit}, episode {step.episode}, is not what the encoder gives (relative error "
-        f"{step.relative_error:.2g}); were the settings others, or the recording replaced?"
-        for step in comparison.wrong[:NUM_SHOWN]
-    ]
+    lines += shorten(
+        [
+            f"step {step.step} of {step.unit}, episode {step.episode}, is not what the encoder gives (relative error "
+            f"{step.relative_error:.2g}); were the settings others, or the recording replaced?"
+            for step in comparison.wrong
+        ]
+    )
     return lines

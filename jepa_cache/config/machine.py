@@ -14,6 +14,11 @@ def default_num_threads() -> int:
     return max(1, (os.cpu_count() or 1) // 2)
 
 
+def existing_folder(path: Path) -> Path:
+    """`path` or the nearest folder above it that is there: on its disk `path` would be made."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def state_folder() -> Path:
     """Folder of what this machine remembers: $XDG_STATE_HOME/jepa-cache, else ~/.local/state/jepa-cache."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"

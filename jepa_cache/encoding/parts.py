@@ -85,6 +85,18 @@ def used_encoder(config: Config) -> EncoderPreset:
     return replace(config.encoder, weights=config.encode.weights, weights_sha256=None)
 
 
+def check_inputs(config: Config, inputs: Sequence[str]) -> None:
+    """Refuse inputs in place of the presets' lists where there are several presets.
+
+    Raises:
+        ValueError: The data set is a mixture.
+    """
+    if inputs and len(config.members) > 1:
+        raise ValueError(
+            f"{config.dataset.name} is a mixture: its members name their own recordings; leave out {inputs[0]!r}"
+        )
+
+
 def plan_parts(
     config: Config,
     encoder: EncoderPreset,
@@ -109,10 +121,7 @@ def plan_parts(
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
     """
-    if inputs and len(config.members) > 1:
-        raise ValueError(
-            f"{config.dataset.name} is a mixture: its members name their own recordings; leave out {inputs[0]!r}"
-        )
+    check_inputs(config, inputs)
     parts = []
     for preset, weight in config.members:
         for camera in config.encode.cameras or (None,):

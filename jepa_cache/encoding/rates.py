@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jepa_cache.config.machine import state_folder
 from jepa_cache.config.schema import Config
-from jepa_cache.store.digests import state_folder
 
 if TYPE_CHECKING:
     from jepa_cache.encoding.pipeline import Timing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,7 +168,7 @@ def inspect_units(
             rows.add(space.aggregate(result.controls, _anchors(result, step_hz)).actions)
         except ValueError as error:
             reason = f"the action space {space.name} cannot describe it: {error}"
-            report = RecordingReport(**{**vars(report), "suspicions": (*report.suspicions, reason)})
+            report = replace(report, suspicions=(*report.suspicions, reason))
         recordings.append(report)
     reader = str(source.recipe.get("source", type(source).__name__))
     return InspectionReport(name, reader, space.name, step_hz, rows.count, recordings, skipped, rows.columns())

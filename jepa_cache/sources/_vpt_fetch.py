@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from jepa_cache.config.machine import existing_folder
 from jepa_cache.media.download import DownloadError, download_file, probe_url
 from jepa_cache.media.packing import pack_folder
 
@@ -240,8 +241,7 @@ def check_disk(out: Path, needed_bytes: int, max_tar_bytes: int = 1 << 30) -> No
     Raises:
         ValueError: Too little space is free.
     """
-    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = shutil.disk_usage(existing_folder(out)).free
     needed_bytes += min(needed_bytes, max_tar_bytes)
     if needed_bytes > free_bytes:
         raise ValueError(

@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-from jepa_cache.cli.main import COMMANDS, build_app
+from jepa_cache.cli.main import COMMANDS, build_app, main
 
 CACHE_COMMANDS = ("plan", "status", "verify", "repair", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
@@ -71,3 +71,15 @@ def test_a_command_is_registered_alone_and_a_wrong_word_registers_all(name):
 def test_commands_work_from_any_folder_of_the_checkout(checkout, monkeypatch):
     monkeypatch.chdir(checkout.folder / "configs/encoder")
     assert checkout.run("verify").code == 0
+
+
+def test_what_the_machine_refuses_is_one_message_with_what_was_added_to_it(monkeypatch, tmp_path):
+    def fail() -> None:
+        error = PermissionError(f"no writing in {tmp_path}")
+        error.add_note("while packing")
+        raise error
+
+    monkeypatch.setattr("jepa_cache.cli.main.build_app", lambda _: fail)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == f"error: no writing in {tmp_path}\n  while packing"
