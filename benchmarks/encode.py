@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import Config  # noqa: E402
-from jepa_cache.encoding.modes import plan_steps  # noqa: E402
+from jepa_cache.encoding.modes import plan_episode  # noqa: E402
 from jepa_cache.episode import Episode  # noqa: E402
 from jepa_cache.media.packing import pack_folder  # noqa: E402
 from jepa_cache.media.probe import as_file  # noqa: E402
@@ -99,14 +99,8 @@ def read_episodes(source: object, tars: Path) -> list[Episode]:
 def decode(episode: Episode, config: Config, keep: bool) -> list[np.ndarray]:
     """Decode the sampled frames of one recording in batches, by the decoder's own means."""
     encode, batches = config.encode, []
-    plan = plan_steps(
-        len(episode.frame_ticks),
-        episode.fps,
-        fps=encode.fps,
-        mode=encode.mode,
-        frames_per_clip=encode.frames_per_clip,
-        tubelet_size=config.encoder.tubelet_size,
-    )
+    tubelet_size = config.encoder.tubelet_size
+    plan = plan_episode(len(episode.frame_ticks), episode.fps, encode, tubelet_size=tubelet_size, phase=0)
     with open_video(episode.video, encode.decoder, first_frame=episode.first_frame) as video:
         frames = plan.inputs.reshape(-1)
         read = video.read

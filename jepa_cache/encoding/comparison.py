@@ -15,7 +15,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoder.weights import resolve_weights
 from jepa_cache.encoding.filling import describe_machine, load_encoder, resolve_device
 from jepa_cache.encoding.inventory import Inventory, is_unread
-from jepa_cache.encoding.modes import plan_steps
+from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import Part
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
@@ -176,15 +176,8 @@ def _compare_episode(
 ) -> list[StepResult]:
     """Compare steps of one episode, counted from its first; the batches are cut as stage one cuts them."""
     settings = config.encode
-    plan = plan_steps(
-        len(episode.frame_ticks),
-        episode.fps,
-        fps=settings.fps,
-        mode=settings.mode,
-        frames_per_clip=settings.frames_per_clip,
-        tubelet_size=encoder.preset.tubelet_size,
-        phase=item.part.phase,
-    )
+    tubelet_size, phase = encoder.preset.tubelet_size, item.part.phase
+    plan = plan_episode(len(episode.frame_ticks), episode.fps, settings, tubelet_size=tubelet_size, phase=phase)
     per_input = len(plan.anchors) // len(plan.inputs)
     batches: dict[int, list[int]] = {}
     for step in sorted(steps):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.encoding.modes import StepPlan, plan_steps
+from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.encoding.modes import StepPlan, plan_episode
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import Video, open_video
 from jepa_cache.sources import Source, Unit
@@ -66,14 +67,9 @@ class EpisodeStream:
 class DecodeSettings:
     """How recordings become encoder inputs."""
 
-    fps: float
-    mode: str
-    frames_per_clip: int
+    encode: EncodeConfig
     tubelet_size: int
     phase: int
-    batch_size: int
-    decoder: str
-    num_decoders: int
 
 
 class Decoders:
@@ -93,12 +89,12 @@ class Decoders:
     ) -> None:
         self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
         self._items: queue.Queue[EpisodeStream | Skipped | Unusable | UnitEnd | Exception | None] = queue.Queue(
-            settings.num_decoders
+            settings.encode.num_decoders
         )
         self._stop = threading.Event()
 
     def __enter__(self) -> Decoders:
-        self._pool = ThreadPoolExecutor(self._settings.num_decoders, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(self._settings.encode.num_decoders, thread_name_prefix="decode")
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
         return self
@@ -131,12 +127,10 @@ class Decoders:
             return recording
         settings = self._settings
         try:
-            plan = plan_steps(
+            plan = plan_episode(
                 len(recording.frame_ticks),
                 recording.fps,
-                fps=settings.fps,
-                mode=settings.mode,
-                frames_per_clip=settings.frames_per_clip,
+                settings.encode,
                 tubelet_size=settings.tubelet_size,
                 phase=settings.phase,
             )
@@ -147,15 +141,15 @@ class Decoders:
         return stream
 
     def _decode(self, stream: EpisodeStream) -> None:
-        inputs, batch_size = stream.plan.inputs, self._settings.batch_size
+        inputs, encode = stream.plan.inputs, self._settings.encode
         try:
-            video = open_video(stream.episode.video, self._settings.decoder, first_frame=stream.episode.first_frame)
+            video = open_video(stream.episode.video, encode.decoder, first_frame=stream.episode.first_frame)
             try:
                 stream.decoder = video.decoder
-                for start in range(0, len(inputs), batch_size):
+                for start in range(0, len(inputs), encode.batch_size):
                     if self._stop.is_set():
                         return
-                    self._put(stream.batches, self._read_batch(video, inputs[start : start + batch_size]))
+                    self._put(stream.batches, self._read_batch(video, inputs[start : start + encode.batch_size]))
             finally:
                 video.close()
             self._put(stream.batches, None)

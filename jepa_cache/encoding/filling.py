@@ -100,16 +100,7 @@ def fill_part(
         ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
     """
     encode, part = task.encode, task.part
-    settings = DecodeSettings(
-        fps=encode.fps,
-        mode=encode.mode,
-        frames_per_clip=encode.frames_per_clip,
-        tubelet_size=encoder.preset.tubelet_size,
-        phase=part.phase,
-        batch_size=encode.batch_size,
-        decoder=encode.decoder,
-        num_decoders=encode.num_decoders,
-    )
+    settings = DecodeSettings(encode, encoder.preset.tubelet_size, part.phase)
     with Claims(root, part.tokens) as claims:
         timing = encode_units(
             claims.take(part.units),

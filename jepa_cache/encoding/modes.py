@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa_cache.config.schema import EncodeConfig
+
 
 class StepPlan(NamedTuple):
     """The encoder inputs of one episode and the steps that come out of them.
@@ -35,6 +37,19 @@ def sampling_stride(video_fps: float, fps: float) -> int:
     if fps > video_fps * (1 + 1e-6):
         raise ValueError(f"encode.fps {fps:g} is above the video's {video_fps:g} frames per second; lower encode.fps")
     return math.ceil(video_fps / fps - 1e-6)
+
+
+def plan_episode(num_frames: int, video_fps: float, encode: EncodeConfig, *, tubelet_size: int, phase: int) -> StepPlan:
+    """`plan_steps` under the settings of stage one."""
+    return plan_steps(
+        num_frames,
+        video_fps,
+        fps=encode.fps,
+        mode=encode.mode,
+        frames_per_clip=encode.frames_per_clip,
+        tubelet_size=tubelet_size,
+        phase=phase,
+    )
 
 
 def plan_steps(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.inventory import Inventory, is_unread
-from jepa_cache.encoding.modes import plan_steps
+from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import Part
 from jepa_cache.episode import Episode
 from jepa_cache.media.headers import VIDEO_SUFFIXES, iter_tar_videos
@@ -156,15 +156,7 @@ def _measure_unit(part: Part, unit: Unit, encode: EncodeConfig, encoder: Encoder
         num_frames, fps = recording
         amount.num_ticks += num_frames
         try:
-            plan = plan_steps(
-                num_frames,
-                fps,
-                fps=encode.fps,
-                mode=encode.mode,
-                frames_per_clip=encode.frames_per_clip,
-                tubelet_size=encoder.tubelet_size,
-                phase=part.phase,
-            )
+            plan = plan_episode(num_frames, fps, encode, tubelet_size=encoder.tubelet_size, phase=part.phase)
         except ValueError:  # too short or too slow under these settings
             amount.num_unusable += 1
             continue

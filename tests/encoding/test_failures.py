@@ -278,7 +278,8 @@ def test_after_a_failed_write_no_other_call_is_made():
 
 def decoders_of(folder, num_decoders=2):
     units = [Unit(path.name, (path,)) for path in sorted(folder.rglob("*.tar"))]
-    settings = DecodeSettings(20.0, "frame", 16, 2, 0, 1, "pyav", num_decoders)
+    options = {"fps": 20.0, "mode": "frame", "batch_size": 1, "decoder": "pyav", "num_decoders": num_decoders}
+    settings = DecodeSettings(dataclasses.replace(tiny_config().encode, **options), tubelet_size=2, phase=0)
     return Decoders(VptSource(tiny_options()), units, settings, lambda frames: torch.zeros(len(frames), 3, 2, 2))
 
 
