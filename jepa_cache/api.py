@@ -22,16 +22,14 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
-from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.filling import load_encoder, resolve_device
-from jepa_cache.encoding.parts import used_encoder
+from jepa_cache.encoding.parts import open_encoder
 from jepa_cache.encoding.recipes import token_recipe
 from jepa_cache.evaluation.motion import VIEW_SPACES, Motion, build_motion
 from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import as_reps
-from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import recipe_changes
 
 log = logging.getLogger(__name__)
@@ -71,12 +69,9 @@ class Encoder:
         """
         root = find_repository(Path.cwd())
         config = load_config(root, [f"encoder={name}", *overrides])
-        preset, weights = used_encoder(config), None
-        if preset.weights is not None:
-            weights = resolve_weights(preset.weights, base=data_base(root), kind=preset.kind)
+        preset, weights, identity = open_encoder(config, data_base(root))
         if not preset.trained:
             log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
-        identity = weights_identity(preset, weights, digest=DigestTable().digest)
         device = resolve_device(config.encode.device)
         frozen = load_encoder(preset, weights, config.encode, device=device, num_threads=default_num_threads())
         return cls(frozen, config.encode, identity)

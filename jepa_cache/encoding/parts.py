@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
+from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import digest_units, list_units
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Source, Unit, build_source
+from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.usage import WantedPart
 
@@ -83,6 +85,32 @@ def used_encoder(config: Config) -> EncoderPreset:
     if config.encode.weights == config.encoder.weights:
         return config.encoder
     return replace(config.encoder, weights=config.encode.weights, weights_sha256=None)
+
+
+class OpenedEncoder(NamedTuple):
+    """An encoder preset, the local file or folder of its weights (None for seeded ones), and what identifies them."""
+
+    preset: EncoderPreset
+    weights: Path | None
+    identity: str
+
+
+def open_encoder(config: Config, base: Path) -> OpenedEncoder:
+    """The encoder that the settings name, with weights that are on this machine afterwards.
+
+    Args:
+        config: Resolved settings.
+        base: Folder that relative paths are meant from.
+
+    Raises:
+        ValueError: Weights that cannot be had, or are not those of the preset.
+
+    Cost: a download where they are not here, and a digest of a file that is new; minutes for several GB.
+    """
+    preset, weights = used_encoder(config), None
+    if preset.weights is not None:
+        weights = resolve_weights(preset.weights, base=base, kind=preset.kind)
+    return OpenedEncoder(preset, weights, weights_identity(preset, weights, digest=DigestTable().digest))
 
 
 def check_inputs(config: Config, inputs: Sequence[str]) -> None:

@@ -9,15 +9,13 @@ from pathlib import Path
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder, resolve_device
-from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
+from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
 from jepa_cache.encoding.workers import Workers
-from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
@@ -62,10 +60,7 @@ def encode_dataset(
     root.check_writable()
     root.remove_stale_temporaries()
     space = get_action_space(config.encode.action_space)
-    encoder, weights = used_encoder(config), None
-    if encoder.weights is not None:
-        weights = resolve_weights(encoder.weights, base=base, kind=encoder.kind)
-    identity = weights_identity(encoder, weights, digest=DigestTable().digest)
+    encoder, weights, identity = open_encoder(config, base)
 
     parts = on_plan(plan_parts(config, encoder, identity, space, inputs, base))
     tasks = []
