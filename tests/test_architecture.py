@@ -1,9 +1,15 @@
 """Claims: rooms import downwards only; the lower ones need no torch; dvc.yaml knows what each stage imports, and no more.
 
+Every library that is imported is declared in pyproject.toml, and every needed one that is declared is imported.
+
 Everything is read from the syntax tree, so an import inside a function counts too.
 """
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -98,6 +104,26 @@ def test_the_lower_rooms_import_no_torch(room):
     for path in files:
         heavy = {module for module in imported_modules(path) if module.split(".")[0] in ("torch", "accelerate", "peft")}
         assert not heavy, f"{path} imports {heavy}"
+
+
+def distribution_name(text):
+    """Name of a requirement or distribution, in its one spelling."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9_.-]+", text)[0]).lower()
+
+
+def test_libraries_are_declared_as_they_are_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {distribution_name(text) for text in project["dependencies"]}
+    optional = {distribution_name(text) for group in project["optional-dependencies"].values() for text in group}
+    roots = {module.split(".")[0] for path in python_files() for module in imported_modules(path)}
+    roots -= {*sys.stdlib_module_names, "jepa_cache"}
+    providers = packages_distributions()
+    found = {root: {distribution_name(name) for name in providers.get(root, [root])} for root in roots}
+    found["distributed"].add("dask")  # dask[distributed]
+    undeclared = sorted(root for root, names in found.items() if not names & (needed | optional))
+    assert not undeclared, f"imported, but not in pyproject.toml: {undeclared}"
+    unused = needed - set().union(*found.values())
+    assert not unused, f"needed by pyproject.toml, but imported nowhere: {sorted(unused)}"
 
 
 def reachable_files(start):
