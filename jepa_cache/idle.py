@@ -12,6 +12,8 @@ import numpy as np
 JOINT_VELOCITY_CONTROLS = tuple(f"command_joint{joint}_rad_s" for joint in range(1, 8))
 """Columns of an episode's controls that the rule looks at."""
 IDLE_TOLERANCE = 1e-3  # rad/s, change of a commanded joint velocity from one row to the next
+# openpi's numbers: so many idle rows in a row are a rest; so many of what remains are kept, about 1 s at 15 Hz.
+MIN_IDLE_ROWS, MIN_KEPT_ROWS = 7, 16
 # The published list of all 76 k episodes is a few tens of MB; a larger file is none.
 MAX_RANGES_BYTES = 1 << 30
 
@@ -50,15 +52,11 @@ def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
     return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
 
 
-def keep_ranges(
-    idle: np.ndarray, *, min_idle_len: int = 7, min_keep_len: int = 16, cut_end: int = 10
-) -> list[tuple[int, int]]:
-    """What remains of an episode without its rests.
+def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """What remains of an episode without its rests: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
 
     Args:
         idle: [M] bool, as `find_idle_rows` tells.
-        min_idle_len: Runs of at least so many idle rows are rests and go; shorter ones stay.
-        min_keep_len: Of what remains, runs of at least so many rows are kept; 16 rows are about 1 s at 15 Hz.
         cut_end: Rows taken from the end of each kept run, whose chunks of 16 actions would reach into the rest. A world
             model needs no chunk: 0 keeps them.
 
@@ -66,39 +64,31 @@ def keep_ranges(
         Ranges of rows [start, end), ascending; without those that the cut leaves empty.
 
     Raises:
-        ValueError: A length below 1 or a negative cut.
+        ValueError: A negative cut.
 
     Source: openpi, `compute_droid_nonidle_ranges`.
     """
-    if min_idle_len < 1 or min_keep_len < 1 or cut_end < 0:
-        raise ValueError(
-            f"idle runs and kept runs are at least 1 row long and the cut is at least 0; got min_idle_len={min_idle_len}, "
-            f"min_keep_len={min_keep_len}, cut_end={cut_end}"
-        )
+    if cut_end < 0:
+        raise ValueError(f"the cut from the end of kept runs is at least 0 rows; got cut_end={cut_end}")
     kept = np.ones(len(idle), bool)
     for start, end in _find_runs(np.asarray(idle, bool)):
-        if end - start >= min_idle_len:
+        if end - start >= MIN_IDLE_ROWS:
             kept[start:end] = False
-    runs = [(start, end) for start, end in _find_runs(kept) if end - start >= min_keep_len]
+    runs = [(start, end) for start, end in _find_runs(kept) if end - start >= MIN_KEPT_ROWS]
     return [(start, end - cut_end) for start, end in runs if end - cut_end > start]
 
 
-def idle_ranges(
-    joint_velocity_commands: np.ndarray, *, min_idle_len: int = 7, min_keep_len: int = 16, cut_end: int = 10
-) -> list[tuple[int, int]]:
+def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
     """The ranges of rows that openpi keeps of an episode: `keep_ranges` of its `find_idle_rows`.
 
     Args:
         joint_velocity_commands: [M, 7] rad/s, at 15 Hz.
-        min_idle_len: See `keep_ranges`.
-        min_keep_len: See `keep_ranges`.
         cut_end: See `keep_ranges`.
 
     Raises:
         ValueError: As the two of them.
     """
-    idle = find_idle_rows(joint_velocity_commands)
-    return keep_ranges(idle, min_idle_len=min_idle_len, min_keep_len=min_keep_len, cut_end=cut_end)
+    return keep_ranges(find_idle_rows(joint_velocity_commands), cut_end=cut_end)
 
 
 def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:

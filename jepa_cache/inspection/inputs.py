@@ -7,10 +7,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jepa_cache.media.packing import LeftOut, find_episodes
+from jepa_cache.media.packing import SUFFIXES, LeftOut, find_episodes
 from jepa_cache.sources import Source, Unit
-
-PAIR = ("mp4", "jsonl")
 
 
 def iter_units(source: Source, inputs: Sequence[str], base: Path, left_out: list[LeftOut]) -> Iterator[Unit]:
@@ -33,7 +31,7 @@ def iter_units(source: Source, inputs: Sequence[str], base: Path, left_out: list
     for given in inputs:
         if given in packed:
             continue
-        episodes, without_partner = find_episodes(base / Path(given).expanduser(), PAIR)
+        episodes, without_partner = find_episodes(base / Path(given).expanduser(), SUFFIXES)
         left_out += without_partner
         for key, files in episodes.items():
             with tempfile.TemporaryDirectory(prefix="jepa-cache-inspect-") as folder:

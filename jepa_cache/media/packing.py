@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+SUFFIXES = ("mp4", "jsonl")
+"""One file of each makes an episode."""
+
 
 class LeftOut(NamedTuple):
     """A file that was not packed, by its path inside the folder, and why."""
@@ -30,9 +33,7 @@ def pack_folder(
     folder: Path,
     out: Path,
     *,
-    suffixes: Sequence[str] = ("mp4", "jsonl"),
     prefix: str = "shard",
-    max_episodes: int | None = None,
     max_bytes: int = 1 << 30,
     overwrite: bool = False,
 ) -> PackReport:
@@ -44,24 +45,22 @@ def pack_folder(
     Args:
         folder: Where the recordings lie; their folders become part of the episode's key.
         out: The folder for the tars; made if absent.
-        suffixes: One file of each makes an episode.
         prefix: Begins the tars' names.
-        max_episodes: Most episodes in one tar; None: as many as `max_bytes` allows.
         max_bytes: Most bytes of recordings in one tar; a single episode may exceed it. About 1 GB by default: some ten
             5-minute VPT segments, so a crash loses little and a folder of thousands stays a few hundred files.
         overwrite: Delete the tars of an earlier pack of this prefix first.
 
     Raises:
-        ValueError: No complete episode is found, a limit is not positive, or `out` holds an earlier pack.
+        ValueError: No complete episode is found, `max_bytes` is not positive, or `out` holds an earlier pack.
         OSError: A file cannot be read or written; the incomplete tar is removed.
     """
-    if max_bytes <= 0 or (max_episodes is not None and max_episodes <= 0):
-        raise ValueError(f"a tar must hold something; got max_bytes={max_bytes}, max_episodes={max_episodes}")
-    episodes, left_out = find_episodes(folder, suffixes)
+    if max_bytes <= 0:
+        raise ValueError(f"a tar must hold something; got max_bytes={max_bytes}")
+    episodes, left_out = find_episodes(folder, SUFFIXES)
     if not episodes:
         raise ValueError(
             f"no recording to pack in {folder}: an episode is one file each of "
-            f"{', '.join(f'<segment>.{suffix}' for suffix in suffixes)} side by side; {len(left_out)} files lack a partner"
+            f"{', '.join(f'<segment>.{suffix}' for suffix in SUFFIXES)} side by side; {len(left_out)} files lack a partner"
         )
     earlier = sorted(out.glob(f"{prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
     if earlier and not overwrite:
@@ -73,7 +72,7 @@ def pack_folder(
     # Removed before the first new one is written: a crash may leave too few tars, never a mixture of two packs.
     for tar in earlier:
         tar.unlink()
-    groups = _group(episodes, max_episodes, max_bytes)
+    groups = _group(episodes, max_bytes)
     tars = []
     total_bytes = sum(sum(path.stat().st_size for path in files.values()) for files in episodes.values())
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="pack", disable=None) as bar:
@@ -121,12 +120,12 @@ def find_episodes(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, dict
     return episodes, sorted(left_out)
 
 
-def _group(episodes: dict[str, dict[str, Path]], max_episodes: int | None, max_bytes: int) -> list[list[str]]:
+def _group(episodes: dict[str, dict[str, Path]], max_bytes: int) -> list[list[str]]:
     groups: list[list[str]] = []
     used_bytes = 0
     for key, files in episodes.items():
         size_bytes = sum(path.stat().st_size for path in files.values())
-        if not groups or used_bytes + size_bytes > max_bytes or len(groups[-1]) == max_episodes:
+        if not groups or used_bytes + size_bytes > max_bytes:
             groups.append([])
             used_bytes = 0
         groups[-1].append(key)

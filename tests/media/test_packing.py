@@ -45,23 +45,22 @@ def test_what_is_packed_comes_back(folder, tmp_path):
 
 
 def test_the_same_folder_gives_the_same_bytes(folder, tmp_path):
-    first = pack_folder(folder, tmp_path / "one", max_episodes=3).tars
+    first = pack_folder(folder, tmp_path / "one", max_bytes=4500).tars
     for path in folder.rglob("*.mp4"):
         os.utime(path, (1, 1))
-    second = pack_folder(folder, tmp_path / "two", max_episodes=3).tars
+    second = pack_folder(folder, tmp_path / "two", max_bytes=4500).tars
     assert [path.name for path in first] == ["shard-000000.tar", "shard-000001.tar"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-@pytest.mark.parametrize("limit", [{"max_episodes": 2}, {"max_bytes": 2000}, {"max_bytes": 1}])
-def test_tars_keep_their_limits_and_lose_nothing(folder, tmp_path, limit):
-    tars = pack_folder(folder, tmp_path / "out", **limit).tars
+@pytest.mark.parametrize("max_bytes", [2500, 2000, 1])
+def test_tars_keep_their_limit_and_lose_nothing(folder, tmp_path, max_bytes):
+    tars = pack_folder(folder, tmp_path / "out", max_bytes=max_bytes).tars
     assert len(_read_all(tars)) == 4
     for tar in tars:
         samples = list(iter_samples(tar, SUFFIXES))
-        assert len(samples) <= limit.get("max_episodes", 4)
         size_bytes = sum(len(part) for sample in samples for part in sample.members.values())
-        assert size_bytes <= limit.get("max_bytes", 1 << 30) or len(samples) == 1
+        assert size_bytes <= max_bytes or len(samples) == 1
 
 
 def test_files_without_a_partner_are_named(folder, tmp_path):
@@ -92,7 +91,7 @@ def test_an_earlier_pack_is_refused_and_stays(folder, tmp_path):
 
 
 def test_overwriting_leaves_no_tar_of_the_earlier_pack(folder, tmp_path):
-    assert len(pack_folder(folder, tmp_path / "out", max_episodes=1).tars) == 4
+    assert len(pack_folder(folder, tmp_path / "out", max_bytes=1).tars) == 4
     report = pack_folder(folder, tmp_path / "out", overwrite=True)
     assert sorted((tmp_path / "out").iterdir()) == report.tars
     assert len(_read_all(report.tars)) == 4
@@ -110,7 +109,7 @@ def test_a_failure_leaves_whole_tars_only(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TarWriter, "write", fail_on_third)
     with pytest.raises(OSError, match="no space"):
-        pack_folder(folder, tmp_path / "out", max_episodes=2)
+        pack_folder(folder, tmp_path / "out", max_bytes=2500)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shard-000000.tar"]
     assert all(sample.problem is None for sample in _read_all((tmp_path / "out").iterdir()))
 
