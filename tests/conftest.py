@@ -6,6 +6,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on 
 
 import pytest
 
+pytest_plugins = ["tests.store.s3_server"]
+
 
 @pytest.fixture(autouse=True)
 def private_folders(tmp_path_factory, monkeypatch):

@@ -16,20 +16,13 @@ from jepa_cache.encoding import run
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.store.collection import list_root, remove_unneeded
 from jepa_cache.store.manifest import write_manifest
-from jepa_cache.store.mirror import open_mirror
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import WantedPart, announce, settle
 from tests.encoded import make_tiny_tar, tiniest_config
-from tests.store.s3_server import Fault, serve_s3, use_server
+from tests.store.s3_server import Fault
 
 NUM_UNITS = 2
 SPLIT = SplitConfig(val_share=0.0, seed=0)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +31,6 @@ def recordings(tmp_path_factory):
     for seed in range(NUM_UNITS):
         make_tiny_tar(folder, f"unit-{seed}", seed=seed)
     return folder
-
-
-@pytest.fixture
-def machines(server, monkeypatch, tmp_path):
-    """`machines("a")` is the root as machine a sees it."""
-    server.faults.clear()
-    use_server(server, monkeypatch)
-
-    def open_on(name):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return open_mirror(f"s3://bucket/{tmp_path.name}")
-
-    yield open_on
-    assert not server.faults, "the test is not about what it says"
 
 
 def encode(recordings, root):
@@ -96,6 +75,7 @@ def test_a_bucket_gives_what_a_folder_gives_through_dropped_connections(server, 
         Fault("PUT .*/tokens/c/", "refuse", times=2),
         Fault("PUT .*/tokens/.*commit.json", "deaf"),
         Fault("GET .*/actions/c/", "deaf", times=2),
+        Fault("GET .*/tokens/c/", "cut", 10, times=3),
     ]
     manifest, folder = in_a_folder
     assert encode(recordings, machines("a")).manifest.to_bytes() == manifest.to_bytes()

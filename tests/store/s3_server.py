@@ -1,4 +1,7 @@
-"""A real S3 server as a process on loopback (moto's), and a proxy before it that loses requests and answers as told."""
+"""A real S3 server as a process on loopback (moto's), and a proxy before it that loses requests and answers as told.
+
+A plugin of all tests: the fixtures `server`, `proxied` and `machines`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from jepa_cache.store import objects
+from jepa_cache.store.mirror import MirroredRoot, open_mirror
 
 BUCKET = "bucket"
 
@@ -44,6 +49,7 @@ class S3Server:
         self.url = ""  # through the proxy
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self._taking = threading.Lock()
 
     def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """One request, past the proxy."""
@@ -53,14 +59,15 @@ class S3Server:
             return answer.status, answer.read()
 
     def take_fault(self, request: str) -> Fault | None:
-        """The first fault that this request meets; it is used up by one."""
-        for number, fault in enumerate(self.faults):
-            if re.search(fault.pattern, request):
-                if fault.times > 1:
-                    self.faults[number] = fault._replace(times=fault.times - 1)
-                else:
-                    del self.faults[number]
-                return fault
+        """The first fault that this request meets; it is used up by one, also when several requests come at the same time."""
+        with self._taking:
+            for number, fault in enumerate(self.faults):
+                if re.search(fault.pattern, request):
+                    if fault.times > 1:
+                        self.faults[number] = fault._replace(times=fault.times - 1)
+                    else:
+                        del self.faults[number]
+                    return fault
         return None
 
 
@@ -152,8 +159,18 @@ def _proxy(server: S3Server) -> Iterator[None]:
         thread.join()
 
 
-def use_server(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send what follows to the server, through the proxy, with short pauses between repeated requests."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """One server for the tests of a file."""
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def proxied(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server, to which all requests go through the proxy, with short pauses between repeated ones; every fault must be met."""
+    server.faults.clear()
+    server.requests.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -161,3 +178,16 @@ def use_server(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
     monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "backoff": quick})
     monkeypatch.setattr(objects, "PAUSES_S", (0.001,) * 4)
+    yield server
+    assert not server.faults, "the test is not about what it says"
+
+
+@pytest.fixture
+def machines(proxied: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], MirroredRoot]:
+    """`machines("a")` is the root in the bucket as machine a sees it: machines share nothing but the bucket."""
+
+    def open_on(name: str) -> MirroredRoot:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        return open_mirror(f"s3://{BUCKET}/{tmp_path.name}")
+
+    return open_on

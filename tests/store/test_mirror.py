@@ -24,32 +24,12 @@ from jepa_cache.store.reader import ArrayReader, TokenReader, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.verify import check_store, read_store_file
 from jepa_cache.store.writer import TokenWriter, table
-from tests.store.s3_server import Fault, serve_s3, use_server
+from tests.store.s3_server import Fault
 
 N, D, NUM_STEPS = 3, 8, 520
 TOKENS = np.random.default_rng(0).standard_normal((NUM_STEPS, N, D)).astype(np.float16)
 UNIT, RECIPE = "5" * 64, "f" * 32
 CHUNKS = "tokens/c/0/0/0"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve_s3() as server:
-        yield server
-
-
-@pytest.fixture
-def machines(server, monkeypatch, tmp_path):
-    """`machines("a")` is the root as machine a sees it."""
-    server.faults.clear()
-    use_server(server, monkeypatch)
-
-    def open_on(name):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return open_mirror(f"s3://bucket/{tmp_path.name}")
-
-    yield open_on
-    assert not server.faults, "the test is not about what it says"
 
 
 def write_tokens(store, tokens=TOKENS):

@@ -17,22 +17,13 @@ from jepa_cache.store import blocks, commits, objects
 from jepa_cache.store.blocks import BlockCache, RemoteFile
 from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.objects import Bucket, ObjectStoreError, StoredObject
-from tests.store.s3_server import Fault, serve_s3, use_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve_s3() as server:
-        yield server
+from tests.store.s3_server import Fault
 
 
 @pytest.fixture
-def bucket(server, monkeypatch, tmp_path):
-    """A prefix of its own, requested through the proxy."""
-    server.faults.clear()
-    use_server(server, monkeypatch)
-    yield Bucket(f"s3://bucket/{tmp_path.name}")
-    assert not server.faults, "the test is not about what it says"
+def bucket(proxied, tmp_path):
+    """A prefix of its own."""
+    return Bucket(f"s3://bucket/{tmp_path.name}")
 
 
 @pytest.mark.parametrize("kind", ["refuse", "deaf", "cut"])
