@@ -14,6 +14,7 @@ from jepa_cache.inspection.batch import (
     BatchReport,
     ColumnReport,
     Spread,
+    TensorReport,
     WindowReport,
     describe_batch,
     describe_tensor,
@@ -22,6 +23,7 @@ from jepa_cache.inspection.batch import (
 
 if TYPE_CHECKING:
     from jepa_cache.data.cache import CachedDataset
+    from jepa_cache.data.loader import Batch
     from jepa_cache.data.windows import WindowIndex
 
 MAX_STRIPS = 8
@@ -46,7 +48,6 @@ def inspect_batch(overrides: Sequence[str], *, as_json: bool, html: Path | None)
     from jepa_cache.data.splits import TRAIN
     from jepa_cache.data.windows import WindowIndex, WindowSampler
     from jepa_cache.inspection.batch_page import build_batch_page
-    from jepa_cache.predictor.rollout import as_reps
     from jepa_cache.training.feed import mixture_groups
 
     root = find_repository(Path.cwd())
@@ -64,18 +65,6 @@ def inspect_batch(overrides: Sequence[str], *, as_json: bool, html: Path | None)
     runs = [slice(window.start, window.start + index.num_steps) for window in windows]
     raw_actions = np.stack([actions[run][:-1] for (actions, _), run in zip(controls, runs, strict=True)])
     raw_states = np.stack([states[run] for (_, states), run in zip(controls, runs, strict=True)])
-    given = "layer-normed" if settings.normalize_reps else "as float32"
-    tensors = [
-        ("tokens", "B T N D", "encoder output, as stored", batch.tokens),
-        (
-            "h",
-            "B T N D",
-            f"tokens {given}: what the predictor is given and has to predict",
-            as_reps(batch.tokens, settings.normalize_reps),
-        ),
-        ("actions", "B T-1 A", "scaled; row t leads from step t to t+1", batch.actions),
-        ("states", "B T S", "scaled", batch.states),
-    ]
     report = describe_batch(
         {
             "dataset": dataset.manifest.dataset,
@@ -88,10 +77,7 @@ def inspect_batch(overrides: Sequence[str], *, as_json: bool, html: Path | None)
             "seed": settings.seed,
         },
         dataset.space,
-        [
-            describe_tensor(name, axes, meaning, str(tensor.dtype).removeprefix("torch."), list(tensor.numpy()))
-            for name, axes, meaning, tensor in tensors
-        ],
+        _describe_tensors(batch, settings.normalize_reps),
         actions=(batch.actions.numpy(), raw_actions),
         states=(batch.states.numpy(), raw_states),
         windows=_locate(dataset, index, batch.numbers),
@@ -110,6 +96,23 @@ def inspect_batch(overrides: Sequence[str], *, as_json: bool, html: Path | None)
     print_batch(report)
     if html is not None:
         print(f"wrote {html}")
+
+
+def _describe_tensors(batch: Batch, normalize_reps: bool) -> list[TensorReport]:
+    from jepa_cache.predictor.rollout import as_reps
+
+    given = "layer-normed" if normalize_reps else "as float32"
+    meaning = f"tokens {given}: what the predictor is given and has to predict"
+    tensors = (
+        ("tokens", "B T N D", "encoder output, as stored", batch.tokens),
+        ("h", "B T N D", meaning, as_reps(batch.tokens, normalize_reps)),
+        ("actions", "B T-1 A", "scaled; row t leads from step t to t+1", batch.actions),
+        ("states", "B T S", "scaled", batch.states),
+    )
+    return [
+        describe_tensor(name, axes, words, str(tensor.dtype).removeprefix("torch."), list(tensor.numpy()))
+        for name, axes, words, tensor in tensors
+    ]
 
 
 def _locate(dataset: CachedDataset, index: WindowIndex, numbers: np.ndarray) -> list[WindowReport]:

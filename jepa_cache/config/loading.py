@@ -192,7 +192,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from ruamel.yaml import YAML, YAMLError
 
     try:
-        loaded = YAML(typ="safe", pure=True).load(path.read_text())
+        loaded = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"

@@ -271,7 +271,7 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ImageModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

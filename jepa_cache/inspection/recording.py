@@ -82,25 +82,12 @@ def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> Recordin
             frames = _read_frames(video, min(NUM_DECODED, len(episode.frame_ticks)), picture=picture)
     except DecodeError as error:
         suspicions.append(f"its video cannot be decoded: {error}")
-    tick_hz, breach_share, equal_share = _tick_hz(controls), None, None
+    tick_hz, equal_share = _tick_hz(controls), None
     if frames is not None:
         equal_share = _equal_share(episode, frames)
-        if np.mean(frames.deviations < FLAT_DEVIATION) > MAX_FLAT_SHARE:
-            suspicions.append(
-                f"{np.mean(frames.deviations < FLAT_DEVIATION):.0%} of its first frames are flat (black?)"
-            )
-    if equal_share is not None and equal_share > MAX_EQUAL_SHARE:
-        suspicions.append(
-            f"{equal_share:.0%} of the decoded frames equal the one before though something moves: duplicated frames"
-        )
-    if {"mouse_dx", "yaw_deg", "gui"} <= set(controls):
-        law = measure_yaw_law(controls)
-        breach_share = law.num_breaches / law.num_judged if law.num_judged else None
-        if breach_share is not None and breach_share > MAX_YAW_BREACHES:
-            suspicions.append(
-                f"yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} turning steps (first in line "
-                f"{law.line}: dx {law.dx:g}, yaw turns by {law.turned_deg:g} degrees)"
-            )
+        suspicions += _judge_frames(frames, equal_share)
+    breach_share, broken_law = _judge_yaw(controls)
+    suspicions += broken_law
     missing = tuple(name for name, column in controls.items() if _is_absent(column))
     if missing:
         suspicions.append(f"it holds no {', '.join(missing)}")
@@ -163,6 +150,33 @@ def _equal_share(episode: Episode, frames: _Frames) -> float | None:
     if judged.sum() < MIN_JUDGED_FRAMES:
         return None
     return float(np.mean(frames.changes[1:][judged] <= EQUAL_FRAMES))
+
+
+def _judge_frames(frames: _Frames, equal_share: float | None) -> list[str]:
+    suspicions = []
+    flat_share = np.mean(frames.deviations < FLAT_DEVIATION)
+    if flat_share > MAX_FLAT_SHARE:
+        suspicions.append(f"{flat_share:.0%} of its first frames are flat (black?)")
+    if equal_share is not None and equal_share > MAX_EQUAL_SHARE:
+        suspicions.append(
+            f"{equal_share:.0%} of the decoded frames equal the one before though something moves: duplicated frames"
+        )
+    return suspicions
+
+
+def _judge_yaw(controls: Mapping[str, np.ndarray]) -> tuple[float | None, list[str]]:
+    """Share of the turning steps in which yaw does not follow the mouse, None where nothing can be judged; and suspicions."""
+    if not {"mouse_dx", "yaw_deg", "gui"} <= set(controls):
+        return None, []
+    law = measure_yaw_law(controls)
+    share = law.num_breaches / law.num_judged if law.num_judged else None
+    if share is None or share <= MAX_YAW_BREACHES:
+        return share, []
+    words = (
+        f"yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} turning steps (first in line "
+        f"{law.line}: dx {law.dx:g}, yaw turns by {law.turned_deg:g} degrees)"
+    )
+    return share, [words]
 
 
 def _judge_clock(episode: Episode, tick_hz: float | None) -> list[str]:

@@ -76,7 +76,7 @@ def _continue_part(url: str, part: Path) -> None:
     known = _read_note(part, url)
     done = part.stat().st_size if part.exists() and known is not None else 0
     if known is not None and done == known.size_bytes:
-        return _check_part(url, part, known)
+        return _check_part(part, known)
     headers = {}
     if known is not None and known.validator is not None and 0 < done < known.size_bytes:
         headers = {"Range": f"bytes={done}-", "If-Range": known.validator}
@@ -102,7 +102,7 @@ def _continue_part(url: str, part: Path) -> None:
     size_bytes = part.stat().st_size
     if size_bytes < known.size_bytes:
         raise TemporaryError(f"the connection was cut off at byte {size_bytes} of {known.size_bytes}")
-    return _check_part(url, part, known)
+    return _check_part(part, known)
 
 
 def _check_range(part: Path, known: RemoteFile | None, done: int, response: Any) -> RemoteFile:
@@ -117,7 +117,7 @@ def _check_range(part: Path, known: RemoteFile | None, done: int, response: Any)
     return known
 
 
-def _check_part(url: str, part: Path, known: RemoteFile) -> None:
+def _check_part(part: Path, known: RemoteFile) -> None:
     size_bytes = part.stat().st_size
     if size_bytes != known.size_bytes:
         _drop(part)
