@@ -11,7 +11,7 @@ from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import as_reps, read_past, repeat_past
 
 
 class OneStep:
@@ -29,9 +29,7 @@ class OneStep:
         states = on_device.states
         self._subject = subject
         self._newest, self._target, self._state = h[:, -2:-1], h[:, -1], states[:, -2:-1]
-        self._past = None
-        if h.shape[1] > 2:
-            self._past = subject.predictor(h[:, :-2], on_device.actions[:, :-1], states[:, :-2]).past
+        self._past = read_past(subject.predictor, h[:, :-1], on_device.actions[:, :-1], states[:, :-1])
 
     def energies(self, actions: np.ndarray) -> np.ndarray:
         """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
@@ -42,8 +40,7 @@ class OneStep:
     def _pass(self, actions: torch.Tensor) -> torch.Tensor:
         count = len(actions)
         tokens, states = (given.expand(count, *given.shape[1:]) for given in (self._newest, self._state))
-        past = self._past and [tuple(part.expand(count, -1, -1, -1) for part in pair) for pair in self._past]
-        out = self._subject.predictor(tokens, actions, states, None, past, 0)
+        out = self._subject.predictor(tokens, actions, states, None, repeat_past(self._past, count), 0)
         z = as_reps(out.tokens[:, 0], self._subject.normalize_reps)
         return (z - self._target).abs().mean(dim=(1, 2), dtype=torch.float64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from jepa_cache.evaluation.motion import Motion
-from jepa_cache.predictor.model import KeysValues
-from jepa_cache.predictor.rollout import Predictor, as_reps
+from jepa_cache.predictor.rollout import Predictor, as_reps, read_past, repeat_past
 
 Scale = Callable[[np.ndarray], np.ndarray]
 
@@ -209,10 +208,8 @@ class Rollout:
         self._predictor, self._motion, self._normalize_reps = predictor, motion, normalize_reps
         self._scale_actions, self._scale_states = scale_actions, scale_states
         self._newest, self._state = context.tokens[-1:], np.asarray(context.states[-1], np.float64)
-        self._past: Sequence[KeysValues] = ()
-        if len(context.tokens) > 1:
-            before = (context.tokens[None, :-1], self._tensor(scale_actions(context.actions))[None])
-            self._past = predictor(*before, self._tensor(scale_states(context.states[:-1]))[None]).past
+        given = (self._tensor(scale_actions(context.actions)), self._tensor(scale_states(context.states)))
+        self._past = read_past(predictor, context.tokens[None], *(values[None] for values in given))
 
     @torch.no_grad()
     def energies(self, actions: np.ndarray, goal: Tensor, batch_size: int) -> np.ndarray:
@@ -226,7 +223,7 @@ class Rollout:
         num_samples, horizon = actions.shape[:2]
         tokens = self._newest.expand(num_samples, *self._newest.shape)
         states = np.tile(self._state, (num_samples, 1))
-        past = [tuple(part.expand(num_samples, -1, -1, -1) for part in pair) for pair in self._past] or None
+        past = repeat_past(self._past, num_samples)
         for step in range(horizon):
             out = self._predictor(
                 tokens,

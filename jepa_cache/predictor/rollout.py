@@ -79,6 +79,28 @@ def teacher_forcing(
     return as_reps(out.tokens, normalize_reps)
 
 
+def read_past(predictor: Predictor, tokens: Tensor, actions: Tensor, states: Tensor) -> Sequence[KeysValues] | None:
+    """Keys and values of the steps before the last one of a context, for many continuations of it.
+
+    Args:
+        predictor: an `ACPredictor`.
+        tokens: [B, C, N, E] true context, layer-normed where the predictor was trained so.
+        actions: [B, C-1, A] between its steps.
+        states: [B, C, S].
+
+    Returns:
+        One pair a block; None for a context of one step, before which there is nothing.
+    """
+    if tokens.shape[1] == 1:
+        return None
+    return predictor(tokens[:, :-1], actions, states[:, :-1]).past
+
+
+def repeat_past(past: Sequence[KeysValues] | None, count: int) -> Sequence[KeysValues] | None:
+    """The past of one context (B = 1) for `count` continuations of it, without copying."""
+    return past and [(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in past]
+
+
 def open_loop(
     predictor: Predictor,
     tokens: Tensor,
