@@ -3,7 +3,7 @@
     python stages/evaluate.py
 
 Writes outputs/evaluate/report.html, to be opened in a browser, and what it is made of: metrics.json, tables (*.csv)
-and pictures/; docs/honesty_report.md says how to read them.
+and pictures/; summary.json has the few figures that `dvc exp show` lists; docs/honesty_report.md says how to read them.
 """
 
 import sys
@@ -21,13 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_stage_arguments(__doc__, argv)
     config = load_config(ROOT, arguments.overrides)
 
-    from jepa_cache.data.cache import open_dataset
     from jepa_cache.evaluation.report import describe_metrics, evaluate_run
-    from jepa_cache.evaluation.subject import check_settings
+    from jepa_cache.evaluation.subject import open_training
 
-    dataset = open_dataset(config, ROOT)
-    weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/evaluate"
-    check_settings(config, weights)
+    dataset, weights = open_training(config, ROOT)
+    out = ROOT / "outputs/evaluate"
     metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(

@@ -21,13 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_stage_arguments(__doc__, argv)
     config = load_config(ROOT, arguments.overrides)
 
-    from jepa_cache.data.cache import open_dataset
     from jepa_cache.evaluation.planning_report import describe_plans, plan_run
-    from jepa_cache.evaluation.subject import check_settings
+    from jepa_cache.evaluation.subject import open_training
 
-    dataset = open_dataset(config, ROOT)
-    weights, out = ROOT / "outputs/train/run/predictor.safetensors", ROOT / "outputs/plan"
-    check_settings(config, weights)
+    dataset, weights = open_training(config, ROOT)
+    out = ROOT / "outputs/plan"
     metrics = plan_run(config, dataset, weights, out)
     print(describe_plans(metrics))
     print(f"wrote {out.relative_to(ROOT)}/metrics.json, timing.json, plans.csv, plans.png; next: docs/planning.md")

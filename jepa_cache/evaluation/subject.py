@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.cache import CachedDataset, Segment, open_dataset
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.predictor.checkpoints import load_predictor, read_card
@@ -53,6 +53,22 @@ class Subject:
     def held_out_segments(self) -> list[Segment]:
         """Segments of the held-out episodes, cut by the filters."""
         return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
+
+
+def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
+    """The cached features and the weights that a stage which measures a training begins with.
+
+    Args:
+        config: The present settings.
+        root: Of the checkout, below which earlier stages left their outputs.
+
+    Raises:
+        ValueError: As `open_dataset` and `check_settings`.
+    """
+    weights = root / "outputs/train/run/predictor.safetensors"
+    dataset = open_dataset(config, root)
+    check_settings(config, weights)
+    return dataset, weights
 
 
 def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subject:
