@@ -95,7 +95,12 @@ def test_another_action_space_runs_no_encoder_but_trains_anew(workspace):
 
 
 def test_metrics_and_plots_can_be_shown(workspace):
-    assert "teacher_forcing_l1" in workspace.run("dvc", "metrics", "show")
+    shown = json.loads(workspace.run("dvc", "metrics", "show", "--json"))[""]["data"]
+    figures = shown["outputs/evaluate/summary.json"]["data"]
+    metrics = metrics_of(workspace)
+    assert figures["val"] == {name: metrics["val"][name] for name in figures["val"]} and "rollout_l1" in figures["val"]
+    assert figures["verdict"]["actions"] == metrics["verdict"]["actions"]["answer"]
+    assert "outputs/evaluate/metrics.json" not in shown, "hundreds of figures hide those that decide"
     workspace.run("dvc", "plots", "show")
     page = (workspace.root / "dvc_plots/index.html").read_text()
     assert "training loss" in page and "horizon.png" in page

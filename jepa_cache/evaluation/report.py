@@ -23,6 +23,15 @@ from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.predictor.checkpoints import read_card
 
+DECISIVE = {
+    "val": (
+        *("teacher_forcing_l1", "rollout_l1", "ratio_copy_last"),
+        *("gain_copy_last_percent", "gain_regression_percent", "gain_shuffled_actions_percent"),
+    ),
+    "energy": ("mean_rank", "top10_rate"),
+}
+"""Figures of metrics.json that stand in summary.json too, by section; the answers of the verdict join them."""
+
 Measurement = Callable[[Subject, Path], dict[str, Any]]
 """Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
 
@@ -44,7 +53,7 @@ MEASUREMENTS: dict[str, Measurement] = {
 
 
 def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
-    """Measure trained weights on the held-out episodes and write metrics.json, tables, pictures and report.html.
+    """Measure trained weights on the held-out episodes and write metrics.json, summary.json, tables, pictures and report.html.
 
     Args:
         config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
@@ -63,6 +72,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     for name in config.evaluate.measure:
         metrics |= MEASUREMENTS[name](subject, out)
     write_json(metrics, out / "metrics.json")
+    write_json(pick_decisive(metrics), out / "summary.json")
     write_record(errors, subject, weights, out)
     rows, facts = horizon_table(errors, config), describe_windows(subject, errors)
     write_table(rows, out / "horizon.csv")
@@ -74,6 +84,22 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     draw_pictures(errors, subject, rows, out / "pictures")
     write_page(out)
     return metrics
+
+
+def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The few figures by which runs are chosen, under their names in metrics.json: what `dvc metrics show` and `dvc exp show` list.
+
+    What was not measured is left out, so that no experiment shows a figure that it does not have.
+    """
+    chosen: dict[str, Any] = {
+        section: {name: metrics[section][name] for name in names if name in metrics[section]}
+        for section, names in DECISIVE.items()
+        if section in metrics
+    }
+    return chosen | {
+        "num_episodes": metrics["num_episodes"],
+        "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
+    }
 
 
 def clear_folder(out: Path) -> None:
