@@ -66,7 +66,7 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
         )
     free = free_bytes(checkout.root)
     fits = free is None or needed <= free
-    per_input, frames, _ = count_encoder(encoder, encode)
+    cost = count_encoder(encoder, encode)
     rate = find_rate(config)
     given = frames_per_s or (rate.frames_per_s if rate else None)
     runs = compare_runs(
@@ -91,7 +91,10 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
         "dtype": encode.dtype,
         "bytes": _sum_sizes(parts),
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "encoder_flops": {"per_frame": per_input / frames, "to_do": to_do.num_frames / frames * per_input},
+        "encoder_flops": {
+            "per_frame": cost.operations / cost.num_frames,
+            "to_do": to_do.num_frames / cost.num_frames * cost.operations,
+        },
         "rate": {
             "frames_per_s": given,
             "measured": None if frames_per_s or rate is None else rate._asdict(),
@@ -139,8 +142,8 @@ def _describe_runs(runs: BreakEven, predictor: str) -> dict[str, Any]:
         "build_flops": runs.build,
         "online_encoder_flops_per_run": runs.online,
         "predictor_flops_per_run": runs.predictor,
-        "frames": runs.frames,
-        "frames_touched_per_run": runs.touches,
+        "frames": runs.num_frames,
+        "frames_touched_per_run": runs.num_touched,
     }
 
 

@@ -7,6 +7,7 @@ step, D token width, L = N + 2 tokens of a step in the predictor (with its actio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
 
@@ -22,15 +23,15 @@ class BreakEven:
         build: Encoding every frame once.
         online: Encoding the frames of every window of one run.
         predictor: Forward and backward passes of one run.
-        frames: Frames in the data set.
-        touches: Frames that the windows of one run hold, each counted as often as it is used.
+        num_frames: Frames in the data set.
+        num_touched: Frames that the windows of one run hold, each counted as often as it is used.
     """
 
     build: float
     online: float
     predictor: float
-    frames: int
-    touches: int
+    num_frames: int
+    num_touched: int
 
     @property
     def runs(self) -> float | None:
@@ -43,15 +44,23 @@ class BreakEven:
         return (self.online + self.predictor) / self.predictor if self.predictor else None
 
 
-def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> tuple[int, int, int]:
+class InputCost(NamedTuple):
     """Operations of one encoder input, the sampled frames that it takes, and the steps that it gives."""
-    frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
-    steps = max(1, frames // encoder.tubelet_size)
-    tokens, width = steps * encoder.num_tokens, encoder.embed_dim
+
+    operations: int
+    num_frames: int
+    num_steps: int
+
+
+def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> InputCost:
+    """What one encoder input costs under these settings."""
+    num_frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
+    num_steps = max(1, num_frames // encoder.tubelet_size)
+    tokens, width = num_steps * encoder.num_tokens, encoder.embed_dim
     as_image = encode.mode == "frame" and encode.single_frame == "image"
     patch = 3 * (1 if as_image else encoder.tubelet_size) * encoder.patch_size**2
     block = 2 * tokens * (4 * width**2 + 2 * width * encoder.mlp_dim) + 4 * tokens**2 * width
-    return 2 * tokens * patch * width + encoder.depth * block, frames, steps
+    return InputCost(2 * tokens * patch * width + encoder.depth * block, num_frames, num_steps)
 
 
 def count_predictor(
@@ -95,7 +104,7 @@ def compare_runs(
         num_actions: A.
         num_states: S.
     """
-    per_input, frames, steps = count_encoder(encoder, encode)
+    cost = count_encoder(encoder, encode)
     num_windows = train.num_steps * train.batch_size * train.grad_accumulation
     touched_steps = num_windows * train.window_steps
     per_window = count_predictor(
@@ -107,9 +116,9 @@ def compare_runs(
         num_states=num_states,
     )
     return BreakEven(
-        build=num_frames / frames * per_input,
-        online=touched_steps / steps * per_input,
+        build=num_frames / cost.num_frames * cost.operations,
+        online=touched_steps / cost.num_steps * cost.operations,
         predictor=num_windows * per_window,
-        frames=num_frames,
-        touches=touched_steps * frames // steps,
+        num_frames=num_frames,
+        num_touched=touched_steps * cost.num_frames // cost.num_steps,
     )
