@@ -67,6 +67,8 @@ class Encoder:
             ConfigError: Unknown names or settings that do not fit.
             ValueError: Weights that cannot be had, or are not those of the preset.
         """
+        if isinstance(overrides, str):
+            raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd())
         config = load_config(root, [f"encoder={name}", *overrides])
         preset, weights, identity = open_encoder(config, data_base(root))
@@ -104,6 +106,7 @@ class Encoder:
             ValueError: The frames have another form or number.
             TokenOverflowError: Tokens that the stored dtype cannot hold.
         """
+        _check_frames("frames", frames)
         group = self._encode.frames_per_clip if self._encode.mode == "clip" else self.frames_per_step
         if len(frames) == 0 or len(frames) % group:
             raise ValueError(
@@ -139,9 +142,11 @@ class WorldModel:
 
         Raises:
             CheckpointError: The file is missing or damaged, or has no card.
-            ValueError: It was trained on tokens of another encoder or other settings (every difference is named), in clip mode, or by
-                a version that did not write down on which.
+            ValueError: `encoder` is none, or the weights were trained on tokens of another encoder or other settings (every difference is
+                named), in clip mode, or by a version that did not write down on which.
         """
+        if not isinstance(encoder, Encoder):
+            raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')
         predictor, card = load_predictor(Path(weights))
         if RECIPE_FIELD not in card:
             raise ValueError(
@@ -193,12 +198,17 @@ class WorldModel:
         Raises:
             ValueError: Shapes do not fit, unknown settings, or a space that says nothing of where an action leads.
         """
-        if isinstance(settings, str) and settings not in SETTINGS:
-            raise ValueError(f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}")
+        if not isinstance(settings, PlannerSettings) and settings not in list(SETTINGS):
+            raise ValueError(
+                f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}, or give a PlannerSettings of your own"
+            )
         named = SETTINGS[settings] if isinstance(settings, str) else settings
         if motion is None:
             limit = {"max_step_m": MAX_STEP_M[settings]} if isinstance(settings, str) else {}
             motion = build_motion(self.space, **limit)
+        _check_frames("frames", frames)
+        if not isinstance(goal, np.ndarray) or goal.ndim != 3:
+            _check_frames("goal", goal)
         context = self._context(frames, np.asarray(states, np.float64), actions)
         if base_action is None and self.space.name in VIEW_SPACES and len(context.actions):
             base_action = context.actions[-1]
@@ -230,12 +240,17 @@ class WorldModel:
             column = self.space.actions[int(np.argwhere(wrong)[0][-1])]
             raise ValueError(
                 f"{name}: column {column.name} of action space {self.space.name!r} is {column.kind} and holds "
-                f"{'0 or 1' if column.kind != 'continuous' else 'a finite number'}; got {actions[wrong][0]:g}"
+                f"{'0 or 1' if column.kind != 'continuous' else 'a finite number'}; got {actions[wrong][0]:g}. Columns that are not searched "
+                "keep what is given, so give what holds now (0 where nothing is pressed); docs/action_spaces.md names the columns"
             )
 
     def _context(self, frames: np.ndarray, states: np.ndarray, actions: np.ndarray | None) -> Context:
         num_actions, num_states = len(self.space.actions), len(self.space.states)
         num_steps = len(frames) // self._encoder.frames_per_step
+        if num_steps == 0:
+            raise ValueError(
+                f"a plan begins with at least one step, hence {self._encoder.frames_per_step} frames; got {len(frames)}. Give the present frame last"
+            )
         if actions is None:
             if num_steps > 1:
                 raise ValueError(
@@ -255,6 +270,15 @@ class WorldModel:
                 raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
         self._check_switches("actions", actions)
         return Context(as_reps(self._encoder.tokens(frames), self._normalize_reps), actions, states)
+
+
+def _check_frames(name: str, frames: np.ndarray) -> None:
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4:
+        got = list(frames.shape) if isinstance(frames, np.ndarray) else type(frames).__name__
+        raise ValueError(
+            f"{name} must be a numpy array of uint8 RGB frames, [frames, height, width, 3]; got {got}. Of a list take np.stack(...), of a "
+            "torch tensor on any device .cpu().numpy(), of a single frame frame[None]"
+        )
 
 
 def comparable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

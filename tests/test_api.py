@@ -244,10 +244,38 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
             {"actions": np.full((1, 13), 9.0)},
         ),
         "uint8": ((frames[:1].astype(np.float32), states[:1], frames[2]), {}),
+        r"frames must be a numpy array .* got list. Of a list take np.stack": (
+            (list(frames[:1]), states[:1], frames[2]),
+            {},
+        ),
+        r"frames must be .* got Tensor.*\.cpu\(\)\.numpy\(\)": (
+            (torch.from_numpy(frames[:1]), states[:1], frames[2]),
+            {},
+        ),
+        r"frames must be .* got \[\d+, \d+, 3\].* frame\[None\]": ((frames[0], states[:1], frames[2]), {}),
+        "goal must be a numpy array .* got NoneType": ((frames[:1], states[:1], None), {}),
+        "goal must be .* got Tensor": ((frames[:1], states[:1], torch.from_numpy(frames[2])), {}),
+        "begins with at least one step, hence 1 frames; got 0. Give": ((frames[:0], states[:0], frames[2]), {}),
+        "unknown planner settings None.*or give a PlannerSettings": (
+            (frames[:1], states[:1], frames[2]),
+            {"settings": None},
+        ),
+        "base_action: column .* got nan. Columns that are not searched keep what is given": (
+            (frames[:1], states[:1], frames[2]),
+            {"base_action": np.full(13, np.nan)},
+        ),
     }
     for said, (given, options) in refused.items():
         with pytest.raises(ValueError, match=said):
             world.plan(*given, **{"settings": QUICK, **options})
+    with pytest.raises(
+        ValueError, match=r"second argument is an Encoder; got 'tiny'. Load one: Encoder.load\(\"tiny\"\)"
+    ):
+        WorldModel.load(trained.weights, "tiny")
+    with pytest.raises(ValueError, match=r"list of key=value; got 'encode.device=cpu'. Write \['encode.device=cpu'\]"):
+        Encoder.load("tiny", "encode.device=cpu")
+    with pytest.raises(ValueError, match=r"frames must be a numpy array .* got list"):
+        world._encoder.tokens(list(frames[:1]))
     assert set(MAX_STEP_M) == set(SETTINGS)
 
 

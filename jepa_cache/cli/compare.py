@@ -108,7 +108,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
 
 def list_group(document: dict[str, Any]) -> list[str]:
     """A group in words: a table, the settings that differ, and the paired differences."""
-    from jepa_cache.evaluation.comparison import COMPARED, NUM_DIGITS
+    from jepa_cache.evaluation.comparison import COMPARED, NUM_DIGITS, show_setting
 
     rows = [["run", *COMPARED.values(), *(f"gap to {name}" for name in GAPS.values()), "uses its actions", "episodes"]]
     for run in document["runs"]:
@@ -118,7 +118,10 @@ def list_group(document: dict[str, Any]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for name in document["runs"][0]["settings"]:
-        lines.append(f"{name}: " + ", ".join(f"{run['settings'][name]} in {run['run']}" for run in document["runs"]))
+        lines.append(
+            f"{name}: "
+            + ", ".join(f"{show_setting(run['settings'][name])} in {run['run']}" for run in document["runs"])
+        )
     for pair in document["paired"]:
         for column, words in COMPARED.items():
             difference = pair[column]

@@ -106,8 +106,9 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
             episodes=_parse_episodes(episodes or ""),
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{name} is no evaluation of this program ({error!r}); run `python stages/evaluate.py` again"
+            f"{name} is no evaluation of this program ({reason}); run `python stages/evaluate.py` again"
         ) from error
 
 

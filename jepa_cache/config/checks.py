@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from jepa_cache.config.encoder_checks import check_encoder
-from jepa_cache.config.parsing import ConfigError, check_choice, check_positive
+from jepa_cache.config.parsing import ConfigError, check_choice, check_choices, check_positive
 from jepa_cache.config.schema import (
     COMPUTE_DTYPES,
     DECODERS,
@@ -87,8 +89,7 @@ def _check_train(train: TrainConfig) -> None:
     check_choice("train.optimizer", train.optimizer, OPTIMIZERS)
     check_choice("train.metric", train.metric, METRICS)
     check_choice("train.select", train.select, ("last", "best"))
-    for logger in train.loggers:
-        check_choice("train.loggers", logger, LOGGERS)
+    check_choices("train.loggers", train.loggers, LOGGERS)
     for key in ("num_steps", "batch_size", "grad_accumulation", "auto_steps", "loss_exp", "lr"):
         check_positive(f"train.{key}", getattr(train, key))
     for key in ("log_every", "checkpoint_every", "num_loader_threads", "keep_last", "lora_alpha"):
@@ -128,10 +129,8 @@ def check_schedule(train: TrainConfig) -> None:
 
 
 def _check_evaluate(evaluate: EvaluateConfig) -> None:
-    for probe in evaluate.probes:
-        check_choice("evaluate.probes", probe, PROBES)
-    for measurement in evaluate.measure:
-        check_choice("evaluate.measure", measurement, MEASUREMENTS)
+    check_choices("evaluate.probes", evaluate.probes, PROBES)
+    check_choices("evaluate.measure", evaluate.measure, MEASUREMENTS)
     for key in ("horizon", "num_context_steps", "windows_per_episode", "num_bootstrap", "batch_size"):
         check_positive(f"evaluate.{key}", getattr(evaluate, key))
     for key in ("probe_width", "probe_windows", "energy_samples", "energy_windows", "noise_windows"):
@@ -165,6 +164,11 @@ def _check_plan(plan: PlanConfig) -> None:
     if plan.max_rotation_rad < 0 or plan.num_timed < 0:
         raise ConfigError(
             f"plan.max_rotation_rad and plan.num_timed must not be below 0; got {plan.max_rotation_rad} and {plan.num_timed}"
+        )
+    if plan.max_turn_deg > 180 or plan.max_rotation_rad > math.pi:
+        raise ConfigError(
+            "plan.max_turn_deg is at most 180 and plan.max_rotation_rad at most pi (3.14159): half a circle, beyond which a turn is one the "
+            f"other way; got {plan.max_turn_deg} and {plan.max_rotation_rad}"
         )
     if not plan.horizons or min(plan.horizons) < 1 or len(set(plan.horizons)) < len(plan.horizons):
         raise ConfigError(f"plan.horizons is a list of different numbers of steps from 1 on; got {list(plan.horizons)}")

@@ -56,6 +56,14 @@ def check_choice(key: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{key} is {value!r}{nearest(value, known)}")
 
 
+def check_choices(key: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a ConfigError where one of the values is not `known`, or stands there twice."""
+    for value in values:
+        check_choice(key, value, known)
+        if values.count(value) > 1:
+            raise ConfigError(f"{key} names {value!r} {values.count(value)} times; name it once")
+
+
 def check_positive(key: str, value: float) -> None:
     """Raise a ConfigError where `value` is not above 0."""
     if value <= 0:
@@ -92,5 +100,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
     elif isinstance(value, hint):
         return value
+    if hint is float and isinstance(value, float):
+        raise ConfigError(f"{where} must be a finite number; got {value}")
+    if origin is tuple:
+        inner = " and ".join(dict.fromkeys(kind.__name__ for kind in args if kind is not Ellipsis))
+        size = "" if args[-1] is Ellipsis else f"{len(args)} "
+        way_out = f"; write [{value}]" if isinstance(value, args[0]) and args[-1] is Ellipsis else ""
+        raise ConfigError(f"{where} must be a list of {size}{inner}; got {value!r} ({type(value).__name__}){way_out}")
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise ConfigError(f"{where} must be of type {name}; got {value!r} ({type(value).__name__})")

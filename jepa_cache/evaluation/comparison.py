@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,10 +93,17 @@ def why_apart(one: Evaluated, other: Evaluated) -> str:
     kinds = kind_of(one), kind_of(other)
     names = sorted(kinds[0].keys() | kinds[1].keys())
     return "; ".join(
-        f"{name}: {kinds[0].get(name)} in {one.name}, {kinds[1].get(name)} in {other.name}"
+        f"{name}: {show_setting(kinds[0].get(name))} in {one.name}, {show_setting(kinds[1].get(name))} in {other.name}"
         for name in names
         if kinds[0].get(name) != kinds[1].get(name)
     )
+
+
+def show_setting(value: Any) -> str:
+    """A setting on one line as YAML takes it: null, true, [energy, distances], and words without quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(show_setting(item) for item in value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def differing_settings(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:

@@ -64,8 +64,8 @@ def build_motion(
     Args:
         space: The cache's.
         max_step_m: Largest translation of one step along each axis.
-        max_rotation_rad: Largest rotation of one step about each axis; 0 leaves rotations out, as the released planner.
-        max_turn_deg: Largest turn of the view in one step.
+        max_rotation_rad: Largest rotation of one step about each axis, at most pi; 0 leaves rotations out, as the released planner.
+        max_turn_deg: Largest turn of the view in one step, at most 180.
         fixed: Names of columns that stay 0.
 
     Raises:
@@ -73,9 +73,9 @@ def build_motion(
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
-    if not (0 < max_step_m < np.inf and 0 < max_turn_deg < np.inf and 0 <= max_rotation_rad < np.inf):
+    if not (0 < max_step_m < np.inf and 0 < max_turn_deg <= 180 and 0 <= max_rotation_rad <= np.pi):
         raise ValueError(
-            "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0; got "
+            "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0, turns at most half a circle (180, pi); got "
             f"{max_step_m}, {max_turn_deg} and {max_rotation_rad}. Name columns in `fixed` to keep them still"
         )
     names = [column.name for column in space.actions]

@@ -111,7 +111,11 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     def ask(question: str, title: str, gain: Gain | None, better: str, other: str) -> None:
         if gain is None:
-            questions[question] = UNCLEAR, f"{title}: unclear, fewer than two episodes hold a window to measure it on"
+            questions[question] = (
+                UNCLEAR,
+                f"{title}: unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the "
+                "window); raise evaluate.windows_per_episode, or add recordings",
+            )
         else:
             questions[question] = judge(gain, count), f"{title}: {explain(gain, count, better, other)}"
 

@@ -10,6 +10,7 @@ Claims:
 
 import csv
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -173,6 +174,11 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
     (group,) = document["groups"]
     assert [run["settings"] for run in group["runs"]] == [{"train.lr": 1e-3}, {"train.lr": 3e-4}]
     assert f"train.lr: 0.001 in {one}, 0.0003 in {other}" in text
+    settings = {"train__compile": True, "train__loggers": ["dvclive", "wandb"]}
+    _, shown = compare(one, write_run(tmp_path / "more", BASE, **settings))
+    for words in (f"train.compile: null in {one}, true in {tmp_path / 'more'}", "[dvclive, wandb] in"):
+        assert words in shown
+    assert not re.search(r"None|True|'", shown), "settings are shown as YAML has them, not as Python has"
     assert "random weights" not in text
     assert "random weights" in compare(other)[1]
 
@@ -198,7 +204,11 @@ def test_an_empty_cell_is_no_figure_and_a_missing_table_is_said(tmp_path):
 
 def test_what_is_no_evaluation_is_one_message(tmp_path, monkeypatch):
     run = write_run(tmp_path / "one", BASE)
-    for damage, word in (("{", "no evaluation"), ('{"val": {}}', "no evaluation"), ("[]", "no evaluation")):
+    for damage, word in (
+        ("{", "no evaluation"),
+        ('{"val": {}}', "no evaluation of this program (it lacks 'teacher_forcing_l1')"),
+        ("[]", "no evaluation"),
+    ):
         (run / "metrics.json").write_text(damage)
         assert word in compare(run, fails=2)[0]["error"]
     run = write_run(tmp_path / "torn", BASE)

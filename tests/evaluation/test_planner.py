@@ -155,6 +155,8 @@ def test_a_gripper_that_cannot_close_is_refused_and_one_that_closes_too_late_sta
         {"max_step_m": 0.0},
         {"max_step_m": np.nan},
         {"max_turn_deg": -1.0},
+        {"max_turn_deg": 181.0},
+        {"max_rotation_rad": 3.2},
         {"max_rotation_rad": -0.1},
         {"max_step_m": np.inf},
     ],

@@ -87,6 +87,7 @@ def test_the_steps_seen_ahead_end_at_the_first_that_fails(failing, answer, words
 def test_what_was_not_measured_is_unclear():
     verdict = describe_verdict(make_metrics(gains=dict.fromkeys(SHIFTED)))
     assert verdict["timing"]["answer"] == "unclear" and "fewer than two episodes" in verdict["timing"]["words"]
+    assert "raise evaluate.windows_per_episode" in verdict["timing"]["words"]
 
 
 def test_few_episodes_get_no_yes_and_are_said():
