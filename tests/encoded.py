@@ -15,9 +15,11 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset
 from jepa_cache.encoding.parts import Part
 from jepa_cache.encoding.run import EncodeResult, encode_dataset
 from jepa_cache.store import layout
+from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.manifest import Manifest, write_manifest
 from jepa_cache.store.reader import TokenReader
 from jepa_cache.store.root import CacheRoot
@@ -83,6 +85,43 @@ def run_stage_one(folder: Path, root: CacheRoot, config: Config) -> Manifest:
 def all_files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_everything(root: CacheRoot, manifest: Manifest) -> dict[str, object]:
+    """All that stage two and the tools ever read of a manifest, by name and number of the store."""
+    numbers: dict[str, object] = {}
+    dataset = CachedDataset(manifest, root)
+    try:
+        numbers["segments"] = dataset.segments
+        scheme = dataset.scheme
+        groups = (manifest.width // 64,) if scheme.grouped else ()
+        for number, (part, entry) in enumerate(manifest.stores):
+            shape = entry.num_steps, manifest.num_tokens
+            tokens = np.empty((*shape, manifest.width // scheme.codes_per_item), scheme.dtype)
+            dataset.read_tokens(number, 0, tokens)
+            numbers[f"{number} tokens"] = tokens
+            if scheme.max_code is not None:
+                scales = np.empty((*shape, *groups), np.float16 if scheme.grouped else np.float32)
+                dataset.read_token_scales(number, 0, scales)
+                numbers[f"{number} token_scales"] = scales
+                for name, values in zip(("scales", "means"), dataset.channels(number), strict=True):
+                    numbers[f"{number} channel_{name}"] = values
+            numbers[f"{number} actions"], numbers[f"{number} states"] = dataset.controls(number)
+            steps = dataset.steps(number)
+            numbers |= {f"{number} {name}": steps.column(name).to_numpy() for name in steps.column_names}
+            controls = root.controls(part.source_fingerprint, entry.unit_digest)
+            for key, columns in iter_controls(controls):
+                numbers |= {f"{number} {key} {name}": values for name, values in columns.items()}
+    finally:
+        dataset.close()
+    return numbers
+
+
+def same_numbers(one: object, other: object) -> bool:
+    """Equal, NaN to NaN."""
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return one == other
 
 
 def read_video(folder: Path, key: str) -> bytes:

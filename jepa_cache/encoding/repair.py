@@ -98,7 +98,7 @@ def _repair_units(
         if part is None or part.actions != listed.action_fingerprint or part.controls != listed.source_fingerprint:
             raise ValueError(_name_changes(listed, list(parts.values())))
         units = _find_units(part, sorted({finding.unit for finding in of_part}), repair)
-        _remove(root, [finding for finding in of_part if finding.unit in units])
+        _remove(root, listed, [finding for finding in of_part if finding.unit in units])
         missing = [(unit, digest) for digest, unit in units.items() if not root.fetch(root.tokens(part.tokens, digest))]
         if missing:
             task = EncodeTask(config.encode, encoder, weights, replace(part, units=missing), default_num_threads())
@@ -125,10 +125,14 @@ def _find_units(part: Part, digests: Sequence[str], repair: Repair) -> dict[str,
     return found
 
 
-def _remove(root: CacheRoot, findings: Sequence[Finding]) -> None:
-    for kind, place in dict.fromkeys((finding.kind, finding.place) for finding in findings):
-        if kind in ("tokens", "actions", "controls"):
-            root.remove(place)
+def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) -> None:
+    """Remove what is damaged, each under its claim and after another look: its maker may have put it right meanwhile."""
+    entries = {entry.unit_digest: entry for entry in listed.entries}
+    with Audit(root, Scope(read_data=True), lambda _: None) as audit:
+        for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
+            with root.claimed(place):
+                if any(finding.place == place for finding in audit.check(listed, entries[unit])):
+                    root.remove(place)
 
 
 def _compare(

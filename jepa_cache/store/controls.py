@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,11 @@ from jepa_cache.store.verify import check_store, write_store_file
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
-DIGEST_KEY = b"content_sha256"
+PLACE_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that no other unit's file is taken for it
+SHA256_KEY = b"file_sha256"  # of the whole file with these 64 digits as 0: of Parquet's own checksums none covers names
+# How the thrift of a Parquet file's footer holds a text of 64 letters under that key.
+SHA256_ENTRY = re.compile(SHA256_KEY + rb"\x18\x40([0-9a-f]{64})")
+OLD_DIGEST_KEY = b"content_sha256"  # of the values alone, in files that were written before
 CONTROLS_WAY_OUT = (
     "run `jepa-cache repair`, which reads the controls from the recordings again (or delete it and run "
     "`python stages/encode.py`)"
@@ -34,7 +39,6 @@ class ControlsWriter:
     def __init__(self, final: Path) -> None:
         self._final = final
         self._writer: pq.ParquetWriter | None = None
-        self._hasher = hashlib.sha256()
 
     def __enter__(self) -> ControlsWriter:
         remove_stale_temporaries(self._final.parent)
@@ -56,7 +60,6 @@ class ControlsWriter:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table, row_group_size=max(1, num_ticks))
-        _add_to_digest(self._hasher, episode, controls)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -65,8 +68,9 @@ class ControlsWriter:
             if self._writer is None and kind is None:
                 self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
             if self._writer is not None:
-                self._writer.add_key_value_metadata({DIGEST_KEY: self._hasher.hexdigest()})
+                self._writer.add_key_value_metadata({PLACE_KEY: _place(self._final), SHA256_KEY: "0" * 64})
                 self._writer.close()
+                _seal(self._path)
         except BaseException:
             self._file.__exit__(*sys.exc_info())
             raise
@@ -77,23 +81,33 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
 
     Raises:
-        StoreDamagedError: When the file cannot be read, or, at the end, when its content has changed.
+        StoreDamagedError: When the file cannot be read, is another unit's, or a byte of it has changed; of a file that was written
+            before these were noted only at the end, and when a value has changed.
     """
     hasher = hashlib.sha256()
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        raw = path.read_bytes()
+        sealed = _check_seal(path, raw)
+        with pq.ParquetFile(pa.BufferReader(raw), page_checksum_verification=True) as file:
+            notes = file.metadata.metadata or {}
+            if sealed and notes.get(PLACE_KEY, b"").decode() != _place(path):
+                raise StoreDamagedError(
+                    f"{path} holds the controls of {notes.get(PLACE_KEY, b'').decode()!r}, not its own; {CONTROLS_WAY_OUT}"
+                )
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
                 episode = table.column(EPISODE_COLUMN)[0].as_py()
                 names = [name for name in table.column_names if name != EPISODE_COLUMN]
                 controls = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}
-                _add_to_digest(hasher, episode, controls)
+                if not sealed:
+                    _add_to_digest(hasher, episode, controls)
                 yield episode, controls
-            written = (file.metadata.metadata or {}).get(DIGEST_KEY, b"").decode()
+    except StoreDamagedError:
+        raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last two: a damaged name of a column
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {CONTROLS_WAY_OUT}") from error
-    if written != hasher.hexdigest():
-        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {CONTROLS_WAY_OUT}")
+    if not sealed and notes.get(OLD_DIGEST_KEY, b"").decode() != hasher.hexdigest():
+        raise _changed(path)
 
 
 def is_readable(path: Path) -> bool:
@@ -110,6 +124,41 @@ def is_readable(path: Path) -> bool:
         print(f"damaged, reading the controls from the recordings again: {error}")
         return False
     return True
+
+
+def _place(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _seal(path: Path) -> None:
+    """Put the sha256 of a finished file into it, in place of the zeros that it was computed with."""
+    raw = path.read_bytes()
+    start = list(SHA256_ENTRY.finditer(raw))[-1].start(1)
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(hashlib.sha256(raw).hexdigest().encode())
+
+
+def _check_seal(path: Path, raw: bytes) -> bool:
+    """Whether a file's bytes are what its own sha256 says; False for a file without one.
+
+    Raises:
+        StoreDamagedError: They are not.
+    """
+    found = list(SHA256_ENTRY.finditer(raw))
+    if not found:
+        return False
+    start, stop = found[-1].span(1)
+    hasher = hashlib.sha256(memoryview(raw)[:start])
+    hasher.update(b"0" * (stop - start))
+    hasher.update(memoryview(raw)[stop:])
+    if hasher.hexdigest().encode() != raw[start:stop]:
+        raise _changed(path)
+    return True
+
+
+def _changed(path: Path) -> StoreDamagedError:
+    return StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {CONTROLS_WAY_OUT}")
 
 
 def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,9 @@
-"""Reads runs of steps from the arrays of a store into given buffers, by the shard index, with `os.preadv`.
+"""Reads runs of steps from the arrays of a store into given buffers, by the shard index.
 
-About as quick as a raw memory map, where zarr-python reaches a fifth of it (docs/benchmarks.md). The order of chunks in a
-shard is never assumed: the index is read. Chunks that lie back to back are read by one call, their checksums going to a
-buffer beside the steps.
+The first time that any of a chunk is read it is checked: its crc32c must be the one beside it and the one that store.json lists.
+Large windows that are in memory are copied out of the mapped file, as quick as any raw memory map; all else is read by
+`os.preadv`, which can say what the disk could not give (docs/benchmarks.md). The order of chunks in a shard is never assumed: the
+index is read. Chunks that lie back to back are read by one call, their checksums going to a buffer beside the steps.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from jepa_cache.store.shards import (
 from jepa_cache.store.verify import check_content, read_store_file
 
 CRC_PIECE_BYTES = 1 << 20  # a checksum holds the interpreter, so other threads get their turn in between
+MAPPED_BYTES = 128 << 10  # a smaller window is read by the time it is known whether it is in memory
 
 _UNREAD = bytearray(CRC_BYTES)  # where checksums go that were checked before; never looked at
 _scratch = threading.local()
@@ -60,10 +62,15 @@ class ArrayReader:
             use_kept: Of a store in a bucket, read what is kept on this machine; False asks the bucket.
 
         Raises:
-            StoreDamagedError: When the metadata is missing or another format's.
+            StoreDamagedError: When the metadata is missing, not as it was written, or another format's.
         """
         self.store, self.name, self._use_kept = store, name, use_kept
-        array = read_array_layout(store, name)
+        stated = read_store_file(store)
+        record = stated.files.get(f"{name}/zarr.json")
+        if record is None:
+            raise StoreDamagedError(f"{store / layout.STORE_FILE} does not list {name}/zarr.json; {WAY_OUT}")
+        array = read_array_layout(store, name, record.sha256)
+        self._listed = stated.crc32c.get(name)  # None of stores that were made before these were listed
         self.shape, self.dtype = array.shape, array.dtype
         self._chunk_steps, self._shard_chunks, self._chunk_bytes = array[2:]
         self._shard_steps = self._chunk_steps * self._shard_chunks
@@ -130,15 +137,18 @@ class ArrayReader:
         inner, skipped = divmod(row, chunk_steps)
         last, base = (row + count - 1) // chunk_steps, number * self._shard_chunks
         if last < shard.num_in_order and self._checked.find(0, base + inner, base + last + 1) < 0:
-            pieces, wanted = [target], count * step_bytes
+            begin, wanted = inner * self._stored_bytes + skipped * step_bytes, count * step_bytes
+            pieces, num_bytes = [target], wanted + (last - inner) * CRC_BYTES
             if last > inner:
                 filled, chunk_bytes = (chunk_steps - skipped) * step_bytes, self._chunk_bytes
                 pieces = [target[:filled]]
-                for begin in range(filled, wanted, chunk_bytes):
-                    pieces += (_UNREAD, target[begin : begin + chunk_bytes])
-                wanted += (last - inner) * CRC_BYTES
+                for done in range(filled, wanted, chunk_bytes):
+                    pieces += (_UNREAD, target[done : done + chunk_bytes])
             try:
-                if shard.readv(pieces, inner * self._stored_bytes + skipped * step_bytes) == wanted:
+                if wanted > MAPPED_BYTES and shard.is_in_memory(begin, num_bytes):
+                    shard.copy(pieces, begin)
+                    return
+                if shard.readv(pieces, begin) == num_bytes:
                     return
             except OSError:
                 pass  # chunk by chunk, which names the one that cannot be read
@@ -166,8 +176,18 @@ class ArrayReader:
                 value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
         if value != int.from_bytes(parts[3], "little"):
             raise self._damaged(chunk, "its checksum does not match")
+        if self._listed is not None and parts[3].hex() != self._listed_checksum(chunk):
+            raise self._damaged(
+                chunk, "it is another chunk than was written: its checksum is not the one in store.json"
+            )
         if isinstance(self._checked, bytearray):
             self._checked[chunk] = 1
+
+    def _listed_checksum(self, chunk: int) -> str:
+        """The crc32c that store.json lists of a chunk: its bytes as hexadecimal digits; "" where it lists too few."""
+        number, inner = divmod(chunk, self._shard_chunks)
+        listed = self._listed or []
+        return listed[number][8 * inner : 8 * inner + 8] if number < len(listed) else ""
 
     def _fill(self, shard: OpenShard, chunk: int, pieces: list[memoryview], begin: int) -> None:
         """Fill the pieces one after the other with the bytes of a chunk's file from `begin` on."""

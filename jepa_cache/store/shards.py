@@ -7,8 +7,10 @@ A shard without compressor is its chunks, each followed by its crc32c, with an i
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -25,8 +27,10 @@ CRC_BYTES = 4
 ENTRY_BYTES = 16  # of a chunk in the index
 MISSING = np.iinfo(np.uint64).max  # offset and length of a chunk that was never written
 DTYPES = ("uint8", "int8", "uint16", "float16", "float32")
-# Half of what a process may usually open. Beyond it a shard costs opening and reading its index (1 KB) again.
-MAX_OPEN_SHARDS = 512
+# Two descriptors each, of the 1024 that a process may usually have. Beyond it a shard costs opening and reading its index again.
+MAX_OPEN_SHARDS = 384
+
+_BYTE = bytearray(1)  # never looked at
 
 
 class ArrayLayout(NamedTuple):
@@ -47,19 +51,27 @@ class ArrayLayout(NamedTuple):
     chunk_bytes: int
 
 
-def read_array_layout(store: Path, name: str) -> ArrayLayout:
+def read_array_layout(store: Path, name: str, sha256: str | None = None) -> ArrayLayout:
     """Read the metadata of an array that is cut along its first axis only.
 
+    Args:
+        store: Folder of the store.
+        name: Of the array in it.
+        sha256: That of the metadata when it was written; None where nothing says.
+
     Raises:
-        StoreDamagedError: When it is missing, or not in this program's format.
+        StoreDamagedError: When it is missing, has changed, or is not in this program's format.
     """
     path = store / name / "zarr.json"
     try:
-        metadata = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        metadata = json.loads(raw)
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
     except ValueError as error:
         raise StoreDamagedError(f"{path} is no valid JSON; {WAY_OUT}") from error
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {WAY_OUT}")
     try:
         shape, rest = tuple(metadata["shape"]), tuple(metadata["shape"][1:])
         shard_shape = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
@@ -112,7 +124,7 @@ class OpenShard:
         num_in_order: So many chunks from the first on lie back to back from the beginning of the file.
     """
 
-    __slots__ = ("_descriptor", "index", "num_in_order", "readv")
+    __slots__ = ("_descriptor", "_mapped", "index", "num_in_order", "readv")
 
     def __init__(self, path: Path, num_chunks: int, stored_bytes: int, *, use_kept: bool = True) -> None:
         """Open the file and read its index.
@@ -127,6 +139,7 @@ class OpenShard:
             StoreDamagedError: When it is missing, or its index is damaged.
         """
         self._descriptor = -1
+        self._mapped: np.ndarray | None = None
         self.readv: Callable[[Sequence[memoryview], int], int]
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,10 +166,54 @@ class OpenShard:
         in_order = (offsets == expected) & (lengths == stored_bytes)
         self.index: list[list[int]] = index.tolist()
         self.num_in_order = num_chunks if in_order.all() else int(in_order.argmin())
+        if self._descriptor >= 0:
+            self._mapped = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
+
+    def is_in_memory(self, begin: int, num_bytes: int) -> bool:
+        """Whether the ends of these bytes can be had without waiting for the disk.
+
+        Never of a store in a bucket, nor where the file has been cut. The map is for what is in memory only: a page that the disk cannot
+        give would end the process, where `readv` raises.
+        """
+        if self._mapped is None:
+            return False
+        try:
+            return all(os.preadv(self._descriptor, [_BYTE], at, os.RWF_NOWAIT) for at in (begin, begin + num_bytes - 1))
+        except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be told here, or there is no such flag
+            return False
+
+    def copy(self, pieces: Sequence[memoryview | bytearray], begin: int) -> None:
+        """Fill buffers one after the other as `readv` does, out of memory; only where `is_in_memory` said so."""
+        assert self._mapped is not None
+        for piece in pieces:
+            np.copyto(np.frombuffer(piece, np.uint8), self._mapped[begin : begin + len(piece)])
+            begin += len(piece)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit `os` may be gone already
         if self._descriptor >= 0:
             close(self._descriptor)
+
+
+def list_checksums(store: Path, name: str) -> list[str]:
+    """What store.json lists of an array: of each shard the crc32c of its chunks, 8 hexadecimal digits each, in their order.
+
+    Raises:
+        StoreDamagedError: When a shard or a chunk is missing.
+    """
+    array = read_array_layout(store, name)
+    listed, left = [], -(-array.shape[0] // array.chunk_steps)
+    while left > 0:
+        path = array_shard_path(store, name, len(listed), len(array.shape))
+        shard = OpenShard(path, array.shard_chunks, array.chunk_bytes + CRC_BYTES)
+        text = b""
+        for offset, _ in shard.index[:left]:
+            stored = memoryview(bytearray(CRC_BYTES))
+            if offset == MISSING or read_all(shard.readv, [stored], offset + array.chunk_bytes) != CRC_BYTES:
+                raise StoreDamagedError(f"a chunk of {path} is missing; {WAY_OUT}")
+            text += stored
+        listed.append(text.hex())
+        left -= array.shard_chunks
+    return listed
 
 
 def read_all(readv: Callable[[Sequence[memoryview], int], int], pieces: Sequence[memoryview], begin: int) -> int:

@@ -22,6 +22,7 @@ GROUP_BYTES, ARRAY_BYTES = (
 )  # zarr.json of the group, and of each array; each array's also stands in the group's
 STORE_FILE_BYTES = 1900  # store.json with its recipe
 LISTED_FILE_BYTES = 135  # in store.json, for each file
+LISTED_CHUNK_BYTES, LISTED_SHARD_BYTES, LISTED_ARRAY_BYTES = 8, 10, 22  # there too, for their checksums
 STEPS_FILE_BYTES, STEP_ROW_BYTES = 1970, 12.8
 SEGMENTS_FILE_BYTES, SEGMENT_ROW_BYTES = 1700, 56.0
 ACTIONS_STORE_BYTES, ACTION_COLUMN_BYTES = 4350, 110
@@ -60,7 +61,10 @@ def measure_tokens(dtype: str, num_steps: int, num_segments: int, num_tokens: in
     num_shards = sum(array.num_files for array in arrays)
     tables = STEPS_FILE_BYTES + STEP_ROW_BYTES * num_steps + SEGMENTS_FILE_BYTES + SEGMENT_ROW_BYTES * num_segments
     metadata = GROUP_BYTES + 2 * ARRAY_BYTES * len(arrays) + STORE_FILE_BYTES
-    metadata += LISTED_FILE_BYTES * (num_shards + 3 + len(arrays))
+    metadata += LISTED_FILE_BYTES * (num_shards + 3 + len(arrays)) + LISTED_ARRAY_BYTES * (len(arrays) + 1)
+    metadata += LISTED_SHARD_BYTES * num_shards + LISTED_CHUNK_BYTES * -(-num_steps // CHUNK_STEPS) * min(
+        len(arrays), 2
+    )
     num_bytes = sum(array.num_bytes for array in arrays) + round(tables + metadata)
     return Size(num_bytes, num_shards + 4 + len(arrays))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +33,15 @@ class StoreFile(NamedTuple):
         digest: Covers card and files.
         provenance: How it was made.
         files: Every other file by its path in the store.
+        crc32c: Of each sharded array the checksums of its chunks: a text for each shard, 8 hexadecimal digits a chunk. So a chunk is
+            known to be this store's own without reading all of its file. Empty in stores that were made before it was listed.
     """
 
     card: dict[str, Any]
     digest: str
     provenance: dict[str, Any]
     files: dict[str, FileRecord]
+    crc32c: dict[str, list[str]]
 
     @property
     def num_bytes(self) -> int:
@@ -45,14 +49,28 @@ class StoreFile(NamedTuple):
         return sum(file.num_bytes for file in self.files.values())
 
 
-def write_store_file(folder: Path, card: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Write store.json of a finished store that is not published yet: every file with its size and sha256."""
+def write_store_file(
+    folder: Path,
+    card: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    crc32c: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write store.json of a finished store that is not published yet: every file with its size and sha256.
+
+    Args:
+        folder: The store.
+        card: Describes the content; part of the store's digest.
+        provenance: How it was made; recorded, not part of the digest.
+        crc32c: Checksums of the chunks of its sharded arrays, as `shards.list_checksums` gives them; None where it has none.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = {
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
     }
     content = {"format_version": layout.FORMAT_VERSION, "card": dict(card), "files": listing}
     document = {"content": content, "provenance": dict(provenance)}
+    if crc32c is not None:
+        document["crc32c"] = {name: list(texts) for name, texts in crc32c.items()}
     (folder / layout.STORE_FILE).write_bytes(canonical_json({**document, SELF_DIGEST: _digest(document)}))
 
 
@@ -81,6 +99,7 @@ def read_store_file(store: Path) -> StoreFile:
             digest=_digest_text(raw) or _digest(content),
             provenance=dict(document["provenance"]),
             files={name: FileRecord(**entry) for name, entry in content["files"].items()},
+            crc32c=dict(document.get("crc32c", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreDamagedError(f"{store / layout.STORE_FILE} is damaged ({error!r}); {WAY_OUT}") from error
@@ -103,8 +122,9 @@ def _is_as_written(raw: bytes, document: Mapping[str, Any]) -> bool:
     """Whether store.json is what its own sha256, its last entry, says; stores made before there was one have none."""
     if document.keys() == {"content", "provenance"}:
         return True
-    written, end = document.get(SELF_DIGEST), raw.rfind(b',\n  "%s": ' % SELF_DIGEST.encode())
-    return written == hashlib.sha256(raw[:end] + b"\n}\n").hexdigest()
+    end = raw.rfind(b',\n  "%s": ' % SELF_DIGEST.encode())
+    digest = hashlib.sha256(raw[:end] + b"\n}\n").hexdigest()
+    return raw[end:] == b',\n  "%s": "%s"\n}\n' % (SELF_DIGEST.encode(), digest.encode())
 
 
 def _digest_text(raw: bytes) -> str | None:
@@ -112,11 +132,10 @@ def _digest_text(raw: bytes) -> str | None:
 
     In the canonical spelling the content stands in store.json as it would stand alone, but for two spaces before every line.
     """
-    head, tail = b'{\n  "content": ', b',\n  "provenance": '
-    end = raw.find(tail)
-    if not raw.startswith(head) or end < 0:
+    head, tail = b'{\n  "content": ', re.search(rb',\n  "(crc32c|provenance)": ', raw)
+    if not raw.startswith(head) or tail is None:
         return None
-    return hashlib.sha256(raw[len(head) : end].replace(b"\n  ", b"\n") + b"\n").hexdigest()
+    return hashlib.sha256(raw[len(head) : tail.start()].replace(b"\n  ", b"\n") + b"\n").hexdigest()
 
 
 def check_store(store: Path, *, read_data: bool = False) -> StoreFile:

@@ -21,6 +21,7 @@ from jepa_cache.store import layout
 from jepa_cache.store.quantisation import check_width, decode, encode, get_scheme, is_finite, measure_channels
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import publish_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.store.shards import list_checksums
 from jepa_cache.store.staging import Staging
 from jepa_cache.store.verify import write_store_file
 
@@ -153,7 +154,8 @@ class TokenWriter:
             "steps_digest": digest_steps(steps, segments),
             "reconstruction": describe_errors(self._errors) if len(self._errors) == num_steps else None,
         }
-        write_store_file(self._folder, counted, provenance)
+        checksums = {name: list_checksums(self._folder, name) for name in list_arrays(self._folder)}
+        write_store_file(self._folder, counted, provenance, checksums)
         check_arrays(self._folder)
         return publish_folder(self._folder, self.final)
 
@@ -213,6 +215,11 @@ def describe_errors(errors: Sequence[np.ndarray]) -> dict[str, float]:
     return {"max_abs": float(f"{largest:.3g}"), "relative_rmse": float(f"{relative:.3g}")}
 
 
+def list_arrays(store: Path) -> list[str]:
+    """Names of the arrays of a store."""
+    return sorted(path.parent.name for path in store.glob("*/zarr.json"))
+
+
 def check_arrays(store: Path) -> None:
     """Read every chunk of every array of a store back and check its crc32c.
 
@@ -221,8 +228,8 @@ def check_arrays(store: Path) -> None:
     """
     from jepa_cache.store.reader import ArrayReader
 
-    for metadata in sorted(store.glob("*/zarr.json")):
-        with ArrayReader(store, metadata.parent.name) as reader:
+    for name in list_arrays(store):
+        with ArrayReader(store, name) as reader:
             for chunk in range(reader.num_chunks):
                 reader.check_chunk(chunk)
 

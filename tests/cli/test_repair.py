@@ -4,6 +4,8 @@ What cannot be made again is said loudly and left as it is; what comes out with 
 """
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -140,3 +142,30 @@ def test_a_unit_of_which_every_recording_was_skipped_is_repaired(fresh):
     (fresh.tokens(number) / "steps.parquet").unlink()
     result = fresh.run("repair", fresh.recordings, "encode.max_skipped_share=0.5")
     assert result.code == 0 and fresh.files() == before
+
+
+@pytest.mark.parametrize("kind", ["tokens", "actions", "controls"])
+def test_what_another_process_has_made_again_meanwhile_is_left_alone(checkout, watched, monkeypatch, kind):
+    """The other one holds the claim while damage is looked for, and has put the store right when it lets go."""
+    from jepa_cache.encoding import repair
+
+    place, before = getattr(checkout, kind)(1), checkout.files()
+    damaged = place if place.is_file() else place / "store.json"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9])
+    found, other = threading.Event(), checkout.root.claim(place)
+    assert other is not None
+    real = repair._find_units
+    monkeypatch.setattr(repair, "_find_units", lambda *given: found.set() or real(*given))
+
+    def put_right():
+        assert found.wait(60)
+        damaged.write_bytes(content)
+        other.release()
+
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(put_right)
+        inode = place.stat().st_ino
+        assert checkout.run("repair", "--fresh", checkout.recordings).code == 0
+        work.result()
+    assert place.stat().st_ino == inode and checkout.files() == before and watched == []

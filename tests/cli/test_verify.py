@@ -114,8 +114,7 @@ def test_a_root_without_its_copy_of_the_manifest_is_found(checkout):
     assert result.code == 1 and [finding["kind"] for finding in result.document["findings"]] == ["manifest"]
 
 
-def test_a_changed_shard_with_right_checksums_is_found_by_reading_whole_files_alone(checkout):
-    """Bytes between chunks belong to none of them; here the last chunk's unused steps, with its checksum made anew."""
+def test_a_chunk_that_was_changed_together_with_its_checksum_is_found(checkout):
     import google_crc32c
 
     path = checkout.tokens(0) / "tokens/c/0/0/0"
@@ -124,9 +123,46 @@ def test_a_changed_shard_with_right_checksums_is_found_by_reading_whole_files_al
     content[:chunk] = bytes(chunk)
     content[chunk : chunk + 4] = google_crc32c.value(bytes(chunk)).to_bytes(4, "little")
     path.write_bytes(content)
+    result = checkout.run("verify")
+    assert result.code == 1 and "chunk 0" in result.out and "not the one in store.json" in result.out
+
+
+def test_a_shard_whose_chunks_are_whole_but_lie_elsewhere_is_found_by_reading_whole_files_alone(checkout):
+    """Two chunks change places, in the index too: every number reads as it was written."""
+    import google_crc32c
+
+    path, size = checkout.tokens(0) / "tokens/c/0/0/0", 8 * 16 * 64 * 2 + 4
+    content = bytearray(path.read_bytes())
+    content[: 2 * size] = content[size : 2 * size] + content[:size]
+    start = len(content) - 4 - 64 * 16
+    content[start : start + 8], content[start + 16 : start + 24] = (
+        content[start + 16 : start + 24],
+        content[start : start + 8],
+    )
+    content[-4:] = google_crc32c.value(bytes(content[start:-4])).to_bytes(4, "little")
+    path.write_bytes(content)
     assert checkout.run("verify").code == 0
     result = checkout.run("verify", "--read-data")
     assert result.code == 1 and "sha256 differs" in result.out
+
+
+@pytest.mark.parametrize("kind", ["tokens", "actions", "controls"])
+def test_the_files_of_another_unit_are_found(checkout, kind):
+    ours, theirs = getattr(checkout, kind)(0), getattr(checkout, kind)(1)
+    pairs = (
+        [(ours, theirs)]
+        if ours.is_file()
+        else [(file, theirs / file.relative_to(ours)) for file in sorted(ours.rglob("*")) if file.is_file()]
+    )
+    for file, other in pairs:
+        content = file.read_bytes()
+        if other.read_bytes() == content:
+            continue
+        file.write_bytes(other.read_bytes())
+        result = checkout.run("verify", "--fresh")
+        assert result.code == 1 and ours.stem in result.out, file
+        file.write_bytes(content)
+    assert checkout.run("verify", "--fresh").code == 0
 
 
 def test_a_subset_reads_so_much_and_says_so_and_tables_are_always_read(checkout):

@@ -96,16 +96,25 @@ def read_tokens(store):
     return formula(to_codes(dtype, stored), scales, *channels)
 
 
-def read_controls_digest(path):
-    """(digest that the file states, digest of its content)."""
-    file, hasher = pq.ParquetFile(path), hashlib.sha256()
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group)
-        episode = table.column("episode")[0].as_py()
-        for name in sorted(set(table.column_names) - {"episode"}):
-            values = np.ascontiguousarray(table.column(name).to_numpy(zero_copy_only=False))
-            hasher.update(f"{episode} {name} {values.dtype.str} {len(values)}\n".encode() + values.tobytes())
-    return file.metadata.metadata[b"content_sha256"].decode(), hasher.hexdigest()
+def read_controls_seal(path):
+    """(place that the file states, digest that it states, digest of its bytes)."""
+    notes, raw = pq.ParquetFile(path).metadata.metadata, path.read_bytes()
+    stated = notes[b"file_sha256"]
+    assert raw.count(stated) == 1
+    return notes[b"place"].decode(), stated.decode(), hashlib.sha256(raw.replace(stated, b"0" * 64)).hexdigest()
+
+
+def check_listed_checksums(store):
+    """Compare the checksums at the end of all chunks with those that store.json lists."""
+    for name, shards in json.loads((store / "store.json").read_text())["crc32c"].items():
+        meta = json.loads((store / name / "zarr.json").read_text())
+        num_chunks = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
+        num_chunks //= meta["codecs"][0]["configuration"]["chunk_shape"][0]
+        for number, listed in enumerate(shards):
+            content = store.joinpath(name, "c", str(number), *["0"] * (len(meta["shape"]) - 1)).read_bytes()
+            for chunk in range(len(listed) // 8):
+                offset, length = struct.unpack_from("<QQ", content, len(content) - 4 - 16 * (num_chunks - chunk))
+                assert content[offset + length - 4 : offset + length].hex() == listed[8 * chunk : 8 * chunk + 8]
 
 
 def read_training_set(root: Path, manifest_path: Path):
@@ -117,6 +126,7 @@ def read_training_set(root: Path, manifest_path: Path):
             store = root / "tokens" / part["fingerprint"] / unit
             actions = root / "actions" / part["action_fingerprint"] / unit
             assert read_store_digest(store)[1] == entry["tokens_digest"]
+            check_listed_checksums(store)
             assert read_store_digest(actions)[1] == entry["actions_digest"]
             yield (
                 read_tokens(store),

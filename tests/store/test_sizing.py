@@ -1,4 +1,4 @@
-"""Claims of store/sizing.py: stores take the bytes and files that were foretold, at real widths to a thousandth."""
+"""Claims of store/sizing.py: stores take the bytes and files that were foretold, at real widths to a thousandth, at small ones to a fiftieth."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,11 @@ def _write(path, dtype, num_steps, num_tokens, width):
             shape = (min(64, num_steps - start), num_tokens, width)
             tokens = rng.standard_normal(shape).astype(np.float16)
             writer.append(tokens.view(np.uint16) & 0x3FFF if get_scheme(dtype).given == "uint16" else tokens)
-        columns = {field.name: np.arange(num_steps) for field in layout.STEPS_SCHEMA}
-        columns["gui"] = np.zeros(num_steps, bool)
+        columns = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA} | {
+            "gui": np.zeros(num_steps, bool)
+        }
+        columns["frame"] = columns["tick"] = 4 * np.arange(num_steps)
+        columns["idle"] = rng.integers(0, 5, num_steps) / 4
         columns["luma_mean"] = columns["luma_std"] = rng.random(num_steps)
         segments = {"segment": [0], "episode": ["e"], "start": [0], "stop": [num_steps], "step_hz": [5.0]}
         writer.publish(
@@ -36,6 +39,13 @@ def test_a_store_of_vit_l_tokens_takes_what_was_foretold(tmp_path, dtype):
     num_bytes, num_files = _write(tmp_path / "store.zarr", dtype, 21, 256, 1024)
     planned = measure_tokens(dtype, 21, 1, 256, 1024)
     assert planned.num_bytes == pytest.approx(num_bytes, rel=1e-3) and planned.num_files == num_files
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
+def test_a_store_of_small_tokens_takes_what_was_foretold(tmp_path, dtype):
+    """Here what is listed of the chunks counts."""
+    num_bytes, _ = _write(tmp_path / "store.zarr", dtype, 1500, 16, 64)
+    assert measure_tokens(dtype, 1500, 1, 16, 64).num_bytes == pytest.approx(num_bytes, rel=2e-2)
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 9, 511, 512, 513, 1025])

@@ -121,11 +121,11 @@ def test_fingerprints_in_paths_are_hashes_of_the_recipes(cache):
     assert part.fingerprint == fingerprint(part.recipe) and part.action_fingerprint == fingerprint(part.action_recipe)
 
 
-def test_the_digest_of_controls_is_made_as_the_document_says(tmp_path):
+def test_the_seal_of_controls_is_made_as_the_document_says(tmp_path):
     rng = np.random.default_rng(0)
-    with ControlsWriter(tmp_path / "c.parquet") as writer:
+    with ControlsWriter(tmp_path / "source/c.parquet") as writer:
         for episode, ticks in (("z", 5), ("a", 3)):
             writer.append(episode, {"yaw": rng.standard_normal(ticks), "on": np.ones(ticks, bool), "slot": np.arange(ticks, dtype=np.int8)})  # fmt: skip
-    stated, computed = plain_reader.read_controls_digest(tmp_path / "c.parquet")
-    assert stated == computed
-    assert pq.ParquetFile(tmp_path / "c.parquet").num_row_groups == 2
+    place, stated, computed = plain_reader.read_controls_seal(tmp_path / "source/c.parquet")
+    assert place == "source/c" and stated == computed
+    assert pq.ParquetFile(tmp_path / "source/c.parquet").num_row_groups == 2

@@ -192,6 +192,15 @@ def test_a_changed_or_missing_small_file_is_named(tmp_path, name):
         check_store(tmp_path / "b.zarr", read_data=True)
 
 
+@pytest.mark.parametrize("end", [b"", b"\n\n", b" "])
+def test_not_even_the_last_newline_of_store_json_may_change(tmp_path, end):
+    write_store(tmp_path / "a.zarr", make_tokens(10))
+    path = tmp_path / "a.zarr/store.json"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n") + end)
+    with pytest.raises(StoreDamagedError, match=r"store\.json has changed"):
+        check_store(tmp_path / "a.zarr")
+
+
 def test_a_shard_that_is_cut_short_or_gone_is_named(tmp_path):
     write_store(tmp_path / "a.zarr", make_tokens(600))
     os.truncate(layout.shard_path(tmp_path / "a.zarr", 1), 100)
