@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +25,7 @@ from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.manifest import Manifest, write_manifest
 from jepa_cache.store.reader import TokenReader
+from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import announce, in_use, settle
 from tests.makers import make_vpt_pair, write_vpt_tar
@@ -115,6 +119,12 @@ def read_everything(root: CacheRoot, manifest: Manifest) -> dict[str, object]:
     finally:
         dataset.close()
     return numbers
+
+
+def write_store_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a store.json that says something else than it did, with the sha256 of what it says now."""
+    content = canonical_json({key: value for key, value in document.items() if key != "sha256"})
+    path.write_bytes(canonical_json({**json.loads(content), "sha256": hashlib.sha256(content).hexdigest()}))
 
 
 def same_numbers(one: object, other: object) -> bool:

@@ -13,7 +13,7 @@ from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
-from jepa_cache.store.recipe import canonical_json
+from jepa_cache.store.recipe import canonical_json, file_digest
 from jepa_cache.store.records import open_remote
 from jepa_cache.store.root import (
     CacheRoot,
@@ -101,7 +101,7 @@ def export_manifest(
             _note_store(export, out, final, found)
         controls = target.controls(part.source_fingerprint, unit)
         _copy_controls(root, root.controls(part.source_fingerprint, unit), controls)
-        export.sums[str(controls.relative_to(out))] = _digest(controls)
+        export.sums[str(controls.relative_to(out))] = file_digest(controls)
         export.num_bytes += controls.stat().st_size
     listed = target.manifest(manifest.digest)
     documents = {
@@ -243,11 +243,13 @@ def _copy_controls(root: CacheRoot, source: Path, final: Path) -> None:
     if not root.fetch(source):
         raise StoreDamagedError(f"{source} is missing; {WAY_OUT}")
     remove_stale_temporaries(final.parent)
+    for _ in iter_controls(source):  # carries a checksum of its own
+        pass
     with atomic_file(final) as path:
         path.unlink()
-        _copy(source, path, lambda _: None)
-        for _ in iter_controls(path):  # its content carries a checksum of its own
-            pass
+        digest = _copy(source, path, lambda _: None)
+        if file_digest(path) != digest:
+            raise OSError(f"{final} was not written as {source} was read (sha256 differs); try again, or another disk")
 
 
 def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> str:
@@ -278,14 +280,10 @@ def _iter_blocks(path: Path) -> Iterator[bytes]:
 def _note_store(export: Export, out: Path, final: Path, found: StoreFile) -> None:
     name = final.relative_to(out)
     export.sums |= {str(name / file): record.sha256 for file, record in found.files.items()}
-    export.sums[str(name / STORE_FILE)] = _digest(final / STORE_FILE)
+    export.sums[str(name / STORE_FILE)] = file_digest(final / STORE_FILE)
     export.num_bytes += found.num_bytes + (final / STORE_FILE).stat().st_size
     if found.provenance and found.provenance not in export.made_with:
         export.made_with.append(found.provenance)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

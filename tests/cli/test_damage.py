@@ -17,7 +17,7 @@ NUM_TRIALS = int(os.environ.get("CAMPAIGN_TRIALS", "4"))
 SEED = int(os.environ.get("CAMPAIGN_SEED", "0"))
 FILES = {
     "token chunks": "tokens/*/*.zarr/tokens/c/*/0/0",
-    "token scales": "tokens/*/*.zarr/token_scales/c/*/0*",
+    "token scales": "tokens/*/*.zarr/token_scales/c/**/*",
     "channels": "tokens/*/*.zarr/channel_*/c/*",
     "actions": "actions/*/*.zarr/actions/c/*/*",
     "states": "actions/*/*.zarr/states/c/*/*",

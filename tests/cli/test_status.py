@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from jepa_cache.encoding import inventory
-from jepa_cache.store.recipe import canonical_json
+from tests.encoded import write_store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -64,8 +64,7 @@ def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkou
     shutil.copytree(old, new)
     document = json.loads((new / "store.json").read_bytes())
     document["content"]["card"]["recipe"] = first["recipe"]
-    del document["sha256"]  # of what it was
-    (new / "store.json").write_bytes(canonical_json(document))
+    write_store_json(new / "store.json", document)
     weights.write_bytes(b"another")
     (part,) = _status(checkout).document["parts"]
     (change,) = next(why["changes"] for why in part["why"] if why["fingerprint"] == first["fingerprint"])
@@ -149,8 +148,7 @@ def test_another_library_version_is_shown_and_no_reason(checkout):
         path = checkout.tokens(number) / "store.json"
         document = json.loads(path.read_bytes())
         document["provenance"]["versions"]["av"] = "1.2.3"
-        del document["sha256"]  # of what it was
-        path.write_bytes(canonical_json(document))
+        write_store_json(path, document)
     result = _status(checkout)
     (part,) = result.document["parts"]
     assert result.code == 0 and part["made_with"]["av"] == {"1.2.3": 3}
@@ -163,8 +161,7 @@ def test_a_store_that_was_made_again_with_other_bytes_is_told(checkout):
     path = checkout.tokens() / "store.json"
     document = json.loads(path.read_bytes())
     document["content"]["card"]["notes"] = ["another"]
-    del document["sha256"]  # of what it was
-    path.write_bytes(canonical_json(document))
+    write_store_json(path, document)
     assert "1 stores were made again since" in _status(checkout).document["manifest"]["reason"]
 
 
