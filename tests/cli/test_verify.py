@@ -6,13 +6,14 @@ forgets; steps that are encoded again are bit-equal, and stores of other pixels 
 
 import json
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 from jepa_cache.store import rounds
 from jepa_cache.store.recipe import canonical_json
-from tests.encoded import make_tars
+from tests.encoded import make_tars, write_store_json
 
 CLASSES = {
     "token data": ("tokens", "tokens/c/0/0/0", 100),
@@ -143,6 +144,20 @@ def test_a_shard_whose_chunks_are_whole_but_lie_elsewhere_is_found_by_reading_wh
     path.write_bytes(content)
     assert checkout.run("verify").code == 0
     result = checkout.run("verify", "--read-data")
+    assert result.code == 1 and "sha256 differs" in result.out
+
+
+def test_another_units_shard_is_found_in_a_store_that_does_not_list_its_checksums(checkout):
+    """As stores were made by earlier states of this program."""
+    shards = [checkout.tokens(number) / "tokens/c/0/0/0" for number in range(3)]
+    ours, theirs = next(pair for pair in combinations(shards, 2) if len({it.stat().st_size for it in pair}) == 1)
+    path = ours.parents[4] / "store.json"
+    document = json.loads(path.read_bytes())
+    del document["crc32c"]
+    write_store_json(path, document)
+    assert checkout.run("verify").code == 0
+    shutil.copy(theirs, ours)
+    result = checkout.run("verify")
     assert result.code == 1 and "sha256 differs" in result.out
 
 
