@@ -28,7 +28,8 @@ demo: install
 test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Every fault at every change to the disk, every bit flipped, long random histories: hours.
+# Every fault at every change to the disk, every bit flipped, long random histories, real commands killed at random moments: hours.
+# Of the kills: CAMPAIGN_TRIALS of each kind (12), drawn from CAMPAIGN_SEED (0), as in `make test-long CAMPAIGN_SEED=1`.
 test-long: install
 	$(BIN)/python -m pytest tests -m long --numprocesses 2
 

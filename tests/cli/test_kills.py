@@ -1,7 +1,8 @@
 """Claims: real commands that are really killed (kill -9 at random moments), or that race each other, lose nothing.
 
 After any number of killed encodes, clean-ups, repairs and exports the next one finishes with the bytes of an undisturbed root; no
-temporary file and no lock of a dead process stays, and `verify` finds nothing. Encoders side by side make every unit once.
+temporary file and no lock of a dead process stays, and `verify` finds nothing. Encoders side by side make every unit once. An export
+beside an encode or a clean-up is whole, or says why it is not and leaves nothing that could be taken for one.
 """
 
 import os
@@ -276,6 +277,48 @@ def test_a_clean_up_beside_running_encodes_takes_nothing_away(place, checkouts, 
         place.check(root, place.roots[recipe], recipe, checkout)
     print(f"refused: {refused}")
     assert refused["gc"]
+
+
+def test_an_export_beside_an_encode_or_a_clean_up_is_whole_or_refused(place, checkouts, rng, tmp_path):
+    place.run(tmp_path / "own", "encode")  # the manifest of the checkout
+    place.run(tmp_path / "own", "export", "cache", tmp_path / "whole")
+    expected, ends = all_files(tmp_path / "whole"), {}
+    for trial in range(2 * TRIALS):
+        root, out = tmp_path / f"{trial}", tmp_path / f"out-{trial}"
+        shutil.copytree(place.base / "whole-0/float16", root)
+        kind = ("gc", "mend", "add")[trial % 3]
+        shutil.rmtree(checkouts[0] / "outputs", ignore_errors=True)
+        shutil.copytree(place.checkout / "outputs", checkouts[0] / "outputs")
+        if kind == "gc":  # which may take all of it, as no manifest of the root lists it
+            shutil.rmtree(root / "manifests")
+        elif kind == "mend":
+            damage(root, rng, ("tokens", "actions"))
+        mend = ["repair", place.checkout / "recordings", "--fresh", "--read-data"]
+        other = {"gc": ["gc", "--delete"], "mend": mend, "add": ["encode", *RECIPES["int8"]]}[kind]
+        longest_s = 0.15 if kind == "gc" else place.seconds["float16"]  # the other one takes
+        export = place.start(root, "export", "cache", out) if kind == "gc" and rng.random() < 0.5 else None
+        if export is not None:
+            wait_until(rng.uniform(0, longest_s), export)
+        running = place.start(root, *other, checkout=checkouts[0])
+        if export is None:
+            wait_until(rng.uniform(0, longest_s), running)
+            export = place.start(root, "export", "cache", out)
+        code, other_code = export.wait(), running.wait()
+        ends[kind, code, other_code] = ends.get((kind, code, other_code), 0) + 1
+        assert "Traceback" not in export.text + running.text, export.text + running.text
+        assert other_code == 0 or (kind == "gc" and "in use" in running.text), running.text
+        if code == 0:
+            assert all_files(out) == expected
+        else:
+            assert not (out / "manifests").exists(), export.text
+            assert kind != "add" and (kind == "mend" or not out.exists()), export.text
+        place.run(root, *(mend if kind == "mend" else ["encode"]))
+        place.run(root, "export", "cache", out)
+        assert all_files(out) == expected and not list(out.rglob(".tmp-*"))
+        assert place.roots["float16"].items() <= files_of(root).items()
+        place.run(root, "verify", "--fresh", "--read-data")
+    print(f"export: {ends}")
+    assert TRIALS < 12 or {0} < {code for kind, code, _ in ends if kind == "gc"}, "it was never refused"
 
 
 def test_encodes_repairs_and_exports_side_by_side_leave_a_whole_root(place, checkouts, rng, tmp_path):
