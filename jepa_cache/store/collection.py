@@ -103,7 +103,6 @@ def list_root(root: CacheRoot) -> Contents:
                     contents.unknown.append(path)
         elif entry.name not in (LOCK_FILE, *CARD_FILES):
             contents.unknown.append(entry)
-    contents.temporaries.extend((Path(name), num_bytes) for name, num_bytes in root.find_abandoned().items())
     return contents
 
 

@@ -36,8 +36,6 @@ def try_claim(path: Path) -> Claim | None:
 
 def is_claimed(path: Path) -> bool:
     """Whether a living process holds the file `path`."""
-    if not path.exists():
-        return False
     descriptor = lock_file(path)
     if descriptor is None:
         return path.exists()

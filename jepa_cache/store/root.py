@@ -128,8 +128,7 @@ class CacheRoot:
     def remove_stale_temporaries(self) -> None:
         """Remove what dead writers left anywhere below the root; living ones hold a lock on theirs. Cost: lists every folder."""
         for folder in (self.path, *self.path.glob("*"), *self.path.glob("*/*")):
-            if folder.suffix not in (".zarr", ".parquet", ".json"):
-                remove_stale_temporaries(folder)
+            remove_stale_temporaries(folder)
 
 
 @contextmanager
@@ -200,7 +199,8 @@ def publish_folder(temporary: Path, final: Path) -> bool:
 
 def remove_stale_temporaries(folder: Path) -> None:
     """Remove what writers left behind when they were killed; living writers hold a lock on theirs."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*") if folder.is_dir() else ():
+    # Sorted: a folder comes before its lock, by which it is removed in the same look.
+    for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")) if folder.is_dir() else ():
         if path.is_dir():
             if not _lock_of(path).exists():  # a store that was being removed
                 _remove_tree(path)

@@ -9,8 +9,16 @@ import shutil
 import pytest
 
 from jepa_cache.store.manifest import read_manifest, write_manifest
-from jepa_cache.store.root import temporary_folder
-from jepa_cache.store.usage import announce, in_use, list_unfinished, settle
+from jepa_cache.store.root import CacheRoot, temporary_folder
+from jepa_cache.store.usage import (
+    RootInUseError,
+    announce,
+    held_alone,
+    in_use,
+    list_unfinished,
+    settle,
+    unfinished_path,
+)
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -88,6 +96,18 @@ def test_a_manifest_that_cannot_be_read_stops_the_clean_up_until_it_is_forgotten
     assert not store.exists() and not bad.exists()
 
 
+def test_a_manifest_is_forgotten_alone_and_only_by_a_beginning_that_fits_no_other(checkout):
+    store = _orphan(checkout)
+    bad = [checkout.root.manifest("f" * 31 + last) for last in "01"]
+    for path in bad:
+        path.write_text('{"manifest_version": 99}')
+    several = checkout.run("gc", "--delete", "--forget", "f" * 31)
+    assert several.code == 2 and "fits 2" in several.err
+    refused = checkout.run("gc", "--delete", "--forget", bad[0].stem)
+    assert refused.code == 1 and f"the manifest {bad[1].stem} needs is not known" in refused.err
+    assert store.is_dir() and all(path.exists() for path in bad)
+
+
 def test_a_running_encode_stops_the_clean_up_and_changes_nothing(checkout):
     store = _orphan(checkout)
     with in_use(checkout.root):
@@ -118,11 +138,40 @@ def test_temporaries_of_living_writers_stay_and_those_of_dead_ones_go(checkout):
     assert [entry["num_bytes"] for entry in result["temporaries"]] == [5]
 
 
+def test_uploads_that_were_never_finished_are_counted_once_and_removed_on_request_alone(checkout, monkeypatch):
+    removed = []
+    monkeypatch.setattr(CacheRoot, "find_abandoned", lambda _: {"tokens/f/u.zarr.attempt-1": 7})
+    monkeypatch.setattr(CacheRoot, "remove_abandoned", lambda _, name: removed.append(name))
+    for options in ((), ("--delete",)):
+        assert removed == []
+        document = checkout.run("gc", *options, "--json").document
+        assert document["temporaries"] == [{"path": "tokens/f/u.zarr.attempt-1", "num_bytes": 7}]
+        assert document["num_bytes"] == 7
+    assert removed == ["tokens/f/u.zarr.attempt-1"]
+
+
 def test_files_of_others_are_named_and_left(checkout):
-    stray = checkout.root.path / "tokens" / "notes.txt"
-    stray.write_text("mine")
+    places = ("manifests/notes.txt", f"tokens/{'0' * 32}/file.zarr", "tokens/notes.txt", "work/notes.txt")
+    for name in places:
+        (checkout.root.path / name).parent.mkdir(exist_ok=True)
+        (checkout.root.path / name).write_text("mine")
+    folder = checkout.root.path / "controls" / ("0" * 32) / "folder.parquet"
+    folder.mkdir(parents=True)
     result = checkout.run("gc", "--delete", "--json")
-    assert result.document["unknown"] == [str(stray)] and stray.read_text() == "mine"
+    named = {str(checkout.root.path / name) for name in (*places[:3], "work")} | {str(folder)}
+    assert set(result.document["unknown"]) == named and folder.is_dir()
+    assert all((checkout.root.path / name).read_text() == "mine" for name in places)
+    assert all(f"left alone, not of this program: {path}" in checkout.run("gc").out for path in named)
+
+
+def test_files_that_vanish_while_they_are_looked_at_are_no_error(checkout):
+    """Their names are listed and lead to nothing, as those of an encode that ends just now."""
+    store = _orphan(checkout)
+    (checkout.root.path / "unfinished").mkdir(exist_ok=True)
+    for name in (store / "gone", checkout.root.path / "unfinished/gone.json"):
+        name.symlink_to(checkout.folder / "nowhere")
+    (entry,) = checkout.run("gc", "--json").document["unneeded"]
+    assert entry["num_bytes"] == _bytes(checkout.tokens())
 
 
 def test_what_an_interrupted_encode_has_made_is_kept_until_its_manifest_is_there(checkout, monkeypatch):
@@ -163,6 +212,40 @@ def test_an_abandoned_encode_can_be_forgotten(checkout):
     assert not store.exists() and list_unfinished(checkout.root) == []
 
 
+def test_a_record_that_cannot_be_read_stops_everything(checkout):
+    store = _orphan(checkout)
+    path = checkout.root.path / "unfinished" / f"{'0' * 32}.json"
+    path.parent.mkdir(exist_ok=True)
+    for content in ("{", "[]", '{"dataset": "vpt"}', '{"dataset": "vpt", "parts": [{"units": []}]}'):
+        path.write_text(content)
+        result = checkout.run("gc", "--delete")
+        assert result.code == 2 and f"{path} cannot be read" in result.err and store.is_dir()
+
+
+def test_nothing_is_announced_where_all_is_there_and_no_dead_announcement_stays(checkout):
+    from jepa_cache.store.usage import WantedPart
+
+    part = checkout.manifest.parts[0]
+    wanted = WantedPart(
+        part.fingerprint,
+        part.action_fingerprint,
+        part.source_fingerprint,
+        tuple(entry.unit_digest for entry in part.entries),
+    )
+    dead = checkout.root.path / "unfinished" / ".tmp-0123456789ab-dead.json"
+    dead.parent.mkdir(exist_ok=True)
+    announce(checkout.root, "vpt", [wanted])
+    assert list_unfinished(checkout.root) == []
+    dead.write_text("{")
+    more = wanted._replace(units=(*wanted.units, "9" * 64))
+    announce(checkout.root, "vpt", [more])
+    (record,) = list_unfinished(checkout.root)
+    assert not dead.exists()
+    written = unfinished_path(checkout.root, record.digest).stat()
+    announce(checkout.root, "vpt", [more])
+    assert unfinished_path(checkout.root, record.digest).stat() == written, "the same bytes are not written again"
+
+
 def test_a_record_is_settled_by_a_manifest_that_lists_all_of_it_and_by_no_other(checkout):
     from dataclasses import replace
 
@@ -196,6 +279,22 @@ def test_a_dead_holder_leaves_no_lock(checkout):
     assert checkout.run("gc", "--delete").code == 0
 
 
+def test_another_user_s_lock_holds_as_well(checkout, monkeypatch):
+    real = os.open
+
+    def refuse_writing(name, flags, *arguments, **options):
+        if flags & os.O_RDWR and str(name).endswith("in-use.lock"):
+            raise PermissionError
+        return real(name, flags, *arguments, **options)
+
+    with in_use(checkout.root):
+        monkeypatch.setattr(os, "open", refuse_writing)
+        with pytest.raises(RootInUseError), held_alone(checkout.root):
+            pass
+    with held_alone(checkout.root):
+        pass
+
+
 def test_manifests_of_two_data_sets_are_told_apart_by_what_they_need_alone(checkout):
     from dataclasses import replace
 
@@ -208,6 +307,12 @@ def test_manifests_of_two_data_sets_are_told_apart_by_what_they_need_alone(check
     whole = listings[manifest.digest]
     assert whole["only_bytes"] == whole["num_bytes"] - listings[smaller.digest]["num_bytes"]
     assert read_manifest(checkout.root.manifest(smaller.digest)) == smaller
+    result = checkout.run("gc", "--forget", smaller.digest, "--json")
+    listings = {entry["digest"]: entry for entry in result.document["listings"]}
+    assert listings[manifest.digest]["only_bytes"] == whole["num_bytes"] == result.document["kept_bytes"]
+    shutil.rmtree(checkout.tokens())
+    listings = checkout.run("gc", "--json").document["listings"]
+    assert [entry["num_missing"] for entry in listings] == [1, 1]
 
 
 def test_a_damaged_manifest_in_the_checkout_stops_nothing(checkout):

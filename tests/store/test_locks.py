@@ -94,6 +94,14 @@ def test_who_waits_gets_the_file_when_it_is_let_go(tmp_path):
     assert order == ["let go", "got it"] and not path.exists()
 
 
+def test_a_claim_s_file_is_gone_before_its_lock_so_that_no_other_s_is_removed(tmp_path, monkeypatch):
+    path, real, seen = tmp_path / "claim", os.close, []
+    claim = try_claim(path)
+    monkeypatch.setattr(os, "close", lambda descriptor: (seen.append(path.exists()), real(descriptor)))
+    claim.release()
+    assert seen == [False]
+
+
 def test_another_user_s_file_is_locked_through_reading(tmp_path, monkeypatch):
     path, real = tmp_path / "claim", os.open
     path.touch()

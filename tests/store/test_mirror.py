@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -441,6 +442,23 @@ def test_refresh_brings_everything_and_names_what_is_damaged(machines):
     (damage,) = there.refresh()
     assert CHUNKS in damage
     assert not files_below(there.path)
+
+
+def test_uploads_that_no_commit_names_are_removed_and_no_others(machines, monkeypatch):
+    monkeypatch.setattr(commits, "ABANDONED_AFTER", timedelta(days=-1))  # of whatever age
+    here, there = machines("a"), machines("b")
+    publish_tokens(here)
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    here.remove(here.tokens(RECIPE, UNIT))
+    store = publish_tokens(here)  # under another attempt than b has heard of
+    dead = commits.new_attempt(f"tokens/{RECIPE}/{store.name}")
+    here.bucket.put(f"{dead}/store.json", b"12345")
+    before = keys_of(here)
+    for root in (here, there, machines("c")):
+        assert root.find_abandoned() == {dead: 5}
+    there.remove_abandoned(dead)
+    assert keys_of(here) == before - {f"{dead}/store.json"}
+    assert machines("c").fetch(machines("c").tokens(RECIPE, UNIT))
 
 
 def test_other_machines_begin_with_other_units_and_nobody_waits_for_a_dead_one(machines):

@@ -172,9 +172,25 @@ def test_a_store_that_another_process_removed_first_is_no_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_processes_may_remove_the_same_left_over(tmp_path, monkeypatch):
+    (tmp_path / ".tmp-0-u.zarr/inner").mkdir(parents=True)
+    rmtree, calls = store_root.shutil.rmtree, []
+
+    def outrun(path):
+        calls.append(path)
+        rmtree(path / "inner" if len(calls) == 1 else path)
+        if len(calls) == 1:
+            raise FileNotFoundError(path / "inner")
+
+    monkeypatch.setattr(store_root.shutil, "rmtree", outrun)
+    remove_stale_temporaries(tmp_path)
+    assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+
+
 def test_what_dead_writers_left_anywhere_below_the_root_is_removed_and_nothing_else(tmp_path):
     root = CacheRoot(tmp_path)
     left = [
+        ".tmp-0-README.md",
         "tokens/fp/.tmp-1-u.zarr/x",
         "controls/fp/.tmp-2-u.parquet",
         "manifests/.tmp-3-m.json",
