@@ -66,7 +66,7 @@ def control_actions(
 
 
 def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
-    """For every window another one, of another episode, whose actions it is given: [windows] positions.
+    """For every window another one, of another episode, whose actions or goal it is given: [windows] positions.
 
     Shuffled actions keep their marginals and their order in time; only what links them to the frames is gone.
 
@@ -77,7 +77,7 @@ def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     if len(set(episodes)) < 2:
         raise ValueError(
-            "the control with shuffled actions needs at least two held-out episodes; raise split.val_share, try another "
+            "controls by another episode need at least two held-out episodes; raise split.val_share, try another "
             f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
         )
     return np.array([generator.choice(np.flatnonzero(names != name)) for name in names])

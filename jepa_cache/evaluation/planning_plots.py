@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cache.evaluation.planning_score import PLAN, RANDOM, ZERO, PlanningScore
+from jepa_cache.evaluation.planning_score import OTHER_GOAL, PLAN, RANDOM, ZERO, PlanningScore
 from jepa_cache.evaluation.plots import new_figure
 
-COLOURS = {PLAN: ("plan", "#1f77b4"), ZERO: ("not moving", "#7f7f7f"), RANDOM: ("random movements", "#d62728")}
+COLOURS = {
+    PLAN: ("plan", "#1f77b4"),
+    ZERO: ("not moving", "#7f7f7f"),
+    RANDOM: ("random movements", "#d62728"),
+    OTHER_GOAL: ("another episode's goal", "#ff7f0e"),
+}
 
 
 def draw_plans(score: PlanningScore, metrics: Mapping[str, Any], path: Path, *, note: str) -> None:
@@ -26,7 +31,7 @@ def draw_plans(score: PlanningScore, metrics: Mapping[str, Any], path: Path, *, 
     figure, _ = new_figure(13.5, 4.4, axes=False)
     distance, moves, search = figure.subplots(1, 3)
     name, horizons = score.names[0], sorted({record.horizon for record in score.records})
-    for shift, (kind, (label, colour)) in zip((-0.08, 0, 0.08), COLOURS.items(), strict=True):
+    for shift, (kind, (label, colour)) in zip((-0.12, -0.04, 0.04, 0.12), COLOURS.items(), strict=True):
         keys = [f"{name}_{kind}_h{horizon}" for horizon in horizons]
         mean = np.array([metrics["val"][key] for key in keys])
         ends = np.array([metrics["val_ci"][key] for key in keys]).T

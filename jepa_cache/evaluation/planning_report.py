@@ -10,13 +10,18 @@ import numpy as np
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
+from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value
 from jepa_cache.evaluation.planning_plots import draw_plans
-from jepa_cache.evaluation.planning_score import KINDS, PLAN, RANDOM, ZERO, PlanningScore, score_plans
+from jepa_cache.evaluation.planning_score import KINDS, OTHER_GOAL, PLAN, RANDOM, ZERO, PlanningScore, score_plans
 from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.evaluation.tables import write_json, write_table
+from jepa_cache.evaluation.verdict import MIN_EPISODES, NO, SIGNIFICANCE, UNCLEAR, YES
 
-BASELINES = {ZERO: "not moving", RANDOM: "random movements"}
+BASELINES = {
+    ZERO: "not moving",
+    RANDOM: "random movements",
+    OTHER_GOAL: "the same search for another episode's goal",
+}
 
 
 def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
 
 
 def summarize_plans(score: PlanningScore, config: Config) -> dict[str, Any]:
-    """Means over episodes and their 95 % intervals, by distance, kind and horizon; a gap above 0 means that plans end nearer."""
+    """Means over episodes, their 95 % intervals and the gaps' p values, by distance, kind and horizon; a gap above 0: plans end nearer."""
     values, episodes = {}, {}
     for horizon in sorted({record.horizon for record in score.records}):
         chosen = [record for record in score.records if record.horizon == horizon]
@@ -66,38 +71,40 @@ def summarize_plans(score: PlanningScore, config: Config) -> dict[str, Any]:
         values |= energies
         episodes |= {key: [record.episode for record in chosen] for key in energies}
     settings = config.evaluate
+    per_episode = {name: episode_means(per_plan, episodes[name]) for name, per_plan in values.items()}
     estimates = {
-        name: bootstrap_mean(
-            episode_means(per_plan, episodes[name]), num_resamples=settings.num_bootstrap, seed=settings.seed
-        )
-        for name, per_plan in values.items()
+        name: bootstrap_mean(means, num_resamples=settings.num_bootstrap, seed=settings.seed)
+        for name, means in per_episode.items()
     }
     return {
         "num_episodes": len({record.episode for record in score.records}),
         "num_plans": len(score.records),
         "val": {name: estimate.mean for name, estimate in estimates.items()},
         "val_ci": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
+        "p_value": {
+            name: paired_p_value(means, seed=settings.seed) for name, means in per_episode.items() if "_gap_" in name
+        },
     }
 
 
 def judge_plans(metrics: Mapping[str, Any], score: PlanningScore) -> dict[str, dict[str, str]]:
     """For each baseline whether plans end nearer to where the recorded actions led, at every horizon, in one word and in words.
 
-    "yes" and "no" need an interval of the gap on one side of 0 at every horizon; all else is "unclear". It is said of the chief
-    distance alone.
+    "yes" needs at every horizon an interval of the gap above 0 and a sign-flip test below 0.05, which takes six episodes; "no" an
+    interval below 0; all else is "unclear". It is said of the chief distance alone.
     """
     name, verdict = score.names[0], {}
     for kind, words in BASELINES.items():
         answers, said = [], []
         for horizon in sorted({record.horizon for record in score.records}):
             key = f"{name}_gap_{kind}_h{horizon}"
-            low, high = metrics["val_ci"][key]
-            answers.append("yes" if low > 0 else "no" if high < 0 else "unclear")
+            (low, high), p = metrics["val_ci"][key], metrics["p_value"][key]
+            answers.append(YES if low > 0 and p < SIGNIFICANCE else NO if high < 0 else UNCLEAR)
             said.append(
                 f"{horizon} step{'s' if horizon > 1 else ''}: {answers[-1]}, {metrics['val'][f'{name}_{PLAN}_h{horizon}']:.3g} "
-                f"against {metrics['val'][f'{name}_{kind}_h{horizon}']:.3g}, gap {metrics['val'][key]:.3g} [{low:.3g}, {high:.3g}]"
+                f"against {metrics['val'][f'{name}_{kind}_h{horizon}']:.3g}, gap {metrics['val'][key]:.3g} [{low:.3g}, {high:.3g}], p {p:.2g}"
             )
-        answer = answers[0] if len(set(answers)) == 1 else "unclear"
+        answer = answers[0] if len(set(answers)) == 1 else UNCLEAR
         verdict[kind] = {"answer": answer, "words": f"{name}, plans end nearer than {words}: {'; '.join(said)}"}
     return verdict
 
@@ -138,6 +145,10 @@ def describe_plans(metrics: Mapping[str, Any]) -> str:
     if timing["speed_up_over_plain_loop"] is not None:
         lines.append(
             f"  {timing['speed_up_over_plain_loop']:.1f} times as fast as a loop over samples, each with its context anew"
+        )
+    if metrics["num_episodes"] < MIN_EPISODES:
+        lines.append(
+            f"  fewer than {MIN_EPISODES} held-out episodes: no answer is yes; raise split.val_share or add recordings"
         )
     if not metrics["encoder_trained"]:
         lines.append(

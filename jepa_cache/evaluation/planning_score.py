@@ -1,7 +1,7 @@
 """An offline score of plans, without a robot or a game: from a recorded step to a later one, where do planned actions end?
 
 For every start the goal is a later recorded step. Where the planned actions lead is compared with where the recorded ones led, and so
-are no movement and random movements. Letters besides the project's: C context steps, K searched numbers an action.
+are no movement, random movements, and what the same search finds when it is given a goal of another held-out episode. Letters besides the project's: C context steps, K searched numbers an action.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import PlanConfig
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.controls import choose_donors
 from jepa_cache.evaluation.motion import POSE_SPACES, Motion, build_motion, end_distances
 from jepa_cache.evaluation.planner import (
     MAX_STEP_M,
     SETTINGS,
     Context,
+    Plan,
     PlannerSettings,
     Rollout,
     follow_actions,
@@ -33,8 +35,8 @@ from jepa_cache.evaluation.planner import (
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps, open_loop
 
-PLAN, RANDOM, ZERO = "plan", "random", "zero"
-KINDS = (PLAN, RANDOM, ZERO)
+PLAN, RANDOM, ZERO, OTHER_GOAL = "plan", "random", "zero", "other_goal"
+KINDS = (PLAN, RANDOM, ZERO, OTHER_GOAL)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def score_plans(subject: Subject) -> PlanningScore:
     Columns that are not searched stay as in the action before the start (keys, slot), or 0 in spaces of poses.
 
     Raises:
-        ValueError: The action space says nothing of where an action leads, or no held-out segment is long enough.
+        ValueError: The action space says nothing of where an action leads, no held-out segment is long enough, or one episode alone.
     """
     torch.set_num_threads(default_num_threads())
     config, dataset = subject.config.plan, subject.dataset
@@ -133,11 +135,13 @@ def score_plans(subject: Subject) -> PlanningScore:
     index = WindowIndex(subject.held_out_segments(), config.num_context_steps + max(config.horizons))
     loader = WindowLoader(dataset, index, subject.scaler)
     numbers = spread_windows(index, config.starts_per_episode)
+    donors = choose_donors([index.segments[index[number].segment].episode for number in numbers], seed=config.seed)
     records, timed = [], []
     with tqdm(total=len(numbers) * len(config.horizons), desc="planning", unit="plan", dynamic_ncols=True) as bar:
         for position, number in enumerate(numbers):
-            h = as_reps(to_device(loader.read([number]), subject.device).tokens, subject.normalize_reps)[0]
-            start = _Start(subject, motion, index, number, h, config.num_context_steps)
+            pair = to_device(loader.read([number, numbers[donors[position]]]), subject.device)
+            h, other = as_reps(pair.tokens, subject.normalize_reps)
+            start = _Start(subject, motion, index, number, (h, other), config.num_context_steps)
             for horizon in config.horizons:
                 rng = np.random.default_rng([config.seed, position, horizon])
                 records.append(start.plan(replace(settings, horizon=horizon), config.num_random, rng))
@@ -153,44 +157,39 @@ def score_plans(subject: Subject) -> PlanningScore:
 
 
 class _Start:
-    """One start of plans: the recorded steps before it, and those after it as goals."""
+    """One start of plans: the recorded steps before it, and those after it as goals, as are those of a window of another episode."""
 
     def __init__(
-        self, subject: Subject, motion: Motion, index: WindowIndex, number: int, h: Tensor, num_context: int
+        self,
+        subject: Subject,
+        motion: Motion,
+        index: WindowIndex,
+        number: int,
+        reps: tuple[Tensor, Tensor],
+        num_context: int,
     ) -> None:
         window = index[number]
         segment = index.segments[window.segment]
         actions, states = subject.dataset.controls(window.store)
         rows = slice(window.start, window.start + index.num_steps)
         self._actions, self._states = (values[rows].astype(np.float64) for values in (actions, states))
-        self._subject, self._motion, self._h, self._now = subject, motion, h, num_context - 1
+        self._subject, self._motion, self._now = subject, motion, num_context - 1
+        self._h, self._other_h = reps
         self._space = subject.dataset.space.name
         self.episode, self.first_step = segment.episode, window.start - segment.start + self._now
-        self._context = Context(h[:num_context], self._actions[: self._now], self._states[:num_context])
+        self._context = Context(self._h[:num_context], self._actions[: self._now], self._states[:num_context])
         self._base = np.zeros(self._actions.shape[1])
         if self._space not in POSE_SPACES and self._now:
             self._base = self._actions[self._now - 1]
 
     def plan(self, settings: PlannerSettings, num_random: int, rng: np.random.Generator) -> PlanRecord:
         """Search for a plan of `settings.horizon` steps, and compare where it ends."""
-        subject, motion, horizon, state = self._subject, self._motion, settings.horizon, self._states[self._now]
+        motion, horizon, state = self._motion, settings.horizon, self._states[self._now]
         noise = rng.standard_normal((settings.num_rounds, horizon, settings.num_samples, len(motion.names)))
         recorded = self._actions[self._now : self._now + horizon]
-        goal, batch_size = self._h[self._now + horizon], subject.config.evaluate.batch_size
+        goal, other_goal = (h[self._now + horizon] for h in (self._h, self._other_h))
         began = time.perf_counter()
-        found = plan_actions(
-            subject.predictor,
-            self._context,
-            goal,
-            motion,
-            settings,
-            scale_actions=subject.scaler.actions.apply,
-            scale_states=subject.scaler.states.apply,
-            base_action=self._base,
-            normalize_reps=subject.normalize_reps,
-            noise=noise,
-            batch_size=batch_size,
-        )
+        found = self._search(goal, settings, noise)
         seconds = time.perf_counter() - began
         drawn = np.clip(
             rng.standard_normal((num_random, horizon, len(motion.names))) * motion.first_std,
@@ -202,6 +201,7 @@ class _Start:
             PLAN: found.states[-1],
             ZERO: self._follow(motion.actions(np.zeros((horizon, len(motion.names))), self._base)),
             RANDOM: np.stack([self._follow(motion.actions(moves, self._base)) for moves in drawn]),
+            OTHER_GOAL: self._search(other_goal, settings, noise).states[-1],
         }
         return PlanRecord(
             episode=self.episode,
@@ -217,6 +217,22 @@ class _Start:
             energies=found.energies.min(axis=1),
             energy_recorded=float(self._rollout().energies(recorded[None], goal, 1)[0]),
             seconds=seconds,
+        )
+
+    def _search(self, goal: Tensor, settings: PlannerSettings, noise: np.ndarray) -> Plan:
+        subject = self._subject
+        return plan_actions(
+            subject.predictor,
+            self._context,
+            goal,
+            self._motion,
+            settings,
+            scale_actions=subject.scaler.actions.apply,
+            scale_states=subject.scaler.states.apply,
+            base_action=self._base,
+            normalize_reps=subject.normalize_reps,
+            noise=noise,
+            batch_size=subject.config.evaluate.batch_size,
         )
 
     def compare_loops(self, settings: PlannerSettings, seed: int) -> tuple[float, float, float]:

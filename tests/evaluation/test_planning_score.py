@@ -3,11 +3,14 @@
 Claims:
 - distances between ends are metres, angles on SO(3), degrees on the circle and between directions;
 - a predictor that knows the world ends near the recorded ends and gets "yes"; one that ignores its actions never does;
-- what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions;
+- what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions, and the other
+  goal is a recorded step of another held-out episode, searched for with the same samples;
+- fewer than six episodes never get a "yes";
 - the plain loop gives the energies of ours; equal runs leave equal metrics; a space without motion is refused.
 """
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 
@@ -21,20 +24,34 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import PlanConfig
 from jepa_cache.evaluation.motion import end_distances
 from jepa_cache.evaluation.planner import SETTINGS
-from jepa_cache.evaluation.planning_report import describe_plans, judge_plans, plan_run, summarize_plans
-from jepa_cache.evaluation.planning_score import PLAN, RANDOM, ZERO, choose_settings, score_plans
+from jepa_cache.evaluation.planning_report import (
+    describe_plans,
+    describe_timing,
+    judge_plans,
+    plan_run,
+    summarize_plans,
+)
+from jepa_cache.evaluation.planning_score import OTHER_GOAL, PLAN, RANDOM, ZERO, choose_settings, score_plans
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.poses import rotation_angle
 from jepa_cache.predictor.model import PredictorOutput
+from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.training.trainer import train
 from tests.caches import make_cache, make_config, make_tokens
 
-PLANS = ("plan.starts_per_episode=2", "plan.num_context_steps=2", "plan.num_samples=40", "plan.num_rounds=5")
+PLANS = (
+    "split.val_share=0.4",
+    "plan.starts_per_episode=1",
+    "plan.num_context_steps=2",
+    "plan.num_samples=40",
+    "plan.num_rounds=5",
+)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"), *PLANS, encoder_trained=True)
+    units = {hashlib.sha256(name.encode()).hexdigest(): [f"episode-{name}{n}" for n in range(6)] for name in "abc"}
+    return make_cache(tmp_path_factory.mktemp("cache"), *PLANS, encoder_trained=True, units=units)
 
 
 class World(nn.Module):
@@ -59,7 +76,19 @@ class World(nn.Module):
 
 def quick_config(cache):
     """One plan per episode and horizon, few samples: where the search itself does not matter."""
-    return replace(cache.config, plan=replace(cache.config.plan, starts_per_episode=1, num_samples=8, num_rounds=2))
+    return replace(
+        cache.config,
+        plan=replace(cache.config.plan, starts_per_episode=1, num_samples=6, num_rounds=2, horizons=(1, 2)),
+    )
+
+
+def reps_of(cache, segment) -> torch.Tensor:
+    """Layer-normed tokens [T, N, D] of a whole segment."""
+    tokens = np.empty(
+        (segment.stop - segment.start, cache.dataset.manifest.num_tokens, cache.dataset.manifest.width), np.float16
+    )
+    cache.dataset.read_tokens(segment.store, segment.start, tokens)
+    return as_reps(torch.from_numpy(tokens), True)
 
 
 def subject_of(cache, **options) -> Subject:
@@ -109,18 +138,36 @@ def score(cache):
 
 def test_a_predictor_that_knows_the_world_ends_where_the_recorded_actions_did(cache, score):
     metrics = summarize_plans(score, cache.config)
-    assert score.names[0] == "camera_deg" and metrics["num_plans"] == 3 * 2 * 3
+    assert score.names[0] == "camera_deg" and metrics["num_episodes"] >= 6
+    assert metrics["num_plans"] == metrics["num_episodes"] * 3
     for horizon in (1, 2, 3):
         plan, zero = (metrics["val"][f"yaw_deg_{kind}_h{horizon}"] for kind in (PLAN, ZERO))
         assert plan < 0.5 * zero, f"{horizon} steps: plans end {plan:.1f} degrees away, not moving {zero:.1f}"
     verdict = judge_plans(metrics, score)
-    assert {kind: judged["answer"] for kind, judged in verdict.items()} == {ZERO: "yes", RANDOM: "yes"}
+    assert {kind: judged["answer"] for kind, judged in verdict.items()} == dict.fromkeys(
+        (ZERO, RANDOM, OTHER_GOAL), "yes"
+    )
+    assert "nearer than the same search for another episode's goal" in describe_plans(
+        metrics | {"verdict": verdict, "timing": describe_timing(score), "encoder_trained": True, "comparable": True}
+    )
+
+
+def test_fewer_than_six_episodes_never_get_a_yes(cache, score):
+    first = sorted({record.episode for record in score.records})[:5]
+    few = replace(score, records=[record for record in score.records if record.episode in first])
+    metrics = summarize_plans(few, cache.config)
+    low = min(metrics["val_ci"][f"camera_deg_gap_{RANDOM}_h{horizon}"][0] for horizon in (1, 2, 3))
+    assert low > 0, "the intervals alone would say yes"
+    assert "yes" not in {judged["answer"] for judged in judge_plans(metrics, few).values()}
 
 
 def test_a_predictor_that_ignores_its_actions_is_not_called_a_planner(cache):
-    score = score_plans(subject_of(cache, blind=True))
-    verdict = judge_plans(summarize_plans(score, cache.config), score)
+    score = score_plans(replace(subject_of(cache, blind=True), config=quick_config(cache)))
+    metrics = summarize_plans(score, cache.config)
+    verdict = judge_plans(metrics, score)
     assert verdict[ZERO]["answer"] != "yes"
+    assert verdict[OTHER_GOAL]["answer"] == "unclear"
+    assert metrics["val"][f"camera_deg_gap_{OTHER_GOAL}_h1"] == 0, "one step: no goal can move what actions do not"
     assert all(np.ptp(record.energies) == 0 for record in score.records if record.horizon == 1)
 
 
@@ -224,13 +271,21 @@ def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_
     given, real = [], planning_score.plan_actions
 
     def spy(predictor, context, goal, motion, settings, **options):
-        given.append((context, goal, settings.horizon, options["base_action"]))
+        given.append((context, goal, settings.horizon, options["base_action"], options["noise"]))
         return real(predictor, context, goal, motion, settings, **options)
 
     monkeypatch.setattr(planning_score, "plan_actions", spy)
     records = score_plans(replace(subject_of(cache), config=quick_config(cache))).records
     held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
-    for (context, goal, horizon, base), record in zip(given, records, strict=True):
+    wanted, others = given[::2], given[1::2]
+    for (context, _, horizon, base, noise), again in zip(wanted, others, strict=True):
+        assert again[0] is context and again[2] == horizon
+        assert np.array_equal(again[3], base) and np.array_equal(again[4], noise), "the same search but for its goal"
+    recorded = {name: reps_of(cache, segment) for name, segment in held_out.items()}
+    for (_, goal, *_), record in zip(others, records, strict=True):
+        among = {name for name, h in recorded.items() if bool((h == goal).flatten(1).all(dim=1).any())}
+        assert among and record.episode not in among, "a recorded step of another held-out episode"
+    for (context, goal, horizon, base, _), record in zip(wanted, records, strict=True):
         segment = held_out[record.episode]
         actions, states = cache.dataset.controls(segment.store)
         now = segment.start + record.first_step
