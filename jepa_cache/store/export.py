@@ -246,7 +246,6 @@ def _copy_controls(root: CacheRoot, source: Path, final: Path) -> None:
     for _ in iter_controls(source):  # carries a checksum of its own
         pass
     with atomic_file(final) as path:
-        path.unlink()
         digest = _copy(source, path, lambda _: None)
         if file_digest(path) != digest:
             raise OSError(f"{final} was not written as {source} was read (sha256 differs); try again, or another disk")

@@ -5,6 +5,7 @@ It holds a manifest, a card with recipes, weights and licences (unknown where th
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 
@@ -12,8 +13,11 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.cache import open_dataset
+from jepa_cache.store import export as store_export
+from jepa_cache.store import root as store_root
 from jepa_cache.store.export import CHECKSUMS
 from jepa_cache.store.manifest import read_manifest
+from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 from tests.cli.test_verify import flip
 
@@ -35,6 +39,59 @@ def test_everything_is_exported_with_the_same_manifest_and_bytes(checkout, tmp_p
     assert before.items() <= files.items() and checkout.files() == before
     assert set(files) - set(before) == {"README.md", "provenance.json", CHECKSUMS}
     assert _manifest(tmp_path / "out") == checkout.manifest
+    made_with = json.loads(files["provenance.json"])["made_with"]
+    assert len(made_with) == 2, "of one machine: one store of two episodes, and twice the same of one"
+
+
+def test_what_is_exported_is_forced_to_the_disk_and_left_alone_by_clean_ups_beside(checkout, tmp_path, monkeypatch):
+    synced, real_sync, real_copy = set(), store_root.sync, store_export._copy
+
+    def sync(path):
+        synced.add(re.sub(r"\.tmp-[0-9a-f]{12}-", "", str(path.relative_to(tmp_path))))
+        real_sync(path)
+
+    def copy(source, target, on_bytes):
+        digest = real_copy(source, target, on_bytes)
+        CacheRoot(tmp_path / "out").remove_stale_temporaries()
+        return digest
+
+    monkeypatch.setattr(store_root, "sync", sync)
+    monkeypatch.setattr(store_export, "_copy", copy)
+    assert (
+        checkout.run("export", "cache", tmp_path / "out", "--units", checkout.manifest.entries[0].unit_digest).code == 0
+    )
+    assert {f"out/{name}" for name in _files(tmp_path / "out")} < synced
+
+
+def remake(store, **card):
+    """A store that is whole, but not the one that was listed; `card` are the entries that differ."""
+    document = json.loads((store / "store.json").read_bytes())
+    document["content"]["card"] |= card
+    (store / "store.json").write_bytes(canonical_json({key: document[key] for key in ("content", "provenance")}))
+
+
+def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_never_left(checkout, tmp_path):
+    out = tmp_path / "out"
+    checkout.run("export", "cache", out)
+    before = _files(out)
+    remake(CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest), notes=["x"])
+    assert checkout.run("export", "cache", out).code == 0 and _files(out) == before
+    for number, store in enumerate((checkout.tokens(), checkout.actions(1))):
+        remake(store, notes=["x"])
+        result = checkout.run("export", "cache", tmp_path / f"{number}")
+        assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
+        assert not (tmp_path / f"{number}/manifests").exists()
+        shutil.rmtree(store)
+        shutil.copytree(out / store.relative_to(checkout.root.path), store)
+
+
+def test_the_manifest_of_some_units_keeps_what_was_left_out_of_them(checkout):
+    remake(checkout.tokens(), skipped=[{"key": "s", "reason": "no video"}], notes=["slow"])
+    remake(checkout.actions(), excluded={"e": "no keys"})
+    first = checkout.manifest.entries[0]
+    (part,) = store_export.select_units(checkout.manifest, checkout.root, lambda _, entry: entry == first).parts
+    assert part.skipped == ({"key": "s", "reason": "no video"}, {"key": "e", "reason": "no keys"})
+    assert part.notes == ("slow",) and part.entries == (first,)
 
 
 def test_stage_two_reads_an_exported_root(checkout, tmp_path):
@@ -90,6 +147,7 @@ def test_the_card_says_where_it_comes_from_and_what_is_not_known(checkout, tmp_p
     card = json.loads((out / "provenance.json").read_bytes())
     manifest = checkout.manifest
     assert card["encoder"]["weights"] == manifest.recipe["encoder"]["weights"] and card["encoder"]["trained"] is False
+    assert card["encoder"]["licence"] == "none: seeded random weights"
     assert card["parts"][0]["recipe"] == manifest.recipe
     assert card["parts"][0]["licence_of_recordings"] == card["parts"][0]["origin_of_recordings"] == "unknown"
     assert card["selection"]["from_manifest"] == manifest.digest and card["selection"]["episodes"] == ["z"]
@@ -117,13 +175,14 @@ def test_an_interrupted_export_goes_on(checkout, tmp_path):
     flip(checkout.tokens(2) / "tokens/c/0/0/0", 100)
     assert checkout.run("export", "cache", tmp_path / "out").code == 0
     assert (first / "store.json").stat().st_mtime_ns == time
+    (first.parent / ".tmp-0123456789ab-dead.zarr").mkdir()  # of an export that was killed
     flip(first / "steps.parquet", 200)
     assert checkout.run("export", "cache", tmp_path / "out").code == 0
     assert checkout.run("verify", f"cache.root={tmp_path / 'out'}").code == 0
     assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("what", ["file", "foreign", "other export", "inside"])
+@pytest.mark.parametrize("what", ["file", "foreign", "other export", "inside", "the root"])
 def test_a_folder_that_holds_something_else_is_refused(checkout, tmp_path, what):
     out = tmp_path / "out"
     if what == "file":
@@ -134,10 +193,12 @@ def test_a_folder_that_holds_something_else_is_refused(checkout, tmp_path, what)
     elif what == "other export":
         checkout.run("export", "cache", out, "--episodes", "z")
     else:
-        out = checkout.root.path / "out"
+        out = checkout.root.path / "out" if what == "inside" else checkout.root.path
     before = _files(tmp_path)
     result = checkout.run("export", "cache", out, "--json")
-    assert result.code == 1 and "error" in result.document and _files(tmp_path) == before
+    said = {"file": "is a file", "foreign": "holds mine.txt", "other export": "holds another export"}
+    assert result.code == 1 and said.get(what, "lies in the cache root") in result.document["error"]
+    assert _files(tmp_path) == before
 
 
 @pytest.mark.parametrize("arguments", [("--episodes", "nobody"), ("--units", "nothing"), ("--split", "test"), ("x",)])

@@ -51,6 +51,7 @@ def test_what_no_manifest_needs_is_listed_and_removed_on_request_alone(checkout)
     listed = checkout.run("gc", "--json").document
     (entry,) = listed["unneeded"]
     assert (entry["path"], entry["num_bytes"], entry["kind"]) == (str(store), num_bytes, "tokens")
+    assert listed["kept_bytes"] == listed["listings"][0]["num_bytes"] == listed["listings"][0]["only_bytes"]
     assert store.is_dir() and "nothing was changed" in checkout.run("gc").out
     removed = checkout.run("gc", "--delete", "--json").document
     assert removed["deleted"] and removed["num_bytes"] == num_bytes
@@ -66,6 +67,7 @@ def test_stores_that_only_another_manifest_needs_stay_and_go_when_it_is_forgotte
     old = next(it for it in checkout.run("gc", "--json").document["listings"] if it["digest"] == digest)
     result = checkout.run("gc", "--forget", digest[:8], "--json").document
     assert result["num_bytes"] == old["only_bytes"] > 0 and whole.items() <= checkout.files().items()
+    assert f"jepa-cache gc --delete --forget {digest[:8]}" in checkout.run("gc", "--forget", digest[:8]).out
     checkout.run("gc", "--forget", digest[:8], "--delete")
     assert checkout.run("gc", "--json").document["unneeded"] == []
     assert not checkout.root.manifest(digest).exists()
@@ -131,11 +133,13 @@ def test_temporaries_of_living_writers_stay_and_those_of_dead_ones_go(checkout):
     dead = folder / ".tmp-0123456789ab-dead.zarr"
     dead.mkdir()
     (dead / "x").write_bytes(b"12345")
+    half = checkout.root.path / "manifests/.tmp-0123456789ab-half.json"
+    half.write_bytes(b"{")
     with temporary_folder(folder / "living.zarr") as living:
         (living / "y").write_bytes(b"1")
         result = checkout.run("gc", "--delete", "--json").document
         assert living.is_dir() and not dead.exists()
-    assert [entry["num_bytes"] for entry in result["temporaries"]] == [5]
+    assert sorted(entry["num_bytes"] for entry in result["temporaries"]) == [1, 5] and not half.exists()
 
 
 def test_uploads_that_were_never_finished_are_counted_once_and_removed_on_request_alone(checkout, monkeypatch):

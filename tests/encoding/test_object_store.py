@@ -15,10 +15,11 @@ from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.encoding import run
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.store.collection import list_root, remove_unneeded
+from jepa_cache.store.export import export_manifest, select_units
 from jepa_cache.store.manifest import write_manifest
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import WantedPart, announce, settle
-from tests.encoded import make_tiny_tar, tiniest_config
+from tests.encoded import all_files, make_tiny_tar, tiniest_config
 from tests.store.s3_server import Fault
 
 NUM_UNITS = 2
@@ -92,6 +93,18 @@ def test_a_machine_with_an_empty_cache_finds_what_another_encoded(server, machin
     result = encode(recordings, machines("b"))
     assert (result.num_encoded, result.manifest.to_bytes()) == (0, manifest.to_bytes())
     assert all(".check-" in request for request in server.requests if request.startswith("PUT"))
+
+
+def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordings, in_a_folder, tmp_path):
+    encode(recordings, machines("a"))
+    manifest, folder = in_a_folder
+    root, told = machines("b"), []
+    assert root.refresh() == []
+    chosen = select_units(manifest, root, lambda *_: True)
+    export_manifest(chosen, root, tmp_path / "bucket", selection={}, on_bytes=told.append)
+    export_manifest(manifest, folder, tmp_path / "folder", selection={}, on_bytes=lambda _: None)
+    assert chosen == manifest and all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
+    assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
 
 
 def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings, in_a_folder):

@@ -277,6 +277,24 @@ def test_where_the_server_knows_no_condition_the_last_writer_wins_and_nothing_mi
         assert np.array_equal(read_all(store), TOKENS)
 
 
+@pytest.mark.parametrize("name", ["fetch", "publish", "remove"])
+def test_processes_of_one_machine_wait_for_each_other_at_a_store(machines, name):
+    root, done = machines("a"), threading.Event()
+    store = root.tokens(RECIPE, UNIT)
+    write_tokens(store)
+
+    def work():
+        getattr(root, name)(store)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    with root._locked(store):
+        thread.start()
+        assert not done.wait(0.2) and not keys_of(root) and store.is_dir()
+    thread.join()
+    assert done.is_set() and bool(keys_of(root)) == (name != "remove")
+
+
 def test_the_second_writer_of_one_machine_finds_the_store_published(machines, server):
     root, same = machines("a"), machines("a")
     store = publish_tokens(root)
