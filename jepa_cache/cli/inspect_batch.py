@@ -117,12 +117,13 @@ def _describe_tensors(batch: Batch, normalize_reps: bool) -> list[TensorReport]:
 
 def _locate(dataset: CachedDataset, index: WindowIndex, numbers: np.ndarray) -> list[WindowReport]:
     """Where the windows come from."""
-    located = []
+    from jepa_cache.data.windows import first_cached_rows
+
+    located, first_rows = [], first_cached_rows(dataset.segments)
     for number in numbers:
         window = index[int(number)]
         part, _ = dataset.manifest.stores[window.store]
         episode = index.segments[window.segment].episode
-        begins = min(s.start for s in dataset.segments if (s.store, s.episode) == (window.store, episode))
         steps = dataset.steps(window.store).slice(window.start, index.num_steps)
         located.append(
             WindowReport(
@@ -130,7 +131,7 @@ def _locate(dataset: CachedDataset, index: WindowIndex, numbers: np.ndarray) -> 
                 camera=part.camera,
                 phase=part.phase,
                 episode=episode,
-                first_step=window.start - begins,
+                first_step=window.start - first_rows[window.store, episode],
                 frames=steps.column("frame").to_pylist(),
                 ticks=steps.column("tick").to_pylist(),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,19 @@ from jepa_cache.data.cache import Segment
 
 MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly
 GROUP_STRIDE = 1 << 32  # keeps the streams of a mixture's groups apart
+
+
+def first_cached_rows(segments: Iterable[Segment]) -> dict[tuple[int, str], int]:
+    """Store and episode to the row of its first cached step, from which steps are numbered wherever people read them.
+
+    Args:
+        segments: All of the data set (`CachedDataset.segments`); what filters left of them would number from their first cut.
+    """
+    first: dict[tuple[int, str], int] = {}
+    for segment in segments:
+        key = segment.store, segment.episode
+        first[key] = min(first.get(key, segment.start), segment.start)
+    return first
 
 
 class Window(NamedTuple):

@@ -194,8 +194,8 @@ def measure_distances(vectors: Vectors) -> Distances:
     if num_dims < 1 or num_groups < 2 or min(kept) < 2:
         raise TooFewError(
             f"a distance of distributions needs {2 * MIN_VECTORS_PER_DIM} held-out windows or more, two in each half "
-            f"whichever group of episodes is left out, and {MIN_VECTORS_PER_DIM} training steps; got {len(vectors.halves)} "
-            f"windows in {num_groups} groups and {len(vectors.training)} training steps: raise "
+            f"whichever group of episodes is left out, and {MIN_VECTORS_PER_DIM} training vectors; got {len(vectors.halves)} "
+            f"windows in {num_groups} groups and {len(vectors.training)} training vectors: raise "
             "evaluate.windows_per_episode, or leave distances out of evaluate.measure"
         )
     bandwidth = median_distance(vectors.training[:: -(-len(vectors.training) // MAX_VECTORS)])

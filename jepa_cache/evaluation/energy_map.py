@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from jepa_cache.actions import ActionSpace
+from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.candidates import ActionPool, choose_windows, open_window
 from jepa_cache.evaluation.motion import POSE_SPACES, VIEW_SPACES, build_motion
 from jepa_cache.evaluation.subject import Subject
@@ -28,7 +29,7 @@ class EnergyMaps(NamedTuple):
         axes: Names of the two action columns.
         units: Theirs.
         episodes: Key of each map's episode.
-        first_steps: Step of its store at which each window begins.
+        first_steps: Step at which each window begins, counted from the first cached one of its episode.
         grids: [maps, 2, G] unscaled values along both axes; the true action's is the middle one.
         energies: [maps, G, G], [m, i, j] at (grids[m, 0, i], grids[m, 1, j]).
     """
@@ -81,6 +82,11 @@ def measure_maps(subject: Subject) -> EnergyMaps | None:
         return None
     columns = [[column.name for column in space.actions].index(name) for name in axes]
     complete = build_motion(space).complete if space.name in VIEW_SPACES else _as_it_is
+    first_rows = first_cached_rows(subject.dataset.segments)
+    first_steps = [
+        index[middle[episode]].start - first_rows[segment.store, episode]
+        for episode, (_, _, segment) in zip(chosen, windows, strict=True)
+    ]
     grids, energies = [], []
     for window, true, segment in windows:
         reach = MAP_REACH * pool.deviations(segment)[columns]
@@ -92,7 +98,7 @@ def measure_maps(subject: Subject) -> EnergyMaps | None:
         axes,
         tuple(space.actions[column].unit for column in columns),
         chosen,
-        [index[middle[episode]].start for episode in chosen],
+        first_steps,
         np.stack(grids),
         np.stack(energies),
     )

@@ -7,7 +7,7 @@ are no movement, random movements, and what the same search finds when it is giv
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import PlanConfig
 from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.data.windows import WindowIndex, first_cached_rows, spread_windows
 from jepa_cache.evaluation.controls import choose_donors
 from jepa_cache.evaluation.motion import POSE_SPACES, Motion, build_motion, end_distances
 from jepa_cache.evaluation.planner import (
@@ -45,7 +45,7 @@ class PlanRecord:
 
     Attributes:
         episode: Its key.
-        first_step: Step of its segment at which the plan begins.
+        first_step: Step at which the plan begins, counted from the first cached one of its episode.
         horizon: Steps to the goal.
         distances: Kind of plan to name of distance to its value; of random plans the mean.
         moved: Name of distance to how far the recorded actions moved.
@@ -136,12 +136,13 @@ def score_plans(subject: Subject) -> PlanningScore:
     loader = WindowLoader(dataset, index, subject.scaler)
     numbers = spread_windows(index, config.starts_per_episode)
     donors = choose_donors([index.segments[index[number].segment].episode for number in numbers], seed=config.seed)
+    first_rows = first_cached_rows(dataset.segments)
     records, timed = [], []
     with tqdm(total=len(numbers) * len(config.horizons), desc="planning", unit="plan", dynamic_ncols=True) as bar:
         for position, number in enumerate(numbers):
             pair = to_device(loader.read([number, numbers[donors[position]]]), subject.device)
             h, other = as_reps(pair.tokens, subject.normalize_reps)
-            start = _Start(subject, motion, index, number, (h, other), config.num_context_steps)
+            start = _Start(subject, motion, index, number, (h, other), config.num_context_steps, first_rows)
             for horizon in config.horizons:
                 rng = np.random.default_rng([config.seed, position, horizon])
                 records.append(start.plan(replace(settings, horizon=horizon), config.num_random, rng))
@@ -167,6 +168,7 @@ class _Start:
         number: int,
         reps: tuple[Tensor, Tensor],
         num_context: int,
+        first_rows: Mapping[tuple[int, str], int],
     ) -> None:
         window = index[number]
         segment = index.segments[window.segment]
@@ -176,7 +178,10 @@ class _Start:
         self._subject, self._motion, self._now = subject, motion, num_context - 1
         self._h, self._other_h = reps
         self._space = subject.dataset.space.name
-        self.episode, self.first_step = segment.episode, window.start - segment.start + self._now
+        self.episode, self.first_step = (
+            segment.episode,
+            window.start - first_rows[segment.store, segment.episode] + self._now,
+        )
         self._context = Context(self._h[:num_context], self._actions[: self._now], self._states[:num_context])
         self._base = np.zeros(self._actions.shape[1])
         if self._space not in POSE_SPACES and self._now:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.schema import EvaluateConfig
+from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.controls import SHUFFLED
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.evaluation.subject import Subject
@@ -49,10 +50,7 @@ def describe_windows(subject: Subject, errors: WindowErrors) -> WindowFacts:
     dataset, scale = subject.dataset, subject.scaler.actions.apply
     num_steps = errors.index.num_steps
     parts = [part for part, _ in dataset.manifest.stores]
-    first_rows: dict[tuple[int, str], int] = {}
-    for segment in dataset.segments:
-        key = segment.store, segment.episode
-        first_rows[key] = min(first_rows.get(key, segment.start), segment.start)
+    first_rows = first_cached_rows(dataset.segments)
     windows = [errors.index[number] for number in errors.numbers]
     tables = {store: dataset.steps(store) for store in {window.store for window in windows}}
     gui = {store: table.column("gui").to_numpy(zero_copy_only=False) for store, table in tables.items()}

@@ -8,6 +8,7 @@ import torch
 
 from jepa_cache.data.frames import read_frames
 from jepa_cache.data.loader import WindowLoader, to_device
+from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.colours import TokenColours, fit_colours
 from jepa_cache.evaluation.plots import Strip
 from jepa_cache.evaluation.subject import Subject
@@ -57,16 +58,18 @@ def build_strips(
         normalize_reps=normalize_reps,
     ).cpu()
     error = (predicted - h[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
+    first_rows = first_cached_rows(dataset.segments)
+    begins = [run.start - first_rows[run.store, run.episode] for run in runs]
     note = "" if manifest.encoder_trained else " (encoder untrained)"
     return [
         Strip(
-            title=f"{segment.episode}, steps {run.start - segment.start} to {run.stop - segment.start - 1}{note}",
+            title=f"{segment.episode}, steps {begins[number]} to {begins[number] + stop - 1}{note}",
             frames=frames,
             true=colours.paint(h[number].numpy(), manifest.grid),
             predicted=colours.paint(predicted[number].numpy(), manifest.grid),
             error=error[number],
         )
-        for number, (segment, run, frames) in enumerate(
-            zip(segments, runs, read_frames(subject.config, dataset, runs), strict=True)
+        for number, (segment, frames) in enumerate(
+            zip(segments, read_frames(subject.config, dataset, runs), strict=True)
         )
     ]

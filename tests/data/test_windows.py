@@ -13,7 +13,14 @@ from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.cache import Segment
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.scaler import fit_scaler
-from jepa_cache.data.windows import MIXTURE_BLOCK, WindowGroup, WindowIndex, WindowSampler, spread_windows
+from jepa_cache.data.windows import (
+    MIXTURE_BLOCK,
+    WindowGroup,
+    WindowIndex,
+    WindowSampler,
+    first_cached_rows,
+    spread_windows,
+)
 
 
 @st.composite
@@ -198,3 +205,8 @@ def test_a_mixture_is_the_same_for_any_number_of_processes_and_from_any_step():
 def test_a_data_set_of_a_mixture_without_windows_is_refused():
     with pytest.raises(ValueError, match="needs windows"):
         WindowSampler(5, 2, seed=0, groups=[WindowGroup(5, 1.0), WindowGroup(0, 1.0)])
+
+
+def test_steps_are_numbered_from_the_first_cached_one_of_an_episode_in_its_store():
+    segments = [Segment(0, "a", 7, 9), Segment(0, "a", 3, 5), Segment(0, "b", 9, 12), Segment(1, "a", 0, 2)]
+    assert first_cached_rows(segments) == {(0, "a"): 3, (0, "b"): 9, (1, "a"): 0}

@@ -147,11 +147,14 @@ def test_the_landscape_has_the_true_action_in_its_middle_and_an_oracles_valley_t
     assert (turns.argmin(axis=1) == MIDDLE).all() and (turns[:, [0, -1]] > 0.1).all()
     assert np.ptp(maps.energies, axis=2).max() < 1e-6  # the oracle's tokens do not follow the pitch
     assert maps.above_true()[MIDDLE, MIDDLE] == 0
+    assert any(
+        segment.start for segment in subject.held_out_segments()
+    )  # so that rows of the store are no steps of the episode
     for episode, first_step, grid in zip(maps.episodes, maps.first_steps, maps.grids, strict=True):
         segment = next(s for s in subject.held_out_segments() if s.episode == episode)
         raw = cache.dataset.controls(segment.store)[0]
-        assert grid[:, MIDDLE] == pytest.approx(raw[first_step + 1, 2:4])  # after two context steps
-        assert segment.start <= first_step < segment.stop
+        assert grid[:, MIDDLE] == pytest.approx(raw[segment.start + first_step + 1, 2:4])  # after two context steps
+        assert 0 <= first_step < segment.stop - segment.start
 
 
 def test_a_turn_takes_its_mouse_counts_along_and_nothing_else_moves():
