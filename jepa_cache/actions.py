@@ -8,7 +8,7 @@ SO(3), OR of keys and buttons, the slot at a. Actions and states are raw; scalin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -95,6 +95,17 @@ def get_action_space(name: str) -> ActionSpace:
         hint = nearest(name, [*ACTION_SPACES, "vector_last<A>x<S>", "vector_sum<A>x<S>"])
         raise ValueError(f"there is no action space {name!r}{hint}")
     return ACTION_SPACES[name]
+
+
+def list_action_spaces(controls: Collection[str]) -> list[str]:
+    """Names of the action spaces that a recording with these control columns allows."""
+    fitting = [space.name for space in ACTION_SPACES.values() if set(space.required) <= set(controls)]
+    width = {
+        kind: len([name for name in controls if re.fullmatch(rf"{kind}_[0-9]+", name)]) for kind in ("action", "state")
+    }
+    if all(width.values()):
+        fitting += [f"vector_{rule}{width['action']}x{width['state']}" for rule in ("last", "sum")]
+    return fitting
 
 
 def zero_actions(actions: np.ndarray, space: ActionSpace) -> np.ndarray:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepa_cache.actions import ActionSpace
+from jepa_cache.actions import ActionSpace, list_action_spaces
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import digest_units, list_units
-from jepa_cache.episode import Episode
+from jepa_cache.episode import Episode, Skipped
 from jepa_cache.sources import Source, Unit, build_source
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.usage import WantedPart
+
+NUM_LOOKED_AT = 8
+"""Recordings that may lack an action space's columns before the space is taken to be the wrong one: at most 0.5^8 by chance."""
+MAX_EXPECTED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,40 @@ def plan_parts(
                     )
                 )
     return parts
+
+
+def check_controls(config: Config, part: Part, space: ActionSpace) -> None:
+    """Refuse, before anything is encoded, an action space that no recording of a sample allows.
+
+    Looks at the first usable recording and, where that one does not hold the columns, at some more. Does not look where
+    `encode.max_skipped_share` expects most recordings to be left out.
+
+    Raises:
+        ValueError: All those recordings lack columns; the spaces that they do allow are named.
+    """
+    if config.encode.max_skipped_share > MAX_EXPECTED_SHARE:
+        return
+    held: list[Mapping[str, Any]] = []
+    for recording in itertools.islice(_iter_recordings(part), NUM_LOOKED_AT):
+        if isinstance(recording, Episode):
+            if set(space.required) <= set(recording.controls):
+                return
+            held.append(recording.controls)
+    if held:
+        missing = [name for name in space.required if name not in held[0]]
+        fitting = list_action_spaces(held[0])
+        raise ValueError(
+            f"action space {space.name!r} needs the controls {', '.join(missing)}, and none of the first {len(held)} recordings of "
+            f"{part.preset.name} holds them; set encode.action_space to "
+            + (" or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(held[0]))}")
+            + " (docs/action_spaces.md). Where a few recordings do hold them, encode.max_skipped_share=1 leaves the others out"
+        )
+
+
+def _iter_recordings(part: Part) -> Iterator[Episode | Skipped]:
+    for unit, _ in part.units:
+        with contextlib.suppress(ValueError):  # Encoding meets the same error and reports it.
+            yield from part.source.iter_episodes(unit)
 
 
 def _phases(config: Config, source: Source, units: Sequence[tuple[Unit, str]]) -> tuple[int, ...]:

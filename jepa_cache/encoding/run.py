@@ -12,7 +12,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder, resolve_device
-from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
+from jepa_cache.encoding.parts import Part, check_controls, open_encoder, plan_parts
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
 from jepa_cache.encoding.workers import Workers
@@ -73,6 +73,7 @@ def encode_dataset(
         ]
         if missing:
             task_part = replace(part, units=missing)
+            check_controls(config, task_part, space)
             tasks.append(EncodeTask(config.encode, encoder, weights, task_part, default_num_threads()))
     if tasks and not encoder.trained:
         print(
@@ -170,7 +171,10 @@ def _check_skipped(manifest: Manifest, max_share: float) -> None:
     for recording in manifest.skipped:
         print(f"skipped: {recording['key']}: {recording['reason']}")
     if num_episodes == 0:
-        raise ValueError(f"no usable recording: all {num_skipped} were skipped (reasons above)")
+        raise ValueError(
+            f"no usable recording: all {num_skipped} were skipped (reasons above; first: {manifest.skipped[0]['reason']}). Mend them, "
+            "or where the reason is a setting such as encode.action_space or encode.fps, change it; what was encoded is kept"
+        )
     share = num_skipped / (num_episodes + num_skipped)
     if share > max_share:
         raise ValueError(

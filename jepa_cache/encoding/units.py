@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.sources import Source, Unit
+from jepa_cache.sources._forms import find_way_out
 from jepa_cache.store.digests import DigestTable
 
 SAMPLE_FOLDER = Path("shards/sample")
@@ -31,7 +33,7 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
     try:
         units = source.list_units(named, base)
     except ValueError as error:
-        for hint in _hints(named, base):
+        for hint in _hints(source, named, base):
             error.add_note(hint)
         raise
     sample_folder = (base / SAMPLE_FOLDER).resolve()
@@ -76,17 +78,18 @@ def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> 
         )
 
 
-def _hints(named: Sequence[str], base: Path) -> list[str]:
-    """Ways out where inputs find nothing: they lie below the present folder, or are pairs of files that nobody packed."""
+def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
+    """Ways out where inputs find nothing: not there, below the present folder, or in the form of another data set."""
     hints = []
     for text in named:
         here, meant = (folder / Path(text).expanduser() for folder in (Path.cwd(), base))
         if here.exists() and not meant.exists():
             hints.append(f"{here.resolve()} is there: name it so, in full")
-        elif meant.is_dir() and (loose := next(meant.rglob("*.mp4"), None)) is not None:
-            hints.append(
-                f"it holds video files such as {loose.name}: `jepa-cache pack {meant} OUT` makes tar shards of .mp4 + .jsonl pairs"
-            )
+        elif not meant.exists() and meant.parent.is_dir() and not set(text) & set("*?[{:"):
+            near = difflib.get_close_matches(meant.name, sorted(path.name for path in meant.parent.iterdir()), n=1)
+            hints.append(f"{meant} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+        elif meant.is_dir() and (way_out := find_way_out(meant, str(source.recipe["source"]))) is not None:
+            hints.append(way_out)
     return hints
 
 

@@ -99,8 +99,8 @@ class Features:
     def _check(self, path: Path | BucketFile, name: str, specs: Mapping[str, Any]) -> None:
         if name not in self._places:
             raise ValueError(
-                f"{path} has no feature {name!r}{nearest(name, list(self._places))}. Name its features in source_options; "
-                "null or [] where it has none"
+                f"{path} has no feature {name!r}{nearest(name, list(self._places)).removesuffix('?')}. Name its features in "
+                "source_options of the data set preset; null or [] where it has none"
             )
         encoding = getattr(self._places[name], "_encoding", None)
         if str(getattr(encoding, "value", "none")) not in ("none", "bytes"):

@@ -135,6 +135,20 @@ def test_no_usable_recording_at_all_stops_whatever_the_share(tmp_path, pairs):
         encode(tmp_path / "in", tmp_path / "cache", tiny_config(max_skipped_share=1.0))
 
 
+def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encoded(tmp_path, pairs):
+    write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "b": pairs["b"]})
+    root = tmp_path / "cache"
+    words = r"'pose7' needs the controls x_m.* none of the first 2 recordings.* set encode\.action_space to vpt13 or vpt36 or vpt25"
+    with pytest.raises(ValueError, match=words):
+        encode(tmp_path / "in", root, tiny_config(action_space="pose7"))
+    assert not list(root.glob("tokens/*/*.zarr"))
+    with pytest.raises(
+        ValueError, match=r"no usable recording: all 2 were skipped .*pose7"
+    ):  # asked for in so many words
+        encode(tmp_path / "in", root, tiny_config(action_space="pose7", max_skipped_share=1.0))
+    assert list(root.glob("tokens/*/*.zarr"))
+
+
 def test_an_episode_that_the_action_space_cannot_describe_is_left_out_by_name(tmp_path, pairs):
     rows = make_rows(60, 8)
     for row in rows[20:]:

@@ -4,6 +4,7 @@ import pytest
 
 from jepa_cache.encoding.units import check_rendered, list_units
 from jepa_cache.sources import build_source
+from jepa_cache.sources._forms import find_way_out
 from tests.encoded import tiny_config
 
 
@@ -40,7 +41,7 @@ def test_recordings_below_the_present_folder_are_pointed_at_by_their_full_name(v
     assert caught.value.__notes__ == [f"{here / 'films'} is there: name it so, in full"]
     with pytest.raises(ValueError, match="finds no") as caught:
         _find(vpt, checkout, "nowhere")
-    assert not getattr(caught.value, "__notes__", [])
+    assert caught.value.__notes__ == [f"{checkout / 'nowhere'} does not exist"]
     (checkout / "films").mkdir()
     with pytest.raises(ValueError, match="finds no") as caught:
         _find(vpt, checkout, "films")
@@ -54,3 +55,36 @@ def test_loose_pairs_name_the_command_that_packs_them(vpt, tmp_path):
         _find(vpt, tmp_path, "films")
     (note,) = caught.value.__notes__
     assert "a.mp4" in note and f"jepa-cache pack {tmp_path / 'films'} OUT" in note
+
+
+def test_an_input_that_does_not_exist_names_its_nearest_neighbour(vpt, tmp_path):
+    (tmp_path / "shards" / "droid_100").mkdir(parents=True)
+    with pytest.raises(ValueError, match="finds no") as caught:
+        _find(vpt, tmp_path, "shards/droid_1000")
+    assert caught.value.__notes__ == [f"{tmp_path / 'shards/droid_1000'} does not exist; did you mean 'droid_100'?"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reader"),
+    [
+        (["lab/day/episode/trajectory.h5", "lab/day/episode/recordings/MP4/1.mp4"], "dataset=droid_raw"),
+        (["1.0.0/features.json", "1.0.0/x-train.tfrecord-00000-of-00001"], "dataset=droid_rlds"),
+        (["mine/meta/info.json", "mine/videos/a.mp4", "mine/meta/episodes.jsonl"], "configs/dataset/lerobot.yaml"),
+        (["day/a.mp4", "day/a.json"], "dataset=mp4_json"),
+    ],
+)
+def test_a_folder_in_the_form_of_another_data_set_names_the_one_that_reads_it(vpt, tmp_path, files, reader):
+    for file in files:
+        path = tmp_path / "films" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(ValueError, match="finds no") as caught:
+        _find(vpt, tmp_path, "films")
+    (note,) = caught.value.__notes__
+    assert reader in note and "pack" not in note
+
+
+def test_a_source_is_not_recommended_to_itself(tmp_path):
+    (tmp_path / "trajectory.h5").touch()
+    assert find_way_out(tmp_path, "droid_raw") is None
+    assert "dataset=droid_raw" in find_way_out(tmp_path, "vpt")
