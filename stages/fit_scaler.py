@@ -28,6 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     scaler = fit_scaler(dataset, segments, config.scaler)
     output = ROOT / "outputs/scaler/scaler.json"
     write_scaler(scaler, output)
+    whole = dataset.segments_of(TRAIN, config.split)
+    if (num_steps := sum(run.stop - run.start for run in whole)) != scaler.num_train_steps:
+        print(
+            f"filters: {scaler.num_train_steps} of {num_steps} steps are left, in {count_episodes(segments)} of {count_episodes(whole)} episodes"
+        )
     print(f"fitted on {scaler.num_train_steps} steps of {count_episodes(segments)} training episodes")
     print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py")
 

@@ -99,6 +99,7 @@ def make_cache(
     encoder = {"weights": f"made:{seed}"}
     recipe: dict[str, Any] = {
         "made by": "tests/caches.py",
+        "source": {"source": config.dataset.source, **config.dataset.source_options},
         "encoder": encoder,
         "sampling": sampling,
         **AS_CONFIGURED,

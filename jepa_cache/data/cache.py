@@ -15,6 +15,7 @@ import pyarrow as pa
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
+from jepa_cache.data.agreement import find_differences
 from jepa_cache.data.filters import (
     NO_FILTER,
     cut_runs,
@@ -24,7 +25,7 @@ from jepa_cache.data.filters import (
     needs_controls,
     ranges_path,
 )
-from jepa_cache.data.splits import split_of
+from jepa_cache.data.splits import TRAIN, split_of
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
@@ -52,24 +53,7 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
     """
     path = repository / "outputs/encode/manifest.json"
     manifest = read_manifest(path)
-    sampling = manifest.recipe["sampling"]
-    asked = {
-        "dataset": (config.dataset.name, manifest.dataset),
-        "encoder": (config.encoder.name, manifest.encoder),
-        "encode.mode": (config.encode.mode, manifest.mode),
-        "encode.fps": (config.encode.fps, sampling["fps"]),
-        "encode.action_space": (config.encode.action_space, manifest.action_space),
-        **{
-            f"encode.{key}": (getattr(config.encode, key), manifest.recipe[key])
-            for key in ("compute_dtype", "dtype", "decoder")
-        },
-        "encode.pool": (config.encode.pool, manifest.recipe.get("pool", 1)),  # absent where off
-    }
-    if "single_frame" in manifest.recipe["encoder"]:
-        asked["encode.single_frame"] = (config.encode.single_frame, manifest.recipe["encoder"]["single_frame"])
-    if config.encode.mode == "clip":
-        asked["encode.frames_per_clip"] = (config.encode.frames_per_clip, sampling["frames_per_clip"])
-    differing = [f"{key} is {now!r}, the manifest has {then!r}" for key, (now, then) in asked.items() if now != then]
+    differing = find_differences(config, manifest)
     if differing:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(differing)}); run `python stages/encode.py` again"
@@ -165,6 +149,12 @@ class CachedDataset:
             for segment in runs:
                 pieces = cut_runs(segment.start, segment.stop, keep, joined, filters.min_steps)
                 cut += [segment._replace(start=start, stop=stop) for start, stop in pieces]
+        if chosen and not cut and split == TRAIN:
+            active = [f"{key}={value!r}" for key, value in vars(filters).items() if value != getattr(NO_FILTER, key)]
+            raise ValueError(
+                f"filter: no step of the {len({segment.episode for segment in chosen})} episodes of the split {split!r} is left by "
+                f"{', '.join(active)}; loosen it, or see with `jepa-cache inspect` whether the recordings are what you expect"
+            )
         if beyond:
             print(
                 f"filter.keep_ranges: {len(beyond)} {split} segments have fewer ticks than the list keeps of them (first: {beyond[0]}); "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.config.schema import ScalerConfig
+from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.scaler import ColumnScaler, check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
 from jepa_cache.data.splits import TRAIN, VAL
@@ -125,6 +126,13 @@ def test_no_training_row_is_refused(dataset):
     single = [dataset.segments[0]._replace(stop=dataset.segments[0].start + 1)]
     with pytest.raises(ValueError, match="two steps"):
         fit_scaler(dataset, single, STANDARD)
+
+
+def test_a_filter_that_leaves_no_training_step_is_named_with_its_value(dataset):
+    with pytest.raises(
+        ValueError, match=r"no step of the \d episodes of the split 'train' is left by min_steps=5000; loosen"
+    ):
+        dataset.segments_of("train", SPLIT, dataclasses.replace(NO_FILTER, min_steps=5000))
 
 
 def test_a_scaler_of_another_action_space_is_refused(dataset):

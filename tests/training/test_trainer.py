@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.config.schema import Config
+from jepa_cache.data.agreement import find_differences
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.predictor.checkpoints import read_card
@@ -415,7 +416,11 @@ def test_training_without_held_out_windows_validates_nothing(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"]
+    "override",
+    [
+        *("dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"),
+        *("encode.cameras=[wrist]", "encode.phases=[0,1]"),
+    ],
 )
 def test_a_manifest_made_with_other_settings_is_refused(cache, override):
     root = f"cache.root={cache.root.path}"
@@ -423,6 +428,14 @@ def test_a_manifest_made_with_other_settings_is_refused(cache, override):
     key = override.partition("=")[0]
     with pytest.raises(ValueError, match=rf"other settings \({key} is .*encode\.py"):
         open_dataset(make_config(root, override), cache.folder)
+
+
+def test_a_manifest_made_with_other_source_options_is_refused(cache):
+    config = make_config(f"cache.root={cache.root.path}")
+    other = replace(config.dataset, source_options={**config.dataset.source_options, "schema": "simple"})
+    (words,) = find_differences(replace(config, members=((other, 1.0),)), cache.dataset.manifest)
+    assert words == "source_options.schema of sample is 'simple', the manifest has 'contractor'"
+    assert not find_differences(config, cache.dataset.manifest)
 
 
 def test_a_scaler_of_other_actions_is_refused(cache, tmp_path):
