@@ -23,7 +23,7 @@ from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.evaluation.metrics import l1_error
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
-from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
+from jepa_cache.predictor.rollout import as_reps, predict_both_ways
 from jepa_cache.store.quantisation import (
     Channels,
     check_width,
@@ -119,30 +119,20 @@ def measure_floor(subject: Subject) -> NoiseFloor:
 
 def _errors(subject: Subject, given: Tensor, target: Tensor, controls: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """L1 [B] of predictions from `given` [B, T, N, D] against `target`: teacher-forced, and mean over the open-loop steps."""
-    settings, (actions, states) = subject.config.evaluate, controls
-    context, stop, trained = (
-        settings.num_context_steps,
-        settings.num_context_steps + settings.horizon,
-        subject.window_steps,
-    )
-    one_step = teacher_forcing(
+    settings, trained = subject.config.evaluate, subject.window_steps
+    both = predict_both_ways(
         subject.predictor,
-        given[:, :trained],
-        actions[:, : trained - 1],
-        states,
+        given,
+        *controls,
+        num_forced=trained - 1,
+        num_context=settings.num_context_steps,
+        horizon=settings.horizon,
         normalize_reps=subject.normalize_reps,
     )
-    rolled = open_loop(
-        subject.predictor,
-        given[:, :context],
-        actions[:, : stop - 1],
-        states[:, : stop - 1],
-        settings.horizon,
-        normalize_reps=subject.normalize_reps,
-    )
+    ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
     return {
-        "one_step": l1_error(one_step, target[:, 1:trained]).mean(dim=1),
-        "rollout": l1_error(rolled, target[:, context:stop]).mean(dim=1),
+        "one_step": l1_error(both.teacher_forced, target[:, 1:trained]).mean(dim=1),
+        "rollout": l1_error(both.open_loop, target[:, ahead]).mean(dim=1),
     }
 
 

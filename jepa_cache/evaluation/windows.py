@@ -25,7 +25,7 @@ from jepa_cache.evaluation.baselines import (
 from jepa_cache.evaluation.controls import CONTROLS, SHIFTED, control_actions
 from jepa_cache.evaluation.metrics import MEASURES
 from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps, open_loop, teacher_forcing
+from jepa_cache.predictor.rollout import as_reps, predict_both_ways
 
 MODEL = "model"
 COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
@@ -197,26 +197,15 @@ def _predictions(
 
 
 def _run_predictor(subject: Subject, name: str, rows: Tensor, given: _Given, actions: Tensor) -> Predicted:
-    settings, num_trained = subject.config.evaluate, subject.window_steps
-    context, num_rows = settings.num_context_steps, settings.num_context_steps + settings.horizon - 1
-    h, actions, states = given.h[rows], actions[rows], given.states[rows]
-    return Predicted(
-        name,
-        rows,
-        0,
-        teacher_forcing(
-            subject.predictor,
-            h[:, :num_trained],
-            actions[:, : num_trained - 1],
-            states,
-            normalize_reps=subject.normalize_reps,
-        ),
-        open_loop(
-            subject.predictor,
-            h[:, :context],
-            actions[:, :num_rows],
-            states[:, :num_rows],
-            settings.horizon,
-            normalize_reps=subject.normalize_reps,
-        ),
+    settings = subject.config.evaluate
+    both = predict_both_ways(
+        subject.predictor,
+        given.h[rows],
+        actions[rows],
+        given.states[rows],
+        num_forced=subject.window_steps - 1,
+        num_context=settings.num_context_steps,
+        horizon=settings.horizon,
+        normalize_reps=subject.normalize_reps,
     )
+    return Predicted(name, rows, 0, both.teacher_forced, both.open_loop)

@@ -5,6 +5,7 @@ as well, and they carry gradients unless the caller switches them off.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,56 @@ def open_loop(
         extrinsics=None if extrinsics is None else extrinsics[:, num_context:],
         normalize_reps=normalize_reps,
     )
+
+
+class Both(NamedTuple):
+    """Predictions of the same windows with true tokens and with the predictor's own, float32.
+
+    Attributes:
+        teacher_forced: [B, P, N, E] of steps 1 to P.
+        open_loop: [B, K, N, E] of steps C to C+K-1.
+    """
+
+    teacher_forced: Tensor
+    open_loop: Tensor
+
+
+def predict_both_ways(
+    predictor: Predictor,
+    tokens: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    *,
+    num_forced: int,
+    num_context: int,
+    horizon: int,
+    normalize_reps: bool = True,
+) -> Both:
+    """What `teacher_forcing` and `open_loop` give, at the cost of one pass and horizon - 1 single steps: the context is computed once.
+
+    Args:
+        predictor: an `ACPredictor` without extrinsics.
+        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; at least the larger of P and C steps are read.
+        actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
+        states: [B, T, S].
+        num_forced: P >= 1.
+        num_context: C >= 1 true steps before the open loop.
+        horizon: K >= 1.
+        normalize_reps: layer-norm the predictions, as in training.
+    """
+    num_steps, last = max(num_forced, num_context), num_context + horizon - 1
+    kept = num_context if horizon > 1 else 0
+    out = predictor(tokens[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
+    forced = as_reps(out.tokens, normalize_reps)
+    rolled = continue_rollout(
+        predictor,
+        forced[:, num_context - 1 : num_context],
+        actions[:, num_context:last],
+        states[:, num_context:last],
+        past=out.past,
+        normalize_reps=normalize_reps,
+    )
+    return Both(forced[:, :num_forced], rolled)
 
 
 def continue_rollout(

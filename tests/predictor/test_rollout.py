@@ -2,7 +2,7 @@
 
 Claims:
 - it equals the plain loop that feeds a growing context from scratch, with and without layer norm, with extrinsics too;
-- its first step is the last teacher-forced step;
+- its first step is the last teacher-forced step; both at once give what each gives alone;
 - teacher forcing predicts each step from the true ones before it;
 - tokens are normalised in float32 whatever their dtype; the codes of a store are no tokens.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import as_reps, normalize_tokens, open_loop, teacher_forcing
+from jepa_cache.predictor.rollout import as_reps, normalize_tokens, open_loop, predict_both_ways, teacher_forcing
 
 
 def build(use_extrinsics: bool = False) -> ACPredictor:
@@ -60,6 +60,20 @@ def test_first_rollout_step_is_the_last_teacher_forced_step():
     forced = teacher_forcing(predictor, tokens, actions, states)
     rolled = open_loop(predictor, tokens[:, :3], actions, states[:, :3], 1)
     torch.testing.assert_close(rolled[:, 0], forced[:, -1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("num_forced", "num_context", "horizon"), [(5, 2, 3), (2, 4, 2), (3, 3, 1), (1, 1, 5)])
+@torch.no_grad()
+def test_both_ways_at_once_equal_each_alone(num_forced: int, num_context: int, horizon: int):
+    predictor, tokens, actions, states = build(), draw(2, 6, 4, 10), draw(2, 5, 5), draw(2, 6, 3)
+    both = predict_both_ways(
+        predictor, tokens, actions, states, num_forced=num_forced, num_context=num_context, horizon=horizon
+    )
+    forced = teacher_forcing(predictor, tokens[:, : num_forced + 1], actions[:, :num_forced], states)
+    rows = num_context + horizon - 1
+    rolled = open_loop(predictor, tokens[:, :num_context], actions[:, :rows], states[:, :rows], horizon)
+    torch.testing.assert_close(both.teacher_forced, forced, atol=1e-12, rtol=0)
+    torch.testing.assert_close(both.open_loop, rolled, atol=1e-10, rtol=0)
 
 
 @torch.no_grad()
