@@ -19,6 +19,7 @@ from jepa_cache.store.export import CHECKSUMS
 from jepa_cache.store.manifest import read_manifest
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.usage import held_alone
 from tests.cli.test_verify import flip
 
 
@@ -201,7 +202,17 @@ def test_a_folder_that_holds_something_else_is_refused(checkout, tmp_path, what)
     assert _files(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments", [("--episodes", "nobody"), ("--units", "nothing"), ("--split", "test"), ("x",)])
+def test_an_export_waits_for_no_clean_up_but_is_refused(checkout, tmp_path):
+    with held_alone(checkout.root):
+        result = checkout.run("export", "cache", tmp_path / "out", "--json")
+    assert result.code == 1 and "in use" in result.document["error"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--episodes", "nobody"), ("--units", "nothing"), ("--units", "12345"), ("--split", "test"), ("x",)]
+)
 def test_wrong_choices_are_wrong_usage(checkout, tmp_path, arguments):
+    if "12345" in arguments:  # too few digits, though they fit
+        arguments = ("--units", checkout.manifest.entries[0].unit_digest[:5])
     result = checkout.run("export", "cache", tmp_path / "out", *arguments)
     assert result.code == 2 and result.err.startswith("error: ") and not (tmp_path / "out").exists()

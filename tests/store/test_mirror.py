@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_cache.store import blocks, commits, layout, objects, records
+from jepa_cache.store import blocks, commits, layout, mirror, objects, records
 from jepa_cache.store.controls import ControlsWriter, iter_controls, read_actions, write_actions
 from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.mirror import open_mirror
@@ -211,6 +211,7 @@ def test_a_publisher_killed_at_any_request_leaves_a_whole_store_or_none_and_the_
         again = open_mirror(f"{url}-{number}")
         assert again.fetch(again.path / name), "what was finished is uploaded by the next run"
         assert np.array_equal(read_all(again.path / name), TOKENS)
+        assert not list((again.path / name).glob("tokens/c/**/*")), "what is in the bucket is dropped here"
         commit = records.read_record(again.path / name)
         assert {key.split("/")[2] for key in keys_of(again)} == {
             f"{place.name}.commit.json",
@@ -302,6 +303,59 @@ def test_the_second_writer_of_one_machine_finds_the_store_published(machines, se
     same.publish(store)
     assert not [request for request in server.requests if request.startswith("PUT")]
     assert np.array_equal(read_all(store), TOKENS)
+
+
+def test_what_another_machine_published_first_is_what_the_later_one_reads(machines):
+    here, there = machines("a"), machines("b")
+    write_tokens(there.tokens(RECIPE, UNIT), -TOKENS)
+    publish_tokens(here)
+    there.publish(there.tokens(RECIPE, UNIT))
+    assert np.array_equal(read_all(there.tokens(RECIPE, UNIT)), TOKENS)
+
+
+def test_a_file_is_published_once_and_again_when_it_was_removed_elsewhere_and_a_store_is_not(machines, server):
+    here, there = machines("a"), machines("b")
+    store, manifest = publish_tokens(here), here.manifest(RECIPE)
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b"{}")
+    here.publish(manifest)
+    server.requests.clear()
+    here.publish(manifest)
+    assert not [request for request in server.requests if request.startswith("PUT")]
+    for place in (there.tokens(RECIPE, UNIT), there.manifest(RECIPE)):
+        there.remove(place)
+    for place in (store, manifest):  # of the store only tables are left here
+        here.publish(place)
+    assert {key.split("/")[0] for key in keys_of(here)} == {"manifests"}
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
+def test_what_was_lost_here_is_fetched_again_and_never_published(machines, harm):
+    here, there = machines("a"), machines("b")
+    write_tokens(here.tokens(RECIPE, UNIT))
+    harm(here.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
+    with pytest.raises(StoreDamagedError, match=layout.SEGMENTS_FILE):  # finished here, but not whole any more
+        here.fetch(here.tokens(RECIPE, UNIT))
+    assert not keys_of(here)
+    here.remove(here.tokens(RECIPE, UNIT))
+    publish_tokens(here)
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    harm(there.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
+    there = machines("b")
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    assert read_table(there.tokens(RECIPE, UNIT), layout.SEGMENTS_FILE).num_rows == 1
+
+
+def test_what_an_upload_left_is_removed_by_the_next_one(machines):
+    root = machines("a")
+    store = root.tokens(RECIPE, UNIT)
+    dead = commits.new_attempt(f"tokens/{RECIPE}/{store.name}")
+    root.bucket.put(f"{dead}/store.json", b"half")
+    note = records.note_path(store, mirror.UPLOAD_SUFFIX)
+    note.parent.mkdir(parents=True)
+    note.write_text(dead)
+    publish_tokens(root)
+    assert not [key for key in keys_of(root) if key.startswith(dead)] and not note.exists()
 
 
 def test_what_was_removed_elsewhere_is_gone_here(machines):
