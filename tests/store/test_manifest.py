@@ -1,6 +1,10 @@
-"""Claims: a manifest reads back as it was written, has one spelling, is written whole or not at all, and names what is missing."""
+"""Claims: a manifest reads back as it was written, has one spelling, is written whole or not at all, and names what is missing.
+
+One that was changed since, or has another form, is refused.
+"""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +13,7 @@ import sys
 import pytest
 
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, find_missing, read_manifest, write_manifest
+from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 
 ENTRY = ManifestEntry("a" * 64, "b" * 64, "c" * 64, num_steps=10, num_segments=2, num_episodes=1)
@@ -118,21 +123,40 @@ def test_a_write_that_fails_leaves_the_old_manifest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        lambda document: document["parts"][0].pop("entries"),
-        lambda document: document.update(unknown=1),
-        lambda document: document.update(manifest_version=99),
-        lambda document: document["parts"][0]["entries"][0].pop("num_steps"),
+        (lambda document: document["parts"][0].pop("entries"), "'entries'"),
+        (lambda document: document.update(unknown=1), "unknown"),
+        (lambda document: document.update(manifest_version=99), "it has version 99, this program reads 1"),
+        (lambda document: document.pop("manifest_version"), "manifest_version"),
+        (lambda document: document["parts"][0]["entries"][0].pop("num_steps"), "num_steps"),
     ],
-    ids=["field gone", "field unknown", "other version", "entry field gone"],
+    ids=["field gone", "field unknown", "other version", "no version", "entry field gone"],
 )
-def test_a_manifest_of_another_form_is_refused_with_the_way_out(tmp_path, change):
+def test_a_manifest_of_another_form_is_refused_with_the_way_out(tmp_path, change, said):
     document = json.loads(MANIFEST.to_bytes())
+    del document["sha256"]
     change(document)
-    (tmp_path / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"manifest\.json is no valid manifest.*encode\.py"):
+    document["sha256"] = hashlib.sha256(canonical_json(document)).hexdigest()  # as if it had been written so
+    (tmp_path / "manifest.json").write_bytes(canonical_json(document))
+    with pytest.raises(ValueError, match=rf"manifest\.json is no valid manifest \(.*{said}.*encode\.py"):
         read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_manifest_of_which_any_value_was_changed_is_refused(tmp_path):
+    path, content = tmp_path / "manifest.json", MANIFEST.to_bytes()
+    path.write_bytes(content)
+    assert read_manifest(path) == MANIFEST
+    digits = [number for number, byte in enumerate(content) if 48 <= byte < 57]
+    for number in digits[:: max(1, len(digits) // 50)]:
+        path.write_bytes(content[:number] + bytes([content[number] + 1]) + content[number + 1 :])
+        with pytest.raises(ValueError, match=r"changed since it was written: its sha256 differs|it has version 2"):
+            read_manifest(path)
+    document = json.loads(content)
+    del document["sha256"]
+    path.write_bytes(canonical_json(document))
+    with pytest.raises(ValueError, match="its sha256 differs"):
+        read_manifest(path)
 
 
 def test_a_missing_or_cut_manifest_is_named_with_the_command_that_makes_it(tmp_path):
