@@ -152,6 +152,27 @@ def test_a_predictor_that_knows_the_world_ends_where_the_recorded_actions_did(ca
     )
 
 
+@pytest.mark.parametrize(
+    ("interval", "p", "answer"),
+    [
+        ((0.1, 0.3), 0.01, "yes"),
+        ((0.1, 0.3), 0.06, "unclear"),
+        ((-0.1, 0.3), 0.01, "unclear"),
+        ((0.0, 0.0), 1.0, "unclear"),
+        ((-0.3, -0.1), 0.01, "no"),
+    ],
+)
+def test_a_gap_is_judged_by_its_side_of_0_and_by_the_paired_test(score, interval, p, answer):
+    keys = [f"camera_deg_gap_{kind}_h{horizon}" for kind in (ZERO, RANDOM, OTHER_GOAL) for horizon in (1, 2, 3)]
+    ends = [f"camera_deg_{kind}_h{h}" for kind in (PLAN, ZERO, RANDOM, OTHER_GOAL) for h in (1, 2, 3)]
+    metrics = {
+        "val": dict.fromkeys((*keys, *ends), 0.2),
+        "val_ci": dict.fromkeys(keys, interval),
+        "p_value": dict.fromkeys(keys, p),
+    }
+    assert {judged["answer"] for judged in judge_plans(metrics, score).values()} == {answer}
+
+
 def test_fewer_than_six_episodes_never_get_a_yes(cache, score):
     first = sorted({record.episode for record in score.records})[:5]
     few = replace(score, records=[record for record in score.records if record.episode in first])
