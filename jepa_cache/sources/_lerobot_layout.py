@@ -89,7 +89,10 @@ class Layout:
         if camera not in cameras:
             if kinds.get(camera) == "image":
                 raise LayoutError(f"{self.root}: {camera!r} holds images inside parquet files; only videos are read")
-            raise LayoutError(f"{self.root}: there is no video {camera!r} in meta/info.json{nearest(camera, cameras)}")
+            raise LayoutError(
+                f"{self.root}: there is no video {camera!r} in meta/info.json{nearest(camera, cameras)} "
+                f"(source_options.camera; it lists {', '.join(cameras) or 'no video'})"
+            )
 
 
 def read_layout(root: Path) -> Layout:

@@ -6,13 +6,13 @@ module stands there.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.config.parsing import nearest
 from jepa_cache.media.bucket import BucketFile
 
 MAX_INFO_BYTES = 64 << 20  # of features.json and dataset_info.json; those of DROID are below 1 MB
@@ -58,6 +58,15 @@ class Features:
         self._places = dict(_list_features(features))
         specs = dict(_flatten(features.get_serialized_info()))
         wanted = (*wanted, *(name for name in optional if name in self._places))
+        if missing := [name for name in dict.fromkeys(wanted) if name not in self._places]:
+            near = {name: difflib.get_close_matches(name, list(self._places), n=1) for name in missing}
+            hints = ", ".join(
+                f"{name!r}" + (f" (did you mean {near[name][0]!r}?)" if near[name] else "") for name in missing
+            )
+            raise ValueError(
+                f"{path} has no feature {hints}. Name its features in source_options of the data set preset, null or [] where it "
+                f"has none; it has {', '.join(sorted(self._places))}"
+            )
         for name in wanted:
             self._check(path, name, specs)
         # Only what is wanted: other features may be compressed, and parsing all of them takes most of the time.
@@ -97,11 +106,6 @@ class Features:
             raise ValueError(f"the record does not fit features.json: {type(error).__name__}: {error}") from error
 
     def _check(self, path: Path | BucketFile, name: str, specs: Mapping[str, Any]) -> None:
-        if name not in self._places:
-            raise ValueError(
-                f"{path} has no feature {name!r}{nearest(name, list(self._places)).removesuffix('?')}. Name its features in "
-                "source_options of the data set preset; null or [] where it has none"
-            )
         encoding = getattr(self._places[name], "_encoding", None)
         if str(getattr(encoding, "value", "none")) not in ("none", "bytes"):
             raise ValueError(

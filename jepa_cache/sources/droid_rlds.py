@@ -199,7 +199,10 @@ class DroidRldsSource:
                 continue
             key = self._name_episode(example)
             if key in keys:
-                yield Skipped(name, f"an earlier record of this shard has the same name, {key!r}")
+                yield Skipped(
+                    name,
+                    f"an earlier record of this shard has the same name, {key!r}; name more features in source_options.episode_key",
+                )
                 continue
             keys.add(key)
             try:

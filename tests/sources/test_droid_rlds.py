@@ -229,6 +229,14 @@ def test_a_feature_that_is_not_there_names_the_nearest(folder):
         read(folder, pose=["steps/observation/cartesian_positon"])
 
 
+def test_all_features_that_are_not_there_are_named_at_once_with_those_that_are(folder):
+    with pytest.raises(
+        ValueError,
+        match=r"no feature 'steps/zz'.*, 'episode_metadata/qq' .*; it has .*steps/observation/wrist_image_left",
+    ):
+        read(folder, command=[], pose=["steps/zz"], episode_key=["episode_metadata/qq"])
+
+
 def test_the_recipe_knows_its_camera_and_nothing_of_the_others(folder):
     one, other = (build_source("droid_rlds", {"camera": camera}).recipe for camera in ("exterior_1", "wrist"))
     assert one != other and one["cameras"] == "steps/observation/exterior_image_1_left"

@@ -159,7 +159,10 @@ def test_a_selection_that_is_none_is_refused_when_the_source_is_built():
 
 def test_an_unknown_camera_is_refused_with_the_nearest(tmp_path):
     write_v2(tmp_path / "arm", {0: 6})
-    with pytest.raises(ValueError, match=r"did you mean 'observation\.images\.top'"):
+    with pytest.raises(
+        ValueError,
+        match=r"did you mean 'observation\.images\.top'.*source_options\.camera; it lists .*observation\.images\.top",
+    ):
         read_all(tmp_path, {**OPTIONS, "camera": "observation.images.tob"})
     with pytest.raises(ValueError, match="only videos are read"):
         read_all(tmp_path, {**OPTIONS, "camera": "observation.images.still"})
