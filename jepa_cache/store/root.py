@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
         ValueError: For a URL that is not s3://bucket/prefix or gs://bucket/prefix.
     """
     chosen = configured or os.environ.get("JEPA_CACHE_HOME") or "~/.cache/jepa-cache"
-    if "://" in chosen:
+    if re.match(r"\w+:/", chosen):  # also s3:/bucket, which would be a folder called "s3:"
         from jepa_cache.store.mirror import open_mirror
 
         return open_mirror(chosen)

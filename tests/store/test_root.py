@@ -212,3 +212,9 @@ def test_files_are_made_with_the_user_s_own_permissions(tmp_path):
     plain = tmp_path / "b"
     plain.touch()
     assert (tmp_path / "a").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/prefix", "http://bucket/prefix", "s3:///prefix"])
+def test_a_mistyped_url_is_no_folder(tmp_path, url):
+    with pytest.raises(ValueError, match=r"named s3://bucket/prefix or gs://bucket/prefix; got"):
+        resolve_cache_root(url, tmp_path)
