@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/dvc repro
 	@echo
-	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/"; echo "next: source .venv/bin/activate, then dvc exp run -S train.lr=3e-4"
+	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/"; echo "next: source .venv/bin/activate, then docs/quickstart.md, A first experiment"
 
 test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder

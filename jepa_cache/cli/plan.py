@@ -203,9 +203,11 @@ def _describe_break_even(entry: dict[str, Any], runs: BreakEven) -> list[str]:
     if not entry["runs"]:
         return []
     touched = entry["frames_touched_per_run"] / max(1, entry["frames"])
+    gain = entry["gain_per_run"]
+    fewer = f"{gain:.3g} times fewer" if gain >= 1.005 else "less than 0.5 % fewer"
     return [
         f"one training run of predictor {entry['predictor']} touches {entry['frames_touched_per_run']} frames, each {touched:.3g} "
         f"times: {runs.online:.3g} operations to encode them online, {runs.predictor:.3g} for the predictor",
         f"break-even after {entry['runs']:.3g} training runs ({runs.build:.3g} to build the cache / {runs.online:.3g} online); "
-        f"after it a run needs {entry['gain_per_run']:.3g} times fewer operations (decoding not counted)",
+        f"after it a run needs {fewer} operations (decoding not counted)",
     ]

@@ -40,10 +40,9 @@ def take_recordings(source: Source, units: Sequence[Unit], most: int) -> tuple[l
         left -= head.num_recordings
     if taken == list(units):
         return taken, ()
-    note = (
-        f"encode.max_episodes is {most}: only the first {most - max(left, 0)} recordings are in here; {len(units) - len(taken)} of "
-        f"{len(units)} units were not read at all"
-    )
+    note = f"encode.max_episodes is {most}: only the first {most - max(left, 0)} recordings are in here"
+    if unread := len(units) - len(taken):
+        note += f"; {unread} of {len(units)} units were not read at all"
     return taken, (note,)
 
 

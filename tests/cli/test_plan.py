@@ -5,9 +5,11 @@ It refuses what the disk cannot hold, gives hours only at a rate that was measur
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from jepa_cache.cli import plan
 from jepa_cache.encoding import planning
 from jepa_cache.media import headers
 from tests.makers import make_video, make_vpt_pair, write_vpt_tar
@@ -183,3 +185,10 @@ def test_break_even_is_the_build_over_what_one_run_would_encode(fresh):
 def test_no_recordings_cannot_be_planned(fresh):
     result = fresh.run("plan", "--json", fresh.folder / "nowhere")
     assert result.code == 2 and "finds no *.tar file" in result.document["error"]
+
+
+def test_a_gain_too_small_to_see_is_not_called_one_time_fewer():
+    runs = SimpleNamespace(online=1e3, predictor=1e9, build=1e3)
+    entry = {"runs": 1.0, "predictor": "base", "frames_touched_per_run": 10, "frames": 10}
+    for gain, words in ((1.000001, "less than 0.5 % fewer operations"), (1.24, "1.24 times fewer operations")):
+        assert words in plan._describe_break_even({**entry, "gain_per_run": gain}, runs)[-1]

@@ -6,13 +6,14 @@ What lies behind them is not looked at; a unit that holds no more is taken as it
 import numpy as np
 import pytest
 
+from jepa_cache.encoding import subset
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import digest_units
 from jepa_cache.episode import Episode
 from jepa_cache.media.tar import iter_samples, list_samples
 from jepa_cache.media.tar_subset import copy_first_samples
 from jepa_cache.media.video import open_video
-from jepa_cache.sources import build_source
+from jepa_cache.sources import Head, build_source
 from tests.droid_makers import CAMERAS, decode, droid_features, make_episode, to_example, to_jpeg, write_tfds
 from tests.makers import make_vpt_pair, write_tar, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, write_v2, write_v3
@@ -128,6 +129,12 @@ def test_units_behind_the_last_one_wanted_are_not_opened(tmp_path):
             file.unlink()
     taken, notes = take_recordings(source, units, 2)
     assert taken == units[:2] and "2 of 4 units were not read at all" in notes[0]
+
+
+def test_a_unit_that_is_read_in_part_is_not_called_unread(monkeypatch):
+    monkeypatch.setattr(subset, "_take", lambda source, unit, most: Head(object(), most))
+    _, notes = take_recordings(object(), [object()], 2)
+    assert notes == ("encode.max_episodes is 2: only the first 2 recordings are in here",)
 
 
 def test_a_source_without_parts_counts_a_unit_as_one_recording(tmp_path):
