@@ -208,5 +208,11 @@ def test_a_data_set_of_a_mixture_without_windows_is_refused():
 
 
 def test_steps_are_numbered_from_the_first_cached_one_of_an_episode_in_its_store():
-    segments = [Segment(0, "a", 7, 9), Segment(0, "a", 3, 5), Segment(0, "b", 9, 12), Segment(1, "a", 0, 2)]
+    segments = [
+        Segment(0, "a", 7, 9),
+        Segment(0, "a", 3, 5),
+        Segment(0, "a", 20, 22),
+        Segment(0, "b", 9, 12),
+        Segment(1, "a", 0, 2),
+    ]
     assert first_cached_rows(segments) == {(0, "a"): 3, (0, "b"): 9, (1, "a"): 0}
