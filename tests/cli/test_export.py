@@ -17,10 +17,10 @@ from jepa_cache.store import export as store_export
 from jepa_cache.store import root as store_root
 from jepa_cache.store.export import CHECKSUMS
 from jepa_cache.store.manifest import read_manifest
-from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import held_alone
 from tests.cli.test_verify import flip
+from tests.encoded import write_store_json
 
 
 def _manifest(out):
@@ -68,7 +68,7 @@ def remake(store, **card):
     """A store that is whole, but not the one that was listed; `card` are the entries that differ."""
     document = json.loads((store / "store.json").read_bytes())
     document["content"]["card"] |= card
-    (store / "store.json").write_bytes(canonical_json({key: document[key] for key in ("content", "provenance")}))
+    write_store_json(store / "store.json", document)
 
 
 def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_never_left(checkout, tmp_path):

@@ -274,6 +274,11 @@ def test_a_root_that_is_not_there_is_wrong_usage(checkout):
     assert not (checkout.folder / "nowhere").exists()
 
 
+def test_recordings_are_wrong_usage(checkout):
+    result = checkout.run("gc", checkout.recordings, "--delete")
+    assert result.code == 2 and "takes key=value overrides only" in result.err
+
+
 def test_a_dead_holder_leaves_no_lock(checkout):
     child = os.fork()
     if child == 0:

@@ -143,6 +143,47 @@ def test_another_action_space_needs_actions_and_no_tokens(checkout):
     assert result.code == 1 and (part["done"], part["without_actions"]) == (3, 3)
 
 
+@pytest.mark.parametrize("harm", ["gone", "cut", "of other steps"])
+def test_actions_that_are_not_there_whole_and_of_these_steps_must_be_made(checkout, harm):
+    path = checkout.actions() / "store.json"
+    if harm == "gone":
+        shutil.rmtree(checkout.actions())
+    elif harm == "cut":
+        (checkout.actions() / "actions/c/0/0").write_bytes(b"")
+    else:
+        document = json.loads(path.read_bytes())
+        document["content"]["card"]["steps_digest"] = "0" * 64
+        write_store_json(path, document)
+    result = _status(checkout)
+    assert result.code == 1 and not result.document["ready"]
+    assert (result.document["parts"][0]["done"], result.document["parts"][0]["without_actions"]) == (3, 1)
+
+
+def test_controls_that_are_gone_are_told_and_no_reason_to_encode(checkout):
+    checkout.controls(1).unlink()
+    result = _status(checkout)
+    assert result.code == 0 and result.document["parts"][0]["without_controls"] == 1
+    assert "1 units lack their controls" in checkout.run("status", checkout.recordings).out
+
+
+def test_damage_under_another_recipe_hides_nothing(checkout):
+    first = min(checkout.tokens().parent.glob("*.zarr"))
+    (first / "store.json").write_text("{")
+    (part,) = _status(checkout, "encode.fps=4").document["parts"]
+    assert part["stale"] == 3 and part["why"][0]["changes"] == ["sampling.fps: 5.0 -> 4.0"]
+
+
+def test_an_edited_tar_is_stale_only_where_its_earlier_content_was_encoded(checkout):
+    write_vpt_tar(checkout.recordings / "new.tar", {"n": make_vpt_pair(30, 78)})
+    _status(checkout)  # which learns what is in it
+    for name in ("b.tar", "new.tar"):
+        write_vpt_tar(checkout.recordings / name, {"z": make_vpt_pair(30, 77 + len(name))})
+    for overrides in ((), ("encode.fps=4",)):
+        units = {unit["name"]: unit for unit in _status(checkout, *overrides).document["parts"][0]["units"]}
+        assert units["b.tar"]["state"] == "stale" and "edited since it was encoded" in units["b.tar"]["reason"]
+        assert (units["new.tar"]["state"], units["new.tar"]["reason"]) == ("missing", "never encoded")
+
+
 def test_another_library_version_is_shown_and_no_reason(checkout):
     for number in range(3):
         path = checkout.tokens(number) / "store.json"
