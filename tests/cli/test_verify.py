@@ -5,12 +5,14 @@ forgets; steps that are encoded again are bit-equal, and stores of other pixels 
 """
 
 import json
+import math
 import shutil
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from jepa_cache.encoding.comparison import Comparison, StepResult
 from jepa_cache.store import rounds
 from jepa_cache.store.recipe import canonical_json
 from tests.encoded import make_tars, write_store_json
@@ -338,3 +340,9 @@ def test_stored_values_are_what_the_comparison_reads(checkout):
         tokens = np.empty(reader.shape, np.float16)
         reader.read(0, tokens)
     assert np.array_equal(_read_row(checkout.tokens(), "tokens", 5), tokens[5])
+
+
+def test_a_difference_that_is_no_number_is_wrong():
+    step = StepResult("a.tar", "x", 0, equal=False, difference=0.0, relative_error=math.nan, batch_difference=0.0)
+    good = step._replace(relative_error=0.01)
+    assert Comparison([good, step], [], seed=0).wrong == [step]
