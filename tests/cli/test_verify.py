@@ -309,6 +309,38 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
     assert online["largest_relative_error"] > 0.1
 
 
+def test_another_seed_chooses_other_steps_and_the_choice_is_the_seeds(checkout):
+    def chosen(seed):
+        result = checkout.run("verify", "--against-online", "4", "--json", "--seed", seed, checkout.recordings)
+        return [(step["unit"], step["step"]) for step in result.document["against_online"]["steps"]]
+
+    assert chosen("1") == chosen("1") and len({tuple(chosen(seed)) for seed in ("1", "2", "3")}) == 3
+
+
+def test_what_is_another_than_recorded_is_told_with_the_encoders_own_difference(checkout, monkeypatch):
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
+    for number in range(3):
+        path = checkout.tokens(number) / "store.json"
+        document = json.loads(path.read_bytes())
+        document["provenance"]["versions"]["av"] = "1.2.3"
+        write_store_json(path, document)
+    encode = FrozenEncoder.encode
+    monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: encode(self, groups) + 0.25 * (len(groups) == 1))
+    result = checkout.run("verify", "--against-online", "3", "--json", checkout.recordings)
+    online = result.document["against_online"]
+    assert result.code == 0 and online["bit_equal"] and online["batch_shape_difference"] == pytest.approx(0.25)
+    assert [change for change in online["changes_since"] if change.startswith("versions.av: '1.2.3' ->")]
+
+
+def test_a_recording_that_lacks_an_episode_of_its_store_is_named(checkout, monkeypatch):
+    from jepa_cache.sources.vpt import VptSource
+
+    monkeypatch.setattr(VptSource, "iter_episodes", lambda self, unit: iter(()))
+    result = checkout.run("verify", "--against-online", "3", checkout.recordings)
+    assert result.code == 2 and "does not hold the episode" in result.err
+
+
 def test_settings_of_another_recipe_cannot_be_compared(checkout):
     result = checkout.run("verify", "--against-online", "2", checkout.recordings, "encode.fps=4")
     assert result.code == 2 and "sampling.fps: 5.0 -> 4.0" in result.err
