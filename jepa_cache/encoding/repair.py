@@ -9,9 +9,8 @@ from pathlib import Path
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, ensure_controls
-from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
+from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
 from jepa_cache.encoding.run import encode_here
 from jepa_cache.sources import Unit
 from jepa_cache.store.audit import Audit, Finding, Scope
@@ -85,9 +84,7 @@ def _repair_units(
     base: Path,
     root: CacheRoot,
 ) -> None:
-    encoder = used_encoder(config)
-    weights = resolve_weights(encoder.weights, base=base, kind=encoder.kind) if encoder.weights is not None else None
-    identity = weights_identity(encoder, weights, digest=DigestTable().digest)
+    encoder, weights, identity = open_encoder(config, base)
     space = get_action_space(config.encode.action_space)
     parts = {part.tokens: part for part in plan_parts(config, encoder, identity, space, inputs, base)}
     for listed in manifest.parts:

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from jepa_cache.config.machine import state_folder
 from jepa_cache.store.audit import Audit, Finding, Scope, check_listed, sign
 from jepa_cache.store.damage import StoreDamagedError
-from jepa_cache.store.digests import state_folder
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file

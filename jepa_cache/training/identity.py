@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jepa_cache
+from jepa_cache.config.machine import state_folder
 from jepa_cache.config.schema import Config
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.predictor.checkpoints import OFFICIAL_SUFFIXES
-from jepa_cache.store.digests import DigestTable, state_folder
+from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.locks import Claim, lock_file
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes

@@ -63,7 +63,7 @@ def _times(checkout):
 
 
 def test_a_whole_cache_needs_no_repair_and_no_encoder(checkout, monkeypatch):
-    monkeypatch.setattr("jepa_cache.encoding.repair.resolve_weights", None)
+    monkeypatch.setattr("jepa_cache.encoding.repair.open_encoder", None)
     before = _times(checkout)
     result = checkout.run("repair", checkout.recordings)
     assert result.code == 0 and "nothing to repair" in result.out and _times(checkout) == before

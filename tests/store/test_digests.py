@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
+from jepa_cache.config.machine import state_folder
 from jepa_cache.store import digests
-from jepa_cache.store.digests import DigestTable, join_digests, state_folder
+from jepa_cache.store.digests import DigestTable, join_digests
 
 
 @pytest.fixture
