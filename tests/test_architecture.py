@@ -192,17 +192,18 @@ def test_package_folders_hold_a_docstring_and_no_reexports():
             assert len(body) == 1, f"{path} holds more than a docstring"
 
 
-def test_files_are_at_most_300_lines_long():
+def test_a_file_holds_one_idea_in_at_most_600_lines():
     long = {
-        str(path.relative_to(ROOT)): n for path in python_files() if (n := len(path.read_text().splitlines())) > 300
+        str(path.relative_to(ROOT)): n for path in python_files() if (n := len(path.read_text().splitlines())) > 600
     }
     assert not long, long
 
 
-def test_every_public_function_and_class_has_a_docstring_beyond_its_name():
+def test_public_classes_and_functions_of_two_parameters_have_a_docstring():
     for path in python_files():
         for node in public_definitions(ast.parse(path.read_text())):
-            assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name} has no docstring"
+            if isinstance(node, ast.ClassDef) or len(node.args.args) + len(node.args.kwonlyargs) >= 2:
+                assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name} has no docstring"
 
 
 def public_definitions(tree):
