@@ -35,7 +35,7 @@ SMALLER = {
 class Workspace:
     """A git checkout with a cache, state and runs folder of its own; commands run in it as a user types them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, smaller: bool = True) -> None:
         self.root = folder / "checkout"
         self.cache = folder / "cache"
         self.env = {
@@ -63,7 +63,7 @@ class Workspace:
             if (ROOT / name).is_file():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, self.root / name)
-        for name, changes in SMALLER.items():
+        for name, changes in SMALLER.items() if smaller else ():
             for old, new in changes.items():
                 self.edit(name, old, new)
         self.run("git", "init", "-q")
@@ -76,9 +76,9 @@ class Workspace:
         assert old in text, f"{name} does not hold {old!r}"
         (self.root / name).write_text(text.replace(old, new, 1))
 
-    def run(self, *command: str, fails: bool = False) -> str:
+    def run(self, *command: str, fails: bool = False, timeout: float = 300) -> str:
         """Run a command in the checkout; returns what it printed."""
-        result = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout)
         output = result.stdout + result.stderr
         assert (result.returncode != 0) == fails, (
             f"{' '.join(command)} ended with {result.returncode}:\n{output[-6000:]}"
