@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jepa_cache.files import atomic_file
 from jepa_cache.sources._droid_folders import index_folder
 
 NUM_SHOWN = 20
@@ -40,10 +41,8 @@ def index_droid(
         raise ValueError(f"none of the {len(left_out)} episodes below {root} is complete (first: {left_out[0].reason})")
     text = io.StringIO()
     csv.writer(text, delimiter=" ", lineterminator="\n").writerows([str(folder.resolve())] for folder in complete)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(out)
+    with atomic_file(out) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
     print(f"listed {len(complete)} episodes in {out}")
     if left_out:
         print(f"left out {len(left_out)} folders:")

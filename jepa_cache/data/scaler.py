@@ -12,8 +12,8 @@ import numpy as np
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json, fingerprint
-from jepa_cache.store.root import atomic_file
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 from jepa_cache.encoder.image_files import model_digest, resolve_model
 from jepa_cache.encoder.structure import random_state
+from jepa_cache.files import atomic_file
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
@@ -158,23 +159,19 @@ def _download(url: str) -> Path:
     target = _downloaded(url)
     if target.is_file():
         return target
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         # The size comes first, because a connection that breaks off leaves a short file without any error.
         with urlopen(Request(url, method="HEAD"), timeout=60) as answer:
             size_bytes = int(answer.headers.get("Content-Length") or 0)
         from torch.hub import download_url_to_file
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(part), progress=True)
-        got_bytes = part.stat().st_size
-        if size_bytes and got_bytes != size_bytes:
-            raise OSError(f"the download ended after {got_bytes} of {size_bytes} bytes")
-        part.replace(target)
+        with atomic_file(target) as part:
+            download_url_to_file(url, str(part), progress=True)
+            got_bytes = part.stat().st_size
+            if size_bytes and got_bytes != size_bytes:
+                raise OSError(f"the download ended after {got_bytes} of {size_bytes} bytes")
     except (OSError, ValueError) as error:
         raise WeightsNotFoundError(f"weights {url} could not be downloaded to {target}: {error}. {_WAY_OUT}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 

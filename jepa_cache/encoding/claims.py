@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from jepa_cache.files import Claim
 from jepa_cache.sources import Unit
 from jepa_cache.store.damage import StoreDamagedError
-from jepa_cache.store.locks import Claim
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import check_store
 

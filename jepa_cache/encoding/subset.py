@@ -6,7 +6,6 @@ digest of their own, so a part of a unit can never be taken for the whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_cache.config.machine import state_folder
+from jepa_cache.files import held_file, make_folder
 from jepa_cache.sources import Head, Source, Unit
 
 MARKER = "unit.json"
@@ -54,9 +54,8 @@ def _take(source: Source, unit: Unit, most: int) -> Head:
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in unit.files]
     key = hashlib.sha256(json.dumps([source.recipe, stamps, most], sort_keys=True).encode()).hexdigest()[:32]
     folder = state_folder() / "first" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    make_folder(folder.parent)
+    with held_file(folder.with_suffix(".lock")):
         if (known := _read(folder)) is not None:
             return known
         shutil.rmtree(folder, ignore_errors=True)

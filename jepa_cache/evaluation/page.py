@@ -31,7 +31,7 @@ from jepa_cache.evaluation.page_words import (
     WORST,
 )
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER
-from jepa_cache.store.root import atomic_file
+from jepa_cache.files import atomic_file
 from jepa_cache.webpage import build_document, build_markup_table
 
 PAGE = "report.html"

@@ -11,8 +11,8 @@ import numpy as np
 
 from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
+from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import atomic_file
 
 MEASUREMENTS_FOLDER = "measurements"
 """Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was asked for."""

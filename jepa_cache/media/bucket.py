@@ -6,7 +6,6 @@ no more than 64 GiB are kept; streamed, it is read from its start in parts, and 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
@@ -17,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlencode
 
 from jepa_cache.config.machine import state_folder
+from jepa_cache.files import held_file, make_folder
 from jepa_cache.media.download import PART_SUFFIXES, download_file
 from jepa_cache.media.http import DownloadError, read_json, read_range
 
@@ -194,9 +194,8 @@ def _fetch(file: BucketFile) -> Path:
     version = hashlib.sha256(f"{file}#{file.generation}".encode()).hexdigest()[:16]
     path = downloads_folder() / version / file.name
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / ".lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # Two processes must not write one part.
+        make_folder(path.parent)
+        with held_file(path.parent / ".lock"):  # Two processes must not write one part.
             if not path.is_file():
                 _make_room(file)
                 if download_file(file.media_url, path) != file.size_bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_cache.files import publish_file
 from jepa_cache.media.http import BLOCK_BYTES, DownloadError, TemporaryError, open_url, read_block, repeat
 
 PART_SUFFIXES = (".part", ".part.json")
@@ -62,7 +63,7 @@ def download_file(url: str, path: Path, *, sleep: Callable[[float], None] = time
     part = path.with_name(path.name + ".part")
     repeat(url, lambda: _continue_part(url, part), lambda: part.stat().st_size if part.exists() else 0, sleep)
     size_bytes = part.stat().st_size
-    part.replace(path)
+    publish_file(part, path)
     _note_of(part).unlink(missing_ok=True)
     return size_bytes
 

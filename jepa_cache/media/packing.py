@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+from jepa_cache.files import atomic_file, remove_stale_temporaries
 
 SUFFIXES = ("mp4", "jsonl")
 """One file of each makes an episode."""
@@ -69,6 +70,7 @@ def pack_folder(
             "pack into another folder, or pass --overwrite to replace them"
         )
     out.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(out)
     # Removed before the first new one is written: a crash may leave too few tars, never a mixture of two packs.
     for tar in earlier:
         tar.unlink()
@@ -136,17 +138,12 @@ def _group(episodes: dict[str, dict[str, Path]], max_bytes: int) -> list[list[st
 def _write_tar(path: Path, episodes: dict[str, dict[str, Path]], bar: tqdm) -> None:
     from webdataset.writer import TarWriter
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # PAX: names longer than ustar's 256 characters, else the same bytes.
-            writer = TarWriter(file, user="user", group="user", mtime=0, encoder=False, format="PAX_FORMAT")
-            with writer:
-                for key, files in episodes.items():
-                    members = {suffix: member.read_bytes() for suffix, member in files.items()}
-                    bar.update(writer.write({"__key__": key, **members}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("wb") as file,
+        # PAX: names longer than ustar's 256 characters, else the same bytes.
+        TarWriter(file, user="user", group="user", mtime=0, encoder=False, format="PAX_FORMAT") as writer,
+    ):
+        for key, files in episodes.items():
+            members = {suffix: member.read_bytes() for suffix, member in files.items()}
+            bar.update(writer.write({"__key__": key, **members}))

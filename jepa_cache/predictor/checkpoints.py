@@ -3,11 +3,9 @@
 import hashlib
 import json
 import logging
-import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jepa_cache.files import atomic_file
 from jepa_cache.predictor.model import ACPredictor
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, objec
     """As `save_predictor`, from weights that already have their official names."""
     card = {**card, DIGEST_FIELD: _digest(state)}
     # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
-    with replacing(path) as partial:
+    with atomic_file(path) as partial:
         save_file(dict(state), partial, metadata={"card": json.dumps(card, sort_keys=True)})
 
 
@@ -71,20 +70,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 def official_state(predictor: nn.Module) -> dict[str, Tensor]:
     """Return all weights of a predictor, also of one inside DDP or torch.compile, under their official names."""
     return {clean_name(name): tensor.detach().contiguous() for name, tensor in predictor.state_dict().items()}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a partial file to write; when the block ends well it is synced and takes the place of `path` in one step."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_card(path: Path) -> dict[str, object]:

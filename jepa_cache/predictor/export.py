@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jepa_cache.predictor.checkpoints import CARD_ENTRY, OFFICIAL_ENTRY, CheckpointError, replacing, save_state
+from jepa_cache.files import atomic_file
+from jepa_cache.predictor.checkpoints import CARD_ENTRY, OFFICIAL_ENTRY, CheckpointError, save_state
 from jepa_cache.predictor.origin import ENCODER_ENTRIES
 
 # As upstream's own trainer, which wraps everything in DDP, writes it; upstream's hub code takes it off, its trainer expects it.
@@ -43,7 +44,7 @@ def export_official(
     if encoder is not None:
         content |= dict.fromkeys(ENCODER_ENTRIES, _prefixed(encoder))
     # Through Python's own file: where it cannot be opened torch's writer says only that.
-    with replacing(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
 
 
@@ -60,7 +61,7 @@ def export_safetensors(state: Mapping[str, Tensor], card: Mapping[str, object], 
     """
     save_state(state, path, card)
     beside = path.with_suffix(".json")
-    with replacing(beside) as partial:
+    with atomic_file(beside) as partial:
         partial.write_text(json.dumps(card, sort_keys=True, indent=2) + "\n")
     return beside
 

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jepa_cache.predictor.checkpoints import CONDITIONING, CheckpointError, clean_name, list_differences, replacing
+from jepa_cache.files import atomic_file
+from jepa_cache.predictor.checkpoints import CONDITIONING, CheckpointError, clean_name, list_differences
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -147,15 +148,15 @@ def save_adapter(model: PeftModel, folder: Path, card: Mapping[str, object]) -> 
         card: as of `checkpoints.save_predictor`, with the `architecture` of the predictor under the adapter; kept in `card.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as partial:
+    with atomic_file(folder / WEIGHTS_FILE) as partial:
         save_file(adapter_state(model), partial, metadata={"format": "pt"})
     with tempfile.TemporaryDirectory() as scratch:
         model.peft_config[ADAPTER].save_pretrained(scratch)
         config = json.loads((Path(scratch) / CONFIG_FILE).read_text())
     config["target_modules"].sort()  # a set in PEFT: equal trainings would differ in their bytes
-    with replacing(folder / CONFIG_FILE) as partial:
+    with atomic_file(folder / CONFIG_FILE) as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    with replacing(folder / CARD_FILE) as partial:
+    with atomic_file(folder / CARD_FILE) as partial:
         partial.write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
 
 

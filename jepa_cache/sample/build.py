@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jepa_cache.files import atomic_file, remove_stale_temporaries
 from jepa_cache.sample.config import FPS_HZ, SampleConfig
 from jepa_cache.sample.episode import Recording, record_episode
 
@@ -39,7 +40,8 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     index_path = out / "index.json"
     index_path.unlink(missing_ok=True)
-    for stale in out.glob("sample-*.tar*"):
+    remove_stale_temporaries(out)
+    for stale in out.glob("sample-*.tar"):
         stale.unlink()
     tars = []
     recordings = _record_all(config, min(num_workers, config.num_episodes))
@@ -58,9 +60,8 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
                 }
             )
     index = {"synthetic": True, "fps_hz": FPS_HZ, "config": asdict(config), "tars": tars}
-    part = index_path.with_suffix(".json.part")
-    part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(index_path)
+    with atomic_file(index_path) as part:
+        part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return index_path
 
 
@@ -82,17 +83,19 @@ def _record_all(config: SampleConfig, num_workers: int) -> Iterator[Recording]:
 
 def _pack(path: Path, recordings: Iterator[Recording], num_episodes: int, bar: tqdm) -> list[dict[str, object]]:
     """Write the next episodes into one tar shard, under its name only when whole, and return their truths."""
-    part = path.with_suffix(".tar.part")
     # Here, not above: webdataset imports torch, and every spawned worker would spend seconds on it.
     import webdataset
 
     truths = []
     # Fixed time and owner (TarWriter's own default), or the same episodes would give other bytes on every run.
-    with part.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+    with (
+        atomic_file(path) as part,
+        part.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
+    ):
         for _ in range(num_episodes):
             recording = next(recordings)
             writer.write({"__key__": recording.key, "mp4": recording.video, "jsonl": recording.lines})
             truths.append(recording.truth)
             bar.update()
-    part.replace(path)
     return truths

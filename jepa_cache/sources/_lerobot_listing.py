@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jepa_cache.config.machine import state_folder
+from jepa_cache.files import atomic_file
 from jepa_cache.sources import Unit
 from jepa_cache.sources._lerobot_columns import find_indices
 from jepa_cache.sources._lerobot_layout import Place, iter_places, read_layout
@@ -86,10 +86,8 @@ def _write_once(content: dict[str, Any]) -> Path:
     data = json.dumps(content, sort_keys=True).encode()
     path = state_folder() / "lerobot" / f"{hashlib.sha256(data).hexdigest()[:32]}.json"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import google_crc32c
 
+from jepa_cache.files import TEMPORARY_PREFIX, atomic_file
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.objects import Bucket
-from jepa_cache.store.root import TEMPORARY_PREFIX
 
 BLOCK_BYTES = 1 << 20  # small against a chunk of real tokens (4 MB), large against a request's overhead
 CRC_BYTES = 4
@@ -73,14 +72,11 @@ class BlockCache:
         if size > self.max_bytes:
             return
         self._make_room(size)
-        temporary = self.folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}"
         try:
-            with temporary.open("xb") as file:
+            with atomic_file(self.folder / f"{name}-{block}", durable=False) as temporary, temporary.open("wb") as file:
                 file.write(data)
                 file.write(google_crc32c.value(bytes(data)).to_bytes(CRC_BYTES, "little"))
-            temporary.rename(self.folder / f"{name}-{block}")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             error.add_note(f"while keeping what was read in {self.folder}; see $JEPA_CACHE_LOCAL_GB")
             raise
 

@@ -10,11 +10,11 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.store.locks import is_claimed
+from jepa_cache.files import TEMPORARY_PREFIX, is_abandoned
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import unit_id
 from jepa_cache.store.records import read_record
-from jepa_cache.store.root import LOCK_SUFFIX, TEMPORARY_PREFIX, CacheRoot
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import (
     FOLDER,
     LOCK_FILE,
@@ -236,8 +236,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _add_temporary(path: Path, contents: Contents) -> None:
-    lock = path.with_name(path.name + LOCK_SUFFIX) if path.is_dir() else path
-    if not is_claimed(lock):
+    if is_abandoned(path):
         contents.temporaries.append((path, _measure(path)))
 
 

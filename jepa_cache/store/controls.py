@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jepa_cache.files import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.reader import StoreDamagedError
-from jepa_cache.store.root import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.verify import check_store, write_store_file
 
 EPISODE_COLUMN = "episode"

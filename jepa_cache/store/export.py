@@ -9,20 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jepa_cache.files import atomic_file, publish_folder, remove_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.recipe import canonical_json, file_digest
 from jepa_cache.store.records import open_remote
-from jepa_cache.store.root import (
-    CacheRoot,
-    atomic_file,
-    publish_folder,
-    remove_folder,
-    remove_stale_temporaries,
-    temporary_folder,
-)
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import RefusedError
 from jepa_cache.store.verify import StoreFile, check_store, read_store_file
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jepa_cache.files import atomic_file, remove_stale_temporaries
 from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, fingerprint
-from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
+from jepa_cache.store.root import CacheRoot
 
 MANIFEST_VERSION = 1
 SELF_DIGEST = "sha256"  # of the manifest without this entry

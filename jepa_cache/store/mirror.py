@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from jepa_cache.files import Claim, atomic_file, held_file, make_folder, remove_folder
 from jepa_cache.store import commits
 from jepa_cache.store.commits import COMMIT_SUFFIX, Commit
 from jepa_cache.store.damage import StoreDamagedError
-from jepa_cache.store.locks import Claim, held_file
 from jepa_cache.store.objects import Bucket, StoredObject
 from jepa_cache.store.records import RECORDS_FOLDER, ROOT_FOLDER, note_path, read_record, write_record
-from jepa_cache.store.root import CacheRoot, atomic_file, make_folder, remove_folder
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.transfers import download_store, drop_chunks, is_here
 from jepa_cache.store.verify import check_store
 

@@ -11,11 +11,11 @@ import json
 import os
 from pathlib import Path
 
+from jepa_cache.files import atomic_file
 from jepa_cache.store.blocks import BlockCache, RemoteFile
 from jepa_cache.store.commits import COMMIT_SUFFIX, Commit, format_commit, parse_commit
 from jepa_cache.store.objects import Bucket
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import atomic_file
 
 ROOT_FOLDER = "root"  # of the mirror: laid out as any cache root, with nothing else in it
 RECORDS_FOLDER = "records"  # beside it: what is known of each place, under the same relative path

@@ -1,24 +1,26 @@
-"""The cache root: where stores of a recipe and a unit of input lie, and how files are published in it."""
+"""The cache root: where stores of a recipe and a unit of input lie."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_cache.store.locks import Claim, held_file, is_claimed, lock_file, try_claim
+from jepa_cache.files import (
+    Claim,
+    claim_path,
+    held_file,
+    is_claimed,
+    make_folder,
+    remove_folder,
+    remove_stale_temporaries,
+    temporary_beside,
+    try_claim,
+)
 from jepa_cache.store.recipe import unit_id
-
-TEMPORARY_PREFIX = ".tmp-"
-LOCK_SUFFIX = ".lock"  # beside a temporary folder: its writer lives
-CLAIM_SUFFIX = ".claim"  # of the file that says who makes a store
 
 
 def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
@@ -58,8 +60,8 @@ class CacheRoot:
         """
         try:
             make_folder(self.path)
-            with tempfile.TemporaryFile(dir=self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with held_file(temporary_beside(self.path / "check")):
+                pass
         except OSError as error:
             raise ValueError(
                 f"the cache root {self.path} cannot be written ({error}); set cache.root or $JEPA_CACHE_HOME "
@@ -113,142 +115,20 @@ class CacheRoot:
     def claim(self, store: Path) -> Claim | None:
         """Claim the making of a store; None while another encoder, on this machine or another, holds it."""
         make_folder(store.parent)
-        return try_claim(_claim_file(store))
+        return try_claim(claim_path(store))
 
     def is_claimed(self, store: Path) -> bool:
         """Whether a living encoder is making a store."""
-        return is_claimed(_claim_file(store))
+        return is_claimed(claim_path(store))
 
     @contextmanager
     def claimed(self, store: Path) -> Iterator[None]:
         """Claim the making of a store for the block, waiting for whoever holds it."""
         make_folder(store.parent)
-        with held_file(_claim_file(store)):
+        with held_file(claim_path(store)):
             yield
 
     def remove_stale_temporaries(self) -> None:
         """Remove what dead writers left anywhere below the root; living ones hold a lock on theirs. Cost: lists every folder."""
         for folder in (self.path, *self.path.glob("*"), *self.path.glob("*/*")):
             remove_stale_temporaries(folder)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is synced and renamed to `path`.
-
-    A crash at any moment leaves the old file or the new one, never a part.
-    """
-    make_folder(path.parent)
-    temporary = _temporary_beside(path)
-    descriptor = lock_file(temporary, create=True, wait=True)
-    assert descriptor is not None
-    try:
-        try:
-            yield temporary
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def temporary_folder(final: Path) -> Iterator[Path]:
-    """Yield a private folder beside `final`, to be filled and published; removed when the block leaves it there."""
-    make_folder(final.parent)
-    temporary = _temporary_beside(final)
-    with held_file(_lock_of(temporary)):  # there before the folder and gone after it, so the folder is never without
-        temporary.mkdir()
-        try:
-            yield temporary
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each on the disk before anything is put into it."""
-    missing = []
-    while not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
-
-
-def publish_folder(temporary: Path, final: Path) -> bool:
-    """Sync a finished folder and rename it to its final place; False when another writer was there first.
-
-    The loser leaves its own folder alone: both hold the same content by construction.
-    """
-    for folder, _, files in os.walk(temporary, topdown=False):
-        for name in files:
-            sync(Path(folder) / name)
-        sync(Path(folder))
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        return False
-    sync(final.parent)
-    return True
-
-
-def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what writers left behind when they were killed; living writers hold a lock on theirs."""
-    # Sorted: a folder comes before its lock, by which it is removed in the same look.
-    for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")) if folder.is_dir() else ():
-        if path.is_dir():
-            if not _lock_of(path).exists():  # a store that was being removed
-                _remove_tree(path)
-            continue
-        descriptor = lock_file(path)
-        if descriptor is None:  # a living writer's, or one that was published or removed just now
-            continue
-        try:
-            if path.suffix == LOCK_SUFFIX:
-                _remove_tree(path.with_suffix(""))
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a store so that it is whole or gone at every moment: renamed first, then deleted."""
-    temporary = _temporary_beside(path)
-    try:
-        path.rename(temporary)
-    except FileNotFoundError:
-        return  # another process did it
-    _remove_tree(temporary)
-
-
-def sync(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary_beside(path: Path) -> Path:
-    return path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name}"
-
-
-def _lock_of(temporary: Path) -> Path:
-    return temporary.with_name(temporary.name + LOCK_SUFFIX)
-
-
-def _claim_file(store: Path) -> Path:
-    return store.parent / f"{TEMPORARY_PREFIX}{store.name}{CLAIM_SUFFIX}"
-
-
-def _remove_tree(path: Path) -> None:
-    while path.exists():
-        with suppress(FileNotFoundError):  # two processes may remove the same left-over
-            shutil.rmtree(path)

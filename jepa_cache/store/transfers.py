@@ -6,11 +6,11 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from jepa_cache.files import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
 from jepa_cache.store.commits import WAY_OUT, Commit
 from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.objects import Bucket
-from jepa_cache.store.root import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
 
 TOKEN_CHUNKS = f"{layout.TOKENS}/c"  # the bulk of a store
 

@@ -7,7 +7,6 @@ wanted, though no manifest lists them yet.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from jepa_cache.files import atomic_file, lock_file, remove_stale_temporaries
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json
-from jepa_cache.store.root import CacheRoot, atomic_file, remove_stale_temporaries
+from jepa_cache.store.root import CacheRoot
 
 FOLDER = "unfinished"
 LOCK_FILE = "in-use.lock"
@@ -58,7 +58,7 @@ def in_use(root: CacheRoot) -> Iterator[None]:
         ValueError: The root cannot be made or written.
     """
     root.check_writable()
-    with _held(root, fcntl.LOCK_SH, "a `jepa-cache gc --delete` is running on it; wait until it has ended"):
+    with _held(root, "a `jepa-cache gc --delete` is running on it; wait until it has ended", shared=True):
         yield
 
 
@@ -69,7 +69,7 @@ def held_alone(root: CacheRoot) -> Iterator[None]:
     Raises:
         RootInUseError: Somebody else holds it.
     """
-    with _held(root, fcntl.LOCK_EX, "an encode, repair, export or another clean-up is running on it; wait for its end"):
+    with _held(root, "an encode, repair, export or another clean-up is running on it; wait for its end"):
         yield
 
 
@@ -123,17 +123,11 @@ def unfinished_path(root: CacheRoot, digest: str) -> Path:
 
 
 @contextmanager
-def _held(root: CacheRoot, kind: int, reason: str) -> Iterator[None]:
-    path = root.path / LOCK_FILE
-    try:  # Writable, because NFS gives an exclusive lock to no other.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's file
-        descriptor = os.open(path, os.O_RDONLY)
+def _held(root: CacheRoot, reason: str, *, shared: bool = False) -> Iterator[None]:
+    descriptor = lock_file(root.path / LOCK_FILE, create=True, shared=shared)
+    if descriptor is None:
+        raise RootInUseError(f"the cache root {root.path} is in use: {reason}")
     try:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RootInUseError(f"the cache root {root.path} is in use: {reason}") from error
         yield
     finally:
         os.close(descriptor)

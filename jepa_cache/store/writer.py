@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jepa_cache.config.machine import default_num_threads
+from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import check_width, decode, encode, get_scheme, is_finite, measure_channels
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store.shards import list_checksums
 from jepa_cache.store.staging import Staging
 from jepa_cache.store.verify import write_store_file

@@ -16,8 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jepa_cache.files import (
+    publish_folder,
+    remove_folder,
+    remove_stale_temporaries,
+    replace_link,
+    sync,
+    temporary_folder,
+)
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
-from jepa_cache.store.root import publish_folder, remove_folder, remove_stale_temporaries, sync, temporary_folder
 
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -149,9 +156,9 @@ def _tidy(folder: Path, rotation: Rotation) -> None:
     published = published_checkpoints(folder)
     newest = published[-1]
     best = json.loads((newest / STATE_FILE).read_text())["best"]
-    _link(folder, LATEST, newest.name)
+    replace_link(folder / LATEST, newest.name)
     if best and (folder / _folder_name(best["step"])).is_dir():
-        _link(folder, BEST, _folder_name(best["step"]))
+        replace_link(folder / BEST, _folder_name(best["step"]))
     sync(folder)
     for old in published[: -max(1, rotation.keep_last)]:
         step = int(old.name.removeprefix("step-"))
@@ -159,10 +166,3 @@ def _tidy(folder: Path, rotation: Rotation) -> None:
         if not wanted:
             remove_folder(old)
     remove_stale_temporaries(folder)
-
-
-def _link(folder: Path, name: str, target: str) -> None:
-    link = folder / f".{name}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
-    link.replace(folder / name)

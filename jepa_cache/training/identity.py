@@ -16,12 +16,11 @@ import jepa_cache
 from jepa_cache.config.machine import state_folder
 from jepa_cache.config.schema import Config
 from jepa_cache.data.scaler import Scaler
+from jepa_cache.files import Claim, atomic_file, lock_file
 from jepa_cache.predictor.checkpoints import OFFICIAL_SUFFIXES
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.store.locks import Claim, lock_file
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
-from jepa_cache.store.root import atomic_file
 from jepa_cache.training.checkpoint import LATEST, WEIGHTS_FILE, forget_checkpoints
 from jepa_cache.training.upload import download_run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.store.root import atomic_file
+from jepa_cache.files import atomic_file
 from jepa_cache.training.sinks import Sink
 
 COLUMNS = (

@@ -18,8 +18,8 @@ from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import ranges_path
 from jepa_cache.data.scaler import Scaler, check_scaler
 from jepa_cache.data.splits import TRAIN
+from jepa_cache.files import atomic_file
 from jepa_cache.predictor.lora import count_trainable
-from jepa_cache.store.root import atomic_file
 from jepa_cache.training.checkpoint import (
     BEST,
     NO_BEST,

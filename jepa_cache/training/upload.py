@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cache.store.root import publish_folder, temporary_folder
+from jepa_cache.files import publish_folder, temporary_folder
 from jepa_cache.training.checkpoint import STATE_FILE, published_checkpoints
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import subprocess
 
 import pytest
 
+from jepa_cache import files as ground_floor
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.store import export as store_export
-from jepa_cache.store import root as store_root
 from jepa_cache.store.export import CHECKSUMS
 from jepa_cache.store.manifest import read_manifest
 from jepa_cache.store.root import CacheRoot
@@ -45,7 +45,7 @@ def test_everything_is_exported_with_the_same_manifest_and_bytes(checkout, tmp_p
 
 
 def test_what_is_exported_is_forced_to_the_disk_and_left_alone_by_clean_ups_beside(checkout, tmp_path, monkeypatch):
-    synced, real_sync, real_copy = set(), store_root.sync, store_export._copy
+    synced, real_sync, real_copy = set(), ground_floor.sync, store_export._copy
 
     def sync(path):
         synced.add(re.sub(r"\.tmp-[0-9a-f]{12}-", "", str(path.relative_to(tmp_path))))
@@ -56,7 +56,7 @@ def test_what_is_exported_is_forced_to_the_disk_and_left_alone_by_clean_ups_besi
         CacheRoot(tmp_path / "out").remove_stale_temporaries()
         return digest
 
-    monkeypatch.setattr(store_root, "sync", sync)
+    monkeypatch.setattr(ground_floor, "sync", sync)
     monkeypatch.setattr(store_export, "_copy", copy)
     assert (
         checkout.run("export", "cache", tmp_path / "out", "--units", checkout.manifest.entries[0].unit_digest).code == 0

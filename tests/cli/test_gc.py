@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
+from jepa_cache.files import temporary_folder
 from jepa_cache.store.manifest import read_manifest, write_manifest
-from jepa_cache.store.root import CacheRoot, temporary_folder
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import (
     RootInUseError,
     announce,

@@ -1,0 +1,294 @@
+"""Claims: files and folders appear whole or not at all, whoever dies when; what one process holds no other gets meanwhile.
+
+Nothing of a lock stays that could be mistaken for one, and only what a dead writer left is removed.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from jepa_cache import files
+from jepa_cache.files import (
+    atomic_file,
+    held_file,
+    is_claimed,
+    lock_file,
+    publish_folder,
+    remove_folder,
+    remove_stale_temporaries,
+    temporary_folder,
+    try_claim,
+)
+from jepa_cache.store.root import CacheRoot
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jepa_cache.files import try_claim
+claim = try_claim(Path(sys.argv[1]))
+print("held" if claim else "busy", flush=True)
+time.sleep(60)
+"""
+
+
+def start_holder(path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
+    path = tmp_path / ".tmp-store.claim"
+    process, answer = start_holder(path)
+    try:
+        assert answer == "held"
+        assert try_claim(path) is None and is_claimed(path)
+        remove_stale_temporaries(tmp_path)
+        assert path.is_file()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert path.is_file() and not is_claimed(path)
+    claim = try_claim(path)
+    assert claim is not None
+    claim.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_that_a_dead_holder_left_is_removed(tmp_path):
+    path = tmp_path / ".tmp-store.claim"
+    process, _ = start_holder(path)
+    process.kill()
+    process.communicate()
+    remove_stale_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and not is_claimed(path)
+
+
+def test_two_claims_of_one_process_exclude_each_other(tmp_path):
+    claim = try_claim(tmp_path / "claim")
+    assert try_claim(tmp_path / "claim") is None
+    claim.release()
+    assert not is_claimed(tmp_path / "claim")
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    path, real, calls = tmp_path / "claim", fcntl.flock, []
+
+    def flock(descriptor, operation):
+        calls.append(operation)
+        if len(calls) == 1:  # its holder removes the file and lets go, just as we come to lock it
+            path.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    descriptor = lock_file(path, create=True)
+    assert len(calls) == 2 and os.path.samestat(os.fstat(descriptor), path.stat())
+    os.close(descriptor)
+
+
+def test_who_waits_gets_the_file_when_it_is_let_go(tmp_path):
+    path, order = tmp_path / "file", []
+    claim = try_claim(path)
+
+    def wait():
+        with held_file(path):
+            order.append("got it")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    threading.Event().wait(0.05)
+    order.append("let go")
+    claim.release()
+    thread.join(10)
+    assert order == ["let go", "got it"] and not path.exists()
+
+
+def test_a_claim_s_file_is_gone_before_its_lock_so_that_no_other_s_is_removed(tmp_path, monkeypatch):
+    path, real, seen = tmp_path / "claim", os.close, []
+    claim = try_claim(path)
+    monkeypatch.setattr(os, "close", lambda descriptor: (seen.append(path.exists()), real(descriptor)))
+    claim.release()
+    assert seen == [False]
+
+
+def test_another_user_s_file_is_locked_through_reading(tmp_path, monkeypatch):
+    path, real = tmp_path / "claim", os.open
+    path.touch()
+
+    def refuse_writing(name, flags, *arguments, **options):
+        if flags & os.O_RDWR:
+            raise PermissionError
+        return real(name, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse_writing)
+    claim = try_claim(path)
+    assert claim is not None and try_claim(path) is None
+    claim.release()
+
+
+def test_no_file_and_no_folder_is_no_claim(tmp_path):
+    assert not is_claimed(tmp_path / "absent") and lock_file(tmp_path / "absent") is None
+    with pytest.raises(FileNotFoundError):
+        try_claim(tmp_path / "absent/claim")
+
+
+def test_a_file_system_without_locks_is_refused_before_any_work(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"cannot be written .*Function not implemented.*Lustre.*flock"):
+        CacheRoot(tmp_path / "root").check_writable()
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    folder_of_open = Path("/proc/self/fd")
+    if not folder_of_open.is_dir():
+        pytest.skip("this system does not list open files")
+    before = len(list(folder_of_open.iterdir()))
+    for _ in range(20):
+        claim = try_claim(tmp_path / "a")
+        assert try_claim(tmp_path / "a") is None and is_claimed(tmp_path / "a")
+        claim.release()
+        with held_file(tmp_path / "b"):
+            assert lock_file(tmp_path / "b") is None
+        with temporary_folder(tmp_path / "c") as folder:
+            publish_folder(folder, tmp_path / "c")
+        with atomic_file(tmp_path / "d"):
+            pass
+        remove_stale_temporaries(tmp_path)
+        remove_folder(tmp_path / "c")
+    assert len(list(folder_of_open.iterdir())) == before
+
+
+def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
+    path = tmp_path / "deep/file"
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"one")
+        assert not path.exists()
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"two")
+        assert path.read_bytes() == b"one"
+    assert path.read_bytes() == b"two" and [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_content_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatch):
+    events, real_sync = [], files.sync
+
+    def sync(path):
+        events.append(("sync", path.name.startswith(".tmp-") or path.name, (tmp_path / "a").exists()))
+        real_sync(path)
+
+    monkeypatch.setattr(files, "sync", sync)
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"x")
+    assert events == [("sync", True, False), ("sync", tmp_path.name, True)]
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append((path.name, (tmp_path / "b").exists())))
+    with temporary_folder(tmp_path / "b") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner/file").write_bytes(b"x")
+        publish_folder(folder, tmp_path / "b")
+    assert synced[:2] == [("file", False), ("inner", False)] and synced[-1] == (tmp_path.name, True)
+    assert [published for _, published in synced] == [False, False, False, True]
+
+
+def test_the_loser_of_a_race_takes_its_folder_away_and_leaves_the_winner_s(tmp_path):
+    final = tmp_path / "store"
+    with temporary_folder(final) as loser:
+        (loser / "who").write_text("loser")
+        with temporary_folder(final) as winner:
+            (winner / "who").write_text("winner")
+            assert publish_folder(winner, final)
+        assert not publish_folder(loser, final)
+    assert (final / "who").read_text() == "winner"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_rename_that_fails_for_another_reason_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with temporary_folder(tmp_path / "store") as folder:
+        monkeypatch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            publish_folder(folder, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_temporaries_of_dead_writers_are_removed(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from jepa_cache.files import *\n"
+        "with temporary_folder(Path(sys.argv[1]) / 'a') as folder, atomic_file(Path(sys.argv[1]) / 'b') as file:\n"
+        "    (folder / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert process.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "published").mkdir()
+    with temporary_folder(tmp_path / "c") as folder, atomic_file(tmp_path / "d") as file:
+        remove_stale_temporaries(tmp_path)
+        assert set(tmp_path.iterdir()) == {folder, Path(f"{folder}.lock"), file, tmp_path / "published"}
+        file.write_text("d")
+        assert publish_folder(folder, tmp_path / "c")
+    assert {path.name for path in tmp_path.iterdir()} == {"published", "c", "d"}
+    remove_stale_temporaries(tmp_path / "absent")
+
+
+def test_a_store_that_is_removed_is_whole_or_gone_at_every_moment(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/file").write_text("x")
+    seen, rmtree = [], files.shutil.rmtree
+
+    def looking(path):
+        seen.append((tmp_path / "store").exists())
+        rmtree(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", looking)
+    remove_folder(tmp_path / "store")
+    assert seen == [False] and list(tmp_path.iterdir()) == []
+
+
+def test_new_folders_are_on_the_disk_before_anything_is_put_into_them(tmp_path, monkeypatch):
+    synced, real_sync = [], files.sync
+    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path), real_sync(path)))
+    files.make_folder(tmp_path / "a/b/c")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
+    files.make_folder(tmp_path / "a/b/c")
+    assert len(synced) == 3
+
+
+def test_a_store_that_another_process_removed_first_is_no_error(tmp_path):
+    remove_folder(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_remove_the_same_left_over(tmp_path, monkeypatch):
+    (tmp_path / ".tmp-0-u.zarr/inner").mkdir(parents=True)
+    rmtree, calls = files.shutil.rmtree, []
+
+    def outrun(path):
+        calls.append(path)
+        rmtree(path / "inner" if len(calls) == 1 else path)
+        if len(calls) == 1:
+            raise FileNotFoundError(path / "inner")
+
+    monkeypatch.setattr(files.shutil, "rmtree", outrun)
+    remove_stale_temporaries(tmp_path)
+    assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_files_are_made_with_the_user_s_own_permissions(tmp_path):
+    with atomic_file(tmp_path / "a"):
+        pass
+    plain = tmp_path / "b"
+    plain.touch()
+    assert (tmp_path / "a").stat().st_mode == plain.stat().st_mode
