@@ -27,6 +27,9 @@ VPT_KEYS = (
 VPT_BUTTONS = (*VPT_KEYS, "attack", "use", "pickItem")
 """The 20 keyboard keys and 3 mouse buttons of VPT by their official names, in the order of `vpt36`."""
 
+MAX_ANGLE_DEG = 1e9
+"""Float64 knows an angle of that size to 1e-7 degrees; far beyond it a view has lost where on the circle it lies."""
+
 
 class Column(NamedTuple):
     """One number of an action or state; `kind` is "continuous", "binary" or "onehot" (only the first is ever scaled)."""
@@ -147,8 +150,12 @@ def _select(controls: Mapping[str, np.ndarray], anchors: np.ndarray, required: t
 
 
 def _sum_steps(column: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """[n-1] float64 sums over the rows anchors[i] to anchors[i+1] - 1, by prefix sums (exact for mouse counts)."""
-    return np.diff(np.concatenate(([0.0], np.cumsum(column, dtype=np.float64)))[anchors])
+    """[n-1] float64 sums over the rows anchors[i] to anchors[i+1] - 1, each of its own rows alone.
+
+    Differences of running sums would lose every later step behind one huge value.
+    """
+    sums = np.add.reduceat(column[: anchors[-1] + 1], anchors, dtype=np.float64)[:-1]
+    return np.where(np.diff(anchors) > 0, sums, 0.0)  # reduceat gives the row itself where a step has none
 
 
 def _read_view(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Claims of actions.py.
 
 An action aggregates ALL ticks between two anchors, so splitting a step never changes the total; angles are differences on the
-circle or in SO(3), never of wrapped numbers; a key held on any tick counts; what a recording does not hold is an error and never
-a zero; the pose arithmetic is the reference's.
+circle or in SO(3), never of wrapped numbers; a key held on any tick counts; a step has the ticks that are its own and no others,
+whatever numbers stand there; what a recording does not hold is an error and never a zero; the pose arithmetic is the reference's.
 """
 
 import itertools
@@ -112,6 +112,23 @@ def test_an_action_takes_every_tick_from_its_anchor_to_the_one_before_the_next()
         assert actions[row, 1] == controls["mouse_dy"][a:b].sum()
         np.testing.assert_array_equal(actions[row, 4:27], [controls[name][a:b].any() for name in VPT_BUTTONS])
         np.testing.assert_array_equal(actions[row, 27:], np.arange(9) == controls["hotbar"][a])
+
+
+@pytest.mark.parametrize("value", [1e18, -1e30, 3.4e38])
+@pytest.mark.parametrize("name", [*ACTION_SPACES, "vector_sum4x2", "vector_last4x2"])
+def test_one_huge_value_leaves_every_step_that_does_not_hold_it_exact(name, value):
+    space, anchors = get_action_space(name), np.arange(1, NUM_TICKS, 4)
+    controls = _make_controls()
+    controls |= {f"action_{index}": controls["mouse_dx"] * 0.1 + index for index in range(4)}
+    controls |= {f"state_{index}": controls["mouse_dy"] for index in range(2)}
+    whole = space.aggregate(controls, anchors)
+    far = [row for row in range(len(anchors) - 1) if not anchors[row] <= 25 <= anchors[row + 1]]
+    for column in set(space.required) - {"hotbar", "yaw_deg", *VPT_BUTTONS}:
+        changed = controls[column].copy()
+        changed[25] = value
+        actions, states = space.aggregate({**controls, column: changed}, anchors)
+        np.testing.assert_array_equal(actions[far], whole.actions[far], err_msg=column)
+        np.testing.assert_array_equal(states[anchors != 25], whole.states[anchors != 25], err_msg=column)
 
 
 def test_aggregating_subsampled_rows_would_lose_movement():
