@@ -27,6 +27,9 @@ VPT_KEYS = (
 VPT_BUTTONS = (*VPT_KEYS, "attack", "use", "pickItem")
 """The 20 keyboard keys and 3 mouse buttons of VPT by their official names, in the order of `vpt36`."""
 
+MAX_ANGLE_DEG = 1e9
+"""Float64 knows an angle of that size to 1e-7 degrees; far beyond it a view has lost where on the circle it lies."""
+
 
 class Column(NamedTuple):
     """One number of an action or state; `kind` is "continuous", "binary" or "onehot" (only the first is ever scaled)."""
@@ -52,10 +55,9 @@ class ActionSpace:
         version: Raised when the numbers of the rule change; part of the cache key of actions.
         actions: The A action columns, in order.
         states: The S state columns, in order.
-        required: The control columns that `aggregate` reads.
-        aggregate: `(controls, anchors)` to StepControls. `controls`: name to [M]; `anchors`: [n] integer rows of the
-            controls, non-decreasing, within [0, M). Raises ValueError for other anchors and for controls that are missing
-            or unknown (NaN, slot -1) at an anchor.
+        required: The control columns that the rule reads.
+        rule: `(controls, anchors)`, checked, to actions [n-1, A] and states [n, S]. Raises ValueError for controls that are unknown
+            (NaN, slot -1) at an anchor.
     """
 
     name: str
@@ -63,7 +65,33 @@ class ActionSpace:
     actions: tuple[Column, ...]
     states: tuple[Column, ...]
     required: tuple[str, ...]
-    aggregate: Callable[[Mapping[str, np.ndarray], np.ndarray], StepControls]
+    rule: Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+    def aggregate(self, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> StepControls:
+        """Make the actions and states of the steps at some anchors.
+
+        Args:
+            controls: Name to [M].
+            anchors: [n] integer rows of the controls, non-decreasing, within [0, M).
+
+        Raises:
+            ValueError: Other anchors, controls that are missing, unknown or not finite where they are read, or an action or state that
+                float32 does not hold; the tick, the column and the value are named.
+        """
+        anchors = _select(controls, anchors, self.required)
+        with np.errstate(over="ignore", invalid="ignore"):  # What is not finite afterwards is an error below.
+            exact = self.rule(controls, anchors)
+            result = StepControls(*(values.astype(np.float32) for values in exact))
+        for name in ("states", "actions"):
+            bad = np.argwhere(~np.isfinite(getattr(result, name)))
+            if len(bad):
+                step, column = bad[0]
+                value = getattr(StepControls(*exact), name)[step, column]
+                raise ValueError(
+                    f"the recording holds no usable {getattr(self, name)[column].name} at the step of tick {anchors[step]} ({value:g}; "
+                    "float32 holds up to 3.4e+38)"
+                )
+        return result
 
 
 def get_action_space(name: str) -> ActionSpace:
@@ -147,18 +175,24 @@ def _select(controls: Mapping[str, np.ndarray], anchors: np.ndarray, required: t
 
 
 def _sum_steps(column: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """[n-1] float64 sums over the rows anchors[i] to anchors[i+1] - 1, by prefix sums (exact for mouse counts)."""
-    return np.diff(np.concatenate(([0.0], np.cumsum(column, dtype=np.float64)))[anchors])
+    """[n-1] float64 sums over the rows anchors[i] to anchors[i+1] - 1, each of its own rows alone.
+
+    Differences of running sums would lose every later step behind one huge value.
+    """
+    sums = np.add.reduceat(column[: anchors[-1] + 1], anchors, dtype=np.float64)[:-1]
+    return np.where(np.diff(anchors) > 0, sums, 0.0)  # reduceat gives the row itself where a step has none
 
 
 def _read_view(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Yaw (unwrapped) and pitch at the anchors, [n] float64 degrees each."""
     view = controls["yaw_deg"][anchors].astype(np.float64), controls["pitch_deg"][anchors].astype(np.float64)
     for name, angles in zip(("yaw", "pitch"), view, strict=True):
-        if not np.isfinite(angles).all():
-            row = anchors[np.isnan(angles).argmax()]
+        usable = np.abs(angles) <= MAX_ANGLE_DEG
+        if not usable.all():
+            step = usable.argmin()
             raise ValueError(
-                f"the recording holds no {name} at tick {row}; the VPT action spaces need it at every step"
+                f"the recording holds no usable {name} at tick {anchors[step]} ({angles[step]:g}; the VPT action spaces need it at "
+                f"every step, up to {MAX_ANGLE_DEG:g} degrees)"
             )
     return view
 
@@ -182,8 +216,9 @@ def _to_float32_degrees(angles_deg: np.ndarray) -> np.ndarray:
     return wrapped
 
 
-def _aggregate_vpt(controls: Mapping[str, np.ndarray], anchors: np.ndarray, buttons: tuple[str, ...]) -> StepControls:
-    anchors = _select(controls, anchors, (*VPT_REQUIRED, *buttons))
+def _aggregate_vpt(
+    controls: Mapping[str, np.ndarray], anchors: np.ndarray, buttons: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     yaw_deg, pitch_deg = _read_view(controls, anchors)
     columns = [
         _sum_steps(controls["mouse_dx"], anchors),
@@ -193,15 +228,7 @@ def _aggregate_vpt(controls: Mapping[str, np.ndarray], anchors: np.ndarray, butt
         *(_sum_steps(controls[name], anchors) > 0 for name in buttons),
         *_read_slots(controls, anchors[:-1]).T,
     ]
-    states = np.stack([_to_float32_degrees(yaw_deg), pitch_deg], axis=1)
-    return StepControls(np.stack(columns, axis=1).astype(np.float32), states.astype(np.float32))
-
-
-def _aggregate_poses(
-    controls: Mapping[str, np.ndarray], anchors: np.ndarray, describe: Callable, required: tuple[str, ...]
-) -> StepControls:
-    actions, states = describe(controls, _select(controls, anchors, required))
-    return StepControls(actions.astype(np.float32), states.astype(np.float32))
+    return np.stack(columns, axis=1), np.stack([_to_float32_degrees(yaw_deg), pitch_deg], axis=1)
 
 
 def _aggregate_vector(
@@ -210,27 +237,14 @@ def _aggregate_vector(
     rule: str,
     actions: tuple[str, ...],
     states: tuple[str, ...],
-) -> StepControls:
-    anchors = _select(controls, anchors, (*actions, *states))
+) -> tuple[np.ndarray, np.ndarray]:
     if rule == "sum":
-        with np.errstate(invalid="ignore"):  # Infinite minus infinite; an error below.
-            columns = [_sum_steps(controls[name], anchors) for name in actions]
+        columns = [_sum_steps(controls[name], anchors) for name in actions]
     else:
         # Where two steps show the same row (video faster than the rows) the command before it is still in force.
         rows = np.maximum(anchors[1:] - 1, 0)
         columns = [controls[name][rows].astype(np.float64) for name in actions]
-    with np.errstate(over="ignore"):  # Beyond float32 becomes infinite, and that is an error below.
-        result = StepControls(
-            np.stack(columns, axis=1).astype(np.float32),
-            np.stack([controls[name][anchors] for name in states], axis=1).astype(np.float32),
-        )
-    for values, names in zip(result, (actions, states), strict=True):
-        if not np.isfinite(values).all():
-            step, column = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(
-                f"the recording holds no finite {names[column]} at the step of tick {anchors[step]}; a vector space needs it"
-            )
-    return result
+    return np.stack(columns, axis=1), np.stack([controls[name][anchors] for name in states], axis=1)
 
 
 def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> ActionSpace:
@@ -241,8 +255,9 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
         "actions": tuple(column.name for column in actions),
         "states": tuple(column.name for column in states),
     }
-    aggregate = partial(_aggregate_vector, rule=rule, **read)
-    return ActionSpace(name, 1, actions, states, (*read["actions"], *read["states"]), aggregate)
+    return ActionSpace(
+        name, 1, actions, states, (*read["actions"], *read["states"]), partial(_aggregate_vector, rule=rule, **read)
+    )
 
 
 VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")
@@ -274,14 +289,7 @@ ACTION_SPACES: dict[str, ActionSpace] = {
             partial(_aggregate_vpt, buttons=VPT_BUTTONS),
         ),
         *(
-            ActionSpace(
-                name,
-                2,
-                _POSE_ACTIONS,
-                _POSE_STATES,
-                required,
-                partial(_aggregate_poses, describe=describe, required=required),
-            )
+            ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe)
             for name, (describe, required) in POSE_SPACES.items()
         ),
     )

@@ -171,9 +171,13 @@ def describe_droid_command7(controls: Mapping[str, np.ndarray], anchors: np.ndar
 def _read_poses(controls: Mapping[str, np.ndarray], names: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
     """[n, len(names)] float64 of the controls at the rows."""
     poses = np.stack([controls[name][rows] for name in names], axis=1).astype(np.float64)
-    if not np.isfinite(poses).all():
-        row, column = np.argwhere(~np.isfinite(poses))[0]
-        raise ValueError(f"the recording holds no {names[column]} at tick {rows[row]}; the pose spaces need it")
+    usable = np.abs(poses) <= np.finfo(np.float32).max
+    if not usable.all():
+        row, column = np.argwhere(~usable)[0]
+        raise ValueError(
+            f"the recording holds no usable {names[column]} at tick {rows[row]} ({poses[row, column]:g}; the pose spaces need it, and "
+            "float32 holds up to 3.4e+38)"
+        )
     return poses
 
 

@@ -49,14 +49,14 @@ def build_vpt25(vpt36: Space) -> Space:
     )
     required = tuple(name for name in vpt36.required if name != "hotbar")
     return dataclasses.replace(
-        vpt36, name="vpt25", version=1, actions=actions, required=required, aggregate=partial(_aggregate, vpt36)
+        vpt36, name="vpt25", version=1, actions=actions, required=required, rule=partial(_aggregate, vpt36)
     )
 
 
-def _aggregate(vpt36: Any, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> Any:
+def _aggregate(vpt36: Any, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     num_ticks = len(next(iter(controls.values())))
     result = vpt36.aggregate({**controls, "hotbar": np.zeros(num_ticks, np.int8)}, anchors)
     names = [column.name for column in vpt36.actions]
     taken = result.actions[:, [names.index(CAMERA.get(name, name)) for name in VPT25_NAMES]].astype(np.float64)
     scale = np.array([CAMERA_DEG_PER_COUNT if name in CAMERA else 1.0 for name in VPT25_NAMES])
-    return result._replace(actions=(taken * scale).astype(np.float32))
+    return taken * scale, result.states

@@ -1,11 +1,12 @@
 """Claims of actions.py.
 
 An action aggregates ALL ticks between two anchors, so splitting a step never changes the total; angles are differences on the
-circle or in SO(3), never of wrapped numbers; a key held on any tick counts; what a recording does not hold is an error and never
-a zero; the pose arithmetic is the reference's.
+circle or in SO(3), never of wrapped numbers; a key held on any tick counts; a step has the ticks that are its own and no others,
+whatever numbers stand there; what a recording does not hold is an error and never a zero; the pose arithmetic is the reference's.
 """
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +115,39 @@ def test_an_action_takes_every_tick_from_its_anchor_to_the_one_before_the_next()
         np.testing.assert_array_equal(actions[row, 27:], np.arange(9) == controls["hotbar"][a])
 
 
+@pytest.mark.parametrize("value", [1e18, -1e30, 3.4e38])
+@pytest.mark.parametrize("name", [*ACTION_SPACES, "vector_sum4x2", "vector_last4x2"])
+def test_one_huge_value_leaves_every_step_that_does_not_hold_it_exact(name, value):
+    space, anchors = get_action_space(name), np.arange(1, NUM_TICKS, 4)
+    controls = _make_controls()
+    controls |= {f"action_{index}": controls["mouse_dx"] * 0.1 + index for index in range(4)}
+    controls |= {f"state_{index}": controls["mouse_dy"] for index in range(2)}
+    whole = space.aggregate(controls, anchors)
+    far = [row for row in range(len(anchors) - 1) if not anchors[row] <= 25 <= anchors[row + 1]]
+    for column in set(space.required) - {"hotbar", "yaw_deg", "pitch_deg", *VPT_BUTTONS}:
+        changed = controls[column].copy()
+        changed[25] = value
+        actions, states = space.aggregate({**controls, column: changed}, anchors)
+        np.testing.assert_array_equal(actions[far], whole.actions[far], err_msg=column)
+        np.testing.assert_array_equal(states[anchors != 25], whole.states[anchors != 25], err_msg=column)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, np.inf, np.nan])
+@pytest.mark.parametrize("name", [*ACTION_SPACES, "vector_sum4x2", "vector_last4x2"])
+def test_a_number_that_float32_does_not_hold_is_named_with_its_tick_and_column(name, value):
+    space, anchors = get_action_space(name), np.arange(1, NUM_TICKS, 4)
+    controls = _make_controls() | {f"action_{index}": np.arange(NUM_TICKS) / 8 for index in range(4)}
+    controls |= {f"state_{index}": np.arange(NUM_TICKS) / 8 for index in range(2)}
+    for column in set(space.required) - {"hotbar", *VPT_BUTTONS}:
+        row = 24 if "command" in column or (name.startswith("vector_last") and "action" in column) else 25
+        changed = controls[column].copy()
+        changed[row] = value
+        with pytest.raises(ValueError, match=r"tick 2[145] \(") as caught:
+            space.aggregate({**controls, column: changed}, anchors)
+        words = rf"holds no usable {column.removesuffix('_deg')} at .*\({re.escape(f'{value:g}')};"
+        assert re.search(words, str(caught.value)), column
+
+
 def test_aggregating_subsampled_rows_would_lose_movement():
     controls, anchors = _make_controls(), np.arange(0, NUM_TICKS, 4)
     right = get_action_space("vpt13").aggregate(controls, anchors).actions
@@ -161,8 +195,8 @@ def test_two_steps_on_one_tick_have_no_action_between_them():
     ("column", "value", "message"),
     [
         ("hotbar", -1, "no hotbar slot at tick 8"),
-        ("yaw_deg", np.nan, "no yaw at tick 8"),
-        ("pitch_deg", np.nan, "no pitch at tick 8"),
+        ("yaw_deg", np.nan, "no usable yaw at tick 8"),
+        ("pitch_deg", np.nan, "no usable pitch at tick 8"),
     ],
 )
 def test_what_the_recording_lacks_at_an_anchor_is_an_error(column, value, message):

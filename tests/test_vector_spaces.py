@@ -55,7 +55,7 @@ def test_two_steps_on_the_first_row_have_its_command():
 def test_a_number_that_float32_does_not_hold_is_an_error(name, value):
     controls = make_controls()
     controls["action_1"][8] = value
-    with pytest.raises(ValueError, match="no finite action_1"):
+    with pytest.raises(ValueError, match="no usable action_1"):
         get_action_space(name).aggregate(controls, np.array([0, 9, 12]))
 
 

@@ -67,7 +67,7 @@ def test_recordings_without_a_slot_are_described():
     assert np.isfinite(SPACE.aggregate(controls, np.array([0, 9])).actions).all()
     without = {name: column for name, column in controls.items() if name != "hotbar"}
     assert "hotbar" not in SPACE.required and SPACE.aggregate(without, np.array([0, 9])).actions.shape == (1, 25)
-    with pytest.raises(ValueError, match="no yaw"):
+    with pytest.raises(ValueError, match="no usable yaw"):
         SPACE.aggregate({**controls, "yaw_deg": np.full(NUM_TICKS, np.nan)}, np.array([0, 9]))
 
 

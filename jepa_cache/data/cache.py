@@ -268,6 +268,24 @@ class CachedDataset:
                 self._controls[store] = read_actions(self._action_paths[store])
             return self._controls[store]
 
+    def controls_of(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+        """Unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment, float32.
+
+        Raises:
+            ValueError: One of them is not finite, as in stores of releases that did not look; the episode and the way out are named.
+        """
+        actions, states = self.controls(segment.store)
+        rows = actions[segment.start : segment.stop - 1], states[segment.start : segment.stop]
+        for values, columns in zip(rows, (self.space.actions, self.space.states), strict=True):
+            if not np.isfinite(values).all():
+                step, column = np.argwhere(~np.isfinite(values))[0]
+                raise ValueError(
+                    f"episode {segment.episode!r}, step {step}: {columns[column].name} is {values[step, column]:g}, which nothing can be "
+                    f"trained on; remove {self._action_paths[segment.store]} and run `python stages/encode.py`, which makes it again "
+                    "without that episode"
+                )
+        return rows
+
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
         """Raw controls of a store: episode to name to [M]; reads a whole file, StoreDamagedError where it is not whole."""
         part, entry = self.manifest.stores[store]

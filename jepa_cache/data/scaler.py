@@ -62,7 +62,7 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
         config: "standard" or "none" for actions and for states.
 
     Raises:
-        ValueError: When there is no training segment, or none of two steps or more.
+        ValueError: When there is no training segment, none of two steps or more, or one with a number that is not finite.
     """
     import dask
     from sklearn.preprocessing import StandardScaler
@@ -77,7 +77,7 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
     by_store: dict[int, list[Segment]] = {}
     for segment in segments:
         by_store.setdefault(segment.store, []).append(segment)
-    parts = [dask.delayed(_read_rows)(dataset, store, runs) for store, runs in sorted(by_store.items())]
+    parts = [dask.delayed(_read_rows)(dataset, runs) for _, runs in sorted(by_store.items())]
     action_fit, state_fit = StandardScaler(), StandardScaler()
     num_steps = 0
     for start in range(0, len(parts), 32):  # bounded memory, and always in the same order: rounding depends on it
@@ -143,13 +143,10 @@ def scaler_from_json(document: dict) -> Scaler:
     return Scaler(actions, states, **{key: document[key] for key in kept})
 
 
-def _read_rows(dataset: CachedDataset, store: int, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """Actions and states of some segments; the last action row of a segment leads nowhere and is left out."""
-    actions, states = dataset.controls(store)
-    return (
-        np.concatenate([actions[run.start : run.stop - 1] for run in runs]).astype(np.float64),
-        np.concatenate([states[run.start : run.stop] for run in runs]).astype(np.float64),
-    )
+def _read_rows(dataset: CachedDataset, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Actions and states of some segments of one store."""
+    actions, states = zip(*map(dataset.controls_of, runs), strict=True)
+    return np.concatenate(actions).astype(np.float64), np.concatenate(states).astype(np.float64)
 
 
 def _column_scaler(columns: Sequence[Column], fit: object, rule: str) -> ColumnScaler:

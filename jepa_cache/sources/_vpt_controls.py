@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepa_cache.actions import VPT_BUTTONS
+from jepa_cache.actions import MAX_ANGLE_DEG, VPT_BUTTONS
 from jepa_cache.sources._vpt_lines import Line, LineError, iter_lines, parse_line, split_lines
 
 MOUSE_BUTTONS = {0: "attack", 1: "use", 2: "pickItem"}
@@ -121,7 +121,8 @@ def read_simple(data: bytes, camera_unit: str) -> SimpleControls:
         camera_unit: delta_deg, delta_rad, absolute_deg or absolute_rad.
 
     Raises:
-        LineError: A bad line, a field that is missing or of a wrong type, or times that go backwards.
+        LineError: A bad line, a field that is missing or of a wrong type, times that go backwards, or changes whose sum is beyond
+            `MAX_ANGLE_DEG`.
     """
     columns = _Columns(0)
     times_s: list[float] = []
@@ -138,6 +139,12 @@ def read_simple(data: bytes, camera_unit: str) -> SimpleControls:
         gui = line.read_bool("isGuiOpen", False)
         columns.add(line, keys, buttons, gui, tuple(sums if kind == "delta" else view), line.number - 1)
         sums = [total + change for total, change in zip(sums, view, strict=True)]
+        for name, total in zip(("yaw", "pitch"), sums, strict=True):
+            if kind == "delta" and abs(total) > MAX_ANGLE_DEG:
+                raise LineError(
+                    f"line {line.number}: the changes of camera.{name} add up to {total:g} degrees, and later ones would be lost in "
+                    f"that sum (at most {MAX_ANGLE_DEG:g}); is this line's change a mistake of the recorder?"
+                )
     return SimpleControls(columns.build(), np.array(times_s))
 
 

@@ -1,4 +1,7 @@
-"""Claims: the scaler holds mean and deviation of the continuous columns over the training rows only, and survives JSON bit for bit."""
+"""Claims: the scaler holds mean and deviation of the continuous columns over the training rows only, and survives JSON bit for bit.
+
+A number that is not finite gives no scaler; its episode is named.
+"""
 
 import dataclasses
 
@@ -68,6 +71,17 @@ def test_held_out_rows_change_nothing(encoded):
         results.append(fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD))
         dataset.close()
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("array", "column", "value"), [(0, "mouse_dx", np.inf), (1, "pitch", np.nan)])
+def test_a_number_that_is_not_finite_is_named_with_its_episode_column_and_step(encoded, array, column, value):
+    dataset = encoded.open()
+    segment = dataset.segments_of(TRAIN, SPLIT)[-1]
+    columns = [it.name for it in (dataset.space.actions, dataset.space.states)[array]]
+    dataset.controls(segment.store)[array][segment.start + 3, columns.index(column)] = value
+    with pytest.raises(ValueError, match=rf"episode '{segment.episode}', step 3: {column} is {value:g}, .*encode\.py"):
+        fit_scaler(dataset, dataset.segments_of(TRAIN, SPLIT), STANDARD)
+    dataset.close()
 
 
 def test_a_training_row_changes_it(encoded):

@@ -55,6 +55,15 @@ def test_the_camera_becomes_absolute_degrees_before_each_row(tmp_path, unit, yaw
     np.testing.assert_allclose(controls["pitch_deg"], pitch)
 
 
+def test_changes_that_add_up_to_more_than_a_view_holds_are_skipped_by_their_line(tmp_path):
+    rows = _make_rows(np.arange(8) / 20)
+    rows[4]["camera"]["yaw"] = -1e18
+    skipped = _read(tmp_path, rows, unit="delta_deg")
+    assert skipped.reason.startswith("line 5: the changes of camera.yaw add up to -1e+18 degrees")
+    rows[4]["camera"]["yaw"] = -1e5
+    np.testing.assert_allclose(np.diff(_read(tmp_path, rows, unit="delta_deg").controls["yaw_deg"])[5:], [5, 6])
+
+
 def test_both_spellings_of_camera_and_keys_are_read(tmp_path):
     rows = _make_rows(np.arange(20) / 20)
     other = [
