@@ -1,6 +1,11 @@
-"""A local table of file digests by path, size and modification time, so that terabytes are not hashed again.
+"""A local table of file digests by path, size, times and inode, so that terabytes are not hashed again.
 
 It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace.
+
+A file that took another's place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or
+change time, which no program sets. Where a file system has no lasting inodes (some network and FUSE mounts) files are
+hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither inodes nor
+change times hides such a replacement.
 """
 
 from __future__ import annotations
@@ -10,38 +15,56 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.config.machine import state_folder
 from jepa_cache.store.recipe import file_digest
 
+# The first release has a table `digests` without inode and change time in the same file. It is left to that release: its
+# rows were not seen with them, so those files are hashed once more.
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS digests (
-    path TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, modified_ns INTEGER NOT NULL, digest TEXT NOT NULL
+CREATE TABLE IF NOT EXISTS files (
+    path TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, modified_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL,
+    inode TEXT NOT NULL, digest TEXT NOT NULL
 )"""
 SAVE_S = 1.0
 LARGE_BYTES = 16 << 20
 UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL)"
 
 
+class Look(NamedTuple):
+    """What tells without reading that a file is still the one that it was; the inode as text, for it may fill 64 bits."""
+
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+    inode: str
+
+
+def look_at(path: Path) -> Look:
+    """Cost: one stat."""
+    stat = path.stat()
+    return Look(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, str(stat.st_ino))
+
+
 class Remembered(NamedTuple):
     """What the table held at one moment.
 
     Attributes:
-        files: Path to size, modification time (ns) and sha256 as of the last look.
+        files: Path to how the file looked when it was last hashed, and its sha256.
         units: Files of a unit to the sha256 of every content that they were seen with.
     """
 
-    files: Mapping[str, tuple[int, int, str]]
+    files: Mapping[str, tuple[Look, str]]
     units: Mapping[tuple[str, ...], Sequence[str]]
 
     def digest(self, path: Path) -> str | None:
         """sha256 of a file that has not changed since it was last hashed; else None. Never reads it."""
         path = path.resolve()
-        known, stat = self.files.get(str(path)), path.stat()
-        return known[2] if known and known[:2] == (stat.st_size, stat.st_mtime_ns) else None
+        known, look = self.files.get(str(path)), look_at(path)
+        return known[1] if known and known[0] == look else None
 
     def earlier(self, files: Sequence[Path]) -> Sequence[str]:
         """sha256 of every content that a unit of these files was seen with."""
@@ -54,15 +77,20 @@ def join_digests(digests: Sequence[str]) -> str:
 
 
 class DigestTable:
-    """sha256 digests of files; a file is hashed again when its size or modification time changed."""
+    """sha256 digests of files; a file is hashed again when its size, one of its times or its inode changed."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.path = (folder or state_folder()) / "digests.sqlite"
 
     def digest(self, path: Path) -> str:
         """sha256 of `path`, hexadecimal. Cost: reads the file only when it is new or changed."""
-        with closing(self._connect()) as connection, connection:
+        with self._open() as connection:
             return _digest_file(connection, path)
+
+    def digest_anew(self, path: Path) -> str:
+        """sha256 of `path`, whatever the table says of it, which then says this. Cost: reads the file."""
+        with self._open() as connection:
+            return _hash_file(connection, path.resolve())
 
     def digest_unit(self, files: Sequence[Path]) -> str:
         """sha256 of a unit of input: of its only file, else of its files' digests in their order; remembered for `find_unit`."""
@@ -74,7 +102,7 @@ class DigestTable:
 
         Cost: the disk is waited for once a second, not for each unit; what a killed run hashed before is not hashed again.
         """
-        with closing(self._connect()) as connection, connection:
+        with self._open() as connection:
             saved = time.monotonic()
             for files in units:
                 digest = join_digests([_digest_file(connection, file) for file in files])
@@ -88,50 +116,54 @@ class DigestTable:
 
     def remember(self) -> Remembered:
         """Everything in the table at once, to look up thousands of files without asking for each."""
-        with closing(self._connect()) as connection:
-            files = connection.execute("SELECT path, num_bytes, modified_ns, digest FROM digests").fetchall()
+        with self._open() as connection:
+            files = connection.execute(
+                "SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files"
+            ).fetchall()
             units = connection.execute("SELECT digest, files FROM units").fetchall()
         names: dict[tuple[str, ...], list[str]] = {}
         for digest, text in units:
             names.setdefault(tuple(json.loads(text)), []).append(digest)
-        return Remembered(
-            {path: (num_bytes, modified_ns, digest) for path, num_bytes, modified_ns, digest in files}, names
-        )
+        return Remembered({path: (Look(*look), digest) for path, *look, digest in files}, names)
 
     def find_unit(self, digest: str) -> tuple[Path, ...] | None:
         """The files on this machine that made up this unit when last looked at, if they still do."""
-        with closing(self._connect()) as connection:
+        with self._open() as connection:
             row = connection.execute("SELECT files FROM units WHERE digest = ?", (digest,)).fetchone()
         files = tuple(Path(name) for name in json.loads(row[0])) if row else ()
         if not files or not all(file.is_file() for file in files):
             return None
         return files if join_digests([self.digest(file) for file in files]) == digest else None
 
-    def _connect(self) -> sqlite3.Connection:
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection that is committed at the end of the block."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            connection = sqlite3.connect(self.path, timeout=60)
-            connection.execute(SCHEMA)
-            connection.execute(UNITS_SCHEMA)
+            with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+                connection.execute(SCHEMA)
+                connection.execute(UNITS_SCHEMA)
+                yield connection
         except sqlite3.Error as error:
             raise ValueError(
-                f"the table of digests {self.path} cannot be opened ({error}); set $XDG_STATE_HOME to a folder that can be "
+                f"the table of digests {self.path} cannot be used ({error}); set $XDG_STATE_HOME to a folder that can be "
                 "written, or delete the file: recordings are then hashed again"
             ) from error
-        return connection
 
 
 def _digest_file(connection: sqlite3.Connection, path: Path) -> str:
     path = path.resolve()
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
     row = connection.execute(
-        "SELECT digest FROM digests WHERE path = ? AND num_bytes = ? AND modified_ns = ?", key
+        "SELECT digest FROM files WHERE path = ? AND num_bytes = ? AND modified_ns = ? AND changed_ns = ? AND inode = ?",
+        (str(path), *look_at(path)),
     ).fetchone()
-    if row:
-        return row[0]
-    if stat.st_size > LARGE_BYTES:
+    return row[0] if row else _hash_file(connection, path)
+
+
+def _hash_file(connection: sqlite3.Connection, path: Path) -> str:
+    look = look_at(path)  # before it is read: a change meanwhile is seen at the next look
+    if look.num_bytes > LARGE_BYTES:
         connection.commit()  # else others would wait for the table as long as this takes
     digest = file_digest(path)
-    connection.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", (*key, digest))
+    connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", (str(path), *look, digest))
     return digest

@@ -1,7 +1,11 @@
-"""Claims: a file's digest is sha256, remembered by place, size and time, and never wrong after the file changed by either."""
+"""Claims: a file's digest is sha256, remembered by place, size, times and inode, and never wrong after any of them changed.
+
+So another file in its place is seen though it has size and time of the old one. A damaged table is named with the way out.
+"""
 
 import hashlib
 import os
+import sqlite3
 import threading
 
 import pytest
@@ -49,6 +53,42 @@ def test_a_file_that_changed_in_size_or_time_is_hashed_again(tmp_path, hashed, c
     assert hashed == ["a", "a"]
     table.digest(path)
     assert hashed == ["a", "a"]
+
+
+def in_place(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+def moved(path, other):
+    other.rename(path)
+
+
+@pytest.mark.parametrize("replace", [in_place, moved])
+def test_another_file_of_the_same_size_and_time_is_hashed(tmp_path, replace):
+    path, other, table = tmp_path / "a", tmp_path / "b", DigestTable(tmp_path / "state")
+    for file, content in ((path, b"content"), (other, b"another")):
+        file.write_bytes(content)
+        os.utime(file, ns=(10**18, 10**18))
+    table.digest(path)
+    replace(path, other)
+    os.utime(path, ns=(10**18, 10**18))  # as touch -r, cp -p and packers with constant times do
+    assert table.remember().digest(path) is None
+    assert table.digest(path) == sha256(b"another")
+
+
+def test_what_the_first_release_remembered_without_inodes_is_hashed_once_more_and_left_to_it(tmp_path, hashed):
+    path, table = tmp_path / "a", DigestTable(tmp_path / "state")
+    path.write_bytes(b"content")
+    table.path.parent.mkdir()
+    old = (str(path), 7, path.stat().st_mtime_ns, sha256(b"another"))
+    with sqlite3.connect(table.path) as connection:
+        connection.execute(
+            "CREATE TABLE digests (path TEXT PRIMARY KEY, num_bytes INTEGER, modified_ns INTEGER, digest TEXT)"
+        )
+        connection.execute("INSERT INTO digests VALUES (?, ?, ?, ?)", old)
+    assert [table.digest(path), table.digest(path)] == [sha256(b"content")] * 2 and hashed == ["a"]
+    with sqlite3.connect(table.path) as connection:
+        assert connection.execute("SELECT * FROM digests").fetchall() == [old]
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(tmp_path, monkeypatch):
@@ -149,8 +189,6 @@ def test_what_was_hashed_before_a_run_ended_is_kept(tmp_path, monkeypatch):
 
 def test_the_table_is_free_for_others_while_a_large_file_is_hashed(tmp_path, monkeypatch):
     """Hashing may take minutes; another process must be able to write its own digests meanwhile."""
-    import sqlite3
-
     monkeypatch.setattr("jepa_cache.store.digests.LARGE_BYTES", 0)
     table, paths = DigestTable(tmp_path / "state"), [tmp_path / name for name in "ab"]
     for path in paths:
@@ -165,8 +203,23 @@ def test_the_table_is_free_for_others_while_a_large_file_is_hashed(tmp_path, mon
     assert len(list(table.digest_units([[path] for path in paths]))) == 2
 
 
-def test_a_table_that_is_none_is_named_with_the_way_out(tmp_path):
-    table = DigestTable(tmp_path)
-    table.path.write_bytes(b"no database at all, but long enough to be taken for one" * 20)
-    with pytest.raises(ValueError, match=r"digests\.sqlite cannot be opened .* delete the file"):
-        table.remember()
+def no_database(path):
+    path.write_bytes(b"no database at all, but long enough to be taken for one" * 20)
+
+
+def damaged_inside(path):
+    """Its head is whole, so that it opens; the pages with the rows are not."""
+    raw = bytearray(path.read_bytes())
+    raw[4096:] = b"\x99" * (len(raw) - 4096)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [no_database, damaged_inside])
+def test_a_damaged_table_is_named_with_the_way_out(tmp_path, damage):
+    table, path = DigestTable(tmp_path), tmp_path / "a"
+    path.write_bytes(b"content")
+    table.digest_unit([path])
+    damage(table.path)
+    for use in (table.remember, lambda: table.digest_unit([path]), lambda: table.find_unit("0" * 64)):
+        with pytest.raises(ValueError, match=r"digests\.sqlite cannot be used .* delete the file"):
+            use()
