@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jepa_cache.predictor.checkpoints import CARD_ENTRY, OFFICIAL_ENTRY, CheckpointError, replacing, save_state
-from jepa_cache.predictor.origin import ENCODER_ENTRIES
+from jepa_cache.predictor.checkpoints import (
+    CARD_ENTRY,
+    ENCODER_ENTRIES,
+    OFFICIAL_ENTRY,
+    CheckpointError,
+    replacing,
+    save_state,
+)
 
 # As upstream's own trainer, which wraps everything in DDP, writes it; upstream's hub code takes it off, its trainer expects it.
 OFFICIAL_PREFIX = "module."
