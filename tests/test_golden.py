@@ -28,7 +28,7 @@ from jepa_cache.encoder.vit21 import VisionTransformer21
 from jepa_cache.evaluation.motion import build_motion
 from jepa_cache.evaluation.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
-from jepa_cache.predictor.attention import block_causal_mask
+from jepa_cache.predictor.layers import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
 from jepa_cache.training.optimizer import build_optimizer, set_rates

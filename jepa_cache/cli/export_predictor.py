@@ -116,7 +116,7 @@ def _read_merged(run: str, base: str | None) -> tuple[Mapping[str, Any], dict[st
 
 def _read_encoder(path: Path, card: Mapping[str, Any]) -> Mapping[str, Any]:
     from jepa_cache.encoder.checkpoints import load_state
-    from jepa_cache.predictor.origin import ENCODER_FIELD
+    from jepa_cache.predictor.checkpoints import ENCODER_FIELD
     from jepa_cache.store.recipe import file_digest
 
     trained_with = card.get(ENCODER_FIELD)

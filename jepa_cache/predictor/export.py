@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from jepa_cache.files import atomic_file
-from jepa_cache.predictor.checkpoints import CARD_ENTRY, OFFICIAL_ENTRY, CheckpointError, save_state
-from jepa_cache.predictor.origin import ENCODER_ENTRIES
+from jepa_cache.predictor.checkpoints import (
+    CARD_ENTRY,
+    ENCODER_ENTRIES,
+    OFFICIAL_ENTRY,
+    CheckpointError,
+    save_state,
+)
 
 # As upstream's own trainer, which wraps everything in DDP, writes it; upstream's hub code takes it off, its trainer expects it.
 OFFICIAL_PREFIX = "module."

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.predictor.blocks import Block, KeysValues
-from jepa_cache.predictor.rotary import rotary_table
+from jepa_cache.predictor.layers import Block, KeysValues, rotary_table
 
 
 class PredictorOutput(NamedTuple):

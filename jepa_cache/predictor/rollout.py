@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_cache.predictor.blocks import KeysValues
+from jepa_cache.predictor.layers import KeysValues
 from jepa_cache.predictor.model import PredictorOutput
 
 Predictor = Callable[..., PredictorOutput]

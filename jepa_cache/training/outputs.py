@@ -9,9 +9,8 @@ from typing import Any
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.predictor.checkpoints import save_state
+from jepa_cache.predictor.checkpoints import ENCODER_FIELD, save_state
 from jepa_cache.predictor.lora import save_adapter
-from jepa_cache.predictor.origin import ENCODER_FIELD
 from jepa_cache.training.checkpoint import WEIGHTS_FILE
 from jepa_cache.training.start import Learner, predictor_arguments
 

@@ -16,10 +16,9 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.predictor.checkpoints import find_card, load_start_weights
+from jepa_cache.predictor.checkpoints import EncoderMatch, check_encoder, find_card, load_start_weights
 from jepa_cache.predictor.lora import LoraSettings, adapter_state, add_lora, load_adapter_state, merged_state
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.origin import EncoderMatch, check_encoder
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import canonical_json, recipe_changes
 

@@ -16,9 +16,14 @@ import pytest
 import torch
 
 from jepa_cache.cli.main import main
-from jepa_cache.predictor.checkpoints import load_predictor, load_predictor_weights, read_card, save_predictor
+from jepa_cache.predictor.checkpoints import (
+    check_encoder,
+    load_predictor,
+    load_predictor_weights,
+    read_card,
+    save_predictor,
+)
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.origin import check_encoder
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import write_official_file
 

@@ -19,14 +19,16 @@ from jepa_cache.encoder.checkpoints import load_encoder_state
 from jepa_cache.encoder.structure import parameter_shapes
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.predictor.checkpoints import (
+    ENCODER_FIELD,
     CheckpointError,
+    check_encoder,
+    encoder_identities,
     load_predictor_weights,
     load_start_weights,
     read_state,
     save_predictor,
 )
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.origin import ENCODER_FIELD, check_encoder, encoder_identities
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import without_storage, write_official_file
 

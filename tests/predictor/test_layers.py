@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_cache.predictor import attention, blocks
-from jepa_cache.predictor.attention import block_causal_attention, block_causal_mask
-from jepa_cache.predictor.rotary import rotary_table, rotate
+from jepa_cache.predictor import layers
+from jepa_cache.predictor.layers import block_causal_attention, block_causal_mask, rotary_table, rotate
 from tests.test_golden import CHECKS, FILES, read_golden, read_kind
 
 
@@ -35,7 +34,7 @@ def table_of(head_width: int, grid: tuple[int, int], **changes: object):
 
 def by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens_per_step: int, num_past_steps: int = 0):
     """Take the kernel that bfloat16 takes on the CPU, in any dtype."""
-    return attention._PrefixAttention.apply(q, k, v, tokens_per_step)
+    return layers._PrefixAttention.apply(q, k, v, tokens_per_step)
 
 
 def draw(num_past: int, num_new: int, length: int = 5) -> list[torch.Tensor]:
@@ -54,7 +53,7 @@ def test_prefix_attention_equals_masked_softmax_with_gradients(
     num_past: int, num_new: int, attend: Callable, heads_together: int, monkeypatch: pytest.MonkeyPatch
 ):
     length = 5
-    monkeypatch.setattr(attention, "_SCORE_BYTES", heads_together * length * (num_past + num_new) * length * 8)
+    monkeypatch.setattr(layers, "_SCORE_BYTES", heads_together * length * (num_past + num_new) * length * 8)
     q, k, v, weight = draw(num_past, num_new)
     mask = block_causal_mask(num_past + num_new, length)[num_past * length :]
     ours = attend(q, k, v, tokens_per_step=length, num_past_steps=num_past)
@@ -75,7 +74,7 @@ def golden_files() -> list:
 
 @pytest.mark.parametrize("path", golden_files())
 def test_matrix_products_reproduce_the_reference_results(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "block_causal_attention", by_products)
+    monkeypatch.setattr(layers, "block_causal_attention", by_products)
     golden = read_golden(path)
     CHECKS[read_kind(path)](golden)
     golden.check_nothing_is_left()
@@ -101,11 +100,11 @@ def test_matrix_products_in_bfloat16_are_as_good_as_its_eight_bits_allow():
 def test_the_kernel_follows_from_dtype_and_processor(
     dtype: torch.dtype, capable: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention, "has_bfloat16_products", lambda: capable)
+    monkeypatch.setattr(layers, "has_bfloat16_products", lambda: capable)
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in draw(0, 2)[:3])
     out = block_causal_attention(q, k, v, tokens_per_step=5)
     assert (type(out.grad_fn).__name__ == "_PrefixAttentionBackward") == expected
-    monkeypatch.setattr(attention, "has_bfloat16_products", lambda: not capable)
+    monkeypatch.setattr(layers, "has_bfloat16_products", lambda: not capable)
     other = block_causal_attention(q, k, v, tokens_per_step=5)
     assert type(other.grad_fn) is not type(out.grad_fn) or dtype != torch.bfloat16
     torch.testing.assert_close(other, out, atol=2**-6, rtol=2**-6)

@@ -1,0 +1,323 @@
+"""What the blocks of the AC predictor are made of: rotary positions, block-causal attention, and one transformer block.
+
+A sequence is T steps of L tokens each, conditioning tokens first: [B, heads, T*L, d]. A token may attend to every token of
+its own step and of earlier steps, never to a later one. Parameter names are those of the released checkpoint.
+
+Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal machines
+give equal numbers:
+
+| where | forward | backward |
+|---|---|---|
+| any device, any dtype | `F.scaled_dot_product_attention` per step over its prefix | that of the same kernel |
+| CPU with bfloat16 matrix products in hardware (AVX512_BF16 or AMX_BF16), bfloat16 | `_PrefixAttention`: matrix products | matrix products |
+
+On CUDA the first row takes the flash kernel, because no call has a mask; that has not been run on a GPU here.
+
+Letters of this file besides the project's: P predictor width; L tokens per step (conditioning and frame tokens); d head width.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_SCORE_BYTES = 2 * 2**20
+"""Scores of the heads that are multiplied together: 2 heads of 258 rows x 1806 keys in bfloat16; 1 and 6 heads took 2 to 4 % longer."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, each [B, heads, steps*L, d]; the keys are already rotated to their own time positions."""
+
+
+class RotaryTable(NamedTuple):
+    """Cosine and signed sine of every angle of a run of steps; each [T*L, d], in the dtype of the queries."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@lru_cache(maxsize=64)
+def rotary_table(
+    head_width: int,
+    *,
+    first_step: int,
+    num_steps: int,
+    grid: tuple[int, int],
+    num_conditioning: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RotaryTable:
+    """Build the rotation of every token of a run of steps, once per shape and dtype.
+
+    The head is cut into three equal blocks of even width r for time, row and column; the channels left over are not rotated. Inside a
+    block the frequencies 10000^(-2j/r) are TILED over the channels while pairs are adjacent channels, so that the two members of a
+    pair turn by different angles: a quirk of the released weights that has to be kept. Conditioning tokens turn in the time block
+    only. Columns count in units of rows/columns of the grid, rows as they are. Angles are float32 whatever the dtype.
+
+    Args:
+        head_width: d.
+        first_step: time position of the first step.
+        num_steps: T.
+        grid: (H, W) rows and columns of the patch grid.
+        num_conditioning: tokens that precede the frame tokens of each step.
+        dtype: of the tables.
+        device: of the tables.
+
+    Returns:
+        Tables [T*(num_conditioning + H*W), d]: see `rotate`.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985; the tiling is known upstream as vjepa2 pull request 15.
+    """
+    num_rows, num_columns = grid
+    block = 2 * (head_width // 3 // 2)
+    # inference_mode(False): a cached table must stay usable in training, whoever asked for it first.
+    with torch.inference_mode(False), torch.no_grad():
+        frequency = 10000.0 ** (-torch.arange(block // 2, dtype=torch.float32, device=device) / (block / 2))
+        frequency = frequency.repeat(2)
+        frame = torch.arange(num_rows * num_columns, dtype=torch.float32, device=device)
+        row = torch.div(frame, num_columns, rounding_mode="floor")
+        column = (frame - row * num_columns) * (num_rows / num_columns)
+        still = torch.zeros(num_conditioning, dtype=torch.float32, device=device)
+        row, column = torch.cat([still, row]), torch.cat([still, column])
+        time = torch.arange(first_step, first_step + num_steps, dtype=torch.float32, device=device)
+        angle = torch.zeros(num_steps, len(row), head_width, dtype=torch.float32, device=device)
+        angle[..., :block] = (time[:, None] * frequency)[:, None]
+        angle[..., block : 2 * block] = row[:, None] * frequency
+        angle[..., 2 * block : 3 * block] = column[:, None] * frequency
+        angle = angle.flatten(0, 1)
+        sin = angle.sin()
+        sin[:, 0 : 3 * block : 2] *= -1.0  # x0 takes minus its partner's part, x1 plus
+        return RotaryTable(angle.cos().to(dtype), sin.to(dtype))
+
+
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """Turn queries or keys by their positions: `x * cos + partner(x) * sin`, the partner being the other channel of a pair.
+
+    Args:
+        x: [..., T*L, d].
+        table: tables [T*L, d] of the same dtype.
+
+    Returns:
+        [..., T*L, d].
+    """
+    return _Rotation.apply(x, table.cos, table.sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, written out: fewer passes over memory than autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _partner(x).mul_(sin).addcmul_(x, cos)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _partner(gradient).mul_(_partner(sin)).addcmul_(gradient, cos), None, None
+
+
+def _partner(x: Tensor) -> Tensor:
+    """A new tensor with the channels of each pair swapped; the last channel of an odd width is its own partner."""
+    paired = x.shape[-1] // 2 * 2
+    # Half the time of a flip on a CPU (torch 2.13).
+    partner = torch.stack((x[..., 1:paired:2], x[..., 0:paired:2]), dim=-1).flatten(-2)
+    return partner if paired == x.shape[-1] else torch.cat([partner, x[..., paired:]], dim=-1)
+
+
+def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.device | None = None) -> Tensor:
+    """Say which token may attend to which: all of its own step and of earlier steps.
+
+    The definition that `block_causal_attention` keeps to without ever building it; for tests, and for kernels that want a mask.
+
+    Args:
+        num_steps: T.
+        tokens_per_step: L, conditioning tokens included.
+        device: where the mask is made.
+
+    Returns:
+        [T*L, T*L] bool, True = may attend, rows are queries.
+
+    Source: V-JEPA 2-AC, arXiv 2506.09985 (block-causal attention).
+    """
+    step = torch.arange(num_steps * tokens_per_step, device=device) // tokens_per_step
+    return step[:, None] >= step[None, :]
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0) -> Tensor:
+    """Attend from the queries of the newest steps to all tokens up to each query's own step.
+
+    One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw away is never
+    computed.
+
+    Args:
+        q: [B, heads, T*L, d] queries of the T newest steps.
+        k: [B, heads, (P+T)*L, d] keys of P past steps and of the newest steps.
+        v: [B, heads, (P+T)*L, d] values, as `k`.
+        tokens_per_step: L.
+        num_past_steps: P.
+
+    Returns:
+        [B, heads, T*L, d].
+
+    Raises:
+        ValueError: the lengths are not whole steps, or keys and queries do not hold P+T and T steps.
+    """
+    num_steps, rest = divmod(q.shape[2], tokens_per_step)
+    if rest or k.shape[2] != (num_past_steps + num_steps) * tokens_per_step or v.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"attention over whole steps of {tokens_per_step} tokens needs queries of T steps and keys and values of "
+            f"{num_past_steps} + T steps; got {q.shape[2]} queries, {k.shape[2]} keys and {v.shape[2]} values"
+        )
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and has_bfloat16_products():
+        return _PrefixAttention.apply(q, k, v, tokens_per_step)
+    return _prefix_attention(q, k, v, tokens_per_step)
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices in hardware; elsewhere such products are slower than float32 ones.
+
+    torch before 2.11 or so does not tell; there the answer is no.
+    """
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    found = tell()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
+    outputs = []
+    # Split and shortened from the last step on, because the gradient of a slice is padded with zeros to the whole it was cut from.
+    for q_step in reversed(q.split(tokens_per_step, dim=2)):
+        outputs.append(F.scaled_dot_product_attention(q_step, k, v))
+        k, v = k[:, :, :-tokens_per_step], v[:, :, :-tokens_per_step]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=2)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """The same by batched matrix products, forward and backward.
+
+    The CPU's flash kernel gains nothing from bfloat16, matrix products gain a lot. Scores are rounded to bfloat16, softmax and sums run
+    in float32. Probabilities are computed again in the backward pass; kept, they would take 22 MB a block and window of 8 steps at 6 heads.
+
+    As many heads go together as have scores of `_SCORE_BYTES`, in buffers that every step uses again: memory does not grow with the batch,
+    and the passes over the scores stay in the processor's cache. Transposed keys and values are made once, not in every product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
+        shape = q.shape
+        q, k, v = q.flatten(0, 1) * shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1).contiguous()
+        keys_across, out = k.mT.contiguous(), torch.empty_like(q)
+        for some, rows, prefix, (scores, probability) in _pieces(q, k, tokens_per_step, num_buffers=2):
+            torch.bmm(q[some, rows], keys_across[some, :, prefix], out=scores)
+            torch.softmax(scores, -1, out=probability)
+            out[some, rows] = torch.bmm(probability, v[some, prefix])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.shape, ctx.tokens_per_step = shape, tokens_per_step
+        return out.view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = ctx.saved_tensors
+        shape = ctx.shape
+        gradient = gradient.flatten(0, 1).contiguous()
+        keys_across, values_across = k.mT.contiguous(), v.mT.contiguous()
+        minus_delta = -(gradient * out).sum(-1, keepdim=True)  # [B*heads, T*L, 1]
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for some, rows, prefix, (scores, probability) in _pieces(q, k, ctx.tokens_per_step, num_buffers=2):
+            q_step, g_step = q[some, rows], gradient[some, rows]
+            torch.bmm(q_step, keys_across[some, :, prefix], out=scores)
+            torch.softmax(scores, -1, out=probability)
+            grad_v[some, prefix].baddbmm_(probability.mT, g_step)
+            grad_score = torch.baddbmm(minus_delta[some, rows], g_step, values_across[some, :, prefix], out=scores)
+            grad_score *= probability
+            grad_q[some, rows] = torch.bmm(grad_score, k[some, prefix])
+            grad_k[some, prefix].baddbmm_(grad_score.mT, q_step)
+        grad_q *= shape[-1] ** -0.5
+        return grad_q.view(shape), grad_k.unflatten(0, shape[:2]), grad_v.unflatten(0, shape[:2]), None
+
+
+def _pieces(
+    q: Tensor, k: Tensor, tokens_per_step: int, num_buffers: int
+) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
+    """Yield some heads, the rows of one step, the prefix it sees, and buffers [heads, rows, prefix] of these."""
+    num_past = k.shape[1] - q.shape[1]
+    num_together = max(1, _SCORE_BYTES // (tokens_per_step * k.shape[1] * q.element_size()))
+    buffers = [q.new_empty(min(num_together, len(q)) * tokens_per_step * k.shape[1]) for _ in range(num_buffers)]
+    for first in range(0, len(q), num_together):
+        num_heads = min(num_together, len(q) - first)
+        for start in range(0, q.shape[1], tokens_per_step):
+            stop = start + tokens_per_step
+            size = (num_heads, tokens_per_step, num_past + stop)
+            pieces = [buffer[: math.prod(size)].view(size) for buffer in buffers]
+            yield slice(first, first + num_heads), slice(start, stop), slice(0, num_past + stop), pieces
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one block with a fused projection; owns weights only, masking and kernels are `attention`'s."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        """Make the two projections of `width` channels."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = rotate(q, table), rotate(k, table)
+        num_past_steps = 0
+        if past is not None:
+            num_past_steps = past[0].shape[2] // tokens_per_step
+            k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+        out = block_causal_attention(q, k, v, tokens_per_step=tokens_per_step, num_past_steps=num_past_steps)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (k, v)
+
+
+class MLP(nn.Module):
+    """Two linear layers with the exact (erf) GELU between; the tanh form moves outputs by 1e-3."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Make both layers."""
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., P] to [..., P]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float) -> None:
+        """Make the block's four parts."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, hidden)
+
+    def forward(
+        self, x: Tensor, table: RotaryTable, tokens_per_step: int, num_kept: int, past: KeysValues | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far."""
+        attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
+        x = x + attended
+        x = x + self.mlp(self.norm2(x))
+        if num_kept < k.shape[2]:
+            # Copies: a view would keep the whole window alive, which activation checkpointing is there to avoid.
+            k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
+        return x, k, v
