@@ -8,6 +8,7 @@ SO(3), OR of keys and buttons, the slot at a. Actions and states are raw; scalin
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,28 @@ class ActionSpace:
     required: tuple[str, ...]
     rule: Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]
 
+    def find_misfit(self, controls: Collection[str]) -> tuple[str, str] | None:
+        """Why recordings with these control columns do not fit, and the setting that does; None where they fit.
+
+        Surplus columns do not fit a vector space: they would be dropped, and a gripper is the last column as a rule.
+        """
+        vector = VECTOR_NAME.fullmatch(self.name)
+        missing = [name for name in self.required if name not in controls]
+        surplus = [name for name in controls if vector and NUMBERED.fullmatch(name) and name not in self.required]
+        if missing:
+            reason = f"the space needs the controls {', '.join(missing)}, which are not recorded"
+        elif surplus:
+            reason = f"the space has no column for {', '.join(surplus)} of the recording, which would be dropped"
+        else:
+            return None
+        fitting = list_action_spaces(controls)
+        if vector:
+            fitting = [
+                name for name in fitting if not name.startswith("vector_") or name.startswith(f"vector_{vector[1]}")
+            ]
+        wanted = " or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(controls))}"
+        return reason, f"set encode.action_space to {wanted} (docs/action_spaces.md)"
+
     def aggregate(self, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> StepControls:
         """Make the actions and states of the steps at some anchors.
 
@@ -78,7 +101,9 @@ class ActionSpace:
             ValueError: Other anchors, controls that are missing, unknown or not finite where they are read, or an action or state that
                 float32 does not hold; the tick, the column and the value are named.
         """
-        anchors = _select(controls, anchors, self.required)
+        if (misfit := self.find_misfit(controls)) is not None:
+            raise ValueError("; ".join(misfit))
+        anchors = _check_anchors(anchors, len(controls[self.required[0]]))
         with np.errstate(over="ignore", invalid="ignore"):  # What is not finite afterwards is an error below.
             exact = self.rule(controls, anchors)
             result = StepControls(*(values.astype(np.float32) for values in exact))
@@ -128,11 +153,9 @@ def get_action_space(name: str) -> ActionSpace:
 def list_action_spaces(controls: Collection[str]) -> list[str]:
     """Names of the action spaces that a recording with these control columns allows."""
     fitting = [space.name for space in ACTION_SPACES.values() if set(space.required) <= set(controls)]
-    width = {
-        kind: len([name for name in controls if re.fullmatch(rf"{kind}_[0-9]+", name)]) for kind in ("action", "state")
-    }
-    if all(width.values()):
-        fitting += [f"vector_{rule}{width['action']}x{width['state']}" for rule in ("last", "sum")]
+    numbered = Counter(match[1] for name in controls if (match := NUMBERED.fullmatch(name)))
+    if len(numbered) == 2:
+        fitting += [f"vector_{rule}{numbered['action']}x{numbered['state']}" for rule in ("last", "sum")]
     return fitting
 
 
@@ -155,16 +178,9 @@ def wrap_degrees(angles_deg: np.ndarray) -> np.ndarray:
     return angles_deg - 360.0 * np.ceil((angles_deg - 180.0) / 360.0)
 
 
-def _select(controls: Mapping[str, np.ndarray], anchors: np.ndarray, required: tuple[str, ...]) -> np.ndarray:
-    """Check that the controls are there and the anchors usable; return the anchors as int64."""
-    missing = [name for name in required if name not in controls]
-    if missing:
-        raise ValueError(
-            f"the controls lack {', '.join(missing)}, which this action space needs; choose another encode.action_space "
-            f"(the controls hold {', '.join(controls)})"
-        )
+def _check_anchors(anchors: np.ndarray, num_ticks: int) -> np.ndarray:
+    """The anchors as int64, when they are usable."""
     anchors = np.asarray(anchors)
-    num_ticks = len(controls[required[0]])
     if anchors.ndim != 1 or len(anchors) == 0 or not np.issubdtype(anchors.dtype, np.integer):
         raise ValueError(f"anchors must be a non-empty 1-D integer array; got {anchors.dtype} {anchors.shape}")
     if np.any(np.diff(anchors) < 0) or anchors[0] < 0 or anchors[-1] >= num_ticks:
@@ -261,6 +277,7 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
 
 
 VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")
+NUMBERED = re.compile(r"(action|state)_[0-9]+")
 """Generic spaces are built from their names, so that a manifest's name alone is enough to read a cache."""
 
 VPT_REQUIRED = ("mouse_dx", "mouse_dy", "yaw_deg", "pitch_deg", "hotbar")

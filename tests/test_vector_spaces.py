@@ -59,6 +59,13 @@ def test_a_number_that_float32_does_not_hold_is_an_error(name, value):
         get_action_space(name).aggregate(controls, np.array([0, 9, 12]))
 
 
-def test_narrower_controls_are_refused_by_name():
-    with pytest.raises(ValueError, match="lack action_3"):
-        get_action_space("vector_sum4x2").aggregate(make_controls(), np.array([0, 9]))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vector_sum4x2", r"needs the controls action_3, which .* set encode\.action_space to vector_sum3x2 "),
+        ("vector_last2x1", r"has no column for action_2, state_1 .* set encode\.action_space to vector_last3x2 "),
+    ],
+)
+def test_controls_of_another_width_are_refused_by_name_with_the_space_that_fits(name, words):
+    with pytest.raises(ValueError, match=words):
+        get_action_space(name).aggregate(make_controls(), np.array([0, 9]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jepa_cache.config.encoder_checks import check_encoder
-from jepa_cache.config.parsing import ConfigError, check_choice, check_choices, check_positive
+from jepa_cache.config.parsing import ConfigError, check_choice, check_choices, check_once, check_positive
 from jepa_cache.config.schema import (
     COMPUTE_DTYPES,
     DECODERS,
@@ -60,6 +60,14 @@ def _check_encode(encode: EncodeConfig) -> None:
     check_choice("encode.single_frame", encode.single_frame, SINGLE_FRAMES)
     for key in ("fps", "num_decoders", "batch_size", "pool"):
         check_positive(f"encode.{key}", getattr(encode, key))
+    check_once("encode.cameras", encode.cameras)
+    phases = encode.phases
+    if phases != "all" and (isinstance(phases, str) or not phases or min(phases) < 0 or len(set(phases)) < len(phases)):
+        # Of a phase that stands there twice every step would be stored, drawn and counted twice.
+        raise ConfigError(
+            "encode.phases is 'all' or a list of different first frames, from 0 to below the stride; got "
+            f"{phases if isinstance(phases, str) else list(phases)!r}"
+        )
     if encode.max_episodes is not None:
         check_positive("encode.max_episodes", encode.max_episodes)
     _check_share("encode.max_skipped_share", encode.max_skipped_share)

@@ -60,6 +60,12 @@ def check_choices(key: str, values: Sequence[str], known: Sequence[str]) -> None
     """Raise a ConfigError where one of the values is not `known`, or stands there twice."""
     for value in values:
         check_choice(key, value, known)
+    check_once(key, values)
+
+
+def check_once(key: str, values: Sequence[str]) -> None:
+    """Raise a ConfigError where one of the values stands there twice."""
+    for value in values:
         if values.count(value) > 1:
             raise ConfigError(f"{key} names {value!r} {values.count(value)} times; name it once")
 

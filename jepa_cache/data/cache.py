@@ -194,7 +194,10 @@ class CachedDataset:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the steps [n] of a store, those that may be in a window, and those that the next one may follow."""
         steps = self.steps(store)
-        keep, joined = keep_steps(steps, filters), np.ones(len(steps), bool)
+        try:
+            keep, joined = keep_steps(steps, filters), np.ones(len(steps), bool)
+        except ValueError as error:
+            raise ValueError(f"episode {runs[0].episode!r}: {error}") from error
         if needs_controls(filters):
             ticks = steps.column("tick").to_numpy()
             controls = self.read_native_controls(store)

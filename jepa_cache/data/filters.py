@@ -40,7 +40,7 @@ def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
         config: `drop_gui`, `drop_null` and the part of `drop_loading` that goes by pictures count here.
 
     Raises:
-        ValueError: A filter needs a record that the source does not have.
+        ValueError: A filter needs a record that the recording does not have.
     """
     keep = np.ones(len(steps), bool)
     if config.drop_gui:
@@ -48,7 +48,7 @@ def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
     if config.drop_null:
         idle, followed = steps.column("idle").to_numpy(), np.diff(steps.column("segment").to_numpy()) == 0
         if followed.any() and np.isnan(idle).all():
-            raise ValueError("filter.drop_null: this source does not record when somebody acts; set it to false")
+            raise ValueError(_refuse("drop_null", "when somebody acts"))
         # NaN at an episode's end, where nothing acts any more, is no reason to drop.
         keep &= ~(idle == 1.0)
     if config.drop_loading:
@@ -73,7 +73,7 @@ def keep_ticks(
         ranges: Of ticks [start, end), the only ones to keep; None keeps all. Ends beyond M are cut.
 
     Raises:
-        ValueError: A filter needs a record that the source does not have.
+        ValueError: A filter needs a record that the recording does not have.
     """
     num_ticks = len(next(iter(controls.values())))
     keep = np.ones(num_ticks, bool)
@@ -184,5 +184,12 @@ def _mask(ranges: Sequence[tuple[int, int]], num_ticks: int) -> np.ndarray:
 
 def _read(controls: Mapping[str, np.ndarray], name: str, key: str, what: str) -> np.ndarray:
     if name not in controls:
-        raise ValueError(f"filter.{key}: this source does not record {what}; set it to false")
+        raise ValueError(_refuse(key, what))
     return controls[name]
+
+
+def _refuse(key: str, what: str) -> str:
+    return (
+        f"filter.{key}: this recording does not record {what} (others of its source may); set it to false, or encode a data set "
+        "without such recordings"
+    )

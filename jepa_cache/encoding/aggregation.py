@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def aggregate_store(
         try:
             for segment in runs:
                 start, stop = segment["start"], segment["stop"]
-                result = _aggregate(space, controls, ticks[start:stop])
+                result = space.aggregate(controls, ticks[start:stop])
                 actions[start : stop - 1] = result.actions
                 states[start:stop] = result.states
         except ValueError as error:
@@ -56,13 +55,6 @@ def aggregate_store(
             "which reads them from the recordings again"
         )
     return actions, states, excluded
-
-
-def _aggregate(space: ActionSpace, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> Any:
-    missing = [name for name in space.required if name not in controls]
-    if missing:
-        raise ValueError(f"it needs the controls {', '.join(missing)}, which this source does not record")
-    return space.aggregate(controls, anchors)
 
 
 def is_current(actions_store: Path, tokens_store: Path) -> bool:

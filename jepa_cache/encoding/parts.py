@@ -6,13 +6,13 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepa_cache.actions import ActionSpace, list_action_spaces
+from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
@@ -26,7 +26,7 @@ from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.usage import WantedPart
 
 NUM_LOOKED_AT = 8
-"""Recordings that may lack an action space's columns before the space is taken to be the wrong one: at most 0.5^8 by chance."""
+"""Recordings that may hold other columns than an action space's before the space is taken to be the wrong one: at most 0.5^8 by chance."""
 MAX_EXPECTED_SHARE = 0.5
 
 
@@ -183,28 +183,26 @@ def plan_parts(
 def check_controls(config: Config, part: Part, space: ActionSpace) -> None:
     """Refuse, before anything is encoded, an action space that no recording of a sample allows.
 
-    Looks at the first usable recording and, where that one does not hold the columns, at some more. Does not look where
-    `encode.max_skipped_share` expects most recordings to be left out.
+    Looks at the first usable recording and, where that one holds other columns, at some more. Does not look where
+    `encode.max_skipped_share` expects most recordings to be skipped.
 
     Raises:
-        ValueError: All those recordings lack columns; the spaces that they do allow are named.
+        ValueError: All those recordings lack columns or hold surplus ones; the spaces that they do allow are named.
     """
     if config.encode.max_skipped_share > MAX_EXPECTED_SHARE:
         return
-    held: list[Mapping[str, Any]] = []
+    misfits = []
     for recording in itertools.islice(_iter_recordings(part), NUM_LOOKED_AT):
         if isinstance(recording, Episode):
-            if set(space.required) <= set(recording.controls):
+            misfit = space.find_misfit(recording.controls)
+            if misfit is None:
                 return
-            held.append(recording.controls)
-    if held:
-        missing = [name for name in space.required if name not in held[0]]
-        fitting = list_action_spaces(held[0])
+            misfits.append(misfit)
+    if misfits:
+        reason, way_out = misfits[0]
         raise ValueError(
-            f"action space {space.name!r} needs the controls {', '.join(missing)}, and none of the first {len(held)} recordings of "
-            f"{part.preset.name} holds them; set encode.action_space to "
-            + (" or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(held[0]))}")
-            + " (docs/action_spaces.md). Where a few recordings do hold them, encode.max_skipped_share=1 leaves the others out"
+            f"action space {space.name!r} fits none of the first {len(misfits)} recordings of {part.preset.name}: {reason}; {way_out}. "
+            "Where a few recordings do fit, encode.max_skipped_share=1 skips the others"
         )
 
 

@@ -135,7 +135,7 @@ def window_labels(dataset: CachedDataset, sample: Sample) -> tuple[dict[str, np.
     labels["gui"] = np.array([str(bool(gui[w.store][w.start : w.start + num_steps].any())) for w in sample.windows])
     success = {store: _episode_successes(dataset, store) for store in stores}
     if any(None in endings.values() for endings in success.values()):
-        reasons["success"] = "the source does not record how an episode ended"
+        reasons["success"] = "not every episode records how it ended"
     else:
         labels["success"] = np.array(
             [str(success[w.store][episode]) for w, episode in zip(sample.windows, sample.episodes, strict=True)]

@@ -75,6 +75,8 @@ def test_an_unknown_key_in_a_preset_names_its_file(root):
         ("evaluate.seed=-1", r"evaluate\.seed must not be below 0; got -1"),
         ("plan.seed=-2", r"plan\.seed must not be below 0; got -2"),
         ("encode.dtype=float64", "encode.dtype is 'float64'"),
+        *((f"encode.phases={it}", r"encode\.phases is .*; got") for it in ("[0, 0]", "[-1]", "[]", "every")),
+        ("encode.cameras=[wrist, wrist]", r"encode\.cameras names 'wrist' 2 times"),
         ("encode.dtype=fp8", "known: bfloat16, float16, float8_e4m3, int4, int8"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train=1", "is a section"),

@@ -116,17 +116,28 @@ def test_skipped_actions_and_failures_are_dropped_when_asked():
 
 
 @pytest.mark.parametrize("name", ["drop_idle", "only_success", "drop_loading", "drop_skipped_actions"])
-def test_a_filter_on_what_the_source_does_not_record_is_refused(name):
+def test_a_filter_on_what_a_recording_does_not_hold_is_refused(name):
     asked = filters(**{name: True})
     assert needs_controls(asked)
-    with pytest.raises(ValueError, match=rf"filter\.{name}: this source does not record"):
+    with pytest.raises(
+        ValueError, match=rf"filter\.{name}: this recording does not record .* \(others of its source may\)"
+    ):
         keep_ticks({"tick": np.arange(3)}, asked)
 
 
-def test_null_steps_of_a_source_that_never_says_who_acts_are_refused():
-    with pytest.raises(ValueError, match=r"filter\.drop_null: this source does not record"):
+def test_null_steps_of_a_recording_that_never_says_who_acts_are_refused():
+    with pytest.raises(ValueError, match=r"filter\.drop_null: this recording does not record when somebody acts"):
         keep_steps(steps_table(3, idle=[np.nan] * 3), filters(drop_null=True))
     keep_steps(steps_table(3, idle=[np.nan] * 3, segment=np.arange(3)), filters(drop_null=True))
+
+
+def test_the_recording_that_a_filter_refuses_is_named(based, monkeypatch):
+    steps = steps_table(99, idle=[np.nan] * 99)
+    monkeypatch.setattr(based, "steps", lambda store: steps)
+    with pytest.raises(
+        ValueError, match=rf"^episode '{based.segments_of('train', SPLIT)[0].episode}': filter\.drop_null"
+    ):
+        based.segments_of("train", SPLIT, filters(drop_null=True))
 
 
 def write_ranges(path, ranges):

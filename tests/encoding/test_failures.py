@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import faulthandler
 import gc
+import json
 import re
 import threading
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_cache.config.loading import load_config
 from jepa_cache.encoder import checkpoints
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.encoding.decoding import Decoders, DecodeSettings
@@ -138,7 +140,7 @@ def test_no_usable_recording_at_all_stops_whatever_the_share(tmp_path, pairs):
 def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encoded(tmp_path, pairs):
     write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"], "b": pairs["b"]})
     root = tmp_path / "cache"
-    words = r"'pose7' needs the controls x_m.* none of the first 2 recordings.* set encode\.action_space to vpt13 or vpt36 or vpt25"
+    words = r"'pose7' fits none of the first 2 recordings.* needs the controls x_m.* set encode\.action_space to vpt13 or vpt36 or vpt25"
     with pytest.raises(ValueError, match=words):
         encode(tmp_path / "in", root, tiny_config(action_space="pose7"))
     assert not list(root.glob("tokens/*/*.zarr"))
@@ -147,6 +149,20 @@ def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encod
     ):  # asked for in so many words
         encode(tmp_path / "in", root, tiny_config(action_space="pose7", max_skipped_share=1.0))
     assert list(root.glob("tokens/*/*.zarr"))
+
+
+def test_columns_that_the_action_space_would_drop_stop_before_anything_is_encoded(tmp_path, pairs):
+    rows = np.arange(60 * 7).reshape(60, 7).tolist()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(pairs["a"][0])
+    (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
+    given = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu"]
+    config = load_config(overrides=[*given, "encode.action_space=vector_last6x7"])
+    with pytest.raises(ValueError, match=r"has no column for action_6 .* set encode\.action_space to vector_last7x7 "):
+        encode(tmp_path / "in", tmp_path / "cache", config)
+    assert not list((tmp_path / "cache").glob("tokens/*/*.zarr"))
+    config = load_config(overrides=[*given, "encode.action_space=vector_last7x7"])
+    assert encode(tmp_path / "in", tmp_path / "cache", config).num_encoded == 1
 
 
 def test_an_episode_that_the_action_space_cannot_describe_is_left_out_by_name(tmp_path, pairs):
