@@ -111,6 +111,7 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
         encoder = encoder or load_encoder(
             task.encoder,
             task.weights,
+            task.identity,
             task.encode,
             device=device,
             num_threads=task.num_threads,
