@@ -75,7 +75,9 @@ class Encoder:
         if not preset.trained:
             log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
         device = resolve_device(config.encode.device)
-        frozen = load_encoder(preset, weights, config.encode, device=device, num_threads=default_num_threads())
+        frozen = load_encoder(
+            preset, weights, identity, config.encode, device=device, num_threads=default_num_threads()
+        )
         return cls(frozen, config.encode, identity)
 
     @property

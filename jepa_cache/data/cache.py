@@ -33,7 +33,7 @@ from jepa_cache.store.manifest import Manifest, find_missing, read_manifest
 from jepa_cache.store.quantisation import Channels, get_scheme
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
-from jepa_cache.store.verify import read_store_file
+from jepa_cache.store.verify import check_place, read_store_file
 
 
 class Segment(NamedTuple):
@@ -107,7 +107,7 @@ class CachedDataset:
             tokens = root.tokens(part.fingerprint, entry.unit_digest)
             actions = root.actions(part.action_fingerprint, entry.unit_digest)
             for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
-                if read_store_file(path).digest != digest:
+                if check_place(path, read_store_file(path)).digest != digest:
                     raise StoreDamagedError(
                         f"{path} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
                     )

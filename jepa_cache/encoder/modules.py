@@ -21,7 +21,8 @@ def load_module(preset: EncoderPreset, weights: Path | None) -> nn.Module:
         weights: from `weights.resolve_weights`; None only for a preset with random_seed.
 
     Returns:
-        A module that takes clips [B, 3, T, R, R] and gives tokens [B, steps * N, D].
+        A module that takes clips [B, 3, T, R, R] and gives tokens [B, steps * N, D], with weights in memory: what becomes of the file
+        afterwards changes nothing.
 
     Raises:
         ValueError: the file or folder does not hold the preset's encoder.
@@ -29,5 +30,10 @@ def load_module(preset: EncoderPreset, weights: Path | None) -> nn.Module:
     if preset.kind == "hf":
         from jepa_cache.encoder.image_encoder import load_image_encoder
 
-        return load_image_encoder(preset, weights)
-    return build_encoder(preset, load_encoder_state(preset, weights))
+        module = load_image_encoder(preset, weights)
+    else:
+        module = build_encoder(preset, load_encoder_state(preset, weights))
+    # Loaded tensors are views of the mapped file, which would change with it while we encode.
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module

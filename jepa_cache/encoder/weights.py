@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-from jepa_cache.encoder.image_files import model_digest, resolve_model
+from jepa_cache.encoder.image_files import model_digest, model_files, resolve_model
 from jepa_cache.encoder.structure import random_state
 from jepa_cache.files import atomic_file
 
@@ -81,6 +81,11 @@ def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callab
         return f"hf:{found}"
     entry = entry_in_use(preset, path)
     return f"file:{found}" + (f"#{entry}" if entry else "")
+
+
+def weights_files(preset: EncoderPreset, path: Path) -> list[Path]:
+    """The files that an encoder is loaded from and that its identity covers."""
+    return model_files(path) if preset.kind == "hf" else [path]
 
 
 def weights_folder() -> Path:

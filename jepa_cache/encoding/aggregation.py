@@ -10,6 +10,7 @@ import numpy as np
 from jepa_cache.actions import ActionSpace
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, write_actions
+from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.verify import read_store_file
 
@@ -27,6 +28,9 @@ def aggregate_store(
     Returns:
         actions [n, A] float32 (row i leads to step i+1, the last row of each segment NaN), states [n, S] float32, and for
         every episode that this action space cannot describe the reason; its rows are NaN.
+
+    Raises:
+        StoreDamagedError: The two are of other units.
     """
     ticks = read_table(tokens_store, layout.STEPS_FILE).column("tick").to_numpy()
     segments = read_table(tokens_store, layout.SEGMENTS_FILE).to_pylist()
@@ -50,9 +54,9 @@ def aggregate_store(
                 actions[segment["start"] : segment["stop"]] = np.nan
                 states[segment["start"] : segment["stop"]] = np.nan
     if wanted:
-        raise ValueError(
-            f"{controls_file} lacks the controls of {sorted(wanted)}; delete it and run `python stages/encode.py`, "
-            "which reads them from the recordings again"
+        raise StoreDamagedError(
+            f"{tokens_store} holds {sorted(wanted)[0]!r}, of which the controls of its unit, {controls_file}, know nothing: it is "
+            "another unit's store. Delete both and run `python stages/encode.py`, which makes them again"
         )
     return actions, states, excluded
 

@@ -104,6 +104,7 @@ def compare_online(
     encoder = load_encoder(
         preset,
         weights,
+        inventory.parts[0].recipe["encoder"]["weights"],
         encode_config,
         device=resolve_device(encode_config.device),
         num_threads=default_num_threads(),

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
-from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.claims import wait_for_others
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import ProgressBar
 from jepa_cache.encoding.recipes import token_recipe
 from jepa_cache.encoding.workers import Connection, Workers
-from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import recipe_changes
 from jepa_cache.store.root import CacheRoot
 
@@ -183,7 +181,7 @@ def encode_unit(task: EncodeTask, root: CacheRoot, action_space: str, report_to:
     with _one_at_a_time:  # however many threads the worker was given
         try:
             _check_recipe(task, worker.address)
-            encoder = _load_once(task.encoder, task.weights, task.encode, task.num_threads)
+            encoder = _load_once(task.encoder, task.weights, task.identity, task.encode, task.num_threads)
             filled = fill_part(task, encoder, root, report)
             if filled.busy:
                 return UnitResult(0, filled.timing, busy=True)
@@ -195,22 +193,17 @@ def encode_unit(task: EncodeTask, root: CacheRoot, action_space: str, report_to:
 
 
 def _check_recipe(task: EncodeTask, address: str) -> None:
-    """Check that this worker would make what was asked for: it may run another version, or find other weights."""
+    """Check that this worker would make what was asked for: it may run another version. `load_encoder` checks the weights."""
     part = task.part
-    identity = _identify_weights(task.encoder, task.weights)
-    recipe = token_recipe(task.encode, task.encoder, part.source.recipe, identity, phase=part.phase)
+    recipe = token_recipe(task.encode, task.encoder, part.source.recipe, task.identity, phase=part.phase)
     if changes := recipe_changes(part.recipe, recipe):
         raise ValueError(
-            f"the worker {address} would make something else ({'; '.join(changes)}); start it from the same checkout, where "
-            "it finds the same weights"
+            f"the worker {address} would make something else ({'; '.join(changes)}); start it from the same checkout"
         )
 
 
 @functools.lru_cache(maxsize=1)
-def _identify_weights(preset: EncoderPreset, weights: Path | None) -> str:
-    return weights_identity(preset, weights, digest=DigestTable().digest)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_once(preset: EncoderPreset, weights: Path | None, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
-    return load_encoder(preset, weights, encode, device=encode.device, num_threads=num_threads)
+def _load_once(
+    preset: EncoderPreset, weights: Path | None, identity: str, encode: EncodeConfig, num_threads: int
+) -> FrozenEncoder:
+    return load_encoder(preset, weights, identity, encode, device=encode.device, num_threads=num_threads)

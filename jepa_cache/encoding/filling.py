@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
+from jepa_cache.encoder.weights import weights_files, weights_identity
 from jepa_cache.encoding.aggregation import is_current, write_unit_actions
 from jepa_cache.encoding.claims import Claims, is_whole, remove_damaged
 from jepa_cache.encoding.decoding import DecodeSettings
@@ -22,6 +23,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit
 from jepa_cache.store.controls import ControlsWriter, is_readable
+from jepa_cache.store.digests import DigestTable, look_at
 from jepa_cache.store.root import CacheRoot
 
 if TYPE_CHECKING:
@@ -39,6 +41,11 @@ class EncodeTask:
     weights: Path | None
     part: Part  # of the missing units alone
     num_threads: int  # of torch; another count may change the last bits of tokens that are computed on a CPU
+
+    @property
+    def identity(self) -> str:
+        """Of the weights that its stores are named by."""
+        return self.part.recipe["encoder"]["weights"]
 
     @property
     def num_bytes(self) -> int:
@@ -66,18 +73,41 @@ def resolve_device(wanted: str) -> str:
 
 
 def load_encoder(
-    preset: EncoderPreset, weights: Path | None, encode: EncodeConfig, *, device: str, num_threads: int
+    preset: EncoderPreset, weights: Path | None, identity: str, encode: EncodeConfig, *, device: str, num_threads: int
 ) -> FrozenEncoder:
-    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process."""
+    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process.
+
+    Args:
+        preset: Of the encoder.
+        weights: Its file or folder; None for seeded ones.
+        identity: Of the weights that the tokens will be said to come from.
+        encode: Settings.
+        device: Resolved.
+        num_threads: Of torch.
+
+    Raises:
+        ValueError: The weights that were loaded are others. The identity was asked for before recordings were hashed, which may take hours.
+
+    Cost: hashes the files once, right after they were read.
+    """
     import torch
 
     from jepa_cache.encoder.frozen import FrozenEncoder
     from jepa_cache.encoder.modules import load_module
 
     torch.set_num_threads(num_threads)
+    files = [] if weights is None else [weights, *weights_files(preset, weights)]
+    before = [look_at(file) for file in files]
+    module = load_module(preset, weights)
+    found = weights_identity(preset, weights, digest=DigestTable().digest_anew)
+    if found != identity or [look_at(file) for file in files] != before:
+        raise ValueError(
+            f"the weights {weights or preset.name} are not those that the stores are named by: {found} now, {identity} then. They were "
+            "replaced meanwhile, or are others on this machine. Nothing was encoded; the same command takes those that are there now"
+        )
     return FrozenEncoder(
         preset,
-        load_module(preset, weights),
+        module,
         device=device,
         compute_dtype=encode.compute_dtype,
         single_frame=encode.single_frame,

@@ -23,7 +23,7 @@ from jepa_cache.store.quantisation import SCHEMES, check_width
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.sizing import Size, measure_actions, measure_controls, measure_tokens
-from jepa_cache.store.verify import check_store
+from jepa_cache.store.verify import check_place, check_store
 
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
 MAX_HEADERS = 2000
@@ -138,7 +138,7 @@ def _measure_store(root: CacheRoot, store: Path, encode: EncodeConfig, encoder: 
     try:
         if not root.fetch(store):
             return None
-        card = check_store(store).card
+        card = check_place(store, check_store(store)).card
     except ValueError:
         return None
     num_frames = card["num_steps"] * (1 if encode.mode == "frame" else encoder.tubelet_size)

@@ -18,7 +18,7 @@ from jepa_cache.encoding.progress import HERE, ProgressBar
 from jepa_cache.encoding.workers import Workers
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import read_store_file
+from jepa_cache.store.verify import check_place, read_store_file
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
         encoder = encoder or load_encoder(
             task.encoder,
             task.weights,
+            task.identity,
             task.encode,
             device=device,
             num_threads=task.num_threads,
@@ -131,8 +132,10 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
 def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
     entries, skipped, notes = [], [], list(part.notes)
     for _, digest in part.units:
-        tokens = read_store_file(root.tokens(part.tokens, digest))
-        aggregated = read_store_file(root.actions(part.actions, digest))
+        tokens, aggregated = (
+            check_place(place, read_store_file(place))
+            for place in (root.tokens(part.tokens, digest), root.actions(part.actions, digest))
+        )
         excluded = aggregated.card["excluded"]
         measured = tokens.card.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
         entries.append(

@@ -20,7 +20,7 @@ from jepa_cache.store.digests import Remembered
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import recipe_changes, unit_id
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_store, read_store_file
+from jepa_cache.store.verify import StoreFile, check_place, check_store, read_store_file
 
 DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "unread"
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
@@ -136,7 +136,7 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
     try:
         if not root.fetch(store):
             return None
-        tokens = check_store(store)
+        tokens = check_place(store, check_store(store))
     except ValueError as error:  # damaged, or of another version of this program
         return UnitStatus(unit.name, digest, DAMAGED, str(error))
     status.num_steps += tokens.card["num_steps"]
@@ -151,7 +151,8 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
 
 def _has_actions(root: CacheRoot, store: Path, tokens: StoreFile) -> bool:
     try:
-        return root.fetch(store) and check_store(store).card.get("steps_digest") == tokens.card["steps_digest"]
+        actions = check_place(store, check_store(store)) if root.fetch(store) else None
+        return actions is not None and actions.card.get("steps_digest") == tokens.card["steps_digest"]
     except StoreDamagedError:
         return False
 

@@ -11,10 +11,18 @@ from typing import NamedTuple
 
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
+from jepa_cache.store.layout import SEGMENTS_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
-from jepa_cache.store.reader import ArrayReader
+from jepa_cache.store.reader import ArrayReader, read_table
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_content, check_size, is_misread_version, read_store_file
+from jepa_cache.store.verify import (
+    StoreFile,
+    check_content,
+    check_place,
+    check_size,
+    is_misread_version,
+    read_store_file,
+)
 
 NUM_THREADS = 4  # a checksum holds the interpreter, reading does not
 MAX_PROBLEMS = 10  # told of one store
@@ -80,11 +88,16 @@ class Audit:
         for kind, place, digest in places:
             problems = list(self._check_store(place, digest))
             findings += [Finding(kind, place, part.fingerprint, entry.unit_digest, problem) for problem in problems]
-        controls = self._root.controls(part.source_fingerprint, entry.unit_digest)
+        controls, episodes = self._root.controls(part.source_fingerprint, entry.unit_digest), set()
         findings += [
             Finding("controls", controls, part.fingerprint, entry.unit_digest, problem)
-            for problem in self._check_controls(controls)
+            for problem in self._check_controls(controls, episodes)
         ]
+        if not findings:
+            findings += [
+                Finding("tokens", places[0][1], part.fingerprint, entry.unit_digest, problem)
+                for problem in _check_episodes(places[0][1], episodes)
+            ]
         return findings
 
     def _check_store(self, store: Path, digest: str) -> Iterator[str]:
@@ -92,7 +105,7 @@ class Audit:
             if not self._root.fetch(store):
                 yield f"{store} is missing; {WAY_OUT}"
                 return
-            found = self._read_store_file(store, digest)
+            found = check_place(store, self._read_store_file(store, digest))
         except StoreDamagedError as error:
             yield str(error)
             return
@@ -158,13 +171,12 @@ class Audit:
             return range(count)
         return sorted(self._random.sample(range(count), max(1, round(count * self._scope.share))))
 
-    def _check_controls(self, path: Path) -> Iterator[str]:
+    def _check_controls(self, path: Path, episodes: set[str]) -> Iterator[str]:
         try:
             if not self._root.fetch(path):
                 yield f"{path} is missing; {WAY_OUT}"
                 return
-            for _ in iter_controls(path):
-                pass
+            episodes.update(episode for episode, _ in iter_controls(path))
         except StoreDamagedError as error:
             yield str(error)
 
@@ -201,6 +213,13 @@ def is_shard(name: str) -> bool:
 def is_sharded(name: str) -> bool:
     """Whether a file belongs to an array of a token store; those of actions are not sharded."""
     return name.partition("/")[0] not in ("actions", "states") and "/" in name
+
+
+def _check_episodes(store: Path, episodes: set[str]) -> Iterator[str]:
+    """Whether a token store is of the unit of its controls; of a store of the first release nothing else tells."""
+    others = set(read_table(store, SEGMENTS_FILE).column("episode").to_pylist()) - episodes
+    if others:
+        yield f"{store} holds {sorted(others)[0]!r}, which is no episode of its unit: it is another unit's store; {WAY_OUT}"
 
 
 def _check_chunk(reader: ArrayReader, chunk: int) -> list[str]:

@@ -197,7 +197,7 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Ma
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             zarr.consolidate_metadata(str(folder), zarr_format=3)
-        write_store_file(folder, card, {})
+        write_store_file(folder, final, card, {})
         publish_folder(folder, final)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 
 from jepa_cache.store import layout
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.recipe import canonical_json, file_digest
+from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
 from jepa_cache.store.records import open_remote
 
 SELF_DIGEST = "sha256"  # of store.json itself, without this entry
+# Sorted behind "provenance", which the first release expects right after the content.
+PLACE = "published_as"
 
 
 class FileRecord(NamedTuple):
@@ -35,6 +38,7 @@ class StoreFile(NamedTuple):
         files: Every other file by its path in the store.
         crc32c: Of each sharded array the checksums of its chunks: a text for each shard, 8 hexadecimal digits a chunk. So a chunk is
             known to be this store's own without reading all of its file. Empty in stores that were made before it was listed.
+        place: Fingerprint and unit that it was published as. None in stores of the first release.
     """
 
     card: dict[str, Any]
@@ -42,6 +46,7 @@ class StoreFile(NamedTuple):
     provenance: dict[str, Any]
     files: dict[str, FileRecord]
     crc32c: dict[str, list[str]]
+    place: str | None
 
     @property
     def num_bytes(self) -> int:
@@ -51,6 +56,7 @@ class StoreFile(NamedTuple):
 
 def write_store_file(
     folder: Path,
+    final: Path,
     card: Mapping[str, Any],
     provenance: Mapping[str, Any],
     crc32c: Mapping[str, Sequence[str]] | None = None,
@@ -59,6 +65,7 @@ def write_store_file(
 
     Args:
         folder: The store.
+        final: Where it will be published.
         card: Describes the content; part of the store's digest.
         provenance: How it was made; recorded, not part of the digest.
         crc32c: Checksums of the chunks of its sharded arrays, as `shards.list_checksums` gives them; None where it has none.
@@ -68,7 +75,7 @@ def write_store_file(
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
     }
     content = {"format_version": layout.FORMAT_VERSION, "card": dict(card), "files": listing}
-    document = {"content": content, "provenance": dict(provenance)}
+    document = {"content": content, "provenance": dict(provenance), PLACE: _place(final)}
     if crc32c is not None:
         document["crc32c"] = {name: list(texts) for name, texts in crc32c.items()}
     (folder / layout.STORE_FILE).write_bytes(canonical_json({**document, SELF_DIGEST: _digest(document)}))
@@ -100,9 +107,34 @@ def read_store_file(store: Path) -> StoreFile:
             provenance=dict(document["provenance"]),
             files={name: FileRecord(**entry) for name, entry in content["files"].items()},
             crc32c=dict(document.get("crc32c", {})),
+            place=document.get(PLACE),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreDamagedError(f"{store / layout.STORE_FILE} is damaged ({error!r}); {WAY_OUT}") from error
+
+
+def check_place(store: Path, found: StoreFile) -> StoreFile:
+    """Check that a store is the one that its path names, by its recipe and its unit.
+
+    A store of the first release does not say of which unit it is, and its actions not even of which recipe: there
+    `Audit` compares with the controls of the unit, which do.
+
+    Args:
+        store: A published store.
+        found: What its store.json says; also returned.
+
+    Raises:
+        StoreDamagedError: It is another recipe's or unit's store: it was copied, or a folder renamed.
+    """
+    recipe = found.card.get("recipe")
+    of_recipe = store.parent.name if recipe is None else _hash_recipe(json.dumps(recipe, sort_keys=True))
+    place = found.place or f"{of_recipe}/{store.stem}"
+    if place != _place(store) or of_recipe != store.parent.name:
+        raise StoreDamagedError(
+            f"{store} is not the store that its path says but that of {place} (recipe/unit): it was copied, or a folder was renamed. "
+            f"Move it back, or {WAY_OUT}"
+        )
+    return found
 
 
 def is_misread_version(store: Path, digest: str) -> bool:
@@ -112,6 +144,15 @@ def is_misread_version(store: Path, digest: str) -> bool:
         StoreDamagedError: When store.json is missing or no valid JSON.
     """
     return _digest({**_read_document(store)[1]["content"], "format_version": layout.FORMAT_VERSION}) == digest
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_recipe(text: str) -> str:
+    return fingerprint(json.loads(text))  # thirty times as long as spelling it; thousands of stores share one
+
+
+def _place(store: Path) -> str:
+    return f"{store.parent.name}/{store.stem}"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

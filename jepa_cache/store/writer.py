@@ -155,7 +155,7 @@ class TokenWriter:
             "reconstruction": describe_errors(self._errors) if len(self._errors) == num_steps else None,
         }
         checksums = {name: list_checksums(self._folder, name) for name in list_arrays(self._folder)}
-        write_store_file(self._folder, counted, provenance, checksums)
+        write_store_file(self._folder, self.final, counted, provenance, checksums)
         check_arrays(self._folder)
         return publish_folder(self._folder, self.final)
 

@@ -108,7 +108,7 @@ def test_a_store_that_is_another_one_than_listed_is_found(checkout):
     shutil.rmtree(checkout.tokens(0))
     shutil.copytree(checkout.tokens(1), checkout.tokens(0))
     result = checkout.run("verify")
-    assert result.code == 1 and "is not the store that the manifest lists" in result.out
+    assert result.code == 1 and "is not the store that its path says" in result.out
 
 
 def test_a_root_without_its_copy_of_the_manifest_is_found(checkout):

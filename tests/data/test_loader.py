@@ -184,5 +184,5 @@ def test_stores_that_are_gone_or_another_are_refused_when_the_data_set_is_opened
     with pytest.raises(ValueError, match=r"1 of the stores in the manifest are not in .*encode\.py"):
         CachedDataset(encoded.manifest, root)
     shutil.copytree(paths[1], paths[0])
-    with pytest.raises(StoreDamagedError, match="not the store that the manifest lists"):
+    with pytest.raises(StoreDamagedError, match="not the store that its path says"):
         CachedDataset(encoded.manifest, root)

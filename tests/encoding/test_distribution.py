@@ -6,6 +6,7 @@ A unit that kills every worker, or cannot be encoded, is named at the end withou
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import cloudpickle
@@ -21,6 +22,7 @@ from jepa_cache.encoding.workers import Workers
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
+from tests.encoding.test_weights_in_use import save_weights
 from tests.makers import write_tar
 
 CONFIG = tiniest_config()
@@ -175,6 +177,21 @@ def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place,
         EncodeFailedError, match=r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"
     ):
         encode_there(place.folder, tmp_path / "cache")
+
+
+def test_weights_that_are_replaced_before_a_worker_loads_them_are_refused_by_name(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
+    config, others = (save_weights(tmp_path / f"{seed}.pt", "pt", seed) for seed in (1, 2))
+
+    def replace(parts):
+        Path(others.encoder.weights).rename(config.encoder.weights)
+        return parts
+
+    given = {"base": place.folder, "root": CacheRoot(tmp_path / "cache"), "workers": Workers(scheduler=place.address)}
+    with pytest.raises(EncodeFailedError, match=r"1\.pt are not those that the stores are named by"):
+        encode_dataset(config, [str(place.folder)], **given, on_plan=replace)
+    assert not [path for path in all_files(tmp_path / "cache") if path.startswith("tokens/")]
+    assert encode_dataset(config, [str(place.folder)], **given).num_encoded == 3
 
 
 def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(place, encode_there, tmp_path, monkeypatch):

@@ -145,9 +145,9 @@ def test_the_array_says_how_it_is_to_be_read(store):
 @pytest.mark.parametrize("dtype", SCHEMES)
 def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     tokens, other = make_tokens(), make_tokens(600, seed=1)
-    whole = write(tmp_path / "a.zarr", dtype, [tokens])
+    whole = write(tmp_path / "a/0/0.zarr", dtype, [tokens])
     # An episode that is taken back reaches over a shard's end; so does the one that follows.
-    pieces = write(tmp_path / "b.zarr", dtype, [tokens[:100], other, None, tokens[100:]])
+    pieces = write(tmp_path / "b/0/0.zarr", dtype, [tokens[:100], other, None, tokens[100:]])
     assert all_files(whole) == all_files(pieces)
 
 

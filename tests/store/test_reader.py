@@ -58,7 +58,7 @@ def write_array(path, values, *, name="tokens", chunk=CHUNK, shard=SHARD, fill_v
 def list_files(path, crc32c=None):
     """Write store.json anew, so that what a test did to a file passes for what was written; without checksums of chunks."""
     (path / layout.STORE_FILE).unlink(missing_ok=True)
-    write_store_file(path, {}, {}, crc32c)
+    write_store_file(path, path, {}, {}, crc32c)
     return path
 
 
