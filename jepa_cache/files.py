@@ -14,7 +14,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,6 +90,36 @@ def publish_folder(temporary: Path, final: Path) -> bool:
         return False
     sync(final.parent)
     return True
+
+
+@contextmanager
+def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a private folder; when the block ends well its files take the place of those of their names in `folder`.
+
+    When the block fails, or the process is killed in it, `folder` stays as it was. All old files go before the first new
+    one comes: whenever the process is killed, old and new never lie side by side. What has another name and matches no
+    pattern stays.
+
+    Args:
+        folder: Of the results; made where absent.
+        last: Name of the file that goes first and comes last: while it is there, all are.
+        stale: Patterns of what an earlier run may have left there that this one does not write.
+    """
+    remove_stale_temporaries(folder)
+    with temporary_folder(folder / "new") as fresh:
+        yield fresh
+        for path in fresh.rglob("*"):
+            sync(path)
+        names = sorted((path.name for path in fresh.iterdir()), key=lambda name: name == last)
+        old = [path for path in folder.iterdir() if path.name in names or any(map(path.match, stale))]
+        for path in sorted(old, key=lambda path: path.name != last):
+            if path.is_dir() and not path.is_symlink():
+                _remove_tree(path)
+            else:
+                path.unlink()
+        for name in names:
+            (fresh / name).rename(folder / name)
+        sync(folder)
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from jepa_cache.files import (
     publish_folder,
     remove_folder,
     remove_stale_temporaries,
+    replaced_files,
     temporary_folder,
     try_claim,
 )
 from jepa_cache.store.root import CacheRoot
+from tests.faults import FaultyDisk, Killed
 
 HOLDER = """
 import sys, time
@@ -292,3 +295,34 @@ def test_files_are_made_with_the_user_s_own_permissions(tmp_path):
     plain = tmp_path / "b"
     plain.touch()
     assert (tmp_path / "a").stat().st_mode == plain.stat().st_mode
+
+
+def test_results_are_replaced_when_all_new_ones_are_there_and_old_and_new_never_mix(tmp_path):
+    """Killed at any change on the disk there are old files or new ones, never both; while metrics.json is there, all of them."""
+    names = {"old": ("a.csv", "pictures/a", "metrics.json"), "new": ("b.csv", "pictures/b", "metrics.json")}
+    out, ends, stop_at = tmp_path / "out", set(), 0
+
+    def write(text: str) -> None:
+        with replaced_files(out, "metrics.json", ("*.csv", "pictures")) as folder:
+            for name in names[text]:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
+
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    while "whole" not in ends:
+        write("old")
+        with FaultyDisk(tmp_path, stop_at) as disk, suppress(Killed):
+            write("new")
+        files = [
+            path for path in out.rglob("*") if path.is_file() and not path.relative_to(out).parts[0].startswith(".")
+        ]
+        found = {str(path.relative_to(out)): path.read_text() for path in files}
+        assert found.pop("notes.txt") == "mine"
+        texts = set(found.values())
+        assert len(texts) <= 1, f"killed at change {stop_at}: {found}"
+        if "metrics.json" in found:
+            assert found.keys() == set(names[found["metrics.json"]]), f"killed at change {stop_at}: {found}"
+        ends |= texts if disk.stopped else {"whole"}
+        stop_at += 1
+    assert ends == {"old", "new", "whole"} and len(list(out.iterdir())) == 4

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.encoded import all_files
 from tests.workspace import Workspace
 
 
@@ -45,6 +46,18 @@ def test_a_second_repro_does_nothing_but_the_check(workspace):
     for stage in ("sample", "fit_scaler", "train", "evaluate"):
         assert f"Stage '{stage}' didn't change, skipping" in output
     assert (weights.stat().st_mtime_ns, workspace.stores()) == (before, stores)
+
+
+def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results(workspace):
+    before = {name: all_files(workspace.root / "outputs" / name) for name in ("evaluate", "train/run")}
+    for change, reason in (
+        ("evaluate.horizon=200", "no segment holds a window of 203"),
+        ("train.window_steps=300", "of 300 steps"),
+    ):
+        assert reason in workspace.run("dvc", "exp", "run", "-S", change, fails=True)
+        for name, files in before.items():
+            assert all_files(workspace.root / "outputs" / name) == files, f"{change} changed {name}"
+        workspace.run("git", "checkout", "-q", "--", ".")
 
 
 @pytest.mark.parametrize(

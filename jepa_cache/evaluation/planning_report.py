@@ -16,6 +16,7 @@ from jepa_cache.evaluation.planning_score import KINDS, OTHER_GOAL, PLAN, RANDOM
 from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.evaluation.tables import write_json, write_table
 from jepa_cache.evaluation.verdict import MIN_EPISODES, NO, SIGNIFICANCE, UNCLEAR, YES
+from jepa_cache.files import replaced_files
 
 BASELINES = {
     ZERO: "not moving",
@@ -44,11 +45,12 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         "mode": dataset.manifest.mode,
     }
     metrics["verdict"] = judge_plans(metrics, score)
-    write_json(metrics, out / "metrics.json")
-    # Beside the metrics, so that equal runs leave equal metrics.
-    write_json(describe_timing(score), out / "timing.json")
-    write_table(plan_table(score), out / "plans.csv")
-    draw_plans(score, metrics, out / "plans.png", note=subject.features)
+    with replaced_files(out, "metrics.json") as folder:
+        write_json(metrics, folder / "metrics.json")
+        # Beside the metrics, so that equal runs leave equal metrics.
+        write_json(describe_timing(score), folder / "timing.json")
+        write_table(plan_table(score), folder / "plans.csv")
+        draw_plans(score, metrics, folder / "plans.png", note=subject.features)
     return metrics | {"timing": describe_timing(score)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jepa_cache.evaluation.subject import Subject, open_subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_json, write_table
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
+from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card
 
 DECISIVE = {
@@ -31,6 +31,9 @@ DECISIVE = {
     "energy": ("mean_rank", "top10_rate"),
 }
 """Figures of metrics.json that stand in summary.json too, by section; the answers of the verdict join them."""
+
+RESULTS = ("*.csv", "*.json", "report.html", "pictures", MEASUREMENTS_FOLDER)
+"""What an evaluation leaves: an old table of a measurement that is no longer requested would be read as new."""
 
 Measurement = Callable[[Subject, Path], dict[str, Any]]
 """Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
@@ -59,13 +62,20 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
         dataset: The cached features.
         weights: predictor.safetensors of a training run; brings its own scaler.
-        out: Folder for the results of this evaluation alone: tables and pictures that lie in it are removed.
+        out: Folder for the results of this evaluation alone: those of an earlier one are replaced when all is measured.
 
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
     subject = open_subject(config, dataset, weights)
-    clear_folder(out)
+    with replaced_files(out, "metrics.json", RESULTS) as folder:
+        return _measure(subject, weights, folder)
+
+
+def _measure(subject: Subject, weights: Path, out: Path) -> dict[str, Any]:
+    config, dataset = subject.config, subject.dataset
+    for name in ("pictures", MEASUREMENTS_FOLDER):
+        (out / name).mkdir()
     errors = measure_windows(subject)
     metrics = summarize(errors, config, dataset) | {"settings": describe_settings(subject, weights)}
     metrics["verdict"] = describe_verdict(metrics)
@@ -100,17 +110,6 @@ def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "num_episodes": metrics["num_episodes"],
         "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
     }
-
-
-def clear_folder(out: Path) -> None:
-    """Make the folder and remove what an earlier evaluation left: a table of a measurement that is no longer asked for would be read as new."""
-    shutil.rmtree(out / "pictures", ignore_errors=True)
-    shutil.rmtree(out / MEASUREMENTS_FOLDER, ignore_errors=True)
-    for pattern in ("*.csv", "*.json", "report.html"):
-        for old in out.glob(pattern):
-            old.unlink()
-    for folder in ("pictures", MEASUREMENTS_FOLDER):
-        (out / folder).mkdir(parents=True)
 
 
 def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler
+from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import ENCODER_FIELD, save_state
 from jepa_cache.predictor.lora import save_adapter
 from jepa_cache.training.checkpoint import WEIGHTS_FILE
@@ -37,7 +38,7 @@ def write_outputs(
     """Write predictor.safetensors, with everything that evaluation must know in its card, and a copy of train.csv.
 
     Args:
-        learner: With the weights that are handed on. Under LoRA the adapter is written as well, in `adapter/`.
+        learner: With the weights that are handed on. Under LoRA the adapter is written as well, in `adapter/`; an earlier one goes.
         step: Train steps that they have seen.
         run: Folder of the checkpoints and the CSV.
         output: Where to write.
@@ -46,7 +47,6 @@ def write_outputs(
         scaler: Fitted on the training episodes.
         description: Of the run, see `identity.describe_run`.
     """
-    output.mkdir(parents=True, exist_ok=True)
     manifest = dataset.manifest
     card = {
         "run": run.name,
@@ -63,9 +63,9 @@ def write_outputs(
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
     }
-    weights = output / WEIGHTS_FILE
-    save_state(learner.predictor_state(), weights, card)
-    if learner.lora:
-        save_adapter(learner.module, output / "adapter", card)
-    shutil.copyfile(run / "train.csv", output / "train.csv")
-    return weights
+    with replaced_files(output, WEIGHTS_FILE, ["adapter"]) as folder:
+        save_state(learner.predictor_state(), folder / WEIGHTS_FILE, card)
+        if learner.lora:
+            save_adapter(learner.module, folder / "adapter", card)
+        shutil.copyfile(run / "train.csv", folder / "train.csv")
+    return output / WEIGHTS_FILE

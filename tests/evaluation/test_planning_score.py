@@ -6,7 +6,7 @@ Claims:
 - what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions, and the other
   goal is a recorded step of another held-out episode, searched for with the same samples;
 - fewer than six episodes never get a "yes";
-- the plain loop gives the energies of ours; equal runs leave equal metrics; a space without motion is refused.
+- a run that fails leaves the last one as it was; the plain loop gives the energies of ours; equal runs leave equal metrics; a space without motion is refused.
 """
 
 import csv
@@ -22,6 +22,7 @@ from torch import nn
 
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import PlanConfig
+from jepa_cache.evaluation import planning_report
 from jepa_cache.evaluation.motion import end_distances
 from jepa_cache.evaluation.planner import SETTINGS
 from jepa_cache.evaluation.planning_report import (
@@ -38,6 +39,7 @@ from jepa_cache.predictor.model import PredictorOutput
 from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.training.trainer import train
 from tests.caches import make_cache, make_config, make_tokens
+from tests.encoded import all_files
 
 PLANS = (
     "split.val_share=0.4",
@@ -228,6 +230,15 @@ def trained(cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", str(folder / "runs"))
         return train(cache.config, cache.dataset, cache.scaler, folder / "train/run", base=folder).weights
+
+
+def test_a_run_that_fails_while_it_draws_leaves_the_last_one_as_it_was(cache, trained, tmp_path, monkeypatch):
+    plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
+    before = all_files(tmp_path)
+    monkeypatch.setattr(planning_report, "draw_plans", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
+    assert len(before) == 4 and all_files(tmp_path) == before
 
 
 def test_a_run_leaves_metrics_times_a_table_and_a_picture(cache, trained, tmp_path):

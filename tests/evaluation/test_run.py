@@ -4,7 +4,8 @@ Claims:
 - every figure in metrics.json and the tables equals one recomputed from zarr and the weights with growing contexts;
 - a predictor that ignores its actions has gaps of exactly 0 and is told so; one that copies is told no better than copying; one
   that learned from the actions is better than all;
-- weights of other features, actions or another split are refused, and so are too few episodes and weights that give NaN.
+- weights of other features, actions or another split are refused, and so are too few episodes and weights that give NaN;
+- an evaluation that is refused or fails at its end leaves the last one as it was.
 """
 
 import csv
@@ -33,6 +34,7 @@ from jepa_cache.evaluation.windows import BASELINES
 from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_cache, make_config
+from tests.encoded import all_files
 
 
 class Trained(NamedTuple):
@@ -466,6 +468,20 @@ def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goe
     assert (tmp_path / "steps.csv").is_file()
     assert "steps" not in evaluate(trained.cache, trained.weights, tmp_path)
     assert not (tmp_path / "steps.csv").exists()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["refused", "fails at its end"])
+def test_an_evaluation_that_gives_nothing_leaves_the_last_one_as_it_was(trained, tmp_path, monkeypatch, late):
+    evaluate(trained.cache, trained.weights, tmp_path)
+    before = all_files(tmp_path)
+    config = trained.cache.config
+    if late:
+        monkeypatch.setattr(report, "worst_table", lambda *_: 1 / 0)
+    else:
+        config = replace(config, evaluate=replace(config.evaluate, horizon=200))
+    with pytest.raises(ZeroDivisionError if late else ValueError):
+        evaluate(trained.cache, trained.weights, tmp_path, config)
+    assert len(before) > 5 and all_files(tmp_path) == before
 
 
 def test_an_unknown_measurement_is_refused():

@@ -188,6 +188,8 @@ def test_lora_trains_the_adapters_alone_and_resumes_bit_for_bit(cache, tmp_path,
     }
     adapter = result.weights.parent / "adapter"
     assert {path.name for path in adapter.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    run(cache, result.weights.parents[1], "train.num_steps=8")
+    assert not adapter.exists(), "the adapter of an earlier training would be read as this one's"
 
 
 def test_lora_without_starting_weights_is_refused(cache, tmp_path):
