@@ -12,15 +12,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_PREFIX = ".jepa-cache-"  # then twelve hex digits and a hyphen: no other program's files are named so
 LOCK_SUFFIX = ".lock"  # beside a temporary folder: its writer lives
 CLAIM_SUFFIX = ".claim"  # of the file that says who makes a store
+OURS = re.compile(
+    r"\.jepa-cache-[0-9a-f]{12}-.+"
+    # What the first release left beside stores, manifests and checkpoints, in the exact form that it had.
+    r"|\.tmp-[0-9a-f]{12}-([0-9a-f]{32}\.(zarr|parquet|json)|step-[0-9]{8})(\.lock)?|\.tmp-[0-9a-f]{32}\.zarr\.claim",
+    re.DOTALL,
+)
 
 
 @contextmanager
@@ -140,23 +147,46 @@ def remove_folder(path: Path) -> None:
     _remove_tree(temporary)
 
 
-def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what writers left behind when they were killed; living writers hold a lock on theirs."""
-    # Sorted: a folder comes before its lock, by which it is removed in the same look.
-    for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")) if folder.is_dir() else ():
-        if path.is_dir():
-            if not _lock_of(path).exists():  # a store that was being removed
-                _remove_tree(path)
-            continue
-        descriptor = lock_file(path)
-        if descriptor is None:  # a living writer's, or one that was published or removed just now
-            continue
+def remove_stale_temporaries(folder: Path) -> list[Path]:
+    """Remove what writers left in a folder when they were killed; living writers hold a lock on theirs.
+
+    Returns:
+        What is another user's and may not be removed.
+    """
+    kept = []
+    for path in list_temporaries(folder):
         try:
-            if path.suffix == LOCK_SUFFIX:
-                _remove_tree(path.with_suffix(""))
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+            _remove_stale(path)
+        except PermissionError:
+            kept.append(path)
+    return kept
+
+
+def list_temporaries(folder: Path) -> list[Path]:
+    """Our temporary files and folders in a folder, by name; a link or socket of such a name is none, and nothing is followed."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if OURS.fullmatch(entry.name)]
+    real = (entry for entry in found if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False))
+    return sorted(Path(entry.path) for entry in real)
+
+
+def _remove_stale(path: Path) -> None:
+    # A folder comes before its lock, by which it is removed in the same look.
+    if path.is_dir():
+        if not _lock_of(path).exists():  # a store that was being removed
+            _remove_tree(path)
+        return
+    descriptor = lock_file(path)
+    if descriptor is None:  # a living writer's, or one that was published or removed just now
+        return
+    try:
+        if path.suffix == LOCK_SUFFIX:
+            _remove_tree(path.with_suffix(""))
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def is_abandoned(temporary: Path) -> bool:
@@ -191,7 +221,7 @@ def temporary_beside(path: Path) -> Path:
 
 def claim_path(final: Path) -> Path:
     """The file by which the making of a store is claimed, beside its place."""
-    return final.parent / f"{TEMPORARY_PREFIX}{final.name}{CLAIM_SUFFIX}"
+    return final.parent / f"{TEMPORARY_PREFIX}{'0' * 12}-{final.name}{CLAIM_SUFFIX}"
 
 
 class Claim:
@@ -289,6 +319,8 @@ def _lock_of(temporary: Path) -> Path:
 
 
 def _remove_tree(path: Path) -> None:
+    if path.is_symlink():  # in the place of a store: what it leads to is not ours
+        path.unlink(missing_ok=True)
     while path.exists():
         with suppress(FileNotFoundError):  # two processes may remove the same left-over
             shutil.rmtree(path)

@@ -6,6 +6,7 @@ Nothing of a lock stays that could be mistaken for one, and only what a dead wri
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from jepa_cache import files
 from jepa_cache.files import (
     atomic_file,
+    claim_path,
     held_file,
     is_claimed,
     lock_file,
@@ -46,7 +48,7 @@ def start_holder(path):
 
 
 def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
-    path = tmp_path / ".tmp-store.claim"
+    path = claim_path(tmp_path / "store")
     process, answer = start_holder(path)
     try:
         assert answer == "held"
@@ -64,7 +66,7 @@ def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
 
 
 def test_the_file_that_a_dead_holder_left_is_removed(tmp_path):
-    path = tmp_path / ".tmp-store.claim"
+    path = claim_path(tmp_path / "store")
     process, _ = start_holder(path)
     process.kill()
     process.communicate()
@@ -188,7 +190,7 @@ def test_content_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatch):
     events, real_sync = [], files.sync
 
     def sync(path):
-        events.append(("sync", path.name.startswith(".tmp-") or path.name, (tmp_path / "a").exists()))
+        events.append(("sync", path.name.startswith(".jepa-cache-") or path.name, (tmp_path / "a").exists()))
         real_sync(path)
 
     monkeypatch.setattr(files, "sync", sync)
@@ -246,6 +248,52 @@ def test_only_the_temporaries_of_dead_writers_are_removed(tmp_path):
     remove_stale_temporaries(tmp_path / "absent")
 
 
+OURS = [
+    ".jepa-cache-0123456789ab-notes.txt",
+    ".jepa-cache-0123456789ab-store.zarr/tokens/x",
+    # of the first release, in its exact form
+    f".tmp-0123456789ab-{'0' * 32}.zarr/tokens/x",
+    f".tmp-0123456789ab-{'0' * 32}.parquet",
+    f".tmp-0123456789ab-{'0' * 32}.json",
+    f".tmp-{'0' * 32}.zarr.claim",
+    ".tmp-0123456789ab-step-00000600/optimizer.pt",
+]
+OTHERS = [
+    ".tmp-draft",
+    ".tmp-0123456789ab-draft.txt",
+    ".tmp-folder/x",
+    f".tmp-{'0' * 32}.zarr/x",
+    ".jepa-cache-notes",
+    ".jepa-cache-0123456789AB-x",
+    ".jepa-cache-0123456789ab",
+    "x.jepa-cache-0123456789ab-x",
+]
+
+
+@pytest.mark.parametrize(("name", "goes"), [(name, True) for name in OURS] + [(name, False) for name in OTHERS])
+def test_a_file_or_folder_goes_only_under_a_name_that_is_ours_alone(tmp_path, name, goes):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+    assert remove_stale_temporaries(tmp_path) == []
+    assert (tmp_path / name).exists() != goes and len(list(tmp_path.iterdir())) == (0 if goes else 1)
+
+
+def test_links_and_sockets_stay_under_any_name_and_nothing_behind_them_is_touched(tmp_path):
+    folder, target = tmp_path / "folder", tmp_path / "target"
+    folder.mkdir()
+    (target / "inner").mkdir(parents=True)
+    (folder / ".jepa-cache-0123456789ab-link").symlink_to(target)
+    (folder / ".jepa-cache-0123456789ab-dangling.lock").symlink_to(tmp_path / "nowhere")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / ".jepa-cache-0123456789ab-socket"))
+    assert remove_stale_temporaries(folder) == []
+    assert len(list(folder.iterdir())) == 3 and (target / "inner").is_dir()
+    remove_folder(folder / ".jepa-cache-0123456789ab-link")
+    assert len(list(folder.iterdir())) == 2 and (target / "inner").is_dir(), (
+        "of a link in the place of a store, the link"
+    )
+
+
 def test_a_store_that_is_removed_is_whole_or_gone_at_every_moment(tmp_path, monkeypatch):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/file").write_text("x")
@@ -275,7 +323,7 @@ def test_a_store_that_another_process_removed_first_is_no_error(tmp_path):
 
 
 def test_two_processes_may_remove_the_same_left_over(tmp_path, monkeypatch):
-    (tmp_path / ".tmp-0-u.zarr/inner").mkdir(parents=True)
+    (tmp_path / ".jepa-cache-0123456789ab-u.zarr/inner").mkdir(parents=True)
     rmtree, calls = files.shutil.rmtree, []
 
     def outrun(path):

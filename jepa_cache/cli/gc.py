@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from jepa_cache.store.collection import Contents, Listing
+    from jepa_cache.store.manifest import Manifest
 
 
 def gc(
@@ -63,13 +64,14 @@ def clean_up(checkout: Checkout, *, delete: bool, forget: list[str]) -> Outcome:
             f"there is no cache root {checkout.root.path}: nothing was encoded into it yet (`python stages/encode.py` does), or "
             "the cache lies elsewhere: set cache.root or $JEPA_CACHE_HOME"
         )
-    own = own_digest(checkout)
-    contents = list_root(checkout.root)
+    own_manifest = read_own(checkout)
+    own = own_manifest.digest if own_manifest else None
+    contents = list_root(checkout.root, own_manifest)
     forgotten = {listing.digest for listing in find_listings(contents, forget)}
     if own in forgotten:
         return _refuse(f"{own} is the manifest of this checkout ({MANIFEST}); encode something else first")
     if delete:
-        contents = remove_unneeded(checkout.root, forgotten)
+        contents = remove_unneeded(checkout.root, forgotten, own_manifest)
     unneeded = contents.unneeded(forgotten)
     temporaries = [(str(path), size) for path, size in contents.temporaries] + list(contents.abandoned.items())
     num_bytes = contents.num_bytes(unneeded) + sum(size for _, size in temporaries)
@@ -103,10 +105,10 @@ def clean_up(checkout: Checkout, *, delete: bool, forget: list[str]) -> Outcome:
     return Outcome(document, lines, PROBLEM if unreadable else FINE)
 
 
-def own_digest(checkout: Checkout) -> str | None:
-    """Digest of the manifest that stage one wrote in this checkout; None where there is none that can be read."""
+def read_own(checkout: Checkout) -> Manifest | None:
+    """The manifest that stage one wrote in this checkout; None where there is none that can be read."""
     try:
-        return checkout.read_manifest(None).digest
+        return checkout.read_manifest(None)
     except ValueError:
         return None
 

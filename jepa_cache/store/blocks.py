@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from jepa_cache.files import TEMPORARY_PREFIX, atomic_file
+from jepa_cache.files import OURS, atomic_file
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.objects import Bucket
 
@@ -92,7 +92,7 @@ class BlockCache:
                     stat = entry.stat()
                 except FileNotFoundError:
                     continue
-                being_written = entry.name.startswith(TEMPORARY_PREFIX) and time.time() - stat.st_mtime < WRITING_S
+                being_written = OURS.fullmatch(entry.name) and time.time() - stat.st_mtime < WRITING_S
                 kept.append((math.inf if being_written else stat.st_mtime, stat.st_size, entry.path))
             # Room for what is written until the next look.
             excess = sum(num_bytes for _, num_bytes, _ in kept) + max(size, self.max_bytes // ROUNDS) - self.max_bytes

@@ -10,14 +10,13 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.files import TEMPORARY_PREFIX, is_abandoned
+from jepa_cache.files import is_abandoned, list_temporaries
+from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import unit_id
 from jepa_cache.store.records import read_record
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, CacheRoot
 from jepa_cache.store.usage import (
-    FOLDER,
-    LOCK_FILE,
     RefusedError,
     WantedPart,
     held_alone,
@@ -25,8 +24,14 @@ from jepa_cache.store.usage import (
     unfinished_path,
 )
 
-SUFFIXES = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
-CARD_FILES = ("README.md", "provenance.json", "SHA256SUMS")  # of an exported root
+KNOWN = (
+    LOCK_FILE,
+    MARKER,
+    "lost+found",
+    "README.md",
+    "provenance.json",
+    "SHA256SUMS",
+)  # the last three of an exported root
 MIN_PREFIX = 6
 
 
@@ -85,24 +90,39 @@ class Contents:
         return sum(self.stores[key][1] for key in keys if key in self.stores)
 
 
-def list_root(root: CacheRoot) -> Contents:
-    """List a cache root. Cost: a stat of every file."""
+def list_root(root: CacheRoot, own: Manifest | None = None) -> Contents:
+    """List a cache root. Cost: a stat of every file.
+
+    Args:
+        root: Cache root.
+        own: The manifest of a checkout, whose stores are needed though the root may have lost its copy.
+
+    Raises:
+        ValueError: It is no cache root.
+    """
     root.refresh()
+    root.check_ours()
     contents = Contents(list_manifests(root) + _list_unfinished(root), {}, [], [], set(), root.find_abandoned())
-    for entry in _entries(root.path):
-        if entry.name.startswith(TEMPORARY_PREFIX):
-            _add_temporary(entry, contents)
-        elif entry.name in SUFFIXES:
-            for folder in _entries(entry):
-                _list_recipe(root, entry.name, folder, contents)
-        elif entry.name in ("manifests", FOLDER):
-            for path in _entries(entry):
-                if path.name.startswith(TEMPORARY_PREFIX):
-                    _add_temporary(path, contents)
-                elif path.suffix != ".json":
-                    contents.unknown.append(path)
-        elif entry.name not in (LOCK_FILE, *CARD_FILES):
-            contents.unknown.append(entry)
+    if own is not None and own.digest not in {listing.digest for listing in contents.listings}:
+        contents.listings.append(_list_manifest(root.manifest(own.digest), own))
+    ours = set(root.own_folders())
+    for folder in root.own_folders():
+        temporaries = list_temporaries(folder)
+        contents.temporaries += [(path, _measure(path)) for path in temporaries if is_abandoned(path)]
+        ours |= set(temporaries)
+    for kind in KINDS:
+        for path in root.iter_stores(kind):
+            # A folder without store.json may be anybody's: a writer of ours publishes none.
+            if (path / STORE_FILE).is_file() if kind != "controls" else path.is_file():
+                key = Key(kind, path.parent.name, path.stem)
+                contents.stores[key] = (path, _measure(path))
+                ours.add(path)
+                if root.is_claimed(path):
+                    contents.claimed.add(key)
+    ours |= {listing.path for listing in contents.listings}
+    for folder in [*root.own_folders(), *(root.path / kind for kind in KINDS)]:
+        if not folder.is_symlink():
+            contents.unknown += [path for path in _entries(folder) if path not in ours and not _is_known(root, path)]
     return contents
 
 
@@ -110,23 +130,14 @@ def list_manifests(root: CacheRoot) -> list[Listing]:
     """Every manifest of the root, by digest."""
     found = []
     for path in sorted((root.path / "manifests").glob("*.json")):
-        if path.name.startswith(TEMPORARY_PREFIX):
+        if not FINGERPRINT.fullmatch(path.stem):
             continue
         try:
             manifest = read_manifest(path)
         except ValueError as error:
             found.append(Listing(path.stem, path, None, "", frozenset(), _day(path), str(error)))
             continue
-        parts = [
-            WantedPart(
-                part.fingerprint,
-                part.action_fingerprint,
-                part.source_fingerprint,
-                tuple(entry.unit_digest for entry in part.entries),
-            )
-            for part in manifest.parts
-        ]
-        found.append(Listing(path.stem, path, manifest, manifest.dataset, _keys(parts), _day(path)))
+        found.append(_list_manifest(path, manifest))
     return found
 
 
@@ -148,12 +159,13 @@ def find_listings(contents: Contents, prefixes: Iterable[str]) -> list[Listing]:
     return chosen
 
 
-def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = ()) -> Contents:
+def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = (), own: Manifest | None = None) -> Contents:
     """Remove what no manifest and no unfinished encode needs, and the temporaries of dead writers.
 
     Args:
         root: Cache root.
         forgotten: Digests of manifests and unfinished encodes that are removed first.
+        own: As in `list_root`.
 
     Returns:
         What the root held before.
@@ -163,7 +175,7 @@ def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = ()) -> Content
         RefusedError: A manifest that is not forgotten cannot be read, so it is not known what it needs.
     """
     with held_alone(root):
-        contents = list_root(root)
+        contents = list_root(root, own)
         check_readable(contents, forgotten)
         for listing in contents.listings:
             if listing.digest in forgotten:
@@ -173,8 +185,8 @@ def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = ()) -> Content
         root.remove_stale_temporaries()
         for name in root.find_abandoned():
             root.remove_abandoned(name)
-        for kind in SUFFIXES:
-            for folder in _entries(root.path / kind):
+        for kind in KINDS:
+            for folder in root.recipe_folders(kind):
                 with suppress(OSError):  # not empty
                     folder.rmdir()
     return contents
@@ -194,20 +206,21 @@ def check_readable(contents: Contents, forgotten: Collection[str] = ()) -> None:
             )
 
 
-def _list_recipe(root: CacheRoot, kind: str, folder: Path, contents: Contents) -> None:
-    if not folder.is_dir():
-        contents.unknown.append(folder)
-        return
-    for path in _entries(folder):
-        if path.name.startswith(TEMPORARY_PREFIX):
-            _add_temporary(path, contents)
-        elif path.suffix == SUFFIXES[kind] and path.is_dir() == (kind != "controls"):
-            key = Key(kind, folder.name, path.stem)
-            contents.stores[key] = (path, _measure(path))
-            if root.is_claimed(path):
-                contents.claimed.add(key)
-        else:
-            contents.unknown.append(path)
+def _list_manifest(path: Path, manifest: Manifest) -> Listing:
+    parts = [
+        WantedPart(
+            part.fingerprint,
+            part.action_fingerprint,
+            part.source_fingerprint,
+            tuple(entry.unit_digest for entry in part.entries),
+        )
+        for part in manifest.parts
+    ]
+    return Listing(path.stem, path, manifest, manifest.dataset, _keys(parts), _day(path))
+
+
+def _is_known(root: CacheRoot, path: Path) -> bool:
+    return path.parent == root.path and (path.name in KNOWN or (path.name in KINDS and not path.is_symlink()))
 
 
 def _list_unfinished(root: CacheRoot) -> list[Listing]:
@@ -233,11 +246,6 @@ def _keys(parts: Iterable[WantedPart]) -> frozenset[Key]:
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _add_temporary(path: Path, contents: Contents) -> None:
-    if is_abandoned(path):
-        contents.temporaries.append((path, _measure(path)))
 
 
 def _measure(path: Path) -> int:

@@ -9,6 +9,7 @@ Readers know the commit object only, so nothing half-written is ever read and th
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,7 @@ from jepa_cache.store.recipe import canonical_json, file_digest
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
 ATTEMPT = ".attempt-"
+OURS = re.compile(rf"(.+?/[0-9a-f]{{32}}\.\w+{re.escape(ATTEMPT)}[0-9a-f]{{16}})/")  # an object of an attempt
 # Longer than any upload of one unit takes; what is younger and named by no commit may be another writer's at work.
 ABANDONED_AFTER = timedelta(days=1)
 WAY_OUT = "run `python stages/encode.py`, which makes just this unit again"
@@ -150,9 +152,8 @@ def find_abandoned(objects: Mapping[str, StoredObject], named: Iterable[str]) ->
     newest: dict[str, datetime] = {}
     sizes: dict[str, int] = {}
     for key, found in objects.items():
-        head, separator, rest = key.partition(ATTEMPT)
-        if separator:
-            attempt = f"{head}{ATTEMPT}{rest.partition('/')[0]}"
+        if match := OURS.match(key):
+            attempt = match[1]
             newest[attempt] = max(newest.get(attempt, found.modified), found.modified)
             sizes[attempt] = sizes.get(attempt, 0) + found.num_bytes
     oldest = datetime.now(UTC) - ABANDONED_AFTER

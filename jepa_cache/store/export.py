@@ -9,14 +9,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.files import atomic_file, publish_folder, remove_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.files import (
+    OURS,
+    atomic_file,
+    publish_folder,
+    remove_folder,
+    remove_stale_temporaries,
+    temporary_folder,
+)
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.recipe import canonical_json, file_digest
 from jepa_cache.store.records import open_remote
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import MARKER, CacheRoot
 from jepa_cache.store.usage import RefusedError
 from jepa_cache.store.verify import StoreFile, check_store, read_store_file
 
@@ -80,6 +87,9 @@ def export_manifest(
     """
     check_place(out, root, manifest)
     target, export = CacheRoot(out), Export(manifest)
+    target.check_writable()
+    target.remove_stale_temporaries()
+    export.sums[MARKER] = file_digest(out / MARKER)
     for part, entry in manifest.stores:
         unit = entry.unit_digest
         for source, final, digest in (
@@ -121,8 +131,8 @@ def check_place(out: Path, root: CacheRoot, manifest: Manifest) -> None:
         raise RefusedError(f"{out} lies in the cache root {root.path} itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file; choose a folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    others = sorted(name for name in names if name not in (*KINDS, CARD, README, CHECKSUMS))
+    names = {path.name for path in out.iterdir() if not OURS.fullmatch(path.name)} if out.is_dir() else set()
+    others = sorted(name for name in names if name not in (*KINDS, CARD, README, CHECKSUMS, MARKER))
     manifests = {path.name for path in (out / "manifests").glob("*.json")} if out.is_dir() else set()
     if others or manifests - {f"{manifest.digest}.json"}:
         what = others[0] if others else f"another export ({sorted(manifests)[0]})"

@@ -22,7 +22,7 @@ from jepa_cache.store.commits import COMMIT_SUFFIX, Commit
 from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.objects import Bucket, StoredObject
 from jepa_cache.store.records import RECORDS_FOLDER, ROOT_FOLDER, note_path, read_record, write_record
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import MARKER, CacheRoot
 from jepa_cache.store.transfers import download_store, drop_chunks, is_here
 from jepa_cache.store.verify import check_store
 
@@ -73,6 +73,10 @@ class MirroredRoot(CacheRoot):
         """
         super().check_writable()
         self.bucket.check_writable()
+
+    def check_ours(self) -> bool:
+        """Whether the folder here lacks its marker; its name is of this program alone, so whatever lies in it is ours."""
+        return not (self.path / MARKER).is_file()
 
     def fetch(self, place: Path) -> bool:
         """Whether a store or file is published in the bucket; if so, what reading it needs is here afterwards.

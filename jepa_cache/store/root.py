@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jepa_cache.files import (
+    OURS,
     Claim,
+    atomic_file,
     claim_path,
     held_file,
     is_claimed,
@@ -20,7 +22,14 @@ from jepa_cache.files import (
     temporary_beside,
     try_claim,
 )
-from jepa_cache.store.recipe import unit_id
+from jepa_cache.store.recipe import DIGEST_LENGTH, unit_id
+
+MARKER = "jepa-cache-root.txt"
+MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
+LOCK_FILE = "in-use.lock"
+KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
+BOOKS = ("manifests", "unfinished")
+FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
 
 
 def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
@@ -53,13 +62,16 @@ class CacheRoot:
         return str(self.path)
 
     def check_writable(self) -> None:
-        """Make the root and try to write and lock a file in it, before hours of work.
+        """Make the root, mark it, and try to write and lock a file in it, before hours of work.
 
         Raises:
-            ValueError: It cannot be made, written or locked; says where and why.
+            ValueError: It cannot be made, written or locked, or is a folder of something else; says where and why.
         """
         try:
             make_folder(self.path)
+            if self.check_ours():
+                with atomic_file(self.path / MARKER) as temporary:
+                    temporary.write_text(MARKER_TEXT)
             with held_file(temporary_beside(self.path / "check")):
                 pass
         except OSError as error:
@@ -67,6 +79,36 @@ class CacheRoot:
                 f"the cache root {self.path} cannot be written ({error}); set cache.root or $JEPA_CACHE_HOME "
                 "(a Lustre file system must be mounted with its option flock)"
             ) from error
+
+    def check_ours(self) -> bool:
+        """Refuse a folder that is something else; whether its marker is missing still.
+
+        Raises:
+            ValueError: It has no marker, is not empty, and is no root of the first release, which had none.
+        """
+        names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - {"lost+found"}
+        if MARKER in names:
+            return False
+        if not names or (LOCK_FILE in names and names <= {*KINDS, *BOOKS, LOCK_FILE}):
+            return True
+        if any(store.joinpath("store.json").is_file() for kind in KINDS for store in self.iter_stores(kind)):
+            return True
+        raise ValueError(
+            f"{self.path} is no cache root: it holds {', '.join(sorted(names)[:3])}, but not the file {MARKER}. What nothing "
+            "needs is deleted in a cache root, so it has to be a new or empty folder: set cache.root or $JEPA_CACHE_HOME to one. "
+            f"If it is a root that lost this file: touch {self.path / MARKER}"
+        )
+
+    def recipe_folders(self, kind: str) -> list[Path]:
+        """The folders of one of `KINDS` that are named by a fingerprint; links are not followed."""
+        return [path for path in _real_folders(self.path / kind) if FINGERPRINT.fullmatch(path.name)]
+
+    def iter_stores(self, kind: str) -> Iterator[Path]:
+        """What lies at the place of a store or file of one of `KINDS`, whole or not."""
+        for folder in self.recipe_folders(kind):
+            for path in sorted(folder.iterdir()):
+                if path.suffix == KINDS[kind] and FINGERPRINT.fullmatch(path.stem) and not path.is_symlink():
+                    yield path
 
     def tokens(self, fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the tokens, segments and step table of one unit under one recipe."""
@@ -128,7 +170,22 @@ class CacheRoot:
         with held_file(claim_path(store)):
             yield
 
-    def remove_stale_temporaries(self) -> None:
-        """Remove what dead writers left anywhere below the root; living ones hold a lock on theirs. Cost: lists every folder."""
-        for folder in (self.path, *self.path.glob("*"), *self.path.glob("*/*")):
-            remove_stale_temporaries(folder)
+    def own_folders(self) -> list[Path]:
+        """The folders of the root in which writers of ours put files; links are not followed."""
+        books = [path for path in _real_folders(self.path) if path.name in BOOKS]
+        return [self.path, *books, *(folder for kind in KINDS for folder in self.recipe_folders(kind))]
+
+    def remove_stale_temporaries(self) -> list[Path]:
+        """Remove what dead writers left in the root; living ones hold a lock on theirs. Cost: lists every folder.
+
+        Returns:
+            What is another user's and may not be removed.
+        """
+        return [path for folder in self.own_folders() for path in remove_stale_temporaries(folder)]
+
+
+def _real_folders(folder: Path) -> list[Path]:
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))

@@ -18,10 +18,9 @@ from typing import NamedTuple
 from jepa_cache.files import atomic_file, lock_file, remove_stale_temporaries
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import FINGERPRINT, LOCK_FILE, CacheRoot
 
 FOLDER = "unfinished"
-LOCK_FILE = "in-use.lock"
 
 
 class RefusedError(ValueError):
@@ -68,7 +67,9 @@ def held_alone(root: CacheRoot) -> Iterator[None]:
 
     Raises:
         RootInUseError: Somebody else holds it.
+        ValueError: It is no cache root, or cannot be written.
     """
+    root.check_writable()
     with _held(root, "an encode, repair, export or another clean-up is running on it; wait for its end"):
         yield
 
@@ -104,6 +105,8 @@ def list_unfinished(root: CacheRoot) -> list[UnfinishedEncode]:
     """
     found = []
     for path in sorted((root.path / FOLDER).glob("*.json")):
+        if not FINGERPRINT.fullmatch(path.stem):
+            continue
         try:
             document = json.loads(path.read_bytes())
             parts = tuple(WantedPart(**{**part, "units": tuple(part["units"])}) for part in document["parts"])

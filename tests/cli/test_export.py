@@ -48,7 +48,7 @@ def test_what_is_exported_is_forced_to_the_disk_and_left_alone_by_clean_ups_besi
     synced, real_sync, real_copy = set(), ground_floor.sync, store_export._copy
 
     def sync(path):
-        synced.add(re.sub(r"\.tmp-[0-9a-f]{12}-", "", str(path.relative_to(tmp_path))))
+        synced.add(re.sub(r"\.jepa-cache-[0-9a-f]{12}-", "", str(path.relative_to(tmp_path))))
         real_sync(path)
 
     def copy(source, target, on_bytes):
@@ -176,11 +176,11 @@ def test_an_interrupted_export_goes_on(checkout, tmp_path):
     flip(checkout.tokens(2) / "tokens/c/0/0/0", 100)
     assert checkout.run("export", "cache", tmp_path / "out").code == 0
     assert (first / "store.json").stat().st_mtime_ns == time
-    (first.parent / ".tmp-0123456789ab-dead.zarr").mkdir()  # of an export that was killed
+    (first.parent / ".jepa-cache-0123456789ab-dead.zarr").mkdir()  # of an export that was killed
     flip(first / "steps.parquet", 200)
     assert checkout.run("export", "cache", tmp_path / "out").code == 0
     assert checkout.run("verify", f"cache.root={tmp_path / 'out'}").code == 0
-    assert not list((tmp_path / "out").rglob(".tmp-*"))
+    assert not list((tmp_path / "out").rglob(".jepa-cache-*"))
 
 
 @pytest.mark.parametrize("what", ["file", "foreign", "other export", "inside", "the root"])

@@ -20,6 +20,7 @@ from jepa_cache.store.usage import (
     settle,
     unfinished_path,
 )
+from tests.encoded import all_files
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -132,10 +133,10 @@ def test_a_store_that_is_being_made_stays(checkout):
 
 def test_temporaries_of_living_writers_stay_and_those_of_dead_ones_go(checkout):
     folder = checkout.tokens().parent
-    dead = folder / ".tmp-0123456789ab-dead.zarr"
+    dead = folder / ".jepa-cache-0123456789ab-dead.zarr"
     dead.mkdir()
     (dead / "x").write_bytes(b"12345")
-    half = checkout.root.path / "manifests/.tmp-0123456789ab-half.json"
+    half = checkout.root.path / "manifests/.jepa-cache-0123456789ab-half.json"
     half.write_bytes(b"{")
     with temporary_folder(folder / "living.zarr") as living:
         (living / "y").write_bytes(b"1")
@@ -168,6 +169,56 @@ def test_files_of_others_are_named_and_left(checkout):
     assert set(result.document["unknown"]) == named and folder.is_dir()
     assert all((checkout.root.path / name).read_text() == "mine" for name in places)
     assert all(f"left alone, not of this program: {path}" in checkout.run("gc").out for path in named)
+
+
+def test_a_folder_that_is_no_root_is_refused_and_stays_as_it_is(checkout):
+    mine = checkout.folder / "mine"
+    for name in (".tmp-draft", "tokens/mymodel/x", "controls/x/log.parquet", f"tokens/{'0' * 32}/{'1' * 32}.zarr/x"):
+        (mine / name).parent.mkdir(parents=True)
+        (mine / name).write_text("x")
+    before = all_files(mine)
+    for options in ((), ("--delete",)):
+        result = checkout.run("gc", f"cache.root={mine}", *options)
+        assert result.code == 2 and f"{mine} is no cache root" in result.err and all_files(mine) == before
+
+
+def test_folders_of_others_in_a_root_stay_whatever_they_are_called(checkout):
+    """Of a store by its name and place, and of a manifest too; without store.json, or through a link, none of them is ours."""
+    other = checkout.folder / "other"
+    other.mkdir()
+    shutil.copytree(checkout.tokens(), other / checkout.tokens().name)
+    (checkout.root.path / "tokens" / ("1" * 32)).symlink_to(other)
+    names = (
+        f"tokens/{'0' * 32}/{'1' * 32}.zarr/x",
+        "tokens/model/x",
+        "controls/x/log.parquet",
+        "manifests/pod.json",
+        ".tmp-a/x",
+    )
+    for name in names:
+        (checkout.root.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout.root.path / name).write_text("mine")
+    before = checkout.files()
+    result = checkout.run("gc", "--delete", "--json").document
+    assert result["unneeded"] == [] and checkout.files() == before and all_files(other)
+    named = {path.removeprefix(f"{checkout.root.path}/") for path in result["unknown"]}
+    assert named == {
+        f"tokens/{'0' * 32}/{'1' * 32}.zarr",
+        f"tokens/{'1' * 32}",
+        "tokens/model",
+        "controls/x",
+        "manifests/pod.json",
+        ".tmp-a",
+    }
+
+
+def test_what_the_manifest_of_this_checkout_lists_stays_though_the_root_lost_its_copy(checkout):
+    checkout.root.manifest(checkout.manifest.digest).unlink()
+    before = checkout.files()
+    result = checkout.run("gc", "--delete", "--json")
+    assert result.code == 0 and result.document["unneeded"] == [] and checkout.files() == before
+    (listing,) = result.document["listings"]
+    assert listing["of_this_checkout"] and listing["num_missing"] == 0
 
 
 def test_files_that_vanish_while_they_are_looked_at_are_no_error(checkout):
@@ -238,7 +289,7 @@ def test_nothing_is_announced_where_all_is_there_and_no_dead_announcement_stays(
         part.source_fingerprint,
         tuple(entry.unit_digest for entry in part.entries),
     )
-    dead = checkout.root.path / "unfinished" / ".tmp-0123456789ab-dead.json"
+    dead = checkout.root.path / "unfinished" / ".jepa-cache-0123456789ab-dead.json"
     dead.parent.mkdir(exist_ok=True)
     announce(checkout.root, "vpt", [wanted])
     assert list_unfinished(checkout.root) == []

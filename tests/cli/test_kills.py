@@ -58,12 +58,12 @@ class Place(NamedTuple):
     def check(self, root, expected, recipe, checkout=None):
         """The root is as an undisturbed one, to the last byte, and `verify` agrees."""
         assert files_of(root) == expected
-        assert [str(path) for path in root.rglob(".tmp-*")] == []
+        assert [str(path) for path in root.rglob(".jepa-cache-*")] == []
         self.run(root, "verify", "--fresh", "--read-data", *RECIPES[recipe], checkout=checkout)
 
     def check_published(self, root, recipe):
         """Whatever a kill left under its final name is whole: a store has all of its files, each as undisturbed."""
-        found = {name: content for name, content in files_of(root).items() if ".tmp-" not in name}
+        found = {name: content for name, content in files_of(root).items() if ".jepa-cache-" not in name}
         found = {name: content for name, content in found.items() if not name.startswith("unfinished/")}
         places = {place_of(name) for name in found}
         assert found == {name: it for name, it in self.roots[recipe].items() if place_of(name) in places}
@@ -229,7 +229,7 @@ def test_killed_exports_are_finished_by_the_next_one(place, rng, tmp_path):
         for _ in range(rng.randint(1, 3)):
             num_killed += kill_sometime(place, rng, 0.8, root, "export", "cache", out, "--episodes", "episode-[012]")
         place.run(root, "export", "cache", out, "--episodes", "episode-[012]")
-        assert all_files(out) == expected and not list(out.rglob(".tmp-*"))
+        assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
     place.check(root, place.roots["float16"], "float16")
     print(f"export: {num_killed} killed")
 
@@ -264,7 +264,7 @@ def test_encoders_of_the_same_and_of_overlapping_sets_make_every_unit_once(place
         assert [process.wait() for process in running] == [0] * len(running), [process.text for process in running]
         made = sum(num_encoded(process.text) for process in running)
         assert made == len(set().union(*sets)) * num_parts, [process.text for process in running]
-        assert not list(root.rglob(".tmp-*")) and not list((root / "unfinished").glob("*"))
+        assert not list(root.rglob(".jepa-cache-*")) and not list((root / "unfinished").glob("*"))
         for number in range(len(sets)):
             place.run(root, "verify", "--fresh", "--read-data", checkout=checkouts[number])
         place.run(root, "encode", *RECIPES[recipe])
@@ -329,7 +329,7 @@ def test_an_export_beside_an_encode_or_a_clean_up_is_whole_or_refused(place, che
             assert kind != "add" and (kind == "mend" or not out.exists()), export.text
         place.run(root, *(mend if kind == "mend" else ["encode"]))
         place.run(root, "export", "cache", out)
-        assert all_files(out) == expected and not list(out.rglob(".tmp-*"))
+        assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
         assert place.roots["float16"].items() <= files_of(root).items()
         place.run(root, "verify", "--fresh", "--read-data")
     print(f"export: {ends}")

@@ -10,7 +10,7 @@ import pytest
 
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.manifest import read_manifest
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import MARKER, CacheRoot
 from jepa_cache.store.usage import LOCK_FILE
 from jepa_cache.store.verify import check_store
 from tests.encoded import all_files, make_tiny_tar, run_stage_one, tiniest_config
@@ -44,9 +44,9 @@ def disturb(folder, base, point, how):
         fill(folder, root)
     assert disk.stopped
     check_published(root)
-    temporaries = list(root.rglob(".tmp-*"))
+    temporaries = list(root.rglob(".jepa-cache-*"))
     fill(folder, root)
-    files, left = all_files(root), list(root.rglob(".tmp-*"))
+    files, left = all_files(root), list(root.rglob(".jepa-cache-*"))
     shutil.rmtree(root)
     return files, left, temporaries, caught.value
 
@@ -167,7 +167,7 @@ def test_everything_is_on_the_disk_before_the_rename_that_publishes_it(undisturb
     _, changes, root = undisturbed
     state, published = Durability(root), []
     for change in changes:
-        is_publication = change.kind == "rename" and not any(".tmp-" in part for part in change.target.parts)
+        is_publication = change.kind == "rename" and not any(".jepa-cache-" in part for part in change.target.parts)
         if is_publication:
             assert state.lost_below(change.path) == set(), change
             # What was published before, and this relies on, has its name on the disk by now.
@@ -175,6 +175,7 @@ def test_everything_is_on_the_disk_before_the_rename_that_publishes_it(undisturb
             published.append(change.target)
         state.apply(change)
     assert [path.relative_to(root).parts[0] for path in published] == [
+        MARKER,
         "unfinished",
         "controls",
         "tokens",
@@ -183,7 +184,10 @@ def test_everything_is_on_the_disk_before_the_rename_that_publishes_it(undisturb
     ]
     # At the end only names of book-keeping and temporary files are in doubt.
     assert not state.unsynced_bytes
-    assert {name.name for name in state.unsynced_names if ".tmp-" not in name.name} <= {published[0].name, LOCK_FILE}
+    assert {name.name for name in state.unsynced_names if ".jepa-cache-" not in name.name} <= {
+        published[1].name,
+        LOCK_FILE,
+    }
 
 
 def test_every_fsync_is_needed_for_that(undisturbed):
@@ -191,12 +195,12 @@ def test_every_fsync_is_needed_for_that(undisturbed):
     for point in points(changes, "fsync"):
         state, published, safe = Durability(root), [], True
         for change in changes[:point] + changes[point + 1 :]:
-            if change.kind == "rename" and not any(".tmp-" in part for part in change.target.parts):
+            if change.kind == "rename" and not any(".jepa-cache-" in part for part in change.target.parts):
                 safe &= not state.lost_below(change.path) and not state.unsynced_names & set(published)
                 published.append(change.target)
             state.apply(change)
-        books = {LOCK_FILE, published[0].name}
-        doubtful = {name for name in state.unsynced_names if ".tmp-" not in name.name and name.name not in books}
+        books = {LOCK_FILE, published[1].name}
+        doubtful = {name for name in state.unsynced_names if ".jepa-cache-" not in name.name and name.name not in books}
         # The root is synced for each of tokens, controls and actions; the next one makes good a missing one.
         assert not safe or doubtful or changes[point].path == root, changes[point]
 

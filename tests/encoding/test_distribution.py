@@ -104,7 +104,7 @@ class Deadly(WorkerPlugin):
 def test_workers_give_what_one_process_gives_bit_for_bit(place, encode_there, tmp_path):
     result = encode_there(place.folder, tmp_path / "cache")
     assert result.manifest.to_bytes() == place.manifest
-    assert all_files(tmp_path / "cache") == place.files and not list(tmp_path.rglob(".tmp-*"))
+    assert all_files(tmp_path / "cache") == place.files and not list(tmp_path.rglob(".jepa-cache-*"))
     assert (result.num_encoded, result.timing.num_episodes) == (3, 3)
     assert encode_there(place.folder, tmp_path / "cache").num_encoded == 0
 
@@ -131,7 +131,7 @@ def test_what_a_dead_worker_was_at_is_done_by_another_one(place, encode_there, t
         place.client.unregister_worker_plugin("fault")
     assert (tmp_path / "died").exists()
     assert result.manifest.to_bytes() == place.manifest and all_files(tmp_path / "cache") == place.files
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".jepa-cache-*"))
 
 
 def test_units_that_fail_are_listed_after_the_others_are_done(place, encode_there, tmp_path):

@@ -23,6 +23,7 @@ from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.sources import Unit
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store import writer
+from jepa_cache.store.root import MARKER
 from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, tiny_config
 from tests.makers import make_rows, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
 
@@ -232,7 +233,7 @@ def test_an_error_while_reading_recordings_surfaces(tmp_path, monkeypatch):
     monkeypatch.setattr(VptSource, "iter_episodes", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         encode(folder, tmp_path / "cache")
-    assert all_files(tmp_path / "cache") == {}
+    assert set(all_files(tmp_path / "cache")) == {MARKER}
 
 
 def test_an_error_of_the_reading_thread_ends_the_iteration_with_it_after_what_came_before(tmp_path):
@@ -285,7 +286,7 @@ def test_a_full_disk_stops_with_its_own_error_and_publishes_nothing_after_it(tmp
         encode(folder, tmp_path / "cache")
     published = len(list((tmp_path / "cache").glob("tokens/*/*.zarr")))
     assert published == (call - 1 if name != "append" else 0)
-    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+    assert not list((tmp_path / "cache").rglob(".jepa-cache-*"))
     monkeypatch.undo()
     result = encode(folder, tmp_path / "cache")
     assert result.manifest.to_bytes() == encode(folder, tmp_path / "other").manifest.to_bytes()

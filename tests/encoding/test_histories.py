@@ -120,7 +120,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def encode(self):
         self._encode()
-        assert not list(self.root.path.rglob(".tmp-*"))
+        assert not list(self.root.path.rglob(".jepa-cache-*"))
 
     @precondition(lambda self: self.tars)
     @rule(point=st.integers(0, 180), how=st.sampled_from(["kill", "half", "full", "readonly"]))
@@ -171,7 +171,7 @@ class Histories(RuleBasedStateMachine):
         except ValueError as error:
             assert self.harmed and "manifest" in str(error)
             return
-        assert not list(self.root.path.rglob(".tmp-*"))
+        assert not list(self.root.path.rglob(".jepa-cache-*"))
 
     @precondition(lambda self: self.listed is not None)
     @rule()

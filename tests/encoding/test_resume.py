@@ -16,7 +16,7 @@ import pytest
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import MARKER, CacheRoot
 from tests.encoded import all_files, encode, make_tars, read_episodes, tiny_config
 from tests.makers import make_vpt_pair, write_vpt_tar
 
@@ -187,7 +187,7 @@ def test_a_tar_that_is_changed_while_it_is_encoded_is_named_and_nothing_is_publi
     monkeypatch.setattr(pipeline._OpenUnit, "encode", change)
     with pytest.raises(ValueError, match=r"a\.tar was changed while it was being encoded"):
         encode(recordings, root)
-    assert all_files(root) == {}
+    assert set(all_files(root)) == {MARKER}
     monkeypatch.undo()
     assert encode(recordings, root).num_encoded == 1
 
@@ -324,11 +324,11 @@ def test_a_run_that_was_killed_anywhere_is_finished_by_the_same_command(folder, 
     leftovers = 0
     for name in outcomes:
         root = tmp_path / name
-        leftovers += len(list(root.rglob(".tmp-*")))
+        leftovers += len(list(root.rglob(".jepa-cache-*")))
         result = encode(folder, root)
         assert result.manifest.to_bytes() == complete[0], name
         assert all_files(root) == complete[1], name
-        assert not list(root.rglob(".tmp-*")), name
+        assert not list(root.rglob(".jepa-cache-*")), name
     assert leftovers > 0
 
 

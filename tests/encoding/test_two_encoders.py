@@ -103,7 +103,7 @@ def test_two_encoders_encode_every_unit_exactly_once_between_them(side_by_side, 
     assert sum(report["num_encoded"] for report in reports) == len(UNITS)
     assert all(report["encoded"] for report in reports)  # both had work
     assert {report["manifest"] for report in reports} == {alone[0]}
-    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".tmp-*"))
+    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".jepa-cache-*"))
 
 
 def test_when_one_of_two_is_killed_the_other_takes_over_and_one_unit_at_most_was_for_nothing(side_by_side, alone):
@@ -115,7 +115,7 @@ def test_when_one_of_two_is_killed_the_other_takes_over_and_one_unit_at_most_was
     assert len(report["encoded"]) >= len(UNITS) - 1 and len(set(report["encoded"])) == len(report["encoded"])
     assert f"waiting for another encoder: unit {(place / 'waiting').read_text()}" in shown
     assert report["manifest"] == alone[0]
-    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".tmp-*"))
+    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".jepa-cache-*"))
 
 
 def units_of(number):
@@ -130,7 +130,7 @@ def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_me
         root.tokens("recipe", units[1][1]).mkdir()  # published by a third one
         assert list(two.take(units)) == [units[2]]
         assert two.busy == [units[0]] and two.num_taken == 1
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".jepa-cache-*"))
 
 
 def test_a_claim_is_let_go_as_soon_as_its_store_is_there(tmp_path, monkeypatch):

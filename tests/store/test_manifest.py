@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from jepa_cache.files import list_temporaries
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, find_missing, read_manifest, write_manifest
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
@@ -103,7 +104,7 @@ def test_what_a_killed_writer_left_beside_the_manifest_is_removed(tmp_path):
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "manifest.json")], check=False)
-    assert [path.name[:5] for path in tmp_path.iterdir()] == [".tmp-"]
+    assert len(list_temporaries(tmp_path)) == len(list(tmp_path.iterdir())) == 1
     write_manifest(MANIFEST, [tmp_path / "manifest.json"])
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 

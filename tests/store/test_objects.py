@@ -144,15 +144,18 @@ def test_what_is_no_bucket_is_refused(url):
 def test_only_uploads_that_nobody_has_touched_for_a_day_are_abandoned():
     now = datetime.now(UTC)
     old, young = now - timedelta(hours=25), now - timedelta(hours=23)
+    named, dead, alive = (f"tokens/f/{'0' * 32}.zarr.attempt-{digit * 16}" for digit in "123")
     listing = {
-        "tokens/f/u.zarr.commit.json": StoredObject(9, "t", old),
-        "tokens/f/u.zarr.attempt-named/store.json": StoredObject(5, "t", old),
-        "tokens/f/u.zarr.attempt-dead/store.json": StoredObject(3, "t", old),
-        "tokens/f/u.zarr.attempt-dead/tokens/c/0/0/0": StoredObject(4, "t", old),
-        "tokens/f/v.zarr.attempt-alive/store.json": StoredObject(5, "t", old),
-        "tokens/f/v.zarr.attempt-alive/tokens/c/0/0/0": StoredObject(5, "t", young),
+        f"tokens/f/{'0' * 32}.zarr.commit.json": StoredObject(9, "t", old),
+        f"{named}/store.json": StoredObject(5, "t", old),
+        f"{dead}/store.json": StoredObject(3, "t", old),
+        f"{dead}/tokens/c/0/0/0": StoredObject(4, "t", old),
+        f"{alive}/store.json": StoredObject(5, "t", old),
+        f"{alive}/tokens/c/0/0/0": StoredObject(5, "t", young),
+        "tokens/model.attempt-2/weights": StoredObject(5, "t", old),  # somebody else's
+        f"tokens/model/{'0' * 32}.attempt-2/weights": StoredObject(5, "t", old),
     }
-    assert commits.find_abandoned(listing, ["tokens/f/u.zarr.attempt-named"]) == {"tokens/f/u.zarr.attempt-dead": 7}
+    assert commits.find_abandoned(listing, [named]) == {dead: 7}
 
 
 @pytest.fixture
@@ -233,7 +236,7 @@ def test_a_damaged_block_is_fetched_again(bucket, tmp_path, damage):
 def test_what_writers_that_died_left_behind_is_removed_and_what_is_being_written_is_not(tmp_path):
     cache = BlockCache(tmp_path / "blocks", 3 * 1004)
     cache.put("a", 0, memoryview(bytes(1000)))
-    dead, alive = cache.folder / ".tmp-dead", cache.folder / ".tmp-alive"
+    dead, alive = cache.folder / ".jepa-cache-0123456789ab-dead", cache.folder / ".jepa-cache-0123456789ab-alive"
     for path, age_s in ((dead, 7200), (alive, 60)):
         path.write_bytes(bytes(900))
         os.utime(path, (time.time() - age_s,) * 2)

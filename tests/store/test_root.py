@@ -1,11 +1,15 @@
-"""Claims: the cache root is found as documented, and what dead writers left in it is removed and nothing else."""
+"""Claims: the cache root is found as documented; a folder of something else is none, and stays as it is.
+
+What dead writers of ours left in a root is removed, and nothing else.
+"""
 
 from pathlib import Path
 
 import pytest
 
 from jepa_cache.files import temporary_folder
-from jepa_cache.store.root import CacheRoot, resolve_cache_root
+from jepa_cache.store.collection import remove_unneeded
+from jepa_cache.store.root import MARKER, MARKER_TEXT, CacheRoot, resolve_cache_root
 
 
 def test_params_win_over_the_environment_and_that_over_the_home_folder(tmp_path, monkeypatch):
@@ -38,26 +42,93 @@ def test_a_root_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be written.*JEPA_CACHE_HOME"):
         CacheRoot(tmp_path / "file" / "root").check_writable()
     CacheRoot(tmp_path / "new" / "root").check_writable()
-    assert list((tmp_path / "new" / "root").iterdir()) == []
+    assert [path.name for path in (tmp_path / "new" / "root").iterdir()] == [MARKER]
 
 
-def test_what_dead_writers_left_anywhere_below_the_root_is_removed_and_nothing_else(tmp_path):
+def fill(folder, names):
+    """Write files; a name that ends in / is an empty folder. Returns all that is there."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text(name)
+    return listing(folder)
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_text() for path in folder.rglob("*")}
+
+
+ID = "0123456789abcdef" * 2
+STORE = f"tokens/{ID}/{ID}.zarr/store.json"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["notes.txt"],
+        [".tmp-draft/x", ".tmp-0123456789ab-notes.txt"],
+        ["tokens/mymodel/vocabulary.json", "controls/x/log.parquet"],
+        ["manifests/deployment.json"],
+        [f"tokens/{ID}/x"],
+        [f"tokens/{ID}/{ID}.zarr/zarr.json"],
+        ["README.md", "in-use.lock"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_a_folder_of_other_things_is_refused_as_a_root_and_stays_as_it_is(tmp_path, names):
+    before = fill(tmp_path, names)
+    root = CacheRoot(tmp_path)
+    for refused in (root.check_writable, root.check_ours, lambda: remove_unneeded(root)):
+        with pytest.raises(ValueError, match=rf"{tmp_path} is no cache root: it holds .*, but not the file {MARKER}"):
+            refused()
+    assert listing(tmp_path) == before
+    (tmp_path / MARKER).touch()  # the way out that the message names
+    root.check_writable()
+    remove_unneeded(root)
+    assert before.items() <= listing(tmp_path).items(), "and even then all of it stays"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        ["lost+found/"],
+        [".jepa-cache-0123456789ab-check"],
+        ["in-use.lock", "tokens/", "unfinished/x"],
+        ["notes.txt", STORE],
+    ],
+    ids=["empty", "new disk", "another encode begins", "first release, no store", "first release"],
+)
+def test_an_empty_folder_and_a_root_of_the_first_release_become_marked_roots(tmp_path, names):
+    before = fill(tmp_path, names)
+    CacheRoot(tmp_path).check_writable()
+    assert listing(tmp_path) == {**before, MARKER: MARKER_TEXT}
+
+
+def test_what_dead_writers_left_in_the_root_is_removed_and_nothing_else(tmp_path):
     root = CacheRoot(tmp_path)
     left = [
-        ".tmp-0-README.md",
-        "tokens/fp/.tmp-1-u.zarr/x",
-        "controls/fp/.tmp-2-u.parquet",
-        "manifests/.tmp-3-m.json",
-        "actions/fp/.tmp-u.zarr.claim",
+        ".jepa-cache-0123456789ab-README.md",
+        f"tokens/{ID}/.jepa-cache-0123456789ab-u.zarr/x",
+        f"controls/{ID}/.jepa-cache-0123456789ab-u.parquet",
+        f"manifests/.tmp-0123456789ab-{ID}.json",
+        f"actions/{ID}/.jepa-cache-000000000000-u.zarr.claim",
     ]
-    kept = ["tokens/fp/u.zarr/tokens/c/0", "controls/fp/u.parquet", "manifests/m.json", "other/file"]
-    for name in left + kept:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    with temporary_folder(root.tokens("fp", "v" * 32)) as living, root.claimed(root.actions("fp", "w" * 32)):
-        root.remove_stale_temporaries()
-        assert living.is_dir() and root.is_claimed(root.actions("fp", "w" * 32))
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+    kept = [
+        STORE,
+        f"controls/{ID}/{ID}.parquet",
+        "other/.jepa-cache-0123456789ab-x",
+        "tokens/mine/.jepa-cache-0123456789ab-x",
+    ]
+    fill(tmp_path, [*kept, *left])
+    (tmp_path / "elsewhere").mkdir()
+    fill(tmp_path / "elsewhere", [f"{ID}/.jepa-cache-0123456789ab-x"])
+    (tmp_path / "manifests/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"tokens/{'f' * 32}").symlink_to(tmp_path / "elsewhere" / ID)
+    with temporary_folder(root.tokens(ID, "v" * 32)) as living, root.claimed(root.actions(ID, "w" * 32)):
+        assert root.remove_stale_temporaries() == []
+        assert living.is_dir() and root.is_claimed(root.actions(ID, "w" * 32))
+    files = {name for name, content in listing(tmp_path).items() if content}
+    assert files == {*kept, f"elsewhere/{ID}/.jepa-cache-0123456789ab-x"}
 
 
 @pytest.mark.parametrize("url", ["s3:/bucket/prefix", "http://bucket/prefix", "s3:///prefix"])

@@ -141,7 +141,7 @@ def test_the_leftovers_of_a_killed_writer_are_removed_by_the_next_and_a_living_o
     with TokenWriter(tmp_path / "b.zarr", num_tokens=N, width=D) as living:
         living.append(make_tokens(3))
         write_store(tmp_path / "a.zarr", make_tokens(9))
-        assert len([p for p in tmp_path.iterdir() if p.is_dir() and p.name.startswith(".tmp-")]) == 1
+        assert len([p for p in tmp_path.iterdir() if p.is_dir() and p.name.startswith(".jepa-cache-")]) == 1
         living.publish(*tables(3), {}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zarr", "b.zarr"]
 
