@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
-from jepa_cache.config.loading import REPOSITORY_ROOT, load_config
+from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
@@ -26,6 +26,7 @@ from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
 from jepa_cache.store.writer import TokenWriter, table
+from tests.workspace import SUITE_SETTINGS
 
 GRID, WIDTH = (2, 2), 8
 TICKS_PER_STEP = 4
@@ -61,8 +62,8 @@ class Cache(NamedTuple):
 
 
 def make_config(*overrides: str) -> Config:
-    """The repository's settings, made small, with a predictor of two thousand weights."""
-    config = load_config(REPOSITORY_ROOT, [*OVERRIDES, *overrides])
+    """The released settings, made small, with a predictor of two thousand weights."""
+    config = load_config(SUITE_SETTINGS, [*OVERRIDES, *overrides])
     small = replace(config.predictor, predictor_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
     return replace(config, predictor=small)
 

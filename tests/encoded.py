@@ -29,6 +29,7 @@ from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import announce, in_use, settle
 from tests.makers import make_vpt_pair, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 STRIDE = 4  # 20 Hz video at 5 fps
 BATCH = 8
@@ -36,7 +37,7 @@ BATCH = 8
 
 def tiny_config(**encode: object) -> Config:
     """VPT recordings, tiny encoder, batches of 8, CPU; keywords replace fields of the encode section."""
-    config = load_config(overrides=["dataset=vpt", "encoder=tiny", "encode.device=cpu"])
+    config = load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny", "encode.device=cpu"])
     return dataclasses.replace(config, encode=dataclasses.replace(config.encode, **{"batch_size": BATCH, **encode}))
 
 

@@ -32,6 +32,7 @@ from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.training.trainer import train
 from tests.encoded import STRIDE, decode_all, encode, make_tars, read_video
+from tests.workspace import SUITE_SETTINGS
 
 DOC = Path(__file__).resolve().parents[1] / "docs/planning.md"
 SMALL = (
@@ -52,6 +53,7 @@ SMALL = (
     ),
     *("train.log_every=1", "train.checkpoint_every=2", "train.num_threads=1"),
 )
+
 QUICK = replace(SETTINGS["notebook"], num_samples=6, num_elites=2, num_rounds=2)
 
 
@@ -73,7 +75,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", str(folder / "runs"))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
-        config = load_config(overrides=SMALL)
+        config = load_config(SUITE_SETTINGS, SMALL)
         small = replace(config.predictor, predictor_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
         config = replace(config, predictor=small)
         make_tars(folder / "shards", {"one": {f"episode-{number}": 30 for number in range(6)}})
@@ -118,7 +120,7 @@ def test_tokens_from_frames_are_those_in_the_cache(trained):
 def test_tokens_of_tubelets_are_those_in_the_cache(trained, tmp_path):
     settings = ("encode.mode=tubelet", "encode.device=cpu", "encode.dtype=bfloat16")
     manifest = encode(
-        trained.folder / "shards", tmp_path / "cache", load_config(overrides=[*SMALL, *settings])
+        trained.folder / "shards", tmp_path / "cache", load_config(SUITE_SETTINGS, [*SMALL, *settings])
     ).manifest
     dataset = CachedDataset(manifest, CacheRoot(tmp_path / "cache"))
     segment = next(run for run in dataset.segments if run.episode == trained.dataset.segments[0].episode)

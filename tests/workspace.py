@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,6 +10,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SUITE_SETTINGS = Path(__file__).resolve().parent / "settings"
+"""params.yaml as it is released, and the presets: what tests load in place of the checkout's, which an experiment may have changed."""
+CHECKOUT = (
+    *("jepa_cache", "stages", "configs", "docs", "benchmarks"),
+    *("dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt", "Makefile", "README.md"),
+    *(".gitignore", ".dvcignore", ".dvc/.gitignore", ".dvc/config"),
+)
+"""What a user has of the repository; nothing that a training, `dvc repro` or an editor may have left beside it."""
 
 SMALLER = {
     "configs/dataset/sample.yaml": {
@@ -32,6 +41,14 @@ SMALLER = {
 }
 
 
+def copy_settings(folder: Path) -> Path:
+    """params.yaml and configs/ of the suite in `folder`, to be edited there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(SUITE_SETTINGS / "params.yaml", folder)
+    shutil.copytree(SUITE_SETTINGS / "configs", folder / "configs")
+    return folder
+
+
 class Workspace:
     """A git checkout with a cache, state and runs folder of its own; commands run in it as a user types them."""
 
@@ -51,18 +68,15 @@ class Workspace:
             "GIT_COMMITTER_EMAIL": "test@example.com",
             "OMP_NUM_THREADS": "1",
         }
-        for name in ("DVC_ROOT", "JEPA_RUNS_HOME", "GIT_DIR", "GIT_INDEX_FILE"):
+        for name in ("GIT_DIR", "GIT_INDEX_FILE"):
             self.env.pop(name, None)
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        for name in filter(None, listed.stdout.decode().split("\0")):
-            if (ROOT / name).is_file():
-                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, self.root / name)
+        for name in CHECKOUT:
+            copy = shutil.copy
+            if (ROOT / name).is_dir():
+                copy = functools.partial(shutil.copytree, ignore=shutil.ignore_patterns("__pycache__"))
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / name, self.root / name)
+        shutil.copy(SUITE_SETTINGS / "params.yaml", self.root)
         for name, changes in SMALLER.items() if smaller else ():
             for old, new in changes.items():
                 self.edit(name, old, new)

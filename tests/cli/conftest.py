@@ -14,9 +14,10 @@ from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import make_tars
+from tests.workspace import copy_settings
 
 EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 60}}
-SETTINGS = {
+CHANGES = {
     "dataset: sample": "dataset: vpt",
     "batch_size: null     # encoder": "batch_size: 8     # encoder",
     "device: auto         # auto | cpu | cuda | cuda:1": "device: cpu",
@@ -80,10 +81,11 @@ class Checkout:
 
 
 def _write_checkout(folder):
-    shutil.copytree(REPOSITORY_ROOT / "configs", folder / "configs")
+    copy_settings(folder)
     shutil.copytree(REPOSITORY_ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    text = (REPOSITORY_ROOT / "params.yaml").read_text()
-    for old, new in SETTINGS.items():
+    text = (folder / "params.yaml").read_text()
+    for old, new in CHANGES.items():
+        assert old in text
         text = text.replace(old, new)
     text = text.replace("  root: null", f"  root: {folder / 'cache'}", 1)
     (folder / "params.yaml").write_text(text)

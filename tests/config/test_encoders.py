@@ -4,6 +4,7 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
+from tests.workspace import SUITE_SETTINGS
 
 PRESETS = {
     "vitb384_v21": "ema_encoder",
@@ -15,7 +16,7 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_v21_encoder_is_an_ordinary_choice(name):
-    config = load_config(overrides=["dataset=vpt", f"encoder={name}", "predictor=ac300m", "train.preset=vpt-16f"])
+    config = load_config(SUITE_SETTINGS, ["dataset=vpt", f"encoder={name}", "predictor=ac300m", "train.preset=vpt-16f"])
     assert config.encode.grid_of(config.encoder) == (24, 24)
     assert config.encode.num_tokens_of(config.encoder) == 576
     assert config.encode.single_frame == "doubled"
@@ -24,7 +25,7 @@ def test_a_v21_encoder_is_an_ordinary_choice(name):
 
 @pytest.mark.parametrize(("encoder", "num_tokens"), [("vitl384_v21", 144), ("vitl", 64), ("vitg384", 144)])
 def test_pooling_quarters_the_tokens_of_every_encoder(encoder, num_tokens):
-    config = load_config(overrides=[f"encoder={encoder}", "encode.pool=2"])
+    config = load_config(SUITE_SETTINGS, [f"encoder={encoder}", "encode.pool=2"])
     assert config.encode.num_tokens_of(config.encoder) == num_tokens
 
 
@@ -69,4 +70,4 @@ def test_seeded_random_weights_of_v21_are_refused(root):
 )
 def test_tokens_that_cannot_be_had_are_refused(overrides, words):
     with pytest.raises(ConfigError, match=words):
-        load_config(overrides=overrides)
+        load_config(SUITE_SETTINGS, overrides)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import TrainConfig
+from tests.workspace import SUITE_SETTINGS
 
 
 def edit(root, old, new, file="params.yaml"):
@@ -95,14 +99,25 @@ def test_a_window_longer_than_a_clip_is_refused_in_clip_mode(root):
 
 def test_every_preset_in_the_repository_loads():
     for kind in ("dataset", "encoder", "predictor"):
-        for path in (REPOSITORY_ROOT / "configs" / kind).glob("*.yaml"):
-            assert getattr(load_config(overrides=[f"{kind}={path.stem}"]), kind).name == path.stem
+        for path in (SUITE_SETTINGS / "configs" / kind).glob("*.yaml"):
+            assert getattr(load_config(SUITE_SETTINGS, [f"{kind}={path.stem}"]), kind).name == path.stem
 
 
 def test_every_training_setting_stands_in_params_so_that_it_can_be_swept(root):
     for field in dataclasses.fields(TrainConfig):
         value = getattr(load_config(root).train, field.name)
         load_config(root, [f"train.{field.name}={json.dumps(value)}"])  # JSON is YAML
+
+
+def test_the_suite_loads_settings_of_its_own_with_the_keys_of_the_checkout():
+    read = YAML(typ="safe", pure=True).load
+    settings = [read(root / "params.yaml") for root in (REPOSITORY_ROOT, SUITE_SETTINGS)]
+    keys = [{key: list(part) if isinstance(part, dict) else None for key, part in it.items()} for it in settings]
+    assert keys[0] == keys[1], "a setting that params.yaml gains or loses is one in tests/settings/params.yaml too"
+    checkout = re.compile(r"load_config\((\)|overrides|ROOT|REPOSITORY_ROOT)|ROOT / .params\.yaml")
+    tests = Path(__file__).parents[1]
+    readers = {path.relative_to(tests) for path in tests.rglob("*.py") if checkout.search(path.read_text())}
+    assert not readers, "load SUITE_SETTINGS: what an experiment left in params.yaml must not decide a test"
 
 
 def test_paths_are_not_taken_for_overrides():

@@ -35,6 +35,7 @@ from jepa_cache.store.reader import read_table
 from jepa_cache.store.writer import table
 from tests.data.conftest import SPLIT
 from tests.makers import REAL_VPT, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 STRIDE = 4  # ticks from a step to the next in the encoded recordings
 PAIR = REAL_VPT / "trimmed_shabby-viridian-beaver-b064d8e1dc68-20220417-011815"
@@ -255,7 +256,7 @@ def test_every_real_log_begins_with_ticks_in_which_nobody_acts():
 
 def test_every_filter_is_explained_and_can_be_swept():
     page = (REPOSITORY_ROOT / "docs/filters.md").read_text()
-    section = (REPOSITORY_ROOT / "params.yaml").read_text().partition("\nfilter:")[2].partition("\nscaler:")[0]
+    section = (SUITE_SETTINGS / "params.yaml").read_text().partition("\nfilter:")[2].partition("\nscaler:")[0]
     for field in dataclasses.fields(FilterConfig):
         assert f"| `{field.name}` |" in page and f"\n  {field.name}: " in section, field.name
-    assert load_config().filter == NO_FILTER
+    assert load_config(SUITE_SETTINGS).filter == NO_FILTER

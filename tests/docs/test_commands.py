@@ -18,7 +18,7 @@ import typer
 from jepa_cache.cli.main import COMMANDS, build_app
 from jepa_cache.config.loading import is_override, load_config
 from tests.docs.blocks import ROOT, Block, find_blocks
-from tests.workspace import Workspace
+from tests.workspace import SUITE_SETTINGS, Workspace
 
 BLOCKS = find_blocks()
 # Programs that are not ours; what they are given is not checked.
@@ -60,7 +60,7 @@ def check_settings(words: list[str], added: set[str]) -> None:
         if not (key == "encoder" and value in added):
             grids.append([f"{key}={single}" for single in ([value] if value.startswith("[") else value.split(","))])
     for number in range(max(map(len, grids), default=0)):
-        load_config(ROOT, [grid[min(number, len(grid) - 1)] for grid in grids])
+        load_config(SUITE_SETTINGS, [grid[min(number, len(grid) - 1)] for grid in grids])
 
 
 def check_command(command: str, added: set[str] = frozenset()) -> None:

@@ -19,6 +19,7 @@ from jepa_cache.encoder.structure import level_layers, parameter_shapes
 from jepa_cache.encoder.vit import rotate, rotation_tables
 from jepa_cache.encoder.vit21 import VisionTransformer21
 from tests.official_files import without_storage, write_v21_file
+from tests.workspace import SUITE_SETTINGS
 
 CPU = torch.device("cpu")
 
@@ -159,12 +160,14 @@ def test_a_file_of_the_released_structure_loads_whatever_wrapped_it(tmp_path, pr
 
 @pytest.mark.parametrize("name", ["vitb384_v21", "vitl384_v21", "vitg384_v21", "vitgigantic384_v21"])
 def test_files_of_the_released_sizes_load_into_their_presets_and_no_other(tmp_path, name):
-    preset = load_config(overrides=[f"encoder={name}"]).encoder
+    preset = load_config(SUITE_SETTINGS, [f"encoder={name}"]).encoder
     shapes = parameter_shapes(preset)
     write_v21_file(tmp_path / "v21.pt", without_storage(shapes), entry=preset.weights_entry)
     state = load_encoder_state(preset, tmp_path / "v21.pt")
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == shapes
-    other = load_config(overrides=["encoder=vitl384_v21" if "vitl" not in name else "encoder=vitb384_v21"]).encoder
+    other = load_config(
+        SUITE_SETTINGS, ["encoder=vitl384_v21" if "vitl" not in name else "encoder=vitb384_v21"]
+    ).encoder
     with pytest.raises(CheckpointError, match=f"not those of encoder preset '{other.name}'"):
         load_encoder_state(replace(other, weights_entry=preset.weights_entry), tmp_path / "v21.pt")
 

@@ -13,8 +13,9 @@ from jepa_cache.encoder.vit21 import VisionTransformer21
 from jepa_cache.encoding.costs import compare_runs, count_encoder, count_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
+from tests.workspace import SUITE_SETTINGS
 
-CONFIG = load_config()
+CONFIG = load_config(SUITE_SETTINGS)
 
 
 def _count(function):
@@ -80,8 +81,8 @@ def test_a_window_in_training_costs_what_torch_counts(window_steps, auto_steps, 
 
 def test_break_even_does_not_depend_on_the_predictor_and_the_gain_does():
     shape = {"encode": CONFIG.encode, "num_frames": 1000, "num_actions": 7, "num_states": 7}
-    vitl = load_config(overrides=["encoder=vitl", "predictor=small"])
+    vitl = load_config(SUITE_SETTINGS, ["encoder=vitl", "predictor=small"])
     small = compare_runs(vitl.encoder, vitl.predictor, vitl.train, **shape)
-    large = compare_runs(vitl.encoder, load_config(overrides=["predictor=ac300m"]).predictor, vitl.train, **shape)
+    large = compare_runs(vitl.encoder, load_config(SUITE_SETTINGS, ["predictor=ac300m"]).predictor, vitl.train, **shape)
     assert small.runs == large.runs == 1000 / (600 * 32 * 8)
     assert small.gain_per_run > large.gain_per_run > 1

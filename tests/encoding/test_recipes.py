@@ -20,6 +20,7 @@ from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint, recipe_changes
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny_config
+from tests.workspace import SUITE_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -321,20 +322,21 @@ PINNED = {
 
 @pytest.mark.parametrize(("preset", "mode"), PINNED)
 def test_the_recipes_of_caches_that_exist_keep_their_fingerprints(preset, mode):
-    config = load_config(overrides=["dataset=vpt", f"encoder={preset}", f"encode.mode={mode}"])
+    config = load_config(SUITE_SETTINGS, ["dataset=vpt", f"encoder={preset}", f"encode.mode={mode}"])
     source = build_source(config.dataset.source, config.dataset.source_options)
     assert fingerprint(token_recipe(config.encode, config.encoder, source.recipe, "pinned")) == PINNED[preset, mode]
 
 
 FINGERPRINTS = """
 import sys
+from pathlib import Path
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.actions import get_action_space
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint
-config = load_config(overrides=["dataset=vpt", "encoder=tiny"])
+config = load_config(Path(sys.argv[1]), ["dataset=vpt", "encoder=tiny"])
 source = build_source(config.dataset.source, config.dataset.source_options)
 print(fingerprint(token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest))))
 print(fingerprint(action_recipe(config.encode, config.encoder, source.recipe, get_action_space("vpt13"))))
@@ -344,12 +346,10 @@ print(sys.modules["jepa_cache"].__file__)
 
 def test_comments_in_the_code_and_the_code_of_stage_two_change_no_fingerprint(tmp_path):
     shutil.copytree(ROOT / "jepa_cache", tmp_path / "jepa_cache", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("configs", "params.yaml"):
-        (tmp_path / name).symlink_to(ROOT / name)
     for path in (tmp_path / "jepa_cache").rglob("*.py"):
         stage_two = path.relative_to(tmp_path).parts[1] in ("training", "predictor", "evaluation", "data")
         path.write_text(path.read_text() + ("\nNEW_CODE = 1\n" if stage_two else "\n# A new comment.\n"))
-    command = [sys.executable, "-c", FINGERPRINTS]
+    command = [sys.executable, "-c", FINGERPRINTS, str(SUITE_SETTINGS)]
     results = []
     for folder in (ROOT, tmp_path):
         process = subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from jepa_cache.encoding.summary import describe_result
 from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tars, read_episodes, tiny_config
+from tests.workspace import SUITE_SETTINGS
 
 EPISODES = {"a": {"a0": 20, "a1": 24}, "b": {"b0": 28, "b1": 32}, "c": {"c0": 20}}
 
@@ -59,4 +60,4 @@ def test_more_than_there_are_is_everything(folder, tmp_path):
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "all"])
 def test_a_number_that_is_none_is_refused(value):
     with pytest.raises(ConfigError, match="max_episodes"):
-        load_config(overrides=[f"encode.max_episodes={value}"])
+        load_config(SUITE_SETTINGS, [f"encode.max_episodes={value}"])

@@ -26,6 +26,7 @@ from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.model import ACPredictor, PredictorOutput
 from jepa_cache.predictor.rollout import normalize_tokens
 from tests.caches import GRID, WIDTH, make_cache
+from tests.workspace import SUITE_SETTINGS
 
 MIDDLE = MAP_STEPS // 2
 
@@ -201,7 +202,7 @@ def test_the_axes_suit_the_action_space_and_what_changes(space, asked, still, ex
 )
 def test_settings_that_cannot_work_are_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
-        load_config(overrides=[override])
+        load_config(SUITE_SETTINGS, [override])
 
 
 def test_tables_metrics_and_pictures_agree(cache, tmp_path):

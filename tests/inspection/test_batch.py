@@ -6,7 +6,6 @@ steps were made of; what cannot be shown is said.
 
 import hashlib
 import json
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +15,6 @@ from accelerate import Accelerator
 from typer.testing import CliRunner
 
 from jepa_cache.cli.inspect_data import inspect
-from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.data.cache import Segment
 from jepa_cache.data.frames import read_frames
 from jepa_cache.inspection.batch import measure_spread
@@ -27,6 +25,7 @@ from jepa_cache.training.feed import Feed
 from tests.browser import measure_widths
 from tests.caches import OVERRIDES, TICKS_PER_STEP, make_cache
 from tests.makers import make_vpt_pair, write_vpt_tar
+from tests.workspace import copy_settings
 
 NUM_STEPS = 12
 EVIL = "<script>alert(1)<"  # no slash: that would be a folder in the tar
@@ -36,8 +35,7 @@ EVIL = "<script>alert(1)<"  # no slash: that would be a folder in the tar
 def recorded(tmp_path_factory):
     """A checkout with a cache whose one unit is a tar shard of videos; its key of the digest table is kept by each test."""
     folder = tmp_path_factory.mktemp("batch")
-    shutil.copy(REPOSITORY_ROOT / "params.yaml", folder)
-    shutil.copytree(REPOSITORY_ROOT / "configs", folder / "configs")
+    copy_settings(folder)
     names = [*(f"episode-{number}" for number in range(4)), EVIL]
     pairs = {name: make_vpt_pair(NUM_STEPS * TICKS_PER_STEP, seed=seed) for seed, name in enumerate(names)}
     tar = write_vpt_tar(folder / "shards/a.tar", pairs)
@@ -174,8 +172,7 @@ def test_a_scaler_of_other_episodes_is_refused_as_training_does(here):
 
 
 def test_a_folder_in_which_nothing_is_encoded_says_what_to_run(tmp_path, here, monkeypatch):
-    for name in ("params.yaml", "configs"):
-        (tmp_path / name).symlink_to(REPOSITORY_ROOT / name)
+    copy_settings(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert "run `python stages/encode.py` first" in str(here().exception)
 

@@ -5,7 +5,6 @@ the data; any source will do.
 """
 
 import json
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,7 +14,6 @@ from typer.testing import CliRunner
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_data import inspect
-from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.inspection import statistics
 from jepa_cache.inspection.page import build_page
@@ -25,6 +23,7 @@ from jepa_cache.sources import build_source
 from tests.browser import measure_widths
 from tests.droid_makers import make_episode, write_raw
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
+from tests.workspace import copy_settings
 
 NUM_FRAMES = 50
 VIDEO = make_video(NUM_FRAMES)
@@ -312,8 +311,7 @@ def test_a_page_in_a_folder_that_is_not_there_is_refused_before_the_work(tmp_pat
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder with settings and presets of its own, in which the command is typed."""
-    shutil.copy(REPOSITORY_ROOT / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY_ROOT / "configs", tmp_path / "configs")
+    copy_settings(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

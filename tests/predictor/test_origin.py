@@ -31,6 +31,7 @@ from jepa_cache.predictor.checkpoints import (
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import without_storage, write_official_file
+from tests.workspace import SUITE_SETTINGS
 
 SIZES = {
     "embed_dim": 8,
@@ -66,7 +67,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released file's 300 + 484 tensors at full size, without their gigabytes."""
     path = tmp_path_factory.mktemp("released") / "vjepa2-ac-vitg.pt"
     shapes = {name: tuple(tensor.shape) for name, tensor in build_released().state_dict().items()}
-    encoder = load_config(overrides=["encoder=ac_vitg"]).encoder
+    encoder = load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder
     write_official_file(path, without_storage(shapes), without_storage(parameter_shapes(encoder)))
     return path
 
@@ -79,7 +80,7 @@ def test_the_released_structure_loads_strictly_at_full_size(released: Path):
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         load_predictor_weights(build_released(), released)
         assert load_start_weights(build_released(), released) == ()
-    preset = load_config(overrides=["encoder=ac_vitg"]).encoder
+    preset = load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder
     assert sum(tensor.numel() for tensor in load_encoder_state(preset, released).values()) == 1_012_173_952
 
 
@@ -137,7 +138,7 @@ def test_conditioning_encoders_of_another_predictor_are_not_taken_for_new(offici
 def test_the_encoder_in_an_official_file_is_known_as_a_cache_names_it(official: Path, entry: str):
     from dataclasses import replace
 
-    preset = replace(load_config(overrides=["encoder=ac_vitg"]).encoder, weights_entry=entry)
+    preset = replace(load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder, weights_entry=entry)
     identity = weights_identity(preset, official, digest=file_digest)
     assert identity in encoder_identities(official, file_digest)
     match = check_encoder(official, identity, digest=file_digest)
