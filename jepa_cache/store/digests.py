@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.config.machine import state_folder
+from jepa_cache.config.machine import spell_name, state_folder
 from jepa_cache.store.recipe import file_digest
 
 SCHEMA = """
@@ -40,7 +40,7 @@ class Remembered(NamedTuple):
     def digest(self, path: Path) -> str | None:
         """sha256 of a file that has not changed since it was last hashed; else None. Never reads it."""
         path = path.resolve()
-        known, stat = self.files.get(str(path)), path.stat()
+        known, stat = self.files.get(spell_name(str(path))), path.stat()
         return known[2] if known and known[:2] == (stat.st_size, stat.st_mtime_ns) else None
 
     def earlier(self, files: Sequence[Path]) -> Sequence[str]:
@@ -124,7 +124,7 @@ class DigestTable:
 def _digest_file(connection: sqlite3.Connection, path: Path) -> str:
     path = path.resolve()
     stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    key = (spell_name(str(path)), stat.st_size, stat.st_mtime_ns)
     row = connection.execute(
         "SELECT digest FROM digests WHERE path = ? AND num_bytes = ? AND modified_ns = ?", key
     ).fetchone()
