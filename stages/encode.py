@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         base = recordings_base(config, ROOT)
         result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts)
         write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
-        settle(root, result.manifest)
+        settle(root, result.manifest, result.unreadable)
     if workers is None:
         record_rate(config, result.timing)
     print(describe_result(result, root))

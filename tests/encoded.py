@@ -81,10 +81,10 @@ def run_stage_one(folder: Path, root: CacheRoot, config: Config) -> Manifest:
         return parts
 
     with in_use(root):
-        manifest = encode_dataset(config, [str(folder)], base=folder, root=root, on_plan=on_plan).manifest
-        write_manifest(manifest, [root.manifest(manifest.digest)])
-        settle(root, manifest)
-    return manifest
+        result = encode_dataset(config, [str(folder)], base=folder, root=root, on_plan=on_plan)
+        write_manifest(result.manifest, [root.manifest(result.manifest.digest)])
+        settle(root, result.manifest, result.unreadable)
+    return result.manifest
 
 
 def all_files(folder: Path) -> dict[str, bytes]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jepa_cache.encoding.planning import Amount, PartPlan
     from jepa_cache.store.root import CacheRoot
 
+MAX_SHOWN = 20  # unusable recordings
+
 
 def plan(
     arguments: Annotated[
@@ -101,6 +103,7 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
             "hours": to_do.num_frames / given / 3600 if given else None,
         },
         "break_even": _describe_runs(runs, config.predictor.name),
+        "unusable": [recording._asdict() for part in parts for recording in part.unusable],
         "notes": inventory.notes,
     }
     return Outcome(document, _list_lines(document, parts, runs), FINE if fits else PROBLEM)
@@ -149,6 +152,10 @@ def _describe_runs(runs: BreakEven, predictor: str) -> dict[str, Any]:
 
 def _list_lines(document: dict[str, Any], parts: Sequence[PartPlan], runs: BreakEven) -> list[str]:
     lines = [f"note: {note}" for note in document["notes"]]
+    unusable = document["unusable"]
+    lines += [f"unusable: {recording['key']}: {recording['reason']}" for recording in unusable[:MAX_SHOWN]]
+    if len(unusable) > MAX_SHOWN:
+        lines.append(f"unusable: {len(unusable) - MAX_SHOWN} more, see --json")
     for part in parts:
         words = f"{part.part.preset.name} ({part.part.view}), recipe {part.part.tokens}"
         lines.append(f"{words}: {round(part.done.num_units)} units done, {round(part.to_do.num_units)} to do")

@@ -22,3 +22,11 @@ def existing_folder(path: Path) -> Path:
 def state_folder() -> Path:
     """Folder of what this machine remembers: $XDG_STATE_HOME/jepa-cache, else ~/.local/state/jepa-cache."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"
+
+
+def spell_name(name: str) -> str:
+    r"""A name of a file or member as text that can be stored: bytes that are no UTF-8 (Latin-1 names, say) as \xe9.
+
+    Python holds such bytes as lone surrogates, which neither Parquet nor SQLite nor a terminal takes.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

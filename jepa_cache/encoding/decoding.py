@@ -15,7 +15,7 @@ from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.modes import StepPlan, plan_episode
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import Video, open_video
-from jepa_cache.sources import Source, Unit
+from jepa_cache.sources import Source, Unit, describe_unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,13 @@ class UnitEnd(NamedTuple):
     """Marks that the recordings of one unit are through."""
 
     unit: Unit
+
+
+class UnreadableUnit(NamedTuple):
+    """Marks that a unit cannot be read, or not to its end, and why: what came of it is not used."""
+
+    unit: Unit
+    reason: str
 
 
 class Unusable(NamedTuple):
@@ -88,8 +95,8 @@ class Decoders:
         preprocess: Callable[[np.ndarray], torch.Tensor],
     ) -> None:
         self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
-        self._items: queue.Queue[EpisodeStream | Skipped | Unusable | UnitEnd | Exception | None] = queue.Queue(
-            settings.encode.num_decoders
+        self._items: queue.Queue[EpisodeStream | Skipped | Unusable | UnitEnd | UnreadableUnit | Exception | None] = (
+            queue.Queue(settings.encode.num_decoders)
         )
         self._stop = threading.Event()
 
@@ -104,7 +111,7 @@ class Decoders:
         self._feeder.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | UnitEnd]:
+    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | UnitEnd | UnreadableUnit]:
         while (item := self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -113,14 +120,22 @@ class Decoders:
     def _feed(self) -> None:
         try:
             for unit in self._units:
-                for recording in self._source.iter_episodes(unit):
-                    if self._stop.is_set():
-                        return
-                    self._put(self._items, self._start(recording))
-                self._put(self._items, UnitEnd(unit))
+                self._put(self._items, self._feed_unit(unit))
             self._put(self._items, None)
         except Exception as error:  # handed to the consumer, which raises it
             self._put(self._items, error)
+
+    def _feed_unit(self, unit: Unit) -> UnitEnd | UnreadableUnit:
+        recordings = self._source.iter_episodes(unit)
+        while not self._stop.is_set():
+            try:
+                recording = next(recordings, None)
+            except (ValueError, OSError) as error:
+                return UnreadableUnit(unit, describe_unreadable(error))
+            if recording is None:
+                break
+            self._put(self._items, self._start(recording))
+        return UnitEnd(unit)
 
     def _start(self, recording: Episode | Skipped) -> EpisodeStream | Skipped | Unusable:
         if isinstance(recording, Skipped):

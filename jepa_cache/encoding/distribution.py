@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.claims import wait_for_others
-from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder
+from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import ProgressBar
 from jepa_cache.encoding.recipes import token_recipe
@@ -41,12 +41,13 @@ class UnitResult(NamedTuple):
     num_encoded: int
     timing: Timing
     busy: bool = False  # another encoder holds it
+    unreadable: str | None = None  # why its recordings cannot be read
     failure: str | None = None  # it cannot be encoded, however often it is tried
 
 
 def encode_on_workers(
     tasks: Sequence[EncodeTask], root: CacheRoot, workers: Workers, action_space: str
-) -> tuple[Timing, int]:
+) -> tuple[Timing, int, Unreadable]:
     """Encode every unit of the tasks on Dask workers, which also aggregate its actions.
 
     A unit whose worker dies goes to another one. What cannot be encoded at all does not stop the rest.
@@ -58,15 +59,17 @@ def encode_on_workers(
         action_space: Its name.
 
     Returns:
-        Summed timing of the workers, of which `elapsed_s` is the time that passed here; and the number of encoded units.
+        Summed timing of the workers, of which `elapsed_s` is the time that passed here; the number of encoded units; and those
+        that cannot be read.
 
     Raises:
         EncodeFailedError: Listing the units that failed, after all others are through.
         ValueError: No scheduler or worker answers, or none offers what the tasks need.
     """
     if not tasks:
-        return Timing(), 0
+        return Timing(), 0, {}
     begun, timing, num_encoded, failures = time.perf_counter(), Timing(), 0, []
+    unreadable: Unreadable = {}
     with (
         workers.connect(tasks[0].encode.device, tasks[0].num_threads) as connection,
         ProgressBar("main", sum(task.num_bytes for task in tasks)) as bar,
@@ -88,6 +91,8 @@ def encode_on_workers(
                 num_encoded += result.num_encoded
                 if result.busy:
                     busy.append(task)
+                elif result.unreadable is not None:
+                    unreadable[task.part.tokens, task.part.units[0][1]] = result.unreadable
                 elif result.failure is not None:
                     failures.append(f"{task.part.units[0][0].path}: {result.failure}")
             units = busy
@@ -98,7 +103,7 @@ def encode_on_workers(
             f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
             "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
         )
-    return replace(timing, elapsed_s=time.perf_counter() - begun), num_encoded
+    return replace(timing, elapsed_s=time.perf_counter() - begun), num_encoded, unreadable
 
 
 def _run_round(
@@ -185,6 +190,8 @@ def encode_unit(task: EncodeTask, root: CacheRoot, action_space: str, report_to:
             filled = fill_part(task, encoder, root, report)
             if filled.busy:
                 return UnitResult(0, filled.timing, busy=True)
+            if filled.unreadable:
+                return UnitResult(0, filled.timing, unreadable=next(iter(filled.unreadable.values())))
             for unit, digest in task.part.units:
                 ensure_actions(root, task.part, get_action_space(action_space), unit, digest)
         except ValueError as error:  # what a user can cause; no use trying again

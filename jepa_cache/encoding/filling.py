@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be had for every machine
 
 
+Unreadable = dict[tuple[str, str], str]
+"""Token fingerprint and digest of a unit whose recordings cannot be read, to the reason."""
+
+
 @dataclass(frozen=True)
 class EncodeTask:
     """Units of one part that are missing, and what encoding them needs; small, for it may travel to a worker."""
@@ -58,11 +62,12 @@ class EncodeTask:
 
 
 class Filled(NamedTuple):
-    """What `fill_part` did, and the units that it left to other encoders, which hold them."""
+    """What `fill_part` did, the units that other encoders hold, and the digests of those that cannot be read, with the reason."""
 
     num_encoded: int
     timing: Timing
     busy: tuple[tuple[Unit, str], ...]
+    unreadable: dict[str, str]
 
 
 def resolve_device(wanted: str) -> str:
@@ -127,12 +132,12 @@ def fill_part(
         on_progress: Called after every batch with the timing so far and the bytes of recordings that are through.
 
     Raises:
-        ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
+        ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
     """
     encode, part = task.encode, task.part
     settings = DecodeSettings(encode, encoder.preset.tubelet_size, part.phase)
     with Claims(root, part.tokens) as claims:
-        timing = encode_units(
+        timing, unreadable = encode_units(
             claims.take(part.units),
             part.source,
             encoder,
@@ -145,7 +150,7 @@ def fill_part(
             provenance=describe_machine(encoder, encode.batch_size, task.num_threads),
             on_progress=on_progress,
         )
-    return Filled(claims.num_taken, timing, tuple(claims.busy))
+    return Filled(claims.num_taken - len(unreadable), timing, tuple(claims.busy), unreadable)
 
 
 def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) -> dict[str, object]:

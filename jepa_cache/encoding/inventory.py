@@ -12,7 +12,9 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.config.schema import Config, EncoderPreset
 from jepa_cache.encoder.weights import find_weights, weights_identity
 from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
-from jepa_cache.sources import Unit
+from jepa_cache.encoding.units import Digested, hash_units, sort_units
+from jepa_cache.episode import Skipped
+from jepa_cache.sources import Unit, find_obstacle
 from jepa_cache.store.digests import DigestTable, Remembered, join_digests
 
 # New and changed files are hashed up to here, some tenths of a second; terabytes are left to stage one.
@@ -87,23 +89,23 @@ class _Lookup:
         self.remembered = table.remember()
         self._left = HASH_BYTES
 
-    def __call__(self, units: Sequence[Unit]) -> list[tuple[Unit, str]]:
-        digests, new = {}, []
+    def __call__(self, units: Sequence[Unit]) -> Digested:
+        known: dict[Unit, str | Skipped] = {}
+        new = []
         for unit in units:
-            known = [self.remembered.digest(file) for file in unit.files]
+            if (obstacle := find_obstacle(unit)) is not None:
+                known[unit] = Skipped(unit.name, obstacle)
+                continue
+            digests = [self.remembered.digest(file) for file in unit.files]
             num_bytes = sum(
-                file.stat().st_size for file, digest in zip(unit.files, known, strict=True) if digest is None
+                file.stat().st_size for file, digest in zip(unit.files, digests, strict=True) if digest is None
             )
-            if None not in known:
-                digests[unit] = join_digests(known)
+            if None not in digests:
+                known[unit] = join_digests(digests)
             elif num_bytes <= self._left:
                 self._left -= num_bytes
                 new.append(unit)
             else:
-                digests[unit] = f"{UNREAD}{unit.path}"
-        bar = tqdm(new, desc="checking recordings", unit="unit", delay=2)
-        digests |= zip(new, self._table.digest_units(unit.files for unit in bar), strict=True)
-        distinct: dict[str, Unit] = {}
-        for unit in units:
-            distinct.setdefault(digests[unit], unit)
-        return [(distinct[digest], digest) for digest in sorted(distinct)]
+                known[unit] = f"{UNREAD}{unit.path}"
+        known |= hash_units(self._table, tqdm(new, desc="checking recordings", unit="unit", delay=2))
+        return sort_units((unit, known[unit]) for unit in units)

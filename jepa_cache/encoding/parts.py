@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -18,9 +17,9 @@ from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.encoding.subset import take_recordings
-from jepa_cache.encoding.units import digest_units, list_units
+from jepa_cache.encoding.units import Digested, digest_units, list_units
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.sources import Source, Unit, build_source
+from jepa_cache.sources import Source, Unit, build_source, iter_recordings
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.usage import WantedPart
@@ -42,6 +41,8 @@ class Part:
     recipe: dict[str, Any]
     action_recipe: dict[str, Any]
     notes: tuple[str, ...] = ()  # on what was left out before any recording was read
+    copies: Sequence[tuple[Unit, str]] = ()  # further units with the content of one in `units`
+    unreadable: Sequence[Skipped] = ()  # units of which not every file can be read
 
     @property
     def source(self) -> Source:
@@ -139,7 +140,7 @@ def plan_parts(
     inputs: Sequence[str],
     base: Path,
     *,
-    digest: Callable[[Sequence[Unit]], list[tuple[Unit, str]]] = digest_units,
+    digest: Callable[[Sequence[Unit]], Digested] = digest_units,
 ) -> list[Part]:
     """One part for every data set of a mixture, camera and phase.
 
@@ -163,18 +164,20 @@ def plan_parts(
             found, notes = list_units(source, preset, inputs, base), ()
             if config.encode.max_episodes is not None:
                 found, notes = take_recordings(source, found, config.encode.max_episodes)
-            units = digest(found)
-            for phase in _phases(config, source, units):
+            digested = digest(found)
+            for phase in _phases(config, source, digested.units):
                 parts.append(
                     Part(
                         preset=preset,
                         weight=weight,
                         camera=camera,
                         phase=phase,
-                        units=units,
+                        units=digested.units,
                         recipe=token_recipe(config.encode, encoder, source.recipe, identity, phase=phase),
                         action_recipe=action_recipe(config.encode, encoder, source.recipe, space, phase=phase),
                         notes=notes,
+                        copies=digested.copies,
+                        unreadable=digested.unreadable,
                     )
                 )
     return parts
@@ -208,8 +211,7 @@ def check_controls(config: Config, part: Part, space: ActionSpace) -> None:
 
 def _iter_recordings(part: Part) -> Iterator[Episode | Skipped]:
     for unit, _ in part.units:
-        with contextlib.suppress(ValueError):  # Encoding meets the same error and reports it.
-            yield from part.source.iter_episodes(unit)
+        yield from iter_recordings(part.source, unit)
 
 
 def _phases(config: Config, source: Source, units: Sequence[tuple[Unit, str]]) -> tuple[int, ...]:
@@ -218,7 +220,7 @@ def _phases(config: Config, source: Source, units: Sequence[tuple[Unit, str]]) -
     if not isinstance(phases, str):
         return phases
     for unit, _ in units:
-        for recording in source.iter_episodes(unit):
+        for recording in iter_recordings(source, unit):
             if isinstance(recording, Episode):
                 return tuple(range(sampling_stride(recording.fps, config.encode.fps)))
     raise ValueError(

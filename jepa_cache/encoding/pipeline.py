@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd, Unusable
+from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream, UnitEnd, UnreadableUnit, Unusable
 from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.episode import Episode, Skipped
@@ -67,6 +67,13 @@ class _UnitRows:
     decoders: dict[str, int] = field(default_factory=dict)
 
 
+class Encoded(NamedTuple):
+    """What `encode_units` took, and the digests of the units that could not be read, each with the reason: they have no store."""
+
+    timing: Timing
+    unreadable: dict[str, str]
+
+
 def encode_units(
     units: Iterable[tuple[Unit, str]],
     source: Source,
@@ -80,7 +87,7 @@ def encode_units(
     card: Mapping[str, Any],
     provenance: Mapping[str, Any],
     on_progress: Callable[[Timing, int], None],
-) -> Timing:
+) -> Encoded:
     """Encode every unit and publish its token store and controls, one unit after the other.
 
     Args:
@@ -97,8 +104,9 @@ def encode_units(
         on_progress: Called after every batch with the timing so far and the bytes of recordings that are through.
 
     Raises:
-        ValueError: When the encoder overflows the stored dtype, or a unit cannot be read at all.
+        ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
     """
+    unreadable: dict[str, str] = {}
     taken: deque[tuple[Unit, str]] = deque()
 
     def take() -> Iterator[Unit]:
@@ -117,7 +125,11 @@ def encode_units(
                 unit, digest = taken.popleft()
                 places = (root.tokens(fingerprint, digest), root.controls(source_fingerprint, digest))
                 current = _OpenUnit(root, *places, encoder, dtype, write)
-            if isinstance(item, UnitEnd):
+            if isinstance(item, UnreadableUnit):
+                write.close(current.tokens)
+                unreadable[digest] = item.reason
+                current = None
+            elif isinstance(item, UnitEnd):
                 check_unchanged(unit, digest)
                 current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
                 assert item.unit == unit
@@ -138,7 +150,7 @@ def encode_units(
                 bytes_through += video_bytes(item.episode.video)
     timing.elapsed_s = time.perf_counter() - started
     timing.write_s = write.wait_s
-    return timing
+    return Encoded(timing, unreadable)
 
 
 def video_bytes(video: Any) -> int:
@@ -167,12 +179,12 @@ class _OpenUnit:
         self._to_stored, self._measure_cast = (functools.partial(f, dtype=dtype) for f in (to_stored, measure_cast))
         self._encoder = encoder
         self._write = write
-        self._tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width, dtype=dtype)
+        self.tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width, dtype=dtype)
         self._step_bytes = step_bytes(dtype, encoder.num_tokens, encoder.width)
         self._root, self._controls_path = root, controls_path
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
         self._num_steps = 0
-        write.open(self._tokens)
+        write.open(self.tokens)
 
     def encode(self, stream: EpisodeStream, timing: Timing) -> Any:
         """Encode one episode; yields (frames, bytes) per batch. An unreadable video is taken back and skipped by name."""
@@ -185,11 +197,11 @@ class _OpenUnit:
                 timing.encode_s += time.perf_counter() - begun
                 luma.append(batch.luma)
                 self._num_steps += len(tokens)
-                self._write(self._tokens.append, tokens, errors)
+                self._write(self.tokens.append, tokens, errors)
                 yield batch.pixels.shape[0] * batch.pixels.shape[1], len(tokens) * self._step_bytes
         except DecodeError as error:
             self._num_steps = start
-            self._write(self._tokens.roll_back, start)
+            self._write(self.tokens.roll_back, start)
             self.skip(stream.episode, str(error))
             return
         except self._overflow as error:
@@ -225,9 +237,9 @@ class _OpenUnit:
             "num_episodes": len(rows.steps),
         }
         self._write(_write_controls, self._root, self._controls_path, self._controls)
-        self._write(self._tokens.publish, steps, segments, card, provenance)
-        self._write.close(self._tokens)
-        self._write(self._root.publish, self._tokens.final)
+        self._write(self.tokens.publish, steps, segments, card, provenance)
+        self._write.close(self.tokens)
+        self._write(self._root.publish, self.tokens.final)
 
     def _describe(self, stream: EpisodeStream, start: int, luma: np.ndarray) -> None:
         episode, plan = stream.episode, stream.plan

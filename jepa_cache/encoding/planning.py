@@ -14,10 +14,10 @@ from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.inventory import Inventory, is_unread
 from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import Part
-from jepa_cache.episode import Episode
+from jepa_cache.episode import Skipped
 from jepa_cache.media.headers import VIDEO_SUFFIXES, iter_tar_videos
 from jepa_cache.media.probe import header_counts
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import STEPS_FILE
 from jepa_cache.store.quantisation import SCHEMES, check_width
 from jepa_cache.store.reader import read_table
@@ -62,6 +62,7 @@ class PartPlan:
         rest: Actions and controls of all units.
         to_write: Tokens, actions and controls that are to be made, tokens in the dtype of the settings.
         num_measured: Units of those to do that were looked at; the others were estimated by their bytes.
+        unusable: The recordings in them that cannot be used, with the reason.
         largest_steps: Of one unit to do.
     """
 
@@ -73,13 +74,11 @@ class PartPlan:
     to_write: Size
     num_measured: int
     largest_steps: int
+    unusable: list[Skipped]
 
 
 def plan_encode(inventory: Inventory, encode: EncodeConfig, space: ActionSpace, root: CacheRoot) -> list[PartPlan]:
     """Measure every part of a run.
-
-    Raises:
-        ValueError: A unit cannot be read at all.
 
     Cost: of each unit to do the headers of its videos; its records too where it is no tar shard.
     """
@@ -98,10 +97,12 @@ def _plan_part(
             done.append(amount)
     chosen = _choose(units)
     bar = tqdm(chosen, desc="reading headers", unit="unit", delay=2, disable=None)
-    amounts = [_measure_unit(part, unit, encode, encoder) for unit, _ in bar]
+    unusable = list(part.unreadable)
+    amounts = [_measure_unit(part, unit, encode, encoder, unusable) for unit, _ in bar]
     factor = _count_bytes(units) / max(1, _count_bytes(chosen)) if len(chosen) < len(units) else 1.0
     to_do = sum(amounts, Amount()).scaled(factor)
     to_do.num_units = len(units)
+    to_do.num_unusable += len(part.unreadable)
 
     num_tokens = encode.num_tokens_of(encoder)
 
@@ -130,7 +131,7 @@ def _plan_part(
     ]
     to_write = total(missing, factor)
     largest = max((int(amount.num_steps) for amount in amounts), default=0)
-    return PartPlan(part, sum(done, Amount()), to_do, sizes, rest, to_write, len(chosen), largest)
+    return PartPlan(part, sum(done, Amount()), to_do, sizes, rest, to_write, len(chosen), largest, unusable)
 
 
 def _measure_store(root: CacheRoot, store: Path, encode: EncodeConfig, encoder: EncoderPreset) -> Amount | None:
@@ -147,18 +148,22 @@ def _measure_store(root: CacheRoot, store: Path, encode: EncodeConfig, encoder: 
     return Amount(1, card["num_episodes"], len(card["skipped"]), num_frames, card["num_steps"], num_ticks)
 
 
-def _measure_unit(part: Part, unit: Unit, encode: EncodeConfig, encoder: EncoderPreset) -> Amount:
+def _measure_unit(
+    part: Part, unit: Unit, encode: EncodeConfig, encoder: EncoderPreset, unusable: list[Skipped]
+) -> Amount:
     amount = Amount(num_units=1)
     for recording in _iter_lengths(part, unit):
-        if recording is None:
+        if isinstance(recording, Skipped):
             amount.num_unusable += 1
+            unusable.append(recording)
             continue
-        num_frames, fps = recording
+        key, num_frames, fps = recording
         amount.num_ticks += num_frames
         try:
             plan = plan_episode(num_frames, fps, encode, tubelet_size=encoder.tubelet_size, phase=part.phase)
-        except ValueError:  # too short or too slow under these settings
+        except ValueError as error:  # too short or too slow under these settings
             amount.num_unusable += 1
+            unusable.append(Skipped(key, str(error)))
             continue
         amount.num_episodes += 1
         amount.num_frames += plan.inputs.size
@@ -166,15 +171,21 @@ def _measure_unit(part: Part, unit: Unit, encode: EncodeConfig, encoder: Encoder
     return amount
 
 
-def _iter_lengths(part: Part, unit: Unit) -> Iterator[tuple[int, float] | None]:
-    """Frames and rate of every recording of a unit; None for one that cannot be used."""
-    if unit.path.suffix == ".tar":
-        for video in iter_tar_videos(unit.path):
-            yield (video.info.num_frames, video.info.fps) if video.info else None
+def _iter_lengths(part: Part, unit: Unit) -> Iterator[tuple[str, int, float] | Skipped]:
+    """Key, frames and rate of every recording of a unit; one that cannot be used as skipped."""
+    if unit.path.suffix == ".tar" and find_obstacle(unit) is None:
+        try:
+            for key, info, problem in iter_tar_videos(unit.path):
+                yield (key, info.num_frames, info.fps) if info else Skipped(key, problem)
+        except OSError as error:
+            yield Skipped(unit.name, describe_unreadable(error))
         return
     with header_counts():
-        for recording in part.source.iter_episodes(unit):
-            yield (len(recording.frame_ticks), recording.fps) if isinstance(recording, Episode) else None
+        for recording in iter_recordings(part.source, unit):
+            if isinstance(recording, Skipped):
+                yield recording
+            else:
+                yield recording.key, len(recording.frame_ticks), recording.fps
 
 
 def _choose(units: Sequence[tuple[Unit, str]]) -> Sequence[tuple[Unit, str]]:

@@ -11,24 +11,36 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
-from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder, resolve_device
+from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder, resolve_device
 from jepa_cache.encoding.parts import Part, check_controls, open_encoder, plan_parts
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
 from jepa_cache.encoding.workers import Workers
+from jepa_cache.episode import Skipped
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import check_place, read_store_file
 
+MAX_SHOWN = 10  # skipped recordings of one reason; the manifest lists all
+
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What stage one did: the manifest, how many units were found ready, and the timing of the encoded ones."""
+    """What stage one did.
+
+    Attributes:
+        manifest: The manifest.
+        num_units: Units whose stores are there now.
+        num_encoded: Those of them that were encoded in this run.
+        timing: Of these; None where there are none.
+        unreadable: Token fingerprint and digest of the units that could not be read and have no store.
+    """
 
     manifest: Manifest
     num_units: int
     num_encoded: int
-    timing: Timing | None  # None when nothing was encoded
+    timing: Timing | None
+    unreadable: frozenset[tuple[str, str]] = frozenset()
 
 
 def encode_dataset(
@@ -80,12 +92,13 @@ def encode_dataset(
             f"encoder {encoder.name!r} has seeded random weights: its features are for trying things out, not for results"
         )
     if workers is None:
-        timing, num_encoded = encode_here(tasks, root)
+        timing, num_encoded, unreadable = encode_here(tasks, root)
     else:
-        timing, num_encoded = encode_on_workers(tasks, root, workers, space.name)
+        timing, num_encoded, unreadable = encode_on_workers(tasks, root, workers, space.name)
     for part in parts:
         for unit, digest in part.units:
-            ensure_actions(root, part, space, unit, digest)
+            if (part.tokens, digest) not in unreadable:
+                ensure_actions(root, part, space, unit, digest)
 
     manifest = Manifest(
         dataset=config.dataset.name,
@@ -97,15 +110,17 @@ def encode_dataset(
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(_describe_part(part, root) for part in parts),
+        parts=tuple(_describe_part(part, root, unreadable) for part in parts),
     )
     _check_skipped(manifest, config.encode.max_skipped_share)
-    return EncodeResult(manifest, sum(len(part.units) for part in parts), num_encoded, timing if num_encoded else None)
+    num_units = sum(len(part.units) for part in parts) - len(unreadable)
+    return EncodeResult(manifest, num_units, num_encoded, timing if num_encoded else None, frozenset(unreadable))
 
 
-def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int]:
+def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
     """Encode in this process; what other encoders hold comes last, when they have finished it or died."""
     timing, num_encoded, encoder = Timing(), 0, None
+    unreadable: Unreadable = {}
     for task in tasks:
         device = resolve_device(task.encode.device)
         encoder = encoder or load_encoder(
@@ -121,17 +136,23 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
                 filled = fill_part(task, encoder, root, bar.show)
                 timing += filled.timing
                 num_encoded += filled.num_encoded
+                unreadable |= {(task.part.tokens, digest): reason for digest, reason in filled.unreadable.items()}
                 rest = replace(task, part=replace(task.part, units=filled.busy))
                 bar.end(HERE, filled.timing.num_frames, task.num_bytes - rest.num_bytes)
                 task = rest
                 if filled.busy:
                     wait_for_others(root, task.places(root), bar.wait)
-    return timing, num_encoded
+    return timing, num_encoded, unreadable
 
 
-def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
+def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> ManifestPart:
     entries, skipped, notes = [], [], list(part.notes)
-    for _, digest in part.units:
+    without_episode: dict[str, list[dict[str, str]]] = {}
+    lost = list(part.unreadable)
+    for unit, digest in part.units:
+        if (part.tokens, digest) in unreadable:
+            lost.append(Skipped(unit.name, unreadable[part.tokens, digest]))
+            continue
         tokens, aggregated = (
             check_place(place, read_store_file(place))
             for place in (root.tokens(part.tokens, digest), root.actions(part.actions, digest))
@@ -152,6 +173,12 @@ def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
+        if tokens.card["num_episodes"] == 0:
+            without_episode[digest] = tokens.card["skipped"]
+    # A page of an error under twenty names is twenty losses.
+    for unit, digest in part.copies:
+        lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(digest, ())]
+    skipped += [recording._asdict() for recording in sorted(lost)]
     return ManifestPart(
         dataset=part.preset.name,
         weight=part.weight,
@@ -171,11 +198,16 @@ def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
 def _check_skipped(manifest: Manifest, max_share: float) -> None:
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
     num_skipped = len(manifest.skipped)
+    by_reason: dict[str, list[str]] = {}
     for recording in manifest.skipped:
-        print(f"skipped: {recording['key']}: {recording['reason']}")
+        by_reason.setdefault(recording["reason"], []).append(recording["key"])
+    for reason, keys in by_reason.items():
+        more = f" and {len(keys) - MAX_SHOWN} more" if len(keys) > MAX_SHOWN else ""
+        print(f"skipped: {', '.join(keys[:MAX_SHOWN])}{more}: {reason}")
     if num_episodes == 0:
+        first = manifest.skipped[0]["reason"] if manifest.skipped else "the units hold none"
         raise ValueError(
-            f"no usable recording: all {num_skipped} were skipped (reasons above; first: {manifest.skipped[0]['reason']}). Mend them, "
+            f"no usable recording: all {num_skipped} were skipped (reasons above; first: {first}). Mend them, "
             "or where the reason is a setting such as encode.action_space or encode.fps, change it; what was encoded is kept"
         )
     share = num_skipped / (num_episodes + num_skipped)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jepa_cache.config.machine import state_folder
 from jepa_cache.files import held_file, make_folder
-from jepa_cache.sources import Head, Source, Unit
+from jepa_cache.sources import Head, Source, Unit, find_obstacle
 
 MARKER = "unit.json"
 
@@ -49,7 +49,7 @@ def take_recordings(source: Source, units: Sequence[Unit], most: int) -> tuple[l
 def _take(source: Source, unit: Unit, most: int) -> Head:
     """The head of a unit, made once: a bucket would be asked for the same recordings in every run."""
     take_first = getattr(source, "take_first", None)
-    if take_first is None:
+    if take_first is None or find_obstacle(unit) is not None:
         return Head(unit, 1)
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in unit.files]
     key = hashlib.sha256(json.dumps([source.recipe, stamps, most], sort_keys=True).encode()).hexdigest()[:32]
@@ -60,9 +60,12 @@ def _take(source: Source, unit: Unit, most: int) -> Head:
             return known
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        head = take_first(unit, most, folder)
+        try:
+            head = take_first(unit, most, folder)
+        except OSError:  # no permission, say; met again when the unit is hashed, and named there
+            head = Head(unit, 1)
         if head.unit == unit:
-            folder.rmdir()
+            shutil.rmtree(folder)
         else:
             made = {"name": head.unit.name, "files": [str(file) for file in head.unit.files]}
             (folder / MARKER).write_text(json.dumps({**made, "num_recordings": head.num_recordings}))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.schema import DatasetPreset
-from jepa_cache.sources import Source, Unit
+from jepa_cache.episode import Skipped
+from jepa_cache.media.http import DownloadError
+from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
 from jepa_cache.sources._forms import find_way_out
 from jepa_cache.store.digests import DigestTable
 
@@ -93,18 +98,64 @@ def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
     return hints
 
 
-def digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:
-    """sha256 of each unit; files with the same content count once."""
-    digests: dict[str, Unit] = {}
-    lookup = DigestTable()
-    bar = tqdm(units, desc="checking recordings", unit="file", delay=2)
-    for unit, digest in zip(units, lookup.digest_units(unit.files for unit in bar), strict=True):
-        if digest in digests:
-            print(f"left out: {unit.path} has the same content as {digests[digest].path}")
-        else:
-            digests[digest] = unit
-    # By digest, so that file names and their order change nothing.
-    return [(digests[digest], digest) for digest in sorted(digests)]
+class Digested(NamedTuple):
+    """Units by content.
+
+    Attributes:
+        units: One for each content, with its sha256; by digest, so that file names and their order change nothing.
+        copies: Further units with the content of one of them.
+        unreadable: Units of which not every file can be read, by name, and why.
+    """
+
+    units: list[tuple[Unit, str]]
+    copies: list[tuple[Unit, str]]
+    unreadable: list[Skipped]
+
+
+def digest_units(units: Sequence[Unit]) -> Digested:
+    """sha256 of each unit; units with the same content count once."""
+    digested = sort_units(hash_units(DigestTable(), tqdm(units, desc="checking recordings", unit="file", delay=2)))
+    first = {digest: unit for unit, digest in digested.units}
+    for unit, digest in digested.copies:
+        print(spell_name(f"left out: {unit.path} has the same content as {first[digest].path}"))
+    return digested
+
+
+def hash_units(table: DigestTable, units: Iterable[Unit]) -> Iterator[tuple[Unit, str | Skipped]]:
+    """Each unit with its sha256, or with why it cannot be read. Cost: reads what is new."""
+    waiting: deque[Unit] = deque()
+    iterator = iter(units)
+
+    def take() -> Iterator[Sequence[Path]]:
+        for unit in iterator:
+            waiting.append(unit)
+            if find_obstacle(unit) is not None:
+                return
+            yield unit.files
+
+    while True:
+        reason = None
+        try:
+            for digest in table.digest_units(take()):
+                yield waiting.popleft(), digest
+        except (OSError, DownloadError) as error:
+            reason = describe_unreadable(error)
+        if not waiting:
+            return
+        unit = waiting.popleft()
+        yield unit, Skipped(unit.name, reason or find_obstacle(unit) or "it has changed while it was looked at")
+
+
+def sort_units(looked_up: Iterable[tuple[Unit, str | Skipped]]) -> Digested:
+    """Units by what was found out of their content."""
+    first: dict[str, Unit] = {}
+    copies, unreadable = [], []
+    for unit, digest in looked_up:
+        if isinstance(digest, Skipped):
+            unreadable.append(digest)
+        elif first.setdefault(digest, unit) is not unit:
+            copies.append((unit, digest))
+    return Digested([(first[digest], digest) for digest in sorted(first)], copies, unreadable)
 
 
 def check_unchanged(unit: Unit, digest: str) -> None:

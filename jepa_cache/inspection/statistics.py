@@ -12,7 +12,7 @@ import numpy as np
 from jepa_cache.actions import ActionSpace
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.inspection.recording import RecordingReport, inspect_recording
-from jepa_cache.sources import Source, Unit
+from jepa_cache.sources import Source, Unit, iter_recordings
 
 MAX_ROWS = 200_000
 """Action rows that are kept for histograms; of larger data sets every second, fourth, ... row."""
@@ -152,9 +152,6 @@ def inspect_units(
         step_hz: Steps per second that the actions lead between; as in stage one the true rate may be a little lower.
         limit: Recordings to look at, of all units together; None means all.
         pictures: Keep a picture of each of the first 300 recordings.
-
-    Raises:
-        ValueError: A unit as a whole cannot be read.
     """
     rows = _ActionRows(space)
     recordings: list[RecordingReport] = []
@@ -177,7 +174,7 @@ def inspect_units(
 def _iter_limited(source: Source, units: Iterable[Unit], limit: int | None) -> Iterator[tuple[Unit, Episode | Skipped]]:
     number = 0
     for unit in units:
-        for result in source.iter_episodes(unit):
+        for result in iter_recordings(source, unit):
             if number == limit:
                 return
             number += 1

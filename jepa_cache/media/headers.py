@@ -26,9 +26,6 @@ class TarVideo(NamedTuple):
 def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
     """Yield every recording of a tar shard, by its header.
 
-    Raises:
-        ValueError: The file is no uncompressed tar at all.
-
     Cost: the tar's headers, and some 70 kB and a few milliseconds a video.
     """
     for sample in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):

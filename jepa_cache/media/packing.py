@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.files import atomic_file, remove_stale_temporaries
 
 SUFFIXES = ("mp4", "jsonl")
@@ -40,7 +41,8 @@ def pack_folder(
 ) -> PackReport:
     """Pack files that belong together (`<segment>.mp4` and `<segment>.jsonl`) into `<prefix>-000000.tar` and so on.
 
-    Episodes are found recursively and written in the order of their names, with fixed times and owners. Each tar is written
+    Episodes are found recursively and written in the order of their names, with fixed times and owners; a name that is no UTF-8
+    is written as `spell_name` spells it. Each tar is written
     under a hidden temporary name and renamed when it is complete.
 
     Args:
@@ -100,7 +102,7 @@ def find_episodes(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, dict
     found: dict[str, dict[str, Path]] = {}
     left_out = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        name = path.relative_to(folder).as_posix()
+        name = spell_name(path.relative_to(folder).as_posix())
         key, suffix = base_plus_ext(name)
         suffix = suffix.lower().lstrip(".") if suffix else ""
         if suffix.rpartition(".")[2] not in suffixes:
@@ -116,7 +118,7 @@ def find_episodes(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, dict
         missing = [suffix for suffix in suffixes if suffix not in files]
         if missing:
             reason = f"there is no {' and no '.join(f'{key}.{suffix}' for suffix in missing)} beside it"
-            left_out += [LeftOut(path.relative_to(folder).as_posix(), reason) for path in files.values()]
+            left_out += [LeftOut(spell_name(path.relative_to(folder).as_posix()), reason) for path in files.values()]
         else:
             episodes[key] = files
     return episodes, sorted(left_out)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jepa_cache.media.images import FrameSequence, SideBySide, measure_image
+from jepa_cache.media.tar import describe_stand_in
 
 VideoData = bytes | Path | FrameSequence | SideBySide
 """An encoded video: a container, its path, a picture per frame, or a stereo container."""
@@ -202,6 +203,8 @@ def check_form(video: bytes | Path | BinaryIO) -> None:
         raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
     iso = head[4:8] in ISO_BOXES
     transport = head[:1] == b"\x47" == head[TRANSPORT_BYTES : TRANSPORT_BYTES + 1]
+    if (what := describe_stand_in(head)) is not None:
+        raise DecodeError(f"the video cannot be opened: {what}")
     if not (iso or transport or head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")):
         raise DecodeError(
             f"the video cannot be opened: it begins with {head[:12]!r}, which is no mp4, mov, mkv, webm, avi or ts file"

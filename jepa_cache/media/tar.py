@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jepa_cache.config.machine import spell_name
+
 BLOCK_BYTES = 512
 MAX_MEMBER_BYTES = 4 << 30
 """A member is held in memory as a whole; five minutes of 1280x720 video are below 1 GB."""
@@ -21,6 +23,8 @@ MAX_LINE_BYTES: Mapping[str, int] = {"jsonl": 1 << 20}
 """By suffix. Real VPT lines have up to 1.2 kB; a parsed line can take 30 times its bytes in memory."""
 
 MAX_HEADER_BYTES = 1 << 20
+HEAD_BYTES = 512
+COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 READ_BYTES = 1 << 20
 
 
@@ -50,14 +54,12 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
     Only members whose suffix is in `suffixes` make samples. Reported as a problem, not used: a suffix that a key has
     twice, a link or device in a file's place, an absolute name or one with `..`, a name with a dot inside
     (`a.b.mp4`), members that are cut off, members above 4 GiB, and jsonl members with a line above 1 MiB. A tar that ends
-    early, or goes on after its end mark, adds one last sample under the tar's own name that says so.
+    early, or goes on after its end mark, adds one last sample under the tar's own name that says so; a file that is no
+    uncompressed tar at all gives that one alone. A name that is no UTF-8 is spelled as `spell_name` does.
 
     Args:
         path: The tar shard.
         suffixes: The suffixes that are wanted, in lower case.
-
-    Raises:
-        ValueError: The file is no uncompressed tar at all.
 
     Cost: memory for one sample and for the list of members; the bytes of unwanted members are never read.
 
@@ -78,11 +80,7 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
 
 
 def list_samples(path: Path, suffixes: Container[str]) -> list[SamplePlaces]:
-    """The samples that `iter_samples` would yield, without their bytes. Cost: reads the headers only.
-
-    Raises:
-        ValueError: The file is no uncompressed tar at all.
-    """
+    """The samples that `iter_samples` would yield, without their bytes. Cost: reads the headers only."""
     with path.open("rb") as file:
         return _read_index(path, file, suffixes)
 
@@ -93,13 +91,13 @@ def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> list[Sa
     faults: dict[str, str] = {}
     end, problem, named = 0, None, False
     try:
-        with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:
+        with open_headers(file) as tar:
             for member in iter_headers(tar):
                 end = find_end(member)
                 if (found := find_key(member, suffixes)) is None:
                     continue
                 key, suffix = found
-                fault = _find_fault(member, posixpath.normpath(member.name), size_bytes)
+                fault = _find_fault(member, posixpath.normpath(spell_name(member.name)), size_bytes)
                 if suffix not in suffixes:
                     fault = fault or f"member {key!r} has a dot inside its name; rename it without"
                 named = named or member.offset_data + member.size > size_bytes
@@ -111,21 +109,21 @@ def _read_index(path: Path, file: BinaryIO, suffixes: Container[str]) -> list[Sa
                     faults.setdefault(key, fault)
     # tarfile lets the latter two out of bad pax headers.
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        if not places and end == 0:
-            raise ValueError(
-                f"{path} is no uncompressed tar shard ({error}). Unpack it and pack it again with: jepa-cache pack DIR OUT"
-            ) from error
         problem = f"the tar is damaged or cut off after byte {end} of {size_bytes} ({error}); what followed is lost"
+        if not places and end == 0:
+            file.seek(0)
+            what = describe_stand_in(file.read(HEAD_BYTES)) or f"copy it again, or make it anew ({error})"
+            return [SamplePlaces(spell_name(path.name), {}, f"the file is no uncompressed tar: {what}")]
     samples = [SamplePlaces(key, of_key, faults.get(key)) for key, of_key in places.items()]
     if named:  # A member that was cut off is named by its own sample, and nothing can follow it.
         return samples
     problem = problem or _find_tail_problem(file, end, size_bytes)
-    return samples if problem is None else [*samples, SamplePlaces(path.name, {}, problem)]
+    return samples if problem is None else [*samples, SamplePlaces(spell_name(path.name), {}, problem)]
 
 
 def find_key(member: tarfile.TarInfo, suffixes: Container[str]) -> tuple[str, str] | None:
     """Key and suffix of a member that belongs to a sample; the whole name is the key where the suffix has a dot inside."""
-    name = posixpath.normpath(member.name)
+    name = posixpath.normpath(spell_name(member.name))
     key, suffix = split_name(name)
     suffix = suffix.lower().lstrip(".") if suffix else ""
     if member.isdir() or suffix.rpartition(".")[2] not in suffixes:
@@ -138,6 +136,18 @@ def find_end(member: tarfile.TarInfo) -> int:
     if member.islnk() or member.issym():
         return member.offset_data
     return member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def describe_stand_in(head: bytes) -> str | None:
+    """What a file is that begins so and often lies in the place of data, and the way out; None where nothing is known."""
+    if not head:
+        return "it is empty; copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the data; fetch it with `git lfs pull`"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is an HTML page (of an error, or a login?); download it again"
+    packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+    return packed and f"it is compressed with {packed}; decompress it first"
 
 
 def split_name(name: str) -> tuple[str | None, str | None]:
@@ -180,6 +190,11 @@ def _find_long_line(file: BinaryIO, size_bytes: int, max_bytes: int) -> int | No
         if length > max_bytes:
             return number
     return None
+
+
+def open_headers(file: BinaryIO) -> tarfile.TarFile:
+    """A tar whose headers are to be listed. Names are read as UTF-8 whatever the locale says: they become keys."""
+    return tarfile.open(fileobj=HeaderFile(file), mode="r:", encoding="utf-8", errors="surrogateescape")
 
 
 def iter_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -268,7 +283,12 @@ def _match_input(path: Path, suffix: str) -> list[Path]:
     for match in matches:
         if match.is_dir():
             inside = glob.glob(f"{glob.escape(str(match))}/**/*{glob.escape(suffix)}", recursive=True)  # noqa: PTH207
-            files += [Path(name) for name in inside if Path(name).is_file()]
+            files += [Path(name) for name in inside if is_file_name(Path(name))]
         elif match.name.endswith(suffix):
             files.append(match)
     return files
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a name stands for a file, also one that is not there: a link that leads nowhere is lost data, not nothing."""
+    return os.path.lexists(path) and not path.is_dir()

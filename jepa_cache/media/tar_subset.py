@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from collections.abc import Collection
 from pathlib import Path
 
-from jepa_cache.media.tar import BLOCK_BYTES, READ_BYTES, HeaderFile, find_end, find_key, iter_headers
+from jepa_cache.media.tar import BLOCK_BYTES, READ_BYTES, find_end, find_key, iter_headers, open_headers
 
 
 def copy_first_samples(path: Path, suffixes: Collection[str], most: int, out: Path) -> int | None:
@@ -22,31 +23,25 @@ def copy_first_samples(path: Path, suffixes: Collection[str], most: int, out: Pa
 
     Returns:
         How many were copied, or None, and no new file, where the tar shard holds no more than `most`, or is damaged.
-
-    Raises:
-        ValueError: The file is no uncompressed tar at all.
     """
     found: dict[str, set[str]] = {}
     pieces: list[tuple[int, int]] = []
     more = False
     with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:
-                for member in iter_headers(tar):
-                    place = find_key(member, suffixes)
-                    if place is None:
-                        continue
-                    key, suffix = place
-                    if key in found or len(found) < most:
-                        found.setdefault(key, set()).add(suffix)
-                        pieces.append((member.offset, find_end(member)))
-                    else:
-                        more = True
-                        if all(given >= set(suffixes) for given in found.values()):
-                            break
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            if not found:
-                raise ValueError(f"{path} is no uncompressed tar shard ({error})") from error
+        # What is wrong with a damaged one is said by iter_samples.
+        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), open_headers(file) as tar:
+            for member in iter_headers(tar):
+                place = find_key(member, suffixes)
+                if place is None:
+                    continue
+                key, suffix = place
+                if key in found or len(found) < most:
+                    found.setdefault(key, set()).add(suffix)
+                    pieces.append((member.offset, find_end(member)))
+                else:
+                    more = True
+                    if all(given >= set(suffixes) for given in found.values()):
+                        break
         if not more:
             return None
         with out.open("wb") as copy:

@@ -7,11 +7,13 @@ underscore help a source and are none.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.bucket import BucketFile
@@ -72,10 +74,43 @@ class Source(Protocol):
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
 
+        What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each recording that
+        is known to be missing: it is then a property of the content and kept with it.
+
         Raises:
-            ValueError: The unit as a whole cannot be read.
+            ValueError, OSError: The unit cannot be read, or not to its end; tried again in every run.
         """
         ...
+
+
+def find_obstacle(unit: Unit) -> str | None:
+    """Why a unit must not even be opened: a file that is gone, or a pipe or device, which would be waited for for ever."""
+    for file in unit.files:
+        if not file.is_file():
+            what = (
+                "is a link to a file that is not there" if Path(file).is_symlink() else "is no plain file, or is gone"
+            )
+            return f"{spell_name(file.name)} {what}"
+    return None
+
+
+def describe_unreadable(error: Exception) -> str:
+    """Why a unit cannot be read, without a path: it goes into the manifest."""
+    if isinstance(error, OSError):
+        name = spell_name(Path(os.fsdecode(error.filename)).name) if isinstance(error.filename, str | bytes) else "it"
+        return f"{name} cannot be read: {error.strerror or error}"
+    return spell_name(str(error))
+
+
+def iter_recordings(source: Source, unit: Unit) -> Iterator[Episode | Skipped]:
+    """The recordings of a unit; where it cannot be read, or not to its end, the last one is skipped under the unit's name."""
+    if (obstacle := find_obstacle(unit)) is not None:
+        yield Skipped(unit.name, obstacle)
+        return
+    try:
+        yield from source.iter_episodes(unit)
+    except (ValueError, OSError) as error:
+        yield Skipped(unit.name, describe_unreadable(error))
 
 
 def list_sources() -> list[str]:

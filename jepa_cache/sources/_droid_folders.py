@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
 from jepa_cache.idle import find_episode_key
 from jepa_cache.sources._json_files import read_object
@@ -138,7 +139,7 @@ def name_episode(folder: Path, metadata: Mapping[str, Any]) -> str:
         return key
     if metadata.get("uuid"):
         return str(metadata["uuid"])
-    parts = folder.resolve().parts[-4:]
+    parts = [spell_name(part) for part in folder.resolve().parts[-4:]]
     return find_episode_key("/".join((*parts, ""))) or parts[-1]
 
 

@@ -5,7 +5,6 @@ Everything in meta/ is untrusted: templates name files inside the data set only,
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
-from jepa_cache.sources._json_files import iter_objects, read_object
+from jepa_cache.sources._json_files import iter_objects, read_object, read_rate
 from jepa_cache.sources._parquet import ParquetError, iter_rows
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -108,9 +108,8 @@ def read_layout(root: Path) -> Layout:
             f"{root}: codebase_version is {version!r}; {', '.join(VERSIONS)} are read. Convert the data set with "
             "LeRobot's own scripts"
         )
-    fps, features, chunks_size = info.get("fps"), info.get("features"), info.get("chunks_size", 1000)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
-        raise LayoutError(f"{root}: fps in meta/info.json must be a positive number; got {fps!r}")
+    fps = read_rate(info, "fps", f"{root}, meta/info.json")
+    features, chunks_size = info.get("features"), info.get("chunks_size", 1000)
     if not isinstance(features, Mapping):
         raise LayoutError(f"{root}: features in meta/info.json must be an object; got {type(features).__name__}")
     if isinstance(chunks_size, bool) or not isinstance(chunks_size, int) or chunks_size < 1:
@@ -119,7 +118,7 @@ def read_layout(root: Path) -> Layout:
     for name, template in zip(("data_path", "video_path"), templates, strict=True):
         if not isinstance(template, str):
             raise LayoutError(f"{root}: {name} in meta/info.json must be a template; got {template!r}")
-    return Layout(root, _find_name(root), version, float(fps), features, chunks_size, *templates)
+    return Layout(root, _find_name(root), version, fps, features, chunks_size, *templates)
 
 
 def fill_template(layout: Layout, template: str, values: Mapping[str, int | str]) -> Path:
@@ -220,4 +219,4 @@ def _find_name(root: Path) -> str:
     repository = root.parent.parent.name
     if root.parent.name == "snapshots" and repository.startswith("datasets--"):
         return repository.removeprefix("datasets--").replace("--", "/")
-    return root.resolve().name
+    return spell_name(root.resolve().name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in
 
 HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
 FOOTER_BYTES = 4  # checksum of the record
@@ -45,13 +46,10 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
 
     A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
     length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
-    file is lost: one last problem says so.
+    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all.
 
     Args:
         path: The file, uncompressed.
-
-    Raises:
-        ValueError: Not even the first length is one: no TFRecord file.
 
     Cost: memory for one record.
     """
@@ -64,7 +62,10 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
             fault = _find_fault(header, size_bytes - offset)
             if fault is not None:
                 if index == 0:
-                    raise ValueError(f"{path} is no TFRecord file, or is damaged from its first byte on: {fault}")
+                    file.seek(0)
+                    what = describe_stand_in(file.read(HEAD_BYTES)) or f"damaged from its first byte on? ({fault})"
+                    yield Record(0, b"", f"the file is no TFRecord file: {what}")
+                    return
                 rest = f"after record {index - 1} the file is damaged (byte {offset} of {size_bytes}): {fault}"
                 yield Record(index, b"", f"{rest}. What follows is lost; fetch the file again")
                 return
@@ -87,10 +88,7 @@ def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | N
         out: The new file.
 
     Returns:
-        How many were copied, or None, and no new file, where the file holds no more than `most`.
-
-    Raises:
-        ValueError: No TFRecord file.
+        How many were copied, or None, and no new file, where the file holds no more than `most`, or no record.
     """
     with path.stream() if isinstance(path, BucketFile) else path.open("rb") as file, out.open("wb") as copy:
         size_bytes = path.stat().st_size
@@ -99,8 +97,6 @@ def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | N
             header = file.read(HEADER_BYTES)
             fault = _find_fault(header, size_bytes - offset)
             if fault is not None:
-                if num_records == 0:
-                    raise ValueError(f"{path} is no TFRecord file, or is damaged from its first byte on: {fault}")
                 offset = size_bytes  # iter_records says what is wrong with it.
                 break
             (length,) = struct.unpack_from("<Q", header)

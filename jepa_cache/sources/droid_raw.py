@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.images import SideBySide
+from jepa_cache.media.tar import is_file_name
 from jepa_cache.media.video import probe_video
 from jepa_cache.sources import Unit
 from jepa_cache.sources._droid_folders import (
@@ -110,14 +112,14 @@ class DroidRawSource:
         try:
             yield self._read_episode(folder)
         except ValueError as error:
-            yield Skipped("/".join(folder.parts[-4:]), str(error))
+            yield Skipped(unit.name, str(error))
 
     def _make_unit(self, folder: Path) -> Unit:
-        files = [folder / TRAJECTORY] if (folder / TRAJECTORY).is_file() else []
+        files = [folder / TRAJECTORY] if is_file_name(folder / TRAJECTORY) else []
         files += list_metadata(folder)[:1]
         with contextlib.suppress(ValueError):  # iter_episodes meets the same error and reports it.
             files.append(find_camera_file(folder, read_metadata(folder), self.options.camera).path)
-        return Unit("/".join(folder.parts[-4:]), tuple(files))
+        return Unit(spell_name("/".join(folder.parts[-4:])), tuple(files))
 
     def _read_episode(self, folder: Path) -> Episode:
         metadata = read_metadata(folder)

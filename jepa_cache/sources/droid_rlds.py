@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import find_episode_key
@@ -23,6 +24,9 @@ from jepa_cache.sources._tfrecords import copy_first_records, iter_records, pars
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frames or fps of an unchanged recording change."""
+
+MAX_COUNTED = 10_000
+"""Records of a shard that are counted as missing: shards of DROID hold some 50, and what lists them may be wrong."""
 
 GRIPPERS = ("closed", "open")
 
@@ -156,7 +160,7 @@ class DroidRldsSource:
             if len(paths) < total:
                 print(f"note: {folder} holds {len(paths)} of the {total} tfrecord shards of its split")
         return [
-            Unit("/".join(path.parts[-3:]), (path, features[folder]))
+            Unit(spell_name("/".join(path.parts[-3:])), (path, features[folder]))
             for folder, paths in by_folder.items()
             for path in paths
         ]
@@ -178,16 +182,18 @@ class DroidRldsSource:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
 
         Skipped, with the reason: a damaged record, one that does not fit features.json, an episode without steps, with a
-        picture that is none, or with the name of an earlier one; and, once, what a damaged or short shard lacks.
+        picture that is none, or with the name of an earlier one; and each record that dataset_info.json lists and the shard
+        lacks, because it is short, damaged or no TFRecord file.
 
         Raises:
-            ValueError: The file is no TFRecord file, or the directory lacks a feature that the options name.
+            ValueError: The directory lacks a feature that the options name.
         """
         path = unit.files[0]
+        file_name = spell_name(path.name)
         features = self._open_features(unit.files[1])
         num_records, keys = 0, set()
         for record in iter_records(path):
-            name = f"{path.name}#{record.index}"
+            name = f"{file_name}#{record.index}"
             num_records = record.index + 1
             if record.problem is not None:
                 yield Skipped(name, record.problem)
@@ -211,10 +217,10 @@ class DroidRldsSource:
                 yield Skipped(key, str(error))
         shard = parse_shard_name(path.name)
         expected = features.count_records(shard.split, shard.index) if shard else None
-        if expected is not None and num_records < expected:
+        for index in range(num_records, min(expected or 0, num_records + MAX_COUNTED)):
             yield Skipped(
-                f"{path.name}#{num_records}",
-                f"the shard holds {num_records} records where dataset_info.json lists {expected}; fetch it again",
+                f"{file_name}#{index}",
+                f"dataset_info.json lists {expected} records, the shard ends before this one; fetch it again",
             )
 
     def _open_features(self, path: Path | BucketFile) -> Features:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.media.tar import expand_inputs
+from jepa_cache.media.tar import expand_inputs, is_file_name
 from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Unit
-from jepa_cache.sources._json_files import JsonError, read_object
+from jepa_cache.sources._json_files import JsonError, read_object, read_rate
 from jepa_cache.sources._placement import place_frames
 
 RECIPE_VERSION = 1
@@ -87,9 +87,7 @@ class Mp4JsonSource:
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:
     fields = read_object(records, MAX_JSON_BYTES)
-    fps = fields.get("fps")
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
-        raise RecordingError(f"{records.name}: fps must be a positive number of rows per second; got {fps!r}")
+    fps = read_rate(fields, "fps", records.name)
     states = _read_rows(fields, "states", records.name, 2)
     actions = _read_rows(fields, "actions", records.name, 2)
     if len(actions) == len(states) - 1:  # No action leads on from the last state.
@@ -156,9 +154,9 @@ def _expand(text: str, base: Path) -> list[Path]:
 
 
 def _find_partners(path: Path) -> list[Path]:
-    return [partner for partner in (path.with_suffix(".json"), path.with_suffix(".mp4")) if partner.is_file()]
+    return [partner for partner in (path.with_suffix(".json"), path.with_suffix(".mp4")) if is_file_name(partner)]
 
 
 def _find_key(stem: Path) -> str:
     """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
-    return f"{stem.resolve().parent.name}/{stem.name}"
+    return spell_name(f"{stem.resolve().parent.name}/{stem.name}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa_cache.actions import wrap_degrees
+from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
@@ -109,7 +110,7 @@ class VptSource:
         Raises:
             ValueError: An input finds no tar.
         """
-        return [Unit(path.name, (path,)) for path in expand_inputs(inputs, base, ".tar")]
+        return [Unit(spell_name(path.name), (path,)) for path in expand_inputs(inputs, base, ".tar")]
 
     def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
         """The first recordings of a tar shard in a tar of their own, written below `folder`; see `Source`."""
@@ -125,16 +126,16 @@ class VptSource:
         Skipped, with the reason: a sample without its partner or otherwise unusable in the tar, a video that cannot be
         opened, a field that is missing or of a wrong type (with the line's number), and a recording that is no VPT because its
         yaw does not follow the mouse. Of a contractor recording with lines that are no JSON the longest run between them is
-        kept, with a note; one in the simple schema is skipped.
-
-        Raises:
-            ValueError: The file is no tar.
+        kept, with a note; one in the simple schema is skipped. A file that is no tar, or one without recordings, is one skipped.
         """
+        name = spell_name(unit.path.name)
         alone: Skipped | None = None
+        found = False
         for sample in iter_samples(unit.path, SUFFIXES):
+            found = True
             missing = [suffix for suffix in SUFFIXES if suffix not in sample.members]
             if alone is not None:
-                if sample.problem is not None and sample.key == unit.path.name:
+                if sample.problem is not None and sample.key == name:
                     # The tar ends early, and this is the recording that was cut off: one loss, not two.
                     yield Skipped(alone.key, f"{alone.reason}: {sample.problem}")
                     return
@@ -151,6 +152,8 @@ class VptSource:
                     yield Skipped(sample.key, str(error))
         if alone is not None:
             yield alone
+        if not found:
+            yield Skipped(name, f"the tar holds no recording: none of its members ends in .{' or .'.join(SUFFIXES)}")
 
     def _read_episode(self, sample: TarSample) -> Episode:
         video, lines = (sample.members[suffix] for suffix in SUFFIXES)

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.config.machine import state_folder
+from jepa_cache.config.machine import spell_name, state_folder
 from jepa_cache.store.recipe import file_digest
 
 # The first release has a table `digests` without inode and change time in the same file. It is left to that release: its
@@ -63,7 +63,7 @@ class Remembered(NamedTuple):
     def digest(self, path: Path) -> str | None:
         """sha256 of a file that has not changed since it was last hashed; else None. Never reads it."""
         path = path.resolve()
-        known, look = self.files.get(str(path)), look_at(path)
+        known, look = self.files.get(spell_name(str(path))), look_at(path)
         return known[1] if known and known[0] == look else None
 
     def earlier(self, files: Sequence[Path]) -> Sequence[str]:
@@ -155,7 +155,7 @@ def _digest_file(connection: sqlite3.Connection, path: Path) -> str:
     path = path.resolve()
     row = connection.execute(
         "SELECT digest FROM files WHERE path = ? AND num_bytes = ? AND modified_ns = ? AND changed_ns = ? AND inode = ?",
-        (str(path), *look_at(path)),
+        (spell_name(str(path)), *look_at(path)),
     ).fetchone()
     return row[0] if row else _hash_file(connection, path)
 
@@ -165,5 +165,5 @@ def _hash_file(connection: sqlite3.Connection, path: Path) -> str:
     if look.num_bytes > LARGE_BYTES:
         connection.commit()  # else others would wait for the table as long as this takes
     digest = file_digest(path)
-    connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", (str(path), *look, digest))
+    connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", (spell_name(str(path)), *look, digest))
     return digest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -88,10 +88,16 @@ def announce(root: CacheRoot, dataset: str, parts: Sequence[WantedPart]) -> None
     root.publish(path)
 
 
-def settle(root: CacheRoot, manifest: Manifest) -> None:
-    """Forget the unfinished encodes whose stores this manifest lists; call it when the manifest lies in the root."""
+def settle(root: CacheRoot, manifest: Manifest, unreadable: Collection[tuple[str, str]] = ()) -> None:
+    """Forget the unfinished encodes whose stores this manifest lists; call it when the manifest lies in the root.
+
+    Args:
+        root: Cache root.
+        manifest: Lists what was encoded.
+        unreadable: Token fingerprint and digest of units that cannot be read: nothing will come of them.
+    """
     root.publish(root.manifest(manifest.digest))
-    listed = {(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores}
+    listed = {(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores} | set(unreadable)
     for unfinished in list_unfinished(root):
         if all((part.fingerprint, unit) in listed for part in unfinished.parts for unit in part.units):
             root.remove(unfinished_path(root, unfinished.digest))

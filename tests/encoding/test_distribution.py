@@ -23,7 +23,6 @@ from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
 from tests.encoding.test_weights_in_use import save_weights
-from tests.makers import write_tar
 
 CONFIG = tiniest_config()
 
@@ -101,6 +100,31 @@ class Deadly(WorkerPlugin):
         distribution._check_recipe = check_recipe
 
 
+class Unreadable(WorkerPlugin):
+    """Lets the reading of a unit break off in every worker, until it is taken out."""
+
+    def __init__(self, unit):
+        self.unit = unit
+
+    def setup(self, worker):
+        from jepa_cache.sources.vpt import VptSource
+
+        real, plugin = VptSource.iter_episodes, self
+        self.real = real
+
+        def iter_episodes(source, unit):
+            if unit.name == plugin.unit:
+                raise OSError(5, "the disk is gone")
+            yield from real(source, unit)
+
+        VptSource.iter_episodes = iter_episodes
+
+    def teardown(self, worker):
+        from jepa_cache.sources.vpt import VptSource
+
+        VptSource.iter_episodes = self.real
+
+
 def test_workers_give_what_one_process_gives_bit_for_bit(place, encode_there, tmp_path):
     result = encode_there(place.folder, tmp_path / "cache")
     assert result.manifest.to_bytes() == place.manifest
@@ -139,8 +163,6 @@ def test_units_that_fail_are_listed_after_the_others_are_done(place, encode_ther
         (tmp_path / f"in/{name}.tar").parent.mkdir(exist_ok=True)
         (tmp_path / f"in/{name}.tar").write_bytes((place.folder / f"{name}.tar").read_bytes())
     make_tiny_tar(tmp_path / "in", "poison", seed=9)
-    write_tar(tmp_path / "in/bad.tar", [("x.mp4", b"no video"), ("x.jsonl", b"{}")])
-    (tmp_path / "in/bad.tar").write_bytes(b"no tar at all" * 100)
     plug(place.client, Deadly("poison.tar"))
     try:
         with pytest.raises(EncodeFailedError) as caught:
@@ -148,15 +170,29 @@ def test_units_that_fail_are_listed_after_the_others_are_done(place, encode_ther
     finally:
         place.client.unregister_worker_plugin("fault")
     message = str(caught.value)
-    assert message.startswith("2 of 5 units could not be encoded")
+    assert message.startswith("1 of 4 units could not be encoded")
     assert f"{tmp_path}/in/poison.tar: 2 workers died while encoding it" in message
-    assert f"{tmp_path}/in/bad.tar: " in message and "no uncompressed tar" in message
-    stores = list((tmp_path / "cache").glob("tokens/*/[!.]*.zarr"))
-    assert len(stores) == 3
-    for name in ("poison", "bad"):
-        (tmp_path / f"in/{name}.tar").unlink()
+    assert len(list((tmp_path / "cache").glob("tokens/*/[!.]*.zarr"))) == 3
+    (tmp_path / "in/poison.tar").unlink()
     again = encode_there(tmp_path / "in", tmp_path / "cache")
     assert again.num_encoded == 0 and again.manifest.to_bytes() == place.manifest
+
+
+def test_units_that_workers_cannot_read_are_skipped_as_one_process_skips_them(place, encode_there, tmp_path):
+    for name in "abc":
+        (tmp_path / f"in/{name}.tar").parent.mkdir(exist_ok=True)
+        (tmp_path / f"in/{name}.tar").write_bytes((place.folder / f"{name}.tar").read_bytes())
+    (tmp_path / "in/page.tar").write_bytes(b"<html>404</html>")
+    plug(place.client, Unreadable("b.tar"))
+    config = tiniest_config(max_skipped_share=0.5)
+    try:
+        result = encode_there(tmp_path / "in", tmp_path / "cache", config)
+    finally:
+        place.client.unregister_worker_plugin("fault")
+    assert result.num_encoded == 3 and len(result.unreadable) == 1
+    skipped = {recording["key"]: recording["reason"] for recording in result.manifest.skipped}
+    assert "HTML page" in skipped["page.tar"] and skipped["b.tar"] == "it cannot be read: the disk is gone"
+    assert encode_there(tmp_path / "in", tmp_path / "cache", config).num_encoded == 1
 
 
 def test_a_gpu_that_no_worker_offers_is_an_error_at_once(place, encode_there, tmp_path):

@@ -20,7 +20,7 @@ def _write_pairs(folder, names):
         for suffix in SUFFIXES:
             path = folder / f"{name}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(f"{name} {suffix} ".encode() * (50 + index))
+            path.write_bytes(os.fsencode(f"{name} {suffix} ") * (50 + index))
 
 
 @pytest.fixture
@@ -42,6 +42,13 @@ def test_what_is_packed_comes_back(folder, tmp_path):
         assert sample.members == {suffix: (folder / f"{sample.key}.{suffix}").read_bytes() for suffix in SUFFIXES}
     assert report.num_episodes == 4 and not report.left_out
     assert expand_inputs([str(tmp_path / "out")], tmp_path) == report.tars
+
+
+def test_a_name_that_is_no_utf8_is_written_in_ascii(tmp_path):
+    _write_pairs(tmp_path / "in", [os.fsdecode(b"caf\xe9")])
+    report = pack_folder(tmp_path / "in", tmp_path / "out")
+    assert [sample.key for sample in _read_all(report.tars)] == [r"caf\xe9"]
+    assert rb"caf\xe9.mp4" in report.tars[0].read_bytes()
 
 
 def test_the_same_folder_gives_the_same_bytes(folder, tmp_path):

@@ -41,7 +41,7 @@ def read(units, source):
 def test_a_directory_in_a_bucket_gives_the_episodes_and_digests_of_its_copy(bucket, folder, tmp_path):
     source = build_source("droid_rlds", {})
     local, remote = source.list_units([str(folder)], tmp_path), source.list_units([URL], tmp_path)
-    assert [digest for _, digest in digest_units(local)] == [digest for _, digest in digest_units(remote)]
+    assert [digest for _, digest in digest_units(local).units] == [digest for _, digest in digest_units(remote).units]
     assert [unit.num_bytes for unit in local] == [unit.num_bytes for unit in remote]
     for one, other in zip(read(local, source), read(remote, source), strict=True):
         assert (one.key, one.video) == (other.key, other.video)

@@ -275,11 +275,13 @@ def test_a_shard_that_was_cut_off_says_so_and_gives_what_is_whole(copy, cut):
     assert any("cut off" in result.reason for result in results[2:])
 
 
-def test_a_shard_that_ends_between_two_records_is_known_to_be_short(copy):
+@pytest.mark.parametrize("content", [lambda data: data[: first_end(data)], lambda data: data[: first_end(data) + 20]])
+def test_each_listed_record_that_a_short_shard_lacks_is_one_loss(copy, content):
     path, data = only_shard(copy)
-    path.write_bytes(data[: first_end(data)])
-    episode, skipped = read(copy)
-    assert isinstance(episode, Episode) and "holds 1 records where dataset_info.json lists 3" in skipped.reason
+    path.write_bytes(content(data))
+    episode, *skipped = read(copy)
+    assert isinstance(episode, Episode) and [loss.key for loss in skipped] == [f"{path.name}#1", f"{path.name}#2"]
+    assert "dataset_info.json lists 3 records" in skipped[-1].reason
 
 
 @pytest.mark.parametrize("length", [MAX_RECORD_BYTES + 1, 1 << 62, 10_000_000])
@@ -322,11 +324,19 @@ def test_features_that_nobody_asked_for_are_not_decoded(tmp_path, monkeypatch, e
     assert isinstance(episode, Episode)
 
 
-def test_what_is_no_tfrecord_file_at_all_stops_the_unit(copy):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"not a record file, really", "damaged from its first byte"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
+    ],
+)
+def test_what_is_no_tfrecord_file_at_all_loses_every_listed_record_and_says_what_it_is(copy, content, words):
     path, _ = only_shard(copy)
-    path.write_bytes(b"not a record file, really")
-    with pytest.raises(ValueError, match="is no TFRecord file"):
-        read(copy)
+    path.write_bytes(content)
+    skipped = read(copy)
+    assert [loss.key for loss in skipped] == [f"{path.name}#{index}" for index in range(3)]
+    assert "no TFRecord file" in skipped[0].reason and words in skipped[0].reason
 
 
 def test_the_checksum_is_the_masked_crc32c_of_the_format():

@@ -84,9 +84,9 @@ def test_a_part_has_a_digest_of_its_own_and_the_same_in_every_run(case, monkeypa
     for run in range(2):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / f"state{run}"))
         (part,), notes = take_recordings(source, [unit], 2)
-        digests.add(digest_units([part])[0][1])
+        digests.add(digest_units([part]).units[0][1])
         assert "only the first 2 recordings" in notes[0]
-    assert len(digests) == 1 and digests != {digest_units([unit])[0][1]}
+    assert len(digests) == 1 and digests != {digest_units([unit]).units[0][1]}
 
 
 def test_a_part_is_made_once_and_again_when_its_recordings_change(case, monkeypatch):

@@ -5,6 +5,7 @@ Each attack is tried; it must end as a skipped recording or an error with a reas
 
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -19,6 +20,7 @@ from jepa_cache.media import tar as tar_module
 from jepa_cache.media.tar import iter_samples
 from jepa_cache.media.video import DecodeError, open_video, probe_video
 from jepa_cache.sources import _vpt_lines, build_source
+from jepa_cache.sources._json_files import iter_objects, read_object
 from tests.makers import make_vpt_pair, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, make_rows, read_list, write_info, write_list, write_v2, write_v3
 
@@ -241,7 +243,16 @@ def test_an_info_json_that_is_none_is_refused_within_bounds(tmp_path, content, w
 
 
 @pytest.mark.parametrize(
-    "change", [{"fps": 0}, {"fps": "10"}, {"fps": 1e999}, {"features": []}, {"chunks_size": 0}, {"data_path": 3}]
+    "change",
+    [
+        {"fps": 0},
+        {"fps": "10"},
+        {"fps": 1e999},
+        {"fps": 10**400},
+        {"features": []},
+        {"chunks_size": 0},
+        {"data_path": 3},
+    ],
 )
 def test_values_of_info_json_are_checked(tmp_path, change):
     write_v2(tmp_path / "arm", {0: 6})
@@ -336,3 +347,20 @@ def test_json_of_endless_depth_is_a_reason_not_a_crash(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     (item,) = read_all("mp4_json", tmp_path, {})
     assert "no JSON" in item.reason
+
+
+def test_a_rate_of_four_hundred_digits_is_a_reason_not_a_crash(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"fps": 10**400, "states": [[0.0]], "actions": [[0.0]]}))
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    (item,) = read_all("mp4_json", tmp_path, {})
+    assert "fps must be a positive number" in item.reason
+
+
+@pytest.mark.parametrize("read", [lambda path: read_object(path, MIB), lambda path: list(iter_objects(path))])
+def test_a_pipe_in_place_of_a_json_file_is_a_reason_and_never_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="is no plain file"):
+        read(tmp_path / "a.json")
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    (item,) = read_all("mp4_json", tmp_path, {})
+    assert isinstance(item, Skipped) and "is no plain file" in item.reason
