@@ -131,6 +131,7 @@ class WorldModel:
         self._scaler = scaler_from_json(card["scaler"])
         self._normalize_reps = bool(card["normalize_reps"])
         self.space: ActionSpace = get_action_space(card["action_space"])
+        self._scaler.check_columns(self.space)
         self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
         self.window_steps: int = card["window_steps"]
 

@@ -122,9 +122,9 @@ def check_all(
         + (f"; {result.num_skipped} were checked before (--fresh starts over)" if result.num_skipped else "")
     )
     lines += describe_steps(comparison) if comparison else []
-    if result.findings:
-        lines.append(f"{len(result.findings)} problems; next: jepa-cache repair")
-    elif not wrong:
+    if result.findings or wrong:
+        lines.append(f"{len(result.findings) + len(wrong)} problems; next: jepa-cache repair")
+    else:
         lines.append("all is as it was written")
     return Outcome(document, lines, FINE if document["ok"] else PROBLEM)
 

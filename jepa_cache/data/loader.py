@@ -83,6 +83,7 @@ class WindowLoader:
                 f"the scaler was fitted for action recipe {scaler.action_fingerprint}, but the manifest has "
                 f"{dataset.manifest.action_fingerprint}; run `python stages/fit_scaler.py` again"
             )
+        scaler.check_columns(dataset.space)
         self._dataset, self._index, self._scaler = dataset, index, scaler
         self._num_threads, self._pin_memory = num_threads, pin_memory
         self.wait_s = 0.0  # time that `iterate` made its caller wait

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_cache.actions import Column
+from jepa_cache.actions import ActionSpace, Column
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.files import atomic_file
@@ -23,6 +23,18 @@ class ColumnScaler:
     names: tuple[str, ...]
     mean: tuple[float, ...]
     scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.mean) == len(self.scale):
+            raise ValueError(
+                f"it has {len(self.names)} names, {len(self.mean)} means and {len(self.scale)} scales; each column has one of each"
+            )
+        for name, mean, scale in zip(self.names, self.mean, self.scale, strict=True):
+            numbers = all(isinstance(value, int | float) and abs(value) < 1e300 for value in (mean, scale))
+            if not (isinstance(name, str) and numbers and scale > 0):
+                raise ValueError(
+                    f"column {name!r} has mean {mean!r} and scale {scale!r}; both are finite numbers, the scale above 0"
+                )
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Scale [..., columns] float32 values; the arithmetic is float64."""
@@ -38,6 +50,20 @@ class Scaler:
     num_train_steps: int  # steps it was fitted on
     segments_digest: str  # of the segments it was fitted on: another split or filter is another scaler
     action_fingerprint: str
+
+    def check_columns(self, space: ActionSpace) -> None:
+        """Refuse to scale other columns than it was fitted on.
+
+        Raises:
+            ValueError: With both lists of names.
+        """
+        for what, fitted, columns in (("action", self.actions, space.actions), ("state", self.states, space.states)):
+            names = tuple(column.name for column in columns)
+            if fitted.names != names:
+                raise ValueError(
+                    f"the scaler has the {what} columns {', '.join(fitted.names)}, but those of action space {space.name} are "
+                    f"{', '.join(names)}; run `python stages/fit_scaler.py` again"
+                )
 
     def to_json(self) -> dict:
         """As plain JSON."""
@@ -130,17 +156,25 @@ def read_scaler(path: Path) -> Scaler:
         return scaler_from_json(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; run `python stages/fit_scaler.py` first") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no scaler ({error}); run `python stages/fit_scaler.py` again") from error
 
 
 def scaler_from_json(document: dict) -> Scaler:
-    """The inverse of `Scaler.to_json`."""
-    actions, states = (
-        ColumnScaler(**{key: tuple(value) for key, value in document[name].items()}) for name in ("actions", "states")
-    )
-    kept = ("num_train_steps", "segments_digest", "action_fingerprint")
-    return Scaler(actions, states, **{key: document[key] for key in kept})
+    """The inverse of `Scaler.to_json`.
+
+    Raises:
+        ValueError: The document is no scaler.
+    """
+    try:
+        actions, states = (
+            ColumnScaler(*(tuple(document[name][key]) for key in ("names", "mean", "scale")))
+            for name in ("actions", "states")
+        )
+        kept = ("num_train_steps", "segments_digest", "action_fingerprint")
+        return Scaler(actions, states, **{key: document[key] for key in kept})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a field is missing or of another kind: {error!r}") from error
 
 
 def _read_rows(dataset: CachedDataset, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:

@@ -95,7 +95,15 @@ def model_files(folder: Path) -> list[Path]:
     if not (folder / CONFIG).is_file():
         raise ImageModelError(f"{folder} holds no {CONFIG}; an image encoder is a folder as save_pretrained writes it")
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {weight_map}
+        for name in names:
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise ImageModelError(
+                    f"{folder / INDEX}: weight_map names files of this folder; {name!r} is none. Save the model again with "
+                    "save_pretrained(FOLDER)"
+                )
+        names = sorted(names)
         files = [folder / INDEX, *(folder / name for name in names)]
     else:
         files = [folder / WEIGHTS]

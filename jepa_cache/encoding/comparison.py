@@ -21,6 +21,8 @@ from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
+from jepa_cache.store.audit import note_stale
+from jepa_cache.store.damage import WAY_OUT
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.quantisation import Channels, decode, encode, get_scheme
 from jepa_cache.store.reader import ArrayReader, read_table
@@ -86,6 +88,8 @@ def compare_online(
 ) -> Comparison:
     """Encode random steps of a manifest again, each in the batch that it was in, and compare.
 
+    Stores that hold something else are remembered, so that `jepa-cache repair` makes them again.
+
     Args:
         manifest: Whose stores.
         config: Settings under which they were made.
@@ -114,7 +118,17 @@ def compare_online(
         made = read_store_file(item.store).provenance
         now = describe_machine(encoder, int(made["batch_size"]), default_num_threads())
         changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
-        results += _compare_unit(item, config, encoder, int(made["batch_size"]))
+        of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
+        if wrong := Comparison(of_unit, [], seed).wrong:
+            problem = (
+                f"step {wrong[0].step} is not what the encoder gives (relative error {wrong[0].relative_error:.2g})"
+            )
+            note_stale(
+                root,
+                item.store,
+                f"{item.store} is of another recording or of other weights than its name says: {problem}; {WAY_OUT}",
+            )
+        results += of_unit
     return Comparison(results, list(changes), seed)
 
 

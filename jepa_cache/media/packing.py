@@ -63,7 +63,8 @@ def pack_folder(
     if not episodes:
         raise ValueError(
             f"no recording to pack in {folder}: an episode is one file each of "
-            f"{', '.join(f'<segment>.{suffix}' for suffix in SUFFIXES)} side by side; {len(left_out)} files lack a partner"
+            f"{', '.join(f'<segment>.{suffix}' for suffix in SUFFIXES)} side by side; {len(left_out)} files were left out"
+            + (f" (first: {left_out[0].name}: {left_out[0].reason})" if left_out else "")
         )
     earlier = sorted(out.glob(f"{prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
     if earlier and not overwrite:
@@ -106,6 +107,9 @@ def find_episodes(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, dict
         key, suffix = base_plus_ext(name)
         suffix = suffix.lower().lstrip(".") if suffix else ""
         if suffix.rpartition(".")[2] not in suffixes:
+            continue
+        if folder.resolve() not in path.resolve().parents:
+            left_out.append(LeftOut(name, f"a link out of the folder, to {path.resolve()}: put a copy in its place"))
             continue
         if suffix not in suffixes:
             left_out.append(LeftOut(name, "a dot inside the name: WebDataset ends the key there; rename it without"))

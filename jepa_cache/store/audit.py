@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from jepa_cache.config.machine import state_folder
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.layout import SEGMENTS_FILE
+from jepa_cache.store.digests import look_at
+from jepa_cache.store.layout import SEGMENTS_FILE, STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.reader import ArrayReader, read_table
-from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.root import CacheRoot, atomic_file
 from jepa_cache.store.verify import (
     StoreFile,
     check_content,
@@ -84,20 +86,23 @@ class Audit:
             ("tokens", self._root.tokens(part.fingerprint, entry.unit_digest), entry.tokens_digest),
             ("actions", self._root.actions(part.action_fingerprint, entry.unit_digest), entry.actions_digest),
         )
-        findings = []
-        for kind, place, digest in places:
-            problems = list(self._check_store(place, digest))
-            findings += [Finding(kind, place, part.fingerprint, entry.unit_digest, problem) for problem in problems]
         controls, episodes = self._root.controls(part.source_fingerprint, entry.unit_digest), set()
-        findings += [
-            Finding("controls", controls, part.fingerprint, entry.unit_digest, problem)
-            for problem in self._check_controls(controls, episodes)
-        ]
-        if not findings:
-            findings += [
-                Finding("tokens", places[0][1], part.fingerprint, entry.unit_digest, problem)
-                for problem in _check_episodes(places[0][1], episodes)
+        (_, tokens, _), (_, actions, _) = places
+
+        def finding(kind: str, place: Path, problem: str) -> Finding:
+            return Finding(kind, place, part.fingerprint, entry.unit_digest, problem)
+
+        findings = []
+        if stale := find_stale(self._root, tokens):
+            # Controls and actions are of the same recording; the tokens, which tell, come last, as `repair` removes them.
+            findings = [
+                finding(*it, stale) for it in (("controls", controls), ("actions", actions), ("tokens", tokens))
             ]
+        for kind, place, digest in places:
+            findings += [finding(kind, place, problem) for problem in self._check_store(place, digest)]
+        findings += [finding("controls", controls, problem) for problem in self._check_controls(controls, episodes)]
+        if not findings:
+            findings += [finding("tokens", tokens, problem) for problem in _check_episodes(tokens, episodes)]
         return findings
 
     def _check_store(self, store: Path, digest: str) -> Iterator[str]:
@@ -190,13 +195,38 @@ def check_listed(manifest: Manifest, root: CacheRoot) -> list[Finding]:
     return [Finding("manifest", path, "", "", problem)]
 
 
+def note_stale(root: CacheRoot, store: Path, problem: str) -> None:
+    """Remember that a token store does not hold what its encoder gives of its unit, though no byte of it has changed.
+
+    Every `Audit` on this machine tells of it until there is another store.
+    """
+    path = _stale_file(root, store)
+    with atomic_file(path) as temporary:
+        temporary.write_text(f"{look_at(store / STORE_FILE)}\n{problem}")
+
+
+def find_stale(root: CacheRoot, store: Path) -> str | None:
+    """What `note_stale` remembered of this very store."""
+    path = _stale_file(root, store)
+    if not path.is_file() or not (store / STORE_FILE).is_file():
+        return None
+    look, _, problem = path.read_text().partition("\n")
+    return problem if look == str(look_at(store / STORE_FILE)) else None
+
+
+def _stale_file(root: CacheRoot, store: Path) -> Path:
+    name = hashlib.sha256(f"{root.name} {store.relative_to(root.path)}".encode()).hexdigest()[:32]
+    return state_folder() / "verify" / f"stale-{name}.txt"
+
+
 def sign(root: CacheRoot, part: ManifestPart, entry: ManifestEntry) -> str:
-    """Hash of names, sizes and modification times of all files of one unit's stores: the same while nobody touches them."""
-    hasher = hashlib.sha256(f"{entry.tokens_digest} {entry.actions_digest}\n".encode())
+    """Hash of names, sizes and times of one unit's files: the same while nobody touches or notes them."""
     tokens, actions = (
         root.tokens(part.fingerprint, entry.unit_digest),
         root.actions(part.action_fingerprint, entry.unit_digest),
     )
+    stale = _stale_file(root, tokens).is_file()
+    hasher = hashlib.sha256(f"{entry.tokens_digest} {entry.actions_digest}{' stale' if stale else ''}\n".encode())
     for place in (tokens, actions, root.controls(part.source_fingerprint, entry.unit_digest)):
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,8 +170,19 @@ def read_manifest(path: Path) -> Manifest:
 
 def _read_part(document: dict[str, Any]) -> ManifestPart:
     entries = tuple(ManifestEntry(**entry) for entry in document.pop("entries"))
+    for key in ("fingerprint", "action_fingerprint", "source_fingerprint"):
+        _check_name(key, document[key], DIGEST_LENGTH)
+    for entry in entries:
+        for key in ("unit_digest", "tokens_digest", "actions_digest"):
+            _check_name(key, getattr(entry, key), 2 * DIGEST_LENGTH)
     skipped, notes = tuple(document.pop("skipped")), tuple(document.pop("notes"))
     return ManifestPart(**document, skipped=skipped, notes=notes, entries=entries)
+
+
+def _check_name(key: str, name: object, length: int) -> None:
+    """Names become paths below the cache root, so that anything else could lead elsewhere."""
+    if not isinstance(name, str) or not re.fullmatch(rf"[0-9a-f]{{{length}}}", name):
+        raise ValueError(f"{key} is {length} hexadecimal digits, not {name!r}")
 
 
 def find_missing(manifest: Manifest, root: CacheRoot) -> list[Path]:

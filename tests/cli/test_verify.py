@@ -7,6 +7,7 @@ forgets; steps that are encoded again are bit-equal, and stores of other pixels 
 import json
 import math
 import shutil
+import sqlite3
 from itertools import combinations
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 
 from jepa_cache.encoding.comparison import Comparison, StepResult
 from jepa_cache.store import rounds
+from jepa_cache.store.digests import DigestTable, look_at
 from jepa_cache.store.recipe import canonical_json
 from tests.encoded import make_tars, write_store_json
+from tests.makers import make_vpt_pair, write_vpt_tar
 
 CLASSES = {
     "token data": ("tokens", "tokens/c/0/0/0", 100),
@@ -307,6 +310,39 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
     online = result.document["against_online"]
     assert result.code == 1 and not online["bit_equal"] and online["largest_difference"] > 0
     assert online["largest_relative_error"] > 0.1
+
+
+def replace_behind_the_table(path, other):
+    """Put another recording into a file without the digest table noticing, as on a disk that keeps no change times."""
+    digest = DigestTable().digest(path)
+    shutil.copy(other, path)
+    look = look_at(path)
+    with sqlite3.connect(DigestTable().path) as table:
+        row = (str(path), *look, digest)
+        table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
+
+
+def test_a_store_of_another_recording_than_its_name_says_is_found_against_online_and_repaired(fresh, encoded, tmp_path):
+    tar, kept = fresh.recordings / "b.tar", shutil.copy(fresh.recordings / "b.tar", tmp_path)
+    replace_behind_the_table(tar, write_vpt_tar(tmp_path / "other.tar", {"z": make_vpt_pair(41, 99)}))
+    fresh.encode()
+    shutil.copy(kept, tar)
+    assert fresh.run("verify", str(fresh.recordings)).code == 0
+    online = ("verify", "--against-online", "60", str(fresh.recordings))
+    result = fresh.run(*online)
+    assert result.code == 1 and "next: jepa-cache repair" in result.out
+    stale = next(fresh.tokens(n) for n in range(3) if fresh.tokens(n).name == encoded_as(encoded, "b.tar"))
+    assert f"{stale} is of another recording" in fresh.run("verify").out
+    result = fresh.run("repair", str(fresh.recordings))
+    assert result.code == 1 and "ANOTHER DIGEST" in result.out and str(stale) in result.out
+    fresh.encode()
+    assert fresh.manifest == encoded.manifest
+    assert "all is as it was written" in fresh.run(*online).out
+
+
+def encoded_as(checkout, name):
+    """Name of the store of a recording."""
+    return f"{DigestTable().digest(checkout.recordings / name)[:32]}.zarr"
 
 
 def test_another_seed_chooses_other_steps_and_the_choice_is_the_seeds(checkout):

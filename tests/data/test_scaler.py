@@ -4,6 +4,7 @@ A number that is not finite gives no scaler; its episode is named.
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -132,6 +133,34 @@ def test_a_missing_or_damaged_file_is_named_with_the_command_that_makes_it(tmp_p
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"scaler\.json.*fit_scaler\.py"):
         read_scaler(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("scale", [2.0], "36 names, 36 means and 1 scales"),
+        ("scale", [-1.0] * 36, "scale -1.0; both are finite"),
+        ("scale", [0.0] * 36, "scale 0.0; both"),
+        ("scale", ["1"] * 36, "scale '1'; both"),
+        ("mean", [float("nan")] * 36, "mean nan"),
+        ("mean", [10**400] * 36, "mean 1000"),
+        ("mean", 0.0, "a field is missing or of another kind"),
+        ("names", [None] * 36, "column None"),
+    ],
+)
+def test_numbers_that_no_fit_gives_are_refused_by_column(dataset, tmp_path, key, value, said):
+    document = fit_scaler(dataset, dataset.segments, STANDARD).to_json()
+    document["actions"] = {**document["actions"], key: value}
+    (tmp_path / "scaler.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"scaler\.json is no scaler \(.*{said}.*fit_scaler\.py"):
+        read_scaler(tmp_path / "scaler.json")
+
+
+def test_a_scaler_of_other_columns_is_refused(dataset):
+    scaler = fit_scaler(dataset, dataset.segments, STANDARD)
+    other = dataclasses.replace(scaler, states=dataclasses.replace(scaler.states, names=scaler.states.names[::-1]))
+    with pytest.raises(ValueError, match=r"the scaler has the state columns .*fit_scaler\.py"):
+        WindowLoader(dataset, WindowIndex(dataset.segments, 4), other)
 
 
 def test_no_training_row_is_refused(dataset):

@@ -10,6 +10,7 @@ Claims:
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -247,3 +248,12 @@ def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()
     with pytest.raises(ImageModelError, match=r"lacks model-00002-"):
         model_digest(tmp_path, digest=file_digest)
+
+
+@pytest.mark.parametrize("name", ["../others/model.safetensors", "/etc/passwd", "..", "", 5, None])
+def test_weights_outside_the_folder_are_refused_by_name_and_not_opened(tmp_path, dinov2, name):
+    shutil.copytree(dinov2, tmp_path / "model")
+    shutil.copytree(dinov2, tmp_path / "others")
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ImageModelError, match="weight_map names files of this folder"):
+        model_digest(tmp_path / "model", digest=lambda _: pytest.fail("a file was read"))

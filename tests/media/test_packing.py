@@ -81,6 +81,21 @@ def test_files_without_a_partner_are_named(folder, tmp_path):
     assert report.num_episodes == 4
 
 
+def test_links_out_of_the_folder_are_named_and_not_followed(folder, tmp_path):
+    secret = tmp_path / "elsewhere.mp4"
+    secret.write_bytes(b"not to be packed")
+    (folder / "out.mp4").symlink_to(secret)
+    (folder / "out.jsonl").write_bytes(b"{}\n")
+    first = next(path for path in sorted(folder.rglob("*.mp4")) if path.is_file() and not path.is_symlink())
+    (folder / "inside.mp4").symlink_to(first)
+    (folder / "inside.jsonl").symlink_to(first.with_suffix(".jsonl"))
+    report = pack_folder(folder, tmp_path / "out")
+    reasons = dict(report.left_out)
+    assert f"a link out of the folder, to {secret}" in reasons["out.mp4"]
+    assert "no out.mp4" in reasons["out.jsonl"]
+    assert report.num_episodes == 5 and all(b"not to be packed" not in tar.read_bytes() for tar in report.tars)
+
+
 def test_doubly_dotted_and_upper_case_names_are_packed_under_safe_ones(tmp_path):
     for name in ("a..mp4", "a.JSONL"):
         (tmp_path / name).write_bytes(name.encode())

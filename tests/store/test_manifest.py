@@ -131,8 +131,19 @@ def test_a_write_that_fails_leaves_the_old_manifest(tmp_path, monkeypatch):
         (lambda document: document.update(manifest_version=99), "it has version 99, this program reads 1"),
         (lambda document: document.pop("manifest_version"), "manifest_version"),
         (lambda document: document["parts"][0]["entries"][0].pop("num_steps"), "num_steps"),
+        (
+            lambda document: document["parts"][0].update(fingerprint=".."),
+            "fingerprint is 32 hexadecimal digits, not '..'",
+        ),
+        (lambda document: document["parts"][0].update(source_fingerprint="/etc"), "source_fingerprint is 32 hex"),
+        (lambda document: document["parts"][0].update(action_fingerprint="1" * 32 + "\n"), "action_fingerprint is 32"),
+        (lambda document: document["parts"][0]["entries"][1].update(unit_digest="../x"), "unit_digest is 64 hex"),
+        (lambda document: document["parts"][0]["entries"][1].update(tokens_digest=5), "tokens_digest is 64 hex"),
     ],
-    ids=["field gone", "field unknown", "other version", "no version", "entry field gone"],
+    ids=[
+        *("field gone", "field unknown", "other version", "no version", "entry field gone"),
+        *("parent as name", "absolute name", "name with a newline", "unit elsewhere", "digest that is a number"),
+    ],
 )
 def test_a_manifest_of_another_form_is_refused_with_the_way_out(tmp_path, change, said):
     document = json.loads(MANIFEST.to_bytes())
