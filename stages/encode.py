@@ -22,7 +22,7 @@ from jepa_cache.encoding.rates import record_rate  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.encoding.summary import describe_result  # noqa: E402
 from jepa_cache.encoding.workers import Workers  # noqa: E402
-from jepa_cache.store.manifest import write_manifest  # noqa: E402
+from jepa_cache.store.manifest import replaced, write_manifest  # noqa: E402
 from jepa_cache.store.root import resolve_cache_root  # noqa: E402
 from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 
@@ -33,20 +33,23 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, argv, paths="tar shards, or folders, globs and ranges of them", workers="processes on this machine"
     )
     chosen = arguments.num_workers, arguments.scheduler
-    workers = None if chosen == (None, None) else Workers(*chosen)
-    config = load_config(ROOT, arguments.overrides)
-    root = resolve_cache_root(config.cache_root, data_base(ROOT))
     output = ROOT / "outputs/encode/manifest.json"
+    with replaced(output):
+        workers = None if chosen == (None, None) else Workers(*chosen)
+        config = load_config(ROOT, arguments.overrides)
+        root = resolve_cache_root(config.cache_root, data_base(ROOT))
 
-    def announce_parts(parts: list[Part]) -> list[Part]:
-        announce(root, config.dataset.name, [part.wanted for part in parts])
-        return parts
+        def announce_parts(parts: list[Part]) -> list[Part]:
+            announce(root, config.dataset.name, [part.wanted for part in parts])
+            return parts
 
-    with in_use(root):
-        base = recordings_base(config, ROOT)
-        result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts)
-        write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
-        settle(root, result.manifest, result.unreadable)
+        with in_use(root):
+            base = recordings_base(config, ROOT)
+            result = encode_dataset(
+                config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts
+            )
+            write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
+            settle(root, result.manifest, result.unreadable)
     if workers is None:
         record_rate(config, result.timing)
     print(describe_result(result, root))

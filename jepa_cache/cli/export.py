@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.export_predictor import export_predictor
-from jepa_cache.cli.outcome import Checkout, Outcome, describe_bytes, help_of, open_checkout, report
+from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, help_of, open_checkout, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +78,7 @@ def copy_out(
 ) -> Outcome:
     """Choose units and copy them."""
     from jepa_cache.store.export import export_manifest, select_units
+    from jepa_cache.store.manifest import why_held_back
     from jepa_cache.store.usage import in_use
     from jepa_cache.store.verify import read_store_file
 
@@ -85,6 +86,8 @@ def copy_out(
         raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
     if split not in (None, *SPLITS):
         raise ValueError(f"--split is train or val; got {split!r}")
+    if path is None and (reason := why_held_back(checkout.repository / MANIFEST)) is not None:
+        raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
     with in_use(root):
         wanted, asked = choose_units(checkout, manifest, episodes, units, split)

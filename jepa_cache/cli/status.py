@@ -81,6 +81,8 @@ def look_up(checkout: Checkout) -> Outcome:
 
 def compare_manifest(checkout: Checkout, parts: Sequence[PartStatus]) -> tuple[Manifest | None, str]:
     """The checkout's manifest, and why it does not list what the present settings ask for; empty when it does."""
+    from jepa_cache.store.manifest import why_held_back
+
     if not (checkout.repository / MANIFEST).exists():
         return None, "absent; stage one writes it"
     try:
@@ -91,7 +93,7 @@ def compare_manifest(checkout: Checkout, parts: Sequence[PartStatus]) -> tuple[M
     asked = {(part.part.tokens, digest): part.digests.get(digest) for part in parts for _, digest in part.part.units}
     if {fingerprint for fingerprint, _ in listed} != {fingerprint for fingerprint, _ in asked}:
         return manifest, f"it lists stores of another recipe or other cameras and phases ({manifest.fingerprint})"
-    reasons = []
+    reasons = [reason] if (reason := why_held_back(checkout.repository / MANIFEST)) else []
     if {part.action_fingerprint for part in manifest.parts} != {part.part.actions for part in parts}:
         reasons.append(f"it was made for another action space ({manifest.action_space})")
     if gone := listed.keys() - asked.keys():
@@ -112,6 +114,7 @@ def list_reasons(part: PartStatus) -> list[str]:
     for other in part.why:
         lines.append(f"  why: {other.num_units} units are stored under recipe {other.fingerprint}, which differs in")
         lines += [f"    {change}" for change in other.changes]
+    lines += shorten([f"  unreadable {unit.key}: {unit.reason}" for unit in part.part.unreadable], indent="  ")
     shown = [f"  {unit.state} {unit.name}: {unit.reason}" for unit in part.units if unit.state != "done"]
     lines += shorten(shown, indent="  ")
     if part.num_without_actions:

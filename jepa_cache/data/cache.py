@@ -29,7 +29,7 @@ from jepa_cache.data.splits import TRAIN, split_of
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
-from jepa_cache.store.manifest import Manifest, find_missing, read_manifest
+from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_scheme
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
@@ -49,9 +49,12 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
     """Open the data set that outputs/encode/manifest.json lists, after checking that it is the one params.yaml asks for.
 
     Raises:
-        ValueError: When the manifest is missing, was made with other settings, or its stores are gone.
+        ValueError: When the manifest is missing, older than an encode that failed, or made with other settings, or its stores
+            are gone.
     """
     path = repository / "outputs/encode/manifest.json"
+    if (reason := why_held_back(path)) is not None:
+        raise ValueError(reason)
     manifest = read_manifest(path)
     differing = find_differences(config, manifest)
     if differing:

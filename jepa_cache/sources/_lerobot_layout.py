@@ -5,6 +5,8 @@ Everything in meta/ is untrusted: templates name files inside the data set only,
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -156,13 +158,33 @@ def fill_template(layout: Layout, template: str, values: Mapping[str, int | str]
     return layout.root / path
 
 
-def iter_places(layout: Layout, camera: str) -> Iterator[Place]:
+def list_places(layout: Layout, camera: str) -> list[Place]:
     """List the episodes of a data set, in the order of meta/.
 
     Raises:
-        LayoutError: meta/ lists no episodes, or an entry that cannot be used.
+        LayoutError: meta/ lists no episodes, an entry that cannot be used, an index twice, or two episodes with the same frames.
     """
-    yield from _iter_packed(layout, camera) if layout.packed else _iter_single(layout, camera)
+    places = list(_iter_packed(layout, camera) if layout.packed else _iter_single(layout, camera))
+    by_index: dict[int, Place] = {}
+    by_video: dict[Path, list[Place]] = {}
+    for place in places:
+        if place.index in by_index:
+            raise LayoutError(
+                f"{layout.root}: meta/ lists episode {place.index} twice; it is not known which entry is right"
+            )
+        by_index[place.index] = place
+        by_video.setdefault(place.video, []).append(place)
+    for video, sharing in by_video.items():
+        spans = sorted((place.span_s or (0.0, math.inf), place.index) for place in sharing)
+        spans = [(span, index) for span, index in spans if span[0] < span[1]]  # a wrong one costs its episode alone
+        for (before, first), (after, second) in itertools.pairwise(spans):
+            if after[0] < before[1] - 0.5 / layout.fps:
+                raise LayoutError(
+                    f"{layout.root}: meta/ gives episodes {first} and {second} the same frames of "
+                    f"{video.relative_to(layout.root)} ({before[0]:g} to {before[1]:g} s, {after[0]:g} to {after[1]:g} s); rows would "
+                    "be paired with another episode's frames"
+                )
+    return places
 
 
 def _iter_single(layout: Layout, camera: str) -> Iterator[Place]:

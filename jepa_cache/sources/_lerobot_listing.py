@@ -12,7 +12,7 @@ from jepa_cache.config.machine import state_folder
 from jepa_cache.files import atomic_file
 from jepa_cache.sources import Unit
 from jepa_cache.sources._lerobot_columns import find_indices
-from jepa_cache.sources._lerobot_layout import Place, iter_places, read_layout
+from jepa_cache.sources._lerobot_layout import Place, list_places, read_layout
 
 
 class Listing:
@@ -37,7 +37,7 @@ class Listing:
         self.layout = read_layout(root)
         self.layout.check_camera(camera)
         self.lists = self.layout.lists()
-        self.places = list(iter_places(self.layout, camera))
+        self.places = list_places(self.layout, camera)
         self.by_file: dict[Path, list[Place]] = {}
         for place in self.places:
             self.by_file.setdefault(place.data, []).append(place)

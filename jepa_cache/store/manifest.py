@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, fingerprint
+from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, file_digest, fingerprint
 from jepa_cache.store.root import CacheRoot
 
 MANIFEST_VERSION = 1
 SELF_DIGEST = "sha256"  # of the manifest without this entry
+HELD_BACK = "held_back.json"  # beside a manifest whose encode has not ended well
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,45 @@ def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
             continue
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    """Hold back the manifest at `path` until the block that is to replace it ends well; its bytes are not touched.
+
+    A file beside it says that it is held back and why: also after a kill, and nothing is lost where the next try succeeds.
+    """
+    mark = path.with_name(HELD_BACK)
+
+    def hold_back(why: str) -> None:
+        if path.is_file():
+            with atomic_file(mark) as temporary:
+                temporary.write_bytes(canonical_json({"manifest": file_digest(path), "why": why}))
+
+    hold_back("has not ended: it is still running, or was killed")
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # of a full disk: the file says already that it has not ended
+            hold_back(
+                "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error})".replace("\n", " ")
+            )
+        raise
+    mark.unlink(missing_ok=True)
+
+
+def why_held_back(path: Path) -> str | None:
+    """Why the manifest at `path` is not to be used: the encode that was to replace it failed. None where it may be."""
+    mark = path.with_name(HELD_BACK)
+    if not mark.is_file() or not path.is_file():
+        return None
+    held = json.loads(mark.read_bytes())
+    if held["manifest"] != file_digest(path):  # Another one has been put there since, by `dvc checkout` for example.
+        return None
+    return (
+        f"{path} is from before the last `python stages/encode.py`, which {held['why']}. Run it again: what was encoded is kept. "
+        f"Or delete {mark} to use the manifest as it is"
+    )
 
 
 def read_manifest(path: Path) -> Manifest:

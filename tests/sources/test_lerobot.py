@@ -373,3 +373,36 @@ def test_a_data_set_in_another_data_sets_video_folder_is_found_by_its_own_meta(t
     write_v2(tmp_path / "arm", {0: 6})
     write_v2(tmp_path / "arm/more/hand", {0: 6})
     assert [item.key for item in read_all(tmp_path)] == ["arm/episode_000000", "hand/episode_000000"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"episode_index": 0}, "lists episode 0 twice"),
+        ({f"videos/{CAMERA}/from_timestamp": 0.3}, "gives episodes 0 and 1 the same frames"),
+        ({f"videos/{CAMERA}/from_timestamp": 0.55, f"videos/{CAMERA}/to_timestamp": 1.2}, None),  # by float error, say
+    ],
+)
+def test_a_list_that_gives_two_episodes_one_index_or_the_same_frames_is_refused(tmp_path, change, words):
+    write_v3(tmp_path / "arm", [{0: 6, 1: 6}])
+    listed = read_list(tmp_path / "arm")
+    listed[1] |= change
+    write_list(tmp_path / "arm", listed)
+    if words is None:
+        assert len(read_all(tmp_path)) == 2
+        return
+    with pytest.raises(ValueError, match=words):
+        read_all(tmp_path)
+
+
+def test_episodes_of_one_index_or_one_file_are_refused_in_the_older_layout_too(tmp_path):
+    write_v2(tmp_path / "arm", {0: 6, 1: 6})
+    path = tmp_path / "arm/meta/episodes.jsonl"
+    lines = path.read_text()
+    path.write_text(lines + lines.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="lists episode 0 twice"):
+        read_all(tmp_path)
+    path.write_text(lines)
+    write_info(tmp_path / "arm", "v2.1", video_path="videos/all.mp4")
+    with pytest.raises(ValueError, match="gives episodes 0 and 1 the same frames"):
+        read_all(tmp_path)
