@@ -139,11 +139,13 @@ def _read_pickle(path: Path) -> dict[str, object]:
         # Only the zip form (torch >= 1.6) can be mapped; all released V-JEPA 2 files are expected to have it.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        # Of torch's words only the name: they advise to load the file with weights_only=False, which runs its code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint: {error}\nOnly tensors are read from "
-            f"checkpoints, because pickles can run code. If you trust the file, load it once with torch and save the "
-            f"encoder's state dict alone under the same entry name"
-        ) from error
+            f"{path} {f'holds {found[1]}' if found else 'is no checkpoint, or damaged'}. Only tensors and plain values are read from "
+            "checkpoints, because pickles can run code. Take the file from its publisher again, as safetensors where there is one, "
+            "or have whoever made it save the encoder's state dict alone under the same entry name"
+        ) from None
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint, perhaps it was cut short: {error}. "

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -254,7 +255,15 @@ def read_official(path: Path) -> Mapping[str, object]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # Of torch's words only the name: they advise to load the file with weights_only=False, which runs its code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"predictor weights {path} cannot be read as tensors only: the file "
+            f"{f'holds {found[1]}, and pickles can run code' if found else 'is no checkpoint, or damaged'}. Take it from its publisher "
+            "again, or have whoever made it save tensors alone"
+        ) from None
+    except (OSError, EOFError, RuntimeError) as error:
         raise CheckpointError(f"predictor weights {path} cannot be read as tensors only: {error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(

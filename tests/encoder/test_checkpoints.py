@@ -5,6 +5,7 @@ and V-JEPA 2.1 files, wrong entries, damaged files and files with code are refus
 """
 
 import logging
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -167,8 +168,12 @@ def test_a_page_of_html_is_refused(tmp_path):
 
 def test_a_file_with_objects_that_could_run_code_is_refused(tmp_path):
     torch.save({"target_encoder": {}, "extra": pytest.approx(1)}, tmp_path / "objects.pt")
-    with pytest.raises(CheckpointError, match="pickles can run code"):
-        load_state(tmp_path / "objects.pt", "target_encoder")
+    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
+    for name, said in (("objects.pt", r"holds \S*pytest\S*ApproxScalar"), ("noise.pt", "is no checkpoint, or damaged")):
+        with pytest.raises(CheckpointError, match=f"{said}.*pickles can run code") as caught:
+            load_state(tmp_path / name, "target_encoder")
+        printed = "".join(traceback.format_exception(caught.value))
+        assert "weights_only" not in printed and "trust" not in printed, "torch's advice to run the code is not ours"
 
 
 def test_the_masked_predictor_of_a_hub_file_is_ignored_and_nothing_else(tmp_path, file_preset, wide_state):
