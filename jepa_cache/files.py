@@ -190,8 +190,11 @@ def _remove_stale(path: Path) -> None:
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether no living writer holds a temporary file or folder."""
-    return not is_claimed(_lock_of(temporary) if temporary.is_dir() else temporary)
+    """Whether no living writer holds a temporary file or folder; False where another user's lock may not be read."""
+    try:
+        return not is_claimed(_lock_of(temporary) if temporary.is_dir() else temporary)
+    except PermissionError:
+        return False
 
 
 def make_folder(path: Path) -> None:
@@ -304,6 +307,8 @@ def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, os.O_RDWR | flags, 0o666)
     except PermissionError:  # another user's file: a local file system locks it all the same
+        if flags & os.O_CREAT and not path.exists() and not os.access(path.parent, os.W_OK):
+            raise  # it may not be made: "no such file" would be the wrong reason
         return os.open(path, os.O_RDONLY)
 
 

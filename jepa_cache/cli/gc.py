@@ -91,6 +91,7 @@ def clean_up(checkout: Checkout, *, delete: bool, forget: list[str]) -> Outcome:
     verb = "removed" if delete else "not needed"
     lines += shorten([f"{verb}: {it['path']} ({describe_bytes(it['num_bytes'])})" for it in document["unneeded"]])
     lines += [f"left alone, not of this program: {path}" for path in contents.unknown]
+    lines += [f"another user's, which may not be removed: {path}" for path in contents.kept]
     if temporaries:
         lines.append(f"{verb}: {len(temporaries)} temporaries of writers that died")
     lines.append(f"{verb}: {describe_bytes(num_bytes)} in all")

@@ -70,7 +70,10 @@ def encode_dataset(
         ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
     """
     root.check_writable()
-    root.remove_stale_temporaries()
+    if kept := root.remove_stale_temporaries():
+        print(
+            f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
+        )
     space = get_action_space(config.encode.action_space)
     encoder, weights, identity = open_encoder(config, base)
 

@@ -74,6 +74,7 @@ class Contents:
     temporaries: list[tuple[Path, int]]  # of dead writers
     unknown: list[Path]  # never removed
     claimed: set[Key]  # being made just now
+    kept: list[Path]  # temporaries of another user, which may not be removed
     abandoned: dict[str, int]  # uploads that were never finished, with their bytes
 
     def needed(self, forgotten: Collection[str] = ()) -> set[Key]:
@@ -102,7 +103,7 @@ def list_root(root: CacheRoot, own: Manifest | None = None) -> Contents:
     """
     root.refresh()
     root.check_ours()
-    contents = Contents(list_manifests(root) + _list_unfinished(root), {}, [], [], set(), root.find_abandoned())
+    contents = Contents(list_manifests(root) + _list_unfinished(root), {}, [], [], set(), [], root.find_abandoned())
     if own is not None and own.digest not in {listing.digest for listing in contents.listings}:
         contents.listings.append(_list_manifest(root.manifest(own.digest), own))
     ours = set(root.own_folders())
@@ -183,6 +184,8 @@ def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = (), own: Manif
         for path, _ in contents.unneeded(forgotten).values():
             root.remove(path)
         root.remove_stale_temporaries()
+        contents.kept = [path for path, _ in contents.temporaries if path.exists()]
+        contents.temporaries = [(path, size) for path, size in contents.temporaries if path not in contents.kept]
         for name in root.find_abandoned():
             root.remove_abandoned(name)
         for kind in KINDS:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,9 +98,15 @@ def settle(root: CacheRoot, manifest: Manifest, unreadable: Collection[tuple[str
     """
     root.publish(root.manifest(manifest.digest))
     listed = {(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores} | set(unreadable)
-    for unfinished in list_unfinished(root):
-        if all((part.fingerprint, unit) in listed for part in unfinished.parts for unit in part.units):
-            root.remove(unfinished_path(root, unfinished.digest))
+    for path in _record_paths(root):
+        try:
+            unfinished = _read_record(path)
+        except ValueError as error:
+            print(f"note: {error}")
+            continue
+        if unfinished and all((part.fingerprint, unit) in listed for part in unfinished.parts for unit in part.units):
+            with suppress(PermissionError):  # another user's: until it goes it keeps what this manifest keeps anyway
+                root.remove(path)
 
 
 def list_unfinished(root: CacheRoot) -> list[UnfinishedEncode]:
@@ -109,26 +115,30 @@ def list_unfinished(root: CacheRoot) -> list[UnfinishedEncode]:
     Raises:
         ValueError: A record cannot be read; says which.
     """
-    found = []
-    for path in sorted((root.path / FOLDER).glob("*.json")):
-        if not FINGERPRINT.fullmatch(path.stem):
-            continue
-        try:
-            document = json.loads(path.read_bytes())
-            parts = tuple(WantedPart(**{**part, "units": tuple(part["units"])}) for part in document["parts"])
-            found.append(UnfinishedEncode(path.stem, document["dataset"], parts))
-        except FileNotFoundError:
-            continue  # that encode has ended just now
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); it says which stores an encode still wants. Delete it if none is running"
-            ) from error
-    return found
+    return [record for path in _record_paths(root) if (record := _read_record(path)) is not None]
 
 
 def unfinished_path(root: CacheRoot, digest: str) -> Path:
     """The record of an unfinished encode."""
     return root.path / FOLDER / f"{digest}.json"
+
+
+def _record_paths(root: CacheRoot) -> list[Path]:
+    return [path for path in sorted((root.path / FOLDER).glob("*.json")) if FINGERPRINT.fullmatch(path.stem)]
+
+
+def _read_record(path: Path) -> UnfinishedEncode | None:
+    try:
+        document = json.loads(path.read_bytes())
+        parts = tuple(WantedPart(**{**part, "units": tuple(part["units"])}) for part in document["parts"])
+        return UnfinishedEncode(path.stem, document["dataset"], parts)
+    except FileNotFoundError:
+        return None  # that encode has ended just now
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it says which stores an encode still wants, so `jepa-cache gc` removes nothing. "
+            "Delete it if no encode is running"
+        ) from error
 
 
 @contextmanager

@@ -279,6 +279,20 @@ def test_a_record_that_cannot_be_read_stops_everything(checkout):
         assert result.code == 2 and f"{path} cannot be read" in result.err and store.is_dir()
 
 
+def test_what_lies_in_unfinished_and_is_no_record_fails_no_encode(checkout, capsys):
+    before = checkout.files()
+    folder = checkout.root.path / "unfinished"
+    folder.mkdir(exist_ok=True)
+    (folder / "notes.json").write_text("mine")
+    (folder / f"{'0' * 32}.json").write_bytes(b"\xff garbage")
+    (folder / f"{'1' * 32}.json").mkdir()
+    checkout.encode()
+    out = capsys.readouterr().out
+    assert all(f"note: {folder}/{name * 32}.json cannot be read" in out for name in "01")
+    assert before.items() <= checkout.files().items()
+    assert checkout.run("gc", "--delete").code == 2
+
+
 def test_nothing_is_announced_where_all_is_there_and_no_dead_announcement_stays(checkout):
     from jepa_cache.store.usage import WantedPart
 

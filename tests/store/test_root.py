@@ -3,6 +3,10 @@
 What dead writers of ours left in a root is removed, and nothing else.
 """
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +47,47 @@ def test_a_root_that_cannot_be_written_is_refused_before_any_work(tmp_path):
         CacheRoot(tmp_path / "file" / "root").check_writable()
     CacheRoot(tmp_path / "new" / "root").check_writable()
     assert [path.name for path in (tmp_path / "new" / "root").iterdir()] == [MARKER]
+
+
+@pytest.fixture
+def public():
+    """A folder that another user may enter: pytest's own are closed to all others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def run_as_nobody(code, *arguments):
+    """What a snippet prints that runs as another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user")
+    start = (
+        "import os, sys; from pathlib import Path; import jepa_cache.store.usage; from jepa_cache.store.root import *\n"
+    )
+    code = f"{start}os.setgid(65534); os.setuid(65534); root = CacheRoot(Path(sys.argv[1]))\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755], ids=["closed", "no file may be made"])
+def test_what_another_user_may_not_do_is_told_as_a_permission(public, mode):
+    CacheRoot(public / "root").check_writable()
+    (public / "root").chmod(mode)
+    told = run_as_nobody("root.check_writable()", public / "root")
+    assert "cannot be written ([Errno 13] Permission denied: " in told and "No such file" not in told
+
+
+def test_what_a_dead_encoder_of_another_user_left_stays_and_blocks_nobody(public):
+    root = CacheRoot(public / "root")
+    root.check_writable()
+    root.path.chmod(0o777)
+    fill(root.path, [f"tokens/{ID}/.jepa-cache-0123456789ab-u.zarr{end}" for end in ("/x", ".lock")])
+    before = listing(root.path)
+    told = run_as_nobody("root.check_writable(); print(len(root.remove_stale_temporaries()), 'kept')", root.path)
+    assert told == "1 kept\n" and listing(root.path) == before
+    assert root.remove_stale_temporaries() == [] and not list(root.path.rglob("*.lock"))
 
 
 def fill(folder, names):
