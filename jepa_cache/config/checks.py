@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from jepa_cache.config.encoder_checks import check_encoder
 from jepa_cache.config.parsing import ConfigError, check_choice, check_choices, check_once, check_positive
@@ -20,6 +21,7 @@ from jepa_cache.config.schema import (
     SCALING_RULES,
     SINGLE_FRAMES,
     STORED_DTYPES,
+    TRAIN_DEVICES,
     Config,
     EncodeConfig,
     EvaluateConfig,
@@ -29,6 +31,7 @@ from jepa_cache.config.schema import (
     TrainConfig,
 )
 
+MAX_SEED = 2**32  # what every generator of numpy and torch takes
 LEAST_BOOTSTRAP = 100  # resamples: below 40 a 2.5 % quantile is the smallest value itself
 
 
@@ -41,6 +44,8 @@ def check_config(config: Config) -> None:
     _check_encode(config.encode)
     check_encoder(config.encode, config.encoder)
     _check_share("split.val_share", config.split.val_share)
+    for section in ("split", "train", "evaluate", "plan"):
+        _check_seed(f"{section}.seed", getattr(config, section).seed)
     _check_filter(config.filter)
     check_choice("scaler.actions", config.scaler.actions, SCALING_RULES)
     check_choice("scaler.states", config.scaler.states, SCALING_RULES)
@@ -58,6 +63,8 @@ def _check_encode(encode: EncodeConfig) -> None:
     check_choice("encode.dtype", encode.dtype, STORED_DTYPES)
     check_choice("encode.decoder", encode.decoder, DECODERS)
     check_choice("encode.single_frame", encode.single_frame, SINGLE_FRAMES)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", encode.device):
+        raise ConfigError(f"encode.device is auto, cpu, cuda or cuda:<number of the GPU>; got {encode.device!r}")
     for key in ("fps", "num_decoders", "batch_size", "pool"):
         check_positive(f"encode.{key}", getattr(encode, key))
     check_once("encode.cameras", encode.cameras)
@@ -110,7 +117,20 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(
             f"train.auto_steps {train.auto_steps} needs a window of {train.auto_steps + 1} steps; train.window_steps is {train.window_steps}"
         )
-    for key in ("num_epochs", "lora_rank", "lora_dropout", "patience", "keep_every", "upload_every_min", "clip_norm"):
+    check_choice("train.device", train.device, TRAIN_DEVICES)
+    for key in (
+        *(
+            "start_lr",
+            "final_lr",
+            "weight_decay",
+            "final_weight_decay",
+            "clip_norm",
+            "num_warmup",
+            "num_anneal",
+            "num_epochs",
+        ),
+        *("validate_every", "patience", "keep_every", "upload_every_min", "num_threads", "lora_rank", "lora_dropout"),
+    ):
         if getattr(train, key) < 0:
             raise ConfigError(f"train.{key} must not be below 0; got {getattr(train, key)}")
     if train.lora_dropout >= 1:
@@ -147,7 +167,6 @@ def _check_evaluate(evaluate: EvaluateConfig) -> None:
         raise ConfigError(
             f"evaluate.num_bootstrap is at least {LEAST_BOOTSTRAP}, for the ends of 95 % intervals; got {evaluate.num_bootstrap}"
         )
-    _check_seed("evaluate.seed", evaluate.seed)
     if evaluate.energy_samples % 10:
         raise ConfigError(
             f"evaluate.energy_samples must be a multiple of 10, so that chance puts exactly a tenth of the true actions into "
@@ -160,7 +179,6 @@ def _check_evaluate(evaluate: EvaluateConfig) -> None:
 
 def _check_plan(plan: PlanConfig) -> None:
     check_choice("plan.settings", plan.settings, PLAN_SETTINGS)
-    _check_seed("plan.seed", plan.seed)
     for key in ("starts_per_episode", "num_context_steps", "max_turn_deg", "num_random"):
         check_positive(f"plan.{key}", getattr(plan, key))
     for key, least in (("num_samples", 2), ("num_rounds", 1)):
@@ -203,5 +221,5 @@ def _check_share(key: str, share: float) -> None:
 
 
 def _check_seed(key: str, seed: int) -> None:
-    if seed < 0:
-        raise ConfigError(f"{key} must not be below 0; got {seed}")
+    if not 0 <= seed < MAX_SEED:
+        raise ConfigError(f"{key} must not be below 0, and below {MAX_SEED}; got {seed}")

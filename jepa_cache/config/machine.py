@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jepa_cache.config.parsing import ConfigError
+
 
 def default_num_threads() -> int:
     """Torch threads of one process: half the cores, at least one; a function of the core count alone.
@@ -12,6 +14,21 @@ def default_num_threads() -> int:
     On a busy two-core machine two threads were 6 to 20 times slower than one: they spin at every barrier.
     """
     return max(1, (os.cpu_count() or 1) // 2)
+
+
+def resolve_device(key: str, wanted: str, num_gpus: int) -> str:
+    """The device that a setting means on a machine with so many GPUs: "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: It names a GPU that is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if num_gpus else "cpu"
+    if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= num_gpus:
+        raise ConfigError(
+            f"{key} is {wanted!r}, but torch finds {num_gpus} GPUs here; set it to auto or cpu, or see with `jepa-cache doctor` what is missing"
+        )
+    return wanted
 
 
 def existing_folder(path: Path) -> Path:

@@ -22,6 +22,7 @@ STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tok
 INT4_GROUP = 64
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
+TRAIN_DEVICES = ("auto", "cpu", "cuda")  # one of several GPUs: CUDA_VISIBLE_DEVICES
 METRICS = ("val_total", "val_jloss", "val_sloss")
 PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in evaluation/planner.py
 LOGGERS = ("dvclive", "tensorboard", "wandb")
@@ -202,7 +203,7 @@ class TrainConfig:
     metric: str  # one of METRICS, lower is better; names the best checkpoint
     patience: int  # validations without a better metric before training stops; 0 never stops
     select: str  # which weights are handed on: "last" or "best"
-    device: str  # "auto" or "cpu"
+    device: str  # one of TRAIN_DEVICES
     num_threads: int  # torch threads; 0 means half the cores
     num_loader_threads: int
     log_every: int  # train steps

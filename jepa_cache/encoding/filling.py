@@ -71,10 +71,12 @@ class Filled(NamedTuple):
 
 
 def resolve_device(wanted: str) -> str:
-    """The device that `encode.device` means on this machine: "auto" is CUDA where there is one."""
+    """The device that `encode.device` means on this machine, see `config.machine.resolve_device`."""
     import torch
 
-    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    from jepa_cache.config import machine
+
+    return machine.resolve_device("encode.device", wanted, torch.cuda.device_count())
 
 
 def load_encoder(

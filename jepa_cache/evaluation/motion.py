@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,15 @@ GRIPPER_LIMIT = 0.75
 GRIPPER_DEAD_ZONE = 0.25
 POSE_SPACES = ("pose7", "pose7_camera", "droid_command7")
 VIEW_SPACES = ("vpt13", "vpt36", "vpt25")
+
+
+class Bound(NamedTuple):
+    """The one number of a state that ends somewhere, and the column of an action that moves it."""
+
+    state: int
+    action: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Motion:
     dead_zone: np.ndarray  # [K] float64; smaller results of a plan become 0
     complete: Callable[[np.ndarray], np.ndarray]  # actions [.., A] with the searched columns set -> whole actions
     integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]  # states [.., S], actions [.., A] -> states [.., S]
+    bounded: Bound
 
     def actions(self, searched: np.ndarray, base: np.ndarray) -> np.ndarray:
         """Whole actions.
@@ -45,6 +56,15 @@ class Motion:
         """
         actions = np.broadcast_to(base, (*searched.shape[:-1], len(base))).astype(np.float64)
         actions[..., self.columns] = searched
+        return self.complete(actions)
+
+    def carried_out(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """What is left of actions [.., A] in states [.., S], which end at their bounds; `integrate` leads to the same states."""
+        at, column, low, high = self.bounded
+        actions, before = actions.copy(), states[..., at]
+        after = before + actions[..., column]
+        ends = np.clip(after, low, high)
+        actions[..., column] = np.where(after == ends, actions[..., column], ends - before)
         return self.complete(actions)
 
 
@@ -92,6 +112,7 @@ def build_motion(
             dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
             complete=lambda actions: actions,
             integrate=integrate_pose,
+            bounded=Bound(6, 6, 0.0, 1.0),
         )
     elif space.name in VIEW_SPACES:
         motion = _view_motion(names, max_turn_deg)
@@ -167,4 +188,5 @@ def _view_motion(names: list[str], max_turn_deg: float) -> Motion:
         dead_zone=np.zeros(2),
         complete=complete,
         integrate=integrate,
+        bounded=Bound(1, int(columns[1]), -90.0, 90.0),
     )

@@ -39,6 +39,9 @@ class PlannerSettings:
                 "a plan needs a horizon and rounds of at least 1, and 2 to num_samples elites; got "
                 f"horizon {self.horizon}, {self.num_rounds} rounds, {self.num_elites} elites of {self.num_samples} samples"
             )
+        for name, value in vars(self).items():
+            if name.endswith("momentum") and not 0 <= value < 1:
+                raise ValueError(f"{name} is the share of the old value that stays, from 0 to below 1; got {value}")
         if self.close_gripper_from is not None and self.close_gripper_from < 0:
             raise ValueError(
                 f"close_gripper_from counts steps of the plan from 0; got {self.close_gripper_from}. Use None to leave the gripper to the search"
@@ -60,14 +63,17 @@ class Plan(NamedTuple):
     """What a search found.
 
     Attributes:
-        actions: [H, A] float64, unscaled; the first one is to be carried out.
+        actions: [H, A] float64, unscaled, within what each state allows (a gripper that is open opens no further, pitch ends at 90
+            degrees); the first one is to be carried out.
         states: [H+1, S] float64, the current state and where the actions lead.
         energies: [rounds, samples] float32; of the last predicted step against the goal, lower is nearer.
+        found: [H, A] float64, what the search ended with, as the published planner returns it.
     """
 
     actions: np.ndarray
     states: np.ndarray
     energies: np.ndarray
+    found: np.ndarray
 
 
 class Context(NamedTuple):
@@ -162,9 +168,9 @@ def plan_actions(
         elite = samples[:, best]
         mean = (1 - keep_mean) * elite.mean(axis=1) + keep_mean * mean
         std = (1 - keep_std) * elite.std(axis=1, ddof=1) + keep_std * std
-    found = np.where(np.abs(mean) < motion.dead_zone, 0.0, mean)
-    actions = motion.actions(found, base_action)
-    return Plan(actions, follow_actions(context.states[-1], actions, motion), energies)
+    found = motion.actions(np.where(np.abs(mean) < motion.dead_zone, 0.0, mean), base_action)
+    states = follow_actions(context.states[-1], found, motion)
+    return Plan(motion.carried_out(states[:-1], found), states, energies, found)
 
 
 def _check_context(context: Context, goal: Tensor) -> None:

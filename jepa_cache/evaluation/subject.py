@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset, Segment, open_dataset
 from jepa_cache.data.scaler import Scaler, scaler_from_json
@@ -98,7 +99,7 @@ def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subje
             raise ValueError(
                 f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
             )
-    device = "cuda" if config.train.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = resolve_device("train.device", config.train.device, torch.cuda.device_count())
     return Subject(
         predictor.to(device).eval(),
         config,

@@ -76,7 +76,7 @@ def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
     """
     answer = judge(gain, num_episodes)
     size = _sized(gain.percent, " lower", gain.low, gain.high)
-    if gain.high < 0:
+    if round(gain.percent, 1) < 0:
         size = _sized(-gain.percent, " higher", -gain.high, -gain.low)
     told = f"{answer}, error of {better} {size} than that of {other}"
     if answer == YES:

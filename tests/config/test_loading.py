@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
+from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import TrainConfig
 from tests.workspace import SUITE_SETTINGS
@@ -58,6 +59,18 @@ def test_an_unknown_key_in_a_preset_names_its_file(root):
         load_config(root)
 
 
+SEEDED = ("split", "train", "evaluate", "plan")
+NOT_NEGATIVE = (
+    "start_lr",
+    "final_lr",
+    "weight_decay",
+    "final_weight_decay",
+    "validate_every",
+    "num_threads",
+    "num_warmup",
+)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -76,8 +89,12 @@ def test_an_unknown_key_in_a_preset_names_its_file(root):
         ("plan.max_turn_deg=400.0", r"plan\.max_turn_deg is at most 180 .* got 400\.0 and 0\.0"),
         ("plan.max_rotation_rad=3.2", r"plan\.max_rotation_rad at most pi .* got 30\.0 and 3\.2"),
         ("plan.max_turn_deg=.nan", r"max_turn_deg must be a finite number; got nan"),
-        ("evaluate.seed=-1", r"evaluate\.seed must not be below 0; got -1"),
-        ("plan.seed=-2", r"plan\.seed must not be below 0; got -2"),
+        *((f"{section}.seed=-1", rf"{section}\.seed must not be below 0, .*; got -1") for section in SEEDED),
+        *((f"{section}.seed={2**64}", rf"{section}\.seed must .* below 4294967296; got") for section in SEEDED),
+        *((f"train.{key}=-1", rf"train\.{key} must not be below 0; got -1") for key in NOT_NEGATIVE),
+        ("train.device=foo", r"train\.device is 'foo'; known: auto, cpu, cuda"),
+        ("train.device=cuda:1", r"train\.device is 'cuda:1'; did you mean 'cuda'"),
+        ("encode.device=gpu", r"encode\.device is auto, cpu, cuda or cuda:<number of the GPU>; got 'gpu'"),
         ("encode.dtype=float64", "encode.dtype is 'float64'"),
         *((f"encode.phases={it}", r"encode\.phases is .*; got") for it in ("[0, 0]", "[-1]", "[]", "every")),
         ("encode.cameras=[wrist, wrist]", r"encode\.cameras names 'wrist' 2 times"),
@@ -89,6 +106,16 @@ def test_an_unknown_key_in_a_preset_names_its_file(root):
 def test_an_impossible_setting_is_refused_before_any_work(root, override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(root, [override])
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_the_name_of_its_setting():
+    assert [resolve_device("train.device", "auto", number) for number in (0, 1)] == ["cpu", "cuda"]
+    assert (
+        resolve_device("encode.device", "cuda:1", 2) == "cuda:1" and resolve_device("train.device", "cpu", 0) == "cpu"
+    )
+    for key, wanted, number in (("train.device", "cuda", 0), ("encode.device", "cuda:2", 2)):
+        with pytest.raises(ConfigError, match=rf"{key} is '{wanted}', but torch finds {number} GPUs here"):
+            resolve_device(key, wanted, number)
 
 
 def test_a_window_longer_than_a_clip_is_refused_in_clip_mode(root):

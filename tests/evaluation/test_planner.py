@@ -4,6 +4,7 @@ Claims:
 - a longer context gives the energies of one pass over all of it, and the samples of a pass do not change them;
 - the search finds the action after which a world that is known sees its goal;
 - fixed columns stay 0, limits hold, the gripper closes when asked to, and the returned states are where the actions lead;
+- the actions of a plan are what is carried out: they end where the state does, and lead where the search's own lead;
 - views: the mouse follows the turn, yaw wraps and pitch stops at straight up and down;
 - spaces that do not say where an action leads, columns that are not searched, wrong shapes, limits, energies that are not finite and a
   gripper that cannot close are refused.
@@ -88,9 +89,34 @@ def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
     plan = plan_actions(predictor, context, goal, motion, replace(QUICK, close_gripper_from=1))
     assert (np.abs(plan.actions[:, :3]) <= 0.075).all() and (np.abs(plan.actions[:, 3:6]) <= 0.1).all()
     assert not plan.actions[:, 1].any() and plan.actions[:, 3:6].any()
-    assert plan.actions[1, 6] > 0.9 and abs(plan.actions[0, 6]) <= 0.75
+    assert plan.found[1, 6] > 0.9 and plan.states[2, 6] == 1 and abs(plan.found[0, 6]) <= 0.75
     np.testing.assert_allclose(plan.states[1], motion.integrate(plan.states[0], plan.actions[0]))
     np.testing.assert_allclose(plan.states[0], context.states[-1])
+
+
+@pytest.mark.parametrize("gripper", [0.0, 1.0, 0.3])
+def test_a_gripper_that_is_open_or_closed_is_not_told_to_go_further(gripper):
+    predictor, context, goal = make_world()
+    context.states[-1, 6] = gripper
+    plan = plan_actions(predictor, context, goal, build_motion(POSE), replace(QUICK, horizon=6))
+    np.testing.assert_allclose(np.diff(plan.states[:, 6]), plan.actions[:, 6], atol=1e-12)
+    np.testing.assert_array_equal(plan.actions[:, :6], plan.found[:, :6])
+    for before, action, after in zip(plan.states[:-1], plan.actions, plan.states[1:], strict=True):
+        np.testing.assert_allclose(build_motion(POSE).integrate(before, action), after, atol=1e-12)
+    assert not np.array_equal(plan.actions, plan.found), "six random steps of up to 0.75 reach an end"
+
+
+@pytest.mark.parametrize("name", ["vpt13", "vpt25"])
+def test_in_a_view_what_is_carried_out_ends_straight_up_with_the_mouse_that_it_takes(name):
+    space = get_action_space(name)
+    motion, columns = build_motion(space), [column.name for column in space.actions]
+    actions = motion.actions(np.array([[15.0, -6.0], [15.0, -1.0]]), np.zeros(len(columns)))
+    states = np.array([[170.0, -88.0], [0.0, -30.0]])
+    carried = motion.carried_out(states, actions)
+    np.testing.assert_allclose(carried[:, motion.columns], [[15.0, -2.0], [15.0, -1.0]])
+    np.testing.assert_array_equal(motion.integrate(states, carried), motion.integrate(states, actions))
+    if name == "vpt13":
+        assert carried[0, columns.index("mouse_dy")] == pytest.approx(-2.0 / 0.15)
 
 
 @pytest.mark.parametrize("name", ["vpt13", "vpt25"])
@@ -112,6 +138,10 @@ def test_what_cannot_be_planned_is_refused():
         build_motion(POSE, fixed=("drx",))
     with pytest.raises(ValueError, match="elites"):
         replace(QUICK, num_elites=13)
+    for key in ("mean_momentum", "std_momentum", "gripper_mean_momentum", "gripper_std_momentum"):
+        for share in (5.0, 1.0, -0.1, np.nan):
+            with pytest.raises(ValueError, match=rf"{key} is the share of the old value that stays, .*got {share}"):
+                replace(QUICK, **{key: share})
     predictor, context, goal = make_world()
     with pytest.raises(ValueError, match="as many states and one action less"):
         plan_actions(predictor, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)

@@ -28,6 +28,7 @@ GOOD = (6.1, 5.2, 7.0, 0.002)
         ((6.1, 5.2, 7.0, 0.0625), 5, "unclear", "5 held-out episodes are too few to tell (6 are needed)"),
         ((0.0, 0.0, 0.0, 1.0), 2, "no", "below 0.5 %"),
         ((-0.01, -0.02, 0.04, 0.5), 9, "no", "0.0 % lower [0.0, 0.0]"),
+        ((-0.1, -0.3, 0.2, 0.5), 9, "no", "0.1 % higher [-0.2, 0.3] than that of others: below"),
     ],
 )
 def test_an_answer_follows_from_the_figures(gain, num_episodes, answer, words):
