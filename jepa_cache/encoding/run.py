@@ -29,6 +29,7 @@ class EncodeResult:
     num_units: int
     num_encoded: int
     timing: Timing | None  # None when nothing was encoded
+    implausible: tuple[str, ...] = ()  # values that their units do not allow, by recording
 
 
 def encode_dataset(
@@ -87,6 +88,7 @@ def encode_dataset(
         for unit, digest in part.units:
             ensure_actions(root, part, space, unit, digest)
 
+    implausible: list[str] = []
     manifest = Manifest(
         dataset=config.dataset.name,
         num_tokens=config.encode.num_tokens_of(encoder),
@@ -97,10 +99,16 @@ def encode_dataset(
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(_describe_part(part, root) for part in parts),
+        parts=tuple(_describe_part(part, root, implausible) for part in parts),
     )
     _check_skipped(manifest, config.encode.max_skipped_share)
-    return EncodeResult(manifest, sum(len(part.units) for part in parts), num_encoded, timing if num_encoded else None)
+    return EncodeResult(
+        manifest,
+        sum(len(part.units) for part in parts),
+        num_encoded,
+        timing if num_encoded else None,
+        implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
+    )
 
 
 def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int]:
@@ -128,7 +136,7 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
     return timing, num_encoded
 
 
-def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
+def _describe_part(part: Part, root: CacheRoot, implausible: list[str]) -> ManifestPart:
     entries, skipped, notes = [], [], list(part.notes)
     for _, digest in part.units:
         tokens = read_store_file(root.tokens(part.tokens, digest))
@@ -149,6 +157,7 @@ def _describe_part(part: Part, root: CacheRoot) -> ManifestPart:
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
+        implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
     return ManifestPart(
         dataset=part.preset.name,
         weight=part.weight,
