@@ -27,7 +27,7 @@ FLOORS = (
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
-    {"actions"},
+    {"actions", "plausibility"},
     {"config", "files", "idle", "poses", "vpt_actions", "webpage"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     "sample",
     "episode",
     "actions",
+    "plausibility",
     "poses",
     "vpt_actions",
     "webpage",

@@ -18,6 +18,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import DecodeError
+from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter
@@ -64,7 +65,14 @@ class _UnitRows:
     segments: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    implausible: list[str] = field(default_factory=list)
     decoders: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is recorded outside the digest, so that a rule that finds more later gives the same stores."""
+        doubts = {"implausible": self.implausible} if self.implausible else {}
+        return {"decoders": dict(sorted(self.decoders.items())), **doubts}
 
 
 class Encoded(NamedTuple):
@@ -131,7 +139,7 @@ def encode_units(
                 current = None
             elif isinstance(item, UnitEnd):
                 check_unchanged(unit, digest)
-                current.publish(card, {**provenance, "decoders": dict(sorted(current.rows.decoders.items()))})
+                current.publish(card, {**provenance, **current.rows.provenance})
                 assert item.unit == unit
                 current = None
                 bytes_finished += item.unit.num_bytes
@@ -269,6 +277,7 @@ class _OpenUnit:
             for i, (a, b) in enumerate(plan.segments.tolist())
         ]
         self.rows.notes += [f"{episode.key}: {note}" for note in episode.notes]
+        self.rows.implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
         self.rows.decoders[stream.decoder] = self.rows.decoders.get(stream.decoder, 0) + 1
         self._controls.append((episode.key, episode.controls))
 

@@ -41,6 +41,7 @@ class EncodeResult:
     num_encoded: int
     timing: Timing | None
     unreadable: frozenset[tuple[str, str]] = frozenset()
+    implausible: tuple[str, ...] = ()  # values that their units do not allow, by recording
 
 
 def encode_dataset(
@@ -103,6 +104,7 @@ def encode_dataset(
             if (part.tokens, digest) not in unreadable:
                 ensure_actions(root, part, space, unit, digest)
 
+    implausible: list[str] = []
     manifest = Manifest(
         dataset=config.dataset.name,
         num_tokens=config.encode.num_tokens_of(encoder),
@@ -113,11 +115,17 @@ def encode_dataset(
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(_describe_part(part, root, unreadable) for part in parts),
+        parts=tuple(_describe_part(part, root, unreadable, implausible) for part in parts),
     )
     _check_skipped(manifest, config.encode.max_skipped_share)
-    num_units = sum(len(part.units) for part in parts) - len(unreadable)
-    return EncodeResult(manifest, num_units, num_encoded, timing if num_encoded else None, frozenset(unreadable))
+    return EncodeResult(
+        manifest,
+        sum(len(part.units) for part in parts) - len(unreadable),
+        num_encoded,
+        timing if num_encoded else None,
+        frozenset(unreadable),
+        implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
+    )
 
 
 def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
@@ -148,7 +156,7 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
     return timing, num_encoded, unreadable
 
 
-def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> ManifestPart:
+def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable, implausible: list[str]) -> ManifestPart:
     entries, skipped, notes = [], [], list(part.notes)
     without_episode: dict[str, list[dict[str, str]]] = {}
     lost = list(part.unreadable)
@@ -176,6 +184,7 @@ def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> Manif
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
+        implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
         if tokens.card["num_episodes"] == 0:
             without_episode[digest] = tokens.card["skipped"]
     # A page of an error under twenty names is twenty losses.

@@ -5,12 +5,17 @@ from __future__ import annotations
 from jepa_cache.encoding.run import EncodeResult
 from jepa_cache.store.root import CacheRoot
 
+MAX_SHOWN = 10  # implausible values
+
 
 def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
     lines = [f"note: {note}" for note in manifest.notes]
+    lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
+    if len(result.implausible) > MAX_SHOWN:
+        lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")
     if timing is None:
         lines.append(
             f"nothing to encode: all {result.num_units} units are in the cache under recipe {manifest.fingerprint}"

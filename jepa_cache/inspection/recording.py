@@ -10,6 +10,7 @@ import numpy as np
 from jepa_cache.episode import Episode
 from jepa_cache.inspection.pictures import encode_picture
 from jepa_cache.media.video import DecodeError, Video, VideoInfo, open_video
+from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources.vpt import measure_yaw_law
 
 NUM_DECODED = 200
@@ -88,6 +89,7 @@ def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> Recordin
         suspicions += _judge_frames(frames, equal_share)
     breach_share, broken_law = _judge_yaw(controls)
     suspicions += broken_law
+    suspicions += find_implausible(controls)
     missing = tuple(name for name, column in controls.items() if _is_absent(column))
     if missing:
         suspicions.append(f"it holds no {', '.join(missing)}")

@@ -285,8 +285,11 @@ def _note_store(export: Export, out: Path, final: Path, found: StoreFile) -> Non
     export.sums |= {str(name / file): record.sha256 for file, record in found.files.items()}
     export.sums[str(name / STORE_FILE)] = file_digest(final / STORE_FILE)
     export.num_bytes += found.num_bytes + (final / STORE_FILE).stat().st_size
-    if found.provenance and found.provenance not in export.made_with:
-        export.made_with.append(found.provenance)
+    made_with = {
+        key: value for key, value in found.provenance.items() if key != "implausible"
+    }  # that is of its recordings
+    if made_with and made_with not in export.made_with:
+        export.made_with.append(made_with)
 
 
 def _write(path: Path, content: bytes) -> None:

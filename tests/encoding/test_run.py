@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.frozen import FrozenEncoder
 from jepa_cache.encoder.modules import load_module
+from jepa_cache.encoding import pipeline
+from jepa_cache.encoding.summary import describe_result
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.root import CacheRoot
@@ -236,6 +239,21 @@ def test_more_frames_than_lines_uses_the_lines_and_reports_the_rest(tmp_path):
     steps = read_episodes(result, tmp_path / "cache")["k"]
     assert result.manifest.notes == ("k: 1090 frames, 1056 lines: the last 34 frames are not used",)
     assert steps["frame"].tolist() == list(range(0, 1056, STRIDE))
+
+
+def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_stored(tmp_path, monkeypatch):
+    rows = [[row * 0.1, 1e9 if row == 7 else row] for row in range(30)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(make_video(30))
+    (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
+    config = load_config(overrides=["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"])
+    results = [encode(tmp_path / "in", tmp_path / "cache", config) for _ in range(2)]
+    for result in results:
+        said = describe_result(result, CacheRoot(tmp_path / "cache"))
+        assert said.count("implausible: in/a: action_1 is 1e+09 at row 7") == 1
+    monkeypatch.setattr(pipeline, "find_implausible", lambda controls: ())
+    unseen = encode(tmp_path / "in", tmp_path / "other", config)
+    assert not unseen.implausible and unseen.manifest == results[0].manifest
 
 
 def test_the_provenance_is_no_part_of_the_digest(folder, encoded, tmp_path):

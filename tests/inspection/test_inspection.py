@@ -19,6 +19,7 @@ from jepa_cache.inspection import statistics
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.recording import inspect_recording
 from jepa_cache.inspection.statistics import inspect_units
+from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import build_source
 from tests.browser import measure_widths
 from tests.droid_makers import make_episode, write_raw
@@ -214,10 +215,12 @@ class _Robot:
 
     recipe = {"source": "robot"}  # noqa: RUF012
 
+    @staticmethod
+    def poses():
+        return dict(zip(POSE_CONTROLS, np.random.default_rng(0).uniform(0, 0.5, (7, NUM_FRAMES)), strict=True))
+
     def iter_episodes(self, unit):
-        names = ("x_m", "y_m", "z_m", "rx_rad", "ry_rad", "rz_rad", "gripper")
-        poses = np.random.default_rng(0).uniform(0, 0.5, (NUM_FRAMES, 7))
-        controls = dict(zip(names, poses.T, strict=True))
+        controls = self.poses()
         yield Skipped("bad", "no camera")
         yield Episode("good", VIDEO, 20.0, controls, np.arange(NUM_FRAMES), NUM_FRAMES)
         yield Episode("second", VIDEO, 20.0, controls, np.arange(NUM_FRAMES), NUM_FRAMES)
@@ -233,6 +236,15 @@ def test_any_source_is_described_with_what_it_knows():
     assert len(report.columns) == 7
     limited = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
     assert [entry.key for entry in limited.recordings] == ["good"]
+
+
+def test_values_that_their_units_do_not_allow_are_suspected():
+    unit = type("AnyUnit", (), {"name": "shard"})()
+    degrees = [(name, np.degrees(it)) if name == "rx_rad" else (name, it) for name, it in _Robot.poses().items()]
+    robot = _Robot()
+    robot.poses = lambda: dict(degrees)
+    report = inspect_units(robot, [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
+    assert [text.partition(" ")[0] for text in report.recordings[0].suspicions] == ["rx_rad"]
 
 
 def test_a_phone_does_not_scroll_the_page_sideways(tmp_path):
