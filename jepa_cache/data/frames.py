@@ -49,7 +49,12 @@ def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment])
                 positions = wanted.pop(recording.key)
                 spans = [numbers[runs[position].start : runs[position].stop] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
-                with open_video(recording.video, config.encode.decoder, first_frame=recording.first_frame) as video:
+                with open_video(
+                    recording.video,
+                    config.encode.decoder,
+                    first_frame=recording.first_frame,
+                    num_frames=len(recording.frame_ticks),
+                ) as video:
                     decoded = video.read(needed)
                 for position, span in zip(positions, spans, strict=True):
                     frames[position] = decoded[np.searchsorted(needed, span)]

@@ -1,9 +1,9 @@
-"""Encoded videos to RGB frames, in order, by decord or PyAV; what cannot be decoded is an error that says so."""
+"""Encoded videos to RGB frames, in order, by PyAV or decord; what is damaged or cannot be decoded is an error that says so."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jepa_cache.config.schema import DECODERS
 from jepa_cache.media.images import FrameSequence, SideBySide, decode_image
 from jepa_cache.media.probe import (
+    UPRIGHT,
     DecodeError,
     PacketIndex,
     VideoData,
@@ -21,6 +22,7 @@ from jepa_cache.media.probe import (
     index_packets,
     open_container,
     probe_video,
+    read_orientation,
 )
 
 MIN_SEEK_FRAMES = 64
@@ -32,23 +34,17 @@ class Video:
 
     Attributes:
         info: Number of frames, rate, size and codec.
-        decoder: The decoder in use: "decord" or "pyav", whose frames are the same bit for bit, or "pillow" for pictures.
+        decoder: The decoder in use: "pyav" or "decord", whose frames are the same bit for bit, or "pillow" for pictures.
         first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
-    def __init__(
-        self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0, packets: PacketIndex | None = None
-    ) -> None:
+    def __init__(self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0) -> None:
         """Hold an opened decoder; use `open_video`."""
         self.info = info
         self.decoder = decoder
         self.first_frame = first_frame
         self._handle = handle
-        self._packets = packets
         self._next_index = 0
-        self._frames: Iterator[Any] | None = None
-        self._to_rgb: Any = None
-        self._next_frame = 0
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Decode the frames at `indices`, going on from where the call before ended.
@@ -96,10 +92,9 @@ class Video:
 
     def close(self) -> None:
         """Release the decoder; may be called twice."""
-        if self._handle is not None and self.decoder == "pyav":
+        if isinstance(self._handle, _Frames):
             self._handle.close()
         self._handle = None
-        self._frames = self._to_rgb = None
 
     def __enter__(self) -> Video:
         """Return itself; `with open_video(...) as video` closes it at the end."""
@@ -119,35 +114,9 @@ class Video:
         return frames
 
     def _read_pyav(self, indices: np.ndarray) -> np.ndarray:
-        if self._frames is None:
-            from av.video.reformatter import VideoReformatter
-
-            # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
-            self._to_rgb = VideoReformatter()
-            stream = self._handle.streams.video[0]
-            stream.codec_context.thread_count = 1  # One thread per video: the encode stage runs several videos.
-            if self.first_frame >= MIN_SEEK_FRAMES and self._packets is not None:
-                self._frames, self._next_frame = _seek_pyav(self._handle, stream, self.first_frame, self._packets)
-            else:
-                self._frames = self._handle.decode(stream)
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
         for row, index in enumerate(indices):
-            while True:
-                frame = next(self._frames, None)
-                if frame is None:
-                    raise DecodeError(
-                        f"the video ends after {self._next_frame} of its {self.info.num_frames} frames; "
-                        f"frame {index} is missing"
-                    )
-                self._next_frame += 1
-                if self._next_frame > index:
-                    break
-            if (frame.height, frame.width) != (self.info.height, self.info.width):
-                raise DecodeError(
-                    f"frame {index} is {frame.width}x{frame.height}; the video began with "
-                    f"{self.info.width}x{self.info.height}"
-                )
-            frames[row] = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+            frames[row] = self._handle.read(int(index))
         return frames
 
 
@@ -165,74 +134,180 @@ class _LeftHalf(Video):
         self._whole.close()
 
 
-def _seek_pyav(container: Any, stream: Any, index: int, packets: PacketIndex) -> tuple[Iterator[Any], int]:
-    """Frames from a little before frame `index` on, and the number of the first of them.
+class _Frames:
+    """Frames `first` to `stop` of a container, decoded by PyAV one after the other; owns the container.
 
-    Frames are numbered by the order of their times, which all packets tell without being decoded. The number of the frame that
-    comes first after the jump is looked up, never assumed. Containers without times are read from the start.
-
-    Raises:
-        DecodeError: The first frame after the jump is unknown or too late.
+    Frames are numbered by their times, which all packets tell without being decoded, so that one which the decoder leaves out
+    moves no other; where a packet has no time, they are counted from the start.
     """
-    times, key_times = packets.times, packets.key_times
-    if times is None or key_times is None:
-        return container.decode(stream), 0
-    starts = key_times[key_times <= times[index]]
-    container.seek(int(starts[-1]) if len(starts) else int(times[0]), stream=stream)
-    frames = container.decode(stream)
-    first = next(frames, None)
-    number = int(np.searchsorted(times, first.pts)) if first is not None and first.pts is not None else len(times)
-    if number > index or times[number] != first.pts:
-        raise DecodeError(f"the video cannot be entered at frame {index}: no frame before it could be found")
-    return itertools.chain([first], frames), number
+
+    def __init__(self, container: Any, packets: PacketIndex, first: int, stop: int) -> None:
+        self._container, self._packets, self._first, self._stop = container, packets, first, stop
+        self._damage: list[tuple[int, str]] = []  # number of the frame, what was wrong
+        self._iterator = self._iter_frames()
+        self._to_rgb: Any = None
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, index: int) -> np.ndarray:
+        """Frame `index` [h, w, 3] RGB, as it is shown."""
+        info, frame = self._packets.info, self._decode_to(index)
+        if self._to_rgb is None:
+            from av.video.reformatter import VideoReformatter
+
+            # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
+            self._to_rgb = VideoReformatter()
+        transposed, rows_reversed, columns_reversed = info.orientation
+        size = (frame.width, frame.height) if transposed else (frame.height, frame.width)
+        if size != (info.height, info.width) or read_orientation(frame) != info.orientation:
+            raise DecodeError(
+                f"frame {index} is {size[1]}x{size[0]}, {read_orientation(frame)}; the video began with "
+                f"{info.width}x{info.height}, {info.orientation}"
+            )
+        image = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        if transposed:
+            image = image.transpose(1, 0, 2)
+        return image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
+
+    def check(self) -> None:
+        """Decode everything, for damage alone."""
+        self._decode_to(self._stop - 1)
+
+    def _decode_to(self, index: int) -> Any:
+        """Frame `index`.
+
+        Raises:
+            DecodeError: It or one before it is damaged or missing; all damage up to the end of the recording is counted.
+        """
+        for number, frame in self._iterator:
+            if self._damage and number >= self._first:
+                break
+            if number == index:
+                return frame
+        for _ in self._iterator:  # to its end, so that the count does not depend on which frame was requested
+            pass
+        counts = sorted(Counter(fault for _, fault in self._damage).items())
+        first = min((number for number, _ in self._damage), default=index) - self._first
+        words = "; ".join(f"{fault}: {count}" for fault, count in counts)
+        raise DecodeError(
+            f"its video is damaged ({words}; the first at frame {max(first, 0)} of {self._stop - self._first}): copy or record it "
+            "again"
+        )
+
+    def _iter_frames(self) -> Iterator[tuple[int, Any]]:
+        """Number and frame from the last key frame before `first` on, or from the start; damage is noted as it is met."""
+        from av.error import FFmpegError
+
+        info, times, key_times = self._packets
+        stream = self._container.streams.video[info.stream]
+        stream.codec_context.thread_count = 1  # One thread per video: the encode stage runs several videos.
+        if (
+            info.codec == "mjpeg"
+        ):  # Its decoder passes damaged pictures on otherwise; to the others the option makes no difference.
+            stream.codec_context.options = {"err_detect": "explode"}
+        expected = 0
+        if times is not None and key_times is not None and self._first >= MIN_SEEK_FRAMES:
+            starts = key_times[key_times <= times[self._first]]
+            self._container.seek(int(starts[-1]) if len(starts) else int(times[0]), stream=stream)
+            expected = -1  # looked up, never assumed
+        for packet in self._container.demux(stream):
+            faults = ["corrupt packets"] if packet.is_corrupt else []
+            try:
+                frames = packet.decode()
+            except FFmpegError:
+                frames = []
+                faults.append("undecodable packets")
+            if faults:
+                self._note(self._find_number(packet.pts, expected), *faults)
+            for frame in frames:
+                number = self._find_number(frame.pts, expected)
+                if expected < 0 and number > self._first:
+                    raise DecodeError(
+                        f"the video cannot be entered at frame {self._first}: no frame before it was found"
+                    )
+                for lost in range(expected, number) if expected >= 0 else ():
+                    self._note(lost, "missing frames")
+                if frame.key_frame and number <= self._first:  # What was wrong before it is not seen in what follows.
+                    self._damage = [fault for fault in self._damage if fault[0] >= number]
+                if frame.is_corrupt:
+                    self._note(number, "corrupt frames")
+                yield number, frame
+                expected = number + 1
+                if expected >= self._stop:
+                    return
+        for lost in range(max(expected, 0), self._stop):
+            self._note(lost, "missing frames")
+
+    def _find_number(self, pts: int | None, expected: int) -> int:
+        times = self._packets.times
+        if times is None or pts is None or (0 <= expected < len(times) and times[expected] == pts):
+            return expected
+        number = int(np.searchsorted(times, pts))
+        return number if number < len(times) and times[number] == pts and number >= expected else expected
+
+    def _note(self, number: int, *faults: str) -> None:
+        if number < self._stop:
+            self._damage += [(number, fault) for fault in faults]
 
 
-def open_video(video: VideoData, decoder: str = "auto", *, first_frame: int = 0) -> Video:
+def open_video(
+    video: VideoData, decoder: str = "auto", *, first_frame: int = 0, num_frames: int | None = None
+) -> Video:
     """Open a video for reading forwards.
 
     Args:
         video: The encoded video. A FrameSequence is decoded by Pillow, whatever the decoder for containers is.
-        decoder: "decord", "pyav", or "auto": decord where it is installed, opens the file and counts the same frames
-            as the container, and the video has no open groups of pictures, else PyAV (decord 0.6 reads no AV1, and has
-            wheels for x86-64 Linux only). `Video.decoder` says which one it became.
+        decoder: "pyav"; "decord"; or "auto", which is PyAV: where decord 0.6 is right the two give the same frames bit for bit,
+            and decord does not tell damaged frames. Under "decord" files that it gets wrong are refused, and the others
+            are decoded by PyAV first, to find damage.
         first_frame: Where the recording begins in a container that several share; indices count from there.
+        num_frames: Frames of the recording; damage behind them does not matter. None: up to the end of the container.
 
     Raises:
-        ValueError: An unknown decoder, decord asked for by name where it is not installed, or a first frame that the
+        ValueError: An unknown decoder, decord requested by name where it is not installed, or a first frame that the
             video does not have.
         DecodeError: The video cannot be opened.
     """
     if decoder not in DECODERS:
         raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if isinstance(video, SideBySide):
-        return _LeftHalf(open_video(video.video, decoder, first_frame=first_frame))
+        return _LeftHalf(open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames))
     packets = None if isinstance(video, FrameSequence) else index_packets(video)
     info = probe_video(video) if packets is None else packets.info
     if not 0 <= first_frame < info.num_frames:
         raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
     if packets is None:
         return Video(info, "pillow", video, first_frame)
-    installed = importlib.util.find_spec("decord") is not None
-    if decoder == "decord" and not installed:
+    if decoder == "decord":
+        _check_decord(info)
+    stop = info.num_frames if num_frames is None else min(info.num_frames, first_frame + num_frames)
+    frames = _Frames(open_container(video), packets, first_frame, stop)
+    if decoder != "decord":
+        return Video(info, "pyav", frames, first_frame)
+    try:
+        frames.check()
+    finally:
+        frames.close()
+    return Video(info, "decord", _open_decord(video, info), first_frame)
+
+
+def _check_decord(info: VideoInfo) -> None:
+    """Refuse what decord 0.6 gets wrong without a word."""
+    if importlib.util.find_spec("decord") is None:
         raise ValueError("decord is not installed on this machine; use the decoder 'auto' or 'pyav'")
-    # decord reads all packets of a file whenever it opens it: of a container of many recordings that costs more than decoding one.
-    if decoder == "decord" or (decoder == "auto" and installed and first_frame < MIN_SEEK_FRAMES):
-        try:
-            return Video(info, "decord", _open_decord(video, info), first_frame)
-        except DecodeError:
-            if decoder == "decord":
-                raise
-    return Video(info, "pyav", open_container(video), first_frame, packets)
+    fault = info.decord_fault
+    if info.open_gop:
+        fault = "it has open groups of pictures, in which decord returns other frames than requested"
+    if info.orientation != UPRIGHT:
+        fault = "it is turned or mirrored, which decord does in part only"
+    if fault:
+        raise DecodeError(f"the video cannot be read by decord: {fault}; use the decoder 'auto' or 'pyav'")
 
 
 def _open_decord(video: VideoData, info: VideoInfo) -> Any:
     import decord
 
-    if info.open_gop:
-        raise DecodeError(
-            "the video has open groups of pictures, in which decord returns other frames than asked for; "
-            "use the decoder 'auto' or 'pyav'"
-        )
     try:
         reader = decord.VideoReader(as_file(video), ctx=decord.cpu(0), num_threads=1)
     except Exception as error:  # RuntimeError or decord's own DECORDError.

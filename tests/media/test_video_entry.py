@@ -6,9 +6,9 @@ Both bit for bit, also in videos whose groups of pictures are open, in which dec
 import numpy as np
 import pytest
 
-from jepa_cache.media import video as video_module
 from jepa_cache.media.video import DecodeError, open_video, probe_video
 from tests.makers import make_video
+from tests.videos import record_decoded
 
 NUM_FRAMES = 150
 CODECS = {
@@ -75,19 +75,11 @@ def test_a_recording_ends_with_its_video(video):
 
 
 def test_what_lies_before_the_last_key_frame_is_not_decoded(monkeypatch):
-    entered = []
-    seek = video_module._seek_pyav
-
-    def record(*arguments):
-        frames, number = seek(*arguments)
-        entered.append(number)
-        return frames, number
-
-    monkeypatch.setattr(video_module, "_seek_pyav", record)
+    decoded = record_decoded(monkeypatch)
     codec, options = CODECS["h264"]
     with open_video(make_video(NUM_FRAMES, 3, codec=codec, options=options), "pyav", first_frame=140) as opened:
         opened.read(np.array([0]))
-    assert entered == [120]
+    assert decoded == list(range(120, 141))
 
 
 def test_a_container_of_many_recordings_is_read_through_once_and_again_when_it_changes(tmp_path, monkeypatch):
