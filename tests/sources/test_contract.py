@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_units_are_found_in_one_order_with_files_that_exist(case):
     assert units == source.list_units(["."], folder)
     assert all(isinstance(path, Path) and path.is_file() for unit in units for path in unit.files)
     assert len({unit.files for unit in units}) == len({unit.name for unit in units}) == len(units)
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(case, monkeypatch):
+    """Root reads every folder, so the refusal is the system call's."""
+    source, _, folder = case
+    (folder / "deep/locked").mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"1 folders below .* cannot be read.*deep/locked \(Permission denied\)"):
+        source.list_units([str(folder)], folder)
 
 
 def test_a_unit_keeps_its_files_and_episodes_when_recordings_are_added(case):
