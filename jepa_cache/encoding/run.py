@@ -12,6 +12,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder, resolve_device
+from jepa_cache.encoding.keys import compare_recordings
 from jepa_cache.encoding.parts import Part, check_controls, open_encoder, plan_parts
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
@@ -34,6 +35,7 @@ class EncodeResult:
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
         unreadable: Token fingerprint and digest of the units that could not be read and have no store.
+        notes: On recordings with the same content; empty where a manifest of just these was written before.
     """
 
     manifest: Manifest
@@ -41,6 +43,7 @@ class EncodeResult:
     num_encoded: int
     timing: Timing | None
     unreadable: frozenset[tuple[str, str]] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 def encode_dataset(
@@ -67,7 +70,8 @@ def encode_dataset(
         on_plan: Is shown the parts before any work, and returns those to bring up to date.
 
     Raises:
-        ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
+        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, or different
+            recordings under one key.
     """
     root.check_writable()
     root.remove_stale_temporaries()
@@ -113,8 +117,20 @@ def encode_dataset(
         parts=tuple(_describe_part(part, root, unreadable) for part in parts),
     )
     _check_skipped(manifest, config.encode.max_skipped_share)
+    notes = []
+    if not root.fetch(root.manifest(manifest.digest)):  # else it was looked at when that was written
+        for part in parts:
+            there = [(unit, digest) for unit, digest in part.units if (part.tokens, digest) not in unreadable]
+            notes += compare_recordings(root, replace(part, units=there))
     num_units = sum(len(part.units) for part in parts) - len(unreadable)
-    return EncodeResult(manifest, num_units, num_encoded, timing if num_encoded else None, frozenset(unreadable))
+    return EncodeResult(
+        manifest,
+        num_units,
+        num_encoded,
+        timing if num_encoded else None,
+        frozenset(unreadable),
+        tuple(dict.fromkeys(notes)),
+    )
 
 
 def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int, Unreadable]:

@@ -10,7 +10,7 @@ def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    lines = [f"note: {note}" for note in manifest.notes]
+    lines = [f"note: {note}" for note in (*manifest.notes, *result.notes)]
     if timing is None:
         lines.append(
             f"nothing to encode: all {result.num_units} units are in the cache under recipe {manifest.fingerprint}"
