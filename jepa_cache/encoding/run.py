@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,6 +104,7 @@ def encode_dataset(
             if (part.tokens, digest) not in unreadable:
                 ensure_actions(root, part, space, unit, digest)
 
+    names: dict[str, str] = {}
     manifest = Manifest(
         dataset=config.dataset.name,
         num_tokens=config.encode.num_tokens_of(encoder),
@@ -114,9 +115,9 @@ def encode_dataset(
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(_describe_part(part, root, unreadable) for part in parts),
+        parts=tuple(_describe_part(part, root, unreadable, names) for part in parts),
     )
-    _check_skipped(manifest, config.encode.max_skipped_share)
+    _check_skipped(manifest, config.encode.max_skipped_share, names)
     notes = []
     if not root.fetch(root.manifest(manifest.digest)):  # else it was looked at when that was written
         for part in parts:
@@ -160,7 +161,9 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
     return timing, num_encoded, unreadable
 
 
-def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> ManifestPart:
+def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable, names: dict[str, str]) -> ManifestPart:
+    """What the manifest says of a part; `names` receives what skipped recordings are called now, by what their stores call them."""
+    name_skipped = getattr(part.source, "name_skipped", lambda unit, key: key)
     entries, skipped, notes = [], [], list(part.notes)
     without_episode: dict[str, list[dict[str, str]]] = {}
     lost = list(part.unreadable)
@@ -186,6 +189,8 @@ def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> Manif
         )
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
+        # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
+        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.card["skipped"]}
         if tokens.card["num_episodes"] == 0:
             without_episode[digest] = tokens.card["skipped"]
     # A page of an error under twenty names is twenty losses.
@@ -208,12 +213,13 @@ def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable) -> Manif
     )
 
 
-def _check_skipped(manifest: Manifest, max_share: float) -> None:
+def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str]) -> None:
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
     num_skipped = len(manifest.skipped)
     by_reason: dict[str, list[str]] = {}
     for recording in manifest.skipped:
-        by_reason.setdefault(recording["reason"], []).append(recording["key"])
+        key = recording["key"]
+        by_reason.setdefault(recording["reason"], []).append(names.get(key, key))
     for reason, keys in by_reason.items():
         more = f" and {len(keys) - MAX_SHOWN} more" if len(keys) > MAX_SHOWN else ""
         print(f"skipped: {', '.join(keys[:MAX_SHOWN])}{more}: {reason}")

@@ -161,6 +161,10 @@ class LerobotSource:
         for index in waiting:
             yield Skipped(listing.layout.key(index), reason)
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """The episode by the data set's present name; see `Source`."""
+        return f"{self._open_listing(unit).layout.name}/{key.rpartition('/')[2]}"
+
     @property
     def _columns(self) -> tuple[str, ...]:
         """The columns of rows that are read, each once."""

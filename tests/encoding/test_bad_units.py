@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import gzip
 import io
+import json
 import os
 import tarfile
 
@@ -149,6 +150,24 @@ def test_a_unit_whose_reading_breaks_off_has_no_store_and_the_others_land(good, 
     monkeypatch.undo()
     again = encode(good, root.path, ALL)
     assert again.num_encoded == 1 and not again.manifest.skipped
+
+
+def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifest_stays(tmp_path, capsys):
+    old, new = tmp_path / "data/old", tmp_path / "data/new"
+    old.mkdir(parents=True)
+    video, fields = make_vpt_pair(12, 0, size=(32, 32))[0], {"fps": 20, "actions": [[0.5, 1.0]] * 12}
+    (old / "good.mp4").write_bytes(video)
+    (old / "good.json").write_text(json.dumps({**fields, "states": [[0.0, 1.0]] * 12}))
+    (old / "bad.json").write_text("{}")
+    (old / "bad.mp4").write_bytes(video)
+    overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
+    config = load_config(overrides=[*overrides, "encode.max_skipped_share=0.5"])
+    first = encode(tmp_path / "data", tmp_path / "cache", config)
+    assert "skipped: old/bad: " in capsys.readouterr().out
+    old.rename(new)
+    again = encode(tmp_path / "data", tmp_path / "cache", config)
+    assert "skipped: new/bad: " in capsys.readouterr().out
+    assert again.manifest.to_bytes() == first.manifest.to_bytes() and again.num_encoded == 0
 
 
 def test_names_that_are_no_utf8_lose_nothing(good, tmp_path):
