@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder, resolve_device
+from jepa_cache.encoding.keys import compare_recordings
 from jepa_cache.encoding.parts import Part, check_controls, open_encoder, plan_parts
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
@@ -34,6 +35,7 @@ class EncodeResult:
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
         unreadable: Token fingerprint and digest of the units that could not be read and have no store.
+        notes: On recordings with the same content; empty where a manifest of just these was written before.
     """
 
     manifest: Manifest
@@ -41,6 +43,7 @@ class EncodeResult:
     num_encoded: int
     timing: Timing | None
     unreadable: frozenset[tuple[str, str]] = frozenset()
+    notes: tuple[str, ...] = ()  # on recordings that are alike
     implausible: tuple[str, ...] = ()  # values that their units do not allow, by recording
 
 
@@ -68,7 +71,8 @@ def encode_dataset(
         on_plan: Is shown the parts before any work, and returns those to bring up to date.
 
     Raises:
-        ValueError: No input, weights that cannot be had, an overflow, or too large a share of unusable recordings.
+        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, or different
+            recordings under one key.
     """
     root.check_writable()
     if kept := root.remove_stale_temporaries():
@@ -104,6 +108,7 @@ def encode_dataset(
             if (part.tokens, digest) not in unreadable:
                 ensure_actions(root, part, space, unit, digest)
 
+    names: dict[str, str] = {}
     implausible: list[str] = []
     manifest = Manifest(
         dataset=config.dataset.name,
@@ -115,15 +120,21 @@ def encode_dataset(
         encoder_trained=encoder.trained,
         comparable=config.encode.mode != "clip",
         action_space=space.name,
-        parts=tuple(_describe_part(part, root, unreadable, implausible) for part in parts),
+        parts=tuple(_describe_part(part, root, unreadable, names, implausible) for part in parts),
     )
-    _check_skipped(manifest, config.encode.max_skipped_share)
+    _check_skipped(manifest, config.encode.max_skipped_share, names)
+    notes = []
+    if not root.fetch(root.manifest(manifest.digest)):  # else it was looked at when that was written
+        for part in parts:
+            there = [(unit, digest) for unit, digest in part.units if (part.tokens, digest) not in unreadable]
+            notes += compare_recordings(root, replace(part, units=there))
     return EncodeResult(
         manifest,
         sum(len(part.units) for part in parts) - len(unreadable),
         num_encoded,
         timing if num_encoded else None,
         frozenset(unreadable),
+        notes=tuple(dict.fromkeys(notes)),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
 
@@ -156,7 +167,15 @@ def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, i
     return timing, num_encoded, unreadable
 
 
-def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable, implausible: list[str]) -> ManifestPart:
+def _describe_part(
+    part: Part, root: CacheRoot, unreadable: Unreadable, names: dict[str, str], implausible: list[str]
+) -> ManifestPart:
+    """What the manifest says of a part.
+
+    `names` receives what skipped recordings are called now, by what their stores call them; `implausible` the values that
+    their units do not allow.
+    """
+    name_skipped = getattr(part.source, "name_skipped", lambda unit, key: key)
     entries, skipped, notes = [], [], list(part.notes)
     without_episode: dict[str, list[dict[str, str]]] = {}
     lost = list(part.unreadable)
@@ -185,6 +204,8 @@ def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable, implausi
         skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.card["notes"]
         implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
+        # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
+        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.card["skipped"]}
         if tokens.card["num_episodes"] == 0:
             without_episode[digest] = tokens.card["skipped"]
     # A page of an error under twenty names is twenty losses.
@@ -207,12 +228,13 @@ def _describe_part(part: Part, root: CacheRoot, unreadable: Unreadable, implausi
     )
 
 
-def _check_skipped(manifest: Manifest, max_share: float) -> None:
+def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str]) -> None:
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
     num_skipped = len(manifest.skipped)
     by_reason: dict[str, list[str]] = {}
     for recording in manifest.skipped:
-        by_reason.setdefault(recording["reason"], []).append(recording["key"])
+        key = recording["key"]
+        by_reason.setdefault(recording["reason"], []).append(names.get(key, key))
     for reason, keys in by_reason.items():
         more = f" and {len(keys) - MAX_SHOWN} more" if len(keys) > MAX_SHOWN else ""
         print(f"skipped: {', '.join(keys[:MAX_SHOWN])}{more}: {reason}")

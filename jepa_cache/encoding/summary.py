@@ -12,7 +12,7 @@ def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    lines = [f"note: {note}" for note in manifest.notes]
+    lines = [f"note: {note}" for note in (*manifest.notes, *result.notes)]
     lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
     if len(result.implausible) > MAX_SHOWN:
         lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")

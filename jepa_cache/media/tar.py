@@ -28,6 +28,10 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"\xfd7zXZ": "xz", b"B
 READ_BYTES = 1 << 20
 
 
+class UnreadableFolderError(ValueError):
+    """Folders among the inputs that cannot be listed; the message names them."""
+
+
 class TarSample(NamedTuple):
     """The members of one key, by suffix; where `problem` is set, the sample must not be used and `members` is empty."""
 
@@ -277,16 +281,40 @@ def expand_inputs(inputs: Sequence[str], base: Path, suffix: str = ".tar") -> li
 
 
 def _match_input(path: Path, suffix: str) -> list[Path]:
-    # glob.glob, not Path.rglob: links to folders are followed, as data folders on clusters often are links.
     matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
     files = []
     for match in matches:
         if match.is_dir():
-            inside = glob.glob(f"{glob.escape(str(match))}/**/*{glob.escape(suffix)}", recursive=True)  # noqa: PTH207
-            files += [Path(name) for name in inside if is_file_name(Path(name))]
+            files += [folder / name for folder, _, names in walk(match) for name in names if name.endswith(suffix)]
         elif match.name.endswith(suffix):
             files.append(match)
     return files
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` of a folder, sorted, without hidden names; links are followed, as data folders on clusters often are links.
+
+    Each folder comes once. Take names out of the second list to leave folders out.
+
+    Raises:
+        UnreadableFolderError: At the end, where folders could not be listed: nobody knows how many recordings lie in them.
+    """
+    refused: list[OSError] = []
+    seen: set[tuple[int, int]] = set()
+    for parent, below, names in os.walk(folder, followlinks=True, onerror=refused.append):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield Path(parent), below, sorted(name for name in names if not name.startswith("."))
+    if refused:
+        places = ", ".join(f"{error.filename} ({error.strerror})" for error in refused[:5])
+        raise UnreadableFolderError(
+            f"{len(refused)} folders below {folder} cannot be read, and what lies in them would be missing: {places}"
+            f"{', ...' if len(refused) > 5 else ''}. Let them be read, or name the others as inputs"
+        )
 
 
 def is_file_name(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
 from jepa_cache.idle import find_episode_key
+from jepa_cache.media.tar import walk
 from jepa_cache.sources._json_files import read_object
 
 TRAJECTORY = "trajectory.h5"
@@ -41,17 +41,10 @@ class LeftOut(NamedTuple):
 
 def find_folders(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds a trajectory.h5, sorted by path; links are followed, each folder once."""
-    seen: set[tuple[int, int]] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
+    for folder, below, files in walk(root):
         if TRAJECTORY in files:
             below.clear()  # An episode holds no other; its recordings are many files.
-            yield Path(folder)
-        below.sort()
+            yield folder
 
 
 def read_list(path: Path) -> list[Path]:

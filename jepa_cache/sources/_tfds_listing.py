@@ -7,6 +7,7 @@ import glob
 from pathlib import Path
 
 from jepa_cache.media.bucket import SCHEME, BucketFile, list_files
+from jepa_cache.media.tar import walk
 from jepa_cache.sources._tfds_features import FEATURES_FILE
 from jepa_cache.sources._tfrecords import parse_shard_name
 
@@ -20,9 +21,10 @@ def list_local(given: str, base: Path) -> list[Path]:
     for name in [given] if literal.exists() else braceexpand(given):
         path = base / Path(name).expanduser()
         for match in [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]:  # noqa: PTH207
-            # glob.glob, not Path.rglob: links to folders are followed, as data folders on clusters often are links.
-            inside = glob.glob(f"{glob.escape(str(match))}/**/*.tfrecord-*", recursive=True)  # noqa: PTH207
-            found += [Path(name) for name in inside] if match.is_dir() else [match]
+            if match.is_dir():
+                found += [folder / name for folder, _, names in walk(match) for name in names if ".tfrecord-" in name]
+            else:
+                found.append(match)
     beside = {path.parent / FEATURES_FILE for path in found}
     return [*found, *(path for path in beside if path.is_file())]
 

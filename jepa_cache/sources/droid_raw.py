@@ -114,6 +114,10 @@ class DroidRawSource:
         except ValueError as error:
             yield Skipped(unit.name, str(error))
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """The episode's present folder; see `Source`."""
+        return unit.name
+
     def _make_unit(self, folder: Path) -> Unit:
         files = [folder / TRAJECTORY] if is_file_name(folder / TRAJECTORY) else []
         files += list_metadata(folder)[:1]

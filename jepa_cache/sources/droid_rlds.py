@@ -223,6 +223,11 @@ class DroidRldsSource:
                 f"dataset_info.json lists {expected} records, the shard ends before this one; fetch it again",
             )
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """A record that has no name of its own by the shard's present name; see `Source`."""
+        shard, _, index = key.rpartition("#")
+        return f"{spell_name(unit.path.name)}#{index}" if parse_shard_name(shard) else key
+
     def _open_features(self, path: Path | BucketFile) -> Features:
         options = self.options
         wanted = [options.cameras[options.camera], *options.pose, *options.command, *options.episode_key]

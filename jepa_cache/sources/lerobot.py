@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.media.tar import expand_inputs
+from jepa_cache.media.tar import UnreadableFolderError, expand_inputs
 from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
 from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._hub import PREFIX, fetch_dataset
@@ -162,6 +161,10 @@ class LerobotSource:
         for index in waiting:
             yield Skipped(listing.layout.key(index), reason)
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """The episode by the data set's present name; see `Source`."""
+        return f"{self._open_listing(unit).layout.name}/{key.rpartition('/')[2]}"
+
     @property
     def _columns(self) -> tuple[str, ...]:
         """The columns of rows that are read, each once."""
@@ -173,9 +176,12 @@ class LerobotSource:
         for text in inputs:
             if text.startswith(PREFIX):
                 continue
-            found = []
-            with contextlib.suppress(ValueError):  # Its message tells of files and ranges; a data set is a folder.
+            try:
                 found = expand_inputs([text], base, "info.json")
+            except UnreadableFolderError:
+                raise
+            except ValueError:  # Its message tells of files and ranges; a data set is a folder.
+                found = []
             here = [path.parent.parent for path in found if path.name == "info.json" and path.parent.name == "meta"]
             if not here:
                 raise ValueError(

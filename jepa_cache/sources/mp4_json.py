@@ -84,6 +84,10 @@ class Mp4JsonSource:
         except (RecordingError, JsonError, DecodeError) as error:
             yield Skipped(_find_key(stem), str(error))
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """The pair's present name; see `Source`."""
+        return unit.name
+
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:
     fields = read_object(records, MAX_JSON_BYTES)

@@ -155,6 +155,10 @@ class VptSource:
         if not found:
             yield Skipped(name, f"the tar holds no recording: none of its members ends in .{' or .'.join(SUFFIXES)}")
 
+    def name_skipped(self, unit: Unit, key: str) -> str:
+        """The tar shard's present name where the tar itself was skipped; see `Source`."""
+        return unit.name if key.endswith(".tar") else key
+
     def _read_episode(self, sample: TarSample) -> Episode:
         video, lines = (sample.members[suffix] for suffix in SUFFIXES)
         first_frame = 0

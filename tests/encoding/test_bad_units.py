@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import gzip
 import io
+import json
 import os
 import tarfile
 
@@ -17,11 +18,12 @@ from jepa_cache.cli import inspect_data
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.inventory import take_inventory
 from jepa_cache.encoding.planning import plan_encode
+from jepa_cache.encoding.summary import describe_result
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tiny_tar, read_episodes, run_stage_one, tiniest_config
-from tests.makers import make_vpt_pair, write_tar
+from tests.makers import make_vpt_pair, write_tar, write_vpt_tar
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 1024\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>404</title></html>"
@@ -150,6 +152,24 @@ def test_a_unit_whose_reading_breaks_off_has_no_store_and_the_others_land(good, 
     assert again.num_encoded == 1 and not again.manifest.skipped
 
 
+def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifest_stays(tmp_path, capsys):
+    old, new = tmp_path / "data/old", tmp_path / "data/new"
+    old.mkdir(parents=True)
+    video, fields = make_vpt_pair(12, 0, size=(32, 32))[0], {"fps": 20, "actions": [[0.5, 1.0]] * 12}
+    (old / "good.mp4").write_bytes(video)
+    (old / "good.json").write_text(json.dumps({**fields, "states": [[0.0, 1.0]] * 12}))
+    (old / "bad.json").write_text("{}")
+    (old / "bad.mp4").write_bytes(video)
+    overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
+    config = load_config(overrides=[*overrides, "encode.max_skipped_share=0.5"])
+    first = encode(tmp_path / "data", tmp_path / "cache", config)
+    assert "skipped: old/bad: " in capsys.readouterr().out
+    old.rename(new)
+    again = encode(tmp_path / "data", tmp_path / "cache", config)
+    assert "skipped: new/bad: " in capsys.readouterr().out
+    assert again.manifest.to_bytes() == first.manifest.to_bytes() and again.num_encoded == 0
+
+
 def test_names_that_are_no_utf8_lose_nothing(good, tmp_path):
     pair = make_vpt_pair(9, 5, size=(32, 32))
     with tarfile.open(good / os.fsdecode(b"st\xfcck.tar"), "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
@@ -159,3 +179,27 @@ def test_names_that_are_no_utf8_lose_nothing(good, tmp_path):
             tar.addfile(header, io.BytesIO(content))
     result = encode(good, tmp_path / "cache", tiniest_config())
     assert read_episodes(result, tmp_path / "cache").keys() == {"episode-0", "episode-1", r"caf\xe9"}
+
+
+def test_different_recordings_under_one_key_are_refused_and_both_stay_encoded(good, tmp_path):
+    write_vpt_tar(good / "z.tar", {"episode-0": make_vpt_pair(9, 7, size=(32, 32)), "a": make_vpt_pair(9, 8)})
+    with pytest.raises(
+        ValueError, match=r"1 keys name different .*: episode-0 in (good0|z)\.tar and episode-0 in"
+    ) as error:
+        encode(good, tmp_path / "cache")
+    assert "good1" not in str(error.value)
+    write_vpt_tar(good / "z.tar", {"session2/episode-0": make_vpt_pair(9, 7, size=(32, 32)), "a": make_vpt_pair(9, 8)})
+    assert encode(good, tmp_path / "cache").num_encoded == 1
+
+
+def test_recordings_with_the_same_content_are_named_whatever_their_keys_and_units(good, tmp_path):
+    pairs = [make_vpt_pair(9, seed, size=(32, 32)) for seed in (5, 6)]
+    other_rows = pairs[0][0], make_vpt_pair(9, 6, size=(32, 32))[1]
+    write_vpt_tar(good / "y.tar", {"a": pairs[0], "b": pairs[1], "copy": pairs[0], "other rows": other_rows})
+    write_vpt_tar(good / "z.tar", {"a": pairs[0], "again": pairs[1]})
+    result = encode(good, tmp_path / "cache", tiniest_config())
+    (note,) = result.notes
+    assert note.startswith("3 recordings have the same content as another one: ")
+    groups = [set(group.split(" = ")) for group in note.partition(": ")[2].split("; ")]
+    assert {"a in y.tar", "copy in y.tar", "a in z.tar"} in groups and {"b in y.tar", "again in z.tar"} in groups
+    assert note in describe_result(result, CacheRoot(tmp_path / "cache"))

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -87,6 +88,42 @@ def test_units_are_found_in_one_order_with_files_that_exist(case):
     assert units == source.list_units(["."], folder)
     assert all(isinstance(path, Path) and path.is_file() for unit in units for path in unit.files)
     assert len({unit.files for unit in units}) == len({unit.name for unit in units}) == len(units)
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(case, monkeypatch):
+    """Root reads every folder, so the refusal is the system call's."""
+    source, _, folder = case
+    (folder / "deep/locked").mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"1 folders below .* cannot be read.*deep/locked \(Permission denied\)"):
+        source.list_units([str(folder)], folder)
+
+
+def test_a_skipped_recording_is_called_by_its_present_name_after_its_folders_were_renamed(case, tmp_path):
+    source, example, folder = case
+    example.damage(folder, 1)
+    name_skipped = getattr(source, "name_skipped", lambda unit, key: key)
+
+    def list_skipped(folder):
+        units = source.list_units([str(folder)], folder)
+        return [(unit, item.key) for unit in units for item in source.iter_episodes(unit) if isinstance(item, Skipped)]
+
+    before = list_skipped(folder)
+    assert before and all(name_skipped(unit, key) == key for unit, key in before)
+    folder.rename(tmp_path / "renamed")
+    for child in [child for child in (tmp_path / "renamed").iterdir() if child.is_dir()]:
+        child.rename(child.with_name(f"{child.name}-too"))
+    after = list_skipped(tmp_path / "renamed")
+    assert [name_skipped(unit, key) for (unit, _), (_, key) in zip(after, before, strict=True)] == [
+        key for _, key in after
+    ]
 
 
 def test_a_unit_keeps_its_files_and_episodes_when_recordings_are_added(case):
