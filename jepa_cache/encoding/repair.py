@@ -13,7 +13,7 @@ from jepa_cache.encoding.filling import EncodeTask, ensure_actions, ensure_contr
 from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
 from jepa_cache.encoding.run import encode_here
 from jepa_cache.sources import Unit
-from jepa_cache.store.audit import Audit, Finding, Scope
+from jepa_cache.store.audit import Audit, Finding, Scope, forget_stale
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.recipe import recipe_changes
@@ -127,9 +127,15 @@ def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) 
     entries = {entry.unit_digest: entry for entry in listed.entries}
     with Audit(root, Scope(read_data=True), lambda _: None) as audit:
         for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
+
+            def is_damaged(place: Path = place, unit: str = unit) -> bool:
+                return any(finding.place == place for finding in audit.check(listed, entries[unit]))
+
             with root.claimed(place):
-                if any(finding.place == place for finding in audit.check(listed, entries[unit])):
+                # Of what a bucket holds the copy here may be what is damaged.
+                if is_damaged() and not (root.drop_copy(place) and not is_damaged()):
                     root.remove(place)
+                    forget_stale(root, place)
 
 
 def _compare(

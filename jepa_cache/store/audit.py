@@ -12,10 +12,10 @@ from typing import NamedTuple
 from jepa_cache.config.machine import state_folder
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.digests import look_at
 from jepa_cache.store.layout import SEGMENTS_FILE, STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.reader import ArrayReader, read_table
+from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import CacheRoot, atomic_file
 from jepa_cache.store.verify import (
     StoreFile,
@@ -198,11 +198,11 @@ def check_listed(manifest: Manifest, root: CacheRoot) -> list[Finding]:
 def note_stale(root: CacheRoot, store: Path, problem: str) -> None:
     """Remember that a token store does not hold what its encoder gives of its unit, though no byte of it has changed.
 
-    Every `Audit` on this machine tells of it until there is another store.
+    Every `Audit` on this machine tells of it until there is another store, or `forget_stale`.
     """
     path = _stale_file(root, store)
     with atomic_file(path) as temporary:
-        temporary.write_text(f"{look_at(store / STORE_FILE)}\n{problem}")
+        temporary.write_text(f"{file_digest(store / STORE_FILE)}\n{problem}")
 
 
 def find_stale(root: CacheRoot, store: Path) -> str | None:
@@ -210,8 +210,13 @@ def find_stale(root: CacheRoot, store: Path) -> str | None:
     path = _stale_file(root, store)
     if not path.is_file() or not (store / STORE_FILE).is_file():
         return None
-    look, _, problem = path.read_text().partition("\n")
-    return problem if look == str(look_at(store / STORE_FILE)) else None
+    digest, _, problem = path.read_text().partition("\n")
+    return problem if digest == file_digest(store / STORE_FILE) else None
+
+
+def forget_stale(root: CacheRoot, store: Path) -> None:
+    """Take back `note_stale`: the store is made again."""
+    _stale_file(root, store).unlink(missing_ok=True)
 
 
 def _stale_file(root: CacheRoot, store: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from jepa_cache.store import layout
 from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.objects import Bucket, StoredObject
-from jepa_cache.store.recipe import canonical_json, file_digest
+from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
 
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
@@ -86,7 +86,7 @@ def parse_commit(content: bytes, tag: str | None, where: str) -> Commit:
     try:
         document = json.loads(content)
         version = document["commit_version"]
-        files = {name: CommittedFile(**file) for name, file in document["files"].items()}
+        files = {inner_path(name): CommittedFile(**file) for name, file in document["files"].items()}
         commit = Commit(document["attempt"], files, tag)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreDamagedError(f"{where} is no valid commit ({error!r}); delete it and {WAY_OUT}") from error

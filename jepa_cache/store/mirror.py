@@ -140,6 +140,14 @@ class MirroredRoot(CacheRoot):
             self._remove(place)
             self._forget(place)
 
+    def drop_copy(self, place: Path) -> bool:
+        """Forget a store here that is in the bucket."""
+        with self._locked(place):
+            if read_record(place) is None:
+                return False
+            self._forget(place)
+            return True
+
     def claim(self, store: Path) -> Claim | None:
         """Claim the making of a store; None while another encoder on this machine holds it, and once for other machines'.
 

@@ -32,6 +32,17 @@ def unit_id(digest: str) -> str:
     return digest[:DIGEST_LENGTH]
 
 
+def inner_path(name: str) -> str:
+    """The name of a file inside a store, as it stands.
+
+    Raises:
+        ValueError: It leads out of the store.
+    """
+    if {"", ".", ".."} & set(name.split("/")):  # a leading slash leaves an empty part
+        raise ValueError(f"{name!r} leads out of the store")
+    return name
+
+
 def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Every field that differs between two recipes, as `encoder.rope: 'tiled' -> 'paired'`, sorted by name."""
     changes = []

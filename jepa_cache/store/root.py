@@ -143,6 +143,10 @@ class CacheRoot:
         else:
             place.unlink(missing_ok=True)
 
+    def drop_copy(self, place: Path) -> bool:
+        """Remove what is here of a store that is published elsewhere, to be fetched again; False where this is all there is."""
+        return False
+
     def refresh(self) -> list[str]:
         """Bring what is here up to date with what is published, for who looks at everything; says what is damaged there."""
         return []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jepa_cache.store import layout
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
+from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, inner_path
 from jepa_cache.store.records import open_remote
 
 SELF_DIGEST = "sha256"  # of store.json itself, without this entry
@@ -105,7 +105,7 @@ def read_store_file(store: Path) -> StoreFile:
             card=dict(content["card"]),
             digest=_digest_text(raw) or _digest(content),
             provenance=dict(document["provenance"]),
-            files={name: FileRecord(**entry) for name, entry in content["files"].items()},
+            files={inner_path(name): FileRecord(**entry) for name, entry in content["files"].items()},
             crc32c=dict(document.get("crc32c", {})),
             place=document.get(PLACE),
         )

@@ -8,16 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.encoding import run
+from jepa_cache.encoding.repair import repair_manifest
 from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.store.audit import Scope
 from jepa_cache.store.collection import list_root, remove_unneeded
 from jepa_cache.store.export import export_manifest, select_units
 from jepa_cache.store.manifest import write_manifest
 from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.rounds import audit_manifest
 from jepa_cache.store.usage import WantedPart, announce, settle
 from tests.encoded import all_files, make_tiny_tar, tiniest_config
 from tests.store.s3_server import Fault
@@ -105,6 +109,36 @@ def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordi
     export_manifest(manifest, folder, tmp_path / "folder", selection={}, on_bytes=lambda _: None)
     assert chosen == manifest and all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
     assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("tokens", "store.json"), ("tokens", "steps.parquet"), ("actions", "store.json"), ("controls", "")],
+)
+def test_repair_fetches_a_copy_that_is_damaged_here_again_and_leaves_the_bucket_alone(
+    machines, recordings, monkeypatch, kind, file
+):
+    manifest, root = encode(recordings, machines("a")).manifest, machines("b")
+    CachedDataset(manifest, root).close()
+    (part,), entry = manifest.parts, manifest.entries[0]
+    fingerprints = {"tokens": part.fingerprint, "actions": part.action_fingerprint, "controls": part.source_fingerprint}
+    place = getattr(root, kind)(fingerprints[kind], entry.unit_digest)
+    assert root.fetch(place)
+    path = place / file if file else place
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
+    before = root.bucket.list("")
+    with tqdm(disable=True) as bar:
+        findings = audit_manifest(manifest, root, Scope(), bar).findings
+        assert {finding.place for finding in findings} == {place}
+        repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
+        assert repaired.repaired == [place] and not (repaired.lost or repaired.differing or repaired.left)
+        assert audit_manifest(manifest, root, Scope(), bar).findings == []
+    assert {key: found.tag for key, found in root.bucket.list("").items()} == {
+        key: found.tag for key, found in before.items()
+    }
 
 
 def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings, in_a_folder):

@@ -4,6 +4,7 @@ A killed run leaves nothing that the same command does not put right, and its re
 """
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.root import MARKER, CacheRoot
-from tests.encoded import all_files, encode, make_tars, read_episodes, tiny_config
+from tests.encoded import all_files, encode, make_tars, make_tiny_tar, read_episodes, tiniest_config, tiny_config
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 40}}
@@ -204,6 +205,19 @@ def test_a_tar_under_another_name_is_found_again_and_an_edited_one_is_another_un
     assert edited.num_encoded == 1
     assert edited.manifest.entries[0].unit_digest != first.manifest.entries[0].unit_digest
     assert len(list(root.glob("tokens/*/*.zarr"))) == 2
+
+
+@pytest.mark.parametrize("fps", [5.0, 10.0])
+def test_another_recording_of_the_same_name_size_and_time_is_another_unit_under_every_setting(tmp_path, fps):
+    """A tar is padded to 10 KiB, so equal sizes are common; `touch -r` and packers make equal times."""
+    tar, other = (make_tiny_tar(tmp_path / name, "a", seed) / "a.tar" for seed, name in enumerate(("in", "others")))
+    for path in (tar, other):
+        os.utime(path, ns=(10**18, 10**18))
+    assert tar.stat().st_size == other.stat().st_size
+    encode(tar.parent, tmp_path / "cache", tiniest_config(fps=5.0))
+    other.rename(tar)
+    (entry,) = encode(tar.parent, tmp_path / "cache", tiniest_config(fps=fps)).manifest.entries
+    assert entry.unit_digest == hashlib.sha256(tar.read_bytes()).hexdigest()
 
 
 def test_two_recipes_lie_side_by_side_and_are_never_mixed(folder, tmp_path, no_encoder):
