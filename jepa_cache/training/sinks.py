@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jepa_cache.files import full_disk_named
+
 _EXTRA = "it is not installed; pip install 'jepa-cache[loggers]', or leave it out of train.loggers"
 
 
@@ -34,9 +36,10 @@ class DVCLiveSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Sink`."""
         self._live.step = step
-        for name, value in values.items():
-            self._live.log_metric(name, value)
-        self._live.make_summary()
+        with full_disk_named(Path(self._live.dir)):
+            for name, value in values.items():
+                self._live.log_metric(name, value)
+            self._live.make_summary()
 
     def close(self) -> None:
         """See `Sink`."""
