@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,14 @@ class WandbSink:
         self._run.finish()
 
 
+def _name_user() -> None:
+    """Let the number of a user without a name (`docker run --user`) stand for it: DVC asks for the name, and would end in an error."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
+
+
 def open_sinks(
     loggers: Sequence[str], *, live_folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> list[Sink]:
@@ -121,6 +130,7 @@ def open_sinks(
         raise ValueError(
             f"train.loggers is {list(loggers)}, but under DVC it must name dvclive, whose files are outputs of this stage; add it"
         )
+    _name_user()
     makers = {
         "dvclive": lambda: DVCLiveSink(live_folder),
         "tensorboard": lambda: TensorBoardSink(run_folder / "tensorboard"),
