@@ -10,6 +10,7 @@ its process ends, however it ends; at most its empty file stays, which the next 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -22,12 +23,47 @@ from pathlib import Path
 TEMPORARY_PREFIX = ".jepa-cache-"  # then twelve hex digits and a hyphen: no other program's files are named so
 LOCK_SUFFIX = ".lock"  # beside a temporary folder: its writer lives
 CLAIM_SUFFIX = ".claim"  # of the file that says who makes a store
+FULL = (errno.ENOSPC, errno.EDQUOT)
 OURS = re.compile(
     r"\.jepa-cache-[0-9a-f]{12}-.+"
     # What the first release left beside stores, manifests and checkpoints, in the exact form that it had.
     r"|\.tmp-[0-9a-f]{12}-([0-9a-f]{32}\.(zarr|parquet|json)|step-[0-9]{8})(\.lock)?|\.tmp-[0-9a-f]{32}\.zarr\.claim",
     re.DOTALL,
 )
+
+
+class DiskFullError(OSError):
+    """A disk is full, or a quota is used up; says where, what is free there, and the way out."""
+
+
+@contextmanager
+def full_disk_named(place: Path) -> Iterator[None]:
+    """Turn what libraries say of a full disk, often without a path, into one message; other errors pass.
+
+    Args:
+        place: What is written in the block, where the error does not name it itself.
+
+    Raises:
+        DiskFullError: The disk is full.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:  # torch raises an error of its own from Python's
+            code = getattr(link, "errno", None) or next((n for n in FULL if f"(os error {n})" in str(link)), None)
+            if code in FULL:
+                place = Path(getattr(link, "filename", None) or place)
+                folder = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
+                raise DiskFullError(
+                    f"{os.strerror(code)}: {place} cannot be written, {shutil.disk_usage(folder).free / 1e6:.1f} MB are free "
+                    "there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
+                    "$JEPA_RUNS_HOME, $TMPDIR, another checkout); then type the same command again: what was finished is kept"
+                ) from error
+            link = link.__cause__ or link.__context__
+        raise
 
 
 @contextmanager
@@ -47,7 +83,8 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     mode = os.fstat(descriptor).st_mode & 0o777
     try:
         try:
-            yield temporary
+            with full_disk_named(path):
+                yield temporary
             if temporary.stat().st_mode & 0o777 != mode:  # safetensors puts a file there that its owner alone may read
                 temporary.chmod(mode)
             publish_file(temporary, path, durable=durable)
@@ -65,7 +102,8 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     with held_file(_lock_of(temporary)):  # there before the folder and gone after it, so the folder is never without
         temporary.mkdir()
         try:
-            yield temporary
+            with full_disk_named(final):
+                yield temporary
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
+from jepa_cache.files import full_disk_named  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset, weights = open_training(config, ROOT)
     out = ROOT / "outputs/plan"
-    metrics = plan_run(config, dataset, weights, out)
+    with full_disk_named(out):
+        metrics = plan_run(config, dataset, weights, out)
     print(describe_plans(metrics))
     print(f"wrote {out.relative_to(ROOT)}/metrics.json, timing.json, plans.csv, plans.png; next: docs/planning.md")
 

@@ -11,12 +11,16 @@ import builtins
 import errno
 import io
 import os
+import shutil
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet.core as parquet
+import pytest
 
 WRITES = ("create", "write", "mkdir")  # what needs room
 
@@ -31,6 +35,19 @@ class Change(NamedTuple):
     kind: str
     path: Path
     target: Path | None = None
+
+
+@contextmanager
+def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A disk of its own size at `folder`: a tmpfs, so only where root may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 class FaultyDisk:

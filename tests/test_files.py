@@ -3,6 +3,7 @@
 Nothing of a lock stays that could be mistaken for one, and only what a dead writer left is removed.
 """
 
+import errno
 import fcntl
 import os
 import signal
@@ -14,11 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from jepa_cache import files
 from jepa_cache.files import (
+    DiskFullError,
     atomic_file,
     claim_path,
+    full_disk_named,
     held_file,
     is_claimed,
     lock_file,
@@ -228,6 +232,49 @@ def test_a_rename_that_fails_for_another_reason_is_raised(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="No space left"):
             publish_folder(folder, tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
+
+
+def raise_as_torch_does():
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+
+def raise_it(error):
+    raise error
+
+
+@pytest.mark.parametrize("writer", [atomic_file, temporary_folder])
+@pytest.mark.parametrize(
+    ("fail", "says"),
+    [
+        (lambda: raise_it(OSError(errno.ENOSPC, "")), "No space left on device"),
+        (lambda: raise_it(OSError(errno.EDQUOT, "")), "Disk quota exceeded"),
+        (raise_as_torch_does, "No space left on device"),
+        (
+            lambda: raise_it(SafetensorError("I/O error: No space left on device (os error 28)")),
+            "No space left on device",
+        ),
+    ],
+    ids=["disk", "quota", "torch", "safetensors"],
+)
+def test_a_full_disk_is_told_with_the_place_what_is_free_and_the_way_out(tmp_path, writer, fail, says):
+    pattern = (
+        rf"^{says}: {tmp_path / 'final'} cannot be written, [\d.]+ MB are free there\. .*gc.*cache\.root.*same command"
+    )
+    with pytest.raises(DiskFullError, match=pattern), writer(tmp_path / "final"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DiskFullError, match=f"device: {tmp_path}/other cannot"), full_disk_named(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "", str(tmp_path / "other"))
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    for error in (OSError(errno.EIO, "bad disk"), ValueError("28"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, atomic_file(tmp_path / "final"):
+            raise error
+        assert raised.value is error
 
 
 def test_only_the_temporaries_of_dead_writers_are_removed(tmp_path):

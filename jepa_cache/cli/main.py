@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
+from pathlib import Path
 
 import typer
 
 from jepa_cache.cli.outcome import help_of
 from jepa_cache.cli.stage import describe_error
+from jepa_cache.files import full_disk_named
 
 # Command to its module and function; `export` is a group of its own.
 COMMANDS = {
@@ -54,6 +57,7 @@ def build_app(only: str | None = None) -> typer.Typer:
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     try:
-        build_app(next(iter(sys.argv[1:]), None))()
+        with full_disk_named(Path(tempfile.gettempdir())):
+            build_app(next(iter(sys.argv[1:]), None))()
     except (ValueError, OSError) as error:  # OSError: a full disk, a file that cannot be written
         sys.exit(f"error: {describe_error(error)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
+from jepa_cache.files import full_disk_named
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.usage import RefusedError
@@ -84,7 +86,7 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
     What the work itself prints goes to stderr then.
     """
     try:
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with redirect_stdout(sys.stderr) if as_json else nullcontext(), full_disk_named(Path(tempfile.gettempdir())):
             outcome = work()
     except (ValueError, OSError) as error:
         message = describe_error(error)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.config.loading import is_override
+from jepa_cache.files import full_disk_named
 
 
 class StageArguments(NamedTuple):
@@ -76,7 +79,8 @@ def describe_error(error: BaseException) -> str:
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
     try:
-        main()
+        with full_disk_named(Path(tempfile.gettempdir())):
+            main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         sys.exit(f"error: {describe_error(error)}")
     except KeyboardInterrupt:

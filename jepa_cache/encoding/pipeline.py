@@ -17,6 +17,7 @@ from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream
 from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.episode import Episode, Skipped
+from jepa_cache.files import full_disk_named
 from jepa_cache.media.video import DecodeError
 from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Source, Unit
@@ -124,6 +125,7 @@ def encode_units(
 
     timing, started, bytes_through, bytes_finished = Timing(), time.perf_counter(), 0, 0
     with (
+        full_disk_named(root.path / "tokens" / fingerprint),
         WriterThread() as write,
         Decoders(source, take(), settings, encoder.preprocess) as items,
     ):

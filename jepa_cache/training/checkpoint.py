@@ -75,7 +75,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
         card = {"card": json.dumps(dict(checkpoint.card), sort_keys=True)} if checkpoint.card else None
         save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=card)
         training = {"optimizer": checkpoint.optimizer, "gradient_scaler": checkpoint.gradient_scaler}
-        torch.save(training, temporary / OPTIMIZER_FILE)
+        with (temporary / OPTIMIZER_FILE).open("wb") as file:  # torch's own writer does not say that the disk is full
+            torch.save(training, file)
         digests = {name: file_digest(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
         state = {
             "step": checkpoint.step,

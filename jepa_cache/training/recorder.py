@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.files import atomic_file
+from jepa_cache.files import atomic_file, full_disk_named
 from jepa_cache.training.sinks import Sink
 
 COLUMNS = (
@@ -69,7 +69,7 @@ class Recorder:
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one row; columns that are absent stay empty."""
-        with self.path.open("a", newline="") as file:
+        with full_disk_named(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
         self._mirror(row)
 

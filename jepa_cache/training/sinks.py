@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from jepa_cache.files import full_disk_named
 
 _EXTRA = "it is not installed; pip install 'jepa-cache[loggers]', or leave it out of train.loggers"
 
@@ -34,9 +37,10 @@ class DVCLiveSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Sink`."""
         self._live.step = step
-        for name, value in values.items():
-            self._live.log_metric(name, value)
-        self._live.make_summary()
+        with full_disk_named(Path(self._live.dir)):
+            for name, value in values.items():
+                self._live.log_metric(name, value)
+            self._live.make_summary()
 
     def close(self) -> None:
         """See `Sink`."""
@@ -100,6 +104,14 @@ class WandbSink:
         self._run.finish()
 
 
+def _name_user() -> None:
+    """Let the number of a user without a name (`docker run --user`) stand for it: DVC asks for the name, and would end in an error."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
+
+
 def open_sinks(
     loggers: Sequence[str], *, live_folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> list[Sink]:
@@ -118,6 +130,7 @@ def open_sinks(
         raise ValueError(
             f"train.loggers is {list(loggers)}, but under DVC it must name dvclive, whose files are outputs of this stage; add it"
         )
+    _name_user()
     makers = {
         "dvclive": lambda: DVCLiveSink(live_folder),
         "tensorboard": lambda: TensorBoardSink(run_folder / "tensorboard"),

@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import json
 import re
+import subprocess
 import threading
 
 import numpy as np
@@ -20,10 +21,12 @@ from jepa_cache.encoder import checkpoints
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.encoding.decoding import Decoders, DecodeSettings
 from jepa_cache.encoding.writing import WriterThread
+from jepa_cache.files import DiskFullError
 from jepa_cache.sources import Unit
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store import writer
 from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, tiny_config
+from tests.faults import small_disk
 from tests.makers import make_rows, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
 
 DECODERS = ["decord", "pyav"]
@@ -249,6 +252,21 @@ def test_an_error_in_preprocessing_is_no_skip_but_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "luma_statistics", broken)
     with pytest.raises(RuntimeError, match="a mistake in our own code"):
         encode(folder, tmp_path / "cache")
+
+
+def test_a_full_disk_is_named_and_the_same_command_continues_on_a_larger_one(tmp_path):
+    folder = make_tars(tmp_path / "in", {"a": {"x": 60}, "b": {"y": 60}})
+    alone = encode(folder, tmp_path / "alone").manifest
+    num_bytes = sum(len(content) for content in all_files(tmp_path / "alone").values())
+    with small_disk(tmp_path / "disk", num_bytes * 3 // 4) as disk:
+        with pytest.raises(
+            DiskFullError, match=rf"No space left on device: {disk}/root/tokens/.* cannot be written, .* free there"
+        ):
+            encode(folder, disk / "root")
+        assert len(list(disk.glob("root/tokens/*/*.zarr"))) == 1 and not list(disk.rglob(".jepa-cache-*"))
+        subprocess.run(["mount", "-o", f"remount,size={num_bytes * 3}", str(disk)], check=True)
+        result = encode(folder, disk / "root")
+    assert result.manifest == alone and result.num_encoded == 1
 
 
 @pytest.mark.parametrize("call", [1, 2])

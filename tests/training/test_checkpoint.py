@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_cache.files import DiskFullError
 from jepa_cache.training import checkpoint as checkpoints
 from jepa_cache.training.checkpoint import (
     NO_BEST,
@@ -23,6 +24,7 @@ from jepa_cache.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from tests.faults import small_disk
 
 TWO = Rotation(keep_last=2)
 
@@ -68,6 +70,22 @@ def test_multiples_of_a_spacing_and_the_best_checkpoint_stay(tmp_path):
     kept = ["step-00000002", "step-00000004", "step-00000008", "step-00000009"]
     assert names(tmp_path) == ["best", "latest", *kept]
     assert (tmp_path / "best").readlink() == Path("step-00000002")
+
+
+@pytest.mark.parametrize("num_bytes", [40_000, 100_000], ids=["the weights do not fit", "the optimiser does not fit"])
+def test_a_full_disk_is_one_message_and_leaves_the_checkpoints_that_were_there(tmp_path, num_bytes):
+    checkpoint = make(2)._replace(
+        weights={"weight": torch.zeros(16_000)}, optimizer={"state": {0: torch.zeros(16_000)}, "param_groups": []}
+    )
+    with small_disk(tmp_path / "disk", num_bytes) as disk:
+        save_checkpoint(disk, make(1), TWO)
+        for _ in range(2):
+            with pytest.raises(
+                DiskFullError, match=rf"No space left on device: {disk}/step-00000002 cannot be written, "
+            ):
+                save_checkpoint(disk, checkpoint, TWO)
+            assert names(disk) == ["latest", "step-00000001"]
+        assert_equal(load_latest(disk), make(1))
 
 
 @pytest.mark.parametrize("name", ["save_file", "publish_folder", "sync", "remove_folder"])

@@ -4,11 +4,13 @@ Claims:
 - TensorBoard's event file holds the numbers of the CSV at its train steps, also after a resume, each once;
 - Weights & Biases runs offline under the training's own id;
 - under DVC the mirrors must name DVCLive, whose files are outputs of the stage;
+- a user without a name can train;
 - a mixture's CSV has a column for each data set, a single data set none.
 """
 
 import importlib.util
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,21 @@ def test_under_dvc_the_mirrors_must_name_dvclive(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
     with pytest.raises(ValueError, match=r"train\.loggers is \[\], but under DVC it must name dvclive"):
         open_sinks([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={})
+
+
+def test_a_user_without_a_name_trains_in_a_repository_of_dvc(tmp_path, monkeypatch):
+    """As in `docker run --user 12345`: DVC takes the name from the environment, else from the list of users."""
+    from dvc.repo import Repo
+
+    Repo.init(str(tmp_path), no_scm=True).close()
+    monkeypatch.chdir(tmp_path)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "restored at the end")
+        monkeypatch.delenv(name)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    record(tmp_path, "dvclive", [1, 2])
+    assert (tmp_path / "live/metrics.json").is_file() and os.environ["LOGNAME"] == str(os.getuid())
