@@ -30,9 +30,15 @@ def _train(arguments: StageArguments) -> None:
 
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.data.scaler import read_scaler
+    from jepa_cache.data.splits import TRAIN, VAL
+    from jepa_cache.data.windows import find_obstacle
     from jepa_cache.training.trainer import train
 
     dataset = open_dataset(config, ROOT)
+    segments = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
+    obstacle = find_obstacle(*segments, config)
+    if obstacle is not None and config.split.val_share:
+        raise ValueError(f"episodes: {obstacle}")
     scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
     result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
@@ -45,7 +51,10 @@ def _train(arguments: StageArguments) -> None:
     print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
-    print(f"wrote {result.weights.relative_to(ROOT)}; next: python stages/evaluate.py")
+    following = (
+        "python stages/evaluate.py" if obstacle is None else "no episode is held out, so nothing can be evaluated"
+    )
+    print(f"wrote {result.weights.relative_to(ROOT)}; next: {following}")
 
 
 if __name__ == "__main__":
