@@ -71,7 +71,9 @@ class Recorder:
         """
         self.path, self._columns, self._sinks = path, tuple(columns), list(sinks)
         rows = _recover_rows(path, resumed_step, kept)
-        self._lines = [self._format(rows, header=True)]
+        # A column that is no longer written, such as the GPU's memory after a move to a CPU, is dropped.
+        kept_rows = [{name: row[name] for name in self._columns if name in row} for row in rows]
+        self._lines = [self._format([dict(zip(self._columns, self._columns, strict=True)), *kept_rows])]
         self._rewrite()
         for row in rows:
             self._mirror({name: value for name, value in row.items() if value != ""})
@@ -96,13 +98,9 @@ class Recorder:
         for sink in self._sinks:
             sink.close()
 
-    def _format(self, rows: Sequence[dict[str, Any]], *, header: bool = False) -> str:
+    def _format(self, rows: Sequence[dict[str, Any]]) -> str:
         file = io.StringIO()
-        # A column that is no longer written, such as the GPU's memory after a move to a CPU, is dropped.
-        writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(file, self._columns).writerows(rows)
         return file.getvalue()
 
     def _rewrite(self) -> None:
