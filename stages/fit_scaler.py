@@ -15,8 +15,8 @@ from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.cache import open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
-from jepa_cache.data.splits import TRAIN  # noqa: E402
-from jepa_cache.data.windows import count_episodes  # noqa: E402
+from jepa_cache.data.splits import TRAIN, VAL  # noqa: E402
+from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_stage_arguments(__doc__, argv)
     config = load_config(ROOT, arguments.overrides)
     dataset = open_dataset(config, ROOT)
-    segments = dataset.segments_of(TRAIN, config.split, config.filter)
+    segments, held_out = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
+    if obstacle := find_obstacle(segments, held_out, config):
+        print(f"episodes: {obstacle}")
     scaler = fit_scaler(dataset, segments, config.scaler)
     output = ROOT / "outputs/scaler/scaler.json"
     write_scaler(scaler, output)
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"filters: {scaler.num_train_steps} of {num_steps} steps are left, in {count_episodes(segments)} of {count_episodes(whole)} episodes"
         )
-    print(f"fitted on {scaler.num_train_steps} steps of {count_episodes(segments)} training episodes")
+    print(
+        f"fitted on {scaler.num_train_steps} steps of {count_episodes(segments)} training episodes; {count_episodes(held_out)} are held out"
+    )
     print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py")
 
 

@@ -13,26 +13,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.cli.stage import StageArguments, parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config  # noqa: E402
+from jepa_cache.training.signals import REQUEUE_EXIT_CODE, requeued_at_once  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     arguments = parse_stage_arguments(__doc__, argv, fresh="forget this run's checkpoints and start over")
+    with requeued_at_once():
+        _train(arguments)
+
+
+def _train(arguments: StageArguments) -> None:
     config = load_config(ROOT, arguments.overrides)
 
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.data.scaler import read_scaler
-    from jepa_cache.training.signals import REQUEUE_EXIT_CODE
+    from jepa_cache.data.splits import TRAIN, VAL
+    from jepa_cache.data.windows import find_obstacle
     from jepa_cache.training.trainer import train
 
     dataset = open_dataset(config, ROOT)
+    segments = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
+    obstacle = find_obstacle(*segments, config)
+    if obstacle is not None and config.split.val_share:
+        raise ValueError(f"episodes: {obstacle}")
     scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
     result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
         print(
-            f"stopped by {result.stopped_by} at train step {result.step}; the same command goes on. Exit code {REQUEUE_EXIT_CODE}"
+            f"stopped by {result.stopped_by} at train step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
         )
         sys.exit(REQUEUE_EXIT_CODE)
     if result.weights is None:
@@ -40,7 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
-    print(f"wrote {result.weights.relative_to(ROOT)}; next: python stages/evaluate.py")
+    following = (
+        "python stages/evaluate.py" if obstacle is None else "no episode is held out, so nothing can be evaluated"
+    )
+    print(f"wrote {result.weights.relative_to(ROOT)}; next: {following}")
 
 
 if __name__ == "__main__":

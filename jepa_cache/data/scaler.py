@@ -94,7 +94,9 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
     from sklearn.preprocessing import StandardScaler
 
     if not segments:
-        raise ValueError("no training segments: every episode is held out; lower split.val_share or add recordings")
+        raise ValueError(
+            "0 episodes for training: every one is held out, or filters left none; lower split.val_share or add recordings"
+        )
     if all(segment.stop - segment.start < 2 for segment in segments):
         raise ValueError(
             f"none of the {len(segments)} training segments has two steps, so there is no action; raise encode.fps, "

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import Segment
 
+LEAST_HELD_OUT = 2  # episodes: intervals are over them, and a control takes another's actions
 MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly
 GROUP_STRIDE = 1 << 32  # keeps the streams of a mixture's groups apart
 
@@ -191,6 +193,29 @@ def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:
         picks = np.linspace(0, len(numbers) - 1, min(per_episode, len(numbers))).round().astype(int)
         chosen += [numbers[pick] for pick in np.unique(picks)]
     return chosen
+
+
+def find_obstacle(train: Sequence[Segment], held_out: Sequence[Segment], config: Config) -> str | None:
+    """Why `evaluate` would refuse what is trained on these segments, with the counts of episodes; None where it would not.
+
+    An episode counts where one of its segments holds a window of the training and the steps of an open loop.
+    """
+    evaluate = config.evaluate
+    num_steps = max(config.train.window_steps, evaluate.num_context_steps + evaluate.horizon)
+    least_train = 2 if "probes" in evaluate.measure else 1
+    counts, enough = [], True
+    for name, segments, least in (("training", train, least_train), ("held out", held_out, LEAST_HELD_OUT)):
+        total = count_episodes(segments)
+        long = count_episodes([segment for segment in segments if segment.stop - segment.start >= num_steps])
+        counts.append(f"{total} {name}" + (f" ({long} with {num_steps} steps in a row)" if long < total else ""))
+        enough &= long >= least
+    if enough:
+        return None
+    return (
+        f"{', '.join(counts)}; evaluate needs {LEAST_HELD_OUT} held out and {least_train} for training with {num_steps} steps in a row (the most of "
+        "train.window_steps and evaluate.num_context_steps + evaluate.horizon). Add recordings, set another split.val_share or split.seed, or "
+        "lower these steps; to train on every episode and evaluate nothing, set split.val_share=0"
+    )
 
 
 def count_episodes(segments: Sequence[Segment]) -> int:

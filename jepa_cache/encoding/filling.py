@@ -76,7 +76,8 @@ def resolve_device(wanted: str) -> str:
 
     from jepa_cache.config import machine
 
-    return machine.resolve_device("encode.device", wanted, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return machine.resolve_device("encode.device", wanted, num_gpus)
 
 
 def load_encoder(

@@ -99,7 +99,8 @@ def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subje
             raise ValueError(
                 f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
             )
-    device = resolve_device("train.device", config.train.device, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = resolve_device("train.device", config.train.device, num_gpus)
     return Subject(
         predictor.to(device).eval(),
         config,

@@ -29,6 +29,7 @@ from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
+CSV_FILE = "train.csv"  # the rows up to the train step
 LATEST = "latest"
 BEST = "best"
 
@@ -56,6 +57,8 @@ class Checkpoint(NamedTuple):
     num_threads: int  # torch threads; other numbers of threads round otherwise
     best: Best = NO_BEST
     card: Mapping[str, Any] = MappingProxyType({})  # what a training that starts from these weights must know of them
+    run: str | None = None  # whose it is; None in those of the first release
+    rows: str | None = None  # the CSV so far; None in those of the first release
 
 
 class Rotation(NamedTuple):
@@ -77,9 +80,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
         training = {"optimizer": checkpoint.optimizer, "gradient_scaler": checkpoint.gradient_scaler}
         with (temporary / OPTIMIZER_FILE).open("wb") as file:  # torch's own writer does not say that the disk is full
             torch.save(training, file)
-        digests = {name: file_digest(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+        if checkpoint.rows is not None:
+            (temporary / CSV_FILE).write_bytes(checkpoint.rows.encode())
+        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         state = {
             "step": checkpoint.step,
+            "run": checkpoint.run,
             "num_threads": checkpoint.num_threads,
             "best": checkpoint.best._asdict() if checkpoint.best.step else None,
             "sha256": digests,
@@ -90,29 +96,49 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
     return final
 
 
-def load_latest(folder: Path, rotation: Rotation | None = None) -> Checkpoint | None:
+def load_latest(folder: Path, rotation: Rotation | None = None, *, run: str | None = None) -> Checkpoint | None:
     """The newest checkpoint of a run, None when it has none.
 
     With a rotation, what a crash right after publishing it left undone (links one behind, old checkpoints) is done here.
 
     Raises:
-        ValueError: When it is damaged; names the file and the ways out.
+        ValueError: As `load_checkpoint`.
     """
     published = published_checkpoints(folder)
     if not published:
         return None
-    checkpoint = load_checkpoint(published[-1])
+    checkpoint = load_checkpoint(published[-1], run=run)
     if rotation is not None:
         _tidy(folder, rotation)
     return checkpoint
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
     """Read one published checkpoint.
 
+    Args:
+        path: Its folder.
+        run: That it must be of; any where None, and where it does not say.
+
     Raises:
-        ValueError: When it is damaged; names the file and the ways out.
+        ValueError: When it is damaged or of another run; names the file and the ways out.
     """
+    checkpoint = _read_checkpoint(path)
+    if None not in (run, checkpoint.run) and run != checkpoint.run:
+        raise ValueError(
+            f"checkpoint {path} is of run {checkpoint.run}, not of {run}: it was copied here. Move it away, or start over with --fresh; "
+            f"to start from its weights set train.init={path / WEIGHTS_FILE}"
+        )
+    return checkpoint
+
+
+def describe_last(folder: Path) -> str:
+    """Where the newest checkpoint of a run is, or that there is none, as part of a message."""
+    published = published_checkpoints(folder)
+    return f"the last checkpoint is {published[-1]}" if published else "there was no checkpoint yet"
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE_FILE).read_text())
         if state.pop("digest") != fingerprint(state):
@@ -130,6 +156,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             gradient_scaler=training["gradient_scaler"],
             num_threads=state["num_threads"],
             best=Best(**state["best"]) if state["best"] else NO_BEST,
+            run=state.get("run"),
+            rows=(path / CSV_FILE).read_bytes().decode() if CSV_FILE in state["sha256"] else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

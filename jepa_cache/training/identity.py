@@ -125,18 +125,41 @@ def held_run(run: Path) -> Iterator[None]:
         ValueError: Another process trains it, or the folder of all runs cannot be written or locked.
     """
     lock = run.with_name(f"{run.name}.lock")
+    with _held(
+        lock,
+        f"run {run.name} is being trained by another process, which holds {lock}; two would overwrite each other's checkpoints. Wait for "
+        "it or stop it; to train twice, change a setting (train.seed) in another checkout",
+        f"the folder of all runs, {run.parent}, cannot be written or locked ({{}}); set $JEPA_RUNS_HOME to another",
+    ):
+        yield
+
+
+@contextmanager
+def held_output(output: Path) -> Iterator[None]:
+    """Keep other trainings out of the folder of results for the block: rows of two would mix in its `live` folder.
+
+    Raises:
+        ValueError: Another training writes there, or its folder cannot be written or locked.
+    """
+    lock = output.with_name(f"{output.name}.lock")
+    with _held(
+        lock,
+        f"another training writes to {output.parent}, and holds {lock}; the rows of two would mix. Wait for it or stop it; to train two at "
+        "once use another checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one",
+        f"{output.parent} cannot be written or locked ({{}}); it must be a folder of a file system with locks",
+    ):
+        yield
+
+
+@contextmanager
+def _held(lock: Path, taken: str, unusable: str) -> Iterator[None]:
     try:
-        run.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = lock_file(lock, create=True)
     except OSError as error:
-        raise ValueError(
-            f"the folder of all runs, {run.parent}, cannot be written or locked ({error}); set $JEPA_RUNS_HOME to another"
-        ) from error
+        raise ValueError(unusable.format(error)) from error
     if descriptor is None:
-        raise ValueError(
-            f"run {run.name} is being trained by another process, which holds {lock}; two would overwrite each other's checkpoints. "
-            "Wait for it or stop it; to train twice, change a setting (train.seed) or set another $JEPA_RUNS_HOME"
-        )
+        raise ValueError(taken)
     try:
         yield
     finally:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.store.recipe import canonical_json, recipe_changes
+from jepa_cache.training.checkpoint import describe_last
 from jepa_cache.training.signals import StopRequest
 
 
@@ -20,9 +25,13 @@ class ProcessDiedError(ValueError):
 def start_processes(settings: TrainConfig) -> Accelerator:
     """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs.
 
+    Raises:
+        ConfigError: `train.device` asks for a GPU that is not there.
+
     Source: Hugging Face Accelerate; precision and accumulation are this package's own.
     """
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    resolve_device("train.device", settings.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
 
 
@@ -52,6 +61,29 @@ def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
         return request.name is not None
     asked = torch.tensor(float(request.name is not None), device=accelerator.device)
     return bool(accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:
+    """Refuse processes that would train something else than the first one does.
+
+    Args:
+        accelerator: The processes.
+        description: Of this one's run, see `identity.describe_run`.
+
+    Raises:
+        ValueError: Settings, manifest, scaler or code differ; in every process, with each difference.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = json.loads(canonical_json(description))
+    others: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(others, own)
+    for number, other in enumerate(others):
+        if changes := recipe_changes(others[0], other):
+            raise ValueError(
+                f"process {number} would train another run than process 0 ({'; '.join(changes)}): give all processes of a training the same "
+                "command, params.yaml, manifest and code. Nothing was trained"
+            )
 
 
 def check_same_step(accelerator: Accelerator, step: int) -> None:
@@ -86,8 +118,8 @@ def watched_processes(accelerator: Accelerator, run: Path) -> Iterator[None]:
             raise
         raise ProcessDiedError(
             f"process {accelerator.process_index} of {accelerator.num_processes} cannot reach the others: one of them has died "
-            f"(its own message is above or in its log). Nothing was overwritten; the last checkpoint is in {run}, and the same "
-            f"command goes on from there. ({str(error).splitlines()[0]})"
+            f"(its own message is above or in its log). Nothing was overwritten, {describe_last(run / 'checkpoints')}, and the same "
+            f"command resumes. ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,37 +47,65 @@ class Recorder:
     """Appends rows to a CSV that outlives the process, and mirrors them to sinks.
 
     After a resume, rows beyond the checkpoint are dropped and the rest is replayed into the sinks, so all read as if the
-    training had never stopped.
+    training had never stopped. The checkpoint's own copy of its rows is what counts; a CSV that says otherwise is named.
+
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], sinks: Sequence[Sink], *, resumed_step: int) -> None:
-        """Open the CSV and replay what is in it.
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        sinks: Sequence[Sink],
+        *,
+        resumed_step: int,
+        kept: str | None = None,
+    ) -> None:
+        """Write the CSV anew with the rows up to the checkpoint, and replay them.
 
         Args:
             path: Of the CSV, beside the checkpoints.
             columns: Its header.
             sinks: Closed with the recorder.
             resumed_step: Train steps already done; 0 for a fresh run.
+            kept: The checkpoint's copy of the CSV; None where it has none, as those of the first release.
         """
         self.path, self._columns, self._sinks = path, tuple(columns), list(sinks)
-        rows = [row for row in read_rows(path) if int(row["step"]) <= resumed_step]
-        with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = _recover_rows(path, resumed_step, kept)
+        # A column that is no longer written, such as the GPU's memory after a move to a CPU, is dropped.
+        kept_rows = [{name: row[name] for name in self._columns if name in row} for row in rows]
+        self._lines = [self._format([dict(zip(self._columns, self._columns, strict=True)), *kept_rows])]
+        self._rewrite()
         for row in rows:
             self._mirror({name: value for name, value in row.items() if value != ""})
 
+    @property
+    def text(self) -> str:
+        """The CSV so far."""
+        return "".join(self._lines)
+
     def log(self, row: dict[str, Any]) -> None:
         """Add one row; columns that are absent stay empty."""
-        with full_disk_named(self.path), self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        self._lines.append(self._format([row]))
+        if self.path.is_file():
+            with full_disk_named(self.path), self.path.open("a", newline="") as file:
+                file.write(self._lines[-1])
+        else:  # somebody removed it meanwhile
+            self._rewrite()
         self._mirror(row)
 
     def close(self) -> None:
         """Let the sinks write what is pending."""
         for sink in self._sinks:
             sink.close()
+
+    def _format(self, rows: Sequence[dict[str, Any]]) -> str:
+        file = io.StringIO()
+        csv.DictWriter(file, self._columns).writerows(rows)
+        return file.getvalue()
+
+    def _rewrite(self) -> None:
+        with atomic_file(self.path) as temporary:
+            temporary.write_bytes(self.text.encode())
 
     def _mirror(self, row: dict[str, Any]) -> None:
         values = {name: float(value) for name, value in row.items() if name != "step"}
@@ -86,7 +115,32 @@ class Recorder:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of an earlier CSV; a last line cut off by a crash is dropped."""
-    if not path.is_file():
+    return _parse_rows(path.read_bytes().decode()) if path.is_file() else []
+
+
+def _parse_rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(line for line in io.StringIO(text, newline="") if line.endswith("\n")))
+
+
+def _recover_rows(path: Path, step: int, kept: str | None) -> list[dict[str, str]]:
+    """The rows up to a train step: the checkpoint's, or those of the CSV where it has none; says what is not as it was left."""
+    if step == 0:
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+    found: list[dict[str, str]] = []
+    damage = "is gone"
+    if path.is_file():
+        try:
+            found = [row for row in read_rows(path) if int(row["step"]) <= step]
+            whole = all(None not in (*row, *row.values()) for row in found)  # None: cells too many or too few
+            damage = "was changed" if whole else "is damaged"
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            found, damage = [], f"is damaged ({error!r})"
+    if kept is not None:
+        rows = _parse_rows(kept)
+        if found != rows:
+            print(f"{path} {damage}; its rows up to train step {step} are written again from the checkpoint")
+        return rows
+    if damage != "was changed":
+        print(f"{path} {damage}, and the checkpoint has no copy of it: its rows up to train step {step} are lost")
+        return []
+    return found

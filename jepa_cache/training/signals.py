@@ -1,38 +1,77 @@
-"""A request to stop from outside: what SLURM and other schedulers send before they take a machine away."""
+"""A request to stop from outside: Ctrl-C, and what SLURM and other schedulers send before they take a machine away."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGUSR1 that comes inside its block, so that the loop can end at a train step.
+    """The first SIGTERM, SIGUSR1 or Ctrl-C, so that the loop can end at a train step; Ctrl-C after it ends at once.
 
     Attributes:
         name: Of the signal, None while none has come.
     """
 
     def __init__(self) -> None:
-        """Listen to nothing yet."""
+        """No signal has come."""
         self.name: str | None = None
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal; the handler of all of them.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+        Raises:
+            KeyboardInterrupt: Ctrl-C, when there is a request already.
+        """
+        if number == signal.SIGINT:
+            if self.name is not None:
+                raise KeyboardInterrupt
+            _say("Ctrl-C: a checkpoint is written after this train step; Ctrl-C again ends at once without one")
         self.name = self.name or signal.Signals(number).name
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """A `StopRequest` that listens for the block."""
+    request = StopRequest()
+    with _handled((*SCHEDULER, signal.SIGINT), request.note):
+        yield request
+
+
+@contextmanager
+def requeued_at_once() -> Iterator[None]:
+    """Where no train step runs, so that there is nothing to save: a scheduler's signal ends the process with `REQUEUE_EXIT_CODE`."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _say(
+            f"stopped by {signal.Signals(number).name} while no train step was running; the same command resumes. "
+            f"Exit code {REQUEUE_EXIT_CODE}"
+        )
+        raise SystemExit(REQUEUE_EXIT_CODE)
+
+    with _handled(SCHEDULER, end):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    # Python allows handlers in the main thread only; what is ignored, as Ctrl-C in a shell's background, stays so.
+    main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in numbers if main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _say(text: str) -> None:
+    os.write(2, f"\n{text}\n".encode())  # print may be interrupted in itself

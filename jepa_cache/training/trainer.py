@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,12 @@ from jepa_cache.files import atomic_file
 from jepa_cache.predictor.lora import count_trainable
 from jepa_cache.training.checkpoint import (
     BEST,
+    CSV_FILE,
     NO_BEST,
     Best,
     Checkpoint,
     Rotation,
+    describe_last,
     load_checkpoint,
     load_latest,
     save_checkpoint,
@@ -34,6 +36,7 @@ from jepa_cache.training.feed import Feed, Meter
 from jepa_cache.training.identity import (
     check_init_stays,
     describe_run,
+    held_output,
     held_run,
     prepare_folder,
     resolve_init,
@@ -43,6 +46,7 @@ from jepa_cache.training.optimizer import build_optimizer, set_rates
 from jepa_cache.training.outputs import describe_weights, write_outputs
 from jepa_cache.training.processes import (
     agree_to_stop,
+    check_same_run,
     check_same_step,
     end_processes,
     start_processes,
@@ -50,7 +54,7 @@ from jepa_cache.training.processes import (
 )
 from jepa_cache.training.recorder import Recorder, columns_for
 from jepa_cache.training.schedule import rates_at
-from jepa_cache.training.signals import StopRequest
+from jepa_cache.training.signals import stop_request
 from jepa_cache.training.sinks import open_sinks
 from jepa_cache.training.start import Learner, check_start, compare_start, resolve_epochs
 from jepa_cache.training.stepping import Objective, StepReport, check_finite, train_step
@@ -84,7 +88,7 @@ def train(
 
     Raises:
         ValueError: When no window fits, the loss stops being finite, the initial weights do not fit or are the output, another
-            process trains this run, or another process of this training has died.
+            process trains this run or writes to this output, or another process of this training has died or would train another run.
     """
     check_scaler(scaler, dataset.segments_of(TRAIN, config.split, config.filter))
     accelerator = start_processes(config.train)
@@ -99,9 +103,13 @@ def train(
     if origin is not None:
         description["origin"] = origin._asdict()
     run = run_folder(description)
+    with watched_processes(accelerator, run):
+        check_same_run(accelerator, description)
     main = accelerator.is_main_process
-    with held_run(run) if main else nullcontext():
+    with ExitStack() as stack:
         if main:
+            stack.enter_context(held_output(output))
+            stack.enter_context(held_run(run))
             prepare_folder(run, description, upload_to=config.train.upload_to, fresh=fresh)
             for change in compare_start(init, dataset, scaler) if init is not None else ():
                 print(f"the starting weights were trained with other inputs: {change}")
@@ -139,7 +147,7 @@ class _Training:
         self.checkpoints = run / "checkpoints"
         self.rotation = Rotation(settings.keep_last, settings.keep_every)
         main = accelerator.is_main_process
-        checkpoint = load_latest(self.checkpoints, self.rotation if main else None)
+        checkpoint = load_latest(self.checkpoints, self.rotation if main else None, run=run.name)
         self.num_threads = settings.num_threads or (checkpoint.num_threads if checkpoint else default_num_threads())
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(settings.seed)
@@ -156,11 +164,12 @@ class _Training:
         self.gradient_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
         self.best: Best = NO_BEST
         self.first_step = self.step = 0
+        self.rows: str | None = None
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.gradient_scaler.load_state_dict(checkpoint.gradient_scaler)
             self.first_step = self.step = checkpoint.step
-            self.best = checkpoint.best
+            self.best, self.rows = checkpoint.best, checkpoint.rows
         check_same_step(accelerator, self.step)
 
     def run_loop(self, live_folder: Path) -> str | None:
@@ -173,13 +182,13 @@ class _Training:
             on_gpu=self.accelerator.device.type == "cuda",
         )
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(stop_request())
             batches = stack.enter_context(closing(self.feed.batches(self.step, settings.num_steps)))
             recorder = uploader = None
             if main:
                 shown = asdict(settings)
                 sinks = open_sinks(settings.loggers, live_folder=live_folder, run_folder=self.run, settings=shown)
-                recorder = Recorder(self.run / "train.csv", columns, sinks, resumed_step=self.step)
+                recorder = Recorder(self.run / CSV_FILE, columns, sinks, resumed_step=self.step, kept=self.rows)
                 stack.callback(recorder.close)
                 if settings.upload_to is not None:
                     uploader = Uploader(self.run, settings.upload_to, settings.upload_every_min * 60)
@@ -209,8 +218,8 @@ class _Training:
                 stopping = agree_to_stop(self.accelerator, stop)
                 improved = self._log(report, meter, recorder, bar)
                 ended = step == settings.num_steps or self._has_converged()
-                if main and (step % settings.checkpoint_every == 0 or improved or ended or stopping):
-                    save_checkpoint(self.checkpoints, self._snapshot(), self.rotation)
+                if recorder is not None and (step % settings.checkpoint_every == 0 or improved or ended or stopping):
+                    save_checkpoint(self.checkpoints, self._snapshot(recorder), self.rotation)
                     if uploader is not None:
                         uploader.poke()
                 if stopping and not ended:
@@ -221,7 +230,7 @@ class _Training:
         """Load the weights that are handed on into the predictor; returns their train step."""
         if self.settings.select == "last" or not (self.checkpoints / BEST).exists():
             return self.step
-        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve())
+        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve(), run=self.run.name)
         self.learner.load_state(checkpoint.weights)
         return checkpoint.step
 
@@ -260,11 +269,11 @@ class _Training:
         with atomic_file(windows) as temporary:
             temporary.write_text(json.dumps(self.feed.describe(report.windows), indent=2) + "\n")
         raise ValueError(
-            f"at train step {step} {reason}; nothing was overwritten, the last checkpoint is in {self.checkpoints}, and the "
+            f"at train step {step} {reason}; nothing was overwritten, {describe_last(self.checkpoints)}, and the "
             f"windows of this train step are named in {windows}. Look at them, lower train.lr, or set train.clip_norm"
         )
 
-    def _snapshot(self) -> Checkpoint:
+    def _snapshot(self, recorder: Recorder) -> Checkpoint:
         return Checkpoint(
             self.step,
             self.learner.state(),
@@ -273,6 +282,8 @@ class _Training:
             self.num_threads,
             self.best,
             self.card,
+            self.run.name,
+            recorder.text,
         )
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cache.files import publish_folder, temporary_folder
-from jepa_cache.training.checkpoint import STATE_FILE, published_checkpoints
+from jepa_cache.training.checkpoint import CSV_FILE, STATE_FILE, published_checkpoints
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-CSV_FILE = "train.csv"
 FOLDER = "checkpoints"
 
 

@@ -3,7 +3,8 @@
 Claims:
 - epochs become the train steps that cover the windows so often;
 - training ends after `patience` validations without a better metric, a restart knows it, and `select: best` hands on the best;
-- a stop signal saves a checkpoint, and the same command goes on to the weights of an uninterrupted run;
+- a stop signal or Ctrl-C saves a checkpoint, and the same command goes on to the weights of an uninterrupted run;
+- a second Ctrl-C ends at once, and a signal before the first train step ends with the exit code for a requeue, and words;
 - checkpoints are copied to the remote folder, and a machine that knows nothing of the run goes on from there, bit for bit;
 - rollouts start where the seed says, anew in each batch, also after a resume;
 - float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
@@ -19,6 +20,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from safetensors.torch import load_file
 
 from jepa_cache.predictor.checkpoints import CheckpointError, read_card
 from jepa_cache.training import trainer
+from jepa_cache.training.signals import REQUEUE_EXIT_CODE, stop_request
 from jepa_cache.training.stepping import draw_rollout_start
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_cache, make_config
@@ -37,8 +41,8 @@ TIMING = ("samples_per_s", "loader_wait_share")
 pytestmark = pytest.mark.usefixtures("runs")
 
 
-def run(cache: Cache, output: Path, *overrides: str) -> TrainResult:
-    return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output)
+def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> TrainResult:
+    return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
 
 
 def rows(result: TrainResult) -> list[dict[str, str]]:
@@ -50,35 +54,107 @@ def bits(weights: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
 
 
-def stop_at(step: int, monkeypatch) -> None:
-    """SIGTERM arrives while this train step is computed."""
+def stop_at(step: int, monkeypatch, *signals: int) -> None:
+    """SIGTERM, or what is given, arrives while this train step is computed."""
     original = trainer.train_step
 
     def signalled(*arguments):
-        if arguments[-1] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signals or (signal.SIGTERM,)) if arguments[-1] == step else ():
+            os.kill(os.getpid(), number)
         return original(*arguments)
 
     monkeypatch.setattr(trainer, "train_step", signalled)
 
 
-def assert_resumes_bit_for_bit(cache: Cache, tmp_path: Path, monkeypatch, *overrides: str) -> TrainResult:
+def assert_resumes_bit_for_bit(
+    cache: Cache, tmp_path: Path, monkeypatch, *overrides: str, stop: int = signal.SIGTERM
+) -> TrainResult:
     """Train whole, then again with a stop in the middle; both end alike."""
     whole = run(cache, tmp_path, *overrides)
     expected = bits(whole.weights), rows(whole)
     shutil.rmtree(whole.run)
     with monkeypatch.context() as patched:
-        stop_at(7, patched)
+        stop_at(7, patched, stop)
         stopped = run(cache, tmp_path, *overrides)
-    assert (stopped.stopped_by, stopped.step, stopped.weights) == ("SIGTERM", 7, None)
+    assert (stopped.stopped_by, stopped.step, stopped.weights) == (signal.Signals(stop).name, 7, None)
     again = run(cache, tmp_path, *overrides)
     assert (again.num_trained, again.step) == (5, 12)
     assert (bits(again.weights), rows(again)) == expected
     return again
 
 
-def test_a_stop_signal_saves_and_the_same_command_goes_on_bit_for_bit(cache, tmp_path, monkeypatch):
-    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.checkpoint_every=100", "train.rollout_start=random")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stop_signal_saves_and_the_same_command_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop):
+    late = ("train.checkpoint_every=100", "train.rollout_start=random")
+    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, *late, stop=stop)
+
+
+def test_a_second_ctrl_c_ends_at_once(cache, tmp_path, monkeypatch, runs):
+    stop_at(7, monkeypatch, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(cache, tmp_path, "train.checkpoint_every=100")
+    assert not list(runs.glob("*/checkpoints/step-00000007"))
+
+
+def test_ctrl_c_that_the_shell_of_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_request() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.name == "SIGUSR1" and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+STAGE = Path(__file__).parents[2] / "stages/train_predictor.py"
+LOADING = f"""
+import os, runpy, signal, sys
+import jepa_cache.config.loading as loading
+load = loading.load_config
+loading.load_config = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or load(*_)
+sys.argv = [{str(STAGE)!r}]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sigterm_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_requeue():
+    environment = os.environ | {"PYTHONPATH": str(STAGE.parents[1])}
+    done = subprocess.run([sys.executable, "-c", LOADING], env=environment, capture_output=True, text=True)
+    assert done.returncode == REQUEUE_EXIT_CODE and "Traceback" not in done.stderr
+    assert "stopped by SIGTERM while no train step was running; the same command resumes" in done.stderr
+
+
+def test_a_csv_that_is_gone_or_was_changed_is_named_and_written_again_from_the_checkpoint(
+    cache, tmp_path, monkeypatch, capsys
+):
+    whole = run(cache, tmp_path, "train.log_every=1")
+    expected = rows(whole)
+    with monkeypatch.context() as patched:
+        stop_at(7, patched)
+        again = run(cache, tmp_path, "train.log_every=1", fresh=True)
+    path = again.run / "train.csv"
+    text = path.read_bytes()
+    lines = text.splitlines(keepends=True)
+    for harm, word in (
+        (None, "is gone"),
+        (b"", "was changed"),
+        (b"".join(lines[:3] + lines[4:]), "was changed"),
+        (text[:90] + b"\xff\x00" + text[92:], "is damaged"),
+        (b"".join([*lines[:3], b"3,1,2\r\n", *lines[4:]]), "is damaged"),
+        (text.replace(b"0.", b"1.", 1), "was changed"),
+    ):
+        path.unlink() if harm is None else path.write_bytes(harm)
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            stop_at(8, patched)
+            run(cache, tmp_path, "train.log_every=1")
+        assert f"train.csv {word}" in capsys.readouterr().out, word
+        assert path.read_bytes().startswith(text)
+        shutil.rmtree(again.run / "checkpoints/step-00000008")
+        (again.run / "checkpoints/latest").unlink()
+    assert rows(run(cache, tmp_path, "train.log_every=1")) == expected
+    assert "train.csv" not in capsys.readouterr().out
 
 
 def test_epochs_become_the_train_steps_that_cover_the_windows(cache, tmp_path):
@@ -224,7 +300,8 @@ def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
 
 def test_the_windows_of_a_batch_that_failed_are_named(cache, tmp_path, runs):
     with pytest.raises(
-        ValueError, match=r"windows of this train step are named in .*failed-step-00000002-process-0\.json"
+        ValueError,
+        match=r"there was no checkpoint yet, .*windows of this train step are named in .*failed-step-00000002-process-0\.json",
     ):
         run(cache, tmp_path, "train.lr=1e36", "train.start_lr=1e36")
     (path,) = runs.glob("*/failed-step-*.json")

@@ -4,7 +4,8 @@ Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
 - one process writes; a stop signal to one ends both at one train step with the exit code for a requeue, and going on ends as if
   nothing had happened;
-- when one dies, the other says so and names the checkpoint.
+- when one dies, the other says so and names the checkpoint;
+- processes with other settings than the first one are refused before the first train step.
 """
 
 import csv
@@ -153,3 +154,17 @@ def test_when_one_process_dies_the_other_says_so(cache, tmp_path):
     assert pair[1].returncode == -signal.SIGKILL
     assert pair[0].returncode == 1 and "one of them has died" in first and "Traceback" not in first, first
     assert (next((tmp_path / "runs").glob("*/checkpoints")) / "latest").readlink() == Path("step-00000004")
+
+
+def test_processes_with_other_settings_train_nothing_and_name_what_differs(cache, tmp_path):
+    port, given = free_port(), ("train.lr=0.003", "train.batch_size=4", "train.seed=0")
+    other = ("train.lr=0.002", "train.batch_size=2", "train.seed=1")
+    pair = [
+        start(cache, tmp_path, *settings, num_processes=2, rank=rank, port=port)
+        for rank, settings in enumerate((given, other))
+    ]
+    for process, text in zip(pair, finish(*pair), strict=True):
+        assert process.returncode == 1 and "Traceback" not in text, text
+        assert "error: process 1 would train another run than process 0" in text
+        assert all(f"train.{word}" in text for word in ("lr: 0.003 -> 0.002", "batch_size", "seed")), text
+    assert not (tmp_path / "runs").exists()

@@ -5,7 +5,8 @@ Claims:
 - a finished run is not trained again; --fresh starts over, also after a kill half-way through forgetting;
 - a loss or gradient that is not finite stops the training and overwrites nothing;
 - other settings, scaler, manifest or code are another run; reader threads and checkpoint spacing are not, and move no number;
-- a run that another process holds is refused, and free again when that process is gone, however it ended;
+- a run or an output folder that another process holds is refused, and free again when that process is gone, however it ended;
+- a checkpoint of another run is refused, and one of the first release, which does not say whose it is, is read;
 - `train.init` takes a run folder, a file or a run's id; weights of other sizes are refused, difference by difference;
 - starting weights that the training itself would overwrite are refused, and stay;
 - bfloat16 runs on the CPU; clip_norm bounds the applied gradient; accumulated batches equal one large batch;
@@ -35,7 +36,9 @@ from jepa_cache.data.agreement import find_differences
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.predictor.checkpoints import read_card
+from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
+from jepa_cache.training.identity import held_output
 from jepa_cache.training.schedule import warmup_stable_decay
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_config
@@ -156,7 +159,7 @@ class Nursery:
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
     nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 113, 18) if overrides else range(3, 112, 8)
+    moments = range(20, 113, 18) if overrides else range(3, 124, 8)
     plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
     whole, *ends = nursery.run([nursery.item("whole"), *plan])
     assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
@@ -255,6 +258,30 @@ def test_a_run_that_another_process_holds_is_refused_until_that_process_is_kille
     assert not list(whole.run.parent.glob("*.lock"))
 
 
+def test_a_second_training_in_one_checkout_is_refused_before_it_touches_a_row(cache, tmp_path, runs):
+    with (
+        held_output(tmp_path / "run"),
+        pytest.raises(ValueError, match=r"another training writes to .*another checkout"),
+    ):
+        run(cache, tmp_path)
+    assert not runs.exists() and not (tmp_path / "live").exists()
+    assert run(cache, tmp_path).num_trained == 12 and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_one_that_does_not_say_whose_it_is_is_read(cache, tmp_path):
+    one = run(cache, tmp_path)
+    other = run(cache, tmp_path, "train.seed=9", "train.num_steps=20")
+    shutil.copytree(other.run / "checkpoints/step-00000020", copied := one.run / "checkpoints/step-00000020")
+    with pytest.raises(ValueError, match=rf"step-00000020 is of run {other.run.name}, not of {one.run.name}"):
+        run(cache, tmp_path)
+    shutil.rmtree(copied)
+    state = json.loads((newest := one.run / "checkpoints/step-00000012/state.json").read_text())
+    first_release = {key: state[key] for key in ("best", "num_threads", "sha256", "step")}
+    del first_release["sha256"]["train.csv"]
+    newest.write_bytes(canonical_json({**first_release, "digest": fingerprint(first_release)}))
+    assert run(cache, tmp_path).num_trained == 0
+
+
 # --- not finite ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +289,10 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(cache, tmp_path,
     kept = run(cache, tmp_path)
     before = {path: path.read_bytes() for path in kept.weights.parent.iterdir()}
     wild = ("train.lr=1e36", "train.start_lr=1e36", "train.checkpoint_every=1", "train.log_every=1")
-    with pytest.raises(ValueError, match=r"train step 2 the loss is nan.*nothing was overwritten.*train\.lr"):
+    with pytest.raises(
+        ValueError,
+        match=r"train step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
+    ):
         run(cache, tmp_path, *wild)
     assert {path: path.read_bytes() for path in kept.weights.parent.iterdir()} == before
     (folder,) = (path for path in runs.iterdir() if path != kept.run)

@@ -1,0 +1,62 @@
+"""What the stages of stage two say of too few recordings.
+
+Claims:
+- a split that evaluate would refuse is said by fit_scaler and refused by train before it trains, with the counts and the way out;
+- training on every episode is still possible, and says that nothing can be evaluated.
+"""
+
+import importlib.util
+import re
+import shutil
+
+import pytest
+
+from jepa_cache.config.loading import REPOSITORY_ROOT
+from tests.caches import OVERRIDES, make_cache
+from tests.workspace import copy_settings
+
+pytestmark = pytest.mark.usefixtures("runs")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = copy_settings(tmp_path_factory.mktemp("checkout"))
+    shutil.copytree(REPOSITORY_ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    cache = make_cache(folder)
+    stages = {}
+    for name in ("fit_scaler", "train_predictor"):
+        spec = importlib.util.spec_from_file_location(name, folder / f"stages/{name}.py")
+        stages[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(stages[name])
+    return lambda name, *changes: stages[name].main([*OVERRIDES, f"cache.root={cache.root.path}", *changes])
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        (
+            ["split.seed=1"],
+            r"7 training, 1 held out; evaluate needs 2 held out and 1 for training with 6 steps in a row",
+        ),
+        (
+            ["evaluate.horizon=40"],
+            r"5 training \(0 with 42 steps in a row\), 3 held out \(0 with 42 steps in a row\); .*lower",
+        ),
+        (
+            ["split.val_share=0.9", "split.seed=1", "evaluate.measure=[probes]"],
+            r"1 training, 7 held out; .*and 2 for training",
+        ),
+    ],
+)
+def test_a_split_that_evaluate_refuses_is_said_and_refused_before_training(checkout, capsys, changes, counts):
+    checkout("fit_scaler", *changes)
+    assert re.search(f"episodes: {counts}", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=f"episodes: {counts}"):
+        checkout("train_predictor", *changes)
+
+
+def test_training_on_every_episode_is_said_to_leave_nothing_to_evaluate(checkout, capsys):
+    checkout("fit_scaler", "split.val_share=0")
+    assert "8 training, 0 held out; evaluate needs 2 held out" in capsys.readouterr().out
+    checkout("train_predictor", "split.val_share=0", "train.num_steps=6")
+    assert "no episode is held out, so nothing can be evaluated" in capsys.readouterr().out
