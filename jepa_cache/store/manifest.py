@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,12 @@ class Manifest:
         """Steps of all stores."""
         return sum(entry.num_steps for entry in self.entries)
 
-    @property
+    @cached_property
     def entries(self) -> tuple[ManifestEntry, ...]:
         """Entries of all parts, in order; the n-th is store number n of the training set."""
         return tuple(entry for part in self.parts for entry in part.entries)
 
-    @property
+    @cached_property
     def stores(self) -> tuple[tuple[ManifestPart, ManifestEntry], ...]:
         """Every entry with its part, in the order of `entries`."""
         return tuple((part, entry) for part in self.parts for entry in part.entries)
@@ -118,7 +119,7 @@ class Manifest:
         content = {"manifest_version": MANIFEST_VERSION, **asdict(self)}
         return canonical_json({**content, SELF_DIGEST: _digest(content)})
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the manifest's bytes: the identity of a training set."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:DIGEST_LENGTH]

@@ -8,7 +8,15 @@ import pytest
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.data.loader import WindowLoader
-from jepa_cache.data.scaler import ColumnScaler, check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
+from jepa_cache.data.scaler import (
+    ColumnScaler,
+    _Moments,
+    check_scaler,
+    fit_scaler,
+    read_scaler,
+    scaler_from_json,
+    write_scaler,
+)
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.recipe import canonical_json
@@ -45,6 +53,19 @@ def test_means_and_deviations_are_numpy_s_over_the_training_rows(dataset):
                 assert fitted.mean[number] == pytest.approx(rows[:, number].mean(), rel=1e-10, abs=1e-12)
                 assert fitted.scale[number] == pytest.approx(rows[:, number].std(), rel=1e-10)
                 assert fitted.scale[number] > 0.1
+
+
+def test_moments_are_scikit_learn_s_to_the_last_bit():
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    blocks = [rng.normal(loc=[0, 1e6, -3, 0.1], scale=[1, 1e-3, 0, 7], size=(size, 4)) for size in (10, 1, 300, 2, 17)]
+    theirs, ours = StandardScaler(), _Moments()
+    for block in blocks:
+        theirs.partial_fit(block)
+        ours.add(block)
+    assert (ours.mean.tolist(), ours.scale.tolist()) == (theirs.mean_.tolist(), theirs.scale_.tolist())
+    assert ours.scale[2] == 1 and ours.count == 330
 
 
 def test_binary_and_one_hot_columns_are_left_alone(dataset):
