@@ -115,7 +115,7 @@ class CachedDataset:
             self._action_paths.append(actions)
             self.segments += [
                 Segment(number, row["episode"], row["start"], row["stop"])
-                for row in read_table(tokens, layout.SEGMENTS_FILE, stated).to_pylist()
+                for row in read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pylist()
                 if row["episode"] not in excluded
             ]
 

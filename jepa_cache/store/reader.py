@@ -9,6 +9,7 @@ index is read. Chunks that lie back to back are read by one call, their checksum
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -233,13 +234,16 @@ class TokenReader(ArrayReader):
         self.num_steps, self.num_tokens, self.width = self.shape
 
 
-def read_table(store: Path, name: str, stated: StoreFile | None = None) -> pa.Table:
+def read_table(
+    store: Path, name: str, stated: StoreFile | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read the step or segment table of a store, after a check of all its bytes: the checksums of Parquet leave out names.
 
     Args:
         store: Folder of the store.
         name: Of the table in it.
         stated: What its store.json says, where that was read before.
+        columns: Those that are needed, where not all are.
 
     Raises:
         StoreDamagedError: When it is missing or damaged.
@@ -252,7 +256,7 @@ def read_table(store: Path, name: str, stated: StoreFile | None = None) -> pa.Ta
         raw = read_content(path, record.sha256)
         # Not pq.read_table, which takes three times as long to find out that it was given one file.
         with pq.ParquetFile(pa.BufferReader(raw)) as file:
-            return file.read(use_threads=False)
+            return file.read(None if columns is None else list(columns), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {WAY_OUT}") from error
 
