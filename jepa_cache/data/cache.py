@@ -33,7 +33,7 @@ from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why
 from jepa_cache.store.quantisation import Channels, get_scheme
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
-from jepa_cache.store.verify import check_place, read_store_file
+from jepa_cache.store.verify import StoreFile, check_place, read_store_file
 
 
 class Segment(NamedTuple):
@@ -109,17 +109,16 @@ class CachedDataset:
         for number, (part, entry) in enumerate(manifest.stores):
             tokens = root.tokens(part.fingerprint, entry.unit_digest)
             actions = root.actions(part.action_fingerprint, entry.unit_digest)
-            for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
-                if check_place(path, read_store_file(path)).digest != digest:
-                    raise StoreDamagedError(
-                        f"{path} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
-                    )
-            excluded = read_store_file(actions).card["excluded"]
+            stated, aggregated = (
+                _read_listed(path, digest)
+                for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest))
+            )
+            excluded = aggregated.card["excluded"]
             self._token_paths.append(tokens)
             self._action_paths.append(actions)
             self.segments += [
                 Segment(number, row["episode"], row["start"], row["stop"])
-                for row in read_table(tokens, layout.SEGMENTS_FILE).to_pylist()
+                for row in read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pylist()
                 if row["episode"] not in excluded
             ]
 
@@ -312,3 +311,13 @@ class CachedDataset:
                     self._token_paths[store], name, verify_checksums=self._verify_checksums
                 )
             return self._readers[store, name]
+
+
+def _read_listed(store: Path, digest: str) -> StoreFile:
+    """What store.json says of a store that must be the one of this digest."""
+    stated = check_place(store, read_store_file(store))
+    if stated.digest != digest:
+        raise StoreDamagedError(
+            f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
+        )
+    return stated

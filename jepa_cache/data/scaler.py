@@ -15,6 +15,9 @@ from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json, fingerprint
 
+MAX_BLOCKS = 1000
+"""Blocks of rows that are fitted one after the other: each costs scikit-learn a millisecond, however small it is."""
+
 
 @dataclass(frozen=True)
 class ColumnScaler:
@@ -105,7 +108,10 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
     by_store: dict[int, list[Segment]] = {}
     for segment in segments:
         by_store.setdefault(segment.store, []).append(segment)
-    parts = [dask.delayed(_read_rows)(dataset, runs) for _, runs in sorted(by_store.items())]
+    stores = [runs for _, runs in sorted(by_store.items())]
+    size = -(-len(stores) // MAX_BLOCKS)
+    blocks = [[run for runs in stores[first : first + size] for run in runs] for first in range(0, len(stores), size)]
+    parts = [dask.delayed(_read_rows)(dataset, runs) for runs in blocks]
     action_fit, state_fit = StandardScaler(), StandardScaler()
     num_steps = 0
     for start in range(0, len(parts), 32):  # bounded memory, and always in the same order: rounding depends on it

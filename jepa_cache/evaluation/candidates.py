@@ -10,6 +10,7 @@ import torch
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.controls import draw_others
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps, read_past, repeat_past
 
@@ -58,13 +59,19 @@ class ActionPool:
         self._one_hot = np.array([column.kind == "onehot" for column in dataset.space.actions])
         self._dataset_of = [part.dataset for part, _ in dataset.manifest.stores]
         parts: dict[str, list[np.ndarray]] = {}
-        names: dict[str, list[np.ndarray]] = {}
+        rows_of: dict[str, dict[str, list[np.ndarray]]] = {}
+        ends: dict[str, int] = {}
         for segment in segments:
+            name = self._dataset_of[segment.store]
             rows = dataset.controls(segment.store)[0][segment.start : segment.stop - 1]
-            parts.setdefault(self._dataset_of[segment.store], []).append(rows)
-            names.setdefault(self._dataset_of[segment.store], []).append(np.full(len(rows), segment.episode))
+            first = ends.setdefault(name, 0)
+            ends[name] += len(rows)
+            parts.setdefault(name, []).append(rows)
+            rows_of.setdefault(name, {}).setdefault(segment.episode, []).append(np.arange(first, ends[name]))
         self._actions = {name: np.concatenate(rows) for name, rows in parts.items()}
-        self._episodes = {name: np.concatenate(keys) for name, keys in names.items()}
+        self._rows_of = {
+            name: {episode: np.concatenate(rows) for episode, rows in of.items()} for name, of in rows_of.items()
+        }
 
     def draw(self, count: int, like: np.ndarray, segment: Segment, rng: np.random.Generator) -> np.ndarray:
         """Draw actions [count, A] with replacement from other episodes of the same data set.
@@ -76,13 +83,13 @@ class ActionPool:
             ValueError: There is no other episode.
         """
         name = self._dataset_of[segment.store]
-        others = np.flatnonzero(self._episodes[name] != segment.episode)
-        if not len(others):
+        actions, own = self._actions[name], self._rows_of[name].get(segment.episode, np.empty(0, np.int64))
+        if len(own) == len(actions):
             raise ValueError(
                 f"the energy of {segment.episode!r} is compared with actions of other episodes of data set {name!r}, and "
                 "there are none; add recordings, or leave energy out of evaluate.measure"
             )
-        drawn = self._actions[name][rng.choice(others, count)]
+        drawn = actions[draw_others(own, len(actions), rng, count)]
         return np.where(self._one_hot, like, drawn)
 
     def deviations(self, segment: Segment) -> np.ndarray:

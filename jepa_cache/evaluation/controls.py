@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -73,14 +73,14 @@ def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
     Raises:
         ValueError: When all windows are of one episode.
     """
-    names = np.array(episodes)
     generator = np.random.default_rng(seed)
     if len(set(episodes)) < 2:
         raise ValueError(
             "controls by another episode need at least two held-out episodes; raise split.val_share, try another "
             f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
         )
-    return np.array([generator.choice(np.flatnonzero(names != name)) for name in names])
+    positions = positions_of(episodes)
+    return np.array([draw_others(positions[name], len(episodes), generator) for name in episodes])
 
 
 def draw_rows(episodes: Sequence[str], num_rows: int, *, seed: int) -> np.ndarray:
@@ -88,10 +88,30 @@ def draw_rows(episodes: Sequence[str], num_rows: int, *, seed: int) -> np.ndarra
 
     Each is drawn alone and evenly, so the marginals are those of the other episodes and the order in time is gone too.
     """
-    names = np.array(episodes)
+    positions = positions_of(episodes)
     generator = np.random.default_rng([seed, PERMUTED_STREAM])
-    rows = np.empty((len(names), num_rows), np.int64)
-    for place, name in enumerate(names):
-        donors = generator.choice(np.flatnonzero(names != name), size=num_rows)
+    rows = np.empty((len(episodes), num_rows), np.int64)
+    for place, name in enumerate(episodes):
+        donors = draw_others(positions[name], len(episodes), generator, num_rows)
         rows[place] = donors * num_rows + generator.integers(num_rows, size=num_rows)
     return rows
+
+
+def positions_of(names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Each name's positions, in order, and names in the order of their first."""
+    found: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        found.setdefault(name, []).append(position)
+    return {name: np.array(positions) for name, positions in found.items()}
+
+
+def draw_others(
+    own: np.ndarray, num_all: int, generator: np.random.Generator, count: int | None = None
+) -> np.ndarray | np.int64:
+    """Draw positions below `num_all` that are not among the sorted `own`: as `choice` among the others, which are never listed.
+
+    To list them for every window costs windows times windows, minutes for ten thousand episodes.
+    """
+    drawn = generator.integers(0, num_all - len(own), size=count)
+    # The n-th of the others stands behind every own one that has at most n others before it.
+    return drawn + np.searchsorted(own - np.arange(len(own)), drawn, side="right")

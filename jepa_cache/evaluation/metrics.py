@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,14 +46,18 @@ def episode_means(values: np.ndarray, episodes: Sequence[str]) -> np.ndarray:
 
     NaN stands for windows that a prediction does not exist for: they are left out, and an episode of such ones alone is NaN.
     """
-    names = np.array(episodes)
-    means = []
-    for name in sorted(set(episodes)):
-        own = values[names == name].astype(np.float64)
-        counts = np.isfinite(own).sum(axis=0)
-        sums = np.where(np.isfinite(own), own, 0.0).sum(axis=0)
-        means.append(np.where(counts, sums / np.maximum(counts, 1), np.nan))
-    return np.stack(means)
+    place = {name: position for position, name in enumerate(sorted(set(episodes)))}
+    owners = np.array([place[name] for name in episodes])
+    order, sizes = np.argsort(owners, kind="stable"), np.bincount(owners)
+    firsts = np.cumsum(sizes) - sizes
+    means = np.empty((len(place), *values.shape[1:]))
+    for size in np.unique(sizes):  # episodes of equally many windows together: one by one costs seconds for thousands
+        alike = np.flatnonzero(sizes == size)
+        own = values[order[firsts[alike, None] + np.arange(size)]].astype(np.float64)
+        counts = np.isfinite(own).sum(axis=1)
+        sums = np.where(np.isfinite(own), own, 0.0).sum(axis=1)
+        means[alike] = np.where(counts, sums / np.maximum(counts, 1), np.nan)
+    return means
 
 
 def bootstrap_mean(values: np.ndarray, *, num_resamples: int, seed: int) -> Estimate:
@@ -70,7 +75,8 @@ def bootstrap_mean(values: np.ndarray, *, num_resamples: int, seed: int) -> Esti
 
     Source: the percentile bootstrap of Efron (1979).
     """
-    return bootstrap_ratio(values, np.ones(len(values)), num_resamples=num_resamples, seed=seed)
+    resampled = _resample(values, num_resamples, seed)
+    return _interval(values.mean(), resampled)
 
 
 def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, *, num_resamples: int, seed: int) -> Estimate:
@@ -85,11 +91,28 @@ def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, *, num_resamples: int
     Raises:
         ValueError: When there are fewer than two episodes.
     """
-    if len(parts) < 2:
-        raise ValueError(f"an interval over episodes needs at least two held-out episodes; got {len(parts)}")
-    picks = np.random.default_rng(seed).integers(len(parts), size=(num_resamples, len(parts)))
-    low, high = np.percentile(parts[picks].mean(axis=1) / wholes[picks].mean(axis=1), [2.5, 97.5])
-    return Estimate(float(parts.mean() / wholes.mean()), float(low), float(high))
+    resampled = [_resample(values, num_resamples, seed) for values in (parts, wholes)]
+    return _interval(parts.mean() / wholes.mean(), resampled[0] / resampled[1])
+
+
+def _interval(value: float, resampled: np.ndarray) -> Estimate:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))
+
+
+def _resample(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """Means [resamples] of values [episodes] drawn again."""
+    if len(values) < 2:
+        raise ValueError(f"an interval over episodes needs at least two held-out episodes; got {len(values)}")
+    picks = _draw_picks(len(values), num_resamples, seed)
+    # Some rows at a time stay in the processor's cache; an evaluation does this hundreds of times.
+    return np.concatenate([values[picks[row : row + 64]].mean(axis=1) for row in range(0, num_resamples, 64)])
+
+
+@functools.lru_cache(maxsize=1)
+def _draw_picks(num_episodes: int, num_resamples: int, seed: int) -> np.ndarray:
+    """Episodes [resamples, episodes] drawn with replacement: the same for all figures of an evaluation."""
+    return np.random.default_rng(seed).integers(num_episodes, size=(num_resamples, num_episodes)).astype(np.int32)
 
 
 def paired_p_value(gaps: np.ndarray, *, seed: int) -> float:
@@ -98,13 +121,25 @@ def paired_p_value(gaps: np.ndarray, *, seed: int) -> float:
     All signs are tried for up to `MAX_EXACT_EPISODES` episodes, else as many are drawn. It takes six episodes to come
     below 0.05, as 2 / 2^5 is above it.
 
-    Source: the sign-flip test of Fisher (1935), by `scipy.stats.permutation_test`.
+    Source: the sign-flip test of Fisher (1935), as in `scipy.stats.permutation_test`.
     """
     from scipy.stats import permutation_test
 
     if not np.any(gaps):
         return 1.0
-    result = permutation_test(
-        (gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=NUM_SIGNS, rng=seed
-    )
-    return float(result.pvalue)
+    if len(gaps) <= MAX_EXACT_EPISODES:
+        result = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=NUM_SIGNS)
+        return float(result.pvalue)
+    signs, value = _draw_signs(len(gaps), seed), gaps.mean()
+    means = np.concatenate([signs[row : row + 64] @ gaps for row in range(0, NUM_SIGNS, 64)]) / len(gaps)
+    nearly = abs(100 * np.finfo(np.float64).eps * value)  # equal but for rounding
+    num_extreme = min((means <= value + nearly).sum(), (means >= value - nearly).sum()) + 1
+    return float(min(1.0, 2 * num_extreme / (NUM_SIGNS + 1)))
+
+
+@functools.lru_cache(maxsize=1)
+def _draw_signs(num_episodes: int, seed: int) -> np.ndarray:
+    """Signs [NUM_SIGNS, episodes] int8 as `permutation_test` draws them: a second each for some thousand episodes, so once, not for each test."""
+    rng, pairs = np.random.default_rng(seed), np.tile(np.arange(2, dtype=np.int8), (64, num_episodes, 1))
+    drawn = [rng.permuted(pairs, axis=-1)[..., 0] for _ in range(0, NUM_SIGNS, 64)]
+    return 1 - 2 * np.concatenate(drawn)

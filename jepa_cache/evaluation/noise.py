@@ -20,6 +20,7 @@ from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.controls import positions_of
 from jepa_cache.evaluation.metrics import l1_error
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
@@ -196,8 +197,9 @@ def write_noise(subject: Subject, out: Path) -> dict[str, Any]:
     """
     floor, dataset = measure_floor(subject), subject.dataset
     as_is = floor.errors[dataset.dtype]
-    names = np.array(floor.episodes)
-    quietest = np.array([np.percentile(floor.adjacent[names == name], QUIET_PERCENTILE) for name in floor.episodes])
+    rows_of = positions_of(floor.episodes).items()
+    quiet = {name: np.percentile(floor.adjacent[rows], QUIET_PERCENTILE) for name, rows in rows_of}
+    quietest = np.array([quiet[name] for name in floor.episodes])
     values = {
         "adjacent_l1": floor.adjacent.mean(axis=1),
         "adjacent_cosine": floor.cosine.mean(axis=1),

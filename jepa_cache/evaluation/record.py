@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | No
         )
         columns[one_step] = episode_means(errors.one_step[name], errors.episodes)
         columns[rollout] = episode_means(mean_of_steps(errors.horizon[name]), errors.episodes)
+    counts = Counter(errors.episodes)
     return [
-        {"episode": episode, "num_windows": errors.episodes.count(episode)}
+        {"episode": episode, "num_windows": counts[episode]}
         | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in columns.items()}
-        for row, episode in enumerate(sorted(set(errors.episodes)))
+        for row, episode in enumerate(sorted(counts))
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.data.windows import first_cached_rows
-from jepa_cache.evaluation.controls import SHUFFLED
+from jepa_cache.evaluation.controls import SHUFFLED, positions_of
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
@@ -90,11 +90,12 @@ def slice_table(facts: WindowFacts, errors: WindowErrors, settings: EvaluateConf
     }
     rows: list[Row] = []
     for name, values in slices.items():
+        positions = positions_of(values)
         # In the order of their size; where values repeat, a third may be empty.
-        known = [third for third in THIRDS if third in values] or sorted(set(values))
+        known = [third for third in THIRDS if third in positions] or sorted(positions)
         for value in known if len(known) > 1 else ():
-            chosen = np.array(values) == value
-            episodes = [episode for episode, own in zip(facts.episode, chosen, strict=True) if own]
+            chosen = positions[value]
+            episodes = [facts.episode[position] for position in chosen]
             row: Row = {"slice": name, "value": value, "num_windows": len(episodes), "num_episodes": len(set(episodes))}
             rows.append(
                 row

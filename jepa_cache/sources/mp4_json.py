@@ -66,11 +66,11 @@ class Mp4JsonSource:
                 pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
         keys: dict[str, Path] = {}
         for stem in sorted(pairs):
-            other = keys.setdefault(_find_key(stem), stem)
-            if other != stem:
-                raise ValueError(f"{other} and {stem} have one key, {_find_key(stem)!r}; rename a file or its folder")
+            key = _find_key(stem)
+            if (other := keys.setdefault(key, stem)) != stem:
+                raise ValueError(f"{other} and {stem} have one key, {key!r}; rename a file or its folder")
         # json first, because .json sorts before .mp4.
-        return [Unit(_find_key(stem), tuple(sorted(pairs[stem]))) for stem in sorted(pairs)]
+        return [Unit(key, tuple(sorted(pairs[stem]))) for key, stem in keys.items()]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the pair; as skipped, with the reason, when it cannot be used."""

@@ -112,15 +112,15 @@ class CacheRoot:
 
     def tokens(self, fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the tokens, segments and step table of one unit under one recipe."""
-        return self.path / "tokens" / fingerprint / f"{unit_id(unit_digest)}.zarr"
+        return self.path / f"tokens/{fingerprint}/{unit_id(unit_digest)}.zarr"
 
     def controls(self, source_fingerprint: str, unit_digest: str) -> Path:
         """Parquet file with the native-rate controls of one unit."""
-        return self.path / "controls" / source_fingerprint / f"{unit_id(unit_digest)}.parquet"
+        return self.path / f"controls/{source_fingerprint}/{unit_id(unit_digest)}.parquet"
 
     def actions(self, action_fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the actions and states at the steps of one unit in one action space."""
-        return self.path / "actions" / action_fingerprint / f"{unit_id(unit_digest)}.zarr"
+        return self.path / f"actions/{action_fingerprint}/{unit_id(unit_digest)}.zarr"
 
     def manifest(self, digest: str) -> Path:
         """The copy of a manifest that says which stores are still wanted."""

@@ -214,6 +214,19 @@ def check_size(path: Path, num_bytes: int) -> None:
         raise StoreDamagedError(f"{path} has {found.st_size} bytes, not {num_bytes}; {WAY_OUT}")
 
 
+def read_content(path: Path, sha256: str) -> bytes:
+    """The bytes of a small file, which are those that were written.
+
+    Raises:
+        OSError: It is missing, or the disk cannot read it.
+        StoreDamagedError: It has changed.
+    """
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {WAY_OUT}")
+    return raw
+
+
 def check_content(path: Path, sha256: str) -> None:
     """Check that a file holds what was written. Cost: reads it.
 

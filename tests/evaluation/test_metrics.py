@@ -3,13 +3,16 @@
 Claims:
 - L1 and cosine are means over tokens and channels; windows of one episode count as one;
 - the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
+- means, donors and p values of many episodes are those of one at a time, of `choice` among the others and of scipy, to the last bit;
 - the paired test is exact for few episodes, rejects a true null at about its level, and cannot reject with five episodes.
 """
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import permutation_test
 
+from jepa_cache.evaluation.controls import choose_donors, draw_others, positions_of
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
     bootstrap_ratio,
@@ -37,6 +40,29 @@ def test_an_episode_counts_once_however_many_windows_it_has():
     values, episodes = np.array([1.0, 3.0, 10.0]), ["b", "b", "a"]
     assert episode_means(values, episodes).tolist() == [10.0, 2.0]
     assert episode_means(np.stack([values, -values], axis=1), episodes).tolist() == [[10.0, -10.0], [2.0, -2.0]]
+
+
+def test_means_of_episodes_of_any_sizes_are_those_of_each_alone():
+    rng = np.random.default_rng(0)
+    episodes = [f"e{number}" for number in rng.integers(0, 40, 500)]
+    values = np.where(rng.random((500, 3)) < 0.3, np.nan, rng.standard_normal((500, 3)))
+    for some in (values, values[:, 0]):
+        alone = [
+            episode_means(some[np.array(episodes) == name], [name] * episodes.count(name))
+            for name in sorted(set(episodes))
+        ]
+        assert np.array_equal(episode_means(some, episodes), np.concatenate(alone), equal_nan=True)
+
+
+def test_donors_are_drawn_as_choice_among_the_others_would():
+    episodes = [f"e{number}" for number in np.random.default_rng(0).integers(0, 9, 60)]
+    names, plain = np.array(episodes), np.random.default_rng(7)
+    assert choose_donors(episodes, seed=7).tolist() == [plain.choice(np.flatnonzero(names != name)) for name in names]
+    plain = np.random.default_rng(7)
+    for name, own in positions_of(episodes).items():
+        expected = plain.choice(np.flatnonzero(names != name), size=5)
+        assert np.array_equal(draw_others(own, 60, np.random.default_rng(7), 5), expected)
+        plain = np.random.default_rng(7)
 
 
 def test_windows_counted_twice_change_no_interval():
@@ -89,6 +115,13 @@ def test_the_paired_test_is_exact_for_few_episodes():
     assert paired_p_value(np.ones(6), seed=0) == pytest.approx(2 / 2**6)
     assert paired_p_value(np.array([1.0, 2, 3, -0.5]), seed=0) == pytest.approx(4 / 2**4)
     assert paired_p_value(np.ones(5), seed=0) > 0.05
+
+
+@pytest.mark.parametrize("count", [14, 90])
+def test_the_paired_test_of_many_episodes_is_scipy_s(count):
+    gaps = np.random.default_rng(count).standard_normal(count).round(1) + 0.1
+    theirs = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=8192, rng=3)
+    assert paired_p_value(gaps, seed=3) == theirs.pvalue
 
 
 def test_the_paired_test_rejects_a_true_null_at_about_its_level():
