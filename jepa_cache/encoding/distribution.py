@@ -19,6 +19,7 @@ from jepa_cache.encoding.claims import wait_for_others
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import ProgressBar
+from jepa_cache.encoding.reading import name_reading
 from jepa_cache.encoding.recipes import token_recipe
 from jepa_cache.encoding.workers import Connection, Workers
 from jepa_cache.store.digests import DigestTable
@@ -198,7 +199,8 @@ def _check_recipe(task: EncodeTask, address: str) -> None:
     """Check that this worker would make what was asked for: it may run another version, or find other weights."""
     part = task.part
     identity = _identify_weights(task.encoder, task.weights)
-    recipe = token_recipe(task.encode, task.encoder, part.source.recipe, identity, phase=part.phase)
+    source = name_reading(part.source.recipe, part.reading)
+    recipe = token_recipe(task.encode, task.encoder, source, identity, phase=part.phase)
     if changes := recipe_changes(part.recipe, recipe):
         raise ValueError(
             f"the worker {address} would make something else ({'; '.join(changes)}); start it from the same checkout, where "

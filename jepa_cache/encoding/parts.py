@@ -16,6 +16,7 @@ from jepa_cache.actions import ActionSpace, list_action_spaces
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
+from jepa_cache.encoding.reading import find_readings, name_reading
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import digest_units, list_units
@@ -32,7 +33,7 @@ MAX_EXPECTED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Part:
-    """One data set from one camera at one starting offset, with everything that names its stores."""
+    """One data set from one camera at one starting offset, read in one way, with everything that names its stores."""
 
     preset: DatasetPreset
     weight: float
@@ -47,6 +48,11 @@ class Part:
     def source(self) -> Source:
         """Reader of its recordings."""
         return open_source(self.preset, self.camera)
+
+    @property
+    def reading(self) -> int:
+        """The way in which its recordings are read; see `encoding.reading`."""
+        return self.recipe["source"].get("reading", 1)
 
     @property
     def view(self) -> str:
@@ -140,8 +146,9 @@ def plan_parts(
     base: Path,
     *,
     digest: Callable[[Sequence[Unit]], list[tuple[Unit, str]]] = digest_units,
+    read: Callable[[Source, Sequence[tuple[Unit, str]], str], list[int]] = find_readings,
 ) -> list[Part]:
-    """One part for every data set of a mixture, camera and phase.
+    """One part for every data set of a mixture, camera and phase; two where some recordings are read otherwise.
 
     Args:
         config: Resolved settings.
@@ -151,6 +158,7 @@ def plan_parts(
         inputs: Replace the presets' lists when not empty.
         base: Folder that relative paths are meant from.
         digest: Names the content of units; another one may look it up where `digest_units` would read terabytes.
+        read: Tells which units are read otherwise than by the first release.
 
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
@@ -164,16 +172,18 @@ def plan_parts(
             if config.encode.max_episodes is not None:
                 found, notes = take_recordings(source, found, config.encode.max_episodes)
             units = digest(found)
-            for phase in _phases(config, source, units):
+            readings = read(source, units, config.encode.decoder)
+            for phase, reading in itertools.product(_phases(config, source, units), sorted(set(readings)) or [1]):
+                recipe = name_reading(source.recipe, reading)
                 parts.append(
                     Part(
                         preset=preset,
                         weight=weight,
                         camera=camera,
                         phase=phase,
-                        units=units,
-                        recipe=token_recipe(config.encode, encoder, source.recipe, identity, phase=phase),
-                        action_recipe=action_recipe(config.encode, encoder, source.recipe, space, phase=phase),
+                        units=[unit for unit, one in zip(units, readings, strict=True) if one == reading],
+                        recipe=token_recipe(config.encode, encoder, recipe, identity, phase=phase),
+                        action_recipe=action_recipe(config.encode, encoder, recipe, space, phase=phase),
                         notes=notes,
                     )
                 )
