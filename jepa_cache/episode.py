@@ -42,6 +42,8 @@ class Episode:
         notes: What a user should know of this recording, as sentences.
         first_frame: Frame t of this recording is frame `first_frame + t` of the container; above 0 only where several
             recordings share a container.
+        frame_times_s: [F] float64, non-decreasing: when each usable frame was taken, seconds on any clock, where the rate varies and
+            the rows go by time; `fps` is then the typical rate. None where frame t is at t / fps, or the rows are counted.
 
     Raises:
         ValueError: A shape, range or order above does not hold; the message names the episode.
@@ -55,6 +57,7 @@ class Episode:
     num_video_frames: int
     notes: tuple[str, ...] = ()
     first_frame: int = 0
+    frame_times_s: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order."""
@@ -79,6 +82,11 @@ class Episode:
             raise ValueError(
                 f"episode {self.key!r}: {len(ticks)} frames have a tick, but the video holds {self.num_video_frames}"
             )
+        times_s = self.frame_times_s
+        if times_s is not None and not (
+            times_s.shape == ticks.shape and np.isfinite(times_s).all() and np.all(np.diff(times_s) >= 0)
+        ):
+            raise ValueError(f"episode {self.key!r}: frame_times_s must be finite and not go back, one for each frame")
         if self.first_frame < 0:
             raise ValueError(f"episode {self.key!r}: first_frame must be at least 0; got {self.first_frame}")
 

@@ -55,7 +55,7 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
     from jepa_cache.store.quantisation import get_scheme, step_bytes
 
     config, encode = checkout.config, checkout.config.encode
-    inventory = take_inventory(config, checkout.paths, checkout.base)
+    inventory = take_inventory(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
     space = get_action_space(encode.action_space)
     parts = plan_encode(inventory, encode, space, checkout.root)
     encoder = inventory.encoder

@@ -192,13 +192,22 @@ def _compare_episode(
     """Compare steps of one episode, counted from its first; the batches are cut as stage one cuts them."""
     settings = config.encode
     tubelet_size, phase = encoder.preset.tubelet_size, item.part.phase
-    plan = plan_episode(len(episode.frame_ticks), episode.fps, settings, tubelet_size=tubelet_size, phase=phase)
+    plan = plan_episode(
+        len(episode.frame_ticks),
+        episode.fps,
+        settings,
+        tubelet_size=tubelet_size,
+        phase=phase,
+        times_s=episode.frame_times_s,
+    )
     per_input = len(plan.anchors) // len(plan.inputs)
     batches: dict[int, list[int]] = {}
     for step in sorted(steps):
         batches.setdefault(step // per_input // batch_size, []).append(step)
     results = []
-    video = open_video(episode.video, settings.decoder, first_frame=episode.first_frame)
+    video = open_video(
+        episode.video, settings.decoder, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)
+    )
     try:
         for batch, members in batches.items():
             inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]

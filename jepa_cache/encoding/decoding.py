@@ -148,6 +148,7 @@ class Decoders:
                 settings.encode,
                 tubelet_size=settings.tubelet_size,
                 phase=settings.phase,
+                times_s=recording.frame_times_s,
             )
         except ValueError as error:
             return Unusable(recording, str(error))
@@ -158,7 +159,10 @@ class Decoders:
     def _decode(self, stream: EpisodeStream) -> None:
         inputs, encode = stream.plan.inputs, self._settings.encode
         try:
-            video = open_video(stream.episode.video, encode.decoder, first_frame=stream.episode.first_frame)
+            episode = stream.episode
+            video = open_video(
+                episode.video, encode.decoder, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)
+            )
             try:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), encode.batch_size):

@@ -18,6 +18,7 @@ from jepa_cache.encoding.claims import wait_for_others
 from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder
 from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import ProgressBar
+from jepa_cache.encoding.reading import name_reading
 from jepa_cache.encoding.recipes import token_recipe
 from jepa_cache.encoding.workers import Connection, Workers
 from jepa_cache.store.recipe import recipe_changes
@@ -202,7 +203,8 @@ def encode_unit(task: EncodeTask, root: CacheRoot, action_space: str, report_to:
 def _check_recipe(task: EncodeTask, address: str) -> None:
     """Check that this worker would make what was asked for: it may run another version. `load_encoder` checks the weights."""
     part = task.part
-    recipe = token_recipe(task.encode, task.encoder, part.source.recipe, task.identity, phase=part.phase)
+    source = name_reading(part.source.recipe, part.reading)
+    recipe = token_recipe(task.encode, task.encoder, source, task.identity, phase=part.phase)
     if changes := recipe_changes(part.recipe, recipe):
         raise ValueError(
             f"the worker {address} would make something else ({'; '.join(changes)}); start it from the same checkout"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +13,10 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.config.schema import Config, EncoderPreset
 from jepa_cache.encoder.weights import find_weights, weights_identity
 from jepa_cache.encoding.parts import Part, plan_parts, used_encoder
+from jepa_cache.encoding.reading import find_readings
 from jepa_cache.encoding.units import Digested, hash_units, sort_units
 from jepa_cache.episode import Skipped
-from jepa_cache.sources import Unit, find_obstacle
+from jepa_cache.sources import Source, Unit, find_obstacle
 from jepa_cache.store.digests import DigestTable, Remembered, join_digests
 
 # New and changed files are hashed up to here, some tenths of a second; terabytes are left to stage one.
@@ -40,13 +42,15 @@ class Inventory(NamedTuple):
     remembered: Remembered
 
 
-def take_inventory(config: Config, inputs: Sequence[str], base: Path) -> Inventory:
+def take_inventory(config: Config, inputs: Sequence[str], base: Path, *, most_bytes: int = HASH_BYTES) -> Inventory:
     """Find parts, recipes and units; downloads nothing and reads no recording that was hashed before.
 
     Args:
         config: Resolved settings.
         inputs: Replace the presets' lists when not empty.
         base: Folder that relative paths are meant from.
+        most_bytes: Bytes of recordings that may be read to learn whether they are read otherwise than by the first release, which
+            names their stores; those that were never looked at count as plain ones beyond.
 
     Raises:
         ValueError: As `plan_parts`; or a weights file that does not exist.
@@ -66,7 +70,16 @@ def take_inventory(config: Config, inputs: Sequence[str], base: Path) -> Invento
         identity = weights_identity(encoder, weights, digest=table.digest)
     lookup = _Lookup(table)
     space = get_action_space(config.encode.action_space)
-    parts = plan_parts(config, encoder, identity, space, inputs, base, digest=lookup)
+    parts = plan_parts(
+        config,
+        encoder,
+        identity,
+        space,
+        inputs,
+        base,
+        digest=lookup,
+        read=functools.partial(_look_up_readings, most_bytes=most_bytes),
+    )
     num_unread = len({unit for part in parts for unit, digest in part.units if is_unread(digest)})
     if num_unread:
         notes.append(
@@ -79,6 +92,15 @@ def take_inventory(config: Config, inputs: Sequence[str], base: Path) -> Invento
 def is_unread(digest: str) -> bool:
     """Whether this stands for content that nobody has looked at."""
     return digest.startswith(UNREAD)
+
+
+def _look_up_readings(source: Source, units: Sequence[tuple[Unit, str]], decoder: str, *, most_bytes: int) -> list[int]:
+    """`find_readings` of the units whose content is known; 1 for the others."""
+    known = [(unit, digest) for unit, digest in units if not is_unread(digest)]
+    readings = dict(
+        zip((digest for _, digest in known), find_readings(source, known, decoder, most_bytes=most_bytes), strict=True)
+    )
+    return [readings.get(digest, 1) for _, digest in units]
 
 
 class _Lookup:

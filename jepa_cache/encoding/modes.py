@@ -39,11 +39,20 @@ def sampling_stride(video_fps: float, fps: float) -> int:
     return math.ceil(video_fps / fps - 1e-6)
 
 
-def plan_episode(num_frames: int, video_fps: float, encode: EncodeConfig, *, tubelet_size: int, phase: int) -> StepPlan:
+def plan_episode(
+    num_frames: int,
+    video_fps: float,
+    encode: EncodeConfig,
+    *,
+    tubelet_size: int,
+    phase: int,
+    times_s: np.ndarray | None = None,
+) -> StepPlan:
     """`plan_steps` under the settings of stage one."""
     return plan_steps(
         num_frames,
         video_fps,
+        times_s=times_s,
         fps=encode.fps,
         mode=encode.mode,
         frames_per_clip=encode.frames_per_clip,
@@ -61,6 +70,7 @@ def plan_steps(
     frames_per_clip: int,
     tubelet_size: int,
     phase: int = 0,
+    times_s: np.ndarray | None = None,
 ) -> StepPlan:
     """Lay out the encoder inputs of an episode.
 
@@ -77,6 +87,7 @@ def plan_steps(
         frames_per_clip: Sampled frames of a clip.
         tubelet_size: Frames of a tubelet.
         phase: First sampled frame, below the stride.
+        times_s: [F] when each frame was taken, where the rate varies: then see `sample_times`.
 
     Raises:
         ValueError: When the video is too short for one input, or slower than `fps`.
@@ -87,17 +98,49 @@ def plan_steps(
             f"phase {phase} is not below the stride {stride} of a video at {video_fps:g} Hz; lower encode.phases"
         )
     group = {"frame": 1, "tubelet": tubelet_size, "clip": frames_per_clip}[mode]
-    sampled = np.arange(phase, num_frames, stride, dtype=np.int64)
-    num_inputs = len(sampled) // group
-    if num_inputs == 0:
+    if times_s is None:
+        runs = [np.arange(phase, num_frames, stride, dtype=np.int64)]
+    else:
+        runs = sample_times(times_s, stride / video_fps, times_s[0] + phase / video_fps)
+    num_sampled, runs = sum(map(len, runs)), [run[: len(run) // group * group] for run in runs if len(run) >= group]
+    if not runs:
         raise ValueError(
-            f"{num_frames} usable frames give {len(sampled)} sampled ones at stride {stride}, but {mode} mode needs "
+            f"{num_frames} usable frames give {num_sampled} sampled ones at stride {stride}, but {mode} mode needs "
             f"{group}; lower encode.frames_per_clip or raise encode.fps"
         )
-    inputs = sampled[: num_inputs * group].reshape(num_inputs, group)
+    inputs = np.concatenate(runs).reshape(-1, group)
     steps_per_input = max(1, group // tubelet_size)
-    anchors = inputs.reshape(num_inputs, steps_per_input, -1)[:, :, -1].reshape(-1)
-    bounds = np.arange(0, len(anchors) + 1, steps_per_input) if mode == "clip" else np.array([0, len(anchors)])
+    anchors = inputs.reshape(len(inputs), steps_per_input, -1)[:, :, -1].reshape(-1)
+    if mode == "clip":
+        bounds = np.arange(0, len(anchors) + 1, steps_per_input)
+    else:
+        bounds = np.cumsum([0, *(len(run) // group * steps_per_input for run in runs)])
     segments = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
     frames_per_step = group // steps_per_input
     return StepPlan(inputs, anchors, segments, video_fps / stride / frames_per_step)
+
+
+def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list[np.ndarray]:
+    """Frames that are evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
+
+    A moment with no frame within a quarter of the interval ends a run, as do two moments with one frame between them: steps of
+    other lengths would tell the predictor another speed.
+
+    Args:
+        times_s: [F] non-decreasing, seconds.
+        interval_s: Between wanted moments.
+        start_s: First wanted moment.
+
+    Returns:
+        Runs of frame numbers, int64, ascending, none empty.
+    """
+    moments_s = start_s + interval_s * np.arange(math.floor((times_s[-1] - start_s) / interval_s + 1e-6) + 1)
+    after = np.clip(np.searchsorted(times_s, moments_s), 1, len(times_s) - 1) if len(times_s) > 1 else 0 * moments_s
+    after = np.asarray(after, np.int64)
+    before = np.maximum(after - 1, 0)
+    # Rounded to ns, so that ties fall the same way on every machine.
+    to_before, to_after = (np.round(np.abs(times_s[frames] - moments_s), 9) for frames in (before, after))
+    frames, distances_s = np.where(to_before <= to_after, before, after), np.minimum(to_before, to_after)
+    near = (distances_s <= interval_s / 4) & (np.diff(frames, prepend=-1) > 0)
+    bounds = np.flatnonzero(np.diff(near, prepend=False, append=False))
+    return [frames[start:stop] for start, stop in bounds.reshape(-1, 2)]

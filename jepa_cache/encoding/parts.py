@@ -15,6 +15,7 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.config.schema import Config, DatasetPreset, EncoderPreset
 from jepa_cache.encoder.weights import resolve_weights, weights_identity
 from jepa_cache.encoding.modes import sampling_stride
+from jepa_cache.encoding.reading import find_readings, name_reading
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import Digested, digest_units, list_units
@@ -31,7 +32,7 @@ MAX_EXPECTED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Part:
-    """One data set from one camera at one starting offset, with everything that names its stores."""
+    """One data set from one camera at one starting offset, read in one way, with everything that names its stores."""
 
     preset: DatasetPreset
     weight: float
@@ -48,6 +49,11 @@ class Part:
     def source(self) -> Source:
         """Reader of its recordings."""
         return open_source(self.preset, self.camera)
+
+    @property
+    def reading(self) -> int:
+        """The way in which its recordings are read; see `encoding.reading`."""
+        return self.recipe["source"].get("reading", 1)
 
     @property
     def view(self) -> str:
@@ -141,8 +147,9 @@ def plan_parts(
     base: Path,
     *,
     digest: Callable[[Sequence[Unit]], Digested] = digest_units,
+    read: Callable[[Source, Sequence[tuple[Unit, str]], str], list[int]] = find_readings,
 ) -> list[Part]:
-    """One part for every data set of a mixture, camera and phase.
+    """One part for every data set of a mixture, camera and phase; two where some recordings are read otherwise.
 
     Args:
         config: Resolved settings.
@@ -152,6 +159,7 @@ def plan_parts(
         inputs: Replace the presets' lists when not empty.
         base: Folder that relative paths are meant from.
         digest: Names the content of units; another one may look it up where `digest_units` would read terabytes.
+        read: Tells which units are read otherwise than by the first release.
 
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
@@ -165,19 +173,25 @@ def plan_parts(
             if config.encode.max_episodes is not None:
                 found, notes = take_recordings(source, found, config.encode.max_episodes)
             digested = digest(found)
-            for phase in _phases(config, source, digested.units):
+            readings = read(source, digested.units, config.encode.decoder)
+            ways = sorted(set(readings)) or [1]
+            for phase, reading in itertools.product(_phases(config, source, digested.units), ways):
+                recipe = name_reading(source.recipe, reading)
+                units = [unit for unit, one in zip(digested.units, readings, strict=True) if one == reading]
+                digests = {digest for _, digest in units}
                 parts.append(
                     Part(
                         preset=preset,
                         weight=weight,
                         camera=camera,
                         phase=phase,
-                        units=digested.units,
-                        recipe=token_recipe(config.encode, encoder, source.recipe, identity, phase=phase),
-                        action_recipe=action_recipe(config.encode, encoder, source.recipe, space, phase=phase),
+                        units=units,
+                        recipe=token_recipe(config.encode, encoder, recipe, identity, phase=phase),
+                        action_recipe=action_recipe(config.encode, encoder, recipe, space, phase=phase),
                         notes=notes,
-                        copies=digested.copies,
-                        unreadable=digested.unreadable,
+                        copies=[copy for copy in digested.copies if copy[1] in digests],
+                        # Counted once, whatever the number of ways in which the others are read.
+                        unreadable=digested.unreadable if reading == ways[0] else [],
                     )
                 )
     return parts

@@ -11,6 +11,7 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, ensure_controls
 from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
+from jepa_cache.encoding.reading import find_readings
 from jepa_cache.encoding.run import encode_here
 from jepa_cache.sources import Unit
 from jepa_cache.store.audit import Audit, Finding, Scope, forget_stale
@@ -114,7 +115,11 @@ def _find_units(part: Part, digests: Sequence[str], repair: Repair) -> dict[str,
     for digest in digests:
         unit = named.get(digest)
         if unit is None and (files := table.find_unit(digest)):
-            unit = Unit(files[0].name, files)
+            seen = Unit(files[0].name, files)
+            # One that is read otherwise now gives other stores, which have another name.
+            unit = (
+                seen if find_readings(part.source, [(seen, digest)], part.recipe["decoder"]) == [part.reading] else None
+            )
         if unit is None:
             repair.lost.append(digest)
         else:

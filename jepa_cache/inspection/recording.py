@@ -78,7 +78,7 @@ def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> Recordin
     controls, suspicions = episode.controls, []
     info, frames = VideoInfo(0, episode.fps, 0, 0, "unknown"), None
     try:
-        with open_video(episode.video, first_frame=episode.first_frame) as video:
+        with open_video(episode.video, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)) as video:
             info = video.info
             frames = _read_frames(video, min(NUM_DECODED, len(episode.frame_ticks)), picture=picture)
     except DecodeError as error:
@@ -99,7 +99,8 @@ def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> Recordin
     idle_share, gui_share = _mean(controls, "idle"), _mean(controls, "gui")
     if idle_share is not None and idle_share > MAX_IDLE_SHARE:
         suspicions.append(f"nothing is done in {idle_share:.0%} of its ticks")
-    duration_s = len(episode.frame_ticks) / episode.fps
+    times_s = episode.frame_times_s
+    duration_s = len(episode.frame_ticks) / episode.fps if times_s is None else float(times_s[-1] - times_s[0])
     if duration_s < MIN_DURATION_S:
         suspicions.append(f"it lasts only {duration_s:.1f} s")
     return RecordingReport(

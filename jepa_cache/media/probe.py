@@ -125,7 +125,7 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
     Raises:
         DecodeError: Not a video, no video stream, no frame rate, no frames, or a file that ends before its last frame.
 
-    Cost: one pass over the packets and a frame; COST. Of a file, once as long as it does not change.
+    Cost: one pass over the packets and a frame; 6 ms for 445 frames of 640x360. Of a file, once as long as it does not change.
     """
     if isinstance(video, SideBySide):
         info = probe_video(video.video)

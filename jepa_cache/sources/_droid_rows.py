@@ -11,6 +11,7 @@ from jepa_cache.episode import RecordingError
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_idle_rows
 from jepa_cache.media.video import VideoInfo
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
+from jepa_cache.sources._placement import Placement
 
 NATIVE_HZ = 15.0
 # Counts of one recording differ by a frame or two; beyond that and 10 % frames and rows have different clocks.
@@ -71,40 +72,41 @@ def build_controls(rows: Rows) -> dict[str, np.ndarray]:
     return controls
 
 
-def align_frames(info: VideoInfo, num_rows: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def align_frames(info: VideoInfo, num_rows: int) -> Placement:
     """Place video frames on rows, from the first of both; the shorter decides.
 
     A video of 15 Hz has a frame per row. One of another rate has a frame per row as well where the counts say so (then its
-    rows were thinned with it, or its header is wrong); else frame t is placed on the row nearest to t / fps seconds.
+    rows were thinned with it, or its header is wrong); else each frame is placed on the row nearest to it in time, which is t / fps
+    seconds unless the container says that the rate varies.
 
     Args:
         info: The video.
         num_rows: M.
-
-    Returns:
-        frame_ticks [F] int64, and notes.
 
     Raises:
         RecordingError: Neither fits.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (its loader takes row t for frame t whatever the rates are).
     """
-    misfits = [_misfit(info.num_frames, num_rows * rate) for rate in (1.0, info.fps / NATIVE_HZ)]
-    if math.isclose(info.fps, NATIVE_HZ, rel_tol=0.01):
+    constant = info.times_s is None
+    times_s = np.arange(info.num_frames) / info.fps if constant else info.frame_times_s
+    lasts = num_rows * info.fps / NATIVE_HZ if constant else info.num_frames * num_rows / (times_s[-1] * NATIVE_HZ + 1)
+    misfits = [_misfit(info.num_frames, expected) for expected in (num_rows, lasts)]
+    if constant and math.isclose(info.fps, NATIVE_HZ, rel_tol=0.01):
         ticks, notes = np.arange(info.num_frames, dtype=np.int64), []
     elif min(misfits) > MAX_COUNT_RATIO:
         raise RecordingError(
             f"{info.num_frames} frames at {info.fps:g} Hz fit {num_rows} rows at {NATIVE_HZ:g} Hz neither frame by row nor by "
             "time; the frames cannot be placed"
         )
-    elif misfits[0] <= misfits[1]:
-        ticks = np.arange(info.num_frames, dtype=np.int64)
+    elif misfits[0] <= misfits[1] and (constant or info.num_frames == num_rows or misfits[1] > MAX_COUNT_RATIO):
+        ticks, times_s = np.arange(info.num_frames, dtype=np.int64), None
         notes = [f"the video is at {info.fps:g} Hz with a frame per row: the rows count as {info.fps:g} Hz as well"]
     else:
         # Rounded before halves are: 0.5 is never reached by 5 and 15 Hz, but must fall the same way on every machine.
-        times = np.round(np.arange(info.num_frames) * (NATIVE_HZ / info.fps), 6)
+        times = np.round(np.arange(info.num_frames) * (NATIVE_HZ / info.fps) if constant else times_s * NATIVE_HZ, 6)
         ticks = np.ceil(times - 0.5).astype(np.int64)
-        notes = [f"video at {info.fps:g} Hz: frames are placed on the {NATIVE_HZ:g} Hz rows by time"]
+        notes = [f"video at {info.typical_fps:g} Hz: frames are placed on the {NATIVE_HZ:g} Hz rows by time"]
     usable = ticks[ticks < num_rows]
     if len(usable) < len(ticks):
         surplus = len(ticks) - len(usable)
@@ -113,7 +115,7 @@ def align_frames(info: VideoInfo, num_rows: int) -> tuple[np.ndarray, tuple[str,
     unused = num_rows - 1 - int(usable[-1])
     if unused >= step:
         notes.append(f"{info.num_frames} frames, {num_rows} rows: the last {unused} rows come after the last frame")
-    return usable, tuple(notes)
+    return Placement(usable, tuple(notes), None if constant or times_s is None else times_s[: len(usable)])
 
 
 def _misfit(num_frames: int, expected: float) -> float:

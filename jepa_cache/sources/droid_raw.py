@@ -158,15 +158,16 @@ class DroidRawSource:
             if len(skipped) != num_rows:
                 raise RecordingError(f"{TRAJECTORY} has {num_rows} rows, but {len(skipped)} in skip_action")
             controls["skip_action"] = skipped[:, 0] != 0  # for filter.drop_skipped_actions; no row is dropped here
-        frame_ticks, clock_notes = align_frames(info, num_rows)
+        frame_ticks, clock_notes, frame_times_s = align_frames(info, num_rows)
         return Episode(
             key=key,
             video=video,
-            fps=info.fps,
+            fps=info.fps if frame_times_s is None else info.typical_fps,
             controls=controls,
             frame_ticks=frame_ticks,
             num_video_frames=info.num_frames,
             notes=(*notes, *clock_notes),
+            frame_times_s=frame_times_s,
         )
 
 

@@ -235,12 +235,16 @@ class LerobotSource:
         if place.video not in infos:
             infos[place.video] = probe_video(place.video)
         info = infos[place.video]
-        if not math.isclose(info.fps, layout.fps, rel_tol=0.01):
-            raise RecordingError(f"meta/info.json says {layout.fps:g} Hz, but its video runs at {info.fps:g} Hz")
+        fps = info.typical_fps
+        if not math.isclose(fps, layout.fps, rel_tol=0.01):
+            raise RecordingError(f"meta/info.json says {layout.fps:g} Hz, but its video runs at {fps:g} Hz")
         first_frame, num_frames = _find_frames(place, info)
         if rows["timestamp"].shape[1] != 1:
             raise RecordingError(f"timestamp holds {rows['timestamp'].shape[1]} numbers in a row; one is needed")
-        frame_ticks, notes = place_frames(rows["timestamp"][:, 0], num_frames, info.fps)
+        shown_s = info.frame_times_s
+        if shown_s is not None:
+            shown_s = shown_s[first_frame : first_frame + num_frames] - shown_s[first_frame]
+        frame_ticks, notes, frame_times_s = place_frames(rows["timestamp"][:, 0], num_frames, fps, shown_s)
         num_rows = len(rows["timestamp"])
         if place.num_rows not in (-1, num_rows):
             notes = (*notes, f"listed with {place.num_rows} rows, has {num_rows}")
@@ -248,7 +252,7 @@ class LerobotSource:
         return Episode(
             key=layout.key(place.index),
             video=place.video,
-            fps=info.fps,
+            fps=fps,
             controls=build_controls(
                 rows, layout.features, actions=options.actions, states=options.states, columns=options.columns
             ),
@@ -256,6 +260,7 @@ class LerobotSource:
             num_video_frames=num_frames,
             notes=notes,
             first_frame=first_frame,
+            frame_times_s=frame_times_s,
         )
 
 
@@ -263,7 +268,7 @@ def _find_frames(place: Place, info: VideoInfo) -> tuple[int, int]:
     """First frame and number of frames of an episode in its video."""
     if place.span_s is None:
         return 0, info.num_frames
-    start, stop = (time_s * info.fps for time_s in place.span_s)
+    start, stop = (_find_frame(time_s, info) for time_s in place.span_s)
     if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop):
         raise RecordingError(f"meta/episodes places it from {place.span_s[0]} to {place.span_s[1]} s of its video")
     if abs(start - round(start)) > 0.25:
@@ -273,6 +278,14 @@ def _find_frames(place: Place, info: VideoInfo) -> tuple[int, int]:
             f"meta/episodes places it from {place.span_s[0]:g} s on, but its video lasts {info.num_frames / info.fps:g} s"
         )
     return round(start), max(1, min(round(stop), info.num_frames) - round(start))
+
+
+def _find_frame(time_s: float, info: VideoInfo) -> float:
+    """Number of the frame at a time; between two frames and behind the last one, a fraction."""
+    if info.times_s is None or not math.isfinite(time_s):
+        return time_s * info.fps
+    later = max(0.0, time_s - info.times_s[-1]) * info.typical_fps
+    return float(np.interp(time_s, info.times_s, np.arange(info.num_frames))) + later
 
 
 def _bounded(parts: Iterator[dict[str, np.ndarray]], path: Path) -> Iterator[dict[str, np.ndarray]]:

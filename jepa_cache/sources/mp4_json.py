@@ -12,8 +12,8 @@ import numpy as np
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
+from jepa_cache.media.probe import DecodeError, measure_rate, probe_video
 from jepa_cache.media.tar import expand_inputs, is_file_name
-from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Unit
 from jepa_cache.sources._json_files import JsonError, read_object, read_rate
 from jepa_cache.sources._placement import place_frames
@@ -43,8 +43,8 @@ class Mp4JsonSource:
     """Reads pairs of mp4 and json; holds its options and nothing else. A unit is one pair.
 
     The json is an object: `fps` (rows per second, Hz), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
-    [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps) and `success` (true or
-    false). Other fields are left alone. Controls are action_0.., state_0.. and success.
+    [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for each frame says when
+    that frame was taken) and `success` (true or false). Other fields are left alone. Controls are action_0.., state_0.. and success.
     """
 
     def __init__(self, options: Mp4JsonOptions) -> None:
@@ -111,7 +111,8 @@ def _read_episode(key: str, video: Path, records: Path) -> Episode:
     if success is not None and not isinstance(success, bool):
         raise RecordingError(f"{records.name}: success must be true or false; got {repr(success)[:60]}")
     info = probe_video(video)
-    frame_ticks, notes = place_frames(times_s, info.num_frames, info.fps)
+    placement = place_frames(times_s, info.num_frames, info.typical_fps, info.frame_times_s, measured="times" in fields)
+    fps = info.fps if placement.frame_times_s is None else measure_rate(placement.frame_times_s, info.fps)
     controls = {f"action_{index}": column.copy() for index, column in enumerate(actions.T)}
     controls |= {f"state_{index}": column.copy() for index, column in enumerate(states.T)}
     if success is not None:
@@ -119,11 +120,12 @@ def _read_episode(key: str, video: Path, records: Path) -> Episode:
     return Episode(
         key=key,
         video=video,
-        fps=info.fps,
+        fps=fps,
         controls=controls,
-        frame_ticks=frame_ticks,
+        frame_ticks=placement.frame_ticks,
         num_video_frames=info.num_frames,
-        notes=notes,
+        notes=placement.notes,
+        frame_times_s=placement.frame_times_s,
     )
 
 

@@ -168,16 +168,19 @@ class VptSource:
             if self.options.mouse_scale == "by_version":
                 notes = (*notes, *_scale_gui_mouse(controls, sample.key))
             info = probe_video(video)
-            fps, frame_ticks, clock_notes = align_ticks(info, num_lines)
+            fps, placement = align_ticks(info, num_lines)
+            frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
             shown = np.flatnonzero((frame_ticks >= first_line) & (frame_ticks < first_line + len(controls["tick"])))
             if len(shown) == 0:
                 raise RecordingError(f"no frame of the video shows one of its usable lines: {'; '.join(notes)}")
             first_frame, frame_ticks = int(shown[0]), frame_ticks[shown] - first_line
+            frame_times_s = None if frame_times_s is None else frame_times_s[shown]
         else:
             controls, times_s = read_simple(lines, self.options.camera_unit or "")
             notes = ()
             info = probe_video(video)
-            fps, frame_ticks, clock_notes = info.fps, *align_times(info, times_s)
+            fps, placement = info.typical_fps, align_times(info, times_s)
+            frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
         return Episode(
             key=sample.key,
             video=video,
@@ -185,8 +188,9 @@ class VptSource:
             controls=controls,
             frame_ticks=frame_ticks,
             num_video_frames=info.num_frames - first_frame,
-            notes=(*notes, *clock_notes),
+            notes=(*notes, *placement.notes),
             first_frame=first_frame,
+            frame_times_s=frame_times_s,
         )
 
 

@@ -16,6 +16,7 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoding.reading import READING, name_reading
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint, recipe_changes
@@ -276,6 +277,7 @@ def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     explained = {name for row in table for name in re.findall(r"`(.+?)`", row)}
     options = {path for path in LEAVES if path.startswith("source.")} - {"source.source", "source.recipe_version"}
     recipe = recipe_of(tiny_config(pool=2)) | {"encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]}
+    recipe["source"] = name_reading(recipe["source"], READING)
     assert explained == leaves(recipe).keys() - options | {"source.*"}
 
 
@@ -332,6 +334,7 @@ import sys
 from pathlib import Path
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoding.reading import READING, name_reading
 from jepa_cache.encoding.recipes import action_recipe, token_recipe
 from jepa_cache.actions import get_action_space
 from jepa_cache.sources import build_source
