@@ -7,7 +7,6 @@ forgets; steps that are encoded again are bit-equal, and stores of other pixels 
 import json
 import math
 import shutil
-import sqlite3
 from itertools import combinations
 
 import numpy as np
@@ -15,9 +14,9 @@ import pytest
 
 from jepa_cache.encoding.comparison import Comparison, StepResult
 from jepa_cache.store import rounds
-from jepa_cache.store.digests import DigestTable, look_at
+from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import canonical_json
-from tests.encoded import make_tars, write_store_json
+from tests.encoded import make_tars, replace_behind_the_table, write_store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 CLASSES = {
@@ -312,19 +311,10 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
     assert online["largest_relative_error"] > 0.1
 
 
-def replace_behind_the_table(path, other):
-    """Put another recording into a file without the digest table noticing, as on a disk that keeps no change times."""
-    digest = DigestTable().digest(path)
-    shutil.copy(other, path)
-    look = look_at(path)
-    with sqlite3.connect(DigestTable().path) as table:
-        row = (str(path), *look, digest)
-        table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
-
-
 def test_a_store_of_another_recording_than_its_name_says_is_found_against_online_and_repaired(fresh, encoded, tmp_path):
     tar, kept = fresh.recordings / "b.tar", shutil.copy(fresh.recordings / "b.tar", tmp_path)
-    replace_behind_the_table(tar, write_vpt_tar(tmp_path / "other.tar", {"z": make_vpt_pair(41, 99)}))
+    other = write_vpt_tar(tmp_path / "other.tar", {"z": make_vpt_pair(41, 99)})
+    replace_behind_the_table(DigestTable(), tar, other.read_bytes())
     fresh.encode()
     shutil.copy(kept, tar)
     assert fresh.run("verify", str(fresh.recordings)).code == 0

@@ -17,8 +17,18 @@ import pytest
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.root import MARKER, CacheRoot
-from tests.encoded import all_files, encode, make_tars, make_tiny_tar, read_episodes, tiniest_config, tiny_config
+from tests.encoded import (
+    all_files,
+    encode,
+    make_tars,
+    make_tiny_tar,
+    read_episodes,
+    replace_behind_the_table,
+    tiniest_config,
+    tiny_config,
+)
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 40}}
@@ -99,9 +109,8 @@ def test_another_action_space_or_scaler_is_made_although_the_recordings_cannot_b
     encode(recordings, root, config)
     expected = encode(recordings, tmp_path / "other", tiny_config(action_space="vpt36"))
     for path in recordings.glob("*.tar"):
-        status = path.stat()
-        path.write_bytes(os.urandom(status.st_size))
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that it still counts as the file it was
+        table = DigestTable(tmp_path / "cache-state/jepa-cache")
+        replace_behind_the_table(table, path, os.urandom(path.stat().st_size))  # it still counts as the file it was
     result = encode(recordings, root, tiny_config(action_space="vpt36"))
     assert result.num_encoded == 0 and result.manifest.to_bytes() == expected.manifest.to_bytes()
     unscaled = dataclasses.replace(config, scaler=dataclasses.replace(config.scaler, actions="none", states="none"))
