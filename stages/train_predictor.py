@@ -51,7 +51,9 @@ def _train(arguments: StageArguments) -> None:
     print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
-    following = "next: python stages/evaluate.py" if obstacle is None else "nothing is held out that could be evaluated"
+    following = (
+        "next: python stages/evaluate.py" if obstacle is None else "no episode is held out, so nothing can be evaluated"
+    )
     print(f"wrote {result.weights.relative_to(ROOT)}; {following}")
 
 

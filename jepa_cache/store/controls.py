@@ -97,7 +97,8 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
                     f"{path} holds the controls of {notes.get(PLACE_KEY, b'').decode()!r}, not its own; {CONTROLS_WAY_OUT}"
                 )
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
+                # In this thread: one of Arrow's that drops the bytes while Python ends (an error is on its way out) aborts it.
+                table = file.read_row_group(group, use_threads=False)
                 episode = table.column(EPISODE_COLUMN)[0].as_py()
                 names = [name for name in table.column_names if name != EPISODE_COLUMN]
                 controls = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}

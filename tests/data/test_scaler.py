@@ -164,7 +164,7 @@ def test_a_scaler_of_other_columns_is_refused(dataset):
 
 
 def test_no_training_row_is_refused(dataset):
-    with pytest.raises(ValueError, match="every episode is held out"):
+    with pytest.raises(ValueError, match="every one is held out"):
         fit_scaler(dataset, [], STANDARD)
     single = [dataset.segments[0]._replace(stop=dataset.segments[0].start + 1)]
     with pytest.raises(ValueError, match="two steps"):

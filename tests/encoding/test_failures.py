@@ -10,6 +10,7 @@ import gc
 import json
 import re
 import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -25,6 +26,7 @@ from jepa_cache.files import DiskFullError
 from jepa_cache.sources import Unit
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store import writer
+from jepa_cache.store.controls import ControlsWriter
 from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, tiny_config
 from tests.faults import small_disk
 from tests.makers import make_rows, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
@@ -354,3 +356,18 @@ def test_streams_come_in_the_order_of_the_recordings(tmp_path, num_decoders):
             for item in items
         ]
     assert order == [("u", 60), ("v", 5), ("w", 33), "a.tar", ("x", 8), ("y", 60), "b.tar"]
+
+
+def test_controls_are_read_by_no_thread_that_outlives_python(tmp_path):
+    """One of Arrow's that dropped the file's bytes while Python ended with an error aborted it: exit code 134 for that error's 1."""
+    with ControlsWriter(tmp_path / "controls.parquet") as writer:
+        writer.append("x", {name: np.arange(100.0) for name in "abcdefgh"})
+    code = (
+        "import os, sys; from pathlib import Path; import pyarrow.parquet; from jepa_cache.store.controls import iter_controls\n"
+        "count = lambda: len(os.listdir('/proc/self/task')); before = count()\n"
+        "print(len(list(iter_controls(Path(sys.argv[1])))), count() - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "controls.parquet")], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "1 0\n"
