@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ROOT, arguments.overrides)
     dataset = open_dataset(config, ROOT)
     segments, held_out = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
-    if obstacle := find_obstacle(segments, held_out, config):
+    if obstacle := find_obstacle(dataset, config):
         print(f"episodes: {obstacle}")
     scaler = fit_scaler(dataset, segments, config.scaler)
     output = ROOT / "outputs/scaler/scaler.json"

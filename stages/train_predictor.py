@@ -30,13 +30,11 @@ def _train(arguments: StageArguments) -> None:
 
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.data.scaler import read_scaler
-    from jepa_cache.data.splits import TRAIN, VAL
     from jepa_cache.data.windows import find_obstacle
     from jepa_cache.training.trainer import train
 
     dataset = open_dataset(config, ROOT)
-    segments = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
-    obstacle = find_obstacle(*segments, config)
+    obstacle = find_obstacle(dataset, config)
     if obstacle is not None and config.split.val_share:
         raise ValueError(f"episodes: {obstacle}")
     scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")

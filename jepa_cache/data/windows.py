@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import Segment
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.splits import TRAIN, VAL
 
 LEAST_HELD_OUT = 2  # episodes: intervals are over them, and a control takes another's actions
 MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly
@@ -195,8 +196,8 @@ def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:
     return chosen
 
 
-def find_obstacle(train: Sequence[Segment], held_out: Sequence[Segment], config: Config) -> str | None:
-    """Why `evaluate` would refuse what is trained on these segments, with the counts of episodes; None where it would not.
+def find_obstacle(dataset: CachedDataset, config: Config) -> str | None:
+    """Why `evaluate` would refuse what is trained on a data set, with the counts of episodes; None where it would not.
 
     An episode counts where one of its segments holds a window of the training and the steps of an open loop.
     """
@@ -204,7 +205,8 @@ def find_obstacle(train: Sequence[Segment], held_out: Sequence[Segment], config:
     num_steps = max(config.train.window_steps, evaluate.num_context_steps + evaluate.horizon)
     least_train = 2 if "probes" in evaluate.measure else 1
     counts, enough = [], True
-    for name, segments, least in (("training", train, least_train), ("held out", held_out, LEAST_HELD_OUT)):
+    for name, split, least in (("training", TRAIN, least_train), ("held out", VAL, LEAST_HELD_OUT)):
+        segments = dataset.segments_of(split, config.split, config.filter)
         total = count_episodes(segments)
         long = count_episodes([segment for segment in segments if segment.stop - segment.start >= num_steps])
         counts.append(f"{total} {name}" + (f" ({long} with {num_steps} steps in a row)" if long < total else ""))

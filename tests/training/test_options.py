@@ -54,6 +54,14 @@ def bits(weights: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as a terminal gives it, also where the suite runs in the background, whose shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop_at(step: int, monkeypatch, *signals: int) -> None:
     """SIGTERM, or what is given, arrives while this train step is computed."""
     original = trainer.train_step
