@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from tqdm import tqdm
 
@@ -15,15 +17,21 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_batch import inspect_batch
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config, DatasetPreset
+from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import check_inputs, open_source
 from jepa_cache.encoding.units import check_rendered
+from jepa_cache.episode import Episode
 from jepa_cache.inspection.inputs import iter_units
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.statistics import InspectionReport, inspect_units
 from jepa_cache.media.packing import LeftOut
 
 KEY_WIDTH = 44
-MAX_NOTES = 20  # kinds of them
+MAX_SHOWN = 10  # recordings, and of each kind of remark
+MAX_KINDS = 20  # of remarks
+VARYING = re.compile(
+    r"'[^']*'|[+-]?\d[\d.,:]*(e[+-]?\d+)?"
+)  # what differs between remarks of one kind: names and numbers
 
 
 def inspect(
@@ -104,7 +112,8 @@ def _inspect_member(
         tqdm(units, desc=f"inspect {preset.name}", unit="unit", disable=None),
         get_action_space(config.encode.action_space),
         name=f"{preset.name}, {camera}" if camera else preset.name,
-        step_hz=config.encode.fps,
+        step_hz=config.encode.fps / (1 if config.encode.mode == "frame" else config.encoder.tubelet_size),
+        plan=functools.partial(_plan_anchors, config),
         limit=limit,
         pictures=pictures,
     )
@@ -112,18 +121,30 @@ def _inspect_member(
     return report
 
 
+def _plan_anchors(config: Config, episode: Episode) -> np.ndarray:
+    """The frames of the steps that stage one makes of a recording; a ValueError where it makes none."""
+    phases = (0,) if isinstance(config.encode.phases, str) else config.encode.phases
+    num_frames, tubelet_size = len(episode.frame_ticks), config.encoder.tubelet_size
+    plans = [
+        plan_episode(num_frames, episode.fps, config.encode, tubelet_size=tubelet_size, phase=phase) for phase in phases
+    ]
+    return plans[0].anchors
+
+
 def print_report(report: InspectionReport) -> None:
-    """Print the tables: recordings, action columns, what is to be known or suspicious, what was skipped."""
+    """Print the tables: recordings, action columns, what is to be known or suspicious, what was skipped; ten of each kind."""
     print(
         f"{report.name:<{KEY_WIDTH}} {'fps':>6} {'frames':>7} {'rows':>7} {'s':>7} {'idle':>5} {'GUI':>5} {'equal':>5}"
     )
-    for entry in report.recordings:
+    for entry in report.recordings[:MAX_SHOWN]:
         key = entry.key if len(entry.key) <= KEY_WIDTH else f"...{entry.key[3 - KEY_WIDTH :]}"
         shares = " ".join(f"{_share(share):>5}" for share in (entry.idle_share, entry.gui_share, entry.equal_share))
         print(
             f"{key:<{KEY_WIDTH}} {entry.fps:>6g} {entry.num_frames:>7} {entry.num_ticks:>7} {entry.duration_s:>7.1f} {shares}"
             f"{'  suspicious' if entry.suspicions else ''}"
         )
+    if len(report.recordings) > MAX_SHOWN:
+        print(f"... and {len(report.recordings) - MAX_SHOWN} more, see --json")
     if report.columns:
         name_width, unit_width = (max(len(column[part]) for column in report.columns) for part in (0, 1))
         print(
@@ -135,22 +156,34 @@ def print_report(report: InspectionReport) -> None:
             numbers = " ".join(f"{x:>10.4g}" for x in (column.mean, column.std, column.minimum, column.maximum))
             print(f"{column.name:<{name_width}} {column.unit:<{unit_width}} {numbers} {column.zero_share:>7.1%}")
     print()
-    notes = Counter(note for entry in report.recordings for note in entry.notes)
-    for note, count in notes.most_common(MAX_NOTES):
-        print(f"note: {count} recordings: {note}")
-    if len(notes) > MAX_NOTES:
-        print(f"note: {len(notes) - MAX_NOTES} more, see --json")
-    for entry in report.recordings:
-        for text in entry.suspicions:
-            print(f"suspicious: {entry.key}: {text}")
-    for skipped in report.skipped:
-        print(f"skipped: {skipped['key']}: {skipped['reason']}")
+    _print_remarks("note", [(entry.key, text) for entry in report.recordings for text in entry.notes])
+    _print_remarks("suspicious", [(entry.key, text) for entry in report.recordings for text in entry.suspicions])
+    _print_remarks("skipped", [(skipped["key"], skipped["reason"]) for skipped in report.skipped])
     suspicious = sum(bool(entry.suspicions) for entry in report.recordings)
     hours = sum(entry.duration_s for entry in report.recordings) / 3600
+    decoded = sum(entry.decoded for entry in report.recordings)
     print(
         f"{len(report.recordings)} recordings of {report.name} (source {report.source}), {hours:.2f} h: {suspicious} suspicious; "
-        f"{len(report.skipped)} skipped\n"
+        f"{len(report.skipped)} skipped"
+        + (f"; frames of {decoded} were decoded" if decoded < len(report.recordings) else "")
+        + "\n"
     )
+
+
+def _print_remarks(title: str, remarks: Iterable[tuple[str, str]]) -> None:
+    """Print the first ten (recording, remark) of each kind: of remarks that differ in names and numbers alone."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for key, text in remarks:
+        stem = key.rpartition("/")[2].partition(".")[0]
+        kind = re.sub(rf"\b{re.escape(stem)}\b", "", text.replace(key, "")) if stem in text else text
+        kinds.setdefault(VARYING.sub("", kind), []).append((key, text))
+    for of_kind in sorted(kinds.values(), key=len, reverse=True)[:MAX_KINDS]:
+        for key, text in of_kind[:MAX_SHOWN]:
+            print(f"{title}: {key}: {text}")
+        if len(of_kind) > MAX_SHOWN:
+            print(f"{title}: ... and {len(of_kind) - MAX_SHOWN} more like these, see --json")
+    if len(kinds) > MAX_KINDS:
+        print(f"{title}: {len(kinds) - MAX_KINDS} more kinds, see --json")
 
 
 def _share(share: float | None) -> str:

@@ -11,6 +11,8 @@ from jepa_cache.webpage import build_document, build_markup_table, picture_url
 
 STYLE = "svg { background: var(--box); fill: var(--accent); vertical-align: middle; } .card.suspicious { border-color: var(--bad); }"
 
+MAX_CARDS = 300
+
 
 def build_page(reports: Iterable[InspectionReport]) -> str:
     """Write reports as HTML; every text that comes from the data is escaped, and scripts are forbidden."""
@@ -20,6 +22,7 @@ def build_page(reports: Iterable[InspectionReport]) -> str:
 
 def _describe(report: InspectionReport) -> list[str]:
     suspicious = [recording for recording in report.recordings if recording.suspicions]
+    shown = [recording for recording in report.recordings if recording.decoded or recording.suspicions][:MAX_CARDS]
     hours = sum(recording.duration_s for recording in report.recordings) / 3600
     return [
         f"<h1>Recordings of {escape(report.name)} (source {escape(report.source)})</h1>",
@@ -35,8 +38,11 @@ def _describe(report: InspectionReport) -> list[str]:
         "<h2>Action columns</h2>",
         _columns(report.columns),
         "<h2>Recordings</h2>",
+        f"<p>{len(shown)} of {len(report.recordings)}: those of which frames were decoded or that are suspicious.</p>"
+        if len(shown) < len(report.recordings)
+        else "",
         '<div class="cards">',
-        *(_card(recording) for recording in report.recordings),
+        *(_card(recording) for recording in shown),
         "</div>",
     ]
 

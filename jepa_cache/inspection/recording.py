@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa_cache.episode import Episode
 from jepa_cache.inspection.pictures import encode_picture
+from jepa_cache.media.probe import header_counts, probe_video
 from jepa_cache.media.video import DecodeError, Video, VideoInfo, open_video
 from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources.vpt import measure_yaw_law
@@ -32,12 +33,13 @@ MAX_UNUSED_S = 1.0
 class RecordingReport:
     """What was found in one recording; shares lie in [0, 1] and are None where they cannot be known.
 
-    `missing` are controls that the recording does not hold, `equal_share` is that of decoded frames that equal the one before
+    `decoded` says whether frames were looked at, `missing` are controls that the recording does not hold, `equal_share` is that of decoded frames that equal the one before
     although something moves, `tick_hz` the rate of its rows by its own clock, `picture` a JPEG of one frame.
     """
 
     unit: str
     key: str
+    decoded: bool
     fps: float
     container_fps: float
     codec: str
@@ -67,20 +69,26 @@ class _Frames:
     picture: bytes | None
 
 
-def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> RecordingReport:
+def inspect_recording(episode: Episode, unit: str, *, decode: bool, picture: bool) -> RecordingReport:
     """Measure one recording and say what is suspicious in it; a video that cannot be decoded is a suspicion, no error.
 
     Args:
-        episode: The recording; its first 200 frames are decoded.
+        episode: The recording.
         unit: The name of the unit that it came from.
-        picture: Whether to keep a small picture of one frame.
+        decode: Whether to decode its first 200 frames; else only the video's header is read.
+        picture: Whether to keep a small picture of one of these frames.
     """
     controls, suspicions = episode.controls, []
     info, frames = VideoInfo(0, episode.fps, 0, 0, "unknown"), None
     try:
-        with open_video(episode.video, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)) as video:
-            info = video.info
-            frames = _read_frames(video, min(NUM_DECODED, len(episode.frame_ticks)), picture=picture)
+        if decode:
+            num_frames = len(episode.frame_ticks)
+            with open_video(episode.video, first_frame=episode.first_frame, num_frames=num_frames) as video:
+                info = video.info
+                frames = _read_frames(video, min(NUM_DECODED, num_frames), picture=picture)
+        else:
+            with header_counts():
+                info = probe_video(episode.video)
     except DecodeError as error:
         suspicions.append(f"its video cannot be decoded: {error}")
     tick_hz, equal_share = _tick_hz(controls), None
@@ -106,6 +114,7 @@ def inspect_recording(episode: Episode, unit: str, *, picture: bool) -> Recordin
     return RecordingReport(
         unit=unit,
         key=episode.key,
+        decoded=decode,
         fps=episode.fps,
         container_fps=info.fps,
         codec=info.codec,

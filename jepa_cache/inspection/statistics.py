@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ import numpy as np
 from jepa_cache.actions import ActionSpace
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.inspection.recording import RecordingReport, inspect_recording
+from jepa_cache.media.probe import header_counts
 from jepa_cache.sources import Source, Unit, iter_recordings
 
 MAX_ROWS = 200_000
 """Action rows that are kept for histograms; of larger data sets every second, fourth, ... row."""
 NUM_BINS = 40
-MAX_PICTURES = 300
+NUM_FIRST_DECODED, DECODED_EVERY = 100, 50
+"""Frames are decoded of the first recordings and of every 50th after them: an open video is milliseconds, 200 frames half a second."""
 
 
 class ColumnStatistics(NamedTuple):
@@ -84,6 +86,7 @@ class _ActionRows:
     zeros: np.ndarray = field(init=False)
     bounds: np.ndarray = field(init=False)
     _kept: list[np.ndarray] = field(default_factory=list)
+    _num_kept: int = 0
     _stride: int = 1
 
     def __post_init__(self) -> None:
@@ -96,14 +99,16 @@ class _ActionRows:
         if len(rows) == 0:
             return
         self._kept.append(rows[-self.count % self._stride :: self._stride].astype(np.float32))
+        self._num_kept += len(self._kept[-1])
         self.count += len(rows)
         self.sums += rows.sum(axis=0)
         self.squares += (rows**2).sum(axis=0)
         self.zeros += (rows == 0).sum(axis=0)
         self.bounds[0] = np.minimum(self.bounds[0], rows.min(axis=0))
         self.bounds[1] = np.maximum(self.bounds[1], rows.max(axis=0))
-        if sum(map(len, self._kept)) > MAX_ROWS:
+        if self._num_kept > MAX_ROWS:
             self._kept = [np.concatenate(self._kept)[::2]]
+            self._num_kept = len(self._kept[0])
             self._stride *= 2
 
     def columns(self) -> list[ColumnStatistics]:
@@ -139,10 +144,13 @@ def inspect_units(
     *,
     name: str,
     step_hz: float,
+    plan: Callable[[Episode], np.ndarray],
     limit: int | None = None,
     pictures: bool = False,
 ) -> InspectionReport:
-    """Report on every recording of some units; nothing is encoded, and 200 frames of each are decoded.
+    """Report on every recording of some units: its records, and its video's header; nothing is encoded.
+
+    200 frames are decoded of the first hundred recordings and of every fiftieth after them.
 
     Args:
         source: Reads the units.
@@ -150,22 +158,30 @@ def inspect_units(
         space: The action space whose columns are measured.
         name: Of the data set, for the report.
         step_hz: Steps per second that the actions lead between; as in stage one the true rate may be a little lower.
+        plan: The video frames of a recording that its steps stand for in stage one; a ValueError where stage one would skip it.
         limit: Recordings to look at, of all units together; None means all.
-        pictures: Keep a picture of each of the first 300 recordings.
+        pictures: Keep a picture of each recording of which frames are decoded.
+
+    Cost: linear; a recording's records, a few milliseconds for the header of its video, and half a second for 200 frames of 640x360.
     """
     rows = _ActionRows(space)
     recordings: list[RecordingReport] = []
     skipped: list[dict[str, str]] = []
-    for unit, result in _iter_limited(source, units, limit):
+    for number, (unit, result) in enumerate(_iter_limited(source, units, limit)):
         if isinstance(result, Skipped):
             skipped.append({"unit": unit.name, "key": result.key, "reason": result.reason})
             continue
-        report = inspect_recording(result, unit.name, picture=pictures and len(recordings) < MAX_PICTURES)
+        report = inspect_recording(result, unit.name, decode=_is_decoded(number), picture=pictures)
         try:
-            rows.add(space.aggregate(result.controls, _anchors(result, step_hz)).actions)
+            anchors = plan(result)
         except ValueError as error:
-            reason = f"the action space {space.name} cannot describe it: {error}"
-            report = replace(report, suspicions=(*report.suspicions, reason))
+            report = replace(report, suspicions=(*report.suspicions, f"stage one skips it: {error}"))
+        else:
+            try:
+                rows.add(space.aggregate(result.controls, result.frame_ticks[anchors]).actions)
+            except ValueError as error:
+                reason = f"the action space {space.name} cannot describe it: {error}"
+                report = replace(report, suspicions=(*report.suspicions, reason))
         recordings.append(report)
     reader = str(source.recipe.get("source", type(source).__name__))
     return InspectionReport(name, reader, space.name, step_hz, rows.count, recordings, skipped, rows.columns())
@@ -174,13 +190,19 @@ def inspect_units(
 def _iter_limited(source: Source, units: Iterable[Unit], limit: int | None) -> Iterator[tuple[Unit, Episode | Skipped]]:
     number = 0
     for unit in units:
-        for result in iter_recordings(source, unit):
-            if number == limit:
-                return
+        results = iter_recordings(source, unit)
+        while number != limit:
+            # Where nothing is decoded, the source need not count a video's packets either.
+            with contextlib.nullcontext() if _is_decoded(number) else header_counts():
+                result = next(results, None)
+            if result is None:
+                break
             number += 1
             yield unit, result
+        else:
+            return
 
 
-def _anchors(episode: Episode, step_hz: float) -> np.ndarray:
-    """Rows at the steps of stage one's frame mode: every ceil(video fps / step_hz)-th frame."""
-    return episode.frame_ticks[:: max(1, math.ceil(episode.fps / step_hz - 1e-6))]
+def _is_decoded(number: int) -> bool:
+    """Whether frames are decoded of the recording with this number, counted from 0."""
+    return number < NUM_FIRST_DECODED or number % DECODED_EVERY == 0

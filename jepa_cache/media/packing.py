@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import spell_name
 from jepa_cache.files import atomic_file, remove_stale_temporaries
+from jepa_cache.media.tar import split_name
 
 SUFFIXES = ("mp4", "jsonl")
 """One file of each makes an episode."""
@@ -96,15 +97,13 @@ def find_episodes(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, dict
     Raises:
         ValueError: `folder` is no folder.
     """
-    from webdataset.tariterators import base_plus_ext  # Imports torch (3 s), hence here.
-
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the folder that holds the recordings")
     found: dict[str, dict[str, Path]] = {}
     left_out = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
         name = spell_name(path.relative_to(folder).as_posix())
-        key, suffix = base_plus_ext(name)
+        key, suffix = split_name(name)
         suffix = suffix.lower().lstrip(".") if suffix else ""
         if suffix.rpartition(".")[2] not in suffixes:
             continue

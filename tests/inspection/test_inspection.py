@@ -1,10 +1,12 @@
 """Claims of inspection/ and cli/inspect_data.py: a data set is described without encoding, and what is wrong in it is named.
 
-Statistics are exact; a sound recording is not suspected, each fault is; a page is self-contained and cannot be hijacked by names in
-the data; any source will do.
+Statistics are exact; a sound recording is not suspected, each fault is, also what stage one would skip; a page is self-contained and
+cannot be hijacked by names in the data; any source will do. Of many recordings most give their headers only, and ten of each kind are
+printed.
 """
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,10 +17,11 @@ from typer.testing import CliRunner
 from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_data import inspect
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.inspection import statistics
+from jepa_cache.inspection import recording, statistics
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.recording import inspect_recording
 from jepa_cache.inspection.statistics import inspect_units
+from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import build_source
 from tests.browser import measure_widths
@@ -32,10 +35,16 @@ VPT36 = get_action_space("vpt36")
 needs_real = pytest.mark.skipif(not REAL_VPT.exists(), reason="no real recordings in ../shared/data/vpt")
 
 
+def every_fourth(episode):
+    return np.arange(0, len(episode.frame_ticks), 4)
+
+
 def _inspect(tmp_path, pairs, *, space=VPT36, **options):
     tar = write_vpt_tar(tmp_path / "a.tar", pairs)
     source = build_source("vpt", {})
-    return inspect_units(source, source.list_units([str(tar)], tmp_path), space, name="vpt", step_hz=5, **options)
+    return inspect_units(
+        source, source.list_units([str(tar)], tmp_path), space, name="vpt", step_hz=5, plan=every_fourth, **options
+    )
 
 
 def _one(tmp_path, rows, video=VIDEO):
@@ -228,13 +237,15 @@ class _Robot:
 
 def test_any_source_is_described_with_what_it_knows():
     unit = type("AnyUnit", (), {"name": "shard"})()
-    report = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4)
+    report = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth)
     assert [entry.key for entry in report.recordings] == ["good", "second"]
     assert report.skipped == [{"unit": "shard", "key": "bad", "reason": "no camera"}]
     (first, _) = report.recordings
     assert (first.idle_share, first.gui_share, first.tick_hz, first.suspicions) == (None, None, None, ())
     assert len(report.columns) == 7
-    limited = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
+    limited = inspect_units(
+        _Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth, limit=2
+    )
     assert [entry.key for entry in limited.recordings] == ["good"]
 
 
@@ -243,8 +254,44 @@ def test_values_that_their_units_do_not_allow_are_suspected():
     degrees = [(name, np.degrees(it)) if name == "rx_rad" else (name, it) for name, it in _Robot.poses().items()]
     robot = _Robot()
     robot.poses = lambda: dict(degrees)
-    report = inspect_units(robot, [unit], get_action_space("pose7"), name="robot", step_hz=4, limit=2)
+    report = inspect_units(
+        robot, [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth, limit=2
+    )
     assert [text.partition(" ")[0] for text in report.recordings[0].suspicions] == ["rx_rad"]
+
+
+def test_of_many_recordings_most_are_described_by_their_headers_alone(tmp_path, monkeypatch):
+    lines, cut = to_jsonl(_moving_rows()), VIDEO[: len(VIDEO) * 3 // 4]
+    pairs = {f"{number:02}": (cut if number == 5 else VIDEO, lines) for number in range(8)}
+    whole = _inspect(tmp_path, pairs)
+    opened = []
+    monkeypatch.setattr(statistics, "NUM_FIRST_DECODED", 2)
+    monkeypatch.setattr(statistics, "DECODED_EVERY", 3)
+    monkeypatch.setattr(recording, "open_video", lambda *a, **k: opened.append(1) or open_video(*a, **k))
+    thinned = _inspect(tmp_path, pairs)
+    assert [entry.decoded for entry in thinned.recordings] == [
+        number in (0, 1, 3, 6) for number in range(8) if number != 5
+    ]
+    assert len(opened) == 4 and thinned.columns == whole.columns
+    assert [entry["key"] for entry in thinned.skipped] == [entry["key"] for entry in whole.skipped] == ["05"]
+    for one, other in zip(thinned.recordings, whole.recordings, strict=True):
+        assert replace(one, decoded=True, equal_share=0.0) == other
+
+
+def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(tmp_path):
+    pairs = {f"good{number}": (VIDEO, to_jsonl(_moving_rows())) for number in range(12)}
+    pairs |= {f"bad{number}": (VIDEO, b"{" * number) for number in range(1, 15)}
+    write_vpt_tar(tmp_path / "a.tar", {**pairs, "other": (b"", to_jsonl(_moving_rows()))})
+    lines = _run("dataset=vpt", tmp_path, "encode.fps=30").output.splitlines()
+    assert sum(line.startswith("good") for line in lines) == 10 and "... and 2 more, see --json" in lines
+    assert sum("stage one skips it: encode.fps 30 is above the video's 20 frames" in line for line in lines) == 10
+    assert sum(line.startswith("skipped: bad") for line in lines) == 10
+    assert [line for line in lines if "like these" in line] == [
+        "suspicious: ... and 2 more like these, see --json",
+        "skipped: ... and 4 more like these, see --json",
+    ]
+    assert any(line.startswith("skipped: other:") for line in lines)
+    assert any("12 suspicious; 15 skipped" in line for line in lines)
 
 
 def test_a_phone_does_not_scroll_the_page_sideways(tmp_path):
@@ -350,7 +397,7 @@ def test_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
     reports = json.loads(_run(*given, "--json").stdout)["data_sets"]
     assert [report["name"] for report in reports] == ["droid_raw, wrist", "droid_raw, exterior_1"]
     assert [entry["suspicions"] for report in reports for entry in report["recordings"]] == [[], []]
-    assert "note: 1 recordings: video at 5 Hz: frames are placed on the 15 Hz rows by time" in _run(*given).output
+    assert ": video at 5 Hz: frames are placed on the 15 Hz rows by time" in _run(*given).output
 
 
 @needs_real
@@ -376,5 +423,5 @@ def test_a_recording_whose_pictures_are_not_wanted_keeps_none(tmp_path):
     tar = write_vpt_tar(tmp_path / "a.tar", {"seg": (VIDEO, to_jsonl(_moving_rows()))})
     (unit,) = source.list_units([str(tar)], tmp_path)
     (episode,) = source.iter_episodes(unit)
-    assert inspect_recording(episode, unit.name, picture=False).picture is None
-    assert inspect_recording(episode, unit.name, picture=True).picture.startswith(b"\xff\xd8")
+    assert inspect_recording(episode, unit.name, decode=True, picture=False).picture is None
+    assert inspect_recording(episode, unit.name, decode=True, picture=True).picture.startswith(b"\xff\xd8")
