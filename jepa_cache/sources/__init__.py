@@ -86,12 +86,13 @@ class Source(Protocol):
 
 def find_obstacle(unit: Unit) -> str | None:
     """Why a unit must not even be opened: a file that is gone, or a pipe or device, which would be waited for for ever."""
-    for file in unit.files:
-        if not file.is_file():
-            what = (
-                "is a link to a file that is not there" if Path(file).is_symlink() else "is no plain file, or is gone"
-            )
-            return f"{spell_name(file.name)} {what}"
+    try:
+        for file in unit.files:
+            if not file.is_file():
+                what = "is a link to a file that is not there" if file.is_symlink() else "is no plain file, or is gone"
+                return f"{spell_name(file.name)} {what}"
+    except OSError as error:  # a folder on the way that may not be entered
+        return describe_unreadable(error)
     return None
 
 

@@ -23,7 +23,7 @@ from jepa_cache.inspection.recording import inspect_recording
 from jepa_cache.inspection.statistics import inspect_units
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
-from jepa_cache.sources import build_source
+from jepa_cache.sources import Unit, build_source
 from tests.browser import measure_widths
 from tests.droid_makers import make_episode, write_raw
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
@@ -236,7 +236,7 @@ class _Robot:
 
 
 def test_any_source_is_described_with_what_it_knows():
-    unit = type("AnyUnit", (), {"name": "shard"})()
+    unit = Unit("shard", ())
     report = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth)
     assert [entry.key for entry in report.recordings] == ["good", "second"]
     assert report.skipped == [{"unit": "shard", "key": "bad", "reason": "no camera"}]
