@@ -140,7 +140,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint: {error}\nOnly tensors are read from "
+            f"{path} holds more than tensors and plain values, or is no checkpoint: {error}\n  Only tensors are read from "
             f"checkpoints, because pickles can run code. If you trust the file, load it once with torch and save the "
             f"encoder's state dict alone under the same entry name"
         ) from error

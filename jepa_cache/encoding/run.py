@@ -9,6 +9,7 @@ from pathlib import Path
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
+from jepa_cache.config.terminal import printable
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, ensure_actions, fill_part, load_encoder, resolve_device
@@ -172,7 +173,7 @@ def _check_skipped(manifest: Manifest, max_share: float) -> None:
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
     num_skipped = len(manifest.skipped)
     for recording in manifest.skipped:
-        print(f"skipped: {recording['key']}: {recording['reason']}")
+        print(printable(f"skipped: {recording['key']}: {recording['reason']}"))
     if num_episodes == 0:
         raise ValueError(
             f"no usable recording: all {num_skipped} were skipped (reasons above; first: {manifest.skipped[0]['reason']}). Mend them, "

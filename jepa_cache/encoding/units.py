@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jepa_cache.config.schema import DatasetPreset
+from jepa_cache.config.terminal import printable
 from jepa_cache.sources import Source, Unit
 from jepa_cache.sources._forms import find_way_out
 from jepa_cache.store.digests import DigestTable
@@ -100,7 +101,7 @@ def digest_units(units: Sequence[Unit]) -> list[tuple[Unit, str]]:
     bar = tqdm(units, desc="checking recordings", unit="file", delay=2)
     for unit, digest in zip(units, lookup.digest_units(unit.files for unit in bar), strict=True):
         if digest in digests:
-            print(f"left out: {unit.path} has the same content as {digests[digest].path}")
+            print(printable(f"left out: {unit.path} has the same content as {digests[digest].path}"))
         else:
             digests[digest] = unit
     # By digest, so that file names and their order change nothing.
