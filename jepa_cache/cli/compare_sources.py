@@ -12,6 +12,7 @@ from typing import Any
 from jepa_cache.config.loading import find_repository
 from jepa_cache.evaluation.comparison import Evaluated, flatten
 from jepa_cache.evaluation.record import EPISODES_FILE, SETTINGS_FILE
+from jepa_cache.evaluation.tables import unguard_cell
 
 METRICS_FILE = "metrics.json"
 EVALUATE = "outputs/evaluate"
@@ -115,6 +116,9 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
 def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
     rows = csv.DictReader(io.StringIO(text))
     try:
-        return {row.pop("episode"): {name: float(value or "nan") for name, value in row.items()} for row in rows}
+        return {
+            unguard_cell(row.pop("episode")): {name: float(value or "nan") for name, value in row.items()}
+            for row in rows
+        }
     except ValueError as error:
         raise TypeError(f"{EPISODES_FILE}: {error}") from error

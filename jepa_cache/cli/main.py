@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import typer
 
 from jepa_cache.cli.outcome import help_of
 from jepa_cache.cli.stage import describe_error
+from jepa_cache.config.terminal import PrintableOutput
 from jepa_cache.files import full_disk_named
 
 # Command to its module and function; `export` is a group of its own.
@@ -57,7 +59,7 @@ def build_app(only: str | None = None) -> typer.Typer:
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     try:
-        with full_disk_named(Path(tempfile.gettempdir())):
+        with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
             build_app(next(iter(sys.argv[1:]), None))()
     except (ValueError, OSError) as error:  # OSError: a full disk, a file that cannot be written
         sys.exit(f"error: {describe_error(error)}")

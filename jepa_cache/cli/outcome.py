@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import typer
 from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
+from jepa_cache.config.terminal import PrintableOutput, printable
 from jepa_cache.files import full_disk_named
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
@@ -86,7 +87,10 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
     What the work itself prints goes to stderr then.
     """
     try:
-        with redirect_stdout(sys.stderr) if as_json else nullcontext(), full_disk_named(Path(tempfile.gettempdir())):
+        with (
+            redirect_stdout(PrintableOutput(sys.stderr if as_json else sys.stdout)),
+            full_disk_named(Path(tempfile.gettempdir())),
+        ):
             outcome = work()
     except (ValueError, OSError) as error:
         message = describe_error(error)
@@ -100,7 +104,7 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome.document, indent=2, allow_nan=False))
     elif outcome.lines:
-        print("\n".join(outcome.lines))
+        print("\n".join(printable(line, keep="\t") for line in outcome.lines))
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 

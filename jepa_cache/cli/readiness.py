@@ -177,6 +177,11 @@ def check_disk(root: Path, cache_root: str | None) -> list[Finding]:
     todo = "export JEPA_CACHE_HOME=/a/larger/disk, or set cache.root in params.yaml"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return [Finding("cache root", MISSING, f"{existing} is not writable", todo)]
+    if path.is_dir():
+        try:
+            cache.check_ours()
+        except ValueError as error:
+            return [Finding("cache root", MISSING, str(error), todo)]
     if free_bytes < MIN_FREE_BYTES:
         return [Finding("cache root", MISSING, found, todo)]
     if free_bytes < LOW_FREE_BYTES:

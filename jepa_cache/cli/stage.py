@@ -6,10 +6,12 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.config.loading import is_override
+from jepa_cache.config.terminal import PrintableOutput, printable
 from jepa_cache.files import full_disk_named
 
 
@@ -72,14 +74,18 @@ def parse_stage_arguments(
 
 
 def describe_error(error: BaseException) -> str:
-    """An error as a user is shown it: its message, and under it what was added where it passed."""
-    return "\n  ".join([str(error), *getattr(error, "__notes__", [])])
+    """An error as a user is shown it: its message, and under it what was added where it passed.
+
+    A line may only continue indented, as those of our messages do: else a name could end one and begin another.
+    """
+    text = "\n  ".join([str(error), *getattr(error, "__notes__", [])])
+    return "\n  ".join(printable(line, keep="\t") for line in text.split("\n  "))
 
 
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
     try:
-        with full_disk_named(Path(tempfile.gettempdir())):
+        with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         sys.exit(f"error: {describe_error(error)}")

@@ -139,7 +139,7 @@ def check_state(preset: EncoderPreset, state: Mapping[str, Tensor | np.ndarray],
         f"the weights in {origin} are not those of encoder preset '{preset.name}' (embed_dim {preset.embed_dim}, depth "
         f"{preset.depth}, mlp_dim {preset.mlp_dim}); {len(lines)} tensors differ:\n  "
         + "\n  ".join(lines)
-        + f"\n{_name_other_kind(preset, found)}Choose the encoder preset that fits the file, or another file with "
+        + f"\n  {_name_other_kind(preset, found)}Choose the encoder preset that fits the file, or another file with "
         "encode.weights=PATH"
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
+from jepa_cache.config.terminal import printable
 from jepa_cache.encoding.claims import is_whole, wait_for_others
 from jepa_cache.encoding.distribution import encode_on_workers
 from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder, resolve_device
@@ -237,7 +238,7 @@ def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str
         by_reason.setdefault(recording["reason"], []).append(names.get(key, key))
     for reason, keys in by_reason.items():
         more = f" and {len(keys) - MAX_SHOWN} more" if len(keys) > MAX_SHOWN else ""
-        print(f"skipped: {', '.join(keys[:MAX_SHOWN])}{more}: {reason}")
+        print(printable(f"skipped: {', '.join(keys[:MAX_SHOWN])}{more}: {reason}"))
     if num_episodes == 0:
         first = manifest.skipped[0]["reason"] if manifest.skipped else "the units hold none"
         raise ValueError(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from jepa_cache.config.machine import spell_name
 from jepa_cache.config.schema import DatasetPreset
+from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
 from jepa_cache.media.http import DownloadError
 from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
@@ -117,7 +117,7 @@ def digest_units(units: Sequence[Unit]) -> Digested:
     digested = sort_units(hash_units(DigestTable(), tqdm(units, desc="checking recordings", unit="file", delay=2)))
     first = {digest: unit for unit, digest in digested.units}
     for unit, digest in digested.copies:
-        print(spell_name(f"left out: {unit.path} has the same content as {first[digest].path}"))
+        print(printable(f"left out: {unit.path} has the same content as {first[digest].path}"))
     return digested
 
 

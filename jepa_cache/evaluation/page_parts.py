@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_cache.evaluation.tables import unguard_cell
 from jepa_cache.webpage import build_figure, build_table, picture_url
 
 MAX_ROWS = 40  # of a table; a data set may have thousands of episodes
@@ -86,7 +87,7 @@ def build_file_table(path: Path, *, label: str) -> str:
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8", newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+        header, *rows = [[unguard_cell(cell) for cell in row] for row in csv.reader(file)] or [[]]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(

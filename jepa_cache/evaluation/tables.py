@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 MEASUREMENTS_FOLDER = "measurements"
 """Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was asked for."""
 
@@ -30,7 +32,23 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path, *, columns: Seque
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns or rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: guard_cell(value) for name, value in row.items()} for row in rows)
+
+
+def guard_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula, with the `'` before it that makes it a text; all else as it is."""
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def unguard_cell(text: str) -> str:
+    """The text that `guard_cell` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

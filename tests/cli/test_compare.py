@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from jepa_cache.cli.main import build_app
 from jepa_cache.evaluation.metrics import bootstrap_mean
+from jepa_cache.evaluation.tables import unguard_cell, write_table
 from jepa_cache.store.recipe import canonical_json
 
 NUM_EPISODES = 12
@@ -90,6 +91,24 @@ def compare(*arguments, fails=0):
         assert result.exit_code == fails, result.output
         texts.append(result)
     return json.loads(texts[1].stdout), texts[0].output
+
+
+KEYS = ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(A1)", "\tx", "'=quoted", "''-x", "'plain", "plain", "-0.5"]
+
+
+def test_no_cell_begins_a_formula_and_every_key_is_read_back_as_it_was(tmp_path):
+    write_table([{"episode": key, "rollout_l1": -0.5} for key in KEYS], tmp_path / "episodes.csv")
+    with (tmp_path / "episodes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [unguard_cell(row["episode"]) for row in rows] == KEYS and {row["rollout_l1"] for row in rows} == {"-0.5"}
+    cells = [row["episode"] for row in rows if row["episode"][0] in "=+-@\t\r"]
+    assert cells == ["+1", "-0.5"], "numbers"
+    for name, key in (("old", "=x"), ("new", "'=x")):  # as written before cells were guarded, and since
+        table = write_run(tmp_path / name, BASE) / "episodes.csv"
+        header, first, *rest = table.read_text().splitlines()
+        table.write_text("\n".join([header, ",".join([key, *first.split(",")[1:]]), *rest, ""]))
+    document, _ = compare(tmp_path / "old", tmp_path / "new")
+    assert document["groups"][0]["paired"][0]["rollout_l1"]["num_episodes"] == NUM_EPISODES
 
 
 def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_nothing(tmp_path):

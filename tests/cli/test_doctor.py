@@ -204,3 +204,9 @@ def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch, web):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (finding,) = readiness.check_hub()
     assert finding.state == NOTE and finding.todo == "unset HF_HUB_OFFLINE" and web.requests == []
+
+
+def test_a_folder_of_something_else_is_named_before_an_encode_refuses_it(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (finding,) = readiness.check_disk(REPOSITORY_ROOT, str(tmp_path))
+    assert finding.state == MISSING and "is no cache root: it holds notes.txt" in finding.found
