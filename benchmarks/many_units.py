@@ -165,9 +165,7 @@ class Place:
         step("open, split, spread")
         control_actions(dataset, scaler, index, numbers, seed=settings.seed)
         step("ablations")
-        windows.fit_baselines(
-            dataset, subject.training_segments(), scaler, num_steps=subject.window_steps, normalize_reps=True
-        )
+        windows.fit_baselines(dataset, subject.training_segments(), scaler, normalize_reps=True)
         step("baselines")
         rng, episodes = np.random.default_rng(0), [index.segments[index[number].segment].episode for number in numbers]
         made = {
@@ -177,7 +175,7 @@ class Place:
             }
             for kind, length in (("teacher_forced", subject.window_steps - 1), ("open_loop", settings.horizon))
         }
-        errors = windows.WindowErrors(episodes, **made, index=index, numbers=numbers)
+        errors = windows.WindowErrors(episodes, **made, index=index, numbers=numbers, num_fitted_steps=0)
         step("made errors")
         run.summarize(errors, self.config, dataset)
         step("figures")

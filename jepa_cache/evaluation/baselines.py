@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.data.windows import WindowIndex
 from jepa_cache.predictor.rollout import as_reps
 
-TRAINING_WINDOWS_PER_EPISODE = 8
-BATCH_SIZE = 16
+PIECE_STEPS = 16
+BATCH_SIZE = 8
 RIDGE = 1e-3  # penalty for each training row, of inputs with deviations near 1
 CPU = torch.device("cpu")
 
@@ -26,20 +27,23 @@ class Baselines(NamedTuple):
     Attributes:
         mean: [N, D] float32, of the tokens at each position.
         change: [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change.
+        num_steps: Steps that they were fitted on.
     """
 
     mean: Tensor
     change: Tensor
-
-    def to(self, device: torch.device) -> Baselines:
-        """The same on a device."""
-        return Baselines(self.mean.to(device), self.change.to(device))
+    num_steps: int
 
 
 def fit_baselines(
-    dataset: CachedDataset, segments: Sequence[Segment], scaler: Scaler, *, num_steps: int, normalize_reps: bool
+    dataset: CachedDataset,
+    segments: Sequence[Segment],
+    scaler: Scaler,
+    *,
+    normalize_reps: bool,
+    device: torch.device = CPU,
 ) -> Baselines:
-    """Mean and ridge regression over windows spread evenly over each training episode, in one pass.
+    """Mean over all steps and ridge regression over all pairs of neighbouring steps of the training episodes, in one pass.
 
     The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
     from t to t+1, the scaled state at t, and 1. It sees no tokens.
@@ -48,35 +52,63 @@ def fit_baselines(
         dataset: The cached features.
         segments: Of the training episodes.
         scaler: Of actions and states.
-        num_steps: Of each window, at least 2.
         normalize_reps: Whether tokens are layer-normed.
+        device: Where to compute.
 
     Raises:
-        ValueError: When no training segment holds a window.
+        ValueError: When no training segment holds two steps.
 
-    Cost: reads up to 8 windows of each training episode; memory [A+S+1, N, D] float64 (150 MB for 50 inputs at N=256,
-    D=1408) and one batch of 16 windows, however many there are.
+    Cost: reads all tokens of the training episodes once (docs/honesty_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
+    for 50 inputs at N=256, D=1408) and a batch of 136 steps, however many there are.
     """
-    index = WindowIndex(segments, num_steps)
-    numbers = spread_windows(index, TRAINING_WINDOWS_PER_EPISODE)
-    loader = WindowLoader(dataset, index, scaler)
     num_inputs = len(dataset.space.actions) + len(dataset.space.states) + 1
     shape = dataset.manifest.num_tokens, dataset.manifest.width
-    total, num_rows = torch.zeros(shape, dtype=torch.float64), 0
-    squares = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
-    products = torch.zeros(num_inputs, shape[0] * shape[1], dtype=torch.float64)
-    for batch in loader.iterate([numbers[start : start + BATCH_SIZE] for start in range(0, len(numbers), BATCH_SIZE)]):
-        reps = as_reps(to_device(batch, CPU).tokens, normalize_reps)
-        total += reps.sum(dim=(0, 1))
-        num_rows += reps.shape[0] * reps.shape[1]
-        inputs = _inputs(batch.actions, batch.states[:, :-1]).flatten(0, 1)
-        squares += inputs.T.double() @ inputs.double()
-        products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
+    exact = {"dtype": torch.float64, "device": device}
+    total, num_steps = torch.zeros(shape, **exact), 0
+    squares = torch.zeros(num_inputs, num_inputs, **exact)
+    products = torch.zeros(num_inputs, shape[0] * shape[1], **exact)
+    pieces = _cut_pieces(segments)
+    bar = tqdm(
+        total=sum(map(len, pieces.values())), desc="fitting baselines", unit="piece", delay=2, dynamic_ncols=True
+    )
+    for length, alike in pieces.items():
+        loader = WindowLoader(dataset, WindowIndex([piece for piece, _ in alike], length), scaler)
+        starts = range(0, len(alike), BATCH_SIZE)
+        for start, batch in zip(
+            starts, loader.iterate([range(s, min(s + BATCH_SIZE, len(alike))) for s in starts]), strict=True
+        ):
+            batch = to_device(batch, device)
+            reps = as_reps(batch.tokens, normalize_reps)
+            is_first = torch.tensor([first for _, first in alike[start : start + len(reps)]], device=device)
+            total += reps[:, 1:].sum(dim=(0, 1)) + reps[is_first, 0].sum(dim=0)
+            num_steps += reps[:, 1:].shape[:2].numel() + int(is_first.sum())
+            inputs = _inputs(batch.actions, batch.states[:, :-1]).flatten(0, 1)
+            squares += inputs.T.double() @ inputs.double()
+            products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
+            bar.update(len(reps))
+    bar.close()
     num_pairs = float(squares[-1, -1])
-    penalty = torch.full((num_inputs,), RIDGE * num_pairs, dtype=torch.float64)
+    if not num_pairs:
+        raise ValueError(
+            f"none of the {len(segments)} training segments has two steps, so there is nothing to fit baselines on"
+        )
+    penalty = torch.full((num_inputs,), RIDGE * num_pairs, **exact)
     penalty[-1] = 1e-9 * num_pairs  # the constant is not shrunk
     change = torch.linalg.solve(squares + penalty.diag(), products)
-    return Baselines((total / num_rows).float(), change.float().unflatten(1, shape))
+    return Baselines((total / num_steps).float(), change.float().unflatten(1, shape), num_steps)
+
+
+def _cut_pieces(segments: Sequence[Segment]) -> dict[int, list[tuple[Segment, bool]]]:
+    """Segments in pieces by length, and whether each begins its segment: any other begins with the last step of the one before.
+
+    So every step is in one piece as another than that first one, and every pair of neighbours in one.
+    """
+    pieces: dict[int, list[tuple[Segment, bool]]] = {}
+    for segment in segments:
+        for start in range(segment.start, max(segment.stop - 1, segment.start + 1), PIECE_STEPS):
+            piece = segment._replace(start=start, stop=min(start + PIECE_STEPS + 1, segment.stop))
+            pieces.setdefault(piece.stop - start, []).append((piece, start == segment.start))
+    return pieces
 
 
 def _inputs(actions: Tensor, states: Tensor) -> Tensor:

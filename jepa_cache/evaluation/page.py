@@ -139,7 +139,8 @@ def _heading(metrics: Mapping[str, Any]) -> list[str]:
     return [
         f"<h1>Evaluation of {escape(_subject(metrics))}</h1>",
         f'<p class="soft">{metrics["num_windows"]} windows of {metrics["num_episodes"]} held-out episodes; encode mode '
-        f"{escape(str(metrics['mode']))}. Intervals are 95 %, over episodes.</p>",
+        f"{escape(str(metrics['mode']))}. Intervals are 95 %, over episodes. Mean and regression are fitted on all "
+        f"{metrics['num_fitted_steps']} steps of the training episodes.</p>",
         *(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings),
     ]
 

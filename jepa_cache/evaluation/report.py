@@ -141,4 +141,7 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         gains = [find_gain(metrics, name, where) for where in ("", f"_step{horizon}")]
         one_step, last = ("not measured" if gain is None else str(gain) for gain in gains)
         lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
+    lines.append(
+        f"  mean and regression are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"
+    )
     return "\n".join([*lines, *(f"  {answer['words']}" for answer in metrics["verdict"].values())])

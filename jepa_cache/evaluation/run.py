@@ -30,6 +30,7 @@ def summarize(errors: WindowErrors, config: Config, dataset: CachedDataset) -> d
         "mode": dataset.manifest.mode,
         "num_episodes": len(set(errors.episodes)),
         "num_windows": len(errors.episodes),
+        "num_fitted_steps": errors.num_fitted_steps,
         **Figures(errors, config.evaluate).sections(),
     }
 

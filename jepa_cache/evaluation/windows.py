@@ -43,6 +43,7 @@ class WindowErrors:
         open_loop: The same to [windows, K], of the K steps after the context.
         index: Windows by number.
         numbers: Window numbers in the index.
+        num_fitted_steps: Training steps that the baselines `mean` and `regression` were fitted on: all there are.
     """
 
     episodes: list[str]
@@ -50,6 +51,7 @@ class WindowErrors:
     open_loop: dict[str, dict[str, np.ndarray]]
     index: WindowIndex
     numbers: list[int]
+    num_fitted_steps: int
 
     @property
     def one_step(self) -> dict[str, np.ndarray]:
@@ -116,9 +118,9 @@ def measure_windows(subject: Subject) -> WindowErrors:
         subject.dataset,
         subject.training_segments(),
         subject.scaler,
-        num_steps=num_steps,
         normalize_reps=subject.normalize_reps,
-    ).to(device)
+        device=device,
+    )
     shapes = {"teacher_forced": subject.window_steps - 1, "open_loop": settings.horizon}
     found = {
         kind: {measure: {name: np.full((len(numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
@@ -145,7 +147,7 @@ def measure_windows(subject: Subject) -> WindowErrors:
                     values = error(predicted.open_loop, true[:, context])
                     found["open_loop"][measure][predicted.name][rows] = _checked(values, subject)
     episodes = [index.segments[index[number].segment].episode for number in numbers]
-    return WindowErrors(episodes, **found, index=index, numbers=numbers)
+    return WindowErrors(episodes, **found, index=index, numbers=numbers, num_fitted_steps=baselines.num_steps)
 
 
 def _checked(values: Tensor, subject: Subject) -> np.ndarray:

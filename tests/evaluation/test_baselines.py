@@ -4,8 +4,8 @@ Claims:
 - donors, of whole windows and of single steps, are of another episode, the same by seed, and drawn from all of them; one
   episode alone is refused;
 - zero actions keep the slot; shifted ones are the recording's own neighbours, and where there is none they are NaN;
-- the mean baseline is the mean of training tokens, and held-out ones do not touch it; the regression finds a change that
-  depends on actions and states in a line, and leaves out what does not; a straight line foresees one.
+- mean and regression are those of all training steps, each counted once; the regression adds what actions and states say in a
+  line; a straight line foresees one.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ import zarr
 
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.baselines import (
-    TRAINING_WINDOWS_PER_EPISODE,
+    RIDGE,
     Baselines,
     extrapolate_open_loop,
     extrapolate_teacher_forced,
@@ -42,23 +42,30 @@ def test_one_episode_alone_has_no_donors():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_mean_baseline_is_the_mean_over_training_windows(tmp_path, normalize):
-    cache, num_steps = make_cache(tmp_path), 5
+@pytest.mark.parametrize("num_steps", [2, 17, 18, 40])  # shorter than a piece, one piece, and with a rest
+def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path, normalize, num_steps):
+    cache = make_cache(tmp_path, num_steps=num_steps)
     segments = cache.dataset.segments_of("train", cache.config.split)
-    found = fit_baselines(cache.dataset, segments, cache.scaler, num_steps=num_steps, normalize_reps=normalize).mean
-    parts = []
+    segments += [segments[0]._replace(stop=segments[0].start + 1)]  # what a filter may leave: a step without a pair
+    found = fit_baselines(cache.dataset, segments, cache.scaler, normalize_reps=normalize)
+    steps, inputs, changes = [], [], []
     for segment in segments:
-        entry = cache.dataset.manifest.entries[segment.store]
-        tokens = zarr.open(cache.root.tokens(cache.dataset.manifest.fingerprint, entry.unit_digest))["tokens"][
-            ...
-        ].astype(float)
-        last = segment.stop - segment.start - num_steps
-        for start in np.linspace(0, last, TRAINING_WINDOWS_PER_EPISODE).round().astype(int):
-            window = tokens[segment.start + start :][:num_steps]
-            if normalize:
-                window = (window - window.mean(-1, keepdims=True)) / np.sqrt(window.var(-1, keepdims=True) + 1e-5)
-            parts.append(window)
-    assert np.allclose(found.numpy(), np.concatenate(parts).mean(axis=0), atol=1e-5)
+        entry, manifest = cache.dataset.manifest.entries[segment.store], cache.dataset.manifest
+        tokens = zarr.open(cache.root.tokens(manifest.fingerprint, entry.unit_digest))["tokens"]
+        own = np.array(tokens[segment.start : segment.stop], np.float64)
+        if normalize:
+            own = (own - own.mean(-1, keepdims=True)) / np.sqrt(own.var(-1, keepdims=True) + 1e-5)
+        actions, states = (values[segment.start : segment.stop - 1] for values in cache.dataset.controls(segment.store))
+        scaled = cache.scaler.actions.apply(actions), cache.scaler.states.apply(states), np.ones((len(own) - 1, 1))
+        steps, inputs = [*steps, *own], [*inputs, *np.hstack(scaled).astype(np.float64)]
+        changes += [*np.diff(own, axis=0).reshape(len(own) - 1, own[0].size)]
+    assert found.num_steps == len(steps)
+    assert np.allclose(found.mean.numpy(), np.mean(steps, axis=0), atol=1e-5)
+    x, y = np.array(inputs), np.array(changes)
+    penalty = RIDGE * len(x) * np.eye(x.shape[1])
+    penalty[-1, -1] = 1e-9 * len(x)
+    change = np.linalg.solve(x.T @ x + penalty, x.T @ y)
+    assert np.allclose(found.change.flatten(1).numpy(), change, atol=1e-4)
 
 
 def test_every_step_gets_an_action_of_another_episode():
@@ -105,7 +112,7 @@ def test_the_regression_adds_what_actions_and_states_say_of_each_token():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     change, actions, states = draw(6, 3, 4), draw(2, 5, 3), draw(2, 5, 2)
-    baselines = Baselines(torch.zeros(3, 4), change)
+    baselines = Baselines(torch.zeros(3, 4), change, 10)
     h = [draw(2, 3, 4)]
     for t in range(5):
         inputs = torch.cat([actions[:, t], states[:, t], torch.ones(2, 1)], dim=-1)

@@ -28,6 +28,7 @@ METRICS = {
     "mode": "frame",
     "num_episodes": 10,
     "num_windows": 160,
+    "num_fitted_steps": 3366,
     "val": {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "gap_shuffled_actions": 0.14891, "odd_figure": 7.0},
     "val_ci": {"teacher_forcing_l1": [0.43, 0.47], "rollout_l1": [0.52, 0.56], "gap_shuffled_actions": [0.13, 0.16]},
 }

@@ -25,7 +25,7 @@ import zarr
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.evaluation import report
-from jepa_cache.evaluation.baselines import RIDGE, TRAINING_WINDOWS_PER_EPISODE
+from jepa_cache.evaluation.baselines import RIDGE
 from jepa_cache.evaluation.controls import CONTROLS, choose_donors, draw_rows
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.report import describe_metrics, evaluate_run
@@ -145,16 +145,14 @@ def spread(segment, num_steps: int, count: int) -> np.ndarray:
     return np.linspace(0, segment.stop - segment.start - num_steps, count).round().astype(int)
 
 
-def fit_again(cache: Cache, card: dict, num_steps: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Training mean [N, D], and regression weights by least squares with the penalty as rows of data."""
+def fit_again(cache: Cache, card: dict) -> tuple[torch.Tensor, np.ndarray]:
+    """Mean [N, D] of all training steps, and regression weights by least squares with the penalty as rows of data."""
     tokens, inputs, changes = [], [], []
     for segment in cache.dataset.segments_of("train", cache.config.split):
         h, actions, states = read_arrays(cache, card, segment)
-        for start in spread(segment, num_steps, TRAINING_WINDOWS_PER_EPISODE):
-            window, pairs = h[start : start + num_steps].numpy(), slice(start, start + num_steps - 1)
-            tokens.append(window)
-            inputs.append(np.hstack([scaled(card, actions[pairs]), states[pairs], np.ones((num_steps - 1, 1))]))
-            changes.append(np.diff(window, axis=0).reshape(num_steps - 1, -1))
+        tokens.append(h.numpy())
+        inputs.append(np.hstack([scaled(card, actions[:-1]), states[:-1], np.ones((len(h) - 1, 1))]))
+        changes.append(np.diff(h.numpy(), axis=0).reshape(len(h) - 1, -1))
     x, y = np.concatenate(inputs), np.concatenate(changes)
     penalty = np.sqrt(RIDGE * len(x)) * np.eye(x.shape[1])
     penalty[-1] *= 1e-3
@@ -182,7 +180,7 @@ def recompute(cache: Cache, weights: Path) -> Again:
             )
             episodes.append(segment.episode)
             starts.append(int(start))
-    mean, change = fit_again(cache, card, num_steps)
+    mean, change = fit_again(cache, card)
     donors = choose_donors(episodes, seed=settings.seed)
     drawn = draw_rows(episodes, num_steps - 1, seed=settings.seed)
     every_row = np.concatenate([window[1][0] for window in windows])
@@ -322,6 +320,9 @@ def test_every_figure_equals_one_recomputed_from_the_files(trained, again, resul
         assert metrics["val"][f"ratio_{name}"] == pytest.approx(ratio)
     assert (metrics["num_episodes"], metrics["num_windows"]) == (len(set(again.episodes)), len(again.episodes))
     assert metrics["num_episodes"] >= 6
+    training = trained.cache.dataset.segments_of("train", trained.cache.config.split)
+    assert metrics["num_fitted_steps"] == sum(segment.stop - segment.start for segment in training)
+    assert f"fitted on all {metrics['num_fitted_steps']} steps" in describe_metrics(metrics, 4)
 
 
 def test_every_table_equals_one_recomputed_from_the_files(again, result):
