@@ -101,8 +101,8 @@ def inspect_recording(episode: Episode, unit: str, *, decode: bool, picture: boo
     missing = tuple(name for name, column in controls.items() if _is_absent(column))
     if missing:
         suspicions.append(f"it holds no {', '.join(missing)}")
-    if abs(info.fps / episode.fps - 1) > 0.01:
-        suspicions.append(f"the container says {info.fps:g} frames/s, its rows say {episode.fps:g}")
+    if abs(info.typical_fps / episode.fps - 1) > 0.01:
+        suspicions.append(f"the container says {info.typical_fps:g} frames/s, its rows say {episode.fps:g}")
     suspicions += _judge_clock(episode, tick_hz)
     idle_share, gui_share = _mean(controls, "idle"), _mean(controls, "gui")
     if idle_share is not None and idle_share > MAX_IDLE_SHARE:
