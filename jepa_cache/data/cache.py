@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 from collections.abc import Sequence
@@ -30,10 +31,13 @@ from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
-from jepa_cache.store.quantisation import Channels, get_scheme
+from jepa_cache.store.quantisation import Channels, decode, get_scheme, scales_dtype, scales_shape
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.root import CacheRoot, resolve_cache_root
 from jepa_cache.store.verify import StoreFile, check_place, read_store_file
+
+# Share of their mean size by which tokens of one picture may differ: batches round, and so do the codes of two stores.
+SAME_PICTURE = 0.01
 
 
 class Segment(NamedTuple):
@@ -106,6 +110,7 @@ class CachedDataset:
         self._root, self._base = root, base or data_base()
         self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
         self._verify_checksums = verify_checksums
+        self._copies: dict[str, str] | None = None
         for number, (part, entry) in enumerate(manifest.stores):
             tokens = root.tokens(part.fingerprint, entry.unit_digest)
             actions = root.actions(part.action_fingerprint, entry.unit_digest)
@@ -125,7 +130,8 @@ class CachedDataset:
     def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
         """Segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.
 
-        Episodes that a list of ranges does not know are left out, as openpi does; how many is said on stderr.
+        Episodes that a list of ranges does not know are left out, as openpi does; how many is said on stderr. Recordings of one content
+        are on one side, and of held-out ones only the first is taken: others would count as further evidence.
 
         Raises:
             ValueError: A filter needs a record that an episode does not have, or `keep_ranges` fits no episode.
@@ -136,10 +142,13 @@ class CachedDataset:
         return list(self._cut[asked])
 
     def _cut_segments(self, split: str, config: SplitConfig, filters: FilterConfig) -> list[Segment]:
+        copies = self.find_copies()
         chosen = [
             segment
             for segment in self.segments
-            if split_of(segment.episode, val_share=config.val_share, seed=config.seed) == split
+            if split_of(copies.get(segment.episode, segment.episode), val_share=config.val_share, seed=config.seed)
+            == split
+            and (split == TRAIN or segment.episode not in copies)
         ]
         if filters == NO_FILTER:
             return chosen
@@ -164,6 +173,60 @@ class CachedDataset:
                 file=sys.stderr,
             )
         return cut
+
+    def find_copies(self) -> dict[str, str]:
+        """Episodes that are another's recording once more, and the first of its keys; looked for once, and said on stderr.
+
+        Alike are those of equal actions, states and lengths whose first step shows the same. Tokens decide only that: the place in a batch
+        may change their last bits. Cost: reads actions and states of all stores.
+        """
+        if self._copies is None:
+            alike: dict[bytes, list[tuple[Segment, ...]]] = {}
+            seen: set[str] = set()
+            for (store, episode), group in groupby(self.segments, key=lambda segment: (segment.store, segment.episode)):
+                if episode not in seen:  # else another view of it
+                    seen.add(episode)
+                    runs = tuple(group)
+                    alike.setdefault(self._digest_controls(store, runs), []).append(runs)
+            self._copies = {}
+            for episodes in alike.values():
+                originals: list[tuple[Segment, np.ndarray]] = []
+                for first, *_ in sorted(episodes if len(episodes) > 1 else (), key=lambda runs: runs[0].episode):
+                    shown = self._read_step(first)
+                    for original, tokens in originals:
+                        if np.abs(shown - tokens).mean() <= SAME_PICTURE * np.abs(tokens).mean():
+                            self._copies[first.episode] = original.episode
+                            break
+                    else:
+                        originals.append((first, shown))
+            if self._copies:
+                copy, original = next(iter(self._copies.items()))
+                print(
+                    f"{len(self._copies)} recordings are others once more (first: {copy} is {original}): they are on one side of the split "
+                    "with these, and count once in evaluation",
+                    file=sys.stderr,
+                )
+        return self._copies
+
+    def _digest_controls(self, store: int, runs: Sequence[Segment]) -> bytes:
+        """Hash of the actions, states and lengths of an episode, and of the view that it is seen in."""
+        part, hasher = self.manifest.stores[store][0], hashlib.sha256()
+        for values in self.controls(store):
+            for run in runs:
+                hasher.update(f"{part.fingerprint} {run.stop - run.start}\n".encode())
+                hasher.update(values[run.start : run.stop].tobytes())
+        return hasher.digest()
+
+    def _read_step(self, segment: Segment) -> np.ndarray:
+        """The first step [N, D] of a segment as values."""
+        manifest, scheme = self.manifest, self.scheme
+        out = np.empty((1, manifest.num_tokens, manifest.width // scheme.codes_per_item), scheme.dtype)
+        self.read_tokens(segment.store, segment.start, out)
+        if scheme.max_code is None:
+            return decode(out, self.dtype)[0]
+        scales = np.empty(scales_shape(self.dtype, 1, manifest.num_tokens, manifest.width), scales_dtype(self.dtype))
+        self.read_token_scales(segment.store, segment.start, scales)
+        return decode(out, self.dtype, scales, self.channels(segment.store))[0]
 
     def _read_ranges(
         self, split: str, filters: FilterConfig, episodes: Sequence[str]
