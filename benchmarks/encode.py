@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import Config  # noqa: E402
-from jepa_cache.encoding.modes import plan_episode  # noqa: E402
+from jepa_cache.encoding.steps import plan_episode  # noqa: E402
 from jepa_cache.episode import Episode  # noqa: E402
 from jepa_cache.media.packing import pack_folder  # noqa: E402
 from jepa_cache.media.probe import as_file  # noqa: E402

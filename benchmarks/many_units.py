@@ -32,24 +32,24 @@ from tqdm import tqdm  # noqa: E402
 
 from jepa_cache.actions import get_action_space  # noqa: E402
 from jepa_cache.cli.outcome import Checkout  # noqa: E402
-from jepa_cache.cli.status import look_up  # noqa: E402
+from jepa_cache.cli.status import collect_status  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.cache import CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.splits import TRAIN  # noqa: E402
 from jepa_cache.data.windows import WindowIndex, spread_windows  # noqa: E402
-from jepa_cache.encoding.filling import ensure_actions  # noqa: E402
-from jepa_cache.encoding.parts import Part, open_encoder, plan_parts  # noqa: E402
+from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
+from jepa_cache.encoding.task import ensure_actions  # noqa: E402
 from jepa_cache.evaluation import metrics, record, run, slices, windows  # noqa: E402
 from jepa_cache.evaluation.candidates import ActionPool  # noqa: E402
 from jepa_cache.evaluation.controls import control_actions  # noqa: E402
 from jepa_cache.evaluation.subject import Subject  # noqa: E402
+from jepa_cache.sources import Unit  # noqa: E402
 from jepa_cache.store import layout  # noqa: E402
 from jepa_cache.store.controls import ControlsWriter  # noqa: E402
-from jepa_cache.store.manifest import read_manifest, write_manifest  # noqa: E402
+from jepa_cache.store.manifest import read_manifest  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
-from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
 from jepa_cache.training.feed import Feed  # noqa: E402
 
@@ -74,10 +74,9 @@ class Place:
         self.scaler = folder / "outputs/scaler/scaler.json"
         self.space = get_action_space(self.config.encode.action_space)
 
-    def parts(self) -> list[Part]:
-        """What stage one would plan: one part."""
-        encoder, _, identity = open_encoder(self.config, self.folder)
-        return plan_parts(self.config, encoder, identity, self.space, [], self.folder)
+    def groups(self) -> list[EncodingGroup]:
+        """What stage one would encode: one group."""
+        return group_units_by_recipe(self.config, open_encoder(self.config, self.folder), [], self.folder)
 
     def make(self, num_units: int) -> None:
         """Write recordings and stores, unless it was done before; without waiting for the disk, as nothing here must outlive a crash."""
@@ -90,53 +89,45 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"no video %d" % number)
             path.with_suffix(".json").write_text(json.dumps({"fps": 20, "number": number}))
-        (part,) = self.parts()
+        (group,) = self.groups()
         with (
             mock.patch("jepa_cache.store.root.sync"),
             mock.patch("jepa_cache.store.root.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.controls.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.writer.remove_stale_temporaries"),
         ):
-            for unit, digest in tqdm(part.units, desc="making", unit="unit", disable=False):
-                if not self.root.tokens(part.tokens, digest).exists():
-                    self._write(part, unit, digest)
+            for unit in tqdm(group.units, desc="making", unit="unit", disable=False):
+                if not group.tokens(self.root, unit).exists():
+                    self._write(group, unit)
         made.touch()
 
-    def _write(self, part: Part, unit: object, digest: str) -> None:
-        rng = np.random.default_rng(int(digest[:8], 16))
+    def _write(self, group: EncodingGroup, unit: Unit) -> None:
+        rng = np.random.default_rng(int(unit.digest[:8], 16))
         num_tokens, width = self.config.encode.num_tokens_of(self.config.encoder), self.config.encoder.embed_dim
         ticks = NUM_STEPS * TICKS_PER_STEP
         controls = {f"{kind}_{column}": rng.normal(size=ticks) for kind in ("action", "state") for column in range(2)}
-        with ControlsWriter(self.root.controls(part.controls, digest)) as writer:
+        with ControlsWriter(group.controls(self.root, unit)) as writer:
             writer.append(unit.name, controls)
         steps = {field.name: np.zeros(NUM_STEPS) for field in layout.STEPS_SCHEMA} | {"gui": np.zeros(NUM_STEPS, bool)}
         steps["frame"] = steps["tick"] = np.arange(NUM_STEPS) * TICKS_PER_STEP
         segments = {"segment": [0], "episode": [unit.name], "start": [0], "stop": [NUM_STEPS], "step_hz": [5.0]}
-        card = {"recipe": part.recipe, "num_segments": 1, "num_episodes": 1, "skipped": [], "notes": []}
-        store = self.root.tokens(part.tokens, digest)
+        card = {"recipe": group.recipe, "num_segments": 1, "num_episodes": 1, "skipped": [], "notes": []}
+        store = group.tokens(self.root, unit)
         with TokenWriter(store, num_tokens=num_tokens, width=width, dtype=self.config.encode.dtype) as writer:
             writer.append(rng.normal(size=(NUM_STEPS, num_tokens, width)).astype(np.float16))
             writer.publish(table(layout.STEPS_SCHEMA, steps), table(layout.SEGMENTS_SCHEMA, segments), card, {})
-        ensure_actions(self.root, part, self.space, unit, digest)
+        ensure_actions(self.root, group, unit)
 
     # --- what is measured
 
     def encode(self) -> None:
         """As stages/encode.py."""
-
-        def on_plan(parts: list[Part]) -> list[Part]:
-            announce(self.root, self.config.dataset.name, [part.wanted for part in parts])
-            return parts
-
-        with in_use(self.root):
-            result = encode_dataset(self.config, [], base=self.folder, root=self.root, on_plan=on_plan)
-            assert result.num_encoded == 0
-            write_manifest(result.manifest, [self.manifest, self.root.manifest(result.manifest.digest)])
-            settle(self.root, result.manifest)
+        result = encode_dataset(self.config, [], base=self.folder, root=self.root, output=self.manifest)
+        assert result.num_encoded == 0
 
     def status(self) -> None:
         """As `jepa-cache status`."""
-        outcome = look_up(Checkout(self.folder, self.config, [], self.folder, self.root))
+        outcome = collect_status(Checkout(self.folder, self.config, [], self.folder, self.root))
         assert outcome.exit_code == 0, outcome.lines
 
     def open(self) -> CachedDataset:

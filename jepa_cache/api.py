@@ -22,9 +22,8 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
-from jepa_cache.encoding.filling import load_encoder, resolve_device
-from jepa_cache.encoding.parts import open_encoder
-from jepa_cache.encoding.recipes import token_recipe
+from jepa_cache.encoding.groups import open_encoder, token_recipe
+from jepa_cache.encoding.task import load_encoder, resolve_device
 from jepa_cache.evaluation.motion import VIEW_SPACES, Motion, build_motion
 from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
 from jepa_cache.predictor.checkpoints import load_predictor
@@ -71,14 +70,12 @@ class Encoder:
             raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd())
         config = load_config(root, [f"encoder={name}", *overrides])
-        preset, weights, identity = open_encoder(config, data_base(root))
-        if not preset.trained:
+        opened = open_encoder(config, data_base(root))
+        if not opened.preset.trained:
             log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
         device = resolve_device(config.encode.device)
-        frozen = load_encoder(
-            preset, weights, identity, config.encode, device=device, num_threads=default_num_threads()
-        )
-        return cls(frozen, config.encode, identity)
+        frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
+        return cls(frozen, config.encode, opened.identity)
 
     @property
     def device(self) -> torch.device:

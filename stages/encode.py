@@ -6,7 +6,7 @@
     python stages/encode.py shards --workers 4   one process for each GPU of this machine
     python stages/encode.py shards --scheduler tcp://node:8786      workers of a Dask cluster
 
-Writes outputs/encode/manifest.json. Stores that are there under the same recipe are found again, never made again.
+Writes outputs/encode/manifest.json. Stores that exist under the same recipe are found again, never made again.
 """
 
 import sys
@@ -17,14 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
-from jepa_cache.encoding.parts import Part  # noqa: E402
-from jepa_cache.encoding.rates import record_rate  # noqa: E402
-from jepa_cache.encoding.run import encode_dataset  # noqa: E402
-from jepa_cache.encoding.summary import describe_result  # noqa: E402
+from jepa_cache.encoding.run import describe_result, encode_dataset  # noqa: E402
 from jepa_cache.encoding.workers import Workers  # noqa: E402
-from jepa_cache.store.manifest import replaced, write_manifest  # noqa: E402
 from jepa_cache.store.root import resolve_cache_root  # noqa: E402
-from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,26 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_stage_arguments(
         __doc__, argv, paths="tar shards, or folders, globs and ranges of them", workers="processes on this machine"
     )
-    chosen = arguments.num_workers, arguments.scheduler
-    output = ROOT / "outputs/encode/manifest.json"
-    with replaced(output):
-        workers = None if chosen == (None, None) else Workers(*chosen)
-        config = load_config(ROOT, arguments.overrides)
-        root = resolve_cache_root(config.cache_root, data_base(ROOT))
-
-        def announce_parts(parts: list[Part]) -> list[Part]:
-            announce(root, config.dataset.name, [part.wanted for part in parts])
-            return parts
-
-        with in_use(root):
-            base = recordings_base(config, ROOT)
-            result = encode_dataset(
-                config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts
-            )
-            write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
-            settle(root, result.manifest, result.unreadable)
-    if workers is None:
-        record_rate(config, result.timing)
+    chosen, output = (arguments.num_workers, arguments.scheduler), ROOT / "outputs/encode/manifest.json"
+    config = load_config(ROOT, arguments.overrides)
+    root = resolve_cache_root(config.cache_root, data_base(ROOT))
+    workers = None if chosen == (None, None) else Workers(*chosen)
+    base = recordings_base(config, ROOT)
+    result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))
     print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py")
 

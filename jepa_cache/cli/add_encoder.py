@@ -98,5 +98,5 @@ def add_encoder(
     path.write_text(text)
     print(f"{model.model_type}: {num_tokens} tokens a frame, {model.sizes['embed_dim']} wide")
     print(
-        f"wrote {path.relative_to(root)}; next: jepa-cache plan encoder={name}, python stages/encode.py encoder={name}"
+        f"wrote {path.relative_to(root)}; next: jepa-cache estimate encoder={name}, python stages/encode.py encoder={name}"
     )

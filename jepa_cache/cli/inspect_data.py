@@ -17,8 +17,8 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.cli.inspect_batch import inspect_batch
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config, DatasetPreset
-from jepa_cache.encoding.modes import plan_episode
-from jepa_cache.encoding.parts import check_inputs, open_source
+from jepa_cache.encoding.groups import check_inputs, open_source
+from jepa_cache.encoding.steps import plan_episode
 from jepa_cache.encoding.units import check_rendered
 from jepa_cache.episode import Episode
 from jepa_cache.inspection.inputs import iter_units

@@ -17,7 +17,7 @@ from jepa_cache.files import full_disk_named
 
 # Command to its module and function; `export` is a group of its own.
 COMMANDS = {
-    "plan": ("plan", "plan"),
+    "estimate": ("estimate", "estimate"),
     "status": ("status", "status"),
     "verify": ("verify", "verify"),
     "repair": ("repair", "repair"),
@@ -58,6 +58,9 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
+    if sys.argv[1:2] == ["plan"]:
+        print("error: `jepa-cache plan` is called `jepa-cache estimate` now", file=sys.stderr)
+        sys.exit(2)
     try:
         with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
             build_app(next(iter(sys.argv[1:]), None))()

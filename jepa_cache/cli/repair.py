@@ -43,7 +43,7 @@ def repair(
 
 def mend(checkout: Checkout, path: Path | None, *, read_data: bool, fresh: bool) -> Outcome:
     """Find and repair."""
-    from jepa_cache.encoding.repair import repair_manifest
+    from jepa_cache.encoding.verification import repair_manifest
     from jepa_cache.store.audit import Scope
     from jepa_cache.store.rounds import audit_manifest
     from jepa_cache.store.usage import in_use

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
 
 if TYPE_CHECKING:
-    from jepa_cache.encoding.comparison import Comparison
+    from jepa_cache.encoding.verification import Comparison
     from jepa_cache.store.manifest import Manifest
 
 
@@ -91,7 +91,7 @@ def check_all(
     fresh: bool,
 ) -> Outcome:
     """Check a manifest's stores, and steps against the encoder."""
-    from jepa_cache.encoding.comparison import describe_comparison
+    from jepa_cache.encoding.verification import describe_comparison
     from jepa_cache.store.audit import Scope
     from jepa_cache.store.rounds import audit_manifest
 
@@ -130,10 +130,10 @@ def check_all(
 
 
 def _compare(checkout: Checkout, manifest: Manifest, num_steps: int, seed: int) -> Comparison:
-    from jepa_cache.encoding.comparison import compare_online
-    from jepa_cache.encoding.inventory import take_inventory
+    from jepa_cache.encoding.groups import scan_units
+    from jepa_cache.encoding.verification import compare_online
 
-    inventory = take_inventory(checkout.config, checkout.paths, checkout.base)
+    inventory = scan_units(checkout.config, checkout.paths, checkout.base)
     return compare_online(
         manifest,
         checkout.config,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jepa_cache.config.schema import EncodeConfig
-from jepa_cache.encoding.modes import StepPlan, plan_episode
+from jepa_cache.encoding.steps import StepPlan, plan_episode
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import Video, open_video
 from jepa_cache.sources import Source, Unit, describe_unreadable
@@ -34,7 +34,7 @@ class PixelBatch(NamedTuple):
 
 
 class UnitEnd(NamedTuple):
-    """Marks that the recordings of one unit are through."""
+    """Marks the end of a unit, whose beginning is marked by the unit itself."""
 
     unit: Unit
 
@@ -95,9 +95,9 @@ class Decoders:
         preprocess: Callable[[np.ndarray], torch.Tensor],
     ) -> None:
         self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
-        self._items: queue.Queue[EpisodeStream | Skipped | Unusable | UnitEnd | UnreadableUnit | Exception | None] = (
-            queue.Queue(settings.encode.num_decoders)
-        )
+        self._items: queue.Queue[
+            EpisodeStream | Skipped | Unusable | Unit | UnitEnd | UnreadableUnit | Exception | None
+        ] = queue.Queue(settings.encode.num_decoders)
         self._stop = threading.Event()
 
     def __enter__(self) -> Decoders:
@@ -111,7 +111,7 @@ class Decoders:
         self._feeder.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | UnitEnd | UnreadableUnit]:
+    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | Unit | UnitEnd | UnreadableUnit]:
         while (item := self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -120,6 +120,7 @@ class Decoders:
     def _feed(self) -> None:
         try:
             for unit in self._units:
+                self._put(self._items, unit)
                 self._put(self._items, self._feed_unit(unit))
             self._put(self._items, None)
         except Exception as error:  # handed to the consumer, which raises it

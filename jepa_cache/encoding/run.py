@@ -1,29 +1,43 @@
-"""Stage one as a whole: find what is missing under the recipe, encode just that, list everything in a manifest."""
+"""Stage one as a whole: find what is missing under the recipe, encode just that, list everything in a manifest.
+
+Read on in this order: `units` finds recordings and digests them; `groups` puts them under recipes; `task` claims and fills what is missing,
+by `pipeline`, which overlaps `decoding` (of the frames that `steps` chooses), the encoder and the writing; `actions` sums up actions and
+states; `workers` does the same on several processes. `verification` encodes again what is doubted or damaged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from jepa_cache.actions import get_action_space
-from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.config.terminal import printable
-from jepa_cache.encoding.claims import is_whole, wait_for_others
-from jepa_cache.encoding.distribution import encode_on_workers
-from jepa_cache.encoding.filling import EncodeTask, Unreadable, ensure_actions, fill_part, load_encoder, resolve_device
-from jepa_cache.encoding.keys import compare_recordings
-from jepa_cache.encoding.parts import Part, check_controls, open_encoder, plan_parts
-from jepa_cache.encoding.pipeline import Timing
-from jepa_cache.encoding.progress import HERE, ProgressBar
-from jepa_cache.encoding.workers import Workers
+from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
+from jepa_cache.encoding.pipeline import HERE, ProgressBar, Timing
+from jepa_cache.encoding.task import (
+    Unreadable,
+    compare_recordings,
+    ensure_actions,
+    fill_group,
+    load_encoder,
+    read_whole,
+    resolve_device,
+    wait_for_others,
+)
+from jepa_cache.encoding.workers import Workers, encode_on_workers
 from jepa_cache.episode import Skipped
-from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
+from jepa_cache.sources import Unit
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_place, read_store_file
+from jepa_cache.store.usage import WantedPart, announce, in_use, settle
+from jepa_cache.store.verify import StoreFile, check_store
 
-MAX_SHOWN = 10  # skipped recordings of one reason; the manifest lists all
+MAX_SHOWN = (
+    10  # skipped recordings of one reason, and implausible values; the manifest and `jepa-cache inspect` list all
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +46,12 @@ class EncodeResult:
 
     Attributes:
         manifest: The manifest.
-        num_units: Units whose stores are there now.
+        num_units: Units that have stores.
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
         unreadable: Token fingerprint and digest of the units that could not be read and have no store.
         notes: On recordings with the same content; empty where a manifest of just these was written before.
+        implausible: Values that their units do not allow, by recording.
     """
 
     manifest: Manifest
@@ -44,8 +59,16 @@ class EncodeResult:
     num_encoded: int
     timing: Timing | None
     unreadable: frozenset[tuple[str, str]] = frozenset()
-    notes: tuple[str, ...] = ()  # on recordings that are alike
-    implausible: tuple[str, ...] = ()  # values that their units do not allow, by recording
+    notes: tuple[str, ...] = ()
+    implausible: tuple[str, ...] = ()
+
+
+class _GroupReport(NamedTuple):
+    """A group as the manifest lists it, what its skipped recordings are called now, and implausible values."""
+
+    part: ManifestPart
+    names: dict[str, str]
+    implausible: list[str]
 
 
 def encode_dataset(
@@ -55,13 +78,14 @@ def encode_dataset(
     base: Path,
     root: CacheRoot,
     workers: Workers | None = None,
-    on_plan: Callable[[list[Part]], list[Part]] = list,
+    output: Path | None = None,
 ) -> EncodeResult:
-    """Bring the cache up to date with the recordings and return the manifest.
+    """Bring the cache up to date with the recordings and write the manifest, into the root and to `output`.
 
-    Idempotent: a unit whose store is there and whole under the recipe is not read again, whoever made it. A store with
-    files missing or cut short is encoded again, by name. Several encoders may work on one root: each unit is encoded by
-    one of them, and what a dead one left is taken over.
+    Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files missing or cut short is
+    encoded again, by name. Several encoders may work on one root: each unit is encoded by one of them, and what a dead one left is taken
+    over. Meanwhile `gc` removes nothing, and after a kill it keeps what this encode had made. Until it has ended well, a manifest that was
+    at `output` before counts as out of date.
 
     Args:
         config: Resolved settings.
@@ -69,69 +93,77 @@ def encode_dataset(
         base: Folder that relative paths are meant from.
         root: Cache root.
         workers: Processes that encode, one unit each at a time; None encodes in this one.
-        on_plan: Is shown the parts before any work, and returns those to bring up to date.
+        output: Where stage two looks for the manifest; None writes it into the root alone.
 
     Raises:
-        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, or different
-            recordings under one key.
+        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, different recordings under
+            one key, or a clean-up of the root that is running.
     """
-    root.check_writable()
-    if kept := root.remove_stale_temporaries():
-        print(
-            f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
-        )
-    space = get_action_space(config.encode.action_space)
-    encoder, weights, identity = open_encoder(config, base)
+    with replaced(output) if output else nullcontext(), in_use(root):
+        if kept := root.remove_stale_temporaries():
+            print(
+                f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
+            )
+        result = _bring_up_to_date(config, inputs, base, root, workers)
+        paths = [root.manifest(result.manifest.digest), *([output] if output else [])]
+        write_manifest(result.manifest, paths)
+        settle(root, result.manifest, result.unreadable)
+    return result
 
-    parts = on_plan(plan_parts(config, encoder, identity, space, inputs, base))
-    tasks = []
-    for part in parts:
-        digests = [digest for _, digest in part.units]
-        root.prefetch([root.tokens(part.tokens, digest) for digest in digests])
-        root.prefetch([root.actions(part.actions, digest) for digest in digests])
-        missing = [
-            (unit, digest) for unit, digest in part.units if not is_whole(root, root.tokens(part.tokens, digest))
-        ]
-        if missing:
-            task_part = replace(part, units=missing)
-            check_controls(config, task_part, space)
-            tasks.append(EncodeTask(config.encode, encoder, weights, task_part, default_num_threads()))
-    if tasks and not encoder.trained:
-        print(
-            f"encoder {encoder.name!r} has seeded random weights: its features are for trying things out, not for results"
-        )
+
+def _bring_up_to_date(
+    config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: Workers | None
+) -> EncodeResult:
+    encoder = open_encoder(config, base)
+    groups = group_units_by_recipe(config, encoder, inputs, base)
+    stores: dict[tuple[str, str], StoreFile] = {}  # of units by fingerprint and digest
+    missing = []
+    for group in groups:
+        root.prefetch([group.tokens(root, unit) for unit in group.units])
+        root.prefetch([group.actions(root, unit) for unit in group.units])
+        units = [unit for unit in group.units if not _look_at(stores, root, group, unit)]
+        if units:
+            missing.append(group.of_units(units))
+    if missing:
+        for group in missing:
+            check_controls(group)
+        announce(root, config.dataset.name, [_wanted(group) for group in groups])
+        if not encoder.preset.trained:
+            print(
+                f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
+            )
     if workers is None:
-        timing, num_encoded, unreadable = encode_here(tasks, root)
+        timing, num_encoded, unreadable = encode_here(missing, root)
     else:
-        timing, num_encoded, unreadable = encode_on_workers(tasks, root, workers, space.name)
-    for part in parts:
-        for unit, digest in part.units:
-            if (part.tokens, digest) not in unreadable:
-                ensure_actions(root, part, space, unit, digest)
-
-    names: dict[str, str] = {}
-    implausible: list[str] = []
+        timing, num_encoded, unreadable = encode_on_workers(missing, root, workers)
+    for group in missing:
+        for unit in group.units:
+            if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in unreadable:
+                check_store(group.tokens(root, unit))  # says what has happened to it meanwhile
+    reports = [_describe_group(group, root, stores, unreadable) for group in groups]
     manifest = Manifest(
         dataset=config.dataset.name,
-        num_tokens=config.encode.num_tokens_of(encoder),
-        width=encoder.embed_dim,
-        grid=config.encode.grid_of(encoder),
+        num_tokens=config.encode.num_tokens_of(encoder.preset),
+        width=encoder.preset.embed_dim,
+        grid=config.encode.grid_of(encoder.preset),
         mode=config.encode.mode,
-        encoder=encoder.name,
-        encoder_trained=encoder.trained,
+        encoder=encoder.preset.name,
+        encoder_trained=encoder.preset.trained,
         comparable=config.encode.mode != "clip",
-        action_space=space.name,
-        parts=tuple(_describe_part(part, root, unreadable, names, implausible) for part in parts),
+        action_space=config.encode.action_space,
+        parts=tuple(report.part for report in reports),
     )
+    names = {key: name for report in reports for key, name in report.names.items()}
     _check_skipped(manifest, config.encode.max_skipped_share, names)
     notes = []
-    if not root.fetch(root.manifest(manifest.digest)):  # else it was looked at when that was written
-        for part in parts:
-            there = [(unit, digest) for unit, digest in part.units if (part.tokens, digest) not in unreadable]
-            notes += compare_recordings(root, replace(part, units=there))
+    if not root.fetch(root.manifest(manifest.digest)):  # else they were compared when that was written
+        for group in groups:
+            units = [unit for unit in group.units if (group.fingerprint, unit.digest) not in unreadable]
+            notes += compare_recordings(root, group.of_units(units))
+    implausible = [text for report in reports for text in report.implausible]
     return EncodeResult(
         manifest,
-        sum(len(part.units) for part in parts) - len(unreadable),
+        sum(len(group.units) for group in groups) - len(unreadable),
         num_encoded,
         timing if num_encoded else None,
         frozenset(unreadable),
@@ -140,59 +172,64 @@ def encode_dataset(
     )
 
 
-def encode_here(tasks: Sequence[EncodeTask], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
+def _look_at(stores: dict[tuple[str, str], StoreFile], root: CacheRoot, group: EncodingGroup, unit: Unit) -> bool:
+    """Put what the token store of a unit says into `stores`; whether it is whole."""
+    found = read_whole(root, group.tokens(root, unit))
+    if found is None:
+        return False
+    # Each store is read once. Without recipe and file list ten thousand of them take megabytes.
+    card = {key: value for key, value in found.card.items() if key != "recipe"}
+    stores[group.fingerprint, unit.digest] = found._replace(card=card, files={}, crc32c={})
+    return True
+
+
+def _wanted(group: EncodingGroup) -> WantedPart:
+    digests = tuple(unit.digest for unit in group.units)
+    return WantedPart(group.fingerprint, group.action_fingerprint, group.source_fingerprint, digests)
+
+
+def encode_here(groups: Sequence[EncodingGroup], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
     """Encode in this process; what other encoders hold comes last, when they have finished it or died."""
     timing, num_encoded, encoder = Timing(), 0, None
     unreadable: Unreadable = {}
-    for task in tasks:
-        device = resolve_device(task.encode.device)
-        encoder = encoder or load_encoder(
-            task.encoder,
-            task.weights,
-            task.identity,
-            task.encode,
-            device=device,
-            num_threads=task.num_threads,
-        )
-        with ProgressBar(task.part.view, task.num_bytes) as bar:
-            while task.part.units:
-                filled = fill_part(task, encoder, root, bar.show)
+    for group in groups:
+        device = resolve_device(group.encode.device)
+        encoder = encoder or load_encoder(group.encoder, group.encode, device=device, num_threads=group.num_threads)
+        with ProgressBar(group.view, group.num_bytes) as bar:
+            while group.units:
+                filled = fill_group(group, encoder, root, bar.show)
                 timing += filled.timing
                 num_encoded += filled.num_encoded
-                unreadable |= {(task.part.tokens, digest): reason for digest, reason in filled.unreadable.items()}
-                rest = replace(task, part=replace(task.part, units=filled.busy))
-                bar.end(HERE, filled.timing.num_frames, task.num_bytes - rest.num_bytes)
-                task = rest
+                unreadable |= {(group.fingerprint, digest): reason for digest, reason in filled.unreadable.items()}
+                rest = group.of_units(filled.busy)
+                bar.end(HERE, filled.timing.num_frames, group.num_bytes - rest.num_bytes)
+                group = rest
                 if filled.busy:
-                    wait_for_others(root, task.places(root), bar.wait)
+                    stores = [(unit.name, group.tokens(root, unit)) for unit in group.units]
+                    wait_for_others(root, stores, bar.wait)
     return timing, num_encoded, unreadable
 
 
-def _describe_part(
-    part: Part, root: CacheRoot, unreadable: Unreadable, names: dict[str, str], implausible: list[str]
-) -> ManifestPart:
-    """What the manifest says of a part.
-
-    `names` receives what skipped recordings are called now, by what their stores call them; `implausible` the values that
-    their units do not allow.
-    """
-    name_skipped = getattr(part.source, "name_skipped", lambda unit, key: key)
-    entries, skipped, notes = [], [], list(part.notes)
+def _describe_group(
+    group: EncodingGroup, root: CacheRoot, stores: Mapping[tuple[str, str], StoreFile], unreadable: Unreadable
+) -> _GroupReport:
+    """Sum up actions where they are missing, and say what the manifest lists of a group."""
+    name_skipped = getattr(group.source, "name_skipped", lambda unit, key: key)
+    entries, skipped, notes, lost = [], [], list(group.notes), list(group.unreadable)
+    names: dict[str, str] = {}
+    implausible: list[str] = []
     without_episode: dict[str, list[dict[str, str]]] = {}
-    lost = list(part.unreadable)
-    for unit, digest in part.units:
-        if (part.tokens, digest) in unreadable:
-            lost.append(Skipped(unit.name, unreadable[part.tokens, digest]))
+    for unit in group.units:
+        if (reason := unreadable.get((group.fingerprint, unit.digest))) is not None:
+            lost.append(Skipped(unit.name, reason))
             continue
-        tokens, aggregated = (
-            check_place(place, read_store_file(place))
-            for place in (root.tokens(part.tokens, digest), root.actions(part.actions, digest))
-        )
+        tokens = stores[group.fingerprint, unit.digest]
+        aggregated = ensure_actions(root, group, unit, tokens)
         excluded = aggregated.card["excluded"]
         measured = tokens.card.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
         entries.append(
             ManifestEntry(
-                unit_digest=digest,
+                unit_digest=unit.digest,
                 tokens_digest=tokens.digest,
                 actions_digest=aggregated.digest,
                 num_steps=tokens.card["num_steps"],
@@ -208,25 +245,26 @@ def _describe_part(
         # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
         names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.card["skipped"]}
         if tokens.card["num_episodes"] == 0:
-            without_episode[digest] = tokens.card["skipped"]
+            without_episode[unit.digest] = tokens.card["skipped"]
     # A page of an error under twenty names is twenty losses.
-    for unit, digest in part.copies:
-        lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(digest, ())]
+    for unit in group.copies:
+        lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(unit.digest, ())]
     skipped += [recording._asdict() for recording in sorted(lost)]
-    return ManifestPart(
-        dataset=part.preset.name,
-        weight=part.weight,
-        camera=part.camera,
-        phase=part.phase,
-        fingerprint=part.tokens,
-        recipe=part.recipe,
-        action_fingerprint=part.actions,
-        action_recipe=part.action_recipe,
-        source_fingerprint=part.controls,
+    part = ManifestPart(
+        dataset=group.preset.name,
+        weight=group.weight,
+        camera=group.camera,
+        phase=group.phase,
+        fingerprint=group.fingerprint,
+        recipe=group.recipe,
+        action_fingerprint=group.action_fingerprint,
+        action_recipe=group.action_recipe,
+        source_fingerprint=group.source_fingerprint,
         skipped=tuple(skipped),
         notes=tuple(notes),
         entries=tuple(entries),
     )
+    return _GroupReport(part, names, implausible)
 
 
 def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str]) -> None:
@@ -252,3 +290,36 @@ def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str
             f"encode.max_skipped_share={max_share:g} allows (reasons above). Mend or remove them, or raise the share; "
             "what was encoded is kept"
         )
+
+
+def describe_result(result: EncodeResult, root: CacheRoot) -> str:
+    """What was made, how long it took, what limited it, and where it lies."""
+    manifest, timing = result.manifest, result.timing
+    num_episodes = sum(entry.num_episodes for entry in manifest.entries)
+    lines = [f"note: {note}" for note in (*manifest.notes, *result.notes)]
+    lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
+    if len(result.implausible) > MAX_SHOWN:
+        lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")
+    if timing is None:
+        lines.append(
+            f"nothing to encode: all {result.num_units} units are in the cache under recipe {manifest.fingerprint}"
+        )
+    else:
+        lines.append(
+            f"encoded {result.num_encoded} of {result.num_units} units: {timing.num_episodes} episodes, "
+            f"{timing.num_frames} frames, {timing.num_bytes / 1e6:.1f} MB of tokens in {timing.elapsed_s:.1f} s "
+            f"({timing.num_frames / max(timing.elapsed_s, 1e-9):.0f} frames/s)"
+        )
+        lines.append(
+            f"limit: {timing.limit} (waited {timing.decode_s:.1f} s for decoding, spent {timing.encode_s:.1f} s in the "
+            f"encoder, waited {timing.write_s:.1f} s for the disk)"
+        )
+    lines.append(
+        f"cache: {num_episodes} episodes, {manifest.num_steps} steps of {manifest.num_tokens} x {manifest.width} tokens, "
+        f"{len(manifest.skipped)} skipped, in {root.name}"
+    )
+    if not manifest.comparable:
+        lines.append(
+            "clip mode: early steps have seen later frames, so scores are not comparable with frame or tubelet mode"
+        )
+    return "\n".join(lines)

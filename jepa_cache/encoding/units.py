@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ from jepa_cache.episode import Skipped
 from jepa_cache.media.http import DownloadError
 from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
 from jepa_cache.sources._forms import find_way_out
-from jepa_cache.store.digests import DigestTable
+from jepa_cache.store.digests import DigestTable, join_digests
 
 SAMPLE_FOLDER = Path("shards/sample")
+UNREAD = "unread:"
 
 
 def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], base: Path) -> list[Unit]:
@@ -41,9 +42,8 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
         for hint in _hints(source, named, base):
             error.add_note(hint)
         raise
-    sample_folder = (base / SAMPLE_FOLDER).resolve()
-    sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
-    others = [unit for unit in units if unit not in sample]
+    sample = _find_sample(units, base)
+    others = [unit for unit in units if unit not in sample] if sample else units
     if preset.sample is None:
         if sample and not others:
             raise ValueError(
@@ -51,7 +51,7 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
                 "name your own tar shards, or choose dataset=sample"
             )
         if sample:
-            print(f"left out: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {preset.name!r})")
+            print(f"skipped: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {preset.name!r})")
         return others
     if sample and others:
         raise ValueError(
@@ -66,7 +66,7 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
 
 
 def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> None:
-    """Check that the sample's recordings are there when they are what is asked for.
+    """Check that the sample's recordings exist where the preset names them.
 
     Args:
         preset: Says whether it is the sample.
@@ -81,6 +81,14 @@ def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> 
             f"the sample recordings are not rendered yet: {base / SAMPLE_FOLDER} holds no *.tar; `python stages/sample.py` "
             "renders them in seconds. For recordings of yours set `dataset` in params.yaml"
         )
+
+
+def _find_sample(units: Sequence[Unit], base: Path) -> list[Unit]:
+    """Those units that lie in the sample's folder, whatever links lead there."""
+    folder = (base / SAMPLE_FOLDER).resolve()
+    if not folder.is_dir():  # else ten thousand units would follow their links for nothing
+        return []
+    return [unit for unit in units if folder in unit.path.resolve().parents]
 
 
 def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
@@ -99,70 +107,77 @@ def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
 
 
 class Digested(NamedTuple):
-    """Units by content.
+    """Units with the digest of their content.
 
     Attributes:
-        units: One for each content, with its sha256; by digest, so that file names and their order change nothing.
+        units: One for each content, by digest, so that file names and their order change nothing.
         copies: Further units with the content of one of them.
         unreadable: Units of which not every file can be read, by name, and why.
     """
 
-    units: list[tuple[Unit, str]]
-    copies: list[tuple[Unit, str]]
+    units: list[Unit]
+    copies: list[Unit]
     unreadable: list[Skipped]
 
 
-def digest_units(units: Sequence[Unit]) -> Digested:
-    """sha256 of each unit; units with the same content count once."""
-    digested = sort_units(hash_units(DigestTable(), tqdm(units, desc="checking recordings", unit="file", delay=2)))
-    first = {digest: unit for unit, digest in digested.units}
-    for unit, digest in digested.copies:
-        print(printable(f"left out: {unit.path} has the same content as {first[digest].path}"))
-    return digested
+class UnitDigester:
+    """Gives units the sha256 of their content: looks up what has not changed, and hashes the rest while `budget_bytes` last.
+
+    Attributes:
+        remembered: What the digest table held before.
+    """
+
+    def __init__(self, budget_bytes: float = math.inf) -> None:
+        self._table = DigestTable()
+        self.remembered = self._table.remember()
+        self._budget_bytes = budget_bytes
+        self._hashed: dict[tuple[Path, ...], str] = {}  # since then; another camera asks for the same files
+
+    def __call__(self, units: Sequence[Unit]) -> Digested:
+        """Digest units; those with the same content count once. A unit beyond the budget gets a digest that `is_unread`."""
+        first: dict[str, Unit] = {}
+        copies, unreadable = [], []
+        with self._table.hashing() as digest_files:
+            for unit in tqdm(units, desc="checking recordings", unit="unit", delay=2):
+                if (obstacle := find_obstacle(unit)) is not None:
+                    unreadable.append(Skipped(unit.name, obstacle))
+                    continue
+                try:
+                    digests = [self.remembered.digest(file) for file in unit.files]
+                    if None not in digests and self.remembered.knows(unit.files, digest := join_digests(digests)):
+                        pass
+                    elif unit.files in self._hashed or self._is_affordable(unit, digests):
+                        digest = self._hashed[unit.files] = digest_files(unit.files)
+                    else:
+                        digest = f"{UNREAD}{unit.path}"
+                except (OSError, DownloadError) as error:
+                    unreadable.append(Skipped(unit.name, describe_unreadable(error)))
+                    continue
+                digested = unit._replace(digest=digest)
+                if first.setdefault(digest, digested) is not digested:
+                    copies.append(digested)
+        for unit in copies:
+            print(printable(f"skipped: {unit.path} has the same content as {first[unit.digest].path}"))
+        return Digested([first[digest] for digest in sorted(first)], copies, unreadable)
+
+    def _is_affordable(self, unit: Unit, digests: Sequence[str | None]) -> bool:
+        num_bytes = sum(file.stat().st_size for file, it in zip(unit.files, digests, strict=True) if it is None)
+        if num_bytes > self._budget_bytes:
+            return False
+        self._budget_bytes -= num_bytes
+        return True
 
 
-def hash_units(table: DigestTable, units: Iterable[Unit]) -> Iterator[tuple[Unit, str | Skipped]]:
-    """Each unit with its sha256, or with why it cannot be read. Cost: reads what is new."""
-    waiting: deque[Unit] = deque()
-    iterator = iter(units)
-
-    def take() -> Iterator[Sequence[Path]]:
-        for unit in iterator:
-            waiting.append(unit)
-            if find_obstacle(unit) is not None:
-                return
-            yield unit.files
-
-    while True:
-        reason = None
-        try:
-            for digest in table.digest_units(take()):
-                yield waiting.popleft(), digest
-        except (OSError, DownloadError) as error:
-            reason = describe_unreadable(error)
-        if not waiting:
-            return
-        unit = waiting.popleft()
-        yield unit, Skipped(unit.name, reason or find_obstacle(unit) or "it has changed while it was looked at")
+def is_unread(unit: Unit) -> bool:
+    """Whether nobody has read the content of this unit yet."""
+    return unit.digest.startswith(UNREAD)
 
 
-def sort_units(looked_up: Iterable[tuple[Unit, str | Skipped]]) -> Digested:
-    """Units by what was found out of their content."""
-    first: dict[str, Unit] = {}
-    copies, unreadable = [], []
-    for unit, digest in looked_up:
-        if isinstance(digest, Skipped):
-            unreadable.append(digest)
-        elif first.setdefault(digest, unit) is not unit:
-            copies.append((unit, digest))
-    return Digested([(first[digest], digest) for digest in sorted(first)], copies, unreadable)
-
-
-def check_unchanged(unit: Unit, digest: str) -> None:
+def check_unchanged(unit: Unit) -> None:
     """Check that a unit which was read is still the one that was found. Cost: one stat per file.
 
     Raises:
         ValueError: When its files have another content now, so that what was read may belong to neither.
     """
-    if DigestTable().digest_unit(unit.files) != digest:
+    if DigestTable().digest_unit(unit.files) != unit.digest:
         raise ValueError(f"{unit.path} was changed while it was being encoded; run the same command again")

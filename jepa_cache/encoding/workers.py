@@ -1,23 +1,48 @@
-"""Where Dask runs stage one: processes on this machine, each with a GPU of its own, or the workers of a cluster."""
+"""Stage one on several processes by Dask: processes on this machine, each with a GPU of its own, or the workers of a cluster.
+
+One task for each unit; `encode_on_workers` sends them and collects what became of each.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import os
+import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cache.encoding.filling import resolve_device
+from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
+from jepa_cache.encoding.pipeline import ProgressBar, Timing
+from jepa_cache.encoding.task import (
+    Unreadable,
+    ensure_actions,
+    fill_group,
+    load_encoder,
+    resolve_device,
+    wait_for_others,
+)
+from jepa_cache.store.recipe import recipe_changes
+from jepa_cache.store.root import CacheRoot
 
 if TYPE_CHECKING:
     from dask.distributed import Client
 
+    from jepa_cache.encoder.frozen import FrozenEncoder
+
 CONNECT_S = 30
 START_S = 120  # a worker imports from a cold disk
 GPU = "GPU"
+RETRIES = 2  # after an error that is not the input's: the disk, the network, a GPU out of memory
+REPORT_S = 1.0  # between two reports of a task
+_one_at_a_time = threading.Lock()
 
 
 class Connection(NamedTuple):
@@ -177,3 +202,182 @@ def _check_cluster(client: Client, address: str, wanted: str) -> Connection:
             print(f"note: no worker of {address} offers a GPU (`--resources {GPU}=1`): encoding on their CPUs")
         return Connection(client, address, len(workers), "cpu", {})
     return Connection(client, address, len(offering), "cuda", {GPU: 1})
+
+
+class EncodeFailedError(ValueError):
+    """Some units could not be encoded; the message lists them. All others are in the cache."""
+
+
+class UnitResult(NamedTuple):
+    """What became of one unit; small, because the scheduler keeps it."""
+
+    num_encoded: int
+    timing: Timing
+    busy: bool = False  # another encoder holds it
+    unreadable: str | None = None  # why its recordings cannot be read
+    failure: str | None = None  # it cannot be encoded, however often it is tried
+
+
+def encode_on_workers(
+    groups: Sequence[EncodingGroup], root: CacheRoot, workers: Workers
+) -> tuple[Timing, int, Unreadable]:
+    """Encode every unit of the groups on Dask workers, which also sum up its actions.
+
+    A unit whose worker dies goes to another one. What cannot be encoded at all does not stop the rest.
+
+    Args:
+        groups: What is missing.
+        root: Cache root, under the same path for every worker.
+        workers: Where to encode.
+
+    Returns:
+        Summed timing of the workers, of which `elapsed_s` is the time that passed here; the number of encoded units; and those
+        that cannot be read.
+
+    Raises:
+        EncodeFailedError: Listing the units that failed, after all others have ended.
+        ValueError: No scheduler or worker answers, or none offers what the groups need.
+    """
+    if not groups:
+        return Timing(), 0, {}
+    begun, timing, num_encoded, failures = time.perf_counter(), Timing(), 0, []
+    unreadable: Unreadable = {}
+    with (
+        workers.connect(groups[0].encode.device, groups[0].num_threads) as connection,
+        ProgressBar("main", sum(group.num_bytes for group in groups)) as bar,
+    ):
+        units = [
+            replace(group.of_units((unit,)), encode=replace(group.encode, device=connection.device))
+            for group in groups
+            for unit in group.units
+        ]
+        num_units = len(units)
+        while units:
+            busy = []
+            for task, result in _run_round(connection, units, root, bar):
+                (unit,) = task.units
+                timing += result.timing
+                num_encoded += result.num_encoded
+                if result.busy:
+                    busy.append(task)
+                elif result.unreadable is not None:
+                    unreadable[task.fingerprint, unit.digest] = result.unreadable
+                elif result.failure is not None:
+                    failures.append(f"{unit.path}: {result.failure}")
+            units = busy
+            if busy:
+                wait_for_others(
+                    root, [(unit.name, task.tokens(root, unit)) for task in busy for unit in task.units], bar.wait
+                )
+    if failures:
+        raise EncodeFailedError(
+            f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
+            "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
+        )
+    return replace(timing, elapsed_s=time.perf_counter() - begun), num_encoded, unreadable
+
+
+def _run_round(
+    connection: Connection, units: Sequence[EncodingGroup], root: CacheRoot, bar: ProgressBar
+) -> Iterator[tuple[EncodingGroup, UnitResult]]:
+    """Yield every unit with what became of it, as they end."""
+    from dask.distributed import as_completed
+
+    client, topic = connection.client, f"jepa-cache-{secrets.token_hex(8)}"
+    client.subscribe_topic(topic, lambda event: bar.report(*event[1]))
+    futures = {}
+    for number, task in enumerate(units):
+        key = f"{topic}-{number}"
+        future = client.submit(
+            encode_unit,
+            task,
+            root,
+            (topic, key),
+            key=key,
+            retries=RETRIES,
+            resources=connection.resources,
+        )
+        futures[future] = task
+    bar.say(f"{connection.num_workers} workers")
+    try:
+        for future in as_completed(futures):
+            task = futures.pop(future)  # then it is forgotten: it need not run again if its worker dies later
+            try:
+                result = future.result()
+            except (Exception, asyncio.CancelledError) as error:
+                if client.status != "running":
+                    raise ValueError(
+                        f"the Dask scheduler {connection.address} is gone ({error}); the same command continues"
+                    ) from error
+                result = UnitResult(0, Timing(), failure=_explain(error))
+            bar.end(future.key, result.timing.num_frames, 0 if result.busy else task.num_bytes)
+            yield task, result
+    finally:
+        if client.status == "running":
+            client.unsubscribe_topic(topic)
+            client.cancel(list(futures))
+
+
+def _explain(error: BaseException) -> str:
+    from dask.distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return (
+            f"{error.allowed_failures + 1} workers died while encoding it, the last at {error.last_worker.address} (out of "
+            "memory, or a fault in a decoder? see the worker's log)"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
+def encode_unit(task: EncodingGroup, root: CacheRoot, report_to: tuple[str, str]) -> UnitResult:
+    """Encode the one unit of a group and sum up its actions; runs in a worker.
+
+    It may run again after its result was lost with its worker: then it finds the store.
+
+    Args:
+        task: A group of one unit.
+        root: Cache root.
+        report_to: Topic of progress, and the name of this task there.
+
+    Raises:
+        OSError: The disk or the network failed; Dask tries again.
+    """
+    from dask.distributed import get_worker
+
+    worker, reported = get_worker(), 0.0
+
+    def report(timing: Timing, bytes_processed: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            worker.log_event(report_to[0], [report_to[1], timing.num_frames, bytes_processed])
+
+    with _one_at_a_time:  # however many threads the worker was given
+        try:
+            _check_recipe(task, worker.address)
+            encoder = _load_once(task.encoder, task.encode, task.num_threads)
+            filled = fill_group(task, encoder, root, report)
+            if filled.busy:
+                return UnitResult(0, filled.timing, busy=True)
+            if filled.unreadable:
+                return UnitResult(0, filled.timing, unreadable=next(iter(filled.unreadable.values())))
+            for unit in task.units:
+                ensure_actions(root, task, unit)
+        except ValueError as error:  # what a user can cause; no use trying again
+            return UnitResult(0, Timing(), failure="\n    ".join([str(error), *getattr(error, "__notes__", [])]))
+    return UnitResult(filled.num_encoded, filled.timing)
+
+
+def _check_recipe(task: EncodingGroup, address: str) -> None:
+    """Check that this worker would make the stores that the task names: it may run another version. `load_encoder` checks the weights."""
+    source = name_reading(task.source.recipe, task.reading)
+    recipe = token_recipe(task.encode, task.encoder.preset, source, task.encoder.identity, phase=task.phase)
+    if changes := recipe_changes(task.recipe, recipe):
+        raise ValueError(
+            f"the worker {address} would make something else ({'; '.join(changes)}); start it from the same checkout"
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
+    return load_encoder(opened, encode, device=encode.device, num_threads=num_threads)

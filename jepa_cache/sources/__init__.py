@@ -27,6 +27,7 @@ class Unit(NamedTuple):
 
     name: str
     files: tuple[Path | BucketFile, ...]
+    digest: str = ""  # sha256 of its content; empty as a source lists it
 
     @property
     def path(self) -> Path | BucketFile:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -49,26 +50,36 @@ def look_at(path: Path) -> Look:
     return Look(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, str(stat.st_ino))
 
 
-class Remembered(NamedTuple):
-    """What the table held at one moment.
+class Remembered:
+    """What the table held at one moment, to look up thousands of files without a query for each."""
 
-    Attributes:
-        files: Path to how the file looked when it was last hashed, and its sha256.
-        units: Files of a unit to the sha256 of every content that they were seen with.
-    """
-
-    files: Mapping[str, tuple[Look, str]]
-    units: Mapping[tuple[str, ...], Sequence[str]]
+    def __init__(self, files: Mapping[str, tuple[Look, str]], units: Mapping[str, Sequence[str]]) -> None:
+        self._files = files  # path to how the file looked when it was last hashed, and its sha256
+        self._units = units  # files of a unit, as JSON, to the sha256 of every content that they were seen with
+        self._folders: dict[str, str] = {}
 
     def digest(self, path: Path) -> str | None:
         """sha256 of a file that has not changed since it was last hashed; else None. Never reads it."""
-        path = path.resolve()
-        known, look = self.files.get(spell_name(str(path))), look_at(path)
-        return known[1] if known and known[0] == look else None
+        known = self._files.get(spell_name(self._resolve(path)))
+        return known[1] if known and known[0] == look_at(path) else None
 
     def earlier(self, files: Sequence[Path]) -> Sequence[str]:
         """sha256 of every content that a unit of these files was seen with."""
-        return self.units.get(tuple(str(file.resolve()) for file in files), ())
+        return self._units.get(json.dumps([self._resolve(file) for file in files]), ())
+
+    def knows(self, files: Sequence[Path], digest: str) -> bool:
+        """Whether a unit of these files was seen with this content."""
+        return digest in self.earlier(files)
+
+    def _resolve(self, path: Path) -> str:
+        """`path.resolve()`, but the links of each folder are followed once: of ten thousand files that takes most of the time."""
+        if not isinstance(path, Path):  # in a bucket
+            return str(path.resolve())
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._folders[folder], name)  # noqa: PTH118
+        return os.path.realpath(real) if os.path.islink(real) else real  # noqa: PTH114
 
 
 def join_digests(digests: Sequence[str]) -> str:
@@ -94,17 +105,20 @@ class DigestTable:
 
     def digest_unit(self, files: Sequence[Path]) -> str:
         """sha256 of a unit of input: of its only file, else of its files' digests in their order; remembered for `find_unit`."""
-        (digest,) = self.digest_units([files])
-        return digest
+        with self.hashing() as digest_files:
+            return digest_files(files)
 
-    def digest_units(self, units: Iterable[Sequence[Path]]) -> Iterator[str]:
-        """`digest_unit` of one unit after the other.
+    @contextmanager
+    def hashing(self) -> Iterator[Callable[[Sequence[Path]], str]]:
+        """Yield `digest_unit` for many units.
 
         Cost: the disk is waited for once a second, not for each unit; what a killed run hashed before is not hashed again.
         """
         with self._open() as connection:
             saved = time.monotonic()
-            for files in units:
+
+            def digest_files(files: Sequence[Path]) -> str:
+                nonlocal saved
                 digest = join_digests([_digest_file(connection, file) for file in files])
                 row = (digest, json.dumps([str(file.resolve()) for file in files]))
                 if not connection.execute("SELECT 1 FROM units WHERE digest = ? AND files = ?", row).fetchone():
@@ -112,7 +126,9 @@ class DigestTable:
                 if time.monotonic() - saved > SAVE_S:
                     connection.commit()
                     saved = time.monotonic()
-                yield digest
+                return digest
+
+            yield digest_files
 
     def remember(self) -> Remembered:
         """Everything in the table at once, to look up thousands of files without asking for each."""
@@ -121,9 +137,9 @@ class DigestTable:
                 "SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files"
             ).fetchall()
             units = connection.execute("SELECT digest, files FROM units").fetchall()
-        names: dict[tuple[str, ...], list[str]] = {}
+        names: dict[str, list[str]] = {}
         for digest, text in units:
-            names.setdefault(tuple(json.loads(text)), []).append(digest)
+            names.setdefault(text, []).append(digest)
         return Remembered({path: (Look(*look), digest) for path, *look, digest in files}, names)
 
     def find_unit(self, digest: str) -> tuple[Path, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -187,24 +188,24 @@ def check_store(store: Path, *, read_data: bool = False) -> StoreFile:
     Raises:
         StoreDamagedError: Naming the first file that is missing or differs.
     """
-    found = read_store_file(store)
+    found, folder = read_store_file(store), os.fspath(store)
     for name, file in found.files.items():
-        check_size(store / name, file.num_bytes)
+        check_size(f"{folder}/{name}", file.num_bytes)
         if read_data:
             check_content(store / name, file.sha256)
     return found
 
 
-def check_size(path: Path, num_bytes: int) -> None:
+def check_size(path: Path | str, num_bytes: int) -> None:
     """Check that a file is there with its size.
 
     Raises:
         StoreDamagedError: It is not.
     """
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError) as error:
-        remote = open_remote(path)
+        remote = open_remote(Path(path))
         if remote is not None and remote.num_bytes == num_bytes:
             return
         raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error

@@ -240,7 +240,7 @@ def test_what_an_interrupted_encode_has_made_is_kept_until_its_manifest_is_there
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("jepa_cache.encoding.run._describe_part", stop)
+        patch.setattr("jepa_cache.encoding.run._describe_group", stop)
         checkout.encode("encode.fps=4")
     made = sorted(
         path for path in checkout.root.path.glob("tokens/*/*.zarr") if path.parent.name != manifest.fingerprint

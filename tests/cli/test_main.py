@@ -10,7 +10,7 @@ import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app, main
 
-CACHE_COMMANDS = ("plan", "status", "verify", "repair", "gc")
+CACHE_COMMANDS = ("estimate", "status", "verify", "repair", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
 
 
@@ -19,7 +19,7 @@ def test_looking_at_the_cache_imports_no_torch(checkout):
     script = f"""
 import sys
 from jepa_cache.cli.main import build_app
-for arguments in (["status", {str(checkout.recordings)!r}], ["gc"], ["plan", {str(checkout.recordings)!r}]):
+for arguments in (["status", {str(checkout.recordings)!r}], ["gc"], ["estimate", {str(checkout.recordings)!r}]):
     try:
         build_app(arguments[0])(arguments)
     except SystemExit as end:

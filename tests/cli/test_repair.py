@@ -18,15 +18,15 @@ from tests.makers import make_vpt_pair, write_vpt_tar
 @pytest.fixture
 def watched(monkeypatch):
     """Names of the units that are encoded."""
-    from jepa_cache.encoding import repair
+    from jepa_cache.encoding import verification
 
-    names, encode_here = [], repair.encode_here
+    names, encode_here = [], verification.encode_here
 
-    def encode(tasks, root):
-        names.extend(unit.name for task in tasks for unit, _ in task.part.units)
-        return encode_here(tasks, root)
+    def encode(groups, root):
+        names.extend(unit.name for group in groups for unit in group.units)
+        return encode_here(groups, root)
 
-    monkeypatch.setattr(repair, "encode_here", encode)
+    monkeypatch.setattr(verification, "encode_here", encode)
     return names
 
 
@@ -63,7 +63,7 @@ def _times(checkout):
 
 
 def test_a_whole_cache_needs_no_repair_and_no_encoder(checkout, monkeypatch):
-    monkeypatch.setattr("jepa_cache.encoding.repair.open_encoder", None)
+    monkeypatch.setattr("jepa_cache.encoding.verification.open_encoder", None)
     before = _times(checkout)
     result = checkout.run("repair", checkout.recordings)
     assert result.code == 0 and "nothing to repair" in result.out and _times(checkout) == before
@@ -147,7 +147,7 @@ def test_a_unit_of_which_every_recording_was_skipped_is_repaired(fresh):
 @pytest.mark.parametrize("kind", ["tokens", "actions", "controls"])
 def test_what_another_process_has_made_again_meanwhile_is_left_alone(checkout, watched, monkeypatch, kind):
     """The other one holds the claim while damage is looked for, and has put the store right when it lets go."""
-    from jepa_cache.encoding import repair
+    from jepa_cache.encoding import verification
 
     place, before = getattr(checkout, kind)(1), checkout.files()
     damaged = place if place.is_file() else place / "store.json"
@@ -155,8 +155,8 @@ def test_what_another_process_has_made_again_meanwhile_is_left_alone(checkout, w
     damaged.write_bytes(content[:-9])
     found, other = threading.Event(), checkout.root.claim(place)
     assert other is not None
-    real = repair._find_units
-    monkeypatch.setattr(repair, "_find_units", lambda *given: found.set() or real(*given))
+    real = verification._find_units
+    monkeypatch.setattr(verification, "_find_units", lambda *given: found.set() or real(*given))
 
     def put_right():
         assert found.wait(60)

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from jepa_cache.encoding import inventory
+from jepa_cache.encoding import groups
 from tests.encoded import write_store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
@@ -129,7 +129,7 @@ def test_a_recording_that_was_removed_is_told_and_one_that_was_added_is_missing(
 
 
 def test_more_new_bytes_than_can_be_hashed_at_once_are_unread(checkout, monkeypatch):
-    monkeypatch.setattr(inventory, "HASH_BYTES", 0)
+    monkeypatch.setattr(groups, "SCAN_BYTES", 0)
     write_vpt_tar(checkout.recordings / "b.tar", {"z": make_vpt_pair(30, 77)})
     result = _status(checkout)
     (part,) = result.document["parts"]

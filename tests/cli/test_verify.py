@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from jepa_cache.encoding.comparison import Comparison, StepResult
+from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.store import rounds
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import canonical_json
@@ -290,9 +290,9 @@ def test_steps_of_a_clip_are_compared_in_their_clip(fresh):
 
 
 def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
-    from jepa_cache.encoding import comparison
+    from jepa_cache.encoding import verification
 
-    open_video = comparison.open_video
+    open_video = verification.open_video
 
     class Darker:
         def __init__(self, video):
@@ -304,7 +304,7 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
         def close(self):
             self.video.close()
 
-    monkeypatch.setattr(comparison, "open_video", lambda *a, **k: Darker(open_video(*a, **k)))
+    monkeypatch.setattr(verification, "open_video", lambda *a, **k: Darker(open_video(*a, **k)))
     result = checkout.run("verify", "--against-online", "5", "--json", checkout.recordings)
     online = result.document["against_online"]
     assert result.code == 1 and not online["bit_equal"] and online["largest_difference"] > 0
@@ -391,7 +391,7 @@ def test_another_manifest_can_be_named(checkout):
 
 
 def test_stored_values_are_what_the_comparison_reads(checkout):
-    from jepa_cache.encoding.comparison import _read_row
+    from jepa_cache.encoding.verification import _read_row
     from jepa_cache.store.reader import TokenReader
 
     with TokenReader(checkout.tokens()) as reader:

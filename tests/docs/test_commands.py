@@ -107,8 +107,8 @@ def test_commands_name_what_exists(block: Block):
 
 def test_a_command_that_does_not_exist_is_found():
     for wrong in (
-        "jepa-cache plann",
-        "jepa-cache plan --fast",
+        "jepa-cache estimat",
+        "jepa-cache estimate --fast",
         "python stages/encode.py encode.fsp=4",
         "make dem",
         "dvc exp run -S train.lrr=1",

@@ -15,10 +15,10 @@ import tarfile
 import pytest
 
 from jepa_cache.cli import inspect_data
+from jepa_cache.cli.estimate import estimate_group
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoding.inventory import take_inventory
-from jepa_cache.encoding.planning import plan_encode
-from jepa_cache.encoding.summary import describe_result
+from jepa_cache.encoding.groups import scan_units
+from jepa_cache.encoding.run import describe_result
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
@@ -88,18 +88,18 @@ def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept
     assert result.num_encoded == 0 and not result.manifest.skipped
 
 
-def test_inspect_and_plan_list_the_same_bad_units(good, spoilt, tmp_path, monkeypatch, capsys):
+def test_inspect_and_estimate_list_the_same_bad_units(good, spoilt, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     config = dataclasses.replace(load_config(overrides=["dataset=vpt", "encoder=tiny"]))
-    inventory = take_inventory(config, [str(good)], good)
-    (part,) = plan_encode(inventory, config.encode, inspect_data.get_action_space("vpt13"), CacheRoot(tmp_path / "c"))
-    planned = {recording.key: recording.reason for recording in part.unusable}
-    assert part.to_do.num_unusable == len(part.unusable)
+    (group,) = scan_units(config, [str(good)], good).groups
+    estimated = estimate_group(group, CacheRoot(tmp_path / "c"))
+    listed = {recording.key: recording.reason for recording in estimated.unusable}
+    assert estimated.to_do.num_unusable == len(estimated.unusable)
     inspect_data.inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
-        if key != "zeros.tar":  # plan reads headers of videos alone, and it has none
-            assert words in planned[key]
+        if key != "zeros.tar":  # the estimate reads headers of videos alone, and it has none
+            assert words in listed[key]
         assert any(key in line and words in line for line in shown.splitlines())
 
 

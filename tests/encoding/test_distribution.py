@@ -15,10 +15,9 @@ import pytest
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from jepa_cache.config import machine
-from jepa_cache.encoding import distribution, recipes, run, workers
-from jepa_cache.encoding.distribution import EncodeFailedError
+from jepa_cache.encoding import groups, run, workers
 from jepa_cache.encoding.run import encode_dataset
-from jepa_cache.encoding.workers import Workers
+from jepa_cache.encoding.workers import EncodeFailedError, Workers
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.verify import read_store_file
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
@@ -86,9 +85,8 @@ class Deadly(WorkerPlugin):
         self.unit, self.marker = unit, marker
 
     def setup(self, worker):
-        from jepa_cache.encoding import distribution
 
-        real, plugin = distribution._check_recipe, self
+        real, plugin = workers._check_recipe, self
 
         def check_recipe(task, address):
             if task.part.units[0][0].name == plugin.unit and not (plugin.marker and plugin.marker.exists()):
@@ -97,7 +95,7 @@ class Deadly(WorkerPlugin):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(task, address)
 
-        distribution._check_recipe = check_recipe
+        workers._check_recipe = check_recipe
 
 
 class Unreadable(WorkerPlugin):
@@ -137,7 +135,7 @@ def test_the_number_of_torch_threads_is_that_of_the_process_that_sends_the_tasks
     place, encode_there, tmp_path, monkeypatch
 ):
     # Another number of threads changes the last bits of some matrix products, so no worker may choose its own.
-    monkeypatch.setattr(run, "default_num_threads", lambda: 2)
+    monkeypatch.setattr(groups, "default_num_threads", lambda: 2)
     result = encode_there(place.folder, tmp_path / "cache")
     digest = result.manifest.entries[0].unit_digest
     store = read_store_file(CacheRoot(tmp_path / "cache").tokens(result.manifest.fingerprint, digest))
@@ -208,7 +206,7 @@ def test_workers_that_offer_no_gpu_encode_on_their_cpus_and_that_is_said(place, 
 
 
 def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place, encode_there, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ENCODE_VERSION", 0)  # as if this command were older than the workers
+    monkeypatch.setattr(groups, "ENCODE_VERSION", 0)  # as if this command were older than the workers
     with pytest.raises(
         EncodeFailedError, match=r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"
     ):
@@ -243,7 +241,7 @@ def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(plac
         kept.rename(store)
         claim.release()
 
-    monkeypatch.setattr(distribution.ProgressBar, "wait", finish)
+    monkeypatch.setattr(workers.ProgressBar, "wait", finish)
     result = encode_there(place.folder, tmp_path / "cache")
     assert len(waited) == 1 and result.num_encoded == 0
     assert result.manifest.to_bytes() == place.manifest
@@ -334,5 +332,5 @@ def test_tasks_are_small(place, tmp_path, monkeypatch):
     root, where = CacheRoot(tmp_path / "cache"), Workers(num_local=1)
     with pytest.raises(ValueError, match="nothing is sent"):
         encode_dataset(CONFIG, [str(place.folder)], base=place.folder, root=root, workers=where)
-    assert sum(len(task.part.units) for task in sent) == 3
+    assert sum(len(task.units) for task in sent) == 3
     assert all(len(cloudpickle.dumps(task)) < 10_000 for task in sent)

@@ -10,7 +10,7 @@ import pytest
 
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.manifest import read_manifest, write_manifest
-from jepa_cache.store.root import MARKER, CacheRoot
+from jepa_cache.store.root import LOCK_FILE, MARKER, CacheRoot
 from jepa_cache.store.verify import check_store
 from tests.encoded import encode, make_tiny_tar, read_everything, same_numbers, tiniest_config
 
@@ -45,7 +45,7 @@ def verify_everything(root, path):
 
 
 def files_of(root):
-    return sorted(path for path in root.path.rglob("*") if path.is_file() and path.name != MARKER)
+    return sorted(path for path in root.path.rglob("*") if path.is_file() and path.name not in (MARKER, LOCK_FILE))
 
 
 def kinds():

@@ -16,8 +16,7 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
-from jepa_cache.encoding.reading import READING, name_reading
-from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint, recipe_changes
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny_config
@@ -334,8 +333,7 @@ import sys
 from pathlib import Path
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.weights import weights_identity
-from jepa_cache.encoding.reading import READING, name_reading
-from jepa_cache.encoding.recipes import action_recipe, token_recipe
+from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
 from jepa_cache.actions import get_action_space
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint

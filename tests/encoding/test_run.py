@@ -18,7 +18,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.frozen import FrozenEncoder
 from jepa_cache.encoder.modules import load_module
 from jepa_cache.encoding import pipeline
-from jepa_cache.encoding.summary import describe_result
+from jepa_cache.encoding.run import describe_result
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.root import CacheRoot

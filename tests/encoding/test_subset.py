@@ -9,7 +9,7 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
-from jepa_cache.encoding.summary import describe_result
+from jepa_cache.encoding.run import describe_result
 from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tars, read_episodes, tiny_config

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from jepa_cache.encoding import claims as claims_module
-from jepa_cache.encoding.claims import Claims, wait_for_others
+from jepa_cache.encoding import task as claims_module
+from jepa_cache.encoding.task import Claims, wait_for_others
 from jepa_cache.sources import Unit
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
@@ -23,12 +23,12 @@ import json, os, signal, sys, time
 from pathlib import Path
 import numpy, pyarrow, torch, webdataset.tariterators
 import jepa_cache.encoder.frozen
-from jepa_cache.encoding import pipeline, progress
+from jepa_cache.encoding import pipeline
 from tests.encoded import encode, tiniest_config
 
 folder, base = Path(sys.argv[1]), Path(sys.argv[2])
 config = tiniest_config()
-encode_one, wait = pipeline._OpenUnit.encode, progress.ProgressBar.wait
+encode_one, wait = pipeline._OpenUnit.encode, pipeline.ProgressBar.wait
 
 def start(mode, name, dies_at=None):
     child = os.fork()
@@ -47,7 +47,7 @@ def start(mode, name, dies_at=None):
     def waiting(self, unit):
         (place / "waiting").write_text(unit)
         wait(self, unit)
-    pipeline._OpenUnit.encode, progress.ProgressBar.wait = watched, waiting
+    pipeline._OpenUnit.encode, pipeline.ProgressBar.wait = watched, waiting
     (place / f"ready-{name}").touch()
     while not all((place / f"ready-{other}").exists() for other in ("one", "two")):
         time.sleep(0.01)
@@ -119,7 +119,7 @@ def test_when_one_of_two_is_killed_the_other_takes_over_and_one_unit_at_most_was
 
 
 def units_of(number):
-    return [(Unit(name, ()), f"{index:x}" * 64) for index, name in enumerate(UNITS[:number])]
+    return [Unit(name, (), f"{index:x}" * 64) for index, name in enumerate(UNITS[:number])]
 
 
 def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_meanwhile_for_good(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_me
     root, units = CacheRoot(tmp_path), units_of(3)
     with Claims(root, "recipe") as one, Claims(root, "recipe") as two:
         assert next(one.take(units)) == units[0]
-        root.tokens("recipe", units[1][1]).mkdir()  # published by a third one
+        root.tokens("recipe", units[1].digest).mkdir()  # published by a third one
         assert list(two.take(units)) == [units[2]]
         assert two.busy == [units[0]] and two.num_taken == 1
     assert not list(tmp_path.rglob(".jepa-cache-*"))
@@ -139,9 +139,9 @@ def test_a_claim_is_let_go_as_soon_as_its_store_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
     root, units = CacheRoot(tmp_path), units_of(3)
     with Claims(root, "recipe") as claims:
-        for _, digest in claims.take(units):
+        for unit in claims.take(units):
             assert len(list(tmp_path.rglob("*.claim"))) == 1
-            root.tokens("recipe", digest).mkdir()
+            root.tokens("recipe", unit.digest).mkdir()
 
 
 def test_a_unit_that_is_there_is_not_waited_for_though_its_maker_still_holds_its_claim(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_unit_that_is_there_is_not_waited_for_though_its_maker_still_holds_its
     root, units = CacheRoot(tmp_path), units_of(2)
     with Claims(root, "recipe") as maker, Claims(root, "recipe") as other:
         next(maker.take(units))
-        root.tokens("recipe", units[0][1]).mkdir()
+        root.tokens("recipe", units[0].digest).mkdir()
         assert list(other.take(units[:1])) == [] and other.busy == []
 
 
@@ -158,8 +158,8 @@ def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_
     monkeypatch.setattr(claims_module, "check_store", lambda store: store)
     monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
     monkeypatch.setattr(claims_module.time, "sleep", lambda seconds: None)
-    root, (unit, digest) = CacheRoot(tmp_path), units_of(1)[0]
-    store, told = root.tokens("recipe", digest), []
+    root, unit = CacheRoot(tmp_path), units_of(1)[0]
+    store, told = root.tokens("recipe", unit.digest), []
     for end in ("published", "gone"):
         claim = root.claim(store)
         ends = {"published": store.mkdir, "gone": claim.release}
@@ -185,4 +185,4 @@ def test_every_claim_is_let_go_although_the_file_of_one_cannot_be_removed(tmp_pa
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr("pathlib.Path.unlink", refuse)
-    assert not any(root.is_claimed(root.tokens("recipe", digest)) for _, digest in units)
+    assert not any(root.is_claimed(root.tokens("recipe", unit.digest)) for unit in units)

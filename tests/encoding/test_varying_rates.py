@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoding import reading
-from jepa_cache.encoding.modes import plan_steps
+from jepa_cache.encoding import groups
+from jepa_cache.encoding.steps import plan_steps
 from jepa_cache.episode import Episode
 from jepa_cache.media.probe import find_varying_times, measure_rate, probe_video
 from jepa_cache.media.video import open_video
@@ -158,8 +158,8 @@ def test_units_are_named_anew_only_where_the_first_release_read_them_otherwise(m
     source = build_source("vpt", {})
     (unit,) = source.list_units(["a.tar"], tmp_path)
     for decoder in ("auto", "pyav"):
-        wanted = [reading.READING if decoder in otherwise else 1]
-        assert reading.find_readings(source, [(unit, "digest")], decoder) == wanted
+        wanted = [groups.READING if decoder in otherwise else 1]
+        assert groups.find_readings(source, [unit._replace(digest="digest")], decoder) == wanted
 
 
 def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypat
     write_pair(folder, CONSTANT, name="even")
     write_pair(folder, DROPPED, name="dropped")
     with monkeypatch.context() as first_release:  # It named both alike.
-        first_release.setattr(reading, "_find_reading", lambda *_: 1)
+        first_release.setattr(groups, "_find_reading", lambda *_: 1)
         before = encode(folder, root, config).manifest
     (table,) = tmp_path.rglob("readings.sqlite")
     table.unlink()
@@ -184,5 +184,5 @@ def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypat
     assert second.fingerprint != first.fingerprint and second.action_fingerprint != first.action_fingerprint
     assert second.recipe == {**first.recipe, "source": {**first.recipe["source"], "reading": 2}}
     assert stores.items() <= {path: path.stat().st_mtime_ns for path in root.rglob("store.json")}.items()
-    monkeypatch.setattr(reading, "_find_reading", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(groups, "_find_reading", lambda *_: pytest.fail("looked again"))
     assert encode(folder, root, config).num_encoded == 0

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from jepa_cache.encoding.units import digest_units
+from jepa_cache.encoding.units import UnitDigester
 from jepa_cache.media.bucket import downloads_folder
 from jepa_cache.sources import build_source
 from tests.droid_makers import CAMERAS, decode, droid_features, make_episode, to_example, to_jpeg, write_tfds
@@ -41,7 +41,9 @@ def read(units, source):
 def test_a_directory_in_a_bucket_gives_the_episodes_and_digests_of_its_copy(bucket, folder, tmp_path):
     source = build_source("droid_rlds", {})
     local, remote = source.list_units([str(folder)], tmp_path), source.list_units([URL], tmp_path)
-    assert [digest for _, digest in digest_units(local).units] == [digest for _, digest in digest_units(remote).units]
+    assert [unit.digest for unit in UnitDigester()(local).units] == [
+        unit.digest for unit in UnitDigester()(remote).units
+    ]
     assert [unit.num_bytes for unit in local] == [unit.num_bytes for unit in remote]
     for one, other in zip(read(local, source), read(remote, source), strict=True):
         assert (one.key, one.video) == (other.key, other.video)

@@ -8,7 +8,7 @@ import pytest
 
 from jepa_cache.encoding import subset
 from jepa_cache.encoding.subset import take_recordings
-from jepa_cache.encoding.units import digest_units
+from jepa_cache.encoding.units import UnitDigester
 from jepa_cache.episode import Episode
 from jepa_cache.media.tar import iter_samples, list_samples
 from jepa_cache.media.tar_subset import copy_first_samples
@@ -84,9 +84,9 @@ def test_a_part_has_a_digest_of_its_own_and_the_same_in_every_run(case, monkeypa
     for run in range(2):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / f"state{run}"))
         (part,), notes = take_recordings(source, [unit], 2)
-        digests.add(digest_units([part]).units[0][1])
+        digests.add(UnitDigester()([part]).units[0].digest)
         assert "only the first 2 recordings" in notes[0]
-    assert len(digests) == 1 and digests != {digest_units([unit]).units[0][1]}
+    assert len(digests) == 1 and digests != {UnitDigester()([unit]).units[0].digest}
 
 
 def test_a_part_is_made_once_and_again_when_its_recordings_change(case, monkeypatch):

@@ -159,7 +159,8 @@ def test_what_is_remembered_at_once_is_what_the_table_would_say_without_reading(
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode())
-    digests = list(table.digest_units([[paths[0]], paths[1:]]))
+    with table.hashing() as digest_files:
+        digests = [digest_files(files) for files in ([paths[0]], paths[1:])]
     assert digests == [table.digest_unit([paths[0]]), table.digest_unit(paths[1:])]
     paths[0].write_bytes(b"changed")
     monkeypatch.setattr("jepa_cache.store.digests.file_digest", lambda _: pytest.fail("a file was read"))
@@ -182,8 +183,9 @@ def test_what_was_hashed_before_a_run_ended_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("jepa_cache.store.digests.SAVE_S", 0.0)
     table, good, gone = DigestTable(tmp_path / "state"), tmp_path / "good", tmp_path / "gone"
     good.write_bytes(b"x")
-    with pytest.raises(FileNotFoundError):
-        list(table.digest_units([[good], [gone]]))
+    with pytest.raises(FileNotFoundError), table.hashing() as digest_files:
+        digest_files([good])
+        digest_files([gone])
     assert table.remember().digest(good) is not None
 
 
@@ -200,7 +202,8 @@ def test_the_table_is_free_for_others_while_a_large_file_is_hashed(tmp_path, mon
         return path.name
 
     monkeypatch.setattr("jepa_cache.store.digests.file_digest", hash_slowly)
-    assert len(list(table.digest_units([[path] for path in paths]))) == 2
+    with table.hashing() as digest_files:
+        assert [digest_files([path]) for path in paths] == ["a", "b"]
 
 
 def no_database(path):

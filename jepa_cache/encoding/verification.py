@@ -1,10 +1,10 @@
-"""Stored tokens against the encoder itself: random steps are encoded again from their recordings."""
+"""Stores against their recordings: random steps are encoded again and compared, damaged stores are rebuilt."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,17 +13,19 @@ import numpy as np
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.encoder.weights import resolve_weights
-from jepa_cache.encoding.filling import describe_machine, load_encoder, resolve_device
-from jepa_cache.encoding.inventory import Inventory, is_unread
-from jepa_cache.encoding.modes import plan_episode
-from jepa_cache.encoding.parts import Part
+from jepa_cache.encoding.groups import EncodingGroup, Inventory, find_readings, group_units_by_recipe, open_encoder
+from jepa_cache.encoding.run import encode_here
+from jepa_cache.encoding.steps import plan_episode
+from jepa_cache.encoding.task import describe_machine, ensure_actions, ensure_controls, load_encoder, resolve_device
+from jepa_cache.encoding.units import is_unread
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
-from jepa_cache.store.audit import note_stale
+from jepa_cache.store.audit import Audit, Finding, Scope, forget_stale, note_stale
 from jepa_cache.store.damage import WAY_OUT
-from jepa_cache.store.manifest import Manifest
+from jepa_cache.store.digests import DigestTable
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.quantisation import Channels, decode, encode, get_scheme
 from jepa_cache.store.reader import ArrayReader, read_table
 from jepa_cache.store.recipe import recipe_changes
@@ -77,7 +79,7 @@ class Comparison:
 
 
 class _Chosen(NamedTuple):
-    part: Part
+    group: EncodingGroup
     unit: Unit
     store: Path
     steps: list[int]
@@ -93,7 +95,7 @@ def compare_online(
     Args:
         manifest: Whose stores.
         config: Settings under which they were made.
-        inventory: Present parts and recordings.
+        inventory: Present groups and recordings.
         root: Cache root.
         base: Folder that relative weights are meant from.
         num_steps: How many.
@@ -103,20 +105,16 @@ def compare_online(
         ValueError: The present settings make another recipe, the recordings are not found, or a store is damaged.
     """
     chosen = _choose(manifest, inventory, root, num_steps, seed)
-    encode_config, preset = config.encode, inventory.encoder
-    weights = resolve_weights(preset.weights, base=base, kind=preset.kind) if preset.weights is not None else None
-    encoder = load_encoder(
-        preset,
-        weights,
-        inventory.parts[0].recipe["encoder"]["weights"],
-        encode_config,
-        device=resolve_device(encode_config.device),
-        num_threads=default_num_threads(),
-    )
+    opened = inventory.groups[0].encoder
+    if opened.preset.weights is not None:
+        weights = resolve_weights(opened.preset.weights, base=base, kind=opened.preset.kind)
+        opened = opened._replace(weights=weights)
+    num_threads = default_num_threads()
+    encoder = load_encoder(opened, config.encode, device=resolve_device(config.encode.device), num_threads=num_threads)
     results, changes = [], {}
     for item in chosen:
         made = read_store_file(item.store).provenance
-        now = describe_machine(encoder, int(made["batch_size"]), default_num_threads())
+        now = describe_machine(encoder, int(made["batch_size"]), num_threads)
         changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
         of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
         if wrong := Comparison(of_unit, [], seed).wrong:
@@ -133,22 +131,21 @@ def compare_online(
 
 
 def _choose(manifest: Manifest, inventory: Inventory, root: CacheRoot, num_steps: int, seed: int) -> list[_Chosen]:
-    parts = {part.tokens: part for part in inventory.parts}
+    groups = {group.fingerprint: group for group in inventory.groups}
     for listed in manifest.parts:
-        if listed.fingerprint not in parts:
-            nearest = min((recipe_changes(listed.recipe, part.recipe) for part in inventory.parts), key=len)
+        if listed.fingerprint not in groups:
+            nearest = min((recipe_changes(listed.recipe, group.recipe) for group in inventory.groups), key=len)
             raise ValueError(
                 f"the manifest lists stores of recipe {listed.fingerprint}, which the present settings do not make "
                 f"({'; '.join(nearest)}). Give the settings that they were made with"
             )
     found, sizes = [], []
     for listed in manifest.parts:
-        part = parts[listed.fingerprint]
-        units = {digest: unit for unit, digest in part.units if not is_unread(digest)}
+        group = groups[listed.fingerprint]
+        units = {unit.digest: unit for unit in group.units if not is_unread(unit)}
         for entry in listed.entries:
-            if entry.unit_digest in units and entry.num_steps:
-                store = root.tokens(part.tokens, entry.unit_digest)
-                found.append(_Chosen(part, units[entry.unit_digest], store, []))
+            if (unit := units.get(entry.unit_digest)) is not None and entry.num_steps:
+                found.append(_Chosen(group, unit, group.tokens(root, unit), []))
                 sizes.append(entry.num_steps)
     if not found:
         raise ValueError(
@@ -170,7 +167,7 @@ def _compare_unit(item: _Chosen, config: Config, encoder: FrozenEncoder, batch_s
         first.setdefault(row["episode"], row["start"])
         wanted.setdefault(row["episode"], []).extend(step for step in item.steps if row["start"] <= step < row["stop"])
     results = []
-    for recording in item.part.source.iter_episodes(item.unit):
+    for recording in item.group.source.iter_episodes(item.unit):
         if isinstance(recording, Episode) and wanted.get(recording.key):
             steps = [step - first[recording.key] for step in wanted.pop(recording.key)]
             results += _compare_episode(item, recording, first[recording.key], steps, config, encoder, batch_size)
@@ -191,7 +188,7 @@ def _compare_episode(
 ) -> list[StepResult]:
     """Compare steps of one episode, counted from its first; the batches are cut as stage one cuts them."""
     settings = config.encode
-    tubelet_size, phase = encoder.preset.tubelet_size, item.part.phase
+    tubelet_size, phase = encoder.preset.tubelet_size, item.group.phase
     plan = plan_episode(
         len(episode.frame_ticks),
         episode.fps,
@@ -285,3 +282,164 @@ def describe_comparison(comparison: Comparison) -> Mapping[str, object]:
         "seed": comparison.seed,
         "steps": [step._asdict() for step in steps],
     }
+
+
+@dataclass
+class Repair:
+    """What was rebuilt, and what is still not as the manifest says.
+
+    Attributes:
+        repaired: Stores, controls and manifests that are whole again.
+        lost: Units whose recordings are not found, by their sha256.
+        differing: Stores that came out with another digest than the manifest lists.
+        left: What is still damaged, in words.
+    """
+
+    repaired: list[Path] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def repair_manifest(
+    manifest: Manifest,
+    findings: Sequence[Finding],
+    config: Config,
+    inputs: Sequence[str],
+    *,
+    base: Path,
+    root: CacheRoot,
+) -> Repair:
+    """Rebuild what was found damaged or missing from the recordings.
+
+    A damaged store is removed only when its recording, the weights and the settings that it was made with are at hand.
+
+    Args:
+        manifest: Whose stores.
+        findings: What `store.rounds` found.
+        config: Settings; they must make the manifest's recipes.
+        inputs: Where the recordings lie; replace the presets' lists when not empty.
+        base: Folder that relative paths are meant from.
+        root: Cache root.
+
+    Raises:
+        ValueError: The settings make another recipe, or recordings or weights cannot be had.
+    """
+    repair = Repair()
+    for finding in findings:
+        if finding.kind == "manifest":
+            write_manifest(manifest, [finding.place])
+            root.publish(finding.place)
+            repair.repaired.append(finding.place)
+    damaged = [finding for finding in findings if finding.kind != "manifest"]
+    if damaged:
+        _repair_units(repair, manifest, damaged, config, inputs, base=base, root=root)
+    return repair
+
+
+def _repair_units(
+    repair: Repair,
+    manifest: Manifest,
+    findings: Sequence[Finding],
+    config: Config,
+    inputs: Sequence[str],
+    *,
+    base: Path,
+    root: CacheRoot,
+) -> None:
+    groups = group_units_by_recipe(config, open_encoder(config, base), inputs, base)
+    for listed in manifest.parts:
+        of_part = [finding for finding in findings if finding.fingerprint == listed.fingerprint]
+        if not of_part:
+            continue
+        group = next((it for it in groups if it.fingerprint == listed.fingerprint), None)
+        if group is None or (group.action_fingerprint, group.source_fingerprint) != (
+            listed.action_fingerprint,
+            listed.source_fingerprint,
+        ):
+            raise ValueError(_name_changes(listed, groups))
+        units = _find_units(group, sorted({finding.unit for finding in of_part}), repair)
+        _remove(root, listed, [finding for finding in of_part if finding.unit in units])
+        missing = [unit for unit in units.values() if not root.fetch(group.tokens(root, unit))]
+        encode_here([group.of_units(missing)] if missing else [], root)
+        for unit in units.values():
+            ensure_controls(root, group, unit)
+            ensure_actions(root, group, unit)
+        entries = [entry for entry in listed.entries if entry.unit_digest in units]
+        _compare(repair, root, listed, entries, of_part)
+
+
+def _find_units(group: EncodingGroup, digests: Sequence[str], repair: Repair) -> dict[str, Unit]:
+    """The recordings of these units: among the inputs, else where they were last seen."""
+    named = {unit.digest: unit for unit in group.units}
+    found, table = {}, DigestTable()
+    for digest in digests:
+        unit = named.get(digest)
+        if unit is None and (files := table.find_unit(digest)):
+            seen = Unit(files[0].name, files, digest)
+            # One that is read otherwise now gives other stores, which have another name.
+            unit = seen if find_readings(group.source, [seen], group.encode.decoder) == [group.reading] else None
+        if unit is None:
+            repair.lost.append(digest)
+        else:
+            found[digest] = unit
+    return found
+
+
+def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) -> None:
+    """Remove what is damaged, each under its claim and after another look: its maker may have put it right meanwhile."""
+    entries = {entry.unit_digest: entry for entry in listed.entries}
+    with Audit(root, Scope(read_data=True), lambda _: None) as audit:
+        for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
+
+            def is_damaged(place: Path = place, unit: str = unit) -> bool:
+                return any(finding.place == place for finding in audit.check(listed, entries[unit]))
+
+            with root.claimed(place):
+                # Of what a bucket holds the copy here may be what is damaged.
+                if is_damaged() and not (root.drop_copy(place) and not is_damaged()):
+                    root.remove(place)
+                    forget_stale(root, place)
+
+
+def _compare(
+    repair: Repair,
+    root: CacheRoot,
+    listed: ManifestPart,
+    entries: Sequence[ManifestEntry],
+    findings: Sequence[Finding],
+) -> None:
+    """Read what was made again, and compare its digest with the manifest's."""
+    with Audit(root, Scope(), lambda _: None) as audit:
+        for entry in entries:
+            places = list(dict.fromkeys(it.place for it in findings if it.unit == entry.unit_digest))
+            left = audit.check(listed, entry)
+            broken = {finding.place for finding in left}
+            repair.repaired += [place for place in places if place not in broken]
+            for finding in left:
+                digest = {"tokens": entry.tokens_digest, "actions": entry.actions_digest}.get(finding.kind)
+                if (
+                    digest is not None
+                    and finding.place.is_dir()
+                    and (now := read_store_file(finding.place)).digest != digest
+                ):
+                    made = (
+                        f"made on {now.provenance['device']} with {now.provenance['versions']}"
+                        if now.provenance
+                        else ""
+                    )
+                    repair.differing.append(
+                        f"{finding.place} has digest {now.digest}, the manifest lists {digest} {made}".strip()
+                    )
+                else:
+                    repair.left.append(finding.problem)
+
+
+def _name_changes(listed: ManifestPart, groups: Sequence[EncodingGroup]) -> str:
+    now = [{"tokens": group.recipe, "actions": group.action_recipe} for group in groups]
+    then = {"tokens": listed.recipe, "actions": listed.action_recipe}
+    changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
+    return (
+        f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no data set fits'}). Nothing was "
+        "removed; give the settings and recordings that they were made with, as key=value and paths"
+    )

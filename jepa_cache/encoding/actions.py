@@ -61,16 +61,6 @@ def aggregate_store(
     return actions, states, excluded
 
 
-def is_current(actions_store: Path, tokens_store: Path) -> bool:
-    """Whether published actions belong to the steps of this token store.
-
-    Token stores of two recipes share their actions as long as their steps are the same. They are not where a video
-    can be decoded under one recipe only, for its episode is then missing in the other.
-    """
-    actions, tokens = (read_store_file(store).card for store in (actions_store, tokens_store))
-    return actions.get("steps_digest") == tokens["steps_digest"]
-
-
 def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, space: ActionSpace) -> None:
     """Aggregate one unit and publish the result; the store's card names columns and excluded episodes."""
     actions, states, excluded = aggregate_store(tokens_store, controls_file, space)
