@@ -34,6 +34,7 @@ from jepa_cache.actions import get_action_space  # noqa: E402
 from jepa_cache.cli.outcome import Checkout  # noqa: E402
 from jepa_cache.cli.status import look_up  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
+from jepa_cache.data.ablations import action_ablations  # noqa: E402
 from jepa_cache.data.cache import CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.splits import TRAIN  # noqa: E402
@@ -43,7 +44,6 @@ from jepa_cache.encoding.parts import Part, open_encoder, plan_parts  # noqa: E4
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.evaluation import metrics, record, run, slices, windows  # noqa: E402
 from jepa_cache.evaluation.candidates import ActionPool  # noqa: E402
-from jepa_cache.evaluation.controls import control_actions  # noqa: E402
 from jepa_cache.evaluation.subject import Subject  # noqa: E402
 from jepa_cache.store import layout  # noqa: E402
 from jepa_cache.store.controls import ControlsWriter  # noqa: E402
@@ -163,7 +163,7 @@ class Place:
         numbers = spread_windows(index, settings.windows_per_episode)
         step = Timer(f"{len(numbers)} windows")
         step("open, split, spread")
-        control_actions(dataset, scaler, index, numbers, seed=settings.seed)
+        action_ablations(dataset, scaler, index, numbers, seed=settings.seed)
         step("ablations")
         windows.fit_baselines(dataset, subject.training_segments(), scaler, normalize_reps=True)
         step("baselines")

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "jepa_cache"
 # Highest first. Rooms on one floor do not know each other.
 FLOORS = (
     {"stages", "cli"},
-    {"training", "api"},
-    {"evaluation"},
+    {"api"},
+    {"training", "evaluation"},
     {"encoding", "data", "inspection"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from jepa_cache.data.ablations import draw_others
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.controls import draw_others
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps, read_past, repeat_past
 

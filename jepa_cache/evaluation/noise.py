@@ -17,14 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_cache.config.schema import STORED_DTYPES
+from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.controls import positions_of
-from jepa_cache.evaluation.metrics import l1_error
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
-from jepa_cache.predictor.rollout import as_reps, predict_both_ways
+from jepa_cache.predictor.rollout import as_reps, l1_error, predict_both_ways
 from jepa_cache.store.quantisation import (
     Channels,
     check_width,

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import PlanConfig
+from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, first_cached_rows, spread_windows
-from jepa_cache.evaluation.controls import choose_donors
 from jepa_cache.evaluation.motion import POSE_SPACES, Motion, build_motion, end_distances
 from jepa_cache.evaluation.planner import (
     MAX_STEP_M,

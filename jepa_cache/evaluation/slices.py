@@ -9,8 +9,8 @@ import numpy as np
 
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.schema import EvaluateConfig
+from jepa_cache.data.ablations import SHUFFLED, positions_of
 from jepa_cache.data.windows import first_cached_rows
-from jepa_cache.evaluation.controls import SHUFFLED, positions_of
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors

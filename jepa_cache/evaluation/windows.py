@@ -1,4 +1,4 @@
-"""Held-out windows through the predictor, the baselines and the controls: the error of every predicted step."""
+"""Held-out windows through the predictor, the baselines and the action ablations: the error of every predicted step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
+from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.evaluation.baselines import (
@@ -22,7 +23,6 @@ from jepa_cache.evaluation.baselines import (
     regress_open_loop,
     regress_teacher_forced,
 )
-from jepa_cache.evaluation.controls import CONTROLS, SHIFTED, control_actions
 from jepa_cache.evaluation.metrics import MEASURES
 from jepa_cache.evaluation.subject import Subject
 from jepa_cache.predictor.rollout import as_reps, predict_both_ways
@@ -30,7 +30,7 @@ from jepa_cache.predictor.rollout import as_reps, predict_both_ways
 MODEL = "model"
 COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
 BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
-PREDICTIONS = (MODEL, *BASELINES, *CONTROLS)
+PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class _Given(NamedTuple):
 
 @torch.no_grad()
 def measure_windows(subject: Subject) -> WindowErrors:
-    """Run the predictor, all baselines and all controls over windows spread evenly over the held-out episodes.
+    """Run the predictor, all baselines and all action ablations over windows spread evenly over the held-out episodes.
 
     In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
-    back. The controls differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
+    back. The ablations differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
     training window has, from the start of each window.
 
     Raises:
@@ -113,7 +113,7 @@ def measure_windows(subject: Subject) -> WindowErrors:
     num_steps = max(subject.window_steps, settings.num_context_steps + settings.horizon)
     index = WindowIndex(subject.held_out_segments(), num_steps)
     numbers = spread_windows(index, settings.windows_per_episode)
-    controls = control_actions(subject.dataset, subject.scaler, index, numbers, seed=settings.seed)
+    ablations = action_ablations(subject.dataset, subject.scaler, index, numbers, seed=settings.seed)
     baselines = fit_baselines(
         subject.dataset,
         subject.training_segments(),
@@ -135,7 +135,8 @@ def measure_windows(subject: Subject) -> WindowErrors:
         batch = to_device(batch, device)
         given = _Given(as_reps(batch.tokens, subject.normalize_reps), batch.actions, batch.states)
         replaced = {
-            name: torch.from_numpy(values[start : start + len(given.h)]).to(device) for name, values in controls.items()
+            name: torch.from_numpy(values[start : start + len(given.h)]).to(device)
+            for name, values in ablations.items()
         }
         for predicted in _predictions(subject, baselines, given, replaced):
             true, rows = given.h[predicted.rows], start + predicted.rows.cpu().numpy()

@@ -49,6 +49,11 @@ def as_reps(predicted: Tensor, normalize_reps: bool) -> Tensor:
     return predicted if predicted.dtype == torch.float64 else predicted.float()
 
 
+def l1_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference over tokens and channels: [B, T, N, D] twice to [B, T]."""
+    return (predicted - target).abs().mean(dim=(-2, -1))
+
+
 def teacher_forcing(
     predictor: Predictor,
     tokens: Tensor,

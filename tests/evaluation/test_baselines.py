@@ -13,6 +13,7 @@ import pytest
 import torch
 import zarr
 
+from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_rows
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.baselines import (
     RIDGE,
@@ -23,7 +24,6 @@ from jepa_cache.evaluation.baselines import (
     regress_open_loop,
     regress_teacher_forced,
 )
-from jepa_cache.evaluation.controls import CONTROLS, choose_donors, control_actions, draw_rows
 from tests.caches import make_cache
 
 
@@ -81,8 +81,8 @@ def test_controls_take_the_place_of_the_true_actions(tmp_path):
     cache, num_steps = make_cache(tmp_path), 6
     index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), num_steps)
     numbers = list(range(len(index)))
-    found = control_actions(cache.dataset, cache.scaler, index, numbers, seed=0)
-    assert set(found) == set(CONTROLS)
+    found = action_ablations(cache.dataset, cache.scaler, index, numbers, seed=0)
+    assert set(found) == set(ABLATIONS)
     scale = cache.scaler.actions
     undo = lambda values: values * np.array(scale.scale) + np.array(scale.mean)  # noqa: E731
     true = np.stack([cache.dataset.controls(index[n].store)[0][index[n].start :][: num_steps - 1] for n in numbers])
