@@ -23,6 +23,7 @@ FLOORS = (
     {"stages", "cli"},
     {"api"},
     {"training", "evaluation"},
+    {"control"},
     {"encoding", "data", "inspection"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
@@ -47,7 +48,7 @@ WITHOUT_TORCH = (
     "files",
     "inspection",
 )
-STAGE_TWO = {"training", "predictor", "data", "evaluation"}
+STAGE_TWO = {"training", "predictor", "data", "evaluation", "control"}
 STAGES = {
     "sample": "sample",
     "encode": "encode",

@@ -27,9 +27,9 @@ from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.data.ablations import ABLATIONS, choose_donors, draw_rows
 from jepa_cache.evaluation import report
 from jepa_cache.evaluation.baselines import RIDGE
+from jepa_cache.evaluation.context import check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.report import describe_metrics, evaluate_run
-from jepa_cache.evaluation.subject import check_settings
 from jepa_cache.evaluation.windows import BASELINES
 from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
 from jepa_cache.training.trainer import train
@@ -459,9 +459,9 @@ def test_a_predictor_that_gives_nan_is_no_measurement(trained, tmp_path):
 def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goes(trained, tmp_path, monkeypatch):
     assert tuple(report.MEASUREMENTS) == MEASUREMENTS  # what the settings may name is what there is
 
-    def measure(subject, out):
+    def measure(evaluation, out):
         (out / "steps.csv").write_text("horizon\n4\n")
-        return {"steps": {"horizon": subject.config.evaluate.horizon}}
+        return {"steps": {"horizon": evaluation.config.evaluate.horizon}}
 
     monkeypatch.setitem(report.MEASUREMENTS, "steps", measure)
     config = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, measure=("steps",)))
