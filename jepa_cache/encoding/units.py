@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
-from jepa_cache.media.http import DownloadError
+from jepa_cache.media.remote import DownloadError
 from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
 from jepa_cache.sources._forms import find_way_out
 from jepa_cache.store.digests import DigestTable

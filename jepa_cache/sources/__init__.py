@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.remote import BucketFile
 
 
 class Unit(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jepa_cache.episode import RecordingError
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_idle_rows
-from jepa_cache.media.video import VideoInfo
+from jepa_cache.media.probe import VideoInfo
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources._placement import Placement
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.remote import BucketFile
 
 MAX_INFO_BYTES = 64 << 20  # of features.json and dataset_info.json; those of DROID are below 1 MB
 FEATURES_FILE = "features.json"

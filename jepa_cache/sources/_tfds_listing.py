@@ -6,7 +6,7 @@ import fnmatch
 import glob
 from pathlib import Path
 
-from jepa_cache.media.bucket import SCHEME, BucketFile, list_files
+from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
 from jepa_cache.media.tar import walk
 from jepa_cache.sources._tfds_features import FEATURES_FILE
 from jepa_cache.sources._tfrecords import parse_shard_name
@@ -33,8 +33,10 @@ def list_bucket(given: str) -> list[BucketFile]:
     """The files of a folder in a bucket, or those that its last part names as a glob or brace range, with features.json."""
     from braceexpand import braceexpand
 
-    if not given.startswith(SCHEME):
-        raise ValueError(f"{given!r}: of addresses only {SCHEME}bucket/folder is read; copy the directory and give DIR")
+    if not given.startswith(BUCKET_SCHEME):
+        raise ValueError(
+            f"{given!r}: of addresses only {BUCKET_SCHEME}bucket/folder is read; copy the directory and give DIR"
+        )
     folder, _, last = given.rpartition("/")
     named = not parse_shard_name(last) and not any(sign in last for sign in "*?[{")
     try:

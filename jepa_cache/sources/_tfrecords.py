@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in
 
 HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
@@ -80,7 +80,7 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
 
 
 def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | None:
-    """Copy the first records of a TFRecord file, as they are; what lies behind them is not read, nor fetched from a bucket.
+    """Copy the first records of a TFRecord file, as they are; what lies behind them is not read.
 
     Args:
         path: The file.
@@ -90,7 +90,7 @@ def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | N
     Returns:
         How many were copied, or None, and no new file, where the file holds no more than `most`, or no record.
     """
-    with path.stream() if isinstance(path, BucketFile) else path.open("rb") as file, out.open("wb") as copy:
+    with path.open("rb") as file, out.open("wb") as copy:
         size_bytes = path.stat().st_size
         offset, num_records = 0, 0
         while offset < size_bytes and num_records < most:

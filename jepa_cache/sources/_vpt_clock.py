@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jepa_cache.episode import RecordingError
-from jepa_cache.media.video import VideoInfo
+from jepa_cache.media.probe import VideoInfo
 from jepa_cache.sources._placement import Placement, measure_intervals, place_by_time
 
 TICK_HZ = 20.0

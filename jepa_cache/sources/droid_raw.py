@@ -14,8 +14,8 @@ from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.images import SideBySide
+from jepa_cache.media.probe import probe_video
 from jepa_cache.media.tar import is_file_name
-from jepa_cache.media.video import probe_video
 from jepa_cache.sources import Unit
 from jepa_cache.sources._droid_folders import (
     LIST_SUFFIXES,

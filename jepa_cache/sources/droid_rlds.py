@@ -13,9 +13,9 @@ from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import find_episode_key
-from jepa_cache.media.bucket import BucketFile
 from jepa_cache.media.images import FrameSequence
-from jepa_cache.media.video import probe_video
+from jepa_cache.media.probe import probe_video
+from jepa_cache.media.remote import BucketFile
 from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._droid_rows import NATIVE_HZ, Rows, build_controls
 from jepa_cache.sources._tfds_features import FEATURES_FILE, INFO_FILE, STEPS, Features

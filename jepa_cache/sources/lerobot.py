@@ -13,10 +13,10 @@ import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
+from jepa_cache.media.probe import DecodeError, VideoInfo, probe_video
+from jepa_cache.media.remote import HUB_PREFIX, fetch_hub_dataset
 from jepa_cache.media.tar import UnreadableFolderError, expand_inputs
-from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._hub import PREFIX, fetch_dataset
 from jepa_cache.sources._lerobot_columns import build_controls, parse_selection
 from jepa_cache.sources._lerobot_layout import Layout, Place
 from jepa_cache.sources._lerobot_listing import Listing
@@ -172,9 +172,9 @@ class LerobotSource:
 
     def _find_roots(self, inputs: Sequence[str], base: Path) -> list[Path]:
         patterns = ("meta/*", "data/*", f"videos/*{self.options.camera}/*")
-        roots = [fetch_dataset(text, patterns) for text in inputs if text.startswith(PREFIX)]
+        roots = [fetch_hub_dataset(text, patterns) for text in inputs if text.startswith(HUB_PREFIX)]
         for text in inputs:
-            if text.startswith(PREFIX):
+            if text.startswith(HUB_PREFIX):
                 continue
             try:
                 found = expand_inputs([text], base, "info.json")

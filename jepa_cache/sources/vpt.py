@@ -14,9 +14,9 @@ from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
+from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
 from jepa_cache.media.tar_subset import copy_first_samples
-from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Head, Unit
 from jepa_cache.sources._vpt_clock import align_ticks, align_times
 from jepa_cache.sources._vpt_controls import read_contractor, read_simple

@@ -17,8 +17,9 @@ import pytest
 
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media import tar as tar_module
+from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.tar import iter_samples
-from jepa_cache.media.video import DecodeError, open_video, probe_video
+from jepa_cache.media.video import open_video
 from jepa_cache.sources import _vpt_lines, build_source
 from jepa_cache.sources._json_files import iter_objects, read_object
 from tests.makers import make_vpt_pair, to_jsonl, write_vpt_tar

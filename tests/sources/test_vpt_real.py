@@ -7,7 +7,7 @@ import pytest
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source
 from jepa_cache.sources._vpt_controls import read_contractor
