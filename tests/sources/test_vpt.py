@@ -425,7 +425,7 @@ def test_options_are_checked_with_the_nearest_name():
 def test_helper_modules_are_no_sources():
     assert "vpt" in list_sources() and not any(name.startswith("_") for name in list_sources())
     with pytest.raises(ValueError, match="no source called"):
-        build_source("_vpt_lines", {})
+        build_source("parsers", {})
 
 
 # A change of these numbers needs a higher RECIPE_VERSION: stored controls would no longer be what the reader gives.
