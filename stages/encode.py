@@ -19,7 +19,7 @@ from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
 from jepa_cache.encoding.run import describe_result, encode_dataset  # noqa: E402
 from jepa_cache.encoding.workers import Workers  # noqa: E402
-from jepa_cache.store.root import resolve_cache_root  # noqa: E402
+from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,14 +24,12 @@ from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.steps import plan_episode
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.episode import Skipped
-from jepa_cache.media.headers import VIDEO_SUFFIXES, iter_tar_videos
-from jepa_cache.media.probe import header_counts
+from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS, STEPS_FILE
 from jepa_cache.store.quantisation import SCHEMES, check_width, get_scheme, step_bytes
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_place, check_store
 
 MAX_SHOWN = 20  # unusable recordings
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
@@ -39,9 +37,10 @@ MAX_HEADERS = 2000
 # Pictures in records (RLDS) have no header: so many units are read whole, and the rest follows by bytes.
 MAX_WHOLE = 2
 # Bytes of JSON and Parquet, measured on the sample data set; they matter for tiny tokens only.
-STORE_BYTES, CODES_BYTES, STEP_ROW_BYTES = 9_900, 9_000, 14
+STORE_BYTES, CODES_BYTES, STEP_ROW_BYTES = 8_900, 9_600, 14
+SHARD_BYTES = 1_060  # its index, and its entry in store.json
 ACTIONS_BYTES, COLUMN_BYTES = 4_360, 110
-CONTROLS_BYTES, EPISODE_BYTES, TICK_BYTES = 4_400, 6_456, 19.5  # of VPT's 37 columns
+CONTROLS_BYTES, EPISODE_BYTES, TICK_BYTES = 4_400, 6_000, 19.5  # of VPT's 37 columns
 MEASURED_S = 1.0
 CONDITIONING_TOKENS = 2  # action and state
 BACKWARD = 2  # the backward pass costs two forward ones
@@ -106,6 +105,7 @@ class Amount:
         per_step = step_bytes(dtype, encode.num_tokens_of(encoder), encoder.embed_dim)
         num_bytes = self.num_stored_steps * per_step + self.num_steps * STEP_ROW_BYTES
         num_bytes += self.num_units * (STORE_BYTES + codes * (CODES_BYTES + 8 * encoder.embed_dim))
+        num_bytes += self.num_shards * (1 + codes) * SHARD_BYTES
         return round(num_bytes), round(self.num_shards * (1 + codes) + self.num_units * (5 + 5 * codes))
 
     def rest_bytes(self, num_columns: int) -> int:
@@ -168,11 +168,12 @@ def _measure_store(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Amount 
     """What a token store holds; None where it is missing or damaged, and so is to be made."""
     store = group.tokens(root, unit)
     try:
-        if not root.fetch(store):
-            return None
-        card = check_place(store, check_store(store)).card
+        found = root.find_store(store)
     except ValueError:
         return None
+    if found is None:
+        return None
+    card = found.card
     per_step = 1 if group.encode.mode == "frame" else group.encoder.preset.tubelet_size
     ticks = int(read_table(store, STEPS_FILE).column("tick").to_numpy()[-1:].sum()) + 1  # of its last episode
     amount = Amount(1, card["num_episodes"], len(card["skipped"]), card["num_steps"] * per_step)

@@ -34,7 +34,7 @@ from jepa_cache.store.digests import Remembered
 from jepa_cache.store.manifest import Manifest, why_held_back
 from jepa_cache.store.recipe import recipe_changes, unit_id
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_place, check_store, read_store_file
+from jepa_cache.store.verify import StoreFile, read_store_file
 
 DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "unread"
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
@@ -275,11 +275,11 @@ def _look_at_store(status: GroupStatus, root: CacheRoot, unit: Unit) -> UnitStat
     group = status.group
     store = group.tokens(root, unit)
     try:
-        if not root.fetch(store):
-            return None
-        tokens = check_place(store, check_store(store))
+        tokens = root.find_store(store)
     except ValueError as error:  # damaged, or of another version of this program
         return UnitStatus(unit.name, unit.digest, DAMAGED, str(error))
+    if tokens is None:
+        return None
     status.num_steps += tokens.card["num_steps"]
     status.num_bytes += tokens.num_bytes
     status.num_without_controls += not root.fetch(group.controls(root, unit))
@@ -292,8 +292,8 @@ def _look_at_store(status: GroupStatus, root: CacheRoot, unit: Unit) -> UnitStat
 
 def _has_actions(root: CacheRoot, store: Path, tokens: StoreFile) -> bool:
     try:
-        actions = check_place(store, check_store(store)) if root.fetch(store) else None
-        return actions is not None and actions.card.get("steps_digest") == tokens.card["steps_digest"]
+        found = root.find_store(store)
+        return found is not None and found.card.get("steps_digest") == tokens.card["steps_digest"]
     except StoreDamagedError:
         return False
 

@@ -31,10 +31,9 @@ from jepa_cache.encoding.steps import sampling_stride
 from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import UnitDigester, is_unread, list_units
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.headers import VIDEO_SUFFIXES
 from jepa_cache.media.images import FrameSequence, SideBySide
-from jepa_cache.media.probe import UPRIGHT, probe_video
-from jepa_cache.media.video import MIN_SEEK_FRAMES, DecodeError
+from jepa_cache.media.probe import UPRIGHT, VIDEO_SUFFIXES, DecodeError, probe_video
+from jepa_cache.media.video import MIN_SEEK_FRAMES
 from jepa_cache.sources import Source, Unit, build_source, describe_unreadable, iter_recordings
 from jepa_cache.store.digests import DigestTable, Remembered
 from jepa_cache.store.recipe import fingerprint

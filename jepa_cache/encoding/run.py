@@ -33,7 +33,7 @@ from jepa_cache.sources import Unit
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import WantedPart, announce, in_use, settle
-from jepa_cache.store.verify import StoreFile, check_store
+from jepa_cache.store.verify import StoreFile
 
 MAX_SHOWN = (
     10  # skipped recordings of one reason, and implausible values; the manifest and `jepa-cache inspect` list all
@@ -139,7 +139,9 @@ def _bring_up_to_date(
     for group in missing:
         for unit in group.units:
             if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in unreadable:
-                check_store(group.tokens(root, unit))  # says what has happened to it meanwhile
+                raise ValueError(
+                    f"{group.tokens(root, unit)} was removed while others were encoded; run the same command again"
+                )
     reports = [_describe_group(group, root, stores, unreadable) for group in groups]
     manifest = Manifest(
         dataset=config.dataset.name,

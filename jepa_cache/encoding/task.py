@@ -11,7 +11,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.digests import DigestTable, look_at
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_place, check_store
+from jepa_cache.store.verify import StoreFile
 
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
@@ -160,7 +160,7 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
         What the store.json of the actions says.
     """
     store, tokens_store = group.actions(root, unit), group.tokens(root, unit)
-    tokens = tokens or check_store(tokens_store)
+    tokens = tokens or root.find_store(tokens_store)
 
     def current() -> StoreFile | None:
         found = read_whole(root, store)
@@ -175,13 +175,14 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
             root.remove(store)
         write_unit_actions(store, tokens_store, ensure_controls(root, group, unit), group.space)
         root.publish(store)
-    return check_store(store)
+    return root.find_store(store)
 
 
 def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
     """The unit's controls; read from the recordings again where they are missing or damaged. Decodes nothing."""
     controls = group.controls(root, unit)
-    root.fetch(controls)
+    with suppress(StoreDamagedError):  # in the bucket; a whole copy here is as good
+        root.fetch(controls)
     if not is_readable(controls):
         root.remove(controls)
         with ControlsWriter(controls) as writer:
@@ -243,7 +244,7 @@ class Claims:
 def read_whole(root: CacheRoot, store: Path) -> StoreFile | None:
     """What the store.json of a published store says whose files all have their sizes; else None. Cost: one stat per file."""
     try:
-        return check_place(store, check_store(store)) if root.fetch(store) else None
+        return root.find_store(store)
     except StoreDamagedError:
         return None
 
@@ -257,7 +258,7 @@ def remove_damaged(root: CacheRoot, store: Path, what: str) -> bool:
         what: What comes next, for the message: "encoding" it again.
     """
     try:
-        return root.fetch(store) and bool(check_place(store, check_store(store)))
+        return root.find_store(store) is not None
     except StoreDamagedError as error:
         print(f"damaged, {what} it again: {error}")
         root.remove(store)

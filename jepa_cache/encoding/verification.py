@@ -113,10 +113,11 @@ def compare_online(
     encoder = load_encoder(opened, config.encode, device=resolve_device(config.encode.device), num_threads=num_threads)
     results, changes = [], {}
     for item in chosen:
-        made = read_store_file(item.store).provenance
-        now = describe_machine(encoder, int(made["batch_size"]), num_threads)
-        changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
-        of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
+        with root.pulled([item.store]):
+            made = read_store_file(item.store).provenance
+            now = describe_machine(encoder, int(made["batch_size"]), num_threads)
+            changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
+            of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
         if wrong := Comparison(of_unit, [], seed).wrong:
             problem = (
                 f"step {wrong[0].step} is not what the encoder gives (relative error {wrong[0].relative_error:.2g})"
@@ -391,13 +392,8 @@ def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) 
     entries = {entry.unit_digest: entry for entry in listed.entries}
     with Audit(root, Scope(read_data=True), lambda _: None) as audit:
         for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
-
-            def is_damaged(place: Path = place, unit: str = unit) -> bool:
-                return any(finding.place == place for finding in audit.check(listed, entries[unit]))
-
             with root.claimed(place):
-                # Of what a bucket holds the copy here may be what is damaged.
-                if is_damaged() and not (root.drop_copy(place) and not is_damaged()):
+                if any(finding.place == place for finding in audit.check(listed, entries[unit])):
                     root.remove(place)
                     forget_stale(root, place)
 

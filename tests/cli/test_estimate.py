@@ -20,7 +20,7 @@ from jepa_cache.cli.main import main
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.vit import VisionTransformer
 from jepa_cache.encoder.vit21 import VisionTransformer21
-from jepa_cache.media import headers
+from jepa_cache.media import probe as headers
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.root import MARKER
 from jepa_cache.training.losses import world_model_loss
