@@ -75,8 +75,8 @@ def _check_encode(encode: EncodeConfig) -> None:
             "encode.phases is 'all' or a list of different first frames, from 0 to below the stride; got "
             f"{phases if isinstance(phases, str) else list(phases)!r}"
         )
-    if encode.max_episodes is not None:
-        check_positive("encode.max_episodes", encode.max_episodes)
+    if encode.max_units is not None:
+        check_positive("encode.max_units", encode.max_units)
     _check_share("encode.max_skipped_share", encode.max_skipped_share)
 
 

@@ -39,11 +39,16 @@ REMOVED = {"num_timed": "benchmarks/planner.py times the planner against a plain
 """Keys of earlier versions, and what took their place."""
 
 
+RENAMED = {"max_episodes": "max_units"}  # keys of earlier releases
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint such as "; did you mean 'lr'?", what took the place of a removed key, or the list of known names when none is near."""
     key = name.rpartition(".")[2]
     if key in REMOVED:
         return f", which was removed: {REMOVED[key]}; delete it"
+    if (new := RENAMED.get(name.rpartition(".")[2])) is not None:
+        return f"; it is called {new!r} now and counts units of input, not recordings"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 

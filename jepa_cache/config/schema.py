@@ -123,7 +123,7 @@ class EncodeConfig:
     decoder: str  # one of DECODERS
     num_decoders: int  # threads
     max_skipped_share: float  # of the recordings, in [0, 1]
-    max_episodes: int | None  # only the first recordings of each data set; the rest is not read
+    max_units: int | None  # only the first units of each data set; the rest is not read
 
     def grid_of(self, encoder: EncoderPreset) -> tuple[int, int]:
         """Rows and columns of the stored tokens of a step."""

@@ -28,7 +28,6 @@ from jepa_cache.config.machine import default_num_threads, state_folder
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import find_weights, resolve_weights, weights_identity
 from jepa_cache.encoding.steps import sampling_stride
-from jepa_cache.encoding.subset import take_recordings
 from jepa_cache.encoding.units import UnitDigester, is_unread, list_units
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.images import FrameSequence, SideBySide
@@ -166,8 +165,11 @@ def group_units_by_recipe(
         for camera in encode.cameras or (None,):
             source = open_source(preset, camera)
             found, notes = list_units(source, preset, inputs, base), ()
-            if encode.max_episodes is not None:
-                found, notes = take_recordings(source, found, encode.max_episodes)
+            if encode.max_units is not None and len(found) > encode.max_units:
+                notes = (
+                    f"encode.max_units is {encode.max_units}: {len(found) - encode.max_units} of {len(found)} units were not read",
+                )
+                found = found[: encode.max_units]
             digested = digest_units(found)
             readings = find_readings(source, digested.units, encode.decoder, most_bytes=most_bytes)
             ways = sorted({reading for reading in readings if isinstance(reading, int)}) or [1]

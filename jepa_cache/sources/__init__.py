@@ -40,20 +40,11 @@ class Unit(NamedTuple):
         return sum(file.stat().st_size for file in self.files)
 
 
-class Head(NamedTuple):
-    """A unit and the number of its recordings."""
-
-    unit: Unit
-    num_recordings: int
-
-
 class Source(Protocol):
     """A data set's reader.
 
-    A source whose units hold several recordings may also have `take_first(unit, most, folder) -> Head`: a unit of the first
-    recordings of `unit`, at most `most`; the unit itself where it holds no more, else of new files that are written below the
-    empty `folder`. It reads nothing that lies behind them. One whose keys of skipped recordings hold names of files or folders has
-    `name_skipped(unit, key) -> str`: what the recording is called now, where a store was made under an earlier name.
+    One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`: what the
+    recording is called now, where a store was made under an earlier name.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.

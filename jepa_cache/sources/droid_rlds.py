@@ -16,15 +16,13 @@ from jepa_cache.idle import find_episode_key
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.remote import BucketFile
-from jepa_cache.sources import Head, Unit
+from jepa_cache.sources import Unit
 from jepa_cache.sources.droid_raw import Rows, build_controls
 from jepa_cache.sources.parsers.placement import DROID_HZ
 from jepa_cache.sources.parsers.tfrecords import (
     FEATURES_FILE,
-    INFO_FILE,
     STEPS,
     Features,
-    copy_first_records,
     iter_records,
     list_bucket,
     list_local,
@@ -173,19 +171,6 @@ class DroidRldsSource:
             for folder, paths in by_folder.items()
             for path in paths
         ]
-
-    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
-        """The first records of a tfrecord shard in a shard of their own, written below `folder`; see `Source`."""
-        shard, features = unit.files
-        num_records = copy_first_records(shard, most, folder / shard.name)
-        if num_records is None:
-            return Head(unit, sum(1 for _ in iter_records(shard)))
-        with features.open("rb") as file:
-            (folder / FEATURES_FILE).write_bytes(file.read())
-        (folder / INFO_FILE).write_text('{"splits": []}')  # That of the whole says how many records there should be.
-        return Head(
-            Unit(f"{unit.name}, first {num_records}", (folder / shard.name, folder / FEATURES_FILE)), num_records
-        )
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.

@@ -16,8 +16,7 @@ from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, VideoInfo, probe_video
 from jepa_cache.media.remote import HUB_PREFIX, fetch_hub_dataset
 from jepa_cache.media.tar import UnreadableFolderError, expand_inputs
-from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._lerobot_subset import copy_first_episodes
+from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.lerobot_layout import Layout, Listing, Place, build_controls, parse_selection
 from jepa_cache.sources.parsers.placement import place_frames
 from jepa_cache.sources.parsers.untrusted import iter_rows
@@ -112,17 +111,6 @@ class LerobotSource:
             names[name] = root
             units += listing.list_units(self.options.selections)
         return units
-
-    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
-        """The first listed episodes of a parquet file in a data set of their own, written below `folder`; see `Source`."""
-        listing = self._open_listing(unit)
-        places = listing.missing() if unit.files[0] in listing.lists else listing.by_file[unit.files[0]]
-        if len(places) <= most or not listing.layout.packed:
-            return Head(unit, len(places))
-        columns = dict.fromkeys(("episode_index", *self._columns))
-        root = copy_first_episodes(listing.layout, self.options.camera, places[:most], tuple(columns), folder)
-        (first,) = Listing(root, self.options.camera).list_units(self.options.selections)
-        return Head(first._replace(name=f"{unit.name}, first {most}"), most)
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a unit, one in memory at a time.

@@ -15,9 +15,8 @@ from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, probe_video
-from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
-from jepa_cache.media.tar_subset import copy_first_samples
-from jepa_cache.sources import Head, Unit
+from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
+from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_times, align_vpt_frames
 from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
 from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
@@ -110,14 +109,6 @@ class VptSource:
             ValueError: An input finds no tar.
         """
         return [Unit(spell_name(path.name), (path,)) for path in expand_inputs(inputs, base, ".tar")]
-
-    def take_first(self, unit: Unit, most: int, folder: Path) -> Head:
-        """The first recordings of a tar shard in a tar of their own, written below `folder`; see `Source`."""
-        out = folder / unit.path.name
-        num_samples = copy_first_samples(unit.path, SUFFIXES, most, out)
-        if num_samples is None:
-            return Head(unit, len(list_samples(unit.path, SUFFIXES)))
-        return Head(Unit(f"{unit.name}, first {num_samples}", (out,)), num_samples)
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.

@@ -24,6 +24,7 @@ from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tiny_tar, read_episodes, run_stage_one, tiniest_config
 from tests.makers import make_vpt_pair, write_tar, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 1024\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>404</title></html>"
@@ -90,7 +91,7 @@ def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept
 
 def test_inspect_and_estimate_list_the_same_bad_units(good, spoilt, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    config = dataclasses.replace(load_config(overrides=["dataset=vpt", "encoder=tiny"]))
+    config = dataclasses.replace(load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny"]))
     (group,) = scan_units(config, [str(good)], good).groups
     estimated = estimate_group(group, CacheRoot(tmp_path / "c"))
     listed = {recording.key: recording.reason for recording in estimated.unusable}
@@ -161,7 +162,7 @@ def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifes
     (old / "bad.json").write_text("{}")
     (old / "bad.mp4").write_bytes(video)
     overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
-    config = load_config(overrides=[*overrides, "encode.max_skipped_share=0.5"])
+    config = load_config(SUITE_SETTINGS, [*overrides, "encode.max_skipped_share=0.5"])
     first = encode(tmp_path / "data", tmp_path / "cache", config)
     assert "skipped: old/bad: " in capsys.readouterr().out
     old.rename(new)

@@ -42,7 +42,7 @@ ENCODE_KEEPS = {
     "device": "cuda",
     "num_decoders": 7,
     "max_skipped_share": 0.5,
-    "max_episodes": 3,  # what is cut is another unit, with a digest of its own
+    "max_units": 3,  # fewer units, each of which stays what it is
     "cameras": ("wrist",),  # an option of the source, hence in its recipe
     "phases": (1,),  # each phase has a recipe of its own, tested below
 }

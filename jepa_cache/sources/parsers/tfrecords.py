@@ -84,36 +84,6 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
             index += 1
 
 
-def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | None:
-    """Copy the first records of a TFRecord file, as they are; what lies behind them is not read.
-
-    Args:
-        path: The file.
-        most: How many; fewer where the file is damaged behind its first one.
-        out: The new file.
-
-    Returns:
-        How many were copied, or None, and no new file, where the file holds no more than `most`, or no record.
-    """
-    with path.open("rb") as file, out.open("wb") as copy:
-        size_bytes = path.stat().st_size
-        offset, num_records = 0, 0
-        while offset < size_bytes and num_records < most:
-            header = file.read(HEADER_BYTES)
-            fault = _find_fault(header, size_bytes - offset)
-            if fault is not None:
-                offset = size_bytes  # iter_records says what is wrong with it.
-                break
-            (length,) = struct.unpack_from("<Q", header)
-            copy.write(header + file.read(length + FOOTER_BYTES))
-            offset += HEADER_BYTES + length + FOOTER_BYTES
-            num_records += 1
-    if offset >= size_bytes:
-        out.unlink()
-        return None
-    return num_records
-
-
 def mask_crc32c(data: bytes) -> int:
     """TFRecord's checksum: crc32c, rotated right by 15 bits and moved by a constant, as TensorFlow's record writer does."""
     import google_crc32c
