@@ -217,13 +217,16 @@ def test_weights_that_are_replaced_before_a_worker_loads_them_are_refused_by_nam
     monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
     config, others = (save_weights(tmp_path / f"{seed}.pt", "pt", seed) for seed in (1, 2))
 
-    def replace(parts):
+    def replace(_):
         Path(others.encoder.weights).rename(config.encoder.weights)
-        return parts
 
     given = {"base": place.folder, "root": CacheRoot(tmp_path / "cache"), "workers": Workers(scheduler=place.address)}
-    with pytest.raises(EncodeFailedError, match=r"1\.pt are not those that the stores are named by"):
-        encode_dataset(config, [str(place.folder)], **given, on_plan=replace)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(EncodeFailedError, match=r"1\.pt are not those that the stores are named by"),
+    ):
+        patch.setattr(run, "check_controls", replace)  # after the weights were hashed
+        encode_dataset(config, [str(place.folder)], **given)
     assert not [path for path in all_files(tmp_path / "cache") if path.startswith("tokens/")]
     assert encode_dataset(config, [str(place.folder)], **given).num_encoded == 3
 
