@@ -102,6 +102,10 @@ NOT_NEGATIVE = (
         ("encode.dtype=fp8", "known: bfloat16, float16, float8_e4m3, int4, int8"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train=1", "is a section"),
+        *(
+            (f"cache.root={it}", r"cache\.root must be a path, a URL or null; got")
+            for it in ("true", "1e30", "[]", "''")
+        ),
     ],
 )
 def test_an_impossible_setting_is_refused_before_any_work(root, override, words):
