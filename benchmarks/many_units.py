@@ -51,7 +51,7 @@ from jepa_cache.store.manifest import read_manifest, write_manifest  # noqa: E40
 from jepa_cache.store.root import CacheRoot  # noqa: E402
 from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
-from jepa_cache.training.feed import Feed  # noqa: E402
+from jepa_cache.training.batches import TrainingData  # noqa: E402
 
 NUM_STEPS, TICKS_PER_STEP = 10, 4
 SETTINGS = (
@@ -152,8 +152,8 @@ class Place:
 
     def first_batch(self) -> None:
         """As stages/train_predictor.py until the first batch is there."""
-        feed = Feed(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
-        next(feed.batches(0, 2))
+        data = TrainingData(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
+        next(data.batches(0, 2))
 
     def evaluate(self) -> None:
         """The parts of stages/evaluate.py that depend on the number of episodes, with made errors in place of a predictor's."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
-from jepa_cache.training.optimizer import build_optimizer, parameter_groups, set_rates
+from jepa_cache.training.optim import build_optimizer, parameter_groups, set_rates
 
 
 def build(**changes: object) -> ACPredictor:
@@ -64,7 +64,9 @@ def test_loss_equals_its_definition_with_gradients(p: float, auto_steps: int, no
     parameters = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
     ours = world_model_loss(predictor, *given, loss_exp=p, auto_steps=auto_steps, normalize_reps=norm, rollout=rollout)
     jloss, sloss = by_definition(predictor, *given, p, auto_steps, norm, rollout == "legacy")
-    torch.testing.assert_close(torch.stack([ours.jloss, ours.sloss]), torch.stack([jloss, sloss]), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        torch.stack([ours.scalars["jloss"], ours.scalars["sloss"]]), torch.stack([jloss, sloss]), atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(ours.total, jloss + sloss, atol=1e-10, rtol=0)
     assert ours.z_tf.shape == (2, 4, 4, 10)
     assert ours.z_ar.shape == (2, auto_steps, 4, 10)
@@ -81,7 +83,7 @@ def test_one_rollout_step_is_the_first_step_of_teacher_forcing():
     losses = world_model_loss(predictor, tokens, actions, states, auto_steps=1)
     assert torch.equal(losses.z_ar, losses.z_tf[:, :1])
     h = F.layer_norm(tokens, (10,), eps=1e-5)
-    torch.testing.assert_close(losses.sloss, (losses.z_tf[:, 0] - h[:, 1]).abs().mean(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(losses.scalars["sloss"], (losses.z_tf[:, 0] - h[:, 1]).abs().mean(), atol=1e-12, rtol=0)
 
 
 @torch.no_grad()
@@ -108,7 +110,8 @@ def test_norms_and_losses_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = world_model_loss(predictor, *given, auto_steps=3)
     full = world_model_loss(predictor, *given, auto_steps=3)
-    assert {x.dtype for x in low} == {torch.float32}
+    values = (*low.scalars.values(), low.z_tf, low.z_ar, low.jloss_by_window)
+    assert {x.dtype for x in values} == {torch.float32}
     assert low.total.item() != full.total.item()  # autocast did act
     torch.testing.assert_close(low.total, full.total, atol=0.05, rtol=0)  # bfloat16: 8 bits on values of order 1
     low.total.backward()

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cache.training.recorder import COLUMNS, Recorder, read_rows
-from jepa_cache.training.sinks import DVCLiveSink
+from jepa_cache.training.logging import COLUMNS, Recorder, open_trackers, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +21,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def record(folder: Path, steps, *, resumed_step: int = 0, offset: float = 0.0) -> None:
-    recorder = Recorder(folder / "train.csv", COLUMNS, [DVCLiveSink(folder / "live")], resumed_step=resumed_step)
+    trackers = open_trackers(["dvclive"], live_folder=folder / "live", run_folder=folder / "run", settings={})
+    recorder = Recorder(folder / "train.csv", COLUMNS, trackers, resumed_step=resumed_step)
     for step in steps:
         row = {"step": step, "total": step / 3 + offset, "jloss": 0.1 * step, "lr": 1e-3 / step}
         recorder.log(row | ({"val_jloss": 0.7} if step % 4 == 0 else {}))

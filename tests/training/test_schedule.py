@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 
-from jepa_cache.training.schedule import cosine_weight_decay, warmup_cosine, warmup_stable_decay
+from jepa_cache.training.optim import cosine_weight_decay, warmup_cosine, warmup_stable_decay
 
 RATES = {"start_lr": 0.1, "peak_lr": 1.0, "final_lr": 0.01}
 WSD = partial(warmup_stable_decay, num_steps=100, num_warmup=20, num_anneal=30, **RATES)

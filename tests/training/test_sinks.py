@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cache.training.recorder import COLUMNS, Recorder, columns_for, read_rows
-from jepa_cache.training.sinks import open_sinks
+from jepa_cache.training.logging import COLUMNS, Recorder, columns_for, open_trackers, read_rows
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -25,8 +24,8 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def record(folder: Path, logger: str, steps, *, resumed_step: int = 0) -> None:
-    sinks = open_sinks([logger], live_folder=folder / "live", run_folder=folder / "abc123", settings={"lr": 0.1})
-    recorder = Recorder(folder / "train.csv", COLUMNS, sinks, resumed_step=resumed_step)
+    trackers = open_trackers([logger], live_folder=folder / "live", run_folder=folder / "abc123", settings={"lr": 0.1})
+    recorder = Recorder(folder / "train.csv", COLUMNS, trackers, resumed_step=resumed_step)
     for step in steps:
         recorder.log({"step": step, "total": step / 4, "lr": 0.5})
     recorder.close()
@@ -68,7 +67,7 @@ def test_a_mixture_has_a_column_for_each_data_set_and_a_single_one_has_none():
 def test_under_dvc_the_mirrors_must_name_dvclive(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
     with pytest.raises(ValueError, match=r"train\.loggers is \[\], but under DVC it must name dvclive"):
-        open_sinks([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={})
+        open_trackers([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={})
 
 
 def test_a_user_without_a_name_trains_in_a_repository_of_dvc(tmp_path, monkeypatch):
