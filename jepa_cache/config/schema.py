@@ -26,7 +26,7 @@ TRAIN_DEVICES = ("auto", "cpu", "cuda")  # one of several GPUs: CUDA_VISIBLE_DEV
 METRICS = ("val_total", "val_jloss", "val_sloss")
 PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in control/planner.py
 LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
+MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.run.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
 PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
 
