@@ -307,7 +307,7 @@ class EvaluateConfig:
 class PlanConfig:
     """How plans to goal frames are searched for and scored on the held-out episodes."""
 
-    settings: Literal["cem", "world_model", "notebook", "paper"]  # published ones; values in evaluation/planner.py
+    settings: Literal["cem", "world_model", "notebook", "paper"]  # published ones; values in control/planner.py
     num_samples: Annotated[int, Field(ge=2)] | None  # a round; null: the settings'
     num_rounds: PositiveInt | None  # null: the settings'
     horizons: Horizons  # steps to the goal
@@ -318,7 +318,6 @@ class PlanConfig:
     max_rotation_rad: Annotated[float, Field(ge=0, le=math.pi, description=HALF_CIRCLE)]
     max_turn_deg: Annotated[float, Field(gt=0, le=180, description=HALF_CIRCLE)]  # largest turn of the view in a step
     num_random: PositiveInt  # random plans that a plan is compared with
-    num_timed: NonNegativeInt  # plans that are searched for once more by the plain loop
     seed: Seed
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.predictor.model import PredictorOutput
-from jepa_cache.predictor.rollout import Predictor, as_reps, continue_rollout, teacher_forcing
+from jepa_cache.predictor.rollout import LatentModel, Predictor, as_reps, continue_rollout
 
 TERMS = ("total", "jloss", "sloss")
 """Scalars that every training and every validation logs, in the order of the columns."""
@@ -71,13 +71,10 @@ class Objective(nn.Module):
             rollout_start=rollout_start,
         )
 
-    def as_reps(self, tokens: Tensor) -> Tensor:
-        """Return what predictions are compared with: [B, T, N, D] float32, layer-normed if the training does so."""
-        return as_reps(tokens, self._settings.normalize_reps)
-
-    def predict(self, h: Tensor, actions: Tensor, states: Tensor) -> Tensor:
-        """Return teacher-forced predictions [B, T-1, N, D] from h [B, T, N, D] as `as_reps` gives it."""
-        return teacher_forcing(self._predict, h, actions, states, normalize_reps=self._settings.normalize_reps)
+    @property
+    def latent(self) -> LatentModel:
+        """The predictor in the training's precision, with the norm that it is trained under."""
+        return LatentModel(self._predict, self._settings.normalize_reps)
 
     def _predict(self, *arguments: Any) -> PredictorOutput:
         dtype = AUTOCAST[self._settings.precision]

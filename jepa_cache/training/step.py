@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.data.loader import Batch
-from jepa_cache.evaluation.metrics import l1_error
+from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.distributed import mean_over_processes, sum_over_processes
 from jepa_cache.training.losses import TERMS, Losses, Objective
@@ -186,9 +186,10 @@ def validate(objective: Objective, data: TrainingData, accelerator: Accelerator)
 
 def _gaps(objective: Objective, batch: Batch, losses: Losses, shuffled: Tensor) -> list[Tensor]:
     """L1 of copying, and of the predictor with `shuffled` actions [B, T-1, A], less its own: `GAPS`."""
-    h = objective.as_reps(batch.tokens)
+    model = objective.latent
+    h = model.as_reps(batch.tokens)
     own = l1_error(losses.z_tf, h[:, 1:])
-    others = l1_error(h[:, :-1], h[:, 1:]), l1_error(objective.predict(h, shuffled, batch.states), h[:, 1:])
+    others = l1_error(h[:, :-1], h[:, 1:]), l1_error(model.teacher_forcing(h, shuffled, batch.states), h[:, 1:])
     return [(other - own).mean() for other in others]
 
 
