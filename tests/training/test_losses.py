@@ -1,11 +1,10 @@
-"""The world-model loss and its optimiser groups.
+"""The world-model loss.
 
 Claims:
 - it equals the definition computed with whole passes over growing contexts, gradients included, for any settings;
 - with one rollout step its rollout part is the first-step part of teacher forcing;
 - auto_steps beyond the window changes nothing; `legacy` feeds the second teacher-forced step;
-- gradients flow through what is fed back; norms and losses are float32 under autocast;
-- biases and 1-d tensors do not decay, frozen ones are left out, rates are set group by group.
+- gradients flow through what is fed back; norms and losses are float32 under autocast.
 """
 
 import pytest
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
-from jepa_cache.training.optim import build_optimizer, parameter_groups, set_rates
 
 
 def build(**changes: object) -> ACPredictor:
@@ -143,34 +141,3 @@ def test_as_many_actions_as_steps_are_refused():
     tokens, _, states = batch()
     with pytest.raises(ValueError, match="needs 4 actions and 5 states, got 5 and 5"):
         world_model_loss(build(), tokens, torch.zeros(2, 5, 5), states)
-
-
-def test_biases_and_norm_scales_do_not_decay_and_frozen_ones_are_left_out():
-    predictor = build()
-    decayed, plain = parameter_groups(predictor, 0.04)
-    names = {id(parameter): name for name, parameter in predictor.named_parameters()}
-    assert decayed["weight_decay"] == 0.04
-    assert plain["weight_decay"] == 0.0
-    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])
-    assert all("bias" in names[id(p)] or p.ndim == 1 for p in plain["params"])
-    grouped = {names[id(p)] for group in (decayed, plain) for p in group["params"]}
-    assert grouped == {name for name in names.values() if not name.startswith("extrinsics_encoder")}
-
-
-def test_rates_are_set_and_groups_without_decay_keep_none():
-    optimizer = build_optimizer(build(), lr=1.0, weight_decay=0.5)
-    set_rates(optimizer, 3e-4, 0.02)
-    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0]
-
-
-def test_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        parameter_groups(build().requires_grad_(False), 0.04)
-
-
-def test_a_wider_tensor_named_bias_does_not_decay():
-    model = torch.nn.Module()
-    model.position_bias = torch.nn.Parameter(torch.zeros(3, 3))
-    (plain,) = parameter_groups(model, 0.04)
-    assert plain["weight_decay"] == 0.0
