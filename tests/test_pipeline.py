@@ -95,7 +95,7 @@ def test_a_queued_grid_runs_without_the_encoder(workspace):
 
 
 def test_a_temporary_experiment_runs_its_own_copy_of_the_package(workspace):
-    workspace.edit("jepa_cache/evaluation/report.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
+    workspace.edit("jepa_cache/evaluation/run.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
     assert "HELD-OUT EPISODES; L1" in workspace.run("dvc", "exp", "run", "--temp")
     workspace.run("git", "checkout", "-q", "--", ".")
 

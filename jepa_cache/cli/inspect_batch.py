@@ -48,7 +48,7 @@ def inspect_batch(overrides: Sequence[str], *, as_json: bool, html: Path | None)
     from jepa_cache.data.splits import TRAIN
     from jepa_cache.data.windows import WindowIndex, WindowSampler
     from jepa_cache.inspection.batch_page import build_batch_page
-    from jepa_cache.training.feed import mixture_groups
+    from jepa_cache.training.batches import mixture_groups
 
     root = find_repository(Path.cwd())
     config = load_config(root, overrides)

@@ -19,7 +19,7 @@ from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, write_table
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.store.quantisation import (
     Channels,

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_cache.evaluation.page import build_page, write_page
-from jepa_cache.evaluation.page_parts import MAX_PICTURE_BYTES, MAX_ROWS, merge_intervals
+from jepa_cache.evaluation.page import MAX_PICTURE_BYTES, MAX_ROWS, build_page, merge_intervals, write_page
 from jepa_cache.webpage import STYLE
 from tests.browser import measure_widths
 

@@ -13,8 +13,9 @@ import pytest
 
 import jepa_cache
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.training import run as run_module
 from jepa_cache.training import trainer
-from jepa_cache.training.identity import CODE, COSMETIC, code_digest, describe_run, run_folder
+from jepa_cache.training.run import CODE, RESUME_SAFE_SETTINGS, code_digest, describe_run, run_folder
 from tests.caches import Cache, make_cache
 
 
@@ -34,7 +35,7 @@ def other(value: object) -> object:
 def test_each_train_setting_decides_the_run_unless_it_moves_no_number(cache, name):
     changed = dataclasses.replace(cache.config.train, **{name: other(getattr(cache.config.train, name))})
     config = dataclasses.replace(cache.config, train=changed)
-    assert (run_of(cache, config=config) == run_of(cache)) == (name in COSMETIC)
+    assert (run_of(cache, config=config) == run_of(cache)) == (name in RESUME_SAFE_SETTINGS)
 
 
 @pytest.mark.parametrize(("section", "name"), [("predictor", "depth"), ("predictor", "mlp_ratio"), ("split", "seed")])
@@ -94,7 +95,7 @@ def test_training_reads_the_ranges_that_its_filter_names(cache, tmp_path, monkey
         raise InterruptedError
 
     segments = cache.dataset.segments_of("train", cache.config.split)
-    monkeypatch.setattr(trainer, "describe_run", describe)
+    monkeypatch.setattr(run_module, "describe_run", describe)
     monkeypatch.setattr(trainer, "check_scaler", lambda *_: None)
     monkeypatch.setattr(cache.dataset, "segments_of", lambda *_: segments)
     config = with_filters(cache, keep_ranges="ranges.json")

@@ -38,8 +38,8 @@ from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
-from jepa_cache.training.identity import held_output
-from jepa_cache.training.schedule import warmup_stable_decay
+from jepa_cache.training.optim import warmup_stable_decay
+from jepa_cache.training.run import held_output
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_config
 
@@ -159,7 +159,7 @@ class Nursery:
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
     nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 129, 18) if overrides else range(3, 124, 8)
+    moments = range(20, 131, 18) if overrides else range(3, 124, 8)
     plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
     whole, *ends = nursery.run([nursery.item("whole"), *plan])
     assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
@@ -236,7 +236,7 @@ def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_
 
 # --- two at once ---------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys; from pathlib import Path; from jepa_cache.training.identity import held_run\n"
+HOLD = "import sys; from pathlib import Path; from jepa_cache.training.run import held_run\n"
 HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(cache, tmp_path,
     wild = ("train.lr=1e36", "train.start_lr=1e36", "train.checkpoint_every=1", "train.log_every=1")
     with pytest.raises(
         ValueError,
-        match=r"train step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
+        match=r"training step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
     ):
         run(cache, tmp_path, *wild)
     assert {path: path.read_bytes() for path in kept.weights.parent.iterdir()} == before
@@ -311,7 +311,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_
         return build(model, **rates)
 
     monkeypatch.setattr(trainer, "build_optimizer", spoiled)
-    with pytest.raises(ValueError, match=r"train step 3 .* norm of its gradient (nan|inf)"):
+    with pytest.raises(ValueError, match=r"training step 3 .* norm of its gradient (nan|inf)"):
         run(cache, tmp_path, "train.checkpoint_every=1")
     (folder,) = runs.iterdir()
     assert (folder / "checkpoints/latest").readlink() == Path("step-00000002")

@@ -16,7 +16,7 @@ from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.rollout import normalize_tokens, teacher_forcing
-from jepa_cache.training.feed import VALIDATION_WINDOWS_PER_EPISODE
+from jepa_cache.training.batches import VALIDATION_WINDOWS_PER_EPISODE
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_cache
 
