@@ -24,7 +24,7 @@ FLOORS = (
     {"stages", "cli"},
     {"training", "api"},
     {"evaluation"},
-    {"encoding", "data", "inspection"},
+    {"encoding", "data"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
@@ -46,7 +46,6 @@ WITHOUT_TORCH = (
     "webpage",
     "config",
     "files",
-    "inspection",
 )
 STAGE_TWO = {"training", "predictor", "data", "evaluation"}
 STAGES = {
