@@ -14,7 +14,8 @@ import tarfile
 
 import pytest
 
-from jepa_cache.cli import inspect_data
+from jepa_cache.actions import get_action_space
+from jepa_cache.cli.inspect import inspect
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.inventory import take_inventory
 from jepa_cache.encoding.planning import plan_encode
@@ -95,10 +96,10 @@ def test_inspect_and_plan_list_the_same_bad_units(good, spoilt, tmp_path, monkey
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     config = dataclasses.replace(load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny"]))
     inventory = take_inventory(config, [str(good)], good)
-    (part,) = plan_encode(inventory, config.encode, inspect_data.get_action_space("vpt13"), CacheRoot(tmp_path / "c"))
+    (part,) = plan_encode(inventory, config.encode, get_action_space("vpt13"), CacheRoot(tmp_path / "c"))
     planned = {recording.key: recording.reason for recording in part.unusable}
     assert part.to_do.num_unusable == len(part.unusable)
-    inspect_data.inspect([str(good), "dataset=vpt"])
+    inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
         if key != "zeros.tar":  # plan reads headers of videos alone, and it has none
