@@ -187,10 +187,8 @@ def _check_plan(plan: PlanConfig) -> None:
             raise ConfigError(f"plan.{key} is at least {least}, or null for that of plan.settings; got {value}")
     if plan.max_step_m is not None:
         check_positive("plan.max_step_m", plan.max_step_m)
-    if plan.max_rotation_rad < 0 or plan.num_timed < 0:
-        raise ConfigError(
-            f"plan.max_rotation_rad and plan.num_timed must not be below 0; got {plan.max_rotation_rad} and {plan.num_timed}"
-        )
+    if plan.max_rotation_rad < 0:
+        raise ConfigError(f"plan.max_rotation_rad must not be below 0; got {plan.max_rotation_rad}")
     if plan.max_turn_deg > 180 or plan.max_rotation_rad > math.pi:
         raise ConfigError(
             "plan.max_turn_deg is at most 180 and plan.max_rotation_rad at most pi (3.14159): half a circle, beyond which a turn is one the "

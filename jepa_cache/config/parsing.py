@@ -35,8 +35,15 @@ def parse_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return cls(**parsed)
 
 
+REMOVED = {"num_timed": "benchmarks/planner.py times the planner against a plain loop"}
+"""Keys of earlier versions, and what took their place."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint such as "; did you mean 'lr'?", or the list of known names when none is near."""
+    """A hint such as "; did you mean 'lr'?", what took the place of a removed key, or the list of known names when none is near."""
+    key = name.rpartition(".")[2]
+    if key in REMOVED:
+        return f", which was removed: {REMOVED[key]}; delete it"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 

@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("float32", "bfloat16", "float16")
 TRAIN_DEVICES = ("auto", "cpu", "cuda")  # one of several GPUs: CUDA_VISIBLE_DEVICES
 METRICS = ("val_total", "val_jloss", "val_sloss")
-PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in evaluation/planner.py
+PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in control/planner.py
 LOGGERS = ("dvclive", "tensorboard", "wandb")
 MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
 SCALING_RULES = ("standard", "none")
@@ -250,7 +250,6 @@ class PlanConfig:
     max_rotation_rad: float  # largest rotation of a step about each axis; 0 leaves rotations out
     max_turn_deg: float  # largest turn of the view in a step
     num_random: int  # random plans that a plan is compared with
-    num_timed: int  # plans that are searched for once more by the plain loop
     seed: int
 
 

@@ -15,8 +15,7 @@ from jepa_cache.encoding.inventory import Inventory, is_unread
 from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import Part
 from jepa_cache.episode import Skipped
-from jepa_cache.media.headers import VIDEO_SUFFIXES, iter_tar_videos
-from jepa_cache.media.probe import header_counts
+from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import STEPS_FILE
 from jepa_cache.store.quantisation import SCHEMES, check_width

@@ -13,7 +13,7 @@ from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import LatentModel
 
 PIECE_STEPS = 16
 BATCH_SIZE = 8
@@ -39,8 +39,8 @@ def fit_baselines(
     dataset: CachedDataset,
     segments: Sequence[Segment],
     scaler: Scaler,
+    model: LatentModel,
     *,
-    normalize_reps: bool,
     device: torch.device = CPU,
 ) -> Baselines:
     """Mean over all steps and ridge regression over all pairs of neighbouring steps of the training episodes, in one pass.
@@ -52,7 +52,7 @@ def fit_baselines(
         dataset: The cached features.
         segments: Of the training episodes.
         scaler: Of actions and states.
-        normalize_reps: Whether tokens are layer-normed.
+        model: Whose norm the tokens are given.
         device: Where to compute.
 
     Raises:
@@ -78,7 +78,7 @@ def fit_baselines(
             starts, loader.iterate([range(s, min(s + BATCH_SIZE, len(alike))) for s in starts]), strict=True
         ):
             batch = to_device(batch, device)
-            reps = as_reps(batch.tokens, normalize_reps)
+            reps = model.as_reps(batch.tokens)
             is_first = torch.tensor([first for _, first in alike[start : start + len(reps)]], device=device)
             total += reps[:, 1:].sum(dim=(0, 1)) + reps[is_first, 0].sum(dim=0)
             num_steps += reps[:, 1:].shape[:2].numel() + int(is_first.sum())
@@ -117,35 +117,35 @@ def _inputs(actions: Tensor, states: Tensor) -> Tensor:
 
 
 def regress_teacher_forced(
-    baselines: Baselines, h: Tensor, actions: Tensor, states: Tensor, *, normalize_reps: bool
+    baselines: Baselines, model: LatentModel, h: Tensor, actions: Tensor, states: Tensor
 ) -> Tensor:
     """Steps 1 to T-1 by the regression, each from the true one before it.
 
     Args:
         baselines: With the weights.
+        model: Norms what comes out, as it does its own predictions.
         h: [B, T, N, D] true tokens.
         actions: [B, T-1, A] scaled.
         states: [B, T-1, S] scaled.
-        normalize_reps: Layer-norm what comes out, as the predictor's predictions are.
 
     Returns:
         [B, T-1, N, D].
     """
     change = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
-    return as_reps(h[:, :-1] + change, normalize_reps)
+    return model.as_reps(h[:, :-1] + change)
 
 
 def regress_open_loop(
-    baselines: Baselines, last: Tensor, actions: Tensor, states: Tensor, *, normalize_reps: bool
+    baselines: Baselines, model: LatentModel, last: Tensor, actions: Tensor, states: Tensor
 ) -> Tensor:
     """K steps by the regression, each from the one that it predicted before.
 
     Args:
         baselines: With the weights.
+        model: Norms what comes out, as it does its own predictions.
         last: [B, N, D] last true step.
         actions: [B, K, A] scaled, the first one leads on from `last`.
         states: [B, K, S] scaled, the first one at `last`.
-        normalize_reps: Layer-norm each prediction.
 
     Returns:
         [B, K, N, D].
@@ -153,30 +153,30 @@ def regress_open_loop(
     changes = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
     predicted = []
     for step in range(changes.shape[1]):
-        last = as_reps(last + changes[:, step], normalize_reps)
+        last = model.as_reps(last + changes[:, step])
         predicted.append(last)
     return torch.stack(predicted, dim=1)
 
 
-def extrapolate_teacher_forced(h: Tensor, *, normalize_reps: bool) -> Tensor:
+def extrapolate_teacher_forced(model: LatentModel, h: Tensor) -> Tensor:
     """Steps 2 to T-1 on a straight line through the two true ones before: 2 h[t] - h[t-1], [B, T, N, D] to [B, T-2, N, D]."""
-    return as_reps(2 * h[:, 1:-1] - h[:, :-2], normalize_reps)
+    return model.as_reps(2 * h[:, 1:-1] - h[:, :-2])
 
 
-def extrapolate_open_loop(before: Tensor, last: Tensor, horizon: int, *, normalize_reps: bool) -> Tensor:
+def extrapolate_open_loop(model: LatentModel, before: Tensor, last: Tensor, horizon: int) -> Tensor:
     """K steps, each on a straight line through the two before it, which are predictions themselves after a while.
 
     Args:
+        model: Norms each prediction.
         before: [B, N, D] last true step but one.
         last: [B, N, D] last true step.
         horizon: K.
-        normalize_reps: Layer-norm each prediction.
 
     Returns:
         [B, K, N, D].
     """
     predicted = []
     for _ in range(horizon):
-        before, last = last, as_reps(2 * last - before, normalize_reps)
+        before, last = last, model.as_reps(2 * last - before)
         predicted.append(last)
     return torch.stack(predicted, dim=1)

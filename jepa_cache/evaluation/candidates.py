@@ -7,42 +7,35 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from jepa_cache.data.ablations import draw_others
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.data.loader import Batch, WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.controls import draw_others
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps, read_past, repeat_past
+from jepa_cache.data.windows import WindowIndex
+from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.predictor.rollout import repeat_past
 
 
 class OneStep:
     """One held-out window of C + 1 steps: its context computed once, then the energy of any last action."""
 
-    def __init__(self, subject: Subject, batch: Batch) -> None:
-        """Compute what all actions share.
-
-        Args:
-            subject: What is measured.
-            batch: One window, read from the cache; its last step is the one to be foreseen.
-        """
-        on_device = to_device(batch, subject.device)
-        h = as_reps(on_device.tokens, subject.normalize_reps)
-        states = on_device.states
-        self._subject = subject
+    def __init__(self, evaluation: EvaluationContext, index: WindowIndex, number: int) -> None:
+        """Read one window, whose last step is the one to be foreseen, and compute what all actions share."""
+        batch, h = evaluation.read_windows(index, [number])
+        states = batch.states
+        self._evaluation = evaluation
         self._newest, self._target, self._state = h[:, -2:-1], h[:, -1], states[:, -2:-1]
-        self._past = read_past(subject.predictor, h[:, :-1], on_device.actions[:, :-1], states[:, :-1])
+        self._past = evaluation.model.read_past(h[:, :-1], batch.actions[:, :-1], states[:, :-1])
 
     def energies(self, actions: np.ndarray) -> np.ndarray:
         """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
-        subject, size = self._subject, self._subject.config.evaluate.batch_size
-        scaled = torch.from_numpy(subject.scaler.actions.apply(actions)).to(subject.device)
+        evaluation, size = self._evaluation, self._evaluation.config.evaluate.batch_size
+        scaled = torch.from_numpy(evaluation.scaler.actions.apply(actions)).to(evaluation.device)
         return torch.cat([self._pass(part[:, None]) for part in scaled.split(size)]).double().cpu().numpy()
 
     def _pass(self, actions: torch.Tensor) -> torch.Tensor:
         count = len(actions)
         tokens, states = (given.expand(count, *given.shape[1:]) for given in (self._newest, self._state))
-        out = self._subject.predictor(tokens, actions, states, None, repeat_past(self._past, count), 0)
-        z = as_reps(out.tokens[:, 0], self._subject.normalize_reps)
+        out = self._evaluation.model.predictor(tokens, actions, states, None, repeat_past(self._past, count), 0)
+        z = self._evaluation.model.as_reps(out.tokens[:, 0])
         return (z - self._target).abs().mean(dim=(1, 2), dtype=torch.float64)
 
 
@@ -97,19 +90,8 @@ class ActionPool:
         return self._actions[self._dataset_of[segment.store]].std(axis=0, dtype=np.float64)
 
 
-def open_window(subject: Subject, index: WindowIndex, number: int) -> tuple[OneStep, np.ndarray, Segment]:
+def open_window(evaluation: EvaluationContext, index: WindowIndex, number: int) -> tuple[OneStep, np.ndarray, Segment]:
     """A window of C + 1 steps, its last true action [A] unscaled, and the segment it lies in."""
-    batch = WindowLoader(subject.dataset, index, subject.scaler).read([number])
     place = index[number]
-    actions, _ = subject.dataset.controls(place.store)
-    return OneStep(subject, batch), actions[place.start + index.num_steps - 2], index.segments[place.segment]
-
-
-def choose_windows(subject: Subject, per_episode: int) -> tuple[WindowIndex, list[int]]:
-    """Windows of C + 1 steps spread evenly over each held-out episode, and their index.
-
-    Raises:
-        ValueError: No held-out segment is long enough.
-    """
-    index = WindowIndex(subject.held_out_segments(), subject.config.evaluate.num_context_steps + 1)
-    return index, spread_windows(index, per_episode)
+    actions, _ = evaluation.dataset.controls(place.store)
+    return OneStep(evaluation, index, number), actions[place.start + index.num_steps - 2], index.segments[place.segment]

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
 from jepa_cache.evaluation.metrics import Estimate
 from jepa_cache.evaluation.statistics import (
     Moments,
@@ -33,9 +32,7 @@ from jepa_cache.evaluation.statistics import (
     sum_kernels,
     sum_moments,
 )
-from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
-from jepa_cache.predictor.rollout import as_reps, open_loop
 
 TRUE, MODEL, COPY_LAST = "true", "model", "copy_last"
 COMPARED = {MODEL: "", COPY_LAST: "_copy_last", TRUE: "_floor"}  # with the true tokens of the other half; ends of names
@@ -84,7 +81,7 @@ class Distances(NamedTuple):
 
 
 @torch.no_grad()
-def collect_vectors(subject: Subject) -> dict[str, Vectors]:
+def collect_vectors(evaluation: EvaluationContext) -> dict[str, Vectors]:
     """Predicted, copied and true tokens of held-out windows and true tokens of training windows, by kind.
 
     Single tokens are drawn, the same places for prediction and truth, so that memory is bounded.
@@ -92,30 +89,16 @@ def collect_vectors(subject: Subject) -> dict[str, Vectors]:
     Raises:
         ValueError: Fewer than two held-out episodes have a long enough segment.
     """
-    settings = subject.config.evaluate
+    settings = evaluation.config.evaluate
     context, horizon = settings.num_context_steps, settings.horizon
-    index = WindowIndex(subject.held_out_segments(), context + horizon)
-    numbers = spread_windows(index, settings.windows_per_episode)
-    if len(numbers) > MAX_VECTORS:
-        numbers = [numbers[pick] for pick in np.linspace(0, len(numbers) - 1, MAX_VECTORS).round().astype(int)]
-    episodes = [index.segments[index[number].segment].episode for number in numbers]
-    num_tokens = subject.dataset.manifest.num_tokens
-    num_places = min(num_tokens, MAX_VECTORS // len(numbers))
+    held_out, per_episode = evaluation.held_out_segments(), settings.windows_per_episode
+    chosen = choose_windows(held_out, context + horizon, per_episode, limit=MAX_VECTORS)
+    num_tokens = evaluation.dataset.manifest.num_tokens
+    num_places = min(num_tokens, MAX_VECTORS // len(chosen.numbers))
     rng = np.random.default_rng(settings.seed)
     parts: dict[str, dict[str, list[np.ndarray]]] = {kind: {name: [] for name in COMPARED} for kind in KINDS}
-    loader = WindowLoader(subject.dataset, index, subject.scaler)
-    chunks = [numbers[start : start + settings.batch_size] for start in range(0, len(numbers), settings.batch_size)]
-    for batch in loader.iterate(chunks):
-        on_device = to_device(batch, subject.device)
-        h = as_reps(on_device.tokens, subject.normalize_reps)
-        predicted = open_loop(
-            subject.predictor,
-            h[:, :context],
-            on_device.actions,
-            on_device.states[:, :-1],
-            horizon,
-            normalize_reps=subject.normalize_reps,
-        )
+    for _, batch, h in evaluation.iter_windows(chosen, "distances"):
+        predicted = evaluation.model.open_loop(h[:, :context], batch.actions, batch.states[:, :-1], horizon)
         future = h[:, context:]
         places = torch.from_numpy(np.stack([rng.permutation(num_tokens)[:num_places] for _ in batch.numbers]))
         for name, tokens in (
@@ -125,8 +108,8 @@ def collect_vectors(subject: Subject) -> dict[str, Vectors]:
         ):
             parts["token"][name].append(_pick(tokens, places.to(h.device)))
             parts["pooled"][name].append(tokens.mean(dim=2, keepdim=True).cpu().numpy())
-    groups, halves = deal_windows(episodes)
-    training = _training_vectors(subject, rng)
+    groups, halves = deal_windows(chosen.episodes)
+    training = _training_vectors(evaluation, rng)
     return {
         kind: Vectors(
             groups, halves, {name: np.concatenate(found) for name, found in parts[kind].items()}, training[kind]
@@ -160,17 +143,17 @@ def _pick(tokens: Tensor, places: Tensor) -> np.ndarray:
     return tokens.gather(2, where).cpu().numpy()
 
 
-def _training_vectors(subject: Subject, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _training_vectors(evaluation: EvaluationContext, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Single tokens and mean tokens of steps spread over the training episodes, [n, D] each."""
-    index = WindowIndex(subject.training_segments(), 1)
-    numbers = spread_windows(index, max(2, MAX_TRAINING_VECTORS // len({s.episode for s in index.segments})))
+    segments = evaluation.training_segments()
+    index, numbers = choose_windows(segments, 1, max(2, MAX_TRAINING_VECTORS // len({s.episode for s in segments})))
     if len(numbers) > MAX_TRAINING_VECTORS:
         numbers = sorted(rng.choice(numbers, MAX_TRAINING_VECTORS, replace=False).tolist())
     per_step = max(1, MAX_TRAINING_VECTORS // len(numbers))
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    loader = WindowLoader(subject.dataset, index, subject.scaler)
-    for batch in loader.iterate([numbers[start : start + 16] for start in range(0, len(numbers), 16)]):
-        h = as_reps(to_device(batch, torch.device("cpu")).tokens, subject.normalize_reps)[:, 0]
+    chosen = ChosenWindows(index, numbers)
+    for _, _, window in evaluation.iter_windows(chosen, "training tokens", batch_size=16, device=torch.device("cpu")):
+        h = window[:, 0]
         parts["token"] += [step.numpy()[rng.permutation(len(step))[:per_step]] for step in h]
         parts["pooled"].append(h.mean(dim=1).numpy())
     return {kind: np.concatenate(found) for kind, found in parts.items()}
@@ -255,7 +238,7 @@ def _flat(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, values.shape[-1])
 
 
-def write_distances(subject: Subject, out: Path) -> dict[str, Any]:
+def write_distances(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     """Write distance.csv and return the sections `distance` and `distance_ci` of metrics.json.
 
     Names: `frechet_token_step1`, `mmd_pooled_step1`; with `_copy_last` or `_floor` before `_step` those of the baseline and of
@@ -267,13 +250,13 @@ def write_distances(subject: Subject, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: Fewer than two episodes with a long enough segment are held out.
     """
-    vectors = collect_vectors(subject)
+    vectors = collect_vectors(evaluation)
     try:
         found = {kind: measure_distances(some) for kind, some in vectors.items()}
     except TooFewError as error:
         print(f"no distances of distributions: {error}", file=sys.stderr)
         return {"distance": {"num_windows": len(vectors["token"].halves)}, "distance_ci": {}}
-    rows: list[dict[str, float]] = [{"horizon": step + 1} for step in range(subject.config.evaluate.horizon)]
+    rows: list[dict[str, float]] = [{"horizon": step + 1} for step in range(evaluation.config.evaluate.horizon)]
     section: dict[str, float] = {"num_windows": len(vectors["token"].halves)}
     intervals: dict[str, list[float]] = {}
     for kind, distances in found.items():

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from jepa_cache.evaluation.candidates import ActionPool, choose_windows, open_window
+from jepa_cache.evaluation.candidates import ActionPool, open_window
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows
 from jepa_cache.evaluation.energy_map import measure_maps, write_maps
 from jepa_cache.evaluation.energy_plots import draw_maps, draw_ranks
 from jepa_cache.evaluation.metrics import episode_means
-from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
 
 NUM_BINS = 10  # of ranks; the first holds the best tenth
@@ -61,7 +61,7 @@ class EnergyRanks(NamedTuple):
 
 
 @torch.no_grad()
-def measure_ranks(subject: Subject) -> EnergyRanks:
+def measure_ranks(evaluation: EvaluationContext) -> EnergyRanks:
     """Rank the true action of held-out windows among sampled ones by energy.
 
     Each window has `evaluate.num_context_steps` true steps with their true actions; only the last action changes. The other
@@ -70,12 +70,13 @@ def measure_ranks(subject: Subject) -> EnergyRanks:
     Raises:
         ValueError: No held-out segment is long enough, or there is no other episode.
     """
-    settings = subject.config.evaluate
-    index, numbers = choose_windows(subject, settings.energy_windows)
-    pool = ActionPool(subject.dataset, subject.training_segments() + subject.held_out_segments())
+    settings = evaluation.config.evaluate
+    num_steps = settings.num_context_steps + 1
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.energy_windows)
+    pool = ActionPool(evaluation.dataset, evaluation.training_segments() + evaluation.held_out_segments())
     found: list[tuple[float, ...]] = []
-    for number in tqdm(numbers, desc="energy", unit="window", dynamic_ncols=True):
-        window, true, segment = open_window(subject, index, number)
+    for number in tqdm(chosen.numbers, desc="energy", unit="window", dynamic_ncols=True):
+        window, true, segment = open_window(evaluation, chosen.index, number)
         rng = np.random.default_rng([settings.seed, number])
         others = pool.draw(settings.energy_samples - 1, true, segment, rng)
         energies = window.energies(np.concatenate([true[None], others]))
@@ -83,8 +84,7 @@ def measure_ranks(subject: Subject) -> EnergyRanks:
         tied = np.abs(others - energy) <= TIE_TOLERANCE * energy
         found.append((float(((others < energy) & ~tied).sum()), float(tied.sum()), energy, others.mean()))
     num_better, num_ties, energy, others = np.array(found).T
-    episodes = [index.segments[index[number].segment].episode for number in numbers]
-    return EnergyRanks(episodes, num_better, num_ties, energy, others, settings.energy_samples)
+    return EnergyRanks(chosen.episodes, num_better, num_ties, energy, others, settings.energy_samples)
 
 
 def rank_table(ranks: EnergyRanks) -> list[dict[str, float]]:
@@ -101,7 +101,7 @@ def rank_table(ranks: EnergyRanks) -> list[dict[str, float]]:
     ]
 
 
-def write_energy(subject: Subject, out: Path) -> dict[str, Any]:
+def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     """Write energy_ranks.csv, the energy maps and their pictures; return the sections of metrics.json.
 
     `energy`: `mean_rank` (chance 0.5) and `top10_rate` (chance 0.1) of the true action, `true_l1` and `others_l1` (energies)
@@ -110,7 +110,7 @@ def write_energy(subject: Subject, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: Fewer than two episodes with a long enough segment are held out, or the axes do not fit the action space.
     """
-    ranks = measure_ranks(subject)
+    ranks = measure_ranks(evaluation)
     values = {
         "mean_rank": ranks.ranks(),
         "top10_rate": ranks.bins()[:, 0],
@@ -118,13 +118,13 @@ def write_energy(subject: Subject, out: Path) -> dict[str, Any]:
         "others_l1": ranks.others,
         "margin_l1": ranks.others - ranks.energy,
     }
-    sections = build_section("energy", values, ranks.episodes, subject.config.evaluate)
+    sections = build_section("energy", values, ranks.episodes, evaluation.config.evaluate)
     sections["energy"] |= {"num_samples": ranks.num_samples, "num_windows": len(ranks.episodes)}
     rows = rank_table(ranks)
     write_table(rows, out / MEASUREMENTS_FOLDER / "energy_ranks.csv")
-    note = subject.features
+    note = evaluation.features
     draw_ranks(rows, out / "pictures/energy_ranks.png", note=note)
-    maps = measure_maps(subject)
+    maps = measure_maps(evaluation)
     if maps is not None:
         write_maps(maps, out)
         draw_maps(maps, out / "pictures/energy_maps.png", note=note)

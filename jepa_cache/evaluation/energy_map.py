@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from jepa_cache.actions import ActionSpace
+from jepa_cache.control.motion import POSE_SPACES, VIEW_SPACES, build_motion
 from jepa_cache.data.windows import first_cached_rows
-from jepa_cache.evaluation.candidates import ActionPool, choose_windows, open_window
-from jepa_cache.evaluation.motion import POSE_SPACES, VIEW_SPACES, build_motion
-from jepa_cache.evaluation.subject import Subject
+from jepa_cache.evaluation.candidates import ActionPool, open_window
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 
 MAP_STEPS = 13  # of each axis, odd: the true action lies in the middle
@@ -48,7 +48,7 @@ class EnergyMaps(NamedTuple):
 
 
 @torch.no_grad()
-def measure_maps(subject: Subject) -> EnergyMaps | None:
+def measure_maps(evaluation: EvaluationContext) -> EnergyMaps | None:
     """Energies on a grid around the true action: the middle window of up to 6 held-out episodes, spread over them.
 
     The grid reaches two standard deviations of the recorded actions to each side. What follows from a column moves with it: a
@@ -60,20 +60,22 @@ def measure_maps(subject: Subject) -> EnergyMaps | None:
     Raises:
         ValueError: `evaluate.energy_axes` names a column that the action space does not have, or that cannot be an axis.
     """
-    space = subject.dataset.space
-    pool = ActionPool(subject.dataset, subject.training_segments() + subject.held_out_segments())
-    index, numbers = choose_windows(subject, 3)
+    space = evaluation.dataset.space
+    pool = ActionPool(evaluation.dataset, evaluation.training_segments() + evaluation.held_out_segments())
+    index, numbers = windows = choose_windows(
+        evaluation.held_out_segments(), evaluation.config.evaluate.num_context_steps + 1, 3
+    )
     middle: dict[str, int] = {}
-    for episode, group in _by_episode([index.segments[index[n].segment].episode for n in numbers], numbers):
+    for episode, group in _by_episode(windows.episodes, numbers):
         middle[episode] = group[len(group) // 2]
     chosen = sorted(middle)
     chosen = [
         chosen[pick]
         for pick in np.unique(np.linspace(0, len(chosen) - 1, min(MAX_MAPS, len(chosen))).round().astype(int))
     ]
-    windows = [open_window(subject, index, middle[episode]) for episode in chosen]
+    windows = [open_window(evaluation, index, middle[episode]) for episode in chosen]
     moving = np.all([pool.deviations(segment) > 0 for _, _, segment in windows], axis=0)
-    axes = _choose_axes(space, subject.config.evaluate.energy_axes, moving)
+    axes = _choose_axes(space, evaluation.config.evaluate.energy_axes, moving)
     if axes is None:
         print(
             f"no energy map: of the continuous columns of {space.name} fewer than two ever change in these recordings",
@@ -82,7 +84,7 @@ def measure_maps(subject: Subject) -> EnergyMaps | None:
         return None
     columns = [[column.name for column in space.actions].index(name) for name in axes]
     complete = build_motion(space).complete if space.name in VIEW_SPACES else _as_it_is
-    first_rows = first_cached_rows(subject.dataset.segments)
+    first_rows = first_cached_rows(evaluation.dataset.segments)
     first_steps = [
         index[middle[episode]].start - first_rows[segment.store, episode]
         for episode, (_, _, segment) in zip(chosen, windows, strict=True)

@@ -10,6 +10,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from jepa_cache.predictor.rollout import l1_error
+
 MAX_EXACT_EPISODES = 13  # 2^13 signs at most are all tried; beyond, as many are drawn
 NUM_SIGNS = 1 << MAX_EXACT_EPISODES
 
@@ -20,11 +22,6 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def l1_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference over tokens and channels: [B, T, N, D] twice to [B, T]."""
-    return (predicted - target).abs().mean(dim=(-2, -1))
 
 
 def l2_error(predicted: Tensor, target: Tensor) -> Tensor:

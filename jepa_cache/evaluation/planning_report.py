@@ -10,10 +10,10 @@ import numpy as np
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.evaluation.context import open_evaluation
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value
 from jepa_cache.evaluation.planning_plots import draw_plans
 from jepa_cache.evaluation.planning_score import KINDS, OTHER_GOAL, PLAN, RANDOM, ZERO, PlanningScore, score_plans
-from jepa_cache.evaluation.subject import open_subject
 from jepa_cache.evaluation.tables import write_json, write_table
 from jepa_cache.evaluation.verdict import MIN_EPISODES, NO, SIGNIFICANCE, UNCLEAR, YES
 from jepa_cache.files import replaced_files
@@ -35,10 +35,10 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         out: Folder for the results.
 
     Raises:
-        ValueError: As `open_subject` and `score_plans`, or fewer than two held-out episodes are long enough.
+        ValueError: As `open_evaluation` and `score_plans`, or fewer than two held-out episodes are long enough.
     """
-    subject = open_subject(config, dataset, weights)
-    score = score_plans(subject)
+    evaluation = open_evaluation(config, dataset, weights)
+    score = score_plans(evaluation)
     metrics = summarize_plans(score, config) | {
         "encoder_trained": dataset.manifest.encoder_trained,
         "comparable": dataset.manifest.comparable,
@@ -50,7 +50,7 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         # Beside the metrics, so that equal runs leave equal metrics.
         write_json(describe_timing(score), folder / "timing.json")
         write_table(plan_table(score), folder / "plans.csv")
-        draw_plans(score, metrics, folder / "plans.png", note=subject.features)
+        draw_plans(score, metrics, folder / "plans.png", note=evaluation.features)
     return metrics | {"timing": describe_timing(score)}
 
 
@@ -112,13 +112,11 @@ def judge_plans(metrics: Mapping[str, Any], score: PlanningScore) -> dict[str, d
 
 
 def describe_timing(score: PlanningScore) -> dict[str, Any]:
-    """What searching took, as plain JSON; `speed_up` is null where nothing was timed."""
+    """What searching took, as plain JSON."""
     timing = score.timing
     return {
         "seconds_per_plan": {f"h{horizon}": seconds for horizon, seconds in timing.seconds_per_plan.items()},
         "samples_per_s": timing.samples_per_s,
-        "speed_up_over_plain_loop": timing.speed_up if np.isfinite(timing.speed_up) else None,
-        "largest_energy_difference": timing.largest_difference,
     }
 
 
@@ -144,10 +142,6 @@ def describe_plans(metrics: Mapping[str, Any]) -> str:
     lines += [f"  {judged['words']}" for judged in metrics["verdict"].values()]
     seconds = ", ".join(f"{key[1:]} steps {value:.2f} s" for key, value in timing["seconds_per_plan"].items())
     lines.append(f"  a plan takes: {seconds}; {timing['samples_per_s']:.0f} samples/s")
-    if timing["speed_up_over_plain_loop"] is not None:
-        lines.append(
-            f"  {timing['speed_up_over_plain_loop']:.1f} times as fast as a loop over samples, each with its context anew"
-        )
     if metrics["num_episodes"] < MIN_EPISODES:
         lines.append(
             f"  fewer than {MIN_EPISODES} held-out episodes: no answer is yes; raise split.val_share or add recordings"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,8 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import PlanConfig
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, first_cached_rows, spread_windows
-from jepa_cache.evaluation.controls import choose_donors
-from jepa_cache.evaluation.motion import POSE_SPACES, Motion, build_motion, end_distances
-from jepa_cache.evaluation.planner import (
+from jepa_cache.control.motion import POSE_SPACES, Motion, build_motion, end_distances
+from jepa_cache.control.planner import (
     MAX_STEP_M,
     SETTINGS,
     Context,
@@ -32,8 +28,9 @@ from jepa_cache.evaluation.planner import (
     follow_actions,
     plan_actions,
 )
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps, open_loop
+from jepa_cache.data.ablations import choose_donors
+from jepa_cache.data.windows import WindowIndex, first_cached_rows
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows
 
 PLAN, RANDOM, ZERO, OTHER_GOAL = "plan", "random", "zero", "other_goal"
 KINDS = (PLAN, RANDOM, ZERO, OTHER_GOAL)
@@ -75,14 +72,10 @@ class Timing:
     Attributes:
         seconds_per_plan: Horizon to the mean.
         samples_per_s: Sampled plans rolled out in a second, over all searches.
-        speed_up: Plain loop / shared context and batches, on the same samples in turn; NaN where nothing was timed.
-        largest_difference: Between the energies of both ways.
     """
 
     seconds_per_plan: dict[int, float]
     samples_per_s: float
-    speed_up: float
-    largest_difference: float
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def choose_settings(config: PlanConfig) -> PlannerSettings:
 
 
 @torch.no_grad()
-def score_plans(subject: Subject) -> PlanningScore:
+def score_plans(evaluation: EvaluationContext) -> PlanningScore:
     """Plan from starts spread over the held-out episodes to the recorded steps 1, 2, ... later, as `config.plan` says.
 
     Columns that are not searched stay as in the action before the start (keys, slot), or 0 in spaces of poses.
@@ -124,7 +117,7 @@ def score_plans(subject: Subject) -> PlanningScore:
         ValueError: The action space says nothing of where an action leads, no held-out segment is long enough, or one episode alone.
     """
     torch.set_num_threads(default_num_threads())
-    config, dataset = subject.config.plan, subject.dataset
+    config, dataset = evaluation.config.plan, evaluation.dataset
     settings = choose_settings(config)
     motion = build_motion(
         dataset.space,
@@ -132,28 +125,24 @@ def score_plans(subject: Subject) -> PlanningScore:
         max_rotation_rad=config.max_rotation_rad,
         max_turn_deg=config.max_turn_deg,
     )
-    index = WindowIndex(subject.held_out_segments(), config.num_context_steps + max(config.horizons))
-    loader = WindowLoader(dataset, index, subject.scaler)
-    numbers = spread_windows(index, config.starts_per_episode)
-    donors = choose_donors([index.segments[index[number].segment].episode for number in numbers], seed=config.seed)
+    num_steps = config.num_context_steps + max(config.horizons)
+    index, numbers = chosen = choose_windows(evaluation.held_out_segments(), num_steps, config.starts_per_episode)
+    donors = choose_donors(chosen.episodes, seed=config.seed)
     first_rows = first_cached_rows(dataset.segments)
-    records, timed = [], []
+    records = []
     with tqdm(total=len(numbers) * len(config.horizons), desc="planning", unit="plan", dynamic_ncols=True) as bar:
         for position, number in enumerate(numbers):
-            pair = to_device(loader.read([number, numbers[donors[position]]]), subject.device)
-            h, other = as_reps(pair.tokens, subject.normalize_reps)
-            start = _Start(subject, motion, index, number, (h, other), config.num_context_steps, first_rows)
+            _, (h, other) = evaluation.read_windows(index, [number, numbers[donors[position]]])
+            start = _Start(evaluation, motion, index, number, (h, other), config.num_context_steps, first_rows)
             for horizon in config.horizons:
                 rng = np.random.default_rng([config.seed, position, horizon])
                 records.append(start.plan(replace(settings, horizon=horizon), config.num_random, rng))
                 bar.update()
-            if position < config.num_timed:
-                timed.append(start.compare_loops(replace(settings, horizon=max(config.horizons)), config.seed))
     return PlanningScore(
         records,
         tuple(records[0].moved),
         motion.names,
-        _summarize_timing(records, settings, config.horizons, timed),
+        _summarize_timing(records, settings, config.horizons),
     )
 
 
@@ -162,7 +151,7 @@ class _Start:
 
     def __init__(
         self,
-        subject: Subject,
+        evaluation: EvaluationContext,
         motion: Motion,
         index: WindowIndex,
         number: int,
@@ -172,12 +161,12 @@ class _Start:
     ) -> None:
         window = index[number]
         segment = index.segments[window.segment]
-        actions, states = subject.dataset.controls(window.store)
+        actions, states = evaluation.dataset.controls(window.store)
         rows = slice(window.start, window.start + index.num_steps)
         self._actions, self._states = (values[rows].astype(np.float64) for values in (actions, states))
-        self._subject, self._motion, self._now = subject, motion, num_context - 1
+        self._evaluation, self._motion, self._now = evaluation, motion, num_context - 1
         self._h, self._other_h = reps
-        self._space = subject.dataset.space.name
+        self._space = evaluation.dataset.space.name
         self.episode, self.first_step = (
             segment.episode,
             window.start - first_rows[segment.store, segment.episode] + self._now,
@@ -225,67 +214,32 @@ class _Start:
         )
 
     def _search(self, goal: Tensor, settings: PlannerSettings, noise: np.ndarray) -> Plan:
-        subject = self._subject
+        evaluation = self._evaluation
         return plan_actions(
-            subject.predictor,
+            evaluation.model,
             self._context,
             goal,
             self._motion,
             settings,
-            scale_actions=subject.scaler.actions.apply,
-            scale_states=subject.scaler.states.apply,
+            scale_actions=evaluation.scaler.actions.apply,
+            scale_states=evaluation.scaler.states.apply,
             base_action=self._base,
-            normalize_reps=subject.normalize_reps,
             noise=noise,
-            batch_size=subject.config.evaluate.batch_size,
+            batch_size=evaluation.config.evaluate.batch_size,
         )
-
-    def compare_loops(self, settings: PlannerSettings, seed: int) -> tuple[float, float, float]:
-        """Seconds of one round by the plain loop and by ours on the same samples, and the largest difference of their energies."""
-        motion, horizon = self._motion, settings.horizon
-        noise = np.random.default_rng(seed).standard_normal((settings.num_samples, horizon, len(motion.names)))
-        samples = motion.actions(np.clip(noise * motion.first_std, -motion.limit, motion.limit), self._base)
-        goal = self._h[self._now + horizon]
-        began = time.perf_counter()
-        plain = np.array([self._plain_energy(actions, goal) for actions in samples])
-        between = time.perf_counter()
-        ours = self._rollout().energies(samples, goal, self._subject.config.evaluate.batch_size)
-        return between - began, time.perf_counter() - between, float(np.abs(plain - ours).max())
-
-    def _plain_energy(self, actions: np.ndarray, goal: Tensor) -> float:
-        """One sample alone, its context computed anew."""
-        subject, context = self._subject, self._context
-        states = np.concatenate([context.states, follow_actions(context.states[-1], actions, self._motion)[1:-1]])
-        given = np.concatenate([context.actions, actions])
-        scaled = (subject.scaler.actions.apply(given), subject.scaler.states.apply(states))
-        actions_t, states_t = (torch.from_numpy(values)[None].to(subject.device) for values in scaled)
-        rolled = open_loop(
-            subject.predictor,
-            context.tokens[None],
-            actions_t,
-            states_t,
-            len(actions),
-            normalize_reps=subject.normalize_reps,
-        )
-        return float((rolled[0, -1] - goal).abs().mean())
 
     def _rollout(self) -> Rollout:
-        subject = self._subject
-        scale = subject.scaler.actions.apply, subject.scaler.states.apply
-        return Rollout(subject.predictor, self._context, self._motion, *scale, subject.normalize_reps)
+        evaluation = self._evaluation
+        scale = evaluation.scaler.actions.apply, evaluation.scaler.states.apply
+        return Rollout(evaluation.model, self._context, self._motion, *scale)
 
     def _follow(self, actions: np.ndarray) -> np.ndarray:
         return follow_actions(self._states[self._now], actions, self._motion)[-1]
 
 
-def _summarize_timing(
-    records: Sequence[PlanRecord], settings: PlannerSettings, horizons: Sequence[int], timed: Sequence[tuple[Any, ...]]
-) -> Timing:
+def _summarize_timing(records: Sequence[PlanRecord], settings: PlannerSettings, horizons: Sequence[int]) -> Timing:
     per_plan = settings.num_samples * settings.num_rounds
-    plain, ours, differences = np.array(timed).reshape(-1, 3).T
     return Timing(
         {h: float(np.mean([record.seconds for record in records if record.horizon == h])) for h in horizons},
         per_plan * len(records) / sum(record.seconds for record in records),
-        float(plain.sum() / ours.sum()) if len(plain) else float("nan"),
-        float(differences.max()) if len(differences) else 0.0,
     )

@@ -9,13 +9,10 @@ import numpy as np
 import torch.nn.functional as F
 from sklearn.random_projection import SparseRandomProjection
 from torch import Tensor
-from tqdm import tqdm
 
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import Window, WindowIndex, count_episodes, spread_windows
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.data.windows import Window, count_episodes
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows
 
 MAX_CELLS = (
     4  # of the coarse grid along each side: 16 places tell a turn from a walk, and 256 would not fit a linear head
@@ -79,7 +76,7 @@ class StepFeatures:
         return rows.reshape(num_windows, num_steps, self.width).astype(np.float32)
 
 
-def read_sample(subject: Subject, segments: Sequence[Segment], *, num_steps: int) -> Sample:
+def read_sample(evaluation: EvaluationContext, segments: Sequence[Segment], *, num_steps: int) -> Sample:
     """Read windows spread evenly over the episodes of some segments, `evaluate.probe_windows` at most.
 
     Tokens are layer-normed where the predictor sees them so. Memory: 4 n T P bytes and one batch of tokens, whatever N and D.
@@ -87,20 +84,13 @@ def read_sample(subject: Subject, segments: Sequence[Segment], *, num_steps: int
     Raises:
         ValueError: No segment has `num_steps` steps.
     """
-    dataset, settings, manifest = subject.dataset, subject.config.evaluate, subject.dataset.manifest
-    index = WindowIndex(segments, num_steps)
-    numbers = spread_windows(index, -(-settings.probe_windows // count_episodes(segments)))
-    if len(numbers) > settings.probe_windows:
-        picks = np.linspace(0, len(numbers) - 1, settings.probe_windows).round().astype(int)
-        numbers = [numbers[pick] for pick in picks]
+    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
+    per_episode = -(-settings.probe_windows // count_episodes(segments))
+    chosen = choose_windows(segments, num_steps, per_episode, limit=settings.probe_windows)
     to_row = StepFeatures(manifest.grid, manifest.width, width=settings.probe_width)
     batch_size = max(1, BATCH_BYTES // (4 * num_steps * manifest.num_tokens * manifest.width))
-    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    features, actions, states = [], [], []
-    loader = WindowLoader(dataset, index, subject.scaler)
-    for batch in tqdm(loader.iterate(batches), total=len(batches), desc="probing", unit="batch", dynamic_ncols=True):
-        features.append(to_row(as_reps(to_device(batch, subject.device).tokens, subject.normalize_reps)))
-    windows = [index[number] for number in numbers]
+    features = [to_row(h) for _, _, h in evaluation.iter_windows(chosen, "probing", batch_size=batch_size)]
+    actions, states, windows = [], [], chosen.windows
     for store, start, _ in windows:
         store_actions, store_states = dataset.controls(store)
         actions.append(store_actions[start : start + num_steps - 1])
@@ -110,7 +100,7 @@ def read_sample(subject: Subject, segments: Sequence[Segment], *, num_steps: int
         np.stack(actions),
         np.stack(states),
         windows,
-        [index.segments[window.segment].episode for window in windows],
+        chosen.episodes,
     )
 
 

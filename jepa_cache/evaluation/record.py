@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.metrics import episode_means
-from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.tables import write_json, write_table
 from jepa_cache.evaluation.windows import MODEL, WindowErrors, mean_of_steps
 from jepa_cache.predictor.checkpoints import read_card
@@ -40,14 +40,14 @@ def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | No
     ]
 
 
-def describe_subject(subject: Subject, weights: Path) -> dict[str, Any]:
+def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
     """Everything that says what was measured: the training run, its settings, the tokens, and how they were measured.
 
     Args:
-        subject: What is measured.
+        evaluation: What is measured.
         weights: Its predictor.safetensors, whose card says how it was trained.
     """
-    card, manifest, config = read_card(weights), subject.dataset.manifest, subject.config
+    card, manifest, config = read_card(weights), evaluation.dataset.manifest, evaluation.config
     description = card["description"]
     return {
         "run": card["run"],
@@ -56,7 +56,7 @@ def describe_subject(subject: Subject, weights: Path) -> dict[str, Any]:
         "encoder": manifest.encoder,
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
-        "dtype": subject.dataset.dtype,
+        "dtype": evaluation.dataset.dtype,
         "tokens_fingerprint": manifest.fingerprint,
         "manifest": manifest.digest,
         "action_space": manifest.action_space,
@@ -65,13 +65,13 @@ def describe_subject(subject: Subject, weights: Path) -> dict[str, Any]:
             "filter": asdict(config.filter),
             "split": asdict(config.split),
             "evaluate": asdict(config.evaluate),
-            "window_steps": subject.window_steps,
-            "normalize_reps": subject.normalize_reps,
+            "window_steps": evaluation.window_steps,
+            "normalize_reps": evaluation.model.normalize_reps,
         },
     }
 
 
-def write_record(errors: WindowErrors, subject: Subject, weights: Path, out: Path) -> None:
+def write_record(errors: WindowErrors, evaluation: EvaluationContext, weights: Path, out: Path) -> None:
     """Write episodes.csv and settings.json, which `jepa-cache compare` reads."""
     write_table(episode_table(errors), out / EPISODES_FILE)
-    write_json(describe_subject(subject, weights), out / SETTINGS_FILE)
+    write_json(describe_evaluation(evaluation, weights), out / SETTINGS_FILE)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.distances import write_distances
 from jepa_cache.evaluation.energy import write_energy
 from jepa_cache.evaluation.noise import write_noise
@@ -16,7 +17,6 @@ from jepa_cache.evaluation.pictures import draw_pictures
 from jepa_cache.evaluation.record import write_record
 from jepa_cache.evaluation.run import horizon_table, position_table, summarize
 from jepa_cache.evaluation.slices import describe_windows, slice_table, worst_table
-from jepa_cache.evaluation.subject import Subject, open_subject
 from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_json, write_table
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
@@ -35,15 +35,15 @@ DECISIVE = {
 RESULTS = ("*.csv", "*.json", "report.html", "pictures", MEASUREMENTS_FOLDER)
 """What an evaluation leaves: an old table of a measurement that is no longer requested would be read as new."""
 
-Measurement = Callable[[Subject, Path], dict[str, Any]]
+Measurement = Callable[[EvaluationContext, Path], dict[str, Any]]
 """Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
 
 
-def _run_probes(subject: Subject, out: Path) -> dict[str, Any]:
+def _run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     # Here, because scikit-learn takes two seconds of everybody else.
     from jepa_cache.evaluation.probes import run_probes
 
-    return run_probes(subject, out)
+    return run_probes(evaluation, out)
 
 
 MEASUREMENTS: dict[str, Measurement] = {
@@ -67,31 +67,31 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
-    subject = open_subject(config, dataset, weights)
+    evaluation = open_evaluation(config, dataset, weights)
     with replaced_files(out, "metrics.json", RESULTS) as folder:
-        return _measure(subject, weights, folder)
+        return _measure(evaluation, weights, folder)
 
 
-def _measure(subject: Subject, weights: Path, out: Path) -> dict[str, Any]:
-    config, dataset = subject.config, subject.dataset
+def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[str, Any]:
+    config, dataset = evaluation.config, evaluation.dataset
     for name in ("pictures", MEASUREMENTS_FOLDER):
         (out / name).mkdir()
-    errors = measure_windows(subject)
-    metrics = summarize(errors, config, dataset) | {"settings": describe_settings(subject, weights)}
+    errors = measure_windows(evaluation)
+    metrics = summarize(errors, config, dataset) | {"settings": describe_settings(evaluation, weights)}
     metrics["verdict"] = describe_verdict(metrics)
     for name in config.evaluate.measure:
-        metrics |= MEASUREMENTS[name](subject, out)
+        metrics |= MEASUREMENTS[name](evaluation, out)
     write_json(metrics, out / "metrics.json")
     write_json(pick_decisive(metrics), out / "summary.json")
-    write_record(errors, subject, weights, out)
-    rows, facts = horizon_table(errors, config), describe_windows(subject, errors)
+    write_record(errors, evaluation, weights, out)
+    rows, facts = horizon_table(errors, config), describe_windows(evaluation, errors)
     write_table(rows, out / "horizon.csv")
     for measure in ("l2", "cosine"):
         write_table(horizon_table(errors, config, measure), out / f"horizon_{measure}.csv")
     write_table(position_table(errors, config), out / "positions.csv")
     write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
     write_table(worst_table(facts, errors), out / "worst.csv")
-    draw_pictures(errors, subject, rows, out / "pictures")
+    draw_pictures(errors, evaluation, rows, out / "pictures")
     write_page(out)
     return metrics
 
@@ -112,19 +112,19 @@ def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_settings(subject: Subject, weights: Path) -> dict[str, Any]:
+def describe_settings(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
     """The few settings without which the figures say nothing; settings.json holds all."""
-    card, manifest, settings = read_card(weights), subject.dataset.manifest, subject.config.evaluate
+    card, manifest, settings = read_card(weights), evaluation.dataset.manifest, evaluation.config.evaluate
     return {
         "dataset": manifest.dataset,
         "encoder": manifest.encoder,
         "predictor": card["description"]["predictor"]["name"],
         "train_steps": card["step"],
-        "window_steps": subject.window_steps,
+        "window_steps": evaluation.window_steps,
         "num_context_steps": settings.num_context_steps,
         "horizon": settings.horizon,
-        "step_hz": subject.config.step_hz,
-        "normalize_reps": subject.normalize_reps,
+        "step_hz": evaluation.config.step_hz,
+        "normalize_reps": evaluation.model.normalize_reps,
         "seed": settings.seed,
     }
 

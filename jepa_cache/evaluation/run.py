@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.schema import Config, EvaluateConfig
+from jepa_cache.data.ablations import SHUFFLED, ZERO
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.evaluation.controls import SHUFFLED, ZERO
 from jepa_cache.evaluation.metrics import Estimate, bootstrap_mean, bootstrap_ratio, episode_means, paired_p_value
 from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, WindowErrors, mean_of_steps
 

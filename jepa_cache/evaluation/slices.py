@@ -9,10 +9,10 @@ import numpy as np
 
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.schema import EvaluateConfig
+from jepa_cache.data.ablations import SHUFFLED, positions_of
 from jepa_cache.data.windows import first_cached_rows
-from jepa_cache.evaluation.controls import SHUFFLED, positions_of
+from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means
-from jepa_cache.evaluation.subject import Subject
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 
 NUM_WORST = 10
@@ -45,13 +45,13 @@ class WindowFacts(NamedTuple):
     action_size: np.ndarray
 
 
-def describe_windows(subject: Subject, errors: WindowErrors) -> WindowFacts:
+def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> WindowFacts:
     """Gather what slices and names of the measured windows are made of."""
-    dataset, scale = subject.dataset, subject.scaler.actions.apply
-    num_steps = errors.index.num_steps
+    dataset, scale = evaluation.dataset, evaluation.scaler.actions.apply
+    num_steps = errors.chosen.index.num_steps
     parts = [part for part, _ in dataset.manifest.stores]
     first_rows = first_cached_rows(dataset.segments)
-    windows = [errors.index[number] for number in errors.numbers]
+    windows = errors.chosen.windows
     tables = {store: dataset.steps(store) for store in {window.store for window in windows}}
     gui = {store: table.column("gui").to_numpy(zero_copy_only=False) for store, table in tables.items()}
     rates = {store: dataset.step_hz(store) for store in tables}

@@ -1,4 +1,4 @@
-"""Held-out windows through the predictor, the baselines and the controls: the error of every predicted step."""
+"""Held-out windows through the predictor, the baselines and the action ablations: the error of every predicted step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.evaluation.baselines import (
     Baselines,
     extrapolate_open_loop,
@@ -22,15 +20,13 @@ from jepa_cache.evaluation.baselines import (
     regress_open_loop,
     regress_teacher_forced,
 )
-from jepa_cache.evaluation.controls import CONTROLS, SHIFTED, control_actions
+from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
 from jepa_cache.evaluation.metrics import MEASURES
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.predictor.rollout import as_reps, predict_both_ways
 
 MODEL = "model"
 COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
 BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
-PREDICTIONS = (MODEL, *BASELINES, *CONTROLS)
+PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
 
 
 @dataclass(frozen=True)
@@ -41,16 +37,14 @@ class WindowErrors:
         episodes: Key of each window's episode.
         teacher_forced: Measure (`metrics.MEASURES`) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
         open_loop: The same to [windows, K], of the K steps after the context.
-        index: Windows by number.
-        numbers: Window numbers in the index.
+        chosen: The windows.
         num_fitted_steps: Training steps that the baselines `mean` and `regression` were fitted on: all there are.
     """
 
     episodes: list[str]
     teacher_forced: dict[str, dict[str, np.ndarray]]
     open_loop: dict[str, dict[str, np.ndarray]]
-    index: WindowIndex
-    numbers: list[int]
+    chosen: ChosenWindows
     num_fitted_steps: int
 
     @property
@@ -98,73 +92,67 @@ class _Given(NamedTuple):
 
 
 @torch.no_grad()
-def measure_windows(subject: Subject) -> WindowErrors:
-    """Run the predictor, all baselines and all controls over windows spread evenly over the held-out episodes.
+def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
+    """Run the predictor, all baselines and all action ablations over windows spread evenly over the held-out episodes.
 
     In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
-    back. The controls differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
+    back. The ablations differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
     training window has, from the start of each window.
 
     Raises:
         ValueError: When fewer than two episodes with a long enough segment are held out, or the predictor gives no numbers.
     """
     torch.set_num_threads(default_num_threads())
-    settings, device = subject.config.evaluate, subject.device
-    num_steps = max(subject.window_steps, settings.num_context_steps + settings.horizon)
-    index = WindowIndex(subject.held_out_segments(), num_steps)
-    numbers = spread_windows(index, settings.windows_per_episode)
-    controls = control_actions(subject.dataset, subject.scaler, index, numbers, seed=settings.seed)
+    settings, device = evaluation.config.evaluate, evaluation.device
+    num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.windows_per_episode)
+    ablations = action_ablations(evaluation.dataset, evaluation.scaler, *chosen, seed=settings.seed)
     baselines = fit_baselines(
-        subject.dataset,
-        subject.training_segments(),
-        subject.scaler,
-        normalize_reps=subject.normalize_reps,
+        evaluation.dataset,
+        evaluation.training_segments(),
+        evaluation.scaler,
+        evaluation.model,
         device=device,
     )
-    shapes = {"teacher_forced": subject.window_steps - 1, "open_loop": settings.horizon}
+    shapes = {"teacher_forced": evaluation.window_steps - 1, "open_loop": settings.horizon}
     found = {
-        kind: {measure: {name: np.full((len(numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
+        kind: {
+            measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS}
+            for measure in MEASURES
+        }
         for kind, steps in shapes.items()
     }
-    starts = range(0, len(numbers), settings.batch_size)
-    chunks = [numbers[start : start + settings.batch_size] for start in starts]
-    batches = WindowLoader(subject.dataset, index, subject.scaler).iterate(chunks)
-    batches = tqdm(batches, total=len(chunks), desc="evaluating", unit="batch", dynamic_ncols=True)
-    context = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
-    for start, batch in zip(starts, batches, strict=True):
-        batch = to_device(batch, device)
-        given = _Given(as_reps(batch.tokens, subject.normalize_reps), batch.actions, batch.states)
-        replaced = {
-            name: torch.from_numpy(values[start : start + len(given.h)]).to(device) for name, values in controls.items()
-        }
-        for predicted in _predictions(subject, baselines, given, replaced):
-            true, rows = given.h[predicted.rows], start + predicted.rows.cpu().numpy()
-            later = true[:, 1 + predicted.first : subject.window_steps]
+    ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
+    for measured, batch, h in evaluation.iter_windows(chosen, "evaluating"):
+        given = _Given(h, batch.actions, batch.states)
+        replaced = {name: torch.from_numpy(values[measured]).to(device) for name, values in ablations.items()}
+        for predicted in _predictions(evaluation, baselines, given, replaced):
+            true, rows = given.h[predicted.rows], measured.start + predicted.rows.cpu().numpy()
+            later = true[:, 1 + predicted.first : evaluation.window_steps]
             for measure, error in MEASURES.items():
                 values = error(predicted.teacher_forced, later)
-                found["teacher_forced"][measure][predicted.name][rows, predicted.first :] = _checked(values, subject)
+                found["teacher_forced"][measure][predicted.name][rows, predicted.first :] = _checked(values, evaluation)
                 if predicted.open_loop is not None:
-                    values = error(predicted.open_loop, true[:, context])
-                    found["open_loop"][measure][predicted.name][rows] = _checked(values, subject)
-    episodes = [index.segments[index[number].segment].episode for number in numbers]
-    return WindowErrors(episodes, **found, index=index, numbers=numbers, num_fitted_steps=baselines.num_steps)
+                    values = error(predicted.open_loop, true[:, ahead])
+                    found["open_loop"][measure][predicted.name][rows] = _checked(values, evaluation)
+    return WindowErrors(chosen.episodes, **found, chosen=chosen, num_fitted_steps=baselines.num_steps)
 
 
-def _checked(values: Tensor, subject: Subject) -> np.ndarray:
+def _checked(values: Tensor, evaluation: EvaluationContext) -> np.ndarray:
     if not torch.isfinite(values).all():
         raise ValueError(
-            f"a prediction on held-out windows of {subject.dataset.manifest.dataset} holds NaN or infinity, so no error can be "
+            f"a prediction on held-out windows of {evaluation.dataset.manifest.dataset} holds NaN or infinity, so no error can be "
             "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
         )
     return values.cpu().numpy()
 
 
 def _predictions(
-    subject: Subject, baselines: Baselines, given: _Given, replaced: Mapping[str, Tensor]
+    evaluation: EvaluationContext, baselines: Baselines, given: _Given, replaced: Mapping[str, Tensor]
 ) -> Iterator[Predicted]:
     """Everything in `PREDICTIONS` for one batch, one after the other, as each is as large as the tokens."""
-    settings, normalize = subject.config.evaluate, subject.normalize_reps
-    h, num_trained = given.h, subject.window_steps
+    settings, model = evaluation.config.evaluate, evaluation.model
+    h, num_trained = given.h, evaluation.window_steps
     context, horizon = settings.num_context_steps, settings.horizon
     everything = torch.arange(len(h), device=h.device)
     past, true = h[:, : num_trained - 1], h[:, :num_trained]
@@ -174,40 +162,34 @@ def _predictions(
     yield Predicted(MEAN, everything, 0, baselines.mean.expand_as(past), constant(baselines.mean.expand_as(last)))
     straight = None
     if context >= 2:
-        straight = extrapolate_open_loop(h[:, context - 2], last, horizon, normalize_reps=normalize)
-    yield Predicted(EXTRAPOLATION, everything, 1, extrapolate_teacher_forced(true, normalize_reps=normalize), straight)
+        straight = extrapolate_open_loop(model, h[:, context - 2], last, horizon)
+    yield Predicted(EXTRAPOLATION, everything, 1, extrapolate_teacher_forced(model, true), straight)
     ahead = slice(context - 1, context - 1 + horizon)
     yield Predicted(
         REGRESSION,
         everything,
         0,
         regress_teacher_forced(
-            baselines,
-            true,
-            given.actions[:, : num_trained - 1],
-            given.states[:, : num_trained - 1],
-            normalize_reps=normalize,
+            baselines, model, true, given.actions[:, : num_trained - 1], given.states[:, : num_trained - 1]
         ),
-        regress_open_loop(baselines, last, given.actions[:, ahead], given.states[:, ahead], normalize_reps=normalize),
+        regress_open_loop(baselines, model, last, given.actions[:, ahead], given.states[:, ahead]),
     )
     for name, actions in {MODEL: given.actions, **replaced}.items():
         rows = everything
         if name in SHIFTED:  # windows without a neighbour have no such actions
             rows = everything[torch.isfinite(actions).flatten(1).all(dim=1)]
         if len(rows):
-            yield _run_predictor(subject, name, rows, given, actions)
+            yield _run_predictor(evaluation, name, rows, given, actions)
 
 
-def _run_predictor(subject: Subject, name: str, rows: Tensor, given: _Given, actions: Tensor) -> Predicted:
-    settings = subject.config.evaluate
-    both = predict_both_ways(
-        subject.predictor,
+def _run_predictor(evaluation: EvaluationContext, name: str, rows: Tensor, given: _Given, actions: Tensor) -> Predicted:
+    settings = evaluation.config.evaluate
+    both = evaluation.model.both_ways(
         given.h[rows],
         actions[rows],
         given.states[rows],
-        num_forced=subject.window_steps - 1,
+        num_forced=evaluation.window_steps - 1,
         num_context=settings.num_context_steps,
         horizon=settings.horizon,
-        normalize_reps=subject.normalize_reps,
     )
     return Predicted(name, rows, 0, both.teacher_forced, both.open_loop)

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from jepa_cache.config.schema import Config, TrainConfig
+from jepa_cache.data.ablations import SHUFFLED, action_ablations
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
-from jepa_cache.evaluation.controls import SHUFFLED, control_actions
 from jepa_cache.training.processes import mean_over_processes, sum_over_processes
 from jepa_cache.training.stepping import StepReport
 
@@ -69,7 +69,7 @@ class Feed:
                 self._shuffled = dict(zip(self.validation, self._shuffle(scaler), strict=True))
 
     def _shuffle(self, scaler: Scaler) -> np.ndarray:
-        given = control_actions(self._dataset, scaler, self._val_index, self.validation, seed=self._settings.seed)
+        given = action_ablations(self._dataset, scaler, self._val_index, self.validation, seed=self._settings.seed)
         return given[SHUFFLED]
 
     def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jepa_cache.data.loader import Batch
-from jepa_cache.evaluation.metrics import l1_error
+from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.training.feed import Feed
 from jepa_cache.training.losses import Losses
 from jepa_cache.training.processes import sum_over_processes

@@ -88,6 +88,7 @@ NOT_NEGATIVE = (
         ("plan.horizons=2", r"horizons must be a list of int; got 2 \(int\); write \[2\]"),
         ("plan.max_turn_deg=400.0", r"plan\.max_turn_deg is at most 180 .* got 400\.0 and 0\.0"),
         ("plan.max_rotation_rad=3.2", r"plan\.max_rotation_rad at most pi .* got 30\.0 and 3\.2"),
+        ("plan.num_timed=2", r"'plan\.num_timed', which was removed: benchmarks/planner\.py times"),
         ("plan.max_turn_deg=.nan", r"max_turn_deg must be a finite number; got nan"),
         *((f"{section}.seed=-1", rf"{section}\.seed must not be below 0, .*; got -1") for section in SEEDED),
         *((f"{section}.seed={2**64}", rf"{section}\.seed must .* below 4294967296; got") for section in SEEDED),

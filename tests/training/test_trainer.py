@@ -159,7 +159,7 @@ class Nursery:
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
     nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 113, 18) if overrides else range(3, 124, 8)
+    moments = range(20, 129, 18) if overrides else range(3, 124, 8)
     plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
     whole, *ends = nursery.run([nursery.item("whole"), *plan])
     assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (

@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.controls import choose_donors
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.rollout import normalize_tokens, teacher_forcing
 from jepa_cache.training.feed import VALIDATION_WINDOWS_PER_EPISODE

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.evaluation.motion import build_motion
-from jepa_cache.evaluation.planner import SETTINGS, Context, PlannerSettings, plan_actions
+from jepa_cache.control.motion import build_motion
+from jepa_cache.control.planner import SETTINGS, Context, PlannerSettings, plan_actions
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import LatentModel, as_reps
 
 POSE = get_action_space("pose7")
 QUICK = PlannerSettings(horizon=2, num_samples=12, num_elites=4, num_rounds=2, mean_momentum=0.15, std_momentum=0.15)
@@ -39,28 +39,26 @@ def make_world(num_context=3, seed=0):
     numbers = np.random.default_rng(seed)
     states = numbers.uniform(-0.3, 0.3, (num_context, 7)) + np.array([0, 0, 0, 0, 0, 0, 0.5])
     actions = numbers.uniform(-0.05, 0.05, (num_context - 1, 7))
-    return predictor, Context(tokens[:-1], actions, states), tokens[-1]
+    return LatentModel(predictor), Context(tokens[:-1], actions, states), tokens[-1]
 
 
 def test_a_longer_context_gives_the_energies_of_one_pass_over_all_of_it():
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     motion, settings = build_motion(POSE), replace(QUICK, horizon=1, num_rounds=1)
-    plan = plan_actions(predictor, context, goal, motion, settings, seed=3)
+    plan = plan_actions(model, context, goal, motion, settings, seed=3)
     noise = np.random.default_rng(3).standard_normal((1, 1, 12, 4))
     searched = np.clip(noise[0, 0] * motion.first_std, -motion.limit, motion.limit)
     for number, action in enumerate(motion.actions(searched, np.zeros(7))):
         rows = torch.tensor(np.concatenate([context.actions, action[None]]), dtype=torch.float32)[None]
         states = torch.tensor(context.states, dtype=torch.float32)[None]
         with torch.no_grad():
-            seen = as_reps(predictor(context.tokens[None], rows, states).tokens[:, -1], True)
+            seen = as_reps(model.predictor(context.tokens[None], rows, states).tokens[:, -1], True)
         assert plan.energies[0, number] == pytest.approx(float((seen[0] - goal).abs().mean()), abs=1e-5)
 
 
 def test_the_samples_of_a_pass_change_nothing():
-    predictor, context, goal = make_world()
-    plans = [
-        plan_actions(predictor, context, goal, build_motion(POSE), QUICK, batch_size=size) for size in (None, 5, 1)
-    ]
+    model, context, goal = make_world()
+    plans = [plan_actions(model, context, goal, build_motion(POSE), QUICK, batch_size=size) for size in (None, 5, 1)]
     for plan in plans[1:]:
         np.testing.assert_allclose(plan.energies, plans[0].energies, atol=1e-5)
         np.testing.assert_allclose(plan.actions, plans[0].actions, atol=1e-5)
@@ -76,17 +74,17 @@ def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
     target = torch.tensor([0.03, -0.02, 0.04])
     settings = PlannerSettings(1, 200, 10, 12, 0.15, 0.15)
     plan = plan_actions(
-        known, context, target.expand(4, 3), build_motion(POSE), settings, normalize_reps=False, base_action=np.zeros(7)
+        LatentModel(known, False), context, target.expand(4, 3), build_motion(POSE), settings, base_action=np.zeros(7)
     )
     np.testing.assert_allclose(plan.actions[0, :3], target, atol=2e-3)
     assert not plan.actions[0, 3:6].any() and plan.energies[-1].mean() < plan.energies[0].mean()
 
 
 def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     motion = build_motion(POSE, max_step_m=0.075, max_rotation_rad=0.1, fixed=("dy",))
     assert len(motion.names) == 6 and len(build_motion(POSE).names) == 4
-    plan = plan_actions(predictor, context, goal, motion, replace(QUICK, close_gripper_from=1))
+    plan = plan_actions(model, context, goal, motion, replace(QUICK, close_gripper_from=1))
     assert (np.abs(plan.actions[:, :3]) <= 0.075).all() and (np.abs(plan.actions[:, 3:6]) <= 0.1).all()
     assert not plan.actions[:, 1].any() and plan.actions[:, 3:6].any()
     assert plan.found[1, 6] > 0.9 and plan.states[2, 6] == 1 and abs(plan.found[0, 6]) <= 0.75
@@ -96,9 +94,9 @@ def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
 
 @pytest.mark.parametrize("gripper", [0.0, 1.0, 0.3])
 def test_a_gripper_that_is_open_or_closed_is_not_told_to_go_further(gripper):
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     context.states[-1, 6] = gripper
-    plan = plan_actions(predictor, context, goal, build_motion(POSE), replace(QUICK, horizon=6))
+    plan = plan_actions(model, context, goal, build_motion(POSE), replace(QUICK, horizon=6))
     np.testing.assert_allclose(np.diff(plan.states[:, 6]), plan.actions[:, 6], atol=1e-12)
     np.testing.assert_array_equal(plan.actions[:, :6], plan.found[:, :6])
     for before, action, after in zip(plan.states[:-1], plan.actions, plan.states[1:], strict=True):
@@ -142,38 +140,38 @@ def test_what_cannot_be_planned_is_refused():
         for share in (5.0, 1.0, -0.1, np.nan):
             with pytest.raises(ValueError, match=rf"{key} is the share of the old value that stays, .*got {share}"):
                 replace(QUICK, **{key: share})
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     with pytest.raises(ValueError, match="as many states and one action less"):
-        plan_actions(predictor, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
+        plan_actions(model, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
     for shape in ((3, 8), (1, 4, 8), (4, 1)):
         with pytest.raises(ValueError, match=r"goal's tokens must be \[N, E\] = \[4, 8\]"):
-            plan_actions(predictor, context, torch.zeros(shape), build_motion(POSE), QUICK)
+            plan_actions(model, context, torch.zeros(shape), build_motion(POSE), QUICK)
     for wrong in ({"tokens": context.tokens.flatten(0, 1)}, {"states": context.states[0]}, {"actions": np.zeros(0)}):
         with pytest.raises(ValueError, match=r"a context is tokens \[C, N, E\]"):
-            plan_actions(predictor, context._replace(**wrong), goal, build_motion(POSE), QUICK)
+            plan_actions(model, context._replace(**wrong), goal, build_motion(POSE), QUICK)
     empty = Context(context.tokens[:0], np.zeros((0, 7)), context.states[:0])
     with pytest.raises(ValueError, match="at least one step"):
-        plan_actions(predictor, empty, goal, build_motion(POSE), QUICK)
+        plan_actions(model, empty, goal, build_motion(POSE), QUICK)
 
 
 def test_energies_that_cannot_be_ranked_are_refused():
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     goal = goal.clone()
     goal[0, 0] = np.nan
     with pytest.raises(ValueError, match="round 0 has 12 energies of 12 that are not finite"):
-        plan_actions(predictor, context, goal, build_motion(POSE), QUICK)
+        plan_actions(model, context, goal, build_motion(POSE), QUICK)
 
 
 def test_a_gripper_that_cannot_close_is_refused_and_one_that_closes_too_late_stays_open():
-    predictor, context, goal = make_world()
+    model, context, goal = make_world()
     with pytest.raises(ValueError, match="counts steps of the plan from 0; got -1"):
         replace(QUICK, close_gripper_from=-1)
     with pytest.raises(ValueError, match=r"no gripper is searched \(dx, dy, dz\)"):
         plan_actions(
-            predictor, context, goal, build_motion(POSE, fixed=("dgripper",)), replace(QUICK, close_gripper_from=0)
+            model, context, goal, build_motion(POSE, fixed=("dgripper",)), replace(QUICK, close_gripper_from=0)
         )
     plans = [
-        plan_actions(predictor, context, goal, build_motion(POSE), replace(QUICK, close_gripper_from=step))
+        plan_actions(model, context, goal, build_motion(POSE), replace(QUICK, close_gripper_from=step))
         for step in (None, 2)
     ]
     np.testing.assert_array_equal(plans[0].actions, plans[1].actions)

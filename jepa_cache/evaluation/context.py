@@ -1,19 +1,26 @@
-"""What is evaluated: trained weights, the cached episodes that they never saw, and how both belong together."""
+"""What an evaluation holds: trained weights, the cached episodes that they never saw, and the way through their windows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset, Segment, open_dataset
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.splits import TRAIN, VAL
+from jepa_cache.data.windows import Window, WindowIndex, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor, read_card
-from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import LatentModel
 
 OF_THE_MACHINE = (
     "device",
@@ -25,20 +32,19 @@ OF_THE_MACHINE = (
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A predictor with the data set it is measured on; every measurement takes one."""
+class EvaluationContext:
+    """A trained model with the data set it is measured on; every measurement takes one."""
 
-    predictor: ACPredictor  # in eval mode, on its device
+    model: LatentModel  # its predictor in eval mode, on its device
     config: Config  # its evaluate, split and filter sections count
     dataset: CachedDataset
     scaler: Scaler  # the one it was trained with
     window_steps: int  # T of its training windows
-    normalize_reps: bool  # whether it was trained on layer-normed tokens
 
     @property
     def device(self) -> torch.device:
         """Where the predictor is."""
-        return next(self.predictor.parameters()).device
+        return next(self.model.predictor.parameters()).device
 
     @property
     def features(self) -> str:
@@ -54,6 +60,76 @@ class Subject:
     def held_out_segments(self) -> list[Segment]:
         """Segments of the held-out episodes, cut by the filters."""
         return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
+
+    def iter_windows(
+        self, chosen: ChosenWindows, title: str, *, batch_size: int | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[slice, Batch, Tensor]]:
+        """Read windows batch by batch, with a progress bar.
+
+        Args:
+            chosen: From `choose_windows`.
+            title: What the bar says.
+            batch_size: Windows at a time; `evaluate.batch_size` by default.
+            device: Where to compute; the predictor's by default.
+
+        Yields:
+            The rows of the batch among the chosen windows; the batch, on the device; and its tokens h [B, T, N, D] as the model
+            sees them.
+        """
+        size = batch_size or self.config.evaluate.batch_size
+        numbers, device = chosen.numbers, device or self.device
+        chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks)
+        first = 0
+        for batch in tqdm(batches, total=len(chunks), desc=title, unit="batch", dynamic_ncols=True):
+            on_device = to_device(batch, device)
+            rows = slice(first, first + len(batch.numbers))
+            yield rows, on_device, self.model.as_reps(on_device.tokens)
+            first = rows.stop
+
+    def read_windows(
+        self, index: WindowIndex, numbers: Sequence[int], device: torch.device | None = None
+    ) -> tuple[Batch, Tensor]:
+        """Read a few windows at once: the batch on the device, and its tokens h [B, T, N, D] as the model sees them."""
+        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
+        return batch, self.model.as_reps(batch.tokens)
+
+
+class ChosenWindows(NamedTuple):
+    """Some of the windows of an index, in the order in which they are measured."""
+
+    index: WindowIndex
+    numbers: list[int]
+
+    @property
+    def windows(self) -> list[Window]:
+        """Where each lies."""
+        return [self.index[number] for number in self.numbers]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segment that each lies in."""
+        return [self.index.segments[window.segment] for window in self.windows]
+
+    @property
+    def episodes(self) -> list[str]:
+        """Key of each window's episode."""
+        return [segment.episode for segment in self.segments]
+
+
+def choose_windows(
+    segments: Sequence[Segment], num_steps: int, per_episode: int, *, limit: int | None = None
+) -> ChosenWindows:
+    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer.
+
+    Raises:
+        ValueError: No segment is long enough.
+    """
+    index = WindowIndex(segments, num_steps)
+    numbers = spread_windows(index, per_episode)
+    if limit is not None and len(numbers) > limit:
+        numbers = [numbers[pick] for pick in np.linspace(0, len(numbers) - 1, limit).round().astype(int)]
+    return ChosenWindows(index, numbers)
 
 
 def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
@@ -72,7 +148,7 @@ def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
     return dataset, weights
 
 
-def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subject:
+def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> EvaluationContext:
     """Load trained weights for an evaluation on a data set.
 
     Args:
@@ -101,13 +177,12 @@ def open_subject(config: Config, dataset: CachedDataset, weights: Path) -> Subje
             )
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = resolve_device("train.device", config.train.device, num_gpus)
-    return Subject(
-        predictor.to(device).eval(),
+    return EvaluationContext(
+        LatentModel(predictor.to(device).eval(), card["normalize_reps"]),
         config,
         dataset,
         scaler_from_json(card["scaler"]),
         card["window_steps"],
-        card["normalize_reps"],
     )
 
 

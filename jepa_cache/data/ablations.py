@@ -1,4 +1,4 @@
-"""Actions that take the true ones' place before the same predictor: none, others', or those of the wrong step."""
+"""Action ablations: the same predictor is given no actions, those of another episode, or those of the wrong step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jepa_cache.data.windows import WindowIndex
 
 SHUFFLED, ZERO, PERMUTED = "shuffled_actions", "zero_actions", "permuted_actions"
 NEXT, PREVIOUS = "next_actions", "previous_actions"
-CONTROLS = (SHUFFLED, ZERO, PERMUTED, NEXT, PREVIOUS)
+ABLATIONS = (SHUFFLED, ZERO, PERMUTED, NEXT, PREVIOUS)
 SHIFTED = (NEXT, PREVIOUS)
 PERMUTED_STREAM = 1  # of the seed; the donors of whole windows have the seed's own
 
 
-def control_actions(
+def action_ablations(
     dataset: CachedDataset, scaler: Scaler, index: WindowIndex, numbers: Sequence[int], *, seed: int
 ) -> dict[str, np.ndarray]:
-    """Scaled actions of every control for some windows: [windows, T-1, A] float32 each.
+    """Scaled actions of every ablation for some windows: [windows, T-1, A] float32 each.
 
     - `shuffled_actions`: those of a whole window of another episode.
     - `permuted_actions`: for each step another one, of any window of another episode.
@@ -76,7 +76,7 @@ def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     if len(set(episodes)) < 2:
         raise ValueError(
-            "controls by another episode need at least two held-out episodes; raise split.val_share, try another "
+            "ablations by another episode need at least two held-out episodes; raise split.val_share, try another "
             f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
         )
     positions = positions_of(episodes)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.evaluation.motion import Motion
-from jepa_cache.predictor.rollout import Predictor, as_reps, read_past, repeat_past
+from jepa_cache.control.motion import Motion
+from jepa_cache.predictor.rollout import LatentModel, repeat_past
 
 Scale = Callable[[np.ndarray], np.ndarray]
 
@@ -92,7 +92,7 @@ class Context(NamedTuple):
 
 @torch.no_grad()
 def plan_actions(
-    predictor: Predictor,
+    model: LatentModel,
     context: Context,
     goal: Tensor,
     motion: Motion,
@@ -101,7 +101,6 @@ def plan_actions(
     scale_actions: Scale = np.asarray,
     scale_states: Scale = np.asarray,
     base_action: np.ndarray | None = None,
-    normalize_reps: bool = True,
     seed: int = 0,
     noise: np.ndarray | None = None,
     batch_size: int | None = None,
@@ -113,7 +112,7 @@ def plan_actions(
     batch; the steps before the last one of the context are computed once for all of them.
 
     Args:
-        predictor: An `ACPredictor` in eval mode.
+        model: Its predictor in eval mode.
         context: The steps so far, at least one.
         goal: [N, E] tokens of the goal frame, as the context's.
         motion: What may move.
@@ -121,7 +120,6 @@ def plan_actions(
         scale_actions: The training's scaler, [.., A] to [.., A].
         scale_states: The same for [.., S].
         base_action: [A] for the columns that are not searched; zeros by default.
-        normalize_reps: Layer-norm the predictions, as in training.
         seed: Of the samples.
         noise: [rounds, H, samples, K] standard normal draws in place of the seed's.
         batch_size: Samples in one pass of the predictor; all by default.
@@ -151,7 +149,7 @@ def plan_actions(
     std = np.tile(motion.first_std, (horizon, 1))
     keep_mean = np.where(motion.gripper, settings.gripper_mean_momentum, settings.mean_momentum)
     keep_std = np.where(motion.gripper, settings.gripper_std_momentum, settings.std_momentum)
-    rollout = Rollout(predictor, context, motion, scale_actions, scale_states, normalize_reps)
+    rollout = Rollout(model, context, motion, scale_actions, scale_states)
     energies = np.empty((settings.num_rounds, settings.num_samples), np.float32)
     for number in range(settings.num_rounds):
         samples = np.clip(noise[number] * std[:, None] + mean[:, None], -motion.limit, motion.limit)
@@ -203,19 +201,18 @@ class Rollout:
     @torch.no_grad()
     def __init__(
         self,
-        predictor: Predictor,
+        model: LatentModel,
         context: Context,
         motion: Motion,
         scale_actions: Scale,
         scale_states: Scale,
-        normalize_reps: bool,
     ) -> None:
         """Compute the steps before the last one of the context; the arguments are those of `plan_actions`."""
-        self._predictor, self._motion, self._normalize_reps = predictor, motion, normalize_reps
+        self._model, self._motion = model, motion
         self._scale_actions, self._scale_states = scale_actions, scale_states
         self._newest, self._state = context.tokens[-1:], np.asarray(context.states[-1], np.float64)
         given = (self._tensor(scale_actions(context.actions)), self._tensor(scale_states(context.states)))
-        self._past = read_past(predictor, context.tokens[None], *(values[None] for values in given))
+        self._past = model.read_past(context.tokens[None], *(values[None] for values in given))
 
     @torch.no_grad()
     def energies(self, actions: np.ndarray, goal: Tensor, batch_size: int) -> np.ndarray:
@@ -231,14 +228,14 @@ class Rollout:
         states = np.tile(self._state, (num_samples, 1))
         past = repeat_past(self._past, num_samples)
         for step in range(horizon):
-            out = self._predictor(
+            out = self._model.predictor(
                 tokens,
                 self._tensor(self._scale_actions(actions[:, step : step + 1])),
                 self._tensor(self._scale_states(states[:, None])),
                 None,
                 past,
             )
-            tokens, past = as_reps(out.tokens, self._normalize_reps), out.past
+            tokens, past = self._model.as_reps(out.tokens), out.past
             states = self._motion.integrate(states, actions[:, step])
         return (tokens[:, 0] - goal).abs().mean(dim=(1, 2))
 
