@@ -149,6 +149,13 @@ def test_every_preset_in_the_repository_loads():
             assert getattr(load_config(SUITE_SETTINGS, [f"{kind}={path.stem}"]), kind).name == path.stem
 
 
+def test_recordings_where_the_presets_look_for_them_are_not_added_to_git():
+    ignored = (REPOSITORY_ROOT / ".gitignore").read_text().splitlines()
+    for path in (REPOSITORY_ROOT / "configs/dataset").glob("*.yaml"):
+        for folder in load_config(SUITE_SETTINGS, [f"dataset={path.stem}"]).dataset.inputs:
+            assert f"/{folder.split('/')[0]}/" in ignored, f"{path.name} reads {folder}"
+
+
 def test_every_training_setting_stands_in_params_so_that_it_can_be_swept(root):
     for field in dataclasses.fields(TrainConfig):
         value = getattr(load_config(root).train, field.name)
