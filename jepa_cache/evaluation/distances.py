@@ -23,7 +23,7 @@ import torch
 from scipy.linalg import eigh, eigvalsh
 from torch import Tensor
 
-from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
+from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
 
 
@@ -424,3 +424,13 @@ def write_distances(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
                         intervals[f"{column}_step{row['horizon']}"] = [estimate.low, estimate.high]
     write_table(rows, out / MEASUREMENTS_FOLDER / "distance.csv")
     return {"distance": section, "distance_ci": intervals}
+
+
+DISTANCES = Measurement(
+    name="distances",
+    section="distance",
+    run=write_distances,
+    heading="Distances between predicted and true tokens, taken together",
+    explanation="Near the distance between two halves of the true tokens is as good as can be; compare with copying the last step.",
+    tables=("distance.csv",),
+)

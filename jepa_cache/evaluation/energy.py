@@ -23,7 +23,7 @@ from jepa_cache.control.motion import POSE_SPACES, VIEW_SPACES, build_motion
 from jepa_cache.data.ablations import draw_others
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.windows import WindowIndex, first_cached_rows
-from jepa_cache.evaluation.context import EvaluationContext, choose_windows
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, Picture, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, episode_means, write_table
 from jepa_cache.evaluation.pictures import new_figure
 from jepa_cache.predictor.rollout import repeat_past
@@ -439,3 +439,26 @@ def draw_maps(maps: EnergyMaps, path: Path, *, note: str) -> None:
 
 def _shorten(name: str, length: int = 28) -> str:
     return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+ENERGY = Measurement(
+    name="energy",
+    section="energy",
+    run=write_energy,
+    heading="Energy: the true action among others",
+    explanation="Rank 0: no sampled action leads nearer to the true next step than the recorded one; 0.5 is chance.",
+    tables=("energy_ranks.csv", "energy_maps.csv"),
+    pictures=(
+        Picture(
+            "energy_ranks.png",
+            "Histogram of the true action's rank among sampled actions",
+            "Bars should be high on the left. A flat histogram at the dashed line says that actions make no difference.",
+        ),
+        Picture(
+            "energy_maps.png",
+            "Maps of energy over two action columns around the true action",
+            "A valley at the cross says that a planner could find the action; a flat or tilted map that it could not.",
+            wide=True,
+        ),
+    ),
+)

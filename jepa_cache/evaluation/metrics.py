@@ -149,6 +149,7 @@ def _draw_signs(num_episodes: int, seed: int) -> np.ndarray:
 
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
+EPISODES_FILE, SETTINGS_FILE = "episodes.csv", "settings.json"  # what `jepa-cache compare` reads beside metrics.json
 MEASUREMENTS_FOLDER = "measurements"
 """Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was asked for."""
 

@@ -7,11 +7,12 @@ import fnmatch
 import json
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from jepa_cache.evaluation.context import Measurement, Picture
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
 from jepa_cache.files import atomic_file
 from jepa_cache.webpage import build_document, build_figure, build_markup_table, build_table, picture_url
@@ -20,15 +21,6 @@ MAX_ROWS = 40  # of a table; a data set may have thousands of episodes
 MAX_PICTURE_BYTES = 3_600_000  # of all pictures together: as text a third more, which keeps the page below 5 MB
 KINDS = {".png": "png", ".gif": "gif", ".jpg": "jpeg"}
 WORDS_FROM = 32  # characters; longer cells may wrap
-
-
-class Picture(NamedTuple):
-    """A file in pictures/, what it shows, and what to look for; a wide one scrolls on a phone."""
-
-    name: str
-    alt: str
-    caption: str
-    wide: bool = False
 
 
 class Remaining:
@@ -236,48 +228,6 @@ ACTIONS = Picture(
 )
 SLICES = "Where it is better and worse: each row is a part of the held-out windows. Gaps above 0 say that actions are used there."
 WORST = "The windows with the largest error, by name, so that one can look at the recording."
-OPTIONAL = {
-    "energy": (
-        "Energy: the true action among others",
-        "Rank 0: no sampled action leads nearer to the true next step than the recorded one; 0.5 is chance.",
-        ("energy_ranks.csv", "energy_maps.csv"),
-        (
-            Picture(
-                "energy_ranks.png",
-                "Histogram of the true action's rank among sampled actions",
-                "Bars should be high on the left. A flat histogram at the dashed line says that actions make no difference.",
-            ),
-            Picture(
-                "energy_maps.png",
-                "Maps of energy over two action columns around the true action",
-                "A valley at the cross says that a planner could find the action; a flat or tilted map that it could not.",
-                wide=True,
-            ),
-        ),
-    ),
-    "distances": (
-        "Distances between predicted and true tokens, taken together",
-        "Near the distance between two halves of the true tokens is as good as can be; compare with copying the last step.",
-        ("distance.csv",),
-        (),
-    ),
-    "noise": (
-        "Noise floor",
-        "Errors hardly fall below what differs between neighbouring steps in which nothing happens.",
-        ("noise.csv",),
-        (),
-    ),
-    "probes": (
-        "Probes: do the tokens hold the action at all?",
-        "Simple heads fitted on training episodes and scored on held-out ones; a score at its baseline says that the tokens do not tell.",
-        ("probes.csv",),
-        (),
-    ),
-}
-"""Name in `evaluate.measure` to heading, explanation, tables and pictures."""
-SECTIONS = {"energy": "energy", "distances": "distance", "noise": "noise", "probes": "probe"}
-"""Name in `evaluate.measure` to its section of metrics.json."""
-
 PAGE = "report.html"
 METRICS = "metrics.json"
 SETTINGS = "settings.json"
@@ -312,21 +262,22 @@ STYLE = """
 """
 
 
-def write_page(out: Path) -> None:
+def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
     """Write report.html from the metrics, tables and pictures in a folder; what is not there is said to be left out.
 
     Args:
         out: An evaluation's folder.
+        measurements: All that there are; those that were not made are named with the command that makes them.
 
     Raises:
         ValueError: metrics.json is missing, or a file of the evaluation cannot be read.
     """
-    page = build_page(out)
+    page = build_page(out, measurements)
     with atomic_file(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def build_page(out: Path) -> str:
+def build_page(out: Path, measurements: Iterable[Measurement]) -> str:
     """The page as text, see `write_page`."""
     if not (out / METRICS).is_file():
         raise ValueError(
@@ -334,7 +285,7 @@ def build_page(out: Path) -> str:
         )
     metrics = read_json(out / METRICS)
     settings = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else None
-    remaining = Remaining(out / "pictures")
+    remaining, measurements = Remaining(out / "pictures"), list(measurements)
     return build_document(
         f"Evaluation of {_subject(metrics)}",
         [
@@ -349,10 +300,10 @@ def build_page(out: Path) -> str:
             _table_or_line(out, "slices.csv", SLICES),
             "<h2>Worst windows</h2>",
             _table_or_line(out, "worst.csv", WORST),
-            *(part for name in OPTIONAL for part in _optional(name, out, metrics, remaining)),
+            *(part for known in measurements for part in _measurement(known, out, metrics, remaining)),
             *_others(remaining),
             "<h2>Every figure</h2>",
-            *build_section_tables(metrics, skip={"verdict", "settings", *SECTIONS.values()}),
+            *build_section_tables(metrics, skip={"verdict", "settings", *(known.section for known in measurements)}),
             "<h2>Settings</h2>",
             *build_settings(metrics, settings),
             "<h2>Command</h2>",
@@ -474,15 +425,18 @@ def _table_or_line(out: Path, name: str, explanation: str) -> str:
     return f'<p class="soft">Left out: this evaluation wrote no {escape(name)}. <code>python stages/evaluate.py</code> writes it.</p>'
 
 
-def _optional(name: str, out: Path, metrics: Mapping[str, Any], remaining: Remaining) -> list[str]:
-    heading, explanation, tables, pictures = OPTIONAL[name]
-    section = SECTIONS[name]
-    parts = [f"<h2>{heading}</h2>"]
-    if section not in metrics:
-        command = f"python stages/evaluate.py 'evaluate.measure=[{name}]'"
-        return [*parts, f'<p class="soft">Not measured. <code>{escape(command)}</code> measures it.</p>']
-    parts.append(f'<p class="soft">{escape(explanation)}</p>')
-    parts += build_section_tables(metrics, only={section, f"{section}_notes"})
-    parts += [remaining.show(picture) for picture in pictures]
-    parts += [build_file_table(out / MEASUREMENTS_FOLDER / table, label=f"{heading}: {table}") for table in tables]
-    return parts
+def _measurement(known: Measurement, out: Path, metrics: Mapping[str, Any], remaining: Remaining) -> list[str]:
+    heading = f"<h2>{known.heading}</h2>"
+    if known.section not in metrics:
+        command = f"python stages/evaluate.py 'evaluate.measure=[{known.name}]'"
+        return [heading, f'<p class="soft">Not measured. <code>{escape(command)}</code> measures it.</p>']
+    return [
+        heading,
+        f'<p class="soft">{escape(known.explanation)}</p>',
+        *build_section_tables(metrics, only={known.section, f"{known.section}_notes"}),
+        *(remaining.show(picture) for picture in known.pictures),
+        *(
+            build_file_table(out / MEASUREMENTS_FOLDER / name, label=f"{known.heading}: {name}")
+            for name in known.tables
+        ),
+    ]

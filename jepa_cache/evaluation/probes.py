@@ -15,7 +15,7 @@ import numpy as np
 
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import EvaluateConfig
-from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.evaluation.context import EvaluationContext, Measurement
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
 from jepa_cache.evaluation.probe_heads import (
     BALANCED_ACCURACY,
@@ -263,3 +263,15 @@ def _estimate(drawn: np.ndarray) -> Estimate:
     """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
     return Estimate(float(drawn[0]), float(low), float(high))
+
+
+PROBES = Measurement(
+    name="probes",
+    section="probe",
+    run=run_probes,
+    heading="Probes: do the tokens hold the action at all?",
+    explanation=(
+        "Simple heads fitted on training episodes and scored on held-out ones; a score at its baseline says that the tokens do not tell."
+    ),
+    tables=(PROBES_FILE,),
+)

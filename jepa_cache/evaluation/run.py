@@ -7,7 +7,7 @@ one file for each optional measurement (`energy`, `distances`, `noise`, `probes`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
-from jepa_cache.evaluation.distances import write_distances
-from jepa_cache.evaluation.energy import write_energy
+from jepa_cache.evaluation.distances import DISTANCES
+from jepa_cache.evaluation.energy import ENERGY
 from jepa_cache.evaluation.figures import (
     describe_windows,
     horizon_table,
@@ -27,17 +27,22 @@ from jepa_cache.evaluation.figures import (
     summarize,
     worst_table,
 )
-from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, episode_means, write_json, write_table
-from jepa_cache.evaluation.noise import write_noise
+from jepa_cache.evaluation.metrics import (
+    EPISODES_FILE,
+    MEASUREMENTS_FOLDER,
+    SETTINGS_FILE,
+    episode_means,
+    write_json,
+    write_table,
+)
+from jepa_cache.evaluation.noise import NOISE
 from jepa_cache.evaluation.page import write_page
 from jepa_cache.evaluation.pictures import draw_pictures
+from jepa_cache.evaluation.probes import PROBES
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card
-
-EPISODES_FILE = "episodes.csv"
-SETTINGS_FILE = "settings.json"
 
 
 def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
@@ -110,24 +115,8 @@ DECISIVE = {
 RESULTS = ("*.csv", "*.json", "report.html", "pictures", MEASUREMENTS_FOLDER)
 """What an evaluation leaves: an old table of a measurement that is no longer requested would be read as new."""
 
-Measurement = Callable[[EvaluationContext, Path], dict[str, Any]]
-"""Writes tables of its own into the folder and gives its sections of metrics.json, such as `energy` and `energy_ci`."""
-
-
-def _run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
-    # Here, because scikit-learn takes two seconds of everybody else.
-    from jepa_cache.evaluation.probes import run_probes
-
-    return run_probes(evaluation, out)
-
-
-MEASUREMENTS: dict[str, Measurement] = {
-    "energy": write_energy,
-    "distances": write_distances,
-    "noise": write_noise,
-    "probes": _run_probes,
-}
-"""What `evaluate.measure` may ask for; the names stand in `config.schema.MEASUREMENTS` too."""
+MEASUREMENTS = {known.name: known for known in (ENERGY, DISTANCES, NOISE, PROBES)}
+"""By name; `config.schema.MEASUREMENTS` lists the names, so that a wrong one is refused before anything runs."""
 
 
 def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
@@ -155,7 +144,7 @@ def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[st
     metrics = summarize(errors, config, dataset) | {"settings": describe_settings(evaluation, weights)}
     metrics["verdict"] = describe_verdict(metrics)
     for name in config.evaluate.measure:
-        metrics |= MEASUREMENTS[name](evaluation, out)
+        metrics |= MEASUREMENTS[name].run(evaluation, out)
     write_json(metrics, out / "metrics.json")
     write_json(pick_decisive(metrics), out / "summary.json")
     write_record(errors, evaluation, weights, out)
@@ -167,7 +156,7 @@ def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[st
     write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
     write_table(worst_table(facts, errors), out / "worst.csv")
     draw_pictures(errors, evaluation, rows, out / "pictures")
-    write_page(out)
+    write_page(out, MEASUREMENTS.values())
     return metrics
 
 

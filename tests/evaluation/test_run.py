@@ -26,7 +26,7 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.data.ablations import ABLATIONS, choose_donors, draw_rows
 from jepa_cache.evaluation import run
-from jepa_cache.evaluation.context import check_settings
+from jepa_cache.evaluation.context import Measurement, check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 from jepa_cache.evaluation.windows import BASELINES, RIDGE
@@ -462,7 +462,7 @@ def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goe
         (out / "steps.csv").write_text("horizon\n4\n")
         return {"steps": {"horizon": evaluation.config.evaluate.horizon}}
 
-    monkeypatch.setitem(run.MEASUREMENTS, "steps", measure)
+    monkeypatch.setitem(run.MEASUREMENTS, "steps", Measurement("steps", "steps", measure, "Steps", "None.", ()))
     config = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, measure=("steps",)))
     assert evaluate(trained.cache, trained.weights, tmp_path, config)["steps"] == {"horizon": 4}
     assert (tmp_path / "steps.csv").is_file()
