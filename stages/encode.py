@@ -23,7 +23,7 @@ from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.encoding.summary import describe_result  # noqa: E402
 from jepa_cache.encoding.workers import Workers  # noqa: E402
 from jepa_cache.store.manifest import replaced, write_manifest  # noqa: E402
-from jepa_cache.store.root import resolve_cache_root  # noqa: E402
+from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 
 

@@ -52,7 +52,7 @@ def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results
     before = {name: all_files(workspace.root / "outputs" / name) for name in ("evaluate", "train/run")}
     for change, reason in (
         ("evaluate.horizon=200", "no segment holds a window of 203"),
-        ("train.window_steps=300", "of 300 steps"),
+        ("train.window_steps=300", "with 300 steps in a row"),
     ):
         assert reason in workspace.run("dvc", "exp", "run", "-S", change, fails=True)
         for name, files in before.items():

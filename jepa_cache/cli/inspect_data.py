@@ -24,7 +24,7 @@ from jepa_cache.episode import Episode
 from jepa_cache.inspection.inputs import iter_units
 from jepa_cache.inspection.page import build_page
 from jepa_cache.inspection.statistics import InspectionReport, inspect_units
-from jepa_cache.media.packing import LeftOut
+from jepa_cache.media.tar import LeftOut
 
 KEY_WIDTH = 44
 MAX_SHOWN = 10  # recordings, and of each kind of remark

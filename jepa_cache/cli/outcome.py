@@ -21,7 +21,8 @@ from jepa_cache.config.schema import Config
 from jepa_cache.config.terminal import PrintableOutput, printable
 from jepa_cache.files import full_disk_named
 from jepa_cache.store.manifest import Manifest, read_manifest
-from jepa_cache.store.root import CacheRoot, resolve_cache_root
+from jepa_cache.store.remote import resolve_cache_root
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.usage import RefusedError
 
 FINE, PROBLEM, UNCHECKED = 0, 1, 2

@@ -61,6 +61,9 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
     predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
     check_keys(params["cache"], ["root", "verify_checksums"], "params.yaml: cache")
+    cache_root = params["cache"].get("root")
+    if cache_root is not None and (not isinstance(cache_root, str) or not cache_root.strip()):
+        raise ConfigError(f"params.yaml: cache.root must be a path, a URL or null; got {cache_root!r}")
     verify_checksums = params["cache"].get("verify_checksums")
     if not isinstance(verify_checksums, bool):
         raise ConfigError(f"params.yaml: cache.verify_checksums must be true or false; got {verify_checksums!r}")
@@ -93,7 +96,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         train=reader.section(TrainConfig, "train", train_section, train_defaults),
         evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
         plan=reader.section(PlanConfig, "plan", params["plan"], {}),
-        cache_root=params["cache"].get("root"),
+        cache_root=cache_root,
         verify_checksums=verify_checksums,
         members=_members(reader, dataset),
         origins=reader.origins,

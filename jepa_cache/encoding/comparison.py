@@ -115,10 +115,11 @@ def compare_online(
     )
     results, changes = [], {}
     for item in chosen:
-        made = read_store_file(item.store).provenance
-        now = describe_machine(encoder, int(made["batch_size"]), default_num_threads())
-        changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
-        of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
+        with root.pulled([item.store]):
+            made = read_store_file(item.store).provenance
+            now = describe_machine(encoder, int(made["batch_size"]), default_num_threads())
+            changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
+            of_unit = _compare_unit(item, config, encoder, int(made["batch_size"]))
         if wrong := Comparison(of_unit, [], seed).wrong:
             problem = (
                 f"step {wrong[0].step} is not what the encoder gives (relative error {wrong[0].relative_error:.2g})"

@@ -132,13 +132,8 @@ def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) 
     entries = {entry.unit_digest: entry for entry in listed.entries}
     with Audit(root, Scope(read_data=True), lambda _: None) as audit:
         for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
-
-            def is_damaged(place: Path = place, unit: str = unit) -> bool:
-                return any(finding.place == place for finding in audit.check(listed, entries[unit]))
-
             with root.claimed(place):
-                # Of what a bucket holds the copy here may be what is damaged.
-                if is_damaged() and not (root.drop_copy(place) and not is_damaged()):
+                if any(finding.place == place for finding in audit.check(listed, entries[unit])):
                     root.remove(place)
                     forget_stale(root, place)
 

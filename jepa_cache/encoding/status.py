@@ -20,7 +20,7 @@ from jepa_cache.store.digests import Remembered
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import recipe_changes, unit_id
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_place, check_store, read_store_file
+from jepa_cache.store.verify import StoreFile, read_store_file
 
 DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "unread"
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
@@ -134,11 +134,11 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
     """What a store says; None when there is none."""
     part = status.part
     try:
-        if not root.fetch(store):
-            return None
-        tokens = check_place(store, check_store(store))
+        tokens = root.find_store(store)
     except ValueError as error:  # damaged, or of another version of this program
         return UnitStatus(unit.name, digest, DAMAGED, str(error))
+    if tokens is None:
+        return None
     status.num_steps += tokens.card["num_steps"]
     status.num_bytes += tokens.num_bytes
     status.num_without_controls += not root.fetch(root.controls(part.controls, digest))
@@ -151,8 +151,8 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
 
 def _has_actions(root: CacheRoot, store: Path, tokens: StoreFile) -> bool:
     try:
-        actions = check_place(store, check_store(store)) if root.fetch(store) else None
-        return actions is not None and actions.card.get("steps_digest") == tokens.card["steps_digest"]
+        found = root.find_store(store)
+        return found is not None and found.card.get("steps_digest") == tokens.card["steps_digest"]
     except StoreDamagedError:
         return False
 

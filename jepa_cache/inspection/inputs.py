@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jepa_cache.media.packing import SUFFIXES, LeftOut, find_episodes
+from jepa_cache.media.tar import SUFFIXES, LeftOut, find_episodes
 from jepa_cache.sources import Source, Unit
 
 

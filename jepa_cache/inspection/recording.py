@@ -9,8 +9,8 @@ import numpy as np
 
 from jepa_cache.episode import Episode
 from jepa_cache.inspection.pictures import encode_picture
-from jepa_cache.media.probe import header_counts, probe_video
-from jepa_cache.media.video import DecodeError, Video, VideoInfo, open_video
+from jepa_cache.media.probe import DecodeError, VideoInfo, header_counts, probe_video
+from jepa_cache.media.video import Video, open_video
 from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources.vpt import measure_yaw_law
 

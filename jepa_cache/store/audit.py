@@ -107,18 +107,16 @@ class Audit:
 
     def _check_store(self, store: Path, digest: str) -> Iterator[str]:
         try:
-            if not self._root.fetch(store):
-                yield f"{store} is missing; {WAY_OUT}"
-                return
-            found = check_place(store, self._read_store_file(store, digest))
+            # Of a store in a bucket everything is read there, so that a damaged copy here never speaks for it.
+            with self._root.pulled([store], again=True):
+                found = check_place(store, self._read_store_file(store, digest))
+                if found.digest != digest:
+                    yield f"{store} is not the store that the manifest lists: its digest differs; {WAY_OUT}"
+                    return
+                problems = self._check_files(store, found)
+                yield from problems or self._check_chunks(store, found)
         except StoreDamagedError as error:
             yield str(error)
-            return
-        if found.digest != digest:
-            yield f"{store} is not the store that the manifest lists: its digest differs; {WAY_OUT}"
-            return
-        problems = self._check_files(store, found)
-        yield from problems or self._check_chunks(store, found)
 
     def _read_store_file(self, store: Path, digest: str) -> StoreFile:
         try:
@@ -149,7 +147,7 @@ class Audit:
         names = sorted({name.partition("/")[0] for name in found.files if is_sharded(name)})
         for name in names:
             try:
-                with ArrayReader(store, name, use_kept=False) as reader:
+                with ArrayReader(store, name) as reader:
                     chosen = self._choose(reader.num_chunks)
                     for problem in self._pool.map(lambda chunk, reader=reader: _check_chunk(reader, chunk), chosen):
                         problems += problem
@@ -178,10 +176,8 @@ class Audit:
 
     def _check_controls(self, path: Path, episodes: set[str]) -> Iterator[str]:
         try:
-            if not self._root.fetch(path):
-                yield f"{path} is missing; {WAY_OUT}"
-                return
-            episodes.update(episode for episode, _ in iter_controls(path))
+            with self._root.pulled([path], again=True):
+                episodes.update(episode for episode, _ in iter_controls(path))
         except StoreDamagedError as error:
             yield str(error)
 

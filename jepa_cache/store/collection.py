@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.files import is_abandoned, list_temporaries
+from jepa_cache.files import is_abandoned, list_temporaries, measure_bytes
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import unit_id
-from jepa_cache.store.records import read_record
 from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, CacheRoot
 from jepa_cache.store.usage import (
     RefusedError,
@@ -109,14 +107,14 @@ def list_root(root: CacheRoot, own: Manifest | None = None) -> Contents:
     ours = set(root.own_folders())
     for folder in root.own_folders():
         temporaries = list_temporaries(folder)
-        contents.temporaries += [(path, _measure(path)) for path in temporaries if is_abandoned(path)]
+        contents.temporaries += [(path, measure_bytes(path)) for path in temporaries if is_abandoned(path)]
         ours |= set(temporaries)
     for kind in KINDS:
         for path in root.iter_stores(kind):
             # A folder without store.json may be anybody's: a writer of ours publishes none.
             if (path / STORE_FILE).is_file() if kind != "controls" else path.is_file():
                 key = Key(kind, path.parent.name, path.stem)
-                contents.stores[key] = (path, _measure(path))
+                contents.stores[key] = (path, root.num_bytes(path))
                 ours.add(path)
                 if root.is_claimed(path):
                     contents.claimed.add(key)
@@ -249,21 +247,6 @@ def _keys(parts: Iterable[WantedPart]) -> frozenset[Key]:
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _measure(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder; what vanishes meanwhile counts nothing. Of what is published in a bucket, there."""
-    record = read_record(path)
-    if record is not None:
-        return sum(file.num_bytes for file in record.files.values())
-    files = (
-        [path] if not path.is_dir() else [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    )
-    num_bytes = 0
-    for file in files:
-        with suppress(FileNotFoundError):
-            num_bytes += file.stat().st_size
-    return num_bytes
 
 
 def _day(path: Path) -> date:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.recipe import canonical_json, file_digest
-from jepa_cache.store.records import open_remote
 from jepa_cache.store.root import MARKER, CacheRoot
 from jepa_cache.store.usage import RefusedError
 from jepa_cache.store.verify import StoreFile, check_store, read_store_file
@@ -234,7 +233,7 @@ def _copy_store(root: CacheRoot, source: Path, final: Path, digest: str, on_byte
             print(f"damaged in the export, copying it again: {error}", file=sys.stderr)
         remove_folder(final)
     remove_stale_temporaries(final.parent)
-    with temporary_folder(final) as folder:
+    with root.pulled([source]), temporary_folder(final) as folder:
         for name, file in found.files.items():
             if _copy(source / name, folder / name, on_bytes) != file.sha256:
                 raise StoreDamagedError(f"{source / name} has changed since it was written (sha256 differs); {WAY_OUT}")
@@ -256,28 +255,15 @@ def _copy_controls(root: CacheRoot, source: Path, final: Path) -> None:
 
 
 def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> str:
-    """Copy a file, which may still lie in a bucket; returns its sha256."""
+    """Copy a file; returns its sha256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     hasher = hashlib.sha256()
-    with target.open("wb") as file:
-        for block in _iter_blocks(source):
+    with source.open("rb") as original, target.open("wb") as file:
+        while block := original.read(COPY_BYTES):
             hasher.update(block)
             file.write(block)
             on_bytes(len(block))
     return hasher.hexdigest()
-
-
-def _iter_blocks(path: Path) -> Iterator[bytes]:
-    remote = None if path.exists() else open_remote(path)
-    if remote is None:
-        with path.open("rb") as file:
-            while block := file.read(COPY_BYTES):
-                yield block
-        return
-    for begin in range(0, remote.num_bytes, COPY_BYTES):
-        block = bytearray(min(COPY_BYTES, remote.num_bytes - begin))
-        remote.readv([memoryview(block)], begin)
-        yield bytes(block)
 
 
 def _note_store(export: Export, out: Path, final: Path, found: StoreFile) -> None:

@@ -51,21 +51,18 @@ class ArrayReader:
         num_chunks: Chunks of the array.
     """
 
-    def __init__(
-        self, store: Path, name: str = layout.TOKENS, *, verify_checksums: bool = True, use_kept: bool = True
-    ) -> None:
+    def __init__(self, store: Path, name: str = layout.TOKENS, *, verify_checksums: bool = True) -> None:
         """Read the metadata; files are opened on demand.
 
         Args:
             store: Folder of the store.
             name: Of the array in it.
             verify_checksums: False leaves the chunks' checksums unread; the shard indexes are checked all the same.
-            use_kept: Of a store in a bucket, read what is kept on this machine; False asks the bucket.
 
         Raises:
             StoreDamagedError: When the metadata is missing, not as it was written, or another format's.
         """
-        self.store, self.name, self._use_kept = store, name, use_kept
+        self.store, self.name = store, name
         stated = read_store_file(store)
         record = stated.files.get(f"{name}/zarr.json")
         if record is None:
@@ -202,7 +199,7 @@ class ArrayReader:
     def _shard(self, number: int) -> OpenShard:
         shard = OPEN_SHARDS.get((self._key, number))
         if shard is None:
-            shard = OpenShard(self._shard_path(number), self._shard_chunks, self._stored_bytes, use_kept=self._use_kept)
+            shard = OpenShard(self._shard_path(number), self._shard_chunks, self._stored_bytes)
             shard = OPEN_SHARDS.add((self._key, number), shard)
         return shard
 

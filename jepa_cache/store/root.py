@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,15 @@ from jepa_cache.files import (
     held_file,
     is_claimed,
     make_folder,
+    measure_bytes,
     remove_folder,
     remove_stale_temporaries,
     temporary_beside,
     try_claim,
 )
+from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.recipe import DIGEST_LENGTH, unit_id
+from jepa_cache.store.verify import StoreFile, check_place, check_store
 
 MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
@@ -30,24 +33,6 @@ LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
 BOOKS = ("manifests", "unfinished")
 FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
-
-
-def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
-    """The root from params (`cache.root`), else $JEPA_CACHE_HOME, else ~/.cache/jepa-cache.
-
-    Args:
-        configured: Absolute, or relative to `base`.
-        base: Folder that relative data paths are meant from.
-
-    Raises:
-        ValueError: For a URL that is not s3://bucket/prefix or gs://bucket/prefix.
-    """
-    chosen = configured or os.environ.get("JEPA_CACHE_HOME") or "~/.cache/jepa-cache"
-    if re.match(r"\w+:/", chosen):  # also s3:/bucket, which would be a folder called "s3:"
-        from jepa_cache.store.mirror import open_mirror
-
-        return open_mirror(chosen)
-    return CacheRoot((base / Path(chosen).expanduser()).resolve())
 
 
 @dataclass(frozen=True)
@@ -127,11 +112,35 @@ class CacheRoot:
         return self.path / "manifests" / f"{digest}.json"
 
     def fetch(self, place: Path) -> bool:
-        """Whether a store or file is published; what reading it needs is here afterwards."""
+        """Whether a store or file is published; all of it but the chunks of tokens is here afterwards."""
         return place.exists()
 
-    def prefetch(self, places: Sequence[Path]) -> None:
+    def prefetch(self, places: Iterable[Path]) -> None:
         """Fetch many at the same time, so that `fetch` of each is quick afterwards; here there is nothing to do."""
+
+    def find_store(self, store: Path) -> StoreFile | None:
+        """What store.json of a published store says, after a check that all of it lies here; None where there is no store.
+
+        Raises:
+            StoreDamagedError: Files are missing or cut, or it is the store of another place.
+        """
+        return check_place(store, check_store(store)) if self.fetch(store) else None
+
+    @contextmanager
+    def pulled(self, places: Sequence[Path], *, again: bool = False) -> Iterator[None]:
+        """Hold whole stores and files on this machine for the block, so that they can be read.
+
+        Args:
+            places: Stores and files.
+            again: Pull also what is here; in a folder there is nothing to pull.
+
+        Raises:
+            StoreDamagedError: One is not published.
+        """
+        for place in places:
+            if not place.exists():
+                raise StoreDamagedError(f"{place} is missing; {WAY_OUT}")
+        yield
 
     def publish(self, place: Path) -> None:
         """Make a finished store or file known to everyone; in a folder it is already."""
@@ -143,9 +152,9 @@ class CacheRoot:
         else:
             place.unlink(missing_ok=True)
 
-    def drop_copy(self, place: Path) -> bool:
-        """Remove what is here of a store that is published elsewhere, to be fetched again; False where this is all there is."""
-        return False
+    def num_bytes(self, place: Path) -> int:
+        """Bytes of a store or file; what vanishes meanwhile counts nothing."""
+        return measure_bytes(place)
 
     def refresh(self) -> list[str]:
         """Bring what is here up to date with what is published, for who looks at everything; says what is damaged there."""

@@ -21,7 +21,6 @@ import google_crc32c
 import numpy as np
 
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.records import open_remote
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16  # of a chunk in the index
@@ -119,36 +118,31 @@ class OpenShard:
     that was given the same descriptor.
 
     Attributes:
-        readv: Fills buffers from an offset on, as `os.preadv` does; of a store in a bucket, by requests.
+        readv: Fills buffers from an offset on, as `os.preadv` does.
         index: [offset, length] of every chunk.
         num_in_order: So many chunks from the first on lie back to back from the beginning of the file.
     """
 
     __slots__ = ("_descriptor", "_mapped", "index", "num_in_order", "readv")
 
-    def __init__(self, path: Path, num_chunks: int, stored_bytes: int, *, use_kept: bool = True) -> None:
+    def __init__(self, path: Path, num_chunks: int, stored_bytes: int) -> None:
         """Open the file and read its index.
 
         Args:
             path: The file.
             num_chunks: Of a shard.
             stored_bytes: Of a chunk with its checksum.
-            use_kept: As in `open_remote`.
 
         Raises:
             StoreDamagedError: When it is missing, or its index is damaged.
         """
         self._descriptor = -1
-        self._mapped: np.ndarray | None = None
-        self.readv: Callable[[Sequence[memoryview], int], int]
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.readv, num_bytes = functools.partial(os.preadv, self._descriptor), os.fstat(self._descriptor).st_size
         except (FileNotFoundError, NotADirectoryError) as error:
-            remote = open_remote(path, use_kept=use_kept)
-            if remote is None:
-                raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
-            self.readv, num_bytes = remote.readv, remote.num_bytes
+            raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
+        self.readv: Callable[[Sequence[memoryview], int], int] = functools.partial(os.preadv, self._descriptor)
+        num_bytes = os.fstat(self._descriptor).st_size
         size = num_chunks * ENTRY_BYTES + CRC_BYTES
         buffer = bytearray(size)
         try:
@@ -166,17 +160,14 @@ class OpenShard:
         in_order = (offsets == expected) & (lengths == stored_bytes)
         self.index: list[list[int]] = index.tolist()
         self.num_in_order = num_chunks if in_order.all() else int(in_order.argmin())
-        if self._descriptor >= 0:
-            self._mapped = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
+        self._mapped = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
 
     def is_in_memory(self, begin: int, num_bytes: int) -> bool:
         """Whether the ends of these bytes can be had without waiting for the disk.
 
-        Never of a store in a bucket, nor where the file has been cut. The map is for what is in memory only: a page that the disk cannot
+        Never where the file has been cut. The map is for what is in memory only: a page that the disk cannot
         give would end the process, where `readv` raises.
         """
-        if self._mapped is None:
-            return False
         try:
             return all(os.preadv(self._descriptor, [_BYTE], at, os.RWF_NOWAIT) for at in (begin, begin + num_bytes - 1))
         except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be told here, or there is no such flag
@@ -184,7 +175,6 @@ class OpenShard:
 
     def copy(self, pieces: Sequence[memoryview | bytearray], begin: int) -> None:
         """Fill buffers one after the other as `readv` does, out of memory; only where `is_in_memory` said so."""
-        assert self._mapped is not None
         for piece in pieces:
             np.copyto(np.frombuffer(piece, np.uint8), self._mapped[begin : begin + len(piece)])
             begin += len(piece)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jepa_cache.store import layout
 from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, inner_path
-from jepa_cache.store.records import open_remote
 
 SELF_DIGEST = "sha256"  # of store.json itself, without this entry
 # Sorted behind "provenance", which the first release expects right after the content.
@@ -204,9 +203,6 @@ def check_size(path: Path, num_bytes: int) -> None:
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        remote = open_remote(path)
-        if remote is not None and remote.num_bytes == num_bytes:
-            return
         raise StoreDamagedError(f"{path} is missing; {WAY_OUT}") from error
     if not stat.S_ISREG(found.st_mode):
         raise StoreDamagedError(f"{path} is no file; {WAY_OUT}")
@@ -234,8 +230,7 @@ def check_content(path: Path, sha256: str) -> None:
         StoreDamagedError: It does not, or the disk cannot read it.
     """
     try:
-        remote = None if path.exists() else open_remote(path)
-        found = file_digest(path) if remote is None else remote.digest()
+        found = file_digest(path)
     except OSError as error:
         raise StoreDamagedError(f"{path} cannot be read ({error}); {WAY_OUT}") from error
     if found != sha256:

@@ -11,7 +11,7 @@ import pytest
 
 from jepa_cache.cli import plan
 from jepa_cache.encoding import planning
-from jepa_cache.media import headers
+from jepa_cache.media import probe as headers
 from jepa_cache.store.root import MARKER
 from tests.makers import make_video, make_vpt_pair, write_vpt_tar
 

@@ -116,6 +116,10 @@ NOT_NEGATIVE = (
         ("train.lr=1e-3 2", r"train\.lr must be of type float; got '1e-3 2' \(str\)"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train=1", "is a section"),
+        *(
+            (f"cache.root={it}", r"cache\.root must be a path, a URL or null; got")
+            for it in ("true", "1e30", "[]", "''")
+        ),
     ],
 )
 def test_an_impossible_setting_is_refused_before_any_work(root, override, words):

@@ -13,7 +13,8 @@ import pytest
 
 from jepa_cache.files import temporary_folder
 from jepa_cache.store.collection import remove_unneeded
-from jepa_cache.store.root import MARKER, MARKER_TEXT, CacheRoot, resolve_cache_root
+from jepa_cache.store.remote import resolve_cache_root
+from jepa_cache.store.root import MARKER, MARKER_TEXT, CacheRoot
 
 
 def test_params_win_over_the_environment_and_that_over_the_home_folder(tmp_path, monkeypatch):

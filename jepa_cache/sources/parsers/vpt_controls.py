@@ -9,12 +9,96 @@ ypos_blocks zpos_blocks` float64 (NaN where absent), and a bool for each of the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jepa_cache.actions import MAX_ANGLE_DEG, VPT_BUTTONS
-from jepa_cache.sources._vpt_lines import Line, LineError, iter_lines, parse_line, split_lines
+from jepa_cache.sources.parsers.untrusted import MAX_LINE_BYTES, RecordsError, parse_object
+
+_REQUIRED = object()
+
+
+class LineError(RecordsError):
+    """A line that cannot be used; the message holds its number, counted from 1, and the field."""
+
+
+class Line:
+    """One parsed line with checked access to its fields; `mouse.dx` is the field dx of the object mouse."""
+
+    def __init__(self, number: int, record: dict[str, Any]) -> None:
+        """Hold line `number`, counted from 1."""
+        self.number = number
+        self._record = record
+
+    def read(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The raw value of a field, or `default` where it is absent.
+
+        Raises:
+            LineError: The field is absent and has no default, or what should hold it is no object.
+        """
+        outer, _, inner = name.partition(".")
+        value = self._record.get(outer, _REQUIRED)
+        if inner and value is not _REQUIRED:
+            if not isinstance(value, dict):
+                raise LineError(f"line {self.number}: {name} lies in something that is no object")
+            value = value.get(inner, _REQUIRED)
+        if value is not _REQUIRED:
+            return value
+        if default is _REQUIRED:
+            raise LineError(f"line {self.number}: the field {name} is missing")
+        return default
+
+    def read_float(self, name: str, default: Any = _REQUIRED) -> float:
+        """A finite number; ints pass."""
+        value = self.read(name, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(name, "a number", value)
+        if (isinstance(value, int) and value.bit_length() > 63) or not math.isfinite(value):
+            raise self.wrong(name, "a finite number", value)
+        return float(value)
+
+    def read_int(self, name: str, default: Any = _REQUIRED) -> int:
+        """An integer of 64 bits; 3.0 passes for 3."""
+        value = self.read_float(name, default)
+        if value is not default and (value != int(value) or abs(value) >= 2**63):
+            raise self.wrong(name, "an integer", value)
+        return int(value)
+
+    def read_bool(self, name: str, default: Any = _REQUIRED) -> bool:
+        """True or false; 0 and 1 do not pass."""
+        value = self.read(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def read_list(self, name: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
+        """A list of `kind` (str or int)."""
+        value = self.read(name, default)
+        # bool is an int to isinstance, so the type itself is compared.
+        if value is not default and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            raise self.wrong(name, f"a list of {kind.__name__}", value)
+        return value
+
+    def wrong(self, name: str, wanted: str, value: Any) -> LineError:
+        """The error for a field that holds something else than `wanted`."""
+        return LineError(f"line {self.number}: {name} must be {wanted}; got {repr(value)[:60]}")
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines of a jsonl file, without empty ones at its end. Raises a LineError when there is none."""
+    lines = data.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        raise LineError("the jsonl file holds no line")
+    return lines
+
+
+def parse_line(number: int, text: bytes, num_lines: int) -> Line:
+    """Parse line `number` of `num_lines`. Raises a RecordsError when it is too long, no JSON, or no object."""
+    return Line(number, parse_object(text, f"line {number} of {num_lines}", MAX_LINE_BYTES))
+
 
 MOUSE_BUTTONS = {0: "attack", 1: "use", 2: "pickItem"}
 # The 20 keys of the official VPT code; right.shift, which it lacks, is a second sneak. All other keys are ignored.
@@ -60,19 +144,19 @@ def read_contractor(data: bytes) -> ContractorControls:
     longest run is kept. Attack is followed from line 0 on for every run; where line 0 itself is bad, it counts as stuck.
 
     Raises:
-        LineError: A field that is missing or of a wrong type: such a file was not written by this recorder. Or no good line.
+        RecordsError: A field that is missing or of a wrong type: such a file was not written by this recorder. Or no good line.
 
     Source: attack and hotbar rules as in the loader of openai/Video-Pre-Training, except that it starts from slot 0 and so
         injects a press at the start of recordings that begin on another slot. Rates measured on 64 VPT logs.
     """
     lines = split_lines(data)
     best, run = _Columns(0), _Columns(0)
-    faults: list[LineError] = []
+    faults: list[RecordsError] = []
     stuck = True
     for row, text in enumerate(lines):
         try:
             line = parse_line(row + 1, text, len(lines))
-        except LineError as error:
+        except RecordsError as error:
             faults.append(error)
             best, run = max(best, run, key=len), _Columns(row + 1)
             continue
@@ -121,7 +205,7 @@ def read_simple(data: bytes, camera_unit: str) -> SimpleControls:
         camera_unit: delta_deg, delta_rad, absolute_deg or absolute_rad.
 
     Raises:
-        LineError: A bad line, a field that is missing or of a wrong type, times that go backwards, or changes whose sum is beyond
+        RecordsError: A bad line, a field that is missing or of a wrong type, times that go backwards, or changes whose sum is beyond
             `MAX_ANGLE_DEG`.
     """
     columns = _Columns(0)
@@ -129,7 +213,9 @@ def read_simple(data: bytes, camera_unit: str) -> SimpleControls:
     kind, unit = camera_unit.split("_")
     scale = math.degrees(1.0) if unit == "rad" else 1.0
     sums = [0.0, 0.0]
-    for line in iter_lines(data):
+    lines = split_lines(data)
+    for number, text in enumerate(lines, start=1):
+        line = parse_line(number, text, len(lines))
         times_s.append(line.read_float("timestamp"))
         if len(times_s) > 1 and times_s[-1] < times_s[-2]:
             raise LineError(f"line {line.number}: the timestamp goes back from {times_s[-2]} to {times_s[-1]} s")

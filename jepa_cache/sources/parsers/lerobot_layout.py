@@ -1,23 +1,26 @@
-"""Where a LeRobot data set keeps its episodes: info.json, its path templates, and the lists of episodes in meta/.
-
-Everything in meta/ is untrusted: templates name files inside the data set only, and files have a largest size.
-"""
+"""LeRobot data sets: what info.json says, where the episodes lie, which columns become controls, and which files make a unit."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jepa_cache.config.machine import spell_name
+import numpy as np
+
+from jepa_cache.config.machine import spell_name, state_folder
 from jepa_cache.config.parsing import nearest
-from jepa_cache.sources._json_files import iter_objects, read_object, read_rate
-from jepa_cache.sources._parquet import ParquetError, iter_rows
+from jepa_cache.episode import RecordingError
+from jepa_cache.files import atomic_file
+from jepa_cache.sources import Unit
+from jepa_cache.sources.parsers.untrusted import RecordsError, iter_objects, iter_rows, read_object, read_rate
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 MAX_INFO_BYTES = 16 << 20
@@ -228,7 +231,7 @@ def _iter_packed(layout: Layout, camera: str) -> Iterator[Place]:
                     video = fill_template(layout, layout.video_path, values)
                     span_s = (float(batch[times[0]][row, 0]), float(batch[times[1]][row, 0]))
                     yield Place(index, length, data, video, span_s)
-        except ParquetError as error:
+        except RecordsError as error:
             raise LayoutError(f"{layout.root}: {error}") from error
 
 
@@ -242,3 +245,193 @@ def _find_name(root: Path) -> str:
     if root.parent.name == "snapshots" and repository.startswith("datasets--"):
         return repository.removeprefix("datasets--").replace("--", "/")
     return spell_name(root.resolve().name)
+
+
+PATTERN = re.compile(r"(?P<column>[^\[\]]+)(\[(?P<part>[^\[\]]+)\])?")
+SLICE = re.compile(r"(?P<start>[0-9]{0,6}):(?P<stop>[0-9]{0,6})")
+FLAGS = ("gui", "success")
+
+
+class Selection(NamedTuple):
+    """A column and what of it: an index, a slice, a name from info.json, or all (None)."""
+
+    text: str
+    column: str
+    part: int | slice | str | None
+
+
+def parse_selection(text: str) -> Selection:
+    """Read `column`, `column[3]`, `column[0:7]` or `column[name]`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    match = PATTERN.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"lerobot source: {text!r} is no selection; write column, column[3], column[0:7] or column[name]"
+        )
+    part = match["part"]
+    if part is None:
+        return Selection(text, match["column"], None)
+    if part.isdecimal():
+        return Selection(text, match["column"], int(part))
+    if (bounds := SLICE.fullmatch(part)) is not None:
+        start, stop = (int(bounds[end]) if bounds[end] else None for end in ("start", "stop"))
+        return Selection(text, match["column"], slice(start, stop))
+    return Selection(text, match["column"], part)
+
+
+def find_indices(texts: Sequence[str], features: Mapping[str, Any]) -> dict[str, int | None]:
+    """Of the selections by name, which number of the column each means by info.json; None where it gives no such name."""
+    indices = {}
+    for selection in map(parse_selection, texts):
+        if isinstance(selection.part, str):
+            names = _read_names(features.get(selection.column))
+            indices[selection.text] = names.index(selection.part) if selection.part in names else None
+    return indices
+
+
+def select(selection: Selection, rows: Mapping[str, np.ndarray], features: Mapping[str, Any]) -> np.ndarray:
+    """The selected numbers of each row.
+
+    Args:
+        selection: What to take.
+        rows: Column to [M, W].
+        features: `features` of info.json, for names.
+
+    Returns:
+        [M, K].
+
+    Raises:
+        RecordingError: The column is narrower, or has no number of that name.
+    """
+    values = rows[selection.column]
+    part = selection.part
+    if isinstance(part, str):
+        names = _read_names(features.get(selection.column))
+        if part not in names:
+            raise RecordingError(f"{selection.text}: meta/info.json gives no such name{nearest(part, names)}")
+        part = names.index(part)
+    if isinstance(part, int):
+        part = slice(part, part + 1)
+    width = values.shape[1]
+    start, stop, _ = (part or slice(None)).indices(1 << 20)
+    if part is not None and ((part.stop is not None and part.stop > width) or start >= min(stop, width)):
+        raise RecordingError(f"{selection.text}: the column has {width} numbers, counted from 0")
+    return values[:, part] if part is not None else values
+
+
+def build_controls(
+    rows: Mapping[str, np.ndarray],
+    features: Mapping[str, Any],
+    *,
+    actions: tuple[str, ...],
+    states: tuple[str, ...],
+    columns: Mapping[str, str],
+) -> dict[str, np.ndarray]:
+    """Controls [M]: action_0.. and state_0.. in the order selected, and the columns that have a name of their own.
+
+    Raises:
+        RecordingError: A selection does not fit, or a named column selects more than one number.
+    """
+    controls = {}
+    for prefix, texts in (("action", actions), ("state", states)):
+        numbers = [column for text in texts for column in select(parse_selection(text), rows, features).T]
+        controls |= {f"{prefix}_{index}": column.copy() for index, column in enumerate(numbers)}
+    for name, text in columns.items():
+        values = select(parse_selection(text), rows, features)
+        if values.shape[1] != 1:
+            raise RecordingError(f"{name}: {text} selects {values.shape[1]} numbers; one is needed, e.g. {text}[0]")
+        kind = bool if name in FLAGS else np.float32 if name == "idle" else np.float64
+        controls[name] = values[:, 0].astype(kind)
+    return controls
+
+
+def _read_names(feature: Any) -> list[str]:
+    """The names of a feature's numbers: a list, or lists in an object ({"motors": [...]})."""
+    names = feature.get("names") if isinstance(feature, Mapping) else None
+    if isinstance(names, Mapping):
+        names = [name for part in names.values() if isinstance(part, list) for name in part]
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+class Listing:
+    """The listed episodes of one data set by the files they lie in; holds as long as nothing in meta/ changes.
+
+    Attributes:
+        root: The data set's folder.
+        layout: What info.json says.
+        lists: The files that list the episodes.
+        places: The episodes, in the order of the lists.
+        by_file: Parquet file, or video where an episode of v2 has no parquet file, to its episodes.
+    """
+
+    def __init__(self, root: Path, camera: str) -> None:
+        """Read meta/ of the data set at `root`.
+
+        Raises:
+            ValueError: meta/ cannot be used, or has no such camera.
+        """
+        self._stamp = _stamp(root)
+        self.root = root
+        self.layout = read_layout(root)
+        self.layout.check_camera(camera)
+        self.lists = self.layout.lists()
+        self.places = list_places(self.layout, camera)
+        self.by_file: dict[Path, list[Place]] = {}
+        for place in self.places:
+            self.by_file.setdefault(place.data, []).append(place)
+            if not self.layout.packed and not place.data.is_file():
+                self.by_file.setdefault(place.video, []).append(place)
+
+    def is_of(self, root: Path) -> bool:
+        """Whether this is the list of `root`, and still true."""
+        return self.root == root and self._stamp == _stamp(root)
+
+    def missing(self) -> list[Place]:
+        """Listed episodes that no unit of files covers."""
+        return [
+            place
+            for place in self.places
+            if not place.data.is_file() and (self.layout.packed or not place.video.is_file())
+        ]
+
+    def list_units(self, selections: Sequence[str]) -> list[Unit]:
+        """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files.
+
+        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set whose
+        meta/ was corrected has other units, and one that only grew has not.
+        """
+        units = []
+        shared = {"fps": self.layout.fps, "indices": find_indices(selections, self.layout.features)}
+        missing = {place.index for place in self.missing()}
+        groups: dict[Path, dict[Path, None]] = {}
+        for place in self.places:
+            if place.index not in missing:
+                groups.setdefault(place.data, {})[place.video] = None
+        for data, videos in groups.items():
+            files = [path for path in (data, *sorted(videos)) if path.is_file()]
+            places = self.by_file[data] if self.layout.packed else ()
+            spans = [(place.index, place.num_rows, place.span_s) for place in places]
+            files.append(_write_once({**shared, "episodes": spans}))
+            units.append(Unit(f"{self.layout.name}/{data.relative_to(self.root).as_posix()}", tuple(files)))
+        if missing:
+            files = (*self.lists, _write_once({"missing": sorted(missing)}))
+            units.append(Unit(f"{self.layout.name}: {len(missing)} listed episodes without files", files))
+        return units
+
+
+def _write_once(content: dict[str, Any]) -> Path:
+    """A file of this content, named by it, in the folder of what this machine remembers."""
+    data = json.dumps(content, sort_keys=True).encode()
+    path = state_folder() / "lerobot" / f"{hashlib.sha256(data).hexdigest()[:32]}.json"
+    if not path.is_file():
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+    return path
+
+
+def _stamp(root: Path) -> list[tuple[str, int, int]]:
+    paths = sorted(path for path in (root / "meta").rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

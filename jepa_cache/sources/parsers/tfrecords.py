@@ -1,19 +1,141 @@
-"""Features of TFDS directories without TensorFlow: what features.json says, and the wanted part of records.
-
-A data set is not trusted: features.json may only name TFDS's own feature classes, because tensorflow-datasets imports whatever
-module stands there.
-"""
+"""TFRecord shards and TFDS features without TensorFlow: records by their framing, the wanted features of each, and shard listings."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
+import glob
 import json
+import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
+from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in, walk
+
+HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
+FOOTER_BYTES = 4  # checksum of the record
+# A record is one protobuf message, and no protobuf parser takes more.
+MAX_RECORD_BYTES = (1 << 31) - 1
+SHARD_NAME = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<index>\d{5,})-of-(?P<count>\d{5,})")
+
+
+class Record(NamedTuple):
+    """One record: its place in the file, and its bytes or why it cannot be used."""
+
+    index: int
+    data: bytes
+    problem: str | None
+
+
+class ShardName(NamedTuple):
+    """What the name of a tfrecord shard says."""
+
+    dataset: str
+    split: str
+    index: int
+    count: int
+
+
+def parse_shard_name(name: str) -> ShardName | None:
+    """Read `<dataset>-<split>.tfrecord-<index>-of-<count>`; None for other names."""
+    match = SHARD_NAME.fullmatch(name)
+    return ShardName(match["dataset"], match["split"], int(match["index"]), int(match["count"])) if match else None
+
+
+def iter_records(path: Path | BucketFile) -> Iterator[Record]:
+    """Yield the records of a TFRecord file in order, each with its checksums checked.
+
+    A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
+    length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
+    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all.
+
+    Args:
+        path: The file, uncompressed.
+
+    Cost: memory for one record.
+    """
+    with path.open("rb") as file:
+        size_bytes = file.seek(0, 2)
+        offset, index = 0, 0
+        while offset < size_bytes:
+            file.seek(offset)
+            header = file.read(HEADER_BYTES)
+            fault = _find_fault(header, size_bytes - offset)
+            if fault is not None:
+                if index == 0:
+                    file.seek(0)
+                    what = describe_stand_in(file.read(HEAD_BYTES)) or f"damaged from its first byte on? ({fault})"
+                    yield Record(0, b"", f"the file is no TFRecord file: {what}")
+                    return
+                rest = f"after record {index - 1} the file is damaged (byte {offset} of {size_bytes}): {fault}"
+                yield Record(index, b"", f"{rest}. What follows is lost; fetch the file again")
+                return
+            (length,) = struct.unpack_from("<Q", header)
+            data = file.read(length)
+            (stated,) = struct.unpack("<I", file.read(FOOTER_BYTES))
+            intact = mask_crc32c(data) == stated
+            problem = None if intact else f"record {index} does not match its checksum: the file is damaged there"
+            yield Record(index, data if intact else b"", problem)
+            offset += HEADER_BYTES + length + FOOTER_BYTES
+            index += 1
+
+
+def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | None:
+    """Copy the first records of a TFRecord file, as they are; what lies behind them is not read.
+
+    Args:
+        path: The file.
+        most: How many; fewer where the file is damaged behind its first one.
+        out: The new file.
+
+    Returns:
+        How many were copied, or None, and no new file, where the file holds no more than `most`, or no record.
+    """
+    with path.open("rb") as file, out.open("wb") as copy:
+        size_bytes = path.stat().st_size
+        offset, num_records = 0, 0
+        while offset < size_bytes and num_records < most:
+            header = file.read(HEADER_BYTES)
+            fault = _find_fault(header, size_bytes - offset)
+            if fault is not None:
+                offset = size_bytes  # iter_records says what is wrong with it.
+                break
+            (length,) = struct.unpack_from("<Q", header)
+            copy.write(header + file.read(length + FOOTER_BYTES))
+            offset += HEADER_BYTES + length + FOOTER_BYTES
+            num_records += 1
+    if offset >= size_bytes:
+        out.unlink()
+        return None
+    return num_records
+
+
+def mask_crc32c(data: bytes) -> int:
+    """TFRecord's checksum: crc32c, rotated right by 15 bits and moved by a constant, as TensorFlow's record writer does."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _find_fault(header: bytes, rest_bytes: int) -> str | None:
+    if len(header) < HEADER_BYTES:
+        return f"it ends within the length of a record ({len(header)} bytes are left)"
+    length, stated = struct.unpack("<QI", header)
+    if mask_crc32c(header[:8]) != stated:
+        return "the length of a record does not match its checksum"
+    if length > MAX_RECORD_BYTES:
+        return f"a record states a length of {length} bytes; no record is longer than {MAX_RECORD_BYTES}"
+    if HEADER_BYTES + length + FOOTER_BYTES > rest_bytes:
+        return (
+            f"a record states a length of {length} bytes, but only {rest_bytes - HEADER_BYTES} are left: it was cut off"
+        )
+    return None
+
 
 MAX_INFO_BYTES = 64 << 20  # of features.json and dataset_info.json; those of DROID are below 1 MB
 FEATURES_FILE = "features.json"
@@ -194,3 +316,47 @@ def _flatten(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _is_packed(feature: Any) -> bool:
     """Whether the numbers of an array are stored as one string of bytes."""
     return str(getattr(getattr(feature, "_encoding", None), "value", "none")) == "bytes"
+
+
+def list_local(given: str, base: Path) -> list[Path]:
+    """The tfrecord shards that a folder, file, glob or brace range names, with every features.json beside one."""
+    from braceexpand import braceexpand
+
+    literal = base / Path(given).expanduser()
+    found: list[Path] = []
+    for name in [given] if literal.exists() else braceexpand(given):
+        path = base / Path(name).expanduser()
+        for match in [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]:  # noqa: PTH207
+            if match.is_dir():
+                found += [folder / name for folder, _, names in walk(match) for name in names if ".tfrecord-" in name]
+            else:
+                found.append(match)
+    beside = {path.parent / FEATURES_FILE for path in found}
+    return [*found, *(path for path in beside if path.is_file())]
+
+
+def list_bucket(given: str) -> list[BucketFile]:
+    """The files of a folder in a bucket, or those that its last part names as a glob or brace range, with features.json."""
+    from braceexpand import braceexpand
+
+    if not given.startswith(BUCKET_SCHEME):
+        raise ValueError(
+            f"{given!r}: of addresses only {BUCKET_SCHEME}bucket/folder is read; copy the directory and give DIR"
+        )
+    folder, _, last = given.rpartition("/")
+    named = not parse_shard_name(last) and not any(sign in last for sign in "*?[{")
+    try:
+        files = list_files(given if named else folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{given} cannot be listed: {error}. Is the network reachable, and is it the folder that holds {FEATURES_FILE}? "
+            f"Or copy it with `gsutil -m cp -r {given} DIR` and give DIR"
+        ) from error
+    if named:
+        return files
+    patterns = list(braceexpand(last))
+    return [
+        file
+        for file in files
+        if file.name == FEATURES_FILE or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)
+    ]
