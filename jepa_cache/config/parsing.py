@@ -65,7 +65,7 @@ REMOVED = {"num_timed": "benchmarks/planner.py times the planner against a plain
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint such as "; did you mean 'lr'?", what took the place of a removed key, or the list of known names."""
+    """Return a hint such as "; did you mean 'lr'?", what replaced a removed key, or the list of known names."""
     key = name.rpartition(".")[2]
     if key in REMOVED:
         return f", which was removed: {REMOVED[key]}; delete it"

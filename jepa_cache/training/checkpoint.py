@@ -66,7 +66,7 @@ class Checkpoint(NamedTuple):
     gradient_scaler: dict[str, Any]  # empty unless the precision is float16
     num_threads: int  # torch threads; other numbers of threads round otherwise
     best: Best = NO_BEST
-    card: Mapping[str, Any] = MappingProxyType({})  # what a training that starts from these weights must know of them
+    model_card: Mapping[str, Any] = MappingProxyType({})  # for trainings that start from these weights
     run: str | None = None  # whose it is; None in those of the first release
     rows: str | None = None  # the CSV so far; None in those of the first release
 
@@ -85,8 +85,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
     """
     final = folder / _folder_name(checkpoint.step)
     with temporary_folder(final) as temporary:
-        card = {"card": json.dumps(dict(checkpoint.card), sort_keys=True)} if checkpoint.card else None
-        save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=card)
+        metadata = {"card": json.dumps(dict(checkpoint.model_card), sort_keys=True)} if checkpoint.model_card else None
+        save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=metadata)
         training = {"optimizer": checkpoint.optimizer, "gradient_scaler": checkpoint.gradient_scaler}
         with (temporary / OPTIMIZER_FILE).open("wb") as file:  # torch's own writer does not say that the disk is full
             torch.save(training, file)

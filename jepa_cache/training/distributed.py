@@ -59,8 +59,8 @@ def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
     """Return whether any process got a signal; the same answer in all, so that all stop at the same training step."""
     if accelerator.num_processes == 1:
         return request.name is not None
-    asked = torch.tensor(float(request.name is not None), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum") > 0)
+    stopping = torch.tensor(float(request.name is not None), device=accelerator.device)
+    return bool(accelerator.reduce(stopping, reduction="sum") > 0)
 
 
 def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:

@@ -183,15 +183,7 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
 
 
 def check_init_stays(init: Path, output: Path) -> None:
-    """Refuse to start from the file that the training itself overwrites at its end.
-
-    Args:
-        init: From `resolve_init`.
-        output: Folder that the training writes its weights to.
-
-    Raises:
-        ValueError: It is that file.
-    """
+    """Raise a ValueError where the training would overwrite at its end, in the folder `output`, what it starts from."""
     if init.resolve() == (output / WEIGHTS_FILE).resolve():
         raise ValueError(
             f"train.init names {init}, which this training overwrites at its end: the same command would start from other weights "
@@ -202,11 +194,7 @@ def check_init_stays(init: Path, output: Path) -> None:
 
 @contextmanager
 def held_run(run: Path) -> Iterator[None]:
-    """Keep other processes out of a run for the block, by a lock beside its folder that dies with its process.
-
-    Raises:
-        ValueError: Another process trains it, or the folder of all runs cannot be written or locked.
-    """
+    """Keep other processes out of a run for the block, by a lock beside its folder that dies with its process."""
     lock = run.with_name(f"{run.name}.lock")
     with _held(
         lock,
@@ -219,11 +207,7 @@ def held_run(run: Path) -> Iterator[None]:
 
 @contextmanager
 def held_output(output: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder of results for the block: rows of two would mix in its `live` folder.
-
-    Raises:
-        ValueError: Another training writes there, or its folder cannot be written or locked.
-    """
+    """Keep other trainings out of the folder of results for the block: rows of two would mix in its `live` folder."""
     lock = output.with_name(f"{output.name}.lock")
     with _held(
         lock,
@@ -250,7 +234,7 @@ def _held(lock: Path, taken: str, unusable: str) -> Iterator[None]:
 
 
 def prepare_folder(run: Path, description: dict[str, Any], *, upload_to: str | None, fresh: bool) -> None:
-    """Make the run's folder; forget it first if asked, or fetch it from where it was uploaded to.
+    """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded.
 
     Raises:
         ValueError: The folder holds another training, or the remote store cannot be read.
@@ -345,11 +329,7 @@ class TrainableModel:
 
 
 def check_start(config: Config, dataset: CachedDataset, init: Path | None) -> EncoderMatch | None:
-    """Refuse starting weights that belong to another encoder's tokens; None where a training starts afresh.
-
-    Raises:
-        ValueError: They do, and `train.allow_other_encoder` is not set.
-    """
+    """Refuse starting weights of another encoder unless `train.allow_other_encoder`; None without such weights."""
     if init is None:
         return None
     weights = dataset.manifest.recipe["encoder"]["weights"]
@@ -361,10 +341,10 @@ def compare_start(init: Path, dataset: CachedDataset, scaler: Scaler) -> list[st
 
     Fine-tuning on another action space is what starting weights are for, so this is printed, not refused.
     """
-    card = find_card(init) or {}
+    model_card = find_card(init) or {}
     here = json.loads(canonical_json({"action_space": dataset.space.name, "scaler": scaler.to_json()}))
-    there = {name: card[name] for name in here if name in card}
-    return recipe_changes(there, {name: here[name] for name in there})
+    known = {name: model_card[name] for name in here if name in model_card}
+    return recipe_changes(known, {name: here[name] for name in known})
 
 
 def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
@@ -431,7 +411,7 @@ def write_outputs(
         scaler: Fitted on the training episodes.
     """
     manifest = dataset.manifest
-    card = {
+    model_card = {
         "run": run.folder.name,
         "step": step,
         "description": run.description,
@@ -447,8 +427,8 @@ def write_outputs(
         "mode": manifest.mode,
     }
     with replaced_files(output, WEIGHTS_FILE, ["adapter"]) as folder:
-        save_state(model.predictor_state(), folder / WEIGHTS_FILE, card)
+        save_state(model.predictor_state(), folder / WEIGHTS_FILE, model_card)
         if model.lora:
-            save_adapter(model.module, folder / "adapter", card)
+            save_adapter(model.module, folder / "adapter", model_card)
         shutil.copyfile(run.folder / CSV_FILE, folder / CSV_FILE)
     return output / WEIGHTS_FILE

@@ -14,7 +14,6 @@ Claims:
 - the windows of a batch that failed are named.
 """
 
-import csv
 import importlib.util
 import json
 import os
@@ -35,23 +34,9 @@ from jepa_cache.training.signals import REQUEUE_EXIT_CODE, stop_request
 from jepa_cache.training.step import draw_rollout_start
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_cache, make_config
-
-TIMING = ("samples_per_s", "loader_wait_share")
+from tests.training.runs import bits, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
-
-
-def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> TrainResult:
-    return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
-
-
-def rows(result: TrainResult) -> list[dict[str, str]]:
-    with (result.run / "train.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
-
-
-def bits(weights: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
 
 
 @pytest.fixture(autouse=True)

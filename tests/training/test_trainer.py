@@ -14,7 +14,6 @@ Claims:
 - a manifest made with other settings is refused.
 """
 
-import csv
 import importlib
 import json
 import os
@@ -42,26 +41,14 @@ from jepa_cache.training.optim import warmup_stable_decay
 from jepa_cache.training.run import held_output
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_config
-
-TIMING = ("samples_per_s", "loader_wait_share")
+from tests.training.runs import bits, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
 
 
-def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> trainer.TrainResult:
-    config = make_config(*overrides)
-    return train(config, cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
-
-
-def rows(result: trainer.TrainResult) -> list[dict[str, str]]:
-    """Rows of the CSV without the columns that depend on the clock."""
-    with (result.weights.parent / "train.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
-
-
 def content(weights: Path) -> tuple[dict, dict[str, bytes]]:
     """The card and the bits of every tensor."""
-    return read_card(weights), {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+    return read_card(weights), bits(weights)
 
 
 # --- killed and continued -------------------------------------------------------------------------------------------------
@@ -221,10 +208,6 @@ def test_fresh_starts_over(cache, tmp_path):
     again = run(cache, tmp_path, fresh=True)
     assert again.num_trained == 12 and again.run == first.run
     assert (content(again.weights), rows(again)) == before
-
-
-def test_a_shorter_first_part_is_another_run_with_other_rates(cache, tmp_path):
-    assert run(cache, tmp_path).run != run(cache, tmp_path, "train.num_steps=10").run
 
 
 def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_run(cache, tmp_path):
