@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
+    CacheConfig,
     Config,
     DatasetPreset,
     EncodeConfig,
@@ -29,6 +30,18 @@ from jepa_cache.config.schema import (
 )
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+
+SECTIONS = {
+    "cache": CacheConfig,
+    "encode": EncodeConfig,
+    "split": SplitConfig,
+    "filter": FilterConfig,
+    "scaler": ScalerConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "plan": PlanConfig,
+}
+"""Sections of params.yaml, each with the dataclass that holds its rules."""
 
 T = TypeVar("T")
 
@@ -50,9 +63,8 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         where[key] = "command line"
 
     names = ("dataset", "encoder", "predictor")
-    sections = ("cache", "encode", "split", "filter", "scaler", "train", "evaluate", "plan")
-    check_keys(params, [*names, *sections], "params.yaml")
-    for key in (*names, *sections):
+    check_keys(params, [*names, *SECTIONS], "params.yaml")
+    for key in (*names, *SECTIONS):
         if key not in params:
             raise ConfigError(f"params.yaml lacks the key {key!r}; put it back (git diff params.yaml shows it)")
 
@@ -60,44 +72,32 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     dataset = reader.preset(DatasetPreset, "dataset", params["dataset"])
     encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
     predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
-    check_keys(params["cache"], ["root", "verify_checksums"], "params.yaml: cache")
-    cache_root = params["cache"].get("root")
-    if cache_root is not None and (not isinstance(cache_root, str) or not cache_root.strip()):
-        raise ConfigError(f"params.yaml: cache.root must be a path, a URL or null; got {cache_root!r}")
-    verify_checksums = params["cache"].get("verify_checksums")
-    if not isinstance(verify_checksums, bool):
-        raise ConfigError(f"params.yaml: cache.verify_checksums must be true or false; got {verify_checksums!r}")
-
-    encode_defaults = {
-        key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
-        for kind, preset, keys in (
-            ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")),
-            ("encoder", encoder, ("weights", "single_frame", "compute_dtype", "batch_size")),
-        )
-        for key in keys
+    values = {name: params[name] for name in SECTIONS}
+    preset = None
+    if isinstance(params["train"], Mapping):
+        preset = params["train"].get("preset")
+        values["train"] = {key: value for key, value in params["train"].items() if key != "preset"}
+    train_file, train_mapping = reader.preset_mapping("train", preset)
+    dataset_file, encoder_file = f"configs/dataset/{dataset.name}.yaml", f"configs/encoder/{encoder.name}.yaml"
+    of_dataset = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")
+    of_encoder = ("weights", "single_frame", "compute_dtype", "batch_size")
+    defaults: dict[str, dict[str, tuple[Any, str]]] = {
+        "encode": {
+            **{key: (getattr(dataset, key), dataset_file) for key in of_dataset},
+            **{key: (getattr(encoder, key), encoder_file) for key in of_encoder},
+        },
+        "scaler": {key: (getattr(dataset, f"scale_{key}"), dataset_file) for key in ("actions", "states")},
+        "train": {key: (value, train_file) for key, value in train_mapping.items()},
     }
-    scaler_defaults = {
-        "actions": (dataset.scale_actions, f"configs/dataset/{dataset.name}.yaml"),
-        "states": (dataset.scale_states, f"configs/dataset/{dataset.name}.yaml"),
-    }
-    train_section = dict(params["train"])
-    train_preset_name = train_section.pop("preset", None)
-    train_file, train_mapping = reader.preset_mapping("train", train_preset_name)
-    train_defaults = {key: (value, train_file) for key, value in train_mapping.items()}
-
+    sections = {name: reader.section(cls, name, values[name], defaults.get(name, {})) for name, cls in SECTIONS.items()}
+    cache = sections.pop("cache")
     config = Config(
         dataset=dataset,
         encoder=encoder,
         predictor=predictor,
-        encode=reader.section(EncodeConfig, "encode", params["encode"], encode_defaults),
-        split=reader.section(SplitConfig, "split", params["split"], {}),
-        filter=reader.section(FilterConfig, "filter", params["filter"], {}),
-        scaler=reader.section(ScalerConfig, "scaler", params["scaler"], scaler_defaults),
-        train=reader.section(TrainConfig, "train", train_section, train_defaults),
-        evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
-        plan=reader.section(PlanConfig, "plan", params["plan"], {}),
-        cache_root=cache_root,
-        verify_checksums=verify_checksums,
+        **sections,
+        cache_root=cache.root,
+        verify_checksums=cache.verify_checksums,
         members=_members(reader, dataset),
         origins=reader.origins,
     )

@@ -163,6 +163,16 @@ class PredictorPreset:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Where the stores lie, and how they are read."""
+
+    root: Annotated[
+        Any, _rule(lambda it: it is None or (isinstance(it, str) and it.strip()), "must be a path, a URL or null")
+    ]
+    verify_checksums: bool  # of every chunk of the cache when a process first reads it
+
+
+@dataclass(frozen=True)
 class EncodeConfig:
     """What stage one does, after the presets were filled in."""
 

@@ -35,16 +35,6 @@ def start_processes(settings: TrainConfig) -> Accelerator:
     return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
 
 
-def mean_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Average a tensor over all processes; the tensor itself when there is one."""
-    return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
-
-
-def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes; the tensor itself when there is one."""
-    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
-
-
 def end_processes(accelerator: Accelerator) -> None:
     """Leave the other processes in order, without waiting for them.
 

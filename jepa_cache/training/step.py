@@ -16,7 +16,6 @@ from jepa_cache.config.schema import TrainConfig
 from jepa_cache.data.loader import Batch
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.training.batches import TrainingData
-from jepa_cache.training.distributed import mean_over_processes, sum_over_processes
 from jepa_cache.training.losses import TERMS, Losses, Objective
 
 ROLLOUT_STREAM = 2  # counter of the Philox stream that draws rollout starts
@@ -132,7 +131,7 @@ class StepStatistics:
         """Return the row of training step `step`, the same on every process, and begin to count anew."""
         now, wait = time.perf_counter(), self._data.loader.wait_s
         elapsed = now - self._time
-        losses = mean_over_processes(self._accelerator, torch.stack(list(report.losses.values())))
+        losses = self._accelerator.reduce(torch.stack(list(report.losses.values())), reduction="mean")
         row = {
             "step": step,
             "epoch": self._data.sampler.epoch(step * self._batches_per_step),
@@ -143,7 +142,7 @@ class StepStatistics:
             "loader_wait_share": (wait - self._wait) / elapsed,
         }
         if len(self._data.datasets) > 1:
-            row |= _dataset_means("jloss", self._data, sum_over_processes(self._accelerator, self._by_dataset))
+            row |= _dataset_means("jloss", self._data, self._accelerator.reduce(self._by_dataset, reduction="sum"))
         if self._accelerator.device.type == "cuda":
             row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._accelerator.device) / 2**20
             torch.cuda.reset_peak_memory_stats(self._accelerator.device)
@@ -176,7 +175,7 @@ def validate(objective: Objective, data: TrainingData, accelerator: Accelerator)
     objective.train()
     flat = torch.cat([sums, by_dataset.flatten()])
     if accelerator.num_processes > 1:
-        flat = sum_over_processes(accelerator, flat.to(accelerator.device, torch.float32)).double().cpu()
+        flat = accelerator.reduce(flat.to(accelerator.device, torch.float32), reduction="sum").double().cpu()
     means = (flat[: len(names)] / len(data.validation)).tolist()
     row = {f"val_{name}": mean for name, mean in zip(names, means, strict=True)}
     if len(data.datasets) > 1:
