@@ -34,24 +34,23 @@ from jepa_cache.actions import get_action_space  # noqa: E402
 from jepa_cache.cli.outcome import Checkout  # noqa: E402
 from jepa_cache.cli.status import look_up  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
+from jepa_cache.data.ablations import action_ablations  # noqa: E402
 from jepa_cache.data.cache import CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.splits import TRAIN  # noqa: E402
-from jepa_cache.data.windows import WindowIndex, spread_windows  # noqa: E402
 from jepa_cache.encoding.filling import ensure_actions  # noqa: E402
 from jepa_cache.encoding.parts import Part, open_encoder, plan_parts  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
-from jepa_cache.evaluation import metrics, record, run, slices, windows  # noqa: E402
-from jepa_cache.evaluation.candidates import ActionPool  # noqa: E402
-from jepa_cache.evaluation.controls import control_actions  # noqa: E402
-from jepa_cache.evaluation.subject import Subject  # noqa: E402
+from jepa_cache.evaluation import figures, metrics, run, windows  # noqa: E402
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows  # noqa: E402
+from jepa_cache.evaluation.energy import ActionPool  # noqa: E402
+from jepa_cache.predictor.rollout import LatentModel  # noqa: E402
 from jepa_cache.store import layout  # noqa: E402
 from jepa_cache.store.controls import ControlsWriter  # noqa: E402
 from jepa_cache.store.manifest import read_manifest, write_manifest  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
-from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
-from jepa_cache.training.feed import Feed  # noqa: E402
+from jepa_cache.training.batches import TrainingData  # noqa: E402
 
 NUM_STEPS, TICKS_PER_STEP = 10, 4
 SETTINGS = (
@@ -123,16 +122,10 @@ class Place:
 
     def encode(self) -> None:
         """As stages/encode.py."""
-
-        def on_plan(parts: list[Part]) -> list[Part]:
-            announce(self.root, self.config.dataset.name, [part.wanted for part in parts])
-            return parts
-
-        with in_use(self.root):
-            result = encode_dataset(self.config, [], base=self.folder, root=self.root, on_plan=on_plan)
+        with self.root.shared_lock():
+            result = encode_dataset(self.config, [], base=self.folder, root=self.root)
             assert result.num_encoded == 0
             write_manifest(result.manifest, [self.manifest, self.root.manifest(result.manifest.digest)])
-            settle(self.root, result.manifest)
 
     def status(self) -> None:
         """As `jepa-cache status`."""
@@ -152,46 +145,46 @@ class Place:
 
     def first_batch(self) -> None:
         """As stages/train_predictor.py until the first batch is there."""
-        feed = Feed(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
-        next(feed.batches(0, 2))
+        data = TrainingData(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
+        next(data.batches(0, 2))
 
     def evaluate(self) -> None:
         """The parts of stages/evaluate.py that depend on the number of episodes, with made errors in place of a predictor's."""
         dataset, scaler, settings = self.open(), read_scaler(self.scaler), self.config.evaluate
-        subject = Subject(None, self.config, dataset, scaler, self.config.train.window_steps, True)
-        index = WindowIndex(subject.held_out_segments(), subject.window_steps)
-        numbers = spread_windows(index, settings.windows_per_episode)
+        evaluation = EvaluationContext(LatentModel(None), self.config, dataset, scaler, self.config.train.window_steps)
+        segments, num_steps = evaluation.held_out_segments(), evaluation.window_steps
+        index, numbers = chosen = choose_windows(segments, num_steps, settings.windows_per_episode)
         step = Timer(f"{len(numbers)} windows")
         step("open, split, spread")
-        control_actions(dataset, scaler, index, numbers, seed=settings.seed)
+        action_ablations(dataset, scaler, index, numbers, seed=settings.seed)
         step("ablations")
-        windows.fit_baselines(dataset, subject.training_segments(), scaler, normalize_reps=True)
+        windows.fit_baselines(dataset, evaluation.training_segments(), scaler, evaluation.model)
         step("baselines")
-        rng, episodes = np.random.default_rng(0), [index.segments[index[number].segment].episode for number in numbers]
+        rng, episodes = np.random.default_rng(0), chosen.episodes
         made = {
             kind: {
                 measure: {name: rng.random((len(numbers), length)) for name in windows.PREDICTIONS}
                 for measure in metrics.MEASURES
             }
-            for kind, length in (("teacher_forced", subject.window_steps - 1), ("open_loop", settings.horizon))
+            for kind, length in (("teacher_forced", evaluation.window_steps - 1), ("open_loop", settings.horizon))
         }
-        errors = windows.WindowErrors(episodes, **made, index=index, numbers=numbers, num_fitted_steps=0)
+        errors = windows.WindowErrors(episodes, **made, chosen=chosen, num_fitted_steps=0)
         step("made errors")
-        run.summarize(errors, self.config, dataset)
+        figures.summarize(errors, self.config, dataset)
         step("figures")
         for measure in metrics.MEASURES:
-            run.horizon_table(errors, self.config, measure)
-        run.position_table(errors, self.config)
+            figures.horizon_table(errors, self.config, measure)
+        figures.position_table(errors, self.config)
         step("tables")
-        record.episode_table(errors)
+        run.episode_table(errors)
         step("episodes.csv")
-        facts = slices.describe_windows(subject, errors)
+        facts = figures.describe_windows(evaluation, errors)
         step("facts")
-        slices.slice_table(facts, errors, settings)
-        slices.worst_table(facts, errors)
+        figures.slice_table(facts, errors, settings)
+        figures.worst_table(facts, errors)
         step("slices")
         pool, rng = (
-            ActionPool(dataset, subject.training_segments() + subject.held_out_segments()),
+            ActionPool(dataset, evaluation.training_segments() + evaluation.held_out_segments()),
             np.random.default_rng(0),
         )
         for number in numbers:

@@ -20,16 +20,16 @@ from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.control.motion import VIEW_SPACES, Motion, build_motion
+from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.filling import load_encoder, resolve_device
 from jepa_cache.encoding.parts import open_encoder
 from jepa_cache.encoding.recipes import token_recipe
-from jepa_cache.evaluation.motion import VIEW_SPACES, Motion, build_motion
-from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.recipe import recipe_changes
 
 log = logging.getLogger(__name__)
@@ -127,9 +127,9 @@ class WorldModel:
 
     def __init__(self, encoder: Encoder, predictor: ACPredictor, card: Mapping[str, Any]) -> None:
         """Put both together; `WorldModel.load` reads them and checks that they fit."""
-        self._encoder, self._predictor = encoder, predictor.to(encoder.device).eval()
+        self._encoder = encoder
+        self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]))
         self._scaler = scaler_from_json(card["scaler"])
-        self._normalize_reps = bool(card["normalize_reps"])
         self.space: ActionSpace = get_action_space(card["action_space"])
         self._scaler.check_columns(self.space)
         self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
@@ -223,15 +223,14 @@ class WorldModel:
         if len(goal) != self._encoder.frames_per_step:
             raise ValueError(f"a goal is one step, hence {self._encoder.frames_per_step} frames; got {len(goal)}")
         return plan_actions(
-            self._predictor,
+            self._model,
             context,
-            as_reps(self._encoder.tokens(goal), self._normalize_reps)[0],
+            self._model.as_reps(self._encoder.tokens(goal))[0],
             motion,
             named,
             scale_actions=self._scaler.actions.apply,
             scale_states=self._scaler.states.apply,
             base_action=base_action,
-            normalize_reps=self._normalize_reps,
             seed=seed,
         )
 
@@ -272,7 +271,7 @@ class WorldModel:
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
         self._check_switches("actions", actions)
-        return Context(as_reps(self._encoder.tokens(frames), self._normalize_reps), actions, states)
+        return Context(self._model.as_reps(self._encoder.tokens(frames)), actions, states)
 
 
 def _check_frames(name: str, frames: np.ndarray) -> None:

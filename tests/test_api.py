@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from jepa_cache.api import Encoder, WorldModel
 from jepa_cache.cli.export_predictor import ExportFormat, export_predictor
 from jepa_cache.config.loading import load_config
+from jepa_cache.control.motion import build_motion
+from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, plan_actions
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import fit_scaler
-from jepa_cache.evaluation.motion import build_motion
-from jepa_cache.evaluation.planner import MAX_STEP_M, SETTINGS, Context, plan_actions
 from jepa_cache.predictor.checkpoints import load_predictor
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import LatentModel, as_reps
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.training.trainer import train
 from tests.encoded import STRIDE, decode_all, encode, make_tars, read_video
@@ -144,7 +144,7 @@ def test_a_plan_from_frames_is_the_plan_from_cached_tokens(trained, world, num_s
     predictor, card = load_predictor(trained.weights)
     h, scaler = as_reps(trained.tokens, True), world._scaler
     expected = plan_actions(
-        predictor.eval(),
+        LatentModel(predictor.eval()),
         Context(h[:num_steps], actions.astype(np.float64), states.astype(np.float64)),
         h[5],
         build_motion(world.space),

@@ -22,8 +22,9 @@ PACKAGE = ROOT / "jepa_cache"
 # Highest first. Rooms on one floor do not know each other.
 FLOORS = (
     {"stages", "cli"},
-    {"training", "api"},
-    {"evaluation"},
+    {"api"},
+    {"training", "evaluation"},
+    {"control"},
     {"encoding", "data"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
@@ -47,7 +48,7 @@ WITHOUT_TORCH = (
     "config",
     "files",
 )
-STAGE_TWO = {"training", "predictor", "data", "evaluation"}
+STAGE_TWO = {"training", "predictor", "data", "evaluation", "control"}
 STAGES = {
     "sample": "sample",
     "encode": "encode",

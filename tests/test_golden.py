@@ -22,17 +22,23 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.control.motion import build_motion
+from jepa_cache.control.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.encoder.preprocess import ac_transform, eval_transform
 from jepa_cache.encoder.vit import VisionTransformer
 from jepa_cache.encoder.vit21 import VisionTransformer21
-from jepa_cache.evaluation.motion import build_motion
-from jepa_cache.evaluation.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
 from jepa_cache.predictor.layers import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.training.losses import world_model_loss
-from jepa_cache.training.optimizer import build_optimizer, set_rates
-from jepa_cache.training.schedule import cosine_weight_decay, warmup_cosine, warmup_stable_decay
+from jepa_cache.training.optim import (
+    build_optimizer,
+    cosine_weight_decay,
+    set_rates,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 FOLDER = Path(os.environ.get("JEPA_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FILES = sorted(FOLDER.rglob("*.safetensors"))
@@ -241,12 +247,12 @@ def check_loss(golden: Golden) -> None:
         predictor.zero_grad(set_to_none=True)
         losses = world_model_loss(predictor, tokens, given["actions"], states, **options)
         losses.total.backward()
-        results = {"loss": losses.total, "jloss": losses.jloss, "sloss": losses.sloss}
+        results = {"loss": losses.total, "jloss": losses.scalars["jloss"], "sloss": losses.scalars["sloss"]}
         results |= {"z_tf": losses.z_tf.flatten(1, 2), "z_ar": losses.z_ar.flatten(1, 2)}
         if f"{case}/legacy_sloss" in names:
             with torch.no_grad():
                 legacy = world_model_loss(predictor, tokens, given["actions"], states, rollout="legacy", **options)
-            results["legacy_sloss"] = legacy.sloss
+            results["legacy_sloss"] = legacy.scalars["sloss"]
         for name, result in results.items():
             if f"{case}/{name}" in names:
                 golden.compare(f"{case}/{name}", result, 1e-4 if name.startswith("z_") else 1e-5)
@@ -281,7 +287,7 @@ def check_train_steps(golden: Golden) -> None:
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
-        values = (*rates, losses.jloss.item(), losses.sloss.item(), losses.total.item())
+        values = (*rates, losses.scalars["jloss"].item(), losses.scalars["sloss"].item(), losses.total.item())
         for values_so_far, value in zip(seen.values(), values, strict=True):
             values_so_far.append(value)
     for name in expected:
@@ -385,8 +391,8 @@ def check_planner(golden: Golden) -> None:
         noise = noise[..., [everything.names.index(name) for name in motion.names]]
     settings = build_planner_settings(search, noise)
     context, goal = read_planner_context(given)
-    normalize = bool(search["normalize_reps"])
-    plan = plan_actions(predictor, context, goal, motion, settings, noise=noise, normalize_reps=normalize)
+    model = LatentModel(predictor, bool(search["normalize_reps"]))
+    plan = plan_actions(model, context, goal, motion, settings, noise=noise)
     golden.compare("energies", torch.from_numpy(plan.energies), 1e-4)
     golden.compare("actions", torch.from_numpy(plan.found), 1e-4)
 
@@ -547,11 +553,9 @@ def test_noise_of_fixed_columns_is_left_out_whatever_the_settings_of_the_file(ot
     sizes = golden.group("in")["noise"].shape[:3]
     noise = np.random.default_rng(0).standard_normal((*sizes, 4))
     context, goal = read_planner_context(golden.group("in"))
-    predictor = build_golden_predictor(golden).eval()
-    settings, normalize = build_planner_settings(search, noise), bool(search["normalize_reps"])
-    plan = plan_actions(
-        predictor, context, goal, motion, settings, noise=noise[..., [0, 2, 3]], normalize_reps=normalize
-    )
+    model = LatentModel(build_golden_predictor(golden).eval(), bool(search["normalize_reps"]))
+    settings = build_planner_settings(search, noise)
+    plan = plan_actions(model, context, goal, motion, settings, noise=noise[..., [0, 2, 3]])
     out = {"energies": torch.from_numpy(plan.energies), "actions": torch.from_numpy(plan.found)}
     assert not plan.actions[:, 1].any()
     config = {

@@ -45,7 +45,7 @@ def describe_batch(overrides: Sequence[str], *, pictures: bool) -> Report:
     from jepa_cache.data.scaler import check_scaler, read_scaler
     from jepa_cache.data.splits import TRAIN
     from jepa_cache.data.windows import WindowIndex, WindowSampler
-    from jepa_cache.training.feed import mixture_groups
+    from jepa_cache.training.batches import mixture_groups
 
     root = find_repository(Path.cwd())
     config = load_config(root, overrides)

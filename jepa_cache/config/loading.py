@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jepa_cache.config.checks import check_config
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
     Config,
@@ -26,6 +25,7 @@ from jepa_cache.config.schema import (
     ScalerConfig,
     SplitConfig,
     TrainConfig,
+    check_config,
 )
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +61,9 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
     predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
     check_keys(params["cache"], ["root", "verify_checksums"], "params.yaml: cache")
+    cache_root = params["cache"].get("root")
+    if cache_root is not None and (not isinstance(cache_root, str) or not cache_root.strip()):
+        raise ConfigError(f"params.yaml: cache.root must be a path, a URL or null; got {cache_root!r}")
     verify_checksums = params["cache"].get("verify_checksums")
     if not isinstance(verify_checksums, bool):
         raise ConfigError(f"params.yaml: cache.verify_checksums must be true or false; got {verify_checksums!r}")
@@ -93,7 +96,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         train=reader.section(TrainConfig, "train", train_section, train_defaults),
         evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
         plan=reader.section(PlanConfig, "plan", params["plan"], {}),
-        cache_root=params["cache"].get("root"),
+        cache_root=cache_root,
         verify_checksums=verify_checksums,
         members=_members(reader, dataset),
         origins=reader.origins,
@@ -111,14 +114,14 @@ def find_repository(folder: Path) -> Path:
 
 
 def data_base(root: Path = REPOSITORY_ROOT) -> Path:
-    """Folder that relative data paths are meant from: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
+    """Return the folder of relative data paths: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
     return Path(os.environ.get("DVC_ROOT") or root)
 
 
 def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
-    """Folder that relative recordings are meant from.
+    """Return the folder of relative recordings.
 
-    The workspace for the rendered sample, a DVC out that every workspace has of its own; `data_base` for everything else.
+    It is the workspace for the rendered sample, a DVC out that every workspace has of its own; else `data_base`.
     """
     return root if config.dataset.sample is not None else data_base(root)
 
@@ -185,7 +188,7 @@ class _Resolver:
             if value is not None or key not in defaults:
                 resolved[key] = value
                 self.origins[f"{name}.{key}"] = self.where.get(f"{name}.{key}", "params.yaml")
-        return parse_dataclass(cls, resolved, f"params.yaml: {name}")
+        return parse_dataclass(cls, resolved, f"params.yaml: {name}", section=name, origins=self.origins)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

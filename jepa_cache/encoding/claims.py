@@ -10,7 +10,7 @@ from typing import Any
 
 from jepa_cache.files import Claim
 from jepa_cache.sources import Unit
-from jepa_cache.store.damage import StoreDamagedError
+from jepa_cache.store.layout import StoreDamagedError
 from jepa_cache.store.root import CacheRoot
 
 POLL_S = 1.0

@@ -24,8 +24,8 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit
 from jepa_cache.store.controls import ControlsWriter, is_readable
-from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.digests import DigestTable, look_at
+from jepa_cache.store.layout import StoreDamagedError
 from jepa_cache.store.root import CacheRoot
 
 if TYPE_CHECKING:

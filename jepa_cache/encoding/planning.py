@@ -140,7 +140,7 @@ def _measure_store(root: CacheRoot, store: Path, encode: EncodeConfig, encoder: 
         return None
     if found is None:
         return None
-    card = found.card
+    card = found.metadata
     num_frames = card["num_steps"] * (1 if encode.mode == "frame" else encoder.tubelet_size)
     ticks = int(read_table(store, STEPS_FILE).column("tick").to_numpy()[-1:].sum()) + 1  # of its last episode
     num_ticks = ticks * max(1, card["num_episodes"])

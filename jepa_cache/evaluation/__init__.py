@@ -1,1 +1,1 @@
-"""How well a predictor foresees held-out episodes, against baselines and controls, from the cache alone."""
+"""How well a predictor foresees held-out episodes, against baselines and action ablations, from the cache alone."""

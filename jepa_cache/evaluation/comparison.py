@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jepa_cache.evaluation.context import OF_THE_MACHINE
 from jepa_cache.evaluation.metrics import Estimate, bootstrap_mean
-from jepa_cache.evaluation.subject import OF_THE_MACHINE
 
 COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""

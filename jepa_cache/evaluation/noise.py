@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from jepa_cache.config.schema import STORED_DTYPES
+from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import WindowLoader, to_device
-from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.controls import positions_of
-from jepa_cache.evaluation.metrics import l1_error
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
-from jepa_cache.predictor.rollout import as_reps, predict_both_ways
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, write_table
+from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.store.quantisation import (
     Channels,
     check_width,
@@ -60,7 +56,7 @@ class NoiseFloor(NamedTuple):
 
 
 @torch.no_grad()
-def measure_floor(subject: Subject) -> NoiseFloor:
+def measure_floor(evaluation: EvaluationContext) -> NoiseFloor:
     """Distances of neighbouring steps, and the predictor's errors per stored dtype, on the same held-out windows.
 
     Only a float16 cache can be stored again in fewer bits; of others the errors are those of the tokens as they are. Channels'
@@ -71,11 +67,10 @@ def measure_floor(subject: Subject) -> NoiseFloor:
 
     Cost: one pass of the predictor per dtype, and for a float16 cache one reading of every store that holds a window.
     """
-    settings, dataset = subject.config.evaluate, subject.dataset
-    num_steps = max(subject.window_steps, settings.num_context_steps + settings.horizon)
-    index = WindowIndex(subject.held_out_segments(), num_steps)
-    numbers = spread_windows(index, settings.noise_windows)
-    loader = WindowLoader(dataset, index, subject.scaler)
+    settings, dataset = evaluation.config.evaluate, evaluation.dataset
+    num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows)
+    windows = chosen.windows
     others = _other_dtypes(dataset)
     channels: dict[int, Channels] = {}
     found: dict[str, list[np.ndarray]] = {}
@@ -83,33 +78,30 @@ def measure_floor(subject: Subject) -> NoiseFloor:
     def put(name: str, values: Tensor | np.ndarray) -> None:
         found.setdefault(name, []).append(values.cpu().numpy() if isinstance(values, Tensor) else values)
 
-    chunks = [numbers[start : start + settings.batch_size] for start in range(0, len(numbers), settings.batch_size)]
-    for batch in tqdm(loader.iterate(chunks), total=len(chunks), desc="noise", unit="batch", dynamic_ncols=True):
-        on_device = to_device(batch, subject.device)
-        h = as_reps(on_device.tokens, subject.normalize_reps)
+    for rows, batch, h in evaluation.iter_windows(chosen, "noise"):
         put("adjacent", l1_error(h[:, 1:], h[:, :-1]))
         put("cosine", torch.nn.functional.cosine_similarity(h[:, 1:], h[:, :-1], dim=-1).mean(dim=-1))
-        controls = on_device.actions, on_device.states
-        for measure, error in _errors(subject, h, h, controls).items():
+        moves = batch.actions, batch.states
+        for measure, error in _errors(evaluation, h, h, moves).items():
             put(f"{dataset.dtype}/{measure}", error)
         for dtype in others:
-            stores = [index[int(number)].store for number in batch.numbers]
+            stores = [window.store for window in windows[rows]]
             for store in set(stores) - channels.keys():
                 channels[store] = read_channels(dataset, store)
-            raw = batch.tokens.numpy()
+            raw = batch.tokens.cpu().numpy()
             stored = np.stack(
                 [restore(tokens, dtype, channels[store]) for tokens, store in zip(raw, stores, strict=True)]
             )
             put(f"{dtype}/token_rmse", _relative_rmse(stored, raw))
-            changed = as_reps(torch.from_numpy(stored).to(subject.device), subject.normalize_reps)
-            for measure, error in _errors(subject, changed, h, controls).items():
+            changed = evaluation.model.as_reps(torch.from_numpy(stored).to(evaluation.device))
+            for measure, error in _errors(evaluation, changed, h, moves).items():
                 put(f"{dtype}/{measure}", error)
-            for measure, error in _errors(subject, changed, changed, controls).items():
+            for measure, error in _errors(evaluation, changed, changed, moves).items():
                 put(f"{dtype}/own/{measure}", error)
     joined = {name: np.concatenate(parts) for name, parts in found.items()}
     measures = ("one_step", "rollout")
     return NoiseFloor(
-        [index.segments[index[number].segment].episode for number in numbers],
+        chosen.episodes,
         joined["adjacent"],
         joined["cosine"],
         {dtype: {m: joined[f"{dtype}/{m}"] for m in measures} for dtype in (dataset.dtype, *others)},
@@ -118,17 +110,17 @@ def measure_floor(subject: Subject) -> NoiseFloor:
     )
 
 
-def _errors(subject: Subject, given: Tensor, target: Tensor, controls: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def _errors(
+    evaluation: EvaluationContext, given: Tensor, target: Tensor, moves: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
     """L1 [B] of predictions from `given` [B, T, N, D] against `target`: teacher-forced, and mean over the open-loop steps."""
-    settings, trained = subject.config.evaluate, subject.window_steps
-    both = predict_both_ways(
-        subject.predictor,
+    settings, trained = evaluation.config.evaluate, evaluation.window_steps
+    both = evaluation.model.both_ways(
         given,
-        *controls,
+        *moves,
         num_forced=trained - 1,
         num_context=settings.num_context_steps,
         horizon=settings.horizon,
-        normalize_reps=subject.normalize_reps,
     )
     ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
     return {
@@ -182,7 +174,7 @@ def _relative_rmse(stored: np.ndarray, raw: np.ndarray) -> np.ndarray:
     return np.sqrt(((stored - true) ** 2).mean(axis=axes) / (true**2).mean(axis=axes))
 
 
-def write_noise(subject: Subject, out: Path) -> dict[str, Any]:
+def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     """Write noise.csv and return the sections `noise` and `noise_ci` of metrics.json.
 
     `adjacent_l1` and `adjacent_cosine` between neighbouring steps; `quietest_l1`, the 10th percentile of the former in each
@@ -195,7 +187,7 @@ def write_noise(subject: Subject, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: Fewer than two episodes with a long enough segment are held out.
     """
-    floor, dataset = measure_floor(subject), subject.dataset
+    floor, dataset = measure_floor(evaluation), evaluation.dataset
     as_is = floor.errors[dataset.dtype]
     rows_of = positions_of(floor.episodes).items()
     quiet = {name: np.percentile(floor.adjacent[rows], QUIET_PERCENTILE) for name, rows in rows_of}
@@ -211,7 +203,7 @@ def write_noise(subject: Subject, out: Path) -> dict[str, Any]:
             values[f"change_{measure}_{dtype}_l1"] = floor.errors[dtype][measure] - error
             values[f"own_change_{measure}_{dtype}_l1"] = floor.own_errors[dtype][measure] - error
         values[f"stored_{dtype}_rmse"] = floor.token_rmse[dtype]
-    sections = build_section("noise", values, floor.episodes, subject.config.evaluate)
+    sections = build_section("noise", values, floor.episodes, evaluation.config.evaluate)
     if (recorded := recorded_rmse(dataset)) is not None:
         sections["noise"]["stored_rmse"] = recorded
     write_table(_noise_table(sections, floor, dataset), out / MEASUREMENTS_FOLDER / "noise.csv")
@@ -250,3 +242,13 @@ def _noise_table(
                 row |= {f"{measure}_{kind}_low": low, f"{measure}_{kind}_high": high}
         rows.append(row)
     return rows
+
+
+NOISE = Measurement(
+    name="noise",
+    section="noise",
+    run=write_noise,
+    heading="Noise floor",
+    explanation="Errors hardly fall below what differs between neighbouring steps in which nothing happens.",
+    tables=("noise.csv",),
+)

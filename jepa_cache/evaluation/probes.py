@@ -15,21 +15,26 @@ import numpy as np
 
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import EvaluateConfig
-from jepa_cache.evaluation.metrics import Estimate
-from jepa_cache.evaluation.probe_heads import LabelHead, RegressionHead, fit_label, fit_linear, fit_quadratic
-from jepa_cache.evaluation.probe_inputs import Sample, read_sample, window_labels
-from jepa_cache.evaluation.probe_scores import (
+from jepa_cache.evaluation.context import EvaluationContext, Measurement
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
+from jepa_cache.evaluation.probe_heads import (
     BALANCED_ACCURACY,
     QUADRATIC_R2,
     R2,
+    LabelHead,
     LabelSums,
+    RegressionHead,
     RegressionSums,
+    Sample,
     draw_episodes,
+    fit_label,
+    fit_linear,
+    fit_quadratic,
+    read_sample,
     sum_labels,
     sum_regression,
+    window_labels,
 )
-from jepa_cache.evaluation.subject import Subject
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 
 PROBES_FILE = "probes.csv"
 PROBE_COLUMNS = ("probe", "target", "metric", "value", "low", "high", "baseline")
@@ -72,7 +77,7 @@ class Probed:
     )  # probe or "probe target" to why it is not measured, or what to mind
 
 
-def measure_probes(subject: Subject) -> Probed:
+def measure_probes(evaluation: EvaluationContext) -> Probed:
     """Fit and score the probes that `evaluate.probes` names; the predictor is not used.
 
     - inverse_dynamics: tokens of t and t+1 to the action between them.
@@ -83,12 +88,12 @@ def measure_probes(subject: Subject) -> Probed:
     Raises:
         ValueError: Fewer than two training or two held-out episodes have a window.
     """
-    settings, probed = subject.config.evaluate, Probed()
+    settings, probed = evaluation.config.evaluate, Probed()
     chosen = settings.probes
-    segments = subject.training_segments(), subject.held_out_segments()
+    segments = evaluation.training_segments(), evaluation.held_out_segments()
     if set(chosen) & {INVERSE_DYNAMICS, STATE, ANTICIPATION}:
-        train, held_out = (read_sample(subject, part, num_steps=2) for part in segments)
-        space = subject.dataset.space
+        train, held_out = (read_sample(evaluation, part, num_steps=2) for part in segments)
+        space = evaluation.dataset.space
         for name, (rows_of, targets_of) in {
             INVERSE_DYNAMICS: (_pair_rows, lambda sample: action_targets(sample, space.actions)),
             STATE: (_first_rows, lambda sample: state_targets(sample, space.states)),
@@ -97,15 +102,15 @@ def measure_probes(subject: Subject) -> Probed:
             if name in chosen:
                 _probe(name, rows_of, train, targets_of(train), held_out, targets_of(held_out), probed)
     if CLASSIFICATION in chosen:
-        train, held_out = (read_sample(subject, part, num_steps=subject.window_steps) for part in segments)
+        train, held_out = (read_sample(evaluation, part, num_steps=evaluation.window_steps) for part in segments)
         labels = {}
         for part, sample in (("train", train), ("held out", held_out)):
-            labels[part], reasons = window_labels(subject.dataset, sample)
+            labels[part], reasons = window_labels(evaluation.dataset, sample)
             probed.notes.update({f"{CLASSIFICATION} {name}": f"no label here: {why}" for name, why in reasons.items()})
         shared = [name for name in labels["train"] if name in labels["held out"]]
         targets = [Targets({}, {name: labels[part][name] for name in shared}) for part in ("train", "held out")]
         _probe(CLASSIFICATION, _window_rows, train, targets[0], held_out, targets[1], probed)
-    if not subject.dataset.manifest.comparable:
+    if not evaluation.dataset.manifest.comparable:
         probed.notes["clip mode"] = (
             "early steps of a clip have seen its later frames: anticipation is no anticipation, and no figure is comparable"
         )
@@ -211,9 +216,9 @@ def summarize_probes(probed: Probed, settings: EvaluateConfig) -> tuple[list[dic
     }
 
 
-def run_probes(subject: Subject, out: Path) -> dict[str, Any]:
+def run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     """Measure the probes, write probes.csv and return their sections of metrics.json."""
-    rows, sections = summarize_probes(measure_probes(subject), subject.config.evaluate)
+    rows, sections = summarize_probes(measure_probes(evaluation), evaluation.config.evaluate)
     write_table(rows, out / MEASUREMENTS_FOLDER / PROBES_FILE, columns=PROBE_COLUMNS)
     return sections
 
@@ -258,3 +263,15 @@ def _estimate(drawn: np.ndarray) -> Estimate:
     """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
     return Estimate(float(drawn[0]), float(low), float(high))
+
+
+PROBES = Measurement(
+    name="probes",
+    section="probe",
+    run=run_probes,
+    heading="Probes: do the tokens hold the action at all?",
+    explanation=(
+        "Simple heads fitted on training episodes and scored on held-out ones; a score at its baseline says that the tokens do not tell."
+    ),
+    tables=(PROBES_FILE,),
+)

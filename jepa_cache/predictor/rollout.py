@@ -49,6 +49,11 @@ def as_reps(predicted: Tensor, normalize_reps: bool) -> Tensor:
     return predicted if predicted.dtype == torch.float64 else predicted.float()
 
 
+def l1_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference over tokens and channels: [B, T, N, D] twice to [B, T]."""
+    return (predicted - target).abs().mean(dim=(-2, -1))
+
+
 def teacher_forcing(
     predictor: Predictor,
     tokens: Tensor,
@@ -80,129 +85,9 @@ def teacher_forcing(
     return as_reps(out.tokens, normalize_reps)
 
 
-def read_past(predictor: Predictor, tokens: Tensor, actions: Tensor, states: Tensor) -> Sequence[KeysValues] | None:
-    """Keys and values of the steps before the last one of a context, for many continuations of it.
-
-    Args:
-        predictor: an `ACPredictor`.
-        tokens: [B, C, N, E] true context, layer-normed where the predictor was trained so.
-        actions: [B, C-1, A] between its steps.
-        states: [B, C, S].
-
-    Returns:
-        One pair a block; None for a context of one step, before which there is nothing.
-    """
-    if tokens.shape[1] == 1:
-        return None
-    return predictor(tokens[:, :-1], actions, states[:, :-1]).past
-
-
 def repeat_past(past: Sequence[KeysValues] | None, count: int) -> Sequence[KeysValues] | None:
     """The past of one context (B = 1) for `count` continuations of it, without copying."""
     return past and [(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in past]
-
-
-def open_loop(
-    predictor: Predictor,
-    tokens: Tensor,
-    actions: Tensor,
-    states: Tensor,
-    horizon: int,
-    *,
-    extrinsics: Tensor | None = None,
-    normalize_reps: bool = True,
-) -> Tensor:
-    """Predict K steps after a true context, each from the predictions before it.
-
-    The context is computed once; every further step costs one step, because keys and values of earlier ones are kept.
-
-    Args:
-        predictor: an `ACPredictor`.
-        tokens: [B, C, N, E] true context of C >= 1 steps, layer-normed where the predictor was trained so.
-        actions: [B, C+K-1, A]; `actions[t]` leads from step t to t+1.
-        states: [B, C+K-1, S]; true or assumed states, also of the predicted steps.
-        horizon: K >= 1.
-        extrinsics: [B, C+K-1, A-1], for a predictor that uses it.
-        normalize_reps: layer-norm the predictions before they are returned and fed back, as in training.
-
-    Returns:
-        [B, K, N, E] float32 predictions of steps C to C+K-1.
-
-    Raises:
-        ValueError: `horizon` is below 1, or actions, states or extrinsics do not have C+K-1 rows.
-    """
-    num_context = tokens.shape[1]
-    num_rows = num_context + horizon - 1
-    if horizon < 1:
-        raise ValueError(f"rollout: horizon must be at least 1, got {horizon}")
-    for name, rows in (("actions", actions), ("states", states), ("extrinsics", extrinsics)):
-        if rows is not None and rows.shape[1] != num_rows:
-            raise ValueError(
-                f"rollout: {name} must have {num_rows} rows ({num_context} context steps + horizon {horizon} - 1), "
-                f"got {rows.shape[1]}"
-            )
-    camera = None if extrinsics is None else extrinsics[:, :num_context]
-    out = predictor(tokens, actions[:, :num_context], states[:, :num_context], camera)
-    first = as_reps(out.tokens[:, -1:], normalize_reps)
-    return continue_rollout(
-        predictor,
-        first,
-        actions[:, num_context:],
-        states[:, num_context:],
-        past=out.past,
-        extrinsics=None if extrinsics is None else extrinsics[:, num_context:],
-        normalize_reps=normalize_reps,
-    )
-
-
-class Both(NamedTuple):
-    """Predictions of the same windows with true tokens and with the predictor's own, float32.
-
-    Attributes:
-        teacher_forced: [B, P, N, E] of steps 1 to P.
-        open_loop: [B, K, N, E] of steps C to C+K-1.
-    """
-
-    teacher_forced: Tensor
-    open_loop: Tensor
-
-
-def predict_both_ways(
-    predictor: Predictor,
-    tokens: Tensor,
-    actions: Tensor,
-    states: Tensor,
-    *,
-    num_forced: int,
-    num_context: int,
-    horizon: int,
-    normalize_reps: bool = True,
-) -> Both:
-    """What `teacher_forcing` and `open_loop` give, at the cost of one pass and horizon - 1 single steps: the context is computed once.
-
-    Args:
-        predictor: an `ACPredictor` without extrinsics.
-        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; at least the larger of P and C steps are read.
-        actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
-        states: [B, T, S].
-        num_forced: P >= 1.
-        num_context: C >= 1 true steps before the open loop.
-        horizon: K >= 1.
-        normalize_reps: layer-norm the predictions, as in training.
-    """
-    num_steps, last = max(num_forced, num_context), num_context + horizon - 1
-    kept = num_context if horizon > 1 else 0
-    out = predictor(tokens[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
-    forced = as_reps(out.tokens, normalize_reps)
-    rolled = continue_rollout(
-        predictor,
-        forced[:, num_context - 1 : num_context],
-        actions[:, num_context:last],
-        states[:, num_context:last],
-        past=out.past,
-        normalize_reps=normalize_reps,
-    )
-    return Both(forced[:, :num_forced], rolled)
 
 
 def continue_rollout(
@@ -245,3 +130,121 @@ def _num_predicted(tokens: Tensor) -> int:
     if tokens.ndim != 4 or tokens.shape[1] < 2:
         raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(tokens.shape)}")
     return tokens.shape[1] - 1
+
+
+class TeacherForcedAndRollout(NamedTuple):
+    """Predictions of the same windows with true tokens and with the predictor's own, float32.
+
+    Attributes:
+        teacher_forced: [B, P, N, E] of steps 1 to P.
+        open_loop: [B, K, N, E] of steps C to C+K-1.
+    """
+
+    teacher_forced: Tensor
+    open_loop: Tensor
+
+
+class LatentModel(NamedTuple):
+    """A predictor together with the norm that it was trained under: all that evaluation, planning and the API hold.
+
+    Actions and states are scaled as in training; tokens `h` are those that `as_reps` gives. Predictions are float32 and
+    normed before they are returned and fed back.
+    """
+
+    predictor: Predictor
+    normalize_reps: bool = True
+
+    def as_reps(self, tokens: Tensor) -> Tensor:
+        """Turn tokens [..., D] as they are stored or predicted into what is compared and fed back."""
+        return as_reps(tokens, self.normalize_reps)
+
+    def teacher_forcing(
+        self, h: Tensor, actions: Tensor, states: Tensor, *, extrinsics: Tensor | None = None
+    ) -> Tensor:
+        """Predict every step of a window from the true steps before it, see `teacher_forcing`."""
+        norm = self.normalize_reps
+        return teacher_forcing(self.predictor, h, actions, states, extrinsics=extrinsics, normalize_reps=norm)
+
+    def open_loop(
+        self, h: Tensor, actions: Tensor, states: Tensor, horizon: int, *, extrinsics: Tensor | None = None
+    ) -> Tensor:
+        """Predict K steps after a true context, each from the predictions before it.
+
+        The context is computed once; every further step costs one step, because keys and values of earlier ones are kept.
+
+        Args:
+            h: [B, C, N, E] true context of C >= 1 steps.
+            actions: [B, C+K-1, A]; `actions[t]` leads from step t to t+1.
+            states: [B, C+K-1, S]; true or assumed states, also of the predicted steps.
+            horizon: K >= 1.
+            extrinsics: [B, C+K-1, A-1], for a predictor that uses it.
+
+        Returns:
+            [B, K, N, E] float32 predictions of steps C to C+K-1.
+
+        Raises:
+            ValueError: `horizon` is below 1, or actions, states or extrinsics do not have C+K-1 rows.
+        """
+        num_context = h.shape[1]
+        num_rows = num_context + horizon - 1
+        if horizon < 1:
+            raise ValueError(f"rollout: horizon must be at least 1, got {horizon}")
+        for name, rows in (("actions", actions), ("states", states), ("extrinsics", extrinsics)):
+            if rows is not None and rows.shape[1] != num_rows:
+                raise ValueError(
+                    f"rollout: {name} must have {num_rows} rows ({num_context} context steps + horizon {horizon} - 1), "
+                    f"got {rows.shape[1]}"
+                )
+        camera = None if extrinsics is None else extrinsics[:, :num_context]
+        out = self.predictor(h, actions[:, :num_context], states[:, :num_context], camera)
+        return continue_rollout(
+            self.predictor,
+            self.as_reps(out.tokens[:, -1:]),
+            actions[:, num_context:],
+            states[:, num_context:],
+            past=out.past,
+            extrinsics=None if extrinsics is None else extrinsics[:, num_context:],
+            normalize_reps=self.normalize_reps,
+        )
+
+    def both_ways(
+        self, h: Tensor, actions: Tensor, states: Tensor, *, num_forced: int, num_context: int, horizon: int
+    ) -> TeacherForcedAndRollout:
+        """Predict by teacher forcing and in open loop, at the cost of one pass and horizon - 1 single steps.
+
+        Args:
+            h: [B, T, N, E] true tokens; at least the larger of P and C steps are read.
+            actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
+            states: [B, T, S].
+            num_forced: P >= 1.
+            num_context: C >= 1 true steps before the open loop.
+            horizon: K >= 1.
+        """
+        num_steps, last = max(num_forced, num_context), num_context + horizon - 1
+        kept = num_context if horizon > 1 else 0
+        out = self.predictor(h[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
+        forced = self.as_reps(out.tokens)
+        rolled = continue_rollout(
+            self.predictor,
+            forced[:, num_context - 1 : num_context],
+            actions[:, num_context:last],
+            states[:, num_context:last],
+            past=out.past,
+            normalize_reps=self.normalize_reps,
+        )
+        return TeacherForcedAndRollout(forced[:, :num_forced], rolled)
+
+    def read_past(self, h: Tensor, actions: Tensor, states: Tensor) -> Sequence[KeysValues] | None:
+        """Keys and values of the steps before the last one of a context, for many continuations of it.
+
+        Args:
+            h: [B, C, N, E] true context.
+            actions: [B, C-1, A] between its steps.
+            states: [B, C, S].
+
+        Returns:
+            One pair a block; None for a context of one step, before which there is nothing.
+        """
+        if h.shape[1] == 1:
+            return None
+        return self.predictor(h[:, :-1], actions, states[:, :-1]).past

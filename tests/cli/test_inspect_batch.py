@@ -22,7 +22,7 @@ from jepa_cache.data.frames import read_frames
 from jepa_cache.media.video import open_video
 from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.training.feed import Feed
+from jepa_cache.training.batches import TrainingData
 from tests.browser import measure_widths
 from tests.caches import OVERRIDES, TICKS_PER_STEP, make_cache
 from tests.makers import make_vpt_pair, write_vpt_tar
@@ -65,8 +65,8 @@ def here(recorded, monkeypatch):
 def test_the_batch_is_the_one_that_training_draws_first(recorded, here):
     cache, _, _ = recorded
     report = json.loads(here("--json").stdout)
-    feed = Feed(cache.config, cache.dataset, cache.scaler, Accelerator(cpu=True))
-    batch = feed.loader.read(feed.sampler.numbers(0).tolist())
+    data = TrainingData(cache.config, cache.dataset, cache.scaler, Accelerator(cpu=True))
+    batch = data.loader.read(data.sampler.numbers(0).tolist())
     expected = {
         "tokens": batch.tokens,
         "h": as_reps(batch.tokens, cache.config.train.normalize_reps),
@@ -80,7 +80,7 @@ def test_the_batch_is_the_one_that_training_draws_first(recorded, here):
         assert (spread["minimum"], spread["maximum"]) == (float(values.min()), float(values.max()))
         assert spread["mean"] == pytest.approx(float(values.double().mean()), abs=1e-9)
         assert spread["std"] == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-9)
-    assert not expected and report["settings"]["num_windows"] == feed.num_windows
+    assert not expected and report["settings"]["num_windows"] == data.num_windows
 
 
 def test_scaled_columns_are_the_raw_ones_through_the_scaler(recorded, here):

@@ -13,8 +13,9 @@ import pytest
 import torch
 import zarr
 
+from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_rows
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.evaluation.baselines import (
+from jepa_cache.evaluation.windows import (
     RIDGE,
     Baselines,
     extrapolate_open_loop,
@@ -23,8 +24,10 @@ from jepa_cache.evaluation.baselines import (
     regress_open_loop,
     regress_teacher_forced,
 )
-from jepa_cache.evaluation.controls import CONTROLS, choose_donors, control_actions, draw_rows
+from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import make_cache
+
+RAW = LatentModel(None, normalize_reps=False)
 
 
 def test_every_window_gets_the_actions_of_another_episode():
@@ -47,7 +50,7 @@ def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path,
     cache = make_cache(tmp_path, num_steps=num_steps)
     segments = cache.dataset.segments_of("train", cache.config.split)
     segments += [segments[0]._replace(stop=segments[0].start + 1)]  # what a filter may leave: a step without a pair
-    found = fit_baselines(cache.dataset, segments, cache.scaler, normalize_reps=normalize)
+    found = fit_baselines(cache.dataset, segments, cache.scaler, LatentModel(None, normalize))
     steps, inputs, changes = [], [], []
     for segment in segments:
         entry, manifest = cache.dataset.manifest.entries[segment.store], cache.dataset.manifest
@@ -81,8 +84,8 @@ def test_controls_take_the_place_of_the_true_actions(tmp_path):
     cache, num_steps = make_cache(tmp_path), 6
     index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), num_steps)
     numbers = list(range(len(index)))
-    found = control_actions(cache.dataset, cache.scaler, index, numbers, seed=0)
-    assert set(found) == set(CONTROLS)
+    found = action_ablations(cache.dataset, cache.scaler, index, numbers, seed=0)
+    assert set(found) == set(ABLATIONS)
     scale = cache.scaler.actions
     undo = lambda values: values * np.array(scale.scale) + np.array(scale.mean)  # noqa: E731
     true = np.stack([cache.dataset.controls(index[n].store)[0][index[n].start :][: num_steps - 1] for n in numbers])
@@ -102,10 +105,8 @@ def test_controls_take_the_place_of_the_true_actions(tmp_path):
 
 def test_a_straight_line_foresees_one():
     line = torch.arange(6.0)[None, :, None, None] * torch.randn(1, 1, 3, 4) + torch.randn(1, 1, 3, 4)
-    assert torch.allclose(extrapolate_teacher_forced(line, normalize_reps=False), line[:, 2:], atol=1e-5)
-    assert torch.allclose(
-        extrapolate_open_loop(line[:, 0], line[:, 1], 4, normalize_reps=False), line[:, 2:], atol=1e-5
-    )
+    assert torch.allclose(extrapolate_teacher_forced(RAW, line), line[:, 2:], atol=1e-5)
+    assert torch.allclose(extrapolate_open_loop(RAW, line[:, 0], line[:, 1], 4), line[:, 2:], atol=1e-5)
 
 
 def test_the_regression_adds_what_actions_and_states_say_of_each_token():
@@ -118,6 +119,6 @@ def test_the_regression_adds_what_actions_and_states_say_of_each_token():
         inputs = torch.cat([actions[:, t], states[:, t], torch.ones(2, 1)], dim=-1)
         h.append(h[-1] + (inputs @ change.flatten(1)).unflatten(1, (3, 4)))
     h = torch.stack(h, dim=1)
-    one_step = regress_teacher_forced(baselines, h, actions, states, normalize_reps=False)
-    rolled = regress_open_loop(baselines, h[:, 0], actions, states, normalize_reps=False)
+    one_step = regress_teacher_forced(baselines, RAW, h, actions, states)
+    rolled = regress_open_loop(baselines, RAW, h[:, 0], actions, states)
     assert torch.allclose(one_step, h[:, 1:], atol=1e-4) and torch.allclose(rolled, h[:, 1:], atol=1e-4)

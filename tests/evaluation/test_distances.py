@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.distances import (
     COPY_LAST,
     KINDS,
@@ -27,7 +28,7 @@ from jepa_cache.evaluation.distances import (
     measure_distances,
     write_distances,
 )
-from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import GRID, WIDTH, make_cache
 from tests.evaluation.test_energy import Oracle, a_predictor
 
@@ -37,9 +38,9 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache"), "evaluate.windows_per_episode=8")
 
 
-def subject_of(cache, predictor, **evaluate) -> Subject:
+def evaluation_of(cache, predictor, **evaluate) -> EvaluationContext:
     config = replace(cache.config, evaluate=replace(cache.config.evaluate, **evaluate))
-    return Subject(predictor, config, cache.dataset, cache.scaler, 5, True)
+    return EvaluationContext(LatentModel(predictor), config, cache.dataset, cache.scaler, 5)
 
 
 def made(change, num_windows: int = 240, width: int = 3) -> Vectors:
@@ -90,10 +91,10 @@ def test_components_are_fewer_where_vectors_are_few():
 
 
 def test_vectors_are_those_of_the_files_and_of_the_same_places(cache):
-    subject = subject_of(cache, Oracle(cache.scaler))
-    context, horizon = subject.config.evaluate.num_context_steps, subject.config.evaluate.horizon
-    index = WindowIndex(subject.held_out_segments(), context + horizon)
-    numbers, found = spread_windows(index, 8), collect_vectors(subject)
+    evaluation = evaluation_of(cache, Oracle(cache.scaler))
+    context, horizon = evaluation.config.evaluate.num_context_steps, evaluation.config.evaluate.horizon
+    index = WindowIndex(evaluation.held_out_segments(), context + horizon)
+    numbers, found = spread_windows(index, 8), collect_vectors(evaluation)
     for row, number in enumerate(numbers):
         window = index[number]
         tokens = np.empty((context + horizon, GRID[0] * GRID[1], WIDTH), np.float16)
@@ -109,12 +110,12 @@ def test_vectors_are_those_of_the_files_and_of_the_same_places(cache):
         assert np.abs(single[:, :, None] - h[context:, None]).max(axis=-1).min(axis=-1).max() < 1e-3  # each is a token
     for kind in KINDS:  # an oracle foresees every step, so prediction and truth agree place by place
         assert found[kind].values[MODEL] == pytest.approx(found[kind].values[TRUE], abs=0.01)
-    other = collect_vectors(subject_of(cache, Oracle(cache.scaler), batch_size=5))
+    other = collect_vectors(evaluation_of(cache, Oracle(cache.scaler), batch_size=5))
     assert other["token"].values[TRUE] == pytest.approx(found["token"].values[TRUE])
 
 
 def test_the_table_holds_every_step_and_agrees_with_the_metrics(cache, tmp_path):
-    sections = write_distances(subject_of(cache, a_predictor()), tmp_path)
+    sections = write_distances(evaluation_of(cache, a_predictor()), tmp_path)
     with (tmp_path / "measurements/distance.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["horizon"] for row in rows] == ["1", "2", "3", "4"]
@@ -130,6 +131,6 @@ def test_the_table_holds_every_step_and_agrees_with_the_metrics(cache, tmp_path)
 
 
 def test_one_window_an_episode_is_too_few_and_that_is_said(cache, tmp_path, capsys):
-    sections = write_distances(subject_of(cache, a_predictor(), windows_per_episode=1), tmp_path)
+    sections = write_distances(evaluation_of(cache, a_predictor(), windows_per_episode=1), tmp_path)
     assert sections == {"distance": {"num_windows": 3}, "distance_ci": {}} and not list(tmp_path.iterdir())
     assert "no distances of distributions: " in (said := capsys.readouterr().err) and "got 3 windows" in said

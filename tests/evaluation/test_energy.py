@@ -18,13 +18,22 @@ import torch
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
-from jepa_cache.evaluation.candidates import ActionPool, choose_windows, open_window
-from jepa_cache.evaluation.energy import EnergyRanks, measure_ranks, rank_table, write_energy
-from jepa_cache.evaluation.energy_map import MAP_STEPS, _choose_axes, measure_maps, shift_actions
-from jepa_cache.evaluation.motion import build_motion
-from jepa_cache.evaluation.subject import Subject
+from jepa_cache.control.motion import build_motion
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows
+from jepa_cache.evaluation.energy import (
+    MAP_STEPS,
+    ActionPool,
+    EnergyRanks,
+    _choose_axes,
+    measure_maps,
+    measure_ranks,
+    open_window,
+    rank_table,
+    shift_actions,
+    write_energy,
+)
 from jepa_cache.predictor.model import ACPredictor, PredictorOutput
-from jepa_cache.predictor.rollout import normalize_tokens
+from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
 from tests.caches import GRID, WIDTH, make_cache
 from tests.workspace import SUITE_SETTINGS
 
@@ -64,16 +73,17 @@ def a_predictor(action_weight: float = 1.0) -> ACPredictor:
     return predictor
 
 
-def subject_of(cache, predictor, **evaluate) -> Subject:
+def evaluation_of(cache, predictor, **evaluate) -> EvaluationContext:
     config = replace(cache.config, evaluate=replace(cache.config.evaluate, **evaluate))
-    return Subject(predictor, config, cache.dataset, cache.scaler, 5, True)
+    return EvaluationContext(LatentModel(predictor), config, cache.dataset, cache.scaler, 5)
 
 
 def test_energies_equal_those_of_whole_passes_whatever_the_batch(cache):
-    subject = subject_of(cache, a_predictor())
-    index, numbers = choose_windows(subject, 3)
-    window, true, _ = open_window(subject, index, numbers[4])
-    place, context = index[numbers[4]], subject.config.evaluate.num_context_steps
+    evaluation = evaluation_of(cache, a_predictor())
+    num_steps = evaluation.config.evaluate.num_context_steps + 1
+    index, numbers = choose_windows(evaluation.held_out_segments(), num_steps, 3)
+    window, true, _ = open_window(evaluation, index, numbers[4])
+    place, context = index[numbers[4]], evaluation.config.evaluate.num_context_steps
     raw, states = cache.dataset.controls(place.store)
     rows = slice(place.start, place.start + context)
     assert np.array_equal(true, raw[place.start + context - 1])
@@ -84,7 +94,7 @@ def test_energies_equal_those_of_whole_passes_whatever_the_batch(cache):
     expected = []
     for candidate in candidates:
         actions = np.vstack([raw[rows][:-1], candidate])
-        out = subject.predictor(
+        out = evaluation.model.predictor(
             h[None, :context],
             torch.from_numpy(cache.scaler.actions.apply(actions))[None],
             torch.from_numpy(cache.scaler.states.apply(states[rows]))[None],
@@ -93,12 +103,12 @@ def test_energies_equal_those_of_whole_passes_whatever_the_batch(cache):
     with torch.no_grad():
         assert window.energies(candidates) == pytest.approx(expected, abs=1e-5)
     assert np.ptp(expected) > 0.01
-    some, other = (measure_ranks(subject_of(cache, a_predictor(), batch_size=size)) for size in (4, 20))
+    some, other = (measure_ranks(evaluation_of(cache, a_predictor(), batch_size=size)) for size in (4, 20))
     assert some.energy == pytest.approx(other.energy, abs=1e-6) and some.ranks() == pytest.approx(other.ranks())
 
 
 def test_an_oracle_ranks_the_true_action_first_and_its_opposite_last(cache):
-    best, worst = (measure_ranks(subject_of(cache, Oracle(cache.scaler, sign))) for sign in (1.0, -1.0))
+    best, worst = (measure_ranks(evaluation_of(cache, Oracle(cache.scaler, sign))) for sign in (1.0, -1.0))
     assert best.ranks().mean() < 0.02 and rank_table(best)[0]["share"] > 0.99
     assert worst.ranks().mean() > 0.9  # not 1: the L1 distance to the opposite is not largest exactly there
     assert (best.others - best.energy > 0.1).all() and best.energy.max() < 0.01
@@ -107,7 +117,7 @@ def test_an_oracle_ranks_the_true_action_first_and_its_opposite_last(cache):
 def test_a_predictor_that_ignores_its_actions_gets_exactly_chance(cache, tmp_path):
     (tmp_path / "pictures").mkdir()
     sections = write_energy(
-        subject_of(cache, a_predictor(action_weight=0.0), energy_samples=30, batch_size=7), tmp_path
+        evaluation_of(cache, a_predictor(action_weight=0.0), energy_samples=30, batch_size=7), tmp_path
     )
     assert sections["energy"]["mean_rank"] == 0.5 and sections["energy_ci"]["mean_rank"] == [0.5, 0.5]
     assert sections["energy"]["top10_rate"] == pytest.approx(0.1, abs=1e-12)
@@ -140,19 +150,19 @@ def test_other_actions_are_recorded_ones_of_other_episodes_with_the_slot_that_th
 
 
 def test_the_landscape_has_the_true_action_in_its_middle_and_an_oracles_valley_there(cache):
-    subject = subject_of(cache, Oracle(cache.scaler))
-    maps = measure_maps(subject)
+    evaluation = evaluation_of(cache, Oracle(cache.scaler))
+    maps = measure_maps(evaluation)
     assert maps.axes == ("dyaw", "dpitch") and maps.units == ("deg", "deg")
-    assert maps.episodes == sorted({segment.episode for segment in subject.held_out_segments()})
+    assert maps.episodes == sorted({segment.episode for segment in evaluation.held_out_segments()})
     turns = maps.energies[:, :, MIDDLE]  # along dyaw
     assert (turns.argmin(axis=1) == MIDDLE).all() and (turns[:, [0, -1]] > 0.1).all()
     assert np.ptp(maps.energies, axis=2).max() < 1e-6  # the oracle's tokens do not follow the pitch
     assert maps.above_true()[MIDDLE, MIDDLE] == 0
     assert any(
-        segment.start for segment in subject.held_out_segments()
+        segment.start for segment in evaluation.held_out_segments()
     )  # so that rows of the store are no steps of the episode
     for episode, first_step, grid in zip(maps.episodes, maps.first_steps, maps.grids, strict=True):
-        segment = next(s for s in subject.held_out_segments() if s.episode == episode)
+        segment = next(s for s in evaluation.held_out_segments() if s.episode == episode)
         raw = cache.dataset.controls(segment.store)[0]
         assert grid[:, MIDDLE] == pytest.approx(raw[segment.start + first_step + 1, 2:4])  # after two context steps
         assert 0 <= first_step < segment.stop - segment.start
@@ -207,9 +217,9 @@ def test_settings_that_cannot_work_are_refused(override):
 
 def test_tables_metrics_and_pictures_agree(cache, tmp_path):
     (tmp_path / "pictures").mkdir()
-    subject = subject_of(cache, a_predictor())
-    sections = write_energy(subject, tmp_path)
-    ranks = measure_ranks(subject)
+    evaluation = evaluation_of(cache, a_predictor())
+    sections = write_energy(evaluation, tmp_path)
+    ranks = measure_ranks(evaluation)
     assert set(sections) == {"energy", "energy_ci"}
     assert sections["energy"]["num_windows"] == 9 and sections["energy"]["num_samples"] == 20
     assert sections["energy"]["mean_rank"] == pytest.approx(ranks.ranks().mean())  # three windows of each episode

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import permutation_test
 
-from jepa_cache.evaluation.controls import choose_donors, draw_others, positions_of
+from jepa_cache.data.ablations import choose_donors, draw_others, positions_of
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
     bootstrap_ratio,

@@ -17,8 +17,9 @@ import torch
 from jepa_cache.data.dequantise import dequantise
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex
+from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.noise import measure_floor, read_channels, recorded_rmse, restore, write_noise
-from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import GRID, WIDTH, make_cache
 from tests.evaluation.test_energy import a_predictor
 
@@ -28,8 +29,8 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache"), "evaluate.noise_windows=3")
 
 
-def subject_of(cache) -> Subject:
-    return Subject(a_predictor(), cache.config, cache.dataset, cache.scaler, 5, True)
+def evaluation_of(cache) -> EvaluationContext:
+    return EvaluationContext(LatentModel(a_predictor()), cache.config, cache.dataset, cache.scaler, 5)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
@@ -42,7 +43,7 @@ def test_tokens_made_again_are_those_of_a_cache_in_that_dtype(cache, tmp_path, d
         store = WindowIndex(cache.dataset.segments, 6)[number].store
         made = restore(read[0].tokens[row].numpy(), dtype, read_channels(cache.dataset, store))
         assert np.array_equal(made, dequantise(read[1].tokens, read[1].scales)[row].numpy())
-    floor, own = measure_floor(subject_of(cache)), measure_floor(subject_of(other))
+    floor, own = measure_floor(evaluation_of(cache)), measure_floor(evaluation_of(other))
     for measure in ("one_step", "rollout"):
         assert floor.own_errors[dtype][measure] == pytest.approx(own.errors[dtype][measure], abs=1e-6)
     assert own.own_errors == {} and list(own.errors) == [dtype]
@@ -54,17 +55,17 @@ def test_bfloat16_keeps_eight_bits():
 
 
 def test_neighbouring_steps_and_their_distances_are_those_of_the_files(cache, tmp_path):
-    subject, settings = subject_of(cache), cache.config.evaluate
-    floor = measure_floor(subject)
+    evaluation, settings = evaluation_of(cache), cache.config.evaluate
+    floor = measure_floor(evaluation)
     per_episode = {}
-    for segment in subject.held_out_segments():
+    for segment in evaluation.held_out_segments():
         last = segment.stop - segment.start - 6
         for offset in np.linspace(0, last, settings.noise_windows).round().astype(int):
             tokens = np.empty((6, GRID[0] * GRID[1], WIDTH), np.float16)
             cache.dataset.read_tokens(segment.store, segment.start + int(offset), tokens)
             h = torch.nn.functional.layer_norm(torch.from_numpy(tokens).double(), [WIDTH], eps=1e-5).numpy()
             per_episode.setdefault(segment.episode, []).append(np.abs(np.diff(h, axis=0)).mean(axis=(1, 2)))
-    sections = write_noise(subject, tmp_path)
+    sections = write_noise(evaluation, tmp_path)
     expected = np.array(list(per_episode.values()))
     assert floor.adjacent == pytest.approx(expected.reshape(-1, 5), abs=1e-5)
     assert sections["noise"]["adjacent_l1"] == pytest.approx(expected.mean(), abs=1e-5)
@@ -73,7 +74,7 @@ def test_neighbouring_steps_and_their_distances_are_those_of_the_files(cache, tm
 
 
 def test_the_table_and_the_metrics_agree(cache, tmp_path, capsys):
-    sections = write_noise(subject_of(cache), tmp_path)
+    sections = write_noise(evaluation_of(cache), tmp_path)
     assert "noise floor without int4: int4 needs a token width" in capsys.readouterr().err
     with (tmp_path / "measurements/noise.csv").open(newline="") as file:
         rows = {row["dtype"]: row for row in csv.DictReader(file)}

@@ -6,7 +6,7 @@ Claims:
 - what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions, and the other
   goal is a recorded step of another held-out episode, searched for with the same samples;
 - fewer than six episodes never get a "yes";
-- a run that fails leaves the last one as it was; the plain loop gives the energies of ours; equal runs leave equal metrics; a space without motion is refused.
+- a run that fails leaves the last one as it was; equal runs leave equal metrics; a space without motion is refused.
 """
 
 import csv
@@ -22,21 +22,26 @@ from torch import nn
 
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import PlanConfig
-from jepa_cache.evaluation import planning_report
-from jepa_cache.evaluation.motion import end_distances
-from jepa_cache.evaluation.planner import SETTINGS
-from jepa_cache.evaluation.planning_report import (
+from jepa_cache.control.motion import end_distances
+from jepa_cache.control.planner import SETTINGS
+from jepa_cache.evaluation import planning
+from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.evaluation.planning import (
+    OTHER_GOAL,
+    PLAN,
+    RANDOM,
+    ZERO,
+    choose_settings,
     describe_plans,
     describe_timing,
     judge_plans,
     plan_run,
+    score_plans,
     summarize_plans,
 )
-from jepa_cache.evaluation.planning_score import OTHER_GOAL, PLAN, RANDOM, ZERO, choose_settings, score_plans
-from jepa_cache.evaluation.subject import Subject
 from jepa_cache.poses import rotation_angle
 from jepa_cache.predictor.model import PredictorOutput
-from jepa_cache.predictor.rollout import as_reps
+from jepa_cache.predictor.rollout import LatentModel, as_reps
 from jepa_cache.training.trainer import train
 from tests.caches import make_cache, make_config, make_tokens
 from tests.encoded import all_files
@@ -93,8 +98,8 @@ def reps_of(cache, segment) -> torch.Tensor:
     return as_reps(torch.from_numpy(tokens), True)
 
 
-def subject_of(cache, **options) -> Subject:
-    return Subject(World(cache, **options).eval(), cache.config, cache.dataset, cache.scaler, 5, True)
+def evaluation_of(cache, **options) -> EvaluationContext:
+    return EvaluationContext(LatentModel(World(cache, **options).eval()), cache.config, cache.dataset, cache.scaler, 5)
 
 
 # --- distances ------------------------------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def test_view_ends_are_compared_on_the_circle_and_between_directions():
 @pytest.fixture(scope="module")
 def score(cache):
     """Of the predictor that knows the world."""
-    return score_plans(subject_of(cache))
+    return score_plans(evaluation_of(cache))
 
 
 # --- the score ------------------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def test_fewer_than_six_episodes_never_get_a_yes(cache, score):
 
 
 def test_a_predictor_that_ignores_its_actions_is_not_called_a_planner(cache):
-    score = score_plans(replace(subject_of(cache, blind=True), config=quick_config(cache)))
+    score = score_plans(replace(evaluation_of(cache, blind=True), config=quick_config(cache)))
     metrics = summarize_plans(score, cache.config)
     verdict = judge_plans(metrics, score)
     assert verdict[ZERO]["answer"] != "yes"
@@ -217,7 +222,7 @@ def test_what_plans_are_compared_with_follows_from_the_recorded_actions(cache, s
 def test_the_search_is_repeatable_and_another_seed_is_another_search(cache):
     quick = quick_config(cache)
     scores = [
-        score_plans(replace(subject_of(cache), config=replace(quick, plan=replace(quick.plan, seed=seed))))
+        score_plans(replace(evaluation_of(cache), config=replace(quick, plan=replace(quick.plan, seed=seed))))
         for seed in (0, 0, 1)
     ]
     planned = [[record.planned.tolist() for record in score.records] for score in scores]
@@ -235,7 +240,7 @@ def trained(cache, tmp_path_factory):
 def test_a_run_that_fails_while_it_draws_leaves_the_last_one_as_it_was(cache, trained, tmp_path, monkeypatch):
     plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
     before = all_files(tmp_path)
-    monkeypatch.setattr(planning_report, "draw_plans", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(planning, "draw_plans", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
     assert len(before) == 4 and all_files(tmp_path) == before
@@ -255,14 +260,11 @@ def test_a_run_leaves_metrics_times_a_table_and_a_picture(cache, trained, tmp_pa
     words = describe_plans(metrics)
     assert "camera_deg, plans end nearer than not moving" in words and "random weights" not in words
     assert "random weights" in describe_plans(metrics | {"encoder_trained": False})
-    # The plain loop: float32 sums in another order; energies are of order 1.
-    timing = metrics["timing"]
-    assert timing["speed_up_over_plain_loop"] > 0 and timing["samples_per_s"] > 0
-    assert timing["largest_energy_difference"] < 1e-5
+    assert metrics["timing"]["samples_per_s"] > 0
 
 
 def test_a_space_without_motion_is_refused(cache):
-    blind = subject_of(cache)
+    blind = evaluation_of(cache)
     blind.dataset.space, space = replace(blind.dataset.space, name="vector_sum2x2"), blind.dataset.space
     try:
         with pytest.raises(ValueError, match="does not say where an action leads"):
@@ -298,16 +300,14 @@ def test_settings_that_cannot_work_are_refused(override, words):
 
 
 def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_last_action(cache, monkeypatch):
-    from jepa_cache.evaluation import planning_score
-
-    given, real = [], planning_score.plan_actions
+    given, real = [], planning.plan_actions
 
     def spy(predictor, context, goal, motion, settings, **options):
         given.append((context, goal, settings.horizon, options["base_action"], options["noise"]))
         return real(predictor, context, goal, motion, settings, **options)
 
-    monkeypatch.setattr(planning_score, "plan_actions", spy)
-    records = score_plans(replace(subject_of(cache), config=quick_config(cache))).records
+    monkeypatch.setattr(planning, "plan_actions", spy)
+    records = score_plans(replace(evaluation_of(cache), config=quick_config(cache))).records
     held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
     wanted, others = given[::2], given[1::2]
     for (context, _, horizon, base, noise), again in zip(wanted, others, strict=True):

@@ -16,14 +16,27 @@ import pytest
 from PIL import Image
 
 from jepa_cache.actions import Column
-from jepa_cache.evaluation.action_plots import HELD_OUT, draw_actions, read_segment_actions
-from jepa_cache.evaluation.animation import GAP, LINE, PANEL_WIDTH, write_animation
-from jepa_cache.evaluation.colours import fit_colours
-from jepa_cache.evaluation.pictures import NUM_STRIPS
-from jepa_cache.evaluation.plots import LABELS, Strip, draw_horizon, draw_strip, list_series
-from jepa_cache.evaluation.report import evaluate_run
-from jepa_cache.evaluation.strips import build_strips, fit_window_colours, spread_positions
-from jepa_cache.evaluation.subject import open_subject
+from jepa_cache.evaluation.context import open_evaluation
+from jepa_cache.evaluation.pictures import (
+    GAP,
+    HELD_OUT,
+    LABELS,
+    LINE,
+    NUM_STRIPS,
+    PANEL_WIDTH,
+    Strip,
+    build_strips,
+    draw_actions,
+    draw_horizon,
+    draw_strip,
+    fit_colours,
+    fit_window_colours,
+    list_series,
+    read_segment_actions,
+    spread_positions,
+    write_animation,
+)
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
@@ -168,11 +181,11 @@ def recorded(tmp_path, monkeypatch) -> tuple[Cache, dict[str, bytes]]:
 def strip_of(cache: Cache, position: int) -> tuple[Strip, str, int]:
     config, folder = cache.config, cache.folder
     weights = train(config, cache.dataset, cache.scaler, folder / "train/run", base=folder).weights
-    subject = open_subject(config, cache.dataset, weights)
-    errors = measure_windows(subject)
-    (strip,) = build_strips([position], errors, subject, fit_window_colours(errors, subject))
-    window = errors.index[errors.numbers[position]]
-    segment = errors.index.segments[window.segment]
+    evaluation = open_evaluation(config, cache.dataset, weights)
+    errors = measure_windows(evaluation)
+    (strip,) = build_strips([position], errors, evaluation, fit_window_colours(errors, evaluation))
+    window = errors.chosen.windows[position]
+    segment = errors.chosen.segments[position]
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][position], atol=1e-5)
     return strip, segment.episode, window.start - segment.start
 
@@ -192,15 +205,15 @@ def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):
 def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recorded):
     cache, _ = recorded
     weights = train(cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder).weights
-    subject = open_subject(cache.config, cache.dataset, weights)
-    errors = measure_windows(subject)
-    colours = fit_window_colours(errors, subject)
-    together = build_strips([0, 1], errors, subject, colours)
-    assert np.allclose(build_strips([1], errors, subject, colours)[0].true, together[1].true, atol=1e-5)
-    overlap = errors.index[errors.numbers[1]].start - errors.index[errors.numbers[0]].start
+    evaluation = open_evaluation(cache.config, cache.dataset, weights)
+    errors = measure_windows(evaluation)
+    colours = fit_window_colours(errors, evaluation)
+    together = build_strips([0, 1], errors, evaluation, colours)
+    assert np.allclose(build_strips([1], errors, evaluation, colours)[0].true, together[1].true, atol=1e-5)
+    overlap = errors.chosen.windows[1].start - errors.chosen.windows[0].start
     assert 0 < overlap < len(together[0].true)
     assert np.allclose(together[0].true[overlap:], together[1].true[:-overlap], atol=1e-6), "the same steps, twice"
-    segments = subject.held_out_segments()
+    segments = evaluation.held_out_segments()
     actions = read_segment_actions(cache.dataset, segments)
     assert len(actions) == sum(segment.stop - segment.start - 1 for segment in segments) and np.isfinite(actions).all()
 

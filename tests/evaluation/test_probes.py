@@ -19,9 +19,15 @@ from sklearn.metrics import balanced_accuracy_score, mean_squared_error
 
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.evaluation import probe_heads
-from jepa_cache.evaluation.probe_heads import RIDGE_PENALTIES, fit_label, fit_linear
-from jepa_cache.evaluation.probe_inputs import StepFeatures, read_sample
-from jepa_cache.evaluation.probe_scores import draw_episodes
+from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.evaluation.probe_heads import (
+    RIDGE_PENALTIES,
+    StepFeatures,
+    draw_episodes,
+    fit_label,
+    fit_linear,
+    read_sample,
+)
 from jepa_cache.evaluation.probes import (
     CLASSIFICATION,
     INVERSE_DYNAMICS,
@@ -32,7 +38,7 @@ from jepa_cache.evaluation.probes import (
     score_heads,
     summarize_probes,
 )
-from jepa_cache.evaluation.subject import Subject
+from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.controls import ControlsWriter
 from jepa_cache.store.recipe import canonical_json
 from tests.caches import make_cache, make_config
@@ -193,9 +199,9 @@ def cache(tmp_path_factory):
     return cache
 
 
-def subject_of(cache, *overrides, dataset=None):
+def evaluation_of(cache, *overrides, dataset=None):
     config = replace(cache.config, evaluate=make_config(*overrides).evaluate)
-    return Subject(torch.nn.Linear(1, 1), config, dataset or cache.dataset, cache.scaler, 5, True)
+    return EvaluationContext(LatentModel(torch.nn.Linear(1, 1)), config, dataset or cache.dataset, cache.scaler, 5)
 
 
 class OtherHeldOut:
@@ -223,8 +229,8 @@ class OtherHeldOut:
 
 
 def test_held_out_episodes_never_change_a_fitted_head(cache):
-    other = OtherHeldOut(cache.dataset, subject_of(cache).held_out_segments())
-    one, two = (measure_probes(subject_of(cache, dataset=dataset)) for dataset in (None, other))
+    other = OtherHeldOut(cache.dataset, evaluation_of(cache).held_out_segments())
+    one, two = (measure_probes(evaluation_of(cache, dataset=dataset)) for dataset in (None, other))
     assert one.heads.keys() == two.heads.keys() and len(one.heads) == 4
     compared = 0
     for name, heads in one.heads.items():
@@ -249,7 +255,7 @@ def test_held_out_episodes_never_change_a_fitted_head(cache):
 
 
 def test_the_yaw_is_found_in_tokens_that_are_waves_of_it(cache, tmp_path):
-    sections = run_probes(subject_of(cache), tmp_path)
+    sections = run_probes(evaluation_of(cache), tmp_path)
     canonical_json(sections)  # no NaN
     found, notes = sections["probe"], sections["probe_notes"]
     assert found["state_yaw_r2"] > 0.9
@@ -272,7 +278,7 @@ def test_the_yaw_is_found_in_tokens_that_are_waves_of_it(cache, tmp_path):
 
 
 def test_only_the_probes_that_are_named_are_measured_and_an_unknown_name_is_refused(cache):
-    probed = measure_probes(subject_of(cache, "evaluate.probes=[inverse_dynamics]"))
+    probed = measure_probes(evaluation_of(cache, "evaluate.probes=[inverse_dynamics]"))
     assert {score.probe for score in probed.scores} == set(probed.heads) == {INVERSE_DYNAMICS}
     with pytest.raises(ConfigError, match=r"evaluate\.probes.*inverse_dynamics"):
         make_config("evaluate.probes=[inverse_dynamic]")
@@ -284,8 +290,8 @@ def test_the_predictor_sees_layer_normed_tokens_and_so_do_the_probes(cache, monk
     monkeypatch.setattr(
         StepFeatures, "_rows", lambda self, reps: np.zeros((*reps.shape[:2], self.width), np.float32), raising=False
     )
-    subject = subject_of(cache)
-    sample = read_sample(subject, subject.training_segments(), num_steps=2)
+    evaluation = evaluation_of(cache)
+    sample = read_sample(evaluation, evaluation.training_segments(), num_steps=2)
     reps = torch.cat(seen)
     assert reps.mean(dim=-1).abs().max() < 1e-3 and (reps.std(dim=-1, correction=0) - 1).abs().max() < 1e-2
     assert len(sample.features) == len(reps) == len(sample.actions) == len(sample.episodes)

@@ -8,8 +8,8 @@ Claims:
 import numpy as np
 import pytest
 
-from jepa_cache.evaluation.controls import SHUFFLED
-from jepa_cache.evaluation.slices import WindowFacts, slice_table, worst_table
+from jepa_cache.data.ablations import SHUFFLED
+from jepa_cache.evaluation.figures import WindowFacts, slice_table, worst_table
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
 
@@ -21,7 +21,7 @@ def make_errors(copied: np.ndarray = 2 * ERRORS) -> WindowErrors:
     """Six windows of two predicted steps."""
     errors = {MODEL: ERRORS, SHUFFLED: ERRORS + 1, COPY_LAST: copied}
     l1 = {name: np.stack([values, values], axis=1) for name, values in errors.items()}
-    return WindowErrors(EPISODES, {"l1": l1}, {"l1": l1}, index=None, numbers=list(range(6)), num_fitted_steps=0)
+    return WindowErrors(EPISODES, {"l1": l1}, {"l1": l1}, chosen=None, num_fitted_steps=0)
 
 
 def make_facts(**changes) -> WindowFacts:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import normalize_tokens, open_loop
+from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
 
 GRID = (2, 3)
 SIZES = {
@@ -209,6 +209,6 @@ def test_a_residual_predictor_that_has_learned_nothing_copies_the_last_step():
     predictor, given = build(residual=True), inputs()
     predictor.predictor_proj.weight.zero_()
     predictor.predictor_proj.bias.zero_()
-    rolled = open_loop(predictor, given[0][:, :2], given[1], given[2], 3)
+    rolled = LatentModel(predictor).open_loop(given[0][:, :2], given[1], given[2], 3)
     for step in range(3):
         torch.testing.assert_close(rolled[:, step], normalize_tokens(given[0][:, 1]), atol=1e-4, rtol=0)

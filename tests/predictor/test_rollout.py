@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import as_reps, normalize_tokens, open_loop, predict_both_ways, teacher_forcing
+from jepa_cache.predictor.rollout import LatentModel, as_reps, normalize_tokens, teacher_forcing
 
 
 def build(use_extrinsics: bool = False) -> ACPredictor:
@@ -50,7 +50,7 @@ def test_open_loop_equals_a_growing_context_from_scratch(use_extrinsics: bool, n
         n = seen.shape[1]
         out = predictor(seen, actions[:, :n], states[:, :n], None if camera is None else camera[:, :n]).tokens[:, -1:]
         seen = torch.cat([seen, F.layer_norm(out, (10,), eps=1e-5) if normalize_reps else out], dim=1)
-    ours = open_loop(predictor, tokens, actions, states, horizon, extrinsics=camera, normalize_reps=normalize_reps)
+    ours = LatentModel(predictor, normalize_reps).open_loop(tokens, actions, states, horizon, extrinsics=camera)
     torch.testing.assert_close(ours, seen[:, context:], atol=1e-10, rtol=1e-10)
 
 
@@ -58,7 +58,7 @@ def test_open_loop_equals_a_growing_context_from_scratch(use_extrinsics: bool, n
 def test_first_rollout_step_is_the_last_teacher_forced_step():
     predictor, tokens, actions, states = build(), draw(2, 4, 4, 10), draw(2, 3, 5), draw(2, 4, 3)
     forced = teacher_forcing(predictor, tokens, actions, states)
-    rolled = open_loop(predictor, tokens[:, :3], actions, states[:, :3], 1)
+    rolled = LatentModel(predictor).open_loop(tokens[:, :3], actions, states[:, :3], 1)
     torch.testing.assert_close(rolled[:, 0], forced[:, -1], atol=1e-12, rtol=0)
 
 
@@ -66,12 +66,12 @@ def test_first_rollout_step_is_the_last_teacher_forced_step():
 @torch.no_grad()
 def test_both_ways_at_once_equal_each_alone(num_forced: int, num_context: int, horizon: int):
     predictor, tokens, actions, states = build(), draw(2, 6, 4, 10), draw(2, 5, 5), draw(2, 6, 3)
-    both = predict_both_ways(
-        predictor, tokens, actions, states, num_forced=num_forced, num_context=num_context, horizon=horizon
+    both = LatentModel(predictor).both_ways(
+        tokens, actions, states, num_forced=num_forced, num_context=num_context, horizon=horizon
     )
     forced = teacher_forcing(predictor, tokens[:, : num_forced + 1], actions[:, :num_forced], states)
     rows = num_context + horizon - 1
-    rolled = open_loop(predictor, tokens[:, :num_context], actions[:, :rows], states[:, :rows], horizon)
+    rolled = LatentModel(predictor).open_loop(tokens[:, :num_context], actions[:, :rows], states[:, :rows], horizon)
     torch.testing.assert_close(both.teacher_forced, forced, atol=1e-12, rtol=0)
     torch.testing.assert_close(both.open_loop, rolled, atol=1e-10, rtol=0)
 
@@ -99,9 +99,9 @@ def test_tokens_are_normalised_in_float32(dtype: torch.dtype):
 
 def test_rollout_refuses_rows_that_do_not_fit_the_horizon():
     with pytest.raises(ValueError, match="actions must have 4 rows"):
-        open_loop(build(), draw(1, 2, 4, 10), draw(1, 3, 5), draw(1, 4, 3), 3)
+        LatentModel(build()).open_loop(draw(1, 2, 4, 10), draw(1, 3, 5), draw(1, 4, 3), 3)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
-        open_loop(build(), draw(1, 2, 4, 10), draw(1, 1, 5), draw(1, 1, 3), 0)
+        LatentModel(build()).open_loop(draw(1, 2, 4, 10), draw(1, 1, 5), draw(1, 1, 3), 0)
 
 
 @pytest.mark.parametrize("normalize_reps", [True, False])

@@ -1,0 +1,1 @@
+"""Planning over a trained world model: what may move, where actions lead, and the search for those that reach a goal."""

@@ -1,0 +1,244 @@
+"""What an evaluation holds: trained weights, the cached episodes that they never saw, and the way through their windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from jepa_cache.config.machine import resolve_device
+from jepa_cache.config.schema import Config
+from jepa_cache.data.cache import CachedDataset, Segment, open_dataset
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
+from jepa_cache.data.scaler import Scaler, scaler_from_json
+from jepa_cache.data.splits import TRAIN, VAL
+from jepa_cache.data.windows import Window, WindowIndex, spread_windows
+from jepa_cache.predictor.checkpoints import load_predictor, read_card
+from jepa_cache.predictor.rollout import LatentModel
+
+OF_THE_MACHINE = (
+    "device",
+    "keep_ranges",  # known by its content, which the segments show
+    "log_every",
+    "num_threads",
+    "validate_every",
+)  # move no weight, so weights may differ in them
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """A trained model with the data set it is measured on; every measurement takes one."""
+
+    model: LatentModel  # its predictor in eval mode, on its device
+    config: Config  # its evaluate, split and filter sections count
+    dataset: CachedDataset
+    scaler: Scaler  # the one it was trained with
+    window_steps: int  # T of its training windows
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictor is."""
+        return next(self.model.predictor.parameters()).device
+
+    @property
+    def features(self) -> str:
+        """What the figures are of, for pictures: data set and encoder, and whether that was trained."""
+        manifest = self.dataset.manifest
+        untrained = "" if manifest.encoder_trained else " (untrained: figures are relative)"
+        return f"dataset {manifest.dataset}, encoder {manifest.encoder}{untrained}"
+
+    def training_segments(self) -> list[Segment]:
+        """Segments of the training episodes, cut by the filters."""
+        return self.dataset.segments_of(TRAIN, self.config.split, self.config.filter)
+
+    def held_out_segments(self) -> list[Segment]:
+        """Segments of the held-out episodes, cut by the filters."""
+        return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
+
+    def iter_windows(
+        self, chosen: ChosenWindows, title: str, *, batch_size: int | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[slice, Batch, Tensor]]:
+        """Read windows batch by batch, with a progress bar.
+
+        Args:
+            chosen: From `choose_windows`.
+            title: What the bar says.
+            batch_size: Windows at a time; `evaluate.batch_size` by default.
+            device: Where to compute; the predictor's by default.
+
+        Yields:
+            The rows of the batch among the chosen windows; the batch, on the device; and its tokens h [B, T, N, D] as the model
+            sees them.
+        """
+        size = batch_size or self.config.evaluate.batch_size
+        numbers, device = chosen.numbers, device or self.device
+        chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks)
+        first = 0
+        for batch in tqdm(batches, total=len(chunks), desc=title, unit="batch", dynamic_ncols=True):
+            on_device = to_device(batch, device)
+            rows = slice(first, first + len(batch.numbers))
+            yield rows, on_device, self.model.as_reps(on_device.tokens)
+            first = rows.stop
+
+    def read_windows(
+        self, index: WindowIndex, numbers: Sequence[int], device: torch.device | None = None
+    ) -> tuple[Batch, Tensor]:
+        """Read a few windows at once: the batch on the device, and its tokens h [B, T, N, D] as the model sees them."""
+        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
+        return batch, self.model.as_reps(batch.tokens)
+
+
+class Picture(NamedTuple):
+    """A file in pictures/, what it shows, and what to look for; a wide one scrolls on a phone."""
+
+    name: str
+    alt: str
+    caption: str
+    wide: bool = False
+
+
+class Measurement(NamedTuple):
+    """An optional measurement with all that the report says of it; the registry is `run.MEASUREMENTS`.
+
+    Attributes:
+        name: In `evaluate.measure`.
+        section: Of metrics.json; `<section>_ci` holds its intervals.
+        run: Writes tables and pictures into the folder and returns the sections of metrics.json.
+        heading: Of its part of report.html.
+        explanation: What its figures show and what to look for.
+        tables: Files in measurements/ that the report shows.
+        pictures: Files in pictures/ that the report shows.
+    """
+
+    name: str
+    section: str
+    run: Callable[[EvaluationContext, Path], dict[str, Any]]
+    heading: str
+    explanation: str
+    tables: tuple[str, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+class ChosenWindows(NamedTuple):
+    """Some of the windows of an index, in the order in which they are measured."""
+
+    index: WindowIndex
+    numbers: list[int]
+
+    @property
+    def windows(self) -> list[Window]:
+        """Where each lies."""
+        return [self.index[number] for number in self.numbers]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segment that each lies in."""
+        return [self.index.segments[window.segment] for window in self.windows]
+
+    @property
+    def episodes(self) -> list[str]:
+        """Key of each window's episode."""
+        return [segment.episode for segment in self.segments]
+
+
+def choose_windows(
+    segments: Sequence[Segment], num_steps: int, per_episode: int, *, limit: int | None = None
+) -> ChosenWindows:
+    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer.
+
+    Raises:
+        ValueError: No segment is long enough.
+    """
+    index = WindowIndex(segments, num_steps)
+    numbers = spread_windows(index, per_episode)
+    if limit is not None and len(numbers) > limit:
+        numbers = [numbers[pick] for pick in np.linspace(0, len(numbers) - 1, limit).round().astype(int)]
+    return ChosenWindows(index, numbers)
+
+
+def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
+    """The cached features and the weights that a stage which measures a training begins with.
+
+    Args:
+        config: The present settings.
+        root: Of the checkout, below which earlier stages left their outputs.
+
+    Raises:
+        ValueError: As `open_dataset` and `check_settings`.
+    """
+    weights = root / "outputs/train/run/predictor.safetensors"
+    dataset = open_dataset(config, root)
+    check_settings(config, weights)
+    return dataset, weights
+
+
+def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> EvaluationContext:
+    """Load trained weights for an evaluation on a data set.
+
+    Args:
+        config: The present settings; `train.device` says where to compute.
+        dataset: The cached features.
+        weights: predictor.safetensors of a training run; brings its own scaler.
+
+    Raises:
+        ValueError: The weights are missing, or were trained on other features, actions or episodes.
+    """
+    _check_present(weights)
+    predictor, card = load_predictor(weights)
+    for name, then, now, way_out in (
+        ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint, "encode as then"),
+        ("action space", card["action_space"], dataset.space.name, "encode as then"),
+        (
+            "split",
+            card["description"]["split"],
+            asdict(config.split),
+            "set split.* as then: it decides what was held out",
+        ),
+    ):
+        if then != now:
+            raise ValueError(
+                f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
+            )
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = resolve_device("train.device", config.train.device, num_gpus)
+    return EvaluationContext(
+        LatentModel(predictor.to(device).eval(), card["normalize_reps"]),
+        config,
+        dataset,
+        scaler_from_json(card["scaler"]),
+        card["window_steps"],
+    )
+
+
+def check_settings(config: Config, weights: Path) -> None:
+    """Refuse weights of another training: those of an earlier run still lie there when the one asked for was interrupted.
+
+    Raises:
+        ValueError: Naming every setting that differs, or when the weights are missing.
+    """
+    _check_present(weights)
+    description = read_card(weights)["description"]
+    now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
+    differing = [
+        f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
+        for section in now
+        for key, then in description[section].items()
+        if key not in OF_THE_MACHINE and now[section].get(key) != then
+    ]
+    if differing:
+        raise ValueError(
+            f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
+            "settings, or evaluate with those"
+        )
+
+
+def _check_present(weights: Path) -> None:
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")

@@ -1,0 +1,199 @@
+"""What a plan promises, beside the reference implementation's results (tests/test_golden.py).
+
+Claims:
+- a longer context gives the energies of one pass over all of it, and the samples of a pass do not change them;
+- the search finds the action after which a world that is known sees its goal;
+- fixed columns stay 0, limits hold, the gripper closes when asked to, and the returned states are where the actions lead;
+- the actions of a plan are what is carried out: they end where the state does, and lead where the search's own lead;
+- views: the mouse follows the turn, yaw wraps and pitch stops at straight up and down;
+- spaces that do not say where an action leads, columns that are not searched, wrong shapes, limits, energies that are not finite and a
+  gripper that cannot close are refused.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_cache.actions import get_action_space
+from jepa_cache.control.motion import build_motion
+from jepa_cache.control.planner import SETTINGS, Context, PlannerSettings, plan_actions
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import LatentModel, as_reps
+
+POSE = get_action_space("pose7")
+QUICK = PlannerSettings(horizon=2, num_samples=12, num_elites=4, num_rounds=2, mean_momentum=0.15, std_momentum=0.15)
+
+
+def make_world(num_context=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    predictor = ACPredictor(
+        embed_dim=8, predictor_dim=16, depth=2, num_heads=2, action_dim=7, state_dim=7, grid=(2, 2)
+    ).eval()
+    for parameter in predictor.parameters():  # wide weights: actions must move the tokens
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    tokens = as_reps(torch.randn(num_context + 1, 4, 8, generator=generator), True)
+    numbers = np.random.default_rng(seed)
+    states = numbers.uniform(-0.3, 0.3, (num_context, 7)) + np.array([0, 0, 0, 0, 0, 0, 0.5])
+    actions = numbers.uniform(-0.05, 0.05, (num_context - 1, 7))
+    return LatentModel(predictor), Context(tokens[:-1], actions, states), tokens[-1]
+
+
+def test_a_longer_context_gives_the_energies_of_one_pass_over_all_of_it():
+    model, context, goal = make_world()
+    motion, settings = build_motion(POSE), replace(QUICK, horizon=1, num_rounds=1)
+    plan = plan_actions(model, context, goal, motion, settings, seed=3)
+    noise = np.random.default_rng(3).standard_normal((1, 1, 12, 4))
+    searched = np.clip(noise[0, 0] * motion.first_std, -motion.limit, motion.limit)
+    for number, action in enumerate(motion.actions(searched, np.zeros(7))):
+        rows = torch.tensor(np.concatenate([context.actions, action[None]]), dtype=torch.float32)[None]
+        states = torch.tensor(context.states, dtype=torch.float32)[None]
+        with torch.no_grad():
+            seen = as_reps(model.predictor(context.tokens[None], rows, states).tokens[:, -1], True)
+        assert plan.energies[0, number] == pytest.approx(float((seen[0] - goal).abs().mean()), abs=1e-5)
+
+
+def test_the_samples_of_a_pass_change_nothing():
+    model, context, goal = make_world()
+    plans = [plan_actions(model, context, goal, build_motion(POSE), QUICK, batch_size=size) for size in (None, 5, 1)]
+    for plan in plans[1:]:
+        np.testing.assert_allclose(plan.energies, plans[0].energies, atol=1e-5)
+        np.testing.assert_allclose(plan.actions, plans[0].actions, atol=1e-5)
+
+
+def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
+    def known(tokens, actions, states, extrinsics, past):
+        """Tokens that show where the hand is after the action."""
+        place = (states + actions)[..., None, :3].expand(*tokens.shape[:3], 3)
+        return SimpleNamespace(tokens=place, past=past)
+
+    context = Context(torch.zeros(1, 4, 3), np.zeros((0, 7)), np.zeros((1, 7)))
+    target = torch.tensor([0.03, -0.02, 0.04])
+    settings = PlannerSettings(1, 200, 10, 12, 0.15, 0.15)
+    plan = plan_actions(
+        LatentModel(known, False), context, target.expand(4, 3), build_motion(POSE), settings, base_action=np.zeros(7)
+    )
+    np.testing.assert_allclose(plan.actions[0, :3], target, atol=2e-3)
+    assert not plan.actions[0, 3:6].any() and plan.energies[-1].mean() < plan.energies[0].mean()
+
+
+def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
+    model, context, goal = make_world()
+    motion = build_motion(POSE, max_step_m=0.075, max_rotation_rad=0.1, fixed=("dy",))
+    assert len(motion.names) == 6 and len(build_motion(POSE).names) == 4
+    plan = plan_actions(model, context, goal, motion, replace(QUICK, close_gripper_from=1))
+    assert (np.abs(plan.actions[:, :3]) <= 0.075).all() and (np.abs(plan.actions[:, 3:6]) <= 0.1).all()
+    assert not plan.actions[:, 1].any() and plan.actions[:, 3:6].any()
+    assert plan.found[1, 6] > 0.9 and plan.states[2, 6] == 1 and abs(plan.found[0, 6]) <= 0.75
+    np.testing.assert_allclose(plan.states[1], motion.integrate(plan.states[0], plan.actions[0]))
+    np.testing.assert_allclose(plan.states[0], context.states[-1])
+
+
+@pytest.mark.parametrize("gripper", [0.0, 1.0, 0.3])
+def test_a_gripper_that_is_open_or_closed_is_not_told_to_go_further(gripper):
+    model, context, goal = make_world()
+    context.states[-1, 6] = gripper
+    plan = plan_actions(model, context, goal, build_motion(POSE), replace(QUICK, horizon=6))
+    np.testing.assert_allclose(np.diff(plan.states[:, 6]), plan.actions[:, 6], atol=1e-12)
+    np.testing.assert_array_equal(plan.actions[:, :6], plan.found[:, :6])
+    for before, action, after in zip(plan.states[:-1], plan.actions, plan.states[1:], strict=True):
+        np.testing.assert_allclose(build_motion(POSE).integrate(before, action), after, atol=1e-12)
+    assert not np.array_equal(plan.actions, plan.found), "six random steps of up to 0.75 reach an end"
+
+
+@pytest.mark.parametrize("name", ["vpt13", "vpt25"])
+def test_in_a_view_what_is_carried_out_ends_straight_up_with_the_mouse_that_it_takes(name):
+    space = get_action_space(name)
+    motion, columns = build_motion(space), [column.name for column in space.actions]
+    actions = motion.actions(np.array([[15.0, -6.0], [15.0, -1.0]]), np.zeros(len(columns)))
+    states = np.array([[170.0, -88.0], [0.0, -30.0]])
+    carried = motion.carried_out(states, actions)
+    np.testing.assert_allclose(carried[:, motion.columns], [[15.0, -2.0], [15.0, -1.0]])
+    np.testing.assert_array_equal(motion.integrate(states, carried), motion.integrate(states, actions))
+    if name == "vpt13":
+        assert carried[0, columns.index("mouse_dy")] == pytest.approx(-2.0 / 0.15)
+
+
+@pytest.mark.parametrize("name", ["vpt13", "vpt25"])
+def test_in_a_view_the_mouse_follows_the_turn_yaw_wraps_and_pitch_stops(name):
+    space = get_action_space(name)
+    motion, columns = build_motion(space), [column.name for column in space.actions]
+    base = np.zeros(len(columns))
+    action = motion.actions(np.array([15.0, -6.0]), base)
+    if name == "vpt13":
+        assert action[columns.index("mouse_dx")] == pytest.approx(100.0)
+        assert action[columns.index("mouse_dy")] == pytest.approx(-40.0)
+    np.testing.assert_allclose(motion.integrate(np.array([170.0, -88.0]), action), [-175.0, -90.0])
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match="does not say where an action leads"):
+        build_motion(get_action_space("vector_sum2x2"))
+    with pytest.raises(ValueError, match=r"only searched columns can be fixed .*got drx"):
+        build_motion(POSE, fixed=("drx",))
+    with pytest.raises(ValueError, match="elites"):
+        replace(QUICK, num_elites=13)
+    for key in ("mean_momentum", "std_momentum", "gripper_mean_momentum", "gripper_std_momentum"):
+        for share in (5.0, 1.0, -0.1, np.nan):
+            with pytest.raises(ValueError, match=rf"{key} is the share of the old value that stays, .*got {share}"):
+                replace(QUICK, **{key: share})
+    model, context, goal = make_world()
+    with pytest.raises(ValueError, match="as many states and one action less"):
+        plan_actions(model, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
+    for shape in ((3, 8), (1, 4, 8), (4, 1)):
+        with pytest.raises(ValueError, match=r"goal's tokens must be \[N, E\] = \[4, 8\]"):
+            plan_actions(model, context, torch.zeros(shape), build_motion(POSE), QUICK)
+    for wrong in ({"tokens": context.tokens.flatten(0, 1)}, {"states": context.states[0]}, {"actions": np.zeros(0)}):
+        with pytest.raises(ValueError, match=r"a context is tokens \[C, N, E\]"):
+            plan_actions(model, context._replace(**wrong), goal, build_motion(POSE), QUICK)
+    empty = Context(context.tokens[:0], np.zeros((0, 7)), context.states[:0])
+    with pytest.raises(ValueError, match="at least one step"):
+        plan_actions(model, empty, goal, build_motion(POSE), QUICK)
+
+
+def test_energies_that_cannot_be_ranked_are_refused():
+    model, context, goal = make_world()
+    goal = goal.clone()
+    goal[0, 0] = np.nan
+    with pytest.raises(ValueError, match="round 0 has 12 energies of 12 that are not finite"):
+        plan_actions(model, context, goal, build_motion(POSE), QUICK)
+
+
+def test_a_gripper_that_cannot_close_is_refused_and_one_that_closes_too_late_stays_open():
+    model, context, goal = make_world()
+    with pytest.raises(ValueError, match="counts steps of the plan from 0; got -1"):
+        replace(QUICK, close_gripper_from=-1)
+    with pytest.raises(ValueError, match=r"no gripper is searched \(dx, dy, dz\)"):
+        plan_actions(
+            model, context, goal, build_motion(POSE, fixed=("dgripper",)), replace(QUICK, close_gripper_from=0)
+        )
+    plans = [
+        plan_actions(model, context, goal, build_motion(POSE), replace(QUICK, close_gripper_from=step))
+        for step in (None, 2)
+    ]
+    np.testing.assert_array_equal(plans[0].actions, plans[1].actions)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_step_m": 0.0},
+        {"max_step_m": np.nan},
+        {"max_turn_deg": -1.0},
+        {"max_turn_deg": 181.0},
+        {"max_rotation_rad": 3.2},
+        {"max_rotation_rad": -0.1},
+        {"max_step_m": np.inf},
+    ],
+    ids=str,
+)
+def test_limits_that_leave_nothing_to_search_are_refused(limits):
+    with pytest.raises(ValueError, match="must be above 0 and max_rotation_rad not below 0"):
+        build_motion(POSE, **limits)
+
+
+def test_published_settings_are_four():
+    assert set(SETTINGS) == {"cem", "world_model", "notebook", "paper"}
