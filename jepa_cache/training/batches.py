@@ -33,12 +33,6 @@ class TrainingData:
     def __init__(self, config: Config, dataset: CachedDataset, scaler: Scaler, accelerator: Accelerator) -> None:
         """Index the windows of both splits.
 
-        Args:
-            config: Its `train` and `split` sections count.
-            dataset: The cached features.
-            scaler: Fitted on the training episodes.
-            accelerator: Its device, rank and number of processes.
-
         Raises:
             ValueError: When no training segment holds a window.
         """

@@ -218,16 +218,7 @@ class Uploader:
     """
 
     def __init__(self, run: Path, remote: str, every_s: float) -> None:
-        """Reach the remote store.
-
-        Args:
-            run: Local folder of the run; its name is the run's id.
-            remote: Folder URL, as `train.upload_to`.
-            every_s: Seconds between uploads.
-
-        Raises:
-            UploadError: It cannot be reached, or its protocol is unknown or needs a package that is not installed.
-        """
+        """Reach the remote store, a folder URL, for the run in a local folder."""
         self._run, self._every_s = run, every_s
         self._files, folder = _connect(remote)
         self._folder = f"{folder}/{run.name}"
@@ -265,13 +256,7 @@ class Uploader:
 
 
 def upload_run(run: Path, files: AbstractFileSystem, folder: str) -> None:
-    """Bring the remote copy of a run up to date: new checkpoints, the CSV, and removal of what was rotated away.
-
-    Args:
-        run: Local folder.
-        files: The remote file system.
-        folder: Of this run on it.
-    """
+    """Bring the remote copy of a run up to date: new checkpoints, the CSV, and removal of what was rotated away."""
     with tempfile.TemporaryDirectory(dir=run, prefix=".upload-") as name:
         snapshot = Path(name)
         kept = _link_checkpoints(run / FOLDER, snapshot)
@@ -298,15 +283,7 @@ def upload_run(run: Path, files: AbstractFileSystem, folder: str) -> None:
 def download_run(run: Path, remote: str) -> str | None:
     """Fetch the newest whole checkpoint and the CSV of a run that this machine has not.
 
-    Args:
-        run: Local folder of the run; its name is the run's id.
-        remote: Folder URL, as `train.upload_to`.
-
-    Returns:
-        Where it came from, None when the remote store has no checkpoint of this run.
-
-    Raises:
-        UploadError: The remote store cannot be reached or read.
+    Returns where it came from, None when the remote store has no checkpoint of this run.
     """
     files, base = _connect(remote)
     folder = f"{base}/{run.name}"

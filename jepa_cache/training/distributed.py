@@ -54,15 +54,7 @@ def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
 
 
 def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:
-    """Refuse processes that would train something other than the first one does.
-
-    Args:
-        accelerator: The processes.
-        description: Of this one's run, see `run.describe_run`.
-
-    Raises:
-        ValueError: Settings, manifest, scaler or code differ; in every process, with each difference.
-    """
+    """Raise a ValueError in every process that lists what differs in settings, manifest, scaler or code of one."""
     if accelerator.num_processes == 1:
         return
     own = json.loads(canonical_json(description))

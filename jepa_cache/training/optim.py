@@ -75,13 +75,7 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, kind: s
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the rates of the coming training step; groups that do not decay keep 0.
-
-    Args:
-        optimizer: From `build_optimizer`.
-        lr: Learning rate of every group.
-        weight_decay: Of the groups that decay.
-    """
+    """Set the rates of the coming training step; groups that do not decay keep a decay of 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decays"]:

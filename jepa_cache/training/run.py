@@ -234,11 +234,7 @@ def _held(lock: Path, taken: str, unusable: str) -> Iterator[None]:
 
 
 def prepare_folder(run: Path, description: dict[str, Any], *, upload_to: str | None, fresh: bool) -> None:
-    """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded.
-
-    Raises:
-        ValueError: The folder holds another training, or the remote store cannot be read.
-    """
+    """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded."""
     if fresh and run.exists():
         forget_checkpoints(run / FOLDER)
         shutil.rmtree(run)
@@ -285,16 +281,7 @@ class TrainableModel:
     """
 
     def __init__(self, config: Config, dataset: CachedDataset, init: Path | None) -> None:
-        """Build it with its starting weights.
-
-        Args:
-            config: Its `train` and `predictor` sections count.
-            dataset: Gives the widths.
-            init: File whose weights are the start.
-
-        Raises:
-            ValueError: The file does not fit, or adapters have nothing to start from.
-        """
+        """Build it with its starting weights, those of the file `init` if there is one."""
         settings = config.train
         predictor = ACPredictor(**predictor_arguments(config, dataset))
         self.new_layers: tuple[str, ...] = load_start_weights(predictor, init) if init is not None else ()
