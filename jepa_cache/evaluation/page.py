@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import fnmatch
 import json
-import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cache.evaluation.context import Measurement, Picture
+from jepa_cache.evaluation.figures import gain_name, gap_name
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
+from jepa_cache.evaluation.windows import PREDICTIONS
 from jepa_cache.files import atomic_file
 from jepa_cache.webpage import build_document, build_figure, build_markup_table, build_table, picture_url
 
@@ -247,7 +248,6 @@ MAIN_FIGURES = {
     "teacher_forcing_cosine": "cosine, one step ahead",
     "rollout_cosine": "cosine, open loop, mean of all steps",
 }
-GAP = "gap_"
 STEP_TABLES = {
     "horizon.csv": "L1 per open-loop step",
     "horizon_l2.csv": "L2 per open-loop step",
@@ -369,13 +369,14 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
 
     main = [[words, *cells(name)] for name, words in MAIN_FIGURES.items() if name in values]
     gaps = []
-    for name in values:
-        if name.startswith(GAP):
-            against = name.removeprefix(GAP)
-            words = re.sub(r" step(\d+)$", r", open-loop step \1", against.replace("_", " "))
-            gain, p_value = f"gain_{against}_percent", metrics.get("p_value", {}).get(name)
+    for prediction in sorted(PREDICTIONS[1:]):
+        for step in range(len(values)):  # no evaluation has more steps than figures
+            name, gain = gap_name(prediction, step), gain_name(prediction, step)
+            if name not in values:
+                continue
+            against = prediction.replace("_", " ") + (f", open-loop step {step}" if step else "")
             percent = cells(gain) if gain in values else ["-", "-"]
-            gaps.append([escape(words), *percent, *cells(name), format_number(p_value)])
+            gaps.append([against, *percent, *cells(name), format_number(metrics.get("p_value", {}).get(name))])
     return [
         build_markup_table(("figure", "value", "95 % interval"), main, label="Main figures"),
         "<h3>How much better than baselines and controls</h3>",
