@@ -200,7 +200,7 @@ def format_command(settings: Mapping[str, Any] | None) -> str:
 
 CURVES = Picture(
     "horizon.png",
-    "Curves of error against open-loop step, with bands, for the predictor, baselines and controls",
+    "Curves of error against open-loop step, with bands, for the predictor, baselines and action ablations",
     "The predictor's curve (thick, blue) should lie below every other one, with bands that do not touch. Where it meets "
     '"copy the last step", it sees no further ahead; where it meets "shuffled actions", it does not use its actions. '
     "Numbers: horizon.csv.",
@@ -379,13 +379,13 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
             gaps.append([against, *percent, *cells(name), format_number(metrics.get("p_value", {}).get(name))])
     return [
         build_markup_table(("figure", "value", "95 % interval"), main, label="Main figures"),
-        "<h3>How much better than baselines and controls</h3>",
+        "<h3>How much better than baselines and action ablations</h3>",
         '<p class="soft">Gap: their L1 less the predictor\'s, per episode; above 0 the predictor is better. Gain: the same in percent of '
         "theirs. An interval that holds 0 tells nothing apart.</p>",
         build_markup_table(
             ("against", "gain, %", "95 % interval", "gap", "95 % interval", "p"),
             gaps,
-            label="Gaps to baselines and controls",
+            label="Gaps to baselines and action ablations",
         ),
     ]
 

@@ -49,7 +49,7 @@ from jepa_cache.predictor.checkpoints import read_card
 
 
 def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
-    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and control.
+    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
 
     `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
     a prediction exists for no window of the episode.
@@ -198,7 +198,7 @@ def describe_settings(evaluation: EvaluationContext, weights: Path) -> dict[str,
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
-    """The figures in a few lines: errors, the verdict, and the gain over every baseline and control with its interval."""
+    """The figures in a few lines: errors, the verdict, and the gain over every baseline and ablation with its interval."""
     val = metrics["val"]
     lines = [
         f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jepa_cache.evaluation.figures import ALL_STEPS, gain_name, gap_name
 
 MARGIN_PERCENT = 0.5
-"""A gain below it is told as none, however surely it is above 0."""
+"""Gains below this are treated as no gain, even when significant."""
 
 SIGNIFICANCE = 0.05
 MIN_EPISODES = 6
@@ -41,7 +41,7 @@ def _sized(percent: float, word: str, low: float, high: float) -> str:
 
 
 def find_gain(metrics: Mapping[str, Any], name: str, step: int = ALL_STEPS) -> Gain | None:
-    """The gain over a baseline or control, None where it was not measured.
+    """The gain over a baseline or ablation, None where it was not measured.
 
     Args:
         metrics: As `figures.summarize` gives them.
