@@ -35,8 +35,8 @@ from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import Config  # noqa: E402
 from jepa_cache.encoding.modes import plan_episode  # noqa: E402
 from jepa_cache.episode import Episode  # noqa: E402
-from jepa_cache.media.packing import pack_folder  # noqa: E402
 from jepa_cache.media.probe import as_file  # noqa: E402
+from jepa_cache.media.tar import pack_folder  # noqa: E402
 from jepa_cache.media.video import open_video  # noqa: E402
 from jepa_cache.sources import build_source  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402

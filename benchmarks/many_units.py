@@ -49,9 +49,8 @@ from jepa_cache.store import layout  # noqa: E402
 from jepa_cache.store.controls import ControlsWriter  # noqa: E402
 from jepa_cache.store.manifest import read_manifest, write_manifest  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
-from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
-from jepa_cache.training.feed import Feed  # noqa: E402
+from jepa_cache.training.batches import TrainingData  # noqa: E402
 
 NUM_STEPS, TICKS_PER_STEP = 10, 4
 SETTINGS = (
@@ -123,16 +122,10 @@ class Place:
 
     def encode(self) -> None:
         """As stages/encode.py."""
-
-        def on_plan(parts: list[Part]) -> list[Part]:
-            announce(self.root, self.config.dataset.name, [part.wanted for part in parts])
-            return parts
-
-        with in_use(self.root):
-            result = encode_dataset(self.config, [], base=self.folder, root=self.root, on_plan=on_plan)
+        with self.root.shared_lock():
+            result = encode_dataset(self.config, [], base=self.folder, root=self.root)
             assert result.num_encoded == 0
             write_manifest(result.manifest, [self.manifest, self.root.manifest(result.manifest.digest)])
-            settle(self.root, result.manifest)
 
     def status(self) -> None:
         """As `jepa-cache status`."""
@@ -152,8 +145,8 @@ class Place:
 
     def first_batch(self) -> None:
         """As stages/train_predictor.py until the first batch is there."""
-        feed = Feed(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
-        next(feed.batches(0, 2))
+        data = TrainingData(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
+        next(data.batches(0, 2))
 
     def evaluate(self) -> None:
         """The parts of stages/evaluate.py that depend on the number of episodes, with made errors in place of a predictor's."""

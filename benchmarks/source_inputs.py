@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.tar import pack_folder
 from tests.droid_makers import (
     CAMERAS,
     REAL_DROID,

@@ -246,6 +246,18 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def measure_bytes(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder; what vanishes meanwhile counts nothing."""
+    files = (
+        [path] if not path.is_dir() else [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    )
+    num_bytes = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            num_bytes += file.stat().st_size
+    return num_bytes
+
+
 def sync(path: Path) -> None:
     """Force a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,14 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
-from jepa_cache.encoding.parts import Part  # noqa: E402
 from jepa_cache.encoding.rates import record_rate  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.encoding.summary import describe_result  # noqa: E402
 from jepa_cache.encoding.workers import Workers  # noqa: E402
 from jepa_cache.store.manifest import replaced, write_manifest  # noqa: E402
-from jepa_cache.store.root import resolve_cache_root  # noqa: E402
-from jepa_cache.store.usage import announce, in_use, settle  # noqa: E402
+from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,18 +36,12 @@ def main(argv: list[str] | None = None) -> None:
         workers = None if chosen == (None, None) else Workers(*chosen)
         config = load_config(ROOT, arguments.overrides)
         root = resolve_cache_root(config.cache_root, data_base(ROOT))
-
-        def announce_parts(parts: list[Part]) -> list[Part]:
-            announce(root, config.dataset.name, [part.wanted for part in parts])
-            return parts
-
-        with in_use(root):
+        with root.shared_lock():
             base = recordings_base(config, ROOT)
-            result = encode_dataset(
-                config, arguments.paths, base=base, root=root, workers=workers, on_plan=announce_parts
-            )
-            write_manifest(result.manifest, [output, root.manifest(result.manifest.digest)])
-            settle(root, result.manifest, result.unreadable)
+            result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers)
+            listed = root.manifest(result.manifest.digest)
+            write_manifest(result.manifest, [output, listed])
+            root.publish(listed)
     if workers is None:
         record_rate(config, result.timing)
     print(describe_result(result, root))

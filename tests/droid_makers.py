@@ -169,7 +169,7 @@ def to_example(
 
 def frame_record(data: bytes) -> bytes:
     """TFRecord framing, written from its description."""
-    from jepa_cache.sources._tfrecords import mask_crc32c
+    from jepa_cache.sources.parsers.tfrecords import mask_crc32c
 
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", mask_crc32c(length)) + data + struct.pack("<I", mask_crc32c(data))

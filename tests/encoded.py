@@ -20,7 +20,6 @@ import pytest
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.encoding.parts import Part
 from jepa_cache.encoding.run import EncodeResult, encode_dataset
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
@@ -29,7 +28,6 @@ from jepa_cache.store.manifest import Manifest, write_manifest
 from jepa_cache.store.reader import TokenReader
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.usage import announce, in_use, settle
 from tests.makers import make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS
 
@@ -77,15 +75,11 @@ def encode(folder: Path, root: Path, config: Config | None = None, inputs: Seque
 
 def run_stage_one(folder: Path, root: CacheRoot, config: Config) -> Manifest:
     """Stage one on every tar below `folder` as its script does it: announced, encoded, its manifest in the root."""
-
-    def on_plan(parts: list[Part]) -> list[Part]:
-        announce(root, config.dataset.name, [part.wanted for part in parts])
-        return parts
-
-    with in_use(root):
-        result = encode_dataset(config, [str(folder)], base=folder, root=root, on_plan=on_plan)
-        write_manifest(result.manifest, [root.manifest(result.manifest.digest)])
-        settle(root, result.manifest, result.unreadable)
+    with root.shared_lock():
+        result = encode_dataset(config, [str(folder)], base=folder, root=root)
+        listed = root.manifest(result.manifest.digest)
+        write_manifest(result.manifest, [listed])
+        root.publish(listed)
     return result.manifest
 
 

@@ -1,4 +1,4 @@
-"""Claims: rooms import downwards only; the lower ones need no torch; dvc.yaml knows what each stage imports, and no more.
+"""Claims: rooms import downwards only and files in no circle; the lower rooms need no torch; dvc.yaml knows what each stage imports.
 
 Every library that is imported is declared in pyproject.toml, and every needed one that is declared is imported.
 
@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -24,7 +25,7 @@ FLOORS = (
     {"api"},
     {"training", "evaluation"},
     {"control"},
-    {"encoding", "data", "inspection"},
+    {"encoding", "data"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
@@ -46,7 +47,6 @@ WITHOUT_TORCH = (
     "webpage",
     "config",
     "files",
-    "inspection",
 )
 STAGE_TWO = {"training", "predictor", "data", "evaluation", "control"}
 STAGES = {
@@ -99,6 +99,12 @@ def test_imports_go_down_only(path):
             continue
         below = floor_of(other) > floor_of(room) or (room, other) in SAME_FLOOR
         assert below, f"{path.relative_to(ROOT)} imports {other}, which is not below {room}"
+
+
+def test_no_file_imports_itself_through_others():
+    files = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in python_files()}
+    graph = {path: {files[name] for name in imported_modules(path) if name in files} for path in files.values()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

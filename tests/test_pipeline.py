@@ -52,7 +52,7 @@ def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results
     before = {name: all_files(workspace.root / "outputs" / name) for name in ("evaluate", "train/run")}
     for change, reason in (
         ("evaluate.horizon=200", "no segment holds a window of 203"),
-        ("train.window_steps=300", "of 300 steps"),
+        ("train.window_steps=300", "with 300 steps in a row"),
     ):
         assert reason in workspace.run("dvc", "exp", "run", "-S", change, fails=True)
         for name, files in before.items():
@@ -123,7 +123,7 @@ def test_the_stage_scripts_run_without_dvc_and_say_what_is_next(workspace):
     assert "next: python stages/fit_scaler.py" in workspace.python("stages/encode.py", "shards")
     assert "next: python stages/train_predictor.py" in workspace.python("stages/fit_scaler.py")
     output = workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
-    assert "trained 4 of 4 train steps" in output and "next: python stages/evaluate.py" in output
+    assert "trained 4 of 4 training steps" in output and "next: python stages/evaluate.py" in output
     assert "is complete" in workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
     assert "trained 4 of 4" in workspace.python(
         "stages/train_predictor.py", "train.num_steps=4", "train.seed=5", "--fresh"

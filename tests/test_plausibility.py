@@ -12,7 +12,7 @@ import pytest
 from jepa_cache.plausibility import find_implausible
 from jepa_cache.poses import COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources import build_source
-from jepa_cache.sources._vpt_controls import read_contractor
+from jepa_cache.sources.parsers.vpt_controls import read_contractor
 from tests.makers import REAL_VPT, make_rows, to_jsonl
 
 REAL = REAL_VPT.parent

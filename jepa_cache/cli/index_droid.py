@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from jepa_cache.files import atomic_file
-from jepa_cache.sources._droid_folders import index_folder
+from jepa_cache.sources.droid_raw import index_folder
 
 NUM_SHOWN = 20
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.tar import pack_folder
 
 NUM_SHOWN = 20
 

@@ -165,14 +165,14 @@ def check_disk(root: Path, cache_root: str | None) -> list[Finding]:
     """Free and writable space at the cache root, which need not exist yet."""
     from jepa_cache.config.loading import data_base
     from jepa_cache.config.machine import existing_folder
-    from jepa_cache.store.root import resolve_cache_root
+    from jepa_cache.store.remote import resolve_cache_root
 
     cache = resolve_cache_root(cache_root, data_base(root))
     path = cache.path
     existing = existing_folder(path)
     free_bytes = shutil.disk_usage(existing).free
     found = f"{free_bytes / 2**30:.0f} GiB free at {path}" + (
-        f", for parts of {cache.name}" if cache.name != str(path) else ""
+        f", for what is pulled from {cache.name}" if cache.name != str(path) else ""
     )
     todo = "export JEPA_CACHE_HOME=/a/larger/disk, or set cache.root in params.yaml"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +31,12 @@ from jepa_cache.data.splits import TRAIN, split_of
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
+from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, decode, get_scheme, scales_dtype, scales_shape
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
-from jepa_cache.store.root import CacheRoot, resolve_cache_root
-from jepa_cache.store.verify import StoreFile, check_place, read_store_file
+from jepa_cache.store.remote import resolve_cache_root
+from jepa_cache.store.root import CacheRoot
 
 # Share of their mean size by which tokens of one picture may differ: batches round, and so do the codes of two stores.
 SAME_PICTURE = 0.01
@@ -88,7 +90,8 @@ class CachedDataset:
             verify_checksums: Check the crc32c of each chunk of tokens when it is first read.
 
         Raises:
-            ValueError: When a store that the manifest lists is gone or is another one now.
+            ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do not fit
+                onto this machine.
         """
         missing = find_missing(manifest, root)
         if missing:
@@ -97,6 +100,10 @@ class CachedDataset:
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"
             )
         self.manifest = manifest
+        self._held = ExitStack()
+        self._held.enter_context(
+            root.pulled([root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores])
+        )
         self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
         self.scheme = get_scheme(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
@@ -118,7 +125,7 @@ class CachedDataset:
                 _read_listed(path, digest)
                 for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest))
             )
-            excluded = aggregated.card["excluded"]
+            excluded = aggregated.metadata["excluded"]
             self._token_paths.append(tokens)
             self._action_paths.append(actions)
             self.segments += [
@@ -362,10 +369,11 @@ class CachedDataset:
         return dict(iter_controls(file))
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and let the stores of a bucket make room for others."""
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        self._held.close()
 
     def _reader(self, store: int, name: str) -> ArrayReader:
         with self._lock:
@@ -378,7 +386,7 @@ class CachedDataset:
 
 def _read_listed(store: Path, digest: str) -> StoreFile:
     """What store.json says of a store that must be the one of this digest."""
-    stated = check_place(store, read_store_file(store))
+    stated = check_identity(store, read_store_file(store))
     if stated.digest != digest:
         raise StoreDamagedError(
             f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"

@@ -10,9 +10,8 @@ import numpy as np
 from jepa_cache.actions import ActionSpace
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, write_actions
-from jepa_cache.store.damage import StoreDamagedError
+from jepa_cache.store.layout import StoreDamagedError, read_store_file
 from jepa_cache.store.reader import read_table
-from jepa_cache.store.verify import read_store_file
 
 
 def aggregate_store(
@@ -67,7 +66,7 @@ def is_current(actions_store: Path, tokens_store: Path) -> bool:
     Token stores of two recipes share their actions as long as their steps are the same. They are not where a video
     can be decoded under one recipe only, for its episode is then missing in the other.
     """
-    actions, tokens = (read_store_file(store).card for store in (actions_store, tokens_store))
+    actions, tokens = (read_store_file(store).metadata for store in (actions_store, tokens_store))
     return actions.get("steps_digest") == tokens["steps_digest"]
 
 
@@ -79,6 +78,6 @@ def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, spa
         "states": [column._asdict() for column in space.states],
         "excluded": excluded,
         "num_steps": len(actions),
-        "steps_digest": read_store_file(tokens_store).card["steps_digest"],
+        "steps_digest": read_store_file(tokens_store).metadata["steps_digest"],
     }
     write_actions(final, actions, states, card)

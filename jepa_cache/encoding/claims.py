@@ -10,9 +10,8 @@ from typing import Any
 
 from jepa_cache.files import Claim
 from jepa_cache.sources import Unit
-from jepa_cache.store.damage import StoreDamagedError
+from jepa_cache.store.layout import StoreDamagedError
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_place, check_store
 
 POLL_S = 1.0
 
@@ -67,7 +66,7 @@ class Claims:
 def is_whole(root: CacheRoot, store: Path) -> bool:
     """Whether a store is published in its place with all its files. Cost: one stat per file."""
     try:
-        return root.fetch(store) and bool(check_place(store, check_store(store)))
+        return root.find_store(store) is not None
     except StoreDamagedError:
         return False
 
@@ -81,7 +80,7 @@ def remove_damaged(root: CacheRoot, store: Path, what: str) -> bool:
         what: What comes next, for the message: "encoding" it again.
     """
     try:
-        return root.fetch(store) and bool(check_place(store, check_store(store)))
+        return root.find_store(store) is not None
     except StoreDamagedError as error:
         print(f"damaged, {what} it again: {error}")
         root.remove(store)

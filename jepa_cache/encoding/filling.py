@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit
 from jepa_cache.store.controls import ControlsWriter, is_readable
 from jepa_cache.store.digests import DigestTable, look_at
+from jepa_cache.store.layout import StoreDamagedError
 from jepa_cache.store.root import CacheRoot
 
 if TYPE_CHECKING:
@@ -190,7 +192,8 @@ def ensure_actions(root: CacheRoot, part: Part, space: ActionSpace, unit: Unit, 
 def ensure_controls(root: CacheRoot, part: Part, unit: Unit, digest: str) -> Path:
     """The unit's controls; read from the recordings again where they are missing or damaged. Decodes nothing."""
     controls = root.controls(part.controls, digest)
-    root.fetch(controls)
+    with suppress(StoreDamagedError):  # in the bucket; a whole copy here is as good
+        root.fetch(controls)
     if not is_readable(controls):
         root.remove(controls)
         with ControlsWriter(controls) as writer:

@@ -23,7 +23,6 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.sources import Source, Unit, build_source, iter_recordings
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import fingerprint
-from jepa_cache.store.usage import WantedPart
 
 NUM_LOOKED_AT = 8
 """Recordings that may hold other columns than an action space's before the space is taken to be the wrong one: at most 0.5^8 by chance."""
@@ -75,11 +74,6 @@ class Part:
     def controls(self) -> str:
         """Fingerprint of its controls: of the source alone."""
         return fingerprint(self.recipe["source"])
-
-    @property
-    def wanted(self) -> WantedPart:
-        """The stores that it is made of."""
-        return WantedPart(self.tokens, self.actions, self.controls, tuple(digest for _, digest in self.units))
 
 
 def open_source(preset: DatasetPreset, camera: str | None) -> Source:

@@ -18,7 +18,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.encoding.writing import WriterThread
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.files import full_disk_named
-from jepa_cache.media.video import DecodeError
+from jepa_cache.media.probe import DecodeError
 from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store import layout

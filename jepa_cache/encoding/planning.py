@@ -15,15 +15,13 @@ from jepa_cache.encoding.inventory import Inventory, is_unread
 from jepa_cache.encoding.modes import plan_episode
 from jepa_cache.encoding.parts import Part
 from jepa_cache.episode import Skipped
-from jepa_cache.media.headers import VIDEO_SUFFIXES, iter_tar_videos
-from jepa_cache.media.probe import header_counts
+from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import STEPS_FILE
 from jepa_cache.store.quantisation import SCHEMES, check_width
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.sizing import Size, measure_actions, measure_controls, measure_tokens
-from jepa_cache.store.verify import check_place, check_store
 
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
 MAX_HEADERS = 2000
@@ -137,11 +135,12 @@ def _plan_part(
 def _measure_store(root: CacheRoot, store: Path, encode: EncodeConfig, encoder: EncoderPreset) -> Amount | None:
     """What a store that is there holds; None where it is missing or damaged, and so is to be made."""
     try:
-        if not root.fetch(store):
-            return None
-        card = check_place(store, check_store(store)).card
+        found = root.find_store(store)
     except ValueError:
         return None
+    if found is None:
+        return None
+    card = found.metadata
     num_frames = card["num_steps"] * (1 if encode.mode == "frame" else encoder.tubelet_size)
     ticks = int(read_table(store, STEPS_FILE).column("tick").to_numpy()[-1:].sum()) + 1  # of its last episode
     num_ticks = ticks * max(1, card["num_episodes"])

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import state_folder
 from jepa_cache.episode import Episode
-from jepa_cache.media.headers import VIDEO_SUFFIXES
 from jepa_cache.media.images import FrameSequence, SideBySide
-from jepa_cache.media.probe import UPRIGHT, probe_video
+from jepa_cache.media.probe import UPRIGHT, VIDEO_SUFFIXES, probe_video
 from jepa_cache.media.video import MIN_SEEK_FRAMES
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store.recipe import fingerprint
@@ -49,7 +48,9 @@ def find_readings(
             row = connection.execute("SELECT reading FROM readings WHERE unit = ?", (key,)).fetchone()
             reading = row[0] if row else 1
             if row is None and (most_bytes := most_bytes - unit.num_bytes) >= 0:
-                with suppress(ValueError):  # Encoding meets the same error, that of a unit which cannot be read at all.
+                with suppress(
+                    ValueError, OSError
+                ):  # Encoding meets the same error, that of a unit which cannot be read at all.
                     reading = _find_reading(source, unit, decoder)
                     new.append((key, reading))
             readings.append(reading)

@@ -1,25 +1,20 @@
-"""Damaged and missing stores of a manifest made again, and nothing else touched."""
+"""Damaged and missing stores of a manifest: they are removed, and stage one, which is idempotent, fills the holes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.encoding.filling import EncodeTask, ensure_actions, ensure_controls
+from jepa_cache.encoding.filling import ensure_controls
 from jepa_cache.encoding.parts import Part, open_encoder, plan_parts
-from jepa_cache.encoding.reading import find_readings
-from jepa_cache.encoding.run import encode_here
-from jepa_cache.sources import Unit
-from jepa_cache.store.audit import Audit, Finding, Scope, forget_stale
-from jepa_cache.store.digests import DigestTable
+from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.store.check import Finding, Scope, check_units, forget_stale
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
-from jepa_cache.store.recipe import recipe_changes
+from jepa_cache.store.recipe import StoreKey, recipe_changes
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import read_store_file
 
 
 @dataclass
@@ -28,8 +23,8 @@ class Repair:
 
     Attributes:
         repaired: Stores, controls and manifests that are whole again.
-        lost: Units whose recordings are not found, by their sha256.
-        differing: Stores that came out with another digest than the manifest lists.
+        lost: Units whose recordings are not among the inputs, by their sha256.
+        differing: Stores that came out with another digest than the manifest lists, in words.
         left: What is still damaged, in words.
     """
 
@@ -37,6 +32,11 @@ class Repair:
     lost: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is as the manifest says."""
+        return not (self.lost or self.differing or self.left)
 
 
 def repair_manifest(
@@ -54,133 +54,85 @@ def repair_manifest(
 
     Args:
         manifest: Whose stores.
-        findings: What `store.rounds` found.
+        findings: Of `store.check`.
         config: Settings; they must make the manifest's recipes.
         inputs: Where the recordings lie; replace the presets' lists when not empty.
         base: Folder that relative paths are meant from.
-        root: Cache root.
+        root: Cache root, of which the caller holds the shared lock.
 
     Raises:
         ValueError: The settings make another recipe, or recordings or weights cannot be had.
     """
     repair = Repair()
-    for finding in findings:
-        if finding.kind == "manifest":
-            write_manifest(manifest, [finding.place])
-            root.publish(finding.place)
-            repair.repaired.append(finding.place)
-    damaged = [finding for finding in findings if finding.kind != "manifest"]
-    if damaged:
-        _repair_units(repair, manifest, damaged, config, inputs, base=base, root=root)
+    damaged = {finding.key: finding.path for finding in findings if finding.key is not None}
+    if any(finding.key is None for finding in findings):
+        path = root.manifest(manifest.digest)
+        write_manifest(manifest, [path])
+        root.publish(path)
+        repair.repaired.append(path)
+    affected = [(part, entry) for part, entry in manifest.stores if damaged.keys() & set(part.keys(entry))]
+    if not affected:
+        return repair
+    groups = _group_recordings(config, inputs, base, {part.fingerprint: part for part, _ in affected})
+    at_hand = {
+        (fingerprint, digest): (group, unit) for fingerprint, group in groups.items() for unit, digest in group.units
+    }
+    found = [(part, entry) for part, entry in affected if (part.fingerprint, entry.unit_digest) in at_hand]
+    repair.lost = sorted({entry.unit_digest for _, entry in affected} - {entry.unit_digest for _, entry in found})
+    for part, entry in found:
+        for key in [key for key in damaged if key in part.keys(entry)]:
+            _remove_damaged(root, part, entry, damaged[key])
+    made = _digests(encode_dataset(config, inputs, base=base, root=root).manifest)
+    for part, entry in found:
+        group, unit = at_hand[part.fingerprint, entry.unit_digest]
+        ensure_controls(
+            root, group, unit, entry.unit_digest
+        )  # which stage one does not miss where the actions are there
+    listed = _digests(manifest)
+    differing = {key for key in damaged if made.get(key, listed.get(key)) != listed.get(key)}
+    repair.differing = [f"{damaged[key]} has digest {made[key]}, the manifest lists {listed[key]}" for key in differing]
+    left = [finding for finding in check_units(found, root, Scope()) if finding.key not in differing]
+    repair.left = [finding.problem for finding in left]
+    whole = {key for part, entry in found for key in part.keys(entry)} - differing - {finding.key for finding in left}
+    repair.repaired += [path for key, path in damaged.items() if key in whole]
     return repair
 
 
-def _repair_units(
-    repair: Repair,
-    manifest: Manifest,
-    findings: Sequence[Finding],
-    config: Config,
-    inputs: Sequence[str],
-    *,
-    base: Path,
-    root: CacheRoot,
-) -> None:
-    encoder, weights, identity = open_encoder(config, base)
+def _group_recordings(
+    config: Config, inputs: Sequence[str], base: Path, listed: dict[str, ManifestPart]
+) -> dict[str, Part]:
+    """The present recordings, by the token fingerprint under which the present settings store them.
+
+    Raises:
+        ValueError: The settings do not make the listed stores.
+    """
+    encoder, _, identity = open_encoder(config, base)
     space = get_action_space(config.encode.action_space)
-    parts = {part.tokens: part for part in plan_parts(config, encoder, identity, space, inputs, base)}
-    for listed in manifest.parts:
-        of_part = [finding for finding in findings if finding.fingerprint == listed.fingerprint]
-        if not of_part:
-            continue
-        part = parts.get(listed.fingerprint)
-        if part is None or part.actions != listed.action_fingerprint or part.controls != listed.source_fingerprint:
-            raise ValueError(_name_changes(listed, list(parts.values())))
-        units = _find_units(part, sorted({finding.unit for finding in of_part}), repair)
-        _remove(root, listed, [finding for finding in of_part if finding.unit in units])
-        missing = [(unit, digest) for digest, unit in units.items() if not root.fetch(root.tokens(part.tokens, digest))]
-        if missing:
-            task = EncodeTask(config.encode, encoder, weights, replace(part, units=missing), default_num_threads())
-            encode_here([task], root)
-        for digest, unit in units.items():
-            ensure_controls(root, part, unit, digest)
-            ensure_actions(root, part, space, unit, digest)
-        entries = [entry for entry in listed.entries if entry.unit_digest in units]
-        _compare(repair, root, listed, entries, of_part)
-
-
-def _find_units(part: Part, digests: Sequence[str], repair: Repair) -> dict[str, Unit]:
-    """The recordings of these units: among the inputs, else where they were last seen."""
-    named = {digest: unit for unit, digest in part.units}
-    found, table = {}, DigestTable()
-    for digest in digests:
-        unit = named.get(digest)
-        if unit is None and (files := table.find_unit(digest)):
-            seen = Unit(files[0].name, files)
-            # One that is read otherwise now gives other stores, which have another name.
-            unit = (
-                seen if find_readings(part.source, [(seen, digest)], part.recipe["decoder"]) == [part.reading] else None
+    groups = {group.tokens: group for group in plan_parts(config, encoder, identity, space, inputs, base)}
+    for fingerprint, part in listed.items():
+        group = groups.get(fingerprint)
+        if group is None or (group.actions, group.controls) != (part.action_fingerprint, part.source_fingerprint):
+            then = {"tokens": part.recipe, "actions": part.action_recipe}
+            now = [{"tokens": group.recipe, "actions": group.action_recipe} for group in groups.values()]
+            changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
+            raise ValueError(
+                f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no recording fits'}). "
+                "Nothing was removed; give the settings and recordings that they were made with, as key=value and paths"
             )
-        if unit is None:
-            repair.lost.append(digest)
-        else:
-            found[digest] = unit
-    return found
+    return groups
 
 
-def _remove(root: CacheRoot, listed: ManifestPart, findings: Sequence[Finding]) -> None:
-    """Remove what is damaged, each under its claim and after another look: its maker may have put it right meanwhile."""
-    entries = {entry.unit_digest: entry for entry in listed.entries}
-    with Audit(root, Scope(read_data=True), lambda _: None) as audit:
-        for place, unit in dict.fromkeys((finding.place, finding.unit) for finding in findings):
-
-            def is_damaged(place: Path = place, unit: str = unit) -> bool:
-                return any(finding.place == place for finding in audit.check(listed, entries[unit]))
-
-            with root.claimed(place):
-                # Of what a bucket holds the copy here may be what is damaged.
-                if is_damaged() and not (root.drop_copy(place) and not is_damaged()):
-                    root.remove(place)
-                    forget_stale(root, place)
+def _remove_damaged(root: CacheRoot, part: ManifestPart, entry: ManifestEntry, path: Path) -> None:
+    """Remove a store under its claim and after another look: its maker may have put it right meanwhile."""
+    with root.claimed(path):
+        if any(finding.path == path for finding in check_units([(part, entry)], root, Scope(read_data=True))):
+            root.remove(path)
+            forget_stale(root, path)
 
 
-def _compare(
-    repair: Repair,
-    root: CacheRoot,
-    listed: ManifestPart,
-    entries: Sequence[ManifestEntry],
-    findings: Sequence[Finding],
-) -> None:
-    """Read what was made again, and compare its digest with the manifest's."""
-    with Audit(root, Scope(), lambda _: None) as audit:
-        for entry in entries:
-            places = list(dict.fromkeys(it.place for it in findings if it.unit == entry.unit_digest))
-            left = audit.check(listed, entry)
-            broken = {finding.place for finding in left}
-            repair.repaired += [place for place in places if place not in broken]
-            for finding in left:
-                digest = {"tokens": entry.tokens_digest, "actions": entry.actions_digest}.get(finding.kind)
-                if (
-                    digest is not None
-                    and finding.place.is_dir()
-                    and (now := read_store_file(finding.place)).digest != digest
-                ):
-                    made = (
-                        f"made on {now.provenance['device']} with {now.provenance['versions']}"
-                        if now.provenance
-                        else ""
-                    )
-                    repair.differing.append(
-                        f"{finding.place} has digest {now.digest}, the manifest lists {digest} {made}".strip()
-                    )
-                else:
-                    repair.left.append(finding.problem)
-
-
-def _name_changes(listed: ManifestPart, parts: Sequence[Part]) -> str:
-    now = [{"tokens": part.recipe, "actions": part.action_recipe} for part in parts]
-    then = {"tokens": listed.recipe, "actions": listed.action_recipe}
-    changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
-    return (
-        f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no part fits'}). Nothing was "
-        "removed; give the settings and recordings that they were made with, as key=value and paths"
-    )
+def _digests(manifest: Manifest) -> dict[StoreKey, str]:
+    return {
+        key: digest
+        for part, entry in manifest.stores
+        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest), strict=False)
+    }

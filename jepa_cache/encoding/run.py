@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from jepa_cache.encoding.pipeline import Timing
 from jepa_cache.encoding.progress import HERE, ProgressBar
 from jepa_cache.encoding.workers import Workers
 from jepa_cache.episode import Skipped
+from jepa_cache.store.layout import check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_place, read_store_file
 
 MAX_SHOWN = 10  # skipped recordings of one reason; the manifest lists all
 
@@ -35,7 +35,6 @@ class EncodeResult:
         num_units: Units whose stores are there now.
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
-        unreadable: Token fingerprint and digest of the units that could not be read and have no store.
         notes: On recordings with the same content; empty where a manifest of just these was written before.
     """
 
@@ -43,7 +42,6 @@ class EncodeResult:
     num_units: int
     num_encoded: int
     timing: Timing | None
-    unreadable: frozenset[tuple[str, str]] = frozenset()
     notes: tuple[str, ...] = ()  # on recordings that are alike
     implausible: tuple[str, ...] = ()  # values that their units do not allow, by recording
 
@@ -55,7 +53,6 @@ def encode_dataset(
     base: Path,
     root: CacheRoot,
     workers: Workers | None = None,
-    on_plan: Callable[[list[Part]], list[Part]] = list,
 ) -> EncodeResult:
     """Bring the cache up to date with the recordings and return the manifest.
 
@@ -69,7 +66,6 @@ def encode_dataset(
         base: Folder that relative paths are meant from.
         root: Cache root.
         workers: Processes that encode, one unit each at a time; None encodes in this one.
-        on_plan: Is shown the parts before any work, and returns those to bring up to date.
 
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, or different
@@ -83,7 +79,7 @@ def encode_dataset(
     space = get_action_space(config.encode.action_space)
     encoder, weights, identity = open_encoder(config, base)
 
-    parts = on_plan(plan_parts(config, encoder, identity, space, inputs, base))
+    parts = plan_parts(config, encoder, identity, space, inputs, base)
     tasks = []
     for part in parts:
         digests = [digest for _, digest in part.units]
@@ -134,7 +130,6 @@ def encode_dataset(
         sum(len(part.units) for part in parts) - len(unreadable),
         num_encoded,
         timing if num_encoded else None,
-        frozenset(unreadable),
         notes=tuple(dict.fromkeys(notes)),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
@@ -185,30 +180,30 @@ def _describe_part(
             lost.append(Skipped(unit.name, unreadable[part.tokens, digest]))
             continue
         tokens, aggregated = (
-            check_place(place, read_store_file(place))
+            check_identity(place, read_store_file(place))
             for place in (root.tokens(part.tokens, digest), root.actions(part.actions, digest))
         )
-        excluded = aggregated.card["excluded"]
-        measured = tokens.card.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
+        excluded = aggregated.metadata["excluded"]
+        measured = tokens.metadata.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
         entries.append(
             ManifestEntry(
                 unit_digest=digest,
                 tokens_digest=tokens.digest,
                 actions_digest=aggregated.digest,
-                num_steps=tokens.card["num_steps"],
-                num_segments=tokens.card["num_segments"],
-                num_episodes=tokens.card["num_episodes"] - len(excluded),
+                num_steps=tokens.metadata["num_steps"],
+                num_segments=tokens.metadata["num_segments"],
+                num_episodes=tokens.metadata["num_episodes"] - len(excluded),
                 reconstruction_rmse=measured["relative_rmse"],
                 reconstruction_max_abs=measured["max_abs"],
             )
         )
-        skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
-        notes += tokens.card["notes"]
+        skipped += tokens.metadata["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
+        notes += tokens.metadata["notes"]
         implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
         # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
-        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.card["skipped"]}
-        if tokens.card["num_episodes"] == 0:
-            without_episode[digest] = tokens.card["skipped"]
+        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.metadata["skipped"]}
+        if tokens.metadata["num_episodes"] == 0:
+            without_episode[digest] = tokens.metadata["skipped"]
     # A page of an error under twenty names is twenty losses.
     for unit, digest in part.copies:
         lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(digest, ())]

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from jepa_cache.encoding.inventory import Inventory, is_unread
 from jepa_cache.encoding.parts import Part
 from jepa_cache.sources import Unit
-from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.digests import Remembered
+from jepa_cache.store.layout import StoreDamagedError, StoreFile, read_store_file
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import recipe_changes, unit_id
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_place, check_store, read_store_file
 
 DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "unread"
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
@@ -134,12 +133,12 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
     """What a store says; None when there is none."""
     part = status.part
     try:
-        if not root.fetch(store):
-            return None
-        tokens = check_place(store, check_store(store))
+        tokens = root.find_store(store)
     except ValueError as error:  # damaged, or of another version of this program
         return UnitStatus(unit.name, digest, DAMAGED, str(error))
-    status.num_steps += tokens.card["num_steps"]
+    if tokens is None:
+        return None
+    status.num_steps += tokens.metadata["num_steps"]
     status.num_bytes += tokens.num_bytes
     status.num_without_controls += not root.fetch(root.controls(part.controls, digest))
     status.num_without_actions += not _has_actions(root, root.actions(part.actions, digest), tokens)
@@ -151,8 +150,8 @@ def _look_at_store(status: PartStatus, root: CacheRoot, unit: Unit, digest: str,
 
 def _has_actions(root: CacheRoot, store: Path, tokens: StoreFile) -> bool:
     try:
-        actions = check_place(store, check_store(store)) if root.fetch(store) else None
-        return actions is not None and actions.card.get("steps_digest") == tokens.card["steps_digest"]
+        found = root.find_store(store)
+        return found is not None and found.metadata.get("steps_digest") == tokens.metadata["steps_digest"]
     except StoreDamagedError:
         return False
 
@@ -184,7 +183,7 @@ def _folders(path: Path) -> list[Path]:
 def _read_recipe(folder: Path, names: Sequence[str]) -> Mapping[str, Any] | None:
     for name in names:
         try:
-            return read_store_file(folder / name).card["recipe"]
+            return read_store_file(folder / name).metadata["recipe"]
         except (ValueError, KeyError):
             continue  # a damaged one; another of the same recipe will do
     return None

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
-from jepa_cache.media.http import DownloadError
-from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
-from jepa_cache.sources._forms import find_way_out
+from jepa_cache.media.remote import DownloadError
+from jepa_cache.media.tar import real_path
+from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle, suggest_source
 from jepa_cache.store.digests import DigestTable
 
 SAMPLE_FOLDER = Path("shards/sample")
@@ -42,7 +42,7 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             error.add_note(hint)
         raise
     sample_folder = (base / SAMPLE_FOLDER).resolve()
-    sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
+    sample = [unit for unit in units if sample_folder in real_path(unit.path).parents]
     others = [unit for unit in units if unit not in sample]
     if preset.sample is None:
         if sample and not others:
@@ -93,7 +93,7 @@ def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
         elif not meant.exists() and meant.parent.is_dir() and not set(text) & set("*?[{:"):
             near = difflib.get_close_matches(meant.name, sorted(path.name for path in meant.parent.iterdir()), n=1)
             hints.append(f"{meant} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
-        elif meant.is_dir() and (way_out := find_way_out(meant, str(source.recipe["source"]))) is not None:
+        elif meant.is_dir() and (way_out := suggest_source(meant, str(source.recipe["source"]))) is not None:
             hints.append(way_out)
     return hints
 

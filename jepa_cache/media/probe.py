@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jepa_cache.media.images import FrameSequence, SideBySide, measure_image
-from jepa_cache.media.tar import describe_stand_in
+from jepa_cache.media.tar import describe_stand_in, list_samples
 
 VideoData = bytes | Path | FrameSequence | SideBySide
 """An encoded video: a container, its path, a picture per frame, or a stereo container."""
@@ -30,7 +30,7 @@ class DecodeError(ValueError):
     """A video, or one of its frames, that cannot be decoded; the message holds the decoder's reason."""
 
 
-_counts_by_header: ContextVar[bool] = ContextVar("counts_by_header", default=False)
+_last_probed: ContextVar[list[tuple[Any, PacketIndex]] | None] = ContextVar("last_probed", default=None)
 
 
 @contextmanager
@@ -38,13 +38,13 @@ def header_counts() -> Iterator[None]:
     """Within the block `probe_video` believes the index of a container, where it has one, and reads no packet.
 
     For estimates: a source then tells how long its recordings are in milliseconds each, without reading their videos. The
-    count may differ by the few frames that an edit list hides.
+    count may differ by the few frames that an edit list hides. A video that is probed twice in the block is opened once.
     """
-    token = _counts_by_header.set(True)
+    token = _last_probed.set([])
     try:
         yield
     finally:
-        _counts_by_header.reset(token)
+        _last_probed.reset(token)
 
 
 class Orientation(NamedTuple):
@@ -137,12 +137,13 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
 
 def index_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
     """Read the packets of a container; see `probe_video`, whose costs and errors these are."""
-    if not isinstance(video, Path) or _counts_by_header.get():
+    if (last := _last_probed.get()) is not None:
+        if not last or last[0][0] is not video:
+            last[:] = [(video, _read_packets(video))]
+        return last[0][1]
+    if not isinstance(video, Path):
         return _read_packets(video)
-    try:
-        status = video.stat()
-    except OSError as error:
-        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
+    status = video.stat()
     # A shared container is opened for each of its recordings, hundreds of times, and every time it would be read as a whole.
     return _read_packets_of_file(video, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -168,7 +169,7 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
                 raise DecodeError(
                     f"the file is cut off: its last frame ends at byte {last_byte}, the file at {size_bytes}"
                 )
-            if _counts_by_header.get():
+            if _last_probed.get() is not None:
                 num_frames = len(stream.index_entries)
             stream.codec_context.thread_count = 1  # Several threads return the first frame later.
             for packet in container.demux(stream) if num_frames == 0 else ():
@@ -197,10 +198,8 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
                 decord_fault=_find_decord_fault(container, codec.pix_fmt),
             )
             form, time_base_s = container.format.name, float(stream.time_base)
-    except DecodeError:
-        raise
-    except Exception as error:  # PyAV's errors share no base class with the OSErrors of a path.
-        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
+    except Exception as error:
+        raise explain_failure(error, "the video cannot be opened", video) from error
     if info.num_frames == 0 or info.fps <= 0 or info.height == 0 or info.width == 0:
         raise DecodeError(f"the video has no usable frames: {info}")
     if len(times) < num_frames:
@@ -354,52 +353,35 @@ def _probe_images(video: FrameSequence) -> VideoInfo:
 def open_container(video: bytes | Path | BinaryIO) -> Any:
     """Open a container with PyAV.
 
+    FFmpeg knows a file by its content and opens playlists (ffconcat, m3u8, and others) whatever they are called: these name other
+    files of the machine, and addresses. So what does not begin as one of the containers that are read is refused first.
+
     Raises:
-        DecodeError: It is of a form that may lead elsewhere, such as a playlist of other files or addresses, or of none.
+        DecodeError: Another beginning, or a container that cannot be opened. OSError: The file cannot be read.
     """
     import av
 
-    check_form(video)
+    if isinstance(video, Path):
+        with video.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    else:
+        file = as_file(video)
+        file.seek(0)
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+    transport = head[:1] == b"\x47" == head[TRANSPORT_BYTES : TRANSPORT_BYTES + 1]
+    known = head[4:8] in ISO_BOXES or head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+    if (what := describe_stand_in(head)) is not None:
+        raise DecodeError(f"the video cannot be opened: {what}")
+    if not known and not transport:
+        raise DecodeError(
+            f"the video cannot be opened: it begins with {head[:12]!r}, which is no mp4, mov, mkv, webm, avi or ts file"
+        )
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
     try:
         return av.open(as_file(video), options=options)
     except Exception as error:
-        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
-
-
-def check_form(video: bytes | Path | BinaryIO) -> None:
-    """Refuse what does not begin as one of the containers that are read.
-
-    FFmpeg, in PyAV and decord, knows a file by its content and opens playlists (ffconcat, m3u8, and others) whatever they are
-    called: these name other files of the machine, and addresses.
-
-    Raises:
-        DecodeError: Another beginning, or no such file.
-    """
-    try:
-        head = _read_head(video)
-    except OSError as error:
-        raise DecodeError(f"the video cannot be opened: {describe_error(error)}") from error
-    iso = head[4:8] in ISO_BOXES
-    transport = head[:1] == b"\x47" == head[TRANSPORT_BYTES : TRANSPORT_BYTES + 1]
-    if (what := describe_stand_in(head)) is not None:
-        raise DecodeError(f"the video cannot be opened: {what}")
-    if not (iso or transport or head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")):
-        raise DecodeError(
-            f"the video cannot be opened: it begins with {head[:12]!r}, which is no mp4, mov, mkv, webm, avi or ts file"
-        )
-
-
-def _read_head(video: bytes | Path | BinaryIO) -> bytes:
-    if isinstance(video, bytes):
-        return video[:HEAD_BYTES]
-    if isinstance(video, Path):
-        with video.open("rb") as file:
-            return file.read(HEAD_BYTES)
-    video.seek(0)
-    head = video.read(HEAD_BYTES)
-    video.seek(0)
-    return head
+        raise explain_failure(error, "the video cannot be opened", video) from error
 
 
 def as_file(video: bytes | Path | BinaryIO) -> BinaryIO | str:
@@ -412,14 +394,98 @@ def as_file(video: bytes | Path | BinaryIO) -> BinaryIO | str:
 def _count_bytes(video: bytes | Path | BinaryIO) -> int:
     if isinstance(video, bytes):
         return len(video)
-    if isinstance(video, Path):
-        return video.stat().st_size
-    size_bytes = video.seek(0, io.SEEK_END)
-    video.seek(0)
-    return size_bytes
+    return video.stat().st_size if isinstance(video, Path) else video.seek(0, io.SEEK_END)
+
+
+def explain_failure(error: Exception, what: str, video: bytes | Path | BinaryIO) -> Exception:
+    """The error to raise: a file that cannot be read now may be read in the next run, a video that is damaged stays so.
+
+    PyAV's errors share no base class but Exception; those of the operating system are OSErrors too.
+    """
+    if isinstance(error, DecodeError) or (isinstance(error, OSError) and not isinstance(video, bytes)):
+        return error
+    return DecodeError(f"{what}: {describe_error(error)}")
 
 
 def describe_error(error: Exception) -> str:
     """The first line of a decoder's message; decord appends a stack trace."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+VIDEO_SUFFIXES = ("mp4", "mkv", "webm", "mov", "avi")
+RECORD_SUFFIXES = ("jsonl", "json")
+BUFFER_BYTES = 64 << 10
+
+
+class TarVideo(NamedTuple):
+    """One recording of a tar shard: its video's header, or None and why it cannot be used."""
+
+    key: str
+    info: VideoInfo | None
+    problem: str
+
+
+def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
+    """Yield every recording of a tar shard, by its header.
+
+    Cost: the tar's headers, and some 70 kB and a few milliseconds a video.
+    """
+    for sample in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):
+        videos = [place for suffix, place in sample.places.items() if suffix in VIDEO_SUFFIXES]
+        if sample.problem is not None or not videos or not set(RECORD_SUFFIXES) & sample.places.keys():
+            yield TarVideo(sample.key, None, sample.problem or "video or records are missing")
+            continue
+        try:
+            with header_counts(), FilePart(path, *videos[0]) as part:
+                yield TarVideo(sample.key, probe_video(io.BufferedReader(part, BUFFER_BYTES)), "")
+        except DecodeError as error:
+            yield TarVideo(sample.key, None, str(error))
+
+
+class FilePart(io.RawIOBase):
+    """A run of bytes of a file, as a file of its own: what lies in a tar is read where it lies.
+
+    Attributes:
+        num_read: Bytes read so far.
+    """
+
+    def __init__(self, path: Path, offset: int, num_bytes: int) -> None:
+        """Open the file."""
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._num_bytes, self._position = offset, num_bytes, 0
+        self.num_read = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position counted from the part's start, the present one, or the part's end."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        self._position = max(0, origin + position)
+        return self._position
+
+    def tell(self) -> int:
+        """The position in the part."""
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill as much of the buffer as one read gives."""
+        wanted = min(len(buffer), self._num_bytes - self._position)
+        if wanted <= 0:
+            return 0
+        self._file.seek(self._offset + self._position)
+        got = self._file.readinto(memoryview(buffer)[:wanted])
+        self._position += got
+        self.num_read += got
+        return got
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()

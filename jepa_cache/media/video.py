@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from jepa_cache.media.probe import (
     VideoInfo,
     as_file,
     describe_error,
+    explain_failure,
     index_packets,
     open_container,
     probe_video,
@@ -77,13 +79,10 @@ class Video:
             raise ValueError(f"frame {indices[-1]} was asked for, but the video has {self.info.num_frames} frames")
         try:
             frames = getattr(self, f"_read_{self.decoder}")(indices)
-        except DecodeError:
-            raise
         except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
-            raise DecodeError(
-                f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames} cannot be decoded by {self.decoder}: "
-                f"{describe_error(error)}"
-            ) from error
+            span = f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames}"
+            source = getattr(self._handle, "video", b"")
+            raise explain_failure(error, f"{span} cannot be decoded by {self.decoder}", source) from error
         self._next_index = int(indices[-1]) + 1
         expected = (len(indices), self.info.height, self.info.width, 3)
         if frames.shape != expected:
@@ -141,8 +140,9 @@ class _Frames:
     moves no other; where a packet has no time, they are counted from the start.
     """
 
-    def __init__(self, container: Any, packets: PacketIndex, first: int, stop: int) -> None:
-        self._container, self._packets, self._first, self._stop = container, packets, first, stop
+    def __init__(self, video: bytes | Path | BinaryIO, packets: PacketIndex, first: int, stop: int) -> None:
+        self.video = video
+        self._container, self._packets, self._first, self._stop = open_container(video), packets, first, stop
         self._damage: list[tuple[int, str]] = []  # number of the frame, what was wrong
         self._iterator = self._iter_frames()
         self._to_rgb: Any = None
@@ -282,7 +282,7 @@ def open_video(
     if decoder == "decord":
         _check_decord(info)
     stop = info.num_frames if num_frames is None else min(info.num_frames, first_frame + num_frames)
-    frames = _Frames(open_container(video), packets, first_frame, stop)
+    frames = _Frames(video, packets, first_frame, stop)
     if decoder != "decord":
         return Video(info, "pyav", frames, first_frame)
     try:

@@ -1,7 +1,7 @@
 """Sources: one module per data set, the only place that knows a data set's quirks; found by their file names.
 
-A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. Files that begin with an
-underscore help a source and are none.
+A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share lies in
+`parsers/`; files that begin with an underscore are no sources either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.bucket import BucketFile
+from jepa_cache.media.remote import BucketFile
 
 
 class Unit(NamedTuple):
@@ -117,7 +117,8 @@ def iter_recordings(source: Source, unit: Unit) -> Iterator[Episode | Skipped]:
 
 def list_sources() -> list[str]:
     """Names of all sources, sorted; imports none of them."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    modules = pkgutil.iter_modules(__path__)
+    return sorted(module.name for module in modules if not module.ispkg and not module.name.startswith("_"))
 
 
 def build_source(name: str, options: Mapping[str, Any]) -> Source:
@@ -134,3 +135,80 @@ def build_source(name: str, options: Mapping[str, Any]) -> Source:
     if name not in known:
         raise ValueError(f"there is no source called {name!r}{nearest(name, known)}")
     return importlib.import_module(f"{__name__}.{name}").build(dict(options))
+
+
+MAX_ENTRIES = 20_000
+"""Names that are looked at: a raw release has millions, and what it is shows in the first of them."""
+
+OTHER_FORMS = {
+    "trajectory.h5": ("droid_raw", "{file} is of the raw DROID release: dataset=droid_raw reads {folder}"),
+    ".tfrecord-": (
+        "droid_rlds",
+        "{file} is a tfrecord shard: dataset=droid_rlds reads {folder}, and other robots' RLDS data by naming their features",
+    ),
+    "meta/info.json": (
+        "lerobot",
+        "{file} is of a LeRobot data set: a copy of configs/dataset/lerobot.yaml that names {folder} in `inputs` reads it",
+    ),
+    ".tar": ("vpt", "{file} is a tar shard: dataset=vpt reads those of .mp4 + .jsonl pairs"),
+    ".jsonl": (
+        "vpt",
+        "{file} lies there loose: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt",
+    ),
+    ".json": (
+        "mp4_json",
+        "{file} lies beside videos: dataset=mp4_json reads .mp4 + .json pairs, see docs/add_a_dataset.md",
+    ),
+    ".mp4": (
+        None,
+        "it holds video files such as {file}: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt; "
+        "docs/add_a_dataset.md says what other videos need",
+    ),
+}
+"""Marks of a form, the most telling one first: a mark that more than one form has stands below those that only one has."""
+
+
+def suggest_source(folder: Path, source: str) -> str | None:
+    """What in a folder shows that another source reads it, and how; None where nothing does, or it is `source`'s own form.
+
+    Reads names alone.
+    """
+    found: dict[str, Path] = {}
+    for file in _iter_files(folder):
+        mark = _find_mark(file)
+        if mark is not None:
+            found.setdefault(mark, file)
+        if mark == next(iter(OTHER_FORMS)):
+            break
+    if ".mp4" not in found:
+        found.pop(".json", None)
+        found.pop(".jsonl", None)
+    for mark, (reader, words) in OTHER_FORMS.items():
+        if mark in found:
+            if reader == source and mark != ".jsonl":  # loose pairs are vpt's, and have to be packed for it
+                return None
+            data = found[mark].parents[1] if mark == "meta/info.json" else folder
+            return words.format(file=found[mark].relative_to(folder), folder=data)
+    return None
+
+
+def _find_mark(file: Path) -> str | None:
+    if file.parts[-2:] == ("meta", "info.json"):
+        return "meta/info.json"
+    if file.name == "trajectory.h5":
+        return file.name
+    if ".tfrecord-" in file.name:
+        return ".tfrecord-"
+    return file.suffix if file.suffix in OTHER_FORMS else None
+
+
+def _iter_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder in a fixed order, the first MAX_ENTRIES of them."""
+    left = MAX_ENTRIES
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names)[:left]:
+            yield Path(parent, name)
+        left -= len(names) + len(folders)
+        if left <= 0:
+            return

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_cache.sources._lerobot_layout import Layout, Place, list_columns
-from jepa_cache.sources._parquet import iter_rows
+from jepa_cache.sources.parsers.lerobot_layout import Layout, Place, list_columns
+from jepa_cache.sources.parsers.untrusted import iter_rows
 
 
 def copy_first_episodes(

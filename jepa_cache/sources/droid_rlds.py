@@ -13,14 +13,24 @@ from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import find_episode_key
-from jepa_cache.media.bucket import BucketFile
 from jepa_cache.media.images import FrameSequence
-from jepa_cache.media.video import probe_video
+from jepa_cache.media.probe import probe_video
+from jepa_cache.media.remote import BucketFile
+from jepa_cache.media.tar import real_path
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._droid_rows import NATIVE_HZ, Rows, build_controls
-from jepa_cache.sources._tfds_features import FEATURES_FILE, INFO_FILE, STEPS, Features
-from jepa_cache.sources._tfds_listing import list_bucket, list_local
-from jepa_cache.sources._tfrecords import copy_first_records, iter_records, parse_shard_name
+from jepa_cache.sources.droid_raw import Rows, build_controls
+from jepa_cache.sources.parsers.placement import DROID_HZ
+from jepa_cache.sources.parsers.tfrecords import (
+    FEATURES_FILE,
+    INFO_FILE,
+    STEPS,
+    Features,
+    copy_first_records,
+    iter_records,
+    list_bucket,
+    list_local,
+    parse_shard_name,
+)
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frames or fps of an unchanged recording change."""
@@ -55,7 +65,7 @@ class RldsOptions:
 
     camera: str = "exterior_1"
     split: str = "train"
-    native_hz: float = NATIVE_HZ
+    native_hz: float = DROID_HZ
     cameras: dict[str, str] = field(
         default_factory=lambda: {
             "exterior_1": "steps/observation/exterior_image_1_left",
@@ -149,7 +159,7 @@ class DroidRldsSource:
                     f"directory (the folder that holds {FEATURES_FILE}) or its tfrecord files; relative inputs start from {base}"
                 )
             for path in found:
-                shards.setdefault(path.resolve(), path)
+                shards.setdefault(real_path(path), path)
         by_folder: dict[str, list[Path | BucketFile]] = {}
         for path in sorted(shards.values(), key=str):
             by_folder.setdefault(_folder(path), []).append(path)

@@ -13,16 +13,14 @@ import numpy as np
 
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
+from jepa_cache.media.probe import DecodeError, VideoInfo, probe_video
+from jepa_cache.media.remote import HUB_PREFIX, fetch_hub_dataset
 from jepa_cache.media.tar import UnreadableFolderError, expand_inputs
-from jepa_cache.media.video import DecodeError, VideoInfo, probe_video
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._hub import PREFIX, fetch_dataset
-from jepa_cache.sources._lerobot_columns import build_controls, parse_selection
-from jepa_cache.sources._lerobot_layout import Layout, Place
-from jepa_cache.sources._lerobot_listing import Listing
 from jepa_cache.sources._lerobot_subset import copy_first_episodes
-from jepa_cache.sources._parquet import ParquetError, iter_rows
-from jepa_cache.sources._placement import place_frames
+from jepa_cache.sources.parsers.lerobot_layout import Layout, Listing, Place, build_controls, parse_selection
+from jepa_cache.sources.parsers.placement import place_frames
+from jepa_cache.sources.parsers.untrusted import iter_rows
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
@@ -156,7 +154,7 @@ class LerobotSource:
                 except (RecordingError, DecodeError) as error:
                     yield Skipped(key, str(error))
             reason = f"{unit.files[0].name} holds none of its rows"
-        except (ParquetError, RecordingError) as error:
+        except RecordingError as error:
             reason = str(error)
         for index in waiting:
             yield Skipped(listing.layout.key(index), reason)
@@ -172,9 +170,9 @@ class LerobotSource:
 
     def _find_roots(self, inputs: Sequence[str], base: Path) -> list[Path]:
         patterns = ("meta/*", "data/*", f"videos/*{self.options.camera}/*")
-        roots = [fetch_dataset(text, patterns) for text in inputs if text.startswith(PREFIX)]
+        roots = [fetch_hub_dataset(text, patterns) for text in inputs if text.startswith(HUB_PREFIX)]
         for text in inputs:
-            if text.startswith(PREFIX):
+            if text.startswith(HUB_PREFIX):
                 continue
             try:
                 found = expand_inputs([text], base, "info.json")

@@ -15,8 +15,8 @@ from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, measure_rate, probe_video
 from jepa_cache.media.tar import expand_inputs, is_file_name
 from jepa_cache.sources import Unit
-from jepa_cache.sources._json_files import JsonError, read_object, read_rate
-from jepa_cache.sources._placement import place_frames
+from jepa_cache.sources.parsers.placement import place_frames
+from jepa_cache.sources.parsers.untrusted import read_object, read_rate
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
@@ -81,7 +81,7 @@ class Mp4JsonSource:
                 if suffix not in files:
                     raise RecordingError(f"there is no {stem.name}{suffix} beside {unit.files[0].name}")
             yield _read_episode(_find_key(stem), files[".mp4"], files[".json"])
-        except (RecordingError, JsonError, DecodeError) as error:
+        except (RecordingError, DecodeError) as error:
             yield Skipped(_find_key(stem), str(error))
 
     def name_skipped(self, unit: Unit, key: str) -> str:

@@ -14,13 +14,12 @@ from jepa_cache.actions import wrap_degrees
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
+from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples, list_samples
 from jepa_cache.media.tar_subset import copy_first_samples
-from jepa_cache.media.video import DecodeError, probe_video
 from jepa_cache.sources import Head, Unit
-from jepa_cache.sources._vpt_clock import align_ticks, align_times
-from jepa_cache.sources._vpt_controls import read_contractor, read_simple
-from jepa_cache.sources._vpt_lines import LineError
+from jepa_cache.sources.parsers.placement import align_times, align_vpt_frames
+from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
 from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
 
 RECIPE_VERSION = 2
@@ -148,7 +147,7 @@ class VptSource:
             else:
                 try:
                     yield self._read_episode(sample)
-                except (DecodeError, LineError, RecordingError) as error:
+                except (DecodeError, RecordingError) as error:
                     yield Skipped(sample.key, str(error))
         if alone is not None:
             yield alone
@@ -168,7 +167,7 @@ class VptSource:
             if self.options.mouse_scale == "by_version":
                 notes = (*notes, *_scale_gui_mouse(controls, sample.key))
             info = probe_video(video)
-            fps, placement = align_ticks(info, num_lines)
+            fps, placement = align_vpt_frames(info, num_lines)
             frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
             shown = np.flatnonzero((frame_ticks >= first_line) & (frame_ticks < first_line + len(controls["tick"])))
             if len(shown) == 0:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 Result = TypeVar("Result")
+Listing = dict[str, dict[str, Any]]  # what the bucket says of each object: size, e_tag and last_modified, by key
 
-SCHEMES = ("s3", "gs")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL")
 # Exponential backoff from 0.1 s to 15 s; an outage of three minutes is survived. Longer, and a request's signature may expire.
 RETRIES: dict[str, Any] = {"max_retries": 20, "retry_timeout": timedelta(minutes=3)}
 FIRST_RETRIES = 3
-PAUSES_S = (0.1, 0.4, 1.6, 6.4)  # of `_repeat`
+PAUSES_S = (0.1, 0.4, 1.6, 6.4)  # before asking again for an answer that ended in the middle
 TIMEOUTS = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2)}
-PART_BYTES = 8 << 20  # of a multipart upload, and of a read of a whole object: on 1 MB/s four fit into the timeout
+PART_BYTES = 8 << 20  # of an object, in one request: on 1 MB/s four fit into the timeout
 PARTS_AT_ONCE = 4
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (profiles: `eval $(aws configure export-credentials --format env)`)",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
 }
-
 NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist")
 ADVICE = (
     (NO_BUCKET, "there is no bucket {bucket!r}; make it, or correct cache.root"),
@@ -49,18 +47,6 @@ class ObjectStoreError(ValueError):
     """A bucket that cannot be used as asked; the message says why and what to change. Never damage of what is stored."""
 
 
-class _AnswerLostError(ObjectStoreError):
-    """An answer that ended in the middle."""
-
-
-class StoredObject(NamedTuple):
-    """What a listing says of one object; another `tag` means other content."""
-
-    num_bytes: int
-    tag: str | None
-    modified: datetime
-
-
 class Bucket:
     """One prefix of a bucket; keys are relative to it. Requests that fail are repeated, with growing pauses.
 
@@ -68,142 +54,110 @@ class Bucket:
     """
 
     def __init__(self, url: str) -> None:
-        """Check the URL.
-
-        Args:
-            url: Such as s3://bucket/prefix.
-
-        Raises:
-            ObjectStoreError: When it is no such URL.
-        """
         match = re.fullmatch(r"(\w+)://([^/@?#\s]+)(/[^?#\s]*)?", url)
-        if match is None or match[1] not in SCHEMES:
+        if match is None or match[1] not in CREDENTIALS:
             raise ObjectStoreError(f"an object store is named s3://bucket/prefix or gs://bucket/prefix; got {url!r}")
-        self._scheme, self._name = match[1], match[2]
+        self.scheme, self.name = match[1], match[2]
         self.url = f"{match[1]}://{match[2]}{(match[3] or '').rstrip('/')}"
         self._store: ObjectStore | None = None
-
-    def __reduce__(self) -> tuple[Callable[[str], Bucket], tuple[str]]:
-        return Bucket, (self.url,)
 
     @property
     def endpoint(self) -> str | None:
         """Address of the server, where it is not the provider's own."""
         return next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
 
-    def check_writable(self) -> None:
-        """Write, read and delete an object, before hours of work.
-
-        Raises:
-            ObjectStoreError: When one of them is not possible.
-        """
-        key = f".check-{os.urandom(6).hex()}"
-        self.put(key, b"jepa-cache looks whether it can write here")
-        self.get(key)
-        self.delete([key])
-
-    def list(self, folder: str) -> dict[str, StoredObject]:
-        """Every object below a folder, by key. Cost: one request per thousand objects."""
-
-        def ask() -> dict[str, StoredObject]:
-            with self._explained("list"):
-                return {
-                    entry["path"]: StoredObject(entry["size"], entry["e_tag"], entry["last_modified"])
-                    for entries in obstore().list(self._open(), folder, chunk_size=1000)
-                    for entry in entries
-                }
-
-        return _repeat(ask)
+    def list(self, folder: str) -> Listing:
+        """Every object below a folder. Cost: one request per thousand objects."""
+        listed = self._ask(
+            "list", lambda store: [entry for part in store.list(folder, chunk_size=1000) for entry in part]
+        )
+        return {entry["path"]: entry for entry in listed}
 
     def get(self, key: str) -> tuple[bytes, str | None] | None:
         """Content and tag of an object; None when there is no such object."""
+
+        def read(store: ObjectStore) -> tuple[bytes, str | None]:
+            result = store.get(key)
+            return bytes(result.bytes()), result.meta["e_tag"]
+
         try:
-            with self._explained("read"):
-                result = obstore().get(self._open(), key)
-                return bytes(result.bytes()), result.meta["e_tag"]
+            return self._ask("read", read)
         except FileNotFoundError:
             return None
 
-    def get_ranges(self, key: str, starts: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
-        """The bytes of several ranges, fetched at the same time.
+    def download(self, key: str, num_bytes: int, path: Path) -> str:
+        """Write an object to a file, in bounded memory; its sha256 as it came.
 
         Raises:
-            FileNotFoundError: When there is no such object.
-            EOFError: When it ends before.
+            FileNotFoundError: There is no such object.
         """
-        with self._explained("read"):
-            parts = obstore().get_ranges(self._open(), key, starts=starts, lengths=lengths, coalesce=0)
-        for part, start, length in zip(parts, starts, lengths, strict=True):
-            if len(part) != length:
-                raise EOFError(f"it ends after {start + len(part)} bytes; {start + length} were expected")
-        return [memoryview(part) for part in parts]
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for begin in range(0, num_bytes, PARTS_AT_ONCE * PART_BYTES):
+                starts = list(range(begin, min(begin + PARTS_AT_ONCE * PART_BYTES, num_bytes), PART_BYTES))
+                ends = [min(start + PART_BYTES, num_bytes) for start in starts]
+                parts = self._ask(
+                    "read",
+                    lambda store, starts=starts, ends=ends: store.get_ranges(key, starts=starts, ends=ends, coalesce=0),
+                )
+                for part in parts:
+                    digest.update(part)
+                    file.write(part)
+        return digest.hexdigest()
 
-    def iter_parts(self, key: str, num_bytes: int) -> Iterator[memoryview]:
-        """A whole object in order, in bounded memory.
+    def put(self, key: str, content: bytes | Path, *, new: bool = False) -> bool:
+        """Write bytes or a file of any size as an object, which appears whole or not at all.
 
-        Raises:
-            FileNotFoundError: When there is no such object.
-            EOFError: When it is shorter than `num_bytes`.
+        Args:
+            key: Its name.
+            content: What it will hold.
+            new: Only unless there is one; False is returned where there is, even if it is ours, of a request that was repeated.
         """
-        for start in range(0, num_bytes, PART_BYTES):
-            yield self.get_ranges(key, [start], [min(PART_BYTES, num_bytes - start)])[0]
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write an object; it appears whole or not at all."""
-        with self._explained("write"):
-            obstore().put(self._open(), key, data)
-
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; False when there is (even if it is ours, of a request that was repeated)."""
+        if isinstance(content, Path) and content.stat().st_size == 0:
+            content = b""  # an empty multipart upload is refused
+        size = {} if isinstance(content, bytes) else {"chunk_size": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}
+        mode = "create" if new else "overwrite"
         try:
-            with self._explained("write"):
-                obstore().put(self._open(), key, data, mode="create")
+            self._ask("write", lambda store: store.put(key, content, mode=mode, **size))
         except FileExistsError:
             return False
         return True
 
-    def upload(self, key: str, path: Path) -> None:
-        """Write a file of any size as an object; it appears whole or not at all."""
-        if path.stat().st_size == 0:  # an empty multipart upload is refused
-            self.put(key, b"")
-            return
-        with self._explained("write"):
-            obstore().put(self._open(), key, path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
-
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; those that are gone already are no error."""
-
-        def ask(key: str) -> None:
-            with suppress(FileNotFoundError), self._explained("delete"):
-                obstore().delete(self._open(), key)
-
         for key in keys:
-            _repeat(functools.partial(ask, key))
+            with suppress(FileNotFoundError):
+                self._ask("delete", lambda store, key=key: store.delete(key))
 
-    def _open(self) -> ObjectStore:
-        if self._store is None:
-            from_url = obstore().store.from_url
-
-            options: Any = {**TIMEOUTS, "allow_http": (self.endpoint or "").startswith("http://")}
-            # A wrong address or key is told at once, not after the minutes for which an outage is waited out.
-            asked = from_url(self.url, client_options=options, retry_config={**RETRIES, "max_retries": FIRST_RETRIES})
-            next(iter(obstore().list(asked, ".check", chunk_size=1)), None)
-            self._store = from_url(self.url, client_options=options, retry_config=RETRIES)
-        return self._store
-
-    @contextmanager
-    def _explained(self, action: str) -> Iterator[None]:
-        """Turn what obstore raises into FileNotFoundError, FileExistsError or an ObjectStoreError that says what to do."""
-        exceptions = obstore().exceptions
+    def _ask(self, action: str, request: Callable[[ObjectStore], Result]) -> Result:
+        """Do a request, also again; FileNotFoundError, FileExistsError or an ObjectStoreError says in a line what to do."""
         try:
-            yield
-        except exceptions.AlreadyExistsError as error:
-            raise FileExistsError(str(error)) from error
-        except (exceptions.BaseError, OSError) as error:
-            if isinstance(error, FileNotFoundError) and action != "write" and not NO_BUCKET.search(str(error)):
-                raise
-            kind = _AnswerLostError if "response body" in str(error) else ObjectStoreError
-            raise kind(self._explain(action, str(error))) from error
+            from obstore.exceptions import AlreadyExistsError, BaseError
+            from obstore.store import from_url
+        except ImportError as error:
+            raise ObjectStoreError(
+                "a cache root in an object store needs the library obstore; install it with `pip install 'jepa-cache[objects]'`"
+            ) from error
+        for pause_s in (*PAUSES_S, None):
+            try:
+                if self._store is None:
+                    options: Any = {**TIMEOUTS, "allow_http": (self.endpoint or "").startswith("http://")}
+                    # A wrong address or key is told at once, not after the minutes for which an outage is waited out.
+                    few = {**RETRIES, "max_retries": FIRST_RETRIES}
+                    asked = from_url(self.url, client_options=options, retry_config=few)
+                    next(iter(asked.list(".check", chunk_size=1)), None)
+                    self._store = from_url(self.url, client_options=options, retry_config=RETRIES)
+                return request(self._store)
+            except AlreadyExistsError as error:
+                raise FileExistsError(str(error)) from error
+            except (BaseError, OSError) as error:
+                if isinstance(error, FileNotFoundError) and action != "write" and not NO_BUCKET.search(str(error)):
+                    raise
+                # obstore 0.12 asks again by itself, but not where the answer to a listing or deletion ends in the middle.
+                if pause_s is None or "response body" not in str(error):
+                    raise ObjectStoreError(self._explain(action, str(error))) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def _explain(self, action: str, message: str) -> str:
         """What went wrong in one line: obstore's message without its debugging part and the server's XML."""
@@ -213,32 +167,5 @@ class Bucket:
         what = f"cannot {action} in {self.url}"
         for pattern, advice in ADVICE:
             if pattern.search(message):
-                return f"{what}: {advice.format(bucket=self._name, credentials=CREDENTIALS[self._scheme])} ({reason})"
+                return f"{what}: {advice.format(bucket=self.name, credentials=CREDENTIALS[self.scheme])} ({reason})"
         return f"{what}: {reason}"
-
-
-def obstore() -> ModuleType:
-    """The library, imported when it is needed.
-
-    Raises:
-        ObjectStoreError: It is not installed; says how.
-    """
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError as error:
-        raise ObjectStoreError(
-            "a cache root in an object store needs the library obstore; install it with `pip install 'jepa-cache[objects]'`"
-        ) from error
-    return obstore
-
-
-def _repeat(ask: Callable[[], Result]) -> Result:
-    """Ask again when the answer ended in the middle: obstore 0.12 does so for content, not for listings and deletions."""
-    for pause_s in PAUSES_S:
-        try:
-            return ask()
-        except _AnswerLostError:
-            time.sleep(pause_s)
-    return ask()

@@ -17,7 +17,7 @@ from jepa_cache.cli import readiness
 from jepa_cache.cli.doctor import doctor
 from jepa_cache.cli.readiness import MISSING, NOTE, OK, Finding
 from jepa_cache.config.loading import REPOSITORY_ROOT
-from tests.media.flaky_server import serve
+from tests.media.fake_bucket import serve
 
 NAMES = ("python", "libraries", "gpu", "decoder", "cache root", "DROID bucket", "Hugging Face hub")
 
@@ -31,7 +31,7 @@ def web(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with serve() as server:
-        server.files |= {"/droid": b"{}", "/hub": b""}
+        server.files |= {"droid": b"{}", "hub": b""}
         monkeypatch.setattr(readiness, "DROID_URL", f"{server.url}/droid")
         monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub")
         yield server
@@ -61,7 +61,7 @@ def test_this_machine_gets_a_line_of_each_kind_and_is_ready():
 
 
 def test_the_table_shows_the_same_and_says_what_to_type(web):
-    del web.files["/droid"]
+    del web.files["droid"]
     result = _run()
     assert result.exit_code == 0 and result.stdout.splitlines()[-1].startswith("ready: 0 missing")
     lines = result.stdout.splitlines()

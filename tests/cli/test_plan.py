@@ -11,7 +11,7 @@ import pytest
 
 from jepa_cache.cli import plan
 from jepa_cache.encoding import planning
-from jepa_cache.media import headers
+from jepa_cache.media import probe as headers
 from jepa_cache.store.root import MARKER
 from tests.makers import make_video, make_vpt_pair, write_vpt_tar
 
@@ -23,9 +23,7 @@ def _plan(checkout, *arguments):
 
 
 def _count(checkout):
-    files = {
-        name: content for name, content in checkout.files().items() if not name.startswith(("manifests", "unfinished"))
-    }
+    files = {name: content for name, content in checkout.files().items() if not name.startswith("manifests")}
     del files[MARKER]  # the root's own
     tokens = sum(len(content) for name, content in files.items() if name.startswith("tokens/"))
     return tokens, sum(map(len, files.values())), len(files)

@@ -248,7 +248,7 @@ def test_the_loading_screen_of_the_real_recording_goes_and_play_stays(tmp_path):
 
 @needs_real
 def test_every_real_log_begins_with_ticks_in_which_nobody_acts():
-    from jepa_cache.sources._vpt_controls import read_contractor
+    from jepa_cache.sources.parsers.vpt_controls import read_contractor
 
     logs = sorted((REAL_VPT / "logs_only").glob("*.jsonl"))
     assert [find_first_act(read_contractor(log.read_bytes()).controls["idle"]) for log in logs] == [49, 11, 60, 32]

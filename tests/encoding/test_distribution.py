@@ -19,8 +19,8 @@ from jepa_cache.encoding import distribution, recipes, run, workers
 from jepa_cache.encoding.distribution import EncodeFailedError
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.workers import Workers
+from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import read_store_file
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
 from tests.encoding.test_weights_in_use import save_weights
 

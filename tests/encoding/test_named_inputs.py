@@ -3,8 +3,7 @@
 import pytest
 
 from jepa_cache.encoding.units import check_rendered, list_units
-from jepa_cache.sources import build_source
-from jepa_cache.sources._forms import find_way_out
+from jepa_cache.sources import build_source, suggest_source
 from tests.encoded import tiny_config
 
 
@@ -86,5 +85,5 @@ def test_a_folder_in_the_form_of_another_data_set_names_the_one_that_reads_it(vp
 
 def test_a_source_is_not_recommended_to_itself(tmp_path):
     (tmp_path / "trajectory.h5").touch()
-    assert find_way_out(tmp_path, "droid_raw") is None
-    assert "dataset=droid_raw" in find_way_out(tmp_path, "vpt")
+    assert suggest_source(tmp_path, "droid_raw") is None
+    assert "dataset=droid_raw" in suggest_source(tmp_path, "vpt")

@@ -3,12 +3,12 @@
 Two caches of this machine stand for two machines: they share nothing but the bucket.
 """
 
+import shutil
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
@@ -16,13 +16,12 @@ from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.encoding import run
 from jepa_cache.encoding.repair import repair_manifest
 from jepa_cache.encoding.run import encode_dataset
-from jepa_cache.store.audit import Scope
+from jepa_cache.store.check import Finding, Scope, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
-from jepa_cache.store.export import export_manifest, select_units
+from jepa_cache.store.export import export_manifest
 from jepa_cache.store.manifest import write_manifest
+from jepa_cache.store.recipe import StoreKey
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.rounds import audit_manifest
-from jepa_cache.store.usage import WantedPart, announce, settle
 from tests.encoded import all_files, make_tiny_tar, tiniest_config
 from tests.store.s3_server import Fault
 
@@ -40,8 +39,9 @@ def recordings(tmp_path_factory):
 
 def encode(recordings, root):
     result = encode_dataset(tiniest_config(), [str(recordings)], base=recordings, root=root)
-    write_manifest(result.manifest, [root.manifest(result.manifest.digest)])
-    settle(root, result.manifest)
+    listed = root.manifest(result.manifest.digest)
+    write_manifest(result.manifest, [listed])
+    root.publish(listed)
     return result
 
 
@@ -90,6 +90,25 @@ def test_a_bucket_gives_what_a_folder_gives_through_dropped_connections(server, 
     assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(read, expected, strict=True))
 
 
+def test_a_data_set_is_refused_where_it_does_not_fit_and_is_read_without_the_bucket_where_it_does(
+    machines, recordings, monkeypatch
+):
+    manifest = encode(recordings, machines("a")).manifest
+    monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", "0")
+    root = machines("b")
+    with pytest.raises(ValueError, match=r"GB of tokens from s3://.*\$JEPA_CACHE_LOCAL_GB permits 0"):
+        CachedDataset(manifest, root)
+    assert not list(root.path.glob("tokens/*/*/*/c")), "nothing was pulled"
+    monkeypatch.delenv("JEPA_CACHE_LOCAL_GB")
+    dataset = CachedDataset(manifest, root)
+    for key in root.bucket.list("tokens"):
+        root.bucket.delete([key])
+    tokens = np.empty((1, manifest.num_tokens, manifest.width), np.float16)
+    for segment in dataset.segments:
+        dataset.read_tokens(segment.store, segment.start, tokens)
+    dataset.close()
+
+
 def test_a_machine_with_an_empty_cache_finds_what_another_encoded(server, machines, recordings, monkeypatch):
     manifest = encode(recordings, machines("a")).manifest
     monkeypatch.setattr(run, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
@@ -104,41 +123,43 @@ def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordi
     manifest, folder = in_a_folder
     root, told = machines("b"), []
     assert root.refresh() == []
-    chosen = select_units(manifest, root, lambda *_: True)
-    export_manifest(chosen, root, tmp_path / "bucket", selection={}, on_bytes=told.append)
-    export_manifest(manifest, folder, tmp_path / "folder", selection={}, on_bytes=lambda _: None)
-    assert chosen == manifest and all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
+    export_manifest(manifest, root, tmp_path / "bucket", told.append)
+    export_manifest(manifest, folder, tmp_path / "folder")
+    assert all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
     assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
 
 
 @pytest.mark.parametrize(
     ("kind", "file"),
-    [("tokens", "store.json"), ("tokens", "steps.parquet"), ("actions", "store.json"), ("controls", "")],
+    [
+        ("tokens", "store.json"),
+        ("tokens", "steps.parquet"),
+        ("tokens", "tokens/c/0/0/0"),
+        ("actions", ""),
+        ("controls", ""),
+    ],
 )
-def test_repair_fetches_a_copy_that_is_damaged_here_again_and_leaves_the_bucket_alone(
+def test_repair_pulls_a_copy_that_is_damaged_here_again_and_leaves_the_bucket_alone(
     machines, recordings, monkeypatch, kind, file
 ):
     manifest, root = encode(recordings, machines("a")).manifest, machines("b")
     CachedDataset(manifest, root).close()
     (part,), entry = manifest.parts, manifest.entries[0]
-    fingerprints = {"tokens": part.fingerprint, "actions": part.action_fingerprint, "controls": part.source_fingerprint}
-    place = getattr(root, kind)(fingerprints[kind], entry.unit_digest)
+    key = next(key for key in part.keys(entry) if key.kind == kind)
+    place = root.store(key)
     assert root.fetch(place)
-    path = place / file if file else place
-    content = bytearray(path.read_bytes())
+    path = place / (file or "store.json") if place.is_dir() else place
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
     before = root.bucket.list("")
-    with tqdm(disable=True) as bar:
-        findings = audit_manifest(manifest, root, Scope(), bar).findings
-        assert {finding.place for finding in findings} == {place}
-        repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
-        assert repaired.repaired == [place] and not (repaired.lost or repaired.differing or repaired.left)
-        assert audit_manifest(manifest, root, Scope(), bar).findings == []
-    assert {key: found.tag for key, found in root.bucket.list("").items()} == {
-        key: found.tag for key, found in before.items()
-    }
+    findings = [Finding(key, place, "as a reader said")]
+    repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
+    assert repaired.repaired == [place] and repaired.complete
+    assert check_manifest(manifest, root, Scope()) == []
+    assert root.bucket.list("") == before and path.read_bytes() == whole
 
 
 def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings, in_a_folder):
@@ -160,17 +181,23 @@ def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings,
     assert not [key for key in roots[0].bucket.list("") if key.endswith(".hint")]
 
 
-def test_a_damaged_store_alone_is_encoded_again(machines, recordings, in_a_folder, capsys):
+@pytest.mark.parametrize(
+    ("names", "num_encoded"), [(["/tokens/c/"], 1), (["/actions/c/", ".parquet.attempt-"], 0)], ids=["tokens", "others"]
+)
+def test_what_is_damaged_in_the_bucket_is_made_again_and_nothing_else(
+    machines, recordings, in_a_folder, capsys, names, num_encoded
+):
     encode(recordings, machines("a"))
     root = machines("b")
     before = attempts_of(root)
-    chunk = next(key for key in root.bucket.list("tokens") if "/tokens/c/" in key)
-    root.bucket.delete([chunk])
+    unit = in_a_folder[0].entries[0].unit_digest[:32]
+    lost = [next(key for key in root.bucket.list("") if f"{unit}." in key and name in key) for name in names]
+    root.bucket.delete(lost)
     result = encode(recordings, machines("b"))
-    assert (result.num_encoded, result.manifest.to_bytes()) == (1, in_a_folder[0].to_bytes())
-    assert chunk in capsys.readouterr().out
+    assert (result.num_encoded, result.manifest.to_bytes()) == (num_encoded, in_a_folder[0].to_bytes())
+    assert lost[0] in capsys.readouterr().out
     after = attempts_of(root)
-    assert {place for place in before if before[place] != after[place]} == {chunk.split(".attempt-")[0]}
+    assert {place for place in before if before[place] != after[place]} == {key.split(".attempt-")[0] for key in lost}
 
 
 def test_a_clean_up_anywhere_keeps_what_other_machines_want_and_removes_the_rest(machines, recordings):
@@ -178,14 +205,17 @@ def test_a_clean_up_anywhere_keeps_what_other_machines_want_and_removes_the_rest
     root = machines("b")
     assert root.refresh() == []
     contents = list_root(root)
-    in_bucket = sum(found.num_bytes for key, found in root.bucket.list("").items() if not key.endswith("commit.json"))
+    in_bucket = sum(found["size"] for key, found in root.bucket.list("").items() if not key.endswith("commit.json"))
     manifest_bytes = len(manifest.to_bytes())
     assert (contents.num_bytes(contents.stores), contents.unneeded()) == (in_bucket - manifest_bytes, {})
-    wanted = [WantedPart(part.fingerprint, "0" * 32, "0" * 32, ("0" * 64,)) for part in manifest.parts]
-    announce(machines("a"), "vpt", wanted)
+    (part,), entry = manifest.parts, manifest.entries[0]
+    other = StoreKey("actions", "0" * 32, entry.unit_digest[:32])  # of an encode on another machine, interrupted
+    encoder = machines("a")
+    shutil.copytree(encoder.store(part.keys(entry)[1]), encoder.store(other))
+    encoder.publish(encoder.store(other))
     root = machines("b")  # which looks again by itself
-    (unfinished,) = (listing.digest for listing in list_root(root).listings if listing.manifest is None)
     remove_unneeded(root)
     assert len(attempts_of(root)) == 3 * NUM_UNITS + 2, "nothing was removed"
-    remove_unneeded(root, {manifest.digest, unfinished})
+    assert root.fetch(root.store(other))
+    remove_unneeded(root, {manifest.digest}, grace_days=0)
     assert not root.bucket.list("")

@@ -21,8 +21,8 @@ from jepa_cache.encoding import pipeline
 from jepa_cache.encoding.summary import describe_result
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.layout import check_store, read_store_file
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_store, read_store_file
 from tests.encoded import (
     BATCH,
     STRIDE,
@@ -35,6 +35,7 @@ from tests.encoded import (
     tiny_config,
 )
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 EPISODES = {"a": {"x": 61, "sub/y": 44}, "b": {"z": 52}}
 SEEDS = {"x": (61, 0), "sub/y": (44, 1), "z": (52, 2)}
@@ -215,7 +216,7 @@ def test_the_manifest_lists_stores_by_digest_and_says_how_they_were_made(encoded
         tokens = check_store(cache.tokens(manifest.fingerprint, entry.unit_digest), read_data=True)
         actions = check_store(cache.actions(manifest.action_fingerprint, entry.unit_digest), read_data=True)
         assert (tokens.digest, actions.digest) == (entry.tokens_digest, entry.actions_digest)
-        assert tokens.card["recipe"] == manifest.recipe
+        assert tokens.metadata["recipe"] == manifest.recipe
         assert (
             tokens.provenance["device"] == "cpu" and sum(tokens.provenance["decoders"].values()) == entry.num_episodes
         )
@@ -246,7 +247,9 @@ def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_sto
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.mp4").write_bytes(make_video(30))
     (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
-    config = load_config(overrides=["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"])
+    config = load_config(
+        SUITE_SETTINGS, ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"]
+    )
     results = [encode(tmp_path / "in", tmp_path / "cache", config) for _ in range(2)]
     for result in results:
         said = describe_result(result, CacheRoot(tmp_path / "cache"))
@@ -264,4 +267,4 @@ def test_the_provenance_is_no_part_of_the_digest(folder, encoded, tmp_path):
             read_store_file(root.tokens(result.manifest.fingerprint, entry.unit_digest)) for root in (cache, other)
         )
         assert one.provenance["batch_size"] != two.provenance["batch_size"]
-        assert one.card == two.card
+        assert one.metadata == two.metadata

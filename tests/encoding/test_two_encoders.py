@@ -123,8 +123,7 @@ def units_of(number):
 
 
 def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_meanwhile_for_good(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "check_store", lambda store: store)
-    monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
+    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
     root, units = CacheRoot(tmp_path), units_of(3)
     with Claims(root, "recipe") as one, Claims(root, "recipe") as two:
         assert next(one.take(units)) == units[0]
@@ -135,8 +134,7 @@ def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_me
 
 
 def test_a_claim_is_let_go_as_soon_as_its_store_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "check_store", lambda store: store)
-    monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
+    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
     root, units = CacheRoot(tmp_path), units_of(3)
     with Claims(root, "recipe") as claims:
         for _, digest in claims.take(units):
@@ -145,8 +143,7 @@ def test_a_claim_is_let_go_as_soon_as_its_store_is_there(tmp_path, monkeypatch):
 
 
 def test_a_unit_that_is_there_is_not_waited_for_though_its_maker_still_holds_its_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "check_store", lambda store: store)
-    monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
+    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
     root, units = CacheRoot(tmp_path), units_of(2)
     with Claims(root, "recipe") as maker, Claims(root, "recipe") as other:
         next(maker.take(units))
@@ -155,8 +152,7 @@ def test_a_unit_that_is_there_is_not_waited_for_though_its_maker_still_holds_its
 
 
 def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "check_store", lambda store: store)
-    monkeypatch.setattr(claims_module, "check_place", lambda store, found: True)
+    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
     monkeypatch.setattr(claims_module.time, "sleep", lambda seconds: None)
     root, (unit, digest) = CacheRoot(tmp_path), units_of(1)[0]
     store, told = root.tokens("recipe", digest), []

@@ -287,7 +287,7 @@ def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
     ("override", "words"),
     [
         ("plan.settings=notebok", "did you mean 'notebook'"),
-        ("plan.num_samples=1", r"plan\.num_samples is at least 2"),
+        ("plan.num_samples=1", r"plan\.num_samples must be at least 2"),
         ("plan.horizons=[]", r"plan\.horizons is a list"),
         ("plan.horizons=[1,1]", r"plan\.horizons is a list"),
         ("plan.max_rotation_rad=-1.0", "must not be below 0"),

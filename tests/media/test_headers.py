@@ -3,8 +3,7 @@
 import io
 import random
 
-from jepa_cache.media.headers import FilePart, iter_tar_videos
-from jepa_cache.media.probe import probe_video
+from jepa_cache.media.probe import FilePart, iter_tar_videos, probe_video
 from tests.makers import make_video, write_tar
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from jepa_cache.media.images import FrameSequence, SideBySide
-from jepa_cache.media.video import DecodeError, open_video, probe_video
+from jepa_cache.media.probe import DecodeError, probe_video
+from jepa_cache.media.video import open_video
 from tests.makers import make_video
 
 

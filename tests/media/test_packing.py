@@ -9,8 +9,7 @@ import os
 import pytest
 
 from jepa_cache.cli.pack import pack
-from jepa_cache.media.packing import pack_folder
-from jepa_cache.media.tar import expand_inputs, iter_samples
+from jepa_cache.media.tar import expand_inputs, iter_samples, pack_folder
 
 SUFFIXES = ("mp4", "jsonl")
 

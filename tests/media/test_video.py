@@ -12,7 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from jepa_cache.media.video import DecodeError, open_video, probe_video
+from jepa_cache.media.probe import DecodeError, probe_video
+from jepa_cache.media.video import open_video
 from tests.makers import REAL_VPT, make_video
 from tests.videos import record_decoded
 
@@ -144,9 +145,32 @@ def test_a_video_cut_off_before_its_header_is_a_decode_error(video):
         open_video(video[: video.find(b"moov")])
 
 
-def test_a_missing_file_is_a_decode_error(tmp_path):
-    with pytest.raises(DecodeError, match="cannot be opened"):
-        open_video(tmp_path / "absent.mp4")
+@pytest.mark.parametrize("use", [probe_video, open_video])
+def test_a_file_that_cannot_be_read_is_an_oserror_for_it_may_be_read_in_the_next_run(video, tmp_path, monkeypatch, use):
+    with pytest.raises(FileNotFoundError):
+        use(tmp_path / "absent.mp4")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(video)
+
+    def fail(*_, **__):
+        raise av.error.OSError(5, "Input/output error")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        use(path)
+
+
+def test_a_disk_that_fails_while_frames_are_read_is_an_oserror(video, tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(video)
+    with open_video(path) as opened:
+
+        def fail(self, index):
+            raise av.error.OSError(5, "Input/output error")
+
+        monkeypatch.setattr(type(opened._handle), "read", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            opened.read(np.arange(3))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

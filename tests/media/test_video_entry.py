@@ -6,7 +6,8 @@ Both bit for bit, also in videos whose groups of pictures are open, in which dec
 import numpy as np
 import pytest
 
-from jepa_cache.media.video import DecodeError, open_video, probe_video
+from jepa_cache.media.probe import DecodeError, probe_video
+from jepa_cache.media.video import open_video
 from tests.makers import make_video
 from tests.videos import record_decoded
 

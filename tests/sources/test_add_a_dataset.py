@@ -1,6 +1,7 @@
 """Claims: the file and the example that docs/add_a_dataset.md shows work as they stand, under the contract test itself."""
 
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -54,17 +55,21 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_documented_source_keeps_the_contract(installed, name, tmp_path):
+def keep(name, monkeypatch, tmp_path, first):
+    """Run a test of the contract on its first argument and the fixtures that it names."""
     function = getattr(test_contract, name)
-    function(installed, **({"tmp_path": tmp_path} if "tmp_path" in function.__code__.co_varnames[:2] else {}))
+    fixtures = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    function(first, **{known: fixtures[known] for known in fixtures if known in inspect.signature(function).parameters})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_documented_source_keeps_the_contract(installed, name, monkeypatch, tmp_path):
+    keep(name, monkeypatch, tmp_path, installed)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_documented_options_keep_the_contract(installed, name, tmp_path):
-    function = getattr(test_contract, name)
-    arguments = {"tmp_path": tmp_path / "many"} if "tmp_path" in function.__code__.co_varnames[:2] else {}
-    function("mp4_csv-pairs", **arguments)
+def test_the_documented_options_keep_the_contract(installed, name, monkeypatch, tmp_path):
+    keep(name, monkeypatch, tmp_path / "many", "mp4_csv-pairs")
 
 
 def test_the_documented_json_is_read(tmp_path):

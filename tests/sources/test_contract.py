@@ -16,7 +16,7 @@ import pytest
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.video import probe_video
+from jepa_cache.media.probe import probe_video
 from jepa_cache.sources import build_source, list_sources
 from tests.sources import examples
 

@@ -273,12 +273,12 @@ NAME = "observation/robot_state/gripper_position"
             "lie outside",
         ),
         (lambda file, name: file.create_virtual_dataset(name, make_layout()), "lie outside"),
-        (lambda file, name: file.create_dataset(name, (10**12,), "f8", chunks=(1000,)), "states 1000000000000 rows"),
+        (lambda file, name: file.create_dataset(name, (10**12,), "f8", chunks=(1000,)), "states 1000000000000 numbers"),
         (
             lambda file, name: file.create_dataset(
                 name, (24,), "f8", chunks=(10**8,), maxshape=(None,), compression="gzip"
             ),
-            "a chunk of",
+            "numbers at once",
         ),
         (lambda file, name: file.create_dataset(name, (24, 3), "f8"), r"must be [M, 1]"),
         (lambda file, name: file.create_dataset(name, data=[b"x"] * 24), "must be numeric"),

@@ -18,7 +18,7 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources import build_source
-from jepa_cache.sources._tfrecords import MAX_RECORD_BYTES, iter_records, mask_crc32c
+from jepa_cache.sources.parsers.tfrecords import MAX_RECORD_BYTES, iter_records, mask_crc32c
 from tests.droid_makers import (
     CAMERAS,
     REAL_BRIDGE,

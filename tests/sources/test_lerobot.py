@@ -109,7 +109,7 @@ def test_a_unit_of_a_packed_data_set_is_a_parquet_file_and_its_videos(tmp_path):
 
 
 def test_an_episode_longer_than_a_batch_of_rows_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("jepa_cache.sources._parquet.BATCH_ROWS", 7)
+    monkeypatch.setattr("jepa_cache.sources.parsers.untrusted.BATCH_ROWS", 7)
     write_v3(tmp_path / "arm", [{0: 12, 1: 9, 2: 7}])
     assert [episode.num_ticks for episode in read_all(tmp_path)] == [12, 9, 7]
 

@@ -11,7 +11,7 @@ import pytest
 
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source, list_sources
 from jepa_cache.sources import vpt as vpt_module
@@ -216,7 +216,7 @@ def test_stripped_recordings_need_only_mouse_keys_and_gui(tmp_path):
     controls = _controls(tmp_path, bare)
     assert np.isnan(controls["yaw_deg"]).all() and np.isnan(controls["xpos_blocks"]).all()
     assert (controls["hotbar"] == -1).all() and (controls["milli"] == -1).all() and not controls["gui_inventory"].any()
-    with pytest.raises(ValueError, match="no yaw"):
+    with pytest.raises(ValueError, match="no usable yaw"):
         get_action_space("vpt13").aggregate(controls, np.array([0, 4]))
 
 
@@ -425,7 +425,7 @@ def test_options_are_checked_with_the_nearest_name():
 def test_helper_modules_are_no_sources():
     assert "vpt" in list_sources() and not any(name.startswith("_") for name in list_sources())
     with pytest.raises(ValueError, match="no source called"):
-        build_source("_vpt_lines", {})
+        build_source("parsers", {})
 
 
 # A change of these numbers needs a higher RECIPE_VERSION: stored controls would no longer be what the reader gives.

@@ -16,7 +16,7 @@ from jepa_cache.encoding.decoding import luma_statistics
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
-from jepa_cache.sources._vpt_controls import read_contractor
+from jepa_cache.sources.parsers.vpt_controls import read_contractor
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_tar, write_vpt_tar
 
 NUM_FRAMES = 12

@@ -7,10 +7,10 @@ import pytest
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.packing import pack_folder
+from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source
-from jepa_cache.sources._vpt_controls import read_contractor
+from jepa_cache.sources.parsers.vpt_controls import read_contractor
 from jepa_cache.sources.vpt import check_yaw_law
 from tests.makers import REAL_VPT
 

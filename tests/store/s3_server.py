@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 
 from jepa_cache.store import objects
-from jepa_cache.store.mirror import MirroredRoot, open_mirror
+from jepa_cache.store.remote import BucketRoot, resolve_cache_root
 
 BUCKET = "bucket"
 
@@ -183,11 +183,11 @@ def proxied(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Ser
 
 
 @pytest.fixture
-def machines(proxied: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], MirroredRoot]:
+def machines(proxied: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], BucketRoot]:
     """`machines("a")` is the root in the bucket as machine a sees it: machines share nothing but the bucket."""
 
-    def open_on(name: str) -> MirroredRoot:
+    def open_on(name: str) -> BucketRoot:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return open_mirror(f"s3://{BUCKET}/{tmp_path.name}")
+        return resolve_cache_root(f"s3://{BUCKET}/{tmp_path.name}", tmp_path)
 
     return open_on

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jepa_cache.store import layout, writer
+from jepa_cache.store.layout import check_store, read_store_file, write_store_file
 from jepa_cache.store.quantisation import SCHEMES, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
-from jepa_cache.store.verify import check_store, read_store_file, write_store_file
 from jepa_cache.store.writer import TokenWriter
 from tests.encoded import all_files
 from tests.store import plain_reader
@@ -153,7 +153,7 @@ def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", SCHEMES)
 def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
-    assert check_store(write(tmp_path / "a.zarr", dtype, [])).card["num_steps"] == 0
+    assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
     tokens = make_tokens(1)
     values = read_values(write(tmp_path / "b.zarr", dtype, [tokens]), dtype)
     assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
@@ -213,7 +213,7 @@ def test_the_card_states_the_error_of_the_values_that_are_read(tmp_path, dtype):
     path = write(tmp_path / "a.zarr", dtype, [tokens])
     truth = tokens.astype(np.float64)
     error = read_values(path, dtype) - truth
-    stated = read_store_file(path).card["reconstruction"]
+    stated = read_store_file(path).metadata["reconstruction"]
     assert stated["relative_rmse"] == pytest.approx(np.sqrt((error**2).sum() / (truth**2).sum()), rel=0.005)
     assert stated["max_abs"] == pytest.approx(np.abs(error).max(), rel=0.005)
 
@@ -223,8 +223,8 @@ def test_the_error_of_a_cast_is_the_one_that_was_measured_and_none_is_invented(t
     tokens = make_tokens(20)
     errors = np.array([[0.01, 0.09, 0.123456], *[[0.0, 0.0, 0.0]] * 19])
     measured = write(tmp_path / "a.zarr", dtype, [tokens], errors=errors)
-    assert read_store_file(measured).card["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
-    assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).card["reconstruction"] is None
+    assert read_store_file(measured).metadata["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
+    assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).metadata["reconstruction"] is None
 
 
 def test_what_a_dtype_cannot_hold_is_refused(tmp_path):

@@ -99,7 +99,7 @@ def test_an_identical_file_is_left_untouched_and_another_is_replaced(tmp_path):
 
 def test_what_a_killed_writer_left_beside_the_manifest_is_removed(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from jepa_cache.store.root import atomic_file\n"
+        "import os, signal, sys; from pathlib import Path; from jepa_cache.files import atomic_file\n"
         "with atomic_file(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )

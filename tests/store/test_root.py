@@ -13,7 +13,8 @@ import pytest
 
 from jepa_cache.files import temporary_folder
 from jepa_cache.store.collection import remove_unneeded
-from jepa_cache.store.root import MARKER, MARKER_TEXT, CacheRoot, resolve_cache_root
+from jepa_cache.store.remote import resolve_cache_root
+from jepa_cache.store.root import MARKER, MARKER_TEXT, CacheRoot
 
 
 def test_params_win_over_the_environment_and_that_over_the_home_folder(tmp_path, monkeypatch):
@@ -61,9 +62,7 @@ def run_as_nobody(code, *arguments):
     """What a snippet prints that runs as another user."""
     if os.geteuid() != 0:
         pytest.skip("only root may become another user")
-    start = (
-        "import os, sys; from pathlib import Path; import jepa_cache.store.usage; from jepa_cache.store.root import *\n"
-    )
+    start = "import os, sys; from pathlib import Path; from jepa_cache.store.root import *\n"
     code = f"{start}os.setgid(65534); os.setuid(65534); root = CacheRoot(Path(sys.argv[1]))\n{code}"
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False

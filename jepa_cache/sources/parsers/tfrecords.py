@@ -1,0 +1,362 @@
+"""TFRecord shards and TFDS features without TensorFlow: records by their framing, the wanted features of each, and shard listings."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import glob
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
+from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in, walk
+
+HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
+FOOTER_BYTES = 4  # checksum of the record
+# A record is one protobuf message, and no protobuf parser takes more.
+MAX_RECORD_BYTES = (1 << 31) - 1
+SHARD_NAME = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<index>\d{5,})-of-(?P<count>\d{5,})")
+
+
+class Record(NamedTuple):
+    """One record: its place in the file, and its bytes or why it cannot be used."""
+
+    index: int
+    data: bytes
+    problem: str | None
+
+
+class ShardName(NamedTuple):
+    """What the name of a tfrecord shard says."""
+
+    dataset: str
+    split: str
+    index: int
+    count: int
+
+
+def parse_shard_name(name: str) -> ShardName | None:
+    """Read `<dataset>-<split>.tfrecord-<index>-of-<count>`; None for other names."""
+    match = SHARD_NAME.fullmatch(name)
+    return ShardName(match["dataset"], match["split"], int(match["index"]), int(match["count"])) if match else None
+
+
+def iter_records(path: Path | BucketFile) -> Iterator[Record]:
+    """Yield the records of a TFRecord file in order, each with its checksums checked.
+
+    A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
+    length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
+    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all.
+
+    Args:
+        path: The file, uncompressed.
+
+    Cost: memory for one record.
+    """
+    with path.open("rb") as file:
+        size_bytes = file.seek(0, 2)
+        offset, index = 0, 0
+        while offset < size_bytes:
+            file.seek(offset)
+            header = file.read(HEADER_BYTES)
+            fault = _find_fault(header, size_bytes - offset)
+            if fault is not None:
+                if index == 0:
+                    file.seek(0)
+                    what = describe_stand_in(file.read(HEAD_BYTES)) or f"damaged from its first byte on? ({fault})"
+                    yield Record(0, b"", f"the file is no TFRecord file: {what}")
+                    return
+                rest = f"after record {index - 1} the file is damaged (byte {offset} of {size_bytes}): {fault}"
+                yield Record(index, b"", f"{rest}. What follows is lost; fetch the file again")
+                return
+            (length,) = struct.unpack_from("<Q", header)
+            data = file.read(length)
+            (stated,) = struct.unpack("<I", file.read(FOOTER_BYTES))
+            intact = mask_crc32c(data) == stated
+            problem = None if intact else f"record {index} does not match its checksum: the file is damaged there"
+            yield Record(index, data if intact else b"", problem)
+            offset += HEADER_BYTES + length + FOOTER_BYTES
+            index += 1
+
+
+def copy_first_records(path: Path | BucketFile, most: int, out: Path) -> int | None:
+    """Copy the first records of a TFRecord file, as they are; what lies behind them is not read.
+
+    Args:
+        path: The file.
+        most: How many; fewer where the file is damaged behind its first one.
+        out: The new file.
+
+    Returns:
+        How many were copied, or None, and no new file, where the file holds no more than `most`, or no record.
+    """
+    with path.open("rb") as file, out.open("wb") as copy:
+        size_bytes = path.stat().st_size
+        offset, num_records = 0, 0
+        while offset < size_bytes and num_records < most:
+            header = file.read(HEADER_BYTES)
+            fault = _find_fault(header, size_bytes - offset)
+            if fault is not None:
+                offset = size_bytes  # iter_records says what is wrong with it.
+                break
+            (length,) = struct.unpack_from("<Q", header)
+            copy.write(header + file.read(length + FOOTER_BYTES))
+            offset += HEADER_BYTES + length + FOOTER_BYTES
+            num_records += 1
+    if offset >= size_bytes:
+        out.unlink()
+        return None
+    return num_records
+
+
+def mask_crc32c(data: bytes) -> int:
+    """TFRecord's checksum: crc32c, rotated right by 15 bits and moved by a constant, as TensorFlow's record writer does."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _find_fault(header: bytes, rest_bytes: int) -> str | None:
+    if len(header) < HEADER_BYTES:
+        return f"it ends within the length of a record ({len(header)} bytes are left)"
+    length, stated = struct.unpack("<QI", header)
+    if mask_crc32c(header[:8]) != stated:
+        return "the length of a record does not match its checksum"
+    if length > MAX_RECORD_BYTES:
+        return f"a record states a length of {length} bytes; no record is longer than {MAX_RECORD_BYTES}"
+    if HEADER_BYTES + length + FOOTER_BYTES > rest_bytes:
+        return (
+            f"a record states a length of {length} bytes, but only {rest_bytes - HEADER_BYTES} are left: it was cut off"
+        )
+    return None
+
+
+MAX_INFO_BYTES = 64 << 20  # of features.json and dataset_info.json; those of DROID are below 1 MB
+FEATURES_FILE = "features.json"
+INFO_FILE = "dataset_info.json"
+STEPS = "steps/"
+"""How the paths of features begin that a record holds for each step."""
+
+FEATURE_MODULE = "tensorflow_datasets.core.features."
+
+
+class Features:
+    """The features of one TFDS directory, of which some are parsed and all others are left as they are.
+
+    Owns no open file. Pictures are never decoded: they come as their encoded bytes.
+    """
+
+    def __init__(self, path: Path | BucketFile, wanted: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> None:
+        """Read features.json, and dataset_info.json beside it.
+
+        Args:
+            path: The features.json of a TFDS directory.
+            wanted: Features by their paths, e.g. "steps/observation/cartesian_position".
+            optional: The same of features that the directory may lack.
+
+        Raises:
+            ValueError: The directory is none, names foreign classes, or lacks a wanted feature (the nearest is named).
+        """
+        from tensorflow_datasets.core.example_parser import ExampleParserNp
+
+        content, info = _read_json(path), _read_json(path.with_name(INFO_FILE))
+        check_feature_classes(path, content)
+        try:
+            features = _build_features(json.dumps(content, sort_keys=True))
+            self._shard_lengths = {
+                split["name"]: [int(length) for length in split.get("shardLengths", ())]
+                for split in info.get("splits", ())
+            }
+            if "steps" not in features:
+                raise ValueError("it holds no `steps`, hence no episodes")
+        except Exception as error:  # tensorflow-datasets lets protobuf, type and key errors through.
+            raise ValueError(f"{path} does not describe a TFDS directory of episodes: {error}") from error
+        self._places = dict(_list_features(features))
+        specs = dict(_flatten(features.get_serialized_info()))
+        wanted = (*wanted, *(name for name in optional if name in self._places))
+        if missing := [name for name in dict.fromkeys(wanted) if name not in self._places]:
+            near = {name: difflib.get_close_matches(name, list(self._places), n=1) for name in missing}
+            hints = ", ".join(
+                f"{name!r}" + (f" (did you mean {near[name][0]!r}?)" if near[name] else "") for name in missing
+            )
+            raise ValueError(
+                f"{path} has no feature {hints}. Name its features in source_options of the data set preset, null or [] where it "
+                f"has none; it has {', '.join(sorted(self._places))}"
+            )
+        for name in wanted:
+            self._check(path, name, specs)
+        # Only what is wanted: other features may be compressed, and parsing all of them takes most of the time.
+        self._parser = ExampleParserNp({name: specs[name] for name in wanted})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All features by their paths."""
+        return tuple(self._places)
+
+    def count_records(self, split: str, index: int) -> int | None:
+        """Records of a shard as dataset_info.json states them; None where it does not."""
+        lengths = self._shard_lengths.get(split, ())
+        return lengths[index] if index < len(lengths) else None
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        """Parse the wanted features of one record.
+
+        Returns:
+            By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and texts are
+            bytes (in an object array [T] where there is one per step).
+
+        Raises:
+            ValueError: The record does not fit the features.
+
+        Cost: 30 us per step of three 20 kB pictures, nearly all of it protobuf's own copy of them.
+        """
+        try:
+            example = dict(self._parser.parse_example(data))
+            for name, value in example.items():
+                if _is_packed(self._places[name]):
+                    feature = self._places[name]
+                    decode = feature.decode_batch_example_np if name.startswith(STEPS) else feature.decode_example_np
+                    example[name] = decode(value)
+            return example
+        except Exception as error:  # protobuf's DecodeError, KeyError, shape errors: the record decides which.
+            raise ValueError(f"the record does not fit features.json: {type(error).__name__}: {error}") from error
+
+    def _check(self, path: Path | BucketFile, name: str, specs: Mapping[str, Any]) -> None:
+        encoding = getattr(self._places[name], "_encoding", None)
+        if str(getattr(encoding, "value", "none")) not in ("none", "bytes"):
+            raise ValueError(
+                f"{path}: the feature {name!r} is stored compressed ({encoding}), which is not read: a small file could "
+                "fill the memory"
+            )
+        if name not in specs:
+            raise ValueError(f"{path}: the feature {name!r} changes its shape from step to step, which is not read")
+
+
+def check_feature_classes(path: Path | BucketFile, content: Any) -> None:
+    """Refuse features that are of classes other than TFDS's own, before tensorflow-datasets imports them.
+
+    Args:
+        path: The features.json, for the message.
+        content: What it holds.
+
+    Raises:
+        ValueError: It names a foreign class.
+    """
+    foreign = _find_foreign_class(content)
+    if foreign is not None:
+        raise ValueError(
+            f"{path} names the class {foreign!r}; only TFDS's own ({FEATURE_MODULE}*) are loaded, because loading a class "
+            "runs its module"
+        )
+
+
+# tensorflow-datasets keeps every set of features that ever parsed a record (25 kB); DROID's 2048 shards share one.
+@functools.lru_cache(maxsize=16)
+def _build_features(text: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict.from_json(json.loads(text))
+
+
+def _read_json(path: Path | BucketFile) -> Any:
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; name the folder of a TFDS directory, which holds it")
+    with path.open("rb") as file:
+        content = file.read(MAX_INFO_BYTES + 1)
+    if len(content) > MAX_INFO_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_INFO_BYTES} bytes")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
+
+
+def _find_foreign_class(value: Any) -> str | None:
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                # The last is the form of older TFDS versions; a feature that is called "type" holds a dict.
+                named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)
+                if named and not inner.startswith(FEATURE_MODULE):
+                    return inner
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+    return None
+
+
+def _list_features(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, feature) of every leaf; the sequence of steps adds no part to the path."""
+    import tensorflow_datasets as tfds
+
+    for name, feature in features.items():
+        inner = feature.feature if isinstance(feature, tfds.features.Dataset | tfds.features.Sequence) else feature
+        if isinstance(inner, tfds.features.FeaturesDict):
+            yield from _list_features(inner, f"{prefix}{name}/")
+        else:
+            yield prefix + name, feature
+
+
+def _flatten(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, inner in info.items():
+        if isinstance(inner, Mapping):
+            yield from _flatten(inner, f"{prefix}{name}/")
+        else:
+            yield prefix + name, inner
+
+
+def _is_packed(feature: Any) -> bool:
+    """Whether the numbers of an array are stored as one string of bytes."""
+    return str(getattr(getattr(feature, "_encoding", None), "value", "none")) == "bytes"
+
+
+def list_local(given: str, base: Path) -> list[Path]:
+    """The tfrecord shards that a folder, file, glob or brace range names, with every features.json beside one."""
+    from braceexpand import braceexpand
+
+    literal = base / Path(given).expanduser()
+    found: list[Path] = []
+    for name in [given] if literal.exists() else braceexpand(given):
+        path = base / Path(name).expanduser()
+        for match in [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]:  # noqa: PTH207
+            if match.is_dir():
+                found += [folder / name for folder, _, names in walk(match) for name in names if ".tfrecord-" in name]
+            else:
+                found.append(match)
+    beside = {path.parent / FEATURES_FILE for path in found}
+    return [*found, *(path for path in beside if path.is_file())]
+
+
+def list_bucket(given: str) -> list[BucketFile]:
+    """The files of a folder in a bucket, or those that its last part names as a glob or brace range, with features.json."""
+    from braceexpand import braceexpand
+
+    if not given.startswith(BUCKET_SCHEME):
+        raise ValueError(
+            f"{given!r}: of addresses only {BUCKET_SCHEME}bucket/folder is read; copy the directory and give DIR"
+        )
+    folder, _, last = given.rpartition("/")
+    named = not parse_shard_name(last) and not any(sign in last for sign in "*?[{")
+    try:
+        files = list_files(given if named else folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{given} cannot be listed: {error}. Is the network reachable, and is it the folder that holds {FEATURES_FILE}? "
+            f"Or copy it with `gsutil -m cp -r {given} DIR` and give DIR"
+        ) from error
+    if named:
+        return files
+    patterns = list(braceexpand(last))
+    return [
+        file
+        for file in files
+        if file.name == FEATURES_FILE or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)
+    ]

@@ -1,0 +1,201 @@
+"""Claims of cli/fetch_vpt.py and stages/fetch_vpt.py, against a local server.
+
+An index is not trusted; bytes are estimated before any is downloaded; what cannot be fetched is named and the others are; an
+interrupted command resumes; a tar shard that is there is never downloaded again nor rewritten.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from jepa_cache.cli import fetch_vpt as command
+from jepa_cache.cli.fetch_vpt import read_index
+from jepa_cache.media.remote import DownloadError
+from jepa_cache.sources import build_source
+from tests.makers import make_vpt_pair
+from tests.media.fake_bucket import serve
+
+PAIRS = {f"data/10.0/cheeky-setter-02e4-2022042{number}-0926": make_vpt_pair(4, number) for number in range(4)}
+KEYS = [name.removeprefix("data/") for name in PAIRS]
+
+
+@pytest.fixture
+def server():
+    with serve() as running:
+        for name, (video, lines) in PAIRS.items():
+            running.files |= {f"rl/{name}.mp4": video, f"rl/{name}.jsonl": lines, f"rl/{name}-options.json": b"{}"}
+        index = {"basedir": f"{running.url}/rl/", "relpaths": [f"{name}.mp4" for name in PAIRS]}
+        running.files["index.json"] = json.dumps(index).encode()
+        yield running
+
+
+@pytest.fixture
+def fetch(server, tmp_path):
+    """The stage, as it is typed, with the index of the server; fetches into `out`."""
+
+    def run(*argv, out=tmp_path / "out"):
+        path = Path(__file__).resolve().parents[2] / "stages/fetch_vpt.py"
+        spec = importlib.util.spec_from_file_location("fetch_vpt", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main([f"{server.url}/index.json", "--out", str(out), *map(str, argv)])
+
+    return run
+
+
+def _keys(out):
+    source = build_source("vpt", {})
+    return sorted(episode.key for unit in source.list_units([str(out)], out) for episode in source.iter_episodes(unit))
+
+
+def _tars(out):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.tar")}
+
+
+def test_an_index_of_the_network_or_disk_gives_keys_with_the_recorder_version_and_urls_below_basedir(server, tmp_path):
+    recordings = read_index(f"{server.url}/index.json", tmp_path / "staging")
+    assert [recording.key for recording in recordings] == KEYS
+    assert recordings[0].urls["jsonl"] == f"{server.url}/rl/data/{KEYS[0]}.jsonl"
+    assert recordings[0].urls["options"] == f"{server.url}/rl/data/{KEYS[0]}-options.json"
+    (tmp_path / "index.json").write_bytes(server.files["index.json"])
+    assert read_index(str(tmp_path / "index.json"), tmp_path) == recordings
+
+
+def test_an_index_that_is_not_there_is_named(server, tmp_path):
+    with pytest.raises(ValueError, match="no index file"):
+        read_index(str(tmp_path / "none.json"), tmp_path)
+    with pytest.raises(DownloadError, match="there is nothing there"):
+        read_index(f"{server.url}/none.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "relpath",
+    [
+        "../../etc/passwd.mp4",
+        "data/../../x.mp4",
+        "/etc/x.mp4",
+        "//evil.example/x.mp4",
+        "http://evil.example/x.mp4",
+        "@evil.example/x.mp4",
+        "data/x.mp4?y=.mp4",
+        "data/x#y.mp4",
+        "data\\..\\x.mp4",
+        "data/%2e%2e/x.mp4",
+        "data/.hidden/x.mp4",
+        "data/./x.mp4",
+        "data//x.mp4",
+        "data/x\n.mp4",
+        "data/x.tar",
+        ".mp4",
+        "",
+        7,
+        None,
+    ],
+)
+def test_a_path_that_could_leave_its_place_is_refused_by_name(tmp_path, relpath):
+    place = tmp_path / "index.json"
+    place.write_text(json.dumps({"basedir": "https://host/rl/", "relpaths": ["data/10.0/good.mp4", relpath]}))
+    with pytest.raises(ValueError, match="plain relative path") as error:
+        read_index(str(place), tmp_path)
+    assert repr(relpath)[1:20] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "basedir", ["file:///etc", "ftp://host/", "https://user@host/", "https:///x", "/local", "", None]
+)
+def test_a_base_that_is_no_plain_web_address_is_refused(tmp_path, basedir):
+    place = tmp_path / "index.json"
+    place.write_text(json.dumps({"basedir": basedir, "relpaths": ["data/x.mp4"]}))
+    with pytest.raises(ValueError, match="basedir"):
+        read_index(str(place), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"{}", b"null", b'{"basedir": "http://h/", "relpaths": []}', b"[" * 10**5]
+)
+def test_what_is_no_index_is_refused(tmp_path, content):
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        read_index(str(tmp_path / "index.json"), tmp_path)
+
+
+def test_two_recordings_of_one_key_are_refused_and_one_named_twice_is_one(tmp_path):
+    place = tmp_path / "index.json"
+    place.write_text(json.dumps({"basedir": "http://h", "relpaths": ["a/10.0/x.mp4", "a/10.0/x.mp4"]}))
+    assert len(read_index(str(place), tmp_path)) == 1
+    place.write_text(json.dumps({"basedir": "http://h", "relpaths": ["a/10.0/x.mp4", "b/10.0/x.mp4"]}))
+    with pytest.raises(ValueError, match="two recordings"):
+        read_index(str(place), tmp_path)
+
+
+def test_a_dot_in_a_segment_stays_in_its_url_and_leaves_its_key(tmp_path):
+    place = tmp_path / "index.json"
+    place.write_text(json.dumps({"basedir": "http://h", "relpaths": ["d/6.9/x.part2.mp4"]}))
+    (recording,) = read_index(str(place), tmp_path)
+    assert (recording.key, recording.urls["jsonl"]) == ("6.9/x_part2", "http://h/d/6.9/x.part2.jsonl")
+
+
+def test_bytes_are_estimated_before_any_is_downloaded(server, fetch, tmp_path, capsys, monkeypatch):
+    fetch("--num", 3, "--start", 1, "--dry-run")
+    output = capsys.readouterr().out
+    assert "4 recordings in the index, 3 chosen, 0 at hand" in output and "from the sizes of 3 recordings" in output
+    assert not _tars(tmp_path / "out") and not [r for r in server.requests if r[0] == "GET" and r[1].startswith("rl")]
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match=r"are needed below .*lower --num"):
+        fetch()
+
+
+def test_fetched_recordings_are_read_by_the_source_and_dropped_connections_change_nothing(server, fetch, tmp_path):
+    fetch("--options")
+    assert _keys(tmp_path / "out") == KEYS and len(_tars(tmp_path / "out")) == 1
+    assert not list((tmp_path / "out").rglob("*.mp4")), "downloads are removed when their shard is complete"
+    assert (tmp_path / f"out/options/{KEYS[0]}-options.json").read_bytes() == b"{}"
+    for path in list(server.files):
+        server.faults[path] = [("drop", 1), ("status", 503)]
+    fetch(out=tmp_path / "flaky")
+    assert _tars(tmp_path / "flaky") == _tars(tmp_path / "out")
+
+
+def test_what_cannot_be_fetched_is_named_the_others_are_and_the_next_run_gets_it(server, fetch, tmp_path, capsys):
+    gone = server.files.pop(f"rl/data/{KEYS[1]}.jsonl")
+    with pytest.raises(SystemExit, match="1 recordings could not be fetched"):
+        fetch("--num", 3)
+    assert f"failed: {KEYS[1]}: {server.url}/rl/data/{KEYS[1]}.jsonl: there is nothing" in capsys.readouterr().out
+    assert _keys(tmp_path / "out") == [KEYS[0], KEYS[2]]
+    server.files[f"rl/data/{KEYS[1]}.jsonl"] = gone
+    before, num_requests = _tars(tmp_path / "out"), len(server.requests)
+    fetch("--num", 4)
+    assert "2 at hand" in capsys.readouterr().out and _keys(tmp_path / "out") == KEYS
+    assert before.items() < _tars(tmp_path / "out").items(), "the first shard is as it was"
+    assert not any(KEYS[0] in path for _, path, _ in server.requests[num_requests:])
+
+
+def test_a_shard_is_closed_when_it_is_full(fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "MAX_TAR_BYTES", 1)
+    fetch()
+    assert len(_tars(tmp_path / "out")) == 4 and _keys(tmp_path / "out") == KEYS
+
+
+@pytest.mark.parametrize("moment", ["pack_folder", "_remove"])
+def test_a_crash_between_download_and_shard_costs_nothing(server, fetch, tmp_path, monkeypatch, moment):
+    def crash(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, moment, crash)
+    with pytest.raises(KeyboardInterrupt):
+        fetch()
+    monkeypatch.undo()
+    num_requests = len(server.requests)
+    fetch()
+    again = [path for method, path, _ in server.requests[num_requests:] if method == "GET"]
+    assert again == ["index.json"], "nothing is downloaded twice"
+    assert _keys(tmp_path / "out") == KEYS and not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_a_damaged_shard_in_the_output_is_named(fetch, tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match=r"x\.tar is no readable tar shard"):
+        fetch(out=tmp_path)

@@ -1,0 +1,728 @@
+"""Claims: a root in a bucket gives every machine the same bytes as a folder does; a store is whole or absent at every moment.
+
+Requests survive dropped connections, and what cannot be put right is told in words. Chunks of tokens kept here stay within
+the limit, and no command loses what it reads. A damaged copy here never speaks for what lies in the bucket.
+
+Two caches of this machine stand for two machines: they share nothing but the bucket.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa_cache.store import layout, objects, remote
+from jepa_cache.store.controls import ControlsWriter, iter_controls, read_actions, write_actions
+from jepa_cache.store.layout import StoreDamagedError, check_store, read_store_file
+from jepa_cache.store.objects import Bucket, ObjectStoreError
+from jepa_cache.store.reader import TokenReader, read_table
+from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.remote import resolve_cache_root
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.store.writer import TokenWriter, table
+from tests.store.s3_server import Fault
+
+N, D, NUM_STEPS = 3, 8, 520
+TOKENS = np.random.default_rng(0).standard_normal((NUM_STEPS, N, D)).astype(np.float16)
+UNIT, RECIPE = "5" * 64, fingerprint({})
+CHUNKS = "tokens/c/0/0/0"
+
+
+def write_tokens(store, tokens=TOKENS):
+    columns = {field.name: np.arange(len(tokens)) % 2 for field in layout.STEPS_SCHEMA}
+    columns["gui"] = np.zeros(len(tokens), bool)
+    segments = {"segment": [0], "episode": ["a"], "start": [0], "stop": [len(tokens)], "step_hz": [5.0]}
+    with TokenWriter(store, num_tokens=N, width=D) as writer:
+        writer.append(tokens)
+        writer.publish(
+            table(layout.STEPS_SCHEMA, columns),
+            table(layout.SEGMENTS_SCHEMA, segments),
+            {"recipe": {}},
+            {"device": "cpu"},
+        )
+
+
+def publish_tokens(root):
+    store = root.tokens(RECIPE, UNIT)
+    write_tokens(store)
+    root.publish(store)
+    return store
+
+
+def read_all(store):
+    out = np.empty_like(TOKENS)
+    with TokenReader(store) as reader:
+        reader.read(0, out)
+    return out
+
+
+def read_from(root):
+    """All tokens, as a command reads them."""
+    store = root.tokens(RECIPE, UNIT)
+    with root.pulled([store]):
+        return read_all(store)
+
+
+def pull(root, stores, *, again=False):
+    with root.pulled(stores, again=again):
+        pass
+
+
+def commit_of(root):
+    return root._read_record(root.tokens(RECIPE, UNIT))
+
+
+def keys_of(root):
+    return set(root.bucket.list(""))
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_one_machine_publishes_another_reads_bit_for_bit(machines, tmp_path):
+    publish_tokens(machines("a"))
+    folder = CacheRoot(tmp_path / "folder")
+    write_tokens(folder.tokens(RECIPE, UNIT))
+    root = machines("b")
+    store, local = root.tokens(RECIPE, UNIT), folder.tokens(RECIPE, UNIT)
+    assert root.fetch(store)
+    assert files_below(root.path) == {name for name in files_below(folder.path) if "/tokens/c/" not in name}
+    assert root.find_store(store) == folder.find_store(local)
+    for name in (layout.STEPS_FILE, layout.SEGMENTS_FILE):
+        assert read_table(store, name).equals(read_table(local, name))
+    with root.pulled([store]):
+        root.bucket.delete(root.bucket.list(""))  # from here on the local files alone are read
+        assert np.array_equal(read_all(store), TOKENS)
+        assert check_store(store, read_data=True) == check_store(local, read_data=True)
+
+
+def test_controls_actions_and_manifests_travel_too(machines):
+    here, there = machines("a"), machines("b")
+    actions, states = np.ones((4, 2), np.float32), np.zeros((4, 3), np.float32)
+    store, controls, manifest = (
+        lambda root: root.actions(RECIPE, UNIT),
+        lambda root: root.controls(RECIPE, UNIT),
+        lambda root: root.manifest(RECIPE),
+    )
+    write_actions(store(here), actions, states, {"excluded": {}})
+    with ControlsWriter(controls(here)) as writer:
+        writer.append("a", {"dx": np.arange(5)})
+    manifest(here).parent.mkdir(parents=True)
+    manifest(here).write_bytes(b"{}")
+    for place in (store, controls, manifest):
+        assert not there.fetch(place(there))
+        here.publish(place(here))
+        assert there.fetch(place(there))
+    assert all(np.array_equal(*pair) for pair in zip(read_actions(store(there)), (actions, states), strict=True))
+    ((episode, columns),) = iter_controls(controls(there))
+    assert episode == "a" and np.array_equal(columns["dx"], np.arange(5))
+    assert manifest(there).read_bytes() == b"{}"
+
+
+def test_another_zarr_reader_reads_the_store_in_the_bucket(machines):
+    zarr = pytest.importorskip("zarr")
+    from zarr.storage import ObjectStore
+
+    root = machines("a")
+    publish_tokens(root)
+    from obstore.store import from_url
+
+    prefix = f"{root.bucket.url}/{commit_of(root).attempt}"
+    bucket = from_url(prefix, client_options={"allow_http": True})
+    group = zarr.open_group(ObjectStore(bucket, read_only=True), mode="r")
+    assert np.array_equal(group["tokens"][...], TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["refuse", "deaf", "cut"])
+def test_every_request_survives_dropped_connections(server, machines, tmp_path, kind):
+    bucket, data = machines("a").bucket, os.urandom(50_000)
+    bucket.put("warm", b"")
+    bucket.put("a/b", data) if kind == "cut" else None  # the answer to PUT has no body that could be cut
+    for pattern in ("PUT .*/a/b", "GET .*/a/b", r"GET .*list-type", "POST .*delete")[kind == "cut" :]:
+        server.faults.append(Fault(pattern, kind, 7, times=3))
+    bucket.put("a/b", data)
+    assert bucket.get("a/b")[0] == data
+    assert list(bucket.list("a")) == ["a/b"]
+    server.faults.append(Fault("GET .*/a/b", kind, 100, times=3))
+    assert bucket.download("a/b", len(data), tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "file").read_bytes() == data
+    bucket.delete(["a/b"])
+    assert bucket.get("a/b") is None
+
+
+def test_a_file_in_parts_survives_dropped_connections(server, machines, tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+    bucket, data = machines("a").bucket, os.urandom(11 << 20)
+    (tmp_path / "file").write_bytes(data)
+    (tmp_path / "empty").touch()
+    bucket.put("empty", tmp_path / "empty")
+    server.faults += [
+        Fault("uploads=", "deaf"),
+        Fault("partNumber=2", "refuse", times=2),
+        Fault("partNumber=3", "deaf"),
+        Fault("POST .*uploadId", "refuse"),
+    ]
+    bucket.put("a", tmp_path / "file")
+    assert (bucket.get("a")[0], bucket.get("empty")[0]) == (data, b"")
+    assert bucket.download("a", len(data), tmp_path / "b") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_server_that_asks_for_patience_gets_it(server, machines):
+    bucket = machines("a").bucket
+    bucket.put("warm", b"")
+    server.faults.append(Fault("PUT .*/a", "status", 503, "<Error><Code>SlowDown</Code></Error>", times=5))
+    assert bucket.put("a", b"1", new=True) and not bucket.put("a", b"2", new=True)
+    assert bucket.get("a")[0] == b"1"
+
+
+DENIED = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("PUT", "status", 403, DENIED), "not permitted; the credentials need list, get, put and delete"),
+        (Fault("GET", "status", 403, DENIED), "not permitted"),
+        (
+            Fault("GET", "status", 301, DENIED.replace("AccessDenied", "PermanentRedirect")),
+            "another region; set AWS_REGION",
+        ),
+        (Fault("GET", "refuse", times=99), "cannot be reached; check the network"),
+    ],
+    ids=["no writing", "no listing", "region", "network"],
+)
+def test_what_the_server_refuses_is_told_before_any_work(server, machines, fault, said):
+    root = machines("a")
+    server.faults.append(fault)
+    with pytest.raises(ObjectStoreError, match=said) as raised:
+        root.check_writable()
+    server.faults.clear()
+    assert root.name in str(raised.value) and "\n" not in str(raised.value)
+    root.check_writable()
+    assert not keys_of(root)
+
+
+def test_no_bucket_no_credentials_and_no_library_are_told_with_a_way_out(machines, monkeypatch):
+    other = Bucket("s3://nosuch/prefix")
+    for request in (lambda: other.put("a", b""), lambda: other.get("a"), lambda: other.list("a")):
+        with pytest.raises(ObjectStoreError, match=r"there is no bucket 'nosuch'; make it, or correct cache.root"):
+            request()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(ObjectStoreError, match="no credentials were found; set AWS_ACCESS_KEY_ID"):
+        machines("a").bucket.list("a")
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(ObjectStoreError, match=r"pip install 'jepa-cache\[objects\]'"):
+        machines("a").check_writable()
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:/bucket", "az://bucket/x", "ftp://x/y", "s3://key@bucket/x", "s3://bucket/x?y=1", "s3://b c/x"]
+)
+def test_what_is_no_bucket_is_refused(url, tmp_path):
+    with pytest.raises(ObjectStoreError, match="s3://bucket/prefix or gs://bucket/prefix; got"):
+        resolve_cache_root(url, tmp_path)
+
+
+def test_a_root_is_found_by_its_url_and_has_a_folder_for_each_server(machines, monkeypatch, tmp_path):
+    here = machines("a")
+    monkeypatch.setenv("JEPA_CACHE_HOME", here.name)
+    assert [resolve_cache_root(name, tmp_path).path for name in (None, here.name)] == [here.path] * 2
+    travelled = pickle.dumps(here)
+    publish_tokens(here)
+    there = machines("b")
+    assert pickle.loads(travelled).path == there.path != here.path
+    assert pickle.loads(travelled).fetch(there.tokens(RECIPE, UNIT))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert machines("a").path != here.path
+
+
+# A commit object as the first release wrote it.
+FIRST_COMMIT = """{
+  "attempt": "manifests/%(digest)s.json.attempt-0123456789abcdef",
+  "commit_version": 1,
+  "files": {
+    "%(digest)s.json": {
+      "num_bytes": 3,
+      "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    }
+  }
+}
+"""
+
+
+def test_what_the_first_release_published_is_read_and_its_notes_here_are_understood(machines):
+    root = machines("a")
+    place = root.manifest(RECIPE)
+    content = FIRST_COMMIT % {"digest": RECIPE}
+    root.bucket.put(f"manifests/{RECIPE}.json.attempt-0123456789abcdef/{RECIPE}.json", b"{}\n")
+    root.bucket.put(f"manifests/{RECIPE}.json.commit.json", content.encode())
+    assert root.fetch(place) and place.read_bytes() == b"{}\n"
+    assert root._read_record(place).to_bytes() == content.encode()
+    note = root._record_path(place)
+    note.write_text(json.dumps({**json.loads(note.read_bytes()), "url": root.name}))
+    assert root._read_record(place).to_bytes() == content.encode()
+    root.remove(place)
+    assert not keys_of(root)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from jepa_cache.store.objects import Bucket
+from jepa_cache.store.remote import resolve_cache_root
+
+def run(root, place, number):
+    ask, count = Bucket._ask, [0]
+    def step():
+        if count[0] == number:
+            os._exit(9)
+        count[0] += 1
+    def killed(*arguments):  # before the request, or after it
+        step()
+        result = ask(*arguments)
+        step()
+        return result
+    Bucket._ask = killed
+    root.publish(place)
+
+url, name, first = sys.argv[1:]
+number, status = int(first), 9
+while status == 9:
+    root = resolve_cache_root(f"{url}-{number}", Path())
+    child = os.fork()
+    if child == 0:
+        run(root, root.path / name, number)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    number += 1
+print(number, status)
+"""
+MOST_KILLS = 60
+
+
+def test_a_publisher_killed_at_any_request_leaves_a_whole_store_or_none_and_the_next_run_finishes(
+    server, machines, monkeypatch, tmp_path
+):
+    """Enumerated: before and after every request of a publication, each in a fresh prefix; then the same machine goes on."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.direct_url)
+    folder = CacheRoot(tmp_path / "folder")
+    store = folder.tokens(RECIPE, UNIT)
+    write_tokens(store)
+    name, url = store.relative_to(folder.path), machines("a").name
+    for number in range(MOST_KILLS):
+        place = resolve_cache_root(f"{url}-{number}", Path()).path / name
+        place.parent.mkdir(parents=True)
+        shutil.copytree(store, place, copy_function=os.link)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, url, str(name), "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    num_kills, status = map(int, done.stdout.split())
+    assert status == 0 and 2 * len(files_below(store)) < num_kills < MOST_KILLS, done.stderr
+    whole = 0
+    for number in range(num_kills):
+        machines("b")
+        other = resolve_cache_root(f"{url}-{number}", Path())
+        if other.fetch(other.path / name):
+            whole += 1
+            assert np.array_equal(read_from(other), TOKENS)
+        machines("a")
+        again = resolve_cache_root(f"{url}-{number}", Path())
+        assert again.fetch(again.path / name), "what was finished is uploaded by the next run"
+        assert np.array_equal(read_from(again), TOKENS)
+        committed = commit_of(again).attempt
+        left = {key.partition(".attempt-")[2][:16] for key in keys_of(again)} - {"", committed[-16:]}
+        assert len(left) <= 1, "at most the half upload, which `gc` removes when it is a day old"
+    assert 1 < whole < num_kills / 2, "only what was committed is found"
+
+
+def test_of_two_writers_at_once_one_wins_and_both_read_its_store(machines):
+    for _ in range(3):
+        roots, errors = [machines("a"), machines("b")], []
+        stores = [root.tokens(RECIPE, UNIT) for root in roots]
+        for store in stores:
+            write_tokens(store)
+        barrier = threading.Barrier(2)
+
+        def publish(root, store, barrier=barrier, errors=errors):
+            try:
+                barrier.wait()
+                root.publish(store)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=publish, args=pair) for pair in zip(roots, stores, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        first, second = map(commit_of, roots)
+        assert first == second
+        assert {key.split("/")[2] for key in keys_of(roots[0])} == {
+            f"{stores[0].name}.commit.json",
+            first.attempt.split("/")[2],
+        }, "the files of the other are gone"
+        assert all(np.array_equal(read_from(root), TOKENS) for root in roots)
+        roots[0].remove(stores[0])
+        assert not machines("b").fetch(stores[1])
+
+
+def test_a_commit_that_is_there_stays_and_the_later_upload_is_removed(machines, monkeypatch):
+    here, there = machines("a"), machines("b")
+    write_tokens(there.tokens(RECIPE, UNIT), -TOKENS)
+    publish_tokens(here)
+    before = keys_of(here)
+    there._push(there.tokens(RECIPE, UNIT))  # as one that looked before the other had committed
+    assert keys_of(here) == before and commit_of(there) == commit_of(here)
+    assert np.array_equal(read_from(there), TOKENS)
+
+
+def test_where_the_server_knows_no_condition_the_last_writer_wins_and_nothing_mixes(machines, monkeypatch):
+    put = Bucket.put
+    monkeypatch.setattr(Bucket, "put", lambda self, key, content, new=False: put(self, key, content))
+    for name, tokens in (("a", -TOKENS), ("b", TOKENS)):
+        write_tokens(machines(name).tokens(RECIPE, UNIT), tokens)
+        machines(name)._push(machines(name).tokens(RECIPE, UNIT))
+    for name in ("a", "b", "c"):
+        assert np.array_equal(read_from(machines(name)), TOKENS)
+
+
+@pytest.mark.parametrize("name", ["fetch", "publish", "remove"])
+def test_processes_of_one_machine_wait_for_each_other_at_a_store(machines, name):
+    root, done = machines("a"), threading.Event()
+    store = root.tokens(RECIPE, UNIT)
+    write_tokens(store)
+
+    def work():
+        getattr(root, name)(store)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    with root._locked(store):
+        thread.start()
+        assert not done.wait(0.2) and not keys_of(root) and store.is_dir()
+    thread.join()
+    assert done.is_set() and bool(keys_of(root)) == (name != "remove")
+
+
+def test_a_file_is_published_once_and_again_when_it_was_removed_elsewhere(machines, server):
+    here, there = machines("a"), machines("b")
+    manifest = here.manifest(RECIPE)
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b"{}")
+    here.publish(manifest)
+    server.requests.clear()
+    here.publish(manifest)
+    assert not [request for request in server.requests if request.startswith("PUT")]
+    there.remove(there.manifest(RECIPE))
+    here.publish(manifest)
+    assert machines("c").fetch(machines("c").manifest(RECIPE))
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
+def test_what_was_lost_here_is_fetched_again_and_never_published(machines, harm):
+    here, there = machines("a"), machines("b")
+    write_tokens(here.tokens(RECIPE, UNIT))
+    harm(here.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
+    with pytest.raises(StoreDamagedError, match=layout.SEGMENTS_FILE):  # finished here, but not whole any more
+        here.fetch(here.tokens(RECIPE, UNIT))
+    assert not keys_of(here)
+    here.remove(here.tokens(RECIPE, UNIT))
+    publish_tokens(here)
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    harm(there.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
+    there = machines("b")
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    assert read_table(there.tokens(RECIPE, UNIT), layout.SEGMENTS_FILE).num_rows == 1
+
+
+def test_what_was_removed_elsewhere_is_gone_here_and_what_was_made_again_is_pulled_again(machines):
+    here = machines("a")
+    publish_tokens(here)
+    assert np.array_equal(read_from(machines("b")), TOKENS)
+    here.remove(here.tokens(RECIPE, UNIT))
+    assert not keys_of(here) and not files_below(here.path)
+    there = machines("b")  # as the next command
+    assert not there.fetch(there.tokens(RECIPE, UNIT)) and not files_below(there.path)
+    for tokens in (TOKENS, -TOKENS):
+        write_tokens(here.tokens(RECIPE, UNIT), tokens)
+        here.publish(here.tokens(RECIPE, UNIT))
+        assert np.array_equal(read_from(machines("b")), tokens)
+        here.remove(here.tokens(RECIPE, UNIT))
+
+
+@pytest.mark.parametrize("arrives", [None, b"less"], ids=["lost", "cut"])
+def test_what_did_not_arrive_is_not_committed(machines, monkeypatch, arrives):
+    root, put = machines("a"), Bucket.put
+
+    def lose(bucket, key, content, *, new=False):
+        chunk = key.endswith(CHUNKS)
+        return (chunk and arrives is None) or put(bucket, key, arrives if chunk else content, new=new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "put", lose)
+        with pytest.raises(StoreDamagedError, match=rf"{CHUNKS} (is missing|has 4 bytes)"):
+            publish_tokens(root)
+    assert not machines("b").fetch(machines("b").tokens(RECIPE, UNIT))
+    assert np.array_equal(read_from(root), TOKENS)  # and is pushed by the next command
+
+
+def test_a_store_that_was_damaged_here_before_it_was_pushed_is_never_pushed(machines):
+    root = machines("a")
+    store = root.tokens(RECIPE, UNIT)
+    write_tokens(store)
+    (store / CHUNKS).write_bytes(flip((store / CHUNKS).read_bytes(), 100))
+    with pytest.raises(StoreDamagedError, match=rf"{CHUNKS} has changed"):
+        root.publish(store)
+    assert not keys_of(root)
+
+
+def test_a_removal_that_was_interrupted_leaves_no_half_store(machines, monkeypatch):
+    here = machines("a")
+    store = publish_tokens(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "list", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            here.remove(store)
+    assert not machines("b").fetch(machines("b").tokens(RECIPE, UNIT))
+
+
+def change_object(root, name, change):
+    key = f"{commit_of(root).attempt}/{name}"
+    content = root.bucket.get(key)[0]
+    root.bucket.delete([key])
+    if change is not None:
+        root.bucket.put(key, change(content))
+
+
+@pytest.mark.parametrize("name", [CHUNKS, "store.json", "segments.parquet"])
+@pytest.mark.parametrize("change", [None, lambda content: content[:-1]], ids=["gone", "cut"])
+def test_a_missing_or_cut_object_is_found_without_reading_and_the_store_can_be_made_again(machines, name, change):
+    root = machines("a")
+    publish_tokens(root)
+    change_object(root, name, change)
+    other = machines("b")
+    with pytest.raises(
+        StoreDamagedError, match=rf"{name}.* (is missing|bytes, not \d+); run `python stages/encode.py`"
+    ):
+        other.fetch(other.tokens(RECIPE, UNIT))
+    other.remove(other.tokens(RECIPE, UNIT))
+    publish_tokens(other)
+    assert np.array_equal(read_from(other), TOKENS)
+
+
+def flip(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["store.json", "zarr.json", "tokens/zarr.json", "steps.parquet", CHUNKS])
+def test_a_flipped_bit_in_the_bucket_is_found_when_it_is_pulled_and_when_it_is_verified(machines, name):
+    root = machines("a")
+    store = publish_tokens(root)
+    change_object(root, name, lambda content: flip(content, len(content) // 2))
+    other = machines("b")
+    for reader, again in ((other, False), (root, True)):  # who has a whole copy here looks all the same
+        with pytest.raises(StoreDamagedError, match=rf"{name} has changed \(sha256 differs\)"):
+            pull(reader, [reader.tokens(RECIPE, UNIT)], again=again)
+    assert np.array_equal(read_all(store), TOKENS), "the whole copy stays"
+    assert name not in files_below(other.tokens(RECIPE, UNIT))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda commit: {},
+        lambda commit: {**commit, "attempt": "tokens"},
+        lambda commit: {**commit, "files": {"../../other": commit["files"]["store.json"]}},
+    ],
+    ids=["empty", "objects of others", "files of others"],
+)
+def test_a_commit_that_is_none_or_names_what_is_not_its_own_is_named_and_nothing_else_is_removed(machines, change):
+    root = machines("a")
+    store = publish_tokens(root)
+    before = keys_of(root)
+    (key,) = [key for key in before if key.endswith(".commit.json")]
+    root.bucket.put(key, json.dumps(change(json.loads(root.bucket.get(key)[0]))).encode())
+    other = machines("b")
+    with pytest.raises(StoreDamagedError, match=r"commit.json is no valid commit"):
+        other.fetch(other.tokens(RECIPE, UNIT))
+    root.remove(store)
+    assert not other.fetch(other.tokens(RECIPE, UNIT)) and keys_of(root) == before - {key}
+
+
+def test_refresh_brings_everything_and_names_what_is_damaged(machines):
+    here = machines("a")
+    publish_tokens(here)
+    here.manifest(RECIPE).parent.mkdir(parents=True)
+    here.manifest(RECIPE).write_bytes(b"{}")
+    here.publish(here.manifest(RECIPE))
+    there = machines("b")
+    assert there.refresh() == []
+    assert read_store_file(there.tokens(RECIPE, UNIT)) == read_store_file(here.tokens(RECIPE, UNIT))
+    change_object(here, CHUNKS, None)
+    here.remove(here.manifest(RECIPE))
+    there = machines("b")
+    (damage,) = there.refresh()
+    assert CHUNKS in damage and not there.manifest(RECIPE).exists()
+
+
+def test_uploads_that_no_commit_names_are_removed_and_no_others(machines, monkeypatch):
+    here, there = machines("a"), machines("b")
+    publish_tokens(here)
+    assert there.fetch(there.tokens(RECIPE, UNIT))
+    here.remove(here.tokens(RECIPE, UNIT))
+    store = publish_tokens(here)  # under another attempt than b has heard of
+    dead = f"tokens/{RECIPE}/{store.name}.attempt-{'0' * 16}"
+    here.bucket.put(f"{dead}/store.json", b"12345")
+    here.bucket.put("tokens/model.attempt-2/weights", b"somebody else's")
+    here.claim(here.tokens("0" * 32, UNIT)).release()  # whose hint nobody took back
+    (hint,) = (key for key in keys_of(here) if key.endswith(".hint"))
+    before = keys_of(here)
+    assert here.find_abandoned() == {}, "younger than a day: somebody may be at it"
+    monkeypatch.setattr(remote, "ABANDONED_AFTER", timedelta(days=-1))
+    for root in (here, there, machines("c")):
+        assert root.find_abandoned() == {dead: 5, hint: 35}
+    for name in (dead, hint):
+        there.remove_abandoned(name)
+    assert keys_of(here) == before - {f"{dead}/store.json", hint}
+    assert machines("c").fetch(machines("c").tokens(RECIPE, UNIT))
+
+
+def test_other_machines_begin_with_other_units_and_nobody_waits_for_a_dead_one(machines):
+    here, there = machines("a"), machines("b")
+    store = there.tokens(RECIPE, UNIT)
+    dead = here.claim(here.tokens(RECIPE, UNIT))
+    assert dead is not None
+    assert there.claim(store) is None
+    assert not there.is_claimed(store), "so it is asked for again at once"
+    claim = there.claim(store)
+    assert claim is not None
+    publish_tokens(there)
+    claim.release()
+    assert not [key for key in keys_of(there) if key.endswith(".hint")]
+
+
+UNITS = [digit * 64 for digit in "1234"]
+
+
+def publish_units(root):
+    for unit in UNITS:
+        write_tokens(root.tokens(RECIPE, unit))
+        root.publish(root.tokens(RECIPE, unit))
+    return [root.tokens(RECIPE, unit) for unit in UNITS]
+
+
+def limit_to(monkeypatch, root, count):
+    """Permit chunks of so many stores."""
+    num_bytes = root._chunk_bytes(root.tokens(RECIPE, UNITS[0]))
+    monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", f"{count * num_bytes / 1e9:.9f}")
+
+
+def whole_units(root):
+    return [unit[0] for unit in UNITS if (root.tokens(RECIPE, unit) / CHUNKS).is_file()]
+
+
+def test_chunks_beyond_the_limit_go_those_of_the_least_recently_used_stores_first(machines, monkeypatch):
+    stores = publish_units(machines("a"))
+    root = machines("a")
+    assert whole_units(root) == list("1234"), "what was made here need not be pulled"
+    for number, store in enumerate(stores):
+        os.utime(store, (number, number))
+    pull(root, stores[:1])
+    limit_to(monkeypatch, root, 2.5)
+    there = root.tokens(RECIPE, UNIT)
+    write_tokens(there)
+    root.publish(there)
+    assert whole_units(root) == ["1"] and (there / CHUNKS).is_file()
+    assert all(root.fetch(store) and read_table(store, layout.SEGMENTS_FILE).num_rows == 1 for store in stores)
+    monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", "0")
+    root._make_room()
+    assert whole_units(root) == [] and not (there / CHUNKS).exists()
+
+
+def test_what_is_not_pushed_yet_makes_no_room(machines, monkeypatch):
+    stores = publish_units(machines("a"))
+    root = machines("a")
+    alone = root.tokens(RECIPE, UNIT)
+    write_tokens(alone)
+    os.utime(alone, (1, 1))
+    limit_to(monkeypatch, root, 1)
+    with root.pulled([stores[2]]):
+        assert whole_units(root) == ["3"] and np.array_equal(read_all(alone), TOKENS)
+
+
+def test_more_than_the_limit_is_refused_before_anything_is_pulled(machines, monkeypatch):
+    publish_units(machines("a"))
+    root = machines("b")
+    stores = [root.tokens(RECIPE, unit) for unit in UNITS]
+    with root.pulled(stores[:1]):
+        limit_to(monkeypatch, root, 3)
+        with pytest.raises(ObjectStoreError, match=r"GB of tokens from s3.*\$JEPA_CACHE_LOCAL_GB permits .*set JEPA_"):
+            pull(root, stores)
+        with pytest.raises(ObjectStoreError, match="GB more are read by other running commands"):
+            pull(root, stores[1:])
+        assert whole_units(root) == ["1"]
+        with root.pulled(stores[:3]):
+            assert whole_units(root) == ["1", "2", "3"], "what two commands read counts once"
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from jepa_cache.store.remote import resolve_cache_root
+root = resolve_cache_root(sys.argv[1], Path())
+with root.pulled([root.path / name for name in sys.argv[2:]]):
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_another_running_command_reads_stays_until_it_ends_or_dies(machines, monkeypatch):
+    publish_units(machines("a"))
+    root = machines("b")
+    stores = [root.tokens(RECIPE, unit) for unit in UNITS]
+    names = [str(store.relative_to(root.path)) for store in stores[:2]]
+    command = [sys.executable, "-c", HOLDING, root.name, *names]
+    with subprocess.Popen(command, env={**os.environ}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        limit_to(monkeypatch, root, 3)
+        for store in stores[2:]:
+            with root.pulled([store]):
+                assert whole_units(root) == ["1", "2", store.name[0]]
+        process.kill()
+    with root.pulled(stores[1:]):
+        assert whole_units(root) == ["2", "3", "4"]
+
+
+def test_an_interrupted_pull_goes_on_with_the_files_that_are_missing(machines, server):
+    publish_units(machines("a"))
+    root = machines("b")
+    store = root.tokens(RECIPE, UNITS[0])
+    pull(root, [store])
+    (store / "tokens/c/1/0/0").unlink()
+    server.requests.clear()
+    with machines("b").pulled([store]):
+        assert np.array_equal(read_all(store), TOKENS)
+    assert [request.split("?")[0][-7:] for request in server.requests if "/c/" in request] == ["c/1/0/0"]
+    times = [path.stat().st_ctime_ns for path in sorted(store.rglob("*.*"))]
+    pull(root, [store], again=True)
+    assert [path.stat().st_ctime_ns for path in sorted(store.rglob("*.*"))] == times, (
+        "by which `verify` knows what it saw"
+    )
+
+
+@pytest.mark.parametrize("given", ["much", "-1", "nan", "1e12"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch, given):
+    monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", given)
+    with pytest.raises(ValueError, match=r"\$JEPA_CACHE_LOCAL_GB must be gigabytes"):
+        remote.local_bytes()
