@@ -170,11 +170,12 @@ class Place:
         }
         errors = windows.WindowErrors(episodes, **made, chosen=chosen, num_fitted_steps=0)
         step("made errors")
-        figures.summarize(errors, self.config, dataset)
+        found = figures.build_figures(errors, settings)
+        figures.summarize(found, errors, dataset)
         step("figures")
         for measure in metrics.MEASURES:
-            figures.horizon_table(errors, self.config, measure)
-        figures.position_table(errors, self.config)
+            figures.step_table(found, figures.OPEN_LOOP, measure)
+        figures.step_table(found, figures.TEACHER_FORCING, first_column="num_seen")
         step("tables")
         run.episode_table(errors)
         step("episodes.csv")

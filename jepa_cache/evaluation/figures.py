@@ -2,31 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jepa_cache.actions import zero_actions
-from jepa_cache.config.schema import Config, EvaluateConfig
+from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.data.ablations import SHUFFLED, ZERO, positions_of
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext
-from jepa_cache.evaluation.metrics import Estimate, bootstrap_mean, bootstrap_ratio, episode_means, paired_p_value
+from jepa_cache.evaluation.metrics import bootstrap_mean, bootstrap_ratio, episode_means, paired_p_value
 from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, WindowErrors, mean_of_steps
 
 RATIOS = (COPY_LAST, SHUFFLED, ZERO)
 EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
+TEACHER_FORCING, OPEN_LOOP = "teacher_forcing", "open_loop"
+GAP, GAIN, RATIO = "gap_l1", "gain_percent", "ratio_l1"
+ALL_STEPS = 0
 
 
-def summarize(errors: WindowErrors, config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """The content of metrics.json: means over episodes, 95 % intervals over episodes beside them, and paired tests.
+class Figure(NamedTuple):
+    """One row of the long table that metrics.json, the step tables, the curves and the verdict are made from.
 
-    A gap is the error of a baseline or control minus the model's, per episode and over the windows and steps that both
-    exist for: above 0 the model is better. A gain is the gap in per cent of that error. What fewer than two episodes have is
-    left out.
+    Attributes:
+        prediction: Of `windows.PREDICTIONS`.
+        mode: `TEACHER_FORCING` or `OPEN_LOOP`.
+        step: From 1; `ALL_STEPS` for the mean over the steps.
+        measure: Of `metrics.MEASURES`; or, against the model: GAP, the L1 of this prediction less the model's, per episode and over
+            the windows and steps that both exist for (above 0 the model is better); GAIN, the gap in per cent of that L1; RATIO.
+        mean: Over episodes; None where fewer than two episodes have it.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        p: Of the paired test, for gaps and gains.
     """
+
+    prediction: str
+    mode: str
+    step: int
+    measure: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None = None
+
+
+def gap_name(prediction: str, step: int = ALL_STEPS) -> str:
+    """The name in metrics.json of a gap: one step ahead from true steps, or at an open-loop step."""
+    return f"gap_{prediction}_step{step}" if step else f"gap_{prediction}"
+
+
+def gain_name(prediction: str, step: int = ALL_STEPS) -> str:
+    """The name in metrics.json of a gain, as `gap_name`."""
+    return f"gain_{prediction}_step{step}_percent" if step else f"gain_{prediction}_percent"
+
+
+def flat_name(figure: Figure) -> str | None:
+    """The name of a figure in metrics.json; None for those that stand in the step tables alone."""
+    prediction, mode, step, measure = figure[:4]
+    if measure == GAP:
+        return gap_name(prediction, step)
+    if measure == GAIN:
+        return gain_name(prediction, step)
+    if measure == RATIO:
+        return f"ratio_{prediction}"
+    if step and (mode == TEACHER_FORCING or prediction != MODEL):
+        return None
+    if prediction == MODEL:
+        name = f"rollout_{measure}" if mode == OPEN_LOOP else f"teacher_forcing_{measure}"
+        return f"{name}_step{step}" if step else name
+    return f"rollout_{prediction}_{measure}" if mode == OPEN_LOOP else f"{prediction}_{measure}"
+
+
+def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure]:
+    """Work out the long table: means over episodes with 95 % intervals, and gaps, gains and paired tests against the model."""
+    resampling = {"num_resamples": settings.num_bootstrap, "seed": settings.seed}
+    figures: list[Figure] = []
+
+    def per_episode(per_window: np.ndarray) -> np.ndarray:
+        values = episode_means(per_window, errors.episodes)
+        return values[np.isfinite(values)]
+
+    def put(prediction: str, mode: str, step: int, measure: str, per_window: np.ndarray) -> None:
+        values = per_episode(per_window)
+        estimate = bootstrap_mean(values, **resampling) if len(values) >= 2 else (None, None, None)
+        figures.append(Figure(prediction, mode, step, measure, *estimate))
+
+    def compare(prediction: str, mode: str, step: int, other: np.ndarray, model: np.ndarray) -> None:
+        gaps = per_episode(mean_of_steps(other - model))
+        if len(gaps) < 2:
+            return
+        whole = per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
+        gain, p = bootstrap_ratio(gaps, whole, **resampling), paired_p_value(gaps, seed=settings.seed)
+        figures.append(Figure(prediction, mode, step, GAP, *bootstrap_mean(gaps, **resampling), p))
+        figures.append(Figure(prediction, mode, step, GAIN, *(100 * value for value in gain), p))
+        if prediction in RATIOS and step == ALL_STEPS:
+            figures.append(Figure(prediction, mode, step, RATIO, 1 - gain.mean, None, None))
+
+    for mode, by_measure in ((TEACHER_FORCING, errors.teacher_forced), (OPEN_LOOP, errors.open_loop)):
+        for measure, by_prediction in by_measure.items():
+            for name, values in by_prediction.items():
+                if not np.isfinite(values).any():
+                    continue
+                if name == MODEL or measure == "l1":
+                    put(name, mode, ALL_STEPS, measure, mean_of_steps(values))
+                for step in range(values.shape[1]) if mode == OPEN_LOOP or measure == "l1" else ():
+                    put(name, mode, step + 1, measure, values[:, step])
+    one_step, rolled = errors.teacher_forced["l1"], errors.open_loop["l1"]
+    for name in PREDICTIONS[1:]:
+        compare(name, TEACHER_FORCING, ALL_STEPS, one_step[name], one_step[MODEL])
+        for step in range(settings.horizon):
+            if name in EVERY_STEP or step + 1 == settings.horizon:
+                at = slice(step, step + 1)
+                compare(name, OPEN_LOOP, step + 1, rolled[name][:, at], rolled[MODEL][:, at])
+    return figures
+
+
+def summarize(figures: Sequence[Figure], errors: WindowErrors, dataset: CachedDataset) -> dict[str, Any]:
+    """The content of metrics.json: flat names to means (`val`), 95 % intervals (`val_ci`) and p values of the gaps (`p_value`)."""
+    named = {name: figure for figure in figures if figure.mean is not None and (name := flat_name(figure))}
     return {
         "encoder_trained": dataset.manifest.encoder_trained,
         "comparable": dataset.manifest.comparable,
@@ -34,108 +129,30 @@ def summarize(errors: WindowErrors, config: Config, dataset: CachedDataset) -> d
         "num_episodes": len(set(errors.episodes)),
         "num_windows": len(errors.episodes),
         "num_fitted_steps": errors.num_fitted_steps,
-        **Figures(errors, config.evaluate).sections(),
+        "val": {name: figure.mean for name, figure in named.items()},
+        "val_ci": {name: [figure.low, figure.high] for name, figure in named.items() if figure.low is not None},
+        "p_value": {name: figure.p for name, figure in named.items() if figure.measure == GAP},
     }
 
 
-class Figures:
-    """Collects the figures of one evaluation: sections `val`, `val_ci` and `p_value`."""
-
-    def __init__(self, errors: WindowErrors, settings: EvaluateConfig) -> None:
-        """Work everything out."""
-        self._episodes, self._settings = errors.episodes, settings
-        self._estimates: dict[str, Estimate] = {}
-        self._ratios: dict[str, float] = {}
-        self._p_values: dict[str, float] = {}
-        for measure, of in errors.teacher_forced.items():
-            self._add_mean(f"teacher_forcing_{measure}", mean_of_steps(of[MODEL]))
-        for measure, of in errors.open_loop.items():
-            self._add_mean(f"rollout_{measure}", of[MODEL].mean(axis=1))
-            for step in range(settings.horizon):
-                self._add_mean(f"rollout_{measure}_step{step + 1}", of[MODEL][:, step])
-        for name in PREDICTIONS[1:]:
-            one_step, horizon = errors.teacher_forced["l1"], errors.open_loop["l1"]
-            self._add_mean(f"{name}_l1", mean_of_steps(one_step[name]))
-            self._add_mean(f"rollout_{name}_l1", mean_of_steps(horizon[name]))
-            self._compare(name, "", one_step[name], one_step[MODEL])
-            for step in range(settings.horizon):
-                if name in EVERY_STEP or step + 1 == settings.horizon:
-                    at = slice(step, step + 1)
-                    self._compare(name, f"_step{step + 1}", horizon[name][:, at], horizon[MODEL][:, at])
-
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """Numbers, interval ends and p values by name."""
-        return {
-            "val": {name: value.mean for name, value in self._estimates.items()} | self._ratios,
-            "val_ci": {name: [value.low, value.high] for name, value in self._estimates.items()},
-            "p_value": self._p_values,
-        }
-
-    def _add_mean(self, name: str, per_window: np.ndarray) -> None:
-        values = self._per_episode(per_window)
-        if len(values) >= 2:
-            self._estimates[name] = bootstrap_mean(values, **self._resampling)
-
-    def _compare(self, name: str, where: str, other: np.ndarray, model: np.ndarray) -> None:
-        """Compare errors [windows, steps] with the model's, on the windows and steps that both exist for."""
-        gaps = self._per_episode(mean_of_steps(other - model))
-        if len(gaps) < 2:
-            return
-        errors = self._per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
-        self._estimates[f"gap_{name}{where}"] = bootstrap_mean(gaps, **self._resampling)
-        gain = bootstrap_ratio(gaps, errors, **self._resampling)
-        self._estimates[f"gain_{name}{where}_percent"] = Estimate(*(100 * value for value in gain))
-        self._p_values[f"gap_{name}{where}"] = paired_p_value(gaps, seed=self._settings.seed)
-        if name in RATIOS and not where:
-            self._ratios[f"ratio_{name}"] = 1 - gain.mean
-
-    def _per_episode(self, per_window: np.ndarray) -> np.ndarray:
-        values = episode_means(per_window, self._episodes)
-        return values[np.isfinite(values)]
-
-    @property
-    def _resampling(self) -> dict[str, int]:
-        return {"num_resamples": self._settings.num_bootstrap, "seed": self._settings.seed}
-
-
 def step_table(
-    values: Mapping[str, np.ndarray], episodes: list[str], settings: EvaluateConfig, *, first_column: str
-) -> list[dict[str, float]]:
-    """One row per step: the mean over episodes of every prediction and its interval ends.
+    figures: Sequence[Figure], mode: str, measure: str = "l1", *, first_column: str = "horizon"
+) -> list[dict[str, float | None]]:
+    """One row per step with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`.
 
     Args:
-        values: Prediction to [windows, steps]; NaN where it does not exist.
-        episodes: Of the windows.
-        settings: Of the resampling.
+        figures: The long table.
+        mode: `OPEN_LOOP`, or `TEACHER_FORCING`, whose step is the number of true steps seen before the predicted one.
+        measure: Of `metrics.MEASURES`.
         first_column: Name of the step's number, from 1.
-
-    Returns:
-        Rows with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`; a prediction that no step has is left
-        out, and where fewer than two episodes have it its cells are None.
     """
-    steps = next(iter(values.values())).shape[1]
-    rows: list[dict[str, float]] = [{first_column: step + 1} for step in range(steps)]
-    for name, of in values.items():
-        if not np.isfinite(of).any():
-            continue
-        for step, row in enumerate(rows):
-            per_episode = episode_means(of[:, step], episodes)
-            per_episode = per_episode[np.isfinite(per_episode)]
-            estimate: tuple = (None, None, None)
-            if len(per_episode) >= 2:
-                estimate = bootstrap_mean(per_episode, num_resamples=settings.num_bootstrap, seed=settings.seed)
-            row.update(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
-    return rows
-
-
-def horizon_table(errors: WindowErrors, config: Config, measure: str = "l1") -> list[dict[str, float]]:
-    """One row per open-loop step, see `step_table`."""
-    return step_table(errors.open_loop[measure], errors.episodes, config.evaluate, first_column="horizon")
-
-
-def position_table(errors: WindowErrors, config: Config) -> list[dict[str, float]]:
-    """One row per teacher-forced position, that is, true steps seen before the predicted one; L1, see `step_table`."""
-    return step_table(errors.teacher_forced["l1"], errors.episodes, config.evaluate, first_column="num_seen")
+    rows: dict[int, dict[str, float | None]] = {}
+    for figure in figures:
+        if (figure.mode, figure.measure) == (mode, measure) and figure.step != ALL_STEPS:
+            row = rows.setdefault(figure.step, {first_column: figure.step})
+            name = figure.prediction
+            row |= {name: figure.mean, f"{name}_low": figure.low, f"{name}_high": figure.high}
+    return list(rows.values())
 
 
 NUM_WORST = 10

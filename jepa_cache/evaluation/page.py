@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import fnmatch
 import json
-import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cache.evaluation.context import Measurement, Picture
+from jepa_cache.evaluation.figures import gain_name, gap_name
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
+from jepa_cache.evaluation.windows import PREDICTIONS
 from jepa_cache.files import atomic_file
 from jepa_cache.webpage import build_document, build_figure, build_markup_table, build_table, picture_url
 
@@ -199,7 +200,7 @@ def format_command(settings: Mapping[str, Any] | None) -> str:
 
 CURVES = Picture(
     "horizon.png",
-    "Curves of error against open-loop step, with bands, for the predictor, baselines and controls",
+    "Curves of error against open-loop step, with bands, for the predictor, baselines and action ablations",
     "The predictor's curve (thick, blue) should lie below every other one, with bands that do not touch. Where it meets "
     '"copy the last step", it sees no further ahead; where it meets "shuffled actions", it does not use its actions. '
     "Numbers: horizon.csv.",
@@ -247,7 +248,6 @@ MAIN_FIGURES = {
     "teacher_forcing_cosine": "cosine, one step ahead",
     "rollout_cosine": "cosine, open loop, mean of all steps",
 }
-GAP = "gap_"
 STEP_TABLES = {
     "horizon.csv": "L1 per open-loop step",
     "horizon_l2.csv": "L2 per open-loop step",
@@ -369,22 +369,23 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
 
     main = [[words, *cells(name)] for name, words in MAIN_FIGURES.items() if name in values]
     gaps = []
-    for name in values:
-        if name.startswith(GAP):
-            against = name.removeprefix(GAP)
-            words = re.sub(r" step(\d+)$", r", open-loop step \1", against.replace("_", " "))
-            gain, p_value = f"gain_{against}_percent", metrics.get("p_value", {}).get(name)
+    for prediction in sorted(PREDICTIONS[1:]):
+        for step in range(len(values)):  # no evaluation has more steps than figures
+            name, gain = gap_name(prediction, step), gain_name(prediction, step)
+            if name not in values:
+                continue
+            against = prediction.replace("_", " ") + (f", open-loop step {step}" if step else "")
             percent = cells(gain) if gain in values else ["-", "-"]
-            gaps.append([escape(words), *percent, *cells(name), format_number(p_value)])
+            gaps.append([against, *percent, *cells(name), format_number(metrics.get("p_value", {}).get(name))])
     return [
         build_markup_table(("figure", "value", "95 % interval"), main, label="Main figures"),
-        "<h3>How much better than baselines and controls</h3>",
+        "<h3>How much better than baselines and action ablations</h3>",
         '<p class="soft">Gap: their L1 less the predictor\'s, per episode; above 0 the predictor is better. Gain: the same in percent of '
         "theirs. An interval that holds 0 tells nothing apart.</p>",
         build_markup_table(
             ("against", "gain, %", "95 % interval", "gap", "95 % interval", "p"),
             gaps,
-            label="Gaps to baselines and controls",
+            label="Gaps to baselines and action ablations",
         ),
     ]
 

@@ -20,10 +20,13 @@ from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.distances import DISTANCES
 from jepa_cache.evaluation.energy import ENERGY
 from jepa_cache.evaluation.figures import (
+    ALL_STEPS,
+    OPEN_LOOP,
+    TEACHER_FORCING,
+    build_figures,
     describe_windows,
-    horizon_table,
-    position_table,
     slice_table,
+    step_table,
     summarize,
     worst_table,
 )
@@ -46,7 +49,7 @@ from jepa_cache.predictor.checkpoints import read_card
 
 
 def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
-    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and control.
+    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
 
     `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
     a prediction exists for no window of the episode.
@@ -141,18 +144,19 @@ def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[st
     for name in ("pictures", MEASUREMENTS_FOLDER):
         (out / name).mkdir()
     errors = measure_windows(evaluation)
-    metrics = summarize(errors, config, dataset) | {"settings": describe_settings(evaluation, weights)}
+    figures = build_figures(errors, config.evaluate)
+    metrics = summarize(figures, errors, dataset) | {"settings": describe_settings(evaluation, weights)}
     metrics["verdict"] = describe_verdict(metrics)
     for name in config.evaluate.measure:
         metrics |= MEASUREMENTS[name].run(evaluation, out)
     write_json(metrics, out / "metrics.json")
     write_json(pick_decisive(metrics), out / "summary.json")
     write_record(errors, evaluation, weights, out)
-    rows, facts = horizon_table(errors, config), describe_windows(evaluation, errors)
+    rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
     write_table(rows, out / "horizon.csv")
     for measure in ("l2", "cosine"):
-        write_table(horizon_table(errors, config, measure), out / f"horizon_{measure}.csv")
-    write_table(position_table(errors, config), out / "positions.csv")
+        write_table(step_table(figures, OPEN_LOOP, measure), out / f"horizon_{measure}.csv")
+    write_table(step_table(figures, TEACHER_FORCING, first_column="num_seen"), out / "positions.csv")
     write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
     write_table(worst_table(facts, errors), out / "worst.csv")
     draw_pictures(errors, evaluation, rows, out / "pictures")
@@ -194,7 +198,7 @@ def describe_settings(evaluation: EvaluationContext, weights: Path) -> dict[str,
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
-    """The figures in a few lines: errors, the verdict, and the gain over every baseline and control with its interval."""
+    """The figures in a few lines: errors, the verdict, and the gain over every baseline and ablation with its interval."""
     val = metrics["val"]
     lines = [
         f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of "
@@ -202,7 +206,7 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
     ]
     for name in PREDICTIONS[1:]:
-        gains = [find_gain(metrics, name, where) for where in ("", f"_step{horizon}")]
+        gains = [find_gain(metrics, name, step) for step in (ALL_STEPS, horizon)]
         one_step, last = ("not measured" if gain is None else str(gain) for gain in gains)
         lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
     lines.append(

@@ -2,7 +2,7 @@
 
 Claims:
 - every figure in metrics.json and the tables equals one recomputed from zarr and the weights with growing contexts;
-- a predictor that ignores its actions has gaps of exactly 0 and is told so; one that copies is told no better than copying; one
+- a predictor that ignores its actions has gaps of exactly 0 and the verdict says so; one that copies is no better than copying; one
   that learned from the actions is better than all;
 - weights of other features, actions or another split are refused, and so are too few episodes and weights that give NaN;
 - an evaluation that is refused or fails at its end leaves the last one as it was.
