@@ -17,7 +17,7 @@ from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, fit_scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.encoder.frozen import FrozenEncoder
-from jepa_cache.evaluation.report import evaluate_run
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.quantisation import CODECS, Codec, decode, encode, measure_channels
 from jepa_cache.store.root import CacheRoot

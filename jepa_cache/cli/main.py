@@ -22,7 +22,7 @@ COMMANDS = {
     "verify": ("verify", "verify"),
     "gc": ("gc", "gc"),
     "export": ("export", "export"),
-    "inspect": ("inspect_data", "inspect"),
+    "inspect": ("inspect", "inspect"),
     "pack": ("pack", "pack"),
     "add-encoder": ("add_encoder", "add_encoder"),
     "index-droid": ("index_droid", "index_droid"),

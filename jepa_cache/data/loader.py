@@ -41,9 +41,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     Tensors that are on the device already and values that need no formula stay the same memory.
     """
-    scales = None if batch.scales is None else batch.scales.to(device)
+    tokens = batch.tokens.to(device)
+    if batch.scales is not None:
+        tokens = dequantise(tokens, batch.scales.to(device))
     return batch._replace(
-        tokens=dequantise(batch.tokens.to(device), scales),
+        tokens=tokens,
         actions=batch.actions.to(device),
         states=batch.states.to(device),
         scales=None,
@@ -88,8 +90,10 @@ class WindowLoader:
         self._num_threads, self._pin_memory = num_threads, pin_memory
         self.wait_s = 0.0  # time that `iterate` made its caller wait
 
-    def iterate(self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """Yield a Batch for every list of window numbers."""
+    def iterate(
+        self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]], device: torch.device | None = None
+    ) -> Iterator[Batch]:
+        """Yield a Batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
         numbers = iter(batches)
         pending: list[Future[Batch]] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
@@ -107,7 +111,7 @@ class WindowLoader:
                     begun = time.perf_counter()
                     batch = pending.pop(0).result()
                     self.wait_s += time.perf_counter() - begun
-                    yield batch
+                    yield batch if device is None else to_device(batch, device)
             finally:
                 for future in pending:
                     future.cancel()

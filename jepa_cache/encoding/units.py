@@ -14,8 +14,8 @@ from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
 from jepa_cache.media.remote import DownloadError
-from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
-from jepa_cache.sources.__init__ import suggest_source
+from jepa_cache.media.tar import real_path
+from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle, suggest_source
 from jepa_cache.store.digests import DigestTable
 
 SAMPLE_FOLDER = Path("shards/sample")
@@ -42,7 +42,7 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             error.add_note(hint)
         raise
     sample_folder = (base / SAMPLE_FOLDER).resolve()
-    sample = [unit for unit in units if sample_folder in unit.path.resolve().parents]
+    sample = [unit for unit in units if sample_folder in real_path(unit.path).parents]
     others = [unit for unit in units if unit not in sample]
     if preset.sample is None:
         if sample and not others:

@@ -18,8 +18,8 @@ from torch import Tensor
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.evaluation.context import EvaluationContext, choose_windows
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, write_table
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.store.quantisation import (
     Channels,
@@ -242,3 +242,13 @@ def _noise_table(
                 row |= {f"{measure}_{kind}_low": low, f"{measure}_{kind}_high": high}
         rows.append(row)
     return rows
+
+
+NOISE = Measurement(
+    name="noise",
+    section="noise",
+    run=write_noise,
+    heading="Noise floor",
+    explanation="Errors hardly fall below what differs between neighbouring steps in which nothing happens.",
+    tables=("noise.csv",),
+)

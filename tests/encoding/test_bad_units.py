@@ -14,7 +14,8 @@ import tarfile
 
 import pytest
 
-from jepa_cache.cli import inspect_data
+from jepa_cache.actions import get_action_space
+from jepa_cache.cli.inspect import inspect
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.inventory import take_inventory
 from jepa_cache.encoding.planning import plan_encode
@@ -24,6 +25,7 @@ from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tiny_tar, read_episodes, run_stage_one, tiniest_config
 from tests.makers import make_vpt_pair, write_tar, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 1024\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>404</title></html>"
@@ -52,6 +54,7 @@ def spoilt(good):
     (good / "noise.tar").write_bytes(b"junk" * 1000)
     (good / "zeros.tar").write_bytes(bytes(10240))
     (good / "gone.tar").symlink_to(good / "nowhere")
+    (good / "loop.tar").symlink_to("loop.tar")
     os.mkfifo(good / "pipe.tar")
     return {
         "lfs.tar": "Git LFS pointer, not the data; fetch it with `git lfs pull`",
@@ -61,6 +64,7 @@ def spoilt(good):
         "noise.tar": "no uncompressed tar",
         "zeros.tar": "holds no recording",
         "gone.tar": "a link to a file that is not there",
+        "loop.tar": "a link to a file that is not there",
         "pipe.tar": "no plain file",
     }
 
@@ -77,7 +81,7 @@ def test_bad_units_are_all_named_for_what_they_are_and_the_good_ones_land(good, 
 
 
 def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept(good, spoilt, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"8 of 10 recordings were skipped \(80%\)"):
+    with pytest.raises(ValueError, match=r"9 of 11 recordings were skipped \(82%\)"):
         encode(good, tmp_path / "cache", tiniest_config())
     shown = capsys.readouterr().out
     assert all(f"skipped: {key}" in shown for key in spoilt)
@@ -89,12 +93,12 @@ def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept
 
 def test_inspect_and_plan_list_the_same_bad_units(good, spoilt, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    config = dataclasses.replace(load_config(overrides=["dataset=vpt", "encoder=tiny"]))
+    config = dataclasses.replace(load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny"]))
     inventory = take_inventory(config, [str(good)], good)
-    (part,) = plan_encode(inventory, config.encode, inspect_data.get_action_space("vpt13"), CacheRoot(tmp_path / "c"))
+    (part,) = plan_encode(inventory, config.encode, get_action_space("vpt13"), CacheRoot(tmp_path / "c"))
     planned = {recording.key: recording.reason for recording in part.unusable}
     assert part.to_do.num_unusable == len(part.unusable)
-    inspect_data.inspect([str(good), "dataset=vpt"])
+    inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
         if key != "zeros.tar":  # plan reads headers of videos alone, and it has none
@@ -160,7 +164,7 @@ def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifes
     (old / "bad.json").write_text("{}")
     (old / "bad.mp4").write_bytes(video)
     overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
-    config = load_config(overrides=[*overrides, "encode.max_skipped_share=0.5"])
+    config = load_config(SUITE_SETTINGS, [*overrides, "encode.max_skipped_share=0.5"])
     first = encode(tmp_path / "data", tmp_path / "cache", config)
     assert "skipped: old/bad: " in capsys.readouterr().out
     old.rename(new)

@@ -30,6 +30,7 @@ from jepa_cache.store.controls import ControlsWriter
 from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, tiny_config
 from tests.faults import small_disk
 from tests.makers import make_rows, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 DECODERS = ["decord", "pyav"]
 
@@ -162,11 +163,11 @@ def test_columns_that_the_action_space_would_drop_stop_before_anything_is_encode
     (tmp_path / "in/a.mp4").write_bytes(pairs["a"][0])
     (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
     given = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu"]
-    config = load_config(overrides=[*given, "encode.action_space=vector_last6x7"])
+    config = load_config(SUITE_SETTINGS, [*given, "encode.action_space=vector_last6x7"])
     with pytest.raises(ValueError, match=r"has no column for action_6 .* set encode\.action_space to vector_last7x7 "):
         encode(tmp_path / "in", tmp_path / "cache", config)
     assert not list((tmp_path / "cache").glob("tokens/*/*.zarr"))
-    config = load_config(overrides=[*given, "encode.action_space=vector_last7x7"])
+    config = load_config(SUITE_SETTINGS, [*given, "encode.action_space=vector_last7x7"])
     assert encode(tmp_path / "in", tmp_path / "cache", config).num_encoded == 1
 
 

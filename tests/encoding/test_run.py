@@ -35,6 +35,7 @@ from tests.encoded import (
     tiny_config,
 )
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 EPISODES = {"a": {"x": 61, "sub/y": 44}, "b": {"z": 52}}
 SEEDS = {"x": (61, 0), "sub/y": (44, 1), "z": (52, 2)}
@@ -246,7 +247,9 @@ def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_sto
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.mp4").write_bytes(make_video(30))
     (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
-    config = load_config(overrides=["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"])
+    config = load_config(
+        SUITE_SETTINGS, ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"]
+    )
     results = [encode(tmp_path / "in", tmp_path / "cache", config) for _ in range(2)]
     for result in results:
         said = describe_result(result, CacheRoot(tmp_path / "cache"))

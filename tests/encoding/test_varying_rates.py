@@ -21,6 +21,7 @@ from tests.encoded import encode, tiniest_config
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, FPS, write_v3
 from tests.videos import make_pixels, make_timed_video, read_numbers, turn_video
+from tests.workspace import SUITE_SETTINGS
 
 CONSTANT = np.arange(80) / 20
 DROPPED = np.delete(CONSTANT, slice(30, 50))
@@ -164,7 +165,7 @@ def test_units_are_named_anew_only_where_the_first_release_read_them_otherwise(m
 
 def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypatch):
     folder, root = tmp_path / "data", tmp_path / "cache"
-    config = load_config(overrides=["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.fps=4"])
+    config = load_config(SUITE_SETTINGS, ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.fps=4"])
     config = dataclasses.replace(config, encoder=tiniest_config().encoder)
     write_pair(folder, CONSTANT, name="even")
     write_pair(folder, DROPPED, name="dropped")

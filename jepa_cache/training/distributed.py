@@ -26,7 +26,7 @@ def start_processes(settings: TrainConfig) -> Accelerator:
     """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs.
 
     Raises:
-        ConfigError: `train.device` asks for a GPU that is not there.
+        ConfigError: `train.device` names a GPU that is not there.
 
     Source: Hugging Face Accelerate; precision and accumulation are this package's own.
     """
@@ -35,40 +35,30 @@ def start_processes(settings: TrainConfig) -> Accelerator:
     return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
 
 
-def mean_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes; the tensor itself when there is one."""
-    return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
-
-
-def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes; the tensor itself when there is one."""
-    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
-
-
 def end_processes(accelerator: Accelerator) -> None:
     """Leave the other processes in order, without waiting for them.
 
-    Left to the end of the interpreter, the threads of the process group now and then abort it: a training that ended well
-    would be reported as failed (torch 2.13 with gloo: two launches of three of a script that ends at once).
+    Otherwise the threads of the process group sometimes abort the interpreter at its end, and a training that ended
+    well would be reported as failed (torch 2.13 with gloo: two launches of three of a script that ends at once).
     """
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
 
 
 def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
-    """Whether any process was asked to stop; the same answer in all, so that all stop at the same train step."""
+    """Return whether any process got a signal; the same answer in all, so that all stop at the same training step."""
     if accelerator.num_processes == 1:
         return request.name is not None
-    asked = torch.tensor(float(request.name is not None), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum") > 0)
+    stopping = torch.tensor(float(request.name is not None), device=accelerator.device)
+    return bool(accelerator.reduce(stopping, reduction="sum") > 0)
 
 
 def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:
-    """Refuse processes that would train something else than the first one does.
+    """Refuse processes that would train something other than the first one does.
 
     Args:
         accelerator: The processes.
-        description: Of this one's run, see `identity.describe_run`.
+        description: Of this one's run, see `run.describe_run`.
 
     Raises:
         ValueError: Settings, manifest, scaler or code differ; in every process, with each difference.
@@ -87,7 +77,7 @@ def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> Non
 
 
 def check_same_step(accelerator: Accelerator, step: int) -> None:
-    """Refuse processes that go on from different checkpoints.
+    """Refuse processes that resume from different checkpoints.
 
     Raises:
         ValueError: They do, because they do not see the same folder.
@@ -97,7 +87,7 @@ def check_same_step(accelerator: Accelerator, step: int) -> None:
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(
-            f"the processes found checkpoints of different train steps ({steps}): $JEPA_RUNS_HOME must be a folder that all "
+            f"the processes found checkpoints of different training steps ({steps}): $JEPA_RUNS_HOME must be a folder that all "
             "machines of a training share"
         )
 

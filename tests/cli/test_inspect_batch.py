@@ -14,14 +14,15 @@ import typer
 from accelerate import Accelerator
 from typer.testing import CliRunner
 
-from jepa_cache.cli.inspect_data import inspect
+from jepa_cache.actions import get_action_space
+from jepa_cache.cli.inspect import inspect, render_page
+from jepa_cache.cli.inspect_batch import describe_columns, encode_picture, measure_spread
 from jepa_cache.data.cache import Segment
 from jepa_cache.data.frames import read_frames
-from jepa_cache.inspection.batch import measure_spread
 from jepa_cache.media.video import open_video
 from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.training.feed import Feed
+from jepa_cache.training.batches import TrainingData
 from tests.browser import measure_widths
 from tests.caches import OVERRIDES, TICKS_PER_STEP, make_cache
 from tests.makers import make_vpt_pair, write_vpt_tar
@@ -64,8 +65,8 @@ def here(recorded, monkeypatch):
 def test_the_batch_is_the_one_that_training_draws_first(recorded, here):
     cache, _, _ = recorded
     report = json.loads(here("--json").stdout)
-    feed = Feed(cache.config, cache.dataset, cache.scaler, Accelerator(cpu=True))
-    batch = feed.loader.read(feed.sampler.numbers(0).tolist())
+    data = TrainingData(cache.config, cache.dataset, cache.scaler, Accelerator(cpu=True))
+    batch = data.loader.read(data.sampler.numbers(0).tolist())
     expected = {
         "tokens": batch.tokens,
         "h": as_reps(batch.tokens, cache.config.train.normalize_reps),
@@ -79,7 +80,7 @@ def test_the_batch_is_the_one_that_training_draws_first(recorded, here):
         assert (spread["minimum"], spread["maximum"]) == (float(values.min()), float(values.max()))
         assert spread["mean"] == pytest.approx(float(values.double().mean()), abs=1e-9)
         assert spread["std"] == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-9)
-    assert not expected and report["settings"]["num_windows"] == feed.num_windows
+    assert not expected and report["settings"]["num_windows"] == data.num_windows
 
 
 def test_scaled_columns_are_the_raw_ones_through_the_scaler(recorded, here):
@@ -137,16 +138,23 @@ def test_the_page_shows_a_frame_a_step_and_names_in_the_data_cannot_write_into_i
 
 
 def test_names_are_escaped_and_the_page_fits_a_phone(tmp_path):
-    from jepa_cache.actions import get_action_space
-    from jepa_cache.inspection.batch import WindowReport, describe_batch
-    from jepa_cache.inspection.batch_page import build_batch_page
-
-    actions, states = np.ones((1, 1, 13)), np.ones((1, 2, 2))
-    window = WindowReport(EVIL, EVIL, 1, EVIL, 0, [0, 4], [0, 4])
-    report = describe_batch(
-        {"dataset": EVIL}, get_action_space("vpt13"), [], actions=(actions,) * 2, states=(states,) * 2, windows=[window]
-    )
-    page = build_batch_page(report, [np.zeros((2, 48, 64, 3), np.uint8)], actions)
+    values, spread = np.ones((1, 1, 13)), measure_spread([np.ones(3)])
+    report = {
+        "settings": {"dataset": EVIL},
+        "tensors": [{"name": EVIL, "axes": "B", "shape": [3], "dtype": "float", "meaning": EVIL, "spread": spread}],
+        "actions": describe_columns(get_action_space("vpt13").actions, values, values),
+        "states": [],
+        "windows": [
+            {
+                "name": EVIL,
+                "frames": [0, 4],
+                "ticks": [0, 4],
+                "raw_actions": values[0].tolist(),
+                "pictures": [encode_picture(np.zeros((48, 64, 3), np.uint8), 160)] * 2,
+            }
+        ],
+    }
+    page = render_page(batch=report)
     assert "<script" not in page and page.count("&lt;script&gt;") >= 4
     (width,) = measure_widths([page], 360, tmp_path)
     assert width <= 360, "a phone does not scroll the page sideways"
@@ -201,6 +209,7 @@ def test_an_episode_that_its_recording_does_not_hold_is_an_error(recorded):
 def test_spreads_are_those_of_all_values_together():
     parts = [np.random.default_rng(seed).normal(1e3, 2, (3, 5)).astype(np.float32) for seed in range(4)]
     whole = np.stack(parts).astype(np.float64)
-    assert measure_spread(parts) == pytest.approx((whole.min(), whole.mean(), whole.max(), whole.std(), 0))
-    assert measure_spread([np.array([np.nan, 2.0]), np.array([np.inf])]) == (2.0, 2.0, 2.0, 0.0, 2)
-    assert measure_spread([np.array([np.nan])]) == (None, None, None, None, 1)
+    spreads = [measure_spread(parts), measure_spread([np.array([np.nan, 2.0]), np.array([np.inf])])]
+    assert list(spreads[0].values()) == pytest.approx([whole.min(), whole.mean(), whole.max(), whole.std(), 0])
+    assert list(spreads[1].values()) == [2.0, 2.0, 2.0, 0.0, 2]
+    assert list(measure_spread([np.array([np.nan])]).values()) == [None, None, None, None, 1]

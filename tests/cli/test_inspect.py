@@ -1,4 +1,4 @@
-"""Claims of inspection/ and cli/inspect_data.py: a data set is described without encoding, and what is wrong in it is named.
+"""Claims of cli/inspect.py: a data set is described without encoding, and what is wrong in it is named.
 
 Statistics are exact; a sound recording is not suspected, each fault is, also what stage one would skip; a page is self-contained and
 cannot be hijacked by names in the data; any source will do. Of many recordings most give their headers only, and ten of each kind are
@@ -6,8 +6,8 @@ printed.
 """
 
 import json
-from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.cli.inspect_data import inspect
+from jepa_cache.cli import inspect as command
+from jepa_cache.cli.inspect import inspect, inspect_recording, inspect_units, render_page
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.inspection import recording, statistics
-from jepa_cache.inspection.page import build_page
-from jepa_cache.inspection.recording import inspect_recording
-from jepa_cache.inspection.statistics import inspect_units
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import Unit, build_source
@@ -39,12 +36,24 @@ def every_fourth(episode):
     return np.arange(0, len(episode.frame_ticks), 4)
 
 
-def _inspect(tmp_path, pairs, *, space=VPT36, **options):
+def _report(tmp_path, pairs, *, space=VPT36, **options):
     tar = write_vpt_tar(tmp_path / "a.tar", pairs)
     source = build_source("vpt", {})
     return inspect_units(
         source, source.list_units([str(tar)], tmp_path), space, name="vpt", step_hz=5, plan=every_fourth, **options
     )
+
+
+def _view(report):
+    """A report by attributes."""
+    recordings, columns = (
+        [SimpleNamespace(**entry) for entry in report[name]] for name in ("recordings", "action_columns")
+    )
+    return SimpleNamespace(**{**report, "recordings": recordings, "columns": columns})
+
+
+def _inspect(tmp_path, pairs, **options):
+    return _view(_report(tmp_path, pairs, **options))
 
 
 def _one(tmp_path, rows, video=VIDEO):
@@ -73,11 +82,11 @@ def test_a_sound_recording_is_described_and_not_suspected(tmp_path):
         row["isGuiOpen"] = 10 <= row["tick"] < 20
         row["yaw"], yaw = yaw, yaw + 0.15 * row["mouse"]["dx"] * (not row["isGuiOpen"])
     report = _one(tmp_path, rows)
-    assert report.suspicions == ()
+    assert report.suspicions == []
     assert (report.fps, report.container_fps, report.codec, report.width, report.height) == (20, 20, "h264", 64, 48)
     assert (report.num_frames, report.num_used_frames, report.num_ticks, report.duration_s) == (50, 50, 50, 2.5)
     assert (report.gui_share, report.idle_share, report.tick_hz) == (0.2, 0.0, 20.0)
-    assert (report.equal_share, report.yaw_breach_share, report.missing) == (0.0, 0.0, ())
+    assert (report.equal_share, report.yaw_breach_share, report.missing) == (0.0, 0.0, [])
 
 
 def test_yaw_that_leaves_the_mouse_now_and_then_is_suspected_with_its_first_line(tmp_path):
@@ -115,7 +124,7 @@ def test_a_clock_of_another_rate_is_suspected_and_lag_is_not(tmp_path):
     assert "its clock counts 10.0 rows/s, its video 20.0" in text
     for row in rows:
         row["milli"] = 10**9 + 50 * row["tick"] + 4000 * (row["tick"] // 10)
-    assert _one(tmp_path, rows).suspicions == ()
+    assert _one(tmp_path, rows).suspicions == []
 
 
 def _stuttering_video(every):
@@ -168,7 +177,7 @@ def test_a_black_video_is_suspected(tmp_path):
 def test_frames_without_rows_and_rows_without_frames_are_suspected(tmp_path):
     assert "22 of 50 frames have no row" in str(_one(tmp_path, _moving_rows(28)).suspicions)
     assert "30 of 80 rows have no frame" in str(_one(tmp_path, _moving_rows(80)).suspicions)
-    assert _one(tmp_path, _moving_rows(48)).suspicions == ()
+    assert _one(tmp_path, _moving_rows(48)).suspicions == []
 
 
 def test_a_recording_in_which_nothing_is_done_and_a_very_short_one_are_suspected(tmp_path):
@@ -185,9 +194,9 @@ def test_a_video_that_breaks_later_is_suspected_and_the_others_go_on(tmp_path):
     lines = to_jsonl(_moving_rows())
     report = _inspect(tmp_path, {"a": (broken, lines), "b": (VIDEO, lines)})
     found = {entry.key: entry.suspicions for entry in report.recordings}
-    found |= {entry["key"]: (entry["reason"],) for entry in report.skipped}
+    found |= {entry["key"]: [entry["reason"]] for entry in report.skipped}
     assert "decoded" in str(found["a"]) or "opened" in str(found["a"])
-    assert found["b"] == ()
+    assert found["b"] == []
 
 
 def test_column_statistics_are_those_of_the_actions_that_training_gets(tmp_path):
@@ -208,15 +217,15 @@ def test_column_statistics_are_those_of_the_actions_that_training_gets(tmp_path)
 
 
 def test_histogram_rows_are_thinned_evenly_in_bounded_memory_and_the_rest_stays_exact(monkeypatch):
-    monkeypatch.setattr(statistics, "MAX_ROWS", 100)
-    rows = statistics._ActionRows(get_action_space("vpt13"))
+    monkeypatch.setattr(command, "MAX_ROWS", 100)
+    rows = command._ActionRows(get_action_space("vpt13"))
     values = np.arange(10_000, dtype=np.float32)[:, None] * np.ones(13, np.float32)
     for start in range(0, len(values), 7):
         rows.add(values[start : start + 7])
         assert sum(map(len, rows._kept)) <= 100
     kept = np.concatenate(rows._kept)[:, 0]
     assert set(np.diff(kept)) == {rows._stride} and kept[0] == 0
-    assert (rows.columns()[0].mean, rows.columns()[0].maximum) == (values[:, 0].mean(dtype=np.float64), 9999)
+    assert (rows.columns()[0]["mean"], rows.columns()[0]["maximum"]) == (values[:, 0].mean(dtype=np.float64), 9999)
 
 
 class _Robot:
@@ -235,28 +244,28 @@ class _Robot:
         yield Episode("second", VIDEO, 20.0, controls, np.arange(NUM_FRAMES), NUM_FRAMES)
 
 
+def _describe_robot(robot, **options):
+    space = get_action_space("pose7")
+    units = [Unit("shard", ())]
+    return _view(inspect_units(robot, units, space, name="robot", step_hz=5, plan=every_fourth, **options))
+
+
 def test_any_source_is_described_with_what_it_knows():
-    unit = Unit("shard", ())
-    report = inspect_units(_Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth)
+    report = _describe_robot(_Robot())
     assert [entry.key for entry in report.recordings] == ["good", "second"]
     assert report.skipped == [{"unit": "shard", "key": "bad", "reason": "no camera"}]
     (first, _) = report.recordings
-    assert (first.idle_share, first.gui_share, first.tick_hz, first.suspicions) == (None, None, None, ())
+    assert (first.idle_share, first.gui_share, first.tick_hz, first.suspicions) == (None, None, None, [])
     assert len(report.columns) == 7
-    limited = inspect_units(
-        _Robot(), [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth, limit=2
-    )
+    limited = _describe_robot(_Robot(), limit=2)
     assert [entry.key for entry in limited.recordings] == ["good"]
 
 
 def test_values_that_their_units_do_not_allow_are_suspected():
-    unit = type("AnyUnit", (), {"name": "shard"})()
     degrees = [(name, np.degrees(it)) if name == "rx_rad" else (name, it) for name, it in _Robot.poses().items()]
     robot = _Robot()
     robot.poses = lambda: dict(degrees)
-    report = inspect_units(
-        robot, [unit], get_action_space("pose7"), name="robot", step_hz=5, plan=every_fourth, limit=2
-    )
+    report = _describe_robot(robot, limit=2)
     assert [text.partition(" ")[0] for text in report.recordings[0].suspicions] == ["rx_rad"]
 
 
@@ -265,9 +274,9 @@ def test_of_many_recordings_most_are_described_by_their_headers_alone(tmp_path, 
     pairs = {f"{number:02}": (cut if number == 5 else VIDEO, lines) for number in range(8)}
     whole = _inspect(tmp_path, pairs)
     opened = []
-    monkeypatch.setattr(statistics, "NUM_FIRST_DECODED", 2)
-    monkeypatch.setattr(statistics, "DECODED_EVERY", 3)
-    monkeypatch.setattr(recording, "open_video", lambda *a, **k: opened.append(1) or open_video(*a, **k))
+    monkeypatch.setattr(command, "NUM_FIRST_DECODED", 2)
+    monkeypatch.setattr(command, "DECODED_EVERY", 3)
+    monkeypatch.setattr(command, "open_video", lambda *a, **k: opened.append(1) or open_video(*a, **k))
     thinned = _inspect(tmp_path, pairs)
     assert [entry.decoded for entry in thinned.recordings] == [
         number in (0, 1, 3, 6) for number in range(8) if number != 5
@@ -275,7 +284,7 @@ def test_of_many_recordings_most_are_described_by_their_headers_alone(tmp_path, 
     assert len(opened) == 4 and thinned.columns == whole.columns
     assert [entry["key"] for entry in thinned.skipped] == [entry["key"] for entry in whole.skipped] == ["05"]
     for one, other in zip(thinned.recordings, whole.recordings, strict=True):
-        assert replace(one, decoded=True, equal_share=0.0) == other
+        assert SimpleNamespace(**{**vars(one), "decoded": True, "equal_share": 0.0}) == other
 
 
 def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(tmp_path):
@@ -295,9 +304,9 @@ def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(tmp_path):
 
 
 def test_a_phone_does_not_scroll_the_page_sideways(tmp_path):
-    report = _inspect(tmp_path, {"long-" * 60: (VIDEO, to_jsonl(_moving_rows())), "b": (VIDEO, b"{")})
-    assert report.columns and report.skipped
-    (width,) = measure_widths([build_page([report])], 360, tmp_path)
+    report = _report(tmp_path, {"long-" * 60: (VIDEO, to_jsonl(_moving_rows())), "b": (VIDEO, b"{")})
+    assert report["action_columns"] and report["skipped"]
+    (width,) = measure_widths([render_page(data_sets=[report])], 360, tmp_path)
     assert width <= 360
 
 
@@ -311,7 +320,7 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_holds_pictures_and_histograms_and_loads_nothing(tmp_path):
-    page = build_page([_inspect(tmp_path, {"seg": (VIDEO, to_jsonl(_moving_rows()))}, pictures=True)])
+    page = render_page(data_sets=[_report(tmp_path, {"seg": (VIDEO, to_jsonl(_moving_rows()))}, pictures=True)])
     tags = _Tags()
     tags.feed(page)
     images = [attrs["src"] for tag, attrs in tags.found if tag == "img"]
@@ -324,12 +333,12 @@ def test_the_page_holds_pictures_and_histograms_and_loads_nothing(tmp_path):
 def test_names_in_the_data_cannot_write_into_the_page(tmp_path):
     evil = "<script>alert(1)</script>\"'><img src=http://evil>"
     lines = to_jsonl(_moving_rows())
-    report = _inspect(tmp_path, {evil.replace("/", ""): (VIDEO, lines), "b<b>": (VIDEO, b"{")})
-    assert report.skipped
+    report = _report(tmp_path, {evil.replace("/", ""): (VIDEO, lines), "b<b>": (VIDEO, b"{")})
+    assert report["skipped"]
     tags = _Tags()
-    tags.feed(build_page([report]))
+    tags.feed(render_page(data_sets=[report]))
     assert not [tag for tag, attrs in tags.found if tag == "script" or "evil" in str(attrs)]
-    assert "&lt;b&gt;" in build_page([report])
+    assert "&lt;b&gt;" in render_page(data_sets=[report])
 
 
 def test_the_command_prints_tables_json_and_a_page(tmp_path):
@@ -423,5 +432,5 @@ def test_a_recording_whose_pictures_are_not_wanted_keeps_none(tmp_path):
     tar = write_vpt_tar(tmp_path / "a.tar", {"seg": (VIDEO, to_jsonl(_moving_rows()))})
     (unit,) = source.list_units([str(tar)], tmp_path)
     (episode,) = source.iter_episodes(unit)
-    assert inspect_recording(episode, unit.name, decode=True, picture=False).picture is None
-    assert inspect_recording(episode, unit.name, decode=True, picture=True).picture.startswith(b"\xff\xd8")
+    assert inspect_recording(episode, unit.name, decode=True, picture=False)["picture"] is None
+    assert inspect_recording(episode, unit.name, decode=True, picture=True)["picture"].startswith("data:image/jpeg")
