@@ -18,7 +18,7 @@ from typing import Any
 SERVER = """
 import json, os, runpy, sys, time
 import av, distributed, numpy, obstore, pyarrow.dataset, pyarrow.parquet, torch, webdataset, zarr
-import jepa_cache.cli.main, jepa_cache.encoding.run, jepa_cache.encoding.repair, jepa_cache.encoding.comparison
+import jepa_cache.cli.main, jepa_cache.encoding.run, jepa_cache.encoding.verification
 import jepa_cache.store.export, jepa_cache.store.collection, jepa_cache.store.check, jepa_cache.data.cache, decord
 
 def run(request):

@@ -52,7 +52,7 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
     from jepa_cache.encoding.inventory import take_inventory
     from jepa_cache.encoding.planning import Amount, plan_encode
     from jepa_cache.encoding.rates import find_rate
-    from jepa_cache.store.quantisation import get_scheme, step_bytes
+    from jepa_cache.store.quantisation import get_codec, step_bytes
 
     config, encode = checkout.config, checkout.config.encode
     inventory = take_inventory(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
@@ -62,7 +62,7 @@ def estimate(checkout: Checkout, frames_per_s: float | None) -> Outcome:
     done, to_do = (sum((getattr(part, name) for part in parts), Amount()) for name in ("done", "to_do"))
     total = done + to_do
     needed = sum(part.to_write.num_bytes for part in parts)
-    if get_scheme(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
+    if get_codec(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
         needed += max(part.largest_steps for part in parts) * step_bytes(
             "float16", encode.num_tokens_of(encoder), encoder.embed_dim
         )

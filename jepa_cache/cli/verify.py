@@ -15,8 +15,7 @@ from jepa_cache.store.check import Finding, Scope, check_manifest, find_stale
 from jepa_cache.store.quantisation import step_bytes
 
 if TYPE_CHECKING:
-    from jepa_cache.encoding.comparison import Comparison
-    from jepa_cache.encoding.repair import Repair
+    from jepa_cache.encoding.verification import Comparison, Repair
     from jepa_cache.store.manifest import Manifest
 
 
@@ -133,8 +132,8 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
 
 
 def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], num_steps: int, seed: int) -> Comparison:
-    from jepa_cache.encoding.comparison import compare_online
     from jepa_cache.encoding.inventory import take_inventory
+    from jepa_cache.encoding.verification import compare_online
 
     return compare_online(
         manifest,
@@ -149,7 +148,7 @@ def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], nu
 
 
 def _repair(checkout: Checkout, manifest: Manifest, findings: list[Finding]) -> Repair:
-    from jepa_cache.encoding.repair import repair_manifest
+    from jepa_cache.encoding.verification import repair_manifest
 
     return repair_manifest(manifest, findings, checkout.config, checkout.paths, base=checkout.base, root=checkout.root)
 

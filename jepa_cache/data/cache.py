@@ -33,7 +33,7 @@ from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
-from jepa_cache.store.quantisation import Channels, decode, get_scheme, scales_dtype, scales_shape
+from jepa_cache.store.quantisation import Channels, decode, get_codec, scales_dtype, scales_shape
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
@@ -105,7 +105,7 @@ class CachedDataset:
             root.pulled([root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores])
         )
         self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
-        self.scheme = get_scheme(self.dtype)
+        self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
         self._token_paths: list[Path] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.dequantise import STORED_AS, TokenScales, dequantise
+from jepa_cache.data.dequantise import TokenScales, dequantise
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.quantisation import scales_dtype, scales_shape
@@ -43,7 +43,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
     tokens = batch.tokens.to(device)
     if batch.scales is not None:
-        tokens = dequantise(tokens, TokenScales(*(tensor.to(device) for tensor in batch.scales)))
+        tokens = dequantise(tokens, batch.scales.to(device))
     return batch._replace(
         tokens=tokens,
         actions=batch.actions.to(device),
@@ -132,10 +132,11 @@ class WindowLoader:
                 tokens=self._empty((batch_size, num_steps, *rows), getattr(torch, scales_dtype(dtype).name)),
                 channels=self._empty((batch_size, width)),
                 means=self._empty((batch_size, width)),
+                codec=scheme,
             )
         shape = (batch_size, num_steps, manifest.num_tokens, width // scheme.codes_per_item)
         return Batch(
-            tokens=self._empty(shape, STORED_AS[dtype]),
+            tokens=self._empty(shape, getattr(torch, scheme.torch_dtype)),
             actions=self._empty((batch_size, num_steps - 1, len(space.actions))),
             states=self._empty((batch_size, num_steps, len(space.states))),
             numbers=np.empty(0, np.int64),

@@ -23,7 +23,7 @@ from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Source, Unit
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter
-from jepa_cache.store.quantisation import step_bytes
+from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
 
@@ -186,7 +186,9 @@ class _OpenUnit:
 
         self._overflow = TokenOverflowError
         self.rows = _UnitRows()
-        self._to_stored, self._measure_cast = (functools.partial(f, dtype=dtype) for f in (to_stored, measure_cast))
+        self._to_stored, self._measure_cast = (
+            functools.partial(f, dtype=get_codec(dtype).cast) for f in (to_stored, measure_cast)
+        )
         self._encoder = encoder
         self._write = write
         self.tokens = TokenWriter(tokens_path, num_tokens=encoder.num_tokens, width=encoder.width, dtype=dtype)

@@ -18,7 +18,7 @@ from jepa_cache.episode import Skipped
 from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import STEPS_FILE
-from jepa_cache.store.quantisation import SCHEMES, check_width
+from jepa_cache.store.quantisation import CODECS, check_width
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.sizing import Size, measure_actions, measure_controls, measure_tokens
@@ -207,7 +207,7 @@ def _count_bytes(units: Sequence[tuple[Unit, str]]) -> int:
 def list_schemes(width: int) -> list[str]:
     """Stored dtypes that take tokens of this width."""
     names = []
-    for name in SCHEMES:
+    for name in CODECS:
         with suppress(ValueError):
             check_width(name, width)
             names.append(name)

@@ -26,7 +26,7 @@ from jepa_cache.store.quantisation import (
     check_width,
     decode,
     encode,
-    get_scheme,
+    get_codec,
     measure_channels,
     step_bytes,
 )
@@ -161,7 +161,7 @@ def read_channels(dataset: CachedDataset, store: int) -> Channels:
 
 def restore(tokens: np.ndarray, dtype: str, channels: Channels) -> np.ndarray:
     """Tokens [T, N, D] float16 as they would be read from a cache of that dtype: [T, N, D] float32."""
-    if get_scheme(dtype).max_code is None:
+    if get_codec(dtype).max_code is None:
         return torch.from_numpy(tokens).to(getattr(torch, dtype)).float().numpy()
     steps = [encode(step, dtype, channels) for step in tokens]
     codes, scales = (np.stack(part) for part in zip(*steps, strict=True))

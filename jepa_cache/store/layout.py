@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from jepa_cache.store.quantisation import Channels, get_scheme, scales_dtype, scales_shape
+from jepa_cache.store.quantisation import Channels, get_codec, scales_dtype, scales_shape
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, inner_path
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def create_tokens_array(store: Path, num_tokens: int, width: int, dtype: str = "
     """An empty tokens array in a new group at `store`, stored as `quantisation` says; it grows by resizing."""
     import zarr
 
-    scheme = get_scheme(dtype)
+    scheme = get_codec(dtype)
     zarr.create_group(store, zarr_format=3, overwrite=False)
     shape = (0, num_tokens, width // scheme.codes_per_item)
     last = "channel" if scheme.codes_per_item == 1 else "byte"

@@ -30,11 +30,11 @@ import pyarrow.parquet as pq
 
 from jepa_cache.store import layout
 from jepa_cache.store.layout import REMEDY, StoreDamagedError, StoreFile, read_content, read_store_file
+from jepa_cache.store.quantisation import CODECS
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16  # of a chunk in the index
 MISSING = np.iinfo(np.uint64).max  # offset and length of a chunk that was never written
-DTYPES = ("uint8", "int8", "uint16", "float16", "float32")
 # Two descriptors each, of the 1024 that a process may usually have. Beyond it a shard costs opening and reading its index again.
 MAX_OPEN_SHARDS = 384
 
@@ -102,7 +102,7 @@ def read_array_layout(store: Path, name: str, sha256: str | None = None) -> Arra
             and codecs == [["bytes", "crc32c"]] * 2
             and set(endians) == {"little"}
             and configuration.get("index_location", "end") == "end"
-            and metadata["data_type"] in DTYPES
+            and metadata["data_type"] in _array_dtypes()
             and chunk_shape[1:] == shard_shape[1:] == rest
             and shard_shape[0] % chunk_shape[0] == 0
         )
@@ -118,6 +118,11 @@ def read_array_layout(store: Path, name: str, sha256: str | None = None) -> Arra
         )
     chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
     return ArrayLayout(shape, dtype, chunk_shape[0], shard_shape[0] // chunk_shape[0], chunk_bytes)
+
+
+def _array_dtypes() -> set[str]:
+    """Of the arrays of token stores: what the codecs store, and their scales."""
+    return {codec.dtype for codec in CODECS.values()} | {"float16", "float32"}
 
 
 def array_shard_path(store: Path, name: str, shard: int, num_dimensions: int) -> Path:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS
-from jepa_cache.store.quantisation import get_scheme, scales_dtype, scales_shape
+from jepa_cache.store.quantisation import get_codec, scales_dtype, scales_shape
 
 CRC_BYTES, INDEX_ENTRY_BYTES = 4, 16
 GROUP_BYTES, ARRAY_BYTES = (
@@ -40,12 +40,12 @@ def measure_arrays(dtype: str, num_steps: int, num_tokens: int, width: int) -> l
     """The shard files of each array of a token store: tokens, and where they are codes the scales of tokens and channels.
 
     Args:
-        dtype: Stored dtype, a name in `quantisation.SCHEMES`.
+        dtype: Stored dtype, a name in `quantisation.CODECS`.
         num_steps: n.
         num_tokens: N.
         width: D.
     """
-    scheme = get_scheme(dtype)
+    scheme = get_codec(dtype)
     row_bytes = num_tokens * (width // scheme.codes_per_item) * np.dtype(scheme.dtype).itemsize
     arrays = [_measure_array(num_steps, row_bytes, CHUNK_STEPS, SHARD_STEPS)]
     if scheme.max_code is not None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
-from jepa_cache.store.quantisation import check_width, decode, encode, get_scheme, is_finite, measure_channels
+from jepa_cache.store.quantisation import check_width, decode, encode, get_codec, is_finite, measure_channels
 from jepa_cache.store.reader import ArrayReader, list_checksums
 from jepa_cache.store.recipe import canonical_json
 
@@ -40,7 +40,7 @@ class TokenWriter:
             final: Place of the store.
             num_tokens: N.
             width: D.
-            dtype: How tokens are stored, a name in `quantisation.SCHEMES`.
+            dtype: How tokens are stored, a name in `quantisation.CODECS`.
 
         Raises:
             ValueError: For an unknown dtype, or a width that it cannot have.
@@ -48,7 +48,7 @@ class TokenWriter:
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
-        self._dtype, self._scheme = dtype, get_scheme(dtype)
+        self._dtype, self._scheme = dtype, get_codec(dtype)
         self._stack = ExitStack()
         self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._scheme.given)
         self._num_pending = 0

@@ -16,9 +16,9 @@ from itertools import combinations
 
 import pytest
 
-from jepa_cache.encoding import repair
+from jepa_cache.encoding import verification
 from jepa_cache.encoding.claims import Claims
-from jepa_cache.encoding.comparison import Comparison, StepResult
+from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import write_manifest
 from jepa_cache.store.recipe import canonical_json
@@ -134,7 +134,7 @@ def test_what_is_missing_is_named_and_made_again(checkout, encoded_units):
 
 
 def test_a_whole_cache_needs_no_repair_and_no_encoder(checkout, monkeypatch):
-    monkeypatch.setattr("jepa_cache.encoding.repair.open_encoder", None)
+    monkeypatch.setattr("jepa_cache.encoding.verification.open_encoder", None)
     before = _times(checkout)
     result = checkout.run("verify", "--repair", checkout.recordings)
     assert result.code == 0 and "all is as it was written" in result.out and _times(checkout) == before
@@ -182,8 +182,8 @@ def test_what_another_process_has_made_again_meanwhile_is_left_alone(checkout, e
     damaged = path if path.is_file() else path / "store.json"
     content, inode = damaged.read_bytes(), path.stat().st_ino
     damaged.write_bytes(content[:-9])
-    found, other, open_encoder = threading.Event(), checkout.root.claim(path), repair.open_encoder
-    monkeypatch.setattr(repair, "open_encoder", lambda *given: found.set() or open_encoder(*given))
+    found, other, open_encoder = threading.Event(), checkout.root.claim(path), verification.open_encoder
+    monkeypatch.setattr(verification, "open_encoder", lambda *given: found.set() or open_encoder(*given))
 
     def put_right():
         assert found.wait(60)
@@ -370,9 +370,9 @@ def test_steps_of_a_clip_are_compared_in_their_clip(fresh):
 
 
 def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
-    from jepa_cache.encoding import comparison
+    from jepa_cache.encoding import verification
 
-    open_video = comparison.open_video
+    open_video = verification.open_video
 
     class Darker:
         def __init__(self, video):
@@ -384,7 +384,7 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
         def close(self):
             self.video.close()
 
-    monkeypatch.setattr(comparison, "open_video", lambda *a, **k: Darker(open_video(*a, **k)))
+    monkeypatch.setattr(verification, "open_video", lambda *a, **k: Darker(open_video(*a, **k)))
     result = checkout.run("verify", "--against-online", "5", "--json", checkout.recordings)
     online = result.document["against_online"]
     assert result.code == 1 and not online["bit_equal"] and online["largest_difference"] > 0

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.encoding.repair import repair_manifest
+from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.store import layout
 from jepa_cache.store.check import Scope, check_units
 from jepa_cache.store.collection import remove_unneeded

@@ -14,8 +14,8 @@ from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.encoding import run
-from jepa_cache.encoding.repair import repair_manifest
 from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.store.check import Finding, Scope, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
 from jepa_cache.store.export import export_manifest

@@ -9,9 +9,9 @@ import warnings
 import numpy as np
 import pytest
 
-from jepa_cache.store import layout, writer
+from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file, write_store_file
-from jepa_cache.store.quantisation import SCHEMES, Channels, decode, encode, measure_channels
+from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import TokenWriter
 from tests.encoded import all_files
@@ -19,8 +19,8 @@ from tests.store import plain_reader
 from tests.store.test_token_store import flip, tables
 
 N, D, STEPS = 3, 64, 530
-CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
-ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in SCHEMES}
+CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
+ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in CODECS}
 
 
 def make_tokens(num_steps=STEPS, seed=0):
@@ -64,7 +64,7 @@ def read_values(path, dtype):
     return decode(read_all(path), dtype, read_all(path, "token_scales"), Channels(scales, means))
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=CODECS)
 def store(request, tmp_path_factory):
     """(dtype, path, the tokens given) of a store of two shards."""
     path = tmp_path_factory.mktemp(request.param) / "a.zarr"
@@ -139,10 +139,10 @@ def test_the_array_says_how_it_is_to_be_read(store):
     zarr = pytest.importorskip("zarr")
     dtype, path, _ = store
     attributes = dict(zarr.open_group(path, mode="r")["tokens"].attrs)
-    assert attributes == ({} if dtype == "float16" else {"scheme": dtype, "meaning": SCHEMES[dtype].meaning})
+    assert attributes == ({} if dtype == "float16" else {"scheme": dtype, "meaning": CODECS[dtype].meaning})
 
 
-@pytest.mark.parametrize("dtype", SCHEMES)
+@pytest.mark.parametrize("dtype", CODECS)
 def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     tokens, other = make_tokens(), make_tokens(600, seed=1)
     whole = write(tmp_path / "a/0/0.zarr", dtype, [tokens])
@@ -151,7 +151,7 @@ def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     assert all_files(whole) == all_files(pieces)
 
 
-@pytest.mark.parametrize("dtype", SCHEMES)
+@pytest.mark.parametrize("dtype", CODECS)
 def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
     assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
     tokens = make_tokens(1)
@@ -201,7 +201,7 @@ def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_p
         flip(next(path for path in (folder / name / "c").rglob("0") if path.is_file()), 3)
         write_store_file(folder, *given)
 
-    monkeypatch.setattr(writer, "write_store_file", flipped)
+    monkeypatch.setattr(layout, "write_store_file", flipped)
     with pytest.raises(StoreDamagedError, match=f"{name}.*checksum"):
         write(tmp_path / "a.zarr", "int8", [make_tokens(20)])
     assert list(tmp_path.iterdir()) == []

@@ -513,7 +513,7 @@ def test_a_missing_or_cut_object_is_found_without_reading_and_the_store_can_be_m
     change_object(root, name, change)
     other = machines("b")
     with pytest.raises(
-        StoreDamagedError, match=rf"{name}.* (is missing|bytes, not \d+); run `python stages/encode.py`"
+        StoreDamagedError, match=rf"{name}.* (is missing|bytes, not \d+); run `jepa-cache verify --repair`"
     ):
         other.fetch(other.tokens(RECIPE, UNIT))
     other.remove(other.tokens(RECIPE, UNIT))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.store import layout
-from jepa_cache.store.quantisation import SCHEMES, get_scheme
+from jepa_cache.store.quantisation import CODECS, get_codec
 from jepa_cache.store.sizing import measure_actions, measure_arrays, measure_tokens
 from jepa_cache.store.writer import TokenWriter, table
 
@@ -15,7 +15,7 @@ def _write(path, dtype, num_steps, num_tokens, width):
         for start in range(0, num_steps, 64):
             shape = (min(64, num_steps - start), num_tokens, width)
             tokens = rng.standard_normal(shape).astype(np.float16)
-            writer.append(tokens.view(np.uint16) & 0x3FFF if get_scheme(dtype).given == "uint16" else tokens)
+            writer.append(tokens.view(np.uint16) & 0x3FFF if get_codec(dtype).given == "uint16" else tokens)
         columns = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA} | {
             "gui": np.zeros(num_steps, bool)
         }
@@ -33,7 +33,7 @@ def _write(path, dtype, num_steps, num_tokens, width):
     return sum(file.stat().st_size for file in files), len(files)
 
 
-@pytest.mark.parametrize("dtype", SCHEMES)
+@pytest.mark.parametrize("dtype", CODECS)
 def test_a_store_of_vit_l_tokens_takes_what_was_foretold(tmp_path, dtype):
     """21 steps of 256 x 1024: two chunks are full, and the third takes as much though five of its steps are."""
     num_bytes, num_files = _write(tmp_path / "store.zarr", dtype, 21, 256, 1024)
