@@ -320,8 +320,11 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def real_path(path: Path) -> Path:
-    """`path` without links. A link that leads back to itself stays as it is, where `Path.resolve` of Python 3.11 and 3.12 stops."""
-    return Path(os.path.realpath(path))
+    """`path` without links. A link that leads back to itself stays as it is, where `Path.resolve` of Python 3.11 and 3.12 stops.
+
+    A file of a bucket has no links and stays as it is.
+    """
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
 def is_file_name(path: Path) -> bool:
