@@ -37,7 +37,7 @@ STORED_DTYPES = get_args(StoredDtype)
 INT4_GROUP = 64
 Measurement: TypeAlias = Literal[
     "energy", "distances", "noise", "probes"
-]  # beyond errors; `evaluation.report.MEASUREMENTS`
+]  # beyond errors; `evaluation.run.MEASUREMENTS`
 MEASUREMENTS = get_args(Measurement)
 Probe: TypeAlias = Literal["inverse_dynamics", "state", "anticipation", "classification"]
 Logger: TypeAlias = Literal["dvclive", "tensorboard", "wandb"]
