@@ -41,9 +41,9 @@ from jepa_cache.data.splits import TRAIN  # noqa: E402
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
 from jepa_cache.encoding.task import ensure_actions  # noqa: E402
-from jepa_cache.evaluation import metrics, record, run, slices, windows  # noqa: E402
-from jepa_cache.evaluation.candidates import ActionPool  # noqa: E402
+from jepa_cache.evaluation import figures, metrics, run, windows  # noqa: E402
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows  # noqa: E402
+from jepa_cache.evaluation.energy import ActionPool  # noqa: E402
 from jepa_cache.predictor.rollout import LatentModel  # noqa: E402
 from jepa_cache.sources import Unit  # noqa: E402
 from jepa_cache.store import layout  # noqa: E402
@@ -51,7 +51,7 @@ from jepa_cache.store.controls import ControlsWriter  # noqa: E402
 from jepa_cache.store.manifest import read_manifest  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
-from jepa_cache.training.feed import Feed  # noqa: E402
+from jepa_cache.training.batches import TrainingData  # noqa: E402
 
 NUM_STEPS, TICKS_PER_STEP = 10, 4
 SETTINGS = (
@@ -143,8 +143,8 @@ class Place:
 
     def first_batch(self) -> None:
         """As stages/train_predictor.py until the first batch is there."""
-        feed = Feed(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
-        next(feed.batches(0, 2))
+        data = TrainingData(self.config, self.open(), read_scaler(self.scaler), Accelerator(cpu=True))
+        next(data.batches(0, 2))
 
     def evaluate(self) -> None:
         """The parts of stages/evaluate.py that depend on the number of episodes, with made errors in place of a predictor's."""
@@ -168,18 +168,19 @@ class Place:
         }
         errors = windows.WindowErrors(episodes, **made, chosen=chosen, num_fitted_steps=0)
         step("made errors")
-        run.summarize(errors, self.config, dataset)
+        found = figures.build_figures(errors, settings)
+        figures.summarize(found, errors, dataset)
         step("figures")
         for measure in metrics.MEASURES:
-            run.horizon_table(errors, self.config, measure)
-        run.position_table(errors, self.config)
+            figures.step_table(found, figures.OPEN_LOOP, measure)
+        figures.step_table(found, figures.TEACHER_FORCING, first_column="num_seen")
         step("tables")
-        record.episode_table(errors)
+        run.episode_table(errors)
         step("episodes.csv")
-        facts = slices.describe_windows(evaluation, errors)
+        facts = figures.describe_windows(evaluation, errors)
         step("facts")
-        slices.slice_table(facts, errors, settings)
-        slices.worst_table(facts, errors)
+        figures.slice_table(facts, errors, settings)
+        figures.worst_table(facts, errors)
         step("slices")
         pool, rng = (
             ActionPool(dataset, evaluation.training_segments() + evaluation.held_out_segments()),

@@ -42,7 +42,7 @@ from jepa_cache.encoder.vit import VisionTransformer  # noqa: E402
 from jepa_cache.predictor.lora import LoraSettings, add_lora  # noqa: E402
 from jepa_cache.predictor.model import ACPredictor  # noqa: E402
 from jepa_cache.training.losses import world_model_loss  # noqa: E402
-from jepa_cache.training.optimizer import build_optimizer  # noqa: E402
+from jepa_cache.training.optim import build_optimizer  # noqa: E402
 
 ACTIONS = STATES = 7
 BLOCKS = {"base": 2, "ac300m": 1}  # measured on a CPU; all blocks are alike

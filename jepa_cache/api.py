@@ -29,6 +29,7 @@ from jepa_cache.encoding.task import load_encoder, resolve_device
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
+from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,11 @@ class Encoder:
             raise ValueError(
                 f"{self._encode.mode} mode encodes frames in groups of {group}; got {len(frames)} frames. Give a multiple of {group}"
             )
-        size, parts = group * self._encode.batch_size, []
+        size, parts, cast = group * self._encode.batch_size, [], get_codec(self._encode.dtype).cast
         for start in range(0, len(frames), size):
             pixels = self._frozen.preprocess(frames[start : start + size]).unflatten(0, (-1, group))
-            stored = torch.from_numpy(to_stored(self._frozen.encode(pixels).flatten(0, 1), self._encode.dtype))
-            parts.append(stored.view(torch.bfloat16) if self._encode.dtype == "bfloat16" else stored)
+            stored = torch.from_numpy(to_stored(self._frozen.encode(pixels).flatten(0, 1), cast))
+            parts.append(stored.view(getattr(torch, cast)))
         return torch.cat(parts).to(self.device).float()
 
 

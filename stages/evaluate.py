@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ROOT, arguments.overrides)
 
     from jepa_cache.evaluation.context import open_training
-    from jepa_cache.evaluation.report import describe_metrics, evaluate_run
+    from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 
     dataset, weights = open_training(config, ROOT)
     out = ROOT / "outputs/evaluate"

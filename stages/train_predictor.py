@@ -41,12 +41,12 @@ def _train(arguments: StageArguments) -> None:
     result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
         print(
-            f"stopped by {result.stopped_by} at train step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
+            f"stopped by {result.stopped_by} at training step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
         )
         sys.exit(REQUEUE_EXIT_CODE)
     if result.weights is None:
         return  # another process than the first
-    print(f"trained {result.num_trained} of {result.num_steps} train steps; checkpoints in {result.run}")
+    print(f"trained {result.num_trained} of {result.num_steps} training steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
     following = (

@@ -21,10 +21,10 @@ from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
 from jepa_cache.store import layout
 from jepa_cache.store.controls import write_actions
+from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import read_store_file
 from jepa_cache.store.writer import TokenWriter, table
 from tests.workspace import SUITE_SETTINGS
 

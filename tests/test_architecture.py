@@ -25,7 +25,7 @@ FLOORS = (
     {"api"},
     {"training", "evaluation"},
     {"control"},
-    {"encoding", "data", "inspection"},
+    {"encoding", "data"},
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
@@ -47,7 +47,6 @@ WITHOUT_TORCH = (
     "webpage",
     "config",
     "files",
-    "inspection",
 )
 STAGE_TWO = {"training", "predictor", "data", "evaluation", "control"}
 STAGES = {

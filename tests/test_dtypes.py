@@ -17,18 +17,18 @@ from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, fit_scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.encoder.frozen import FrozenEncoder
-from jepa_cache.evaluation.report import evaluate_run
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.store.manifest import Manifest
-from jepa_cache.store.quantisation import SCHEMES, encode, measure_channels
+from jepa_cache.store.quantisation import CODECS, Codec, decode, encode, measure_channels
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.training.trainer import train
-from tests.caches import make_config
+from tests.caches import make_cache, make_config
 from tests.encoded import all_files, make_tars, tiny_config
 from tests.encoded import encode as encode_recordings
 from tests.store import plain_reader
 
 EPISODES = {"a": {"e0": 60, "e1": 45, "e2": 40, "e3": 45}, "b": {"e4": 52, "e5": 40}}
-CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
+CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
 
 
 class Made(NamedTuple):
@@ -143,3 +143,31 @@ def test_every_dtype_is_a_recipe_of_its_own_and_is_made_again_alike(recordings, 
     again = make(recordings, tmp_path / "two", "int8")
     for store in again.stores:
         assert all_files(store) == all_files(tmp_path / "one" / store.relative_to(tmp_path / "two"))
+
+
+def test_a_new_dtype_is_one_entry_that_is_written_read_and_decoded_anywhere(tmp_path, monkeypatch):
+    """Codes of -1 and 1 in the sign of an int16, as nobody would store them."""
+    signs = Codec(
+        dtype="int16",
+        torch_dtype="int16",
+        cast="float16",
+        fill_value=0,
+        unpack=lambda stored: stored.astype(np.float32),
+        unpack_tensor=lambda stored: stored.float(),
+        meaning="code = the stored integer",
+        pack=lambda codes: np.where(codes < 0, -1, 1).astype(np.int16),
+        max_code=1.0,
+    )
+    monkeypatch.setitem(CODECS, "signs", signs)
+    monkeypatch.setattr(  # the schema's list of names is the other place
+        "tests.caches.make_config", lambda *given: make_config(*(it for it in given if it != "encode.dtype=signs"))
+    )
+    cache = make_cache(tmp_path, dtype="signs")
+    dataset, index = cache.dataset, WindowIndex(cache.dataset.segments, 5)
+    batch = to_device(WindowLoader(dataset, index, cache.scaler).read([0]), torch.device("cpu"))
+    codes = np.empty((5, *batch.tokens.shape[2:]), np.int16)
+    scales = np.empty(codes.shape[:2], np.float32)
+    dataset.read_tokens(0, 0, codes)
+    dataset.read_token_scales(0, 0, scales)
+    assert set(codes.ravel()) == {-1, 1}
+    assert np.array_equal(batch.tokens[0].numpy(), decode(codes, "signs", scales, dataset.channels(0)))

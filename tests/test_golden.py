@@ -32,8 +32,13 @@ from jepa_cache.predictor.layers import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.training.losses import world_model_loss
-from jepa_cache.training.optimizer import build_optimizer, set_rates
-from jepa_cache.training.schedule import cosine_weight_decay, warmup_cosine, warmup_stable_decay
+from jepa_cache.training.optim import (
+    build_optimizer,
+    cosine_weight_decay,
+    set_rates,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 FOLDER = Path(os.environ.get("JEPA_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FILES = sorted(FOLDER.rglob("*.safetensors"))
@@ -242,12 +247,12 @@ def check_loss(golden: Golden) -> None:
         predictor.zero_grad(set_to_none=True)
         losses = world_model_loss(predictor, tokens, given["actions"], states, **options)
         losses.total.backward()
-        results = {"loss": losses.total, "jloss": losses.jloss, "sloss": losses.sloss}
+        results = {"loss": losses.total, "jloss": losses.scalars["jloss"], "sloss": losses.scalars["sloss"]}
         results |= {"z_tf": losses.z_tf.flatten(1, 2), "z_ar": losses.z_ar.flatten(1, 2)}
         if f"{case}/legacy_sloss" in names:
             with torch.no_grad():
                 legacy = world_model_loss(predictor, tokens, given["actions"], states, rollout="legacy", **options)
-            results["legacy_sloss"] = legacy.sloss
+            results["legacy_sloss"] = legacy.scalars["sloss"]
         for name, result in results.items():
             if f"{case}/{name}" in names:
                 golden.compare(f"{case}/{name}", result, 1e-4 if name.startswith("z_") else 1e-5)
@@ -282,7 +287,7 @@ def check_train_steps(golden: Golden) -> None:
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
-        values = (*rates, losses.jloss.item(), losses.sloss.item(), losses.total.item())
+        values = (*rates, losses.scalars["jloss"].item(), losses.scalars["sloss"].item(), losses.total.item())
         for values_so_far, value in zip(seen.values(), values, strict=True):
             values_so_far.append(value)
     for name in expected:

@@ -95,7 +95,7 @@ def test_a_queued_grid_runs_without_the_encoder(workspace):
 
 
 def test_a_temporary_experiment_runs_its_own_copy_of_the_package(workspace):
-    workspace.edit("jepa_cache/evaluation/report.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
+    workspace.edit("jepa_cache/evaluation/run.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
     assert "HELD-OUT EPISODES; L1" in workspace.run("dvc", "exp", "run", "--temp")
     workspace.run("git", "checkout", "-q", "--", ".")
 
@@ -123,7 +123,7 @@ def test_the_stage_scripts_run_without_dvc_and_say_what_is_next(workspace):
     assert "next: python stages/fit_scaler.py" in workspace.python("stages/encode.py", "shards")
     assert "next: python stages/train_predictor.py" in workspace.python("stages/fit_scaler.py")
     output = workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
-    assert "trained 4 of 4 train steps" in output and "next: python stages/evaluate.py" in output
+    assert "trained 4 of 4 training steps" in output and "next: python stages/evaluate.py" in output
     assert "is complete" in workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
     assert "trained 4 of 4" in workspace.python(
         "stages/train_predictor.py", "train.num_steps=4", "train.seed=5", "--fresh"

@@ -11,8 +11,7 @@ from typing import Any
 
 from jepa_cache.config.loading import find_repository
 from jepa_cache.evaluation.comparison import Evaluated, flatten
-from jepa_cache.evaluation.record import EPISODES_FILE, SETTINGS_FILE
-from jepa_cache.evaluation.tables import unguard_cell
+from jepa_cache.evaluation.metrics import EPISODES_FILE, SETTINGS_FILE, unguard_cell
 
 METRICS_FILE = "metrics.json"
 EVALUATE = "outputs/evaluate"

@@ -27,7 +27,7 @@ from jepa_cache.episode import Skipped
 from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS, STEPS_FILE
-from jepa_cache.store.quantisation import SCHEMES, check_width, get_scheme, step_bytes
+from jepa_cache.store.quantisation import CODECS, check_width, get_codec, step_bytes
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 
@@ -101,7 +101,7 @@ class Amount:
 
     def size(self, dtype: str, encode: EncodeConfig, encoder: EncoderPreset) -> tuple[int, int]:
         """Bytes and files of the token stores."""
-        codes = get_scheme(dtype).max_code is not None
+        codes = get_codec(dtype).max_code is not None
         per_step = step_bytes(dtype, encode.num_tokens_of(encoder), encoder.embed_dim)
         num_bytes = self.num_stored_steps * per_step + self.num_steps * STEP_ROW_BYTES
         num_bytes += self.num_units * (STORE_BYTES + codes * (CODES_BYTES + 8 * encoder.embed_dim))
@@ -173,12 +173,12 @@ def _measure_store(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Amount 
         return None
     if found is None:
         return None
-    card = found.card
+    metadata = found.metadata
     per_step = 1 if group.encode.mode == "frame" else group.encoder.preset.tubelet_size
     ticks = int(read_table(store, STEPS_FILE).column("tick").to_numpy()[-1:].sum()) + 1  # of its last episode
-    amount = Amount(1, card["num_episodes"], len(card["skipped"]), card["num_steps"] * per_step)
-    amount.num_ticks = ticks * max(1, card["num_episodes"])
-    amount.store_steps(card["num_steps"])
+    amount = Amount(1, metadata["num_episodes"], len(metadata["skipped"]), metadata["num_steps"] * per_step)
+    amount.num_ticks = ticks * max(1, metadata["num_episodes"])
+    amount.store_steps(metadata["num_steps"])
     return amount
 
 
@@ -258,7 +258,7 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
     done, to_do = (sum((getattr(it, name) for it in estimates), Amount()) for name in ("done", "to_do"))
     total, num_columns = done + to_do, len(space.actions) + len(space.states)
     needed = to_do.size(encode.dtype, encode, encoder)[0] + to_do.rest_bytes(num_columns)
-    if get_scheme(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
+    if get_codec(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
         waiting = max(it.largest_steps for it in estimates)
         needed += waiting * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim)
     free = free_bytes(checkout.root)
@@ -314,7 +314,7 @@ def free_bytes(root: CacheRoot) -> int | None:
 def list_schemes(width: int) -> list[str]:
     """Stored dtypes that take tokens of this width."""
     names = []
-    for name in SCHEMES:
+    for name in CODECS:
         with suppress(ValueError):
             check_width(name, width)
             names.append(name)

@@ -71,7 +71,7 @@ def export_predictor(
 
 
 def _find_weights(reference: str, argument: str) -> Path:
-    from jepa_cache.training.identity import resolve_init
+    from jepa_cache.training.run import resolve_init
 
     try:
         return resolve_init(reference, Path.cwd())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from jepa_cache.cli.outcome import help_of
+from jepa_cache.cli.outcome import UNCHECKED, help_of
 from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.terminal import PrintableOutput
 from jepa_cache.files import full_disk_named
@@ -20,10 +20,9 @@ COMMANDS = {
     "estimate": ("estimate", "estimate"),
     "status": ("status", "status"),
     "verify": ("verify", "verify"),
-    "repair": ("repair", "repair"),
     "gc": ("gc", "gc"),
     "export": ("export", "export"),
-    "inspect": ("inspect_data", "inspect"),
+    "inspect": ("inspect", "inspect"),
     "pack": ("pack", "pack"),
     "add-encoder": ("add_encoder", "add_encoder"),
     "index-droid": ("index_droid", "index_droid"),
@@ -31,6 +30,7 @@ COMMANDS = {
     "params": ("params", "params"),
     "doctor": ("doctor", "doctor"),
 }
+RENAMED = {"plan": "estimate", "repair": "verify --repair"}
 
 
 def build_app(only: str | None = None) -> typer.Typer:
@@ -58,11 +58,12 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
-    if sys.argv[1:2] == ["plan"]:
-        print("error: `jepa-cache plan` is called `jepa-cache estimate` now", file=sys.stderr)
-        sys.exit(2)
+    typed = next(iter(sys.argv[1:]), None)
+    if typed in RENAMED:
+        print(f"error: `jepa-cache {typed}` is now `jepa-cache {RENAMED[typed]}`", file=sys.stderr)
+        sys.exit(UNCHECKED)
     try:
         with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
-            build_app(next(iter(sys.argv[1:]), None))()
+            build_app(typed)()
     except (ValueError, OSError) as error:  # OSError: a full disk, a file that cannot be written
         sys.exit(f"error: {describe_error(error)}")

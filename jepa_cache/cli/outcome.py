@@ -22,8 +22,7 @@ from jepa_cache.config.terminal import PrintableOutput, printable
 from jepa_cache.files import full_disk_named
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.remote import resolve_cache_root
-from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.usage import RefusedError
+from jepa_cache.store.root import CacheRoot, RefusedError
 
 FINE, PROBLEM, UNCHECKED = 0, 1, 2
 NUM_SHOWN = 20
@@ -99,7 +98,7 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
         outcome = Outcome({"error": message}, [], code)
         print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on where it was"
+        message = "interrupted; nothing is left half-done, so the same command can be run again"
         outcome = Outcome({"error": message}, [], UNCHECKED)
         print(message, file=sys.stderr)
     if as_json:

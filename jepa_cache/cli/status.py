@@ -29,12 +29,11 @@ from jepa_cache.encoding.groups import EncodingGroup, Inventory, scan_units
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.sources import Unit
 from jepa_cache.store.collection import list_manifests
-from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.digests import Remembered
+from jepa_cache.store.layout import StoreDamagedError, StoreFile, read_store_file
 from jepa_cache.store.manifest import Manifest, why_held_back
 from jepa_cache.store.recipe import recipe_changes, unit_id
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, read_store_file
 
 DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "unread"
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
@@ -280,7 +279,7 @@ def _look_at_store(status: GroupStatus, root: CacheRoot, unit: Unit) -> UnitStat
         return UnitStatus(unit.name, unit.digest, DAMAGED, str(error))
     if tokens is None:
         return None
-    status.num_steps += tokens.card["num_steps"]
+    status.num_steps += tokens.metadata["num_steps"]
     status.num_bytes += tokens.num_bytes
     status.num_without_controls += not root.fetch(group.controls(root, unit))
     status.num_without_actions += not _has_actions(root, group.actions(root, unit), tokens)
@@ -293,7 +292,7 @@ def _look_at_store(status: GroupStatus, root: CacheRoot, unit: Unit) -> UnitStat
 def _has_actions(root: CacheRoot, store: Path, tokens: StoreFile) -> bool:
     try:
         found = root.find_store(store)
-        return found is not None and found.card.get("steps_digest") == tokens.card["steps_digest"]
+        return found is not None and found.metadata.get("steps_digest") == tokens.metadata["steps_digest"]
     except StoreDamagedError:
         return False
 
@@ -325,7 +324,7 @@ def _folders(path: Path) -> list[Path]:
 def _read_recipe(folder: Path, names: Sequence[str]) -> Mapping[str, Any] | None:
     for name in names:
         try:
-            return read_store_file(folder / name).card["recipe"]
+            return read_store_file(folder / name).metadata["recipe"]
         except (ValueError, KeyError):
             continue  # a damaged one; another of the same recipe will do
     return None

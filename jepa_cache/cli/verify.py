@@ -1,26 +1,33 @@
-"""`jepa-cache verify`: whether every byte that the manifest lists is there and unchanged."""
+"""`jepa-cache verify`: whether every byte that the manifest lists is there and unchanged; with --repair it is made so again."""
 
 from __future__ import annotations
 
 import secrets
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.store.check import Finding, Scope, check_manifest, find_stale
+from jepa_cache.store.quantisation import step_bytes
 
 if TYPE_CHECKING:
-    from jepa_cache.encoding.verification import Comparison
+    from jepa_cache.encoding.verification import Comparison, Repair
     from jepa_cache.store.manifest import Manifest
 
 
 def verify(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="recordings, for --against-online; key=value overrides")
+        list[str] | None,
+        typer.Argument(
+            help="recordings, for --repair and --against-online, as encode.py takes them; key=value overrides"
+        ),
     ] = None,
     *,
+    repair: Annotated[bool, typer.Option("--repair", help="make what is damaged or missing again")] = False,
     subset: Annotated[str, typer.Option(metavar="SHARE", help="read this share of the chunks, such as 5%")] = "100%",
     read_data: Annotated[
         bool, typer.Option("--read-data", help="compare every file with its sha256 too; twice the time")
@@ -29,37 +36,35 @@ def verify(
         int, typer.Option(min=0, metavar="N", help="encode N random steps again and compare")
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and told when not given")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Check structure, digests and the checksum of every chunk of everything that the manifest lists.
 
-    An interrupted run goes on where it was, and a run after one that found damage looks again at what was damaged and what
-    was touched since; after a run without findings, and with --fresh, everything is read again.
+    With --repair damaged and missing stores are removed and encoded again from their recordings. A damaged store is removed
+    only where its recording, the weights and the settings that it was made with are at hand.
 
-    Exit code 0: all is as it was written; 1: something is missing, damaged or not what the encoder gives; 2: wrong usage, or it
-    could not be checked (no manifest, another format version, interrupted).
+    Exit code 0: all is as it was written, or is again; 1: something is missing, damaged or not what the encoder gives; 2: wrong
+    usage, or it could not be checked (no manifest, another format version, interrupted).
 
     Args:
         arguments: Recordings and overrides.
+        repair: Make damaged stores again.
         subset: Share of the chunks to read.
         read_data: Compare whole files.
         against_online: Steps to encode again.
         seed: Of the choices.
-        fresh: Start over.
         manifest: Which one.
         as_json: Print JSON.
     """
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
     report(
-        lambda: check_all(
+        lambda: check_cache(
             open_checkout(arguments),
             manifest,
-            share=parse_share(subset),
-            read_data=read_data,
+            Scope(parse_share(subset), read_data, seed),
             num_steps=against_online,
-            seed=secrets.randbelow(1 << 31) if seed is None else seed,
-            fresh=fresh,
+            repair=repair,
         ),
         as_json=as_json,
     )
@@ -80,73 +85,80 @@ def parse_share(text: str) -> float:
     return share
 
 
-def check_all(
-    checkout: Checkout,
-    path: Path | None,
-    *,
-    share: float,
-    read_data: bool,
-    num_steps: int,
-    seed: int,
-    fresh: bool,
-) -> Outcome:
-    """Check a manifest's stores, and steps against the encoder."""
-    from jepa_cache.encoding.verification import describe_comparison
-    from jepa_cache.store.audit import Scope
-    from jepa_cache.store.rounds import audit_manifest
-
+def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_steps: int, repair: bool) -> Outcome:
+    """Check a manifest's stores, compare steps with the encoder, and repair what was found."""
     manifest, root = checkout.read_manifest(path), checkout.root
-    with tqdm(desc="verify", unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar:
-        result = audit_manifest(manifest, root, Scope(share, read_data, seed), bar, fresh=fresh)
-    comparison = _compare(checkout, manifest, num_steps, seed) if num_steps else None
-    wrong = comparison.wrong if comparison else []
+    expected = manifest.num_steps * step_bytes(manifest.recipe["dtype"], manifest.num_tokens, manifest.width)
+    comparison = repaired = None
+    with root.shared_lock() if repair else nullcontext():
+        with tqdm(desc="verify", unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar:
+            bar.total = expected * scope.share * (1 + scope.read_data)
+            findings = check_manifest(manifest, root, scope, bar.update)
+            num_bytes = int(bar.n)
+        if num_steps:
+            comparison = _compare(checkout, manifest, findings, num_steps, scope.seed)
+            stale = [it for part, entry in manifest.stores for it in find_stale(root, part, entry)]
+            findings += [finding for finding in stale if finding not in findings]
+        if repair and findings:
+            repaired = _repair(checkout, manifest, findings)
+    fine = repaired.complete if repaired else not findings
     document = {
-        "ok": not result.findings and not wrong,
+        "ok": fine,
         "manifest": manifest.digest,
         "root": root.name,
         "num_units": len(manifest.entries),
-        "num_checked": result.num_checked,
-        "num_checked_before": result.num_skipped,
-        "num_bytes": result.num_bytes,
-        "share": share,
-        "seed": seed,
-        "read_data": read_data,
-        "findings": [{**finding._asdict(), "place": str(finding.place)} for finding in result.findings],
-        "against_online": describe_comparison(comparison) if comparison else None,
+        "num_bytes": num_bytes,
+        "share": scope.share,
+        "seed": scope.seed,
+        "read_data": scope.read_data,
+        "findings": [_describe_finding(finding) for finding in findings],
+        "against_online": comparison.describe() if comparison else None,
+        "repair": {**vars(repaired), "repaired": [str(it) for it in repaired.repaired]} if repaired else None,
     }
-    lines = shorten([finding.problem for finding in result.findings])
-    what = f"{share:.3g} of the chunks (seed {seed})" if share < 1 else "every chunk"
+    lines = shorten([finding.problem for finding in findings])
+    what = f"{scope.share:.3g} of the chunks (seed {scope.seed})" if scope.share < 1 else "every chunk"
     lines.append(
-        f"read {describe_bytes(result.num_bytes)} of {result.num_checked} of {len(manifest.entries)} units: {what}"
-        + (", every file's sha256" if read_data else "")
-        + (f"; {result.num_skipped} were checked before (--fresh starts over)" if result.num_skipped else "")
+        f"read {describe_bytes(num_bytes)} of {len(manifest.entries)} units: {what}"
+        + (", every file's sha256" if scope.read_data else "")
     )
-    lines += describe_steps(comparison) if comparison else []
-    if result.findings or wrong:
-        lines.append(f"{len(result.findings) + len(wrong)} problems; next: jepa-cache repair")
+    lines += _describe_steps(comparison) if comparison and comparison.steps else []
+    if repaired:
+        lines += _describe_repair(repaired)
+    elif findings:
+        lines.append(f"{len(findings)} problems; next: jepa-cache verify --repair")
     else:
         lines.append("all is as it was written")
-    return Outcome(document, lines, FINE if document["ok"] else PROBLEM)
+    return Outcome(document, lines, FINE if fine else PROBLEM)
 
 
-def _compare(checkout: Checkout, manifest: Manifest, num_steps: int, seed: int) -> Comparison:
+def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], num_steps: int, seed: int) -> Comparison:
     from jepa_cache.encoding.groups import scan_units
     from jepa_cache.encoding.verification import compare_online
 
-    inventory = scan_units(checkout.config, checkout.paths, checkout.base)
     return compare_online(
         manifest,
         checkout.config,
-        inventory,
+        scan_units(checkout.config, checkout.paths, checkout.base),
         checkout.root,
         base=checkout.base,
         num_steps=num_steps,
         seed=seed,
+        damaged={finding.key for finding in findings},
     )
 
 
-def describe_steps(comparison: Comparison) -> list[str]:
-    """The comparison in words."""
+def _repair(checkout: Checkout, manifest: Manifest, findings: list[Finding]) -> Repair:
+    from jepa_cache.encoding.verification import repair_manifest
+
+    return repair_manifest(manifest, findings, checkout.config, checkout.paths, base=checkout.base, root=checkout.root)
+
+
+def _describe_finding(finding: Finding) -> dict[str, Any]:
+    key = finding.key._asdict() if finding.key else {"kind": "manifest"}
+    return {**key, "path": str(finding.path), "problem": finding.problem}
+
+
+def _describe_steps(comparison: Comparison) -> list[str]:
     steps = comparison.steps
     num_equal = sum(step.equal for step in steps)
     own = max(step.batch_difference for step in steps)
@@ -155,11 +167,27 @@ def describe_steps(comparison: Comparison) -> list[str]:
         lines[0] += f", largest difference {max(step.difference for step in steps):.3g}"
     lines.append(f"the encoder's own largest difference between a batch of one and the recorded batch: {own:.3g}")
     lines += [f"not as recorded: {change}" for change in comparison.changes]
-    lines += shorten(
+    return lines + shorten(
         [
             f"step {step.step} of {step.unit}, episode {step.episode}, is not what the encoder gives (relative error "
             f"{step.relative_error:.2g}); were the settings others, or the recording replaced?"
             for step in comparison.wrong
         ]
     )
-    return lines
+
+
+def _describe_repair(repair: Repair) -> list[str]:
+    lines = [f"repaired: {path}" for path in repair.repaired]
+    lines += [
+        f"NOT REPAIRED: the recording of unit {digest} is not among the inputs; name it: jepa-cache verify --repair PATH"
+        for digest in repair.lost
+    ]
+    lines += [
+        f"ANOTHER DIGEST: {text}. The tokens differ from those that the manifest lists (another device or library may give "
+        "other last bits), so it cannot be used with them: run `python stages/encode.py` to list what is there now, and train again"
+        for text in repair.differing
+    ]
+    lines += [f"NOT REPAIRED: {text}" for text in repair.left]
+    num_left = len(repair.lost) + len(repair.differing) + len(repair.left)
+    rest = f"{num_left} not" if num_left else "everything is as the manifest says"
+    return [*lines, f"{len(repair.repaired)} repaired, {rest}"]

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jepa_cache.config.checks import check_config
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
+    CacheConfig,
     Config,
     DatasetPreset,
     EncodeConfig,
@@ -26,9 +26,22 @@ from jepa_cache.config.schema import (
     ScalerConfig,
     SplitConfig,
     TrainConfig,
+    check_config,
 )
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+
+SECTIONS = {
+    "cache": CacheConfig,
+    "encode": EncodeConfig,
+    "split": SplitConfig,
+    "filter": FilterConfig,
+    "scaler": ScalerConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "plan": PlanConfig,
+}
+"""Sections of params.yaml, each with the dataclass that holds its rules."""
 
 T = TypeVar("T")
 
@@ -50,9 +63,8 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         where[key] = "command line"
 
     names = ("dataset", "encoder", "predictor")
-    sections = ("cache", "encode", "split", "filter", "scaler", "train", "evaluate", "plan")
-    check_keys(params, [*names, *sections], "params.yaml")
-    for key in (*names, *sections):
+    check_keys(params, [*names, *SECTIONS], "params.yaml")
+    for key in (*names, *SECTIONS):
         if key not in params:
             raise ConfigError(f"params.yaml lacks the key {key!r}; put it back (git diff params.yaml shows it)")
 
@@ -60,41 +72,32 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     dataset = reader.preset(DatasetPreset, "dataset", params["dataset"])
     encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
     predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
-    check_keys(params["cache"], ["root", "verify_checksums"], "params.yaml: cache")
-    verify_checksums = params["cache"].get("verify_checksums")
-    if not isinstance(verify_checksums, bool):
-        raise ConfigError(f"params.yaml: cache.verify_checksums must be true or false; got {verify_checksums!r}")
-
-    encode_defaults = {
-        key: (getattr(preset, key), f"configs/{kind}/{preset.name}.yaml")
-        for kind, preset, keys in (
-            ("dataset", dataset, ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")),
-            ("encoder", encoder, ("weights", "single_frame", "compute_dtype", "batch_size")),
-        )
-        for key in keys
+    values = {name: params[name] for name in SECTIONS}
+    preset = None
+    if isinstance(params["train"], Mapping):
+        preset = params["train"].get("preset")
+        values["train"] = {key: value for key, value in params["train"].items() if key != "preset"}
+    train_file, train_mapping = reader.preset_mapping("train", preset)
+    dataset_file, encoder_file = f"configs/dataset/{dataset.name}.yaml", f"configs/encoder/{encoder.name}.yaml"
+    of_dataset = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")
+    of_encoder = ("weights", "single_frame", "compute_dtype", "batch_size")
+    defaults: dict[str, dict[str, tuple[Any, str]]] = {
+        "encode": {
+            **{key: (getattr(dataset, key), dataset_file) for key in of_dataset},
+            **{key: (getattr(encoder, key), encoder_file) for key in of_encoder},
+        },
+        "scaler": {key: (getattr(dataset, f"scale_{key}"), dataset_file) for key in ("actions", "states")},
+        "train": {key: (value, train_file) for key, value in train_mapping.items()},
     }
-    scaler_defaults = {
-        "actions": (dataset.scale_actions, f"configs/dataset/{dataset.name}.yaml"),
-        "states": (dataset.scale_states, f"configs/dataset/{dataset.name}.yaml"),
-    }
-    train_section = dict(params["train"])
-    train_preset_name = train_section.pop("preset", None)
-    train_file, train_mapping = reader.preset_mapping("train", train_preset_name)
-    train_defaults = {key: (value, train_file) for key, value in train_mapping.items()}
-
+    sections = {name: reader.section(cls, name, values[name], defaults.get(name, {})) for name, cls in SECTIONS.items()}
+    cache = sections.pop("cache")
     config = Config(
         dataset=dataset,
         encoder=encoder,
         predictor=predictor,
-        encode=reader.section(EncodeConfig, "encode", params["encode"], encode_defaults),
-        split=reader.section(SplitConfig, "split", params["split"], {}),
-        filter=reader.section(FilterConfig, "filter", params["filter"], {}),
-        scaler=reader.section(ScalerConfig, "scaler", params["scaler"], scaler_defaults),
-        train=reader.section(TrainConfig, "train", train_section, train_defaults),
-        evaluate=reader.section(EvaluateConfig, "evaluate", params["evaluate"], {}),
-        plan=reader.section(PlanConfig, "plan", params["plan"], {}),
-        cache_root=params["cache"].get("root"),
-        verify_checksums=verify_checksums,
+        **sections,
+        cache_root=cache.root,
+        verify_checksums=cache.verify_checksums,
         members=_members(reader, dataset),
         origins=reader.origins,
     )
@@ -111,14 +114,14 @@ def find_repository(folder: Path) -> Path:
 
 
 def data_base(root: Path = REPOSITORY_ROOT) -> Path:
-    """Folder that relative data paths are meant from: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
+    """Return the folder of relative data paths: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
     return Path(os.environ.get("DVC_ROOT") or root)
 
 
 def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
-    """Folder that relative recordings are meant from.
+    """Return the folder of relative recordings.
 
-    The workspace for the rendered sample, a DVC out that every workspace has of its own; `data_base` for everything else.
+    It is the workspace for the rendered sample, a DVC out that every workspace has of its own; else `data_base`.
     """
     return root if config.dataset.sample is not None else data_base(root)
 
@@ -185,7 +188,7 @@ class _Resolver:
             if value is not None or key not in defaults:
                 resolved[key] = value
                 self.origins[f"{name}.{key}"] = self.where.get(f"{name}.{key}", "params.yaml")
-        return parse_dataclass(cls, resolved, f"params.yaml: {name}")
+        return parse_dataclass(cls, resolved, f"params.yaml: {name}", section=name, origins=self.origins)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

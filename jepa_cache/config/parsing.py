@@ -1,53 +1,76 @@
-"""From mappings to dataclasses: unknown keys are refused with the nearest known one, types are checked."""
+"""From mappings to dataclasses, by pydantic in strict mode: ints pass for floats and lists for tuples.
+
+A field's annotation holds its rule (`Literal` choices, `Field(gt=0)` bounds); its `description` is the reason.
+Dataclasses stay plain ones: they are checked once, where a file or a command line is read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the file and the way out."""
 
 
-def parse_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a mapping; keys and types must match its fields exactly.
+def parse_dataclass(
+    cls: type[T], values: Mapping[str, Any], where: str, *, section: str = "", origins: Mapping[str, str] | None = None
+) -> T:
+    """Build a dataclass from a mapping; keys, types and bounds must match its fields exactly.
+
+    Args:
+        cls: Any dataclass.
+        values: From YAML, of any keys.
+        where: File or section that messages name.
+        section: Of params.yaml; stands before the keys in messages.
+        origins: Files that values come from in place of `where`, by `section.key`.
 
     Raises:
-        ConfigError: For unknown, missing or wrongly typed keys; `where` names the place.
+        ConfigError: Keys are unknown or missing, or values break their rules; names every such value.
     """
-    hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     check_keys(values, list(fields), where)
-    parsed = {}
-    for name, field in fields.items():
+    parsed, refused = {}, []
+    for name, (hint, adapter) in _adapters(cls).items():
         if name in values:
-            parsed[name] = _coerce(values[name], hints[name], f"{where}: {name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where} lacks the key {name!r}")
+            value = values[name]
+            try:
+                parsed[name] = adapter.validate_python(tuple(value) if isinstance(value, list) else value)
+            except ValidationError as error:
+                key = f"{section}.{name}" if section else name
+                place = (origins or {}).get(key, where.removesuffix(f": {section}"))
+                refused.append(f"{place}: {key} {_explain(error, value, hint)}")
+        elif fields[name].default is dataclasses.MISSING and fields[name].default_factory is dataclasses.MISSING:
+            refused.append(f"{where} lacks the key {name!r}")
+    if refused:
+        raise ConfigError("\n".join(refused))
     return cls(**parsed)
 
 
 REMOVED = {"num_timed": "benchmarks/planner.py times the planner against a plain loop"}
 """Keys of earlier versions, and what took their place."""
-
-
-RENAMED = {"max_episodes": "max_units"}  # keys of earlier releases
+RENAMED = {"max_episodes": "max_units"}  # keys of earlier versions
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint such as "; did you mean 'lr'?", what took the place of a removed key, or the list of known names when none is near."""
+    """Return a hint such as "; did you mean 'lr'?", what replaced a removed key, or the list of known names."""
     key = name.rpartition(".")[2]
     if key in REMOVED:
         return f", which was removed: {REMOVED[key]}; delete it"
-    if (new := RENAMED.get(name.rpartition(".")[2])) is not None:
+    if (new := RENAMED.get(key)) is not None:
         return f"; it is called {new!r} now and counts units of input, not recordings"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
@@ -62,68 +85,66 @@ def check_keys(values: Any, known: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where} has the unknown key {key!r}{nearest(str(key), known)}")
 
 
-def check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    """Raise a ConfigError that names the nearest value where `value` is not `known`."""
-    if value not in known:
-        raise ConfigError(f"{key} is {value!r}{nearest(value, known)}")
+@functools.cache
+def _adapters(cls: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {name: (hints[name], TypeAdapter(hints[name], config=STRICT)) for name in names}
 
 
-def check_choices(key: str, values: Sequence[str], known: Sequence[str]) -> None:
-    """Raise a ConfigError where one of the values is not `known`, or stands there twice."""
-    for value in values:
-        check_choice(key, value, known)
-    check_once(key, values)
+def _explain(error: ValidationError, value: Any, hint: Any) -> str:
+    """Return the rest of a sentence that begins with the key: the rule, its reason if there is one, and the value."""
+    first = error.errors(include_url=False)[0]
+    bounds = first.get("ctx", {})
+    number = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in bounds.items()}
+    match first["type"]:
+        case "value_error":
+            return str(bounds["error"])
+        case "literal_error":
+            known = [choice for choice in typing.get_args(_literal(hint)) if isinstance(choice, str)]
+            return f"is {first['input']!r}{nearest(str(first['input']), known)}"
+        case "greater_than":
+            rule = f"must be above {number['gt']}"
+        case "greater_than_equal":
+            rule = "must not be below 0" if bounds["ge"] == 0 else f"must be at least {number['ge']}"
+        case "less_than":
+            rule = f"must be below {number['lt']}"
+        case "less_than_equal":
+            rule = f"must be at most {number['le']}"
+        case "multiple_of":
+            rule = f"must be a multiple of {number['multiple_of']}"
+        case "finite_number":
+            return f"must be a finite number; got {value}"
+        case _:
+            return _explain_type(value, hint)
+    reasons = [part.description for part in _walk(hint) if isinstance(part, FieldInfo) and part.description]
+    return f"{rule}{''.join(f' ({reason})' for reason in reasons)}; got {value}"
 
 
-def check_once(key: str, values: Sequence[str]) -> None:
-    """Raise a ConfigError where one of the values stands there twice."""
-    for value in values:
-        if values.count(value) > 1:
-            raise ConfigError(f"{key} names {value!r} {values.count(value)} times; name it once")
+def _explain_type(value: Any, hint: Any) -> str:
+    kinds = [part for part in _walk(hint) if isinstance(part, type | types.GenericAlias) and part is not type(None)]
+    kind = kinds[0] if kinds else str  # a Literal alone
+    got = f"got {value!r} ({type(value).__name__})"
+    if typing.get_origin(kind) is not tuple:
+        return f"must be of type {getattr(kind, '__name__', kind)}; {got}"
+    args = typing.get_args(kind)
+    inner = next((part for part in _walk(args[0]) if isinstance(part, type)), str)
+    size = "" if args[-1] is Ellipsis else f"{len(args)} "
+    way_out = f"; write [{value}]" if isinstance(value, inner) and args[-1] is Ellipsis else ""
+    return f"must be a list of {size}{inner.__name__}; {got}{way_out}"
 
 
-def check_positive(key: str, value: float) -> None:
-    """Raise a ConfigError where `value` is not above 0."""
-    if value <= 0:
-        raise ConfigError(f"{key} must be above 0; got {value}")
+def _walk(hint: Any) -> list[Any]:
+    """A hint and what it is made of, outermost first: members of unions, and annotated types with their metadata."""
+    if typing.get_origin(hint) is Annotated:
+        return [*_walk(hint.__origin__), *(part for item in hint.__metadata__ for part in _walk(item))]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [part for arg in typing.get_args(hint) for part in _walk(arg)]
+    return [hint]
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Check `value` against a type hint; ints pass for floats, lists become tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        for kind in (arg for arg in args if arg is not type(None)):
-            try:
-                return _coerce(value, kind, where)
-            except ConfigError as error:
-                refused = error
-        raise refused
-    if hint is Any:
-        return value
-    if origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-            if len(inner) == len(value):
-                return tuple(_coerce(item, kind, where) for item, kind in zip(value, inner, strict=True))
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(value, hint):
-        return value
-    if hint is float and isinstance(value, float):
-        raise ConfigError(f"{where} must be a finite number; got {value}")
-    if origin is tuple:
-        inner = " and ".join(dict.fromkeys(kind.__name__ for kind in args if kind is not Ellipsis))
-        size = "" if args[-1] is Ellipsis else f"{len(args)} "
-        way_out = f"; write [{value}]" if isinstance(value, args[0]) and args[-1] is Ellipsis else ""
-        raise ConfigError(f"{where} must be a list of {size}{inner}; got {value!r} ({type(value).__name__}){way_out}")
-    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise ConfigError(f"{where} must be of type {name}; got {value!r} ({type(value).__name__})")
+def _literal(hint: Any) -> Any:
+    """The `Literal` in a hint, or in the members of its tuple."""
+    parts = _walk(hint)
+    parts += [inner for part in parts if typing.get_origin(part) is tuple for inner in _walk(typing.get_args(part)[0])]
+    return next(part for part in parts if typing.get_origin(part) is typing.Literal)

@@ -1,34 +1,91 @@
-"""The frozen dataclasses that params.yaml and the presets in configs/ are parsed into."""
+"""The settings: dataclasses that params.yaml and the presets are parsed into, and the combinations that cannot work.
+
+A rule of one value stands in its annotation; `check_config` holds the rules of several.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-# Each another architecture; hf: an image encoder of the transformers library.
-ENCODER_KINDS = ("vjepa2", "vjepa2_1", "hf")
-# Rotary positions that the weights of a kind were trained with: how channels are paired, and where rows and columns lie.
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from jepa_cache.config.parsing import ConfigError, nearest
+
+EncoderKind: TypeAlias = Literal[
+    "vjepa2", "vjepa2_1", "hf"
+]  # each another architecture; hf: transformers' image encoders
+# Rotary positions that the weights of a kind were trained with: pairing of channels, and where rows and columns lie.
 ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
 # V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
 LEVEL_LAYERS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
-SINGLE_FRAMES = ("doubled", "image")
-ENCODE_MODES = ("frame", "tubelet", "clip")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-DECODERS = ("auto", "decord", "pyav")
-STORED_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "int4")  # of tokens; docs/store_format.md
+SingleFrame: TypeAlias = Literal["doubled", "image"]
+SINGLE_FRAMES = get_args(SingleFrame)
+EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
+FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Decoder: TypeAlias = Literal["auto", "decord", "pyav"]
+DECODERS = get_args(Decoder)
+StoredDtype: TypeAlias = Literal[
+    "float16", "bfloat16", "int8", "float8_e4m3", "int4"
+]  # of tokens; docs/store_format.md
+STORED_DTYPES = get_args(StoredDtype)
 # Channels of a token that share an int4 scale; 32 would lower the error by a tenth and take 6 % more bytes.
 INT4_GROUP = 64
-OPTIMIZERS = ("adamw", "adamw8bit")
-PRECISIONS = ("float32", "bfloat16", "float16")
-TRAIN_DEVICES = ("auto", "cpu", "cuda")  # one of several GPUs: CUDA_VISIBLE_DEVICES
-METRICS = ("val_total", "val_jloss", "val_sloss")
-PLAN_SETTINGS = ("cem", "world_model", "notebook", "paper")  # published ones; values in control/planner.py
-LOGGERS = ("dvclive", "tensorboard", "wandb")
-MEASUREMENTS = ("energy", "distances", "noise", "probes")  # beyond errors; `evaluation.report.MEASUREMENTS` holds them
-SCALING_RULES = ("standard", "none")
-PROBES = ("inverse_dynamics", "state", "anticipation", "classification")
+Measurement: TypeAlias = Literal[
+    "energy", "distances", "noise", "probes"
+]  # beyond errors; `evaluation.run.MEASUREMENTS`
+MEASUREMENTS = get_args(Measurement)
+Probe: TypeAlias = Literal["inverse_dynamics", "state", "anticipation", "classification"]
+Logger: TypeAlias = Literal["dvclive", "tensorboard", "wandb"]
+ScalingRule: TypeAlias = Literal["standard", "none"]
+
+
+def _rule(passes: Callable[[Any], object], rule: str) -> AfterValidator:
+    """A check whose message is the rest of a sentence that begins with the key."""
+
+    def check(value: Any) -> Any:
+        if not passes(value):
+            raise ValueError(f"{rule}; got {list(value) if isinstance(value, tuple) else value!r}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _name_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"names {value!r} {values.count(value)} times; name it once")
+    return values
+
+
+Once = AfterValidator(_name_once)
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1, description="a share")]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32, description="what every generator of numpy and torch takes")]
+Phases: TypeAlias = Annotated[
+    tuple[int, ...] | str,
+    # Of a phase that stands there twice every step would be stored, drawn and counted twice.
+    _rule(
+        lambda it: it == "all" or (not isinstance(it, str) and it and min(it) >= 0 and len(set(it)) == len(it)),
+        "is 'all' or a list of different first frames, from 0 to below the stride",
+    ),
+]
+Horizons: TypeAlias = Annotated[
+    tuple[int, ...],
+    _rule(
+        lambda it: it and min(it) >= 1 and len(set(it)) == len(it), "is a list of different numbers of steps from 1 on"
+    ),
+]
+EncodeDevice: TypeAlias = Annotated[
+    str, _rule(re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch, "is auto, cpu, cuda or cuda:<number of the GPU>")
+]
+TwoColumns: TypeAlias = Annotated[
+    tuple[str, ...], _rule(lambda it: len(it) == 2 and it[0] != it[1], "names two different action columns, or is null")
+]
+HALF_CIRCLE = "half a circle, beyond which a turn is one the other way"
 
 
 @dataclass(frozen=True)
@@ -39,16 +96,18 @@ class DatasetPreset:
     source: str  # module in jepa_cache/sources
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
-    fps: float  # Hz of the sampled frames
-    mode: str  # one of ENCODE_MODES
+    fps: PositiveFloat  # Hz of the sampled frames
+    mode: EncodeMode
     frames_per_clip: int  # sampled frames encoded jointly in clip mode
     action_space: str  # name in jepa_cache/actions.py
-    scale_actions: str  # one of SCALING_RULES
-    scale_states: str
+    scale_actions: ScalingRule
+    scale_states: ScalingRule
     sample: dict[str, Any] | None  # settings of the synthetic recordings; only the sample data set has them
-    cameras: tuple[str, ...] = ()  # each its own stores; empty where a source has one
-    phases: tuple[int, ...] | str = (0,)  # starting offsets in video frames, each its own stores; "all" for every one
-    mixture: dict[str, float] = field(default_factory=dict)  # other presets and the rates at which windows are drawn
+    cameras: Annotated[tuple[str, ...], Once] = ()  # each its own stores; empty where a source has one
+    phases: Phases = (0,)  # starting offsets in video frames, each its own stores; "all" for every one
+    mixture: dict[str, int | float] = field(
+        default_factory=dict
+    )  # other presets and the rates at which windows are drawn
 
 
 @dataclass(frozen=True)
@@ -56,26 +115,26 @@ class EncoderPreset:
     """configs/encoder/*.yaml: architecture, preprocessing and weights of one frozen encoder."""
 
     name: str
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    patch_size: int  # pixels
-    tubelet_size: int  # frames
-    resolution: int  # pixels, square
+    embed_dim: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+    mlp_dim: PositiveInt
+    patch_size: PositiveInt  # pixels
+    tubelet_size: PositiveInt  # frames
+    resolution: PositiveInt  # pixels, square
     rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business)
     crop: str  # key of encoder.preprocess.CROP_RULES
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
-    compute_dtype: str  # one of COMPUTE_DTYPES
-    batch_size: int  # encoder inputs per forward pass
+    compute_dtype: FloatDtype
+    batch_size: PositiveInt  # encoder inputs per forward pass
     weights: str | None  # path, https:// URL or hf://owner/repo/file
     weights_entry: str | None  # top-level entry of an official .pt file
     weights_sha256: str | None  # null where unknown
     random_seed: int | None  # seeded random weights; exactly one of weights and random_seed is set
-    kind: str = "vjepa2"  # one of ENCODER_KINDS
+    kind: EncoderKind = "vjepa2"
     positions: str = "grid"  # rows and columns by index, or "rescaled" to span 0 to 15 (V-JEPA 2.1)
-    single_frame: str = "doubled"  # one of SINGLE_FRAMES; "image" in V-JEPA 2.1 only
+    single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: int | None = None
 
@@ -95,35 +154,45 @@ class PredictorPreset:
     """configs/predictor/*.yaml: size of the action-conditioned predictor."""
 
     name: str
-    predictor_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
+    predictor_dim: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+    mlp_ratio: PositiveFloat
     activation_checkpointing: bool
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the stores lie, and how they are read."""
+
+    root: Annotated[
+        Any, _rule(lambda it: it is None or (isinstance(it, str) and it.strip()), "must be a path, a URL or null")
+    ]
+    verify_checksums: bool  # of every chunk of the cache when a process first reads it
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
     """What stage one does, after the presets were filled in."""
 
-    fps: float  # Hz
-    mode: str
+    fps: PositiveFloat  # Hz
+    mode: EncodeMode
     frames_per_clip: int
     action_space: str
-    cameras: tuple[str, ...]
-    phases: tuple[int, ...] | str
+    cameras: Annotated[tuple[str, ...], Once]
+    phases: Phases
     weights: str | None  # overrides the encoder preset's
-    single_frame: str  # one of SINGLE_FRAMES; frame mode only
-    pool: int  # 1 stores every patch's token, 2 the mean of each 2 x 2 patches' tokens
-    compute_dtype: str
-    batch_size: int
-    dtype: str  # stored dtype of the tokens
-    device: str  # "auto", "cpu", "cuda", "cuda:1"
-    decoder: str  # one of DECODERS
-    num_decoders: int  # threads
-    max_skipped_share: float  # of the recordings, in [0, 1]
-    max_units: int | None  # only the first units of each data set; the rest is not read
+    single_frame: SingleFrame  # frame mode only
+    pool: PositiveInt  # 1 stores every patch's token, 2 the mean of each 2 x 2 patches' tokens
+    compute_dtype: FloatDtype
+    batch_size: PositiveInt
+    dtype: StoredDtype
+    device: EncodeDevice  # "auto", "cpu", "cuda", "cuda:1"
+    decoder: Decoder
+    num_decoders: PositiveInt  # threads
+    max_skipped_share: Share  # of the recordings
+    max_units: PositiveInt | None  # only the first units of each data set; the rest is not read
 
     def grid_of(self, encoder: EncoderPreset) -> tuple[int, int]:
         """Rows and columns of the stored tokens of a step."""
@@ -140,8 +209,8 @@ class EncodeConfig:
 class SplitConfig:
     """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
 
-    val_share: float
-    seed: int
+    val_share: Share
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -152,105 +221,114 @@ class FilterConfig:
     drop_null: bool  # steps from which no control acts until the next one
     drop_loading: bool  # the start of an episode until somebody acts, and frames of one colour
     drop_idle: bool  # ticks in which the commanded joint velocities stand still, by openpi's rule
-    idle_cut_end: int  # ticks that drop_idle takes from the end of each part that it keeps
+    idle_cut_end: NonNegativeInt  # ticks that drop_idle takes from the end of each part that it keeps
     drop_skipped_actions: bool  # ticks whose action the recorder marked as skipped
     keep_ranges: str | None  # JSON file of the ticks to keep, by episode
     only_success: bool  # episodes that ended well, where the source knows
-    min_steps: int  # shorter pieces are dropped
+    min_steps: PositiveInt  # shorter pieces are dropped
 
 
 @dataclass(frozen=True)
 class ScalerConfig:
     """How actions and states are scaled on read."""
 
-    actions: str
-    states: str
+    actions: ScalingRule
+    states: ScalingRule
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run, beside the predictor preset and the cache."""
 
-    seed: int
+    seed: Seed
     init: str | None  # run folder or checkpoint whose weights are the start
     allow_other_encoder: bool  # start from weights that belong to another encoder's tokens; recorded
-    num_steps: int  # train steps
-    num_epochs: float  # above 0: passes over the training windows, in place of num_steps
-    window_steps: int  # T
-    batch_size: int  # windows per forward pass and process
-    optimizer: str  # one of OPTIMIZERS
-    grad_accumulation: int  # forward passes per train step
-    schedule: str  # "wsd" or "cosine"
-    num_warmup: int  # train steps
-    num_anneal: int  # train steps; wsd only
-    start_lr: float
-    lr: float
-    final_lr: float
-    weight_decay: float
-    final_weight_decay: float
-    loss_exp: float
-    auto_steps: int  # rollout steps in the loss
+    num_steps: PositiveInt  # training steps
+    num_epochs: NonNegativeFloat  # above 0: passes over the training windows, in place of num_steps
+    window_steps: Annotated[int, Field(ge=2, description="one step to predict from, one to predict")]  # T
+    batch_size: PositiveInt  # windows per forward pass and process
+    optimizer: Literal["adamw", "adamw8bit"]
+    grad_accumulation: PositiveInt  # forward passes per training step
+    schedule: Literal["wsd", "cosine"]
+    num_warmup: NonNegativeInt  # training steps
+    num_anneal: NonNegativeInt  # training steps; wsd only
+    start_lr: NonNegativeFloat
+    lr: PositiveFloat
+    final_lr: NonNegativeFloat
+    weight_decay: NonNegativeFloat
+    final_weight_decay: NonNegativeFloat
+    loss_exp: PositiveFloat
+    auto_steps: PositiveInt  # rollout steps in the loss
     normalize_reps: bool
-    rollout: str  # "fixed", or "legacy" (the rule of the released weights)
-    rollout_start: str  # "first" step of the window (the released recipe), or a "random" one in each batch
-    lora_rank: int  # 0 trains all weights; above 0 low-rank adapters on qkv, proj, fc1 and fc2
-    lora_alpha: float
-    lora_dropout: float
+    rollout: Literal["fixed", "legacy"]  # legacy: the rule of the released weights
+    rollout_start: Literal[
+        "first", "random"
+    ]  # step of the window: the first (the released recipe), or anew in each batch
+    lora_rank: NonNegativeInt  # 0 trains all weights; above 0 low-rank adapters on qkv, proj, fc1 and fc2
+    lora_alpha: PositiveFloat
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="a probability")]
     lora_rslora: bool  # scale alpha / sqrt(rank) instead of alpha / rank
-    clip_norm: float  # 0 switches clipping off
-    precision: str  # one of PRECISIONS
+    clip_norm: NonNegativeFloat  # 0 switches clipping off
+    precision: FloatDtype
     compile: bool  # torch.compile
-    metric: str  # one of METRICS, lower is better; names the best checkpoint
-    patience: int  # validations without a better metric before training stops; 0 never stops
-    select: str  # which weights are handed on: "last" or "best"
-    device: str  # one of TRAIN_DEVICES
-    num_threads: int  # torch threads; 0 means half the cores
-    num_loader_threads: int
-    log_every: int  # train steps
-    validate_every: int  # train steps; 0 switches it off
-    checkpoint_every: int  # train steps
-    keep_last: int  # checkpoints
-    keep_every: int  # train steps; checkpoints at its multiples stay too; 0 keeps none for that
+    metric: Literal["val_total", "val_jloss", "val_sloss"]  # lower is better; names the best checkpoint
+    patience: NonNegativeInt  # validations without a better metric before training stops; 0 never stops
+    select: Literal["last", "best"]  # which weights evaluation gets
+    device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
+    num_threads: NonNegativeInt  # torch threads; 0 means half the cores
+    num_loader_threads: PositiveInt
+    log_every: PositiveInt  # training steps
+    validate_every: NonNegativeInt  # training steps; 0 switches it off
+    checkpoint_every: PositiveInt  # training steps
+    keep_last: PositiveInt  # checkpoints
+    keep_every: NonNegativeInt  # training steps; checkpoints at its multiples stay too; 0 keeps none for that
     upload_to: str | None  # folder URL (s3://, gs://, file://) that gets copies of the checkpoints
-    upload_every_min: float
-    loggers: tuple[str, ...]  # of LOGGERS; the CSV is always written
+    upload_every_min: NonNegativeFloat
+    loggers: Annotated[tuple[Logger, ...], Once]  # the CSV is always written
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on the held-out episodes."""
 
-    horizon: int  # K open-loop steps
-    num_context_steps: int  # true steps before the first predicted one
-    windows_per_episode: int
-    num_bootstrap: int  # resamples of the episodes
-    batch_size: int
-    seed: int
-    measure: tuple[str, ...]  # of MEASUREMENTS, beside the errors that are always measured
-    probes: tuple[str, ...]  # of PROBES, where `measure` names probes
-    probe_width: int  # numbers a step that the probes' heads read, at most
-    probe_windows: int  # of the training and of the held-out episodes each, at most
-    energy_samples: int  # actions that the true one is ranked among, itself included; a multiple of 10
-    energy_windows: int  # per episode
-    energy_axes: tuple[str, ...] | None  # two action columns of the energy maps; None: as suits the space
-    noise_windows: int  # per episode
+    horizon: PositiveInt  # K open-loop steps
+    num_context_steps: PositiveInt  # true steps before the first predicted one
+    windows_per_episode: PositiveInt
+    # Below 40 a 2.5 % quantile is the smallest value itself.
+    num_bootstrap: Annotated[
+        int, Field(ge=100, description="for the ends of 95 % intervals")
+    ]  # resamples of the episodes
+    batch_size: PositiveInt
+    seed: Seed
+    measure: Annotated[tuple[Measurement, ...], Once]  # beside the errors that are always measured
+    probes: Annotated[tuple[Probe, ...], Once]  # where `measure` names probes
+    probe_width: PositiveInt  # numbers a step that the probes' heads read, at most
+    probe_windows: PositiveInt  # of the training and of the held-out episodes each, at most
+    # A multiple of 10: chance puts exactly a tenth of the true actions into the best tenth.
+    energy_samples: Annotated[
+        int, Field(gt=0, multiple_of=10)
+    ]  # actions that the true one is ranked among, itself included
+    energy_windows: PositiveInt  # per episode
+    energy_axes: TwoColumns | None  # two action columns of the energy maps; None: as suits the space
+    noise_windows: PositiveInt  # per episode
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """How plans to goal frames are searched for and scored on the held-out episodes."""
 
-    settings: str  # one of PLAN_SETTINGS
-    num_samples: int | None  # a round, in place of the settings'
-    num_rounds: int | None
-    horizons: tuple[int, ...]  # steps to the goal
-    starts_per_episode: int
-    num_context_steps: int  # true steps before a plan
-    max_step_m: float | None  # largest translation of a step along each axis; null: the settings'
-    max_rotation_rad: float  # largest rotation of a step about each axis; 0 leaves rotations out
-    max_turn_deg: float  # largest turn of the view in a step
-    num_random: int  # random plans that a plan is compared with
-    seed: int
+    settings: Literal["cem", "world_model", "notebook", "paper"]  # published ones; values in control/planner.py
+    num_samples: Annotated[int, Field(ge=2)] | None  # a round; null: the settings'
+    num_rounds: PositiveInt | None  # null: the settings'
+    horizons: Horizons  # steps to the goal
+    starts_per_episode: PositiveInt
+    num_context_steps: PositiveInt  # true steps before a plan
+    max_step_m: PositiveFloat | None  # largest translation of a step along each axis; null: the settings'
+    # Largest rotation of a step about each axis; 0 searches no rotations.
+    max_rotation_rad: Annotated[float, Field(ge=0, le=math.pi, description=HALF_CIRCLE)]
+    max_turn_deg: Annotated[float, Field(gt=0, le=180, description=HALF_CIRCLE)]  # largest turn of the view in a step
+    num_random: PositiveInt  # random plans that a plan is compared with
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -276,3 +354,170 @@ class Config:
     def step_hz(self) -> float:
         """Nominal rate of steps; the true one follows from the video's own rate."""
         return self.encode.fps / {"frame": 1, "tubelet": 2, "clip": 2}[self.encode.mode]
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that cannot work, before anything is read or computed.
+
+    Raises:
+        ConfigError: With the rule, the values, and what to change.
+    """
+    filters, predictor = config.filter, config.predictor
+    _check_encoder(config.encode, config.encoder)
+    if filters.idle_cut_end and not filters.drop_idle:
+        raise ConfigError(
+            f"filter.idle_cut_end may be above 0 only with filter.drop_idle; got {filters.idle_cut_end} with drop_idle false"
+        )
+    if predictor.predictor_dim % predictor.num_heads:
+        raise ConfigError(
+            f"predictor preset {predictor.name!r}: predictor_dim {predictor.predictor_dim} is no multiple of num_heads {predictor.num_heads}"
+        )
+    _check_train(config.train)
+    if config.encode.mode == "clip":
+        _check_clip(config)
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.auto_steps > train.window_steps - 1:
+        raise ConfigError(
+            f"train.auto_steps {train.auto_steps} needs a window of {train.auto_steps + 1} steps; train.window_steps is {train.window_steps}"
+        )
+    if not train.validate_every and (train.patience or train.select == "best"):
+        raise ConfigError(
+            f"train.patience={train.patience} and train.select={train.select!r} need validations; set train.validate_every above 0"
+        )
+    if not train.num_epochs:
+        check_schedule(train)
+
+
+def check_schedule(train: TrainConfig) -> None:
+    """Refuse a warm-up and a decay that do not fit into the training steps.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if train.num_warmup + (train.num_anneal if train.schedule == "wsd" else 0) > train.num_steps:
+        raise ConfigError(
+            f"train.num_warmup {train.num_warmup} + train.num_anneal {train.num_anneal} exceed train.num_steps {train.num_steps}; "
+            "lower them together with num_steps"
+        )
+
+
+def _check_clip(config: Config) -> None:
+    """A segment is one clip: windows must fit into it."""
+    encode, encoder, evaluate = config.encode, config.encoder, config.evaluate
+    segment = encode.frames_per_clip // encoder.tubelet_size
+    for key, steps in (
+        ("train.window_steps", config.train.window_steps),
+        ("evaluate.num_context_steps + evaluate.horizon", evaluate.num_context_steps + evaluate.horizon),
+    ):
+        if steps > segment:
+            raise ConfigError(
+                f"in clip mode a segment is one clip of {segment} steps (encode.frames_per_clip {encode.frames_per_clip} / tubelet "
+                f"{encoder.tubelet_size}), but {key} is {steps}; lower it or raise encode.frames_per_clip"
+            )
+
+
+def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    """Refuse a preset that contradicts itself, and settings of stage one that this encoder does not take."""
+    if (encoder.weights is None) == (encoder.random_seed is None):
+        raise ConfigError(
+            f"encoder preset {encoder.name!r} must set exactly one of weights and random_seed; "
+            f"got weights={encoder.weights!r}, random_seed={encoder.random_seed!r}"
+        )
+    if encoder.random_seed is not None and encode.weights is not None:
+        raise ConfigError(
+            f"encode.weights={encode.weights!r} is set, but encoder {encoder.name!r} has seeded random weights; "
+            "choose a preset with weights (encoder=vitl) or set encode.weights to null"
+        )
+    if encoder.resolution % encoder.patch_size:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
+        )
+    _check_architecture(encoder)
+    _check_image_encoder(encode, encoder)
+    _check_tokens(encode, encoder)
+    if encoder.embed_dim % encoder.num_heads:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: embed_dim {encoder.embed_dim} is no multiple of num_heads {encoder.num_heads}"
+        )
+    if encode.dtype == "int4" and encoder.embed_dim % INT4_GROUP:
+        raise ConfigError(
+            f"encode.dtype int4 has one scale for {INT4_GROUP} channels, but encoder preset {encoder.name!r} has embed_dim "
+            f"{encoder.embed_dim}, no multiple of it; choose int8"
+        )
+    if encode.mode == "clip" and (encode.frames_per_clip < 2 or encode.frames_per_clip % encoder.tubelet_size):
+        raise ConfigError(
+            f"clip mode needs encode.frames_per_clip to be a multiple of the tubelet size {encoder.tubelet_size}; got {encode.frames_per_clip}"
+        )
+
+
+def _check_architecture(encoder: EncoderPreset) -> None:
+    """Refuse a preset whose weights cannot have been trained so: they would load, and give wrong tokens."""
+    if encoder.kind not in ROTARY:
+        return
+    rope, positions = ROTARY[encoder.kind]
+    for name, value, known in (("rope", encoder.rope, (rope,)), ("positions", encoder.positions, positions)):
+        if value not in known:
+            raise ConfigError(
+                f"{name} of encoder {encoder.name}, kind {encoder.kind}, is {value!r}{nearest(value, known)}"
+            )
+    if encoder.positions == "rescaled" and encoder.patch_size != 16:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
+        )
+    if encoder.kind == "vjepa2_1" and encoder.depth not in LEVEL_LAYERS:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: a V-JEPA 2.1 encoder has a depth of {', '.join(map(str, LEVEL_LAYERS))}, for which "
+            f"the blocks of its four levels are known; got {encoder.depth}"
+        )
+    if encoder.kind == "vjepa2_1" and encoder.random_seed is not None:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: V-JEPA 2.1 encoders have no seeded random weights; set random_seed to null and name "
+            "weights"
+        )
+
+
+def _check_image_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    if encoder.short_side is not None and (
+        not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution
+    ):
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: short_side is for the pillow_* crop rules and at least the resolution "
+            f"{encoder.resolution}; got {encoder.short_side} with crop {encoder.crop!r}"
+        )
+    if encoder.kind != "hf":
+        return
+    if encode.mode != "frame":
+        raise ConfigError(
+            f"encoder {encoder.name!r} is an image encoder and takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
+        )
+    if (encoder.rope, encoder.tubelet_size, encoder.weights_entry) != ("own", 1, None):
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has rope own, tubelet_size 1 and weights_entry null; got "
+            f"{encoder.rope!r}, {encoder.tubelet_size} and {encoder.weights_entry!r}"
+        )
+    if encoder.random_seed is not None:
+        raise ConfigError(
+            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has no seeded random weights; set random_seed to null and "
+            "name weights"
+        )
+
+
+def _check_tokens(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    side = encoder.resolution // encoder.patch_size
+    if side % encode.pool:
+        raise ConfigError(
+            f"encode.pool {encode.pool} must divide the grid of encoder {encoder.name!r}, {side} x {side} patches; choose a divisor, "
+            "or 1 to store every token"
+        )
+    if encode.single_frame == "image" and encoder.kind != "vjepa2_1":
+        raise ConfigError(
+            f"encode.single_frame is 'image', but encoder {encoder.name!r} is of kind {encoder.kind}, which has no image path; set "
+            "encode.single_frame to doubled, or choose a V-JEPA 2.1 encoder (vitb384_v21, vitl384_v21, ...)"
+        )
+    if encode.single_frame == "image" and encode.mode != "frame":
+        raise ConfigError(
+            f"encode.single_frame is 'image', but in {encode.mode} mode no frame is encoded alone; set encode.mode to frame, or "
+            "encode.single_frame to doubled"
+        )

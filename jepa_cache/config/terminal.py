@@ -1,4 +1,7 @@
-"""What may reach a terminal: names come from other people's files, and a control character in one can move the cursor or forge a line."""
+"""What may reach a terminal.
+
+Names come from other people's files, and a control character in one can move the cursor or forge a line.
+"""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ from jepa_cache.data.splits import TRAIN, split_of
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
+from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
-from jepa_cache.store.quantisation import Channels, decode, get_scheme, scales_dtype, scales_shape
+from jepa_cache.store.quantisation import Channels, decode, get_codec, scales_dtype, scales_shape
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile, check_place, read_store_file
 
 # Share of their mean size by which tokens of one picture may differ: batches round, and so do the codes of two stores.
 SAME_PICTURE = 0.01
@@ -105,7 +105,7 @@ class CachedDataset:
             root.pulled([root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores])
         )
         self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
-        self.scheme = get_scheme(self.dtype)
+        self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
         self._token_paths: list[Path] = []
@@ -125,7 +125,7 @@ class CachedDataset:
                 _read_listed(path, digest)
                 for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest))
             )
-            excluded = aggregated.card["excluded"]
+            excluded = aggregated.metadata["excluded"]
             self._token_paths.append(tokens)
             self._action_paths.append(actions)
             self.segments += [
@@ -386,7 +386,7 @@ class CachedDataset:
 
 def _read_listed(store: Path, digest: str) -> StoreFile:
     """What store.json says of a store that must be the one of this digest."""
-    stated = check_place(store, read_store_file(store))
+    stated = check_identity(store, read_store_file(store))
     if stated.digest != digest:
         raise StoreDamagedError(
             f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"

@@ -7,14 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# How a stored array is seen by torch, which has the numbers that numpy holds as bit patterns. int4: two codes in a byte.
-STORED_AS = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8_e4m3": torch.float8_e4m3fn,
-    "int4": torch.uint8,
-}
+from jepa_cache.store.quantisation import Codec
 
 
 class TokenScales(NamedTuple):
@@ -24,11 +17,17 @@ class TokenScales(NamedTuple):
         tokens: [B, T, N] float32, or [B, T, N, D / 64] float16 for int4.
         channels: [B, D] float32, of the store that each window is from.
         means: [B, D] float32, likewise.
+        codec: By which the codes are stored.
     """
 
     tokens: Tensor
     channels: Tensor
     means: Tensor
+    codec: Codec
+
+    def to(self, device: torch.device) -> TokenScales:
+        """The same on a device."""
+        return TokenScales(self.tokens.to(device), self.channels.to(device), self.means.to(device), self.codec)
 
 
 def dequantise(tokens: Tensor, scales: TokenScales | None) -> Tensor:
@@ -43,10 +42,7 @@ def dequantise(tokens: Tensor, scales: TokenScales | None) -> Tensor:
     """
     if scales is None:
         return tokens
-    if tokens.dtype == torch.uint8:
-        codes = torch.stack([tokens & 15, tokens >> 4], dim=-1).flatten(-2).float() - 8
-    else:
-        codes = tokens.float()
+    codes = scales.codec.unpack_tensor(tokens)
     num_groups = scales.tokens.shape[3] if scales.tokens.ndim == 4 else 1
     codes.unflatten(-1, (num_groups, -1)).mul_(scales.tokens.float().reshape(*codes.shape[:3], num_groups, 1))
     # Two roundings, as the formula has: a fused multiply-add would have one.

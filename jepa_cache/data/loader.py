@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.dequantise import STORED_AS, TokenScales, dequantise
+from jepa_cache.data.dequantise import TokenScales, dequantise
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.quantisation import scales_dtype, scales_shape
@@ -41,9 +41,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     Tensors that are on the device already and values that need no formula stay the same memory.
     """
-    scales = None if batch.scales is None else TokenScales(*(tensor.to(device) for tensor in batch.scales))
+    tokens = batch.tokens.to(device)
+    if batch.scales is not None:
+        tokens = dequantise(tokens, batch.scales.to(device))
     return batch._replace(
-        tokens=dequantise(batch.tokens.to(device), scales),
+        tokens=tokens,
         actions=batch.actions.to(device),
         states=batch.states.to(device),
         scales=None,
@@ -88,8 +90,10 @@ class WindowLoader:
         self._num_threads, self._pin_memory = num_threads, pin_memory
         self.wait_s = 0.0  # time that `iterate` made its caller wait
 
-    def iterate(self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """Yield a Batch for every list of window numbers."""
+    def iterate(
+        self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]], device: torch.device | None = None
+    ) -> Iterator[Batch]:
+        """Yield a Batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
         numbers = iter(batches)
         pending: list[Future[Batch]] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
@@ -107,7 +111,7 @@ class WindowLoader:
                     begun = time.perf_counter()
                     batch = pending.pop(0).result()
                     self.wait_s += time.perf_counter() - begun
-                    yield batch
+                    yield batch if device is None else to_device(batch, device)
             finally:
                 for future in pending:
                     future.cancel()
@@ -128,10 +132,11 @@ class WindowLoader:
                 tokens=self._empty((batch_size, num_steps, *rows), getattr(torch, scales_dtype(dtype).name)),
                 channels=self._empty((batch_size, width)),
                 means=self._empty((batch_size, width)),
+                codec=scheme,
             )
         shape = (batch_size, num_steps, manifest.num_tokens, width // scheme.codes_per_item)
         return Batch(
-            tokens=self._empty(shape, STORED_AS[dtype]),
+            tokens=self._empty(shape, getattr(torch, scheme.torch_dtype)),
             actions=self._empty((batch_size, num_steps - 1, len(space.actions))),
             states=self._empty((batch_size, num_steps, len(space.states))),
             numbers=np.empty(0, np.int64),

@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# To what tokens are cast for the store, which makes codes of float16. Each is cast from what was computed, never from another.
-STORED_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.float16,
-    "float8_e4m3": torch.float16,
-    "int4": torch.float16,
-}
 
 
 class TokenOverflowError(ValueError):
@@ -155,7 +146,8 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
 
     Args:
         tokens: [..., N, D] on any device; the leading axes are counted as steps.
-        dtype: how they are stored; what the store makes codes of is cast to float16.
+        dtype: "float16", "bfloat16" or "float32", the `cast` of the store's codec. Each is cast from what was computed, never
+            from another.
 
     Returns:
         Array of the same shape on the CPU; bfloat16 as its bits, uint16, for numpy knows no such numbers.
@@ -177,7 +169,7 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
             )
         raise TokenOverflowError(
             f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: largest magnitude "
-            f"{values.abs().max().item():g}, limit {torch.finfo(STORED_DTYPES[dtype]).max:g}. Store with another dtype, "
+            f"{values.abs().max().item():g}, limit {torch.finfo(COMPUTE_DTYPES[dtype]).max:g}. Store with another dtype, "
             f"or compute in float32 if the encoder itself overflows",
             step,
         )
@@ -204,6 +196,6 @@ def measure_cast(tokens: Tensor, dtype: str) -> np.ndarray:
 
 
 def _cast(tokens: Tensor, dtype: str) -> Tensor:
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"unknown stored dtype '{dtype}'; known: {', '.join(STORED_DTYPES)}")
-    return tokens.detach().to(STORED_DTYPES[dtype])
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"tokens are cast to {', '.join(COMPUTE_DTYPES)}; got '{dtype}'")
+    return tokens.detach().to(COMPUTE_DTYPES[dtype])

@@ -10,9 +10,8 @@ import numpy as np
 from jepa_cache.actions import ActionSpace
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, write_actions
-from jepa_cache.store.damage import StoreDamagedError
+from jepa_cache.store.layout import StoreDamagedError, read_store_file
 from jepa_cache.store.reader import read_table
-from jepa_cache.store.verify import read_store_file
 
 
 def aggregate_store(
@@ -62,13 +61,13 @@ def aggregate_store(
 
 
 def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, space: ActionSpace) -> None:
-    """Aggregate one unit and publish the result; the store's card names columns and excluded episodes."""
+    """Aggregate one unit and publish the result; the store's metadata names columns and excluded episodes."""
     actions, states, excluded = aggregate_store(tokens_store, controls_file, space)
-    card = {
+    metadata = {
         "actions": [column._asdict() for column in space.actions],
         "states": [column._asdict() for column in space.states],
         "excluded": excluded,
         "num_steps": len(actions),
-        "steps_digest": read_store_file(tokens_store).card["steps_digest"],
+        "steps_digest": read_store_file(tokens_store).metadata["steps_digest"],
     }
-    write_actions(final, actions, states, card)
+    write_actions(final, actions, states, metadata)

@@ -24,7 +24,7 @@ from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter
-from jepa_cache.store.quantisation import step_bytes
+from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
 
@@ -160,11 +160,12 @@ class _OpenUnit:
     ) -> None:
         self.rows = _UnitRows()
         self._root, self._encoder, self._write, self._recipe = root, encoder, write, group.recipe
-        self._dtype = group.encode.dtype
+        dtype = group.encode.dtype
+        self._cast = get_codec(dtype).cast
         self.tokens = TokenWriter(
-            group.tokens(root, unit), num_tokens=encoder.num_tokens, width=encoder.width, dtype=self._dtype
+            group.tokens(root, unit), num_tokens=encoder.num_tokens, width=encoder.width, dtype=dtype
         )
-        self._step_bytes = step_bytes(self._dtype, encoder.num_tokens, encoder.width)
+        self._step_bytes = step_bytes(dtype, encoder.num_tokens, encoder.width)
         self._controls_path = group.controls(root, unit)
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
         self._num_steps = 0
@@ -179,7 +180,7 @@ class _OpenUnit:
             for batch in _timed(stream, timing):
                 begun = time.perf_counter()
                 computed = self._encoder.encode(batch.pixels).flatten(0, 1)
-                tokens, errors = to_stored(computed, self._dtype), measure_cast(computed, self._dtype)
+                tokens, errors = to_stored(computed, self._cast), measure_cast(computed, self._cast)
                 timing.encode_s += time.perf_counter() - begun
                 luma.append(batch.luma)
                 self._num_steps += len(tokens)
@@ -215,7 +216,7 @@ class _OpenUnit:
             layout.SEGMENTS_SCHEMA,
             {field.name: [row[field.name] for row in rows.segments] for field in layout.SEGMENTS_SCHEMA},
         )
-        card = {
+        metadata = {
             "recipe": self._recipe,
             "skipped": [skipped._asdict() for skipped in rows.skipped],
             "notes": rows.notes,
@@ -223,7 +224,7 @@ class _OpenUnit:
             "num_episodes": len(rows.steps),
         }
         self._write(_write_controls, self._root, self._controls_path, self._controls)
-        self._write(self.tokens.publish, steps, segments, card, {**provenance, **rows.provenance})
+        self._write(self.tokens.publish, steps, segments, metadata, {**provenance, **rows.provenance})
         self._write.close(self.tokens)
         self._write(self._root.publish, self.tokens.final)
 

@@ -30,10 +30,9 @@ from jepa_cache.encoding.task import (
 from jepa_cache.encoding.workers import Workers, encode_on_workers
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
+from jepa_cache.store.layout import StoreFile
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.usage import WantedPart, announce, in_use, settle
-from jepa_cache.store.verify import StoreFile
 
 MAX_SHOWN = (
     10  # skipped recordings of one reason, and implausible values; the manifest and `jepa-cache inspect` list all
@@ -49,7 +48,6 @@ class EncodeResult:
         num_units: Units that have stores.
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
-        unreadable: Token fingerprint and digest of the units that could not be read and have no store.
         notes: On recordings with the same content; empty where a manifest of just these was written before.
         implausible: Values that their units do not allow, by recording.
     """
@@ -58,7 +56,6 @@ class EncodeResult:
     num_units: int
     num_encoded: int
     timing: Timing | None
-    unreadable: frozenset[tuple[str, str]] = frozenset()
     notes: tuple[str, ...] = ()
     implausible: tuple[str, ...] = ()
 
@@ -84,7 +81,7 @@ def encode_dataset(
 
     Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files missing or cut short is
     encoded again, by name. Several encoders may work on one root: each unit is encoded by one of them, and what a dead one left is taken
-    over. Meanwhile `gc` removes nothing, and after a kill it keeps what this encode had made. Until it has ended well, a manifest that was
+    over. Meanwhile `gc` removes nothing, and after a kill it keeps for some days what this encode had made. Until it has ended well, a manifest that was
     at `output` before counts as out of date.
 
     Args:
@@ -99,21 +96,22 @@ def encode_dataset(
         ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, different recordings under
             one key, or a clean-up of the root that is running.
     """
-    with replaced(output) if output else nullcontext(), in_use(root):
-        if kept := root.remove_stale_temporaries():
-            print(
-                f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
-            )
-        result = _bring_up_to_date(config, inputs, base, root, workers)
-        paths = [root.manifest(result.manifest.digest), *([output] if output else [])]
-        write_manifest(result.manifest, paths)
-        settle(root, result.manifest, result.unreadable)
+    with replaced(output) if output else nullcontext(), root.shared_lock():
+        result = bring_up_to_date(config, inputs, base, root, workers)
+        listed = root.manifest(result.manifest.digest)
+        write_manifest(result.manifest, [listed, *([output] if output else [])])
+        root.publish(listed)
     return result
 
 
-def _bring_up_to_date(
-    config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: Workers | None
+def bring_up_to_date(
+    config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: Workers | None = None
 ) -> EncodeResult:
+    """What `encode_dataset` does under the lock of the root, which the caller holds; the manifest is written nowhere."""
+    if kept := root.remove_stale_temporaries():
+        print(
+            f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
+        )
     encoder = open_encoder(config, base)
     groups = group_units_by_recipe(config, encoder, inputs, base)
     stores: dict[tuple[str, str], StoreFile] = {}  # of units by fingerprint and digest
@@ -127,7 +125,6 @@ def _bring_up_to_date(
     if missing:
         for group in missing:
             check_controls(group)
-        announce(root, config.dataset.name, [_wanted(group) for group in groups])
         if not encoder.preset.trained:
             print(
                 f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
@@ -168,7 +165,6 @@ def _bring_up_to_date(
         sum(len(group.units) for group in groups) - len(unreadable),
         num_encoded,
         timing if num_encoded else None,
-        frozenset(unreadable),
         notes=tuple(dict.fromkeys(notes)),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
@@ -180,14 +176,9 @@ def _look_at(stores: dict[tuple[str, str], StoreFile], root: CacheRoot, group: E
     if found is None:
         return False
     # Each store is read once. Without recipe and file list ten thousand of them take megabytes.
-    card = {key: value for key, value in found.card.items() if key != "recipe"}
-    stores[group.fingerprint, unit.digest] = found._replace(card=card, files={}, crc32c={})
+    metadata = {key: value for key, value in found.metadata.items() if key != "recipe"}
+    stores[group.fingerprint, unit.digest] = found._replace(metadata=metadata, files={}, crc32c={})
     return True
-
-
-def _wanted(group: EncodingGroup) -> WantedPart:
-    digests = tuple(unit.digest for unit in group.units)
-    return WantedPart(group.fingerprint, group.action_fingerprint, group.source_fingerprint, digests)
 
 
 def encode_here(groups: Sequence[EncodingGroup], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
@@ -227,27 +218,27 @@ def _describe_group(
             continue
         tokens = stores[group.fingerprint, unit.digest]
         aggregated = ensure_actions(root, group, unit, tokens)
-        excluded = aggregated.card["excluded"]
-        measured = tokens.card.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
+        excluded = aggregated.metadata["excluded"]
+        measured = tokens.metadata.get("reconstruction") or {"max_abs": None, "relative_rmse": None}
         entries.append(
             ManifestEntry(
                 unit_digest=unit.digest,
                 tokens_digest=tokens.digest,
                 actions_digest=aggregated.digest,
-                num_steps=tokens.card["num_steps"],
-                num_segments=tokens.card["num_segments"],
-                num_episodes=tokens.card["num_episodes"] - len(excluded),
+                num_steps=tokens.metadata["num_steps"],
+                num_segments=tokens.metadata["num_segments"],
+                num_episodes=tokens.metadata["num_episodes"] - len(excluded),
                 reconstruction_rmse=measured["relative_rmse"],
                 reconstruction_max_abs=measured["max_abs"],
             )
         )
-        skipped += tokens.card["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
-        notes += tokens.card["notes"]
+        skipped += tokens.metadata["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
+        notes += tokens.metadata["notes"]
         implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
         # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
-        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.card["skipped"]}
-        if tokens.card["num_episodes"] == 0:
-            without_episode[unit.digest] = tokens.card["skipped"]
+        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.metadata["skipped"]}
+        if tokens.metadata["num_episodes"] == 0:
+            without_episode[unit.digest] = tokens.metadata["skipped"]
     # A page of an error under twenty names is twenty losses.
     for unit in group.copies:
         lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(unit.digest, ())]

@@ -31,11 +31,10 @@ from jepa_cache.files import Claim
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter, is_readable, iter_controls
-from jepa_cache.store.damage import StoreDamagedError
 from jepa_cache.store.digests import DigestTable, look_at
+from jepa_cache.store.layout import StoreDamagedError, StoreFile
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import StoreFile
 
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
@@ -164,7 +163,7 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
 
     def current() -> StoreFile | None:
         found = read_whole(root, store)
-        return found if found and found.card.get("steps_digest") == tokens.card["steps_digest"] else None
+        return found if found and found.metadata.get("steps_digest") == tokens.metadata["steps_digest"] else None
 
     if (found := current()) is not None:
         return found

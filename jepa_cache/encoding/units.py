@@ -14,8 +14,8 @@ from jepa_cache.config.schema import DatasetPreset
 from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
 from jepa_cache.media.remote import DownloadError
-from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle
-from jepa_cache.sources.__init__ import suggest_source
+from jepa_cache.media.tar import real_path
+from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle, suggest_source
 from jepa_cache.store.digests import DigestTable, join_digests
 
 SAMPLE_FOLDER = Path("shards/sample")
@@ -88,7 +88,7 @@ def _find_sample(units: Sequence[Unit], base: Path) -> list[Unit]:
     folder = (base / SAMPLE_FOLDER).resolve()
     if not folder.is_dir():  # else ten thousand units would follow their links for nothing
         return []
-    return [unit for unit in units if folder in unit.path.resolve().parents]
+    return [unit for unit in units if folder in real_path(unit.path).parents]
 
 
 def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +93,37 @@ class EvaluationContext:
         """Read a few windows at once: the batch on the device, and its tokens h [B, T, N, D] as the model sees them."""
         batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
         return batch, self.model.as_reps(batch.tokens)
+
+
+class Picture(NamedTuple):
+    """A file in pictures/, what it shows, and what to look for; a wide one scrolls on a phone."""
+
+    name: str
+    alt: str
+    caption: str
+    wide: bool = False
+
+
+class Measurement(NamedTuple):
+    """An optional measurement with all that the report says of it; the registry is `run.MEASUREMENTS`.
+
+    Attributes:
+        name: In `evaluate.measure`.
+        section: Of metrics.json; `<section>_ci` holds its intervals.
+        run: Writes tables and pictures into the folder and returns the sections of metrics.json.
+        heading: Of its part of report.html.
+        explanation: What its figures show and what to look for.
+        tables: Files in measurements/ that the report shows.
+        pictures: Files in pictures/ that the report shows.
+    """
+
+    name: str
+    section: str
+    run: Callable[[EvaluationContext, Path], dict[str, Any]]
+    heading: str
+    explanation: str
+    tables: tuple[str, ...]
+    pictures: tuple[Picture, ...] = ()
 
 
 class ChosenWindows(NamedTuple):

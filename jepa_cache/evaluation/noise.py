@@ -18,15 +18,15 @@ from torch import Tensor
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.evaluation.context import EvaluationContext, choose_windows
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, build_section, write_table
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, write_table
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.store.quantisation import (
     Channels,
     check_width,
     decode,
     encode,
-    get_scheme,
+    get_codec,
     measure_channels,
     step_bytes,
 )
@@ -161,7 +161,7 @@ def read_channels(dataset: CachedDataset, store: int) -> Channels:
 
 def restore(tokens: np.ndarray, dtype: str, channels: Channels) -> np.ndarray:
     """Tokens [T, N, D] float16 as they would be read from a cache of that dtype: [T, N, D] float32."""
-    if get_scheme(dtype).max_code is None:
+    if get_codec(dtype).max_code is None:
         return torch.from_numpy(tokens).to(getattr(torch, dtype)).float().numpy()
     steps = [encode(step, dtype, channels) for step in tokens]
     codes, scales = (np.stack(part) for part in zip(*steps, strict=True))
@@ -242,3 +242,13 @@ def _noise_table(
                 row |= {f"{measure}_{kind}_low": low, f"{measure}_{kind}_high": high}
         rows.append(row)
     return rows
+
+
+NOISE = Measurement(
+    name="noise",
+    section="noise",
+    run=write_noise,
+    heading="Noise floor",
+    explanation="Errors hardly fall below what differs between neighbouring steps in which nothing happens.",
+    tables=("noise.csv",),
+)

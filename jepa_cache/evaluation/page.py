@@ -2,38 +2,233 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import csv
+import fnmatch
+import json
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.evaluation.page_parts import (
-    Picture,
-    Remaining,
-    build_file_table,
-    build_section_tables,
-    build_settings,
-    format_command,
-    format_number,
-    read_json,
-)
-from jepa_cache.evaluation.page_words import (
-    ACTIONS,
-    CURVES,
-    FIRST_STRIP,
-    OPTIONAL,
-    OTHER_STRIP,
-    ROLLOUT,
-    SECTIONS,
-    SLICES,
-    STRIPS,
-    WORST,
-)
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER
+from jepa_cache.evaluation.context import Measurement, Picture
+from jepa_cache.evaluation.figures import gain_name, gap_name
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
+from jepa_cache.evaluation.windows import PREDICTIONS
 from jepa_cache.files import atomic_file
-from jepa_cache.webpage import build_document, build_markup_table
+from jepa_cache.webpage import build_document, build_figure, build_markup_table, build_table, picture_url
 
+MAX_ROWS = 40  # of a table; a data set may have thousands of episodes
+MAX_PICTURE_BYTES = 3_600_000  # of all pictures together: as text a third more, which keeps the page below 5 MB
+KINDS = {".png": "png", ".gif": "gif", ".jpg": "jpeg"}
+WORDS_FROM = 32  # characters; longer cells may wrap
+
+
+class Remaining:
+    """The pictures of a folder, each of which is shown once, within what a page may weigh."""
+
+    def __init__(self, folder: Path):
+        """List a folder, which need not be there."""
+        self._files = {path.name: path for path in sorted(folder.glob("*")) if path.suffix in KINDS}
+        self._left_bytes = MAX_PICTURE_BYTES
+
+    def matching(self, pattern: str) -> list[str]:
+        """Names of pictures that were not shown yet."""
+        return fnmatch.filter(self._files, pattern)
+
+    def show(self, picture: Picture) -> str:
+        """Markup of a picture, "" when it is not there; one that is too heavy is named instead."""
+        path = self._files.pop(picture.name, None)
+        if path is None:
+            return ""
+        content = path.read_bytes()
+        if len(content) > self._left_bytes:
+            return f'<p class="soft">Too heavy for this page: pictures/{escape(picture.name)}. {escape(picture.caption)}</p>'
+        self._left_bytes -= len(content)
+        url = picture_url(content, KINDS[path.suffix])
+        return build_figure(url, alt=picture.alt, caption=picture.caption, wide=picture.wide)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of an evaluation.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); run `python stages/evaluate.py` again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; run `python stages/evaluate.py` again")
+    return content
+
+
+def format_number(value: Any) -> str:
+    """A number in four significant digits, whole ones as they are; other values as text, and nothing as a dash."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def build_file_table(path: Path, *, label: str) -> str:
+    """A CSV file as a table, intervals in the cell of their value; "" when the file is not there.
+
+    Raises:
+        ValueError: A row has more or fewer cells than the header.
+    """
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = [[unguard_cell(cell) for cell in row] for row in csv.reader(file)] or [[]]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(
+                f"line {number} of {path} has {len(row)} cells, its header {len(header)}; run `python stages/evaluate.py` again"
+            )
+    head, cells = merge_intervals(header, rows[:MAX_ROWS])
+    wrapping = [column for column in range(len(head)) if any(len(row[column]) > WORDS_FROM for row in cells)]
+    more = len(rows) - MAX_ROWS
+    note = f'<p class="soft">The first {MAX_ROWS} of {len(rows)} rows; all are in {escape(path.name)}.</p>'
+    return build_table(head, cells, label=label, words=wrapping) + (note if more > 0 else "")
+
+
+def merge_intervals(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Columns `x`, `x_low`, `x_high` (or `value`, `low`, `high`) as one, "x [low, high]"; other cells as short numbers."""
+    places = {name: place for place, name in enumerate(header)}
+    ends = {}
+    for name in header:
+        pair = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+        if all(end in places for end in pair):
+            ends[name] = tuple(places[end] for end in pair)
+    merged = {place for pair in ends.values() for place in pair}
+    kept = [place for place in range(len(header)) if place not in merged]
+
+    def cell(row: Sequence[str], place: int) -> str:
+        value = _short(row[place])
+        if header[place] not in ends:
+            return value
+        low, high = (row[end] for end in ends[header[place]])
+        return f"{value} [{_short(low)}, {_short(high)}]" if low or high else value  # no interval over one episode
+
+    return [header[place].replace("_", " ") for place in kept], [[cell(row, place) for place in kept] for row in rows]
+
+
+def _short(text: str) -> str:
+    """A cell's number in four digits; what is no number with a fraction stays as it is (a name such as "007" does)."""
+    if "." not in text and "e" not in text.lower():
+        return text or "-"
+    try:
+        return format_number(float(text))
+    except ValueError:
+        return text
+
+
+def build_section_tables(
+    metrics: Mapping[str, Any], *, only: Collection[str] | None = None, skip: Collection[str] = ()
+) -> list[str]:
+    """A table for each section of metrics.json that holds named values, with intervals where it has them.
+
+    Args:
+        metrics: The content of metrics.json.
+        only: Names of sections; None for all.
+        skip: Names of sections that stand elsewhere.
+    """
+    parts = []
+    for name, section in metrics.items():
+        if not isinstance(section, dict) or name in skip or (only is not None and name not in only):
+            continue
+        base = next((base for base in (name.removesuffix(end) for end in ("_ci", "_notes")) if base != name), name)
+        if name.endswith("_ci") or (only is None and base in skip):
+            continue
+        intervals = metrics.get(f"{name}_ci", {})
+        rows = [[key, format_number(value), _interval(intervals.get(key))] for key, value in sorted(section.items())]
+        if not rows:
+            continue
+        if not intervals:
+            rows = [row[:2] for row in rows]
+        wrapping = [column for column in range(len(rows[0])) if any(len(row[column]) > WORDS_FROM for row in rows)]
+        head = (name.replace("_", " "), "value", "95 % interval")[: len(rows[0])]
+        parts.append(build_table(head, rows, label=f"Section {name}", words=wrapping))
+    return parts
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else f"{format_number(ends[0])} to {format_number(ends[1])}"
+
+
+def build_settings(metrics: Mapping[str, Any], settings: Mapping[str, Any] | None) -> list[str]:
+    """What was measured and how: the short list of metrics.json, then all of settings.json."""
+    parts = []
+    if "settings" in metrics:
+        rows = [[name, format_number(value)] for name, value in flatten(metrics["settings"])]
+        parts.append(build_table(("setting", "value"), rows, label="Settings", words=(1,)))
+    if settings is None:
+        return [*parts, '<p class="soft">Left out: there is no settings.json with all of them.</p>']
+    rows = [[name, format_number(value)] for name, value in flatten(settings)]
+    return [
+        *parts,
+        "<h3>All settings of the training and of this evaluation</h3>",
+        build_table(("setting", "value"), rows, label="All settings", words=(1,)),
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested values as dotted names; lists and empty mappings as JSON."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found += flatten(value, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, json.dumps(value) if isinstance(value, list | dict) else value))
+    return found
+
+
+def format_command(settings: Mapping[str, Any] | None) -> str:
+    """The command that measures the same again, with the evaluation's settings as overrides where they are known."""
+    command = "python stages/evaluate.py"
+    if settings is None:
+        return command
+    names = [f"{name}={settings[name]}" for name in ("dataset", "encoder")] + [
+        f"predictor={settings['predictor']['name']}"
+    ]
+    overrides = [f"evaluate.{name}={json.dumps(value)}" for name, value in settings["measured"]["evaluate"].items()]
+    return " ".join([command, *(shlex.quote(text) for text in names + overrides)])
+
+
+CURVES = Picture(
+    "horizon.png",
+    "Curves of error against open-loop step, with bands, for the predictor, baselines and action ablations",
+    "The predictor's curve (thick, blue) should lie below every other one, with bands that do not touch. Where it meets "
+    '"copy the last step", it sees no further ahead; where it meets "shuffled actions", it does not use its actions. '
+    "Numbers: horizon.csv.",
+)
+ROLLOUT = Picture(
+    "rollout1.gif",
+    "Animation of one held-out window: recorded frame, true tokens, predicted tokens and error at each step",
+    "The window of strip1.png, step by step. Predicted tokens should change as the true ones do; a picture that stands still while the "
+    "recording moves is a copy. It stops after ten rounds; reload to see it again.",
+)
+STRIPS = "strip*.png"
+FIRST_STRIP = (
+    "Strip of one held-out window: rows of recorded frames, true tokens, predicted tokens and error",
+    "Colours are the first three principal components of true tokens, one basis for all strips and the animation, so equal colours "
+    "are alike everywhere. Look for errors where things move, and for predictions that blur or stand still.",
+)
+OTHER_STRIP = (
+    "Strip of another held-out window: rows of recorded frames, true tokens, predicted tokens and error",
+    "Another held-out window, in the same colours.",
+)
+ACTIONS = Picture(
+    "actions.png",
+    "Histograms of the recorded actions of held-out and training episodes",
+    "Held-out actions (blue) should be spread as those of training (grey). A column that never moves cannot be learned, and none can be "
+    "used that the training episodes lack. Heights are on a logarithmic scale; values beyond the range count at its ends.",
+)
+SLICES = "Where it is better and worse: each row is a part of the held-out windows. Gaps above 0 say that actions are used there."
+WORST = "The windows with the largest error, by name, so that one can look at the recording."
 PAGE = "report.html"
 METRICS = "metrics.json"
 SETTINGS = "settings.json"
@@ -53,7 +248,6 @@ MAIN_FIGURES = {
     "teacher_forcing_cosine": "cosine, one step ahead",
     "rollout_cosine": "cosine, open loop, mean of all steps",
 }
-GAP = "gap_"
 STEP_TABLES = {
     "horizon.csv": "L1 per open-loop step",
     "horizon_l2.csv": "L2 per open-loop step",
@@ -68,21 +262,22 @@ STYLE = """
 """
 
 
-def write_page(out: Path) -> None:
+def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
     """Write report.html from the metrics, tables and pictures in a folder; what is not there is said to be left out.
 
     Args:
         out: An evaluation's folder.
+        measurements: All that there are; those that were not made are named with the command that makes them.
 
     Raises:
         ValueError: metrics.json is missing, or a file of the evaluation cannot be read.
     """
-    page = build_page(out)
+    page = build_page(out, measurements)
     with atomic_file(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def build_page(out: Path) -> str:
+def build_page(out: Path, measurements: Iterable[Measurement]) -> str:
     """The page as text, see `write_page`."""
     if not (out / METRICS).is_file():
         raise ValueError(
@@ -90,7 +285,7 @@ def build_page(out: Path) -> str:
         )
     metrics = read_json(out / METRICS)
     settings = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else None
-    remaining = Remaining(out / "pictures")
+    remaining, measurements = Remaining(out / "pictures"), list(measurements)
     return build_document(
         f"Evaluation of {_subject(metrics)}",
         [
@@ -105,10 +300,10 @@ def build_page(out: Path) -> str:
             _table_or_line(out, "slices.csv", SLICES),
             "<h2>Worst windows</h2>",
             _table_or_line(out, "worst.csv", WORST),
-            *(part for name in OPTIONAL for part in _optional(name, out, metrics, remaining)),
+            *(part for known in measurements for part in _measurement(known, out, metrics, remaining)),
             *_others(remaining),
             "<h2>Every figure</h2>",
-            *build_section_tables(metrics, skip={"verdict", "settings", *SECTIONS.values()}),
+            *build_section_tables(metrics, skip={"verdict", "settings", *(known.section for known in measurements)}),
             "<h2>Settings</h2>",
             *build_settings(metrics, settings),
             "<h2>Command</h2>",
@@ -174,22 +369,23 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
 
     main = [[words, *cells(name)] for name, words in MAIN_FIGURES.items() if name in values]
     gaps = []
-    for name in values:
-        if name.startswith(GAP):
-            against = name.removeprefix(GAP)
-            words = re.sub(r" step(\d+)$", r", open-loop step \1", against.replace("_", " "))
-            gain, p_value = f"gain_{against}_percent", metrics.get("p_value", {}).get(name)
+    for prediction in sorted(PREDICTIONS[1:]):
+        for step in range(len(values)):  # no evaluation has more steps than figures
+            name, gain = gap_name(prediction, step), gain_name(prediction, step)
+            if name not in values:
+                continue
+            against = prediction.replace("_", " ") + (f", open-loop step {step}" if step else "")
             percent = cells(gain) if gain in values else ["-", "-"]
-            gaps.append([escape(words), *percent, *cells(name), format_number(p_value)])
+            gaps.append([against, *percent, *cells(name), format_number(metrics.get("p_value", {}).get(name))])
     return [
         build_markup_table(("figure", "value", "95 % interval"), main, label="Main figures"),
-        "<h3>How much better than baselines and controls</h3>",
+        "<h3>How much better than baselines and action ablations</h3>",
         '<p class="soft">Gap: their L1 less the predictor\'s, per episode; above 0 the predictor is better. Gain: the same in percent of '
         "theirs. An interval that holds 0 tells nothing apart.</p>",
         build_markup_table(
             ("against", "gain, %", "95 % interval", "gap", "95 % interval", "p"),
             gaps,
-            label="Gaps to baselines and controls",
+            label="Gaps to baselines and action ablations",
         ),
     ]
 
@@ -230,15 +426,18 @@ def _table_or_line(out: Path, name: str, explanation: str) -> str:
     return f'<p class="soft">Left out: this evaluation wrote no {escape(name)}. <code>python stages/evaluate.py</code> writes it.</p>'
 
 
-def _optional(name: str, out: Path, metrics: Mapping[str, Any], remaining: Remaining) -> list[str]:
-    heading, explanation, tables, pictures = OPTIONAL[name]
-    section = SECTIONS[name]
-    parts = [f"<h2>{heading}</h2>"]
-    if section not in metrics:
-        command = f"python stages/evaluate.py 'evaluate.measure=[{name}]'"
-        return [*parts, f'<p class="soft">Not measured. <code>{escape(command)}</code> measures it.</p>']
-    parts.append(f'<p class="soft">{escape(explanation)}</p>')
-    parts += build_section_tables(metrics, only={section, f"{section}_notes"})
-    parts += [remaining.show(picture) for picture in pictures]
-    parts += [build_file_table(out / MEASUREMENTS_FOLDER / table, label=f"{heading}: {table}") for table in tables]
-    return parts
+def _measurement(known: Measurement, out: Path, metrics: Mapping[str, Any], remaining: Remaining) -> list[str]:
+    heading = f"<h2>{known.heading}</h2>"
+    if known.section not in metrics:
+        command = f"python stages/evaluate.py 'evaluate.measure=[{known.name}]'"
+        return [heading, f'<p class="soft">Not measured. <code>{escape(command)}</code> measures it.</p>']
+    return [
+        heading,
+        f'<p class="soft">{escape(known.explanation)}</p>',
+        *build_section_tables(metrics, only={known.section, f"{known.section}_notes"}),
+        *(remaining.show(picture) for picture in known.pictures),
+        *(
+            build_file_table(out / MEASUREMENTS_FOLDER / name, label=f"{known.heading}: {name}")
+            for name in known.tables
+        ),
+    ]

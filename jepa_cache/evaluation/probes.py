@@ -15,21 +15,26 @@ import numpy as np
 
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import EvaluateConfig
-from jepa_cache.evaluation.context import EvaluationContext
-from jepa_cache.evaluation.metrics import Estimate
-from jepa_cache.evaluation.probe_heads import LabelHead, RegressionHead, fit_label, fit_linear, fit_quadratic
-from jepa_cache.evaluation.probe_inputs import Sample, read_sample, window_labels
-from jepa_cache.evaluation.probe_scores import (
+from jepa_cache.evaluation.context import EvaluationContext, Measurement
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
+from jepa_cache.evaluation.probe_heads import (
     BALANCED_ACCURACY,
     QUADRATIC_R2,
     R2,
+    LabelHead,
     LabelSums,
+    RegressionHead,
     RegressionSums,
+    Sample,
     draw_episodes,
+    fit_label,
+    fit_linear,
+    fit_quadratic,
+    read_sample,
     sum_labels,
     sum_regression,
+    window_labels,
 )
-from jepa_cache.evaluation.tables import MEASUREMENTS_FOLDER, write_table
 
 PROBES_FILE = "probes.csv"
 PROBE_COLUMNS = ("probe", "target", "metric", "value", "low", "high", "baseline")
@@ -258,3 +263,15 @@ def _estimate(drawn: np.ndarray) -> Estimate:
     """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
     return Estimate(float(drawn[0]), float(low), float(high))
+
+
+PROBES = Measurement(
+    name="probes",
+    section="probe",
+    run=run_probes,
+    heading="Probes: do the tokens hold the action at all?",
+    explanation=(
+        "Simple heads fitted on training episodes and scored on held-out ones; a score at its baseline says that the tokens do not tell."
+    ),
+    tables=(PROBES_FILE,),
+)

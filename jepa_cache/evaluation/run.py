@@ -1,135 +1,215 @@
-"""What the errors of held-out windows say: figures with intervals and tests for metrics.json, and tables against the step."""
+"""One evaluation from weights to report.html; read this file first.
+
+Then `context` (what is measured, and the way through its windows), `windows` (errors of every prediction), `figures` and `verdict`,
+one file for each optional measurement (`energy`, `distances`, `noise`, `probes`), `planning`, `pictures` and `page`.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jepa_cache.config.schema import Config, EvaluateConfig
-from jepa_cache.data.ablations import SHUFFLED, ZERO
+from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.evaluation.metrics import Estimate, bootstrap_mean, bootstrap_ratio, episode_means, paired_p_value
-from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, WindowErrors, mean_of_steps
+from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
+from jepa_cache.evaluation.distances import DISTANCES
+from jepa_cache.evaluation.energy import ENERGY
+from jepa_cache.evaluation.figures import (
+    ALL_STEPS,
+    OPEN_LOOP,
+    TEACHER_FORCING,
+    build_figures,
+    describe_windows,
+    slice_table,
+    step_table,
+    summarize,
+    worst_table,
+)
+from jepa_cache.evaluation.metrics import (
+    EPISODES_FILE,
+    MEASUREMENTS_FOLDER,
+    SETTINGS_FILE,
+    episode_means,
+    write_json,
+    write_table,
+)
+from jepa_cache.evaluation.noise import NOISE
+from jepa_cache.evaluation.page import write_page
+from jepa_cache.evaluation.pictures import draw_pictures
+from jepa_cache.evaluation.probes import PROBES
+from jepa_cache.evaluation.verdict import describe_verdict, find_gain
+from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
+from jepa_cache.files import replaced_files
+from jepa_cache.predictor.checkpoints import read_card
 
-RATIOS = (COPY_LAST, SHUFFLED, ZERO)
-EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
 
+def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
+    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
 
-def summarize(errors: WindowErrors, config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """The content of metrics.json: means over episodes, 95 % intervals over episodes beside them, and paired tests.
-
-    A gap is the error of a baseline or control minus the model's, per episode and over the windows and steps that both
-    exist for: above 0 the model is better. A gain is the gap in per cent of that error. What fewer than two episodes have is
-    left out.
+    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
+    a prediction exists for no window of the episode.
     """
+    columns: dict[str, np.ndarray] = {}
+    for name in errors.one_step:
+        one_step, rollout = (
+            ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
+        )
+        columns[one_step] = episode_means(errors.one_step[name], errors.episodes)
+        columns[rollout] = episode_means(mean_of_steps(errors.horizon[name]), errors.episodes)
+    counts = Counter(errors.episodes)
+    return [
+        {"episode": episode, "num_windows": counts[episode]}
+        | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in columns.items()}
+        for row, episode in enumerate(sorted(counts))
+    ]
+
+
+def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
+    """Everything that says what was measured: the training run, its settings, the tokens, and how they were measured.
+
+    Args:
+        evaluation: What is measured.
+        weights: Its predictor.safetensors, whose card says how it was trained.
+    """
+    card, manifest, config = read_card(weights), evaluation.dataset.manifest, evaluation.config
+    description = card["description"]
     return {
-        "encoder_trained": dataset.manifest.encoder_trained,
-        "comparable": dataset.manifest.comparable,
-        "mode": dataset.manifest.mode,
-        "num_episodes": len(set(errors.episodes)),
-        "num_windows": len(errors.episodes),
-        "num_fitted_steps": errors.num_fitted_steps,
-        **Figures(errors, config.evaluate).sections(),
+        "run": card["run"],
+        "step": card["step"],
+        "dataset": manifest.dataset,
+        "encoder": manifest.encoder,
+        "encoder_trained": manifest.encoder_trained,
+        "mode": manifest.mode,
+        "dtype": evaluation.dataset.dtype,
+        "tokens_fingerprint": manifest.fingerprint,
+        "manifest": manifest.digest,
+        "action_space": manifest.action_space,
+        **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
+        "measured": {
+            "filter": asdict(config.filter),
+            "split": asdict(config.split),
+            "evaluate": asdict(config.evaluate),
+            "window_steps": evaluation.window_steps,
+            "normalize_reps": evaluation.model.normalize_reps,
+        },
     }
 
 
-class Figures:
-    """Collects the figures of one evaluation: sections `val`, `val_ci` and `p_value`."""
-
-    def __init__(self, errors: WindowErrors, settings: EvaluateConfig) -> None:
-        """Work everything out."""
-        self._episodes, self._settings = errors.episodes, settings
-        self._estimates: dict[str, Estimate] = {}
-        self._ratios: dict[str, float] = {}
-        self._p_values: dict[str, float] = {}
-        for measure, of in errors.teacher_forced.items():
-            self._add_mean(f"teacher_forcing_{measure}", mean_of_steps(of[MODEL]))
-        for measure, of in errors.open_loop.items():
-            self._add_mean(f"rollout_{measure}", of[MODEL].mean(axis=1))
-            for step in range(settings.horizon):
-                self._add_mean(f"rollout_{measure}_step{step + 1}", of[MODEL][:, step])
-        for name in PREDICTIONS[1:]:
-            one_step, horizon = errors.teacher_forced["l1"], errors.open_loop["l1"]
-            self._add_mean(f"{name}_l1", mean_of_steps(one_step[name]))
-            self._add_mean(f"rollout_{name}_l1", mean_of_steps(horizon[name]))
-            self._compare(name, "", one_step[name], one_step[MODEL])
-            for step in range(settings.horizon):
-                if name in EVERY_STEP or step + 1 == settings.horizon:
-                    at = slice(step, step + 1)
-                    self._compare(name, f"_step{step + 1}", horizon[name][:, at], horizon[MODEL][:, at])
-
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """Numbers, interval ends and p values by name."""
-        return {
-            "val": {name: value.mean for name, value in self._estimates.items()} | self._ratios,
-            "val_ci": {name: [value.low, value.high] for name, value in self._estimates.items()},
-            "p_value": self._p_values,
-        }
-
-    def _add_mean(self, name: str, per_window: np.ndarray) -> None:
-        values = self._per_episode(per_window)
-        if len(values) >= 2:
-            self._estimates[name] = bootstrap_mean(values, **self._resampling)
-
-    def _compare(self, name: str, where: str, other: np.ndarray, model: np.ndarray) -> None:
-        """Compare errors [windows, steps] with the model's, on the windows and steps that both exist for."""
-        gaps = self._per_episode(mean_of_steps(other - model))
-        if len(gaps) < 2:
-            return
-        errors = self._per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
-        self._estimates[f"gap_{name}{where}"] = bootstrap_mean(gaps, **self._resampling)
-        gain = bootstrap_ratio(gaps, errors, **self._resampling)
-        self._estimates[f"gain_{name}{where}_percent"] = Estimate(*(100 * value for value in gain))
-        self._p_values[f"gap_{name}{where}"] = paired_p_value(gaps, seed=self._settings.seed)
-        if name in RATIOS and not where:
-            self._ratios[f"ratio_{name}"] = 1 - gain.mean
-
-    def _per_episode(self, per_window: np.ndarray) -> np.ndarray:
-        values = episode_means(per_window, self._episodes)
-        return values[np.isfinite(values)]
-
-    @property
-    def _resampling(self) -> dict[str, int]:
-        return {"num_resamples": self._settings.num_bootstrap, "seed": self._settings.seed}
+def write_record(errors: WindowErrors, evaluation: EvaluationContext, weights: Path, out: Path) -> None:
+    """Write episodes.csv and settings.json, which `jepa-cache compare` reads."""
+    write_table(episode_table(errors), out / EPISODES_FILE)
+    write_json(describe_evaluation(evaluation, weights), out / SETTINGS_FILE)
 
 
-def step_table(
-    values: Mapping[str, np.ndarray], episodes: list[str], settings: EvaluateConfig, *, first_column: str
-) -> list[dict[str, float]]:
-    """One row per step: the mean over episodes of every prediction and its interval ends.
+DECISIVE = {
+    "val": (
+        *("teacher_forcing_l1", "rollout_l1", "ratio_copy_last"),
+        *("gain_copy_last_percent", "gain_regression_percent", "gain_shuffled_actions_percent"),
+    ),
+    "energy": ("mean_rank", "top10_rate"),
+}
+"""Figures of metrics.json that stand in summary.json too, by section; the answers of the verdict join them."""
+
+RESULTS = ("*.csv", "*.json", "report.html", "pictures", MEASUREMENTS_FOLDER)
+"""What an evaluation leaves: an old table of a measurement that is no longer requested would be read as new."""
+
+MEASUREMENTS = {known.name: known for known in (ENERGY, DISTANCES, NOISE, PROBES)}
+"""By name; `config.schema.MEASUREMENTS` lists the names, so that a wrong one is refused before anything runs."""
+
+
+def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
+    """Measure trained weights on the held-out episodes and write metrics.json, summary.json, tables, pictures and report.html.
 
     Args:
-        values: Prediction to [windows, steps]; NaN where it does not exist.
-        episodes: Of the windows.
-        settings: Of the resampling.
-        first_column: Name of the step's number, from 1.
+        config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
+        dataset: The cached features.
+        weights: predictor.safetensors of a training run; brings its own scaler.
+        out: Folder for the results of this evaluation alone: those of an earlier one are replaced when all is measured.
 
-    Returns:
-        Rows with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`; a prediction that no step has is left
-        out, and where fewer than two episodes have it its cells are None.
+    Raises:
+        ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
-    steps = next(iter(values.values())).shape[1]
-    rows: list[dict[str, float]] = [{first_column: step + 1} for step in range(steps)]
-    for name, of in values.items():
-        if not np.isfinite(of).any():
-            continue
-        for step, row in enumerate(rows):
-            per_episode = episode_means(of[:, step], episodes)
-            per_episode = per_episode[np.isfinite(per_episode)]
-            estimate: tuple = (None, None, None)
-            if len(per_episode) >= 2:
-                estimate = bootstrap_mean(per_episode, num_resamples=settings.num_bootstrap, seed=settings.seed)
-            row.update(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
-    return rows
+    evaluation = open_evaluation(config, dataset, weights)
+    with replaced_files(out, "metrics.json", RESULTS) as folder:
+        return _measure(evaluation, weights, folder)
 
 
-def horizon_table(errors: WindowErrors, config: Config, measure: str = "l1") -> list[dict[str, float]]:
-    """One row per open-loop step, see `step_table`."""
-    return step_table(errors.open_loop[measure], errors.episodes, config.evaluate, first_column="horizon")
+def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[str, Any]:
+    config, dataset = evaluation.config, evaluation.dataset
+    for name in ("pictures", MEASUREMENTS_FOLDER):
+        (out / name).mkdir()
+    errors = measure_windows(evaluation)
+    figures = build_figures(errors, config.evaluate)
+    metrics = summarize(figures, errors, dataset) | {"settings": describe_settings(evaluation, weights)}
+    metrics["verdict"] = describe_verdict(metrics)
+    for name in config.evaluate.measure:
+        metrics |= MEASUREMENTS[name].run(evaluation, out)
+    write_json(metrics, out / "metrics.json")
+    write_json(pick_decisive(metrics), out / "summary.json")
+    write_record(errors, evaluation, weights, out)
+    rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
+    write_table(rows, out / "horizon.csv")
+    for measure in ("l2", "cosine"):
+        write_table(step_table(figures, OPEN_LOOP, measure), out / f"horizon_{measure}.csv")
+    write_table(step_table(figures, TEACHER_FORCING, first_column="num_seen"), out / "positions.csv")
+    write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
+    write_table(worst_table(facts, errors), out / "worst.csv")
+    draw_pictures(errors, evaluation, rows, out / "pictures")
+    write_page(out, MEASUREMENTS.values())
+    return metrics
 
 
-def position_table(errors: WindowErrors, config: Config) -> list[dict[str, float]]:
-    """One row per teacher-forced position, that is, true steps seen before the predicted one; L1, see `step_table`."""
-    return step_table(errors.teacher_forced["l1"], errors.episodes, config.evaluate, first_column="num_seen")
+def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The few figures by which runs are chosen, under their names in metrics.json: what `dvc metrics show` and `dvc exp show` list.
+
+    What was not measured is left out, so that no experiment shows a figure that it does not have.
+    """
+    chosen: dict[str, Any] = {
+        section: {name: metrics[section][name] for name in names if name in metrics[section]}
+        for section, names in DECISIVE.items()
+        if section in metrics
+    }
+    return chosen | {
+        "num_episodes": metrics["num_episodes"],
+        "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
+    }
+
+
+def describe_settings(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
+    """The few settings without which the figures say nothing; settings.json holds all."""
+    card, manifest, settings = read_card(weights), evaluation.dataset.manifest, evaluation.config.evaluate
+    return {
+        "dataset": manifest.dataset,
+        "encoder": manifest.encoder,
+        "predictor": card["description"]["predictor"]["name"],
+        "train_steps": card["step"],
+        "window_steps": evaluation.window_steps,
+        "num_context_steps": settings.num_context_steps,
+        "horizon": settings.horizon,
+        "step_hz": evaluation.config.step_hz,
+        "normalize_reps": evaluation.model.normalize_reps,
+        "seed": settings.seed,
+    }
+
+
+def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
+    """The figures in a few lines: errors, the verdict, and the gain over every baseline and ablation with its interval."""
+    val = metrics["val"]
+    lines = [
+        f"{metrics['num_windows']} windows of {metrics['num_episodes']} held-out episodes; L1 of "
+        f"{'layer-normed ' if metrics['settings']['normalize_reps'] else ''}tokens, 95 % intervals over episodes",
+        f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
+    ]
+    for name in PREDICTIONS[1:]:
+        gains = [find_gain(metrics, name, step) for step in (ALL_STEPS, horizon)]
+        one_step, last = ("not measured" if gain is None else str(gain) for gain in gains)
+        lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
+    lines.append(
+        f"  mean and regression are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"
+    )
+    return "\n".join([*lines, *(f"  {answer['words']}" for answer in metrics["verdict"].values())])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jepa_cache.evaluation.figures import ALL_STEPS, gain_name, gap_name
+
 MARGIN_PERCENT = 0.5
-"""A gain below it is told as none, however surely it is above 0."""
+"""Gains below this are treated as no gain, even when significant."""
 
 SIGNIFICANCE = 0.05
 MIN_EPISODES = 6
@@ -38,18 +40,18 @@ def _sized(percent: float, word: str, low: float, high: float) -> str:
     return f"{mean} %{word} [{first}, {last}]"
 
 
-def find_gain(metrics: Mapping[str, Any], name: str, where: str = "") -> Gain | None:
-    """The gain over a baseline or control, None where it was not measured.
+def find_gain(metrics: Mapping[str, Any], name: str, step: int = ALL_STEPS) -> Gain | None:
+    """The gain over a baseline or ablation, None where it was not measured.
 
     Args:
-        metrics: As `run.summarize` gives them.
+        metrics: As `figures.summarize` gives them.
         name: Of the other prediction.
-        where: "" for one step, or "_step<k>".
+        step: Open-loop step, or `ALL_STEPS` for one step ahead from true steps.
     """
-    key = f"gain_{name}{where}_percent"
+    key = gain_name(name, step)
     if key not in metrics["val"]:
         return None
-    return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][f"gap_{name}{where}"])
+    return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][gap_name(name, step)])
 
 
 def judge(gain: Gain, num_episodes: int) -> str:
@@ -104,9 +106,9 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     - `limits`: what the figures cannot say; `none` or `some`.
 
     Args:
-        metrics: As `run.summarize` gives them, with `settings`.
+        metrics: As `figures.summarize` gives them, with `settings`.
     """
-    count, last = metrics["num_episodes"], f"_step{metrics['settings']['horizon']}"
+    count, last = metrics["num_episodes"], metrics["settings"]["horizon"]
     questions: dict[str, tuple[str, str]] = {}
 
     def ask(question: str, title: str, gain: Gain | None, better: str, other: str) -> None:
@@ -123,7 +125,7 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     ask("actions", "uses its actions", find_gain(metrics, "shuffled_actions"), "true actions", shuffled)
     ask(
         "actions_rollout",
-        f"uses its actions in open loop, step {metrics['settings']['horizon']}",
+        f"uses its actions in open loop, step {last}",
         find_gain(metrics, "shuffled_actions", last),
         "true actions",
         shuffled,
@@ -148,7 +150,7 @@ def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
     title, both = "sees ahead", "both copying the last step and the training mean"
     reached, answer = 0, YES
     for step in range(1, settings["horizon"] + 1):
-        gains = [find_gain(metrics, name, f"_step{step}") for name in ("copy_last", "mean")]
+        gains = [find_gain(metrics, name, step) for name in ("copy_last", "mean")]
         answers = {judge(gain, count) for gain in gains if gain is not None}
         answer = NO if NO in answers else UNCLEAR if UNCLEAR in answers or None in gains else YES
         if answer != YES:

@@ -268,7 +268,7 @@ def expand_inputs(inputs: Sequence[str], base: Path, suffix: str = ".tar") -> li
             if not paths:
                 missing.append(name)
             for path in paths:
-                found.setdefault(path.resolve(), path)
+                found.setdefault(real_path(path), path)
         if missing:
             also = (
                 f" (nothing for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})"
@@ -317,6 +317,14 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             f"{len(refused)} folders below {folder} cannot be read, and what lies in them would be missing: {places}"
             f"{', ...' if len(refused) > 5 else ''}. Let them be read, or name the others as inputs"
         )
+
+
+def real_path(path: Path) -> Path:
+    """`path` without links. A link that leads back to itself stays as it is, where `Path.resolve` of Python 3.11 and 3.12 stops.
+
+    A file of a bucket has no links and stays as it is.
+    """
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
 def is_file_name(path: Path) -> bool:

@@ -16,6 +16,7 @@ from jepa_cache.idle import find_episode_key
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.remote import BucketFile
+from jepa_cache.media.tar import real_path
 from jepa_cache.sources import Unit
 from jepa_cache.sources.droid_raw import Rows, build_controls
 from jepa_cache.sources.parsers.placement import DROID_HZ
@@ -156,7 +157,7 @@ class DroidRldsSource:
                     f"directory (the folder that holds {FEATURES_FILE}) or its tfrecord files; relative inputs start from {base}"
                 )
             for path in found:
-                shards.setdefault(path.resolve(), path)
+                shards.setdefault(real_path(path), path)
         by_folder: dict[str, list[Path | BucketFile]] = {}
         for path in sorted(shards.values(), key=str):
             by_folder.setdefault(_folder(path), []).append(path)

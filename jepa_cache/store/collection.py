@@ -1,10 +1,16 @@
-"""What lies in a cache root, what of it any manifest or unfinished encode needs, and the removal of the rest."""
+"""What a cache root holds, what of it a manifest reaches, and the removal of the rest, in the way of `git gc`.
+
+A store is kept while a manifest in the root or the one of this checkout lists it, while somebody is making it, and, since an
+encode that was interrupted has written no manifest yet, while its recipe made a store within the days of grace.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -12,116 +18,107 @@ from typing import NamedTuple
 from jepa_cache.files import is_abandoned, list_temporaries, measure_bytes
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
-from jepa_cache.store.recipe import unit_id
-from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, CacheRoot
-from jepa_cache.store.usage import (
-    RefusedError,
-    WantedPart,
-    held_alone,
-    list_unfinished,
-    unfinished_path,
-)
+from jepa_cache.store.recipe import StoreKey
+from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, OLD_RECORDS, CacheRoot, RefusedError
 
-KNOWN = (
-    LOCK_FILE,
-    MARKER,
-    "lost+found",
-    "README.md",
-    "provenance.json",
-    "SHA256SUMS",
-)  # the last three of an exported root
+GRACE_DAYS = 14.0  # as git keeps what nothing reaches
+EXPORT_FILES = ("README.md", "provenance.json", "SHA256SUMS")
+KNOWN = (LOCK_FILE, MARKER, "lost+found", *EXPORT_FILES)
 MIN_PREFIX = 6
 
 
-class Key(NamedTuple):
-    """Names a store: "tokens", "actions" or "controls", the fingerprint of its recipe, and the id of its unit."""
-
-    kind: str
-    fingerprint: str
-    unit: str
-
-
 class Listing(NamedTuple):
-    """A manifest, or the record of an unfinished encode: what keeps stores from being removed.
+    """A manifest, which keeps the stores that it lists.
 
     Attributes:
-        digest: In its file name.
-        path: Its file.
-        manifest: None for an unfinished encode, and where it cannot be read.
-        dataset: Preset name.
+        digest: Its file is named by it.
+        manifest: None where it cannot be read.
         needs: The stores that it lists.
         written: Day on which its file was last written, by the file system.
         problem: Why it cannot be read.
     """
 
     digest: str
-    path: Path
     manifest: Manifest | None
-    dataset: str
-    needs: frozenset[Key]
+    needs: frozenset[StoreKey]
     written: date
     problem: str = ""
 
 
 @dataclass
 class Contents:
-    """Everything in a cache root: stores with their bytes, what lists them, and what is neither."""
+    """Everything in a cache root.
+
+    Attributes:
+        listings: Its manifests.
+        stores: Its stores with their bytes.
+        claimed: Those that are being made just now.
+        recent: Those whose recipe made a store within the days of grace.
+        temporaries: Of dead writers, with their bytes; also uploads that were never finished.
+        unknown: Files of others, which are never removed.
+        kept: Temporaries of another user, which may not be removed.
+    """
 
     listings: list[Listing]
-    stores: dict[Key, tuple[Path, int]]
-    temporaries: list[tuple[Path, int]]  # of dead writers
-    unknown: list[Path]  # never removed
-    claimed: set[Key]  # being made just now
-    kept: list[Path]  # temporaries of another user, which may not be removed
-    abandoned: dict[str, int]  # uploads that were never finished, with their bytes
+    stores: dict[StoreKey, int] = field(default_factory=dict)
+    claimed: set[StoreKey] = field(default_factory=set)
+    recent: set[StoreKey] = field(default_factory=set)
+    temporaries: dict[str, int] = field(default_factory=dict)
+    unknown: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
 
-    def needed(self, forgotten: Collection[str] = ()) -> set[Key]:
-        """What the listings need, without the forgotten ones."""
-        return {key for listing in self.listings if listing.digest not in forgotten for key in listing.needs}
+    def needed(self, without: Collection[str] = ()) -> set[StoreKey]:
+        """What the manifests list, without those of some digests."""
+        return {key for listing in self.listings if listing.digest not in without for key in listing.needs}
 
-    def unneeded(self, forgotten: Collection[str] = ()) -> dict[Key, tuple[Path, int]]:
-        """The stores that nothing lists and nobody is making."""
-        needed = self.needed(forgotten) | self.claimed
-        return {key: place for key, place in self.stores.items() if key not in needed}
+    def unneeded(self, forgotten: Collection[str] = ()) -> dict[StoreKey, int]:
+        """The stores that may be removed; what a forgotten manifest alone listed has no days of grace."""
+        dropped = {key for listing in self.listings if listing.digest in forgotten for key in listing.needs}
+        kept = self.needed(forgotten) | self.claimed | (self.recent - dropped)
+        return {key: size for key, size in self.stores.items() if key not in kept}
 
-    def num_bytes(self, keys: Iterable[Key]) -> int:
+    def num_bytes(self, keys: Iterable[StoreKey]) -> int:
         """Bytes of those of the stores that are there."""
-        return sum(self.stores[key][1] for key in keys if key in self.stores)
+        return sum(self.stores.get(key, 0) for key in keys)
 
 
-def list_root(root: CacheRoot, own: Manifest | None = None) -> Contents:
+def list_root(root: CacheRoot, own: Manifest | None = None, *, grace_days: float = GRACE_DAYS) -> Contents:
     """List a cache root. Cost: a stat of every file.
 
     Args:
         root: Cache root.
         own: The manifest of a checkout, whose stores are needed though the root may have lost its copy.
+        grace_days: How long what nothing lists is kept after the last store of its recipe.
 
     Raises:
         ValueError: It is no cache root.
     """
     root.refresh()
     root.check_ours()
-    contents = Contents(list_manifests(root) + _list_unfinished(root), {}, [], [], set(), [], root.find_abandoned())
+    contents = Contents(list_manifests(root), temporaries=dict(root.find_abandoned()))
     if own is not None and own.digest not in {listing.digest for listing in contents.listings}:
         contents.listings.append(_list_manifest(root.manifest(own.digest), own))
-    ours = set(root.own_folders())
+    ours = {root.manifest(listing.digest) for listing in contents.listings}
     for folder in root.own_folders():
         temporaries = list_temporaries(folder)
-        contents.temporaries += [(path, measure_bytes(path)) for path in temporaries if is_abandoned(path)]
-        ours |= set(temporaries)
-    for kind in KINDS:
-        for path in root.iter_stores(kind):
-            # A folder without store.json may be anybody's: a writer of ours publishes none.
-            if (path / STORE_FILE).is_file() if kind != "controls" else path.is_file():
-                key = Key(kind, path.parent.name, path.stem)
-                contents.stores[key] = (path, root.num_bytes(path))
-                ours.add(path)
-                if root.is_claimed(path):
-                    contents.claimed.add(key)
-    ours |= {listing.path for listing in contents.listings}
+        ours |= {folder, *temporaries}
+        for path in (*_old_records(folder), *filter(is_abandoned, temporaries)):
+            ours.add(path)
+            contents.temporaries[str(path)] = measure_bytes(path)
+    newest: dict[Path, float] = {}
+    for key, path in _iter_stores(root):
+        ours.add(path)
+        contents.stores[key] = root.num_bytes(path)
+        if root.is_claimed(path):
+            contents.claimed.add(key)
+        with suppress(FileNotFoundError):  # removed just now
+            newest[path.parent] = max(newest.get(path.parent, 0.0), root.modified_s(path))
+    since = time.time() - grace_days * 86400
+    contents.recent = {key for key in contents.stores if newest.get(root.store(key).parent, since) > since}
     for folder in [*root.own_folders(), *(root.path / kind for kind in KINDS)]:
-        if not folder.is_symlink():
-            contents.unknown += [path for path in _entries(folder) if path not in ours and not _is_known(root, path)]
+        if folder.is_dir() and not folder.is_symlink():
+            found = sorted(folder.iterdir())
+            contents.unknown += [path for path in found if path not in ours and not _is_known(root, path)]
     return contents
 
 
@@ -129,42 +126,46 @@ def list_manifests(root: CacheRoot) -> list[Listing]:
     """Every manifest of the root, by digest."""
     found = []
     for path in sorted((root.path / "manifests").glob("*.json")):
-        if not FINGERPRINT.fullmatch(path.stem):
-            continue
-        try:
-            manifest = read_manifest(path)
-        except ValueError as error:
-            found.append(Listing(path.stem, path, None, "", frozenset(), _day(path), str(error)))
-            continue
-        found.append(_list_manifest(path, manifest))
+        if FINGERPRINT.fullmatch(path.stem):
+            try:
+                found.append(_list_manifest(path, read_manifest(path)))
+            except ValueError as error:
+                found.append(Listing(path.stem, None, frozenset(), _day(path), str(error)))
     return found
 
 
-def find_listings(contents: Contents, prefixes: Iterable[str]) -> list[Listing]:
-    """The listings that a user names by the beginning of their digests.
+def find_listings(contents: Contents, prefixes: Iterable[str]) -> set[str]:
+    """Digests of the manifests that a user names by their beginning.
 
     Raises:
         ValueError: A prefix is too short, or fits none or several.
     """
-    chosen = []
+    chosen = set()
     for prefix in prefixes:
-        found = [listing for listing in contents.listings if listing.digest.startswith(prefix)]
+        found = [listing.digest for listing in contents.listings if listing.digest.startswith(prefix)]
         if len(prefix) < MIN_PREFIX or len(found) != 1:
             raise ValueError(
                 f"a manifest is named by {MIN_PREFIX} or more digits of its digest, which fit one alone; {prefix!r} fits "
                 f"{len(found)}. `jepa-cache gc` lists them"
             )
-        chosen += found
+        chosen |= set(found)
     return chosen
 
 
-def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = (), own: Manifest | None = None) -> Contents:
-    """Remove what no manifest and no unfinished encode needs, and the temporaries of dead writers.
+def remove_unneeded(
+    root: CacheRoot,
+    forgotten: Collection[str] = (),
+    own: Manifest | None = None,
+    *,
+    grace_days: float = GRACE_DAYS,
+) -> Contents:
+    """Remove what no manifest needs, and the temporaries of dead writers.
 
     Args:
         root: Cache root.
-        forgotten: Digests of manifests and unfinished encodes that are removed first.
+        forgotten: Digests of manifests that are removed first.
         own: As in `list_root`.
+        grace_days: As in `list_root`.
 
     Returns:
         What the root held before.
@@ -173,19 +174,27 @@ def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = (), own: Manif
         RootInUseError: An encode is running.
         RefusedError: A manifest that is not forgotten cannot be read, so it is not known what it needs.
     """
-    with held_alone(root):
-        contents = list_root(root, own)
-        check_readable(contents, forgotten)
+    with root.exclusive_lock():
+        contents = list_root(root, own, grace_days=grace_days)
         for listing in contents.listings:
-            if listing.digest in forgotten:
-                root.remove(listing.path)
-        for path, _ in contents.unneeded(forgotten).values():
-            root.remove(path)
+            if listing.problem and listing.digest not in forgotten:
+                raise RefusedError(
+                    f"what the manifest {listing.digest} needs is not known ({listing.problem}), so nothing is removed. Use the "
+                    f"version of the program that wrote it, or drop it with --forget {listing.digest}"
+                )
+        for key in contents.unneeded(forgotten):
+            root.remove(root.store(key))
+        for digest in forgotten:  # last: after a kill the same command finds what is left
+            root.remove(root.manifest(digest))
+        for folder in root.own_folders():
+            for path in _old_records(folder):
+                root.remove(path)
         root.remove_stale_temporaries()
-        contents.kept = [path for path, _ in contents.temporaries if path.exists()]
-        contents.temporaries = [(path, size) for path, size in contents.temporaries if path not in contents.kept]
         for name in root.find_abandoned():
             root.remove_abandoned(name)
+        contents.kept = [Path(name) for name in contents.temporaries if os.path.lexists(name)]
+        for path in contents.kept:
+            del contents.temporaries[str(path)]
         for kind in KINDS:
             for folder in root.recipe_folders(kind):
                 with suppress(OSError):  # not empty
@@ -193,64 +202,31 @@ def remove_unneeded(root: CacheRoot, forgotten: Collection[str] = (), own: Manif
     return contents
 
 
-def check_readable(contents: Contents, forgotten: Collection[str] = ()) -> None:
-    """Refuse to go on where it is not known what a manifest needs.
+def _iter_stores(root: CacheRoot) -> Iterator[tuple[StoreKey, Path]]:
+    for kind in KINDS:
+        for path in root.iter_stores(kind):
+            # A folder without store.json may be anybody's: a writer of ours publishes none.
+            if (path / STORE_FILE).is_file() if kind != "controls" else path.is_file():
+                yield StoreKey(kind, path.parent.name, path.stem), path
 
-    Raises:
-        RefusedError: Naming the manifest.
-    """
-    for listing in contents.listings:
-        if listing.problem and listing.digest not in forgotten:
-            raise RefusedError(
-                f"what the manifest {listing.digest} needs is not known ({listing.problem}), so nothing is removed. Use the "
-                f"version of the program that wrote it, or drop it with --forget {listing.digest}"
-            )
+
+def _old_records(folder: Path) -> list[Path]:
+    """What earlier versions wrote of an encode before it began; the days of grace have taken its place."""
+    if folder.name != OLD_RECORDS:
+        return []
+    return [path for path in folder.glob("*.json") if FINGERPRINT.fullmatch(path.stem) and path.is_file()]
 
 
 def _list_manifest(path: Path, manifest: Manifest) -> Listing:
-    parts = [
-        WantedPart(
-            part.fingerprint,
-            part.action_fingerprint,
-            part.source_fingerprint,
-            tuple(entry.unit_digest for entry in part.entries),
-        )
-        for part in manifest.parts
-    ]
-    return Listing(path.stem, path, manifest, manifest.dataset, _keys(parts), _day(path))
+    needs = frozenset(key for part, entry in manifest.stores for key in part.keys(entry))
+    return Listing(path.stem, manifest, needs, _day(path))
 
 
 def _is_known(root: CacheRoot, path: Path) -> bool:
     return path.parent == root.path and (path.name in KNOWN or (path.name in KINDS and not path.is_symlink()))
 
 
-def _list_unfinished(root: CacheRoot) -> list[Listing]:
-    paths = {found: unfinished_path(root, found.digest) for found in list_unfinished(root)}
-    return [
-        Listing(found.digest, path, None, found.dataset, _keys(found.parts), _day(path))
-        for found, path in paths.items()
-    ]
-
-
-def _keys(parts: Iterable[WantedPart]) -> frozenset[Key]:
-    return frozenset(
-        Key(kind, fingerprint, unit_id(unit))
-        for part in parts
-        for kind, fingerprint in (
-            ("tokens", part.fingerprint),
-            ("actions", part.action_fingerprint),
-            ("controls", part.source_fingerprint),
-        )
-        for unit in part.units
-    )
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
 def _day(path: Path) -> date:
-    try:
+    with suppress(FileNotFoundError):
         return datetime.fromtimestamp(path.stat().st_mtime, UTC).date()
-    except FileNotFoundError:
-        return datetime.now(UTC).date()
+    return datetime.now(UTC).date()

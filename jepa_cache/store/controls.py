@@ -18,21 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jepa_cache.files import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
-from jepa_cache.store.reader import StoreDamagedError
-from jepa_cache.store.verify import StoreFile, check_store, write_store_file
+from jepa_cache.store.layout import REMEDY, StoreDamagedError, StoreFile, check_store, write_store_file
 
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
-PLACE_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that no other unit's file is taken for it
+IDENTITY_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that no other unit's file is taken for it
 SHA256_KEY = b"file_sha256"  # of the whole file with these 64 digits as 0: of Parquet's own checksums none covers names
 # How the thrift of a Parquet file's footer holds a text of 64 letters under that key.
 SHA256_ENTRY = re.compile(SHA256_KEY + rb"\x18\x40([0-9a-f]{64})")
 OLD_DIGEST_KEY = b"content_sha256"  # of the values alone, in files that were written before
-CONTROLS_WAY_OUT = (
-    "run `jepa-cache repair`, which reads the controls from the recordings again (or delete it and run "
-    "`python stages/encode.py`)"
-)
 
 
 class ControlsWriter:
@@ -70,7 +65,7 @@ class ControlsWriter:
             if self._writer is None and kind is None:
                 self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
             if self._writer is not None:
-                self._writer.add_key_value_metadata({PLACE_KEY: _place(self._final), SHA256_KEY: "0" * 64})
+                self._writer.add_key_value_metadata({IDENTITY_KEY: _identity(self._final), SHA256_KEY: "0" * 64})
                 self._writer.close()
                 _seal(self._path)
         except BaseException:
@@ -92,9 +87,9 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         sealed = _check_seal(path, raw)
         with pq.ParquetFile(pa.BufferReader(raw), page_checksum_verification=True) as file:
             notes = file.metadata.metadata or {}
-            if sealed and notes.get(PLACE_KEY, b"").decode() != _place(path):
+            if sealed and notes.get(IDENTITY_KEY, b"").decode() != _identity(path):
                 raise StoreDamagedError(
-                    f"{path} holds the controls of {notes.get(PLACE_KEY, b'').decode()!r}, not its own; {CONTROLS_WAY_OUT}"
+                    f"{path} holds the controls of {notes.get(IDENTITY_KEY, b'').decode()!r}, not its own; {REMEDY}"
                 )
             for group in range(file.num_row_groups):
                 # In this thread: one of Arrow's that drops the bytes while Python ends (an error is on its way out) aborts it.
@@ -108,7 +103,7 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     except StoreDamagedError:
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last two: a damaged name of a column
-        raise StoreDamagedError(f"{path} is missing or damaged ({error}); {CONTROLS_WAY_OUT}") from error
+        raise StoreDamagedError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
     if not sealed and notes.get(OLD_DIGEST_KEY, b"").decode() != hasher.hexdigest():
         raise _changed(path)
 
@@ -129,7 +124,7 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def _place(path: Path) -> str:
+def _identity(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
@@ -161,7 +156,7 @@ def _check_seal(path: Path, raw: bytes) -> bool:
 
 
 def _changed(path: Path) -> StoreDamagedError:
-    return StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {CONTROLS_WAY_OUT}")
+    return StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {REMEDY}")
 
 
 def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, np.ndarray]) -> None:
@@ -171,14 +166,14 @@ def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, n
         hasher.update(values.data)
 
 
-def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Mapping[str, Any]) -> None:
+def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata: Mapping[str, Any]) -> None:
     """Publish the actions and states of one unit as a small Zarr group.
 
     Args:
-        final: Place of the store.
+        final: Path of the store.
         actions: [n, A] float32; row i leads from step i to i+1; NaN in the last row of each segment.
         states: [n, S] float32.
-        card: What decides or describes the content.
+        metadata: What decides or describes the content.
     """
     import zarr
     from zarr.codecs import Crc32cCodec
@@ -200,7 +195,7 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, card: Ma
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             zarr.consolidate_metadata(str(folder), zarr_format=3)
-        write_store_file(folder, final, card, {})
+        write_store_file(folder, final, metadata, {})
         publish_folder(folder, final)
 
 
@@ -217,10 +212,7 @@ def read_actions(store: Path) -> tuple[np.ndarray, np.ndarray]:
         stated = check_store(store, read_data=True)
         return _read_chunk(store, ACTIONS, stated), _read_chunk(store, STATES, stated)
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"the actions store {store} is missing or damaged ({error}); run `jepa-cache repair`, which makes it again in "
-            "seconds (or delete its folder and run `python stages/encode.py`)"
-        ) from error
+        raise ValueError(f"the actions store {store} is missing or damaged ({error}); {REMEDY}") from error
 
 
 def _read_chunk(store: Path, name: str, stated: StoreFile) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.store.recipe import DIGEST_LENGTH, canonical_json, file_digest, fingerprint
+from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, file_digest, fingerprint, unit_id
 from jepa_cache.store.root import CacheRoot
 
 MANIFEST_VERSION = 1
@@ -57,6 +57,15 @@ class ManifestPart:
     skipped: tuple[dict[str, str], ...]  # key and reason of every recording left out
     notes: tuple[str, ...]
     entries: tuple[ManifestEntry, ...]
+
+    def keys(self, entry: ManifestEntry) -> tuple[StoreKey, StoreKey, StoreKey]:
+        """The stores of one unit: tokens, actions, controls."""
+        unit = unit_id(entry.unit_digest)
+        return (
+            StoreKey("tokens", self.fingerprint, unit),
+            StoreKey("actions", self.action_fingerprint, unit),
+            StoreKey("controls", self.source_fingerprint, unit),
+        )
 
 
 @dataclass(frozen=True)
@@ -242,13 +251,6 @@ def _check_name(key: str, name: object, length: int) -> None:
 
 def find_missing(manifest: Manifest, root: CacheRoot) -> list[Path]:
     """Stores that the manifest lists and the root does not hold."""
-    places = [
-        place
-        for part, entry in manifest.stores
-        for place in (
-            root.tokens(part.fingerprint, entry.unit_digest),
-            root.actions(part.action_fingerprint, entry.unit_digest),
-        )
-    ]
-    root.prefetch(places)
-    return [place for place in places if not root.fetch(place)]
+    paths = [root.store(key) for part, entry in manifest.stores for key in part.keys(entry)[:2]]
+    root.prefetch(paths)
+    return [path for path in paths if not root.fetch(path)]

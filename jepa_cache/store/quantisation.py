@@ -12,8 +12,8 @@ Codes are made from float16 tokens, so a float16 store has all it takes to make 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,49 +22,41 @@ from jepa_cache.config.schema import INT4_GROUP
 FORMULA = "value = code * token_scales * channel_scales + channel_means, in float32, from left to right"
 
 
-class Scheme(NamedTuple):
-    """One way to store tokens.
+class Codec(NamedTuple):
+    """One way to store tokens, with all that follows from it: a new one is an entry of `CODECS` and a name in the settings' schema.
 
     Attributes:
         dtype: Of the stored array: bit patterns where numpy and Zarr know no such numbers.
-        given: Of the tokens that the writer takes; uint16 is bfloat16's bits.
+        torch_dtype: The same array as torch sees it, by its name there.
+        cast: Floating-point dtype, by its name in torch, that tokens are cast to on the encoder's device; its range is the limit.
         fill_value: What other readers show for a chunk that is not there, and what is never stored: NaN, also as a bit
             pattern, and for integers the code that symmetric scaling leaves over.
+        unpack: Stored numbers as float32, codes or values: [..., D / codes_per_item] to [..., D], by numpy.
+        unpack_tensor: The same by torch, from an array of `torch_dtype`, on any device.
         meaning: Of a stored number, for the array's attributes; None where it needs no words.
+        pack: Codes as they are stored, from float32 of magnitude at most `max_code`, [N, D], which it may overwrite. None
+            where the values themselves are stored.
         max_code: Largest magnitude of a code; None where the values themselves are stored.
         grouped: Whether scales are for each 64 channels of a token, in float16, and not for the token, in float32.
         codes_per_item: Codes in one stored number.
     """
 
     dtype: str
-    given: str
+    torch_dtype: str
+    cast: str
     fill_value: float
+    unpack: Callable[[np.ndarray], np.ndarray]
+    unpack_tensor: Callable[[Any], Any]
     meaning: str | None = None
+    pack: Callable[[np.ndarray], np.ndarray] | None = None
     max_code: float | None = None
     grouped: bool = False
     codes_per_item: int = 1
 
-
-SCHEMES = {
-    "float16": Scheme("float16", "float16", np.nan),
-    "bfloat16": Scheme(
-        "uint16", "uint16", 0x7FC0, "value = the float32 whose upper 16 bits these are, the lower being 0"
-    ),
-    "int8": Scheme("int8", "float16", -128, f"{FORMULA}; code = the stored integer", 127.0),
-    "float8_e4m3": Scheme(
-        *("uint8", "float16", 0x7F),
-        f"{FORMULA}; code = the float8 of these bits: sign, 4 bits exponent (bias 7), 3 bits mantissa (E4M3, finite)",
-        448.0,
-    ),
-    "int4": Scheme(
-        *("uint8", "float16", 0x00),
-        f"{FORMULA}; channels 2i and 2i + 1 are the lower and upper 4 bits of byte i, code = those bits - 8, "
-        f"token_scales of channel c is that of group c // {INT4_GROUP}",
-        7.0,
-        grouped=True,
-        codes_per_item=2,
-    ),
-}
+    @property
+    def given(self) -> str:
+        """Dtype of the tokens that the writer takes; uint16 is bfloat16's bits, for numpy knows no such numbers."""
+        return "uint16" if self.cast == "bfloat16" else self.cast
 
 
 class Channels(NamedTuple):
@@ -74,24 +66,24 @@ class Channels(NamedTuple):
     means: np.ndarray
 
 
-def get_scheme(name: str) -> Scheme:
-    """The scheme of a stored dtype.
+def get_codec(name: str) -> Codec:
+    """The codec of a stored dtype.
 
     Raises:
         ValueError: For an unknown name.
     """
-    if name not in SCHEMES:
-        raise ValueError(f"tokens cannot be stored as {name!r}; known: {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    if name not in CODECS:
+        raise ValueError(f"tokens cannot be stored as {name!r}; known: {', '.join(CODECS)}")
+    return CODECS[name]
 
 
 def check_width(name: str, width: int) -> None:
-    """Refuse a token width that a scheme cannot cut into groups.
+    """Refuse a token width that a codec cannot cut into groups.
 
     Raises:
         ValueError: With the width and the way out.
     """
-    if get_scheme(name).grouped and width % INT4_GROUP:
+    if get_codec(name).grouped and width % INT4_GROUP:
         raise ValueError(
             f"{name} needs a token width that is a multiple of {INT4_GROUP}; got {width}. Store as int8 instead"
         )
@@ -99,19 +91,19 @@ def check_width(name: str, width: int) -> None:
 
 def scales_shape(name: str, num_steps: int, num_tokens: int, width: int) -> tuple[int, ...]:
     """Shape of `token_scales`: [n, N], or [n, N, D / 64] where they are grouped."""
-    return (num_steps, num_tokens, width // INT4_GROUP) if get_scheme(name).grouped else (num_steps, num_tokens)
+    return (num_steps, num_tokens, width // INT4_GROUP) if get_codec(name).grouped else (num_steps, num_tokens)
 
 
 def scales_dtype(name: str) -> np.dtype:
     """Dtype of `token_scales`."""
-    return np.dtype(np.float16 if get_scheme(name).grouped else np.float32)
+    return np.dtype(np.float16 if get_codec(name).grouped else np.float32)
 
 
 def step_bytes(name: str, num_tokens: int, width: int) -> int:
     """Bytes of one step's values and scales."""
-    scheme = get_scheme(name)
-    stored = num_tokens * width // scheme.codes_per_item * np.dtype(scheme.dtype).itemsize
-    if scheme.max_code is None:
+    codec = get_codec(name)
+    stored = num_tokens * width // codec.codes_per_item * np.dtype(codec.dtype).itemsize
+    if codec.max_code is None:
         return stored
     return stored + int(np.prod(scales_shape(name, 1, num_tokens, width))) * scales_dtype(name).itemsize
 
@@ -151,44 +143,34 @@ def encode(step: np.ndarray, name: str, channels: Channels) -> tuple[np.ndarray,
 
     Args:
         step: [N, D] float16, finite.
-        name: A scheme that stores codes.
+        name: A codec that stores codes.
         channels: Of the whole store.
 
     Returns:
         Codes as they are stored ([N, D], int4 [N, D / 2]), and scales ([N] float32, int4 [N, D / 64] float16).
     """
-    scheme = get_scheme(name)
+    codec = get_codec(name)
     values = step.astype(np.float32)
     values -= channels.means
     values /= channels.scales
-    groups = values.reshape(len(step), -1, INT4_GROUP if scheme.grouped else step.shape[1])
-    scales = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(scheme.max_code)
+    groups = values.reshape(len(step), -1, INT4_GROUP if codec.grouped else step.shape[1])
+    scales = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(codec.max_code)
     stored_scales = scales.astype(scales_dtype(name))
     # Too small a number has too few digits for its largest value to stay the largest code: such values are all the mean.
     stored_scales[stored_scales < np.finfo(stored_scales.dtype).tiny] = 0
     groups /= np.where(stored_scales == 0, np.float32(1), stored_scales.astype(np.float32))[:, :, None]
-    if name == "float8_e4m3":
-        return to_float8(values), stored_scales[:, 0]
-    np.rint(values, out=values)
-    if name == "int8":
-        return values.astype(np.int8), stored_scales[:, 0]
-    codes = (values + 8).astype(np.uint8)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, stored_scales
+    return codec.pack(values), stored_scales if codec.grouped else stored_scales[:, 0]
 
 
 def decode(
     stored: np.ndarray, name: str, scales: np.ndarray | None = None, channels: Channels | None = None
 ) -> np.ndarray:
     """The documented formula: stored tokens [..., N, D] (int4 [..., N, D / 2]) and their scales to values [..., N, D] float32."""
-    if name == "float16":
-        return stored.astype(np.float32)
-    if name == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    if name == "int4":
-        codes = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1).astype(np.float32) - 8
-    else:
-        codes = stored.astype(np.float32) if name == "int8" else from_float8(stored)
-    groups = codes.reshape(*codes.shape[:-1], scales.shape[-1] if get_scheme(name).grouped else 1, -1)
+    codec = get_codec(name)
+    codes = codec.unpack(stored)
+    if codec.max_code is None:
+        return codes
+    groups = codes.reshape(*codes.shape[:-1], scales.shape[-1] if codec.grouped else 1, -1)
     groups *= scales.astype(np.float32).reshape(*groups.shape[:-1], 1)
     codes *= channels.scales
     codes += channels.means
@@ -228,3 +210,84 @@ def from_float8(bits: np.ndarray) -> np.ndarray:
     values = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
     values[127] = np.nan
     return np.concatenate([values, -values]).astype(np.float32)[bits]
+
+
+def _to_float(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.float32)
+
+
+def _tensor_to_float(stored: Any) -> Any:
+    return stored.float()
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _pack_int8(codes: np.ndarray) -> np.ndarray:
+    return np.rint(codes, out=codes).astype(np.int8)
+
+
+def _pack_int4(codes: np.ndarray) -> np.ndarray:
+    codes = (np.rint(codes, out=codes) + 8).astype(np.uint8)
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _unpack_int4(stored: np.ndarray) -> np.ndarray:
+    return np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1).astype(np.float32) - 8
+
+
+def _unpack_int4_tensor(stored: Any) -> Any:
+    codes = stored.new_empty((*stored.shape, 2))  # this room needs no torch, so its `stack` is not to be had
+    codes[..., 0], codes[..., 1] = stored & 15, stored >> 4
+    return codes.flatten(-2).float() - 8
+
+
+CODECS = {
+    "float16": Codec("float16", "float16", "float16", np.nan, _to_float, _tensor_to_float),
+    "bfloat16": Codec(
+        dtype="uint16",
+        torch_dtype="bfloat16",
+        cast="bfloat16",
+        fill_value=0x7FC0,
+        unpack=_from_bfloat16,
+        unpack_tensor=_tensor_to_float,
+        meaning="value = the float32 whose upper 16 bits these are, the lower being 0",
+    ),
+    "int8": Codec(
+        dtype="int8",
+        torch_dtype="int8",
+        cast="float16",
+        fill_value=-128,
+        unpack=_to_float,
+        unpack_tensor=_tensor_to_float,
+        meaning=f"{FORMULA}; code = the stored integer",
+        pack=_pack_int8,
+        max_code=127.0,
+    ),
+    "float8_e4m3": Codec(
+        dtype="uint8",
+        torch_dtype="float8_e4m3fn",
+        cast="float16",
+        fill_value=0x7F,
+        unpack=from_float8,
+        unpack_tensor=_tensor_to_float,
+        meaning=f"{FORMULA}; code = the float8 of these bits: sign, 4 bits exponent (bias 7), 3 bits mantissa (E4M3, finite)",
+        pack=to_float8,
+        max_code=448.0,
+    ),
+    "int4": Codec(
+        dtype="uint8",
+        torch_dtype="uint8",
+        cast="float16",
+        fill_value=0x00,
+        unpack=_unpack_int4,
+        unpack_tensor=_unpack_int4_tensor,
+        meaning=f"{FORMULA}; channels 2i and 2i + 1 are the lower and upper 4 bits of byte i, code = those bits - 8, "
+        f"token_scales of channel c is that of group c // {INT4_GROUP}",
+        pack=_pack_int4,
+        max_code=7.0,
+        grouped=True,
+        codes_per_item=2,
+    ),
+}

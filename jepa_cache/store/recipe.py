@@ -1,4 +1,4 @@
-"""Recipes: everything that decides the numbers in a store, as plain JSON, and its hash, the fingerprint."""
+"""Recipes, everything that decides the numbers in a store, as plain JSON; their hash, the fingerprint; and what names a store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DIGEST_LENGTH = 32  # hex digits: 128 bits, far beyond accidental collision, and paths stay readable
 
@@ -30,6 +30,14 @@ def file_digest(path: Path) -> str:
 def unit_id(digest: str) -> str:
     """The name under which a unit of input is stored: the head of its content digest."""
     return digest[:DIGEST_LENGTH]
+
+
+class StoreKey(NamedTuple):
+    """Names a store: "tokens", "actions" or "controls", the fingerprint of its recipe, and the id of its unit."""
+
+    kind: str
+    fingerprint: str
+    unit: str
 
 
 def inner_path(name: str) -> str:

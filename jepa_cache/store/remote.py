@@ -36,12 +36,19 @@ from jepa_cache.files import (
     remove_stale_temporaries,
     temporary_beside,
 )
-from jepa_cache.store.damage import StoreDamagedError
-from jepa_cache.store.layout import STORE_FILE
+from jepa_cache.store.layout import (
+    REMEDY,
+    STORE_FILE,
+    FileRecord,
+    StoreDamagedError,
+    StoreFile,
+    check_identity,
+    check_store,
+    read_store_file,
+)
 from jepa_cache.store.objects import Bucket, Listing, ObjectStoreError
 from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
 from jepa_cache.store.root import BOOKS, KINDS, MARKER, CacheRoot
-from jepa_cache.store.verify import FileRecord, StoreFile, check_place, check_store, read_store_file
 
 Result = TypeVar("Result")
 
@@ -54,7 +61,6 @@ OURS = re.compile(r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)")  # 
 ABANDONED_AFTER = timedelta(days=1)
 STORES_AT_ONCE = 16  # a request waits for the network, not for this machine
 DEFAULT_LOCAL_GB = 20.0
-WAY_OUT = "run `python stages/encode.py`, which makes just this unit again"
 
 
 class Commit(NamedTuple):
@@ -97,7 +103,7 @@ def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
 class BucketRoot(CacheRoot):
     """A cache root whose `path` holds what was pulled from a bucket, and stores that are not pushed yet.
 
-    Beside it lie `records`, the commit of each place that was pulled or pushed; what has none was made here.
+    Beside it lie `records`, the commit of each store and file that was pulled or pushed; what has none was made here.
     """
 
     bucket: Bucket
@@ -123,34 +129,34 @@ class BucketRoot(CacheRoot):
         """Whether the folder here lacks its marker; its name is of this program alone, so whatever lies in it is ours."""
         return not (self.path / MARKER).is_file()
 
-    def fetch(self, place: Path) -> bool:
+    def fetch(self, path: Path) -> bool:
         """Whether a store or file is published in the bucket; if so, all of it but the chunks of tokens is here afterwards.
 
         A store that was finished here and not pushed, because the machine stopped, is pushed now. Cost: one listing of the
         stores of a recipe, and what is not here yet.
         """
-        with self._locked(place):
+        with self._locked(path):
             try:
-                return self._fetch(place)
+                return self._fetch(path)
             except StoreDamagedError:
-                self._listings.pop(place.parent, None)  # another machine may have made it again since
-                return self._fetch(place)
+                self._listings.pop(path.parent, None)  # another machine may have made it again since
+                return self._fetch(path)
 
-    def prefetch(self, places: Iterable[Path]) -> None:
+    def prefetch(self, paths: Iterable[Path]) -> None:
         """Fetch many at the same time, so that `fetch` of each is quick afterwards; that also tells what is damaged."""
 
-        def fetch(place: Path) -> None:
+        def fetch(path: Path) -> None:
             with suppress(StoreDamagedError):
-                self.fetch(place)
+                self.fetch(path)
 
-        _each(fetch, places)
+        _each(fetch, paths)
 
     def find_store(self, store: Path) -> StoreFile | None:
         """What store.json of a published store says; the bucket lists all its files with their sizes."""
-        return check_place(store, read_store_file(store)) if self.fetch(store) else None
+        return check_identity(store, read_store_file(store)) if self.fetch(store) else None
 
     @contextmanager
-    def pulled(self, places: Sequence[Path], *, again: bool = False) -> Iterator[None]:
+    def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
         """Hold whole stores and files on this machine for the block; other stores make room for them before it begins.
 
         Raises:
@@ -158,43 +164,43 @@ class BucketRoot(CacheRoot):
             ObjectStoreError: They do not fit into $JEPA_CACHE_LOCAL_GB; nothing is pulled then.
         """
 
-        def pull(place: Path) -> None:
-            with self._locked(place):
-                commit = self._read_record(place)
+        def pull(path: Path) -> None:
+            with self._locked(path):
+                commit = self._read_record(path)
                 if commit is None:
-                    raise StoreDamagedError(f"{self.name}/{self._key(place)} was removed meanwhile; {WAY_OUT}")
-                self._download(place, commit, commit.files, again=again)
-                os.utime(place)  # tells which store was used least recently
+                    raise StoreDamagedError(f"{self.name}/{self._key(path)} was removed meanwhile; {REMEDY}")
+                self._download(path, commit, commit.files, again=again)
+                os.utime(path)  # tells which store was used least recently
 
-        for place, found in zip(places, _each(self.fetch, places), strict=True):
+        for path, found in zip(paths, _each(self.fetch, paths), strict=True):
             if not found:
-                raise StoreDamagedError(f"{self.name}/{self._key(place)} is missing; {WAY_OUT}")
+                raise StoreDamagedError(f"{self.name}/{self._key(path)} is missing; {REMEDY}")
         hold = temporary_beside(self._folder("holds") / "stores")
         with held_file(hold):  # whose lock tells others that this process lives
-            self._make_room(places, hold)
-            _each(pull, places)
+            self._make_room(paths, hold)
+            _each(pull, paths)
             yield
 
-    def publish(self, place: Path) -> None:
+    def publish(self, path: Path) -> None:
         """Push a finished store or file, unless another writer did: then that one's is here afterwards."""
-        with self._locked(place):
-            commit = self._read_commit(self._key(place))
+        with self._locked(path):
+            commit = self._read_commit(self._key(path))
             if commit is None:
-                self._push(place)
+                self._push(path)
             else:
-                self._take_over(place, commit)
+                self._take_over(path, commit)
 
-    def remove(self, place: Path) -> None:
+    def remove(self, path: Path) -> None:
         """Remove a store or file, in the bucket and here: first its commit, so that nobody finds half of it."""
-        key, commit = self._key(place), None
-        with self._locked(place):
+        key, commit = self._key(path), None
+        with self._locked(path):
             with suppress(StoreDamagedError):  # what a damaged commit named is abandoned, and removed as such
                 commit = self._read_commit(key)
             self.bucket.delete([key + COMMIT_SUFFIX])
             if commit is not None:
                 self.bucket.delete(self.bucket.list(commit.attempt))
-            self._listings.pop(place.parent, None)
-            self._forget(place)
+            self._listings.pop(path.parent, None)
+            self._forget(path)
 
     def claim(self, store: Path) -> Claim | None:
         """Claim the making of a store; None while another encoder here holds it, and once where another machine began it.
@@ -210,6 +216,11 @@ class BucketRoot(CacheRoot):
             return claim
         claim.release()
         return None
+
+    def modified_s(self, path: Path) -> float:
+        """When a store or file was committed, by the bucket's clock; of what is not published, when it was made here."""
+        found = self._listings.get(path.parent, {}).get(self._key(path) + COMMIT_SUFFIX)
+        return super().modified_s(path) if found is None else found["last_modified"].timestamp()
 
     def refresh(self) -> list[str]:
         """Fetch all that is published, and remove here what no longer is; says what is damaged in the bucket."""
@@ -249,10 +260,10 @@ class BucketRoot(CacheRoot):
         """Remove one of `find_abandoned`."""
         self.bucket.delete([name] if name.endswith(HINT_SUFFIX) else self.bucket.list(name))
 
-    def num_bytes(self, place: Path) -> int:
+    def num_bytes(self, path: Path) -> int:
         """Bytes of a store or file in the bucket; of what is not published, here."""
-        record = self._read_record(place)
-        return super().num_bytes(place) if record is None else sum(file.num_bytes for file in record.files.values())
+        record = self._read_record(path)
+        return super().num_bytes(path) if record is None else sum(file.num_bytes for file in record.files.values())
 
     @functools.cached_property
     def _listings(self) -> dict[Path, Listing]:
@@ -264,113 +275,113 @@ class BucketRoot(CacheRoot):
         """Those that this process left or has met."""
         return set()
 
-    def _key(self, place: Path) -> str:
-        return place.relative_to(self.path).as_posix()
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
 
     def _folder(self, name: str) -> Path:
         return self.path.parent / name
 
-    def _fetch(self, place: Path) -> bool:
-        key = self._key(place)
-        with self._locked(place.parent):
-            if place.parent not in self._listings:
-                self._listings[place.parent] = self.bucket.list(self._key(place.parent))
-            objects = self._listings[place.parent]
+    def _fetch(self, path: Path) -> bool:
+        key = self._key(path)
+        with self._locked(path.parent):
+            if path.parent not in self._listings:
+                self._listings[path.parent] = self.bucket.list(self._key(path.parent))
+            objects = self._listings[path.parent]
         listed = objects.get(key + COMMIT_SUFFIX, {}).get("e_tag")
         commit = self._read_commit(key, listed)
         if commit is not None:
             known = listed is not None and commit.tag == listed
             self._check_arrived(commit, objects if known else self.bucket.list(commit.attempt))
-            self._take_over(place, commit)
-        elif place.exists() and self._read_record(place) is None:
-            self._push(place)
+            self._take_over(path, commit)
+        elif path.exists() and self._read_record(path) is None:
+            self._push(path)
         else:
-            self._forget(place)
+            self._forget(path)
             return False
         return True
 
     def _read_commit(self, key: str, tag: str | None = None) -> Commit | None:
-        """The commit of a place; without asking where the record has this tag."""
+        """The commit of a store or file; without asking where the record has this tag."""
         record = self._read_record(self.path / key)
         if record is not None and tag is not None and record.tag == tag:
             return record
         found = self.bucket.get(key + COMMIT_SUFFIX)
         return None if found is None else _parse_commit(*found, f"{self.name}/{key}{COMMIT_SUFFIX}", key)
 
-    def _read_record(self, place: Path) -> Commit | None:
-        """The commit of which a place was pulled or pushed."""
-        path = self._record_path(place)
+    def _read_record(self, path: Path) -> Commit | None:
+        """The commit of which a store or file was pulled or pushed."""
+        copy = self._record_path(path)
         with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # no truth but a copy of it: fetched again
-            document = json.loads(path.read_bytes())
-            return _parse_commit(canonical_json(document["commit"]), document["tag"], str(path), self._key(place))
+            document = json.loads(copy.read_bytes())
+            return _parse_commit(canonical_json(document["commit"]), document["tag"], str(copy), self._key(path))
         return None
 
-    def _record_path(self, place: Path) -> Path:
-        return self._folder("records") / f"{self._key(place)}{COMMIT_SUFFIX}"
+    def _record_path(self, path: Path) -> Path:
+        return self._folder("records") / f"{self._key(path)}{COMMIT_SUFFIX}"
 
     def _check_arrived(self, commit: Commit, objects: Listing) -> None:
         for name, file in commit.files.items():
             found, where = objects.get(f"{commit.attempt}/{name}"), f"{self.name}/{commit.attempt}/{name}"
             if found is None:
-                raise StoreDamagedError(f"{where} is missing; {WAY_OUT}")
+                raise StoreDamagedError(f"{where} is missing; {REMEDY}")
             if found["size"] != file.num_bytes:
-                raise StoreDamagedError(f"{where} has {found['size']} bytes, not {file.num_bytes}; {WAY_OUT}")
+                raise StoreDamagedError(f"{where} has {found['size']} bytes, not {file.num_bytes}; {REMEDY}")
 
-    def _take_over(self, place: Path, commit: Commit) -> None:
+    def _take_over(self, path: Path, commit: Commit) -> None:
         """Have all of a published store here but its chunks; what is here and not of this commit is removed."""
-        name = STORE_FILE if STORE_FILE in commit.files else place.name
-        path = _path_in(place, commit, name)
-        is_same = path.is_file() and file_digest(path) == commit.files[name].sha256  # store.json lists all other files
-        if self._read_record(place) != commit:
+        name = STORE_FILE if STORE_FILE in commit.files else path.name
+        copy = _path_in(path, commit, name)
+        is_same = copy.is_file() and file_digest(copy) == commit.files[name].sha256  # store.json lists all other files
+        if self._read_record(path) != commit:
             if not is_same:
-                self._forget(place)
-            with atomic_file(self._record_path(place)) as temporary:  # first: what is here in part is not taken for new
+                self._forget(path)
+            with atomic_file(self._record_path(path)) as temporary:  # first: what is here in part is not taken for new
                 temporary.write_bytes(canonical_json({"commit": json.loads(commit.to_bytes()), "tag": commit.tag}))
         elif not is_same:
-            path.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
         small = [name for name in commit.files if not _is_chunk(commit, name)]
-        self._download(place, commit, sorted(small, key=lambda other: other != name))
+        self._download(path, commit, sorted(small, key=lambda other: other != name))
 
-    def _download(self, place: Path, commit: Commit, names: Iterable[str], *, again: bool = False) -> None:
+    def _download(self, path: Path, commit: Commit, names: Iterable[str], *, again: bool = False) -> None:
         for name in names:
-            path, file, key = _path_in(place, commit, name), commit.files[name], f"{commit.attempt}/{name}"
-            is_here = path.is_file() and path.stat().st_size == file.num_bytes
+            copy, file, key = _path_in(path, commit, name), commit.files[name], f"{commit.attempt}/{name}"
+            is_here = copy.is_file() and copy.stat().st_size == file.num_bytes
             if is_here and not again:
                 continue
             # A whole copy stays as it is, for its times are remembered: then the object is read and not kept.
-            is_whole = is_here and file_digest(path) == file.sha256
+            is_whole = is_here and file_digest(copy) == file.sha256
             try:
-                with nullcontext(Path(os.devnull)) if is_whole else atomic_file(path) as target:
+                with nullcontext(Path(os.devnull)) if is_whole else atomic_file(copy) as target:
                     if self.bucket.download(key, file.num_bytes, target) != file.sha256:
-                        raise StoreDamagedError(f"{self.name}/{key} has changed (sha256 differs); {WAY_OUT}")
+                        raise StoreDamagedError(f"{self.name}/{key} has changed (sha256 differs); {REMEDY}")
             except FileNotFoundError as error:
-                raise StoreDamagedError(f"{self.name}/{key} is missing; {WAY_OUT}") from error
+                raise StoreDamagedError(f"{self.name}/{key} is missing; {REMEDY}") from error
 
-    def _push(self, place: Path) -> None:
-        key = self._key(place)
+    def _push(self, path: Path) -> None:
+        key = self._key(path)
         attempt = f"{key}{ATTEMPT}{secrets.token_hex(8)}"
-        mine = Commit(attempt, _list_files(place))
+        mine = Commit(attempt, _list_files(path))
         for name in mine.files:
-            self.bucket.put(f"{attempt}/{name}", _path_in(place, mine, name))
+            self.bucket.put(f"{attempt}/{name}", _path_in(path, mine, name))
         self._check_arrived(mine, self.bucket.list(attempt))
         self.bucket.put(key + COMMIT_SUFFIX, mine.to_bytes(), new=True)
         # Whoever won is read back: a request that was repeated after a dropped answer says "there is one" of our own.
         commit = self._read_commit(key)
         if commit is None:
-            raise StoreDamagedError(f"{self.name}/{key}{COMMIT_SUFFIX} vanished after it was written; {WAY_OUT}")
+            raise StoreDamagedError(f"{self.name}/{key}{COMMIT_SUFFIX} vanished after it was written; {REMEDY}")
         if commit.attempt != attempt:
             self.bucket.delete(self.bucket.list(attempt))
-        self._take_over(place, commit)
+        self._take_over(path, commit)
         if key + HINT_SUFFIX in self._hints:
             self.bucket.delete([key + HINT_SUFFIX])
         self._make_room()
 
-    def _forget(self, place: Path) -> None:
-        """Remove a place here; the record goes last, so that nothing that was pulled looks like something new."""
-        if place.is_dir():
-            remove_folder(place)
-        place.unlink(missing_ok=True)
-        self._record_path(place).unlink(missing_ok=True)
+    def _forget(self, path: Path) -> None:
+        """Remove a store or file here; the record goes last, so that nothing that was pulled looks like something new."""
+        if path.is_dir():
+            remove_folder(path)
+        path.unlink(missing_ok=True)
+        self._record_path(path).unlink(missing_ok=True)
 
     def _make_room(self, wanted: Sequence[Path] = (), hold: Path | None = None) -> None:
         """Remove chunks of the least recently used stores, until those that commands read and those kept are within the limit.
@@ -406,14 +417,14 @@ class BucketRoot(CacheRoot):
                     for chunks in store.glob("*/c"):
                         shutil.rmtree(chunks)
 
-    def _chunk_bytes(self, place: Path) -> int:
-        commit = self._read_record(place) or Commit("", {})
+    def _chunk_bytes(self, path: Path) -> int:
+        commit = self._read_record(path) or Commit("", {})
         return sum(file.num_bytes for name, file in commit.files.items() if _is_chunk(commit, name))
 
     @contextmanager
-    def _locked(self, place: Path) -> Iterator[None]:
+    def _locked(self, path: Path) -> Iterator[None]:
         """One thread of one process of this machine at a time."""
-        with held_file(self._folder("locks") / hashlib.sha256(str(place).encode()).hexdigest()[:32]):
+        with held_file(self._folder("locks") / hashlib.sha256(str(path).encode()).hexdigest()[:32]):
             yield
 
 
@@ -441,23 +452,23 @@ def _parse_commit(content: bytes, tag: str | None, where: str, key: str) -> Comm
         if not OURS.fullmatch(commit.attempt + "/") or not commit.attempt.startswith(key + ATTEMPT):
             raise ValueError(f"attempt {commit.attempt!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreDamagedError(f"{where} is no valid commit ({error!r}); delete it and {WAY_OUT}") from error
+        raise StoreDamagedError(f"{where} is no valid commit ({error!r}); delete it and {REMEDY}") from error
     if version != COMMIT_VERSION:
         raise ValueError(f"{where} has version {version}, this program reads {COMMIT_VERSION}; set another cache.root")
     return commit
 
 
-def _list_files(place: Path) -> dict[str, FileRecord]:
+def _list_files(path: Path) -> dict[str, FileRecord]:
     """Files of a finished store, each compared with what its store.json says of it; of a single file, itself."""
-    if place.is_file():
-        return {place.name: FileRecord(place.stat().st_size, file_digest(place))}
-    files = check_store(place, read_data=True).files
-    path = place / STORE_FILE
+    if path.is_file():
+        return {path.name: FileRecord(path.stat().st_size, file_digest(path))}
+    files = check_store(path, read_data=True).files
+    path = path / STORE_FILE
     return {**files, STORE_FILE: FileRecord(path.stat().st_size, file_digest(path))}
 
 
-def _path_in(place: Path, commit: Commit, name: str) -> Path:
-    return place if list(commit.files) == [place.name] else place / name
+def _path_in(path: Path, commit: Commit, name: str) -> Path:
+    return path if list(commit.files) == [path.name] else path / name
 
 
 def _is_chunk(commit: Commit, name: str) -> bool:

@@ -16,6 +16,7 @@ from jepa_cache.files import (
     claim_path,
     held_file,
     is_claimed,
+    lock_file,
     make_folder,
     measure_bytes,
     remove_folder,
@@ -23,16 +24,24 @@ from jepa_cache.files import (
     temporary_beside,
     try_claim,
 )
-from jepa_cache.store.damage import WAY_OUT, StoreDamagedError
-from jepa_cache.store.recipe import DIGEST_LENGTH, unit_id
-from jepa_cache.store.verify import StoreFile, check_place, check_store
+from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, StoreFile, check_identity, check_store
+from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, unit_id
 
 MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
 LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
-BOOKS = ("manifests", "unfinished")
+OLD_RECORDS = "unfinished"  # earlier versions wrote there what an encode was going to make
+BOOKS = ("manifests", OLD_RECORDS)
 FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
+
+
+class RefusedError(ValueError):
+    """An operation is refused as things are; nothing was changed."""
+
+
+class RootInUseError(RefusedError):
+    """An encode, repair or export is running on this root, or a clean-up is."""
 
 
 @dataclass(frozen=True)
@@ -89,72 +98,80 @@ class CacheRoot:
         return [path for path in _real_folders(self.path / kind) if FINGERPRINT.fullmatch(path.name)]
 
     def iter_stores(self, kind: str) -> Iterator[Path]:
-        """What lies at the place of a store or file of one of `KINDS`, whole or not."""
+        """What lies where a store or file of one of `KINDS` would, whole or not."""
         for folder in self.recipe_folders(kind):
             for path in sorted(folder.iterdir()):
                 if path.suffix == KINDS[kind] and FINGERPRINT.fullmatch(path.stem) and not path.is_symlink():
                     yield path
 
+    def store(self, key: StoreKey) -> Path:
+        """Where a store lies."""
+        return self.path / f"{key.kind}/{key.fingerprint}/{key.unit}{KINDS[key.kind]}"
+
     def tokens(self, fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the tokens, segments and step table of one unit under one recipe."""
-        return self.path / f"tokens/{fingerprint}/{unit_id(unit_digest)}.zarr"
+        return self.store(StoreKey("tokens", fingerprint, unit_id(unit_digest)))
 
     def controls(self, source_fingerprint: str, unit_digest: str) -> Path:
         """Parquet file with the native-rate controls of one unit."""
-        return self.path / f"controls/{source_fingerprint}/{unit_id(unit_digest)}.parquet"
+        return self.store(StoreKey("controls", source_fingerprint, unit_id(unit_digest)))
 
     def actions(self, action_fingerprint: str, unit_digest: str) -> Path:
         """Zarr group with the actions and states at the steps of one unit in one action space."""
-        return self.path / f"actions/{action_fingerprint}/{unit_id(unit_digest)}.zarr"
+        return self.store(StoreKey("actions", action_fingerprint, unit_id(unit_digest)))
 
     def manifest(self, digest: str) -> Path:
         """The copy of a manifest that says which stores are still wanted."""
         return self.path / "manifests" / f"{digest}.json"
 
-    def fetch(self, place: Path) -> bool:
+    def fetch(self, path: Path) -> bool:
         """Whether a store or file is published; all of it but the chunks of tokens is here afterwards."""
-        return place.exists()
+        return path.exists()
 
-    def prefetch(self, places: Iterable[Path]) -> None:
+    def prefetch(self, paths: Iterable[Path]) -> None:
         """Fetch many at the same time, so that `fetch` of each is quick afterwards; here there is nothing to do."""
 
     def find_store(self, store: Path) -> StoreFile | None:
         """What store.json of a published store says, after a check that all of it lies here; None where there is no store.
 
         Raises:
-            StoreDamagedError: Files are missing or cut, or it is the store of another place.
+            StoreDamagedError: Files are missing or cut, or it is the store of another path.
         """
-        return check_place(store, check_store(store)) if self.fetch(store) else None
+        return check_identity(store, check_store(store)) if self.fetch(store) else None
 
     @contextmanager
-    def pulled(self, places: Sequence[Path], *, again: bool = False) -> Iterator[None]:
+    def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
         """Hold whole stores and files on this machine for the block, so that they can be read.
 
         Args:
-            places: Stores and files.
+            paths: Stores and files.
             again: Pull also what is here; in a folder there is nothing to pull.
 
         Raises:
             StoreDamagedError: One is not published.
         """
-        for place in places:
-            if not place.exists():
-                raise StoreDamagedError(f"{place} is missing; {WAY_OUT}")
+        for path in paths:
+            if not path.exists():
+                raise StoreDamagedError(f"{path} is missing; {REMEDY}")
         yield
 
-    def publish(self, place: Path) -> None:
+    def publish(self, path: Path) -> None:
         """Make a finished store or file known to everyone; in a folder it is already."""
 
-    def remove(self, place: Path) -> None:
+    def remove(self, path: Path) -> None:
         """Remove a store or file, so that at every moment it is whole or gone."""
-        if place.is_dir():
-            remove_folder(place)
+        if path.is_dir():
+            remove_folder(path)
         else:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
-    def num_bytes(self, place: Path) -> int:
+    def num_bytes(self, path: Path) -> int:
         """Bytes of a store or file; what vanishes meanwhile counts nothing."""
-        return measure_bytes(place)
+        return measure_bytes(path)
+
+    def modified_s(self, path: Path) -> float:
+        """When a store or file was published, in seconds since 1970."""
+        return (path / STORE_FILE if path.is_dir() else path).stat().st_mtime
 
     def refresh(self) -> list[str]:
         """Bring what is here up to date with what is published, for who looks at everything; says what is damaged there."""
@@ -182,6 +199,39 @@ class CacheRoot:
         make_folder(store.parent)
         with held_file(claim_path(store)):
             yield
+
+    @contextmanager
+    def shared_lock(self) -> Iterator[None]:
+        """Hold the root together with any number of others for the block, so that nothing is cleaned away meanwhile.
+
+        Raises:
+            RootInUseError: A clean-up is running.
+            ValueError: The root cannot be made or written.
+        """
+        with self._locked_root("a `jepa-cache gc --delete` is running on it; wait until it has ended", shared=True):
+            yield
+
+    @contextmanager
+    def exclusive_lock(self) -> Iterator[None]:
+        """Hold the root alone for the block, for a clean-up.
+
+        Raises:
+            RootInUseError: Somebody else holds it.
+            ValueError: It is no cache root, or cannot be written.
+        """
+        with self._locked_root("an encode, repair, export or another clean-up is running on it; wait for its end"):
+            yield
+
+    @contextmanager
+    def _locked_root(self, reason: str, *, shared: bool = False) -> Iterator[None]:
+        self.check_writable()
+        descriptor = lock_file(self.path / LOCK_FILE, create=True, shared=shared)  # the kernel unlocks it at our death
+        if descriptor is None:
+            raise RootInUseError(f"the cache root {self.path} is in use: {reason}")
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def own_folders(self) -> list[Path]:
         """The folders of the root in which writers of ours put files; links are not followed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +19,9 @@ import pyarrow.parquet as pq
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
-from jepa_cache.store.quantisation import check_width, decode, encode, get_scheme, is_finite, measure_channels
+from jepa_cache.store.quantisation import check_width, decode, encode, get_codec, is_finite, measure_channels
+from jepa_cache.store.reader import ArrayReader, list_checksums
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.shards import list_checksums
-from jepa_cache.store.staging import Staging
-from jepa_cache.store.verify import write_store_file
 
 STAGING_FOLDER = "staging"
 
@@ -42,7 +40,7 @@ class TokenWriter:
             final: Place of the store.
             num_tokens: N.
             width: D.
-            dtype: How tokens are stored, a name in `quantisation.SCHEMES`.
+            dtype: How tokens are stored, a name in `quantisation.CODECS`.
 
         Raises:
             ValueError: For an unknown dtype, or a width that it cannot have.
@@ -50,7 +48,7 @@ class TokenWriter:
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
-        self._dtype, self._scheme = dtype, get_scheme(dtype)
+        self._dtype, self._scheme = dtype, get_codec(dtype)
         self._stack = ExitStack()
         self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._scheme.given)
         self._num_pending = 0
@@ -61,7 +59,7 @@ class TokenWriter:
         remove_stale_temporaries(self.final.parent)
         self._folder = self._stack.enter_context(temporary_folder(self.final))
         self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width, self._dtype)
-        self._staging = Staging(self._folder / STAGING_FOLDER) if self._scheme.max_code is not None else None
+        self._staging = _Staging(self._folder / STAGING_FOLDER) if self._scheme.max_code is not None else None
         return self
 
     def __exit__(
@@ -118,14 +116,14 @@ class TokenWriter:
         self._num_pending = rest
 
     def publish(
-        self, steps: pa.Table, segments: pa.Table, card: Mapping[str, Any], provenance: Mapping[str, Any]
+        self, steps: pa.Table, segments: pa.Table, metadata: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> bool:
         """Write the tables, check every file by reading it back, and rename the store to its final place.
 
         Args:
             steps: One row per step, `layout.STEPS_SCHEMA`.
             segments: `layout.SEGMENTS_SCHEMA`.
-            card: What decides or describes the content (recipe, skipped recordings); part of the store's digest.
+            metadata: What decides or describes the content (recipe, skipped recordings); part of the store's digest.
             provenance: What was there when it was made (device, versions, decoders); recorded, not part of the digest.
 
         Returns:
@@ -149,13 +147,13 @@ class TokenWriter:
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             zarr.consolidate_metadata(str(self._folder), zarr_format=3)
         counted = {
-            **card,
+            **metadata,
             "num_steps": num_steps,
             "steps_digest": digest_steps(steps, segments),
             "reconstruction": describe_errors(self._errors) if len(self._errors) == num_steps else None,
         }
         checksums = {name: list_checksums(self._folder, name) for name in list_arrays(self._folder)}
-        write_store_file(self._folder, self.final, counted, provenance, checksums)
+        layout.write_store_file(self._folder, self.final, counted, provenance, checksums)
         check_arrays(self._folder)
         return publish_folder(self._folder, self.final)
 
@@ -173,7 +171,7 @@ class TokenWriter:
     def _resize(self, num_steps: int) -> None:
         self._array.resize((num_steps, *self._array.shape[1:]))
 
-    def _quantise(self, staging: Staging, num_steps: int) -> None:
+    def _quantise(self, staging: _Staging, num_steps: int) -> None:
         """Turn the staged steps into codes and scales, in two passes over them: channel statistics, then codes."""
         steps = self._pending
         channels = measure_channels(staging.iter_shards(steps), self._width)
@@ -195,6 +193,50 @@ class TokenWriter:
         layout.write_channels(self._folder, channels)
 
 
+class _Staging:
+    """float16 steps that wait on the disk until their store is complete, since channel statistics need all of them.
+
+    They are whole zarr shards of steps as plain files in the writer's private folder; none is ever published.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder."""
+        self._folder = folder
+        self._lengths: list[int] = []
+        folder.mkdir()
+
+    def append(self, steps: np.ndarray) -> None:
+        """Add [T, N, D] float16 steps as the next shard."""
+        self._path(len(self._lengths)).write_bytes(steps.data)
+        self._lengths.append(len(steps))
+
+    def read(self, shard: int, out: np.ndarray) -> np.ndarray:
+        """The steps of one shard, in the head of the buffer `out` [T, N, D]."""
+        steps = out[: self._lengths[shard]]
+        with self._path(shard).open("rb", buffering=0) as file:
+            got = file.readinto(steps.reshape(-1).view(np.uint8))
+        assert got == steps.nbytes, f"{self._path(shard)} gave {got} of {steps.nbytes} bytes"
+        return steps
+
+    def iter_shards(self, out: np.ndarray) -> Iterator[np.ndarray]:
+        """Every shard in turn, each in the same buffer `out`."""
+        for shard in range(len(self._lengths)):
+            yield self.read(shard, out)
+
+    def truncate(self, num_shards: int) -> None:
+        """Forget the shards from `num_shards` on."""
+        del self._lengths[num_shards:]
+
+    def close(self) -> None:
+        """Remove the folder, with what truncation left in it."""
+        for path in self._folder.iterdir():
+            path.unlink()
+        self._folder.rmdir()
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"{shard}.float16"
+
+
 def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Sum of squared errors, sum of squares of the truth and largest error of one step: [N, D] each to [3] float64."""
     truth = truth.astype(np.float32)
@@ -205,7 +247,7 @@ def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def describe_errors(errors: Sequence[np.ndarray]) -> dict[str, float]:
-    """What a store's card says of all steps: error relative to the values, both as root mean squares, and the largest error.
+    """What a store's metadata says of all steps: error relative to the values, both as root mean squares, and the largest error.
 
     Three digits, so that the order in which a device adds up cannot change a store's digest.
     """
@@ -226,8 +268,6 @@ def check_arrays(store: Path) -> None:
     Raises:
         StoreDamagedError: Naming the shard and chunk.
     """
-    from jepa_cache.store.reader import ArrayReader
-
     for name in list_arrays(store):
         with ArrayReader(store, name) as reader:
             for chunk in range(reader.num_chunks):

@@ -1,18 +1,27 @@
-"""Checkpoints of a running training: written whole or not at all, checked when read, rotated.
+"""Checkpoints of a training: written whole or not at all, checked when read, rotated, and copied to a remote store.
 
-`latest` points to the newest, `best` to the one with the lowest validation metric.
+`latest` points to the newest, `best` to the one with the lowest validation metric. The remote folder
+`<upload_to>/<run id>` mirrors the run: `checkpoints/step-XXXXXXXX/` and `train.csv`. A state.json is written last, and
+without it there is no checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import fsspec
 import torch
+from fsspec import AbstractFileSystem
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,15 +38,16 @@ from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
-CSV_FILE = "train.csv"  # the rows up to the train step
+CSV_FILE = "train.csv"  # the rows up to the training step
 LATEST = "latest"
 BEST = "best"
+FOLDER = "checkpoints"  # of a run, here and on the remote store
 
 
 class Best(NamedTuple):
     """The best validation so far."""
 
-    step: int  # train step; 0 before the first validation
+    step: int  # training step; 0 before the first validation
     value: float  # of the metric; lower is better
 
 
@@ -45,18 +55,18 @@ NO_BEST = Best(0, math.inf)
 
 
 class Checkpoint(NamedTuple):
-    """Everything a training needs to go on as if it had never stopped.
+    """Everything a training needs to resume as if it had never stopped.
 
     The order of windows, the rates and everything random are pure functions of `step`: they need no state of their own.
     """
 
-    step: int  # train steps done
+    step: int  # training steps done
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     gradient_scaler: dict[str, Any]  # empty unless the precision is float16
     num_threads: int  # torch threads; other numbers of threads round otherwise
     best: Best = NO_BEST
-    card: Mapping[str, Any] = MappingProxyType({})  # what a training that starts from these weights must know of them
+    model_card: Mapping[str, Any] = MappingProxyType({})  # for trainings that start from these weights
     run: str | None = None  # whose it is; None in those of the first release
     rows: str | None = None  # the CSV so far; None in those of the first release
 
@@ -65,18 +75,18 @@ class Rotation(NamedTuple):
     """Which checkpoints stay: the newest, those at whole multiples of a spacing, and the best one."""
 
     keep_last: int = 2
-    keep_every: int = 0  # train steps; 0: none for their spacing
+    keep_every: int = 0  # training steps; 0: none for their spacing
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) -> Path:
-    """Publish a checkpoint as `folder/step-XXXXXXXX`, point `latest` and `best`, and remove what the rotation lets go.
+    """Publish a checkpoint as `folder/step-XXXXXXXX`, set `latest` and `best`, and remove what the rotation drops.
 
     A crash at any moment leaves every `step-*` folder whole, and the links on whole ones.
     """
     final = folder / _folder_name(checkpoint.step)
     with temporary_folder(final) as temporary:
-        card = {"card": json.dumps(dict(checkpoint.card), sort_keys=True)} if checkpoint.card else None
-        save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=card)
+        metadata = {"card": json.dumps(dict(checkpoint.model_card), sort_keys=True)} if checkpoint.model_card else None
+        save_file(checkpoint.weights, temporary / WEIGHTS_FILE, metadata=metadata)
         training = {"optimizer": checkpoint.optimizer, "gradient_scaler": checkpoint.gradient_scaler}
         with (temporary / OPTIMIZER_FILE).open("wb") as file:  # torch's own writer does not say that the disk is full
             torch.save(training, file)
@@ -97,9 +107,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
 
 
 def load_latest(folder: Path, rotation: Rotation | None = None, *, run: str | None = None) -> Checkpoint | None:
-    """The newest checkpoint of a run, None when it has none.
+    """Read the newest checkpoint of a run, None when it has none.
 
-    With a rotation, what a crash right after publishing it left undone (links one behind, old checkpoints) is done here.
+    With a rotation, what a crash right after publishing left undone (links one behind, old checkpoints) is done here.
 
     Raises:
         ValueError: As `load_checkpoint`.
@@ -133,7 +143,7 @@ def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
 
 
 def describe_last(folder: Path) -> str:
-    """Where the newest checkpoint of a run is, or that there is none, as part of a message."""
+    """Say where the newest checkpoint of a run is, or that there is none, as part of a message."""
     published = published_checkpoints(folder)
     return f"the last checkpoint is {published[-1]}" if published else "there was no checkpoint yet"
 
@@ -144,7 +154,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         if state.pop("digest") != fingerprint(state):
             raise ValueError(f"{STATE_FILE} has changed since it was written, its digest differs")
         if path.name != _folder_name(state["step"]):
-            raise ValueError(f"{STATE_FILE} says train step {state['step']}")
+            raise ValueError(f"{STATE_FILE} says training step {state['step']}")
         for name, digest in state["sha256"].items():
             if file_digest(path / name) != digest:
                 raise ValueError(f"{name} has changed since it was written, its sha256 differs")
@@ -161,7 +171,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"checkpoint {path} is damaged ({error}); delete this folder to go on from the one before it, if there is one, "
+            f"checkpoint {path} is damaged ({error}); delete this folder to resume from the one before it, if there is one, "
             "or start over with --fresh"
         ) from error
 
@@ -177,7 +187,7 @@ def _folder_name(step: int) -> str:
 
 
 def published_checkpoints(folder: Path) -> list[Path]:
-    """Folders of the checkpoints in `folder`, the newest last."""
+    """List the folders of the checkpoints in `folder`, the newest last."""
     return sorted(folder.glob("step-*"))
 
 
@@ -195,3 +205,137 @@ def _tidy(folder: Path, rotation: Rotation) -> None:
         if not wanted:
             remove_folder(old)
     remove_stale_temporaries(folder)
+
+
+class UploadError(ValueError):
+    """The remote store cannot be reached or written; the message names it, why, and what is safe."""
+
+
+class Uploader:
+    """Uploads what is new of a run in the background, at most every `every_s` seconds, and at the end.
+
+    An upload that fails is printed and tried again when the next one is due; the last one must succeed.
+    """
+
+    def __init__(self, run: Path, remote: str, every_s: float) -> None:
+        """Reach the remote store, a folder URL, for the run in a local folder."""
+        self._run, self._every_s = run, every_s
+        self._files, folder = _connect(remote)
+        self._folder = f"{folder}/{run.name}"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._running: Future[None] | None = None
+        self._last = time.monotonic()
+
+    def maybe_upload(self) -> None:
+        """Begin an upload when one is due and none is running; called after each checkpoint."""
+        if self._running is not None:
+            if not self._running.done():
+                return
+            error, self._running = self._running.exception(), None
+            if error is not None:
+                print(f"upload to {self._folder} failed ({error}); it is tried again with the next one")
+        if time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            self._running = self._pool.submit(upload_run, self._run, self._files, self._folder)
+
+    def close(self) -> None:
+        """Upload the rest, and wait for it.
+
+        Raises:
+            UploadError: It failed.
+        """
+        try:
+            self._pool.submit(upload_run, self._run, self._files, self._folder).result()
+        except Exception as error:
+            raise UploadError(
+                f"the last upload to {self._folder} failed ({error}). The run is whole on this machine, in {self._run}; the "
+                "same command tries the upload again"
+            ) from error
+        finally:
+            self._pool.shutdown()
+
+
+def upload_run(run: Path, files: AbstractFileSystem, folder: str) -> None:
+    """Bring the remote copy of a run up to date: new checkpoints, the CSV, and removal of what was rotated away."""
+    with tempfile.TemporaryDirectory(dir=run, prefix=".upload-") as name:
+        snapshot = Path(name)
+        kept = _link_checkpoints(run / FOLDER, snapshot)
+        for step in kept:
+            remote = f"{folder}/{FOLDER}/{step.name}"
+            if _is_complete(files, f"{remote}/{STATE_FILE}", (step / STATE_FILE).read_bytes()):
+                continue
+            files.makedirs(remote, exist_ok=True)
+            names = sorted((path.name for path in step.iterdir()), key=lambda name: name == STATE_FILE)
+            for file in names:
+                files.put_file(str(step / file), f"{remote}/{file}")
+        if (run / CSV_FILE).is_file():
+            shutil.copyfile(run / CSV_FILE, snapshot / CSV_FILE)  # rows may be added meanwhile
+            files.makedirs(folder, exist_ok=True)
+            files.put_file(str(snapshot / CSV_FILE), f"{folder}/{CSV_FILE}")
+        if kept:
+            for old in _remote_checkpoints(files, folder):
+                if old.rsplit("/", 1)[-1] not in {step.name for step in kept}:
+                    if files.exists(f"{old}/{STATE_FILE}"):
+                        files.rm_file(f"{old}/{STATE_FILE}")
+                    files.rm(old, recursive=True)
+
+
+def download_run(run: Path, remote: str) -> str | None:
+    """Fetch the newest whole checkpoint and the CSV of a run that this machine has not.
+
+    Returns where it came from, None when the remote store has no checkpoint of this run.
+    """
+    files, base = _connect(remote)
+    folder = f"{base}/{run.name}"
+    try:
+        whole = [path for path in _remote_checkpoints(files, folder) if files.exists(f"{path}/{STATE_FILE}")]
+        if not whole:
+            return None
+        newest = max(whole)
+        final = run / FOLDER / newest.rsplit("/", 1)[-1]
+        with temporary_folder(final) as temporary:
+            for path in files.ls(newest, detail=False):
+                files.get_file(path, str(temporary / path.rsplit("/", 1)[-1]))
+            if files.exists(f"{folder}/{CSV_FILE}"):
+                files.get_file(f"{folder}/{CSV_FILE}", str(run / CSV_FILE))
+            publish_folder(temporary, final)
+    except OSError as error:
+        raise UploadError(
+            f"the checkpoints in {folder} cannot be read ({error}); repair it or unset train.upload_to"
+        ) from error
+    return newest
+
+
+def _connect(remote: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        files, folder = fsspec.url_to_fs(remote)
+        files.exists(folder)  # asks the store: no network, no bucket and no permission are known now
+    except (ImportError, OSError, ValueError) as error:
+        raise UploadError(f"train.upload_to={remote!r} cannot be used: {error}") from error
+    return files, folder.rstrip("/")
+
+
+def _link_checkpoints(folder: Path, snapshot: Path) -> list[Path]:
+    """Hard links to the published checkpoints, so that a rotation cannot take them away from under an upload."""
+    linked = []
+    for step in published_checkpoints(folder):
+        copy = snapshot / step.name
+        copy.mkdir()
+        try:
+            for path in step.iterdir():
+                os.link(path, copy / path.name)
+        except FileNotFoundError:  # rotated away just now
+            shutil.rmtree(copy)
+            continue
+        if (copy / STATE_FILE).is_file():
+            linked.append(copy)
+    return linked
+
+
+def _is_complete(files: AbstractFileSystem, path: str, content: bytes) -> bool:
+    return bool(files.exists(path)) and files.cat_file(path) == content
+
+
+def _remote_checkpoints(files: AbstractFileSystem, folder: str) -> list[str]:
+    paths: list[Any] = files.ls(f"{folder}/{FOLDER}", detail=False) if files.exists(f"{folder}/{FOLDER}") else []
+    return sorted(path.rstrip("/") for path in paths if path.rstrip("/").rsplit("/", 1)[-1].startswith("step-"))

@@ -3,36 +3,83 @@
 With h the layer-normed tokens of the window, z predictions, and p = `loss_exp`:
 
     jloss = mean |z_tf - h[1:]|^p / p          every step from the true ones before it
-    sloss = mean |z_ar - h[s+1:s+1+R]|^p / p   R = auto_steps steps from step s (0 in the released recipe), each from its own predictions
+    sloss = mean |z_ar - h[s+1:s+1+R]|^p / p   R = auto_steps steps from step s, each from its own predictions
     total = jloss + sloss
 
 Nothing is detached: gradients of the rollout flow through every step that it fed back.
+
+In the released recipe s is 0. A new term: compute it in `world_model_loss`, add it to `total` times a weight of the
+schema, put it into the scalars and its name into `TERMS`: it is averaged over batches and processes, validated, logged.
 """
 
-from typing import Literal, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from jepa_cache.predictor.rollout import Predictor, as_reps, continue_rollout
+from jepa_cache.config.schema import TrainConfig
+from jepa_cache.predictor.model import PredictorOutput
+from jepa_cache.predictor.rollout import LatentModel, Predictor, as_reps, continue_rollout
+
+TERMS = ("total", "jloss", "sloss")
+"""Scalars that every training and every validation logs, in the order of the columns."""
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Losses(NamedTuple):
     """The loss of one batch and the predictions that it was made of."""
 
-    total: Tensor
-    """[] float32, `jloss + sloss`; what is minimised."""
-    jloss: Tensor
-    """[] float32, teacher forcing."""
-    sloss: Tensor
-    """[] float32, rollout."""
+    scalars: dict[str, Tensor]
+    """[] float32 each, logged under its key: `TERMS`, and detached the rollout loss of each step, `sloss_h1` to..."""
     z_tf: Tensor
     """[B, T-1, N, D] float32 teacher-forced predictions of steps 1 to T-1."""
     z_ar: Tensor
     """[B, R, N, D] float32 rolled-out predictions of steps s+1 to s+R, s = rollout_start."""
-    sloss_by_horizon: Tensor
-    """[R] float32, detached: the rollout loss of each of its steps; their mean is `sloss`."""
     jloss_by_window: Tensor
     """[B] float32, detached: the teacher-forced loss of each window; their mean is `jloss`."""
+
+    @property
+    def total(self) -> Tensor:
+        """[] float32; what is minimised."""
+        return self.scalars["total"]
+
+
+class Objective(nn.Module):
+    """The predictor with its loss as one module, so that DDP sees one forward pass for each backward pass.
+
+    Only the predictor runs in the low precision; norms and losses are float32.
+    """
+
+    def __init__(self, predictor: nn.Module, settings: TrainConfig, device: torch.device) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self._settings, self._device = settings, device
+
+    def forward(self, tokens: Tensor, actions: Tensor, states: Tensor, rollout_start: int = 0) -> Losses:
+        """Compute the loss of one batch: tokens [B, T, N, D], actions [B, T-1, A], states [B, T, S]."""
+        settings = self._settings
+        return world_model_loss(
+            self._predict,
+            tokens,
+            actions,
+            states,
+            loss_exp=settings.loss_exp,
+            auto_steps=settings.auto_steps,
+            normalize_reps=settings.normalize_reps,
+            rollout=settings.rollout,
+            rollout_start=rollout_start,
+        )
+
+    @property
+    def latent(self) -> LatentModel:
+        """The predictor in the training's precision, with the norm that it is trained under."""
+        return LatentModel(self._predict, self._settings.normalize_reps)
+
+    def _predict(self, *arguments: Any) -> PredictorOutput:
+        dtype = AUTOCAST[self._settings.precision]
+        with torch.autocast(self._device.type, dtype) if dtype is not None else nullcontext():
+            return self.predictor(*arguments)
 
 
 def world_model_loss(
@@ -50,7 +97,7 @@ def world_model_loss(
 ) -> Losses:
     """Compute the loss of one batch of windows.
 
-    The rollout reuses the keys and values that the teacher-forced pass has of the steps up to its start, so that it costs
+    The rollout reuses the keys and values that the teacher-forced pass has of the steps up to its start, so it costs
     auto_steps - 1 single steps. By causality this is exact, gradients included.
 
     Args:
@@ -61,13 +108,13 @@ def world_model_loss(
         loss_exp: p > 0; 1 is L1, 2 half the mean squared error.
         auto_steps: R >= 1, steps of the rollout; capped at T-1.
         normalize_reps: parameter-free layer norm of tokens and of every prediction.
-        rollout: `fixed` feeds the prediction of step 1 as step 1; `legacy` feeds the teacher-forced prediction of step 2 in its place,
-            the rule before the correction of June 2025 under which the released weights were trained (needs T >= 3).
+        rollout: `fixed` feeds the prediction of step 1 as step 1; `legacy` the teacher-forced prediction of step 2
+            in its place, the rule before June 2025, under which the released weights were trained (needs T >= 3).
         rollout_start: s, last true step that the rollout has seen; 0 in the released recipe. R is capped at T-1-s.
         extrinsics: [B, T, A-1], for a predictor that uses it.
 
     Returns:
-        See `Losses`. Norms and losses are float32 also under autocast.
+        The scalars and the predictions; norms and losses are float32 also under autocast.
 
     Raises:
         ValueError: a setting is out of range, or shapes do not fit.
@@ -97,15 +144,10 @@ def world_model_loss(
     jloss = forced.mean()
     rolled = _power_errors(z_ar, h[:, rollout_start + 1 : rollout_start + 1 + auto_steps], loss_exp)
     sloss = rolled.mean()
-    return Losses(
-        jloss + sloss,
-        jloss,
-        sloss,
-        z_tf,
-        z_ar,
-        rolled.detach().mean(dim=(0, 2, 3)),
-        forced.detach().mean(dim=(1, 2, 3)),
-    )
+    scalars = {"total": jloss + sloss, "jloss": jloss, "sloss": sloss}
+    by_horizon = rolled.detach().mean(dim=(0, 2, 3)).unbind()
+    scalars |= {f"sloss_h{step}": value for step, value in enumerate(by_horizon, start=1)}
+    return Losses(scalars, z_tf, z_ar, forced.detach().mean(dim=(1, 2, 3)))
 
 
 def _power_errors(predicted: Tensor, target: Tensor, p: float) -> Tensor:

@@ -1,4 +1,7 @@
-"""A request to stop from outside: Ctrl-C, and what SLURM and other schedulers send before they take a machine away."""
+"""A request to stop from outside: Ctrl-C, and what SLURM and other schedulers send before they take a machine away.
+
+Imports no torch, so that a stage can answer a signal while torch is still being imported.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,13 @@ SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The first SIGTERM, SIGUSR1 or Ctrl-C, so that the loop can end at a train step; Ctrl-C after it ends at once.
+    """The first SIGTERM, SIGUSR1 or Ctrl-C, so that the loop can end at a training step; Ctrl-C after it ends at once.
 
     Attributes:
         name: Of the signal, None while none has come.
     """
 
     def __init__(self) -> None:
-        """No signal has come."""
         self.name: str | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -33,13 +35,13 @@ class StopRequest:
         if number == signal.SIGINT:
             if self.name is not None:
                 raise KeyboardInterrupt
-            _say("Ctrl-C: a checkpoint is written after this train step; Ctrl-C again ends at once without one")
+            _say("Ctrl-C: a checkpoint is written after this training step; Ctrl-C again ends at once without one")
         self.name = self.name or signal.Signals(number).name
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """A `StopRequest` that listens for the block."""
+    """Listen for a request to stop during the block."""
     request = StopRequest()
     with _handled((*SCHEDULER, signal.SIGINT), request.note):
         yield request
@@ -47,11 +49,11 @@ def stop_request() -> Iterator[StopRequest]:
 
 @contextmanager
 def requeued_at_once() -> Iterator[None]:
-    """Where no train step runs, so that there is nothing to save: a scheduler's signal ends the process with `REQUEUE_EXIT_CODE`."""
+    """End with `REQUEUE_EXIT_CODE` on a scheduler's signal while no training step runs and nothing is to be saved."""
 
     def end(number: int, frame: FrameType | None) -> None:
         _say(
-            f"stopped by {signal.Signals(number).name} while no train step was running; the same command resumes. "
+            f"stopped by {signal.Signals(number).name} while no training step was running; the same command resumes. "
             f"Exit code {REQUEUE_EXIT_CODE}"
         )
         raise SystemExit(REQUEUE_EXIT_CODE)

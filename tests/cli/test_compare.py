@@ -18,8 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jepa_cache.cli.main import build_app
-from jepa_cache.evaluation.metrics import bootstrap_mean
-from jepa_cache.evaluation.tables import unguard_cell, write_table
+from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell, write_table
 from jepa_cache.store.recipe import canonical_json
 
 NUM_EPISODES = 12
@@ -27,7 +26,7 @@ BASE = np.linspace(0.3, 0.9, NUM_EPISODES)  # episodes differ far more than runs
 
 
 def settings_of(**changes):
-    """As evaluation/record.py writes them; `changes` with __ for dots."""
+    """As evaluation/run.py writes them; `changes` with __ for dots."""
     settings = {
         "run": "r",
         "step": 10,

@@ -36,9 +36,7 @@ def _estimate(checkout, *arguments):
 
 
 def _count(checkout):
-    files = {
-        name: content for name, content in checkout.files().items() if not name.startswith(("manifests", "unfinished"))
-    }
+    files = {name: content for name, content in checkout.files().items() if not name.startswith("manifests")}
     del files[MARKER]  # the root's own
     tokens = sum(len(content) for name, content in files.items() if name.startswith("tokens/"))
     return tokens, sum(map(len, files.values())), len(files)

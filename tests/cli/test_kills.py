@@ -59,12 +59,11 @@ class Place(NamedTuple):
         """The root is as an undisturbed one, to the last byte, and `verify` agrees."""
         assert files_of(root) == expected
         assert [str(path) for path in root.rglob(".jepa-cache-*")] == []
-        self.run(root, "verify", "--fresh", "--read-data", *RECIPES[recipe], checkout=checkout)
+        self.run(root, "verify", "--read-data", *RECIPES[recipe], checkout=checkout)
 
     def check_published(self, root, recipe):
         """Whatever a kill left under its final name is whole: a store has all of its files, each as undisturbed."""
         found = {name: content for name, content in files_of(root).items() if ".jepa-cache-" not in name}
-        found = {name: content for name, content in found.items() if not name.startswith("unfinished/")}
         places = {place_of(name) for name in found}
         assert found == {name: it for name, it in self.roots[recipe].items() if place_of(name) in places}
         return len(places)
@@ -183,9 +182,9 @@ def test_killed_clean_ups_are_finished_by_the_next_one(place, rng, tmp_path):
             if f"manifests/{path.name}" not in expected:
                 path.unlink()
         for _ in range(2):
-            num_killed += kill_sometime(place, rng, 0.6, root, "gc", "--delete")
-            place.run(root, "verify", "--fresh")  # what the manifest lists was never touched
-        place.run(root, "gc", "--delete")
+            num_killed += kill_sometime(place, rng, 0.6, root, "gc", "--delete", "--grace-days", "0")
+            place.run(root, "verify")  # what the manifest lists was never touched
+        place.run(root, "gc", "--delete", "--grace-days", "0")
         place.check(root, expected, "float16")
     print(f"gc: {num_killed} killed")
 
@@ -212,9 +211,9 @@ def test_killed_repairs_are_finished_by_the_next_one(place, rng, tmp_path):
         damage(root, rng)
         for _ in range(rng.randint(1, 2)):
             num_killed += kill_sometime(
-                place, rng, 1.5, root, "repair", place.checkout / "recordings", "--fresh", "--read-data"
+                place, rng, 1.5, root, "verify", "--repair", "--read-data", place.checkout / "recordings"
             )
-        place.run(root, "repair", place.checkout / "recordings", "--fresh", "--read-data")
+        place.run(root, "verify", "--repair", "--read-data", place.checkout / "recordings")
         place.check(root, place.roots["float16"], "float16")
     print(f"repair: {num_killed} killed")
 
@@ -222,13 +221,13 @@ def test_killed_repairs_are_finished_by_the_next_one(place, rng, tmp_path):
 def test_killed_exports_are_finished_by_the_next_one(place, rng, tmp_path):
     root = tmp_path / "root"
     place.run(root, "encode")
-    place.run(root, "export", "cache", tmp_path / "whole", "--episodes", "episode-[012]")
+    place.run(root, "export", "cache", tmp_path / "whole")
     expected, num_killed = all_files(tmp_path / "whole"), 0
     for trial in range(TRIALS):
         out = tmp_path / f"out-{trial}"
         for _ in range(rng.randint(1, 3)):
-            num_killed += kill_sometime(place, rng, 0.8, root, "export", "cache", out, "--episodes", "episode-[012]")
-        place.run(root, "export", "cache", out, "--episodes", "episode-[012]")
+            num_killed += kill_sometime(place, rng, 0.8, root, "export", "cache", out)
+        place.run(root, "export", "cache", out)
         assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
     place.check(root, place.roots["float16"], "float16")
     print(f"export: {num_killed} killed")
@@ -264,9 +263,9 @@ def test_encoders_of_the_same_and_of_overlapping_sets_make_every_unit_once(place
         assert [process.wait() for process in running] == [0] * len(running), [process.text for process in running]
         made = sum(num_encoded(process.text) for process in running)
         assert made == len(set().union(*sets)) * num_parts, [process.text for process in running]
-        assert not list(root.rglob(".jepa-cache-*")) and not list((root / "unfinished").glob("*"))
+        assert not list(root.rglob(".jepa-cache-*"))
         for number in range(len(sets)):
-            place.run(root, "verify", "--fresh", "--read-data", checkout=checkouts[number])
+            place.run(root, "verify", "--read-data", checkout=checkouts[number])
         place.run(root, "encode", *RECIPES[recipe])
         assert place.roots[recipe].items() <= files_of(root).items()
 
@@ -280,7 +279,7 @@ def test_a_clean_up_beside_running_encodes_takes_nothing_away(place, checkouts, 
             encoders[checkout] = place.start(root, "encode", *RECIPES[recipe], checkout=checkout)
         root.mkdir(exist_ok=True)
         while any(Path(f"/proc/{it.pid}/exe").exists() for it in encoders.values()):
-            clean_up = place.start(root, "gc", "--delete")
+            clean_up = place.start(root, "gc", "--delete", "--grace-days", "0")
             code = clean_up.wait()
             assert code == 0 or (code == 1 and "in use" in clean_up.text), clean_up.text
             refused["gc"] += code == 1
@@ -308,8 +307,8 @@ def test_an_export_beside_an_encode_or_a_clean_up_is_whole_or_refused(place, che
             shutil.rmtree(root / "manifests")
         elif kind == "mend":
             damage(root, rng, ("tokens", "actions"))
-        mend = ["repair", place.checkout / "recordings", "--fresh", "--read-data"]
-        other = {"gc": ["gc", "--delete"], "mend": mend, "add": ["encode", *RECIPES["int8"]]}[kind]
+        mend = ["verify", "--repair", "--read-data", place.checkout / "recordings"]
+        other = {"gc": ["gc", "--delete", "--grace-days", "0"], "mend": mend, "add": ["encode", *RECIPES["int8"]]}[kind]
         longest_s = 0.15 if kind == "gc" else place.seconds["float16"]  # the other one takes
         export = place.start(root, "export", "cache", out) if kind == "gc" and rng.random() < 0.5 else None
         if export is not None:
@@ -331,7 +330,7 @@ def test_an_export_beside_an_encode_or_a_clean_up_is_whole_or_refused(place, che
         place.run(root, "export", "cache", out)
         assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
         assert place.roots["float16"].items() <= files_of(root).items()
-        place.run(root, "verify", "--fresh", "--read-data")
+        place.run(root, "verify", "--read-data")
     print(f"export: {ends}")
     assert TRIALS < 12 or {0} < {code for kind, code, _ in ends if kind == "gc"}, "it was never refused"
 
@@ -350,7 +349,7 @@ def test_encodes_repairs_and_exports_side_by_side_leave_a_whole_root(place, chec
             kind = (
                 ["encode"]
                 if rng.random() < 0.4
-                else ["repair", place.checkout / "recordings", "--fresh", "--read-data"]
+                else ["verify", "--repair", "--read-data", place.checkout / "recordings"]
             )
             running.append((kind[0], place.start(root, *kind, checkout=checkout)))
             time.sleep(rng.choice([0, 0.2]))
@@ -360,6 +359,6 @@ def test_encodes_repairs_and_exports_side_by_side_leave_a_whole_root(place, chec
         for kind, _, text in failed:  # an encode may name damage that it met; it never ends as if all were well
             assert "Traceback" not in text, text
             print(kind, text[-600:])
-        place.run(root, "repair", place.checkout / "recordings", "--fresh", "--read-data")
+        place.run(root, "verify", "--repair", "--read-data", place.checkout / "recordings")
         place.check(root, place.roots["float16"], "float16")
     print(made)

@@ -10,7 +10,7 @@ import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app, main
 
-CACHE_COMMANDS = ("estimate", "status", "verify", "repair", "gc")
+CACHE_COMMANDS = ("estimate", "status", "verify", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
 
 
@@ -40,6 +40,14 @@ def test_help_says_the_exit_codes_and_not_the_docstring_of_arguments(checkout, c
     words = " ".join(result.out.split())
     assert result.code == 0 and "Exit code 0:" in words and "; 2:" in words and "--json" in words
     assert "Args:" not in words
+
+
+@pytest.mark.parametrize(("old", "new"), [("repair", "verify --repair"), ("plan", "estimate")])
+def test_a_command_that_has_another_name_now_says_which(monkeypatch, capsys, old, new):
+    monkeypatch.setattr(sys, "argv", ["jepa-cache", old, "shards"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and f"is now `jepa-cache {new}`" in capsys.readouterr().err
 
 
 def test_help_of_export_says_the_exit_codes(checkout):

@@ -15,7 +15,7 @@ from jepa_cache.data.cache import open_dataset
 from jepa_cache.encoder.preprocess import ac_transform
 from jepa_cache.encoder.structure import parameter_shapes
 from jepa_cache.encoder.vit21 import VisionTransformer21
-from jepa_cache.training.start import predictor_arguments
+from jepa_cache.training.run import predictor_arguments
 from tests.encoded import decode_all, read_video
 from tests.official_files import draw_state, write_v21_file
 from tests.store import plain_reader

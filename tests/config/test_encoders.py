@@ -36,10 +36,10 @@ def test_pooling_quarters_the_tokens_of_every_encoder(encoder, num_tokens):
         ("positions: rescaled", "positions: index", r"positions of encoder vitl384_v21.* is 'index'; .*grid, rescaled"),
         ("depth: 24", "depth: 32", r"'vitl384_v21': a V-JEPA 2\.1 encoder has a depth of 12, 24, 40, 48.*got 32"),
         ("patch_size: 16", "patch_size: 32", r"patch_size 16 only; got 32"),
-        ("kind: vjepa2_1", "kind: vjepa21", r"kind of encoder vitl384_v21 is 'vjepa21'; did you mean 'vjepa2_1'"),
+        ("kind: vjepa2_1", "kind: vjepa21", r"vitl384_v21\.yaml: kind is 'vjepa21'; did you mean 'vjepa2_1'"),
         ("kind: vjepa2_1", "kind: vjepa2", r"rope of encoder vitl384_v21, kind vjepa2, is 'paired'; .*tiled"),
         ("random_seed: null", "random_seed: 0", r"exactly one of weights and random_seed"),
-        ("single_frame: doubled", "single_frame: once", r"encode.single_frame is 'once'.*doubled, image"),
+        ("single_frame: doubled", "single_frame: once", r"vitl384_v21\.yaml: single_frame is 'once'.*doubled, image"),
     ],
 )
 def test_a_preset_that_fits_no_released_weights_is_refused(root, line, other, words):

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_cache.config.schema import STORED_DTYPES
-from jepa_cache.data.dequantise import STORED_AS, TokenScales, dequantise
+from jepa_cache.data.dequantise import TokenScales, dequantise
 from jepa_cache.data.loader import Batch, to_device
-from jepa_cache.store.quantisation import SCHEMES, decode, encode, from_float8, measure_channels, to_float8
+from jepa_cache.store.quantisation import CODECS, decode, encode, from_float8, measure_channels, to_float8
 
-CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
+CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
 B, T, N, D = 3, 4, 5, 128
 
 
@@ -23,15 +22,14 @@ def coded_windows(name):
         codes.append(np.stack([code for code, _ in both]))
         scales.append(np.stack([scale for _, scale in both]))
     values = np.stack([decode(*given) for given in zip(codes, [name] * B, scales, channels, strict=True)])
-    tokens = torch.from_numpy(np.stack(codes)).view(STORED_AS[name])
+    tokens = torch.from_numpy(np.stack(codes)).view(getattr(torch, CODECS[name].torch_dtype))
     parts = (scales, [c.scales for c in channels], [c.means for c in channels])
-    return tokens, TokenScales(*(torch.from_numpy(np.stack(part)) for part in parts)), values
+    return tokens, TokenScales(*(torch.from_numpy(np.stack(part)) for part in parts), CODECS[name]), values
 
 
 def test_every_dtype_is_known_to_torch():
-    assert tuple(STORED_AS) == STORED_DTYPES
-    for name, scheme in SCHEMES.items():
-        assert STORED_AS[name].itemsize == np.dtype(scheme.dtype).itemsize
+    for codec in CODECS.values():
+        assert getattr(torch, codec.torch_dtype).itemsize == np.dtype(codec.dtype).itemsize
 
 
 @pytest.mark.parametrize("name", CODED)

@@ -14,8 +14,8 @@ import tarfile
 
 import pytest
 
-from jepa_cache.cli import inspect_data
 from jepa_cache.cli.estimate import estimate_group
+from jepa_cache.cli.inspect import inspect
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import describe_result
@@ -53,6 +53,7 @@ def spoilt(good):
     (good / "noise.tar").write_bytes(b"junk" * 1000)
     (good / "zeros.tar").write_bytes(bytes(10240))
     (good / "gone.tar").symlink_to(good / "nowhere")
+    (good / "loop.tar").symlink_to("loop.tar")
     os.mkfifo(good / "pipe.tar")
     return {
         "lfs.tar": "Git LFS pointer, not the data; fetch it with `git lfs pull`",
@@ -62,6 +63,7 @@ def spoilt(good):
         "noise.tar": "no uncompressed tar",
         "zeros.tar": "holds no recording",
         "gone.tar": "a link to a file that is not there",
+        "loop.tar": "a link to a file that is not there",
         "pipe.tar": "no plain file",
     }
 
@@ -73,13 +75,12 @@ def test_bad_units_are_all_named_for_what_they_are_and_the_good_ones_land(good, 
     for key, words in spoilt.items():
         assert words in named[key] and str(tmp_path) not in named[key]
     assert sum(entry.num_episodes for entry in manifest.entries) == 2
-    assert not list((tmp_path / "cache").glob("unfinished/*.json")), "nothing more will come of the unreadable ones"
     again = encode(good, tmp_path / "cache", ALL)
     assert again.num_encoded == 0 and again.manifest.to_bytes() == manifest.to_bytes()
 
 
 def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept(good, spoilt, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"8 of 10 recordings were skipped \(80%\)"):
+    with pytest.raises(ValueError, match=r"9 of 11 recordings were skipped \(82%\)"):
         encode(good, tmp_path / "cache", tiniest_config())
     shown = capsys.readouterr().out
     assert all(f"skipped: {key}" in shown for key in spoilt)
@@ -96,7 +97,7 @@ def test_inspect_and_estimate_list_the_same_bad_units(good, spoilt, tmp_path, mo
     estimated = estimate_group(group, CacheRoot(tmp_path / "c"))
     listed = {recording.key: recording.reason for recording in estimated.unusable}
     assert estimated.to_do.num_unusable == len(estimated.unusable)
-    inspect_data.inspect([str(good), "dataset=vpt"])
+    inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
         if key != "zeros.tar":  # the estimate reads headers of videos alone, and it has none
@@ -147,7 +148,7 @@ def test_a_unit_whose_reading_breaks_off_has_no_store_and_the_others_land(good, 
     manifest = run_stage_one(good, root, ALL)
     assert reasons(manifest) == {"x.tar": "x.tar cannot be read: the disk is gone"}
     assert len(list(root.path.glob("tokens/*/*.zarr"))) == len(manifest.entries) == 2
-    assert not list(root.path.glob("unfinished/*.json")) and not list(root.path.rglob(".tmp-*"))
+    assert not list(root.path.rglob(".tmp-*"))
     monkeypatch.undo()
     again = encode(good, root.path, ALL)
     assert again.num_encoded == 1 and not again.manifest.skipped

@@ -18,8 +18,8 @@ from jepa_cache.config import machine
 from jepa_cache.encoding import groups, run, workers
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.workers import EncodeFailedError, Workers
+from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import read_store_file
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
 from tests.encoding.test_weights_in_use import save_weights
 
@@ -85,11 +85,10 @@ class Deadly(WorkerPlugin):
         self.unit, self.marker = unit, marker
 
     def setup(self, worker):
-
         real, plugin = workers._check_recipe, self
 
         def check_recipe(task, address):
-            if task.part.units[0][0].name == plugin.unit and not (plugin.marker and plugin.marker.exists()):
+            if task.units[0].name == plugin.unit and not (plugin.marker and plugin.marker.exists()):
                 if plugin.marker:
                     plugin.marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -9,9 +9,9 @@ import random
 import pytest
 
 from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.layout import check_store
 from jepa_cache.store.manifest import read_manifest, write_manifest
 from jepa_cache.store.root import LOCK_FILE, MARKER, CacheRoot
-from jepa_cache.store.verify import check_store
 from tests.encoded import encode, make_tiny_tar, read_everything, same_numbers, tiniest_config
 
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.store import layout
-from jepa_cache.store.audit import Audit, Scope
+from jepa_cache.store.check import Scope, check_units
 from jepa_cache.store.collection import remove_unneeded
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
@@ -143,8 +143,7 @@ class Histories(RuleBasedStateMachine):
         self.listed = manifest, self.config, contents
 
     def _files(self):
-        files = sorted(path for path in self.root.path.rglob("*") if path.is_file() and path.stat().st_size)
-        return [path for path in files if path.relative_to(self.root.path).parts[0] != "unfinished"]
+        return sorted(path for path in self.root.path.rglob("*") if path.is_file() and path.stat().st_size)
 
     @rule(position=st.integers(0, 10**9), bit=st.integers(0, 7))
     def flip(self, position, bit):
@@ -167,7 +166,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def clean_up(self):
         try:
-            remove_unneeded(self.root)
+            remove_unneeded(self.root, grace_days=0)
         except ValueError as error:
             assert self.harmed and "manifest" in str(error)
             return
@@ -177,14 +176,13 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def repair(self):
         manifest, config, contents = self.listed
-        with Audit(self.root, Scope(read_data=True), lambda _: None) as audit:
-            findings = [it for part, entry in manifest.stores for it in audit.check(part, entry)]
+        findings = check_units(manifest.stores, self.root, Scope(read_data=True))
         assert not findings or self.harmed
         if contents <= set(self.tars.values()):
             repair = repair_manifest(
                 manifest, findings, CONFIGS[config], [str(self.folder)], base=self.folder, root=self.root
             )
-            assert not (repair.lost or repair.differing or repair.left)
+            assert repair.complete
             self._check_numbers(allow_errors=False)
 
     @invariant()

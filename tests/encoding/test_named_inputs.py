@@ -3,8 +3,7 @@
 import pytest
 
 from jepa_cache.encoding.units import check_rendered, list_units
-from jepa_cache.sources import build_source
-from jepa_cache.sources.__init__ import suggest_source
+from jepa_cache.sources import build_source, suggest_source
 from tests.encoded import tiny_config
 
 

@@ -3,12 +3,12 @@
 Two caches of this machine stand for two machines: they share nothing but the bucket.
 """
 
+import shutil
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
@@ -16,13 +16,11 @@ from jepa_cache.data.filters import NO_FILTER
 from jepa_cache.encoding import run
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.verification import repair_manifest
-from jepa_cache.store.audit import Finding, Scope
+from jepa_cache.store.check import Finding, Scope, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
-from jepa_cache.store.export import export_manifest, select_units
-from jepa_cache.store.manifest import write_manifest
+from jepa_cache.store.export import export_manifest
+from jepa_cache.store.recipe import StoreKey
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.rounds import audit_manifest
-from jepa_cache.store.usage import WantedPart, announce, settle
 from tests.encoded import all_files, make_tiny_tar, tiniest_config
 from tests.store.s3_server import Fault
 
@@ -39,10 +37,7 @@ def recordings(tmp_path_factory):
 
 
 def encode(recordings, root):
-    result = encode_dataset(tiniest_config(), [str(recordings)], base=recordings, root=root)
-    write_manifest(result.manifest, [root.manifest(result.manifest.digest)])
-    settle(root, result.manifest)
-    return result
+    return encode_dataset(tiniest_config(), [str(recordings)], base=recordings, root=root)
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +118,9 @@ def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordi
     manifest, folder = in_a_folder
     root, told = machines("b"), []
     assert root.refresh() == []
-    chosen = select_units(manifest, root, lambda *_: True)
-    export_manifest(chosen, root, tmp_path / "bucket", selection={}, on_bytes=told.append)
-    export_manifest(manifest, folder, tmp_path / "folder", selection={}, on_bytes=lambda _: None)
-    assert chosen == manifest and all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
+    export_manifest(manifest, root, tmp_path / "bucket", told.append)
+    export_manifest(manifest, folder, tmp_path / "folder")
+    assert all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
     assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
 
 
@@ -146,8 +140,8 @@ def test_repair_pulls_a_copy_that_is_damaged_here_again_and_leaves_the_bucket_al
     manifest, root = encode(recordings, machines("a")).manifest, machines("b")
     CachedDataset(manifest, root).close()
     (part,), entry = manifest.parts, manifest.entries[0]
-    fingerprints = {"tokens": part.fingerprint, "actions": part.action_fingerprint, "controls": part.source_fingerprint}
-    place = getattr(root, kind)(fingerprints[kind], entry.unit_digest)
+    key = next(key for key in part.keys(entry) if key.kind == kind)
+    place = root.store(key)
     assert root.fetch(place)
     path = place / (file or "store.json") if place.is_dir() else place
     whole = path.read_bytes()
@@ -156,11 +150,10 @@ def test_repair_pulls_a_copy_that_is_damaged_here_again_and_leaves_the_bucket_al
     path.write_bytes(content)
     monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
     before = root.bucket.list("")
-    with tqdm(disable=True) as bar:
-        findings = [Finding(kind, place, part.fingerprint, entry.unit_digest, "as a reader said")]
-        repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
-        assert repaired.repaired == [place] and not (repaired.lost or repaired.differing or repaired.left)
-        assert audit_manifest(manifest, root, Scope(), bar).findings == []
+    findings = [Finding(key, place, "as a reader said")]
+    repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
+    assert repaired.repaired == [place] and repaired.complete
+    assert check_manifest(manifest, root, Scope()) == []
     assert root.bucket.list("") == before and path.read_bytes() == whole
 
 
@@ -210,11 +203,14 @@ def test_a_clean_up_anywhere_keeps_what_other_machines_want_and_removes_the_rest
     in_bucket = sum(found["size"] for key, found in root.bucket.list("").items() if not key.endswith("commit.json"))
     manifest_bytes = len(manifest.to_bytes())
     assert (contents.num_bytes(contents.stores), contents.unneeded()) == (in_bucket - manifest_bytes, {})
-    wanted = [WantedPart(part.fingerprint, "0" * 32, "0" * 32, ("0" * 64,)) for part in manifest.parts]
-    announce(machines("a"), "vpt", wanted)
+    (part,), entry = manifest.parts, manifest.entries[0]
+    other = StoreKey("actions", "0" * 32, entry.unit_digest[:32])  # of an encode on another machine, interrupted
+    encoder = machines("a")
+    shutil.copytree(encoder.store(part.keys(entry)[1]), encoder.store(other))
+    encoder.publish(encoder.store(other))
     root = machines("b")  # which looks again by itself
-    (unfinished,) = (listing.digest for listing in list_root(root).listings if listing.manifest is None)
     remove_unneeded(root)
     assert len(attempts_of(root)) == 3 * NUM_UNITS + 2, "nothing was removed"
-    remove_unneeded(root, {manifest.digest, unfinished})
+    assert root.fetch(root.store(other))
+    remove_unneeded(root, {manifest.digest}, grace_days=0)
     assert not root.bucket.list("")

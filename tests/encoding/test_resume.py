@@ -310,7 +310,7 @@ import numpy, pyarrow, torch
 import webdataset.tariterators
 import jepa_cache.encoding.run as run, jepa_cache.encoder.frozen
 from jepa_cache.encoding import pipeline
-from jepa_cache.store import controls, manifest, root, verify, writer
+from jepa_cache.store import controls, layout, manifest, root, writer
 from tests.encoded import encode
 
 folder, base = Path(sys.argv[1]), Path(sys.argv[2])
@@ -330,7 +330,7 @@ def killing(module, name, count, after):
 
 POINTS = {
     "first_append": (writer.TokenWriter, "append", 2, True),
-    "before_store_file": (writer, "write_store_file", 2, False),
+    "before_store_file": (layout, "write_store_file", 2, False),
     "before_rename": (writer, "publish_folder", 1, False),
     "first_published": (writer, "publish_folder", 1, True),
     "actions_before_rename": (controls, "publish_folder", 2, False),

@@ -21,8 +21,8 @@ from jepa_cache.encoding import pipeline
 from jepa_cache.encoding.run import describe_result
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.layout import check_store, read_store_file
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_store, read_store_file
 from tests.encoded import (
     BATCH,
     STRIDE,
@@ -216,7 +216,7 @@ def test_the_manifest_lists_stores_by_digest_and_says_how_they_were_made(encoded
         tokens = check_store(cache.tokens(manifest.fingerprint, entry.unit_digest), read_data=True)
         actions = check_store(cache.actions(manifest.action_fingerprint, entry.unit_digest), read_data=True)
         assert (tokens.digest, actions.digest) == (entry.tokens_digest, entry.actions_digest)
-        assert tokens.card["recipe"] == manifest.recipe
+        assert tokens.metadata["recipe"] == manifest.recipe
         assert (
             tokens.provenance["device"] == "cpu" and sum(tokens.provenance["decoders"].values()) == entry.num_episodes
         )
@@ -267,4 +267,4 @@ def test_the_provenance_is_no_part_of_the_digest(folder, encoded, tmp_path):
             read_store_file(root.tokens(result.manifest.fingerprint, entry.unit_digest)) for root in (cache, other)
         )
         assert one.provenance["batch_size"] != two.provenance["batch_size"]
-        assert one.card == two.card
+        assert one.metadata == two.metadata

@@ -15,7 +15,7 @@ import zarr
 
 from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_rows
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.evaluation.baselines import (
+from jepa_cache.evaluation.windows import (
     RIDGE,
     Baselines,
     extrapolate_open_loop,

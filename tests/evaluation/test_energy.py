@@ -19,10 +19,19 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.control.motion import build_motion
-from jepa_cache.evaluation.candidates import ActionPool, open_window
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows
-from jepa_cache.evaluation.energy import EnergyRanks, measure_ranks, rank_table, write_energy
-from jepa_cache.evaluation.energy_map import MAP_STEPS, _choose_axes, measure_maps, shift_actions
+from jepa_cache.evaluation.energy import (
+    MAP_STEPS,
+    ActionPool,
+    EnergyRanks,
+    _choose_axes,
+    measure_maps,
+    measure_ranks,
+    open_window,
+    rank_table,
+    shift_actions,
+    write_energy,
+)
 from jepa_cache.predictor.model import ACPredictor, PredictorOutput
 from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
 from tests.caches import GRID, WIDTH, make_cache

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_cache.evaluation.page import build_page, write_page
-from jepa_cache.evaluation.page_parts import MAX_PICTURE_BYTES, MAX_ROWS, merge_intervals
+from jepa_cache.evaluation.page import MAX_PICTURE_BYTES, MAX_ROWS, build_page, merge_intervals, write_page
+from jepa_cache.evaluation.run import MEASUREMENTS
 from jepa_cache.webpage import STYLE
 from tests.browser import measure_widths
 
@@ -105,7 +105,7 @@ def whole(tmp_path):
 
 
 def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(whole):
-    write_page(whole)
+    write_page(whole, MEASUREMENTS.values())
     page = Page((whole / "report.html").read_text())
     order = ["Verdict", "Figures", "Pictures", "Slices", "Worst windows"]
     assert page.headings[:5] == order and page.headings[-3:] == ["Every figure", "Settings", "Command"]
@@ -132,7 +132,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(whole)
 
 
 def test_what_is_not_there_is_said_with_the_way_to_get_it(bare):
-    page = Page(build_page(bare))
+    page = Page(build_page(bare, MEASUREMENTS.values()))
     assert "0.4559" in page.text and "This evaluation gave none" in page.text and not page.all("img")
     for name in ("energy", "distances", "noise", "probes"):
         assert f"Not measured. python stages/evaluate.py 'evaluate.measure=[{name}]' measures it." in page.text
@@ -142,7 +142,7 @@ def test_what_is_not_there_is_said_with_the_way_to_get_it(bare):
 
 
 def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(whole):
-    text = build_page(whole)
+    text = build_page(whole, MEASUREMENTS.values())
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "a", "object", "base"}
     assert all(image["src"].startswith("data:image/") for image in page.all("img"))
@@ -155,7 +155,7 @@ def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(whol
 
 def test_a_phone_does_not_scroll_the_page_sideways(whole, bare, tmp_path):
     too_wide = "<!doctype html><div style='width: 500px'>this one does</div>"
-    *widths, control = measure_widths([build_page(whole), too_wide], 360, tmp_path)
+    *widths, control = measure_widths([build_page(whole, MEASUREMENTS.values()), too_wide], 360, tmp_path)
     assert control >= 500, "else the measurement would see nothing"
     assert max(widths) <= 360
 
@@ -163,7 +163,7 @@ def test_a_phone_does_not_scroll_the_page_sideways(whole, bare, tmp_path):
 def test_pictures_that_are_too_heavy_are_named_and_the_page_stays_below_5_mb(whole):
     for name in ("strip1.png", "strip2.png", "rollout1.gif"):
         (whole / "pictures" / name).write_bytes(b"x" * (MAX_PICTURE_BYTES // 2))
-    write_page(whole)
+    write_page(whole, MEASUREMENTS.values())
     page = Page((whole / "report.html").read_text())
     assert "Too heavy for this page: pictures/strip2.png" in page.text
     assert (whole / "report.html").stat().st_size < 5_000_000
@@ -172,12 +172,12 @@ def test_pictures_that_are_too_heavy_are_named_and_the_page_stays_below_5_mb(who
 def test_damaged_files_are_errors_that_name_them(bare, tmp_path):
     (bare / "worst.csv").write_text("rank,episode\n1,a,b\n")
     with pytest.raises(ValueError, match=r"line 2 of .*worst\.csv has 3 cells, its header 2; run"):
-        write_page(bare)
+        write_page(bare, MEASUREMENTS.values())
     (bare / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics\.json is no JSON .*run `python stages/evaluate\.py` again"):
-        write_page(bare)
+        write_page(bare, MEASUREMENTS.values())
     with pytest.raises(ValueError, match=r"metrics\.json is missing.*run `python stages/evaluate\.py`"):
-        write_page(tmp_path / "nowhere")
+        write_page(tmp_path / "nowhere", MEASUREMENTS.values())
     assert not (bare / "report.html").exists()
 
 

@@ -24,16 +24,21 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import PlanConfig
 from jepa_cache.control.motion import end_distances
 from jepa_cache.control.planner import SETTINGS
-from jepa_cache.evaluation import planning_report
+from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.context import EvaluationContext
-from jepa_cache.evaluation.planning_report import (
+from jepa_cache.evaluation.planning import (
+    OTHER_GOAL,
+    PLAN,
+    RANDOM,
+    ZERO,
+    choose_settings,
     describe_plans,
     describe_timing,
     judge_plans,
     plan_run,
+    score_plans,
     summarize_plans,
 )
-from jepa_cache.evaluation.planning_score import OTHER_GOAL, PLAN, RANDOM, ZERO, choose_settings, score_plans
 from jepa_cache.poses import rotation_angle
 from jepa_cache.predictor.model import PredictorOutput
 from jepa_cache.predictor.rollout import LatentModel, as_reps
@@ -235,7 +240,7 @@ def trained(cache, tmp_path_factory):
 def test_a_run_that_fails_while_it_draws_leaves_the_last_one_as_it_was(cache, trained, tmp_path, monkeypatch):
     plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
     before = all_files(tmp_path)
-    monkeypatch.setattr(planning_report, "draw_plans", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(planning, "draw_plans", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plan_run(quick_config(cache), cache.dataset, trained, tmp_path)
     assert len(before) == 4 and all_files(tmp_path) == before
@@ -282,7 +287,7 @@ def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
     ("override", "words"),
     [
         ("plan.settings=notebok", "did you mean 'notebook'"),
-        ("plan.num_samples=1", r"plan\.num_samples is at least 2"),
+        ("plan.num_samples=1", r"plan\.num_samples must be at least 2"),
         ("plan.horizons=[]", r"plan\.horizons is a list"),
         ("plan.horizons=[1,1]", r"plan\.horizons is a list"),
         ("plan.max_rotation_rad=-1.0", "must not be below 0"),
@@ -295,15 +300,13 @@ def test_settings_that_cannot_work_are_refused(override, words):
 
 
 def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_last_action(cache, monkeypatch):
-    from jepa_cache.evaluation import planning_score
-
-    given, real = [], planning_score.plan_actions
+    given, real = [], planning.plan_actions
 
     def spy(predictor, context, goal, motion, settings, **options):
         given.append((context, goal, settings.horizon, options["base_action"], options["noise"]))
         return real(predictor, context, goal, motion, settings, **options)
 
-    monkeypatch.setattr(planning_score, "plan_actions", spy)
+    monkeypatch.setattr(planning, "plan_actions", spy)
     records = score_plans(replace(evaluation_of(cache), config=quick_config(cache))).records
     held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
     wanted, others = given[::2], given[1::2]

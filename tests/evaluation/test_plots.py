@@ -16,14 +16,27 @@ import pytest
 from PIL import Image
 
 from jepa_cache.actions import Column
-from jepa_cache.evaluation.action_plots import HELD_OUT, draw_actions, read_segment_actions
-from jepa_cache.evaluation.animation import GAP, LINE, PANEL_WIDTH, write_animation
-from jepa_cache.evaluation.colours import fit_colours
 from jepa_cache.evaluation.context import open_evaluation
-from jepa_cache.evaluation.pictures import NUM_STRIPS
-from jepa_cache.evaluation.plots import LABELS, Strip, draw_horizon, draw_strip, list_series
-from jepa_cache.evaluation.report import evaluate_run
-from jepa_cache.evaluation.strips import build_strips, fit_window_colours, spread_positions
+from jepa_cache.evaluation.pictures import (
+    GAP,
+    HELD_OUT,
+    LABELS,
+    LINE,
+    NUM_STRIPS,
+    PANEL_WIDTH,
+    Strip,
+    build_strips,
+    draw_actions,
+    draw_horizon,
+    draw_strip,
+    fit_colours,
+    fit_window_colours,
+    list_series,
+    read_segment_actions,
+    spread_positions,
+    write_animation,
+)
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.evaluation.windows import PREDICTIONS, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable

@@ -20,9 +20,14 @@ from sklearn.metrics import balanced_accuracy_score, mean_squared_error
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.evaluation import probe_heads
 from jepa_cache.evaluation.context import EvaluationContext
-from jepa_cache.evaluation.probe_heads import RIDGE_PENALTIES, fit_label, fit_linear
-from jepa_cache.evaluation.probe_inputs import StepFeatures, read_sample
-from jepa_cache.evaluation.probe_scores import draw_episodes
+from jepa_cache.evaluation.probe_heads import (
+    RIDGE_PENALTIES,
+    StepFeatures,
+    draw_episodes,
+    fit_label,
+    fit_linear,
+    read_sample,
+)
 from jepa_cache.evaluation.probes import (
     CLASSIFICATION,
     INVERSE_DYNAMICS,

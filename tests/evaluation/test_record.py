@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jepa_cache.cli.compare import compare_runs
-from jepa_cache.evaluation import report
-from jepa_cache.evaluation.report import evaluate_run
+from jepa_cache.evaluation import run
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.training.trainer import train
 from tests.caches import make_cache
 
@@ -25,7 +25,7 @@ def evaluated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", str(cache.folder / "runs"))
         for name in ("draw_pictures", "write_page"):
-            patch.setattr(report, name, lambda *_, **__: None)
+            patch.setattr(run, name, lambda *_, **__: None)
         weights = train(
             cache.config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder
         ).weights

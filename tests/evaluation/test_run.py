@@ -2,7 +2,7 @@
 
 Claims:
 - every figure in metrics.json and the tables equals one recomputed from zarr and the weights with growing contexts;
-- a predictor that ignores its actions has gaps of exactly 0 and is told so; one that copies is told no better than copying; one
+- a predictor that ignores its actions has gaps of exactly 0 and the verdict says so; one that copies is no better than copying; one
   that learned from the actions is better than all;
 - weights of other features, actions or another split are refused, and so are too few episodes and weights that give NaN;
 - an evaluation that is refused or fails at its end leaves the last one as it was.
@@ -25,12 +25,11 @@ import zarr
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.data.ablations import ABLATIONS, choose_donors, draw_rows
-from jepa_cache.evaluation import report
-from jepa_cache.evaluation.baselines import RIDGE
-from jepa_cache.evaluation.context import check_settings
+from jepa_cache.evaluation import run
+from jepa_cache.evaluation.context import Measurement, check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
-from jepa_cache.evaluation.report import describe_metrics, evaluate_run
-from jepa_cache.evaluation.windows import BASELINES
+from jepa_cache.evaluation.run import describe_metrics, evaluate_run
+from jepa_cache.evaluation.windows import BASELINES, RIDGE
 from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_cache, make_config
@@ -68,7 +67,7 @@ def trained(tmp_path_factory) -> Trained:
 def no_pictures(monkeypatch):
     """They take most of the time; test_plots.py draws them."""
     for name in ("draw_pictures", "write_page"):
-        monkeypatch.setattr(report, name, lambda *_, **__: None)
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
 
 
 def changed(trained: Trained, path: Path, change) -> Path:
@@ -267,7 +266,7 @@ def result(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_pictures", "write_page"):
-            patch.setattr(report, name, lambda *_, **__: None)
+            patch.setattr(run, name, lambda *_, **__: None)
         evaluate(trained.cache, trained.weights, out)
     return out
 
@@ -457,13 +456,13 @@ def test_a_predictor_that_gives_nan_is_no_measurement(trained, tmp_path):
 
 
 def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goes(trained, tmp_path, monkeypatch):
-    assert tuple(report.MEASUREMENTS) == MEASUREMENTS  # what the settings may name is what there is
+    assert tuple(run.MEASUREMENTS) == MEASUREMENTS  # what the settings may name is what there is
 
     def measure(evaluation, out):
         (out / "steps.csv").write_text("horizon\n4\n")
         return {"steps": {"horizon": evaluation.config.evaluate.horizon}}
 
-    monkeypatch.setitem(report.MEASUREMENTS, "steps", measure)
+    monkeypatch.setitem(run.MEASUREMENTS, "steps", Measurement("steps", "steps", measure, "Steps", "None.", ()))
     config = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, measure=("steps",)))
     assert evaluate(trained.cache, trained.weights, tmp_path, config)["steps"] == {"horizon": 4}
     assert (tmp_path / "steps.csv").is_file()
@@ -477,7 +476,7 @@ def test_an_evaluation_that_gives_nothing_leaves_the_last_one_as_it_was(trained,
     before = all_files(tmp_path)
     config = trained.cache.config
     if late:
-        monkeypatch.setattr(report, "worst_table", lambda *_: 1 / 0)
+        monkeypatch.setattr(run, "worst_table", lambda *_: 1 / 0)
     else:
         config = replace(config, evaluate=replace(config.evaluate, horizon=200))
     with pytest.raises(ZeroDivisionError if late else ValueError):

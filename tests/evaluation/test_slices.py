@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.data.ablations import SHUFFLED
-from jepa_cache.evaluation.slices import WindowFacts, slice_table, worst_table
+from jepa_cache.evaluation.figures import WindowFacts, slice_table, worst_table
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
 

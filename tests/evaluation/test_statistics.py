@@ -12,7 +12,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import t
 
-from jepa_cache.evaluation.statistics import (
+from jepa_cache.evaluation.distances import (
     Moments,
     frechet_distance,
     jackknife,

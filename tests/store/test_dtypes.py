@@ -9,18 +9,18 @@ import warnings
 import numpy as np
 import pytest
 
-from jepa_cache.store import layout, writer
-from jepa_cache.store.quantisation import SCHEMES, Channels, decode, encode, measure_channels
+from jepa_cache.store import layout
+from jepa_cache.store.layout import check_store, read_store_file, write_store_file
+from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
-from jepa_cache.store.verify import check_store, read_store_file, write_store_file
 from jepa_cache.store.writer import TokenWriter
 from tests.encoded import all_files
 from tests.store import plain_reader
 from tests.store.test_token_store import flip, tables
 
 N, D, STEPS = 3, 64, 530
-CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
-ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in SCHEMES}
+CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
+ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in CODECS}
 
 
 def make_tokens(num_steps=STEPS, seed=0):
@@ -64,7 +64,7 @@ def read_values(path, dtype):
     return decode(read_all(path), dtype, read_all(path, "token_scales"), Channels(scales, means))
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=CODECS)
 def store(request, tmp_path_factory):
     """(dtype, path, the tokens given) of a store of two shards."""
     path = tmp_path_factory.mktemp(request.param) / "a.zarr"
@@ -139,10 +139,10 @@ def test_the_array_says_how_it_is_to_be_read(store):
     zarr = pytest.importorskip("zarr")
     dtype, path, _ = store
     attributes = dict(zarr.open_group(path, mode="r")["tokens"].attrs)
-    assert attributes == ({} if dtype == "float16" else {"scheme": dtype, "meaning": SCHEMES[dtype].meaning})
+    assert attributes == ({} if dtype == "float16" else {"scheme": dtype, "meaning": CODECS[dtype].meaning})
 
 
-@pytest.mark.parametrize("dtype", SCHEMES)
+@pytest.mark.parametrize("dtype", CODECS)
 def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     tokens, other = make_tokens(), make_tokens(600, seed=1)
     whole = write(tmp_path / "a/0/0.zarr", dtype, [tokens])
@@ -151,9 +151,9 @@ def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     assert all_files(whole) == all_files(pieces)
 
 
-@pytest.mark.parametrize("dtype", SCHEMES)
+@pytest.mark.parametrize("dtype", CODECS)
 def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
-    assert check_store(write(tmp_path / "a.zarr", dtype, [])).card["num_steps"] == 0
+    assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
     tokens = make_tokens(1)
     values = read_values(write(tmp_path / "b.zarr", dtype, [tokens]), dtype)
     assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
@@ -201,7 +201,7 @@ def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_p
         flip(next(path for path in (folder / name / "c").rglob("0") if path.is_file()), 3)
         write_store_file(folder, *given)
 
-    monkeypatch.setattr(writer, "write_store_file", flipped)
+    monkeypatch.setattr(layout, "write_store_file", flipped)
     with pytest.raises(StoreDamagedError, match=f"{name}.*checksum"):
         write(tmp_path / "a.zarr", "int8", [make_tokens(20)])
     assert list(tmp_path.iterdir()) == []
@@ -213,7 +213,7 @@ def test_the_card_states_the_error_of_the_values_that_are_read(tmp_path, dtype):
     path = write(tmp_path / "a.zarr", dtype, [tokens])
     truth = tokens.astype(np.float64)
     error = read_values(path, dtype) - truth
-    stated = read_store_file(path).card["reconstruction"]
+    stated = read_store_file(path).metadata["reconstruction"]
     assert stated["relative_rmse"] == pytest.approx(np.sqrt((error**2).sum() / (truth**2).sum()), rel=0.005)
     assert stated["max_abs"] == pytest.approx(np.abs(error).max(), rel=0.005)
 
@@ -223,8 +223,8 @@ def test_the_error_of_a_cast_is_the_one_that_was_measured_and_none_is_invented(t
     tokens = make_tokens(20)
     errors = np.array([[0.01, 0.09, 0.123456], *[[0.0, 0.0, 0.0]] * 19])
     measured = write(tmp_path / "a.zarr", dtype, [tokens], errors=errors)
-    assert read_store_file(measured).card["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
-    assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).card["reconstruction"] is None
+    assert read_store_file(measured).metadata["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
+    assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).metadata["reconstruction"] is None
 
 
 def test_what_a_dtype_cannot_hold_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.store.quantisation import (
-    SCHEMES,
+    CODECS,
     Channels,
     decode,
     encode,
@@ -20,7 +20,7 @@ from jepa_cache.store.quantisation import (
     to_float8,
 )
 
-CODED = [name for name, scheme in SCHEMES.items() if scheme.max_code is not None]
+CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
 D = 64
 STEPS = hnp.arrays(np.float16, (3, 2, D), elements=st.floats(-65504, 65504, width=16))
 
@@ -31,7 +31,7 @@ def encode_all(steps, name, channels):
 
 
 def test_every_dtype_of_the_settings_has_a_scheme():
-    assert tuple(SCHEMES) == STORED_DTYPES
+    assert tuple(CODECS) == STORED_DTYPES
 
 
 def check_errors(steps, name):
@@ -40,7 +40,7 @@ def check_errors(steps, name):
     codes, scales = encode_all(steps, name, channels)
     values = decode(codes, name, scales, channels).astype(np.float64)
     truth = steps.astype(np.float64)
-    assert not (codes == SCHEMES[name].fill_value).any() and np.isfinite(values).all()
+    assert not (codes == CODECS[name].fill_value).any() and np.isfinite(values).all()
     if name == "int4":
         assert (codes & 15).min() >= 1 and (codes >> 4).min() >= 1
     wide = scales.astype(np.float64).reshape(*steps.shape[:2], -1)  # D is one group of int4
@@ -49,7 +49,7 @@ def check_errors(steps, name):
     # A float8 has 4 significant bits above 2^-6, and steps of 2^-9 below.
     step = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(normalised, 2**-6))) - 3), 2**-9) if "float8" in name else 1.0
     # A scale below the smallest normal number is stored as 0: then the value is lost, and it is below max_code * tiny.
-    lost = (unit == 0) * SCHEMES[name].max_code * float(np.finfo(scales.dtype).tiny) * channels.scales
+    lost = (unit == 0) * CODECS[name].max_code * float(np.finfo(scales.dtype).tiny) * channels.scales
     rounding = 1e-6 * (np.abs(truth) + np.abs(channels.means) + channels.scales)
     if name == "int4":
         rounding = rounding + unit * 7 * 2.0**-11  # of the float16 scale
@@ -140,12 +140,12 @@ def test_the_bits_of_infinities_and_nans_are_not_finite(bits):
     assert not is_finite(tokens)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", CODECS)
 def test_the_bytes_of_a_step_are_those_of_its_codes_and_scales(name):
     step = np.random.default_rng(4).standard_normal((3, 2 * D)).astype(np.float16)
     if name not in CODED:
         assert step_bytes(name, 3, 2 * D) == step.nbytes
         return
     codes, scales = encode(step, name, Channels(np.ones(2 * D, np.float32), np.zeros(2 * D, np.float32)))
-    assert (codes.dtype, scales.dtype) == (SCHEMES[name].dtype, scales_dtype(name))
+    assert (codes.dtype, scales.dtype) == (CODECS[name].dtype, scales_dtype(name))
     assert step_bytes(name, 3, 2 * D) == codes.nbytes + scales.nbytes

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from jepa_cache.store import layout, reader, shards
+from jepa_cache.store import layout, reader
+from jepa_cache.store.layout import write_store_file
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, TokenReader
-from jepa_cache.store.verify import write_store_file
 from jepa_cache.store.writer import TokenWriter, table
 
 CHUNK, SHARD_CHUNKS = 3, 4
+DTYPES = ("uint8", "int8", "uint16", "float16", "float32")
 SHARD = CHUNK * SHARD_CHUNKS
 
 
@@ -52,7 +53,7 @@ def write_array(path, values, *, name="tokens", chunk=CHUNK, shard=SHARD, fill_v
     for number in range(-(-len(values) // shard)):
         if number not in skip:
             array[number * shard : (number + 1) * shard] = values[number * shard : (number + 1) * shard]
-    return list_files(path, None if skip else {name: shards.list_checksums(path, name)})
+    return list_files(path, None if skip else {name: reader.list_checksums(path, name)})
 
 
 def list_files(path, crc32c=None):
@@ -83,14 +84,14 @@ def shard_files(path, name="tokens"):
 @pytest.fixture
 def few_open_shards(monkeypatch):
     """At most two open shards in the whole process."""
-    pool = shards.OpenShards(2)
+    pool = reader.OpenShards(2)
     monkeypatch.setattr(reader, "OPEN_SHARDS", pool)
     return pool
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    dtype=st.sampled_from(shards.DTYPES),
+    dtype=st.sampled_from(DTYPES),
     rest=st.lists(st.integers(1, 4), max_size=3),
     num_steps=st.integers(1, 3 * SHARD + 2),
     chunk=st.integers(1, 4),
@@ -167,7 +168,7 @@ def test_no_more_files_are_open_than_the_bound_however_many_stores_are_read(tmp_
 
 
 def test_the_bound_leaves_a_quarter_of_the_files_that_a_process_may_usually_open():
-    assert 2 * shards.OPEN_SHARDS.limit <= 1024 * 3 // 4
+    assert 2 * reader.OPEN_SHARDS.limit <= 1024 * 3 // 4
 
 
 def test_a_closed_reader_opens_its_files_again(tmp_path):
@@ -181,9 +182,9 @@ def test_a_closed_reader_opens_its_files_again(tmp_path):
 def test_a_shard_in_use_stays_open_when_it_is_let_go(tmp_path):
     values = make_values("uint8", (SHARD, 2))
     write_array(tmp_path, values)
-    pool, key = shards.OpenShards(1), object()
-    path = shards.array_shard_path(tmp_path, "tokens", 0, 2)
-    used = pool.add(key, shards.OpenShard(path, SHARD_CHUNKS, CHUNK * 2 + 4))
+    pool, key = reader.OpenShards(1), object()
+    path = reader.array_shard_path(tmp_path, "tokens", 0, 2)
+    used = pool.add(key, reader.OpenShard(path, SHARD_CHUNKS, CHUNK * 2 + 4))
     pool.drop([key])
     buffer = bytearray(CHUNK * 2)
     assert used.readv([buffer], 0) == len(buffer) and buffer == values[:CHUNK].tobytes()
@@ -228,7 +229,9 @@ def test_damage_names_store_chunk_episode_and_what_to_type(tmp_path, chunk, epis
     make_store(tmp_path / "a.zarr")
     flip_bit(layout.shard_path(tmp_path / "a.zarr", 0), chunk * (8 * 30 + 4) + 77)
     first, last = chunk * 8, chunk * 8 + 8
-    expected = rf"chunk {chunk} \(steps {first} to {last}, {episodes}\) in .*a\.zarr.*checksum.*`jepa-cache repair`"
+    expected = (
+        rf"chunk {chunk} \(steps {first} to {last}, {episodes}\) in .*a\.zarr.*checksum.*`jepa-cache verify --repair`"
+    )
     with TokenReader(tmp_path / "a.zarr") as tokens, pytest.raises(StoreDamagedError, match=expected):
         tokens.read(first + 1, np.empty((1, 3, 5), np.float16))
 
@@ -314,9 +317,9 @@ def test_a_store_that_lists_no_checksums_is_read_by_those_in_its_shards(tmp_path
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_large_windows_are_copied_out_of_memory_and_read_where_that_cannot_be_told(tmp_path, monkeypatch, chunk):
     values = make_values("float16", (3 * SHARD, 30_000))
-    windows, real = [(start, count) for start in range(0, 2 * SHARD, 5) for count in (3, 4, 13)], shards.OpenShard.copy
+    windows, real = [(start, count) for start in range(0, 2 * SHARD, 5) for count in (3, 4, 13)], reader.OpenShard.copy
     copied = []
-    monkeypatch.setattr(shards.OpenShard, "copy", lambda *given: copied.append(given[2]) or real(*given))
+    monkeypatch.setattr(reader.OpenShard, "copy", lambda *given: copied.append(given[2]) or real(*given))
     with ArrayReader(write_array(tmp_path, values, chunk=chunk)) as array:
         read_window(array, 0, len(values))
         for flag in (os.RWF_NOWAIT, 1 << 30):  # the latter no kernel knows
@@ -327,7 +330,7 @@ def test_large_windows_are_copied_out_of_memory_and_read_where_that_cannot_be_to
             assert bool(copied) == (flag != 1 << 30)
 
 
-@pytest.mark.parametrize("dtype", shards.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_was_never_written_does_not_read_as_numbers(tmp_path, dtype):
     values = make_values(dtype, (3 * SHARD, 2))
     path = write_array(tmp_path, values, skip=(1,))
@@ -336,10 +339,12 @@ def test_what_was_never_written_does_not_read_as_numbers(tmp_path, dtype):
     array[3 * SHARD : 3 * SHARD + CHUNK] = values[:CHUNK]  # one chunk of the last shard
     list_files(path)
     with ArrayReader(path) as steps:
-        with pytest.raises(StoreDamagedError, match=r"tokens/c/1/0 is missing; run `jepa-cache repair`"):
+        with pytest.raises(StoreDamagedError, match=r"tokens/c/1/0 is missing; run `jepa-cache verify --repair`"):
             read_window(steps, SHARD - 1, 2)
         for first in (3 * SHARD + CHUNK, 3 * SHARD + CHUNK - 1):
-            with pytest.raises(StoreDamagedError, match=r"chunk 13 .*does not list it; run `jepa-cache repair`"):
+            with pytest.raises(
+                StoreDamagedError, match=r"chunk 13 .*does not list it; run `jepa-cache verify --repair`"
+            ):
                 read_window(steps, first, 2)
         assert same_bits(read_window(steps, 3 * SHARD, CHUNK), values[:CHUNK])
 
@@ -352,7 +357,8 @@ def test_a_shard_that_lost_bytes_in_front_of_its_index_is_named_whatever_is_read
     with (
         ArrayReader(path, verify_checksums=False) as array,
         pytest.raises(
-            StoreDamagedError, match=r"tokens/c/0/0 is shorter than its shard index says; run `jepa-cache repair`"
+            StoreDamagedError,
+            match=r"tokens/c/0/0 is shorter than its shard index says; run `jepa-cache verify --repair`",
         ),
     ):
         read_window(array, 0, 1)

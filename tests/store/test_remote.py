@@ -22,13 +22,12 @@ import pytest
 
 from jepa_cache.store import layout, objects, remote
 from jepa_cache.store.controls import ControlsWriter, iter_controls, read_actions, write_actions
-from jepa_cache.store.damage import StoreDamagedError
+from jepa_cache.store.layout import StoreDamagedError, check_store, read_store_file
 from jepa_cache.store.objects import Bucket, ObjectStoreError
 from jepa_cache.store.reader import TokenReader, read_table
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.verify import check_store, read_store_file
 from jepa_cache.store.writer import TokenWriter, table
 from tests.store.s3_server import Fault
 
@@ -514,7 +513,7 @@ def test_a_missing_or_cut_object_is_found_without_reading_and_the_store_can_be_m
     change_object(root, name, change)
     other = machines("b")
     with pytest.raises(
-        StoreDamagedError, match=rf"{name}.* (is missing|bytes, not \d+); run `python stages/encode.py`"
+        StoreDamagedError, match=rf"{name}.* (is missing|bytes, not \d+); run `jepa-cache verify --repair`"
     ):
         other.fetch(other.tokens(RECIPE, UNIT))
     other.remove(other.tokens(RECIPE, UNIT))

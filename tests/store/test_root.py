@@ -62,9 +62,7 @@ def run_as_nobody(code, *arguments):
     """What a snippet prints that runs as another user."""
     if os.geteuid() != 0:
         pytest.skip("only root may become another user")
-    start = (
-        "import os, sys; from pathlib import Path; import jepa_cache.store.usage; from jepa_cache.store.root import *\n"
-    )
+    start = "import os, sys; from pathlib import Path; from jepa_cache.store.root import *\n"
     code = f"{start}os.setgid(65534); os.setuid(65534); root = CacheRoot(Path(sys.argv[1]))\n{code}"
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False

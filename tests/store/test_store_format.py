@@ -13,7 +13,7 @@ from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.store import layout
 from jepa_cache.store.controls import ControlsWriter
-from jepa_cache.store.quantisation import SCHEMES
+from jepa_cache.store.quantisation import CODECS
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from tests.caches import make_cache
 from tests.store import plain_reader
@@ -62,7 +62,7 @@ def test_a_training_set_read_by_the_document_is_the_one_that_we_read(cache):
 
 def test_the_example_values_follow_from_the_formula():
     examples = rows_of("dtype | stored |")
-    assert {row[0].split(",")[0] for row in examples} == set(SCHEMES)
+    assert {row[0].split(",")[0] for row in examples} == set(CODECS)
     for name, stored, *scales, value in examples:
         dtype = name.split(",")[0]
         number = int(stored, 0)
@@ -78,8 +78,8 @@ def test_the_example_values_follow_from_the_formula():
 
 def test_the_table_of_dtypes_is_what_is_written():
     rows = {row[0]: row for row in rows_of("dtype | `tokens` |")}
-    assert list(rows) == list(SCHEMES)
-    for name, scheme in SCHEMES.items():
+    assert list(rows) == list(CODECS)
+    for name, scheme in CODECS.items():
         assert rows[name][1].startswith(f"{scheme.dtype} [n, N, D{' / 2' if scheme.codes_per_item == 2 else ''}]")
         assert bool(rows[name][2]) == bool(rows[name][3]) == (scheme.max_code is not None)
         fill = rows[name][4].split()[0]

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_removing_it_leads_back_to_the_one_bef
     elif damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     else:
-        # The last digit of the last tensor, an inner byte of the zip file, the number of the train step.
+        # The last digit of the last tensor, an inner byte of the zip file, the number of the training step.
         position = {"predictor.safetensors": -1, "optimizer.pt": len(content) // 2, "state.json": content.index(b"2")}[
             name
         ]

@@ -13,8 +13,9 @@ import pytest
 
 import jepa_cache
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.training import run as run_module
 from jepa_cache.training import trainer
-from jepa_cache.training.identity import CODE, COSMETIC, code_digest, describe_run, run_folder
+from jepa_cache.training.run import CODE, RESUME_SAFE_SETTINGS, code_digest, describe_run, run_folder
 from tests.caches import Cache, make_cache
 
 
@@ -34,32 +35,28 @@ def other(value: object) -> object:
 def test_each_train_setting_decides_the_run_unless_it_moves_no_number(cache, name):
     changed = dataclasses.replace(cache.config.train, **{name: other(getattr(cache.config.train, name))})
     config = dataclasses.replace(cache.config, train=changed)
-    assert (run_of(cache, config=config) == run_of(cache)) == (name in COSMETIC)
+    assert (run_of(cache, config=config) == run_of(cache)) == (name in RESUME_SAFE_SETTINGS)
 
 
-@pytest.mark.parametrize(("section", "name"), [("predictor", "depth"), ("predictor", "mlp_ratio"), ("split", "seed")])
-def test_the_predictor_and_the_split_decide_the_run(cache, section, name):
-    part = getattr(cache.config, section)
-    changed = dataclasses.replace(part, **{name: other(getattr(part, name))})
-    assert run_of(cache, config=dataclasses.replace(cache.config, **{section: changed})) != run_of(cache)
+def test_predictor_split_scaler_and_manifest_decide_the_run_and_evaluation_does_not(cache):
+    def of_section(name: str, **changes: object) -> str:
+        section = dataclasses.replace(getattr(cache.config, name), **changes)
+        return run_of(cache, config=dataclasses.replace(cache.config, **{name: section}))
 
-
-def test_evaluation_settings_do_not_decide_the_run(cache):
-    evaluate = dataclasses.replace(cache.config.evaluate, horizon=9, seed=4)
-    assert run_of(cache, config=dataclasses.replace(cache.config, evaluate=evaluate)) == run_of(cache)
-
-
-def test_the_scaler_decides_the_run(cache):
-    mean = (cache.scaler.states.mean[0] + 1e-9, *cache.scaler.states.mean[1:])
-    states = dataclasses.replace(cache.scaler.states, mean=mean)
-    assert run_of(cache, scaler=dataclasses.replace(cache.scaler, states=states)) != run_of(cache)
-
-
-def test_the_manifest_decides_the_run(cache):
-    manifest = cache.dataset.manifest
-    (part,) = manifest.parts
+    states = cache.scaler.states
+    moved = dataclasses.replace(states, mean=(states.mean[0] + 1e-9, *states.mean[1:]))
+    (part,) = cache.dataset.manifest.parts
     fewer = dataclasses.replace(part, entries=part.entries[:1])
-    assert run_of(cache, manifest=dataclasses.replace(manifest, parts=(fewer,))) != run_of(cache)
+    runs = {
+        run_of(cache),
+        of_section("predictor", depth=2),
+        of_section("predictor", mlp_ratio=3.0),
+        of_section("split", seed=3),
+        run_of(cache, scaler=dataclasses.replace(cache.scaler, states=moved)),
+        run_of(cache, manifest=dataclasses.replace(cache.dataset.manifest, parts=(fewer,))),
+    }
+    assert len(runs) == 6
+    assert of_section("evaluate", horizon=9, seed=4) == run_of(cache)
 
 
 def test_the_content_of_the_initial_weights_decides_the_run_and_their_name_does_not(cache, tmp_path):
@@ -94,7 +91,7 @@ def test_training_reads_the_ranges_that_its_filter_names(cache, tmp_path, monkey
         raise InterruptedError
 
     segments = cache.dataset.segments_of("train", cache.config.split)
-    monkeypatch.setattr(trainer, "describe_run", describe)
+    monkeypatch.setattr(run_module, "describe_run", describe)
     monkeypatch.setattr(trainer, "check_scaler", lambda *_: None)
     monkeypatch.setattr(cache.dataset, "segments_of", lambda *_: segments)
     config = with_filters(cache, keep_ranges="ranges.json")

@@ -1,10 +1,10 @@
 """What the options of a training promise, each with the true parts on a tiny cache.
 
 Claims:
-- epochs become the train steps that cover the windows so often;
+- epochs become the training steps that cover the windows so often;
 - training ends after `patience` validations without a better metric, a restart knows it, and `select: best` hands on the best;
 - a stop signal or Ctrl-C saves a checkpoint, and the same command goes on to the weights of an uninterrupted run;
-- a second Ctrl-C ends at once, and a signal before the first train step ends with the exit code for a requeue, and words;
+- a second Ctrl-C ends at once, and a signal before the first training step ends with the exit code for a requeue, and words;
 - checkpoints are copied to the remote folder, and a machine that knows nothing of the run goes on from there, bit for bit;
 - rollouts start where the seed says, anew in each batch, also after a resume;
 - float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
@@ -14,7 +14,6 @@ Claims:
 - the windows of a batch that failed are named.
 """
 
-import csv
 import importlib.util
 import json
 import os
@@ -32,26 +31,12 @@ from safetensors.torch import load_file
 from jepa_cache.predictor.checkpoints import CheckpointError, read_card
 from jepa_cache.training import trainer
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE, stop_request
-from jepa_cache.training.stepping import draw_rollout_start
+from jepa_cache.training.step import draw_rollout_start
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_cache, make_config
-
-TIMING = ("samples_per_s", "loader_wait_share")
+from tests.training.runs import bits, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
-
-
-def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> TrainResult:
-    return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
-
-
-def rows(result: TrainResult) -> list[dict[str, str]]:
-    with (result.run / "train.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
-
-
-def bits(weights: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +48,7 @@ def ctrl_c():
 
 
 def stop_at(step: int, monkeypatch, *signals: int) -> None:
-    """SIGTERM, or what is given, arrives while this train step is computed."""
+    """SIGTERM, or what is given, arrives while this training step is computed."""
     original = trainer.train_step
 
     def signalled(*arguments):
@@ -130,7 +115,7 @@ def test_sigterm_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_r
     environment = os.environ | {"PYTHONPATH": str(STAGE.parents[1])}
     done = subprocess.run([sys.executable, "-c", LOADING], env=environment, capture_output=True, text=True)
     assert done.returncode == REQUEUE_EXIT_CODE and "Traceback" not in done.stderr
-    assert "stopped by SIGTERM while no train step was running; the same command resumes" in done.stderr
+    assert "stopped by SIGTERM while no training step was running; the same command resumes" in done.stderr
 
 
 def test_a_csv_that_is_gone_or_was_changed_is_named_and_written_again_from_the_checkpoint(
@@ -303,13 +288,13 @@ def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
     ]
     assert [read_card(result.weights)["architecture"]["residual"] for result in results] == [False, True]
     first, second = (float(rows(result)[0]["jloss"]) for result in results)
-    assert second < 0.9 * first, "from the first train step it starts near copy-last"
+    assert second < 0.9 * first, "from the first training step it starts near copy-last"
 
 
 def test_the_windows_of_a_batch_that_failed_are_named(cache, tmp_path, runs):
     with pytest.raises(
         ValueError,
-        match=r"there was no checkpoint yet, .*windows of this train step are named in .*failed-step-00000002-process-0\.json",
+        match=r"there was no checkpoint yet, .*windows of this training step are named in .*failed-step-00000002-process-0\.json",
     ):
         run(cache, tmp_path, "train.lr=1e36", "train.start_lr=1e36")
     (path,) = runs.glob("*/failed-step-*.json")

@@ -2,10 +2,10 @@
 
 Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
-- one process writes; a stop signal to one ends both at one train step with the exit code for a requeue, and going on ends as if
+- one process writes; a stop signal to one ends both at one training step with the exit code for a requeue, and going on ends as if
   nothing had happened;
 - when one dies, the other says so and names the checkpoint;
-- processes with other settings than the first one are refused before the first train step.
+- processes with other settings than the first one are refused before the first training step.
 """
 
 import csv
@@ -27,7 +27,7 @@ EXACT = 1e-5  # relative; sums of other order in float32
 
 
 def run_training(workspace: str, output: str, *overrides: str) -> None:
-    """In each process: train on the cache of `workspace`; `die_at=K` kills process 1 at train step K, `pause` slows each down."""
+    """In each process: train on the cache of `workspace`; `die_at=K` kills process 1 at training step K, `pause` slows each down."""
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.data.scaler import read_scaler
     from jepa_cache.training import trainer
@@ -144,7 +144,7 @@ def test_a_signal_to_one_process_ends_both_at_a_step_and_the_same_command_goes_o
     again = start_two(cache, tmp_path, free_port(), *slow)
     texts = finish(*again)
     assert [process.returncode for process in again] == [0, 0], texts
-    assert f"goes on at train step {stopped}" in texts[0]
+    assert f"resumes at training step {stopped}" in texts[0]
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 41))
 
 

@@ -14,7 +14,6 @@ Claims:
 - a manifest made with other settings is refused.
 """
 
-import csv
 import importlib
 import json
 import os
@@ -38,30 +37,18 @@ from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
-from jepa_cache.training.identity import held_output
-from jepa_cache.training.schedule import warmup_stable_decay
+from jepa_cache.training.optim import warmup_stable_decay
+from jepa_cache.training.run import held_output
 from jepa_cache.training.trainer import train
 from tests.caches import Cache, make_config
-
-TIMING = ("samples_per_s", "loader_wait_share")
+from tests.training.runs import bits, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
 
 
-def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> trainer.TrainResult:
-    config = make_config(*overrides)
-    return train(config, cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
-
-
-def rows(result: trainer.TrainResult) -> list[dict[str, str]]:
-    """Rows of the CSV without the columns that depend on the clock."""
-    with (result.weights.parent / "train.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
-
-
 def content(weights: Path) -> tuple[dict, dict[str, bytes]]:
     """The card and the bits of every tensor."""
-    return read_card(weights), {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+    return read_card(weights), bits(weights)
 
 
 # --- killed and continued -------------------------------------------------------------------------------------------------
@@ -159,7 +146,7 @@ class Nursery:
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
     nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 129, 18) if overrides else range(3, 124, 8)
+    moments = range(20, 131, 18) if overrides else range(3, 124, 8)
     plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
     whole, *ends = nursery.run([nursery.item("whole"), *plan])
     assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
@@ -223,10 +210,6 @@ def test_fresh_starts_over(cache, tmp_path):
     assert (content(again.weights), rows(again)) == before
 
 
-def test_a_shorter_first_part_is_another_run_with_other_rates(cache, tmp_path):
-    assert run(cache, tmp_path).run != run(cache, tmp_path, "train.num_steps=10").run
-
-
 def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_run(cache, tmp_path):
     plain = run(cache, tmp_path / "a")
     other = run(cache, tmp_path / "b", "train.num_loader_threads=3", "train.checkpoint_every=5", fresh=True)
@@ -236,7 +219,7 @@ def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_
 
 # --- two at once ---------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys; from pathlib import Path; from jepa_cache.training.identity import held_run\n"
+HOLD = "import sys; from pathlib import Path; from jepa_cache.training.run import held_run\n"
 HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
@@ -291,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(cache, tmp_path,
     wild = ("train.lr=1e36", "train.start_lr=1e36", "train.checkpoint_every=1", "train.log_every=1")
     with pytest.raises(
         ValueError,
-        match=r"train step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
+        match=r"training step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
     ):
         run(cache, tmp_path, *wild)
     assert {path: path.read_bytes() for path in kept.weights.parent.iterdir()} == before
@@ -311,7 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_
         return build(model, **rates)
 
     monkeypatch.setattr(trainer, "build_optimizer", spoiled)
-    with pytest.raises(ValueError, match=r"train step 3 .* norm of its gradient (nan|inf)"):
+    with pytest.raises(ValueError, match=r"training step 3 .* norm of its gradient (nan|inf)"):
         run(cache, tmp_path, "train.checkpoint_every=1")
     (folder,) = runs.iterdir()
     assert (folder / "checkpoints/latest").readlink() == Path("step-00000002")

@@ -5,42 +5,30 @@ Claims:
 - with one held-out episode there is no other to compare with, and the losses stay.
 """
 
-import csv
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.rollout import normalize_tokens, teacher_forcing
-from jepa_cache.training.feed import VALIDATION_WINDOWS_PER_EPISODE
+from jepa_cache.training.batches import VALIDATION_WINDOWS_PER_EPISODE
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_cache
+from tests.training.runs import rows
+
+pytestmark = pytest.mark.usefixtures("runs")
 
 
-@pytest.fixture(autouse=True)
-def fresh_state(tmp_path, monkeypatch):
-    """Runs of this test only, and an accelerate that has not fixed its precision yet."""
-    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run(cache: Cache) -> TrainResult:
-    return train(cache.config, cache.dataset, cache.scaler, cache.folder / "run", base=cache.folder)
-
-
-def last_row(result: TrainResult) -> dict[str, str]:
-    with (result.weights.parent / "train.csv").open(newline="") as file:
-        return list(csv.DictReader(file))[-1]
+def last_row(cache: Cache) -> tuple[TrainResult, dict[str, str]]:
+    result = train(cache.config, cache.dataset, cache.scaler, cache.folder / "run", base=cache.folder)
+    return result, rows(result)[-1]
 
 
 def test_validation_compares_with_copying_and_with_the_actions_of_another_episode(tmp_path):
     cache = make_cache(tmp_path)
-    result = run(cache)
-    row = last_row(result)
+    result, row = last_row(cache)
     predictor, card = load_predictor(result.weights)
     index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), card["window_steps"])
     numbers = spread_windows(index, VALIDATION_WINDOWS_PER_EPISODE)
@@ -62,5 +50,5 @@ def test_validation_compares_with_copying_and_with_the_actions_of_another_episod
 
 def test_one_held_out_episode_is_validated_without_another_to_compare_with(tmp_path):
     alone = make_cache(tmp_path, "split.seed=1")
-    row = last_row(run(alone))
+    _, row = last_row(alone)
     assert row["val_jloss"] and not row["val_gap_copy_last"] and not row["val_gap_shuffled_actions"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import orjson
 
 from jepa_cache.episode import RecordingError
 from jepa_cache.media.tar import describe_stand_in
@@ -72,12 +73,20 @@ def parse_object(data: bytes, where: str, max_bytes: int | None = None) -> dict[
     if max_bytes is not None and len(data) > max_bytes:
         raise RecordsError(f"{where} is longer than {max_bytes} bytes")
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError; depth without end a RecursionError.
-        raise RecordsError(f"{where} is no JSON: {describe_stand_in(data) or error}") from error
+        value = orjson.loads(data)  # A third of the time: VPT lines are read by the hundred thousand.
+    except orjson.JSONDecodeError:
+        value = _parse_lenient(data, where)
     if not isinstance(value, dict):
         raise RecordsError(f"{where} must hold a JSON object; got {repr(value)[:60]}")
     return value
+
+
+def _parse_lenient(data: bytes, where: str) -> Any:
+    """What Python's own parser takes beyond the standard: NaN, lone surrogates, and numbers of any size."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError; depth without end a RecursionError.
+        raise RecordsError(f"{where} is no JSON: {describe_stand_in(data) or error}") from error
 
 
 def read_rate(fields: Mapping[str, Any], name: str, where: str) -> float:

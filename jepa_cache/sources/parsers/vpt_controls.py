@@ -52,7 +52,7 @@ class Line:
     def read_float(self, name: str, default: Any = _REQUIRED) -> float:
         """A finite number; ints pass."""
         value = self.read(name, default)
-        if value is default:
+        if value is default or (type(value) is float and math.isfinite(value)):
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(name, "a number", value)
@@ -62,6 +62,9 @@ class Line:
 
     def read_int(self, name: str, default: Any = _REQUIRED) -> int:
         """An integer of 64 bits; 3.0 passes for 3."""
+        value = self.read(name, default)
+        if type(value) is int and -(2**63) < value < 2**63:
+            return value
         value = self.read_float(name, default)
         if value is not default and (value != int(value) or abs(value) >= 2**63):
             raise self.wrong(name, "an integer", value)
@@ -252,7 +255,7 @@ class _Columns:
         self.first_line = first_line  # counted from 0
         self.ticks: list[int] = []  # as the lines number themselves
         self._rows: list[tuple[float, ...]] = []
-        self._held: list[set[int]] = []
+        self._held: list[list[int]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -263,10 +266,10 @@ class _Columns:
         hotbar = line.read_int("hotbar", -1)
         if not -1 <= hotbar <= 8 or (hotbar == -1 and line.read("hotbar", None) is not None):
             raise line.wrong("hotbar", "a slot from 0 to 8", hotbar)
-        held = {KEYS[key] for key in (key.removeprefix(KEY_PREFIX) for key in keys) if key in KEYS}
-        held |= {MOUSE_BUTTONS[button] for button in buttons if button in MOUSE_BUTTONS}
+        names = {KEYS.get(key.removeprefix(KEY_PREFIX)) for key in keys}
+        names |= {MOUSE_BUTTONS.get(button) for button in buttons}
         if self._rows and -1 not in (hotbar, self._rows[-1][2]) and hotbar != self._rows[-1][2]:
-            held.add(f"hotbar.{hotbar + 1}")
+            names.add(f"hotbar.{hotbar + 1}")
         self._rows.append(
             (
                 line.read_float("mouse.dx"),
@@ -275,18 +278,20 @@ class _Columns:
                 gui,
                 line.read_bool("isGuiInventory", False),
                 line.read_int("milli", -1),
-                *(line.read_float(f"{axis}pos", math.nan) for axis in "xyz"),
+                line.read_float("xpos", math.nan),
+                line.read_float("ypos", math.nan),
+                line.read_float("zpos", math.nan),
                 *view_deg,
             )
         )
-        self._held.append({COLUMN_INDEX[name] for name in held})
+        self._held.append([COLUMN_INDEX[name] for name in names - {None}])
         self.ticks.append(tick)
 
     def build(self) -> dict[str, np.ndarray]:
         num_ticks = len(self._rows)
         held = np.zeros((len(VPT_BUTTONS), num_ticks), bool)
         for row, indices in enumerate(self._held):
-            held[list(indices), row] = True
+            held[indices, row] = True
         dx, dy, hotbar, gui, gui_inventory, milli, x, y, z, yaw_deg, pitch_deg = zip(*self._rows, strict=True)
         controls = {
             "tick": np.arange(self.first_line, self.first_line + num_ticks, dtype=np.int64),

@@ -1,0 +1,119 @@
+"""Batches on the device: training windows in the sampler's order, and windows of every held-out episode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from jepa_cache.config.schema import Config
+from jepa_cache.data.ablations import SHUFFLED, action_ablations
+from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.loader import Batch, WindowLoader
+from jepa_cache.data.scaler import Scaler
+from jepa_cache.data.splits import TRAIN, VAL
+from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
+
+VALIDATION_WINDOWS_PER_EPISODE = 4
+
+
+class TrainingData:
+    """The windows of both splits, as batches on the device.
+
+    Attributes:
+        num_windows: Training windows.
+        datasets: Names of the members of a mixture, else the one data set.
+        validation: Numbers of the held-out windows; empty where no held-out episode is long enough.
+        compares: Whether there are held-out episodes enough to give windows the actions of another one.
+    """
+
+    def __init__(self, config: Config, dataset: CachedDataset, scaler: Scaler, accelerator: Accelerator) -> None:
+        """Index the windows of both splits.
+
+        Raises:
+            ValueError: When no training segment holds a window.
+        """
+        self._settings, self._device, self._dataset = config.train, accelerator.device, dataset
+        self._rank, self._num_processes = accelerator.process_index, accelerator.num_processes
+        pin = accelerator.device.type == "cuda"
+        index = WindowIndex(dataset.segments_of(TRAIN, config.split, config.filter), self._settings.window_steps)
+        self.num_windows = len(index)
+        self._index = index
+        self.datasets = list(dict.fromkeys(part.dataset for part in dataset.manifest.parts))
+        self.loader = WindowLoader(
+            dataset, index, scaler, num_threads=self._settings.num_loader_threads, pin_memory=pin
+        )
+        self.sampler = WindowSampler(
+            len(index),
+            self._settings.batch_size,
+            seed=self._settings.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            groups=mixture_groups(dataset, index),
+        )
+        self.validation: list[int] = []
+        self.compares = False
+        held_out = dataset.segments_of(VAL, config.split, config.filter)
+        if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
+            val_index = WindowIndex(held_out, self._settings.window_steps)
+            self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
+            self._val_index = val_index
+            self._val_loader = WindowLoader(dataset, val_index, scaler)
+            self.compares = len({val_index.segments[val_index[n].segment].episode for n in self.validation}) > 1
+            if self.compares:
+                self._shuffled = dict(zip(self.validation, self._shuffle(scaler), strict=True))
+
+    def _shuffle(self, scaler: Scaler) -> np.ndarray:
+        given = action_ablations(self._dataset, scaler, self._val_index, self.validation, seed=self._settings.seed)
+        return given[SHUFFLED]
+
+    def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:
+        """Return for validation windows [B] the scaled actions [B, T-1, A] of another episode, the same every time."""
+        return torch.from_numpy(np.stack([self._shuffled[int(number)] for number in numbers])).to(self._device)
+
+    def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
+        """Return the batches of the training steps that follow `first_step`, `grad_accumulation` for each."""
+        per_step = self._settings.grad_accumulation
+        turns = range(first_step * per_step, num_steps * per_step)
+        return self.loader.iterate(map(self.sampler.numbers, turns), self._device)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Return this process's share of the validation windows; over all processes each window once."""
+        size = self._settings.batch_size
+        chunks = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
+        return self._val_loader.iterate(chunks[self._rank :: self._num_processes], self._device)
+
+    def datasets_of(self, numbers: np.ndarray, *, held_out: bool = False) -> np.ndarray:
+        """Return for each window number [B] the position in `datasets` of the data set that it is drawn from."""
+        index = self._val_index if held_out else self._index
+        stores = [index[int(number)].store for number in numbers]
+        return np.array([self.datasets.index(self._dataset.manifest.stores[store][0].dataset) for store in stores])
+
+    def describe(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Say of training windows [B] their data set, episode, first step and number of steps."""
+        described = []
+        for number in numbers:
+            window = self._index[int(number)]
+            segment = self._index.segments[window.segment]
+            described.append(
+                {
+                    "window": int(number),
+                    "dataset": self._dataset.manifest.stores[window.store][0].dataset,
+                    "episode": segment.episode,
+                    "start": window.start - segment.start,
+                    "num_steps": self._index.num_steps,
+                }
+            )
+        return described
+
+
+def mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:
+    """Return number of windows and weight of every data set, in the order of the index: what a sampler draws by."""
+    counts: dict[str, int] = {part.dataset: 0 for part in dataset.manifest.parts}
+    weights = {part.dataset: part.weight for part in dataset.manifest.parts}
+    for segment, count in zip(index.segments, index.counts(), strict=True):
+        counts[dataset.manifest.stores[segment.store][0].dataset] += count
+    return [WindowGroup(count, weights[name]) for name, count in counts.items()]

@@ -1,0 +1,193 @@
+"""What a training reports: one CSV with everything, and the trackers that mirror it."""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import DVCLiveTracker, GeneralTracker, TensorBoardTracker, WandBTracker
+
+from jepa_cache.files import atomic_file, full_disk_named
+from jepa_cache.training.losses import TERMS
+from jepa_cache.training.step import GAPS
+
+COLUMNS = (
+    *("step", "epoch", *TERMS, "lr", "grad_norm", "samples_per_s", "loader_wait_share"),
+    *(f"val_{name}" for name in (*TERMS, *GAPS)),
+)
+
+
+def columns_for(num_rollout_steps: int, datasets: Sequence[str], *, on_gpu: bool) -> tuple[str, ...]:
+    """Name the columns of a training's CSV.
+
+    Args:
+        num_rollout_steps: R; `sloss_h1` to `sloss_hR` are the rollout loss of each of its steps.
+        datasets: Members of a mixture; `jloss.<name>` and `val_jloss.<name>` of each. One data set alone has none.
+        on_gpu: `gpu_memory_mb`, the most that was allocated since the row before.
+    """
+    extra = [f"sloss_h{step}" for step in range(1, num_rollout_steps + 1)]
+    if len(datasets) > 1:
+        extra += [f"{prefix}jloss.{name}" for prefix in ("", "val_") for name in datasets]
+    return (*COLUMNS, *extra, *(["gpu_memory_mb"] if on_gpu else []))
+
+
+class Recorder:
+    """Appends rows to a CSV that outlives the process, and mirrors them to trackers.
+
+    After a resume, rows beyond the checkpoint are dropped and the rest is replayed into the trackers, so all read as if
+    the training had never stopped. The checkpoint's own copy of its rows counts; a CSV that says otherwise is named.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        trackers: Sequence[GeneralTracker],
+        *,
+        resumed_step: int,
+        kept: str | None = None,
+    ) -> None:
+        """Write the CSV anew with the rows up to the checkpoint, and replay them.
+
+        Args:
+            path: Of the CSV, beside the checkpoints.
+            columns: Its header.
+            trackers: Finished with the recorder.
+            resumed_step: Training steps already done; 0 for a fresh run.
+            kept: The checkpoint's copy of the CSV; None where it has none, as those of the first release.
+        """
+        self.path, self._columns, self._trackers = path, tuple(columns), list(trackers)
+        rows = _recover_rows(path, resumed_step, kept)
+        # A column that is no longer written, such as the GPU's memory after a move to a CPU, is dropped.
+        kept_rows = [{name: row[name] for name in self._columns if name in row} for row in rows]
+        self._lines = [self._format([dict(zip(self._columns, self._columns, strict=True)), *kept_rows])]
+        self._rewrite()
+        for row in rows:
+            self._mirror({name: value for name, value in row.items() if value != ""})
+
+    @property
+    def text(self) -> str:
+        """The CSV so far."""
+        return "".join(self._lines)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add one row; columns that are absent stay empty."""
+        self._lines.append(self._format([row]))
+        if self.path.is_file():
+            with full_disk_named(self.path), self.path.open("a", newline="") as file:
+                file.write(self._lines[-1])
+        else:  # somebody removed it meanwhile
+            self._rewrite()
+        self._mirror(row)
+
+    def close(self) -> None:
+        """Let the trackers write what is pending."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def _format(self, rows: Sequence[dict[str, Any]]) -> str:
+        file = io.StringIO()
+        csv.DictWriter(file, self._columns).writerows(rows)
+        return file.getvalue()
+
+    def _rewrite(self) -> None:
+        with atomic_file(self.path) as temporary:
+            temporary.write_bytes(self.text.encode())
+
+    def _mirror(self, row: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in row.items() if name != "step"}
+        with full_disk_named(self.path.parent):
+            for tracker in self._trackers:
+                tracker.log(values, step=int(row["step"]))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of an earlier CSV; a last line cut off by a crash is dropped."""
+    return _parse_rows(path.read_bytes().decode()) if path.is_file() else []
+
+
+def _parse_rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(line for line in io.StringIO(text, newline="") if line.endswith("\n")))
+
+
+def _recover_rows(path: Path, step: int, kept: str | None) -> list[dict[str, str]]:
+    """Return the rows up to a training step, the checkpoint's if it has them, and print what is wrong with the CSV."""
+    if step == 0:
+        return []
+    found: list[dict[str, str]] = []
+    damage = "is gone"
+    if path.is_file():
+        try:
+            found = [row for row in read_rows(path) if int(row["step"]) <= step]
+            whole = all(None not in (*row, *row.values()) for row in found)  # None: cells too many or too few
+            damage = "was changed" if whole else "is damaged"
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            found, damage = [], f"is damaged ({error!r})"
+    if kept is not None:
+        rows = _parse_rows(kept)
+        if found != rows:
+            print(f"{path} {damage}; its rows up to training step {step} are written again from the checkpoint")
+        return rows
+    if damage != "was changed":
+        print(f"{path} {damage}, and the checkpoint has no copy of it: its rows up to training step {step} are lost")
+        return []
+    return found
+
+
+def open_trackers(
+    loggers: Sequence[str], *, live_folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> list[GeneralTracker]:
+    """Start the trackers that `train.loggers` names; a resumed training replays its rows into them.
+
+    Args:
+        loggers: Of `config.schema.LOGGERS`.
+        live_folder: DVCLive's, in the workspace.
+        run_folder: Of the run; TensorBoard's and W&B's files lie in it. Its name is the run's id, on W&B too, whose
+            environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
+        settings: Shown by W&B.
+
+    Raises:
+        ValueError: A package is not installed, or DVC runs this stage and DVCLive is not among them.
+    """
+    if os.environ.get("DVC_STAGE") and "dvclive" not in loggers:
+        raise ValueError(
+            f"train.loggers is {list(loggers)}, but under DVC it must name dvclive, whose files are outputs of this stage; add it"
+        )
+    _name_user()
+    logging.getLogger("dvclive").setLevel(logging.ERROR)
+    trackers: list[GeneralTracker] = []
+    for name in loggers:
+        if name == "dvclive":
+            from dvclive import Live
+
+            live = Live(str(live_folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+            trackers.append(DVCLiveTracker(live=live))
+        elif name == "tensorboard":
+            for old in (run_folder / name).glob("events.out.tfevents.*"):  # its rows are replayed into a new file
+                old.unlink()
+            trackers.append(TensorBoardTracker(name, run_folder))
+        else:
+            (run_folder / name).mkdir(parents=True, exist_ok=True)
+            run = {"id": run_folder.name, "name": run_folder.name[:8], "resume": "allow"}
+            trackers.append(WandBTracker("jepa-cache", dir=str(run_folder / name), config=dict(settings), **run))
+        try:
+            trackers[-1].start()
+        except ImportError as error:
+            raise ValueError(
+                f"train.loggers names {name}, but it is not installed; pip install 'jepa-cache[loggers]', or remove it from train.loggers"
+            ) from error
+    return trackers
+
+
+def _name_user() -> None:
+    """Name a user without a name (`docker run --user`) by its number: DVC asks for the name, and would fail."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())

@@ -1,0 +1,155 @@
+"""What the record of a training promises.
+
+Claims:
+- what is logged is read back, and every tracker holds the same numbers at the same training steps, each once, also after a resume;
+- a last line that a crash cut off is no row, and no failure while the CSV is rewritten loses its rows;
+- the columns are those of the loss, of each data set of a mixture, and of the GPU;
+- Weights & Biases runs offline under the run's own id; under DVC, DVCLive must be named; a user without a name can train.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from jepa_cache.training.logging import COLUMNS, Recorder, columns_for, open_trackers, read_rows
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # DVCLive looks for a repository around the working folder
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} (extra `loggers`) is not installed")
+
+
+def record(folder: Path, steps, *, logger: str = "dvclive", resumed_step: int = 0, offset: float = 0.0) -> None:
+    trackers = open_trackers([logger], live_folder=folder / "live", run_folder=folder / "abc123", settings={"lr": 0.1})
+    recorder = Recorder(folder / "train.csv", COLUMNS, trackers, resumed_step=resumed_step)
+    for step in steps:
+        row = {"step": step, "total": step / 4 + offset, "jloss": 0.1 * step, "lr": 1e-3 / step}
+        recorder.log(row | ({"val_jloss": 0.7} if step % 4 == 0 else {}))
+    recorder.close()
+
+
+def csv_rows(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in read_rows(folder / "train.csv") if row[name]]
+
+
+def shown_rows(folder: Path, logger: str, name: str) -> list[tuple[int, float]]:
+    if logger == "dvclive":
+        with (folder / f"live/plots/metrics/{name}.tsv").open(newline="") as file:
+            return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file, delimiter="\t")]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "abc123/tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_what_is_logged_is_read_back_and_absent_columns_stay_empty(tmp_path):
+    assert read_rows(tmp_path / "train.csv") == []
+    record(tmp_path, [2, 4])
+    first, second = read_rows(tmp_path / "train.csv")
+    assert list(first) == list(COLUMNS)
+    assert (first["step"], float(first["total"]), first["val_jloss"]) == ("2", 0.5, "")
+    assert float(second["val_jloss"]) == 0.7
+
+
+@pytest.mark.parametrize("logger", ["dvclive", pytest.param("tensorboard", marks=needs("tensorboard"))])
+def test_a_tracker_mirrors_the_csv_and_a_resume_drops_the_rows_beyond_the_checkpoint(tmp_path, logger):
+    record(tmp_path, range(2, 14, 2), logger=logger)
+    record(tmp_path, range(10, 18, 2), logger=logger, resumed_step=8, offset=5.0)
+    totals = csv_rows(tmp_path, "total")
+    assert [step for step, _ in totals] == list(range(2, 18, 2))
+    assert [total > 5 for _, total in totals] == [False] * 4 + [True] * 4
+    for name in ("total", "jloss", "lr", "val_jloss"):
+        shown = shown_rows(tmp_path, logger, name)
+        assert [step for step, _ in shown] == [step for step, _ in csv_rows(tmp_path, name)]
+        values = [value for _, value in csv_rows(tmp_path, name)]
+        assert [value for _, value in shown] == pytest.approx(values, rel=1e-6)  # TensorBoard keeps float32
+    if logger == "dvclive":
+        summary = json.loads((tmp_path / "live/metrics.json").read_text())
+        assert (summary["step"], summary["total"]) == (16, 9.0)
+
+
+def test_a_resume_at_the_end_keeps_everything_as_it_is(tmp_path):
+    record(tmp_path, [1, 2, 3])
+    before = (tmp_path / "train.csv").read_bytes()
+    record(tmp_path, [], resumed_step=3)
+    assert (tmp_path / "train.csv").read_bytes() == before
+    assert shown_rows(tmp_path, "dvclive", "total") == csv_rows(tmp_path, "total")
+    assert json.loads((tmp_path / "live/metrics.json").read_text())["step"] == 3
+
+
+def test_a_last_line_cut_off_anywhere_is_no_row(tmp_path):
+    record(tmp_path, [4, 8])
+    whole = (tmp_path / "train.csv").read_bytes()
+    start = whole.rindex(b"\n", 0, len(whole) - 2) + 1
+    for end in range(start, len(whole) - 1):
+        (tmp_path / "train.csv").write_bytes(whole[:end])
+        assert [row["step"] for row in read_rows(tmp_path / "train.csv")] == ["4"], whole[start:end]
+    record(tmp_path, [8], resumed_step=4)
+    assert (tmp_path / "train.csv").read_bytes() == whole
+
+
+def test_a_failure_while_the_csv_is_rewritten_loses_no_row(tmp_path, monkeypatch):
+    record(tmp_path, [1, 2, 3])
+    before = (tmp_path / "train.csv").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", fail)
+    with pytest.raises(OSError, match="No space"):
+        record(tmp_path, [], resumed_step=3)
+    assert (tmp_path / "train.csv").read_bytes() == before
+
+
+@needs("wandb")
+def test_wandb_runs_offline_under_the_run_s_id(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    record(tmp_path, [1, 2], logger="wandb")
+    files = list((tmp_path / "abc123/wandb").rglob("run-abc123.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 0
+
+
+def test_a_mixture_has_a_column_for_each_data_set_and_a_single_one_has_none():
+    mixed = columns_for(3, ["vpt", "sample"], on_gpu=True)
+    assert mixed[len(COLUMNS) :] == (
+        *("sloss_h1", "sloss_h2", "sloss_h3", "jloss.vpt", "jloss.sample", "val_jloss.vpt", "val_jloss.sample"),
+        "gpu_memory_mb",
+    )
+    assert columns_for(1, ["vpt"], on_gpu=False)[len(COLUMNS) :] == ("sloss_h1",)
+
+
+def test_under_dvc_the_mirrors_must_name_dvclive(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    with pytest.raises(ValueError, match=r"train\.loggers is \[\], but under DVC it must name dvclive"):
+        open_trackers([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={})
+
+
+def test_a_user_without_a_name_trains_in_a_repository_of_dvc(tmp_path, monkeypatch):
+    """As in `docker run --user 12345`: DVC takes the name from the environment, else from the list of users."""
+    from dvc.repo import Repo
+
+    Repo.init(str(tmp_path), no_scm=True).close()
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "restored at the end")
+        monkeypatch.delenv(name)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    record(tmp_path, [1, 2])
+    assert (tmp_path / "live/metrics.json").is_file() and os.environ["LOGNAME"] == str(os.getuid())
