@@ -47,12 +47,12 @@ def test_stores_under_another_units_name_are_named_by_verify_and_made_again(chec
     put_in_place_of(checkout.actions(1), checkout.actions(0))
     list_twice(checkout)
     result = checkout.run("verify", "--json")
-    found = [finding for finding in result.document["findings"] if finding["place"] == str(checkout.tokens(1))]
+    found = [finding for finding in result.document["findings"] if finding["path"] == str(checkout.tokens(1))]
     assert result.code == 1 and found and found[0]["kind"] == "tokens"
     if not old:
         with pytest.raises(ValueError, match="not the store that its path says"):
             CachedDataset(checkout.manifest, checkout.root)
-    assert "ANOTHER DIGEST" in checkout.run("repair", str(checkout.recordings)).out
+    assert "ANOTHER DIGEST" in checkout.run("verify", "--repair", str(checkout.recordings)).out
     checkout.encode()
     assert checkout.manifest == honest
     changed = {name for name, content in checkout.files().items() if before.get(name) not in (None, content)}
