@@ -41,9 +41,9 @@ def made(fresh):
 
 def test_a_released_file_is_encoded_pooled_checked_and_offered_to_the_predictor(made):
     checkout, state, overrides = made
-    planned = checkout.run("plan", "--json", checkout.recordings, *overrides).document
+    planned = checkout.run("estimate", "--json", checkout.recordings, *overrides).document
     # Coded dtypes wait in float16 until a unit's statistics are complete: so many bytes more of the same tokens.
-    coded = checkout.run("plan", "--json", checkout.recordings, *overrides, "encode.dtype=int8").document
+    coded = checkout.run("estimate", "--json", checkout.recordings, *overrides, "encode.dtype=int8").document
     spare = coded["disk"]["needed_bytes"] - coded["bytes"]["int8"]["total"]
     assert spare == coded["all"]["steps"] * 4 * 48 * 2
     checkout.encode(*overrides)
