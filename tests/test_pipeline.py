@@ -154,5 +154,5 @@ def test_synthetic_and_other_recordings_are_never_mixed(workspace):
     output = workspace.python("stages/encode.py", "shards", fails=True)
     assert "synthetic sample and 1 other" in output
     output = workspace.python("stages/encode.py", "shards", "dataset=vpt")
-    assert "left out: 2 synthetic tar shards" in output
+    assert "skipped: 2 synthetic tar shards" in output
     (workspace.root / "shards/mine.tar").unlink()
