@@ -12,6 +12,7 @@ for name in ("DVC_ROOT", "DVC_STAGE"):
 
 import pytest  # noqa: E402
 
+from jepa_cache.config.loading import REPOSITORY_ROOT  # noqa: E402
 from tests.workspace import SUITE_SETTINGS  # noqa: E402
 
 pytest_plugins = ["tests.store.s3_server"]
@@ -32,6 +33,8 @@ def private_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         _set_folders(patch, home)
         patch.chdir(home)
+        # What a test starts in another folder finds the checkout's packages, `tests` among them.
+        patch.setenv("PYTHONPATH", str(REPOSITORY_ROOT))
         yield
 
 

@@ -1,7 +1,6 @@
 """Claims of cli/main.py: each command is imported alone and without torch; its help says its exit codes; --json is one document."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -27,10 +26,7 @@ for arguments in (["status", {str(checkout.recordings)!r}], ["gc"], ["estimate",
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     assert not heavy, (arguments, heavy)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

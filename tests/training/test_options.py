@@ -112,8 +112,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_sigterm_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_requeue():
-    environment = os.environ | {"PYTHONPATH": str(STAGE.parents[1])}
-    done = subprocess.run([sys.executable, "-c", LOADING], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True)
     assert done.returncode == REQUEUE_EXIT_CODE and "Traceback" not in done.stderr
     assert "stopped by SIGTERM while no training step was running; the same command resumes" in done.stderr
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE
 from tests.caches import Cache
 
@@ -58,7 +57,6 @@ def start(cache: Cache, output: Path, *overrides: str, num_processes: int, rank:
     """One process of a training; the environment is what torchrun, accelerate launch and srun set."""
     code = "import sys; from tests.training.test_processes import run_training; run_training(*sys.argv[1:])"
     environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY_ROOT),
         "JEPA_RUNS_HOME": str(output / "runs"),
         "OMP_NUM_THREADS": "1",
     }

@@ -29,7 +29,6 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.config.schema import Config
 from jepa_cache.data.agreement import find_differences
 from jepa_cache.data.cache import open_dataset
@@ -127,11 +126,8 @@ class Nursery:
 
     def run(self, items: list[dict]) -> list[dict]:
         command = [sys.executable, "-c", "from tests.training.test_trainer import run_plan; run_plan()"]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}
         # Elsewhere than in the checkout: DVCLive would look the repository up in every child.
-        done = subprocess.run(
-            command, input=json.dumps(items), capture_output=True, text=True, cwd=self.folder, env=environment
-        )
+        done = subprocess.run(command, input=json.dumps(items), capture_output=True, text=True, cwd=self.folder)
         logs = "".join(path.read_text()[-2000:] for path in self.folder.glob("*/log")) if done.returncode else ""
         assert done.returncode == 0, done.stderr + logs
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -226,8 +222,7 @@ HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.
 def test_a_run_that_another_process_holds_is_refused_until_that_process_is_killed(cache, tmp_path):
     whole = run(cache, tmp_path)
     command = [sys.executable, "-c", HOLD, str(whole.run)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         for fresh in (False, True):
             with pytest.raises(
