@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -62,10 +61,6 @@ def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment])
                     break
         if wanted:
             raise ValueError(
-                f"{_name(files)} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
+                f"{files[0]} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
             )
     return frames
-
-
-def _name(files: Sequence[Path]) -> str:
-    return f"{files[0]}" + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")

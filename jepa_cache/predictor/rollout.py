@@ -1,7 +1,7 @@
 """Predictions from a predictor: with true tokens (teacher forcing) and with its own (rollout).
 
-Pure functions that training, validation and evaluation share. They only call the predictor, so that a wrapped one (DDP, LoRA) serves
-as well, and they carry gradients unless the caller switches them off.
+Pure functions that training, validation and evaluation share. They only call the predictor, so that a wrapped one (DDP,
+LoRA) serves as well, and they carry gradients unless the caller switches them off.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ def teacher_forcing(
 
     Args:
         predictor: an `ACPredictor`.
-        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; the last step is only the target.
+        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; the last step is a target only.
         actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
         states: [B, T, S] or [B, T-1, S].
         extrinsics: [B, T, A-1] or [B, T-1, A-1], for a predictor that uses it.
@@ -79,7 +79,9 @@ def teacher_forcing(
     Raises:
         ValueError: the window has fewer than two steps, or a shape does not fit.
     """
-    num_steps = _num_predicted(tokens)
+    if tokens.ndim != 4 or tokens.shape[1] < 2:
+        raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(tokens.shape)}")
+    num_steps = tokens.shape[1] - 1
     camera = None if extrinsics is None else extrinsics[:, :num_steps]
     out = predictor(tokens[:, :num_steps], actions, states[:, :num_steps], camera, None, 0)
     return as_reps(out.tokens, normalize_reps)
@@ -126,12 +128,6 @@ def continue_rollout(
     return torch.cat(predicted, dim=1)
 
 
-def _num_predicted(tokens: Tensor) -> int:
-    if tokens.ndim != 4 or tokens.shape[1] < 2:
-        raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(tokens.shape)}")
-    return tokens.shape[1] - 1
-
-
 class TeacherForcedAndRollout(NamedTuple):
     """Predictions of the same windows with true tokens and with the predictor's own, float32.
 
@@ -170,7 +166,7 @@ class LatentModel(NamedTuple):
     ) -> Tensor:
         """Predict K steps after a true context, each from the predictions before it.
 
-        The context is computed once; every further step costs one step, because keys and values of earlier ones are kept.
+        The context is computed once; every further step costs one step, as keys and values of earlier ones are kept.
 
         Args:
             h: [B, C, N, E] true context of C >= 1 steps.

@@ -26,7 +26,13 @@ from jepa_cache.config.schema import Config, check_schedule
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import ranges_path
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.files import Claim, atomic_file, lock_file, replaced_files
+from jepa_cache.files import (
+    atomic_file,
+    remove_folder,
+    remove_stale_temporaries,
+    replaced_files,
+    try_claim,
+)
 from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
     OFFICIAL_SUFFIXES,
@@ -37,7 +43,6 @@ from jepa_cache.predictor.checkpoints import (
     save_state,
 )
 from jepa_cache.predictor.lora import (
-    LoraSettings,
     adapter_state,
     add_lora,
     load_adapter_state,
@@ -48,7 +53,7 @@ from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
-from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run, forget_checkpoints
+from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run
 from jepa_cache.training.distributed import check_same_run, watched_processes
 
 # A run resumes under other values of these, on another machine too: they move no number.
@@ -102,25 +107,95 @@ def open_run(
             or another process of this training has died or would train another run.
     """
     init = resolve_init(config.train.init, base)
-    if init is not None:
-        check_init_stays(init, output)
     ranges = ranges_path(config.filter, base)
     description = describe_run(config, dataset.manifest, scaler, init, ranges, num_processes=accelerator.num_processes)
-    origin = check_start(config, dataset, init)
-    if origin is not None:
-        description["origin"] = origin._asdict()
+    if init is not None:
+        description["origin"] = _check_init(init, config, dataset, output)._asdict()
     run = Run(run_folder(description), description, init)
     with ExitStack() as stack:
         stack.enter_context(watched_processes(accelerator, run.folder))
         check_same_run(accelerator, description)
         if accelerator.is_main_process:
-            stack.enter_context(held_output(output))
-            stack.enter_context(held_run(run.folder))
-            prepare_folder(run.folder, description, upload_to=config.train.upload_to, fresh=fresh)
-            for change in compare_start(init, dataset, scaler) if init is not None else ():
-                print(f"the starting weights were trained with other inputs: {change}")
+            stack.enter_context(
+                held(
+                    output,
+                    f"another training writes to {output.parent}, and the rows of two would mix. Wait for it or stop it; to train two at once "
+                    "use another checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one",
+                )
+            )
+            stack.enter_context(
+                held(
+                    run.folder,
+                    f"run {run.folder.name} is being trained by another process; two would overwrite each other's checkpoints. Wait for it or "
+                    "stop it; to train twice, change a setting (train.seed) in another checkout",
+                )
+            )
+            _prepare_folder(run, upload_to=config.train.upload_to, fresh=fresh)
+            if init is not None:
+                _print_changes(init, dataset, scaler)
         accelerator.wait_for_everyone()
         yield run
+
+
+@contextmanager
+def held(folder: Path, taken: str) -> Iterator[None]:
+    """Keep other processes out of a folder for the block, by a lock beside it that dies with its process.
+
+    Args:
+        folder: Of a run, or of results; it need not exist.
+        taken: What is said where another process holds it.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        claim = try_claim(lock)
+    except OSError as error:
+        raise ValueError(
+            f"{lock.parent} cannot be written or locked ({error}); it must be a folder of a file system with locks. That of all runs is "
+            "set by $JEPA_RUNS_HOME"
+        ) from error
+    if claim is None:
+        raise ValueError(f"{taken} (it holds {lock})")
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def _prepare_folder(run: Run, *, upload_to: str | None, fresh: bool) -> None:
+    """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded."""
+    remove_stale_temporaries(run.folder.parent)
+    if fresh:
+        remove_folder(run.folder)
+    known = run.folder.exists()
+    (run.folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with atomic_file(run.folder / "description.json") as temporary:
+        temporary.write_bytes(canonical_json(run.description))
+    if upload_to is not None and not fresh and not known:
+        came_from = download_run(run.folder, upload_to)
+        if came_from is not None:
+            print(f"fetched the run's checkpoint from {came_from}")
+
+
+def _check_init(init: Path, config: Config, dataset: CachedDataset, output: Path) -> EncoderMatch:
+    """Refuse starting weights of another encoder, unless that is allowed, and those that this training overwrites."""
+    if init.resolve() == (output / WEIGHTS_FILE).resolve():
+        raise ValueError(
+            f"train.init names {init}, which this training overwrites at its end: the same command would start from other weights "
+            "each time. Copy the file elsewhere and name the copy, or name the run that made it by its id (`run` in the file's card; "
+            "its checkpoints stay)"
+        )
+    weights = dataset.manifest.recipe["encoder"]["weights"]
+    return check_encoder(init, weights, digest=DigestTable().digest, allow_other=config.train.allow_other_encoder)
+
+
+def _print_changes(init: Path, dataset: CachedDataset, scaler: Scaler) -> None:
+    """Say how actions and states of the starting weights differ; fine-tuning on others is what such weights are for."""
+    here, there = json.loads(canonical_json(describe_weights(dataset, scaler))), find_card(init) or {}
+    for name in ("action_space", "scaler"):
+        if name in there:
+            for change in recipe_changes({name: there[name]}, {name: here[name]}):
+                print(f"the starting weights were trained with other inputs: {change}")
 
 
 def describe_run(
@@ -132,16 +207,7 @@ def describe_run(
     *,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """Collect everything that decides a run, as plain JSON.
-
-    Args:
-        config: Resolved settings; predictor, train and split count.
-        manifest: The training set.
-        scaler: Fitted on it.
-        init: File whose weights are the start.
-        ranges: File that `filter.keep_ranges` names; as with `init` its content counts, not its name.
-        num_processes: That train together; their number decides the global batch.
-    """
+    """Collect everything that decides a run, as plain JSON; of the files `init` and `ranges` the content, not the name."""
     # Under num_epochs the training steps follow from the windows.
     passive = (*RESUME_SAFE_SETTINGS, "num_steps") if config.train.num_epochs else RESUME_SAFE_SETTINGS
     return {
@@ -182,85 +248,6 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
     raise ValueError(f"train.init={reference!r} names no weights; tried {tried}")
 
 
-def check_init_stays(init: Path, output: Path) -> None:
-    """Raise a ValueError where the training would overwrite at its end, in the folder `output`, what it starts from."""
-    if init.resolve() == (output / WEIGHTS_FILE).resolve():
-        raise ValueError(
-            f"train.init names {init}, which this training overwrites at its end: the same command would start from other weights "
-            "each time. Copy the file elsewhere and name the copy, or name the run that made it by its id (`run` in the file's card; "
-            "its checkpoints stay)"
-        )
-
-
-@contextmanager
-def held_run(run: Path) -> Iterator[None]:
-    """Keep other processes out of a run for the block, by a lock beside its folder that dies with its process."""
-    lock = run.with_name(f"{run.name}.lock")
-    with _held(
-        lock,
-        f"run {run.name} is being trained by another process, which holds {lock}; two would overwrite each other's checkpoints. Wait for "
-        "it or stop it; to train twice, change a setting (train.seed) in another checkout",
-        f"the folder of all runs, {run.parent}, cannot be written or locked ({{}}); set $JEPA_RUNS_HOME to another",
-    ):
-        yield
-
-
-@contextmanager
-def held_output(output: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder of results for the block: rows of two would mix in its `live` folder."""
-    lock = output.with_name(f"{output.name}.lock")
-    with _held(
-        lock,
-        f"another training writes to {output.parent}, and holds {lock}; the rows of two would mix. Wait for it or stop it; to train two at "
-        "once use another checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one",
-        f"{output.parent} cannot be written or locked ({{}}); it must be a folder of a file system with locks",
-    ):
-        yield
-
-
-@contextmanager
-def _held(lock: Path, taken: str, unusable: str) -> Iterator[None]:
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = lock_file(lock, create=True)
-    except OSError as error:
-        raise ValueError(unusable.format(error)) from error
-    if descriptor is None:
-        raise ValueError(taken)
-    try:
-        yield
-    finally:
-        Claim(lock, descriptor).release()
-
-
-def prepare_folder(run: Path, description: dict[str, Any], *, upload_to: str | None, fresh: bool) -> None:
-    """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded."""
-    if fresh and run.exists():
-        forget_checkpoints(run / FOLDER)
-        shutil.rmtree(run)
-    known = run.exists()
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    _check_description(run / "description.json", description)
-    if upload_to is not None and not fresh and not known:
-        came_from = download_run(run, upload_to)
-        if came_from is not None:
-            print(f"fetched the run's checkpoint from {came_from}")
-
-
-def _check_description(path: Path, description: dict[str, Any]) -> None:
-    """Write what decides the run beside its checkpoints; refuse a folder of another run under this run's id."""
-    if path.is_file():
-        changes = recipe_changes(json.loads(path.read_text()), json.loads(canonical_json(description)))
-        if changes:
-            raise ValueError(
-                f"{path.parent} holds checkpoints of another training ({'; '.join(changes)}); move that folder away, or start over "
-                "with --fresh"
-            )
-        return
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(canonical_json(description))
-
-
 def code_digest() -> str:
     """Hash of the source files that decide a training."""
     package = Path(jepa_cache.__file__).parent
@@ -285,18 +272,22 @@ class TrainableModel:
         settings = config.train
         predictor = ACPredictor(**predictor_arguments(config, dataset))
         self.new_layers: tuple[str, ...] = load_start_weights(predictor, init) if init is not None else ()
-        self.lora: LoraSettings | None = None
         self.module: nn.Module = predictor
-        if settings.lora_rank:
-            if init is None:
-                raise ConfigError(
-                    f"train.lora_rank is {settings.lora_rank}, but train.init names no weights: adapters change given weights a "
-                    "little and teach fresh ones nothing. Set train.init, or train.lora_rank=0 to train in full"
-                )
-            self.lora = LoraSettings(
-                settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_rslora
+        self.lora = settings.lora_rank > 0
+        if self.lora and init is None:
+            raise ConfigError(
+                f"train.lora_rank is {settings.lora_rank}, but train.init names no weights: adapters change given weights a "
+                "little and teach fresh ones nothing. Set train.init, or train.lora_rank=0 to train in full"
             )
-            self.module = add_lora(predictor, self.lora, self.new_layers)
+        if self.lora:
+            self.module = add_lora(
+                predictor,
+                rank=settings.lora_rank,
+                alpha=settings.lora_alpha,
+                dropout=settings.lora_dropout,
+                rslora=settings.lora_rslora,
+                full=self.new_layers,
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold: all weights, or the adapters and new layers alone; on the CPU."""
@@ -315,39 +306,14 @@ class TrainableModel:
         return merged_state(self.module) if self.lora else self.module.state_dict()
 
 
-def check_start(config: Config, dataset: CachedDataset, init: Path | None) -> EncoderMatch | None:
-    """Refuse starting weights of another encoder unless `train.allow_other_encoder`; None without such weights."""
-    if init is None:
-        return None
-    weights = dataset.manifest.recipe["encoder"]["weights"]
-    return check_encoder(init, weights, digest=DigestTable().digest, allow_other=config.train.allow_other_encoder)
-
-
-def compare_start(init: Path, dataset: CachedDataset, scaler: Scaler) -> list[str]:
-    """List how actions and states of the starting weights differ from this training's; empty where unknown or equal.
-
-    Fine-tuning on another action space is what starting weights are for, so this is printed, not refused.
-    """
-    model_card = find_card(init) or {}
-    here = json.loads(canonical_json({"action_space": dataset.space.name, "scaler": scaler.to_json()}))
-    known = {name: model_card[name] for name in here if name in model_card}
-    return recipe_changes(known, {name: here[name] for name in known})
-
-
 def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
     """Return the arguments of an `ACPredictor` of the preset's size that fits the data set."""
-    manifest, preset = dataset.manifest, config.predictor
     return {
-        "embed_dim": manifest.width,
-        "predictor_dim": preset.predictor_dim,
-        "depth": preset.depth,
-        "num_heads": preset.num_heads,
-        "mlp_ratio": preset.mlp_ratio,
+        **{name: value for name, value in asdict(config.predictor).items() if name != "name"},
+        "embed_dim": dataset.manifest.width,
         "action_dim": len(dataset.space.actions),
         "state_dim": len(dataset.space.states),
-        "grid": list(manifest.grid),
-        "activation_checkpointing": preset.activation_checkpointing,
-        "residual": preset.residual,
+        "grid": list(dataset.manifest.grid),
     }
 
 
@@ -388,14 +354,7 @@ def write_outputs(
 ) -> Path:
     """Write predictor.safetensors, with what evaluation must know in its model card, and a copy of train.csv.
 
-    Args:
-        model: With the selected weights. Under LoRA the adapter is written too; an earlier one is removed.
-        step: Training steps that they have seen.
-        run: Its description and its CSV.
-        output: Where to write.
-        config: Resolved settings.
-        dataset: The cached features.
-        scaler: Fitted on the training episodes.
+    Under LoRA the adapter is written too; an earlier one is removed.
     """
     manifest = dataset.manifest
     model_card = {

@@ -167,7 +167,7 @@ def test_a_list_of_ranges_keeps_the_ticks_it_lists_and_names_the_episodes_it_doe
     # The gap of one tick lies between two steps and still parts them.
     assert [ticks_of(based, segment).tolist() for segment in segments] == [[4, 8, 12, 16], [20, 24, 28, 32, 36]]
     assert {segment.episode for segment in segments} == {known}
-    said = f"{len(others)} of {len(others) + 1} train episodes are not in r.json and are left out (first: {others[0]})"
+    said = f"{len(others)} of {len(others) + 1} train episodes are not in r.json and are skipped (first: {others[0]})"
     assert said in capsys.readouterr().err
 
 
@@ -198,10 +198,10 @@ def test_a_list_of_ranges_may_say_its_content_and_under_dvc_it_must(tmp_path, mo
     assert ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path) == path
     monkeypatch.setenv("DVC_STAGE", "train")
     assert ranges_path(filters(keep_ranges=f"r.json@{digest}"), tmp_path) == path
-    with pytest.raises(ValueError, match=rf"DVC would overlook an edit .* r\.json@{digest[:12]}, which"):
+    with pytest.raises(ValueError, match=rf"DVC would overlook an edit of .* r\.json@{digest[:12]}, which"):
         ranges_path(filters(keep_ranges="r.json"), tmp_path)
     path.write_text('{"a": []}')
-    with pytest.raises(ValueError, match=r"it was edited; put it back, or set filter\.keep_ranges to r\.json@"):
+    with pytest.raises(ValueError, match=r"was edited; put it back, or set filter\.keep_ranges to r\.json@"):
         ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path)
 
     assert ranges_path(NO_FILTER, tmp_path) is None

@@ -14,27 +14,17 @@ import torch
 
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
+from tests.predictor.makers import build_lively
 
 GRID = (2, 3)
 SIZES = {
-    "embed_dim": 10,
-    "predictor_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "action_dim": 5,
-    "state_dim": 3,
+    **{"embed_dim": 10, "predictor_dim": 24, "depth": 2, "num_heads": 2, "action_dim": 5, "state_dim": 3},
     "grid": GRID,
 }
 
 
 def build(**changes: object) -> ACPredictor:
-    """Make a small float64 predictor whose weights are wide enough for every input to matter."""
-    torch.manual_seed(0)
-    predictor = ACPredictor(**(SIZES | changes)).double()
-    with torch.no_grad():
-        for parameter in predictor.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
-    return predictor
+    return build_lively(**(SIZES | changes))
 
 
 def inputs(num_steps: int = 4, batch: int = 2) -> list[torch.Tensor]:
@@ -43,20 +33,15 @@ def inputs(num_steps: int = 4, batch: int = 2) -> list[torch.Tensor]:
     return [torch.randn(batch, num_steps, *shape, dtype=torch.float64) for shape in shapes]
 
 
-OFFICIAL_TOP_LEVEL = [
-    "predictor_embed",
-    "action_encoder",
-    "state_encoder",
-    "extrinsics_encoder",
-    "predictor_norm",
-    "predictor_proj",
-]
-OFFICIAL_PER_BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-
-
-def test_parameters_have_exactly_the_official_names():
-    layers = OFFICIAL_TOP_LEVEL + [f"predictor_blocks.{i}.{layer}" for i in range(2) for layer in OFFICIAL_PER_BLOCK]
-    assert set(build().state_dict()) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+def test_parameters_have_exactly_the_official_names_whatever_the_widths_of_actions_and_states():
+    layers = ["predictor_embed", "action_encoder", "state_encoder", "extrinsics_encoder"]
+    layers += ["predictor_norm", "predictor_proj"]
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        layers += [f"predictor_blocks.{i}.{layer}" for i in range(2)]
+    predictor = build(action_dim=13, state_dim=2)
+    assert set(predictor.state_dict()) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    encoders = predictor.action_encoder, predictor.state_encoder, predictor.extrinsics_encoder
+    assert [encoder.in_features for encoder in encoders] == [13, 2, 12]
 
 
 @pytest.mark.parametrize(
@@ -69,29 +54,11 @@ def test_parameters_have_exactly_the_official_names():
         (1024, 768, 12, 12, 86_648_320),
     ],
 )
-def test_released_sizes_have_the_released_number_of_weights(
-    embed_dim: int, predictor_dim: int, depth: int, num_heads: int, num_weights: int
-):
+def test_released_sizes_have_the_released_number_of_weights(embed_dim, predictor_dim, depth, num_heads, num_weights):
+    sizes = {"embed_dim": embed_dim, "predictor_dim": predictor_dim, "depth": depth, "num_heads": num_heads}
     with torch.device("meta"):
-        predictor = ACPredictor(
-            embed_dim=embed_dim,
-            predictor_dim=predictor_dim,
-            depth=depth,
-            num_heads=num_heads,
-            action_dim=7,
-            state_dim=7,
-            grid=(16, 16),
-        )
-    tensors = predictor.state_dict().values()
-    assert sum(tensor.numel() for tensor in tensors) == num_weights
-    assert len(tensors) == 12 * (depth + 1)
-
-
-def test_action_and_state_widths_are_independent():
-    predictor = build(action_dim=13, state_dim=2)
-    assert predictor.action_encoder.in_features == 13
-    assert predictor.state_encoder.in_features == 2
-    assert predictor.extrinsics_encoder.in_features == 12
+        tensors = ACPredictor(**sizes, action_dim=7, state_dim=7, grid=(16, 16)).state_dict().values()
+    assert sum(tensor.numel() for tensor in tensors) == num_weights and len(tensors) == 12 * (depth + 1)
 
 
 def test_fresh_weights_follow_the_official_initialisation():

@@ -13,28 +13,12 @@ import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps, normalize_tokens, teacher_forcing
+from tests.predictor.makers import build_lively, draw
 
 
 def build(use_extrinsics: bool = False) -> ACPredictor:
-    torch.manual_seed(0)
-    predictor = ACPredictor(
-        embed_dim=10,
-        predictor_dim=24,
-        depth=2,
-        num_heads=2,
-        action_dim=5,
-        state_dim=3,
-        grid=(2, 2),
-        use_extrinsics=use_extrinsics,
-    )
-    with torch.no_grad():
-        for parameter in predictor.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return predictor.double()
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+    sizes = {"embed_dim": 10, "predictor_dim": 24, "depth": 2, "action_dim": 5, "state_dim": 3}
+    return build_lively(**sizes, use_extrinsics=use_extrinsics)
 
 
 @pytest.mark.parametrize("normalize_reps", [True, False])

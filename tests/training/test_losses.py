@@ -123,21 +123,15 @@ def test_float16_tokens_from_a_cache_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("options", "num_steps", "named"),
+    ("options", "num_steps", "num_actions", "said"),
     [
-        ({"auto_steps": 0}, 5, "auto_steps"),
-        ({"loss_exp": 0.0}, 5, "loss_exp"),
-        ({"rollout": "new"}, 5, "rollout"),
-        ({"rollout": "legacy"}, 2, "T >= 3"),
-        ({}, 1, "T >= 2"),
+        ({"rollout": "legacy"}, 2, 1, r"T >= 3 .*got T = 2"),
+        ({}, 1, 0, r"T >= 2 .*got T = 1"),
+        ({"rollout_start": 4}, 5, 4, r"T >= 6 .*from step 4"),
+        ({}, 5, 5, r"T-1 actions and T states.* got T = 5, 5 actions and 5 states"),
     ],
 )
-def test_impossible_settings_are_named(options: dict, num_steps: int, named: str):
-    with pytest.raises(ValueError, match=named):
-        world_model_loss(build(), *batch(num_steps), **options)
-
-
-def test_as_many_actions_as_steps_are_refused():
-    tokens, _, states = batch()
-    with pytest.raises(ValueError, match="needs 4 actions and 5 states, got 5 and 5"):
-        world_model_loss(build(), tokens, torch.zeros(2, 5, 5), states)
+def test_windows_too_short_and_rows_that_do_not_fit_are_named(options, num_steps, num_actions, said):
+    tokens, _, states = batch(num_steps)
+    with pytest.raises(ValueError, match=said):
+        world_model_loss(build(), tokens, torch.zeros(2, num_actions, 5), states, **options)

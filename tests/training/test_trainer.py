@@ -14,13 +14,9 @@ Claims:
 - a manifest made with other settings is refused.
 """
 
-import importlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,159 +25,75 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from jepa_cache.config.schema import Config
-from jepa_cache.data.agreement import find_differences
-from jepa_cache.data.cache import open_dataset
-from jepa_cache.data.scaler import fit_scaler, read_scaler
-from jepa_cache.predictor.checkpoints import read_card
+from jepa_cache.data.cache import find_differences, open_dataset
+from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
 from jepa_cache.training.optim import warmup_stable_decay
-from jepa_cache.training.run import held_output
+from jepa_cache.training.run import held
 from jepa_cache.training.trainer import train
-from tests.caches import Cache, make_config
-from tests.training.runs import bits, rows, run
+from tests.caches import make_config
+from tests.training import runs as other_processes
+from tests.training.runs import content, read_csv, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
 
 
-def content(weights: Path) -> tuple[dict, dict[str, bytes]]:
-    """The card and the bits of every tensor."""
-    return read_card(weights), bits(weights)
+# --- killed and resumed ---------------------------------------------------------------------------------------------------
 
 
-# --- killed and continued -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def train_at(commands, cache, tmp_path):
+    """Train in a process of its own, in a folder of tmp_path; returns how it ended."""
+
+    def started(name: str, *words: str, kill_at: int | None = None) -> int:
+        words = words if kill_at is None else (*words, f"kill_at={kill_at}")
+        process = other_processes.start(commands, cache, tmp_path / name, *words)
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), process.text
+        return code
+
+    return started
 
 
-def run_plan() -> None:
-    """In a process of its own: train once per item of the plan on stdin, each in a forked child that may kill itself."""
-    for name in ("dvc.repo", "dvclive", "scmrepo.git", "torch._dynamo", "zarr"):  # so that the children need not
-        importlib.import_module(name)
-    plan = json.load(sys.stdin)
-    config = make_config(*plan[0]["overrides"])
-    for item in plan:
-        process = os.fork()
-        if process == 0:
-            _train_and_die(config, Path(item["workspace"]), item)
-        _, status = os.waitpid(process, 0)
-        ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        if ended not in (0, -signal.SIGKILL):
-            sys.exit(f"child of {item} ended with {ended}")
-        print(json.dumps({"ended": ended, "count": _read_count(Path(item["home"]))}), flush=True)
-
-
-def _train_and_die(config: Config, workspace: Path, item: dict) -> None:
-    home = Path(item["home"])
-    home.mkdir(exist_ok=True)
-    os.environ["JEPA_RUNS_HOME"] = str(home / "runs")
-    log = os.open(home / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    count = 0
-
-    def watch(event: str, arguments: tuple) -> None:
-        """Count file operations below the runs folder, or on names relative to an open folder (what rmtree does)."""
-        nonlocal count
-        if event not in ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"):
-            return
-        name = arguments[1] if event == "os.symlink" else arguments[0]
-        path = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
-        if path.startswith(str(home / "runs")) or (event in ("os.remove", "os.rmdir") and not path.startswith("/")):
-            count += 1
-            if count == item["kill_at"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        dataset, scaler = open_dataset(config, workspace), read_scaler(workspace / "outputs/scaler/scaler.json")
-        sys.addaudithook(watch)
-        train(config, dataset, scaler, home / "out/run", base=home, fresh=item["fresh"])
-        (home / "count").write_text(str(count))
-        os._exit(0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-
-
-def _read_count(home: Path) -> int:
-    return int((home / "count").read_text()) if (home / "count").exists() else 0
-
-
-class Nursery:
-    """Makes plan items for one workspace and lets them run, in order."""
-
-    def __init__(self, cache: Cache, folder: Path, *overrides: str) -> None:
-        self.cache, self.folder, self.overrides = cache, folder, [*overrides, f"cache.root={cache.root.path}"]
-
-    def item(self, name: str, kill_at: int | None = None, fresh: bool = False) -> dict:
-        home = str(self.folder / name)
-        return {
-            "workspace": str(self.cache.folder),
-            "home": home,
-            "overrides": self.overrides,
-            "kill_at": kill_at,
-            "fresh": fresh,
-        }
-
-    def run(self, items: list[dict]) -> list[dict]:
-        command = [sys.executable, "-c", "from tests.training.test_trainer import run_plan; run_plan()"]
-        # Elsewhere than in the checkout: DVCLive would look the repository up in every child.
-        done = subprocess.run(command, input=json.dumps(items), capture_output=True, text=True, cwd=self.folder)
-        logs = "".join(path.read_text()[-2000:] for path in self.folder.glob("*/log")) if done.returncode else ""
-        assert done.returncode == 0, done.stderr + logs
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    def outcome(self, name: str) -> tuple[tuple, list[dict[str, str]]]:
-        weights = self.folder / name / "out/run/predictor.safetensors"
-        return content(weights), rows(trainer.TrainResult(weights, weights.parent, 0, 0, 0))
+def outcome(folder: Path) -> tuple[tuple, list[dict[str, str]]]:
+    return content(folder / "out/run/predictor.safetensors"), read_csv(folder / "out/run")
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.grad_accumulation=2", "train.checkpoint_every=3")], ids=["plain", "accumulating"]
+    ("words", "moments"),
+    [((), range(3, 124, 10)), (("train.grad_accumulation=2", "train.checkpoint_every=3"), range(20, 131, 36))],
+    ids=["plain", "accumulating"],
 )
-def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(cache, tmp_path, overrides):
-    nursery = Nursery(cache, tmp_path, *overrides)
-    moments = range(20, 131, 18) if overrides else range(3, 124, 8)
-    plan = [item for moment in moments for item in (nursery.item(f"at-{moment}", moment), nursery.item(f"at-{moment}"))]
-    whole, *ends = nursery.run([nursery.item("whole"), *plan])
-    assert whole["ended"] == 0 and moments[-1] <= whole["count"] < moments[-1] + 20, (
-        "the moments span the whole training"
-    )
-    assert [end["ended"] for end in ends] == [-signal.SIGKILL, 0] * len(moments)
-    expected = nursery.outcome("whole")
-    assert len(expected[1]) == 6
+def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(
+    train_at, tmp_path, words, moments
+):
+    train_at("whole", *words)
+    expected, count = outcome(tmp_path / "whole"), int((tmp_path / "whole/count").read_text())
+    assert len(expected[1]) == 6 and moments[-1] <= count < moments[-1] + 22, "the moments span the whole training"
     for moment in moments:
-        found = nursery.outcome(f"at-{moment}")
-        assert found[0] == expected[0], f"other weights after a kill at file operation {moment}"
-        assert found[1] == expected[1], f"another CSV after a kill at file operation {moment}"
-        left = sorted(
-            path.name for path in next((tmp_path / f"at-{moment}/runs").iterdir()).joinpath("checkpoints").iterdir()
-        )
+        name = f"at-{moment}"
+        assert (train_at(name, *words, kill_at=moment), train_at(name, *words)) == (-signal.SIGKILL, 0)
+        assert outcome(tmp_path / name) == expected, f"other weights or rows after a kill at file operation {moment}"
+        (folder,) = (tmp_path / name).glob("runs/*/checkpoints")
+        left = sorted(path.name for path in folder.iterdir())
         assert left[:2] == ["best", "latest"] and len(left) in (4, 5), f"{left} are left after file operation {moment}"
 
 
-def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(cache, tmp_path):
-    nursery = Nursery(cache, tmp_path, "train.checkpoint_every=1")
-    whole, *ends = nursery.run([nursery.item("whole"), *[nursery.item("often", 90)] * 10, nursery.item("often")])
-    assert [end["ended"] for end in ends].count(-signal.SIGKILL) > 3 and whole["count"] > 150
-    assert nursery.outcome("often") == nursery.outcome("whole")
+def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
+    ends = [train_at("often", "train.checkpoint_every=1", kill_at=90) for _ in range(7)]
+    assert ends.count(-signal.SIGKILL) > 3
+    for name in ("often", "whole"):
+        train_at(name, "train.checkpoint_every=1")
+    assert outcome(tmp_path / "often") == outcome(tmp_path / "whole")
 
 
-def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(cache, tmp_path):
-    nursery = Nursery(cache, tmp_path)
-    moments = range(1, 16, 4)
-    plan = [nursery.item("whole")]
-    for moment in moments:
-        plan += [
-            nursery.item(f"at-{moment}"),
-            nursery.item(f"at-{moment}", moment, fresh=True),
-            nursery.item(f"at-{moment}"),
-        ]
-    ends = nursery.run(plan)
-    assert [end["ended"] for end in ends[1:]] == [0, -signal.SIGKILL, 0] * len(moments)
-    for moment in moments:
-        assert nursery.outcome(f"at-{moment}") == nursery.outcome("whole"), f"killed at file operation {moment}"
+def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(train_at, tmp_path):
+    train_at("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", symlinks=True)
+    for moment in (1, 3, 6, 12):
+        assert (train_at("again", "fresh", kill_at=moment), train_at("again")) == (-signal.SIGKILL, 0)
+        assert outcome(tmp_path / "again") == outcome(tmp_path / "whole"), f"killed at file operation {moment}"
 
 
 # --- finished, fresh, other ----------------------------------------------------------------------------------------------
@@ -215,35 +127,20 @@ def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_
 
 # --- two at once ---------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys; from pathlib import Path; from jepa_cache.training.run import held_run\n"
-HOLD += "with held_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
-
-def test_a_run_that_another_process_holds_is_refused_until_that_process_is_killed(cache, tmp_path):
+def test_a_run_or_an_output_folder_that_another_holds_is_refused_before_it_touches_a_row(cache, tmp_path, runs):
     whole = run(cache, tmp_path)
-    command = [sys.executable, "-c", HOLD, str(whole.run)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with held(whole.run, "held"):
         for fresh in (False, True):
-            with pytest.raises(
-                ValueError, match=rf"run {whole.run.name} is being trained by another process.*train\.seed"
-            ):
+            with pytest.raises(ValueError, match=rf"run {whole.run.name} is being trained by another.*train\.seed"):
                 run(cache, tmp_path, fresh=fresh)
         assert (whole.run / "checkpoints/latest").exists()
         assert run(cache, tmp_path / "other", "train.seed=9").num_trained == 12
-        holder.kill()
+    with held(tmp_path / "new/run", "held"), pytest.raises(ValueError, match=r"another training writes to .*checkout"):
+        run(cache, tmp_path / "new", "train.seed=8")
+    assert not (tmp_path / "new/live").exists() and len([path for path in runs.iterdir() if path.is_dir()]) == 2
     assert run(cache, tmp_path).num_trained == 0
-    assert not list(whole.run.parent.glob("*.lock"))
-
-
-def test_a_second_training_in_one_checkout_is_refused_before_it_touches_a_row(cache, tmp_path, runs):
-    with (
-        held_output(tmp_path / "run"),
-        pytest.raises(ValueError, match=r"another training writes to .*another checkout"),
-    ):
-        run(cache, tmp_path)
-    assert not runs.exists() and not (tmp_path / "live").exists()
-    assert run(cache, tmp_path).num_trained == 12 and not list(tmp_path.glob("*.lock"))
+    assert not list(runs.glob("*.lock"))
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_one_that_does_not_say_whose_it_is_is_read(cache, tmp_path):
