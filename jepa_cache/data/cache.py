@@ -149,23 +149,21 @@ class CachedDataset:
             ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do
                 not fit onto this machine.
         """
-        missing = find_missing(manifest, root)
-        if missing:
+        keys = [part.keys(entry) for part, entry in manifest.stores]
+        self._token_paths: list[Path] = [root.store(tokens) for tokens, _, _ in keys]
+        self._action_paths: list[Path] = [root.store(actions) for _, actions, _ in keys]
+        if missing := find_missing(root, [*self._token_paths, *self._action_paths]):
             raise ValueError(
                 f"{len(missing)} of the stores in the manifest are not in {root.name} (first: {missing[0]}); "
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"
             )
         self.manifest = manifest
         self._held = ExitStack()
-        self._held.enter_context(
-            root.pulled([root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores])
-        )
+        self._held.enter_context(root.pulled(self._token_paths))
         self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
         self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
-        self._token_paths: list[Path] = []
-        self._action_paths: list[Path] = []
         self._readers: dict[tuple[int, str], ArrayReader] = {}
         self._channels: dict[int, Channels] = {}
         self._controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -174,18 +172,13 @@ class CachedDataset:
         self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
         self._verify_checksums = verify_checksums
         self._copies: dict[str, str] | None = None
-        for number, (part, entry) in enumerate(manifest.stores):
-            tokens = root.tokens(part.fingerprint, entry.unit_digest)
-            actions = root.actions(part.action_fingerprint, entry.unit_digest)
+        for number, entry in enumerate(manifest.entries):
+            tokens = self._token_paths[number]
             stated = _read_listed(tokens, entry.tokens_digest)
-            excluded = _read_listed(actions, entry.actions_digest).metadata["excluded"]
-            self._token_paths.append(tokens)
-            self._action_paths.append(actions)
-            self.segments += [
-                Segment(number, row["episode"], row["start"], row["stop"])
-                for row in read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pylist()
-                if row["episode"] not in excluded
-            ]
+            excluded = _read_listed(self._action_paths[number], entry.actions_digest).metadata["excluded"]
+            table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
+            rows = zip(table["episode"], table["start"], table["stop"], strict=True)
+            self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
 
     def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
         """Return the segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,14 +60,16 @@ class Mp4JsonSource:
         Raises:
             ValueError: An input finds neither, or two pairs have one key.
         """
-        pairs: dict[Path, set[Path]] = {}
-        for text in inputs:
-            found = _expand(text, base)
-            for path in found:
-                pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
-        keys: dict[str, Path] = {}
-        for stem in sorted(pairs):
-            key = _find_key(stem)
+        pairs: dict[str, set[Path]] = {}  # by path without suffix; as text, for ten thousand paths take seconds
+        for path in {path for text in inputs for path in _expand(text, base)}:
+            pairs.setdefault(os.path.splitext(path)[0], set()).add(path)  # noqa: PTH122
+        keys: dict[str, str] = {}
+        sessions = {folder: Path(folder).resolve().name for folder in {os.path.split(stem)[0] for stem in pairs}}
+        for stem in sorted(pairs, key=lambda stem: stem.split(os.sep)):  # noqa: PTH206
+            if len(pairs[stem]) == 1:
+                pairs[stem] |= {path for path in map(Path, (f"{stem}.json", f"{stem}.mp4")) if is_file_name(path)}
+            folder, name = os.path.split(stem)
+            key = spell_name(f"{sessions[folder]}/{name}")
             if (other := keys.setdefault(key, stem)) != stem:
                 raise ValueError(f"{other} and {stem} have one key, {key!r}; rename a file or its folder")
         # json first, because .json sorts before .mp4.
@@ -159,10 +162,6 @@ def _expand(text: str, base: Path) -> list[Path]:
     return found
 
 
-def _find_partners(path: Path) -> list[Path]:
-    return [partner for partner in (path.with_suffix(".json"), path.with_suffix(".mp4")) if is_file_name(partner)]
-
-
 def _find_key(stem: Path) -> str:
     """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
-    return spell_name(f"{stem.resolve().parent.name}/{stem.name}")
+    return spell_name(f"{stem.parent.resolve().name}/{stem.name}")

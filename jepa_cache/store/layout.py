@@ -8,16 +8,14 @@ says, then with `token_scales` [n, N], `channel_scales` [D] and `channel_means` 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 import pyarrow as pa
 
 from jepa_cache.store.quantisation import Channels, get_codec, scales_dtype, scales_shape
@@ -67,6 +65,9 @@ SEGMENTS_SCHEMA = pa.schema(
         pa.field("step_hz", pa.float64()),
     ]
 )
+
+
+_RECIPES: dict[str, Any] = {}  # of stores that were read, by fingerprint
 
 
 class StoreDamagedError(ValueError):
@@ -176,10 +177,15 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     Raises:
         StoreDamagedError: It is another recipe's or unit's store: it was copied, or a folder renamed.
     """
-    recipe = found.metadata.get("recipe")
-    of_recipe = store.parent.name if recipe is None else _hash_recipe(json.dumps(recipe, sort_keys=True))
+    recipe, folder = found.metadata.get("recipe"), store.parent.name
+    of_recipe = folder
+    # Hashing it costs thirty times as much as comparing it; thousands of stores share one.
+    if recipe is not None and _RECIPES.get(folder) != recipe:
+        of_recipe = fingerprint(recipe)
+        _RECIPES[of_recipe] = recipe
+    name = _identity(store)
     identity = found.published_as or f"{of_recipe}/{store.stem}"
-    if identity != _identity(store) or of_recipe != store.parent.name:
+    if identity != name or of_recipe != folder:
         raise StoreDamagedError(
             f"{store} is not the store that its path says but that of {identity} (recipe/unit): it was copied, or a folder was renamed. "
             f"Move it back, or {REMEDY}"
@@ -194,11 +200,6 @@ def is_misread_version(store: Path, digest: str) -> bool:
         StoreDamagedError: When store.json is missing or no valid JSON.
     """
     return _digest({**_read_document(store)[1]["content"], "format_version": FORMAT_VERSION}) == digest
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_recipe(text: str) -> str:
-    return fingerprint(json.loads(text))  # thirty times as long as spelling it; thousands of stores share one
 
 
 def _identity(store: Path) -> str:
@@ -223,10 +224,11 @@ def _digest_text(raw: bytes) -> str | None:
 
     In the canonical spelling the content stands in store.json as it would stand alone, but for two spaces before every line.
     """
-    head, tail = b'{\n  "content": ', re.search(rb',\n  "(crc32c|provenance)": ', raw)
-    if not raw.startswith(head) or tail is None:
+    head = b'{\n  "content": '
+    end = max(raw.find(b',\n  "crc32c": '), 0) or raw.find(b',\n  "provenance": ')
+    if not raw.startswith(head) or end < 0:
         return None
-    return hashlib.sha256(raw[len(head) : tail.start()].replace(b"\n  ", b"\n") + b"\n").hexdigest()
+    return hashlib.sha256(raw[len(head) : end].replace(b"\n  ", b"\n") + b"\n").hexdigest()
 
 
 def check_store(store: Path, *, read_data: bool = False) -> StoreFile:
@@ -261,14 +263,20 @@ def check_size(path: Path | str, num_bytes: int) -> None:
         raise StoreDamagedError(f"{path} has {found.st_size} bytes, not {num_bytes}; {REMEDY}")
 
 
-def read_content(path: Path, sha256: str) -> bytes:
+def _read_bytes(path: Path | str) -> bytes:
+    # Making a Path costs as much as opening the file, and a data set may be ten thousand stores.
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return file.read()
+
+
+def read_content(path: Path | str, sha256: str) -> bytes:
     """The bytes of a small file, which are those that were written.
 
     Raises:
         OSError: It is missing, or the disk cannot read it.
         StoreDamagedError: It has changed.
     """
-    raw = path.read_bytes()
+    raw = _read_bytes(path)
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {REMEDY}")
     return raw
@@ -289,10 +297,10 @@ def check_content(path: Path, sha256: str) -> None:
 
 
 def _read_document(store: Path) -> tuple[bytes, dict[str, Any]]:
-    path = store / STORE_FILE
+    path = f"{os.fspath(store)}/{STORE_FILE}"
     try:
-        raw = path.read_bytes()
-        document = json.loads(raw)
+        raw = _read_bytes(path)
+        document = orjson.loads(raw)
         document["content"]["format_version"]
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise StoreDamagedError(f"{path} is missing; {REMEDY}") from error

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
 from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, file_digest, fingerprint, unit_id
@@ -134,8 +136,14 @@ class Manifest:
 
     @cached_property
     def _spelled(self) -> bytes:
-        # Spelled once, with a stand-in for the hash: for ten thousand stores that takes half a second each time.
-        spelled = canonical_json({"manifest_version": MANIFEST_VERSION, **asdict(self), SELF_DIGEST: STAND_IN})
+        # With a stand-in for the hash, and entries put in as one line for each field, as `canonical_json` does: of ten thousand
+        # stores that is five times as quick.
+        parts = [{**vars(part), "entries": "ENTRIES"} for part in self.parts]
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        document = {"manifest_version": MANIFEST_VERSION, **fields, "parts": parts, SELF_DIGEST: STAND_IN}
+        head, *tails = canonical_json(document).split(b'"ENTRIES"')
+        pieces = [_spell_entries(part.entries) + tail for part, tail in zip(self.parts, tails, strict=True)]
+        spelled = head + b"".join(pieces)
         line = b'\n  "%s": "%s",' % (SELF_DIGEST.encode(), STAND_IN.encode())
         digest = hashlib.sha256(spelled.replace(line, b"", 1)).hexdigest()
         return spelled.replace(line, line.replace(STAND_IN.encode(), digest.encode()), 1)
@@ -144,6 +152,15 @@ class Manifest:
     def digest(self) -> str:
         """Hash of the manifest's bytes: the identity of a training set."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:DIGEST_LENGTH]
+
+
+def _spell_entries(entries: Sequence[ManifestEntry]) -> bytes:
+    lines = [
+        json.dumps(vars(entry), sort_keys=True, allow_nan=False, separators=(",\n          ", ": "))[1:-1]
+        for entry in entries
+    ]
+    text = ",".join(f"\n        {{\n          {line}\n        }}" for line in lines)
+    return (f"[{text}\n      ]" if entries else "[]").encode()
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -213,7 +230,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         raw = path.read_bytes()
-        document = json.loads(raw)
+        document = orjson.loads(raw)
         version = document.pop("manifest_version")
         if version != MANIFEST_VERSION:
             raise ValueError(f"it has version {version}, this program reads {MANIFEST_VERSION}")
@@ -249,8 +266,7 @@ def _check_name(key: str, name: object, length: int) -> None:
         raise ValueError(f"{key} is {length} hexadecimal digits, not {name!r}")
 
 
-def find_missing(manifest: Manifest, root: CacheRoot) -> list[Path]:
-    """Stores that the manifest lists and the root does not hold."""
-    paths = [root.store(key) for part, entry in manifest.stores for key in part.keys(entry)[:2]]
+def find_missing(root: CacheRoot, paths: Sequence[Path]) -> list[Path]:
+    """Those stores that the root does not hold."""
     root.prefetch(paths)
     return [path for path in paths if not root.fetch(path)]

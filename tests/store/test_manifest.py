@@ -186,7 +186,7 @@ def test_missing_stores_are_listed_by_their_place(tmp_path):
         for entry in MANIFEST.entries
         for place in (root.tokens("1" * 32, entry.unit_digest), root.actions("2" * 32, entry.unit_digest))
     ]
-    assert find_missing(MANIFEST, root) == places
+    assert find_missing(root, places) == places
     for place in places[:3]:
         place.mkdir(parents=True)
-    assert find_missing(MANIFEST, root) == places[3:]
+    assert find_missing(root, places) == places[3:]
