@@ -31,7 +31,9 @@ MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
 LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
-SYSTEM_FILES = frozenset({"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini", ".Trashes", ".Spotlight-V100", ".fseventsd"})
+SYSTEM_FILES = frozenset(
+    {"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini", ".Trashes", ".Spotlight-V100", ".fseventsd"}
+)
 """What operating systems and file managers put into folders by themselves; a folder with nothing else counts as empty."""
 OLD_RECORDS = "unfinished"  # earlier versions wrote there what an encode was going to make
 BOOKS = ("manifests", OLD_RECORDS)
