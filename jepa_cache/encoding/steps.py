@@ -123,8 +123,7 @@ def plan_steps(
 def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list[np.ndarray]:
     """Frames that are evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
 
-    A moment with no frame within a quarter of the interval ends a run, as do two moments with one frame between them: steps of
-    other lengths would tell the predictor another speed.
+    A moment with no frame within a quarter of the interval ends a run: steps of other lengths would tell the predictor another speed.
 
     Args:
         times_s: [F] non-decreasing, seconds.
@@ -141,6 +140,6 @@ def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list
     # Rounded to ns, so that ties fall the same way on every machine.
     to_before, to_after = (np.round(np.abs(times_s[frames] - moments_s), 9) for frames in (before, after))
     frames, distances_s = np.where(to_before <= to_after, before, after), np.minimum(to_before, to_after)
-    near = (distances_s <= interval_s / 4) & (np.diff(frames, prepend=-1) > 0)
+    near = distances_s <= interval_s / 4  # of one moment alone, as moments lie an interval apart
     bounds = np.flatnonzero(np.diff(near, prepend=False, append=False))
     return [frames[start:stop] for start, stop in bounds.reshape(-1, 2)]

@@ -43,7 +43,7 @@ def build(options: Mapping[str, Any]) -> Mp4JsonSource:
 class Mp4JsonSource:
     """Reads pairs of mp4 and json; holds its options and nothing else. A unit is one pair.
 
-    The json is an object: `fps` (rows per second, Hz), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
+    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
     [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for each frame says when
     that frame was taken) and `success` (true or false). Other fields are left alone. Controls are action_0.., state_0.. and success.
     """
@@ -94,7 +94,6 @@ class Mp4JsonSource:
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:
     fields = read_object(records, MAX_JSON_BYTES)
-    fps = read_rate(fields, "fps", records.name)
     states = _read_rows(fields, "states", records.name, 2)
     actions = _read_rows(fields, "actions", records.name, 2)
     if len(actions) == len(states) - 1:  # No action leads on from the last state.
@@ -103,7 +102,8 @@ def _read_episode(key: str, video: Path, records: Path) -> Episode:
         raise RecordingError(
             f"{records.name}: {len(actions)} actions and {len(states)} states; there must be as many, or one action less"
         )
-    times_s = np.arange(len(states)) / fps
+    if "fps" in fields or "times" not in fields:
+        times_s = np.arange(len(states)) / read_rate(fields, "fps", records.name)
     if "times" in fields:
         times_s = _read_rows(fields, "times", records.name, 1)
         if len(times_s) != len(states):

@@ -19,11 +19,20 @@ from jepa_cache.files import is_abandoned, list_temporaries, measure_bytes
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import StoreKey
-from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, OLD_RECORDS, CacheRoot, RefusedError
+from jepa_cache.store.root import (
+    FINGERPRINT,
+    KINDS,
+    LOCK_FILE,
+    MARKER,
+    OLD_RECORDS,
+    SYSTEM_FILES,
+    CacheRoot,
+    RefusedError,
+)
 
 GRACE_DAYS = 14.0  # as git keeps what nothing reaches
 EXPORT_FILES = ("README.md", "provenance.json", "SHA256SUMS")
-KNOWN = (LOCK_FILE, MARKER, "lost+found", *EXPORT_FILES)
+KNOWN = (LOCK_FILE, MARKER, *SYSTEM_FILES, *EXPORT_FILES)
 MIN_PREFIX = 6
 
 

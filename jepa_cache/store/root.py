@@ -31,6 +31,10 @@ MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
 LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
+SYSTEM_FILES = frozenset(
+    {"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini", ".Trashes", ".Spotlight-V100", ".fseventsd"}
+)
+"""What operating systems and file managers put into folders by themselves; a folder with nothing else counts as empty."""
 OLD_RECORDS = "unfinished"  # earlier versions wrote there what an encode was going to make
 BOOKS = ("manifests", OLD_RECORDS)
 FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
@@ -80,7 +84,7 @@ class CacheRoot:
         Raises:
             ValueError: It has no marker, is not empty, and is no root of the first release, which had none.
         """
-        names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - {"lost+found"}
+        names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - SYSTEM_FILES
         if MARKER in names:
             return False
         if not names or (LOCK_FILE in names and names <= {*KINDS, *BOOKS, LOCK_FILE}):

@@ -76,6 +76,11 @@ def test_steps_are_evenly_spaced_in_time_within_a_segment(times_s, mode):
     assert (len(plan.segments) == 1) == (mode != "clip" and longest_gap_s < 0.3)
 
 
+def test_the_first_frame_after_a_gap_is_a_step_where_it_lies_on_a_wanted_moment():
+    plan = plan_steps(60, 20.0, fps=4.0, mode="frame", frames_per_clip=4, tubelet_size=2, times_s=DROPPED)
+    assert DROPPED[plan.anchors].tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.45, 2.5, 2.75, 3, 3.25, 3.5, 3.75]
+
+
 def test_a_camera_too_slow_for_the_rate_gives_no_repeated_frame():
     plan = plan_steps(60, 20.0, fps=20.0, mode="frame", frames_per_clip=4, tubelet_size=2, times_s=SLOWER)
     assert np.all(np.diff(plan.anchors) > 0)

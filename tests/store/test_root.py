@@ -135,7 +135,7 @@ def test_a_folder_of_other_things_is_refused_as_a_root_and_stays_as_it_is(tmp_pa
     "names",
     [
         [],
-        ["lost+found/"],
+        ["lost+found/", ".DS_Store"],
         [".jepa-cache-0123456789ab-check"],
         ["in-use.lock", "tokens/", "unfinished/x"],
         ["notes.txt", STORE],
