@@ -60,10 +60,8 @@ class Mp4JsonSource:
             ValueError: An input finds neither, or two pairs have one key.
         """
         pairs: dict[Path, set[Path]] = {}
-        for text in inputs:
-            found = _expand(text, base)
-            for path in found:
-                pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
+        for path in expand_inputs(inputs, base, "*.mp4", "*.json"):
+            pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
         keys: dict[str, Path] = {}
         for stem in sorted(pairs):
             key = _find_key(stem)
@@ -144,19 +142,6 @@ def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np
     if not np.isfinite(values).all():
         raise RecordingError(f"{file}: {name} must be finite; row {np.argwhere(~np.isfinite(values))[0][0]} is not")
     return values
-
-
-def _expand(text: str, base: Path) -> list[Path]:
-    """The mp4 and json files that one input names."""
-    found, errors = [], []
-    for suffix in (".mp4", ".json"):
-        try:
-            found += expand_inputs([text], base, suffix)
-        except ValueError as error:
-            errors.append(error)
-    if not found:
-        raise errors[0]
-    return found
 
 
 def _find_partners(path: Path) -> list[Path]:
