@@ -61,7 +61,7 @@ class Mp4JsonSource:
             ValueError: An input finds neither, or two pairs have one key.
         """
         pairs: dict[str, set[Path]] = {}  # by path without suffix; as text, for ten thousand paths take seconds
-        for path in {path for text in inputs for path in _expand(text, base)}:
+        for path in expand_inputs(inputs, base, "*.mp4", "*.json"):
             pairs.setdefault(os.path.splitext(path)[0], set()).add(path)  # noqa: PTH122
         keys: dict[str, str] = {}
         sessions = {folder: Path(folder).resolve().name for folder in {os.path.split(stem)[0] for stem in pairs}}
@@ -149,17 +149,6 @@ def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np
     return values
 
 
-def _expand(text: str, base: Path) -> list[Path]:
-    """The mp4 and json files that one input names."""
-    found, errors = [], []
-    for suffix in (".mp4", ".json"):
-        try:
-            found += expand_inputs([text], base, suffix)
-        except ValueError as error:
-            errors.append(error)
-    if not found:
-        raise errors[0]
-    return found
 
 
 def _find_key(stem: Path) -> str:
