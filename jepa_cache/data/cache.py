@@ -324,11 +324,11 @@ class CachedDataset:
         return decode(out, self.dtype, scales, self.channels(segment.store))[0]
 
     def steps(self, store: int) -> pa.Table:
-        """The step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
+        """Return the step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
         return read_table(self._token_paths[store], layout.STEPS_FILE)
 
     def step_hz(self, store: int) -> dict[str, float]:
-        """True rate of steps of every episode in a store: its video's frame rate over its stride."""
+        """Return the true rate of steps of every episode in a store: its video's frame rate over its stride."""
         table = read_table(self._token_paths[store], layout.SEGMENTS_FILE)
         return dict(zip(table.column("episode").to_pylist(), table.column("step_hz").to_pylist(), strict=True))
 
@@ -336,13 +336,13 @@ class CachedDataset:
         """Fill `out` [T, N, D] with the tokens of the steps from `start` on as they are stored: int4 [T, N, D / 2].
 
         Raises:
-            StoreDamagedError: Naming the chunk, the episode and the way out; so do the next two.
+            StoreDamagedError: Naming the chunk, its episodes and the way out; so do the next two.
         """
-        self._read(store, layout.TOKENS, start, out)
+        self._reader(store, layout.TOKENS).read(start, out)
 
     def read_token_scales(self, store: int, start: int, out: np.ndarray) -> None:
         """Fill `out` [T, N] float32 with the scales of the same steps, where codes are stored; int4 [T, N, D / 64] float16."""
-        self._read(store, layout.TOKEN_SCALES, start, out)
+        self._reader(store, layout.TOKEN_SCALES).read(start, out)
 
     def channels(self, store: int) -> Channels:
         """Return the channels' scales and means of a store, where codes are stored: [D] float32 each."""
@@ -354,28 +354,18 @@ class CachedDataset:
             self._channels[store] = Channels(*arrays)
         return self._channels[store]
 
-    def _read(self, store: int, name: str, start: int, out: np.ndarray) -> None:
-        try:
-            self._reader(store, name).read(start, out)
-        except StoreDamagedError as error:
-            episodes = {
-                s.episode for s in self.segments if s.store == store and s.start < start + len(out) and start < s.stop
-            }
-            error.add_note(f"while reading episode {', '.join(sorted(episodes))}")
-            raise
-
     def controls(self, store: int) -> tuple[np.ndarray, np.ndarray]:
-        """Unscaled actions [n, A] and states [n, S] of a store, float32."""
+        """Return unscaled actions [n, A] and states [n, S] of a store, float32."""
         with self._lock:
             if store not in self._controls:
                 self._controls[store] = read_actions(self._action_paths[store])
             return self._controls[store]
 
     def controls_of(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-        """Unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment, float32.
+        """Return unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment.
 
         Raises:
-            ValueError: One of them is not finite, as in stores of releases that did not look; names episode and way out.
+            ValueError: One of them is not finite, as in stores of releases that did not look.
         """
         actions, states = self.controls(segment.store)
         rows = actions[segment.start : segment.stop - 1], states[segment.start : segment.stop]
@@ -390,7 +380,7 @@ class CachedDataset:
         return rows
 
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
-        """Raw controls of a store: episode to name to [M]; reads a whole file, StoreDamagedError where it is not whole."""
+        """Return the raw controls of a store, episode to name to [M]; a StoreDamagedError where the file is not whole."""
         part, entry = self.manifest.stores[store]
         file = self._root.controls(part.source_fingerprint, entry.unit_digest)
         self._root.fetch(file)

@@ -17,11 +17,6 @@ from jepa_cache.store.digests import DigestTable
 def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment]) -> list[np.ndarray | None]:
     """Decode the anchor frames of some runs of steps.
 
-    Args:
-        config: Names the sources of the data set and the decoder.
-        dataset: The cached data set.
-        runs: Steps of one episode each, such as a window.
-
     Returns:
         For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
 

@@ -96,17 +96,10 @@ class WindowLoader:
         num_threads: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """Prepare the scaled controls' source and the thread pool.
+        """Refuse a scaler that was fitted for another action space or sampling.
 
-        Args:
-            dataset: Where tokens are read.
-            index: Windows by number.
-            scaler: Applied to actions and states.
-            num_threads: Reading threads, and batches in flight beyond the one in use.
-            pin_memory: Page-locked buffers, for copies to a CUDA device.
-
-        Raises:
-            ValueError: When the scaler was fitted for another action space or sampling.
+        `num_threads` read, and as many batches are in flight beyond the one in use; `pin_memory` makes page-locked
+        buffers, for copies to a CUDA device.
         """
         if scaler.action_fingerprint != dataset.manifest.action_fingerprint:
             raise ValueError(
@@ -121,7 +114,7 @@ class WindowLoader:
     def iterate(
         self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]], device: torch.device | None = None
     ) -> Iterator[Batch]:
-        """Yield a Batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
+        """Yield a batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
         numbers = iter(batches)
         pending: list[Future[Batch]] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
@@ -145,7 +138,7 @@ class WindowLoader:
                     future.cancel()
 
     def read(self, numbers: Sequence[int]) -> Batch:
-        """One batch, read now, in buffers of its own."""
+        """Return one batch, read now, in buffers of its own."""
         return self._fill(self._buffer(len(numbers), None), np.asarray(numbers))
 
     def _buffer(self, batch_size: int, old: Batch | None) -> Batch:

@@ -131,11 +131,7 @@ def write_scaler(scaler: Scaler, path: Path) -> None:
 
 
 def read_scaler(path: Path) -> Scaler:
-    """Load from JSON.
-
-    Raises:
-        ValueError: When the file is missing or no scaler; says which command makes it.
-    """
+    """Load from JSON; a ValueError says what is wrong, and which command makes it."""
     try:
         return scaler_from_json(json.loads(path.read_bytes()))
     except FileNotFoundError as error:

@@ -82,11 +82,7 @@ def digest_state(state: Mapping[str, Tensor]) -> str:
 
 
 def read_card(path: Path) -> dict[str, object]:
-    """Read the card of a file of this project, without its weights.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or holds no card.
-    """
+    """Read the card of a file of this project, without its weights; a CheckpointError where it holds none."""
     card = find_card(path)
     if card is None:
         raise CheckpointError(f"predictor weights {path} hold no card; they were not written by this project")
@@ -94,11 +90,7 @@ def read_card(path: Path) -> dict[str, object]:
 
 
 def find_card(path: Path) -> dict[str, object] | None:
-    """Read the card of a file, without its weights; None where the file was not written by this project.
-
-    Raises:
-        CheckpointError: The file is missing or damaged.
-    """
+    """Read the card of a file, without its weights; None where the file was not written by this project."""
     if path.suffix in OFFICIAL_SUFFIXES:
         card = read_official(path).get(CARD_ENTRY)
     else:
@@ -111,11 +103,7 @@ def find_card(path: Path) -> dict[str, object] | None:
 
 
 def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
-    """Build the predictor that a file of `save_predictor` holds, from the `architecture` in its card; returns both.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or its card holds no architecture.
-    """
+    """Build the predictor that a file of `save_predictor` holds, from the `architecture` in its card; returns both."""
     card = read_card(path)
     if "architecture" not in card:
         raise CheckpointError(
@@ -186,12 +174,7 @@ def refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], w
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read predictor weights by their official names, on the CPU.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or an official one has no entry "predictor".
-    """
-    path = Path(path)
+    """Read predictor weights by their official names, on the CPU; a CheckpointError where the file does not hold them."""
     if not path.is_file():
         raise CheckpointError(f"predictor weights {path} do not exist")
     if path.suffix in OFFICIAL_SUFFIXES:
@@ -269,9 +252,6 @@ def encoder_identities(path: Path, digest: Callable[[Path], str]) -> tuple[str, 
     Args:
         path: Weights as `read_state` takes them.
         digest: Gives a file's hex sha256, possibly remembered; called only where the file holds an encoder.
-
-    Raises:
-        CheckpointError: The file is missing or damaged.
     """
     held = []
     if path.suffix in OFFICIAL_SUFFIXES:

@@ -103,11 +103,7 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Fill the adapters of a model of `add_lora` with what `adapter_state` returned.
-
-    Raises:
-        CheckpointError: A name or shape differs; all are listed and nothing is loaded.
-    """
+    """Fill the adapters of a model of `add_lora` with what `adapter_state` returned, if all names and shapes fit."""
     from peft import set_peft_model_state_dict
 
     refuse_differences(adapter_state(model), state, "the LoRA adapter")
@@ -131,11 +127,7 @@ def save_adapter(model: PeftModel, folder: Path, card: Mapping[str, object]) -> 
 
 
 def read_adapter_card(folder: Path) -> dict[str, object]:
-    """Read the card that `save_adapter` wrote.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged or holds no architecture.
-    """
+    """Read the card that `save_adapter` wrote; a CheckpointError where it is missing or damaged."""
     try:
         card = json.loads((folder / CARD_FILE).read_text())
     except (OSError, ValueError) as error:

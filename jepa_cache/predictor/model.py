@@ -199,25 +199,23 @@ class ACPredictor(nn.Module):
         extrinsics: Tensor | None,
         past: Sequence[KeysValues] | None,
     ) -> None:
-        num_tokens = self.grid[0] * self.grid[1]
-        if tokens.ndim != 4 or tokens.shape[1] < 1 or tokens.shape[2:] != (num_tokens, self.embed_dim):
-            raise ValueError(
-                f"predictor: tokens must be [B, T, N, E] with N={num_tokens} (grid {self.grid[0]}x{self.grid[1]}), "
-                f"E={self.embed_dim} and at least one step, got {list(tokens.shape)}"
-            )
         if (extrinsics is not None) != self.use_extrinsics:
             raise ValueError(
                 f"predictor: use_extrinsics is {self.use_extrinsics} but extrinsics were "
                 f"{'not ' if extrinsics is None else ''}given"
             )
-        expected = {"actions": (actions, self.action_dim), "states": (states, self.state_dim)}
+        expected = {
+            "tokens": (tokens, (self.grid[0] * self.grid[1], self.embed_dim)),
+            "actions": (actions, (self.action_dim,)),
+            "states": (states, (self.state_dim,)),
+        }
         if extrinsics is not None:
-            expected["extrinsics"] = (extrinsics, self.action_dim - 1)
-        for name, (array, width) in expected.items():
-            if array.shape != (*tokens.shape[:2], width):
+            expected["extrinsics"] = (extrinsics, (self.action_dim - 1,))
+        for name, (array, widths) in expected.items():
+            if array.shape != (*tokens.shape[:2], *widths) or not tokens.numel():
                 raise ValueError(
-                    f"predictor: {name} must be [B, T, {width}] = {[*tokens.shape[:2], width]} for tokens "
-                    f"{list(tokens.shape)}, got {list(array.shape)}"
+                    f"predictor: {name} must be [B, T, {', '.join(map(str, widths))}] for tokens {list(tokens.shape)} of at least one "
+                    f"step on a grid of {self.grid[0]}x{self.grid[1]}, got {list(array.shape)}"
                 )
         if past is None:
             return

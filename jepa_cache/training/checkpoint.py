@@ -65,15 +65,8 @@ class Checkpoint(NamedTuple):
     rows: str | None = None  # the CSV so far; None in those of the first release
 
 
-class Rotation(NamedTuple):
-    """Which checkpoints stay: the newest, those at whole multiples of a spacing, and the best one."""
-
-    keep_last: int = 2
-    keep_every: int = 0  # training steps; 0: none for their spacing
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) -> Path:
-    """Publish a checkpoint as `folder/step-XXXXXXXX`, set `latest` and `best`, and remove what the rotation drops.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2, keep_every: int = 0) -> Path:
+    """Publish a checkpoint as `folder/step-XXXXXXXX`, and `tidy` the folder.
 
     A crash at any moment leaves every `step-*` folder whole, and the links on whole ones.
     """
@@ -95,25 +88,33 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
         }
         (temporary / STATE_FILE).write_bytes(canonical_json({**state, "digest": fingerprint(state)}))
         publish_folder(temporary, final)
-    _tidy(folder, rotation)
+    tidy(folder, keep_last, keep_every)
     return final
 
 
-def load_latest(folder: Path, rotation: Rotation | None = None, *, run: str | None = None) -> Checkpoint | None:
-    """Read the newest checkpoint of a run, None when it has none.
+def tidy(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Set `latest` and `best`, and remove what is not kept; also after a crash between publishing and this.
 
-    With a rotation, what a crash right after publishing left undone (links one behind, old checkpoints) is done here.
-
-    Raises:
-        ValueError: As `load_checkpoint`.
+    Kept are the newest `keep_last`, those at whole multiples of `keep_every` (0: none for that), and the best one.
     """
     published = published_checkpoints(folder)
-    if not published:
-        return None
-    checkpoint = load_checkpoint(published[-1], run=run)
-    if rotation is not None:
-        _tidy(folder, rotation)
-    return checkpoint
+    newest = published[-1]
+    best = json.loads((newest / STATE_FILE).read_text())["best"]
+    replace_link(folder / LATEST, newest.name)
+    if best and (folder / _folder_name(best["step"])).is_dir():
+        replace_link(folder / BEST, _folder_name(best["step"]))
+    sync(folder)
+    for old in published[:-keep_last]:
+        step = int(old.name.removeprefix("step-"))
+        if not (keep_every and step % keep_every == 0) and not (best and step == best["step"]):
+            remove_folder(old)
+    remove_stale_temporaries(folder)
+
+
+def load_latest(folder: Path, *, run: str | None = None) -> Checkpoint | None:
+    """Read the newest checkpoint of a run, None when it has none; see `load_checkpoint`."""
+    published = published_checkpoints(folder)
+    return load_checkpoint(published[-1], run=run) if published else None
 
 
 def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
@@ -174,22 +175,6 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _tidy(folder: Path, rotation: Rotation) -> None:
-    published = published_checkpoints(folder)
-    newest = published[-1]
-    best = json.loads((newest / STATE_FILE).read_text())["best"]
-    replace_link(folder / LATEST, newest.name)
-    if best and (folder / _folder_name(best["step"])).is_dir():
-        replace_link(folder / BEST, _folder_name(best["step"]))
-    sync(folder)
-    for old in published[: -max(1, rotation.keep_last)]:
-        step = int(old.name.removeprefix("step-"))
-        wanted = (rotation.keep_every and step % rotation.keep_every == 0) or (best and step == best["step"])
-        if not wanted:
-            remove_folder(old)
-    remove_stale_temporaries(folder)
-
-
 class Uploader:
     """Uploads what is new of a run in the background, at most every `every_s` seconds, and at the end.
 
@@ -217,11 +202,7 @@ class Uploader:
             self._running = self._pool.submit(self._upload)
 
     def close(self) -> None:
-        """Upload the rest, and wait for it.
-
-        Raises:
-            ValueError: It failed.
-        """
+        """Upload the rest, and wait for it; a ValueError where that fails."""
         try:
             self._pool.submit(self._upload).result()
         except Exception as error:
@@ -260,10 +241,7 @@ class Uploader:
 
 
 def download_run(run: Path, remote: str) -> str | None:
-    """Fetch the newest whole checkpoint of a run that this machine has not, with the CSV up to it.
-
-    Returns where it came from, None when the remote store has no checkpoint of this run.
-    """
+    """Fetch the newest whole checkpoint of a run, and its CSV; returns where it came from, None when there is none."""
     files, folder = _connect(remote, run)
     try:
         whole = [path for path in _remote_checkpoints(files, folder) if files.exists(f"{path}/{STATE_FILE}")]

@@ -43,31 +43,18 @@ def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
     return bool(accelerator.reduce(stopping, reduction="sum") > 0)
 
 
-def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:
-    """Raise a ValueError in every process that lists what differs in settings, manifest, scaler or code of one."""
+def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
+    """Raise a ValueError in every process that lists what differs in one: settings, manifest, code, or training step."""
     if accelerator.num_processes == 1:
         return
-    own = json.loads(canonical_json(description))
     others: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(others, own)
+    torch.distributed.all_gather_object(others, json.loads(canonical_json(what)))
     for number, other in enumerate(others):
         if changes := recipe_changes(others[0], other):
             raise ValueError(
                 f"process {number} would train another run than process 0 ({'; '.join(changes)}): give all processes of a training the same "
-                "command, params.yaml, manifest and code. Nothing was trained"
+                "command, params.yaml, manifest, code and a $JEPA_RUNS_HOME that they share. Nothing was trained"
             )
-
-
-def check_same_step(accelerator: Accelerator, step: int) -> None:
-    """Raise a ValueError where processes resume from different checkpoints, because they do not see the same folder."""
-    if accelerator.num_processes == 1:
-        return
-    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"the processes found checkpoints of different training steps ({steps}): $JEPA_RUNS_HOME must be a folder that all "
-            "machines of a training share"
-        )
 
 
 @contextmanager

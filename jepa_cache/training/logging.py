@@ -24,13 +24,7 @@ COLUMNS = (
 
 
 def columns_for(num_rollout_steps: int, datasets: Sequence[str], *, on_gpu: bool) -> tuple[str, ...]:
-    """Name the columns of a training's CSV.
-
-    Args:
-        num_rollout_steps: R; `sloss_h1` to `sloss_hR` are the rollout loss of each of its steps.
-        datasets: Members of a mixture; `jloss.<name>` and `val_jloss.<name>` of each. One data set alone has none.
-        on_gpu: `gpu_memory_mb`, the most that was allocated since the row before.
-    """
+    """Name the columns of a training's CSV: with R rollout steps, a mixture's data sets, and a GPU's memory."""
     extra = [f"sloss_h{step}" for step in range(1, num_rollout_steps + 1)]
     if len(datasets) > 1:
         extra += [f"{prefix}jloss.{name}" for prefix in ("", "val_") for name in datasets]
@@ -47,14 +41,7 @@ class Recorder:
     def __init__(
         self, path: Path, columns: Sequence[str], trackers: Sequence[GeneralTracker], kept: str | None = None
     ) -> None:
-        """Write the CSV anew with the rows up to the checkpoint, and replay them.
-
-        Args:
-            path: Of the CSV, beside the checkpoints.
-            columns: Its header.
-            trackers: Finished with the recorder.
-            kept: The checkpoint's copy of the CSV; None for a fresh run.
-        """
+        """Write the CSV anew with the rows that the checkpoint kept (None for a fresh run), and replay them."""
         self.path, self._columns, self._trackers = path, tuple(columns), list(trackers)
         if kept is not None and not (path.is_file() and path.read_bytes().startswith(kept.encode())):
             what = "was changed" if path.is_file() else "is gone"
@@ -108,12 +95,8 @@ def open_trackers(
 ) -> list[GeneralTracker]:
     """Start the trackers that `train.loggers` names; a resumed training replays its rows into them.
 
-    Args:
-        loggers: Of `config.schema.LOGGERS`.
-        live_folder: DVCLive's, in the workspace.
-        run_folder: Of the run; TensorBoard's and W&B's files lie in it. Its name is the run's id, on W&B too, whose
-            environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
-        settings: Shown by W&B.
+    DVCLive's files lie in `live_folder`, in the workspace, TensorBoard's and W&B's in that of the run. Its name is the
+    run's id, on W&B too, whose environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
 
     Raises:
         ValueError: A package is not installed, or DVC runs this stage and DVCLive is not among them.

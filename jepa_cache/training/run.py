@@ -54,7 +54,7 @@ from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
 from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run
-from jepa_cache.training.distributed import check_same_run, watched_processes
+from jepa_cache.training.distributed import check_same, watched_processes
 
 # A run resumes under other values of these, on another machine too: they move no number.
 RESUME_SAFE_SETTINGS = (
@@ -70,14 +70,26 @@ RESUME_SAFE_SETTINGS = (
 )
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
 CODE = ("actions.py", "data", "idle.py", "poses.py", "predictor", "store", "training", "vpt_actions.py")
+OUTPUT_TAKEN = (
+    "another training writes to {}, and the rows of two would mix. Wait for it or stop it; to train two at once use another "
+    "checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one"
+)
+RUN_TAKEN = (
+    "run {} is being trained by another process; two would overwrite each other's checkpoints. Wait for it or stop it; to "
+    "train twice, change a setting (train.seed) in another checkout"
+)
 
 
 class Run(NamedTuple):
-    """One run: what the same command finds again."""
+    """One run: what decides it, and where it is."""
 
-    folder: Path  # of checkpoints and CSV; its name is the run's id
-    description: dict[str, Any]
+    config: Config  # with `num_steps` resolved
+    dataset: CachedDataset
+    scaler: Scaler
     init: Path | None  # file whose weights are the start
+    description: dict[str, Any]
+    folder: Path  # of checkpoints and CSV; its name is the run's id
+    output: Path  # folder that the weights are written to
 
 
 @contextmanager
@@ -91,68 +103,40 @@ def open_run(
     base: Path,
     fresh: bool,
 ) -> Iterator[Run]:
-    """Find the run that the settings mean and hold it, with its folder of results, for the block.
+    """Find the run that the settings mean; the first process holds it, with its folder of results, for the block.
 
-    Args:
-        config: Resolved settings, `num_steps` included.
-        dataset: The cached features.
-        scaler: Fitted on the training episodes.
-        accelerator: The processes; the first one holds the locks.
-        output: Folder that the weights are written to.
-        base: Folder that a relative `train.init` is meant from.
-        fresh: Forget earlier checkpoints of this run.
+    Arguments are those of `trainer.train`, with `num_steps` resolved.
 
     Raises:
         ValueError: The initial weights do not fit or would be overwritten, another process holds the run or the output,
             or another process of this training has died or would train another run.
     """
     init = resolve_init(config.train.init, base)
-    ranges = ranges_path(config.filter, base)
-    description = describe_run(config, dataset.manifest, scaler, init, ranges, num_processes=accelerator.num_processes)
+    description = describe_run(config, dataset.manifest, scaler, init, base, num_processes=accelerator.num_processes)
     if init is not None:
         description["origin"] = _check_init(init, config, dataset, output)._asdict()
-    run = Run(run_folder(description), description, init)
+    run = Run(config, dataset, scaler, init, description, run_folder(description), output)
     with ExitStack() as stack:
         stack.enter_context(watched_processes(accelerator, run.folder))
-        check_same_run(accelerator, description)
+        check_same(accelerator, description)
         if accelerator.is_main_process:
-            stack.enter_context(
-                held(
-                    output,
-                    f"another training writes to {output.parent}, and the rows of two would mix. Wait for it or stop it; to train two at once "
-                    "use another checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one",
-                )
-            )
-            stack.enter_context(
-                held(
-                    run.folder,
-                    f"run {run.folder.name} is being trained by another process; two would overwrite each other's checkpoints. Wait for it or "
-                    "stop it; to train twice, change a setting (train.seed) in another checkout",
-                )
-            )
-            _prepare_folder(run, upload_to=config.train.upload_to, fresh=fresh)
-            if init is not None:
-                _print_changes(init, dataset, scaler)
+            stack.enter_context(held(output, OUTPUT_TAKEN.format(output.parent)))
+            stack.enter_context(held(run.folder, RUN_TAKEN.format(run.folder.name)))
+            _prepare_folder(run, fresh=fresh)
         accelerator.wait_for_everyone()
         yield run
 
 
 @contextmanager
 def held(folder: Path, taken: str) -> Iterator[None]:
-    """Keep other processes out of a folder for the block, by a lock beside it that dies with its process.
-
-    Args:
-        folder: Of a run, or of results; it need not exist.
-        taken: What is said where another process holds it.
-    """
+    """Keep other processes out of a folder for the block, by a lock beside it; `taken` is what the others are told."""
     lock = folder.with_name(f"{folder.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         claim = try_claim(lock)
     except OSError as error:
         raise ValueError(
-            f"{lock.parent} cannot be written or locked ({error}); it must be a folder of a file system with locks. That of all runs is "
-            "set by $JEPA_RUNS_HOME"
+            f"{lock.parent} cannot be written or locked ({error}); it must be on a file system with locks. $JEPA_RUNS_HOME sets that of runs"
         ) from error
     if claim is None:
         raise ValueError(f"{taken} (it holds {lock})")
@@ -162,7 +146,7 @@ def held(folder: Path, taken: str) -> Iterator[None]:
         claim.release()
 
 
-def _prepare_folder(run: Run, *, upload_to: str | None, fresh: bool) -> None:
+def _prepare_folder(run: Run, *, fresh: bool) -> None:
     """Make the run's folder; forget an earlier one if `fresh`, or fetch one that was uploaded."""
     remove_stale_temporaries(run.folder.parent)
     if fresh:
@@ -171,10 +155,15 @@ def _prepare_folder(run: Run, *, upload_to: str | None, fresh: bool) -> None:
     (run.folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with atomic_file(run.folder / "description.json") as temporary:
         temporary.write_bytes(canonical_json(run.description))
-    if upload_to is not None and not fresh and not known:
-        came_from = download_run(run.folder, upload_to)
-        if came_from is not None:
-            print(f"fetched the run's checkpoint from {came_from}")
+    remote = run.config.train.upload_to
+    if remote is not None and not fresh and not known and (came_from := download_run(run.folder, remote)) is not None:
+        print(f"fetched the run's checkpoint from {came_from}")
+    if run.init is not None:
+        # Fine-tuning on other actions and states is what starting weights are for, so it is said and not refused.
+        here, there = json.loads(canonical_json(describe_weights(run))), find_card(run.init) or {}
+        names = [name for name in ("action_space", "scaler") if name in there]
+        for change in recipe_changes({name: there[name] for name in names}, {name: here[name] for name in names}):
+            print(f"the starting weights were trained with other inputs: {change}")
 
 
 def _check_init(init: Path, config: Config, dataset: CachedDataset, output: Path) -> EncoderMatch:
@@ -189,25 +178,11 @@ def _check_init(init: Path, config: Config, dataset: CachedDataset, output: Path
     return check_encoder(init, weights, digest=DigestTable().digest, allow_other=config.train.allow_other_encoder)
 
 
-def _print_changes(init: Path, dataset: CachedDataset, scaler: Scaler) -> None:
-    """Say how actions and states of the starting weights differ; fine-tuning on others is what such weights are for."""
-    here, there = json.loads(canonical_json(describe_weights(dataset, scaler))), find_card(init) or {}
-    for name in ("action_space", "scaler"):
-        if name in there:
-            for change in recipe_changes({name: there[name]}, {name: here[name]}):
-                print(f"the starting weights were trained with other inputs: {change}")
-
-
 def describe_run(
-    config: Config,
-    manifest: Manifest,
-    scaler: Scaler,
-    init: Path | None,
-    ranges: Path | None = None,
-    *,
-    num_processes: int = 1,
+    config: Config, manifest: Manifest, scaler: Scaler, init: Path | None, base: Path, *, num_processes: int = 1
 ) -> dict[str, Any]:
-    """Collect everything that decides a run, as plain JSON; of the files `init` and `ranges` the content, not the name."""
+    """Collect everything that decides a run, as plain JSON; of starting weights and kept ranges the content, not the name."""
+    ranges = ranges_path(config.filter, base)
     # Under num_epochs the training steps follow from the windows.
     passive = (*RESUME_SAFE_SETTINGS, "num_steps") if config.train.num_epochs else RESUME_SAFE_SETTINGS
     return {
@@ -230,11 +205,7 @@ def run_folder(description: dict[str, Any]) -> Path:
 
 
 def resolve_init(reference: str | None, base: Path) -> Path | None:
-    """Find the weights file that `train.init` names: a file, a folder that holds predictor.safetensors, or a run's id.
-
-    Raises:
-        ValueError: When there is no such file; says what was tried.
-    """
+    """Find the weights file that `train.init` names: a file, a folder that holds predictor.safetensors, or a run's id."""
     if reference is None:
         return None
     path = (base / Path(reference).expanduser()).resolve()
@@ -267,10 +238,10 @@ class TrainableModel:
         new_layers: Conditioning encoders that the starting weights did not have in this width.
     """
 
-    def __init__(self, config: Config, dataset: CachedDataset, init: Path | None) -> None:
-        """Build it with its starting weights, those of the file `init` if there is one."""
-        settings = config.train
-        predictor = ACPredictor(**predictor_arguments(config, dataset))
+    def __init__(self, run: Run) -> None:
+        """Build it with its starting weights, those of the run's `init` if there is one."""
+        settings, init = run.config.train, run.init
+        predictor = ACPredictor(**predictor_arguments(run.config, run.dataset))
         self.new_layers: tuple[str, ...] = load_start_weights(predictor, init) if init is not None else ()
         self.module: nn.Module = predictor
         self.lora = settings.lora_rank > 0
@@ -318,11 +289,7 @@ def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any
 
 
 def resolve_epochs(config: Config, num_windows: int, num_processes: int) -> Config:
-    """Return the settings with `num_epochs` turned into training steps, rounded up; unchanged where it is 0.
-
-    Raises:
-        ConfigError: Warm-up and decay do not fit into them.
-    """
+    """Return the settings with `num_epochs` turned into training steps, rounded up; unchanged where it is 0."""
     train = config.train
     if not train.num_epochs:
         return config
@@ -334,37 +301,29 @@ def resolve_epochs(config: Config, num_windows: int, num_processes: int) -> Conf
     return replace(config, train=train)
 
 
-def describe_weights(dataset: CachedDataset, scaler: Scaler) -> dict[str, Any]:
+def describe_weights(run: Run) -> dict[str, Any]:
     """Describe the weights to a training that starts from them."""
     return {
-        "action_space": dataset.space.name,
-        "scaler": scaler.to_json(),
-        ENCODER_FIELD: dataset.manifest.recipe["encoder"]["weights"],
+        "action_space": run.dataset.space.name,
+        "scaler": run.scaler.to_json(),
+        ENCODER_FIELD: run.dataset.manifest.recipe["encoder"]["weights"],
     }
 
 
-def write_outputs(
-    model: TrainableModel,
-    step: int,
-    run: Run,
-    output: Path,
-    config: Config,
-    dataset: CachedDataset,
-    scaler: Scaler,
-) -> Path:
-    """Write predictor.safetensors, with what evaluation must know in its model card, and a copy of train.csv.
+def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
+    """Write the selected weights, with what evaluation must know in their model card, and a copy of train.csv.
 
     Under LoRA the adapter is written too; an earlier one is removed.
     """
-    manifest = dataset.manifest
+    manifest, settings = run.dataset.manifest, run.config.train
     model_card = {
         "run": run.folder.name,
         "step": step,
         "description": run.description,
-        "architecture": predictor_arguments(config, dataset),
-        **describe_weights(dataset, scaler),
-        "window_steps": config.train.window_steps,
-        "normalize_reps": config.train.normalize_reps,
+        "architecture": predictor_arguments(run.config, run.dataset),
+        **describe_weights(run),
+        "window_steps": settings.window_steps,
+        "normalize_reps": settings.normalize_reps,
         "tokens_fingerprint": manifest.fingerprint,
         "tokens_recipe": manifest.recipe,  # of the first part; what decides the tokens of given frames is the same in all
         "manifest": manifest.digest,
@@ -372,9 +331,9 @@ def write_outputs(
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
     }
-    with replaced_files(output, WEIGHTS_FILE, ["adapter"]) as folder:
+    with replaced_files(run.output, WEIGHTS_FILE, ["adapter"]) as folder:
         save_state(model.predictor_state(), folder / WEIGHTS_FILE, model_card)
         if model.lora:
             save_adapter(model.module, folder / "adapter", model_card)
         shutil.copyfile(run.folder / CSV_FILE, folder / CSV_FILE)
-    return output / WEIGHTS_FILE
+    return run.output / WEIGHTS_FILE

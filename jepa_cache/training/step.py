@@ -54,8 +54,7 @@ def train_step(
         gradient_scaler: Enabled for float16 only.
         batches: On the device.
         settings: The training's.
-        step: k, from 1: with the seed it decides everything random in this step, so that a resumed training needs no
-            state of a generator.
+        step: k, from 1; with the seed it decides everything random here, so that a resume needs no generator's state.
     """
     accumulation = settings.grad_accumulation
     torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
@@ -157,10 +156,8 @@ class StepStatistics:
 def validate(objective: Objective, data: TrainingData, accelerator: Accelerator) -> dict[str, float]:
     """Average the losses over a few windows of every held-out episode, which the processes share.
 
-    Returns:
-        `val_` and each of the loss's `TERMS`, and of a mixture `val_jloss.<data set>`. With two held-out episodes or
-        more also the gaps of the evaluation, teacher-forced, but as means over windows: `val_gap_copy_last` and
-        `val_gap_shuffled_actions`, L1 of these less L1 of the predictor.
+    With two held-out episodes or more also the gaps of the evaluation, teacher-forced, but as means over windows: L1 of
+    copying the last step, and of the predictor with another episode's actions, less its own L1.
     """
     objective.eval()
     names = (*TERMS, *(GAPS if data.compares else ()))

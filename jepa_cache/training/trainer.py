@@ -35,14 +35,14 @@ from jepa_cache.training.checkpoint import (
     FOLDER,
     Best,
     Checkpoint,
-    Rotation,
     Uploader,
     describe_last,
     load_checkpoint,
     load_latest,
     save_checkpoint,
+    tidy,
 )
-from jepa_cache.training.distributed import agree_to_stop, check_same_step, end_processes, start_processes
+from jepa_cache.training.distributed import agree_to_stop, check_same, end_processes, start_processes
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
@@ -84,16 +84,13 @@ def train(
     config = resolve_epochs(config, data.num_windows, accelerator.num_processes)
     settings = config.train
     with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
-        state = TrainingState(config, dataset, run, accelerator)
+        state = TrainingState(run, accelerator)
         first_step, stopped_by, weights = state.step, None, None
-        if accelerator.is_main_process:
-            _print_start(state, data)
-        with ExitStack() as stack:
-            stop = stack.enter_context(stop_request())
-            batches = stack.enter_context(closing(data.batches(state.step, settings.num_steps)))
-            writer = None
-            if accelerator.is_main_process:
-                writer = stack.enter_context(closing(_Writer(state, data, describe_weights(dataset, scaler), output)))
+        with (
+            stop_request() as stop,
+            closing(data.batches(state.step, settings.num_steps)) as batches,
+            closing(_Writer(state, data)) as writer,
+        ):
             statistics = StepStatistics(data, settings, state.step, accelerator)
             while not state.is_complete():
                 step = state.step + 1
@@ -106,26 +103,22 @@ def train(
                 statistics.add(report)
 
                 row, improved = None, False
-                validating = _is_due(settings.validate_every, step, settings.num_steps) and bool(data.validation)
-                if validating or _is_due(settings.log_every, step, settings.num_steps):
+                validating = bool(data.validation) and state.is_due(settings.validate_every)
+                if validating or state.is_due(settings.log_every):
                     row = statistics.row(report, step, state.optimizer.param_groups[0]["lr"])
-                    if validating:
-                        row |= validate(state.objective, data, accelerator)
-                        improved = row[settings.metric] < state.best.value
-                        state.best = Best(step, row[settings.metric]) if improved else state.best
+                if validating:
+                    row |= validate(state.objective, data, accelerator)
+                    improved = state.note(row[settings.metric])
+                writer.log(row)
 
-                stopping = agree_to_stop(accelerator, stop)
-                complete = state.is_complete()
-                if writer is not None:
-                    writer.log(row)
-                    if step % settings.checkpoint_every == 0 or improved or stopping or complete:
-                        writer.save()
+                stopping, complete = agree_to_stop(accelerator, stop), state.is_complete()
+                if step % settings.checkpoint_every == 0 or improved or stopping or complete:
+                    writer.save()
                 if stopping and not complete:
                     stopped_by = stop.name or "a signal to another process"
                     break
         if accelerator.is_main_process and stopped_by is None:
-            step = state.select_weights()
-            weights = write_outputs(state.trained, step, run, output, config, dataset, scaler)
+            weights = write_outputs(state.trained, state.select_weights(), run)
         end_processes(accelerator)
     return TrainResult(weights, run.folder, state.step, state.step - first_step, settings.num_steps, stopped_by)
 
@@ -133,18 +126,17 @@ def train(
 class TrainingState:
     """The predictor and its optimiser, and how far they are: as at the run's newest checkpoint, or at its start."""
 
-    def __init__(self, config: Config, dataset: CachedDataset, run: Run, accelerator: Accelerator) -> None:
+    def __init__(self, run: Run, accelerator: Accelerator) -> None:
         """Build everything in the order in which random numbers are drawn, then load the checkpoint."""
-        settings = config.train
-        self.settings, self.accelerator, self.run = settings, accelerator, run.folder
-        self.checkpoints = run.folder / FOLDER
-        self.rotation = Rotation(settings.keep_last, settings.keep_every)
-        tidied = self.rotation if accelerator.is_main_process else None
-        checkpoint = load_latest(self.checkpoints, tidied, run=run.folder.name)
+        self.run, self.accelerator, self.settings = run, accelerator, run.config.train
+        settings, self.checkpoints = self.settings, run.folder / FOLDER
+        checkpoint = load_latest(self.checkpoints, run=run.folder.name)
+        if checkpoint and accelerator.is_main_process:
+            tidy(self.checkpoints, settings.keep_last, settings.keep_every)
         self.num_threads = settings.num_threads or (checkpoint.num_threads if checkpoint else default_num_threads())
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(settings.seed)
-        self.trained = TrainableModel(config, dataset, run.init)
+        self.trained = TrainableModel(run)
         if checkpoint:
             self.trained.load_state(checkpoint.weights)
         self.objective = Objective(self.trained.module, settings, accelerator.device)
@@ -160,7 +152,7 @@ class TrainingState:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.gradient_scaler.load_state_dict(checkpoint.gradient_scaler)
             self.step, self.best, self.rows = checkpoint.step, checkpoint.best, checkpoint.rows
-        check_same_step(accelerator, self.step)
+        check_same(accelerator, {"training step": self.step})
 
     def is_complete(self) -> bool:
         """Return whether all training steps are done, or `patience` validations in a row brought no better metric."""
@@ -169,40 +161,58 @@ class TrainingState:
         converged = settings.patience and self.best.step and self.step - self.best.step >= waited
         return self.step >= settings.num_steps or bool(converged)
 
+    def is_due(self, every: int) -> bool:
+        """Return whether a multiple of `every` training steps, or the last one, is done; 0 means never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.settings.num_steps)
+
+    def note(self, metric: float) -> bool:
+        """Remember a validation if it is the best so far, and say whether it is."""
+        improved = metric < self.best.value
+        self.best = Best(self.step, metric) if improved else self.best
+        return improved
+
     def select_weights(self) -> int:
         """Load the weights that `train.select` names into the predictor; returns their training step."""
         if self.settings.select == "last" or not (self.checkpoints / BEST).exists():
             return self.step
-        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve(), run=self.run.name)
+        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve(), run=self.run.folder.name)
         self.trained.load_state(checkpoint.weights)
         return checkpoint.step
 
 
 class _Writer:
-    """What the first process writes while it trains: rows of the record, checkpoints, uploads, and a progress bar."""
+    """What a training writes: rows of the record, checkpoints, uploads, and a progress bar; by the first process alone."""
 
-    def __init__(self, state: TrainingState, data: TrainingData, model_card: dict, output: Path) -> None:
-        settings = state.settings
-        self._state, self._model_card = state, model_card
+    def __init__(self, state: TrainingState, data: TrainingData) -> None:
+        self._state, settings, run = state, state.settings, state.run
+        self._opened = ExitStack()
+        self._silent = not state.accelerator.is_main_process
+        if self._silent:
+            return
+        _print_start(state, data)
         num_rollout_steps = min(settings.auto_steps, settings.window_steps - 1)
         columns = columns_for(num_rollout_steps, data.datasets, on_gpu=state.accelerator.device.type == "cuda")
-        with ExitStack() as opened:
-            self._uploader = None
-            if settings.upload_to is not None:
-                self._uploader = Uploader(state.run, settings.upload_to, settings.upload_every_min * 60)
-                opened.callback(self._uploader.close)
-            trackers = open_trackers(
-                settings.loggers, live_folder=output.parent / "live", run_folder=state.run, settings=asdict(settings)
-            )
-            self._recorder = Recorder(state.run / CSV_FILE, columns, trackers, state.rows)
-            opened.callback(self._recorder.close)
-            self._bar = opened.enter_context(
-                tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
-            )
-            self.close = opened.pop_all().close
+        live = run.output.parent / "live"
+        trackers = open_trackers(settings.loggers, live_folder=live, run_folder=run.folder, settings=asdict(settings))
+        self._recorder = self._opened.enter_context(
+            closing(Recorder(run.folder / CSV_FILE, columns, trackers, state.rows))
+        )
+        self._uploader = None
+        if settings.upload_to is not None:
+            uploader = Uploader(run.folder, settings.upload_to, settings.upload_every_min * 60)
+            self._uploader = self._opened.enter_context(closing(uploader))
+        self._bar = self._opened.enter_context(
+            tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
+        )
+
+    def close(self) -> None:
+        """Upload the rest, and let the trackers write what is pending."""
+        self._opened.close()
 
     def log(self, row: dict[str, float] | None) -> None:
         """Move the bar on, and record the row of a training step that has one."""
+        if self._silent:
+            return
         self._bar.update()
         if row is not None:
             self._recorder.log(row)
@@ -210,6 +220,8 @@ class _Writer:
 
     def save(self) -> None:
         """Write a checkpoint of the present state, and upload when that is due."""
+        if self._silent:
+            return
         state = self._state
         checkpoint = Checkpoint(
             state.step,
@@ -218,18 +230,14 @@ class _Writer:
             state.gradient_scaler.state_dict(),
             state.num_threads,
             state.best,
-            self._model_card,
-            state.run.name,
+            describe_weights(state.run),
+            state.run.folder.name,
             self._recorder.text,
         )
-        save_checkpoint(state.checkpoints, checkpoint, state.rotation)
+        settings = state.settings
+        save_checkpoint(state.checkpoints, checkpoint, keep_last=settings.keep_last, keep_every=settings.keep_every)
         if self._uploader is not None:
             self._uploader.maybe_upload()
-
-
-def _is_due(every: int, step: int, num_steps: int) -> bool:
-    """Return whether a multiple of `every` training steps, or the last one, is done; 0 means never."""
-    return bool(every) and (step % every == 0 or step == num_steps)
 
 
 def _refuse_not_finite(report: StepReport, state: TrainingState, data: TrainingData, step: int) -> None:
@@ -237,7 +245,7 @@ def _refuse_not_finite(report: StepReport, state: TrainingState, data: TrainingD
     reason = check_finite(report, state.gradient_scaler)
     if reason is None:
         return
-    windows = state.run / f"failed-step-{step:08d}-process-{state.accelerator.process_index}.json"
+    windows = state.run.folder / f"failed-step-{step:08d}-process-{state.accelerator.process_index}.json"
     with atomic_file(windows) as temporary:
         temporary.write_text(json.dumps(data.describe(report.windows), indent=2) + "\n")
     raise ValueError(
@@ -256,8 +264,8 @@ def _print_start(state: TrainingState, data: TrainingData) -> None:
         + (f", {processes} processes" if processes > 1 else "")
     )
     if state.is_complete():
-        print(f"run {state.run.name} is complete; --fresh starts over")
+        print(f"run {state.run.folder.name} is complete; --fresh starts over")
     elif state.step:
         print(
-            f"run {state.run.name} resumes at training step {state.step} of {settings.num_steps}; --fresh starts over"
+            f"run {state.run.folder.name} resumes at training step {state.step} of {settings.num_steps}; --fresh starts over"
         )

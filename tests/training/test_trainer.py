@@ -110,15 +110,7 @@ def test_a_finished_run_is_not_trained_again_and_its_results_are_written_again(c
     assert "complete" in capsys.readouterr().out
 
 
-def test_fresh_starts_over(cache, tmp_path):
-    first = run(cache, tmp_path)
-    before = content(first.weights), rows(first)
-    again = run(cache, tmp_path, fresh=True)
-    assert again.num_trained == 12 and again.run == first.run
-    assert (content(again.weights), rows(again)) == before
-
-
-def test_reader_threads_and_checkpoint_spacing_move_no_number_and_name_no_other_run(cache, tmp_path):
+def test_reader_threads_spacing_and_fresh_move_no_number_and_name_no_other_run(cache, tmp_path):
     plain = run(cache, tmp_path / "a")
     other = run(cache, tmp_path / "b", "train.num_loader_threads=3", "train.checkpoint_every=5", fresh=True)
     assert other.num_trained == 12 and other.run == plain.run
@@ -160,19 +152,23 @@ def test_a_checkpoint_of_another_run_is_refused_and_one_that_does_not_say_whose_
 # --- not finite ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(cache, tmp_path, runs):
+def test_a_loss_that_is_not_finite_stops_overwrites_nothing_and_names_the_windows(cache, tmp_path, runs):
     kept = run(cache, tmp_path)
     before = {path: path.read_bytes() for path in kept.weights.parent.iterdir()}
-    wild = ("train.lr=1e36", "train.start_lr=1e36", "train.checkpoint_every=1", "train.log_every=1")
-    with pytest.raises(
-        ValueError,
-        match=r"training step 2 the loss is nan.*nothing was overwritten, the last checkpoint is .*step-00000001, .*train\.lr",
-    ):
+    wild = ("train.lr=1e36", "train.start_lr=1e36", "train.log_every=1")
+    said = r"training step 2 the loss is nan.*nothing was overwritten, {}, and the windows .*failed-step-00000002-process-0"
+    with pytest.raises(ValueError, match=said.format("there was no checkpoint yet")):
         run(cache, tmp_path, *wild)
+    with pytest.raises(ValueError, match=said.format("the last checkpoint is .*step-00000001")):
+        run(cache, tmp_path, *wild, "train.checkpoint_every=1")
     assert {path: path.read_bytes() for path in kept.weights.parent.iterdir()} == before
     (folder,) = (path for path in runs.iterdir() if path != kept.run)
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-00000001"]
     assert len((folder / "train.csv").read_text().splitlines()) == 2
+    named = json.loads((folder / "failed-step-00000002-process-0.json").read_text())
+    training = {segment.episode for segment in cache.dataset.segments_of("train", cache.config.split)}
+    assert len(named) == 4 and {window["episode"] for window in named} <= training
+    assert all(0 <= window["start"] <= 25 and window["num_steps"] == 5 for window in named)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_are_kept(
@@ -188,22 +184,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_
     monkeypatch.setattr(trainer, "build_optimizer", spoiled)
     with pytest.raises(ValueError, match=r"training step 3 .* norm of its gradient (nan|inf)"):
         run(cache, tmp_path, "train.checkpoint_every=1")
-    (folder,) = runs.iterdir()
-    assert (folder / "checkpoints/latest").readlink() == Path("step-00000002")
-    assert all(
-        bool(t.isfinite().all()) for t in load_file(folder / "checkpoints/latest/predictor.safetensors").values()
-    )
+    (latest,) = runs.glob("*/checkpoints/latest")
+    assert latest.readlink() == Path("step-00000002")
+    assert all(bool(t.isfinite().all()) for t in load_file(latest / "predictor.safetensors").values())
 
 
 # --- train.init ----------------------------------------------------------------------------------------------------------
 
 STILL = (
-    "train.num_steps=1",
-    "train.num_warmup=0",
-    "train.num_anneal=0",
-    "train.lr=1e-12",
-    "train.weight_decay=0",
-    "train.seed=5",
+    *("train.num_steps=1", "train.num_warmup=0", "train.num_anneal=0"),
+    *("train.lr=1e-12", "train.weight_decay=0", "train.seed=5"),
 )
 
 
@@ -220,37 +210,26 @@ def test_init_may_not_name_the_file_that_the_training_overwrites(cache, tmp_path
 
 def test_init_takes_a_run_folder_a_file_and_the_id_of_a_run_and_means_the_same_run_by_each(cache, tmp_path):
     first = run(cache, tmp_path / "first")
-    trained = load_file(first.weights)
-    references = (str(first.weights.parent), str(first.weights), "first/run", first.run.name, str(first.run))
-    started = [
-        run(cache, tmp_path / "second", *STILL, f"train.init={(tmp_path / r) if r == 'first/run' else r}")
-        for r in references
-    ]
-    for result, reference in zip(started, references, strict=True):
-        weights = load_file(result.weights)
+    trained, started = load_file(first.weights), []
+    by_content = first.weights.parent, first.weights, tmp_path / "first/run"
+    for reference in (*by_content, first.run.name, first.run):
+        started.append(run(cache, tmp_path / "second", *STILL, f"train.init={reference}"))
+        weights = load_file(started[-1].weights)
         assert all(torch.allclose(weights[name], trained[name], atol=1e-9) for name in trained), reference
-    by_content = {
-        result.run for result, reference in zip(started, references, strict=True) if reference in references[:3]
-    }
-    assert len(by_content) == 1
+    assert len({result.run for result in started[: len(by_content)]}) == 1
     assert run(cache, tmp_path / "third", *STILL).run not in {result.run for result in started}
 
 
-def test_init_that_names_nothing_says_what_was_tried(cache, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"train\.init='nothing' names no weights; tried .*nothing/predictor\.safetensors"
-    ):
+def test_init_that_names_nothing_or_other_sizes_says_so(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.init='nothing' names no weights; tried .*nothing/predictor\.safeten"):
         run(cache, tmp_path, "train.init=nothing")
-
-
-def test_init_of_other_sizes_lists_every_difference(cache, tmp_path):
     config = make_config("train.num_steps=6")
     wide = replace(config, predictor=replace(config.predictor, predictor_dim=24))
     other = train(wide, cache.dataset, cache.scaler, tmp_path / "wide/run", base=tmp_path)
-    num_weights = len(load_file(other.weights))
     with pytest.raises(ValueError, match=r"predictor_embed\.weight is \[24, 8\] in the file, \[16, 8\] here") as error:
         run(cache, tmp_path, f"train.init={other.weights}")
-    assert str(error.value).count("shape:") == num_weights - 1  # all but the bias of predictor_proj
+    # All but the bias of predictor_proj.
+    assert str(error.value).count("shape:") == len(load_file(other.weights)) - 1
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------------
@@ -298,15 +277,12 @@ def test_two_accumulated_batches_of_four_equal_one_of_eight(cache, tmp_path):
             assert float(one[name] or 0) == pytest.approx(float(other[name] or 0), rel=1e-3), name
 
 
-def test_the_rates_in_the_csv_are_those_of_the_schedule(cache, tmp_path):
-    result = run(cache, tmp_path, "train.log_every=1")
-    rates = {"num_steps": 12, "num_warmup": 2, "num_anneal": 4, "start_lr": 0.001, "peak_lr": 0.003, "final_lr": 0.0}
-    assert [float(row["lr"]) for row in rows(result)] == [warmup_stable_decay(k, **rates) for k in range(1, 13)]
-
-
-def test_validations_fall_where_they_are_asked_for_whatever_is_logged_between(cache, tmp_path):
+def test_rates_are_the_schedule_s_and_validations_fall_where_they_are_due(cache, tmp_path):
     result = run(cache, tmp_path, "train.log_every=4", "train.validate_every=5")
-    assert [int(row["step"]) for row in rows(result)] == [4, 5, 8, 10, 12]
+    rates = {"num_steps": 12, "num_warmup": 2, "num_anneal": 4, "start_lr": 0.001, "peak_lr": 0.003, "final_lr": 0.0}
+    steps = [int(row["step"]) for row in rows(result)]
+    assert steps == [4, 5, 8, 10, 12]
+    assert [float(row["lr"]) for row in rows(result)] == [warmup_stable_decay(k, **rates) for k in steps]
     assert [int(row["step"]) for row in rows(result) if row["val_jloss"]] == [5, 10, 12]
 
 
@@ -320,30 +296,16 @@ def test_training_without_held_out_windows_validates_nothing(cache, tmp_path):
 # --- the manifest ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
+def test_a_manifest_made_with_other_settings_is_refused(cache):
+    root = f"cache.root={cache.root.path}"
+    config = make_config(root)
+    assert len(open_dataset(config, cache.folder).segments) == 8
+    for override in (
         *("dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"),
         *("encode.cameras=[wrist]", "encode.phases=[0,1]"),
-    ],
-)
-def test_a_manifest_made_with_other_settings_is_refused(cache, override):
-    root = f"cache.root={cache.root.path}"
-    assert len(open_dataset(make_config(root), cache.folder).segments) == 8
-    key = override.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"other settings \({key} is .*encode\.py"):
-        open_dataset(make_config(root, override), cache.folder)
-
-
-def test_a_manifest_made_with_other_source_options_is_refused(cache):
-    config = make_config(f"cache.root={cache.root.path}")
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({override.partition('=')[0]} is .*encode\.py"):
+            open_dataset(make_config(root, override), cache.folder)
     other = replace(config.dataset, source_options={**config.dataset.source_options, "schema": "simple"})
     (words,) = find_differences(replace(config, members=((other, 1.0),)), cache.dataset.manifest)
     assert words == "source_options.schema of sample is 'simple', the manifest has 'contractor'"
-    assert not find_differences(config, cache.dataset.manifest)
-
-
-def test_a_scaler_of_other_actions_is_refused(cache, tmp_path):
-    scaler = replace(cache.scaler, action_fingerprint="0" * 32)
-    with pytest.raises(ValueError, match=r"scaler was fitted for action recipe 0+.*fit_scaler\.py"):
-        train(cache.config, cache.dataset, scaler, tmp_path / "run", base=tmp_path)
