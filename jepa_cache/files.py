@@ -62,11 +62,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is renamed to `path`.
 
-    A crash at any moment leaves the old file or the new one, never a part. Without `durable` nothing is forced to the disk: the
-    machine may stop with an empty file under the name.
+    A crash at any moment leaves the old file or the new one, never a part.
     """
     make_folder(path.parent)
     temporary = temporary_beside(path)
@@ -76,11 +75,9 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
             yield temporary
         if temporary.stat().st_mode != mode:  # safetensors puts a file there that its owner alone may read
             temporary.chmod(mode & 0o777)
-        if durable:
-            sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        if durable:
-            sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager

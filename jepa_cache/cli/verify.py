@@ -35,7 +35,7 @@ def verify(
     against_online: Annotated[
         int, typer.Option(min=0, metavar="N", help="encode N random steps again and compare")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and told when not given")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and printed when not given")] = None,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:

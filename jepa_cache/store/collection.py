@@ -17,11 +17,11 @@ from jepa_cache.files import is_abandoned, list_temporaries, measure_bytes
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import StoreKey
-from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, OLD_RECORDS, CacheRoot, RefusedError
+from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, OLD_FOLDER, CacheRoot, RefusedError
 
 GRACE_DAYS = 14.0  # as git keeps what nothing reaches
 EXPORT_FILES = ("README.md", "provenance.json", "SHA256SUMS")
-KNOWN = (LOCK_FILE, MARKER, "lost+found", *EXPORT_FILES)
+KNOWN = (LOCK_FILE, MARKER, OLD_FOLDER, "lost+found", *EXPORT_FILES)
 MIN_PREFIX = 6
 
 
@@ -57,7 +57,7 @@ class Contents:
 
     def unneeded(self, forgotten: Collection[str] = ()) -> dict[StoreKey, int]:
         """The stores that may be removed; what a forgotten manifest alone listed has no days of grace."""
-        dropped = {key for digest in forgotten for key in self.needs[digest]}
+        dropped = {key for digest in forgotten for key in self.needs.get(digest, ())}
         kept = self.needed(forgotten) | self.claimed | (self.recent - dropped)
         return {key: size for key, size in self.stores.items() if key not in kept}
 
@@ -99,9 +99,7 @@ def list_root(root: CacheRoot, own: Manifest | None = None, *, grace_days: float
     for folder in root.own_folders():
         temporaries = list_temporaries(folder)
         ours |= {folder, *temporaries}
-        for path in (*_old_records(folder), *filter(is_abandoned, temporaries)):
-            ours.add(path)
-            contents.temporaries[str(path)] = measure_bytes(path)
+        contents.temporaries |= {str(path): measure_bytes(path) for path in filter(is_abandoned, temporaries)}
     newest: dict[Path, float] = {}
     for kind in KINDS:
         for path in root.iter_stores(kind):
@@ -172,8 +170,6 @@ def remove_unneeded(
             root.remove(root.store(key))
         for digest in forgotten:  # last: after a kill the same command finds what is left
             root.remove(root.manifest(digest))
-        for path in (path for folder in root.own_folders() for path in _old_records(folder)):
-            root.remove(path)
         root.remove_stale_temporaries()
         for name in root.find_abandoned():
             root.remove_abandoned(name)
@@ -184,10 +180,3 @@ def remove_unneeded(
             with suppress(OSError):  # not empty
                 folder.rmdir()
     return contents
-
-
-def _old_records(folder: Path) -> list[Path]:
-    """What earlier versions wrote of an encode before it began; the days of grace have taken its place."""
-    if folder.name != OLD_RECORDS:
-        return []
-    return [path for path in folder.glob("*.json") if FINGERPRINT.fullmatch(path.stem) and path.is_file()]

@@ -36,7 +36,7 @@ UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files
 
 
 class Look(NamedTuple):
-    """What tells without reading that a file is still the one that it was; the inode as text, for it may fill 64 bits."""
+    """By what a file is known, without reading it, to be still the one that it was; the inode as text, for it may fill 64 bits."""
 
     num_bytes: int
     modified_ns: int

@@ -3,7 +3,7 @@
 `tokens` [n, N, D], dimensions step, token, channel; inner chunks of 8 steps in shards of 512, bytes + crc32c, no
 compressor: Zarr v3 that zarr-python, xarray, dask and tensorstore read without our code. float16, or as `store.quantisation`
 says, then with `token_scales` [n, N], `channel_scales` [D] and `channel_means` [D] beside it. In the same group lie
-`steps.parquet`, `segments.parquet` and `store.json`. docs/store_format.md tells everything that another program needs.
+`steps.parquet`, `segments.parquet` and `store.json`. docs/store_format.md says everything that another program needs.
 """
 
 from __future__ import annotations

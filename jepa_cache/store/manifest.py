@@ -19,7 +19,6 @@ import orjson
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
 from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, file_digest, fingerprint, unit_id
-from jepa_cache.store.root import CacheRoot
 
 MANIFEST_VERSION = 1
 SELF_DIGEST = "sha256"  # of the manifest without this entry
@@ -56,7 +55,7 @@ class ManifestPart:
     action_fingerprint: str
     action_recipe: dict[str, Any]
     source_fingerprint: str
-    skipped: tuple[dict[str, str], ...]  # key and reason of every recording left out
+    skipped: tuple[dict[str, str], ...]  # key and reason of every skipped recording
     notes: tuple[str, ...]
     entries: tuple[ManifestEntry, ...]
 
@@ -102,7 +101,7 @@ class Manifest:
 
     @property
     def skipped(self) -> tuple[dict[str, str], ...]:
-        """Key and reason of every recording that was left out of any part."""
+        """Key and reason of every recording that was skipped in any part."""
         return tuple(recording for part in self.parts for recording in part.skipped)
 
     @property
@@ -250,9 +249,3 @@ def _check_names(names: Mapping[str, object], length: int) -> None:
     for key, name in names.items():
         if not isinstance(name, str) or not re.fullmatch(rf"[0-9a-f]{{{length}}}", name):
             raise ValueError(f"{key} is {length} hexadecimal digits, not {name!r}")
-
-
-def find_missing(root: CacheRoot, paths: Sequence[Path]) -> list[Path]:
-    """Those stores that the root does not hold."""
-    root.prefetch(paths)
-    return [path for path in paths if not root.fetch(path)]

@@ -44,7 +44,7 @@ ADVICE = (
 
 
 class ObjectStoreError(ValueError):
-    """A bucket that cannot be used as asked; the message says why and what to change. Never damage of what is stored."""
+    """A bucket that cannot be used as requested; the message says why and what to change. Never damage of what is stored."""
 
 
 class Bucket:

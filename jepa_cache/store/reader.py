@@ -154,7 +154,7 @@ class OpenShard:
         """
         try:
             return all(os.preadv(self._descriptor, [_BYTE], at, os.RWF_NOWAIT) for at in (begin, begin + num_bytes - 1))
-        except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be told here, or there is no such flag
+        except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be known here, or there is no such flag
             return False
 
     def copy(self, pieces: Sequence[memoryview | bytearray], begin: int) -> None:
@@ -286,7 +286,7 @@ class ArrayReader:
             )
         stop = start + len(out)
         if start < 0 or stop > self.shape[0]:
-            raise IndexError(f"{self.store} holds steps 0 to {self.shape[0]}; asked for {start} to {stop}")
+            raise IndexError(f"{self.store} holds steps 0 to {self.shape[0]}; requested are {start} to {stop}")
         if not len(out):
             return
         target, step_bytes = memoryview(out).cast("B"), self._step_bytes
@@ -439,7 +439,7 @@ def _describe_episodes(store: Path, start: int, stop: int) -> str:
     """The episodes of these steps, as far as the segment table can be read."""
     try:
         segments = read_table(store, layout.SEGMENTS_FILE).to_pylist()
-    except ValueError:  # its own damage is not what was asked about
+    except ValueError:  # its own damage is another matter
         return ""
     episodes = sorted({row["episode"] for row in segments if row["start"] < stop and start < row["stop"]})
     return f", episode {', '.join(episodes)}" if episodes else ""

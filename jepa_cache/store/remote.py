@@ -4,7 +4,7 @@
     tokens/<fingerprint>/<unit>.zarr.commit.json               names the attempt; written last and only if there is none
 
 A store exists when its commit object does, so nothing half-written is ever read and the files of two writers never mix.
-The folder is laid out like any cache root. Tables and metadata are pulled when a store is asked for, its chunks of tokens
+The folder is laid out like any cache root. Tables and metadata are pulled when a store is requested, its chunks of tokens
 when a command reads them; chunks beyond $JEPA_CACHE_LOCAL_GB go, of the least recently used stores first.
 """
 
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 
 from jepa_cache.files import (
-    Claim,
     atomic_file,
     held_file,
     list_temporaries,
@@ -48,15 +47,16 @@ from jepa_cache.store.layout import (
 )
 from jepa_cache.store.objects import Bucket, Listing, ObjectStoreError
 from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
-from jepa_cache.store.root import BOOKS, KINDS, MARKER, CacheRoot
+from jepa_cache.store.root import KINDS, MANIFESTS, MARKER, CacheRoot
 
 Result = TypeVar("Result")
 
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
-HINT_SUFFIX = ".hint"  # of an object beside the commit: an encoder is at work on this unit
 ATTEMPT = ".attempt-"
-OURS = re.compile(r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)")  # an upload, and nobody else's object
+OURS = re.compile(
+    r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)"
+)  # an upload or a hint of earlier versions, nobody else's
 # Longer than any upload of one unit takes; what is younger and named by no commit may be another writer's at work.
 ABANDONED_AFTER = timedelta(days=1)
 STORES_AT_ONCE = 16  # a request waits for the network, not for this machine
@@ -197,20 +197,6 @@ class BucketRoot(CacheRoot):
             self._listings.pop(path.parent, None)
             self._forget(path)
 
-    def claim(self, store: Path) -> Claim | None:
-        """Claim the making of a store; None while another encoder here holds it, and once where another machine began it.
-
-        An object says so, which is a hint and no lock: it makes encoders begin with other units, and is ignored the second time.
-        """
-        claim, hint = super().claim(store), self._key(store) + HINT_SUFFIX
-        if claim is None or hint in self._hints:
-            return claim
-        self._hints.add(hint)
-        if self.bucket.put(hint, b"an encoder is at work on this unit\n", new=True):
-            return claim
-        claim.release()
-        return None
-
     def modified_s(self, path: Path) -> float:
         """When a store or file was committed, by the bucket's clock; of what is not published, when it was made here."""
         found = self._listings.get(path.parent, {}).get(self._key(path) + COMMIT_SUFFIX)
@@ -238,7 +224,7 @@ class BucketRoot(CacheRoot):
         return [text for text in _each(fetch, sorted({name.removesuffix(COMMIT_SUFFIX) for name in names})) if text]
 
     def find_abandoned(self) -> dict[str, int]:
-        """Uploads that no commit names, and hints, untouched for a day, with their sizes in bytes."""
+        """Uploads that no commit names, untouched for a day, with their sizes in bytes; also hints of earlier versions."""
         objects, named, uploads = self._list_all(), set(), {}
         for name, found in objects.items():
             if match := OURS.match(name):
@@ -256,19 +242,15 @@ class BucketRoot(CacheRoot):
 
     def remove_abandoned(self, name: str) -> None:
         """Remove one of `find_abandoned`."""
-        self.bucket.delete([name] if name.endswith(HINT_SUFFIX) else self.bucket.list(name))
+        self.bucket.delete([name] if name.endswith(".hint") else self.bucket.list(name))
 
     @functools.cached_property
     def _listings(self) -> dict[Path, Listing]:
         # Of folders that were looked at; what is missing there is looked for again, what is there is relied on.
         return {}
 
-    @functools.cached_property
-    def _hints(self) -> set[str]:
-        return set()  # those that this process left or has met
-
     def _list_all(self) -> Listing:
-        return {key: found for kind in (*KINDS, *BOOKS) for key, found in self.bucket.list(kind).items()}
+        return {key: found for kind in (*KINDS, MANIFESTS) for key, found in self.bucket.list(kind).items()}
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
@@ -367,8 +349,6 @@ class BucketRoot(CacheRoot):
         if commit.attempt != attempt:
             self.bucket.delete(self.bucket.list(attempt))
         self._take_over(path, commit)
-        if key + HINT_SUFFIX in self._hints:
-            self.bucket.delete([key + HINT_SUFFIX])
         self._make_room()
 
     def _forget(self, path: Path) -> None:
@@ -379,7 +359,7 @@ class BucketRoot(CacheRoot):
     def _make_room(self, wanted: Sequence[Path] = (), hold: Path | None = None) -> None:
         """Remove chunks of the least recently used stores, until those that commands read and those kept are within the limit.
 
-        `wanted` are stores that this process is going to read, which the file `hold` tells others.
+        `wanted` are stores that this process is going to read, which others read in the file `hold`.
         """
         with self._locked(self._folder("holds")):
             if hold is not None:

@@ -31,8 +31,8 @@ MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
 LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
-OLD_RECORDS = "unfinished"  # earlier versions wrote there what an encode was going to make
-BOOKS = ("manifests", OLD_RECORDS)
+MANIFESTS = "manifests"
+OLD_FOLDER = "unfinished"  # earlier versions wrote there what an encode was going to make; nothing reads it any more
 FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
 
 
@@ -75,7 +75,7 @@ class CacheRoot:
         names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - {"lost+found"}
         if MARKER in names:
             return False
-        is_old = LOCK_FILE in names and names <= {*KINDS, *BOOKS, LOCK_FILE}
+        is_old = LOCK_FILE in names and names <= {*KINDS, MANIFESTS, OLD_FOLDER, LOCK_FILE}
         stores = (store for kind in KINDS for store in self.iter_stores(kind))
         if not names or is_old or any((store / STORE_FILE).is_file() for store in stores):
             return True
@@ -114,7 +114,7 @@ class CacheRoot:
 
     def manifest(self, digest: str) -> Path:
         """The copy of a manifest that says which stores are still wanted."""
-        return self.path / "manifests" / f"{digest}.json"
+        return self.path / MANIFESTS / f"{digest}.json"
 
     def fetch(self, path: Path) -> bool:
         """Whether a store or file is published; all of it but the chunks of tokens is here afterwards."""
@@ -148,7 +148,8 @@ class CacheRoot:
         """Remove a store or file, so that at every moment it is whole or gone."""
         if path.is_dir():
             remove_folder(path)
-        path.unlink(missing_ok=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def num_bytes(self, path: Path) -> int:
         """Bytes of a store or file; what vanishes meanwhile counts nothing."""
@@ -209,7 +210,7 @@ class CacheRoot:
 
     def own_folders(self) -> list[Path]:
         """The folders of the root in which our writers put files; links are not followed."""
-        books = [path for path in _real_folders(self.path) if path.name in BOOKS]
+        books = [path for path in _real_folders(self.path) if path.name == MANIFESTS]
         return [self.path, *books, *(folder for kind in KINDS for folder in self.recipe_folders(kind))]
 
     def remove_stale_temporaries(self) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from jepa_cache.store.quantisation import check_width, decode, encode, get_codec
 from jepa_cache.store.reader import ArrayReader, list_checksums
 from jepa_cache.store.recipe import canonical_json
 
-STAGING_FOLDER = "staging"
+STAGING_FILE = "staging.float16"
 
 
 class TokenWriter:
@@ -39,9 +39,9 @@ class TokenWriter:
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
-        self._dtype, self._scheme = dtype, get_codec(dtype)
+        self._dtype, self._codec = dtype, get_codec(dtype)
         self._stack = ExitStack()
-        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._scheme.given)
+        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._codec.given)
         self._num_pending = 0
         self._num_shards = 0
         self._errors: list[np.ndarray] = []  # rows [3] of every step, as `append` takes them
@@ -50,7 +50,7 @@ class TokenWriter:
         remove_stale_temporaries(self.final.parent)
         self._folder = self._stack.enter_context(temporary_folder(self.final))
         self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width, self._dtype)
-        self._staging = _Staging(self._folder / STAGING_FOLDER) if self._scheme.max_code is not None else None
+        self._staging = _Staging(self._folder / STAGING_FILE) if self._codec.max_code is not None else None
         return self
 
     def __exit__(
@@ -96,7 +96,7 @@ class TokenWriter:
             self._num_shards = shard
             if self._staging is not None:
                 self._staging.read(shard, self._pending)
-                self._staging.truncate(shard)
+                self._staging.truncate(shard * self._pending.nbytes)
             else:
                 self._pending[:rest] = self._array[shard * layout.SHARD_STEPS : num_steps]
                 self._resize(shard * layout.SHARD_STEPS)
@@ -176,38 +176,34 @@ class TokenWriter:
                 self._errors += pool.map(quantise, range(len(staged)))
                 run = slice(shard * layout.SHARD_STEPS, shard * layout.SHARD_STEPS + len(staged))
                 self._array[run], token_scales[run] = codes[: len(staged)], scales[: len(staged)]
-        shutil.rmtree(self._folder / STAGING_FOLDER)
+        (self._folder / STAGING_FILE).unlink()
         layout.write_channels(self._folder, channels)
 
 
 class _Staging:
-    """float16 steps that wait on the disk until their store is complete, since channel statistics need all of them.
+    """float16 steps that wait in a file until their store is complete, since channel statistics need all of them; never published."""
 
-    They are whole zarr shards of steps as plain files in the writer's private folder; none is ever published.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lengths = folder, []
-        folder.mkdir()
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.touch()
 
     def append(self, steps: np.ndarray) -> None:
-        (self._folder / str(len(self._lengths))).write_bytes(steps.data)
-        self._lengths.append(len(steps))
+        with self._path.open("ab") as file:
+            file.write(steps.data)
 
     def read(self, shard: int, out: np.ndarray) -> np.ndarray:
         """The steps of one shard, in the head of the buffer `out` [T, N, D]."""
-        steps, path = out[: self._lengths[shard]], self._folder / str(shard)
-        with path.open("rb", buffering=0) as file:
-            got = file.readinto(steps.reshape(-1).view(np.uint8))
-        assert got == steps.nbytes, f"{path} gave {got} of {steps.nbytes} bytes"
-        return steps
+        with self._path.open("rb") as file:
+            file.seek(shard * out.nbytes)
+            num_bytes = file.readinto(memoryview(out).cast("B"))
+        return out[: num_bytes // out[0].nbytes]
 
     def iter_shards(self, out: np.ndarray) -> Iterator[np.ndarray]:
         """Every shard in turn, each in the same buffer `out`."""
-        yield from (self.read(shard, out) for shard in range(len(self._lengths)))
+        yield from (self.read(shard, out) for shard in range(-(-self._path.stat().st_size // out.nbytes)))
 
-    def truncate(self, num_shards: int) -> None:
-        del self._lengths[num_shards:]
+    def truncate(self, num_bytes: int) -> None:
+        os.truncate(self._path, num_bytes)
 
 
 def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:

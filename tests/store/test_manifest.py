@@ -1,4 +1,4 @@
-"""Claims: a manifest reads back as it was written, has one spelling, is written whole or not at all, and names what is missing.
+"""Claims: a manifest reads back as it was written, has one spelling, and is written whole or not at all.
 
 One that was changed since, or has another form, is refused.
 """
@@ -9,9 +9,8 @@ import json
 
 import pytest
 
-from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, find_missing, read_manifest, write_manifest
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, read_manifest, write_manifest
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import CacheRoot
 
 ENTRY = ManifestEntry("a" * 64, "b" * 64, "c" * 64, num_steps=10, num_segments=2, num_episodes=1)
 PART = ManifestPart(
@@ -149,16 +148,3 @@ def test_a_missing_or_cut_manifest_is_named_with_the_command_that_makes_it(tmp_p
     (tmp_path / "manifest.json").write_bytes(MANIFEST.to_bytes()[:100])
     with pytest.raises(ValueError, match="no valid manifest"):
         read_manifest(tmp_path / "manifest.json")
-
-
-def test_missing_stores_are_listed_by_their_place(tmp_path):
-    root = CacheRoot(tmp_path)
-    places = [
-        place
-        for entry in MANIFEST.entries
-        for place in (root.tokens("1" * 32, entry.unit_digest), root.actions("2" * 32, entry.unit_digest))
-    ]
-    assert find_missing(root, places) == places
-    for place in places[:3]:
-        place.mkdir(parents=True)
-    assert find_missing(root, places) == places[3:]
