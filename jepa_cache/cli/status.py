@@ -220,10 +220,10 @@ def find_status(inventory: Inventory, root: CacheRoot) -> list[GroupStatus]:
     def listed() -> dict[tuple[str, str], str]:
         """Manifest by fingerprint and digest of the units that it lists: such a store without a place was deleted."""
         return {
-            (part.fingerprint, entry.unit_digest): listing.digest
-            for listing in list_manifests(root)
-            if listing.manifest
-            for part, entry in listing.manifest.stores
+            (part.fingerprint, entry.unit_digest): digest
+            for digest, manifest in list_manifests(root).items()
+            if isinstance(manifest, Manifest)
+            for part, entry in manifest.stores
         }
 
     root.refresh()

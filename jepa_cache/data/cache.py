@@ -38,7 +38,7 @@ from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
-from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
+from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, decode, get_codec, scales_dtype, scales_shape
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.remote import resolve_cache_root
@@ -152,7 +152,9 @@ class CachedDataset:
         keys = [part.keys(entry) for part, entry in manifest.stores]
         self._token_paths: list[Path] = [root.store(tokens) for tokens, _, _ in keys]
         self._action_paths: list[Path] = [root.store(actions) for _, actions, _ in keys]
-        if missing := find_missing(root, [*self._token_paths, *self._action_paths]):
+        paths = [*self._token_paths, *self._action_paths]
+        root.prefetch(paths)
+        if missing := [path for path in paths if not root.fetch(path)]:
             raise ValueError(
                 f"{len(missing)} of the stores in the manifest are not in {root.name} (first: {missing[0]}); "
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"

@@ -149,8 +149,6 @@ def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np
     return values
 
 
-
-
 def _find_key(stem: Path) -> str:
     """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
     return spell_name(f"{stem.parent.resolve().name}/{stem.name}")

@@ -22,6 +22,7 @@ from jepa_cache.store.layout import (
     REMEDY,
     StoreDamagedError,
     StoreFile,
+    changed_error,
     read_content,
     read_store_file,
     write_store_file,
@@ -51,16 +52,11 @@ class ControlsWriter:
         return self
 
     def append(self, episode: str, controls: Mapping[str, np.ndarray]) -> None:
-        """Add one episode.
-
-        Args:
-            episode: Its key.
-            controls: Name to [M] array, the same names and dtypes for every episode of a source.
-        """
+        """Add one episode by its key: name to [M] array, the same names and dtypes for every episode of a source."""
         num_ticks = len(next(iter(controls.values())))
-        columns = {EPISODE_COLUMN: pa.array([episode] * num_ticks)}
-        columns |= {name: pa.array(values) for name, values in controls.items()}
-        table = pa.table(columns)
+        table = pa.table(
+            {EPISODE_COLUMN: [episode] * num_ticks, **{name: pa.array(it) for name, it in controls.items()}}
+        )
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table, row_group_size=max(1, num_ticks))
@@ -85,8 +81,8 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
 
     Raises:
-        StoreDamagedError: When the file cannot be read, is another unit's, or a byte of it has changed; of a file that was written
-            before these were noted only at the end, and when a value has changed.
+        StoreDamagedError: The file cannot be read, is another unit's, or a byte of it has changed; of a file of the first release
+            a changed value is known at the end only.
     """
     hasher = hashlib.sha256()
     try:
@@ -112,23 +108,18 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last two: a damaged name of a column
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
     if not sealed and notes.get(OLD_DIGEST_KEY, b"").decode() != hasher.hexdigest():
-        raise _changed(path)
+        raise changed_error(path)
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a controls file is there and holds what was written; a damaged one is named.
-
-    Cost: reads the file.
-    """
-    if not path.is_file():
-        return False
+    """Whether a controls file is there and holds what was written; a damaged one is named. Cost: reads it."""
     try:
-        for _ in iter_controls(path):
+        for _ in iter_controls(path) if path.is_file() else ():
             pass
     except StoreDamagedError as error:
         print(f"damaged, reading the controls from the recordings again: {error}")
         return False
-    return True
+    return path.is_file()
 
 
 def _identity(path: Path) -> str:
@@ -145,25 +136,13 @@ def _seal(path: Path) -> None:
 
 
 def _check_seal(path: Path, raw: bytes) -> bool:
-    """Whether a file's bytes are what its own sha256 says; False for a file without one.
-
-    Raises:
-        StoreDamagedError: They are not.
-    """
+    """Whether a file has its own sha256 in it; raises StoreDamagedError where its bytes are others."""
     found = list(SHA256_ENTRY.finditer(raw))
-    if not found:
-        return False
-    start, stop = found[-1].span(1)
-    hasher = hashlib.sha256(memoryview(raw)[:start])
-    hasher.update(b"0" * (stop - start))
-    hasher.update(memoryview(raw)[stop:])
-    if hasher.hexdigest().encode() != raw[start:stop]:
-        raise _changed(path)
-    return True
-
-
-def _changed(path: Path) -> StoreDamagedError:
-    return StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {REMEDY}")
+    if found:
+        start, stop = found[-1].span(1)
+        if hashlib.sha256(raw[:start] + b"0" * (stop - start) + raw[stop:]).hexdigest().encode() != raw[start:stop]:
+            raise changed_error(path)
+    return bool(found)
 
 
 def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, np.ndarray]) -> None:
@@ -180,7 +159,7 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata
         final: Path of the store.
         actions: [n, A] float32; row i leads from step i to i+1; NaN in the last row of each segment.
         states: [n, S] float32.
-        metadata: What decides or describes the content.
+        metadata: Describes the content; part of the store's digest.
     """
     import zarr
     from zarr.codecs import Crc32cCodec
@@ -207,13 +186,9 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata
 
 
 def read_actions(store: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The whole actions [n, A] and states [n, S] of one unit, float32.
+    """The whole actions [n, A] and states [n, S] of one unit, float32; ValueError where the store is missing or damaged.
 
-    Each array is one chunk and every byte is checked, so no more than that is read. Cost: a fifth of a millisecond of a small store, where
-    opening it with Zarr takes six: a data set may be ten thousand of them.
-
-    Raises:
-        ValueError: When the store is missing or damaged.
+    Cost: a fifth of a millisecond of a small store, where opening it with Zarr takes six: a data set may be ten thousand of them.
     """
     try:
         stated = read_store_file(store)

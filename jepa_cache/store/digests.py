@@ -36,7 +36,7 @@ UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files
 
 
 class Look(NamedTuple):
-    """What tells without reading that a file is still the one that it was; the inode as text, for it may fill 64 bits."""
+    """By what a file is known, without reading it, to be still the one that it was; the inode as text, for it may fill 64 bits."""
 
     num_bytes: int
     modified_ns: int
@@ -115,32 +115,29 @@ class DigestTable:
         Cost: the disk is waited for once a second, not for each unit; what a killed run hashed before is not hashed again.
         """
         with self._open() as connection:
-            saved = time.monotonic()
+            saved = [time.monotonic()]
 
             def digest_files(files: Sequence[Path]) -> str:
-                nonlocal saved
                 digest = join_digests([_digest_file(connection, file) for file in files])
                 row = (digest, json.dumps([str(file.resolve()) for file in files]))
                 if not connection.execute("SELECT 1 FROM units WHERE digest = ? AND files = ?", row).fetchone():
                     connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?)", row)
-                if time.monotonic() - saved > SAVE_S:
+                if time.monotonic() - saved[0] > SAVE_S:
                     connection.commit()
-                    saved = time.monotonic()
+                    saved[0] = time.monotonic()
                 return digest
 
             yield digest_files
 
     def remember(self) -> Remembered:
-        """Everything in the table at once, to look up thousands of files without asking for each."""
-        with self._open() as connection:
-            files = connection.execute(
-                "SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files"
-            ).fetchall()
-            units = connection.execute("SELECT digest, files FROM units").fetchall()
+        """Everything in the table at once."""
         names: dict[str, list[str]] = {}
-        for digest, text in units:
-            names.setdefault(text, []).append(digest)
-        return Remembered({path: (Look(*look), digest) for path, *look, digest in files}, names)
+        with self._open() as connection:
+            rows = connection.execute("SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files")
+            files = {path: (Look(*look), digest) for path, *look, digest in rows}
+            for digest, text in connection.execute("SELECT digest, files FROM units"):
+                names.setdefault(text, []).append(digest)
+        return Remembered(files, names)
 
     def find_unit(self, digest: str) -> tuple[Path, ...] | None:
         """The files on this machine that made up this unit when last looked at, if they still do."""

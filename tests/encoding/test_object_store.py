@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jepa_cache.cli.export import export_manifest
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import NO_FILTER
@@ -18,7 +19,6 @@ from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.store.check import Finding, Scope, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
-from jepa_cache.store.export import export_manifest
 from jepa_cache.store.recipe import StoreKey
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, make_tiny_tar, tiniest_config

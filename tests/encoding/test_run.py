@@ -160,7 +160,9 @@ def test_the_controls_are_kept_at_their_native_rate(encoded):
     result, root = encoded
     kept = {}
     for entry in result.manifest.entries:
-        kept |= dict(iter_controls(CacheRoot(root).controls(result.manifest.source_fingerprint, entry.unit_digest)))
+        kept |= dict(
+            iter_controls(CacheRoot(root).controls(result.manifest.parts[0].source_fingerprint, entry.unit_digest))
+        )
     assert kept.keys() == SEEDS.keys()
     for key, controls in kept.items():
         rows = make_rows(*SEEDS[key])
