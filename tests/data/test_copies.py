@@ -31,7 +31,7 @@ def test_copies_are_found_by_what_they_do_and_show(copied, capsys):
     dataset = CachedDataset(copied.dataset.manifest, copied.root)
     assert dataset.find_copies() == {"b0": "a1", "c2": "a1"}
     assert dataset.find_copies() == {"b0": "a1", "c2": "a1"}
-    assert capsys.readouterr().err.count("2 recordings are others once more (first: b0 is a1)") == 1
+    assert capsys.readouterr().err.count("recordings that repeat another one: 2 (first: b0 is a1)") == 1
 
 
 def test_copies_follow_the_first_and_all_others_stay_where_their_key_puts_them(copied):
