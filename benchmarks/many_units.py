@@ -37,9 +37,9 @@ from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.ablations import action_ablations  # noqa: E402
 from jepa_cache.data.cache import TRAIN, CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
+from jepa_cache.encoding.actions import ensure_actions  # noqa: E402
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
-from jepa_cache.encoding.task import ensure_actions  # noqa: E402
 from jepa_cache.evaluation import figures, metrics, run, windows  # noqa: E402
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows  # noqa: E402
 from jepa_cache.evaluation.energy import ActionPool  # noqa: E402

@@ -131,13 +131,12 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
 
 
 def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], num_steps: int, seed: int) -> Comparison:
-    from jepa_cache.encoding.groups import scan_units
     from jepa_cache.encoding.verification import compare_online
 
     return compare_online(
         manifest,
         checkout.config,
-        scan_units(checkout.config, checkout.paths, checkout.base),
+        checkout.paths,
         checkout.root,
         base=checkout.base,
         num_steps=num_steps,
@@ -149,11 +148,9 @@ def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], nu
 def _describe_steps(comparison: Comparison) -> list[str]:
     steps = comparison.steps
     num_equal = sum(step.equal for step in steps)
-    own = max(step.batch_difference for step in steps)
     lines = [f"encoded {len(steps)} random steps again (seed {comparison.seed}): {num_equal} bit-equal"]
     if num_equal < len(steps):
         lines[0] += f", largest difference {max(step.difference for step in steps):.3g}"
-    lines.append(f"the encoder's own largest difference between a batch of one and the recorded batch: {own:.3g}")
     lines += [f"not as recorded: {change}" for change in comparison.changes]
     return lines + shorten(
         [

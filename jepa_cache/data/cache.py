@@ -37,16 +37,15 @@ from jepa_cache.data.filters import (
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
+from jepa_cache.store.copies import Recording, find_equal
 from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
-from jepa_cache.store.quantisation import Channels, decode, get_codec, scales_dtype, scales_shape
+from jepa_cache.store.quantisation import Channels, get_codec
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
 TRAIN, VAL = "train", "val"
-# Share of their mean size by which tokens of one picture may differ: batches round, and so do the codes of two stores.
-SAME_PICTURE = 0.01
 
 
 class Segment(NamedTuple):
@@ -226,6 +225,27 @@ class CachedDataset:
             )
         return cut
 
+    def find_copies(self) -> dict[str, str]:
+        """Episodes that are another's recording once more, and the first of its keys; looked for once, and said on stderr.
+
+        See `store.copies.find_equal`. Of an episode that is there in several views the first is compared.
+        """
+        if self._copies is None:
+            recordings: dict[str, Recording] = {}
+            for (store, key), group in groupby(self.segments, key=lambda segment: (segment.store, segment.episode)):
+                recordings.setdefault(key, Recording(store, key, tuple((it.start, it.stop) for it in group)))
+            equal = find_equal(self.manifest, self._root, recordings.values(), self.controls)
+            groups = (sorted(recording.key for recording in some) for some in equal)
+            self._copies = {copy: first for first, *copies in groups for copy in copies}
+            if self._copies:
+                copy, original = next(iter(self._copies.items()))
+                print(
+                    f"recordings that repeat another one: {len(self._copies)} (first: {copy} is {original}). They are on one side of the "
+                    "split with it, and count once in evaluation",
+                    file=sys.stderr,
+                )
+        return self._copies
+
     def _read_ranges(
         self, split: str, filters: FilterConfig, episodes: Sequence[str]
     ) -> dict[str, list[tuple[int, int]]] | None:
@@ -271,59 +291,6 @@ class CachedDataset:
         except ValueError as error:
             raise ValueError(f"episode {episode!r}: {error}") from error
         return keep, joined
-
-    def find_copies(self) -> dict[str, str]:
-        """Return the episodes that are another's recording once more, and the first of its keys; said on stderr, once.
-
-        Copies have equal actions, states and lengths, and show the same in their first step. Tokens decide only that:
-        the place in a batch may change their last bits. Cost: reads actions and states of all stores.
-        """
-        if self._copies is None:
-            alike: dict[bytes, list[Segment]] = {}  # the first segment of each episode, by what is done in all of it
-            seen: set[str] = set()
-            for (store, episode), group in groupby(self.segments, key=lambda segment: (segment.store, segment.episode)):
-                if episode not in seen:  # else another view of it
-                    seen.add(episode)
-                    runs = tuple(group)
-                    alike.setdefault(self._digest_controls(store, runs), []).append(runs[0])
-            self._copies = {}
-            for firsts in alike.values():
-                originals: list[tuple[Segment, np.ndarray]] = []
-                for first in sorted(firsts if len(firsts) > 1 else (), key=lambda segment: segment.episode):
-                    shown = self._read_step(first)
-                    for original, tokens in originals:
-                        if np.abs(shown - tokens).mean() <= SAME_PICTURE * np.abs(tokens).mean():
-                            self._copies[first.episode] = original.episode
-                            break
-                    else:
-                        originals.append((first, shown))
-            if self._copies:
-                copy, original = next(iter(self._copies.items()))
-                _say(
-                    f"{len(self._copies)} recordings are others once more (first: {copy} is {original}): they are on one side of the split "
-                    "with these, and count once in evaluation"
-                )
-        return self._copies
-
-    def _digest_controls(self, store: int, runs: Sequence[Segment]) -> bytes:
-        """Hash of the actions, states and lengths of an episode, and of the view that it is seen in."""
-        part, hasher = self.manifest.stores[store][0], hashlib.sha256()
-        for values in self.controls(store):
-            for run in runs:
-                hasher.update(f"{part.fingerprint} {run.stop - run.start}\n".encode())
-                hasher.update(values[run.start : run.stop].tobytes())
-        return hasher.digest()
-
-    def _read_step(self, segment: Segment) -> np.ndarray:
-        """Read the first step [N, D] of a segment as values."""
-        manifest, codec = self.manifest, self.scheme
-        out = np.empty((1, manifest.num_tokens, manifest.width // codec.codes_per_item), codec.dtype)
-        self.read_tokens(segment.store, segment.start, out)
-        if codec.max_code is None:
-            return decode(out, self.dtype)[0]
-        scales = np.empty(scales_shape(self.dtype, 1, manifest.num_tokens, manifest.width), scales_dtype(self.dtype))
-        self.read_token_scales(segment.store, segment.start, scales)
-        return decode(out, self.dtype, scales, self.channels(segment.store))[0]
 
     def steps(self, store: int) -> pa.Table:
         """Return the step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""

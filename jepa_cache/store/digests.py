@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS files (
 SAVE_S = 1.0
 LARGE_BYTES = 16 << 20
 UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL)"
+FACTS_SCHEMA = "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
 
 
 class Look(NamedTuple):
@@ -148,6 +149,18 @@ class DigestTable:
             return None
         return files if join_digests([self.digest(file) for file in files]) == digest else None
 
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Remember what was found out of contents that never change, under names that hold their digests."""
+        if facts:
+            with self._open() as connection:
+                connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    def recall(self, names: Iterable[str]) -> dict[str, str]:
+        """What `note` was told of these names, of those that it knows."""
+        with self._open() as connection:
+            query = "SELECT name, value FROM facts WHERE name = ?"
+            return dict(row for name in names if (row := connection.execute(query, (name,)).fetchone()))
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection that is committed at the end of the block."""
@@ -156,6 +169,7 @@ class DigestTable:
             with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
                 connection.execute(SCHEMA)
                 connection.execute(UNITS_SCHEMA)
+                connection.execute(FACTS_SCHEMA)
                 yield connection
         except sqlite3.Error as error:
             raise ValueError(

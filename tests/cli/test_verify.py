@@ -71,8 +71,8 @@ def encoded_units(monkeypatch):
     """How many units are taken by the encoder."""
     units, take = [], Claims.take
 
-    def watch(self, wanted):
-        for unit in take(self, wanted):
+    def watch(self):
+        for unit in take(self):
             units.append(unit)
             yield unit
 
@@ -320,8 +320,7 @@ def test_random_steps_encoded_again_are_bit_equal(checkout):
     result = checkout.run("verify", "--against-online", "12", "--json", checkout.recordings)
     online = result.document["against_online"]
     assert result.code == 0 and online["bit_equal"] and (online["num_equal"], online["num_steps"]) == (12, 12)
-    assert online["largest_difference"] == 0 and online["batch_shape_difference"] >= 0
-    assert online["changes_since"] == []
+    assert online["largest_difference"] == 0 and online["changes_since"] == []
     assert len({(step["unit"], step["step"]) for step in online["steps"]}) == 12
     again = checkout.run(
         "verify", "--against-online", "12", "--json", "--seed", str(online["seed"]), checkout.recordings
@@ -333,16 +332,15 @@ def test_random_steps_encoded_again_are_bit_equal(checkout):
     assert other.document["against_online"]["steps"] != online["steps"]
 
 
-def test_each_step_is_encoded_in_the_batch_that_it_was_in_and_alone(checkout, monkeypatch):
+def test_each_step_is_encoded_in_the_batch_that_it_was_in(checkout, monkeypatch):
     """Episodes of 12, 10, 11 and 15 steps in batches of 8, of which every step is asked for; another shape may round otherwise."""
     from jepa_cache.encoder.frozen import FrozenEncoder
 
     sizes, encode = [], FrozenEncoder.encode
     monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: sizes.append(len(groups)) or encode(self, groups))
     result = checkout.run("verify", "--against-online", "999", "--json", checkout.recordings)
-    num_steps = checkout.manifest.num_steps
-    assert result.document["against_online"]["num_equal"] == num_steps == sizes.count(1)
-    assert sorted(size for size in sizes if size > 1) == [2, 3, 4, 7, 8, 8, 8, 8]
+    assert result.document["against_online"]["num_equal"] == checkout.manifest.num_steps
+    assert sorted(sizes) == [2, 3, 4, 7, 8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
@@ -385,19 +383,15 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
     assert online["largest_relative_error"] > 0.1
 
 
-def test_what_is_another_than_recorded_is_told_with_the_encoders_own_difference(checkout, monkeypatch):
-    from jepa_cache.encoder.frozen import FrozenEncoder
-
+def test_what_is_another_than_recorded_is_told(checkout):
     for number in range(3):
         path = checkout.tokens(number) / "store.json"
         document = json.loads(path.read_bytes())
         document["provenance"]["versions"]["av"] = "1.2.3"
         write_store_json(path, document)
-    encode = FrozenEncoder.encode
-    monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: encode(self, groups) + 0.25 * (len(groups) == 1))
     result = checkout.run("verify", "--against-online", "3", "--json", checkout.recordings)
     online = result.document["against_online"]
-    assert result.code == 0 and online["bit_equal"] and online["batch_shape_difference"] == pytest.approx(0.25)
+    assert result.code == 0 and online["bit_equal"]
     assert [change for change in online["changes_since"] if change.startswith("versions.av: '1.2.3' ->")]
 
 
@@ -426,5 +420,5 @@ def test_what_cannot_be_compared_is_wrong_usage(checkout, tmp_path):
 
 
 def test_a_difference_that_is_no_number_is_wrong():
-    step = StepResult("a.tar", "x", 0, equal=False, difference=0.0, relative_error=math.nan, batch_difference=0.0)
+    step = StepResult("a.tar", "x", 0, equal=False, difference=0.0, relative_error=math.nan)
     assert Comparison(0, [step._replace(relative_error=0.01), step]).wrong == [step]

@@ -62,7 +62,7 @@ def test_copies_are_found_by_what_they_do_and_show_and_follow_the_first(copied, 
     dataset = CachedDataset(copied.dataset.manifest, copied.root)
     for _ in range(2):
         assert dataset.find_copies() == {"b0": "a1", "c2": "a1"}
-    assert capsys.readouterr().err.count("2 recordings are others once more (first: b0 is a1)") == 1
+    assert capsys.readouterr().err.count("recordings that repeat another one: 2 (first: b0 is a1)") == 1
     for seed in range(8):
         split = SplitConfig(val_share=0.5, seed=seed)
         train, val = ({segment.episode for segment in dataset.segments_of(side, split)} for side in (TRAIN, VAL))

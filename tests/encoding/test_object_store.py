@@ -127,8 +127,6 @@ def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordi
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
-        ("tokens", "store.json"),
-        ("tokens", "steps.parquet"),
         ("tokens", "tokens/c/0/0/0"),
         ("actions", ""),
         ("controls", ""),
@@ -177,7 +175,9 @@ def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings,
 
 
 @pytest.mark.parametrize(
-    ("names", "num_encoded"), [(["/tokens/c/"], 1), (["/actions/c/", ".parquet.attempt-"], 0)], ids=["tokens", "others"]
+    ("names", "num_encoded"),
+    [(["/tokens/c/"], 1), (["/actions/c/", ".parquet.attempt-"], 0), (["/tokens/c/", ".parquet.attempt-"], 1)],
+    ids=["tokens", "others", "tokens and controls"],
 )
 def test_what_is_damaged_in_the_bucket_is_made_again_and_nothing_else(
     machines, recordings, in_a_folder, capsys, names, num_encoded

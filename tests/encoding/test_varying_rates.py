@@ -12,12 +12,11 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding import groups
-from jepa_cache.encoding.steps import plan_steps
 from jepa_cache.episode import Episode
 from jepa_cache.media.probe import find_varying_times, measure_rate, probe_video
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
-from tests.encoded import encode, tiniest_config
+from tests.encoded import encode, plan_steps, tiniest_config
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, FPS, write_v3
 from tests.videos import make_pixels, make_timed_video, read_numbers, turn_video
@@ -177,8 +176,8 @@ def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypat
     with monkeypatch.context() as first_release:  # It named both alike.
         first_release.setattr(groups, "_find_reading", lambda *_: 1)
         before = encode(folder, root, config).manifest
-    (table,) = tmp_path.rglob("readings.sqlite")
-    table.unlink()
+    for table in tmp_path.rglob("digests.sqlite"):
+        table.unlink()
     assert before.parts[0].recipe["source"] == build_source("mp4_json", {}).recipe
     stores = {path: path.stat().st_mtime_ns for path in root.rglob("store.json")}
 
