@@ -91,7 +91,7 @@ class Place:
             path.with_suffix(".json").write_text(json.dumps({"fps": 20, "number": number}))
         (group,) = self.groups()
         with (
-            mock.patch("jepa_cache.store.root.sync"),
+            mock.patch("jepa_cache.files.sync"),
             mock.patch("jepa_cache.store.root.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.controls.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.writer.remove_stale_temporaries"),

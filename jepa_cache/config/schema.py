@@ -296,8 +296,8 @@ class EvaluateConfig:
     windows_per_episode: PositiveInt
     # Below 40 a 2.5 % quantile is the smallest value itself.
     num_bootstrap: Annotated[
-        int, Field(ge=100, description="for the ends of 95 % intervals")
-    ]  # resamples of the episodes
+        int, Field(ge=100, le=100_000, description="for the ends of 95 % intervals")
+    ]  # resamples of the episodes; all are held in memory
     batch_size: PositiveInt
     seed: Seed
     measure: Annotated[tuple[Measurement, ...], Once]  # beside the errors that are always measured
