@@ -25,9 +25,13 @@ from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     arguments = parse_stage_arguments(
-        __doc__, argv, paths="tar shards, or folders, globs and ranges of them", workers="processes on this machine"
+        __doc__,
+        argv,
+        paths="tar shards, or folders, globs and ranges of them",
+        workers={"type": int, "metavar": "N", "help": "processes on this machine"},
+        scheduler={"metavar": "ADDRESS", "help": "workers of a Dask scheduler, such as tcp://node:8786"},
     )
-    chosen, output = (arguments.num_workers, arguments.scheduler), ROOT / "outputs/encode/manifest.json"
+    chosen, output = (arguments.workers, arguments.scheduler), ROOT / "outputs/encode/manifest.json"
     config = load_config(ROOT, arguments.overrides)
     root = resolve_cache_root(config.cache_root, data_base(ROOT))
     workers = None if chosen == (None, None) else Workers(*chosen)

@@ -67,7 +67,7 @@ def fit_baselines(
     Raises:
         ValueError: When no training segment holds two steps.
 
-    Cost: reads all tokens of the training episodes once (docs/honesty_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
+    Cost: reads all tokens of the training episodes once (docs/evaluation_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
     for 50 inputs at N=256, D=1408) and a batch of 136 steps, however many there are.
     """
     num_inputs = len(dataset.space.actions) + len(dataset.space.states) + 1

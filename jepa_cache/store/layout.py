@@ -167,7 +167,7 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     """Check that a store is the one that its path names, by its recipe and its unit.
 
     A store of the first release does not say of which unit it is, and its actions not even of which recipe: there
-    `Audit` compares with the controls of the unit, which do.
+    `jepa-cache verify` compares with the controls of the unit, which do.
 
     Args:
         store: A published store.
