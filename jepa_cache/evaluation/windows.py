@@ -61,7 +61,7 @@ def fit_baselines(
     The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
     from t to t+1, the scaled state at t, and 1. It sees no tokens.
 
-    Cost: reads all tokens of the training episodes once (docs/honesty_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
+    Cost: reads all tokens of the training episodes once (docs/evaluation_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
     for 50 inputs at N=256, D=1408) and a batch of 136 steps, however many there are.
     """
     num_inputs = len(dataset.space.actions) + len(dataset.space.states) + 1
