@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace
-from jepa_cache.control.motion import POSE_SPACES, VIEW_SPACES, build_motion
+from jepa_cache.control.motion import complete_actions
 from jepa_cache.data.ablations import draw_others
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.windows import WindowIndex, first_cached_rows
@@ -178,7 +179,7 @@ def measure_maps(evaluation: EvaluationContext) -> EnergyMaps | None:
         )
         return None
     columns = [[column.name for column in space.actions].index(name) for name in axes]
-    complete = build_motion(space).complete if space.name in VIEW_SPACES else _as_it_is
+    complete = partial(complete_actions, space)
     first_rows = first_cached_rows(evaluation.dataset.segments)
     first_steps = [
         index[middle[episode]].start - first_rows[segment.store, episode]
@@ -220,10 +221,6 @@ def shift_actions(
     return (base + complete(moved) - complete(base.copy())).astype(np.float32)
 
 
-def _as_it_is(actions: np.ndarray) -> np.ndarray:
-    return actions
-
-
 def _by_episode(episodes: Sequence[str], numbers: Sequence[int]) -> list[tuple[str, list[int]]]:
     groups: dict[str, list[int]] = {}
     for episode, number in zip(episodes, numbers, strict=True):
@@ -233,7 +230,7 @@ def _by_episode(episodes: Sequence[str], numbers: Sequence[int]) -> list[tuple[s
 
 def _choose_axes(space: ActionSpace, asked: tuple[str, ...] | None, moving: np.ndarray) -> tuple[str, str] | None:
     """Names of two columns: those asked for, else the first two that ever change, in the order that suits the space."""
-    follows = ("mouse_dx", "mouse_dy") if space.name in VIEW_SPACES else ()
+    follows, first = (space.motion.follows, space.motion.map_axes) if space.motion else ((), ())
     free = [column.name for column in space.actions if column.kind == "continuous" and column.name not in follows]
     changing = [column.name for column, moves in zip(space.actions, moving, strict=True) if moves]
     if asked is not None:
@@ -248,9 +245,7 @@ def _choose_axes(space: ActionSpace, asked: tuple[str, ...] | None, moving: np.n
                     f"{', '.join(other for other in free if other in changing)}"
                 )
         return asked
-    # As the published landscape has it: the hand's way along x and z.
-    order = ["dx", "dz", *free] if space.name in POSE_SPACES else free
-    usable = [name for name in dict.fromkeys(order) if name in changing]
+    usable = [name for name in dict.fromkeys((*first, *free)) if name in changing]
     return (usable[0], usable[1]) if len(usable) >= 2 else None
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, PlanConfig
-from jepa_cache.control.motion import POSE_SPACES, Motion, build_motion, end_distances
+from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
     MAX_STEP_M,
     SETTINGS,
@@ -173,14 +173,14 @@ class _Start:
         self._actions, self._states = (values[rows].astype(np.float64) for values in (actions, states))
         self._evaluation, self._motion, self._now = evaluation, motion, num_context - 1
         self._h, self._other_h = reps
-        self._space = evaluation.dataset.space.name
+        self._rule = evaluation.dataset.space.motion
         self.episode, self.first_step = (
             segment.episode,
             window.start - first_rows[segment.store, segment.episode] + self._now,
         )
         self._context = Context(self._h[:num_context], self._actions[: self._now], self._states[:num_context])
         self._base = np.zeros(self._actions.shape[1])
-        if self._space not in POSE_SPACES and self._now:
+        if self._rule.holds and self._now:
             self._base = self._actions[self._now - 1]
 
     def plan(self, settings: PlannerSettings, num_random: int, rng: np.random.Generator) -> PlanRecord:
@@ -209,10 +209,10 @@ class _Start:
             first_step=self.first_step,
             horizon=horizon,
             distances={
-                kind: {name: float(np.mean(value)) for name, value in end_distances(self._space, reached, end).items()}
+                kind: {name: float(np.mean(value)) for name, value in self._rule.distances(reached, end).items()}
                 for kind, reached in ends.items()
             },
-            moved={name: float(value) for name, value in end_distances(self._space, state, end).items()},
+            moved={name: float(value) for name, value in self._rule.distances(state, end).items()},
             planned=found.actions[:, motion.columns].sum(axis=0),
             recorded=recorded[:, motion.columns].sum(axis=0),
             energies=found.energies.min(axis=1),

@@ -64,7 +64,7 @@ RESUME_SAFE_SETTINGS = (
     "upload_to",
 )
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
-CODE = ("actions.py", "data", "idle.py", "poses.py", "predictor", "store", "training", "vpt_actions.py")
+CODE = ("actions.py", "data", "idle.py", "poses.py", "predictor", "store", "training")
 
 
 class Run(NamedTuple):

@@ -20,9 +20,9 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
+from jepa_cache.actions import get_action_space
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import PlanConfig
-from jepa_cache.control.motion import end_distances
 from jepa_cache.control.planner import SETTINGS
 from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.context import EvaluationContext
@@ -117,7 +117,7 @@ def test_rotation_angles_are_those_of_scipy_small_and_large_and_at_half_a_turn()
 
 def test_pose_ends_are_compared_in_metres_radians_and_gripper():
     true, reached = np.zeros(7), np.array([0.3, 0.0, 0.4, 0.0, 0.0, 0.2, 0.5])
-    found = end_distances("pose7", reached, true)
+    found = get_action_space("pose7").motion.distances(reached, true)
     assert {name: round(float(value), 9) for name, value in found.items()} == {
         "position_m": 0.5,
         "rotation_rad": 0.2,
@@ -126,7 +126,9 @@ def test_pose_ends_are_compared_in_metres_radians_and_gripper():
 
 
 def test_view_ends_are_compared_on_the_circle_and_between_directions():
-    found = end_distances("vpt13", np.array([[179.0, 0.0], [0.0, 80.0]]), np.array([[-179.0, 0.0], [90.0, 80.0]]))
+    found = get_action_space("vpt13").motion.distances(
+        np.array([[179.0, 0.0], [0.0, 80.0]]), np.array([[-179.0, 0.0], [90.0, 80.0]])
+    )
     assert found["yaw_deg"] == pytest.approx([2.0, 90.0])
     # At 80 degrees of pitch a quarter turn moves the view by little.
     assert found["camera_deg"] == pytest.approx(
