@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jepa_cache.config.loading import data_base, find_repository
-from jepa_cache.encoder.image_files import ImageModelError, model_files, read_model, read_preprocessing, resolve_model
+from jepa_cache.encoder.image import ImageModelError, model_files, read_model, read_preprocessing, resolve_model
 
 PRESET = """\
 # {model_type} from {reference}, an image encoder of the transformers library; frame mode only.

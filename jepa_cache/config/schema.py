@@ -9,19 +9,41 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jepa_cache.config.parsing import ConfigError, nearest
+from jepa_cache.config.parsing import ConfigError
 
-EncoderKind: TypeAlias = Literal[
-    "vjepa2", "vjepa2_1", "hf"
-]  # each another architecture; hf: transformers' image encoders
-# Rotary positions that the weights of a kind were trained with: pairing of channels, and where rows and columns lie.
-ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
 # V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
 LEVEL_LAYERS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
+
+
+class EncoderRules(NamedTuple):
+    """What presets of one kind of encoder may say: with other values its weights would load, and give wrong tokens."""
+
+    fields: Mapping[str, tuple[Any, ...]]  # of the preset, with their possible values
+    image_path: bool = False  # whether a single frame may be given as an image
+    modes: tuple[str, ...] = ("frame", "tubelet", "clip")
+
+
+# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own.
+ENCODER_RULES = {
+    "vjepa2": EncoderRules({"rope": ("tiled",), "positions": ("grid",)}),
+    "vjepa2_1": EncoderRules(
+        {
+            "rope": ("paired",),
+            "positions": ("rescaled", "grid"),
+            "depth": tuple(LEVEL_LAYERS),
+            "random_seed": (None,),
+        },
+        image_path=True,
+    ),
+    "hf": EncoderRules(
+        {"rope": ("own",), "tubelet_size": (1,), "weights_entry": (None,), "random_seed": (None,)}, modes=("frame",)
+    ),
+}
+EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-type]
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
 SingleFrame: TypeAlias = Literal["doubled", "image"]
 SINGLE_FRAMES = get_args(SingleFrame)
@@ -434,8 +456,7 @@ def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: resolution {encoder.resolution} is no multiple of patch_size {encoder.patch_size}"
         )
-    _check_architecture(encoder)
-    _check_image_encoder(encode, encoder)
+    _check_kind(encode, encoder)
     _check_tokens(encode, encoder)
     if encoder.embed_dim % encoder.num_heads:
         raise ConfigError(
@@ -452,55 +473,34 @@ def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
         )
 
 
-def _check_architecture(encoder: EncoderPreset) -> None:
-    """Refuse a preset whose weights cannot have been trained so: they would load, and give wrong tokens."""
-    if encoder.kind not in ROTARY:
-        return
-    rope, positions = ROTARY[encoder.kind]
-    for name, value, known in (("rope", encoder.rope, (rope,)), ("positions", encoder.positions, positions)):
-        if value not in known:
+def _check_kind(encode: EncodeConfig, encoder: EncoderPreset) -> None:
+    rules = ENCODER_RULES[encoder.kind]
+    for name, known in rules.fields.items():
+        if (value := getattr(encoder, name)) not in known:
+            allowed = ", ".join("null" if one is None else str(one) for one in known)
             raise ConfigError(
-                f"{name} of encoder {encoder.name}, kind {encoder.kind}, is {value!r}{nearest(value, known)}"
+                f"{name} of encoder {encoder.name}, kind {encoder.kind}, is {value!r}; its weights are known with {allowed} only"
             )
     if encoder.positions == "rescaled" and encoder.patch_size != 16:
         raise ConfigError(
             f"encoder preset {encoder.name!r}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
         )
-    if encoder.kind == "vjepa2_1" and encoder.depth not in LEVEL_LAYERS:
+    if encode.mode not in rules.modes:
         raise ConfigError(
-            f"encoder preset {encoder.name!r}: a V-JEPA 2.1 encoder has a depth of {', '.join(map(str, LEVEL_LAYERS))}, for which "
-            f"the blocks of its four levels are known; got {encoder.depth}"
+            f"encoder {encoder.name!r} is an image encoder and takes frames one by one; encode.mode must be "
+            f"{' or '.join(rules.modes)}, got {encode.mode!r}"
         )
-    if encoder.kind == "vjepa2_1" and encoder.random_seed is not None:
+    if encode.single_frame == "image" and not rules.image_path:
         raise ConfigError(
-            f"encoder preset {encoder.name!r}: V-JEPA 2.1 encoders have no seeded random weights; set random_seed to null and name "
-            "weights"
+            f"encode.single_frame is 'image', but encoder {encoder.name!r} is of kind {encoder.kind}, which has no image path; set "
+            "encode.single_frame to doubled, or choose a V-JEPA 2.1 encoder (vitb384_v21, vitl384_v21, ...)"
         )
-
-
-def _check_image_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> None:
     if encoder.short_side is not None and (
         not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution
     ):
         raise ConfigError(
             f"encoder preset {encoder.name!r}: short_side is for the pillow_* crop rules and at least the resolution "
             f"{encoder.resolution}; got {encoder.short_side} with crop {encoder.crop!r}"
-        )
-    if encoder.kind != "hf":
-        return
-    if encode.mode != "frame":
-        raise ConfigError(
-            f"encoder {encoder.name!r} is an image encoder and takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
-        )
-    if (encoder.rope, encoder.tubelet_size, encoder.weights_entry) != ("own", 1, None):
-        raise ConfigError(
-            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has rope own, tubelet_size 1 and weights_entry null; got "
-            f"{encoder.rope!r}, {encoder.tubelet_size} and {encoder.weights_entry!r}"
-        )
-    if encoder.random_seed is not None:
-        raise ConfigError(
-            f"encoder preset {encoder.name!r}: an image encoder (kind hf) has no seeded random weights; set random_seed to null and "
-            "name weights"
         )
 
 
@@ -510,11 +510,6 @@ def _check_tokens(encode: EncodeConfig, encoder: EncoderPreset) -> None:
         raise ConfigError(
             f"encode.pool {encode.pool} must divide the grid of encoder {encoder.name!r}, {side} x {side} patches; choose a divisor, "
             "or 1 to store every token"
-        )
-    if encode.single_frame == "image" and encoder.kind != "vjepa2_1":
-        raise ConfigError(
-            f"encode.single_frame is 'image', but encoder {encoder.name!r} is of kind {encoder.kind}, which has no image path; set "
-            "encode.single_frame to doubled, or choose a V-JEPA 2.1 encoder (vitb384_v21, vitl384_v21, ...)"
         )
     if encode.single_frame == "image" and encode.mode != "frame":
         raise ConfigError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.encoder.weights import resolve_weights
+from jepa_cache.encoder import KINDS
 from jepa_cache.encoding.groups import EncodingGroup, Inventory, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.run import bring_up_to_date
 from jepa_cache.encoding.steps import plan_episode
@@ -132,7 +132,7 @@ def compare_online(
     chosen = _choose(manifest, inventory, root, num_steps, seed, damaged)
     opened, num_threads = inventory.groups[0].encoder, default_num_threads()
     if opened.preset.weights is not None:
-        weights = resolve_weights(opened.preset.weights, base=base, kind=opened.preset.kind)
+        weights = KINDS[opened.preset.kind].find(opened.preset.weights, base=base)
         opened = opened._replace(weights=weights)
     encoder = load_encoder(opened, config.encode, device=resolve_device(config.encode.device), num_threads=num_threads)
     comparison, changes = Comparison(seed), {}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder import checkpoints
+from jepa_cache.encoder.frozen import load_module
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.encoding.decoding import Decoders, DecodeSettings, EpisodeStream
 from jepa_cache.encoding.pipeline import WriterThread
@@ -187,7 +187,7 @@ def test_an_episode_that_the_action_space_cannot_describe_is_left_out_by_name(tm
 
 def test_an_overflow_of_the_stored_dtype_stops_and_names_step_and_episode(tmp_path, pairs):
     preset = tiny_config().encoder
-    state = checkpoints.load_encoder_state(preset, None)
+    state = load_module(preset, None).state_dict()
     torch.save({"encoder": state | {"norm.weight": state["norm.weight"] * 1e5}}, tmp_path / "huge.pt")
     write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"]})
     config = tiny_config(weights=str(tmp_path / "huge.pt"))
@@ -217,7 +217,7 @@ def test_the_step_of_an_overflow_is_counted_within_its_episode(tmp_path, pairs, 
 
 def test_a_weights_file_that_is_not_the_one_the_preset_pins_is_refused(tmp_path, pairs):
     preset = tiny_config().encoder
-    torch.save({"encoder": checkpoints.load_encoder_state(preset, None)}, tmp_path / "w.pt")
+    torch.save({"encoder": load_module(preset, None).state_dict()}, tmp_path / "w.pt")
     write_vpt_tar(tmp_path / "in/x.tar", {"a": pairs["a"]})
     preset = dataclasses.replace(
         preset, random_seed=None, weights=str(tmp_path / "w.pt"), weights_entry="encoder", weights_sha256="0" * 64

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder.checkpoints import load_encoder_state
-from jepa_cache.encoder.structure import parameter_shapes
+from jepa_cache.encoder.checkpoints import load_state
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
@@ -30,7 +29,7 @@ from jepa_cache.predictor.checkpoints import (
 )
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.recipe import file_digest
-from tests.official_files import without_storage, write_official_file
+from tests.official_files import encoder_shapes, without_storage, write_official_file
 from tests.workspace import SUITE_SETTINGS
 
 SIZES = {
@@ -68,7 +67,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("released") / "vjepa2-ac-vitg.pt"
     shapes = {name: tuple(tensor.shape) for name, tensor in build_released().state_dict().items()}
     encoder = load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder
-    write_official_file(path, without_storage(shapes), without_storage(parameter_shapes(encoder)))
+    write_official_file(path, without_storage(shapes), without_storage(encoder_shapes(encoder)))
     return path
 
 
@@ -81,7 +80,7 @@ def test_the_released_structure_loads_strictly_at_full_size(released: Path):
         load_predictor_weights(build_released(), released)
         assert load_start_weights(build_released(), released) == ()
     preset = load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder
-    assert sum(tensor.numel() for tensor in load_encoder_state(preset, released).values()) == 1_012_173_952
+    assert sum(tensor.numel() for tensor in load_state(released, preset.weights_entry).values()) == 1_012_173_952
 
 
 def test_the_released_file_lends_its_blocks_to_other_action_spaces(released: Path):
