@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jepa_cache.cli.pack import print_skipped
 from jepa_cache.files import atomic_file
 from jepa_cache.sources.droid_raw import index_folder
-
-NUM_SHOWN = 20
 
 
 def index_droid(
@@ -22,32 +20,20 @@ def index_droid(
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier list")] = False,
 ) -> None:
-    """List the complete episodes below ROOT in OUT, one folder a line, and say what was left out.
-
-    Args:
-        root: The raw DROID download, searched recursively.
-        out: The list to write; the official V-JEPA 2-AC training takes it as well.
-        overwrite: Replace an earlier list.
+    """List the complete episodes below ROOT in OUT, one folder a line, and name the skipped folders.
 
     Raises:
-        ValueError: OUT is there already or has another ending, or ROOT holds no episode.
+        ValueError: OUT exists or has another ending, or ROOT holds no complete episode.
     """
     if out.suffix.lower() not in (".csv", ".txt"):
         raise ValueError(f"a list of episodes ends in .csv or .txt; got {out}")
     if out.exists() and not overwrite:
-        raise ValueError(f"{out} is there already; add --overwrite to replace it")
-    complete, left_out = index_folder(root)
+        raise ValueError(f"{out} exists; add --overwrite to replace it")
+    complete, incomplete = index_folder(root)
     if not complete:
-        raise ValueError(f"none of the {len(left_out)} episodes below {root} is complete (first: {left_out[0].reason})")
-    text = io.StringIO()
-    csv.writer(text, delimiter=" ", lineterminator="\n").writerows([str(folder.resolve())] for folder in complete)
-    with atomic_file(out) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        raise ValueError(f"none of the {len(incomplete)} episodes below {root} is complete; the first: {incomplete[0]}")
+    with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=" ", lineterminator="\n").writerows([str(folder.resolve())] for folder in complete)
     print(f"listed {len(complete)} episodes in {out}")
-    if left_out:
-        print(f"left out {len(left_out)} folders:")
-        for folder, reason in left_out[:NUM_SHOWN]:
-            print(f"  {folder}: {reason}")
-        if len(left_out) > NUM_SHOWN:
-            print(f"  ... and {len(left_out) - NUM_SHOWN} more")
+    print_skipped(incomplete, "folders")
     print(f"next: set `dataset: droid_raw` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")

@@ -204,7 +204,7 @@ def iter_units(source: Source, inputs: Sequence[str], base: Path, skipped: list[
     if packed := [text for text in inputs if text not in loose]:
         yield from source.list_units(packed, base)
     for text in loose:
-        episodes, without_partner = find_episodes(folders[text], SUFFIXES)
+        episodes, without_partner = find_episodes(folders[text])
         skipped += [{"unit": "", "key": file.name, "reason": file.reason} for file in without_partner]
         for key, files in episodes.items():
             with tempfile.TemporaryDirectory(prefix="jepa-cache-inspect-") as folder:

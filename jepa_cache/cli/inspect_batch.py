@@ -39,11 +39,10 @@ def describe_batch(overrides: Sequence[str], *, pictures: bool) -> Report:
     Raises:
         ValueError: Nothing is encoded, no scaler is fitted, or either was made with other settings.
     """
-    from jepa_cache.data.cache import Segment, open_dataset
+    from jepa_cache.data.cache import TRAIN, Segment, open_dataset
     from jepa_cache.data.frames import read_frames
     from jepa_cache.data.loader import WindowLoader
     from jepa_cache.data.scaler import check_scaler, read_scaler
-    from jepa_cache.data.splits import TRAIN
     from jepa_cache.data.windows import WindowIndex, WindowSampler
     from jepa_cache.training.batches import mixture_groups
 

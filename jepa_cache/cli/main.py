@@ -30,7 +30,12 @@ COMMANDS = {
     "params": ("params", "params"),
     "doctor": ("doctor", "doctor"),
 }
-RENAMED = {"plan": "estimate", "repair": "verify --repair"}
+INSTEAD = {
+    "plan": "jepa-cache estimate",
+    "repair": "jepa-cache verify --repair",
+    **{stage: f"python stages/{stage}.py" for stage in ("sample", "encode", "fit_scaler", "evaluate")},
+    "train": "python stages/train_predictor.py",
+}
 
 
 def build_app(only: str | None = None) -> typer.Typer:
@@ -59,8 +64,8 @@ def build_app(only: str | None = None) -> typer.Typer:
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     typed = next(iter(sys.argv[1:]), None)
-    if typed in RENAMED:
-        print(f"error: `jepa-cache {typed}` is now `jepa-cache {RENAMED[typed]}`", file=sys.stderr)
+    if typed in INSTEAD:
+        print(f"error: there is no command `jepa-cache {typed}`; type `{INSTEAD[typed]}`", file=sys.stderr)
         sys.exit(UNCHECKED)
     try:
         with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
@@ -31,6 +31,7 @@ from jepa_cache.config.schema import (
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 
+PRESETS = {"dataset": DatasetPreset, "encoder": EncoderPreset, "predictor": PredictorPreset}
 SECTIONS = {
     "cache": CacheConfig,
     "encode": EncodeConfig,
@@ -43,7 +44,9 @@ SECTIONS = {
 }
 """Sections of params.yaml, each with the dataclass that holds its rules."""
 
-T = TypeVar("T")
+# Settings that a preset gives where params.yaml holds null.
+OF_DATASET = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")
+OF_ENCODER = ("weights", "single_frame", "compute_dtype", "batch_size")
 
 
 def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> Config:
@@ -57,52 +60,63 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
     """
     params = _read_yaml(root / "params.yaml")
-    where = dict.fromkeys(_flatten(params), "params.yaml")
-    for override in overrides:
-        key = _apply_override(params, override)
-        where[key] = "command line"
-
-    names = ("dataset", "encoder", "predictor")
-    check_keys(params, [*names, *SECTIONS], "params.yaml")
-    for key in (*names, *SECTIONS):
+    typed = {_apply_override(params, override) for override in overrides}
+    check_keys(params, [*PRESETS, *SECTIONS], "params.yaml")
+    for key in (*PRESETS, *SECTIONS):
         if key not in params:
             raise ConfigError(f"params.yaml lacks the key {key!r}; put it back (git diff params.yaml shows it)")
+        if key in SECTIONS and not isinstance(params[key], Mapping):
+            raise ConfigError(f"params.yaml: {key} must be a mapping; got {params[key]!r}")
 
-    reader = _Resolver(root, where)
-    dataset = reader.preset(DatasetPreset, "dataset", params["dataset"])
-    encoder = reader.preset(EncoderPreset, "encoder", params["encoder"])
-    predictor = reader.preset(PredictorPreset, "predictor", params["predictor"])
-    values = {name: params[name] for name in SECTIONS}
-    preset = None
-    if isinstance(params["train"], Mapping):
-        preset = params["train"].get("preset")
-        values["train"] = {key: value for key, value in params["train"].items() if key != "preset"}
-    train_file, train_mapping = reader.preset_mapping("train", preset)
-    dataset_file, encoder_file = f"configs/dataset/{dataset.name}.yaml", f"configs/encoder/{encoder.name}.yaml"
-    of_dataset = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")
-    of_encoder = ("weights", "single_frame", "compute_dtype", "batch_size")
-    defaults: dict[str, dict[str, tuple[Any, str]]] = {
-        "encode": {
-            **{key: (getattr(dataset, key), dataset_file) for key in of_dataset},
-            **{key: (getattr(encoder, key), encoder_file) for key in of_encoder},
-        },
-        "scaler": {key: (getattr(dataset, f"scale_{key}"), dataset_file) for key in ("actions", "states")},
-        "train": {key: (value, train_file) for key, value in train_mapping.items()},
-    }
-    sections = {name: reader.section(cls, name, values[name], defaults.get(name, {})) for name, cls in SECTIONS.items()}
+    origins: dict[str, str] = {}
+    presets: dict[str, Any] = {}
+    for kind, cls in PRESETS.items():
+        mapping = _read_preset(root, kind, params[kind])
+        presets[kind] = parse_dataclass(cls, mapping, preset_file(kind, params[kind]))
+        origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), preset_file(kind, params[kind]))
+        origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
+
+    # What a section's key gets where params.yaml holds null, and from which file.
+    train = dict(params["train"])
+    of_train = _read_preset(root, "train", train.pop("preset", None))
+    del of_train["name"]
+    train_file = preset_file("train", params["train"]["preset"])
+    check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
+    defaults = {"train": {key: (value, train_file) for key, value in of_train.items()}, "encode": {}, "scaler": {}}
+    for section, kind, keys in (
+        ("encode", "dataset", {key: key for key in OF_DATASET}),
+        ("encode", "encoder", {key: key for key in OF_ENCODER}),
+        ("scaler", "dataset", {"actions": "scale_actions", "states": "scale_states"}),
+    ):
+        file = preset_file(kind, params[kind])
+        defaults[section] |= {key: (getattr(presets[kind], name), file) for key, name in keys.items()}
+
+    sections: dict[str, Any] = {}
+    for name, cls in SECTIONS.items():
+        given = {key: (value, "params.yaml") for key, value in (train if name == "train" else params[name]).items()}
+        preset = defaults.get(name, {})
+        resolved = preset | {key: it for key, it in given.items() if it[0] is not None or key not in preset}
+        origins |= {
+            f"{name}.{key}": "command line" if f"{name}.{key}" in typed else file for key, (_, file) in resolved.items()
+        }
+        values = {key: value for key, (value, _) in resolved.items()}
+        sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
     cache = sections.pop("cache")
     config = Config(
-        dataset=dataset,
-        encoder=encoder,
-        predictor=predictor,
+        **presets,
         **sections,
         cache_root=cache.root,
         verify_checksums=cache.verify_checksums,
-        members=_members(reader, dataset),
-        origins=reader.origins,
+        members=_list_members(root, presets["dataset"]),
+        origins=origins,
     )
     check_config(config)
     return config
+
+
+def preset_file(kind: str, name: str) -> str:
+    """The file of a preset, relative to the repository."""
+    return f"configs/{kind}/{name}.yaml"
 
 
 def find_repository(folder: Path) -> Path:
@@ -126,69 +140,28 @@ def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
     return root if config.dataset.sample is not None else data_base(root)
 
 
-def _members(reader: _Resolver, dataset: DatasetPreset) -> tuple[tuple[DatasetPreset, float], ...]:
+def _list_members(root: Path, dataset: DatasetPreset) -> tuple[tuple[DatasetPreset, float], ...]:
     """The presets that a mixture names, each under the mixture's own sampling; else the preset itself."""
-    if not dataset.mixture:
-        return ((dataset, 1.0),)
     members = []
     for name, weight in dataset.mixture.items():
-        if weight <= 0:
-            raise ConfigError(
-                f"configs/dataset/{dataset.name}.yaml: the weight of {name} must be above 0; got {weight}"
-            )
-        file, mapping = reader.preset_mapping("dataset", name)
-        member = parse_dataclass(DatasetPreset, {**mapping, "name": name}, file)
+        member = parse_dataclass(DatasetPreset, _read_preset(root, "dataset", name), preset_file("dataset", name))
         if member.mixture or member.action_space != dataset.action_space:
             raise ConfigError(
-                f"configs/dataset/{dataset.name}.yaml: {name} must be a data set of action space {dataset.action_space!r} and no "
+                f"{preset_file('dataset', dataset.name)}: {name} must be a data set of action space {dataset.action_space!r} and no "
                 f"mixture itself; it has {member.action_space!r}"
             )
         members.append((member, weight))
-    return tuple(members)
+    return tuple(members) or ((dataset, 1.0),)
 
 
-class _Resolver:
-    """Reads presets below `root` and notes for every resolved value which file it came from."""
-
-    def __init__(self, root: Path, where: Mapping[str, str]) -> None:
-        self.root = root
-        self.where = where
-        self.origins: dict[str, str] = {}
-
-    def preset_mapping(self, kind: str, name: Any) -> tuple[str, dict[str, Any]]:
-        folder = self.root / "configs" / kind
-        known = sorted(path.stem for path in folder.glob("*.yaml"))
-        if name not in known:
-            key = "train.preset" if kind == "train" else kind
-            raise ConfigError(
-                f"params.yaml: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
-            )
-        return f"configs/{kind}/{name}.yaml", _read_yaml(folder / f"{name}.yaml")
-
-    def preset(self, cls: type[T], kind: str, name: Any) -> T:
-        file, mapping = self.preset_mapping(kind, name)
-        if mapping.get("name", name) != name:
-            raise ConfigError(f"{file} calls itself {mapping['name']!r}; a preset is named by its file")
-        for key, value in mapping.items():
-            nested = value if isinstance(value, dict) and value else {None: None}
-            self.origins.update({f"{kind}.{key}" + (f".{inner}" if inner else ""): file for inner in nested})
-        self.origins[f"{kind}.name"] = self.where.get(kind, "params.yaml")
-        return parse_dataclass(cls, {"name": name, **mapping}, file)
-
-    def section(self, cls: type[T], name: str, values: Any, defaults: Mapping[str, tuple[Any, str]]) -> T:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"params.yaml: {name} must be a mapping; got {values!r}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(values, [*known, *(["preset"] if name == "train" else [])], f"params.yaml: {name}")
-        for key, (_, file) in defaults.items():
-            check_keys({key: None}, known, file)
-        resolved = {key: value for key, (value, _) in defaults.items()}
-        self.origins.update({f"{name}.{key}": file for key, (_, file) in defaults.items()})
-        for key, value in values.items():
-            if value is not None or key not in defaults:
-                resolved[key] = value
-                self.origins[f"{name}.{key}"] = self.where.get(f"{name}.{key}", "params.yaml")
-        return parse_dataclass(cls, resolved, f"params.yaml: {name}", section=name, origins=self.origins)
+def _read_preset(root: Path, kind: str, name: Any) -> dict[str, Any]:
+    known = sorted(path.stem for path in (root / "configs" / kind).glob("*.yaml"))
+    if name not in known:
+        key = "train.preset" if kind == "train" else kind
+        raise ConfigError(
+            f"params.yaml: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
+        )
+    return {**_read_yaml(root / preset_file(kind, name)), "name": name}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

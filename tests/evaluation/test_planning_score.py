@@ -290,9 +290,9 @@ def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
     [
         ("plan.settings=notebok", "did you mean 'notebook'"),
         ("plan.num_samples=1", r"plan\.num_samples must be at least 2"),
-        ("plan.horizons=[]", r"plan\.horizons is a list"),
-        ("plan.horizons=[1,1]", r"plan\.horizons is a list"),
-        ("plan.max_rotation_rad=-1.0", "must not be below 0"),
+        ("plan.horizons=[]", r"plan\.horizons must have at least 1 item"),
+        ("plan.horizons=[1,1]", r"plan\.horizons names 1 more than once"),
+        ("plan.max_rotation_rad=-1.0", "must be at least 0"),
         ("plan.max_step_m=0.0", r"plan\.max_step_m must be above 0"),
     ],
 )
