@@ -92,7 +92,6 @@ class Place:
         (group,) = self.groups()
         with (
             mock.patch("jepa_cache.files.sync"),
-            mock.patch("jepa_cache.store.root.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.controls.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.writer.remove_stale_temporaries"),
         ):
