@@ -75,7 +75,7 @@ def make_recordings(folder: Path, config: Config, num_frames: int, given: Path |
     while total < num_frames:
         for path in real:
             for suffix in (".mp4", ".jsonl"):
-                (pairs / f"{copy:03}-{path.stem}{suffix}").symlink_to(path.with_suffix(suffix))
+                shutil.copy(path.with_suffix(suffix), pairs / f"{copy:03}-{path.stem}{suffix}")
         total, copy = total + per_round, copy + 1
     pack_folder(pairs, folder / "tars")
     return folder / "tars"
@@ -85,7 +85,7 @@ def frames_of(source: object, path: Path, folder: Path) -> int:
     """Usable frames of one recording."""
     folder.mkdir()
     for suffix in (".mp4", ".jsonl"):
-        (folder / path.with_suffix(suffix).name).symlink_to(path.with_suffix(suffix))
+        shutil.copy(path.with_suffix(suffix), folder)
     pack_folder(folder, folder / "tars")
     return sum(len(episode.frame_ticks) for episode in read_episodes(source, folder / "tars"))
 

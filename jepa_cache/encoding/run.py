@@ -9,6 +9,7 @@ the encoder and the writing; `actions` sums up actions and states; `workers` doe
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.pipeline import FillResult, ProgressBar, Timing, fill_group
 from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
-from jepa_cache.encoding.workers import encode_on_workers
+from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
 from jepa_cache.store.controls import read_actions
@@ -118,7 +119,7 @@ def bring_up_to_date(
         print(
             f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
         )
-    filled = encode_here(missing, root) if workers is None else encode_on_workers(missing, root, workers)
+    filled = encode_missing(missing, root, workers)
     for group in missing:
         for unit in group.units:
             if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in filled.unreadable:
@@ -161,26 +162,54 @@ def _look_at(stores: Stores, root: CacheRoot, group: EncodingGroup, unit: Unit) 
     return True
 
 
-def encode_here(groups: Sequence[EncodingGroup], root: CacheRoot) -> FillResult:
-    """Encode in this process; what other encoders hold comes last, when they have finished it or died."""
-    total, encoder, num_bytes = FillResult(), None, 0
-    with ProgressBar(sum(group.num_bytes for group in groups)) if groups else nullcontext() as bar:
+def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: int | str | None) -> FillResult:
+    """Encode units here or on workers; what other encoders hold comes last, when they have finished it or died.
+
+    Raises:
+        EncodeFailedError: Listing the units that workers could not encode, after all others have ended.
+        ValueError: No scheduler or worker answers, or none offers what the groups need.
+    """
+    total, failures, begun = FillResult(), [], time.perf_counter()
+    if not groups:
+        return total
+    encode, num_threads, encoder, num_bytes = groups[0].encode, groups[0].num_threads, None, 0
+    num_units = sum(len(group.units) for group in groups)
+    with (
+        ProgressBar(sum(group.num_bytes for group in groups)) as bar,
+        nullcontext() if workers is None else connect(workers, encode.device, num_threads) as connection,
+    ):
 
         def show(timing: Timing, bytes_processed: int) -> None:
             num_frames = total.timing.num_frames + timing.num_frames
             bar.show(num_frames, num_bytes + bytes_processed, f"limit: {timing.limit}")
 
-        for group in groups:
-            device = resolve_device(group.encode.device)
-            encoder = encoder or load_encoder(group.encoder, group.encode, device=device, num_threads=group.num_threads)
-            while group.units:
-                filled = fill_group(group, encoder, root, show)
-                total.add(filled)
-                rest = group.of_units(filled.busy)
-                num_bytes += group.num_bytes - rest.num_bytes
-                group = rest
-                if filled.busy:
-                    wait_for_others(root, [(group, unit) for unit in group.units], bar.wait)
+        if connection is None:
+            device = resolve_device(encode.device)
+            encoder = load_encoder(groups[0].encoder, encode, device=device, num_threads=num_threads)
+        while groups:
+            busy: list[EncodingGroup] = []
+            if connection is None:
+                results = ((group, fill_group(group, encoder, root, show)) for group in groups)
+            else:
+                results = encode_on_workers(groups, root, connection)
+            for group, result in results:
+                if isinstance(result, str):
+                    failures.append(f"{group.units[0].path}: {result}")
+                    continue
+                total.add(result)
+                busy += [group.of_units(result.busy)] if result.busy else []
+                num_bytes += group.num_bytes - sum(unit.num_bytes for unit in result.busy)
+                bar.show(total.timing.num_frames, num_bytes, f"limit: {total.timing.limit}")
+            groups = busy
+            if groups:
+                wait_for_others(root, [(group, unit) for group in groups for unit in group.units], bar.wait)
+    if failures:
+        raise EncodeFailedError(
+            f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
+            "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
+        )
+    if workers is not None:  # of several at the same time
+        total.timing.elapsed_s = time.perf_counter() - begun
     return total
 
 

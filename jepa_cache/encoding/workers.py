@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
-from jepa_cache.encoding.pipeline import FillResult, ProgressBar, fill_group
-from jepa_cache.encoding.task import count_gpus, load_encoder, resolve_device, wait_for_others
+from jepa_cache.encoding.pipeline import FillResult, fill_group
+from jepa_cache.encoding.task import count_gpus, load_encoder, resolve_device
 from jepa_cache.store.recipe import recipe_changes
 from jepa_cache.store.root import CacheRoot
 
@@ -158,62 +157,26 @@ class EncodeFailedError(ValueError):
     """Some units could not be encoded; the message lists them. All others are in the cache."""
 
 
-def encode_on_workers(groups: Sequence[EncodingGroup], root: CacheRoot, workers: int | str) -> FillResult:
+def encode_on_workers(
+    groups: Sequence[EncodingGroup], root: CacheRoot, connection: Connection
+) -> Iterator[tuple[EncodingGroup, FillResult | str]]:
     """Encode every unit of the groups on Dask workers, which also sum up its actions.
 
     A unit whose worker dies goes to another one. What cannot be encoded at all does not stop the rest.
 
-    Returns:
-        What became of the units; the timing is summed over the workers, but for `elapsed_s`, the time that passed here.
+    Yields:
+        A group of one unit as it ends, with what became of it, or why it cannot be encoded.
 
     Raises:
-        EncodeFailedError: Listing the units that failed, after all others have ended.
-        ValueError: No scheduler or worker answers, or none offers what the groups need.
+        ValueError: The scheduler is gone.
     """
-    total, failures = FillResult(), []
-    if not groups:
-        return total
-    begun, num_bytes = time.perf_counter(), 0
-    with (
-        connect(workers, groups[0].encode.device, groups[0].num_threads) as connection,
-        ProgressBar(sum(group.num_bytes for group in groups)) as bar,
-    ):
-        words = f"{connection.num_workers} workers"
-        bar.show(0, 0, words)
-        tasks = [
-            replace(group.of_units((unit,)), encode=replace(group.encode, device=connection.device))
-            for group in groups
-            for unit in group.units
-        ]
-        num_units = len(tasks)
-        while tasks:
-            busy = []
-            for task, result in _run_round(connection, tasks, root):
-                if isinstance(result, str):
-                    failures.append(f"{task.units[0].path}: {result}")
-                    continue
-                total.add(result)
-                busy += [(task, unit) for unit in result.busy]
-                num_bytes += 0 if result.busy else task.num_bytes
-                bar.show(total.timing.num_frames, num_bytes, words)
-            tasks = [task for task, _ in busy]
-            if busy:
-                wait_for_others(root, busy, bar.wait)
-    if failures:
-        raise EncodeFailedError(
-            f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
-            "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
-        )
-    total.timing.elapsed_s = time.perf_counter() - begun
-    return total
-
-
-def _run_round(
-    connection: Connection, tasks: Sequence[EncodingGroup], root: CacheRoot
-) -> Iterator[tuple[EncodingGroup, FillResult | str]]:
-    """Yield every group of one unit as it ends, with what became of it, or why it cannot be encoded."""
     from dask.distributed import as_completed
 
+    tasks = [
+        replace(group.of_units((unit,)), encode=replace(group.encode, device=connection.device))
+        for group in groups
+        for unit in group.units
+    ]
     client, run = connection.client, secrets.token_hex(8)
     futures = {
         client.submit(

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_cache.cli import estimate
 from jepa_cache.cli.estimate import compare_runs, count_encoder, count_predictor
-from jepa_cache.cli.main import main
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder.vit import VisionTransformer
 from jepa_cache.encoder.vit21 import VisionTransformer21
@@ -156,13 +155,6 @@ def test_hours_come_from_a_measured_or_given_rate_and_are_empty_else(fresh):
     assert not fresh.root.path.exists()
 
 
-def test_the_old_name_of_the_command_says_the_new_one(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["jepa-cache", "plan", "shards"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2 and "jepa-cache estimate" in capsys.readouterr().err
-
-
 def test_break_even_is_the_build_over_what_one_run_would_encode(fresh):
     document = _estimate(fresh).document
     entry = document["break_even"]
@@ -173,11 +165,6 @@ def test_break_even_is_the_build_over_what_one_run_would_encode(fresh):
     assert entry["gain_per_run"] > 1
     larger = _estimate(fresh, "predictor=small").document["break_even"]
     assert larger["runs"] == entry["runs"] and larger["gain_per_run"] < entry["gain_per_run"]
-
-
-def test_no_recordings_cannot_be_estimated(fresh):
-    result = fresh.run("estimate", "--json", fresh.folder / "nowhere")
-    assert result.code == 2 and "finds no *.tar file" in result.document["error"]
 
 
 def test_a_gain_too_small_to_see_is_not_called_one_time_fewer():

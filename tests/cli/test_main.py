@@ -47,7 +47,8 @@ def test_help_says_the_exit_codes_and_not_the_docstring_of_arguments(checkout, c
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("repair", "jepa-cache verify --repair"), ("encode", "python stages/encode.py")]
+    ("old", "new"),
+    [("repair", "jepa-cache verify --repair"), ("plan", "jepa-cache estimate"), ("encode", "python stages/encode.py")],
 )
 def test_a_command_that_has_another_name_says_which(monkeypatch, capsys, old, new):
     monkeypatch.setattr(sys, "argv", ["jepa-cache", old, "shards"])

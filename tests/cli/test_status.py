@@ -209,6 +209,7 @@ def test_no_manifest_and_a_damaged_one_are_told(checkout):
     assert result.code == 1 and result.document["manifest"]["reason"].startswith("absent")
 
 
-def test_recordings_that_are_not_found_cannot_be_checked(checkout):
-    result = checkout.run("status", "--json", checkout.folder / "nowhere")
+@pytest.mark.parametrize("command", ["status", "estimate"])
+def test_recordings_that_are_not_found_cannot_be_checked(checkout, command):
+    result = checkout.run(command, "--json", checkout.folder / "nowhere")
     assert result.code == 2 and "finds no *.tar file" in result.document["error"] and "error: " in result.err

@@ -6,6 +6,7 @@ A unit that kills every worker, or cannot be encoded, is named at the end withou
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,7 +240,7 @@ def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(plac
         kept.rename(store)
         claim.release()
 
-    monkeypatch.setattr(workers.ProgressBar, "wait", finish)
+    monkeypatch.setattr(run.ProgressBar, "wait", finish)
     result = encode_there(place.folder, tmp_path / "cache")
     assert len(waited) == 1 and result.num_encoded == 0
     assert result.manifest.to_bytes() == place.manifest
@@ -319,11 +320,12 @@ def test_tasks_are_small(place, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
     sent = []
 
-    def send(tasks, *_):
-        sent.extend(tasks)
+    def send(groups, *_):
+        sent.extend(group.of_units((unit,)) for group in groups for unit in group.units)
         raise ValueError("nothing is sent")
 
     monkeypatch.setattr(run, "encode_on_workers", send)
+    monkeypatch.setattr(run, "connect", lambda *_: nullcontext("a connection"))
     root = CacheRoot(tmp_path / "cache")
     with pytest.raises(ValueError, match="nothing is sent"):
         encode_dataset(CONFIG, [str(place.folder)], base=place.folder, root=root, workers=1)

@@ -22,7 +22,6 @@ from jepa_cache.encoding.decoding import Decoders
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.pipeline import WriterThread
 from jepa_cache.files import DiskFullError
-from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store.controls import ControlsWriter
 from tests.encoded import all_files, damage_middle, encode, make_tars, read_episodes, read_video, tiny_config
 from tests.faults import small_disk
@@ -231,34 +230,15 @@ def test_a_video_that_cannot_be_read_from_the_disk_makes_its_unit_unreadable_and
     assert again.num_encoded == 1 and not again.manifest.skipped
 
 
-def test_a_mistake_in_a_source_ends_the_iteration_with_it_after_what_came_before(tmp_path, monkeypatch):
-    folder = make_tars(tmp_path / "in", {"a": {"x": 5}, "b": {"y": 5}})
-    real = VptSource.iter_episodes
-
-    def mistaken(self, unit):
-        if unit.name == "b.tar":
-            raise RuntimeError("a mistake in our own code")
-        yield from real(self, unit)
-
-    seen = []
-    decoders = decoders_of(folder)
-    monkeypatch.setattr(VptSource, "iter_episodes", mistaken)
-    with pytest.raises(RuntimeError, match="a mistake in our own code"), decoders as units:
-        for unit, streams in units:
-            seen.append(unit.name)
-            seen += [len(list(stream)) for stream in streams]
-    assert seen == ["a.tar", 5, "b.tar"]
-
-
-def test_an_error_in_preprocessing_is_no_skip_but_stops(tmp_path, monkeypatch):
-    folder = make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}})
-
-    def broken(frames):
+@pytest.mark.parametrize("where", [(decoding, "luma_statistics"), (Decoders, "_start")], ids=["decoder", "feeder"])
+def test_a_mistake_of_ours_in_a_thread_is_no_skip_but_stops_the_run_with_it(tmp_path, monkeypatch, where):
+    def mistaken(*_):
         raise RuntimeError("a mistake in our own code")
 
-    monkeypatch.setattr(decoding, "luma_statistics", broken)
+    monkeypatch.setattr(*where, mistaken)
     with pytest.raises(RuntimeError, match="a mistake in our own code"):
-        encode(folder, tmp_path / "cache")
+        encode(make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}}), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.zarr"))
 
 
 def test_a_full_disk_is_named_and_the_same_command_continues_on_a_larger_one(tmp_path):
