@@ -267,7 +267,7 @@ def test_a_run_leaves_metrics_times_a_table_and_a_picture(cache, trained, tmp_pa
 
 def test_a_space_without_motion_is_refused(cache):
     blind = evaluation_of(cache)
-    blind.dataset.space, space = replace(blind.dataset.space, name="vector_sum2x2"), blind.dataset.space
+    blind.dataset.space, space = replace(blind.dataset.space, motion=None), blind.dataset.space
     try:
         with pytest.raises(ValueError, match="does not say where an action leads"):
             score_plans(blind)
