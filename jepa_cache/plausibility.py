@@ -9,47 +9,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from jepa_cache.poses import POSE_CONTROLS
 
-
-class Limits(NamedTuple):
-    """Between which values the columns lie whose whole name fits, and what is to be asked where they do not."""
-
-    columns: re.Pattern[str]
-    low: float
-    high: float
-    question: str
-
-
-LIMITS = (
+# Whole name of a column, between which values it lies, and what is to be asked where it does not.
+LIMITS = {
     # Euler angles lie in (-pi, pi] or [0, 2 pi); the real ones reach 3.1416.
-    Limits(re.compile(r"(command_|ext_)?r[xyz]_rad"), -6.3, 6.3, "radians lie within 2 pi; are these degrees?"),
+    r"(command_|ext_)?r[xyz]_rad": (-6.3, 6.3, "radians lie within 2 pi; are these degrees?"),
     # Seen from the base an arm's hand is some decimetres away (0.79 m at most), in centimetres or millimetres tens and hundreds.
-    Limits(
-        re.compile(r"(command_|ext_)?[xyz]_m"),
-        -10.0,
-        10.0,
-        "an arm reaches metres; are these millimetres or centimetres?",
-    ),
+    r"(command_|ext_)?[xyz]_m": (-10.0, 10.0, "an arm reaches metres; are these millimetres or centimetres?"),
     # Sensors overshoot a little (real ones lie in 0 to 0.991); percent and bytes go to 100 and 255.
-    Limits(
-        re.compile(r"(command_)?gripper"),
-        -0.5,
-        1.5,
-        "0 is open and 1 closed; are these percent, 0 to 255 or another scale?",
-    ),
+    r"(command_)?gripper": (-0.5, 1.5, "0 is open and 1 closed; are these percent, 0 to 255 or another scale?"),
     # 90 at most, and 180 from where it began in recordings of changes; degrees read as radians come out 57 times too large.
-    Limits(
-        re.compile(r"pitch_deg"),
-        -181.0,
-        181.0,
-        "a view tilts by 180 degrees at most; is source_options.camera_unit right?",
-    ),
-)
+    r"pitch_deg": (-181.0, 181.0, "a view tilts by 180 degrees at most; is source_options.camera_unit right?"),
+}
 # Times the distance from the median below which nine tenths of the values lie (in a normal column 1.6 deviations); real columns reach
 # 81. Columns that are still most of the time, their noise aside, are measured in ones: one keystroke is no outlier.
 MAX_OUTLIER, STILL = 1e5, 1e-3
@@ -62,16 +37,16 @@ def find_implausible(controls: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """What is implausible in the controls of one recording, name to [M], as sentences; nothing where all is well."""
     found: list[str] = []
     doubted: set[str] = set()
-    for limits in LIMITS:
+    for pattern, (low, high, question) in LIMITS.items():
         beyond = {
             name: values
             for name, values in controls.items()
-            if limits.columns.fullmatch(name) and ((values < limits.low) | (values > limits.high)).any()
+            if re.fullmatch(pattern, name) and ((values < low) | (values > high)).any()
         }
         if beyond:
             values = np.stack(list(beyond.values())).astype(np.float64)
             column, row = np.unravel_index(np.nan_to_num(np.abs(values)).argmax(), values.shape)
-            found.append(f"{', '.join(beyond)} reach {values[column, row]:g} at row {row}: {limits.question}")
+            found.append(f"{', '.join(beyond)} reach {values[column, row]:g} at row {row}: {question}")
             doubted |= beyond.keys()
     found += [text for name, column in controls.items() if name not in doubted for text in _find_outlier(name, column)]
     states = [name for name in controls if re.fullmatch(r"state_[0-9]+", name)]

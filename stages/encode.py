@@ -24,12 +24,16 @@ from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     arguments = parse_stage_arguments(
-        __doc__, argv, paths="tar shards, or folders, globs and ranges of them", workers="processes on this machine"
+        __doc__,
+        argv,
+        paths="tar shards, or folders, globs and ranges of them",
+        workers={"type": int, "metavar": "N", "help": "processes on this machine"},
+        scheduler={"metavar": "ADDRESS", "help": "workers of a Dask scheduler, such as tcp://node:8786"},
     )
     output = ROOT / "outputs/encode/manifest.json"
     config = load_config(ROOT, arguments.overrides)
     root = resolve_cache_root(config.cache_root, data_base(ROOT))
-    workers = arguments.num_workers if arguments.scheduler is None else arguments.scheduler
+    workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
     base = recordings_base(config, ROOT)
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))

@@ -4,7 +4,7 @@
     python stages/train_predictor.py predictor=small train.lr=3e-4
     python stages/train_predictor.py --fresh
 
-An interrupted training continues under the same command. Writes outputs/train/run (weights, CSV) and outputs/train/live.
+An interrupted training resumes under the same command. Writes outputs/train/run (weights, CSV) and outputs/train/live.
 """
 
 import sys
@@ -20,21 +20,26 @@ from jepa_cache.training.signals import REQUEUE_EXIT_CODE, requeued_at_once  # n
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    arguments = parse_stage_arguments(__doc__, argv, fresh="forget this run's checkpoints and start over")
+    how = {"action": "store_true", "help": "forget this run's checkpoints and start over"}
+    arguments = parse_stage_arguments(__doc__, argv, fresh=how)
     with requeued_at_once():
-        config = load_config(ROOT, arguments.overrides)
+        _train(arguments.overrides, fresh=arguments.fresh)
 
-        from jepa_cache.data.cache import open_dataset
-        from jepa_cache.data.scaler import read_scaler
-        from jepa_cache.data.windows import find_obstacle
-        from jepa_cache.training.trainer import train
 
-        dataset = open_dataset(config, ROOT)
-        obstacle = find_obstacle(dataset, config)
-        if obstacle is not None and config.split.val_share:
-            raise ValueError(f"episodes: {obstacle}")
-        scaler, output = read_scaler(ROOT / "outputs/scaler/scaler.json"), ROOT / "outputs/train/run"
-        result = train(config, dataset, scaler, output, base=data_base(ROOT), fresh=arguments.fresh)
+def _train(overrides: list[str], *, fresh: bool) -> None:
+    config = load_config(ROOT, overrides)
+
+    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.data.scaler import read_scaler
+    from jepa_cache.data.windows import find_obstacle
+    from jepa_cache.training.trainer import train
+
+    dataset = open_dataset(config, ROOT)
+    obstacle = find_obstacle(dataset, config)
+    if obstacle is not None and config.split.val_share:
+        raise ValueError(f"episodes: {obstacle}")
+    scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
+    result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=fresh)
     if result.stopped_by is not None:
         print(
             f"stopped by {result.stopped_by} at training step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"

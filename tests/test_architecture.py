@@ -30,7 +30,7 @@ FLOORS = (
     {"episode"},
     {"media"},
     {"actions", "plausibility"},
-    {"config", "files", "idle", "poses", "webpage"},
+    {"config", "files", "idle", "poses"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}
@@ -43,7 +43,6 @@ WITHOUT_TORCH = (
     "actions",
     "plausibility",
     "poses",
-    "webpage",
     "config",
     "files",
 )

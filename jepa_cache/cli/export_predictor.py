@@ -47,26 +47,26 @@ def export_predictor(
 
     from jepa_cache.predictor.export import differs_from_official_class, export_official, export_safetensors
 
-    suffixes = (".pt", ".pth", ".tar") if form is ExportFormat.OFFICIAL else (".safetensors",)
+    official = form is ExportFormat.OFFICIAL
+    suffixes = (".pt", ".pth", ".tar") if official else (".safetensors",)
     if out.suffix not in suffixes:
         raise ValueError(f"--format {form.value} writes {' or '.join(suffixes)} files; got {out}")
-    if encoder is not None and form is not ExportFormat.OFFICIAL:
-        raise ValueError("--encoder adds the encoder to the official format only; leave it out, or drop --format")
-    state, card = _read_merged(run, base) if merge else _read_plain(run, base)
-    num_weights = sum(tensor.numel() for tensor in state.values())
+    if encoder is not None and not official:
+        raise ValueError("--encoder adds the encoder to the official format only; drop one of --encoder and --format")
+    state, card = _read_predictor(Path(run), base, merge=merge)
     encoder_state = None if encoder is None else _read_encoder(encoder, card)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if form is ExportFormat.SAFETENSORS:
-            beside = export_safetensors(state, card, out)
-            print(f"wrote {out} ({len(state)} tensors, {num_weights:,} weights) and {beside}")
-            return
-        export_official(state, card, out, encoder_state)
+        if official:
+            export_official(state, card, out, encoder_state)
+            held = "predictor" if encoder_state is None else "predictor, encoder and target_encoder"
+        else:
+            held = f"predictor, and {export_safetensors(state, card, out)}"
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
         raise ValueError(f"{out} cannot be written: {error}") from error
-    held = "predictor" if encoder_state is None else "predictor, encoder and target_encoder"
+    num_weights = sum(tensor.numel() for tensor in state.values())
     print(f"wrote {out}: {held} ({len(state)} tensors, {num_weights:,} weights in the predictor)")
-    for line in differs_from_official_class(card["architecture"]):
+    for line in differs_from_official_class(card["architecture"]) if official else ():
         print(f"note: {line}")
 
 
@@ -79,39 +79,33 @@ def _find_weights(reference: str, argument: str) -> Path:
         raise ValueError(f"{argument} {reference!r} names no weights; {str(error).partition('; ')[2]}") from error
 
 
-def _read_plain(run: str, base: str | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    from jepa_cache.predictor.checkpoints import find_card, load_predictor
-    from jepa_cache.predictor.lora import CONFIG_FILE
-
-    if base is not None:
-        raise ValueError("--base belongs to --merge: it names the weights under a LoRA adapter")
-    if (Path(run) / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{run} holds a LoRA adapter, which is no predictor by itself; add --merge --base WEIGHTS with the weights that its training "
-            "started from. The folder is in PEFT's own format already"
-        )
-    path = _find_weights(run, "RUN")
-    if find_card(path) is None:
-        raise ValueError(
-            f"{path} has no card that says what predictor it holds: it is a checkpoint of a training, or another program's file. Export what "
-            "a finished training wrote, such as outputs/train"
-        )
-    predictor, card = load_predictor(path)  # strictly: what is exported is a whole predictor of its card's architecture
-    return predictor.state_dict(), card
-
-
-def _read_merged(run: str, base: str | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    from jepa_cache.predictor.checkpoints import load_start_weights
-    from jepa_cache.predictor.lora import load_adapter, merged_state, read_adapter_card
+def _read_predictor(run: Path, base: str | None, *, merge: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The weights under their official names, and the model card; both strictly of one architecture."""
+    from jepa_cache.predictor.checkpoints import find_card, load_predictor, load_start_weights
+    from jepa_cache.predictor.lora import CONFIG_FILE, load_adapter, merged_state, read_adapter_card
     from jepa_cache.predictor.model import ACPredictor
 
-    if base is None:
+    if merge and base is None:
         raise ValueError("--merge needs --base WEIGHTS: the file that the adapter's training started from (train.init)")
-    folder = Path(run)
-    card = read_adapter_card(folder)
-    predictor = ACPredictor(**card["architecture"])
-    load_start_weights(predictor, _find_weights(base, "--base"))
-    return merged_state(load_adapter(predictor, folder)), card
+    if base is not None and not merge:
+        raise ValueError("--base belongs to --merge: it names the weights under a LoRA adapter")
+    if merge:
+        card = read_adapter_card(run)
+        predictor = ACPredictor(**card["architecture"])
+        load_start_weights(predictor, _find_weights(base, "--base"))
+        return merged_state(load_adapter(predictor, run)), card
+    if (run / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{run} holds a LoRA adapter, which is no predictor by itself; add --merge --base WEIGHTS with the weights that its training "
+            "started from (train.init)"
+        )
+    path = _find_weights(str(run), "RUN")
+    if find_card(path) is None:
+        raise ValueError(
+            f"{path} has no card that says what predictor it holds; name what a finished training wrote, such as outputs/train"
+        )
+    predictor, card = load_predictor(path)
+    return predictor.state_dict(), card
 
 
 def _read_encoder(path: Path, card: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,14 +113,14 @@ def _read_encoder(path: Path, card: Mapping[str, Any]) -> Mapping[str, Any]:
     from jepa_cache.predictor.checkpoints import ENCODER_FIELD
     from jepa_cache.store.recipe import file_digest
 
-    trained_with = card.get(ENCODER_FIELD)
-    if trained_with is None:
+    if ENCODER_FIELD not in card:
         raise ValueError("the predictor's card does not say which encoder it was trained with, so none can be added")
-    kind, _, rest = str(trained_with).partition(":")
+    trained_with = str(card[ENCODER_FIELD])
+    kind, _, rest = trained_with.partition(":")
     digest, _, entry = rest.partition("#")
     if kind != "file":
         raise ValueError(
-            f"this predictor was trained on tokens of {trained_with}: weights that no file holds. Leave --encoder out"
+            f"this predictor was trained on tokens of {trained_with}: weights that no file holds. Drop --encoder"
         )
     found = file_digest(path)
     if found != digest:

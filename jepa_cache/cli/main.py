@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
-import tempfile
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import typer
 
-from jepa_cache.cli.outcome import UNCHECKED, help_of
-from jepa_cache.cli.stage import describe_error
-from jepa_cache.config.terminal import PrintableOutput
-from jepa_cache.files import full_disk_named
+from jepa_cache.cli.stage import run_stage
 
-# Command to its module and function; `export` is a group of its own.
+# Command to its file, in which its function has the command's name; `export` is a group of its own.
 COMMANDS = {
-    "estimate": ("estimate", "estimate"),
-    "status": ("status", "status"),
-    "verify": ("verify", "verify"),
-    "gc": ("gc", "gc"),
-    "export": ("export", "export"),
-    "inspect": ("inspect", "inspect"),
-    "pack": ("pack", "pack"),
-    "add-encoder": ("add_encoder", "add_encoder"),
-    "index-droid": ("index_droid", "index_droid"),
-    "compare": ("compare", "compare"),
-    "params": ("params", "params"),
-    "doctor": ("doctor", "doctor"),
+    "estimate": "estimate",
+    "status": "status",
+    "verify": "verify",
+    "gc": "gc",
+    "export": "export",
+    "inspect": "inspect",
+    "pack": "pack",
+    "add-encoder": "presets",
+    "index-droid": "index_droid",
+    "compare": "compare",
+    "params": "presets",
+    "doctor": "doctor",
 }
 INSTEAD = {
     "plan": "jepa-cache estimate",
@@ -42,7 +38,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     """The console command.
 
     Args:
-        only: Command to register alone, so that the others are not imported; any other word registers all.
+        only: Command that is going to run; of the others, or of all with any other word, only the help is there.
     """
     app = typer.Typer(
         no_args_is_help=True,
@@ -51,14 +47,25 @@ def build_app(only: str | None = None) -> typer.Typer:
         help="Work on recordings and on the feature cache.",
     )
     app.callback()(lambda: None)  # with one command alone typer would take its name for an argument
-    for name in [only] if only in COMMANDS else COMMANDS:
-        module, function = COMMANDS[name]
-        command = getattr(importlib.import_module(f"jepa_cache.cli.{module}"), function)
+    for name, module in COMMANDS.items():
+        if name != only:
+            app.command(name, help=read_help(module, name.replace("-", "_")))(lambda: None)
+            continue
+        command = getattr(importlib.import_module(f"jepa_cache.cli.{module}"), name.replace("-", "_"))
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:
-            app.command(name, help=help_of(command))(command)
+            app.command(name, help=read_help(module, command.__name__))(command)
     return app
+
+
+def read_help(module: str, function: str) -> str:
+    """What --help says: the docstring without its section on arguments, read without importing what the command needs."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not found:  # a group: what its file is for
+        return (ast.get_docstring(tree) or "").partition("`: ")[2].capitalize()
+    return (ast.get_docstring(found[0]) or "").partition("\n\nArgs:")[0]
 
 
 def main() -> None:
@@ -66,9 +73,5 @@ def main() -> None:
     typed = next(iter(sys.argv[1:]), None)
     if typed in INSTEAD:
         print(f"error: there is no command `jepa-cache {typed}`; type `{INSTEAD[typed]}`", file=sys.stderr)
-        sys.exit(UNCHECKED)
-    try:
-        with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
-            build_app(typed)()
-    except (ValueError, OSError) as error:  # OSError: a full disk, a file that cannot be written
-        sys.exit(f"error: {describe_error(error)}")
+        sys.exit(2)
+    run_stage(build_app(typed))

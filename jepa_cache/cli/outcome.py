@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
 
-from jepa_cache.cli.stage import describe_error
+from jepa_cache.cli.stage import describe_error, guarded
 from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
-from jepa_cache.config.terminal import PrintableOutput, printable
-from jepa_cache.files import full_disk_named
+from jepa_cache.config.terminal import printable
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot, RefusedError
@@ -87,10 +85,7 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
     What the work itself prints goes to stderr then.
     """
     try:
-        with (
-            redirect_stdout(PrintableOutput(sys.stderr if as_json else sys.stdout)),
-            full_disk_named(Path(tempfile.gettempdir())),
-        ):
+        with guarded(sys.stderr if as_json else sys.stdout):
             outcome = work()
     except (ValueError, OSError) as error:
         message = describe_error(error)
@@ -119,6 +114,19 @@ def shorten(lines: Sequence[str], indent: str = "") -> list[str]:
     if len(lines) <= NUM_SHOWN:
         return list(lines)
     return [*lines[:NUM_SHOWN], f"{indent}... and {len(lines) - NUM_SHOWN} more (--json lists all)"]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: columns of text to the left, columns of numbers (by their last row) to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [re.fullmatch(r"-|-?[\d.]+(e[-+]\d+)?%?", cell) is not None for cell in rows[-1]]
+    return [
+        "  ".join(
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def describe_bytes(num_bytes: float) -> str:

@@ -1,76 +1,53 @@
-"""What every stage script shares: its arguments, and how an error a user can cause is shown."""
+"""What stage scripts and commands share: a stage's arguments, and how results and errors reach a terminal."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TextIO
 
 from jepa_cache.config.loading import is_override
 from jepa_cache.config.terminal import PrintableOutput, printable
 from jepa_cache.files import full_disk_named
 
 
-class StageArguments(NamedTuple):
-    """`key=value` overrides of params.yaml, positional paths, whether to start over, and how many processes work where."""
-
-    overrides: list[str]
-    paths: list[str]
-    fresh: bool
-    num_workers: int | None = None
-    scheduler: str | None = None
-
-
 def parse_stage_arguments(
-    description: str | None,
-    argv: list[str] | None,
-    *,
-    paths: str | None = None,
-    fresh: str | None = None,
-    workers: str | None = None,
-) -> StageArguments:
-    """Parse a stage's command line.
+    description: str | None, argv: list[str] | None, *, paths: str | None = None, **options: dict[str, Any]
+) -> argparse.Namespace:
+    """Parse a stage's command line: `overrides` of params.yaml, `paths`, and the options.
 
     Args:
         description: Help text: the script's docstring.
         argv: Arguments; None means the process's own.
         paths: Help for positional paths; None when the stage takes none.
-        fresh: Help for --fresh; None when the stage has no such flag.
-        workers: Help for --workers, beside which there is --scheduler; None when the stage is one process.
+        options: Of the stage alone, by name; each with what argparse is told of it.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "arguments",
         nargs="*",
         metavar="PATH | key=value" if paths else "key=value",
-        help=f"{paths}; key=value overrides of params.yaml"
-        if paths
-        else "overrides of params.yaml, such as train.lr=3e-4",
+        help=f"{paths + '; ' if paths else ''}overrides of params.yaml, such as train.lr=3e-4",
     )
-    if fresh is not None:
-        parser.add_argument("--fresh", action="store_true", help=fresh)
-    if workers is not None:
-        where = parser.add_mutually_exclusive_group()
-        where.add_argument("--workers", type=int, metavar="N", help=workers)
-        where.add_argument(
-            "--scheduler", metavar="ADDRESS", help="workers of a Dask scheduler, such as tcp://node:8786"
-        )
+    for name, how in options.items():
+        parser.add_argument(f"--{name}", **how)
     parsed = parser.parse_intermixed_args(argv)
-    overrides = [argument for argument in parsed.arguments if is_override(argument)]
-    positional = [argument for argument in parsed.arguments if not is_override(argument)]
-    if positional and paths is None:
-        parser.error(f"unexpected argument {positional[0]!r}: this stage takes key=value overrides only")
-    return StageArguments(
-        overrides,
-        positional,
-        fresh=getattr(parsed, "fresh", False),
-        num_workers=getattr(parsed, "workers", None),
-        scheduler=getattr(parsed, "scheduler", None),
-    )
+    parsed.overrides = [argument for argument in parsed.arguments if is_override(argument)]
+    parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
+    if parsed.paths and paths is None:
+        parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
+    return parsed
+
+
+@contextmanager
+def guarded(stream: TextIO) -> Iterator[None]:
+    """Print to `stream`, without control characters; a full disk that no error names more closely is that of the temporary files."""
+    with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(stream)):
+        yield
 
 
 def describe_error(error: BaseException) -> str:
@@ -83,13 +60,11 @@ def describe_error(error: BaseException) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; an error that a user can cause is shown as one message without a traceback, exit code 1."""
+    """Run a stage or command; an error that a user can cause is shown as one message without a traceback, exit code 1."""
     try:
-        with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(sys.stdout)):
+        with guarded(sys.stdout):
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         sys.exit(f"error: {describe_error(error)}")
     except KeyboardInterrupt:
-        sys.exit(
-            "interrupted; type the same command again: encode and train go on from what is there, the others start over"
-        )
+        sys.exit("interrupted; type the same command again: encode and train resume, the others start over")

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -186,18 +188,11 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
+    known = _flatten(params)
+    if key not in known:
+        raise ConfigError(f"unknown parameter {key!r}{nearest(key, known)}")
     *parents, last = key.split(".")
-    section: Any = params
-    for depth, name in enumerate([*parents, last]):
-        if not isinstance(section, dict) or name not in section:
-            known = sorted(_flatten(params))
-            raise ConfigError(f"unknown parameter {key!r}{nearest(key, known)}")
-        if depth < len(parents):
-            section = section[name]
-    if isinstance(section[last], dict):
-        raise ConfigError(
-            f"{key!r} is a section, not a parameter; set one of its keys, such as {key}.{next(iter(section[last]))}=..."
-        )
+    section = functools.reduce(operator.getitem, parents, params)
     try:
         section[last] = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:

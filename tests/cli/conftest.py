@@ -61,7 +61,7 @@ class Checkout:
 
     def run(self, *arguments: str) -> Result:
         """Run `jepa-cache ...` in this process."""
-        result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+        result = CliRunner().invoke(build_app(arguments[0]), [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         document = json.loads(result.stdout) if "--json" in arguments else {}

@@ -34,11 +34,13 @@ def encode(checkout, *overrides):
     return read_manifest(checkout.manifest_path)
 
 
-def test_the_preset_says_what_the_model_says(added):
+def test_the_preset_says_what_the_model_says_and_takes_frames_one_by_one(added):
     preset = load_config(added.folder, ["encoder=small_dino"]).encoder
     assert (preset.kind, preset.embed_dim, preset.depth, preset.num_heads, preset.mlp_dim) == ("hf", 32, 2, 2, 64)
     assert (preset.resolution, preset.short_side, preset.crop, preset.num_tokens) == (64, 73, "pillow_bicubic", 16)
     assert preset.trained
+    with pytest.raises(ConfigError, match=r"takes frames one by one; encode\.mode must be frame"):
+        load_config(added.folder, ["encoder=small_dino", "encode.mode=tubelet"])
 
 
 def test_cached_tokens_are_the_model_s_own(added):
@@ -69,52 +71,29 @@ def tables(store):
     return steps, pq.read_table(store / layout.SEGMENTS_FILE).to_pylist()
 
 
-def test_verify_encodes_again_and_finds_the_same(added):
-    encode(added)
-    overrides = ["encoder=small_dino", "encode.compute_dtype=float32", str(added.recordings)]
-    result = added.run("verify", "--against-online", "3", "--json", *overrides)
-    assert result.code == 0, result.err
-    status = added.run("status", "--json", *overrides)
-    assert status.code == 0, status.err
-
-
-def test_the_predictor_trains_on_such_tokens(added, tmp_path, monkeypatch):
+def test_verify_finds_the_same_training_takes_it_and_another_model_is_another_recipe(added, tmp_path, monkeypatch):
     from jepa_cache.data.cache import open_dataset
     from jepa_cache.data.scaler import fit_scaler
     from jepa_cache.training.trainer import train
 
-    encode(added)
+    first = encode(added)
+    overrides = ["encoder=small_dino", "encode.compute_dtype=float32"]
+    for command in (("verify", "--against-online", "3"), ("status",)):
+        result = added.run(*command, "--json", *overrides, added.recordings)
+        assert result.code == 0, result.err
     monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
-    overrides = ["encoder=small_dino", "encode.compute_dtype=float32", "train.num_steps=2", "train.num_warmup=0"]
-    overrides += [
-        "train.num_anneal=0",
-        "train.window_steps=3",
-        "train.batch_size=2",
-        "train.validate_every=0",
-        "split.val_share=0.5",
-    ]
-    config = load_config(added.folder, overrides)
+    settings = "num_steps=2 num_warmup=0 num_anneal=0 window_steps=3 batch_size=2 validate_every=0"
+    config = load_config(
+        added.folder, [*overrides, "split.val_share=0.5", *(f"train.{text}" for text in settings.split())]
+    )
     dataset = open_dataset(config, added.folder)
     scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
     assert train(config, dataset, scaler, tmp_path / "train/run", base=tmp_path).num_trained == 2
-
-
-def test_another_model_in_the_same_place_is_another_recipe(added, tmp_path):
-    first = encode(added)
     save_model(tmp_path / "model", seed=1)
     assert encode(added).fingerprint != first.fingerprint
-
-
-def test_a_model_that_has_changed_its_shape_is_refused(added, tmp_path):
     save_model(tmp_path / "model", hidden_size=48)
     with pytest.raises(ValueError, match=r"embed_dim is 32 in the preset and 48 in the model.*add-encoder"):
         encode(added)
-
-
-@pytest.mark.parametrize("mode", ["tubelet", "clip"])
-def test_frames_are_taken_one_by_one(added, mode):
-    with pytest.raises(ConfigError, match=r"takes frames one by one; encode\.mode must be frame"):
-        load_config(added.folder, ["encoder=small_dino", f"encode.mode={mode}"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Claims of cli/main.py: each command is imported alone and without torch; its help says its exit codes; --json is one document."""
+"""Claims of cli/main.py, outcome.py and stage.py: each command is imported alone and without torch; its help says its exit codes.
+
+--json is one document; no name from somebody's files moves the cursor or forges a line of a terminal.
+"""
 
 import json
 import subprocess
@@ -8,31 +11,36 @@ import pytest
 import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app, main
+from jepa_cache.cli.outcome import Outcome, align, report
+from jepa_cache.cli.stage import run_stage
+from jepa_cache.config.terminal import printable
 
 CACHE_COMMANDS = ("estimate", "status", "verify", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
 
 
-def test_looking_at_the_cache_imports_no_torch(checkout):
-    """In one process, as imports stay; each of the three ends with its own exit code."""
+def test_looking_at_the_cache_imports_no_torch_and_what_needs_no_cache_no_table_either(checkout):
+    """In one process, as imports stay; each ends with its own exit code."""
     script = f"""
 import sys
 from jepa_cache.cli.main import build_app
-for arguments in (["status", {str(checkout.recordings)!r}], ["gc"], ["estimate", {str(checkout.recordings)!r}]):
+folder = {str(checkout.recordings)!r}
+for arguments in (["--help"], ["params"], ["status", folder], ["gc"], ["estimate", folder]):
     try:
         build_app(arguments[0])(arguments)
     except SystemExit as end:
         assert not end.code, (arguments, end.code)
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    heavy += [name for name in ("pyarrow", "numpy") if name in sys.modules and arguments[0] in ("--help", "params")]
     assert not heavy, (arguments, heavy)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("command", CACHE_COMMANDS)
+@pytest.mark.parametrize("command", [*CACHE_COMMANDS, "export cache"])
 def test_help_says_the_exit_codes_and_not_the_docstring_of_arguments(checkout, command):
-    result = checkout.run(command, "--help")
+    result = checkout.run(*command.split(), "--help")
     words = " ".join(result.out.split())
     assert result.code == 0 and "Exit code 0:" in words and "; 2:" in words and "--json" in words
     assert "Args:" not in words
@@ -46,11 +54,6 @@ def test_a_command_that_has_another_name_says_which(monkeypatch, capsys, old, ne
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2 and f"type `{new}`" in capsys.readouterr().err
-
-
-def test_help_of_export_says_the_exit_codes(checkout):
-    words = " ".join(checkout.run("export", "cache", "--help").out.split())
-    assert "Exit code 0:" in words and "--json" in words and "Args:" not in words
 
 
 @pytest.mark.parametrize("command", [*CACHE_COMMANDS, "export"])
@@ -68,10 +71,15 @@ def test_json_is_the_only_thing_on_stdout_whatever_is_told_on_the_way(checkout):
     assert "these are other recordings" in result.err and "these are other" not in result.out
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_registered_alone_and_a_wrong_word_registers_all(name):
-    alone, everything = (typer.main.get_command(build_app(only)) for only in (name, "wrong"))
-    assert set(alone.commands) == {name} and set(everything.commands) == set(COMMANDS)
+def test_every_command_has_its_function_and_its_help_whichever_is_typed(checkout):
+    words = checkout.run("--help").out
+    for name in COMMANDS:
+        group = typer.main.get_command(build_app(name))
+        assert set(group.commands) == set(COMMANDS) and len(
+            group.commands[name].params or group.commands[name].commands
+        )
+        assert f"\n  {name} " in words
+    assert checkout.run("stauts").code == 2
 
 
 def test_commands_work_from_any_folder_of_the_checkout(checkout, monkeypatch):
@@ -89,3 +97,47 @@ def test_what_the_machine_refuses_is_one_message_with_what_was_added_to_it(monke
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == f"error: no writing in {tmp_path}\n  while packing"
+
+
+NAME = "a\x1b]0;title\x07\x1b[2K\r\x9b1A\u202egpj.\udcff"
+SHOWN = r"a\x1b]0;title\x07\x1b[2K\r\x9b1A\u202egpj.\udcff"
+
+
+def test_control_characters_are_written_out_and_nothing_else_is_changed():
+    assert printable(NAME) == SHOWN
+    assert printable("one\ntwo\tthree") == r"one\ntwo\tthree" and printable("one\ntwo", keep="\n") == "one\ntwo"
+    for plain in ("Überraschung/東京 \N{SLIGHTLY SMILING FACE}.mp4", r"C:\\x1b", "=cmd|' /C calc'!A0"):
+        assert printable(plain) == plain
+
+
+def test_a_stage_prints_no_control_character(capsys):
+    run_stage(lambda: print(f"skipped: {NAME}\n\tindented"))
+    assert capsys.readouterr().out == f"skipped: {SHOWN}\n\tindented\n" and not hasattr(sys.stdout, "_stream")
+
+
+def test_an_error_is_one_message_whose_lines_continue_indented(capsys):
+    def fail():
+        raise ValueError(f"{NAME} is bad\nerror: all is lost:\n  one\n  two")
+
+    with pytest.raises(SystemExit) as raised:
+        run_stage(fail)
+    assert raised.value.code == rf"error: {SHOWN} is bad\nerror: all is lost:" + "\n  one\n  two"
+    with pytest.raises(BaseException, match="2"):  # typer.Exit, the code of a check that could not be made
+        report(fail, as_json=False)
+    assert SHOWN in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_report_shows_one_line_for_each_of_its_lines(capsys, as_json):
+    def work():
+        print(f"note: {NAME}")
+        return Outcome({"name": NAME}, [f"{NAME}\nall is well"])
+
+    report(work, as_json=as_json)
+    out, err = capsys.readouterr()
+    assert f"note: {SHOWN}\n" in (err if as_json else out) and "\x1b" not in out + err
+    assert as_json or out.splitlines()[1] == rf"{SHOWN}\nall is well"
+
+
+def test_a_table_has_words_to_the_left_and_numbers_to_the_right():
+    assert align([["name", "s", "note"], ["a", "-1.5", "b"]]) == ["name     s  note", "a     -1.5  b"]

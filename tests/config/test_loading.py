@@ -126,7 +126,7 @@ NOT_HUGE = [
         ("train.lr=0 train.metric=loss", r"lr must be above 0; got 0(.|\n)*train\.metric is 'loss'; did you mean"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train.lr=[1", r"train\.lr=\[1"),
-        ("train=1", "is a section"),
+        ("train=1", r"unknown parameter 'train'; did you mean 'train\."),
         *((f"cache.root={it}", r"cache\.root must .*; got") for it in ("true", "1e30", "[]", "''", r'"/a\0b"')),
         ("encode.mode=clip encode.frames_per_clip=8", r"a segment is one clip of 4 steps.*train.window_steps is 8"),
         ("encode.mode=clip encode.frames_per_clip=15", "encode.frames_per_clip 15 must be a multiple of .* tubelet_size 2"),

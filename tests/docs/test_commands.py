@@ -10,35 +10,48 @@ import re
 import shlex
 from functools import cache
 from itertools import groupby, pairwise
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app
 from jepa_cache.config.loading import is_override, load_config
-from tests.docs.blocks import ROOT, Block, find_blocks
-from tests.workspace import SUITE_SETTINGS, Workspace
+from tests.workspace import ROOT, SUITE_SETTINGS, Workspace
 
-BLOCKS = find_blocks()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n+)?^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """Commands that belong together: a ```bash block, or the lines of a transcript that begin with `$ `."""
+
+    page: str
+    line: int
+    commands: list[str]
+    not_run: str | None
+    transcript: bool  # which shows exit codes other than 0 too
+
+
+def find_blocks():
+    """Every block of every page, in reading order; commands with continuation lines joined and without comments."""
+    for page in PAGES:
+        text = page.read_text()
+        for found in FENCED.finditer(text):
+            not_run, kind, body = found.groups()
+            assert kind not in ("sh", "shell", "console"), f"{page}: call it bash, so that it is not overlooked"
+            shown = "\n".join(line[2:] for line in body.splitlines() if line.startswith("$ "))
+            if kind == "bash" or (not kind and shown):
+                joined = re.sub(r"\\\n\s*", "", body if kind == "bash" else shown)
+                lines = (re.sub(r"(^|\s)#.*$", "", line).strip() for line in joined.splitlines())
+                line = text.count("\n", 0, found.start(3)) + 1
+                yield Block(str(page.relative_to(ROOT)), line, [it for it in lines if it], not_run, kind != "bash")
+
+
+BLOCKS = list(find_blocks())
 # Programs that are not ours; what they are given is not checked.
-OTHERS = {
-    "source",
-    "export",
-    "mkdir",
-    "sed",
-    "gsutil",
-    "cd",
-    "dask",
-    "srun",
-    "scontrol",
-    "exit",
-    "git",
-    "pip",
-    "if",
-    "unset",
-    "jq",
-}
+OTHERS = {"source", "export", "mkdir", "sed", "gsutil", "cd", "dask", "srun", "scontrol", "exit", "git", "pip", "if"}
+OTHERS |= {"unset", "jq"}
 DVC = {"repro", "exp", "queue", "metrics", "plots", "push", "pull", "checkout", "params"}
 STAGE_OPTIONS = {"encode": {"--workers", "--scheduler"}, "train_predictor": {"--fresh"}}
 
@@ -98,7 +111,7 @@ def check_command(command: str, added: set[str] = frozenset()) -> None:
         pytest.fail(f"{command!r} starts with a program that is not known here")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
 def test_commands_name_what_exists(block: Block):
     added = {words[3] for command in block.commands if (words := command.split())[:2] == ["jepa-cache", "add-encoder"]}
     for command in block.commands:
@@ -117,16 +130,7 @@ def test_a_command_that_does_not_exist_is_found():
             check_command(wrong)
 
 
-def test_shell_blocks_have_one_name_so_that_none_is_overlooked():
-    for page in pages():
-        assert not re.search(r"^```(sh|shell|console)$", page.read_text(), re.M), page
-
-
-def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
@@ -135,12 +139,8 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_in_the_list_of_pages():
     listed = (ROOT / "docs/README.md").read_text()
-    missing = [
-        page.name
-        for page in (ROOT / "docs").glob("*.md")
-        if page.name != "README.md" and f"({page.name})" not in listed
-    ]
-    assert not missing
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not [name for name in pages if f"({name})" not in listed]
 
 
 # --- run ------------------------------------------------------------------------------------------------------------------
@@ -165,10 +165,10 @@ def test_the_commands_of_a_page_run(checkout, page):
             continue
         for command in block.commands:
             output, code = checkout.shell(command)
-            assert "Traceback" not in output, f"{block.name}: {command}\n{output[-3000:]}"
+            assert "Traceback" not in output, f"{block.page}:{block.line}: {command}\n{output[-3000:]}"
             # A transcript may show what a command says of a cache that is not as it should be.
             assert code in ((0, 1) if block.transcript else (0,)), (
-                f"{block.name}: {command} ended with {code}\n{output[-3000:]}"
+                f"{block.page}:{block.line}: {command} ended with {code}\n{output[-3000:]}"
             )
     checkout.run("git", "checkout", "-q", "--", ".")
     checkout.run("dvc", "checkout", "-q", "--force")

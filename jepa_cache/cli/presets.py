@@ -1,15 +1,15 @@
-"""`jepa-cache add-encoder`: a preset for an image encoder of the transformers library, from what the model says of itself."""
+"""`jepa-cache params` and `jepa-cache add-encoder`: the settings and where each comes from; a preset for an image encoder."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from jepa_cache.config.loading import data_base, find_repository
-from jepa_cache.encoder.image import ImageModelError, model_files, read_model, read_preprocessing, resolve_model
+from jepa_cache.config.loading import data_base, find_repository, load_config
 
 PRESET = """\
 # {model_type} from {reference}, an image encoder of the transformers library; frame mode only.
@@ -27,13 +27,14 @@ rope: own              # positions are the model's business
 crop: {crop}
 mean: {mean}   # of RGB pixels in [0, 1]
 std: {std}
-compute_dtype: {compute_dtype}
+compute_dtype: bfloat16
 batch_size: 64          # frames per forward
 weights: {reference}
 weights_entry: null
 weights_sha256: null   # empty: computed and recorded at first use
 random_seed: null
 """
+SIZES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
 
 def add_encoder(
@@ -55,6 +56,9 @@ def add_encoder(
     Raises:
         ValueError: The model cannot be used, the name is taken or no name, or the resolution is no multiple of the patch.
     """
+    # Not above: transformers' files are of no concern to `params`, which is to be quick.
+    from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
+
     root = find_repository(Path.cwd())
     path = root / "configs/encoder" / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -63,27 +67,23 @@ def add_encoder(
         raise ValueError(f"{path.relative_to(root)} exists; choose another name, or remove it")
     folder = resolve_model(source, base=data_base(root))
     model_files(folder)
-    model = read_model(folder)
-    fields = read_preprocessing(folder)
-    lacking = [key for key in ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size") if key not in model.sizes]
-    if lacking:
-        raise ImageModelError(
+    model, fields = read_model(folder), read_preprocessing(folder)
+    if lacking := [key for key in SIZES if key not in model.sizes]:
+        raise ValueError(
             f"the config of {source} does not say {', '.join(lacking)}; write the preset by hand (docs/image_encoders.md)"
         )
-    if model.sizes["patch_size"] < 1 or (resolution is not None and resolution < 1):
-        raise ValueError(
-            f"patch_size and --resolution must be at least 1; got {model.sizes['patch_size']} and {resolution}"
-        )
+    patch_size = model.sizes["patch_size"]
+    if patch_size < 1 or (resolution is not None and resolution < 1):
+        raise ValueError(f"patch_size and --resolution must be at least 1; got {patch_size} and {resolution}")
     if resolution is not None:
         if fields["short_side"] is not None:
             fields["short_side"] = round(fields["short_side"] * resolution / fields["resolution"])
         fields["resolution"] = resolution
-    if fields["resolution"] % model.sizes["patch_size"]:
+    if fields["resolution"] % patch_size:
         raise ValueError(
-            f"resolution {fields['resolution']} is no multiple of the model's patch_size {model.sizes['patch_size']}; choose one "
-            "with --resolution"
+            f"resolution {fields['resolution']} is no multiple of the model's patch_size {patch_size}; choose one with --resolution"
         )
-    num_tokens = (fields["resolution"] // model.sizes["patch_size"]) ** 2
+    num_tokens = (fields["resolution"] // patch_size) ** 2
     fields["short_side"] = "null" if fields["short_side"] is None else fields["short_side"]
     reference = source if source.startswith("hf://") else str(folder.resolve())
     text = PRESET.format(
@@ -91,7 +91,6 @@ def add_encoder(
         reference=reference,
         num_tokens=num_tokens,
         kib=num_tokens * model.sizes["embed_dim"] * 2 / 1024,
-        compute_dtype="bfloat16",
         **model.sizes,
         **fields,
     )
@@ -100,3 +99,21 @@ def add_encoder(
     print(
         f"wrote {path.relative_to(root)}; next: jepa-cache estimate encoder={name}, python stages/encode.py encoder={name}"
     )
+
+
+def params(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4")] = None,
+) -> None:
+    """Print the resolved settings and where each comes from."""
+    config = load_config(find_repository(Path.cwd()), overrides or [])
+    values: dict[str, Any] = {}
+    for section, settings in vars(config).items():
+        if is_dataclass(settings):
+            for key, value in asdict(settings).items():
+                nested = value.items() if isinstance(value, dict) else ()
+                values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
+    values |= {"cache.root": config.cache_root, "cache.verify_checksums": config.verify_checksums}
+    width = max(map(len, values))
+    for key, value in values.items():
+        shown = repr(value) if isinstance(value, str) else str(value)
+        print(f"{key:<{width}}  {shown:<40}  {config.origins.get(key, '')}")
