@@ -211,7 +211,8 @@ class WorldModel:
         if not isinstance(goal, np.ndarray) or goal.ndim != 3:
             _check_frames("goal", goal)
         context = self._context(frames, np.asarray(states, np.float64), actions)
-        if base_action is None and self.space.motion.holds and len(context.actions):
+        holds = self.space.motion is not None and self.space.motion.holds  # a caller may bring a Motion of its own
+        if base_action is None and holds and len(context.actions):
             base_action = context.actions[-1]
         if base_action is not None and np.shape(base_action) != (len(self.space.actions),):
             raise ValueError(f"base_action must be [{len(self.space.actions)}]; got {list(np.shape(base_action))}")

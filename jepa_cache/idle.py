@@ -30,24 +30,13 @@ def find_episode_key(path: str) -> str | None:
 
 
 def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
-    """Rows in which the command stays as it was: every joint's velocity changes by less than 1e-3 rad/s.
+    """Rows [M] bool in which the command [M, 7] rad/s stays as it was: every joint's velocity changes by less than 1e-3 rad/s.
 
-    Judged is the change of the command, not its size. Row 0 has nothing before it and is not idle; nor is a row at a NaN.
-
-    Args:
-        joint_velocity_commands: [M, 7] rad/s.
-
-    Returns:
-        [M] bool.
-
-    Raises:
-        ValueError: Another shape.
+    The change of the command counts, not its size. Row 0 has nothing before it and is not idle; nor is a row at a NaN.
 
     Source: openpi, `compute_droid_nonidle_ranges`.
     """
     commands = np.asarray(joint_velocity_commands, np.float64)
-    if commands.ndim != 2 or commands.shape[1] != 7:
-        raise ValueError(f"joint velocity commands must be [M, 7]; got {commands.shape}")
     still = (np.abs(np.diff(commands, axis=0)) < IDLE_TOLERANCE).all(axis=1)
     return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
 
@@ -63,13 +52,8 @@ def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]
     Returns:
         Ranges of rows [start, end), ascending; without those that the cut leaves empty.
 
-    Raises:
-        ValueError: A negative cut.
-
     Source: openpi, `compute_droid_nonidle_ranges`.
     """
-    if cut_end < 0:
-        raise ValueError(f"the cut from the end of kept runs is at least 0 rows; got cut_end={cut_end}")
     kept = np.ones(len(idle), bool)
     for start, end in _find_runs(np.asarray(idle, bool)):
         if end - start >= MIN_IDLE_ROWS:
@@ -79,23 +63,12 @@ def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]
 
 
 def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
-    """The ranges of rows that openpi keeps of an episode: `keep_ranges` of its `find_idle_rows`.
-
-    Args:
-        joint_velocity_commands: [M, 7] rad/s, at 15 Hz.
-        cut_end: See `keep_ranges`.
-
-    Raises:
-        ValueError: As the two of them.
-    """
+    """The ranges of rows that openpi keeps of an episode with commands [M, 7] rad/s at 15 Hz: `keep_ranges` of its idle rows."""
     return keep_ranges(find_idle_rows(joint_velocity_commands), cut_end=cut_end)
 
 
 def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
     """Read a published list of kept ranges: JSON of `"<recording folder>--<file path>": [[start, end], ...]`.
-
-    Args:
-        path: The JSON file.
 
     Returns:
         Ranges [start, end) of 15 Hz rows by the episode's key `<lab>/<outcome>/<date>/<episode>`; by the name as it stands

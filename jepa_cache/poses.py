@@ -91,15 +91,7 @@ def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
 
 
 def rotation_angle(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Angle in radians, 0 to pi, of the rotation between two attitudes.
-
-    Args:
-        one: [..., 3] extrinsic xyz Euler angles in radians.
-        other: [..., 3].
-
-    Returns:
-        [...] float64.
-    """
+    """Angle in radians, 0 to pi, of the rotation between two attitudes, [..., 3] extrinsic xyz Euler angles in radians each."""
     one, other = np.broadcast_arrays(np.asarray(one, np.float64), np.asarray(other, np.float64))
     between = _to_matrices(one.reshape(-1, 3)) @ _to_matrices(other.reshape(-1, 3)).transpose(0, 2, 1)
     # |R - 1| (Frobenius) is 2 sqrt(2) sin(angle / 2): exact for small angles, where the trace is not.
@@ -143,15 +135,7 @@ def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndar
 
 
 def describe_pose7(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Actions [n-1, 7] and states [n, 7] of the action space `pose7`, float64.
-
-    Args:
-        controls: Name to [M]; holds POSE_CONTROLS.
-        anchors: [n] rows of the controls, non-decreasing.
-
-    Raises:
-        ValueError: A pose is not finite at an anchor.
-    """
+    """Actions [n-1, 7] and states [n, 7] of the action space `pose7`, float64; needs POSE_CONTROLS."""
     poses = _read_poses(controls, POSE_CONTROLS, anchors)
     return pose_actions(poses), poses
 

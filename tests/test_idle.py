@@ -67,11 +67,6 @@ def test_an_episode_without_rows_has_no_ranges():
     assert idle_ranges(np.zeros((0, 7))) == []
 
 
-def test_a_negative_cut_is_refused():
-    with pytest.raises(ValueError, match="cut_end=-1"):
-        keep_ranges(np.zeros(3, bool), cut_end=-1)
-
-
 def test_published_ranges_are_found_by_the_key_that_rlds_and_raw_episodes_have(tmp_path):
     folder = "/nfs/r2d2/ILIAD/success/2023-04-21/Fri_Apr_21"
     name = f"{folder}/recordings/MP4--{folder}/trajectory.h5"

@@ -59,9 +59,6 @@ class FrozenEncoder:
             compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
             single_frame: how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only).
             pool: 2 averages the tokens of each 2 x 2 patches.
-
-        Raises:
-            ValueError: the preset's crop rule is unknown.
         """
         side = preset.resolution // preset.patch_size
         self.grid, self.pool = (side, side), pool
@@ -126,13 +123,7 @@ class FrozenEncoder:
 def pool_tokens(tokens: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
     """Average each square of pool x pool patches, in float32.
 
-    Args:
-        tokens: [..., H*W, D], rows after rows, any float dtype.
-        grid: H, W, both multiples of `pool`.
-        pool: side of the squares, in patches; 1 returns the tokens as they are.
-
-    Returns:
-        [..., H/pool * W/pool, D] float32, rows after rows.
+    Tokens [..., H*W, D], rows after rows, become [..., H/pool * W/pool, D] float32; 1 returns them as they are.
     """
     if pool == 1:
         return tokens

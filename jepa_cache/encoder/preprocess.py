@@ -26,7 +26,7 @@ EVAL_SHORT_SIDE_RATIO = 256 / 224
 
 
 class CropRule(Protocol):
-    """Turns uint8 frames [F, h, w, 3] into normalised float32 frames [F, 3, size, size]."""
+    """Turns uint8 RGB frames [F, h, w, 3] of any size into normalised float32 frames [F, 3, size, size], each frame alone."""
 
     def __call__(self, frames: np.ndarray, size: int, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Apply the rule; mean and std are those of RGB pixels in [0, 1]."""
@@ -102,17 +102,7 @@ def ac_transform(
 ) -> Tensor:
     """Prepare frames as the AC trainer does: centred crop, float32 bilinear resize without antialias, mean and std.
 
-    Every frame is treated alone, so a frame's result does not depend on the others in the call.
-
-    Args:
-        frames: [F, h, w, 3] uint8 RGB, any size.
-        size: output side, pixels; the crop is squeezed to a square.
-        aspect_range: (1, 1) takes the centred square, as the planning notebook does.
-        mean: of RGB pixels in [0, 1].
-        std: of RGB pixels in [0, 1].
-
-    Returns:
-        [F, 3, size, size] float32.
+    The crop is squeezed to a square. An `aspect_range` of (1, 1) takes the centred square, as the planning notebook does.
 
     Source: V-JEPA 2-AC, upstream vjepa_droid transforms.
     """
@@ -136,16 +126,6 @@ def eval_transform(
     antialias, `antialias=False`) and for tensors (antialias). Both round the resized image to uint8. The array form's
     fixed-point arithmetic may round one level (0.0175) apart from ours.
 
-    Args:
-        frames: [F, h, w, 3] uint8 RGB, any size.
-        size: output side, pixels.
-        antialias: False for the array form, True for the tensor form.
-        mean: of RGB pixels in [0, 1].
-        std: of RGB pixels in [0, 1].
-
-    Returns:
-        [F, 3, size, size] float32.
-
     Source: V-JEPA 2, upstream video_classification_frozen transforms.
     """
     frames = _checked(frames)
@@ -168,16 +148,8 @@ def pillow_transform(
 ) -> Tensor:
     """Prepare frames as the image processors of the transformers library do: Pillow's resize to uint8, centre crop, mean and std.
 
-    Args:
-        frames: [F, h, w, 3] uint8 RGB, any size.
-        size: output side, pixels.
-        resample: "bilinear", "bicubic" or "lanczos", all with antialias, as Pillow's filters are.
-        short_side: pixels that the short side is resized to before the centre is cut out; None squeezes the frame to the square.
-        mean: of RGB pixels in [0, 1].
-        std: of RGB pixels in [0, 1].
-
-    Returns:
-        [F, 3, size, size] float32.
+    `resample` is "bilinear", "bicubic" or "lanczos", all with antialias, as Pillow's filters are. The short side is resized to `short_side`
+    pixels before the centre is cut out; None squeezes the frame to the square.
 
     Source: transformers 5.23, BitImageProcessorPil (DINOv2) and ViTImageProcessorPil; their results are met exactly.
     """

@@ -48,7 +48,7 @@ class VJepa2:
     """V-JEPA 2's video transformer, from an official file or drawn from a seed."""
 
     def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
-        """See `find_weights_file`."""
+        """The file, downloaded at most once."""
         return find_weights_file(reference, base=base, download=download)
 
     def files(self, weights: Path) -> list[Path]:

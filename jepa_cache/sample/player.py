@@ -97,15 +97,10 @@ def play(ticks: Sequence[Tick], world: World) -> list[PlayerState]:
 def write_script(
     rng: np.random.Generator, config: SampleConfig, num_ticks: int, *, stuck_attack: bool, wheel: bool, gui: bool
 ) -> Script:
-    """Make up one episode's input: restless turning, walking in spells, clicks, and the quirks asked for.
+    """Make up one episode's input: restless turning, walking in spells, clicks, and the requested quirks.
 
-    Args:
-        rng: the episode's own generator.
-        config: turning and walking statistics.
-        num_ticks: ticks of input.
-        stuck_attack: attack is recorded as new on line 0 and as held from there until the first true attack click.
-        wheel: the hotbar slot is changed by the wheel, one to three times, without a key.
-        gui: the inventory is open for 1 to 2.5 s.
+    `stuck_attack` records attack as new on line 0 and as held from there until the first true attack click; `wheel` changes the hotbar
+    slot by the wheel, one to three times, without a key; `gui` opens the inventory for 1 to 2.5 s.
     """
     dx, dy = _turn(rng, config, num_ticks)
     keys = _walking_keys(rng, config, num_ticks)

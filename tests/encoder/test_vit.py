@@ -61,11 +61,6 @@ def test_rotation_tiles_the_frequencies_over_a_block():
     torch.testing.assert_close(column_block, torch.cos(2 * frequencies).repeat(2))
 
 
-def test_channels_beyond_three_blocks_are_not_rotated():
-    x = torch.randn(1, 1, 8, 16)
-    assert torch.equal(rotate(x, *rotation_tables((2, 2, 2), 16, CPU))[..., 12:], x[..., 12:])
-
-
 def test_tables_first_made_in_inference_mode_serve_a_backward_pass(encoder):
     clip = torch.randn(1, 3, 2, 16, 80)
     with torch.inference_mode():
@@ -81,15 +76,6 @@ def test_swapping_rows_and_columns_of_a_non_square_input_is_seen(encoder):
     tall = encoder(clip.reshape(1, 3, 2, 16, 3, 16).transpose(3, 4).reshape(1, 3, 2, 48, 16))
     # The same patches in the same order, once side by side and once on top of each other.
     assert (wide - tall).abs().max() > 1e-2
-
-
-def test_a_constructor_without_resolution_serves_every_grid(encoder):
-    assert encoder(torch.randn(1, 3, 4, 48, 80)).shape == (1, 2 * 3 * 5, 48)
-
-
-def test_frames_beyond_a_tubelet_are_dropped(encoder):
-    clip = torch.randn(1, 3, 5, 32, 32)
-    assert torch.equal(encoder(clip), encoder(clip[:, :, :4]))
 
 
 @pytest.mark.parametrize("size", [(2, 3, 2, 40, 32), (2, 3, 2, 32, 17), (1, 3, 2, 0, 32)])

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,14 +20,14 @@ import av
 import numpy as np
 import pytest
 
+from jepa_cache.config.parsing import ConfigError, parse_dataclass
 from jepa_cache.sample import build as build_module
 from jepa_cache.sample import episode as episode_module
 from jepa_cache.sample.build import build_sample
 from jepa_cache.sample.config import SampleConfig
-from jepa_cache.sample.episode import plan_quirks, record_episode
+from jepa_cache.sample.episode import plan_quirks
 from jepa_cache.sample.player import DEG_PER_COUNT, GUI_KEY, PlayerState, Tick, advance, write_script
-from jepa_cache.sample.scenery import build_scenery
-from jepa_cache.sample.world import MAP_BLOCKS, World, build_world, is_free, render
+from jepa_cache.sample.world import MAP_BLOCKS, World, build_scenery, build_world, is_free, render
 
 REAL_LOGS = Path(__file__).parents[3] / "shared" / "data" / "vpt"
 MOUSE_KEYS = ["x", "y", "dx", "dy", "scaledX", "scaledY", "dwheel", "buttons", "newButtons"]
@@ -178,26 +178,13 @@ def test_tar_shards_are_split_as_configured_and_webdataset_reads_pairs(folder: P
 # 2. The law of one tick
 
 
-def test_yaw_difference_is_015_degrees_per_summed_count(episodes: list[Episode]) -> None:
-    for episode in episodes:
-        outside = ~episode.gui[:-1]
-        counts = (episode.dx[:-1] * outside).sum()
-        assert episode.yaw[-1] - episode.yaw[0] == pytest.approx(DEG_PER_COUNT * counts, abs=1e-6)
-        assert np.ptp(episode.yaw) > 5, "the episode hardly turns"
-
-
 def test_line_holds_the_state_before_its_own_tick(episodes: list[Episode]) -> None:
     for episode in episodes:
         outside = ~episode.gui[:-1]
         np.testing.assert_allclose(np.diff(episode.yaw)[outside], 0.15 * episode.dx[:-1][outside], atol=1e-9)
         np.testing.assert_allclose(np.diff(episode.pitch)[outside], 0.15 * episode.dy[:-1][outside], atol=1e-9)
-        assert episode.yaw[0] == episode.pitch[0] == 0
-
-
-def test_counts_are_whole_outside_the_gui(episodes: list[Episode]) -> None:
-    for episode in episodes:
-        outside = ~episode.gui
-        assert (episode.dx[outside] % 1 == 0).all() and (episode.dy[outside] % 1 == 0).all()
+        assert episode.yaw[0] == episode.pitch[0] == 0 and np.ptp(episode.yaw) > 5
+        assert (episode.dx[:-1][outside] % 1 == 0).all() and (episode.dy[:-1][outside] % 1 == 0).all()
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -243,16 +230,6 @@ def test_turning_right_moves_the_picture_left_at_lag_0(turning: Episode) -> None
     assert min(correlation, key=correlation.get) == 0, correlation
 
 
-def test_looking_down_moves_the_picture_up() -> None:
-    world, scenery = flat_world(), build_scenery(np.random.default_rng(0), 0.3)
-
-    def num_sky_rows(pitch_deg: float) -> int:
-        blue = render(world, scenery, 32.5, 32.5, 0.0, pitch_deg)[1].mean(1) > 0
-        return int(blue.sum())
-
-    assert num_sky_rows(20) < num_sky_rows(0) < num_sky_rows(-20)
-
-
 @pytest.mark.parametrize(
     ("yaw_deg", "key", "step"),
     [
@@ -284,13 +261,6 @@ def test_a_block_seen_ahead_comes_nearer_when_walking() -> None:
         for _ in range(8):
             state = advance(state, Tick(keys=("key.keyboard.w",)), world)
     assert sizes[0] < sizes[1] < sizes[2], sizes
-
-
-def test_a_block_to_the_west_is_seen_on_the_right_at_yaw_0() -> None:
-    world, scenery = flat_world(), build_scenery(np.random.default_rng(0), 0.0)
-    world.heights[29, 36], world.kinds[29, 36] = 3, 5
-    red = render(world, scenery, 32.5, 32.5, 0.0, 0.0)[2] > 10
-    assert red[:, 80:].any() and not red[:, :80].any()
 
 
 @pytest.mark.parametrize("width", [1, 9])
@@ -358,18 +328,6 @@ def test_stuck_attack_is_held_until_the_first_true_click(episodes: list[Episode]
             assert 0 in new[end]
 
 
-def test_a_true_click_ends_the_stuck_attack() -> None:
-    seen = 0
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        script = write_script(rng, SampleConfig(), 600, stuck_attack=True, wheel=False, gui=False)
-        first = script.first_attack_tick
-        if first is not None:
-            after = [0 in tick.buttons for tick in script.ticks[first:]]
-            seen += after[0] and not all(after[:20])
-    assert seen >= 8
-
-
 def test_hotbar_changes_on_the_line_after_a_wheel_tick_without_a_key(episodes: list[Episode]) -> None:
     assert sum(bool(episode.truth["wheel_ticks"]) for episode in episodes) == 2
     for episode in episodes:
@@ -419,12 +377,6 @@ def test_bytes_do_not_depend_on_workers_or_on_an_earlier_data_set(folder: Path, 
     assert files(tmp_path) == files(folder)
 
 
-def test_another_seed_gives_another_recording() -> None:
-    config = SampleConfig(num_episodes=1, episode_s=2.0)
-    first, second = (record_episode(replace(config, seed=seed), 0) for seed in (0, 1))
-    assert first.video != second.video and first.lines != second.lines and first.key != second.key
-
-
 def test_an_interrupted_build_leaves_no_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "index.json").write_bytes((folder / "index.json").read_bytes())
 
@@ -442,10 +394,5 @@ def test_an_interrupted_build_leaves_no_index(folder: Path, tmp_path: Path, monk
     "field", ["num_episodes", "episode_s", "contrast", "walking_share", "gui_share", "turn_tau_s", "crf", "seed"]
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str) -> None:
-    with pytest.raises(ValueError, match=f"sample.{field} is -1"):
-        SampleConfig(**{field: -1})
-
-
-def test_no_worker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_workers is 0"):
-        build_sample(tmp_path, CONFIG, num_workers=0)
+    with pytest.raises(ConfigError, match=f"{field} .*-1"):
+        parse_dataclass(SampleConfig, asdict(SampleConfig()) | {field: -1}, "sample")
