@@ -35,12 +35,11 @@ from jepa_cache.cli.outcome import Checkout  # noqa: E402
 from jepa_cache.cli.status import collect_status  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.ablations import action_ablations  # noqa: E402
-from jepa_cache.data.cache import CachedDataset  # noqa: E402
+from jepa_cache.data.cache import TRAIN, CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
-from jepa_cache.data.splits import TRAIN  # noqa: E402
+from jepa_cache.encoding.actions import ensure_actions  # noqa: E402
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder  # noqa: E402
 from jepa_cache.encoding.run import encode_dataset  # noqa: E402
-from jepa_cache.encoding.task import ensure_actions  # noqa: E402
 from jepa_cache.evaluation import figures, metrics, run, windows  # noqa: E402
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows  # noqa: E402
 from jepa_cache.evaluation.energy import ActionPool  # noqa: E402
@@ -91,8 +90,7 @@ class Place:
             path.with_suffix(".json").write_text(json.dumps({"fps": 20, "number": number}))
         (group,) = self.groups()
         with (
-            mock.patch("jepa_cache.store.root.sync"),
-            mock.patch("jepa_cache.store.root.remove_stale_temporaries"),
+            mock.patch("jepa_cache.files.sync"),
             mock.patch("jepa_cache.store.controls.remove_stale_temporaries"),
             mock.patch("jepa_cache.store.writer.remove_stale_temporaries"),
         ):

@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import EncoderPreset, PredictorPreset  # noqa: E402
 from jepa_cache.encoder.vit import VisionTransformer  # noqa: E402
-from jepa_cache.predictor.lora import LoraSettings, add_lora  # noqa: E402
+from jepa_cache.predictor.lora import add_lora  # noqa: E402
 from jepa_cache.predictor.model import ACPredictor  # noqa: E402
 from jepa_cache.training.losses import world_model_loss  # noqa: E402
 from jepa_cache.training.optim import build_optimizer  # noqa: E402
@@ -105,7 +105,7 @@ def build_step(case: Case, variant: str) -> Callable[[], float]:
     window = [torch.randn(case.batch, n, *shape).to(case.device) for n, shape in zip(steps, shapes, strict=True)]
     if who != "plain":
         if who == "lora":
-            ours = add_lora(ours, LoraSettings(rank=16, alpha=32.0, dropout=0.0, rslora=True))
+            ours = add_lora(ours, rank=16, alpha=32.0, dropout=0.0, rslora=True)
         model = ours.to(case.device)
         optimizer: torch.optim.Optimizer = build_optimizer(model, lr=1e-4, weight_decay=0.04)
     else:

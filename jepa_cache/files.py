@@ -1,10 +1,10 @@
 """Files and folders that appear whole or not at all, and locks that die with their process.
 
 The ground floor: the only file of the package that renames or locks. A writer fills a private temporary beside the final
-place and publishes it by one rename; while it lives it holds a lock on the temporary, so what a killed one left is known.
+path and publishes it by one rename; while it lives it holds a lock on the temporary, so what a killed one left is known.
 
 Locks are `flock` on small files: never on folders, whose locks network file systems do not share between machines, and never
-through descriptors that cannot write where that can be had, for NFS refuses exclusive ones. The kernel lets a lock go when
+through descriptors that cannot write where that can be had, for NFS refuses exclusive ones. The kernel releases a lock when
 its process ends, however it ends; at most its empty file stays, which the next writer removes.
 """
 
@@ -19,12 +19,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-TEMPORARY_PREFIX = ".jepa-cache-"  # then twelve hex digits and a hyphen: no other program's files are named so
 LOCK_SUFFIX = ".lock"  # beside a temporary folder: its writer lives
-CLAIM_SUFFIX = ".claim"  # of the file that says who makes a store
 FULL = (errno.ENOSPC, errno.EDQUOT)
-OURS = re.compile(
+OURS = re.compile(  # then twelve hex digits and a hyphen: no other program's files are named so
     r"\.jepa-cache-[0-9a-f]{12}-.+"
     # What the first release left beside stores, manifests and checkpoints, in the exact form that it had.
     r"|\.tmp-[0-9a-f]{12}-([0-9a-f]{32}\.(zarr|parquet|json)|step-[0-9]{8})(\.lock)?|\.tmp-[0-9a-f]{32}\.zarr\.claim",
@@ -37,14 +36,10 @@ class DiskFullError(OSError):
 
 
 @contextmanager
-def full_disk_named(place: Path) -> Iterator[None]:
+def full_disk_named(path: Path) -> Iterator[None]:
     """Turn what libraries say of a full disk, often without a path, into one message; other errors pass.
 
-    Args:
-        place: What is written in the block, where the error does not name it itself.
-
-    Raises:
-        DiskFullError: The disk is full.
+    `path` is what is written in the block, where the error does not name it itself.
     """
     try:
         yield
@@ -55,10 +50,10 @@ def full_disk_named(place: Path) -> Iterator[None]:
         while link is not None:  # torch raises an error of its own from Python's
             code = getattr(link, "errno", None) or next((n for n in FULL if f"(os error {n})" in str(link)), None)
             if code in FULL:
-                place = Path(getattr(link, "filename", None) or place)
-                folder = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
+                path = Path(getattr(link, "filename", None) or path)
+                folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
                 raise DiskFullError(
-                    f"{os.strerror(code)}: {place} cannot be written, {shutil.disk_usage(folder).free / 1e6:.1f} MB are free "
+                    f"{os.strerror(code)}: {path} cannot be written, {shutil.disk_usage(folder).free / 1e6:.1f} MB are free "
                     "there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
                     "$JEPA_RUNS_HOME, $TMPDIR, another checkout); then type the same command again: what was finished is kept"
                 ) from error
@@ -67,31 +62,22 @@ def full_disk_named(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is renamed to `path`.
 
     A crash at any moment leaves the old file or the new one, never a part.
-
-    Args:
-        path: Of the file; its folder is made.
-        durable: Force it to the disk first; without, the machine may stop with an empty file under the name.
     """
     make_folder(path.parent)
     temporary = temporary_beside(path)
-    descriptor = lock_file(temporary, create=True, wait=True)
-    assert descriptor is not None
-    mode = os.fstat(descriptor).st_mode & 0o777
-    try:
-        try:
-            with full_disk_named(path):
-                yield temporary
-            if temporary.stat().st_mode & 0o777 != mode:  # safetensors puts a file there that its owner alone may read
-                temporary.chmod(mode)
-            publish_file(temporary, path, durable=durable)
-        finally:
-            temporary.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+    with held_file(temporary):
+        mode = temporary.stat().st_mode
+        with full_disk_named(path):
+            yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors puts a file there that its owner alone may read
+            temporary.chmod(mode & 0o777)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -105,28 +91,17 @@ def temporary_folder(final: Path) -> Iterator[Path]:
             with full_disk_named(final):
                 yield temporary
         finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-
-
-def publish_file(temporary: Path, final: Path, *, durable: bool = True) -> None:
-    """Give a finished file its name, in place of what has it; synced first where it has to survive a power cut."""
-    if durable:
-        sync(temporary)
-    temporary.replace(final)
-    if durable:
-        sync(final.parent)
+            _remove_tree(temporary)
 
 
 def publish_folder(temporary: Path, final: Path) -> bool:
-    """Sync a finished folder and rename it to its final place; False when another writer was there first.
+    """Sync a finished folder and rename it to its final path; False when another writer was there first.
 
     The loser leaves its own folder alone: both hold the same content by construction.
     """
-    for folder, _, files in os.walk(temporary, topdown=False):
-        for name in files:
-            sync(Path(folder) / name)
-        sync(Path(folder))
+    for folder, _, names in os.walk(temporary, topdown=False):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            sync(path)
     try:
         temporary.rename(final)
     except OSError:
@@ -142,13 +117,8 @@ def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterat
     """Yield a private folder; when the block ends well its files take the place of those of their names in `folder`.
 
     When the block fails, or the process is killed in it, `folder` stays as it was. All old files go before the first new
-    one comes: whenever the process is killed, old and new never lie side by side. What has another name and matches no
-    pattern stays.
-
-    Args:
-        folder: Of the results; made where absent.
-        last: Name of the file that goes first and comes last: while it is there, all are.
-        stale: Patterns of what an earlier run may have left there that this one does not write.
+    one comes: whenever the process is killed, old and new never lie side by side. The file `last` goes first and comes last:
+    while it is there, all are. What has another name and matches none of the patterns `stale` stays.
     """
     remove_stale_temporaries(folder)
     with temporary_folder(folder / "new") as fresh:
@@ -158,10 +128,7 @@ def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterat
         names = sorted((path.name for path in fresh.iterdir()), key=lambda name: name == last)
         old = [path for path in folder.iterdir() if path.name in names or any(map(path.match, stale))]
         for path in sorted(old, key=lambda path: path.name != last):
-            if path.is_dir() and not path.is_symlink():
-                _remove_tree(path)
-            else:
-                path.unlink()
+            _remove_tree(path)
         for name in names:
             (fresh / name).rename(folder / name)
         sync(folder)
@@ -178,19 +145,13 @@ def replace_link(link: Path, target: str) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is whole or gone at every moment: renamed first, then deleted."""
     temporary = temporary_beside(path)
-    try:
+    with suppress(FileNotFoundError):  # another process did it
         path.rename(temporary)
-    except FileNotFoundError:
-        return  # another process did it
-    _remove_tree(temporary)
+        _remove_tree(temporary)
 
 
 def remove_stale_temporaries(folder: Path) -> list[Path]:
-    """Remove what writers left in a folder when they were killed; living writers hold a lock on theirs.
-
-    Returns:
-        What is another user's and may not be removed.
-    """
+    """Remove what writers left in a folder when they were killed; returns what is another user's and may not be removed."""
     kept = []
     for path in list_temporaries(folder):
         try:
@@ -215,16 +176,10 @@ def _remove_stale(path: Path) -> None:
     if path.is_dir():
         if not _lock_of(path).exists():  # a store that was being removed
             _remove_tree(path)
-        return
-    descriptor = lock_file(path)
-    if descriptor is None:  # a living writer's, or one that was published or removed just now
-        return
-    try:
+    elif (descriptor := lock_file(path)) is not None:  # else a living writer's, or published or removed just now
         if path.suffix == LOCK_SUFFIX:
             _remove_tree(path.with_suffix(""))
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+        Claim(path, descriptor).release()
 
 
 def is_abandoned(temporary: Path) -> bool:
@@ -237,20 +192,15 @@ def is_abandoned(temporary: Path) -> bool:
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, each on the disk before anything is put into it."""
-    missing = []
-    while not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def measure_bytes(path: Path) -> int:
     """Bytes of a file, or of the files in a folder; what vanishes meanwhile counts nothing."""
-    files = (
-        [path] if not path.is_dir() else [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    )
+    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] or [path] * path.is_file()
     num_bytes = 0
     for file in files:
         with suppress(FileNotFoundError):
@@ -269,26 +219,26 @@ def sync(path: Path) -> None:
 
 def temporary_beside(path: Path) -> Path:
     """A name beside `path` that nobody else has."""
-    return path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name}"
+    return path.parent / f".jepa-cache-{secrets.token_hex(6)}-{path.name}"
 
 
 def claim_path(final: Path) -> Path:
-    """The file by which the making of a store is claimed, beside its place."""
-    return final.parent / f"{TEMPORARY_PREFIX}{'0' * 12}-{final.name}{CLAIM_SUFFIX}"
+    """The file by which the making of a store is claimed, beside its path."""
+    return final.parent / f".jepa-cache-{'0' * 12}-{final.name}.claim"
 
 
-class Claim:
-    """One process's right to make one store, until it is released or the process dies."""
+class Claim(NamedTuple):
+    """One process's lock on a file, until it is released or the process dies."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor = path, descriptor
+    path: Path
+    descriptor: int
 
     def release(self) -> None:
-        """Let others have it, and remove its file."""
+        """Remove the file, then let others lock one of its name."""
         try:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         finally:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
 
 
 def try_claim(path: Path) -> Claim | None:
@@ -318,16 +268,10 @@ def held_file(path: Path) -> Iterator[None]:
 
 
 def lock_file(path: Path, *, create: bool = False, wait: bool = False, shared: bool = False) -> int | None:
-    """Open and lock a file.
-
-    Args:
-        path: The file.
-        create: Make it where it is missing.
-        wait: For whoever holds it.
-        shared: Together with others who lock it so.
+    """Open and lock a file, made where it is missing with `create`, together with others who lock it `shared`.
 
     Returns:
-        The descriptor, to be closed; None when the file is held by another, or missing and not to be made.
+        The descriptor, to be closed; None when another holds the file and we do not `wait`, or when it is missing and not to be made.
 
     Raises:
         OSError: The folder cannot be written, or its file system knows no locks.
@@ -342,8 +286,9 @@ def lock_file(path: Path, *, create: bool = False, wait: bool = False, shared: b
             return None
         try:
             fcntl.flock(descriptor, kind)
-            if _is_at(descriptor, path):
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -362,19 +307,12 @@ def _open(path: Path, flags: int) -> int:
         return os.open(path, os.O_RDONLY)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _lock_of(temporary: Path) -> Path:
     return temporary.with_name(temporary.name + LOCK_SUFFIX)
 
 
 def _remove_tree(path: Path) -> None:
-    if path.is_symlink():  # in the place of a store: what it leads to is not ours
+    if path.is_symlink() or path.is_file():  # a link in the place of a store: what it leads to is not ours
         path.unlink(missing_ok=True)
     while path.exists():
         with suppress(FileNotFoundError):  # two processes may remove the same left-over

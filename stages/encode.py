@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
 from jepa_cache.encoding.run import describe_result, encode_dataset  # noqa: E402
-from jepa_cache.encoding.workers import Workers  # noqa: E402
 from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 
 
@@ -31,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
         workers={"type": int, "metavar": "N", "help": "processes on this machine"},
         scheduler={"metavar": "ADDRESS", "help": "workers of a Dask scheduler, such as tcp://node:8786"},
     )
-    chosen, output = (arguments.workers, arguments.scheduler), ROOT / "outputs/encode/manifest.json"
+    output = ROOT / "outputs/encode/manifest.json"
     config = load_config(ROOT, arguments.overrides)
     root = resolve_cache_root(config.cache_root, data_base(ROOT))
-    workers = None if chosen == (None, None) else Workers(*chosen)
+    workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
     base = recordings_base(config, ROOT)
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))

@@ -3,7 +3,7 @@
     python stages/evaluate.py
 
 Writes outputs/evaluate/report.html, to be opened in a browser, and what it is made of: metrics.json, tables (*.csv)
-and pictures/; summary.json has the few figures that `dvc exp show` lists; docs/evaluation_report.md says how to read them.
+and pictures/; summary.json has the few figures that `dvc exp show` lists. docs/evaluation_report.md explains them.
 """
 
 import sys

@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.num < 1 or arguments.start < 0:
         raise ValueError(f"--num must be above 0 and --start not below; got {arguments.num} and {arguments.start}")
-
     failures = fetch_vpt(**vars(arguments))
     for key, reason in failures.items():
         print(f"failed: {key}: {reason}")

@@ -13,9 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
-from jepa_cache.data.cache import open_dataset  # noqa: E402
+from jepa_cache.data.cache import TRAIN, VAL, open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
-from jepa_cache.data.splits import TRAIN, VAL  # noqa: E402
 from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
 
 

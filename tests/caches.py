@@ -187,6 +187,7 @@ def _write_unit(
     per_episode, num_steps = len(tokens[0]), sum(len(part) for part in tokens)
     steps = {field.name: np.zeros(num_steps) for field in layout.STEPS_SCHEMA}
     steps["gui"] = np.zeros(num_steps, bool)
+    steps["luma_mean"] = np.concatenate([part.astype(np.float32).mean(axis=(1, 2)) for part in tokens])
     steps["segment"] = np.repeat(np.arange(len(episodes)), per_episode)
     steps["frame"] = steps["tick"] = np.tile(np.arange(per_episode) * TICKS_PER_STEP, len(episodes))
     starts = np.arange(len(episodes)) * per_episode

@@ -21,6 +21,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.encoding.run import EncodeResult, encode_dataset
+from jepa_cache.encoding.steps import StepPlan, plan_episode
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.digests import DigestTable, look_at
@@ -31,6 +32,7 @@ from jepa_cache.store.root import CacheRoot
 from tests.makers import make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS
 
+SETTINGS = load_config(SUITE_SETTINGS, ["dataset=vpt"]).encode
 STRIDE = 4  # 20 Hz video at 5 fps
 BATCH = 8
 
@@ -46,6 +48,20 @@ def tiniest_config(**encode: object) -> Config:
     config = tiny_config(**encode)
     sizes = {"embed_dim": 16, "depth": 1, "num_heads": 1, "mlp_dim": 16, "resolution": 32}
     return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **sizes))
+
+
+def plan_steps(
+    num_frames: int,
+    video_fps: float,
+    *,
+    times_s: np.ndarray | None = None,
+    tubelet_size: int = 2,
+    phase: int = 0,
+    **encode: object,
+) -> StepPlan:
+    """`plan_episode` under the settings of the suite, of which some are others."""
+    config = dataclasses.replace(SETTINGS, **encode)
+    return plan_episode(num_frames, video_fps, config, tubelet_size=tubelet_size, phase=phase, times_s=times_s)
 
 
 def make_tiny_tar(folder: Path, name: str, seed: int = 0, num_frames: int = 9) -> Path:

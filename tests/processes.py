@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ SERVER = """
 import json, os, runpy, sys, time
 import av, distributed, numpy, obstore, pyarrow.dataset, pyarrow.parquet, torch, webdataset, zarr
 import jepa_cache.cli.main, jepa_cache.encoding.run, jepa_cache.encoding.verification
-import jepa_cache.store.export, jepa_cache.store.collection, jepa_cache.store.check, jepa_cache.data.cache, decord
+import jepa_cache.cli.export, jepa_cache.store.collection, jepa_cache.store.check, jepa_cache.data.cache, decord
 
 def run(request):
     os.setsid()
@@ -101,10 +101,12 @@ class Started:
 class Commands:
     """Starts commands from a process that has imported everything and never grows a thread."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *, preload: Sequence[str] = ()) -> None:
+        """Import what commands need, and the modules `preload`."""
         self._scratch, self._number = scratch, 0
+        imports = "".join(f"import {name}\n" for name in preload)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", imports + SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __enter__(self) -> Commands:

@@ -64,25 +64,11 @@ def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
         process.communicate()
     assert path.is_file() and not is_claimed(path)
     claim = try_claim(path)
-    assert claim is not None
+    assert claim is not None and try_claim(path) is None, "two claims of one process exclude each other"
     claim.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_file_that_a_dead_holder_left_is_removed(tmp_path):
-    path = claim_path(tmp_path / "store")
-    process, _ = start_holder(path)
-    process.kill()
-    process.communicate()
+    path.touch()  # as a dead holder leaves it
     remove_stale_temporaries(tmp_path)
-    assert list(tmp_path.iterdir()) == [] and not is_claimed(path)
-
-
-def test_two_claims_of_one_process_exclude_each_other(tmp_path):
-    claim = try_claim(tmp_path / "claim")
-    assert try_claim(tmp_path / "claim") is None
-    claim.release()
-    assert not is_claimed(tmp_path / "claim")
+    assert list(tmp_path.iterdir()) == [] and not is_claimed(path) and lock_file(path) is None
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
@@ -138,12 +124,6 @@ def test_another_user_s_file_is_locked_through_reading(tmp_path, monkeypatch):
     claim = try_claim(path)
     assert claim is not None and try_claim(path) is None
     claim.release()
-
-
-def test_no_file_and_no_folder_is_no_claim(tmp_path):
-    assert not is_claimed(tmp_path / "absent") and lock_file(tmp_path / "absent") is None
-    with pytest.raises(FileNotFoundError):
-        try_claim(tmp_path / "absent/claim")
 
 
 def test_a_file_system_without_locks_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -221,17 +201,6 @@ def test_the_loser_of_a_race_takes_its_folder_away_and_leaves_the_winner_s(tmp_p
         assert not publish_folder(loser, final)
     assert (final / "who").read_text() == "winner"
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-def test_a_rename_that_fails_for_another_reason_is_raised(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("No space left on device")
-
-    with temporary_folder(tmp_path / "store") as folder:
-        monkeypatch.setattr(Path, "rename", full)
-        with pytest.raises(OSError, match="No space left"):
-            publish_folder(folder, tmp_path / "store")
-    assert list(tmp_path.iterdir()) == []
 
 
 def raise_as_torch_does():
@@ -354,20 +323,6 @@ def test_a_store_that_is_removed_is_whole_or_gone_at_every_moment(tmp_path, monk
     monkeypatch.setattr(files.shutil, "rmtree", looking)
     remove_folder(tmp_path / "store")
     assert seen == [False] and list(tmp_path.iterdir()) == []
-
-
-def test_new_folders_are_on_the_disk_before_anything_is_put_into_them(tmp_path, monkeypatch):
-    synced, real_sync = [], files.sync
-    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path), real_sync(path)))
-    files.make_folder(tmp_path / "a/b/c")
-    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
-    files.make_folder(tmp_path / "a/b/c")
-    assert len(synced) == 3
-
-
-def test_a_store_that_another_process_removed_first_is_no_error(tmp_path):
-    remove_folder(tmp_path / "absent")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_may_remove_the_same_left_over(tmp_path, monkeypatch):

@@ -1,23 +1,25 @@
 """`jepa-cache estimate`: what encoding would cost, before anything is spent.
 
-Episodes, frames and steps come from the headers of recordings; bytes follow from the steps; operations from the products of matrices, of
-which a multiplication and an addition count 2. Norms, activations, rotary positions and the optimiser are not counted: below 1 % at these widths.
-T steps of a window, N tokens per step, D token width, L = N + 2 tokens of a step in the predictor (with its action and its state).
+Episodes, frames and steps come from the headers of recordings; bytes follow from the steps, within 5 %; operations from
+the products of matrices, of which a multiplication and an addition count 2. Norms, activations, rotary positions and
+the optimiser are not counted: below 1 %. T steps of a window, N tokens per step, D token width, L = N + 2 tokens of a
+step in the predictor (with its action and its state).
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report
+from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
 from jepa_cache.config.machine import existing_folder
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
@@ -29,21 +31,25 @@ from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_re
 from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS, STEPS_FILE
 from jepa_cache.store.quantisation import CODECS, check_width, get_codec, step_bytes
 from jepa_cache.store.reader import read_table
-from jepa_cache.store.root import CacheRoot
 
-MAX_SHOWN = 20  # unusable recordings
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
 MAX_HEADERS = 2000
 # Pictures in records (RLDS) have no header: so many units are read whole, and the rest follows by bytes.
 MAX_WHOLE = 2
 # Bytes of JSON and Parquet, measured on the sample data set; they matter for tiny tokens only.
-STORE_BYTES, CODES_BYTES, STEP_ROW_BYTES = 8_900, 9_600, 14
-SHARD_BYTES = 1_060  # its index, and its entry in store.json
-ACTIONS_BYTES, COLUMN_BYTES = 4_360, 110
-CONTROLS_BYTES, EPISODE_BYTES, TICK_BYTES = 4_400, 6_000, 19.5  # of VPT's 37 columns
+UNIT_BYTES, CODES_BYTES, STEP_ROW_BYTES = 9_960, 10_660, 14
+REST_BYTES, COLUMN_BYTES, EPISODE_BYTES, TICK_BYTES = (
+    8_760,
+    110,
+    6_000,
+    19.5,
+)  # of actions and controls; ticks of VPT's 37 columns
 MEASURED_S = 1.0
 CONDITIONING_TOKENS = 2  # action and state
 BACKWARD = 2  # the backward pass costs two forward ones
+
+Amount = Counter[str]
+"""Units, episodes, unusable recordings, sampled frames, steps, ... Native ticks are taken for as many as video frames."""
 
 
 def estimate(
@@ -59,8 +65,8 @@ def estimate(
 ) -> None:
     """Say what encoding would take: episodes, frames, steps, bytes per stored dtype, files, operations, hours, disk.
 
-    Reads the headers of recordings, no videos, and downloads nothing. Hours are given only at the rate of --frames-per-s, or of the encoder
-    alone with --measure, which knows nothing of decoding and of the disk.
+    Reads the headers of recordings, no videos, and downloads nothing. Hours are given only at the rate of
+    --frames-per-s, or of the encoder alone with --measure, which knows nothing of decoding and of the disk.
 
     Exit code 0: it fits; 1: the disk of the cache root is too small; 2: wrong usage, or it could not be counted.
 
@@ -73,135 +79,116 @@ def estimate(
     report(lambda: estimate_checkout(open_checkout(arguments), frames_per_s, measure=measure), as_json=as_json)
 
 
-@dataclass
-class Amount:
-    """What recordings give: sampled frames, steps, and native ticks, about one for each video frame."""
-
-    num_units: float = 0
-    num_episodes: float = 0
-    num_unusable: float = 0
-    num_frames: float = 0
-    num_steps: float = 0
-    num_stored_steps: float = 0  # with those that fill the last chunk of each unit
-    num_shards: float = 0
-    num_ticks: float = 0
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def scaled(self, factor: float) -> Amount:
-        """Return this amount multiplied by `factor`."""
-        return Amount(*(getattr(self, f.name) * factor for f in fields(self)))
-
-    def store_steps(self, num_steps: int) -> None:
-        """Count the steps of one unit."""
-        self.num_steps += num_steps
-        self.num_stored_steps += -(-num_steps // CHUNK_STEPS) * CHUNK_STEPS
-        self.num_shards += -(-num_steps // SHARD_STEPS)
-
-    def size(self, dtype: str, encode: EncodeConfig, encoder: EncoderPreset) -> tuple[int, int]:
-        """Bytes and files of the token stores."""
-        codes = get_codec(dtype).max_code is not None
-        per_step = step_bytes(dtype, encode.num_tokens_of(encoder), encoder.embed_dim)
-        num_bytes = self.num_stored_steps * per_step + self.num_steps * STEP_ROW_BYTES
-        num_bytes += self.num_units * (STORE_BYTES + codes * (CODES_BYTES + 8 * encoder.embed_dim))
-        num_bytes += self.num_shards * (1 + codes) * SHARD_BYTES
-        return round(num_bytes), round(self.num_shards * (1 + codes) + self.num_units * (5 + 5 * codes))
-
-    def rest_bytes(self, num_columns: int) -> int:
-        """Bytes of actions, states and controls; `num_columns` are those of actions and states."""
-        per_unit = ACTIONS_BYTES + COLUMN_BYTES * num_columns + CONTROLS_BYTES
-        episodes = self.num_episodes + self.num_unusable
-        num_bytes = self.num_units * per_unit + 4 * num_columns * self.num_steps
-        return round(num_bytes + EPISODE_BYTES * episodes + TICK_BYTES * self.num_ticks)
-
-
-class GroupEstimate(NamedTuple):
-    """What of a group is done and what is not.
-
-    Attributes:
-        group: The group.
-        done: Units that have token stores.
-        to_do: The others.
-        num_measured: Units of those to do that were looked at; the others were estimated by their bytes.
-        largest_steps: Of one unit to do.
-        unusable: The recordings in them that cannot be used, with the reason.
-    """
-
-    group: EncodingGroup
-    done: Amount
-    to_do: Amount
-    num_measured: int
-    largest_steps: int
-    unusable: list[Skipped]
+def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, measure: bool = False) -> Outcome:
+    """Count recordings, bytes, operations and time, and compare with the disk."""
+    config, encode, root = checkout.config, checkout.config.encode, checkout.root
+    groups, notes = scan_units(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
+    encoder, space = groups[0].encoder.preset, groups[0].space
+    largest, done, to_do, unusable, lines = 0, Amount(), Amount(), [], [f"note: {note}" for note in notes]
+    for group in groups:
+        missing = [unit for unit in group.units if not _add_store(done, group, unit, checkout)]
+        of_group = estimate_group(group, missing, unusable)
+        largest = max(largest, of_group.pop("largest"))
+        to_do.update(of_group)
+        words = f"{group.preset.name} ({group.view}), recipe {group.fingerprint}"
+        lines.append(f"{words}: {len(group.units) - len(missing)} units done, {len(missing)} to do")
+        if of_group["measured"] < len(missing):
+            lines.append(f"  estimated by bytes from {of_group['measured']:.0f} of them")
+    total, num_columns = done + to_do, len(space.actions) + len(space.states)
+    needed = _size(to_do, encode.dtype, encode, encoder, num_columns)["total"]
+    if get_codec(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
+        needed += round(largest * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim))
+    in_bucket = root.name != str(root.path)  # which has no end
+    free = None if in_bucket else shutil.disk_usage(existing_folder(root.path)).free
+    cost, rate = count_encoder(encoder, encode), frames_per_s or (measure_rate(groups[0]) if measure else None)
+    shape = {"num_actions": len(space.actions), "num_states": len(space.states), "num_frames": round(total["frames"])}
+    document: dict[str, Any] = {
+        "fits": free is None or needed <= free,
+        "root": root.name,
+        "dataset": config.dataset.name,
+        "encoder": encoder.name,
+        "all": _describe(total),
+        "done": _describe(done),
+        "to_do": _describe(to_do),
+        "estimated": to_do["measured"] < to_do["units"],
+        "dtype": encode.dtype,
+        "bytes": {name: _size(total, name, encode, encoder, num_columns) for name in _list_codecs(encoder.embed_dim)},
+        "disk": {"needed_bytes": needed, "free_bytes": free},
+        "encoder_flops": {
+            "per_frame": cost.operations / cost.num_frames,
+            "to_do": to_do["frames"] / cost.num_frames * cost.operations,
+        },
+        "rate": {
+            "frames_per_s": rate,
+            "measured": bool(measure and not frames_per_s),
+            "hours": to_do["frames"] / rate / 3600 if rate else None,
+        },
+        "break_even": compare_runs(encoder, config.predictor, config.train, encode, **shape),
+        "unusable": [recording._asdict() for recording in unusable],
+        "notes": notes,
+    }
+    return Outcome(document, lines + _list_lines(document), FINE if document["fits"] else PROBLEM)
 
 
-def estimate_group(group: EncodingGroup, root: CacheRoot) -> GroupEstimate:
-    """Measure one group.
-
-    Cost: of each unit to do the headers of its videos; its records too where it is no tar shard.
-    """
-    done, units = Amount(), []
-    for unit in group.units:
-        amount = None if is_unread(unit) else _measure_store(root, group, unit)
-        if amount is None:
-            units.append(unit)
-        else:
-            done += amount
-    with_headers = all(
-        any(file.suffix.lower().lstrip(".") in ("tar", *VIDEO_SUFFIXES) for file in unit.files) for unit in units
-    )
-    most = MAX_HEADERS if with_headers else MAX_WHOLE
-    chosen = units if len(units) <= most else [units[(2 * i + 1) * len(units) // (2 * most)] for i in range(most)]
-    unusable = list(group.unreadable)
-    bar = tqdm(chosen, desc="reading headers", unit="unit", delay=2, disable=None)
-    amounts = [_measure_unit(group, unit, unusable) for unit in bar]
-    num_bytes, num_chosen = (sum(unit.num_bytes for unit in some) for some in (units, chosen))
-    to_do = sum(amounts, Amount()).scaled(num_bytes / max(1, num_chosen) if len(chosen) < len(units) else 1.0)
-    to_do.num_units = len(units)
-    to_do.num_unusable += len(group.unreadable)
-    largest = max((int(amount.num_steps) for amount in amounts), default=0)
-    return GroupEstimate(group, done, to_do, len(chosen), largest, unusable)
-
-
-def _measure_store(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Amount | None:
-    """What a token store holds; None where it is missing or damaged, and so is to be made."""
-    store = group.tokens(root, unit)
+def _add_store(done: Amount, group: EncodingGroup, unit: Unit, checkout: Checkout) -> bool:
+    """Count what the token store of a unit holds; False where it is missing or damaged, and so is to be made."""
     try:
-        found = root.find_store(store)
+        found = None if is_unread(unit) else checkout.root.find_store(group.tokens(checkout.root, unit))
     except ValueError:
-        return None
+        return False
     if found is None:
-        return None
-    metadata = found.metadata
+        return False
+    metadata, num_episodes = found.metadata, found.metadata["num_episodes"]
     per_step = 1 if group.encode.mode == "frame" else group.encoder.preset.tubelet_size
-    ticks = int(read_table(store, STEPS_FILE).column("tick").to_numpy()[-1:].sum()) + 1  # of its last episode
-    amount = Amount(1, metadata["num_episodes"], len(metadata["skipped"]), metadata["num_steps"] * per_step)
-    amount.num_ticks = ticks * max(1, metadata["num_episodes"])
-    amount.store_steps(metadata["num_steps"])
-    return amount
+    ticks = read_table(group.tokens(checkout.root, unit), STEPS_FILE).column("tick").to_numpy()
+    done.update(units=1, episodes=num_episodes, unusable=len(metadata["skipped"]))
+    done.update(frames=metadata["num_steps"] * per_step, ticks=num_episodes * (1 + int(ticks[-1:].sum())))
+    _add_steps(done, metadata["num_steps"])
+    return True
 
 
-def _measure_unit(group: EncodingGroup, unit: Unit, unusable: list[Skipped]) -> Amount:
-    amount, num_steps, tubelet_size = Amount(num_units=1), 0, group.encoder.preset.tubelet_size
-    for recording in _iter_lengths(group, unit):
-        if isinstance(recording, Skipped):
-            amount.num_unusable += 1
-            unusable.append(recording)
-            continue
-        key, num_frames, fps = recording
-        amount.num_ticks += num_frames
-        try:
-            plan = plan_episode(num_frames, fps, group.encode, tubelet_size=tubelet_size, phase=group.phase)
-        except ValueError as error:  # too short or too slow under these settings
-            amount.num_unusable += 1
-            unusable.append(Skipped(key, str(error)))
-            continue
-        amount.num_episodes += 1
-        amount.num_frames += plan.inputs.size
-        num_steps += len(plan.anchors)
-    amount.store_steps(num_steps)
-    return amount
+def _add_steps(amount: Amount, num_steps: int) -> None:
+    """Count the steps of one unit, and those that fill its last chunk."""
+    chunks, shards = -(-num_steps // CHUNK_STEPS), -(-num_steps // SHARD_STEPS)
+    amount.update(steps=num_steps, stored_steps=chunks * CHUNK_STEPS, shards=shards)
+
+
+def estimate_group(group: EncodingGroup, units: Sequence[Unit], unusable: list[Skipped]) -> Amount:
+    """What some units of a group give; `measured` of them are looked at, of which the largest has `largest` steps.
+
+    Recordings that cannot be used go to `unusable`.
+
+    Cost: of each unit the headers of its videos; its records too where it is no tar shard.
+    """
+    suffixes = [{file.suffix.lower().lstrip(".") for file in unit.files} for unit in units]
+    most = MAX_HEADERS if all(found & {"tar", *VIDEO_SUFFIXES} for found in suffixes) else MAX_WHOLE
+    chosen = units if len(units) <= most else [units[(2 * i + 1) * len(units) // (2 * most)] for i in range(most)]
+    unusable += group.unreadable
+    total, largest = Amount(), 0
+    for unit in tqdm(chosen, desc="reading headers", unit="unit", delay=2, disable=None):
+        num_steps = 0
+        for recording in _iter_lengths(group, unit):
+            try:
+                if isinstance(recording, Skipped):
+                    raise ValueError(recording.reason)
+                _, num_frames, fps = recording
+                total["ticks"] += num_frames
+                tubelet_size = group.encoder.preset.tubelet_size
+                plan = plan_episode(num_frames, fps, group.encode, tubelet_size=tubelet_size, phase=group.phase)
+            except ValueError as error:  # also too short or too slow under these settings
+                total["unusable"] += 1
+                unusable.append(Skipped(recording[0], str(error)))
+                continue
+            total.update(episodes=1, frames=plan.inputs.size)
+            num_steps += len(plan.anchors)
+        _add_steps(total, num_steps)
+        largest = max(largest, num_steps)
+    if len(chosen) < len(units):
+        factor = sum(unit.num_bytes for unit in units) / max(1, sum(unit.num_bytes for unit in chosen))
+        total = Amount({name: count * factor for name, count in total.items()})
+    total["unusable"] += len(group.unreadable)
+    total.update(units=len(units), measured=len(chosen), largest=largest)
+    return total
 
 
 def _iter_lengths(group: EncodingGroup, unit: Unit) -> Iterator[tuple[str, int, float] | Skipped]:
@@ -227,8 +214,6 @@ def measure_rate(group: EncodingGroup) -> float:
     Raises:
         ValueError: Its weights are not on this machine.
     """
-    import numpy as np
-
     from jepa_cache.encoding.task import load_encoder, resolve_device
 
     opened, encode = group.encoder, group.encode
@@ -249,69 +234,7 @@ def measure_rate(group: EncodingGroup) -> float:
     return num_batches * encode.batch_size * per_input / elapsed_s
 
 
-def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, measure: bool = False) -> Outcome:
-    """Count recordings, bytes, operations and time, and compare with the disk."""
-    config, encode = checkout.config, checkout.config.encode
-    inventory = scan_units(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
-    estimates = [estimate_group(group, checkout.root) for group in inventory.groups]
-    encoder, space = inventory.groups[0].encoder.preset, inventory.groups[0].space
-    done, to_do = (sum((getattr(it, name) for it in estimates), Amount()) for name in ("done", "to_do"))
-    total, num_columns = done + to_do, len(space.actions) + len(space.states)
-    needed = to_do.size(encode.dtype, encode, encoder)[0] + to_do.rest_bytes(num_columns)
-    if get_codec(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
-        waiting = max(it.largest_steps for it in estimates)
-        needed += waiting * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim)
-    free = free_bytes(checkout.root)
-    fits = free is None or needed <= free
-    cost = count_encoder(encoder, encode)
-    rate = frames_per_s or (measure_rate(inventory.groups[0]) if measure else None)
-    runs = compare_runs(
-        encoder,
-        config.predictor,
-        config.train,
-        encode,
-        num_frames=round(total.num_frames),
-        num_actions=len(space.actions),
-        num_states=len(space.states),
-    )
-    document: dict[str, Any] = {
-        "fits": fits,
-        "root": checkout.root.name,
-        "dataset": config.dataset.name,
-        "encoder": encoder.name,
-        "all": _describe(total),
-        "done": _describe(done),
-        "to_do": _describe(to_do),
-        "estimated": any(it.num_measured < it.to_do.num_units for it in estimates),
-        "dtype": encode.dtype,
-        "bytes": {
-            name: _describe_size(total, name, encode, encoder, num_columns) for name in list_schemes(encoder.embed_dim)
-        },
-        "disk": {"needed_bytes": needed, "free_bytes": free},
-        "encoder_flops": {
-            "per_frame": cost.operations / cost.num_frames,
-            "to_do": to_do.num_frames / cost.num_frames * cost.operations,
-        },
-        "rate": {
-            "frames_per_s": rate,
-            "measured": bool(measure and not frames_per_s),
-            "hours": to_do.num_frames / rate / 3600 if rate else None,
-        },
-        "break_even": _describe_runs(runs, config.predictor.name),
-        "unusable": [recording._asdict() for it in estimates for recording in it.unusable],
-        "notes": inventory.notes,
-    }
-    return Outcome(document, _list_lines(document, estimates, runs), FINE if fits else PROBLEM)
-
-
-def free_bytes(root: CacheRoot) -> int | None:
-    """Free bytes on the disk of a cache root that need not exist yet; None for a bucket, which has no end."""
-    if root.name != str(root.path):
-        return None
-    return shutil.disk_usage(existing_folder(root.path)).free
-
-
-def list_schemes(width: int) -> list[str]:
+def _list_codecs(width: int) -> list[str]:
     """Stored dtypes that take tokens of this width."""
     names = []
     for name in CODECS:
@@ -321,69 +244,45 @@ def list_schemes(width: int) -> list[str]:
     return names
 
 
-def _describe_size(
-    amount: Amount, dtype: str, encode: EncodeConfig, encoder: EncoderPreset, num_columns: int
-) -> dict[str, int]:
-    tokens, num_files = amount.size(dtype, encode, encoder)
-    rest = amount.rest_bytes(num_columns)
-    files = num_files + round(7 * amount.num_units)  # six of the actions, one of the controls
-    return {"tokens": tokens, "actions_and_controls": rest, "total": tokens + rest, "files": files}
+def _size(amount: Amount, dtype: str, encode: EncodeConfig, encoder: EncoderPreset, num_columns: int) -> dict[str, int]:
+    """Bytes and files of the stores; `num_columns` are those of actions and states."""
+    codes = get_codec(dtype).max_code is not None
+    per_step = step_bytes(dtype, encode.num_tokens_of(encoder), encoder.embed_dim)
+    per_unit = UNIT_BYTES + codes * (CODES_BYTES + 8 * encoder.embed_dim)
+    tokens = amount["stored_steps"] * per_step + amount["steps"] * STEP_ROW_BYTES + amount["units"] * per_unit
+    rest = amount["units"] * (REST_BYTES + COLUMN_BYTES * num_columns) + 4 * num_columns * amount["steps"]
+    rest += EPISODE_BYTES * (amount["episodes"] + amount["unusable"]) + TICK_BYTES * amount["ticks"]
+    files = amount["shards"] * (1 + codes) + amount["units"] * (12 + 5 * codes)
+    named = {"tokens": tokens, "actions_and_controls": rest, "total": tokens + rest, "files": files}
+    return {name: round(number) for name, number in named.items()}
 
 
 def _describe(amount: Amount) -> dict[str, int]:
-    return {
-        "units": round(amount.num_units),
-        "episodes": round(amount.num_episodes),
-        "unusable": round(amount.num_unusable),
-        "frames": round(amount.num_frames),
-        "steps": round(amount.num_steps),
-    }
+    return {name: round(amount[name]) for name in ("units", "episodes", "unusable", "frames", "steps")}
 
 
-def _describe_runs(runs: BreakEven, predictor: str) -> dict[str, Any]:
-    return {
-        "predictor": predictor,
-        "runs": runs.runs,
-        "gain_per_run": runs.gain_per_run,
-        "build_flops": runs.build,
-        "online_encoder_flops_per_run": runs.online,
-        "predictor_flops_per_run": runs.predictor,
-        "frames": runs.num_frames,
-        "frames_touched_per_run": runs.num_touched,
-    }
-
-
-def _list_lines(document: dict[str, Any], estimates: Sequence[GroupEstimate], runs: BreakEven) -> list[str]:
-    lines = [f"note: {note}" for note in document["notes"]]
-    unusable = document["unusable"]
-    lines += [f"unusable: {recording['key']}: {recording['reason']}" for recording in unusable[:MAX_SHOWN]]
-    if len(unusable) > MAX_SHOWN:
-        lines.append(f"unusable: {len(unusable) - MAX_SHOWN} more, see --json")
-    for it in estimates:
-        words = f"{it.group.preset.name} ({it.group.view}), recipe {it.group.fingerprint}"
-        lines.append(f"{words}: {round(it.done.num_units)} units done, {round(it.to_do.num_units)} to do")
-        if it.num_measured < it.to_do.num_units:
-            lines.append(f"  estimated by bytes from {it.num_measured} of them")
+def _list_lines(document: dict[str, Any]) -> list[str]:
+    lines = shorten([f"unusable: {it['key']}: {it['reason']}" for it in document["unusable"]])
     lines.append(f"{'':<8} {'units':>8} {'episodes':>9} {'unusable':>9} {'frames':>11} {'steps':>11}")
     for name, words in (("all", "all"), ("to_do", "to do")):
-        amount = document[name]
-        lines.append(
-            f"{words:<8} {amount['units']:>8} {amount['episodes']:>9} {amount['unusable']:>9} {amount['frames']:>11} "
-            f"{amount['steps']:>11}"
-        )
+        numbers = zip(document[name].values(), (8, 9, 9, 11, 11), strict=True)
+        lines.append(f"{words:<8} " + " ".join(f"{number:>{width}}" for number, width in numbers))
     lines.append(f"{'all, in':<12} {'tokens':>11} {'with actions, controls':>23} {'files':>8}")
     for dtype, size in document["bytes"].items():
         lines.append(
             f"{dtype:<12} {describe_bytes(size['tokens']):>11} {describe_bytes(size['total']):>23} {size['files']:>8}"
             f"{'  <- encode.dtype' if dtype == document['dtype'] else ''}"
         )
-    flops = document["encoder_flops"]
+    flops, rate, disk = document["encoder_flops"], document["rate"], document["disk"]
     lines.append(
         f"encoder {document['encoder']}: {flops['to_do']:.3g} operations, {flops['per_frame'] / 1e9:.4g} GFLOP a frame"
     )
-    lines.append(_describe_hours(document["rate"]))
-    lines += _describe_break_even(document["break_even"], runs)
-    disk = document["disk"]
+    if rate["hours"] is None:
+        lines.append("time: not known; --measure runs the encoder for a second, --frames-per-s gives a rate")
+    else:
+        where = "the encoder alone, measured here: decoding may be slower" if rate["measured"] else "as given"
+        lines.append(f"time: {rate['hours']:.2f} h at {rate['frames_per_s']:.4g} frames/s ({where})")
+    lines += _describe_break_even(document["break_even"])
     free = "no limit known" if disk["free_bytes"] is None else f"{describe_bytes(disk['free_bytes'])} free"
     lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed")
     if not document["fits"]:
@@ -394,56 +293,18 @@ def _list_lines(document: dict[str, Any], estimates: Sequence[GroupEstimate], ru
     return lines
 
 
-def _describe_hours(rate: dict[str, Any]) -> str:
-    if rate["hours"] is None:
-        return "time: not known; --measure runs the encoder for a second, --frames-per-s gives a rate"
-    where = (
-        "the encoder alone, measured here on grey pictures: decoding may be slower" if rate["measured"] else "as given"
-    )
-    return f"time: {rate['hours']:.2f} h at {rate['frames_per_s']:.4g} frames/s ({where})"
-
-
-def _describe_break_even(entry: dict[str, Any], runs: BreakEven) -> list[str]:
+def _describe_break_even(entry: dict[str, Any]) -> list[str]:
     if not entry["runs"]:
         return []
-    touched = entry["frames_touched_per_run"] / max(1, entry["frames"])
-    gain = entry["gain_per_run"]
+    touched, gain = entry["frames_touched_per_run"] / max(1, entry["frames"]), entry["gain_per_run"]
     fewer = f"{gain:.3g} times fewer" if gain >= 1.005 else "less than 0.5 % fewer"
+    build, online = entry["build_flops"], entry["online_encoder_flops_per_run"]
     return [
         f"one training run of predictor {entry['predictor']} touches {entry['frames_touched_per_run']} frames, each {touched:.3g} "
-        f"times: {runs.online:.3g} operations to encode them online, {runs.predictor:.3g} for the predictor",
-        f"break-even after {entry['runs']:.3g} training runs ({runs.build:.3g} to build the cache / {runs.online:.3g} online); "
+        f"times: {online:.3g} operations to encode them online, {entry['predictor_flops_per_run']:.3g} for the predictor",
+        f"break-even after {entry['runs']:.3g} training runs ({build:.3g} to build the cache / {online:.3g} online); "
         f"after it a run needs {fewer} operations (decoding not counted)",
     ]
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """What one training run costs with the cache and without, in floating-point operations; decoding is not counted.
-
-    Attributes:
-        build: Encoding every frame once.
-        online: Encoding the frames of every window of one run.
-        predictor: Forward and backward passes of one run.
-        num_frames: Frames in the data set.
-        num_touched: Frames that the windows of one run hold, each counted as often as it is used.
-    """
-
-    build: float
-    online: float
-    predictor: float
-    num_frames: int
-    num_touched: int
-
-    @property
-    def runs(self) -> float | None:
-        """Training runs after which building the cache and reading it cost as much as encoding online each time."""
-        return self.build / self.online if self.online else None
-
-    @property
-    def gain_per_run(self) -> float | None:
-        """How many times the operations of a run with the cache one without needs, once the cache is built."""
-        return (self.online + self.predictor) / self.predictor if self.predictor else None
 
 
 class InputCost(NamedTuple):
@@ -494,33 +355,25 @@ def compare_runs(
     num_frames: int,
     num_actions: int,
     num_states: int,
-) -> BreakEven:
-    """What building the cache, encoding online and training the predictor cost.
+) -> dict[str, Any]:
+    """Operations to encode `num_frames` once, and of one training run with the cache and without; decoding not counted.
 
-    Args:
-        encoder: Chosen encoder.
-        predictor: Chosen predictor.
-        train: Windows, batch and number of train steps.
-        encode: Mode, and how tokens are pooled.
-        num_frames: Sampled frames in the data set.
-        num_actions: A.
-        num_states: S.
+    `runs` is the number of training runs after which building the cache costs as much as encoding online each time;
+    `gain_per_run` how many times the operations of a run with the cache one without needs from then on.
     """
-    cost = count_encoder(encoder, encode)
+    cost, shape = count_encoder(encoder, encode), {"num_actions": num_actions, "num_states": num_states}
     num_windows = train.num_steps * train.batch_size * train.grad_accumulation
-    touched_steps = num_windows * train.window_steps
-    per_window = count_predictor(
-        predictor,
-        train,
-        num_tokens=encode.num_tokens_of(encoder),
-        width=encoder.embed_dim,
-        num_actions=num_actions,
-        num_states=num_states,
-    )
-    return BreakEven(
-        build=num_frames / cost.num_frames * cost.operations,
-        online=touched_steps / cost.num_steps * cost.operations,
-        predictor=num_windows * per_window,
-        num_frames=num_frames,
-        num_touched=touched_steps * cost.num_frames // cost.num_steps,
-    )
+    touched_steps, num_tokens = num_windows * train.window_steps, encode.num_tokens_of(encoder)
+    build = num_frames / cost.num_frames * cost.operations
+    online = touched_steps / cost.num_steps * cost.operations
+    trained = num_windows * count_predictor(predictor, train, num_tokens=num_tokens, width=encoder.embed_dim, **shape)
+    return {
+        "predictor": predictor.name,
+        "runs": build / online if online else None,
+        "gain_per_run": (online + trained) / trained if trained else None,
+        "build_flops": build,
+        "online_encoder_flops_per_run": online,
+        "predictor_flops_per_run": trained,
+        "frames": num_frames,
+        "frames_touched_per_run": touched_steps * cost.num_frames // cost.num_steps,
+    }

@@ -1,7 +1,9 @@
-"""`jepa-cache export cache`: the stores of a manifest as a root of their own, to carry elsewhere."""
+"""`jepa-cache export cache`: the stores of a manifest as a root of their own, to carry elsewhere, each checked where it arrived."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,16 @@ from tqdm import tqdm
 
 from jepa_cache.cli.export_predictor import export_predictor
 from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, help_of, open_checkout, report
-from jepa_cache.store.export import README, export_manifest
-from jepa_cache.store.manifest import why_held_back
+from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
+from jepa_cache.store.controls import iter_controls
+from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, check_store
+from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
 from jepa_cache.store.quantisation import step_bytes
+from jepa_cache.store.recipe import file_digest
+from jepa_cache.store.root import KINDS, MARKER, CacheRoot, RefusedError
+
+README, CHECKSUMS = "README.md", "SHA256SUMS"
+UNKNOWN = "unknown"
 
 export = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take something out, to carry elsewhere.")
 
@@ -42,15 +51,14 @@ def export_cache(
         manifest: Which one.
         as_json: Print JSON.
     """
-    report(lambda: copy_cache(open_checkout(overrides), out, manifest), as_json=as_json)
+    report(lambda: _export(open_checkout(overrides), out, manifest), as_json=as_json)
 
 
 export.command("cache", help=help_of(export_cache))(export_cache)
 export.command("predictor", help=help_of(export_predictor))(export_predictor)
 
 
-def copy_cache(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
-    """Copy the stores of a manifest."""
+def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
     if checkout.paths:
         raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
     if path is None and (reason := why_held_back(checkout.repository / MANIFEST)) is not None:
@@ -61,22 +69,140 @@ def copy_cache(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
         root.shared_lock(),
         tqdm(desc="export", total=total, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar,
     ):
-        result = export_manifest(manifest, root, out, bar.update)
-    num_episodes = sum(entry.num_episodes for entry in manifest.entries)
+        files = export_manifest(manifest, root, out, bar.update)
     document = {
         "out": str(out),
         "manifest": manifest.digest,
         "num_units": len(manifest.entries),
-        "num_episodes": num_episodes,
+        "num_episodes": sum(entry.num_episodes for entry in manifest.entries),
         "num_steps": manifest.num_steps,
-        "num_bytes": result.num_bytes,
-        "num_files": len(result.sums) + 1,
+        "num_bytes": sum(file.stat().st_size for file in files),
+        "num_files": len(files) + 1,
     }
     return Outcome(
         document,
         [
-            f"exported {len(manifest.entries)} units to {out}: {num_episodes} episodes, {manifest.num_steps} steps, "
-            f"{describe_bytes(result.num_bytes)}, every byte checked",
+            "exported {num_units} units to {out}: {num_episodes} episodes, {num_steps} steps, ".format(**document)
+            + f"{describe_bytes(document['num_bytes'])}, every byte checked",
             f"{out / README} says how to use it; fill in the licence of the recordings before you pass it on",
         ],
     )
+
+
+def export_manifest(
+    manifest: Manifest, root: CacheRoot, out: Path, on_bytes: Callable[[int], object] = lambda _: None
+) -> dict[Path, str]:
+    """Copy everything that a manifest lists into a new root, and check every byte of the copy; the manifest comes last.
+
+    Args:
+        manifest: What to copy.
+        root: Where the stores are; the caller holds its shared lock.
+        out: Folder of the new root; absent, empty, or an unfinished export of this manifest.
+        on_bytes: Is called with the bytes of each token store that is in the new root.
+
+    Returns:
+        The sha256 of every file.
+
+    Raises:
+        RefusedError: `out` holds something else, or lies in `root`.
+        StoreDamagedError: A store is missing or damaged; says what to type.
+    """
+    _check_target(out, root, manifest)
+    target, sums = CacheRoot(out), {}
+    target.check_writable()
+    target.remove_stale_temporaries()
+    for part, entry in manifest.stores:
+        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
+            final = target.store(key)
+            try:
+                found = _check(final, digest)  # of an export that was interrupted
+            except StoreDamagedError:
+                target.remove(final)
+                with root.pulled([root.store(key)]):
+                    found = _copy(root.store(key), final, digest)
+            sums |= found
+            if key.kind == "tokens":
+                on_bytes(sum(file.stat().st_size for file in found))
+    with atomic_file(out / README) as path:
+        path.write_text(_write_readme(manifest))
+    write_manifest(manifest, [target.manifest(manifest.digest)])
+    sums |= {path: file_digest(path) for path in (out / MARKER, out / README, target.manifest(manifest.digest))}
+    with atomic_file(out / CHECKSUMS) as path:
+        path.write_text("".join(f"{digest}  {file.relative_to(out)}\n" for file, digest in sorted(sums.items())))
+    return sums
+
+
+def _check_target(out: Path, root: CacheRoot, manifest: Manifest) -> None:
+    """Refuse to export where something else lies."""
+    if out.resolve() == root.path or root.path in out.resolve().parents:
+        raise RefusedError(f"{out} lies in the cache root {root.path} itself; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise RefusedError(f"{out} is a file; choose a folder")
+    names = {path.name for path in out.iterdir() if not OURS.fullmatch(path.name)} if out.is_dir() else set()
+    others = sorted(names - {*KINDS, "manifests", README, CHECKSUMS, MARKER})
+    others += sorted({path.name for path in (out / "manifests").glob("*.json")} - {f"{manifest.digest}.json"})
+    if others:
+        raise RefusedError(
+            f"{out} is not empty: it holds {others[0]}, which is not of this export; choose another folder, or remove it"
+        )
+
+
+def _copy(source: Path, final: Path, digest: str | None) -> dict[Path, str]:
+    if source.is_file():
+        with atomic_file(final) as path:
+            shutil.copyfile(source, path)
+    else:
+        with temporary_folder(final) as folder:
+            for name in (*check_store(source).files, STORE_FILE):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
+            publish_folder(folder, final)
+    try:
+        return _check(final, digest)
+    except StoreDamagedError as error:
+        CacheRoot(final.parents[2]).remove(final)
+        _check(source, digest)  # names what is damaged there
+        raise OSError(f"{final} was not written as {source} was read; try again, or another disk") from error
+
+
+def _check(path: Path, digest: str | None) -> dict[Path, str]:
+    """The sha256 of every file of a store of this digest, or of a file of controls, after a comparison with what it says itself."""
+    if digest is None:
+        for _ in iter_controls(path):
+            pass
+        return {path: file_digest(path)}
+    found = check_store(path, read_data=True)
+    if found.digest != digest:
+        raise StoreDamagedError(f"{path} is not the store that the manifest lists: its digest differs; {REMEDY}")
+    sums = {path / name: file.sha256 for name, file in found.files.items()}
+    return {**sums, path / STORE_FILE: file_digest(path / STORE_FILE)}
+
+
+def _write_readme(manifest: Manifest) -> str:
+    recipe, trained = manifest.recipe, manifest.encoder_trained
+    num_episodes = sum(entry.num_episodes for entry in manifest.entries)
+    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED, random weights"})
+
+A cache root of jepa-cache, exported from another one.
+
+| | |
+|---|---|
+| units, episodes, steps | {len(manifest.entries)}, {num_episodes}, {manifest.num_steps} |
+| tokens of a step | {manifest.num_tokens} x {manifest.width} |
+| mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz |
+| action space | {manifest.action_space} |
+| encoder weights | {recipe["encoder"]["weights"] if "encoder" in recipe else UNKNOWN} |
+| licence of the encoder weights | {f"{UNKNOWN}: fill in" if trained else "none: seeded random weights"} |
+| licence and origin of the recordings | {UNKNOWN}: fill in before you pass this on |
+
+`manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256
+of every file (`sha256sum -c {CHECKSUMS}`). The stores are Zarr v3 with Parquet tables beside; they open without jepa-cache.
+
+Use it in a checkout of jepa-cache whose settings (`dataset`, `encoder`, `encode.*`) are those of the recipe:
+
+    mkdir -p CHECKOUT/outputs/encode
+    cp manifests/{manifest.digest}.json CHECKOUT/outputs/encode/manifest.json
+    cd CHECKOUT
+    python stages/fit_scaler.py cache.root=THIS_FOLDER
+    python stages/train_predictor.py cache.root=THIS_FOLDER
+"""

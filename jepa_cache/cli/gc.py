@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +20,9 @@ from jepa_cache.cli.outcome import (
     report,
     shorten,
 )
-from jepa_cache.store.collection import GRACE_DAYS, find_listings, list_root, remove_unneeded
-from jepa_cache.store.root import RefusedError
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from jepa_cache.store.collection import Contents, Listing
-    from jepa_cache.store.manifest import Manifest
+from jepa_cache.store.collection import GRACE_DAYS, Contents, find_listings, list_root, remove_unneeded
+from jepa_cache.store.manifest import Manifest
+from jepa_cache.store.root import CacheRoot, RefusedError
 
 
 def gc(
@@ -58,14 +56,13 @@ def gc(
         as_json: Print JSON.
     """
     report(
-        lambda: collect(open_checkout(overrides), delete=delete, forget=forget or [], grace_days=grace_days),
+        lambda: _collect(open_checkout(overrides), delete=delete, forget=forget or [], grace_days=grace_days),
         as_json=as_json,
     )
 
 
-def collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: float) -> Outcome:
-    """List, or remove, what nothing needs."""
-    root = checkout.root
+def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: float) -> Outcome:
+    root, own = checkout.root, None
     if checkout.paths:
         raise ValueError(f"gc takes key=value overrides only; got {checkout.paths[0]!r}")
     if not root.path.is_dir() and root.name == str(root.path):
@@ -73,11 +70,13 @@ def collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: 
             f"there is no cache root {root.path}: nothing was encoded into it yet (`python stages/encode.py` does), or "
             "the cache lies elsewhere: set cache.root or $JEPA_CACHE_HOME"
         )
-    own = _read_own_manifest(checkout)
+    with suppress(ValueError):  # stage one wrote none in this checkout, or it cannot be read
+        own = checkout.read_manifest(None)
     contents = list_root(root, own, grace_days=grace_days)
     forgotten = find_listings(contents, forget)
     if own is not None and own.digest in forgotten:
         raise RefusedError(f"{own.digest} is the manifest of this checkout ({MANIFEST}); encode something else first")
+    listings = [_describe(root, digest, contents, forgotten, own) for digest in contents.needs]
     if delete:
         contents = remove_unneeded(root, forgotten, own, grace_days=grace_days)
     unneeded = contents.unneeded(forgotten)
@@ -93,12 +92,11 @@ def collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: 
             {**key._asdict(), "path": str(root.store(key)), "num_bytes": size} for key, size in unneeded.items()
         ],
         "temporaries": [{"path": path, "num_bytes": size} for path, size in contents.temporaries.items()],
-        "listings": [_describe(listing, contents, forgotten, own) for listing in contents.listings],
+        "listings": listings,
         "unknown": [str(path) for path in contents.unknown],
     }
-    unreadable = [it for it in contents.listings if it.problem and it.digest not in forgotten]
-    lines = [f"cache root {root.name}, {describe_bytes(document['kept_bytes'])} kept"]
-    lines += [_line(entry) for entry in document["listings"]]
+    unreadable = [(digest, problem) for digest, problem in contents.problems.items() if digest not in forgotten]
+    lines = [f"cache root {root.name}, {describe_bytes(document['kept_bytes'])} kept", *map(_line, listings)]
     if recent:
         lines.append(
             f"kept for {grace_days:g} days after the last store of their recipe, in no manifest: {len(recent)} stores "
@@ -112,37 +110,31 @@ def collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: 
         lines.append(f"{verb}: {len(contents.temporaries)} temporaries of writers that died")
     lines.append(f"{verb}: {describe_bytes(num_bytes)} in all")
     if unreadable and not delete:
-        lines.append(
-            f"the manifest {unreadable[0].digest} cannot be read, so --delete would refuse: {unreadable[0].problem}"
-        )
+        lines.append("the manifest {} cannot be read, so --delete would refuse: {}".format(*unreadable[0]))
     elif num_bytes and not delete:
         options = [f" --forget {it}" for it in forget] + [f" --grace-days {grace_days:g}"] * (grace_days != GRACE_DAYS)
         lines.append("nothing was changed; remove it with: jepa-cache gc --delete" + "".join(options))
     return Outcome(document, lines, PROBLEM if unreadable else FINE)
 
 
-def _read_own_manifest(checkout: Checkout) -> Manifest | None:
-    """The manifest that stage one wrote in this checkout; None where there is none that can be read."""
-    try:
-        return checkout.read_manifest(None)
-    except ValueError:
-        return None
-
-
-def _describe(listing: Listing, contents: Contents, forgotten: Collection[str], own: Manifest | None) -> dict[str, Any]:
-    manifest = listing.manifest
+def _describe(
+    root: CacheRoot, digest: str, contents: Contents, forgotten: Collection[str], own: Manifest | None
+) -> dict[str, Any]:
+    needs, written = contents.needs[digest], datetime.now(UTC)
+    with suppress(FileNotFoundError):
+        written = datetime.fromtimestamp(root.manifest(digest).stat().st_mtime, UTC)
     described = {
-        "digest": listing.digest,
-        "written": str(listing.written),
-        "num_units": sum(key.kind == "tokens" for key in listing.needs),
-        "num_missing": len(listing.needs - contents.stores.keys()),
-        "num_bytes": contents.num_bytes(listing.needs),
-        "only_bytes": contents.num_bytes(listing.needs - contents.needed({listing.digest, *forgotten})),
-        "forgotten": listing.digest in forgotten,
-        "of_this_checkout": own is not None and listing.digest == own.digest,
-        "problem": listing.problem,
+        "digest": digest,
+        "written": str(written.date()),
+        "num_units": sum(key.kind == "tokens" for key in needs),
+        "num_missing": len(needs - contents.stores.keys()),
+        "num_bytes": contents.num_bytes(needs),
+        "only_bytes": contents.num_bytes(needs - contents.needed({digest, *forgotten})),
+        "forgotten": digest in forgotten,
+        "of_this_checkout": own is not None and digest == own.digest,
+        "problem": contents.problems.get(digest, ""),
     }
-    if manifest is None:
+    if (manifest := contents.manifests.get(digest)) is None:
         return described
     return described | {
         "dataset": manifest.dataset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -19,14 +20,19 @@ COMMANDS = {
     "gc": "gc",
     "export": "export",
     "inspect": "inspect",
-    "pack": "pack",
+    "pack": "data",
     "add-encoder": "presets",
-    "index-droid": "index_droid",
+    "index-droid": "data",
     "compare": "compare",
     "params": "presets",
     "doctor": "doctor",
 }
-RENAMED = {"plan": "estimate", "repair": "verify --repair"}
+INSTEAD = {
+    "plan": "jepa-cache estimate",
+    "repair": "jepa-cache verify --repair",
+    **{stage: f"python stages/{stage}.py" for stage in ("sample", "encode", "fit_scaler", "evaluate")},
+    "train": "python stages/train_predictor.py",
+}
 
 
 def build_app(only: str | None = None) -> typer.Typer:
@@ -55,18 +61,18 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 
 def read_help(module: str, function: str) -> str:
-    """What --help says: the docstring without its section on arguments, read without importing what the command needs."""
+    """What --help says: the docstring up to its arguments and errors, read without importing the command."""
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     if not found:  # a group: what its file is for
         return (ast.get_docstring(tree) or "").partition("`: ")[2].capitalize()
-    return (ast.get_docstring(found[0]) or "").partition("\n\nArgs:")[0]
+    return re.split(r"\n\n(Args|Raises):", ast.get_docstring(found[0]) or "")[0]
 
 
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     typed = next(iter(sys.argv[1:]), None)
-    if typed in RENAMED:
-        print(f"error: `jepa-cache {typed}` is now `jepa-cache {RENAMED[typed]}`", file=sys.stderr)
+    if typed in INSTEAD:
+        print(f"error: there is no command `jepa-cache {typed}`; type `{INSTEAD[typed]}`", file=sys.stderr)
         sys.exit(2)
     run_stage(build_app(typed))

@@ -24,7 +24,7 @@ def parse_stage_arguments(
         description: Help text: the script's docstring.
         argv: Arguments; None means the process's own.
         paths: Help for positional paths; None when the stage takes none.
-        options: Of the stage alone, by name; each with what argparse is told of it.
+        options: Of the stage alone, by name, of which one may be given; each with what argparse is told of it.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -33,8 +33,9 @@ def parse_stage_arguments(
         metavar="PATH | key=value" if paths else "key=value",
         help=f"{paths + '; ' if paths else ''}overrides of params.yaml, such as train.lr=3e-4",
     )
+    one_of = parser.add_mutually_exclusive_group()
     for name, how in options.items():
-        parser.add_argument(f"--{name}", **how)
+        one_of.add_argument(f"--{name}", **how)
     parsed = parser.parse_intermixed_args(argv)
     parsed.overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
@@ -45,7 +46,7 @@ def parse_stage_arguments(
 
 @contextmanager
 def guarded(stream: TextIO) -> Iterator[None]:
-    """Print to `stream`, without control characters; a full disk that no error names more closely is that of the temporary files."""
+    """Print to `stream` without control characters; a full disk is that of temporary files where no error says more."""
     with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(stream)):
         yield
 
@@ -60,7 +61,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage or command; an error that a user can cause is shown as one message without a traceback, exit code 1."""
+    """Run a stage or command; an error that a user can cause is one message without a traceback, exit code 1."""
     try:
         with guarded(sys.stdout):
             main()

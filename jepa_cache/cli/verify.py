@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
@@ -35,7 +35,7 @@ def verify(
     against_online: Annotated[
         int, typer.Option(min=0, metavar="N", help="encode N random steps again and compare")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and told when not given")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and printed when not given")] = None,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
@@ -71,18 +71,12 @@ def verify(
 
 
 def parse_share(text: str) -> float:
-    """A share such as "5%" or "0.05".
-
-    Raises:
-        ValueError: It is no number above 0 and at most 1 (100 %).
-    """
-    try:
+    """A share such as "5%" or "0.05"."""
+    with suppress(ValueError):
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise ValueError(f"--subset is a share such as 5% or 0.05, above 0 and at most 100%; got {text!r}")
-    return share
+        if 0 < share <= 1:
+            return share
+    raise ValueError(f"--subset is a share such as 5% or 0.05, above 0 and at most 100%; got {text!r}")
 
 
 def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_steps: int, repair: bool) -> Outcome:
@@ -94,51 +88,55 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         with tqdm(desc="verify", unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar:
             bar.total = expected * scope.share * (1 + scope.read_data)
             findings = check_manifest(manifest, root, scope, bar.update)
-            num_bytes = int(bar.n)
         if num_steps:
             comparison = _compare(checkout, manifest, findings, num_steps, scope.seed)
             stale = [it for part, entry in manifest.stores for it in find_stale(root, part, entry)]
             findings += [finding for finding in stale if finding not in findings]
         if repair and findings:
-            repaired = _repair(checkout, manifest, findings)
+            from jepa_cache.encoding.verification import repair_manifest
+
+            repaired = repair_manifest(
+                manifest, findings, checkout.config, checkout.paths, base=checkout.base, root=root
+            )
     fine = repaired.complete if repaired else not findings
     document = {
         "ok": fine,
         "manifest": manifest.digest,
         "root": root.name,
         "num_units": len(manifest.entries),
-        "num_bytes": num_bytes,
+        "num_bytes": int(bar.n),
         "share": scope.share,
         "seed": scope.seed,
         "read_data": scope.read_data,
-        "findings": [_describe_finding(finding) for finding in findings],
+        "findings": [
+            {**(key._asdict() if key else {"kind": "manifest"}), "path": str(path), "problem": problem}
+            for key, path, problem in findings
+        ],
         "against_online": comparison.describe() if comparison else None,
         "repair": {**vars(repaired), "repaired": [str(it) for it in repaired.repaired]} if repaired else None,
     }
-    lines = shorten([finding.problem for finding in findings])
     what = f"{scope.share:.3g} of the chunks (seed {scope.seed})" if scope.share < 1 else "every chunk"
-    lines.append(
-        f"read {describe_bytes(num_bytes)} of {len(manifest.entries)} units: {what}"
-        + (", every file's sha256" if scope.read_data else "")
-    )
+    what += ", every file's sha256" * scope.read_data
+    lines = [
+        *shorten([finding.problem for finding in findings]),
+        f"read {describe_bytes(document['num_bytes'])} of {len(manifest.entries)} units: {what}",
+    ]
     lines += _describe_steps(comparison) if comparison and comparison.steps else []
     if repaired:
         lines += _describe_repair(repaired)
-    elif findings:
-        lines.append(f"{len(findings)} problems; next: jepa-cache verify --repair")
     else:
-        lines.append("all is as it was written")
+        next_step = f"{len(findings)} problems; next: jepa-cache verify --repair"
+        lines.append(next_step if findings else "all is as it was written")
     return Outcome(document, lines, FINE if fine else PROBLEM)
 
 
 def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], num_steps: int, seed: int) -> Comparison:
-    from jepa_cache.encoding.groups import scan_units
     from jepa_cache.encoding.verification import compare_online
 
     return compare_online(
         manifest,
         checkout.config,
-        scan_units(checkout.config, checkout.paths, checkout.base),
+        checkout.paths,
         checkout.root,
         base=checkout.base,
         num_steps=num_steps,
@@ -147,25 +145,12 @@ def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], nu
     )
 
 
-def _repair(checkout: Checkout, manifest: Manifest, findings: list[Finding]) -> Repair:
-    from jepa_cache.encoding.verification import repair_manifest
-
-    return repair_manifest(manifest, findings, checkout.config, checkout.paths, base=checkout.base, root=checkout.root)
-
-
-def _describe_finding(finding: Finding) -> dict[str, Any]:
-    key = finding.key._asdict() if finding.key else {"kind": "manifest"}
-    return {**key, "path": str(finding.path), "problem": finding.problem}
-
-
 def _describe_steps(comparison: Comparison) -> list[str]:
     steps = comparison.steps
     num_equal = sum(step.equal for step in steps)
-    own = max(step.batch_difference for step in steps)
     lines = [f"encoded {len(steps)} random steps again (seed {comparison.seed}): {num_equal} bit-equal"]
     if num_equal < len(steps):
         lines[0] += f", largest difference {max(step.difference for step in steps):.3g}"
-    lines.append(f"the encoder's own largest difference between a batch of one and the recorded batch: {own:.3g}")
     lines += [f"not as recorded: {change}" for change in comparison.changes]
     return lines + shorten(
         [

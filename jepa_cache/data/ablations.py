@@ -26,15 +26,8 @@ def action_ablations(
     - `shuffled_actions`: those of a whole window of another episode.
     - `permuted_actions`: for each step another one, of any window of another episode.
     - `zero_actions`: raw zeros before scaling, one-hot columns kept.
-    - `next_actions`, `previous_actions`: the true ones, one step too early or too late. A window without the neighbour in its
-      segment is NaN in both, so that both are measured on the same windows.
-
-    Args:
-        dataset: The cached features.
-        scaler: Of the predictor.
-        index: Windows by number.
-        numbers: The windows that are measured.
-        seed: Of the draws.
+    - `next_actions`, `previous_actions`: the true ones, one step too early or too late. A window without the neighbour
+      in its segment is NaN in both, so that both are measured on the same windows.
 
     Raises:
         ValueError: When all windows are of one episode.

@@ -1,15 +1,23 @@
-"""A data set in the cache, opened through its manifest: segments with their episodes, actions, states, tokens."""
+"""A data set in the cache, opened through its manifest. Read this file first.
+
+windows    runs of T steps inside a segment, and which is drawn when
+filters    which steps windows may hold
+scaler     standardisation of actions and states
+loader     batches of windows, read ahead
+ablations  the same windows with other actions
+frames     the video frames of cached steps
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +25,6 @@ import pyarrow as pa
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
-from jepa_cache.data.agreement import find_differences
 from jepa_cache.data.filters import (
     NO_FILTER,
     cut_runs,
@@ -27,19 +34,18 @@ from jepa_cache.data.filters import (
     needs_controls,
     ranges_path,
 )
-from jepa_cache.data.splits import TRAIN, split_of
 from jepa_cache.idle import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
+from jepa_cache.store.copies import Recording, find_equal
 from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
-from jepa_cache.store.manifest import Manifest, find_missing, read_manifest, why_held_back
-from jepa_cache.store.quantisation import Channels, decode, get_codec, scales_dtype, scales_shape
+from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
+from jepa_cache.store.quantisation import Channels, get_codec
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
-# Share of their mean size by which tokens of one picture may differ: batches round, and so do the codes of two stores.
-SAME_PICTURE = 0.01
+TRAIN, VAL = "train", "val"
 
 
 class Segment(NamedTuple):
@@ -51,25 +57,74 @@ class Segment(NamedTuple):
     stop: int
 
 
+def split_of(episode: str, *, val_share: float, seed: int) -> str:
+    """Return the split of one episode, decided by a hash of its key, so that adding recordings never moves one.
+
+    Args:
+        episode: Its key.
+        val_share: Expected share of held-out episodes, in [0, 1].
+        seed: Another seed draws another split.
+    """
+    head = hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8]
+    return VAL if int.from_bytes(head, "big") / 2**64 < val_share else TRAIN
+
+
 def open_dataset(config: Config, repository: Path) -> CachedDataset:
-    """Open the data set that outputs/encode/manifest.json lists, after checking that it is the one params.yaml asks for.
+    """Open the data set that outputs/encode/manifest.json lists, if it is the one that params.yaml asks for.
 
     Raises:
-        ValueError: When the manifest is missing, older than an encode that failed, or made with other settings, or its stores
-            are gone.
+        ValueError: When the manifest is missing, older than an encode that failed, or made with other settings, or its
+            stores are gone.
     """
     path = repository / "outputs/encode/manifest.json"
     if (reason := why_held_back(path)) is not None:
         raise ValueError(reason)
     manifest = read_manifest(path)
-    differing = find_differences(config, manifest)
-    if differing:
+    if differing := find_differences(config, manifest):
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(differing)}); run `python stages/encode.py` again"
         )
     base = data_base(repository)
     root = resolve_cache_root(config.cache_root, base)
     return CachedDataset(manifest, root, base=base, verify_checksums=config.verify_checksums)
+
+
+def find_differences(config: Config, manifest: Manifest) -> list[str]:
+    """List each setting of stage one that the manifest was not made with, with both values.
+
+    A newer RECIPE_VERSION of a source is no difference, nor is an option that one of the two does not know: old caches
+    stay usable.
+    """
+    encode, recipe, parts = config.encode, manifest.recipe, manifest.parts
+    sampling, encoder = recipe["sampling"], recipe["encoder"]
+    pairs: dict[str, tuple[Any, Any]] = {
+        "dataset": (config.dataset.name, manifest.dataset),
+        "encoder": (config.encoder.name, manifest.encoder),
+        "encode.mode": (encode.mode, manifest.mode),
+        "encode.fps": (encode.fps, sampling["fps"]),
+        "encode.action_space": (encode.action_space, manifest.action_space),
+        **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype", "decoder")},
+        "encode.pool": (encode.pool, recipe.get("pool", 1)),  # absent where off
+        "encode.cameras": (list(encode.cameras), _unique(part.camera for part in parts if part.camera)),
+    }
+    if not isinstance(encode.phases, str):
+        pairs["encode.phases"] = (_unique(encode.phases), _unique(part.phase for part in parts))
+    if "single_frame" in encoder:
+        pairs["encode.single_frame"] = (encode.single_frame, encoder["single_frame"])
+    if encode.mode == "clip":
+        pairs["encode.frames_per_clip"] = (encode.frames_per_clip, sampling["frames_per_clip"])
+    presets = {preset.name: preset for preset, _ in config.members} if config.dataset.name == manifest.dataset else {}
+    for part in parts:
+        then = part.recipe["source"]
+        for key, value in presets[part.dataset].source_options.items() if part.dataset in presets else ():
+            # Maps are left to `status`; the camera of a part with a name of its own is that of encode.cameras.
+            if key in then and not isinstance(value, dict) and not (key == "camera" and part.camera):
+                pairs[f"source_options.{key} of {part.dataset}"] = (value, then[key])
+    return [f"{key} is {now!r}, the manifest has {then!r}" for key, (now, then) in pairs.items() if now != then]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
 
 
 class CachedDataset:
@@ -90,26 +145,26 @@ class CachedDataset:
             verify_checksums: Check the crc32c of each chunk of tokens when it is first read.
 
         Raises:
-            ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do not fit
-                onto this machine.
+            ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do
+                not fit onto this machine.
         """
-        missing = find_missing(manifest, root)
-        if missing:
+        keys = [part.keys(entry) for part, entry in manifest.stores]
+        self._token_paths: list[Path] = [root.store(tokens) for tokens, _, _ in keys]
+        self._action_paths: list[Path] = [root.store(actions) for _, actions, _ in keys]
+        paths = [*self._token_paths, *self._action_paths]
+        root.prefetch(paths)
+        if missing := [path for path in paths if not root.fetch(path)]:
             raise ValueError(
                 f"{len(missing)} of the stores in the manifest are not in {root.name} (first: {missing[0]}); "
                 "run `python stages/encode.py` to make them again, or set cache.root to where they are"
             )
         self.manifest = manifest
         self._held = ExitStack()
-        self._held.enter_context(
-            root.pulled([root.tokens(part.fingerprint, entry.unit_digest) for part, entry in manifest.stores])
-        )
+        self._held.enter_context(root.pulled(self._token_paths))
         self.dtype: str = manifest.recipe["dtype"]  # in which tokens are stored
         self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
-        self._token_paths: list[Path] = []
-        self._action_paths: list[Path] = []
         self._readers: dict[tuple[int, str], ArrayReader] = {}
         self._channels: dict[int, Channels] = {}
         self._controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -118,47 +173,37 @@ class CachedDataset:
         self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
         self._verify_checksums = verify_checksums
         self._copies: dict[str, str] | None = None
-        for number, (part, entry) in enumerate(manifest.stores):
-            tokens = root.tokens(part.fingerprint, entry.unit_digest)
-            actions = root.actions(part.action_fingerprint, entry.unit_digest)
-            stated, aggregated = (
-                _read_listed(path, digest)
-                for path, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest))
-            )
-            excluded = aggregated.metadata["excluded"]
-            self._token_paths.append(tokens)
-            self._action_paths.append(actions)
-            self.segments += [
-                Segment(number, row["episode"], row["start"], row["stop"])
-                for row in read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pylist()
-                if row["episode"] not in excluded
-            ]
+        for number, entry in enumerate(manifest.entries):
+            tokens = self._token_paths[number]
+            stated = _read_listed(tokens, entry.tokens_digest)
+            excluded = _read_listed(self._action_paths[number], entry.actions_digest).metadata["excluded"]
+            table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
+            rows = zip(table["episode"], table["start"], table["stop"], strict=True)
+            self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
 
     def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
-        """Segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.
+        """Return the segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.
 
-        Episodes that a list of ranges does not know are left out, as openpi does; how many is said on stderr. Recordings of one content
-        are on one side, and of held-out ones only the first is taken: others would count as further evidence.
+        Episodes that a list of ranges does not know are skipped, as openpi does; how many is said on stderr. Recordings
+        of one content are on one side, and of held-out ones only the first is taken: others would count as further
+        evidence.
 
         Raises:
             ValueError: A filter needs a record that an episode does not have, or `keep_ranges` fits no episode.
         """
-        asked = split, config, filters
-        if asked not in self._cut:
-            self._cut[asked] = self._cut_segments(*asked)
-        return list(self._cut[asked])
+        key = split, config, filters
+        if key not in self._cut:
+            copies, share = self.find_copies(), {"val_share": config.val_share, "seed": config.seed}
+            chosen = [
+                segment
+                for segment in self.segments
+                if split_of(copies.get(segment.episode, segment.episode), **share) == split
+                and (split == TRAIN or segment.episode not in copies)
+            ]
+            self._cut[key] = chosen if filters == NO_FILTER else self._cut_segments(split, chosen, filters)
+        return list(self._cut[key])
 
-    def _cut_segments(self, split: str, config: SplitConfig, filters: FilterConfig) -> list[Segment]:
-        copies = self.find_copies()
-        chosen = [
-            segment
-            for segment in self.segments
-            if split_of(copies.get(segment.episode, segment.episode), val_share=config.val_share, seed=config.seed)
-            == split
-            and (split == TRAIN or segment.episode not in copies)
-        ]
-        if filters == NO_FILTER:
-            return chosen
+    def _cut_segments(self, split: str, chosen: Sequence[Segment], filters: FilterConfig) -> list[Segment]:
         ranges = self._read_ranges(split, filters, sorted({segment.episode for segment in chosen}))
         cut, beyond = [], []
         for store, group in groupby(chosen, key=lambda segment: segment.store):
@@ -174,66 +219,32 @@ class CachedDataset:
                 f"{', '.join(active)}; loosen it, or see with `jepa-cache inspect` whether the recordings are what you expect"
             )
         if beyond:
-            print(
-                f"filter.keep_ranges: {len(beyond)} {split} segments have fewer ticks than the list keeps of them (first: {beyond[0]}); "
-                "was it made of another release?",
-                file=sys.stderr,
+            _say(
+                f"filter.keep_ranges: {len(beyond)} {split} segments have fewer ticks than the list keeps of them (first: {beyond[0]}); was it "
+                "made of another release?"
             )
         return cut
 
     def find_copies(self) -> dict[str, str]:
         """Episodes that are another's recording once more, and the first of its keys; looked for once, and said on stderr.
 
-        Alike are those of equal actions, states and lengths whose first step shows the same. Tokens decide only that: the place in a batch
-        may change their last bits. Cost: reads actions and states of all stores.
+        See `store.copies.find_equal`. Of an episode that is there in several views the first is compared.
         """
         if self._copies is None:
-            alike: dict[bytes, list[tuple[Segment, ...]]] = {}
-            seen: set[str] = set()
-            for (store, episode), group in groupby(self.segments, key=lambda segment: (segment.store, segment.episode)):
-                if episode not in seen:  # else another view of it
-                    seen.add(episode)
-                    runs = tuple(group)
-                    alike.setdefault(self._digest_controls(store, runs), []).append(runs)
-            self._copies = {}
-            for episodes in alike.values():
-                originals: list[tuple[Segment, np.ndarray]] = []
-                for first, *_ in sorted(episodes if len(episodes) > 1 else (), key=lambda runs: runs[0].episode):
-                    shown = self._read_step(first)
-                    for original, tokens in originals:
-                        if np.abs(shown - tokens).mean() <= SAME_PICTURE * np.abs(tokens).mean():
-                            self._copies[first.episode] = original.episode
-                            break
-                    else:
-                        originals.append((first, shown))
+            recordings: dict[str, Recording] = {}
+            for (store, key), group in groupby(self.segments, key=lambda segment: (segment.store, segment.episode)):
+                recordings.setdefault(key, Recording(store, key, tuple((it.start, it.stop) for it in group)))
+            equal = find_equal(self.manifest, self._root, recordings.values(), self.controls)
+            groups = (sorted(recording.key for recording in some) for some in equal)
+            self._copies = {copy: first for first, *copies in groups for copy in copies}
             if self._copies:
                 copy, original = next(iter(self._copies.items()))
                 print(
-                    f"{len(self._copies)} recordings are others once more (first: {copy} is {original}): they are on one side of the split "
-                    "with these, and count once in evaluation",
+                    f"recordings that repeat another one: {len(self._copies)} (first: {copy} is {original}). They are on one side of the "
+                    "split with it, and count once in evaluation",
                     file=sys.stderr,
                 )
         return self._copies
-
-    def _digest_controls(self, store: int, runs: Sequence[Segment]) -> bytes:
-        """Hash of the actions, states and lengths of an episode, and of the view that it is seen in."""
-        part, hasher = self.manifest.stores[store][0], hashlib.sha256()
-        for values in self.controls(store):
-            for run in runs:
-                hasher.update(f"{part.fingerprint} {run.stop - run.start}\n".encode())
-                hasher.update(values[run.start : run.stop].tobytes())
-        return hasher.digest()
-
-    def _read_step(self, segment: Segment) -> np.ndarray:
-        """The first step [N, D] of a segment as values."""
-        manifest, scheme = self.manifest, self.scheme
-        out = np.empty((1, manifest.num_tokens, manifest.width // scheme.codes_per_item), scheme.dtype)
-        self.read_tokens(segment.store, segment.start, out)
-        if scheme.max_code is None:
-            return decode(out, self.dtype)[0]
-        scales = np.empty(scales_shape(self.dtype, 1, manifest.num_tokens, manifest.width), scales_dtype(self.dtype))
-        self.read_token_scales(segment.store, segment.start, scales)
-        return decode(out, self.dtype, scales, self.channels(segment.store))[0]
 
     def _read_ranges(
         self, split: str, filters: FilterConfig, episodes: Sequence[str]
@@ -247,12 +258,10 @@ class CachedDataset:
                 f"filter.keep_ranges: {path} lists {len(ranges)} episodes and none of this data set, whose first is "
                 f"{self.segments[0].episode if self.segments else None!r}; its first is {next(iter(ranges), None)!r}"
             )
-        unknown = [episode for episode in episodes if episode not in ranges]
-        if unknown:
-            print(
-                f"filter.keep_ranges: {len(unknown)} of {len(episodes)} {split} episodes are not in {path.name} and are left out "
-                f"(first: {unknown[0]})",
-                file=sys.stderr,
+        if unknown := [episode for episode in episodes if episode not in ranges]:
+            _say(
+                f"filter.keep_ranges: {len(unknown)} of {len(episodes)} {split} episodes are not in {path.name} and are skipped "
+                f"(first: {unknown[0]})"
             )
         return ranges
 
@@ -265,34 +274,30 @@ class CachedDataset:
         beyond: list[str],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the steps [n] of a store, those that may be in a window, and those that the next one may follow."""
-        steps = self.steps(store)
+        steps, episode = self.steps(store), runs[0].episode
         try:
             keep, joined = keep_steps(steps, filters), np.ones(len(steps), bool)
-        except ValueError as error:
-            raise ValueError(f"episode {runs[0].episode!r}: {error}") from error
-        if needs_controls(filters):
             ticks = steps.column("tick").to_numpy()
-            controls = self.read_native_controls(store)
-            for segment in runs:
-                known = None if ranges is None else ranges.get(segment.episode, [])
-                try:
-                    left = keep_ticks(controls[segment.episode], filters, known)
-                except ValueError as error:
-                    raise ValueError(f"episode {segment.episode!r}: {error}") from error
-                last = max((end for _, end in known or ()), default=0)
-                if last > len(left):
-                    beyond.append(f"{segment.episode}, {len(left)} ticks, kept to {last}")
+            controls = self.read_native_controls(store) if needs_controls(filters) else {}
+            for segment in runs if controls else ():
+                episode = segment.episode
+                known = None if ranges is None else ranges.get(episode, [])
+                left = keep_ticks(controls[episode], filters, known)
+                if (last := max((end for _, end in known or ()), default=0)) > len(left):
+                    beyond.append(f"{episode}, {len(left)} ticks, kept to {last}")
                 run = slice(segment.start, segment.stop)
                 keep[run] &= left[ticks[run]]
                 joined[run] = join_steps(left, ticks[run])
+        except ValueError as error:
+            raise ValueError(f"episode {episode!r}: {error}") from error
         return keep, joined
 
     def steps(self, store: int) -> pa.Table:
-        """The step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
+        """Return the step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
         return read_table(self._token_paths[store], layout.STEPS_FILE)
 
     def step_hz(self, store: int) -> dict[str, float]:
-        """True rate of steps of every episode in a store: its video's frame rate over its stride."""
+        """Return the true rate of steps of every episode in a store: its video's frame rate over its stride."""
         table = read_table(self._token_paths[store], layout.SEGMENTS_FILE)
         return dict(zip(table.column("episode").to_pylist(), table.column("step_hz").to_pylist(), strict=True))
 
@@ -300,24 +305,16 @@ class CachedDataset:
         """Fill `out` [T, N, D] with the tokens of the steps from `start` on as they are stored: int4 [T, N, D / 2].
 
         Raises:
-            StoreDamagedError: Naming the chunk, the episode and the way out.
+            StoreDamagedError: Naming the chunk, its episodes and the way out; so do the next two.
         """
-        self._read(store, layout.TOKENS, start, out)
+        self._reader(store, layout.TOKENS).read(start, out)
 
     def read_token_scales(self, store: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` [T, N] float32 with the scales of the same steps, where codes are stored; int4 [T, N, D / 64] float16.
-
-        Raises:
-            StoreDamagedError: Naming the chunk, the episode and the way out.
-        """
-        self._read(store, layout.TOKEN_SCALES, start, out)
+        """Fill `out` [T, N] float32 with the scales of the same steps, where codes are stored; int4 [T, N, D / 64] float16."""
+        self._reader(store, layout.TOKEN_SCALES).read(start, out)
 
     def channels(self, store: int) -> Channels:
-        """The channels' scales and means of a store, where codes are stored: [D] float32 each.
-
-        Raises:
-            StoreDamagedError: Naming the file and the way out.
-        """
+        """Return the channels' scales and means of a store, where codes are stored: [D] float32 each."""
         if store not in self._channels:
             arrays = []
             for name in (layout.CHANNEL_SCALES, layout.CHANNEL_MEANS):
@@ -326,28 +323,18 @@ class CachedDataset:
             self._channels[store] = Channels(*arrays)
         return self._channels[store]
 
-    def _read(self, store: int, name: str, start: int, out: np.ndarray) -> None:
-        try:
-            self._reader(store, name).read(start, out)
-        except StoreDamagedError as error:
-            episodes = {
-                s.episode for s in self.segments if s.store == store and s.start < start + len(out) and start < s.stop
-            }
-            error.add_note(f"while reading episode {', '.join(sorted(episodes))}")
-            raise
-
     def controls(self, store: int) -> tuple[np.ndarray, np.ndarray]:
-        """Unscaled actions [n, A] and states [n, S] of a store, float32."""
+        """Return unscaled actions [n, A] and states [n, S] of a store, float32."""
         with self._lock:
             if store not in self._controls:
                 self._controls[store] = read_actions(self._action_paths[store])
             return self._controls[store]
 
     def controls_of(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-        """Unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment, float32.
+        """Return unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment.
 
         Raises:
-            ValueError: One of them is not finite, as in stores of releases that did not look; the episode and the way out are named.
+            ValueError: One of them is not finite, as in stores of releases that did not look.
         """
         actions, states = self.controls(segment.store)
         rows = actions[segment.start : segment.stop - 1], states[segment.start : segment.stop]
@@ -362,7 +349,7 @@ class CachedDataset:
         return rows
 
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
-        """Raw controls of a store: episode to name to [M]; reads a whole file, StoreDamagedError where it is not whole."""
+        """Return the raw controls of a store, episode to name to [M]; a StoreDamagedError where the file is not whole."""
         part, entry = self.manifest.stores[store]
         file = self._root.controls(part.source_fingerprint, entry.unit_digest)
         self._root.fetch(file)
@@ -392,3 +379,7 @@ def _read_listed(store: Path, digest: str) -> StoreFile:
             f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
         )
     return stated
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

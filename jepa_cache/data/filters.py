@@ -27,20 +27,19 @@ NO_FILTER = FilterConfig(
     only_success=False,
     min_steps=1,
 )
-# Luma deviation, of 255, below which a frame is of one colour. The flattest frame of play at hand, a forest at night, has 13.5;
-# the loading screen of that recording has 13.7, so no threshold tells those two apart.
+REFUSED = (
+    "filter.{key}: this recording does not record {what} (others of its source may); set it to false, or encode a data set "
+    "without such recordings"
+)
+# Luma deviation, of 255, below which a frame is of one colour. The flattest frame of play at hand, a forest at night, has
+# 13.5; the loading screen of that recording has 13.7, so no threshold distinguishes those two.
 PLAIN_LUMA_STD = 4.0
 
 
 def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
-    """Which steps of a store the filters on the step table leave, [n] bool.
+    """Return which steps of a store the filters on its step table leave, [n] bool.
 
-    Args:
-        steps: The store's step table, `store.layout.STEPS_SCHEMA`.
-        config: `drop_gui`, `drop_null` and the part of `drop_loading` that goes by pictures count here.
-
-    Raises:
-        ValueError: A filter needs a record that the recording does not have.
+    `drop_gui`, `drop_null` and the part of `drop_loading` that goes by pictures count here. Raises as `keep_ticks`.
     """
     keep = np.ones(len(steps), bool)
     if config.drop_gui:
@@ -48,7 +47,7 @@ def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
     if config.drop_null:
         idle, followed = steps.column("idle").to_numpy(), np.diff(steps.column("segment").to_numpy()) == 0
         if followed.any() and np.isnan(idle).all():
-            raise ValueError(_refuse("drop_null", "when somebody acts"))
+            raise ValueError(REFUSED.format(key="drop_null", what="when somebody acts"))
         # NaN at an episode's end, where nothing acts any more, is no reason to drop.
         keep &= ~(idle == 1.0)
     if config.drop_loading:
@@ -57,7 +56,7 @@ def keep_steps(steps: pa.Table, config: FilterConfig) -> np.ndarray:
 
 
 def needs_controls(config: FilterConfig) -> bool:
-    """Whether `keep_ticks` can drop anything under these filters, so that the controls have to be read."""
+    """Return whether `keep_ticks` can drop anything under these filters, so that the controls have to be read."""
     flags = (config.drop_loading, config.drop_idle, config.drop_skipped_actions, config.only_success)
     return any(flags) or config.keep_ranges is not None
 
@@ -65,7 +64,7 @@ def needs_controls(config: FilterConfig) -> bool:
 def keep_ticks(
     controls: Mapping[str, np.ndarray], config: FilterConfig, ranges: Sequence[tuple[int, int]] | None = None
 ) -> np.ndarray:
-    """Which native ticks of an episode the filters on controls leave, [M] bool.
+    """Return which native ticks of an episode the filters on controls leave, [M] bool.
 
     Args:
         controls: Name to [M] array, as the source recorded them.
@@ -92,44 +91,35 @@ def keep_ticks(
 
 
 def find_first_act(idle: np.ndarray) -> int:
-    """The first tick, from 1 on, at which somebody acts; M where nobody ever does.
+    """Return the first tick, from 1 on, at which somebody acts, from `idle` [M], 1 where nothing is done; M if nobody does.
 
-    Nobody can act while a world is loading, and few do at once when it is there. Tick 0 does not count: it holds what was
-    pressed and moved while the world was loading (attack in 63 of 64 VPT logs).
-
-    Args:
-        idle: [M], 1 where nothing is done.
+    Nobody can act while a world is loading, and few do at once when it is there. Tick 0 does not count: it holds what
+    was pressed and moved while the world was loading (attack in 63 of 64 VPT logs).
     """
     acts = np.flatnonzero(np.asarray(idle)[1:] < 1)
     return int(acts[0]) + 1 if len(acts) else len(idle)
 
 
 def join_steps(keep: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Which steps may be followed by the next one: no tick between the two was dropped.
+    """Return which steps may be followed by the next one, as no tick between the two was dropped: [n] bool, the last False.
 
     Args:
         keep: [M] bool, the ticks that are left.
         anchors: [n] ticks of the steps, non-decreasing.
-
-    Returns:
-        [n] bool; False for the last step, which nothing follows.
     """
     dropped = np.concatenate(([0], np.cumsum(~keep)))[anchors]
     return np.concatenate((np.diff(dropped) == 0, [False]))
 
 
 def cut_runs(start: int, stop: int, keep: np.ndarray, joined: np.ndarray, min_steps: int) -> list[tuple[int, int]]:
-    """The contiguous runs of kept and joined steps inside [start, stop) that have at least `min_steps`.
+    """Return [start, stop) of the contiguous runs of kept and joined steps in a segment that have at least `min_steps`.
 
     Args:
-        start: First step of a segment.
+        start: First step of the segment.
         stop: One past its last.
         keep: [n] bool over the whole store.
         joined: [n] bool over the whole store: whether the next step may follow.
         min_steps: Shorter runs are dropped.
-
-    Returns:
-        [start, stop) of each run, in order.
     """
     inside = keep[start:stop]
     linked = inside[:-1] & inside[1:] & joined[start:stop][:-1]
@@ -140,7 +130,7 @@ def cut_runs(start: int, stop: int, keep: np.ndarray, joined: np.ndarray, min_st
 
 
 def ranges_path(config: FilterConfig, base: Path) -> Path | None:
-    """The file that `filter.keep_ranges` names: `PATH`, or `PATH@DIGEST` with the beginning of the content's sha256.
+    """Return the file that `filter.keep_ranges` names: `PATH`, or `PATH@DIGEST` with the beginning of its sha256.
 
     DVC compares this setting alone, so an edited file would be overlooked there; hence the digest is needed under DVC.
 
@@ -162,15 +152,11 @@ def ranges_path(config: FilterConfig, base: Path) -> Path | None:
             f"{base}, or null"
         )
     found = file_digest(path) if digest or os.environ.get("DVC_STAGE") else ""
-    if not found.startswith(digest):
+    if found and not (digest and found.startswith(digest)):
+        reason = f"{path} was edited; put it back" if digest else f"DVC would overlook an edit of {path}"
         raise ValueError(
-            f"filter.keep_ranges={config.keep_ranges!r}: the sha256 of {path} begins with {found[:DIGEST_SHOWN]}, so it was edited; "
-            f"put it back, or set filter.keep_ranges to {name}@{found[:DIGEST_SHOWN]}"
-        )
-    if found and not digest:
-        raise ValueError(
-            f"filter.keep_ranges={config.keep_ranges!r}: DVC would overlook an edit of that file; set filter.keep_ranges to "
-            f"{name}@{found[:DIGEST_SHOWN]}, which says its content too"
+            f"filter.keep_ranges={config.keep_ranges!r}: {reason}, or set filter.keep_ranges to {name}@{found[:DIGEST_SHOWN]}, which says "
+            "its present content"
         )
     return path
 
@@ -184,12 +170,5 @@ def _mask(ranges: Sequence[tuple[int, int]], num_ticks: int) -> np.ndarray:
 
 def _read(controls: Mapping[str, np.ndarray], name: str, key: str, what: str) -> np.ndarray:
     if name not in controls:
-        raise ValueError(_refuse(key, what))
+        raise ValueError(REFUSED.format(key=key, what=what))
     return controls[name]
-
-
-def _refuse(key: str, what: str) -> str:
-    return (
-        f"filter.{key}: this recording does not record {what} (others of its source may); set it to false, or encode a data set "
-        "without such recordings"
-    )

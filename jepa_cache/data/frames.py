@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,11 +16,6 @@ from jepa_cache.store.digests import DigestTable
 
 def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment]) -> list[np.ndarray | None]:
     """Decode the anchor frames of some runs of steps.
-
-    Args:
-        config: Names the sources of the data set and the decoder.
-        dataset: The cached data set.
-        runs: Steps of one episode each, such as a window.
 
     Returns:
         For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
@@ -62,10 +56,6 @@ def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment])
                     break
         if wanted:
             raise ValueError(
-                f"{_name(files)} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
+                f"{files[0]} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
             )
     return frames
-
-
-def _name(files: Sequence[Path]) -> str:
-    return f"{files[0]}" + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")

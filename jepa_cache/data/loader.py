@@ -12,17 +12,51 @@ import torch
 from torch import Tensor
 
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.dequantise import TokenScales, dequantise
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.store.quantisation import scales_dtype, scales_shape
+from jepa_cache.store.quantisation import Codec, scales_dtype, scales_shape
+
+
+class TokenScales(NamedTuple):
+    """What turns the codes of B windows into values.
+
+    Attributes:
+        tokens: [B, T, N] float32, or [B, T, N, D / 64] float16 for int4.
+        channels: [B, D] float32, of the store that each window is from.
+        means: [B, D] float32, likewise.
+        codec: By which the codes are stored.
+    """
+
+    tokens: Tensor
+    channels: Tensor
+    means: Tensor
+    codec: Codec
+
+    def to(self, device: torch.device) -> TokenScales:
+        """Return the same on a device."""
+        return TokenScales(self.tokens.to(device), self.channels.to(device), self.means.to(device), self.codec)
+
+
+def dequantise(tokens: Tensor, scales: TokenScales | None) -> Tensor:
+    """Turn codes as they are stored into values [B, T, N, D] float32: `store.quantisation.decode`, bit for bit.
+
+    On the device of the batch, so that a GPU is sent the stored bytes. Without scales the values themselves are stored,
+    and returned.
+    """
+    if scales is None:
+        return tokens
+    codes = scales.codec.unpack_tensor(tokens)
+    num_groups = scales.tokens.shape[3] if scales.tokens.ndim == 4 else 1
+    codes.unflatten(-1, (num_groups, -1)).mul_(scales.tokens.float().reshape(*codes.shape[:3], num_groups, 1))
+    # Two roundings, as the formula has: a fused multiply-add would have one.
+    return codes.mul_(scales.channels[:, None, None]).add_(scales.means[:, None, None])
 
 
 class Batch(NamedTuple):
     """B windows of T steps.
 
     Attributes:
-        tokens: [B, T, N, D], raw encoder output: as stored (int4 [B, T, N, D / 2]), after `to_device` floating-point values.
+        tokens: [B, T, N, D], raw encoder output: as stored (int4 [B, T, N, D / 2]), after `to_device` values.
         actions: [B, T-1, A] float32, scaled; `actions[:, t]` leads from step t to t+1.
         states: [B, T, S] float32, scaled.
         numbers: [B] window numbers in the index.
@@ -37,19 +71,13 @@ class Batch(NamedTuple):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, its tokens as values: what is copied are the stored bytes. The copies have ended on return.
+    """Copy a batch to a device, its tokens as values; the copies have ended on return.
 
     Tensors that are on the device already and values that need no formula stay the same memory.
     """
-    tokens = batch.tokens.to(device)
-    if batch.scales is not None:
-        tokens = dequantise(tokens, batch.scales.to(device))
-    return batch._replace(
-        tokens=tokens,
-        actions=batch.actions.to(device),
-        states=batch.states.to(device),
-        scales=None,
-    )
+    scales = batch.scales and batch.scales.to(device)
+    tokens = dequantise(batch.tokens.to(device), scales)
+    return Batch(tokens, batch.actions.to(device), batch.states.to(device), batch.numbers)
 
 
 class WindowLoader:
@@ -68,17 +96,10 @@ class WindowLoader:
         num_threads: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """Prepare the scaled controls' source and the thread pool.
+        """Refuse a scaler that was fitted for another action space or sampling.
 
-        Args:
-            dataset: Where tokens are read.
-            index: Windows by number.
-            scaler: Applied to actions and states.
-            num_threads: Reading threads, and batches in flight beyond the one in use.
-            pin_memory: Page-locked buffers, for copies to a CUDA device.
-
-        Raises:
-            ValueError: When the scaler was fitted for another action space or sampling.
+        `num_threads` read, and as many batches are in flight beyond the one in use; `pin_memory` makes page-locked
+        buffers, for copies to a CUDA device.
         """
         if scaler.action_fingerprint != dataset.manifest.action_fingerprint:
             raise ValueError(
@@ -93,7 +114,7 @@ class WindowLoader:
     def iterate(
         self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]], device: torch.device | None = None
     ) -> Iterator[Batch]:
-        """Yield a Batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
+        """Yield a batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
         numbers = iter(batches)
         pending: list[Future[Batch]] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
@@ -117,7 +138,7 @@ class WindowLoader:
                     future.cancel()
 
     def read(self, numbers: Sequence[int]) -> Batch:
-        """One batch, read now, in buffers of its own."""
+        """Return one batch, read now, in buffers of its own."""
         return self._fill(self._buffer(len(numbers), None), np.asarray(numbers))
 
     def _buffer(self, batch_size: int, old: Batch | None) -> Batch:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from jepa_cache.actions import ActionSpace, Column
 from jepa_cache.config.schema import ScalerConfig
@@ -24,20 +27,12 @@ class ColumnScaler:
     """(x - mean) / scale per column; mean 0 and scale 1 leave a column as it is."""
 
     names: tuple[str, ...]
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
+    mean: tuple[FiniteFloat, ...]
+    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.mean) == len(self.scale):
-            raise ValueError(
-                f"it has {len(self.names)} names, {len(self.mean)} means and {len(self.scale)} scales; each column has one of each"
-            )
-        for name, mean, scale in zip(self.names, self.mean, self.scale, strict=True):
-            numbers = all(isinstance(value, int | float) and abs(value) < 1e300 for value in (mean, scale))
-            if not (isinstance(name, str) and numbers and scale > 0):
-                raise ValueError(
-                    f"column {name!r} has mean {mean!r} and scale {scale!r}; both are finite numbers, the scale above 0"
-                )
+            raise ValueError(f"{len(self.names)} names, {len(self.mean)} means and {len(self.scale)} scales")
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Scale [..., columns] float32 values; the arithmetic is float64."""
@@ -55,11 +50,7 @@ class Scaler:
     action_fingerprint: str
 
     def check_columns(self, space: ActionSpace) -> None:
-        """Refuse to scale other columns than it was fitted on.
-
-        Raises:
-            ValueError: With both lists of names.
-        """
+        """Raise a ValueError, with both lists of names, where an action space has other columns than were fitted."""
         for what, fitted, columns in (("action", self.actions, space.actions), ("state", self.states, space.states)):
             names = tuple(column.name for column in columns)
             if fitted.names != names:
@@ -68,15 +59,9 @@ class Scaler:
                     f"{', '.join(names)}; run `python stages/fit_scaler.py` again"
                 )
 
-    def to_json(self) -> dict:
-        """As plain JSON."""
-        return {
-            "actions": vars(self.actions),
-            "states": vars(self.states),
-            "num_train_steps": self.num_train_steps,
-            "segments_digest": self.segments_digest,
-            "action_fingerprint": self.action_fingerprint,
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Return the scaler as plain JSON."""
+        return asdict(self)
 
 
 def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: ScalerConfig) -> Scaler:
@@ -84,11 +69,6 @@ def fit_scaler(dataset: CachedDataset, segments: Sequence[Segment], config: Scal
 
     Only continuous columns are scaled; binary and one-hot columns keep their meaning. A column that never changes gets
     scale 1.
-
-    Args:
-        dataset: The cached data set.
-        segments: Those of the training split.
-        config: "standard" or "none" for actions and for states.
 
     Raises:
         ValueError: When there is no training segment, none of two steps or more, or one with a number that is not finite.
@@ -136,11 +116,7 @@ def digest_segments(segments: Sequence[Segment]) -> str:
 
 
 def check_scaler(scaler: Scaler, segments: Sequence[Segment]) -> None:
-    """Refuse a scaler that was fitted on other segments than those to be trained on.
-
-    Raises:
-        ValueError: With the command that fits it again.
-    """
+    """Raise a ValueError where a scaler was fitted on other segments than those to be trained on."""
     if scaler.segments_digest != digest_segments(segments):
         raise ValueError(
             "the scaler was fitted on other segments (another split, filter or manifest), so it may have seen held-out "
@@ -155,11 +131,7 @@ def write_scaler(scaler: Scaler, path: Path) -> None:
 
 
 def read_scaler(path: Path) -> Scaler:
-    """Load from JSON.
-
-    Raises:
-        ValueError: When the file is missing or no scaler; says which command makes it.
-    """
+    """Load from JSON; a ValueError says what is wrong, and which command makes it."""
     try:
         return scaler_from_json(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
@@ -168,21 +140,14 @@ def read_scaler(path: Path) -> Scaler:
         raise ValueError(f"{path} is no scaler ({error}); run `python stages/fit_scaler.py` again") from error
 
 
-def scaler_from_json(document: dict) -> Scaler:
-    """The inverse of `Scaler.to_json`.
-
-    Raises:
-        ValueError: The document is no scaler.
-    """
+def scaler_from_json(document: dict[str, Any]) -> Scaler:
+    """Read what `Scaler.to_json` gave; a ValueError says which number cannot be one of a fit."""
     try:
-        actions, states = (
-            ColumnScaler(*(tuple(document[name][key]) for key in ("names", "mean", "scale")))
-            for name in ("actions", "states")
-        )
-        kept = ("num_train_steps", "segments_digest", "action_fingerprint")
-        return Scaler(actions, states, **{key: document[key] for key in kept})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a field is missing or of another kind: {error!r}") from error
+        return TypeAdapter(Scaler).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{place}: {problem['msg']}, got {str(problem['input'])[:60]!r}") from error
 
 
 def _read_rows(dataset: CachedDataset, runs: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jepa_cache.actions import ActionSpace
+from jepa_cache.encoding.groups import EncodingGroup
+from jepa_cache.encoding.task import read_whole, remove_damaged
+from jepa_cache.encoding.units import check_unchanged
+from jepa_cache.episode import Episode
+from jepa_cache.sources import Unit
 from jepa_cache.store import layout
-from jepa_cache.store.controls import iter_controls, write_actions
-from jepa_cache.store.layout import StoreDamagedError, read_store_file
+from jepa_cache.store.controls import ControlsWriter, is_readable, iter_controls, write_actions
+from jepa_cache.store.layout import StoreDamagedError, StoreFile
 from jepa_cache.store.reader import read_table
+from jepa_cache.store.root import CacheRoot
+
+
+def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: StoreFile | None = None) -> StoreFile:
+    """Sum up the unit's actions unless they exist; what the store.json of the actions says.
+
+    Token stores of two recipes share their actions as long as their steps are the same. They are not where a video can
+    be decoded under one recipe only, for its episode is then missing in the other.
+    """
+    store, tokens_store = group.actions(root, unit), group.tokens(root, unit)
+    tokens = tokens or root.find_store(tokens_store)
+
+    def current() -> StoreFile | None:
+        found = read_whole(root, store)
+        return found if found and found.metadata.get("steps_digest") == tokens.metadata["steps_digest"] else None
+
+    if (found := current()) is not None:
+        return found
+    with root.claimed(store):
+        if remove_damaged(root, store, "making"):
+            if (found := current()) is not None:  # another encoder made them meanwhile
+                return found
+            root.remove(store)
+        space = group.space
+        actions, states, excluded = aggregate_store(tokens_store, ensure_controls(root, group, unit), space)
+        metadata = {
+            "actions": [column._asdict() for column in space.actions],
+            "states": [column._asdict() for column in space.states],
+            "excluded": excluded,
+            "num_steps": len(actions),
+            "steps_digest": tokens.metadata["steps_digest"],
+        }
+        write_actions(store, actions, states, metadata)
+        root.publish(store)
+    return root.find_store(store)
+
+
+def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
+    """The unit's controls; read from the recordings again where they are missing or damaged. Decodes nothing."""
+    controls = group.controls(root, unit)
+    with suppress(StoreDamagedError):  # in the bucket; a whole copy here is as good
+        root.fetch(controls)
+    if not is_readable(controls):
+        root.remove(controls)
+        recordings = (it for it in group.source.iter_episodes(unit) if isinstance(it, Episode))
+        write_controls(root, controls, ((it.key, it.controls) for it in recordings), unit)
+    return controls
+
+
+def write_controls(
+    root: CacheRoot, path: Path, controls: Iterable[tuple[str, Mapping[str, np.ndarray]]], unit: Unit | None = None
+) -> None:
+    """Write and publish the controls of a unit unless they are there; those that are damaged in a bucket are replaced."""
+    try:
+        if root.fetch(path):
+            return
+    except StoreDamagedError:  # in the bucket
+        root.remove(path)
+    with ControlsWriter(path) as writer:
+        for episode, columns in controls:
+            writer.append(episode, columns)
+        if unit is not None:
+            check_unchanged(unit)
+    root.publish(path)
 
 
 def aggregate_store(
@@ -19,14 +90,9 @@ def aggregate_store(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     """Actions and states for every step of one token store.
 
-    Args:
-        tokens_store: Published store, of which only the step and segment tables are read.
-        controls_file: Controls of the same unit.
-        space: Rule of aggregation.
-
     Returns:
-        actions [n, A] float32 (row i leads to step i+1, the last row of each segment NaN), states [n, S] float32, and for
-        every episode that this action space cannot describe the reason; its rows are NaN.
+        actions [n, A] float32 (row i leads to step i+1, the last row of each segment NaN), states [n, S] float32, and
+        for every episode that this action space cannot describe the reason; its rows are NaN.
 
     Raises:
         StoreDamagedError: The two are of other units.
@@ -58,16 +124,3 @@ def aggregate_store(
             "another unit's store. Delete both and run `python stages/encode.py`, which makes them again"
         )
     return actions, states, excluded
-
-
-def write_unit_actions(final: Path, tokens_store: Path, controls_file: Path, space: ActionSpace) -> None:
-    """Aggregate one unit and publish the result; the store's metadata names columns and excluded episodes."""
-    actions, states, excluded = aggregate_store(tokens_store, controls_file, space)
-    metadata = {
-        "actions": [column._asdict() for column in space.actions],
-        "states": [column._asdict() for column in space.states],
-        "excluded": excluded,
-        "num_steps": len(actions),
-        "steps_digest": read_store_file(tokens_store).metadata["steps_digest"],
-    }
-    write_actions(final, actions, states, metadata)

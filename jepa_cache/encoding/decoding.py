@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.encoding.groups import EncodingGroup
 from jepa_cache.encoding.steps import StepPlan, plan_episode
 from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.probe import DecodeError
 from jepa_cache.media.video import Video, open_video
-from jepa_cache.sources import Source, Unit, describe_unreadable
+from jepa_cache.sources import Unit, describe_unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -33,75 +36,64 @@ class PixelBatch(NamedTuple):
     luma: np.ndarray  # [B * G, 2] float32
 
 
+class UnreadableError(Exception):
+    """A unit cannot be read now, or not to its end: what came of it is not used, and the next run tries it again."""
+
+
 class UnitEnd(NamedTuple):
-    """Marks the end of a unit, whose beginning is marked by the unit itself."""
+    """Marks the end of a unit, and says why it cannot be read to its end."""
 
-    unit: Unit
-
-
-class UnreadableUnit(NamedTuple):
-    """Marks that a unit cannot be read, or not to its end, and why: what came of it is not used."""
-
-    unit: Unit
-    reason: str
+    problem: str | None = None
 
 
-class Unusable(NamedTuple):
-    """A recording that was read but gives no step under these settings, and why."""
-
-    episode: Episode
-    reason: str
-
-
-@dataclass
 class EpisodeStream:
     """One episode on its way to the encoder: its plan, and batches that arrive while it is decoded."""
 
-    episode: Episode
-    plan: StepPlan
-    batches: queue.Queue[PixelBatch | Exception | None] = field(default_factory=lambda: queue.Queue(BATCHES_AHEAD))
-    decoder: str = ""
+    def __init__(
+        self, episode: Episode, plan: StepPlan | None, num_bytes: int, get: Callable[[queue.Queue], Any]
+    ) -> None:
+        """Begin without a batch; `plan` is None where the episode gives no step, `get` takes from a queue."""
+        self.episode, self.plan, self.num_bytes, self._get = episode, plan, num_bytes, get
+        self.batches: queue.Queue[PixelBatch | Exception | None] = queue.Queue(BATCHES_AHEAD)
+        self.decoder = ""
+        self.dropped = False
 
     def __iter__(self) -> Iterator[PixelBatch]:
-        """Yield batches in order; raises what the decoder raised."""
-        while (item := self.batches.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
+        """Yield batches in order; raises DecodeError where the video is bad, UnreadableError where its file is."""
+        while (item := self._get(self.batches)) is not None:
             yield item
 
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How recordings become encoder inputs."""
-
-    encode: EncodeConfig
-    tubelet_size: int
-    phase: int
+    def drop(self) -> None:
+        """Let the decoder end: nobody wants the rest."""
+        self.dropped = True
+        with suppress(Exception):
+            for _ in self:
+                pass
 
 
 class Decoders:
-    """Iterates over the streams of all units in order while `num_decoders` threads work ahead.
+    """Iterates over all units in order, each with its recordings, while threads work ahead of the consumer.
 
     A feeder thread reads recordings from the source; each gets a decoding task. Queues are bounded, so memory holds a
-    few episodes' containers and a few batches however long the run is. Batches never cross episodes, so the tokens of an
-    episode depend on nothing else.
+    few episodes' containers and a few batches however long the run is. Batches never cross episodes, so the tokens of
+    an episode depend on nothing else.
+
+    Attributes:
+        wait_s: Seconds that the consumer waited.
     """
 
     def __init__(
-        self,
-        source: Source,
-        units: Iterable[Unit],
-        settings: DecodeSettings,
-        preprocess: Callable[[np.ndarray], torch.Tensor],
+        self, group: EncodingGroup, units: Iterable[Unit], preprocess: Callable[[np.ndarray], torch.Tensor]
     ) -> None:
-        self._source, self._units, self._settings, self._preprocess = source, units, settings, preprocess
-        self._items: queue.Queue[
-            EpisodeStream | Skipped | Unusable | Unit | UnitEnd | UnreadableUnit | Exception | None
-        ] = queue.Queue(settings.encode.num_decoders)
+        self.wait_s = 0.0
+        self._group, self._units, self._preprocess = group, units, preprocess
+        self._items: queue.Queue[Unit | EpisodeStream | Skipped | UnitEnd | Exception | None] = queue.Queue(
+            group.encode.num_decoders
+        )
         self._stop = threading.Event()
 
     def __enter__(self) -> Decoders:
-        self._pool = ThreadPoolExecutor(self._settings.encode.num_decoders, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(self._group.encode.num_decoders, thread_name_prefix="decode")
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
         return self
@@ -111,11 +103,30 @@ class Decoders:
         self._feeder.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[EpisodeStream | Skipped | Unusable | Unit | UnitEnd | UnreadableUnit]:
-        while (item := self._items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
+    def __iter__(self) -> Iterator[tuple[Unit, Iterator[EpisodeStream | Skipped]]]:
+        """Yield every unit with its recordings; what the consumer leaves of them is dropped."""
+        while (unit := self._get(self._items)) is not None:
+            recordings = self._iter_recordings()
+            yield unit, recordings
+            with suppress(UnreadableError):
+                for recording in recordings:
+                    if isinstance(recording, EpisodeStream):
+                        recording.drop()
+
+    def _iter_recordings(self) -> Iterator[EpisodeStream | Skipped]:
+        """Yield up to the unit's end; raises UnreadableError where it cannot be read so far."""
+        while not isinstance(item := self._get(self._items), UnitEnd):
             yield item
+        if item.problem is not None:
+            raise UnreadableError(item.problem)
+
+    def _get(self, source: queue.Queue) -> Any:
+        begun = time.perf_counter()
+        item = source.get()
+        self.wait_s += time.perf_counter() - begun
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def _feed(self) -> None:
         try:
@@ -126,55 +137,57 @@ class Decoders:
         except Exception as error:  # handed to the consumer, which raises it
             self._put(self._items, error)
 
-    def _feed_unit(self, unit: Unit) -> UnitEnd | UnreadableUnit:
-        recordings = self._source.iter_episodes(unit)
+    def _feed_unit(self, unit: Unit) -> UnitEnd:
+        recordings = self._group.source.iter_episodes(unit)
         while not self._stop.is_set():
             try:
                 recording = next(recordings, None)
+                num_bytes = video_bytes(recording.video) if isinstance(recording, Episode) else 0
             except (ValueError, OSError) as error:
-                return UnreadableUnit(unit, describe_unreadable(error))
+                return UnitEnd(describe_unreadable(error))
             if recording is None:
                 break
-            self._put(self._items, self._start(recording))
-        return UnitEnd(unit)
+            self._put(self._items, self._start(recording, num_bytes))
+        return UnitEnd()
 
-    def _start(self, recording: Episode | Skipped) -> EpisodeStream | Skipped | Unusable:
+    def _start(self, recording: Episode | Skipped, num_bytes: int) -> EpisodeStream | Skipped:
         if isinstance(recording, Skipped):
             return recording
-        settings = self._settings
+        group = self._group
         try:
             plan = plan_episode(
                 len(recording.frame_ticks),
                 recording.fps,
-                settings.encode,
-                tubelet_size=settings.tubelet_size,
-                phase=settings.phase,
+                group.encode,
+                tubelet_size=group.encoder.preset.tubelet_size,
+                phase=group.phase,
                 times_s=recording.frame_times_s,
             )
         except ValueError as error:
-            return Unusable(recording, str(error))
-        stream = EpisodeStream(recording, plan)
-        self._pool.submit(self._decode, stream)
+            stream = EpisodeStream(recording, None, num_bytes, self._get)
+            stream.batches.put(DecodeError(str(error)))
+            return stream
+        stream = EpisodeStream(recording, plan, num_bytes, self._get)
+        self._pool.submit(self._decode, stream, plan.inputs)
         return stream
 
-    def _decode(self, stream: EpisodeStream) -> None:
-        inputs, encode = stream.plan.inputs, self._settings.encode
+    def _decode(self, stream: EpisodeStream, inputs: np.ndarray) -> None:
+        episode, encode = stream.episode, self._group.encode
+        end: Exception | None = None
         try:
-            episode = stream.episode
-            video = open_video(
+            with open_video(
                 episode.video, encode.decoder, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)
-            )
-            try:
+            ) as video:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), encode.batch_size):
-                    if self._stop.is_set():
-                        return
+                    if self._stop.is_set() or stream.dropped:
+                        break
                     self._put(stream.batches, self._read_batch(video, inputs[start : start + encode.batch_size]))
-            finally:
-                video.close()
-            self._put(stream.batches, None)
-        except Exception as error:  # handed to the consumer, which raises it
-            self._put(stream.batches, error)
+        except OSError as error:  # the disk or network failed, or the file is gone
+            end = UnreadableError(describe_unreadable(error))
+        except Exception as error:
+            end = error
+        self._put(stream.batches, end)
 
     def _read_batch(self, video: Video, inputs: np.ndarray) -> PixelBatch:
         """Decode and preprocess the frames [B, G] of one batch."""
@@ -196,6 +209,13 @@ class Decoders:
                 return
             except queue.Full:
                 continue
+
+
+def video_bytes(video: Any) -> int:
+    """Size of an encoded video, whatever form it has."""
+    if isinstance(video, bytes):
+        return len(video)
+    return video.stat().st_size if isinstance(video, Path) else video.size_bytes
 
 
 def luma_statistics(frames: np.ndarray) -> np.ndarray:

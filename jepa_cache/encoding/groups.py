@@ -1,9 +1,10 @@
 """Groups of units that share one recipe, with everything that decides the numbers in their stores.
 
-A group is one data set of a mixture, seen by one camera from one starting offset. It is split in two where some units are read in
-another way than by the first release, which placed and sampled the frames of every recording as if they came at one rate, and left streams,
-turned pictures and unusual pixels to whichever decoder it took. Only units with a recording for which that matters carry the number of the
-new way in their recipes; the stores of all others are found again.
+A group is one data set of a mixture, seen by one camera from one starting offset. It is split in two where some units
+are read in another way than by the first release, which placed and sampled the frames of every recording as if they
+came at one rate, and left streams, turned pictures and unusual pixels to whichever decoder it took. Only units with a
+recording for which that matters carry the number of the new way in their recipes; the stores of all others are found
+again.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import functools
 import itertools
 import json
 import math
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace, get_action_space
-from jepa_cache.config.machine import default_num_threads, state_folder
+from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import find_weights, resolve_weights, weights_identity
 from jepa_cache.encoding.steps import sampling_stride
@@ -34,12 +33,12 @@ from jepa_cache.media.images import FrameSequence, SideBySide
 from jepa_cache.media.probe import UPRIGHT, VIDEO_SUFFIXES, DecodeError, probe_video
 from jepa_cache.media.video import MIN_SEEK_FRAMES
 from jepa_cache.sources import Source, Unit, build_source, describe_unreadable, iter_recordings
-from jepa_cache.store.digests import DigestTable, Remembered
+from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 
 NUM_LOOKED_AT = 8
-"""Recordings that may hold other columns than an action space's before the space is taken to be the wrong one: at most 0.5^8 by chance."""
+"""Recordings with other columns than an action space's before it is taken to be the wrong one: by chance at most 0.5^8."""
 MAX_EXPECTED_SHARE = 0.5
 SCAN_BYTES = 256 << 20
 """What `scan_units` hashes of new and changed files: some tenths of a second. Terabytes are left to stage one."""
@@ -85,13 +84,8 @@ class EncodingGroup:
 
     @property
     def space(self) -> ActionSpace:
-        """Action space of its actions and states."""
+        """Of its actions and states."""
         return get_action_space(self.action_recipe["action_space"])
-
-    @property
-    def reading(self) -> int:
-        """The way in which its recordings are read; 1 is that of the first release."""
-        return self.recipe["source"].get("reading", 1)
 
     @property
     def view(self) -> str:
@@ -142,60 +136,50 @@ def group_units_by_recipe(
     inputs: Sequence[str],
     base: Path,
     *,
-    digest_units: UnitDigester | None = None,
+    budget_bytes: float = math.inf,
     most_bytes: float = math.inf,
 ) -> list[EncodingGroup]:
     """One group for every data set of a mixture, camera and phase; two where some recordings are read otherwise.
-
-    Args:
-        config: Resolved settings.
-        encoder: From `open_encoder`.
-        inputs: Replace the presets' lists when not empty.
-        base: Folder that relative paths are meant from.
-        digest_units: Names the content of units; None hashes whatever is new.
-        most_bytes: As in `find_readings`.
 
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
     """
     check_inputs(config, inputs)
-    digest_units = digest_units or UnitDigester()
     encode, space, groups = config.encode, get_action_space(config.encode.action_space), []
-    for preset, weight in config.members:
-        for camera in encode.cameras or (None,):
-            source = open_source(preset, camera)
-            found, notes = list_units(source, preset, inputs, base), ()
-            if encode.max_units is not None and len(found) > encode.max_units:
-                notes = (
-                    f"encode.max_units is {encode.max_units}: {len(found) - encode.max_units} of {len(found)} units were not read",
+    digest_units, most_units = UnitDigester(budget_bytes), encode.max_units
+    for (preset, weight), camera in itertools.product(config.members, encode.cameras or (None,)):
+        source = open_source(preset, camera)
+        found, notes = list_units(source, preset, inputs, base), ()
+        if most_units is not None and len(found) > most_units:
+            notes = (
+                f"encode.max_units is {most_units}: {len(found) - most_units} of {len(found)} units were not read",
+            )
+        digested = digest_units(found[:most_units])
+        readings = find_readings(source, digested.units, encode.decoder, most_bytes=most_bytes)
+        ways = sorted({reading for reading in readings if isinstance(reading, int)}) or [1]
+        unreadable = digested.unreadable + [reason for reason in readings if isinstance(reason, Skipped)]
+        for phase, reading in itertools.product(_phases(config, source, digested.units), ways):
+            recipe = name_reading(source.recipe, reading)
+            units = [unit for unit, one in zip(digested.units, readings, strict=True) if one == reading]
+            digests = {unit.digest for unit in units}
+            groups.append(
+                EncodingGroup(
+                    preset=preset,
+                    weight=weight,
+                    camera=camera,
+                    phase=phase,
+                    units=units,
+                    recipe=token_recipe(encode, encoder.preset, recipe, encoder.identity, phase=phase),
+                    action_recipe=action_recipe(encode, encoder.preset, recipe, space, phase=phase),
+                    encode=encode,
+                    encoder=encoder,
+                    num_threads=default_num_threads(),
+                    notes=notes,
+                    copies=[copy for copy in digested.copies if copy.digest in digests],
+                    # Counted once, whatever the number of ways in which the others are read.
+                    unreadable=unreadable if reading == ways[0] else [],
                 )
-                found = found[: encode.max_units]
-            digested = digest_units(found)
-            readings = find_readings(source, digested.units, encode.decoder, most_bytes=most_bytes)
-            ways = sorted({reading for reading in readings if isinstance(reading, int)}) or [1]
-            unreadable = digested.unreadable + [reason for reason in readings if isinstance(reason, Skipped)]
-            for phase, reading in itertools.product(_phases(config, source, digested.units), ways):
-                recipe = name_reading(source.recipe, reading)
-                units = [unit for unit, one in zip(digested.units, readings, strict=True) if one == reading]
-                digests = {unit.digest for unit in units}
-                groups.append(
-                    EncodingGroup(
-                        preset=preset,
-                        weight=weight,
-                        camera=camera,
-                        phase=phase,
-                        units=units,
-                        recipe=token_recipe(encode, encoder.preset, recipe, encoder.identity, phase=phase),
-                        action_recipe=action_recipe(encode, encoder.preset, recipe, space, phase=phase),
-                        encode=encode,
-                        encoder=encoder,
-                        num_threads=default_num_threads(),
-                        notes=notes,
-                        copies=[copy for copy in digested.copies if copy.digest in digests],
-                        # Counted once, whatever the number of ways in which the others are read.
-                        unreadable=unreadable if reading == ways[0] else [],
-                    )
-                )
+            )
     return groups
 
 
@@ -210,27 +194,17 @@ def _open_source(name: str, options: str) -> Source:
     return build_source(name, json.loads(options))
 
 
-def used_encoder(config: Config) -> EncoderPreset:
-    """The encoder preset with the weights that `encode.weights` names in place of its own."""
-    if config.encode.weights == config.encoder.weights:
-        return config.encoder
-    return replace(config.encoder, weights=config.encode.weights, weights_sha256=None)
-
-
 def open_encoder(config: Config, base: Path, *, download: bool = True) -> OpenedEncoder:
     """The encoder that the settings name, with weights that are on this machine afterwards.
-
-    Args:
-        config: Resolved settings.
-        base: Folder that relative paths are meant from.
-        download: Whether weights may be downloaded; else such as are not on this machine get an identity that says so.
 
     Raises:
         ValueError: Weights that cannot be had, or are not those of the preset.
 
     Cost: a download where they are not here, and a digest of a file that is new; minutes for several GB.
     """
-    preset, weights = used_encoder(config), None
+    preset, weights = config.encoder, None
+    if config.encode.weights != preset.weights:
+        preset = replace(preset, weights=config.encode.weights, weights_sha256=None)
     if preset.weights is not None:
         weights = (resolve_weights if download else find_weights)(preset.weights, base=base, kind=preset.kind)
         if weights is None:
@@ -238,25 +212,14 @@ def open_encoder(config: Config, base: Path, *, download: bool = True) -> Opened
     return OpenedEncoder(preset, weights, weights_identity(preset, weights, digest=DigestTable().digest))
 
 
-class Inventory(NamedTuple):
-    """The groups of a run as the present settings and recordings make them, what the reader should know, and what was known of units."""
-
-    groups: list[EncodingGroup]
-    notes: list[str]
-    remembered: Remembered
-
-
-def scan_units(config: Config, inputs: Sequence[str], base: Path, *, most_bytes: float = SCAN_BYTES) -> Inventory:
-    """Find groups and units as stage one would; downloads nothing and reads no recording that was hashed before.
-
-    Args:
-        config: Resolved settings.
-        inputs: Replace the presets' lists when not empty.
-        base: Folder that relative paths are meant from.
-        most_bytes: As in `find_readings`.
+def scan_units(
+    config: Config, inputs: Sequence[str], base: Path, *, most_bytes: float | None = None
+) -> tuple[list[EncodingGroup], list[str]]:
+    """Find groups and units as stage one would, and notes; downloads nothing and reads no recording that was hashed before.
 
     Returns:
-        Groups in which a unit whose content is not known has a digest that `is_unread`.
+        Groups in which a unit whose content is not known has a digest that `is_unread`, and what the reader should
+        know.
 
     Raises:
         ValueError: As `group_units_by_recipe`; or a weights file that does not exist.
@@ -267,14 +230,20 @@ def scan_units(config: Config, inputs: Sequence[str], base: Path, *, most_bytes:
             f"the weights {encoder.preset.weights} are not on this machine, so it cannot be known which stores were made with them; "
             "`python stages/encode.py` downloads them, encode.weights=PATH names a file"
         )
-    digest_units = UnitDigester(SCAN_BYTES)
-    groups = group_units_by_recipe(config, encoder, inputs, base, digest_units=digest_units, most_bytes=most_bytes)
+    groups = group_units_by_recipe(
+        config,
+        encoder,
+        inputs,
+        base,
+        budget_bytes=SCAN_BYTES,
+        most_bytes=SCAN_BYTES if most_bytes is None else most_bytes,
+    )
     if num_unread := len({unit.digest for group in groups for unit in group.units if is_unread(unit)}):
         notes.append(
             f"{num_unread} units are new or have changed and were not read yet (more than {SCAN_BYTES >> 20} MiB): "
             "`python stages/encode.py` reads them, and finds those again whose content it knows"
         )
-    return Inventory(groups, notes, digest_units.remembered)
+    return groups, notes
 
 
 def check_controls(group: EncodingGroup) -> None:
@@ -335,30 +304,29 @@ def find_readings(
 ) -> list[int | Skipped]:
     """1 for each unit that is read as by the first release, `READING` for the others, or why it cannot be read.
 
-    Cost: the first time one pass over the packets and records of a unit, milliseconds a recording; remembered by its digest in
-    the state folder. Of units that were not looked at yet up to `most_bytes` are; the rest is taken for 1.
+    Cost: the first time one pass over the packets and records of a unit, milliseconds a recording; remembered by its
+    digest.
+    Of units that were not looked at yet up to `most_bytes` are; the rest is taken for 1.
     """
     recipe = fingerprint({"source": source.recipe, "decoder": decoder, "reading": READING})
-    readings, new, saved = [], [], time.monotonic()
-    with closing(_connect()) as connection:
-        for unit in tqdm(units, desc="checking recordings", unit="unit", delay=2):
-            key = f"{recipe}:{unit.digest}"
-            row = connection.execute("SELECT reading FROM readings WHERE unit = ?", (key,)).fetchone()
-            reading = row[0] if row else 1
-            if row is None and not is_unread(unit) and (most_bytes := most_bytes - unit.num_bytes) >= 0:
-                try:
-                    reading = _find_reading(source, unit, decoder)
-                    new.append((key, reading))
-                except OSError as error:  # another time it might be read, under what might be the wrong name
-                    reading = Skipped(unit.name, describe_unreadable(error))
-                except ValueError:  # Encoding meets the same error, that of a unit which cannot be read at all.
-                    reading = 1
-            readings.append(reading)
-            if new and (len(readings) == len(units) or time.monotonic() - saved > SAVE_S):
-                # The disk is waited for once a second, and others wait for the table no longer than that.
-                with connection:
-                    connection.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?)", new)
-                new, saved = [], time.monotonic()
+    readings, new, saved, table = [], {}, time.monotonic(), DigestTable()
+    known = table.recall(f"{recipe}:{unit.digest}" for unit in units)
+    for unit in tqdm(units, desc="checking recordings", unit="unit", delay=2):
+        key = f"{recipe}:{unit.digest}"
+        reading: int | Skipped = int(known.get(key, 1))
+        if key not in known and not is_unread(unit) and (most_bytes := most_bytes - unit.num_bytes) >= 0:
+            try:
+                reading = _find_reading(source, unit, decoder)
+                new[key] = str(reading)
+            except OSError as error:  # another time it might be read, under what might be the wrong name
+                reading = Skipped(unit.name, describe_unreadable(error))
+            except ValueError:  # Encoding meets the same error, that of a unit which cannot be read at all.
+                reading = 1
+        readings.append(reading)
+        if new and time.monotonic() - saved > SAVE_S:  # others wait for the table no longer than one write takes
+            table.note(new)
+            new, saved = {}, time.monotonic()
+    table.note(new)
     return readings
 
 
@@ -395,14 +363,6 @@ def _reads_otherwise(episode: Episode, decoder: str) -> bool:
     )
 
 
-def _connect() -> sqlite3.Connection:
-    path: Path = state_folder() / "readings.sqlite"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=60)
-    connection.execute("CREATE TABLE IF NOT EXISTS readings (unit TEXT PRIMARY KEY, reading INTEGER NOT NULL)")
-    return connection
-
-
 # Raised when the same settings would give other tokens or step tables than before.
 ENCODE_VERSION = 1
 
@@ -417,7 +377,8 @@ def token_recipe(
 ) -> dict[str, Any]:
     """Everything that decides the tokens of a store; its hash is the fingerprint.
 
-    Not in it: device, library versions and batch shape (recorded beside the store), the action space, and all of stage two.
+    Not in it: device, library versions and batch shape (recorded beside the store), the action space, and all of stage
+    two.
     """
     return {
         "encode_version": ENCODE_VERSION,

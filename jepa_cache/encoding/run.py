@@ -1,42 +1,40 @@
 """Stage one as a whole: find what is missing under the recipe, encode just that, list everything in a manifest.
 
-Read on in this order: `units` finds recordings and digests them; `groups` puts them under recipes; `task` claims and fills what is missing,
-by `pipeline`, which overlaps `decoding` (of the frames that `steps` chooses), the encoder and the writing; `actions` sums up actions and
-states; `workers` does the same on several processes. `verification` encodes again what is doubted or damaged.
+Read on in this order: `units` finds recordings and digests them; `groups` puts them under recipes; `task` loads the
+encoder and claims units; `pipeline` fills their stores: it overlaps `decoding` (of the frames that `steps` chooses),
+the encoder and the writing; `actions` sums up actions and states; `workers` does the same on several processes.
+`verification` encodes again what is doubted or damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from jepa_cache.config.schema import Config
 from jepa_cache.config.terminal import printable
+from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
-from jepa_cache.encoding.pipeline import HERE, ProgressBar, Timing
-from jepa_cache.encoding.task import (
-    Unreadable,
-    compare_recordings,
-    ensure_actions,
-    fill_group,
-    load_encoder,
-    read_whole,
-    resolve_device,
-    wait_for_others,
-)
-from jepa_cache.encoding.workers import Workers, encode_on_workers
+from jepa_cache.encoding.pipeline import FillResult, ProgressBar, Timing, fill_group
+from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
+from jepa_cache.encoding.workers import encode_on_workers
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
-from jepa_cache.store.layout import StoreFile
+from jepa_cache.store.controls import read_actions
+from jepa_cache.store.copies import Recording, find_equal, note_copies, recall_copies
+from jepa_cache.store.layout import SEGMENTS_FILE, StoreFile
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
+from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
 
-MAX_SHOWN = (
-    10  # skipped recordings of one reason, and implausible values; the manifest and `jepa-cache inspect` list all
-)
+MAX_SHOWN = 10
+"""Skipped recordings of one reason, copies, and implausible values; the manifest and `jepa-cache inspect` list all."""
+
+Stores = dict[tuple[str, str], StoreFile]
+"""What the token stores of units say, by fingerprint and digest."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class EncodeResult:
         num_units: Units that have stores.
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
-        notes: On recordings with the same content; empty where a manifest of just these was written before.
+        notes: On recordings with the same content.
         implausible: Values that their units do not allow, by recording.
     """
 
@@ -60,41 +58,35 @@ class EncodeResult:
     implausible: tuple[str, ...] = ()
 
 
-class _GroupReport(NamedTuple):
-    """A group as the manifest lists it, what its skipped recordings are called now, and implausible values."""
-
-    part: ManifestPart
-    names: dict[str, str]
-    implausible: list[str]
-
-
 def encode_dataset(
     config: Config,
     inputs: Sequence[str],
     *,
     base: Path,
     root: CacheRoot,
-    workers: Workers | None = None,
+    workers: int | str | None = None,
     output: Path | None = None,
 ) -> EncodeResult:
     """Bring the cache up to date with the recordings and write the manifest, into the root and to `output`.
 
-    Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files missing or cut short is
-    encoded again, by name. Several encoders may work on one root: each unit is encoded by one of them, and what a dead one left is taken
-    over. Meanwhile `gc` removes nothing, and after a kill it keeps for some days what this encode had made. Until it has ended well, a manifest that was
-    at `output` before counts as out of date.
+    Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files
+    missing or cut short is encoded again, by name. Several encoders may work on one root: each unit is encoded by one
+    of them, and what a dead one left is taken over. Meanwhile `gc` removes nothing, and after a kill it keeps for some
+    days what this encode had made. Until it has ended well, a manifest that was at `output` before counts as out of
+    date.
 
     Args:
         config: Resolved settings.
         inputs: Folders, files, globs, brace ranges; replace the data set preset's list when not empty.
         base: Folder that relative paths are meant from.
         root: Cache root.
-        workers: Processes that encode, one unit each at a time; None encodes in this one.
+        workers: Processes of this machine that encode, one unit each at a time, or the address of a Dask scheduler that
+            has some; None encodes in this process.
         output: Where stage two looks for the manifest; None writes it into the root alone.
 
     Raises:
-        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings, different recordings under
-            one key, or a clean-up of the root that is running.
+        ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings,
+            different recordings under one key, or a clean-up of the root that is running.
     """
     with replaced(output) if output else nullcontext(), root.shared_lock():
         result = bring_up_to_date(config, inputs, base, root, workers)
@@ -105,7 +97,7 @@ def encode_dataset(
 
 
 def bring_up_to_date(
-    config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: Workers | None = None
+    config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: int | str | None = None
 ) -> EncodeResult:
     """What `encode_dataset` does under the lock of the root, which the caller holds; the manifest is written nowhere."""
     if kept := root.remove_stale_temporaries():
@@ -114,32 +106,26 @@ def bring_up_to_date(
         )
     encoder = open_encoder(config, base)
     groups = group_units_by_recipe(config, encoder, inputs, base)
-    stores: dict[tuple[str, str], StoreFile] = {}  # of units by fingerprint and digest
+    stores: Stores = {}
     missing = []
     for group in groups:
-        root.prefetch([group.tokens(root, unit) for unit in group.units])
-        root.prefetch([group.actions(root, unit) for unit in group.units])
-        units = [unit for unit in group.units if not _look_at(stores, root, group, unit)]
-        if units:
+        root.prefetch([path(root, unit) for path in (group.tokens, group.actions) for unit in group.units])
+        if units := [unit for unit in group.units if not _look_at(stores, root, group, unit)]:
             missing.append(group.of_units(units))
-    if missing:
-        for group in missing:
-            check_controls(group)
-        if not encoder.preset.trained:
-            print(
-                f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
-            )
-    if workers is None:
-        timing, num_encoded, unreadable = encode_here(missing, root)
-    else:
-        timing, num_encoded, unreadable = encode_on_workers(missing, root, workers)
+    for group in missing:
+        check_controls(group)
+    if missing and not encoder.preset.trained:
+        print(
+            f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
+        )
+    filled = encode_here(missing, root) if workers is None else encode_on_workers(missing, root, workers)
     for group in missing:
         for unit in group.units:
-            if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in unreadable:
+            if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in filled.unreadable:
                 raise ValueError(
                     f"{group.tokens(root, unit)} was removed while others were encoded; run the same command again"
                 )
-    reports = [_describe_group(group, root, stores, unreadable) for group in groups]
+    names: dict[str, str] = {}
     manifest = Manifest(
         dataset=config.dataset.name,
         num_tokens=config.encode.num_tokens_of(encoder.preset),
@@ -150,27 +136,21 @@ def bring_up_to_date(
         encoder_trained=encoder.preset.trained,
         comparable=config.encode.mode != "clip",
         action_space=config.encode.action_space,
-        parts=tuple(report.part for report in reports),
+        parts=tuple(_list_group(group, root, stores, filled, names) for group in groups),
     )
-    names = {key: name for report in reports for key, name in report.names.items()}
     _check_skipped(manifest, config.encode.max_skipped_share, names)
-    notes = []
-    if not root.fetch(root.manifest(manifest.digest)):  # else they were compared when that was written
-        for group in groups:
-            units = [unit for unit in group.units if (group.fingerprint, unit.digest) not in unreadable]
-            notes += compare_recordings(root, group.of_units(units))
-    implausible = [text for report in reports for text in report.implausible]
+    implausible = [text for found in stores.values() for text in found.provenance.get("implausible", ())]
     return EncodeResult(
         manifest,
-        sum(len(group.units) for group in groups) - len(unreadable),
-        num_encoded,
-        timing if num_encoded else None,
-        notes=tuple(dict.fromkeys(notes)),
+        num_units=len(stores),
+        num_encoded=filled.num_encoded,
+        timing=filled.timing if filled.num_encoded else None,
+        notes=find_copies(manifest, root, groups),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
 
 
-def _look_at(stores: dict[tuple[str, str], StoreFile], root: CacheRoot, group: EncodingGroup, unit: Unit) -> bool:
+def _look_at(stores: Stores, root: CacheRoot, group: EncodingGroup, unit: Unit) -> bool:
     """Put what the token store of a unit says into `stores`; whether it is whole."""
     found = read_whole(root, group.tokens(root, unit))
     if found is None:
@@ -181,39 +161,38 @@ def _look_at(stores: dict[tuple[str, str], StoreFile], root: CacheRoot, group: E
     return True
 
 
-def encode_here(groups: Sequence[EncodingGroup], root: CacheRoot) -> tuple[Timing, int, Unreadable]:
+def encode_here(groups: Sequence[EncodingGroup], root: CacheRoot) -> FillResult:
     """Encode in this process; what other encoders hold comes last, when they have finished it or died."""
-    timing, num_encoded, encoder = Timing(), 0, None
-    unreadable: Unreadable = {}
-    for group in groups:
-        device = resolve_device(group.encode.device)
-        encoder = encoder or load_encoder(group.encoder, group.encode, device=device, num_threads=group.num_threads)
-        with ProgressBar(group.view, group.num_bytes) as bar:
+    total, encoder, num_bytes = FillResult(), None, 0
+    with ProgressBar(sum(group.num_bytes for group in groups)) if groups else nullcontext() as bar:
+
+        def show(timing: Timing, bytes_processed: int) -> None:
+            num_frames = total.timing.num_frames + timing.num_frames
+            bar.show(num_frames, num_bytes + bytes_processed, f"limit: {timing.limit}")
+
+        for group in groups:
+            device = resolve_device(group.encode.device)
+            encoder = encoder or load_encoder(group.encoder, group.encode, device=device, num_threads=group.num_threads)
             while group.units:
-                filled = fill_group(group, encoder, root, bar.show)
-                timing += filled.timing
-                num_encoded += filled.num_encoded
-                unreadable |= {(group.fingerprint, digest): reason for digest, reason in filled.unreadable.items()}
+                filled = fill_group(group, encoder, root, show)
+                total.add(filled)
                 rest = group.of_units(filled.busy)
-                bar.end(HERE, filled.timing.num_frames, group.num_bytes - rest.num_bytes)
+                num_bytes += group.num_bytes - rest.num_bytes
                 group = rest
                 if filled.busy:
-                    stores = [(unit.name, group.tokens(root, unit)) for unit in group.units]
-                    wait_for_others(root, stores, bar.wait)
-    return timing, num_encoded, unreadable
+                    wait_for_others(root, [(group, unit) for unit in group.units], bar.wait)
+    return total
 
 
-def _describe_group(
-    group: EncodingGroup, root: CacheRoot, stores: Mapping[tuple[str, str], StoreFile], unreadable: Unreadable
-) -> _GroupReport:
-    """Sum up actions where they are missing, and say what the manifest lists of a group."""
+def _list_group(
+    group: EncodingGroup, root: CacheRoot, stores: Stores, filled: FillResult, names: dict[str, str]
+) -> ManifestPart:
+    """Sum up missing actions; what the manifest lists of a group. `names` gets what skipped recordings are called now."""
     name_skipped = getattr(group.source, "name_skipped", lambda unit, key: key)
     entries, skipped, notes, lost = [], [], list(group.notes), list(group.unreadable)
-    names: dict[str, str] = {}
-    implausible: list[str] = []
     without_episode: dict[str, list[dict[str, str]]] = {}
     for unit in group.units:
-        if (reason := unreadable.get((group.fingerprint, unit.digest))) is not None:
+        if (reason := filled.unreadable.get((group.fingerprint, unit.digest))) is not None:
             lost.append(Skipped(unit.name, reason))
             continue
         tokens = stores[group.fingerprint, unit.digest]
@@ -234,7 +213,6 @@ def _describe_group(
         )
         skipped += tokens.metadata["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.metadata["notes"]
-        implausible += tokens.provenance.get("implausible", ())  # not in stores of earlier releases
         # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
         names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.metadata["skipped"]}
         if tokens.metadata["num_episodes"] == 0:
@@ -243,7 +221,7 @@ def _describe_group(
     for unit in group.copies:
         lost += [Skipped(unit.name, recording["reason"]) for recording in without_episode.get(unit.digest, ())]
     skipped += [recording._asdict() for recording in sorted(lost)]
-    part = ManifestPart(
+    return ManifestPart(
         dataset=group.preset.name,
         weight=group.weight,
         camera=group.camera,
@@ -257,7 +235,6 @@ def _describe_group(
         notes=tuple(notes),
         entries=tuple(entries),
     )
-    return _GroupReport(part, names, implausible)
 
 
 def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str]) -> None:
@@ -283,6 +260,54 @@ def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str
             f"encode.max_skipped_share={max_share:g} allows (reasons above). Mend or remove them, or raise the share; "
             "what was encoded is kept"
         )
+
+
+def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGroup]) -> tuple[str, ...]:
+    """A sentence that names the recordings of a manifest that are equal; empty where there are none.
+
+    Raises:
+        ValueError: Units hold different recordings under one key, which everything later would take for one episode.
+
+    Cost: the first time the tables and actions of every store, see `store.copies`; the state folder remembers the
+    sentence.
+    """
+    if (told := recall_copies(manifest)) is not None:
+        return (told,) if told else ()
+    names = {unit.digest: unit.name for group in groups for unit in group.units}
+    recordings: list[Recording] = []
+    for number, (part, entry) in enumerate(manifest.stores):
+        runs: dict[str, list[tuple[int, int]]] = {}
+        for row in read_table(root.tokens(part.fingerprint, entry.unit_digest), SEGMENTS_FILE).to_pylist():
+            runs.setdefault(row["episode"], []).append((row["start"], row["stop"]))
+        recordings += [Recording(number, key, tuple(of_key)) for key, of_key in runs.items()]
+    keys = [(entry.unit_digest, root.store(part.keys(entry)[1])) for part, entry in manifest.stores]
+    equal = find_equal(manifest, root, recordings, functools.lru_cache(1)(lambda number: read_actions(keys[number][1])))
+
+    def name(recording: Recording) -> str:
+        return f"{recording.key} in {names[keys[recording.store][0]]}"
+
+    number_of = {recording: number for number, same in enumerate(equal) for recording in same}
+    by_key: dict[tuple[str, str], list[Recording]] = {}
+    for recording in recordings:
+        by_key.setdefault((manifest.stores[recording.store][0].fingerprint, recording.key), []).append(recording)
+    clashes = [same for same in by_key.values() if len({number_of.get(it, it) for it in same}) > 1]
+    if clashes:
+        raise ValueError(
+            f"keys that name different recordings in several units: {len(clashes)} ({_shorten(clashes, ' and ', name)}). They would "
+            "count as one episode. Rename one of each (a folder of its own in the tar is enough) or remove its unit; what was encoded is kept"
+        )
+    num_copies = sum(len(same) - 1 for same in equal)
+    told = f"recordings that repeat another one: {num_copies} ({_shorten(equal, ' = ', name)})" if equal else ""
+    note_copies(manifest, told)
+    return (told,) if told else ()
+
+
+def _shorten(groups: Sequence[Sequence[Recording]], joint: str, name: Callable[[Recording], str]) -> str:
+    shown = [
+        joint.join(map(name, group[:MAX_SHOWN])) + (" ..." if len(group) > MAX_SHOWN else "")
+        for group in groups[:MAX_SHOWN]
+    ]
+    return "; ".join(shown) + (f"; and {len(groups) - MAX_SHOWN} more" if len(groups) > MAX_SHOWN else "")
 
 
 def describe_result(result: EncodeResult, root: CacheRoot) -> str:

@@ -27,12 +27,12 @@ class StepPlan(NamedTuple):
 
 
 def sampling_stride(video_fps: float, fps: float) -> int:
-    """Frames between sampled ones: ceil(video fps / fps), so the true rate is never above the one asked for.
+    """Frames between sampled ones: ceil(video fps / fps), so the true rate is never above the requested one.
 
     Source: the V-JEPA 2-AC training loader (15 Hz video at 4 fps gives stride 4, truly 3.75 fps).
 
     Raises:
-        ValueError: When more frames are asked for than the video has.
+        ValueError: When more frames are requested than the video has.
     """
     if fps > video_fps * (1 + 1e-6):
         raise ValueError(f"encode.fps {fps:g} is above the video's {video_fps:g} frames per second; lower encode.fps")
@@ -45,30 +45,6 @@ def plan_episode(
     encode: EncodeConfig,
     *,
     tubelet_size: int,
-    phase: int,
-    times_s: np.ndarray | None = None,
-) -> StepPlan:
-    """`plan_steps` under the settings of stage one."""
-    return plan_steps(
-        num_frames,
-        video_fps,
-        times_s=times_s,
-        fps=encode.fps,
-        mode=encode.mode,
-        frames_per_clip=encode.frames_per_clip,
-        tubelet_size=tubelet_size,
-        phase=phase,
-    )
-
-
-def plan_steps(
-    num_frames: int,
-    video_fps: float,
-    *,
-    fps: float,
-    mode: str,
-    frames_per_clip: int,
-    tubelet_size: int,
     phase: int = 0,
     times_s: np.ndarray | None = None,
 ) -> StepPlan:
@@ -77,27 +53,25 @@ def plan_steps(
     `frame`: each sampled frame is encoded alone (doubled into a tubelet by the encoder). `tubelet`: consecutive sampled
     frames of one tubelet are encoded together as one step. `clip`: `frames_per_clip` sampled frames are encoded jointly
     into frames_per_clip / tubelet_size steps; early steps see later frames, so each clip is a segment of its own.
-    Sampled frames at the end that fill no input are left out.
+    Sampled frames at the end that fill no input are skipped.
 
     Args:
         num_frames: F, usable frames of the video.
         video_fps: Hz.
-        fps: Hz asked for.
-        mode: "frame", "tubelet" or "clip".
-        frames_per_clip: Sampled frames of a clip.
+        encode: Mode, requested rate and length of a clip.
         tubelet_size: Frames of a tubelet.
         phase: First sampled frame, below the stride.
         times_s: [F] when each frame was taken, where the rate varies: then see `sample_times`.
 
     Raises:
-        ValueError: When the video is too short for one input, or slower than `fps`.
+        ValueError: When the video is too short for one input, or slower than `encode.fps`.
     """
-    stride = sampling_stride(video_fps, fps)
+    mode, stride = encode.mode, sampling_stride(video_fps, encode.fps)
     if phase >= stride:
         raise ValueError(
             f"phase {phase} is not below the stride {stride} of a video at {video_fps:g} Hz; lower encode.phases"
         )
-    group = {"frame": 1, "tubelet": tubelet_size, "clip": frames_per_clip}[mode]
+    group = {"frame": 1, "tubelet": tubelet_size, "clip": encode.frames_per_clip}[mode]
     if times_s is None:
         runs = [np.arange(phase, num_frames, stride, dtype=np.int64)]
     else:
@@ -121,10 +95,10 @@ def plan_steps(
 
 
 def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list[np.ndarray]:
-    """Frames that are evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
+    """Frames evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
 
-    A moment with no frame within a quarter of the interval ends a run, as do two moments with one frame between them: steps of
-    other lengths would tell the predictor another speed.
+    A moment with no frame within a quarter of the interval ends a run: steps of other lengths would tell the predictor
+    another speed.
 
     Args:
         times_s: [F] non-decreasing, seconds.
@@ -141,6 +115,6 @@ def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list
     # Rounded to ns, so that ties fall the same way on every machine.
     to_before, to_after = (np.round(np.abs(times_s[frames] - moments_s), 9) for frames in (before, after))
     frames, distances_s = np.where(to_before <= to_after, before, after), np.minimum(to_before, to_after)
-    near = (distances_s <= interval_s / 4) & (np.diff(frames, prepend=-1) > 0)
+    near = distances_s <= interval_s / 4  # of one moment alone, as moments lie an interval apart
     bounds = np.flatnonzero(np.diff(near, prepend=False, append=False))
     return [frames[start:stop] for start, stop in bounds.reshape(-1, 2)]

@@ -25,12 +25,6 @@ UNREAD = "unread:"
 def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], base: Path) -> list[Unit]:
     """The units to encode; the synthetic sample never mixes with other recordings.
 
-    Args:
-        source: Finds the units.
-        preset: Names inputs and says whether it is the sample.
-        inputs: Replace the preset's list when not empty.
-        base: Folder that relative paths are meant from.
-
     Raises:
         ValueError: Nothing is found, or the sample and other recordings would be mixed.
     """
@@ -67,11 +61,6 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
 
 def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> None:
     """Check that the sample's recordings exist where the preset names them.
-
-    Args:
-        preset: Says whether it is the sample.
-        inputs: Replace the preset's list when not empty.
-        base: The workspace.
 
     Raises:
         ValueError: They were never rendered in this workspace.
@@ -121,30 +110,24 @@ class Digested(NamedTuple):
 
 
 class UnitDigester:
-    """Gives units the sha256 of their content: looks up what has not changed, and hashes the rest while `budget_bytes` last.
-
-    Attributes:
-        remembered: What the digest table held before.
-    """
+    """Gives units their sha256: looks up what has not changed, and hashes the rest while `budget_bytes` last."""
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
-        self._table = DigestTable()
-        self.remembered = self._table.remember()
-        self._budget_bytes = budget_bytes
-        self._hashed: dict[tuple[Path, ...], str] = {}  # since then; another camera asks for the same files
+        self._table, self._budget_bytes = DigestTable(), budget_bytes
+        self._hashed: dict[tuple[Path, ...], str] = {}  # another camera has the same files
 
     def __call__(self, units: Sequence[Unit]) -> Digested:
         """Digest units; those with the same content count once. A unit beyond the budget gets a digest that `is_unread`."""
         first: dict[str, Unit] = {}
-        copies, unreadable = [], []
+        copies, unreadable, remembered = [], [], self._table.remember()
         with self._table.hashing() as digest_files:
             for unit in tqdm(units, desc="checking recordings", unit="unit", delay=2):
                 if (obstacle := find_obstacle(unit)) is not None:
                     unreadable.append(Skipped(unit.name, obstacle))
                     continue
                 try:
-                    digests = [self.remembered.digest(file) for file in unit.files]
-                    if None not in digests and self.remembered.knows(unit.files, digest := join_digests(digests)):
+                    digests = [remembered.digest(file) for file in unit.files]
+                    if None not in digests and remembered.knows(unit.files, digest := join_digests(digests)):
                         pass
                     elif unit.files in self._hashed or self._is_affordable(unit, digests):
                         digest = self._hashed[unit.files] = digest_files(unit.files)

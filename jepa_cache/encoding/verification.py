@@ -1,25 +1,24 @@
-"""Stores against their recordings: random steps are encoded again and compared, damaged stores are removed and made again."""
+"""Stores against their recordings: random steps are encoded again and compared, damaged stores are rebuilt."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.encoder.weights import resolve_weights
-from jepa_cache.encoding.groups import EncodingGroup, Inventory, group_units_by_recipe, open_encoder
+from jepa_cache.encoding.actions import ensure_controls
+from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
 from jepa_cache.encoding.steps import plan_episode
-from jepa_cache.encoding.task import describe_machine, ensure_controls, load_encoder, resolve_device
-from jepa_cache.encoding.units import is_unread
+from jepa_cache.encoding.task import describe_machine, load_encoder, resolve_device
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
@@ -52,7 +51,6 @@ class StepResult(NamedTuple):
         equal: The bits in the store are those that come out now.
         difference: Largest absolute difference between the stored values and those that would be stored now.
         relative_error: Root mean square of that difference relative to the values.
-        batch_difference: Largest absolute difference between this batch shape and a batch of one, before storing.
     """
 
     unit: str
@@ -61,7 +59,6 @@ class StepResult(NamedTuple):
     equal: bool
     difference: float
     relative_error: float
-    batch_difference: float
 
 
 @dataclass
@@ -85,26 +82,16 @@ class Comparison:
             "bit_equal": all(step.equal for step in self.steps),
             "largest_difference": max((step.difference for step in self.steps), default=0.0),
             "largest_relative_error": max((step.relative_error for step in self.steps), default=0.0),
-            "batch_shape_difference": max((step.batch_difference for step in self.steps), default=0.0),
             "changes_since": self.changes,
             "seed": self.seed,
             "steps": [step._asdict() for step in self.steps],
         }
 
 
-class _Chosen(NamedTuple):
-    """Steps of one store, and the recording that they are encoded from."""
-
-    group: EncodingGroup
-    unit: Unit
-    store: Path
-    steps: list[int]
-
-
 def compare_online(
     manifest: Manifest,
     config: Config,
-    inventory: Inventory,
+    inputs: Sequence[str],
     root: CacheRoot,
     *,
     base: Path,
@@ -116,137 +103,123 @@ def compare_online(
 
     Stores that hold something else are remembered by `store.check.note_stale`, so that they can be made again.
 
-    Args:
-        manifest: Whose stores.
-        config: Settings under which they were made.
-        inventory: Present groups and recordings.
-        root: Cache root.
-        base: Folder that relative weights are meant from.
-        num_steps: How many.
-        seed: Of the choice.
-        damaged: Stores of which none is chosen.
-
     Raises:
         ValueError: The present settings make another recipe, or the recordings are not found.
     """
-    chosen = _choose(manifest, inventory, root, num_steps, seed, damaged)
-    opened, num_threads = inventory.groups[0].encoder, default_num_threads()
-    if opened.preset.weights is not None:
-        weights = resolve_weights(opened.preset.weights, base=base, kind=opened.preset.kind)
-        opened = opened._replace(weights=weights)
-    encoder = load_encoder(opened, config.encode, device=resolve_device(config.encode.device), num_threads=num_threads)
+    groups = scan_units(config, inputs, base)[0]
+    units = _find_units(manifest, {group.fingerprint: group for group in groups})
+    found = [it for it in units if it.part.keys(it.entry)[0] not in damaged]
+    if not units:
+        raise ValueError(
+            "none of the recordings in the manifest is among the inputs (or none was read yet: run `python stages/encode.py`)"
+        )
+    ends = list(itertools.accumulate((it.entry.num_steps for it in found), initial=0))
+    chosen: dict[int, list[int]] = {}
+    for pick in sorted(random.Random(seed).sample(range(ends[-1]), min(num_steps, ends[-1]))):
+        number = bisect.bisect_right(ends, pick) - 1
+        chosen.setdefault(number, []).append(pick - ends[number])
+    num_threads, device = groups[0].num_threads, resolve_device(config.encode.device)
+    encoder = load_encoder(groups[0].encoder, config.encode, device=device, num_threads=num_threads)
     comparison, changes = Comparison(seed), {}
-    for item in chosen:
-        with root.pulled([item.store]):
-            made = read_store_file(item.store).provenance
+    for number, rows in chosen.items():
+        store = found[number].group.tokens(root, found[number].unit)
+        with root.pulled([store]):
+            made = read_store_file(store).provenance
             batch_size = int(made["batch_size"])
             now = describe_machine(encoder, batch_size, num_threads)
             changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
-            of_store = Comparison(seed, list(_compare_store(item, config, encoder, batch_size)))
+            of_store = Comparison(seed, list(_compare_store(found[number], store, rows, encoder, batch_size)))
         comparison.steps += of_store.steps
         if wrong := of_store.wrong:
             note_stale(
                 root,
-                item.store,
-                f"{item.store} is of another recording or of other weights than its name says: step {wrong[0].step} is not what "
+                store,
+                f"{store} is of another recording or of other weights than its name says: step {wrong[0].step} is not what "
                 f"the encoder gives (relative error {wrong[0].relative_error:.2g}); {REMEDY}",
             )
     comparison.changes = list(changes)
     return comparison
 
 
-def _choose(
+class _Listed(NamedTuple):
+    """A unit of a manifest whose recording is at hand."""
+
+    part: ManifestPart
+    entry: ManifestEntry
+    group: EncodingGroup
+    unit: Unit
+
+
+def _find_units(
     manifest: Manifest,
-    inventory: Inventory,
-    root: CacheRoot,
-    num_steps: int,
-    seed: int,
-    damaged: Collection[StoreKey | None],
-) -> list[_Chosen]:
-    groups = {group.fingerprint: group for group in inventory.groups}
-    found: list[tuple[_Chosen, int]] = []
-    for listed in manifest.parts:
-        group = groups.get(listed.fingerprint)
-        if group is None:
-            nearest = min((recipe_changes(listed.recipe, group.recipe) for group in inventory.groups), key=len)
-            raise ValueError(
-                f"the manifest lists stores of recipe {listed.fingerprint}, which the present settings do not make "
-                f"({'; '.join(nearest)}). Give the settings that they were made with"
-            )
-        units = {unit.digest: unit for unit in group.units if not is_unread(unit)}
-        found += [
-            (_Chosen(group, units[entry.unit_digest], root.store(listed.keys(entry)[0]), []), entry.num_steps)
-            for entry in listed.entries
-            if entry.unit_digest in units
-        ]
-    if not found:
-        raise ValueError(
-            "none of the recordings in the manifest is among the inputs (or none was read yet: run `python stages/encode.py`)"
-        )
-    bad = {root.store(key) for key in damaged if key is not None}
-    found = [(item, count) for item, count in found if item.store not in bad]
-    ends = list(itertools.accumulate((count for _, count in found), initial=0))
-    for pick in sorted(random.Random(seed).sample(range(ends[-1]), min(num_steps, ends[-1]))):
-        number = bisect.bisect_right(ends, pick) - 1
-        found[number][0].steps.append(pick - ends[number])
-    return [item for item, _ in found if item.steps]
+    groups: Mapping[str, EncodingGroup],
+    keep: Callable[[ManifestPart, ManifestEntry], bool] = lambda *_: True,
+) -> list[_Listed]:
+    """The units of a manifest, of those to `keep`, whose recordings are in the present groups, by token fingerprint.
 
-
-def _compare_store(item: _Chosen, config: Config, encoder: FrozenEncoder, batch_size: int) -> Iterator[StepResult]:
-    first: dict[str, int] = {}
-    wanted: dict[str, list[int]] = {}
-    for row in read_table(item.store, layout.SEGMENTS_FILE).to_pylist():
-        start = first.setdefault(row["episode"], row["start"])
-        steps = [step - start for step in item.steps if row["start"] <= step < row["stop"]]
-        wanted.setdefault(row["episode"], []).extend(steps)
-    wanted = {key: steps for key, steps in wanted.items() if steps}
-    for episode in item.group.source.iter_episodes(item.unit):
-        if isinstance(episode, Episode) and (steps := wanted.pop(episode.key, None)):
-            for step, together, difference in _encode_steps(
-                episode, steps, item.group.phase, config, encoder, batch_size
-            ):
-                row = first[episode.key] + step
-                stored = _compare_step(item.store, row, together, config.encode.dtype)
-                yield StepResult(item.unit.name, episode.key, row, *stored, difference)
-    if wanted:
-        raise ValueError(f"{item.unit.path} does not hold the episode {next(iter(wanted))!r} that its store lists")
-
-
-def _encode_steps(
-    episode: Episode, steps: Sequence[int], phase: int, config: Config, encoder: FrozenEncoder, batch_size: int
-) -> Iterator[tuple[int, Tensor, float]]:
-    """Encode steps of an episode, counted from its first, in the batches that stage one cuts.
-
-    Yields:
-        Each step, its tokens [N, D], and their largest difference from those of a batch of one.
+    Raises:
+        ValueError: The present settings do not make the stores that it lists.
     """
-    settings, num_frames = config.encode, len(episode.frame_ticks)
-    plan = plan_episode(
-        num_frames,
-        episode.fps,
-        settings,
-        tubelet_size=encoder.preset.tubelet_size,
-        phase=phase,
-        times_s=episode.frame_times_s,
-    )
-    per_input = len(plan.anchors) // len(plan.inputs)
-    batches: dict[int, list[int]] = {}
-    for step in sorted(steps):
-        batches.setdefault(step // per_input // batch_size, []).append(step)
-    video = open_video(episode.video, settings.decoder, first_frame=episode.first_frame, num_frames=num_frames)
-    try:
-        for batch, members in batches.items():
-            inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]
-            pixels = encoder.preprocess(video.read(inputs.reshape(-1)))
-            pixels = pixels.reshape(*inputs.shape, *pixels.shape[1:])
-            together = encoder.encode(pixels).flatten(0, 1)
-            for step in members:
-                row = step - batch * batch_size * per_input
-                number, inner = divmod(row, per_input)
-                alone = encoder.encode(pixels[number : number + 1]).flatten(0, 1)[inner]
-                yield step, together[row], float((together[row] - alone).abs().max())
-    finally:
-        video.close()
+    found = []
+    for part in manifest.parts:
+        entries = [entry for entry in part.entries if keep(part, entry)]
+        group = groups.get(part.fingerprint)
+        if entries and (
+            group is None
+            or (group.action_fingerprint, group.source_fingerprint)
+            != (part.action_fingerprint, part.source_fingerprint)
+        ):
+            then = {"tokens": part.recipe, "actions": part.action_recipe}
+            now = [{"tokens": it.recipe, "actions": it.action_recipe} for it in groups.values()]
+            changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
+            raise ValueError(
+                f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no recording fits'}). "
+                "Nothing was removed; give the settings and recordings that they were made with, as key=value and paths"
+            )
+        units = {unit.digest: unit for unit in group.units} if entries else {}
+        found += [_Listed(part, it, group, units[it.unit_digest]) for it in entries if it.unit_digest in units]
+    return found
+
+
+def _compare_store(
+    listed: _Listed, store: Path, rows: Sequence[int], encoder: FrozenEncoder, batch_size: int
+) -> Iterator[StepResult]:
+    """Encode some steps of a store again, in the batches that stage one cuts."""
+    group, first = listed.group, {}
+    wanted: dict[str, list[int]] = {}
+    for row in read_table(store, layout.SEGMENTS_FILE).to_pylist():
+        first.setdefault(row["episode"], row["start"])
+        if steps := [step for step in rows if row["start"] <= step < row["stop"]]:
+            wanted.setdefault(row["episode"], []).extend(steps)
+    for episode in group.source.iter_episodes(listed.unit):
+        if not isinstance(episode, Episode) or not (steps := wanted.pop(episode.key, None)):
+            continue
+        num_frames, tubelet_size = len(episode.frame_ticks), encoder.preset.tubelet_size
+        plan = plan_episode(
+            num_frames,
+            episode.fps,
+            group.encode,
+            tubelet_size=tubelet_size,
+            phase=group.phase,
+            times_s=episode.frame_times_s,
+        )
+        start, per_batch = first[episode.key], len(plan.anchors) // len(plan.inputs) * batch_size
+        batches: dict[int, list[int]] = {}
+        for step in steps:
+            batches.setdefault((step - start) // per_batch, []).append(step)
+        with closing(
+            open_video(episode.video, group.encode.decoder, first_frame=episode.first_frame, num_frames=num_frames)
+        ) as video:
+            for batch, members in batches.items():
+                inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]
+                pixels = encoder.preprocess(video.read(inputs.reshape(-1)))
+                tokens = encoder.encode(pixels.reshape(*inputs.shape, *pixels.shape[1:])).flatten(0, 1)
+                for step in members:
+                    online = tokens[step - start - batch * per_batch]
+                    stored = _compare_step(store, step, online, group.encode.dtype)
+                    yield StepResult(listed.unit.name, episode.key, step, *stored)
+    if wanted:
+        raise ValueError(f"{listed.unit.path} does not hold the episode {next(iter(wanted))!r} that its store lists")
 
 
 def _compare_step(store: Path, step: int, online: Tensor, dtype: str) -> tuple[bool, float, float]:
@@ -318,14 +291,6 @@ def repair_manifest(
 
     A damaged store is removed only when its recording, the weights and the settings that it was made with are at hand.
 
-    Args:
-        manifest: Whose stores.
-        findings: Of `store.check`.
-        config: Settings; they must make the manifest's recipes.
-        inputs: Where the recordings lie; replace the presets' lists when not empty.
-        base: Folder that relative paths are meant from.
-        root: Cache root, of which the caller holds the shared lock.
-
     Raises:
         ValueError: The settings make another recipe, or recordings or weights cannot be had.
     """
@@ -336,56 +301,28 @@ def repair_manifest(
         write_manifest(manifest, [path])
         root.publish(path)
         repair.repaired.append(path)
-    affected = [(part, entry) for part, entry in manifest.stores if damaged.keys() & set(part.keys(entry))]
+    affected = {entry.unit_digest for part, entry in manifest.stores if damaged.keys() & set(part.keys(entry))}
     if not affected:
         return repair
-    groups = _group_recordings(config, inputs, base, {part.fingerprint: part for part, _ in affected})
-    at_hand = {
-        (fingerprint, unit.digest): (group, unit) for fingerprint, group in groups.items() for unit in group.units
-    }
-    found = [(part, entry) for part, entry in affected if (part.fingerprint, entry.unit_digest) in at_hand]
-    repair.lost = sorted({entry.unit_digest for _, entry in affected} - {entry.unit_digest for _, entry in found})
-    for part, entry in found:
-        for key in [key for key in damaged if key in part.keys(entry)]:
-            _remove_damaged(root, part, entry, damaged[key])
+    groups = group_units_by_recipe(config, open_encoder(config, base), inputs, base)
+    by_recipe = {group.fingerprint: group for group in groups}
+    found = _find_units(manifest, by_recipe, lambda part, entry: bool(damaged.keys() & set(part.keys(entry))))
+    repair.lost = sorted(affected - {it.entry.unit_digest for it in found})
+    for it in found:
+        for key in [key for key in damaged if key in it.part.keys(it.entry)]:
+            _remove_damaged(root, it.part, it.entry, damaged[key])
     made = _digests(bring_up_to_date(config, inputs, base, root).manifest)
-    for part, entry in found:
-        group, unit = at_hand[part.fingerprint, entry.unit_digest]
-        ensure_controls(root, group, unit)  # which stage one does not miss where the actions are there
+    for it in found:
+        ensure_controls(root, it.group, it.unit)  # which stage one does not miss where the actions are there
     listed = _digests(manifest)
     differing = {key for key in damaged if made.get(key, listed.get(key)) != listed.get(key)}
     repair.differing = [f"{damaged[key]} has digest {made[key]}, the manifest lists {listed[key]}" for key in differing]
-    left = [finding for finding in check_units(found, root, Scope()) if finding.key not in differing]
+    left = check_units([(it.part, it.entry) for it in found], root, Scope())
+    left = [finding for finding in left if finding.key not in differing]
     repair.left = [finding.problem for finding in left]
-    whole = {key for part, entry in found for key in part.keys(entry)} - differing - {finding.key for finding in left}
+    whole = {key for it in found for key in it.part.keys(it.entry)} - differing - {finding.key for finding in left}
     repair.repaired += [path for key, path in damaged.items() if key in whole]
     return repair
-
-
-def _group_recordings(
-    config: Config, inputs: Sequence[str], base: Path, listed: dict[str, ManifestPart]
-) -> dict[str, EncodingGroup]:
-    """The present recordings, by the token fingerprint under which the present settings store them.
-
-    Raises:
-        ValueError: The settings do not make the listed stores.
-    """
-    found = group_units_by_recipe(config, open_encoder(config, base), inputs, base)
-    groups = {group.fingerprint: group for group in found}
-    for fingerprint, part in listed.items():
-        group = groups.get(fingerprint)
-        if group is None or (group.action_fingerprint, group.source_fingerprint) != (
-            part.action_fingerprint,
-            part.source_fingerprint,
-        ):
-            then = {"tokens": part.recipe, "actions": part.action_recipe}
-            now = [{"tokens": group.recipe, "actions": group.action_recipe} for group in groups.values()]
-            changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
-            raise ValueError(
-                f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no recording fits'}). "
-                "Nothing was removed; give the settings and recordings that they were made with, as key=value and paths"
-            )
-    return groups
 
 
 def _remove_damaged(root: CacheRoot, part: ManifestPart, entry: ManifestEntry, path: Path) -> None:

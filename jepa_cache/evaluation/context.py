@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset, Segment, open_dataset
+from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
-from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor, read_card
 from jepa_cache.predictor.rollout import LatentModel

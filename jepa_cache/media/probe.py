@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import re
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,28 +25,18 @@ FORMATS = ("mov", "matroska", "avi", "mpegts")
 
 ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
 TRANSPORT_BYTES = 188
-HEAD_BYTES = TRANSPORT_BYTES + 1
+
+# Measured with decord 0.6 and PyAV 18: in these the two return the same frames bit for bit, at sizes from 64x48 to 1280x720, in
+# H.264, HEVC, VP9, MPEG-4, MPEG-2, MJPEG, FFV1, ProRes, QuickTime RLE and raw video. They differ in 4:2:0 of 9 to 16 bits
+# (mean 2.3 to 5.0 of 255), 10-bit 4:2:2 of H.264 (2.9), 4:4:0 and 4:1:0 (2.3 to 3.3), RGB of 9 to 16 bits (0.9), pal8 (141).
+DECORD_PIXELS = re.compile("yuvj?4(20|22|44)p|yuva4(20|44)p|gray|ya8|gbrp|rgb24|bgr24|bgr0|bgra|argb")
+
+ROUNDING_S = 0.001
+"""Matroska and many recorders count whole milliseconds, and remuxing into a finer clock keeps that."""
 
 
 class DecodeError(ValueError):
     """A video, or one of its frames, that cannot be decoded; the message holds the decoder's reason."""
-
-
-_last_probed: ContextVar[list[tuple[Any, PacketIndex]] | None] = ContextVar("last_probed", default=None)
-
-
-@contextmanager
-def header_counts() -> Iterator[None]:
-    """Within the block `probe_video` believes the index of a container, where it has one, and reads no packet.
-
-    For estimates: a source then tells how long its recordings are in milliseconds each, without reading their videos. The
-    count may differ by the few frames that an edit list hides. A video that is probed twice in the block is opened once.
-    """
-    token = _last_probed.set([])
-    try:
-        yield
-    finally:
-        _last_probed.reset(token)
 
 
 class Orientation(NamedTuple):
@@ -112,6 +104,23 @@ class PacketIndex(NamedTuple):
     key_times: np.ndarray | None
 
 
+_headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
+
+
+@contextmanager
+def header_counts() -> Iterator[None]:
+    """Within the block `probe_video` believes the index of a container, where it has one, and reads no packet.
+
+    For estimates: a source then tells how long its recordings are in milliseconds each, without reading their videos. The
+    count may differ by the few frames that an edit list hides.
+    """
+    token = _headers_only.set(True)
+    try:
+        yield
+    finally:
+        _headers_only.reset(token)
+
+
 def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
     """Read size, rate, number and times of frames; one frame is decoded, which tells how the video is turned.
 
@@ -130,18 +139,19 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
     if isinstance(video, SideBySide):
         info = probe_video(video.video)
         return info._replace(width=info.width // 2)
-    if isinstance(video, FrameSequence):
-        return _probe_images(video)
-    return index_packets(video).info
+    if not isinstance(video, FrameSequence):
+        return index_packets(video).info
+    if not video.frames or not video.fps > 0:
+        raise DecodeError(f"the video has no usable frames: {len(video.frames)} pictures at {video.fps} Hz")
+    try:
+        return VideoInfo(len(video.frames), video.fps, *measure_image(video.frames[0]))
+    except ValueError as error:
+        raise DecodeError(f"the video cannot be opened: {error}") from error
 
 
 def index_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
     """Read the packets of a container; see `probe_video`, whose costs and errors these are."""
-    if (last := _last_probed.get()) is not None:
-        if not last or last[0][0] is not video:
-            last[:] = [(video, _read_packets(video))]
-        return last[0][1]
-    if not isinstance(video, Path):
+    if _headers_only.get() or not isinstance(video, Path):
         return _read_packets(video)
     status = video.stat()
     # A shared container is opened for each of its recordings, hundreds of times, and every time it would be read as a whole.
@@ -154,10 +164,9 @@ def _read_packets_of_file(path: Path, *_: int) -> PacketIndex:
 
 
 def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
-    num_frames, open_gop, key_time = 0, False, None
+    num_frames, open_gop, key_time, orientation = 0, False, None, None
     times: list[int] = []
     key_times: list[int] = []
-    orientation: Orientation | None = None
     try:
         size_bytes = _count_bytes(video)
         with open_container(video) as container:
@@ -169,7 +178,7 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
                 raise DecodeError(
                     f"the file is cut off: its last frame ends at byte {last_byte}, the file at {size_bytes}"
                 )
-            if _last_probed.get() is not None:
+            if _headers_only.get():
                 num_frames = len(stream.index_entries)
             stream.codec_context.thread_count = 1  # Several threads return the first frame later.
             for packet in container.demux(stream) if num_frames == 0 else ():
@@ -204,15 +213,13 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
         raise DecodeError(f"the video has no usable frames: {info}")
     if len(times) < num_frames:
         return PacketIndex(info, None, None)
-    shown, keys = (np.sort(np.array(values, np.int64)) for values in (times, key_times))
+    shown, keys = np.sort(np.array(times, np.int64)), np.sort(np.array(key_times, np.int64))
     times_s = find_varying_times((shown - shown[0]) * time_base_s, info.fps, time_base_s)
     if times_s is not None:
         info = info._replace(times_s=tuple(times_s.tolist()))
-    if (
-        form == "avi"
-    ):  # It holds the order of packets alone; with B-frames the decoder gives the frames each other's times.
+    if form == "avi":  # It holds the order of packets alone; with B-frames the decoder gives frames each other's times.
         return PacketIndex(info, None, None)
-    # Seeking in a transport stream lands somewhere, often behind the place.
+    # Seeking in a transport stream lands somewhere, often behind the frame.
     return PacketIndex(info, shown, None if form == "mpegts" else keys)
 
 
@@ -263,43 +270,16 @@ def read_orientation(frame: Any) -> Orientation:
     return Orientation(a == 0, b + d < 0, a + c < 0)
 
 
-# Measured with decord 0.6 and PyAV 18: in these the two return the same frames bit for bit, at sizes from 64x48 to 1280x720, in
-# H.264, HEVC, VP9, MPEG-4, MPEG-2, MJPEG, FFV1, ProRes, QuickTime RLE and raw video. They differ in 4:2:0 of 9 to 16 bits
-# (mean 2.3 to 5.0 of 255), 10-bit 4:2:2 of H.264 (2.9), 4:4:0 and 4:1:0 (2.3 to 3.3), RGB of 9 to 16 bits (0.9), pal8 (141).
-DECORD_FORMATS = frozenset(
-    [
-        "yuv420p",
-        "yuvj420p",
-        "yuv422p",
-        "yuvj422p",
-        "yuv444p",
-        "yuvj444p",
-        "yuva420p",
-        "yuva444p",
-        "gray",
-        "ya8",
-        "gbrp",
-        "rgb24",
-        "bgr24",
-        "bgr0",
-        "bgra",
-        "argb",
-    ]
-)
-
-
-def _find_decord_fault(container: Any, pixel_format: str | None) -> str:
+def _find_decord_fault(container: Any, pixels: str | None) -> str:
     if len(container.streams.video) > 1:
         return "it holds several video streams, of which decord may take another one"
     if container.format.name == "mpegts":
         return "it is an MPEG transport stream, of which decord returns other frames than requested"
-    if pixel_format not in DECORD_FORMATS:
-        return f"its pixels are {pixel_format}, which decord turns into other colours"
-    return ""
-
-
-ROUNDING_S = 0.001
-"""Matroska and many recorders count whole milliseconds, and remuxing into a finer clock keeps that."""
+    return (
+        ""
+        if DECORD_PIXELS.fullmatch(pixels or "")
+        else f"its pixels are {pixels}, which decord turns into other colours"
+    )
 
 
 def find_varying_times(times_s: np.ndarray, fps: float, time_base_s: float) -> np.ndarray | None:
@@ -340,16 +320,6 @@ def measure_rate(times_s: np.ndarray, stated: float) -> float:
     return nearest if abs(nearest / rate - 1) < 1e-3 else rate
 
 
-def _probe_images(video: FrameSequence) -> VideoInfo:
-    if not video.frames or not video.fps > 0:
-        raise DecodeError(f"the video has no usable frames: {len(video.frames)} pictures at {video.fps} Hz")
-    try:
-        height, width, codec = measure_image(video.frames[0])
-    except ValueError as error:
-        raise DecodeError(f"the video cannot be opened: {error}") from error
-    return VideoInfo(len(video.frames), video.fps, height, width, codec)
-
-
 def open_container(video: bytes | Path | BinaryIO) -> Any:
     """Open a container with PyAV.
 
@@ -363,16 +333,16 @@ def open_container(video: bytes | Path | BinaryIO) -> Any:
 
     if isinstance(video, Path):
         with video.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+            head = file.read(TRANSPORT_BYTES + 1)
     else:
         file = as_file(video)
         file.seek(0)
-        head = file.read(HEAD_BYTES)
+        head = file.read(TRANSPORT_BYTES + 1)
         file.seek(0)
-    transport = head[:1] == b"\x47" == head[TRANSPORT_BYTES : TRANSPORT_BYTES + 1]
-    known = head[4:8] in ISO_BOXES or head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
     if (what := describe_stand_in(head)) is not None:
         raise DecodeError(f"the video cannot be opened: {what}")
+    transport = head[:1] == b"\x47" == head[TRANSPORT_BYTES:]
+    known = head[4:8] in ISO_BOXES or head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
     if not known and not transport:
         raise DecodeError(
             f"the video cannot be opened: it begins with {head[:12]!r}, which is no mp4, mov, mkv, webm, avi or ts file"
@@ -404,18 +374,12 @@ def explain_failure(error: Exception, what: str, video: bytes | Path | BinaryIO)
     """
     if isinstance(error, DecodeError) or (isinstance(error, OSError) and not isinstance(video, bytes)):
         return error
-    return DecodeError(f"{what}: {describe_error(error)}")
-
-
-def describe_error(error: Exception) -> str:
-    """The first line of a decoder's message; decord appends a stack trace."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = str(error).strip().splitlines()  # decord appends a stack trace
+    return DecodeError(f"{what}: {': '.join([type(error).__name__, *lines[:1]])}")
 
 
 VIDEO_SUFFIXES = ("mp4", "mkv", "webm", "mov", "avi")
 RECORD_SUFFIXES = ("jsonl", "json")
-BUFFER_BYTES = 64 << 10
 
 
 class TarVideo(NamedTuple):
@@ -431,61 +395,13 @@ def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
 
     Cost: the tar's headers, and some 70 kB and a few milliseconds a video.
     """
-    for sample in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):
-        videos = [place for suffix, place in sample.places.items() if suffix in VIDEO_SUFFIXES]
-        if sample.problem is not None or not videos or not set(RECORD_SUFFIXES) & sample.places.keys():
-            yield TarVideo(sample.key, None, sample.problem or "video or records are missing")
+    for key, headers, problem in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):
+        video = next((headers[suffix] for suffix in VIDEO_SUFFIXES if suffix in headers), None)
+        if problem is not None or video is None or not set(RECORD_SUFFIXES) & headers.keys():
+            yield TarVideo(key, None, problem or "video or records are missing")
             continue
         try:
-            with header_counts(), FilePart(path, *videos[0]) as part:
-                yield TarVideo(sample.key, probe_video(io.BufferedReader(part, BUFFER_BYTES)), "")
+            with header_counts(), tarfile.open(path, "r:") as tar, tar.extractfile(video) as file:
+                yield TarVideo(key, probe_video(file), "")
         except DecodeError as error:
-            yield TarVideo(sample.key, None, str(error))
-
-
-class FilePart(io.RawIOBase):
-    """A run of bytes of a file, as a file of its own: what lies in a tar is read where it lies.
-
-    Attributes:
-        num_read: Bytes read so far.
-    """
-
-    def __init__(self, path: Path, offset: int, num_bytes: int) -> None:
-        """Open the file."""
-        self._file = path.open("rb", buffering=0)
-        self._offset, self._num_bytes, self._position = offset, num_bytes, 0
-        self.num_read = 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position counted from the part's start, the present one, or the part's end."""
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, origin + position)
-        return self._position
-
-    def tell(self) -> int:
-        """The position in the part."""
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill as much of the buffer as one read gives."""
-        wanted = min(len(buffer), self._num_bytes - self._position)
-        if wanted <= 0:
-            return 0
-        self._file.seek(self._offset + self._position)
-        got = self._file.readinto(memoryview(buffer)[:wanted])
-        self._position += got
-        self.num_read += got
-        return got
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+            yield TarVideo(key, None, str(error))

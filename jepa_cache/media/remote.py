@@ -72,19 +72,19 @@ class BucketFile:
         return f"{BUCKET_SCHEME}{self.bucket}/{self.key}"
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Bucket and parts of the path."""
+        return (self.bucket, *self.key.split("/"))
+
+    @property
     def name(self) -> str:
         """The last part of its path."""
-        return self.key.rpartition("/")[2]
+        return self.parts[-1]
 
     @property
     def suffix(self) -> str:
         """The ending of the name, with its dot."""
         return Path(self.name).suffix
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Bucket and parts of the path."""
-        return (self.bucket, *self.key.split("/"))
 
     @property
     def parents(self) -> tuple[Path, ...]:
@@ -104,12 +104,8 @@ class BucketFile:
         return FileStat(self.size_bytes, 0, 0, self.version)
 
     def with_name(self, name: str) -> BucketFile:
-        """The file of this name beside it.
-
-        Raises:
-            DownloadError: There is none, or the bucket cannot be reached.
-        """
-        return find_file(self.bucket, "/".join((*self.key.split("/")[:-1], name)))
+        """The newest version of the file of this name beside it; a DownloadError where there is none."""
+        return _find_file(self.bucket, "/".join((*self.parts[1:-1], name)))
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open a local copy, fetched first where it is not there.
@@ -143,15 +139,10 @@ def list_files(url: str) -> list[BucketFile]:
             files += [_describe(bucket, entry) for entry in entries if not entry["path"].endswith("/")]
             if len(files) > MAX_FILES:
                 raise DownloadError(f"{url} holds more than {MAX_FILES} files; name the folder of one data set")
-    return sorted(files) if files else [find_file(bucket, prefix)]
+    return sorted(files) if files else [_find_file(bucket, prefix)]
 
 
-def find_file(bucket: str, key: str) -> BucketFile:
-    """The newest version of a file.
-
-    Raises:
-        DownloadError: There is none, or the bucket cannot be reached.
-    """
+def _find_file(bucket: str, key: str) -> BucketFile:
     import obstore
 
     with _explained(f"{BUCKET_SCHEME}{bucket}/{key}"):
@@ -203,21 +194,18 @@ def fetch_hub_dataset(text: str, patterns: Sequence[str]) -> Path:
     if match is None:
         raise ValueError(f"{text!r} names no data set of the hub; write hub:owner/name or hub:owner/name@revision")
     name, revision = match["id"], match["revision"]
-    way_out = f"Does it need `hf auth login`? Elsewhere: hf download --repo-type dataset {name} --local-dir DIR; then give DIR"
-    with _explained(f"the data set {name} of the hub", way_out):
+    remedy = f"Does it need `hf auth login`? Elsewhere: hf download --repo-type dataset {name} --local-dir DIR; then give DIR"
+    with _explained(f"the data set {name} of the hub", remedy):
         return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
 
 
 def downloads_folder() -> Path:
     """Folder of what was fetched from buckets: $JEPA_DOWNLOADS, else `downloads` beside the digest table."""
-    configured = os.environ.get(FOLDER_VARIABLE)
-    return Path(configured).expanduser() if configured else state_folder() / "downloads"
+    return Path(os.environ.get(FOLDER_VARIABLE) or state_folder() / "downloads").expanduser()
 
 
 @contextmanager
-def _explained(
-    what: str, way_out: str = "Or copy it there where it can be reached, and name the copy"
-) -> Iterator[None]:
+def _explained(what: str, remedy: str = "Or copy it where it can be reached, and name the copy") -> Iterator[None]:
     """One message for everything that keeps a file from being fetched; a full disk is no part of it."""
     try:
         yield
@@ -231,7 +219,7 @@ def _explained(
         reason = re.sub(r"\s+", " ", str(error).split("\n\nDebug source:")[0]).strip()[:300]
         raise DownloadError(
             f"{what} cannot be fetched ({type(error).__name__}: {reason}). Is the network reachable (through a proxy: set "
-            f"https_proxy)? {way_out}"
+            f"https_proxy)? {remedy}"
         ) from error
 
 

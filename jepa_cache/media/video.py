@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +21,15 @@ from jepa_cache.media.probe import (
     VideoData,
     VideoInfo,
     as_file,
-    describe_error,
     explain_failure,
     index_packets,
     open_container,
     probe_video,
     read_orientation,
 )
+
+Decode = Callable[[np.ndarray], np.ndarray]
+"""Frame numbers [n] of the container to frames [n, h, w, 3]."""
 
 MIN_SEEK_FRAMES = 64
 """PyAV decodes from the start up to here, and enters at a key frame beyond."""
@@ -40,16 +44,25 @@ class Video:
         first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
-    def __init__(self, info: VideoInfo, decoder: str, handle: Any, first_frame: int = 0) -> None:
+    def __init__(
+        self,
+        video: VideoData,
+        info: VideoInfo,
+        decoder: str,
+        first_frame: int,
+        decode: Decode,
+        close: Callable[[], None],
+    ) -> None:
         """Hold an opened decoder; use `open_video`."""
         self.info = info
         self.decoder = decoder
         self.first_frame = first_frame
-        self._handle = handle
+        self._video, self._decode, self._close = video, decode, close
         self._next_index = 0
+        self._closed = False
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Decode the frames at `indices`, going on from where the call before ended.
+        """Decode the frames at `indices`, from where the call before ended.
 
         Args:
             indices: [n] integers, strictly ascending, the first one above the last one of the call before; counted from
@@ -65,7 +78,7 @@ class Video:
         Cost: every frame up to the last index is decoded once, however many calls there are; of those before `first_frame`
             only the ones since the last key frame.
         """
-        if self._handle is None:
+        if self._closed:
             raise ValueError("the video is closed; open it again with open_video")
         indices = np.asarray(indices, dtype=np.int64) + self.first_frame
         if len(indices) == 0:
@@ -76,13 +89,12 @@ class Video:
                 f"{self._next_index - 1}. Open the video again to go back"
             )
         if indices[-1] >= self.info.num_frames:
-            raise ValueError(f"frame {indices[-1]} was asked for, but the video has {self.info.num_frames} frames")
+            raise ValueError(f"frame {indices[-1]} was requested, but the video has {self.info.num_frames} frames")
         try:
-            frames = getattr(self, f"_read_{self.decoder}")(indices)
+            frames = self._decode(indices)
         except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
             span = f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames}"
-            source = getattr(self._handle, "video", b"")
-            raise explain_failure(error, f"{span} cannot be decoded by {self.decoder}", source) from error
+            raise explain_failure(error, f"{span} cannot be decoded by {self.decoder}", self._video) from error
         self._next_index = int(indices[-1]) + 1
         expected = (len(indices), self.info.height, self.info.width, 3)
         if frames.shape != expected:
@@ -91,9 +103,8 @@ class Video:
 
     def close(self) -> None:
         """Release the decoder; may be called twice."""
-        if isinstance(self._handle, _Frames):
-            self._handle.close()
-        self._handle = None
+        self._close()
+        self._closed = True
 
     def __enter__(self) -> Video:
         """Return itself; `with open_video(...) as video` closes it at the end."""
@@ -103,35 +114,6 @@ class Video:
         """Close the video."""
         self.close()
 
-    def _read_decord(self, indices: np.ndarray) -> np.ndarray:
-        return self._handle.get_batch(indices).asnumpy()
-
-    def _read_pillow(self, indices: np.ndarray) -> np.ndarray:
-        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
-        for row, index in enumerate(indices):
-            frames[row] = decode_image(self._handle.frames[index], frames.shape[1:3])
-        return frames
-
-    def _read_pyav(self, indices: np.ndarray) -> np.ndarray:
-        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
-        for row, index in enumerate(indices):
-            frames[row] = self._handle.read(int(index))
-        return frames
-
-
-class _LeftHalf(Video):
-    """The left picture of a stereo video."""
-
-    def __init__(self, whole: Video) -> None:
-        super().__init__(whole.info._replace(width=whole.info.width // 2), whole.decoder, None, whole.first_frame)
-        self._whole = whole
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(self._whole.read(indices)[:, :, : self.info.width])
-
-    def close(self) -> None:
-        self._whole.close()
-
 
 class _Frames:
     """Frames `first` to `stop` of a container, decoded by PyAV one after the other; owns the container.
@@ -140,24 +122,28 @@ class _Frames:
     moves no other; where a packet has no time, they are counted from the start.
     """
 
-    def __init__(self, video: bytes | Path | BinaryIO, packets: PacketIndex, first: int, stop: int) -> None:
-        self.video = video
+    def __init__(self, video: bytes | Path, packets: PacketIndex, first: int, stop: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self._container, self._packets, self._first, self._stop = open_container(video), packets, first, stop
         self._damage: list[tuple[int, str]] = []  # number of the frame, what was wrong
         self._iterator = self._iter_frames()
-        self._to_rgb: Any = None
+        # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
+        self._to_rgb = VideoReformatter()
 
     def close(self) -> None:
         self._container.close()
 
-    def read(self, index: int) -> np.ndarray:
-        """Frame `index` [h, w, 3] RGB, as it is shown."""
-        info, frame = self._packets.info, self._decode_to(index)
-        if self._to_rgb is None:
-            from av.video.reformatter import VideoReformatter
+    def decode(self, indices: np.ndarray) -> np.ndarray:
+        info = self._packets.info
+        frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+        for row, index in enumerate(indices):
+            frames[row] = self._to_image(int(index), self._decode_to(int(index)))
+        return frames
 
-            # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
-            self._to_rgb = VideoReformatter()
+    def _to_image(self, index: int, frame: Any) -> np.ndarray:
+        """[h, w, 3] RGB, as it is shown."""
+        info = self._packets.info
         transposed, rows_reversed, columns_reversed = info.orientation
         size = (frame.width, frame.height) if transposed else (frame.height, frame.width)
         if size != (info.height, info.width) or read_orientation(frame) != info.orientation:
@@ -202,9 +188,7 @@ class _Frames:
         info, times, key_times = self._packets
         stream = self._container.streams.video[info.stream]
         stream.codec_context.thread_count = 1  # One thread per video: the encode stage runs several videos.
-        if (
-            info.codec == "mjpeg"
-        ):  # Its decoder passes damaged pictures on otherwise; to the others the option makes no difference.
+        if info.codec == "mjpeg":  # Its decoder passes damaged pictures on otherwise; to others it makes no difference.
             stream.codec_context.options = {"err_detect": "explode"}
         expected = 0
         if times is not None and key_times is not None and self._first >= MIN_SEEK_FRAMES:
@@ -272,24 +256,31 @@ def open_video(
     if decoder not in DECODERS:
         raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if isinstance(video, SideBySide):
-        return _LeftHalf(open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames))
+        whole = open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames)
+        info = whole.info._replace(width=whole.info.width // 2)
+
+        def decode_left(indices: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(whole._decode(indices)[:, :, : info.width])
+
+        return Video(video.video, info, whole.decoder, first_frame, decode_left, whole.close)
     packets = None if isinstance(video, FrameSequence) else index_packets(video)
     info = probe_video(video) if packets is None else packets.info
     if not 0 <= first_frame < info.num_frames:
         raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
     if packets is None:
-        return Video(info, "pillow", video, first_frame)
+        return Video(video, info, "pillow", first_frame, functools.partial(_decode_pictures, video, info), lambda: None)
     if decoder == "decord":
         _check_decord(info)
-    stop = info.num_frames if num_frames is None else min(info.num_frames, first_frame + num_frames)
-    frames = _Frames(video, packets, first_frame, stop)
+    frames = _Frames(video, packets, first_frame, min(info.num_frames, first_frame + (num_frames or info.num_frames)))
     if decoder != "decord":
-        return Video(info, "pyav", frames, first_frame)
-    try:
+        return Video(video, info, "pyav", first_frame, frames.decode, frames.close)
+    with contextlib.closing(frames):
         frames.check()
-    finally:
-        frames.close()
-    return Video(info, "decord", _open_decord(video, info), first_frame)
+    return Video(video, info, "decord", first_frame, _open_decord(video, info), lambda: None)
+
+
+def _decode_pictures(video: FrameSequence, info: VideoInfo, indices: np.ndarray) -> np.ndarray:
+    return np.stack([decode_image(video.frames[index], (info.height, info.width)) for index in indices])
 
 
 def _check_decord(info: VideoInfo) -> None:
@@ -305,13 +296,13 @@ def _check_decord(info: VideoInfo) -> None:
         raise DecodeError(f"the video cannot be read by decord: {fault}; use the decoder 'auto' or 'pyav'")
 
 
-def _open_decord(video: VideoData, info: VideoInfo) -> Any:
+def _open_decord(video: bytes | Path, info: VideoInfo) -> Decode:
     import decord
 
     try:
         reader = decord.VideoReader(as_file(video), ctx=decord.cpu(0), num_threads=1)
     except Exception as error:  # RuntimeError or decord's own DECORDError.
-        raise DecodeError(f"decord cannot open the video: {describe_error(error)}") from error
+        raise explain_failure(error, "decord cannot open the video", b"") from error
     if len(reader) != info.num_frames:
         raise DecodeError(f"decord counts {len(reader)} frames where the container holds {info.num_frames}")
-    return reader
+    return lambda indices: reader.get_batch(indices).asnumpy()

@@ -1,8 +1,8 @@
-"""Weight files of the predictor: our own (safetensors with a card) and the official ones (`.pt`), always loaded strictly.
+"""Weight files of the predictor: ours (safetensors with a card) and the official ones (`.pt`), always loaded strictly.
 
-A predictor reads the tokens of one encoder only: those of another one, even of the same size, are noise to it. Third parties
-report that the encoder inside vjepa2-ac-vitg.pt differs from vitg.pt, so names of files and presets prove nothing; identities
-do. An identity is what the recipe of a cache says of its weights: `file:<sha256>#<entry>`, `file:<sha256>` or
+A predictor reads the tokens of one encoder only: those of another one, even of the same size, are noise to it. Third
+parties report that the encoder inside vjepa2-ac-vitg.pt differs from vitg.pt: names of files and presets prove nothing,
+identities do. An identity is what the recipe of a cache says of its weights: `file:<sha256>#<entry>`, `file:<sha256>` or
 `random:<sha256>`; `check_encoder` compares them.
 """
 
@@ -34,10 +34,10 @@ DIGEST_FIELD = "weights_sha256"
 CONDITIONING = ("action_encoder", "state_encoder", "extrinsics_encoder")
 """The layers whose input width follows from the action space."""
 OFFICIAL_SUFFIXES = (".pt", ".pth", ".tar")
-# Put there by DDP, by the multi-sequence wrapper of upstream's pretraining, and by torch.compile (which may wrap single blocks).
 WRAPPER_NAMES = frozenset({"module", "backbone", "_orig_mod"})
+"""Put there by DDP, by the wrapper of upstream's pretraining, and by torch.compile (which may wrap single blocks)."""
 ENCODER_ENTRIES = ("encoder", "target_encoder")
-"""Both are the frozen encoder that the predictor of the same file was trained on: a copy and the one that made the targets."""
+"""Both are the frozen encoder that the predictor of the same file was trained on: a copy, and the one of the targets."""
 ENCODER_FIELD = "encoder_weights"
 """Of a card: the identity of the encoder in the recipe of the cache that the predictor was trained on."""
 
@@ -52,44 +52,37 @@ def clean_name(name: str) -> str:
 
 
 def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object]) -> None:
-    """Write all weights under their official names, with a card, in one atomic step.
-
-    Args:
-        predictor: an `ACPredictor`, also inside DDP or torch.compile.
-        path: safetensors file; an existing one is replaced.
-        card: what is needed to build the predictor again (its configuration) and whatever describes the run; JSON.
-    """
-    save_state(official_state(predictor), path, card)
+    """Write all weights of a predictor, also of one inside DDP or torch.compile; see `save_state`."""
+    save_state({clean_name(name): tensor for name, tensor in predictor.state_dict().items()}, path, card)
 
 
 def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, object]) -> None:
-    """As `save_predictor`, from weights that already have their official names."""
-    card = {**card, DIGEST_FIELD: _digest(state)}
+    """Write weights with a card, in one atomic step.
+
+    Args:
+        state: By their official names.
+        path: A safetensors file; an existing one is replaced.
+        card: What is needed to build the predictor again (`architecture`) and whatever describes the run; JSON.
+    """
+    card = {**card, DIGEST_FIELD: digest_state(state)}
     # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
     with atomic_file(path) as partial:
-        save_file(dict(state), partial, metadata={"card": json.dumps(card, sort_keys=True)})
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+        save_file(tensors, partial, metadata={"card": json.dumps(card, sort_keys=True)})
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over the names and bytes of weights."""
+def digest_state(state: Mapping[str, Tensor]) -> str:
+    """Return the hex sha256 over names, shapes, dtypes and bytes of weights; those without storage have no bytes."""
     total = hashlib.sha256()
-    for name in sorted(state):
-        total.update(f"{name} {list(state[name].shape)} {state[name].dtype}\n".encode())
-        total.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        if not tensor.is_meta:
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def official_state(predictor: nn.Module) -> dict[str, Tensor]:
-    """Return all weights of a predictor, also of one inside DDP or torch.compile, under their official names."""
-    return {clean_name(name): tensor.detach().contiguous() for name, tensor in predictor.state_dict().items()}
-
-
 def read_card(path: Path) -> dict[str, object]:
-    """Read the card of a file of this project, without its weights.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds no card.
-    """
+    """Read the card of a file of this project, without its weights; a CheckpointError where it holds none."""
     card = find_card(path)
     if card is None:
         raise CheckpointError(f"predictor weights {path} hold no card; they were not written by this project")
@@ -97,19 +90,11 @@ def read_card(path: Path) -> dict[str, object]:
 
 
 def find_card(path: Path) -> dict[str, object] | None:
-    """Read the card of a file, without its weights; None where the file was not written by this project.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
+    """Read the card of a file, without its weights; None where the file was not written by this project."""
     if path.suffix in OFFICIAL_SUFFIXES:
         card = read_official(path).get(CARD_ENTRY)
     else:
-        try:
-            with safe_open(path, "pt") as file:
-                card = (file.metadata() or {}).get("card")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
+        _, card = _read_safetensors(path, weights=False)
     if not isinstance(card, str):
         return None
     content = json.loads(card)
@@ -118,14 +103,7 @@ def find_card(path: Path) -> dict[str, object] | None:
 
 
 def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
-    """Build the predictor that a file of `save_predictor` holds, from the `architecture` in its card.
-
-    Returns:
-        The predictor with its weights, and the card.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or its card holds no architecture.
-    """
+    """Build the predictor that a file of `save_predictor` holds, from the `architecture` in its card; returns both."""
     card = read_card(path)
     if "architecture" not in card:
         raise CheckpointError(
@@ -137,39 +115,30 @@ def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
 
 
 def load_predictor_weights(predictor: nn.Module, path: Path) -> None:
-    """Fill a predictor from a weight file, ours (`.safetensors`) or official (`.pt`, entry "predictor").
-
-    Nothing is loaded unless every name and shape fits, in both directions.
-
-    Args:
-        predictor: a bare `ACPredictor` of the file's sizes.
-        path: the file.
+    """Fill a bare `ACPredictor` from a weight file, ours (`.safetensors`) or official (`.pt`, entry "predictor").
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another kind, or names or shapes differ (all are listed).
+        CheckpointError: The file is missing, damaged or of another kind, or names or shapes differ in either direction.
+            All differences are listed, and nothing is loaded then.
 
     Source: upstream checkpoint layout (vjepa2-ac-vitg.pt: entries encoder and predictor).
     """
     state = read_state(path)
-    _refuse_differences(predictor.state_dict(), state, path)
+    refuse_differences(predictor.state_dict(), state, f"predictor weights {path}")
     predictor.load_state_dict(state, strict=True)
 
 
 def load_start_weights(predictor: nn.Module, path: Path) -> tuple[str, ...]:
     """Fill a predictor from the weights that a fine-tuning starts from; its actions and states may have other widths.
 
-    The conditioning encoders whose input width differs are new layers: they keep the weights they were built with, bias included, and
-    the log says so. Everything else has to fit, as in `load_predictor_weights`.
-
-    Args:
-        predictor: a bare `ACPredictor`.
-        path: the file.
+    Conditioning encoders whose input width differs are new layers: they keep the weights they were built with, bias
+    included, and the log says so. Everything else has to fit, as in `load_predictor_weights`.
 
     Returns:
-        Names of the new layers, such as ("action_encoder", "state_encoder", "extrinsics_encoder"); empty when all came from the file.
+        Names of the new layers, such as ("action_encoder", "extrinsics_encoder"); empty when all came from the file.
 
     Raises:
-        CheckpointError: as `load_predictor_weights`.
+        CheckpointError: As `load_predictor_weights`.
     """
     state, own = read_state(path), predictor.state_dict()
     new = []
@@ -179,65 +148,50 @@ def load_start_weights(predictor: nn.Module, path: Path) -> tuple[str, ...]:
         if here is None or there is None or there.ndim != 2 or there.shape[1] == here.shape[1]:
             continue
         if there.shape[0] == here.shape[0]:
-            log.warning(
-                "%s takes %d numbers, in %s it takes %d: it is a new layer that starts from fresh weights",
-                layer,
-                here.shape[1],
-                path.name,
-                there.shape[1],
-            )
+            widths = here.shape[1], path.name, there.shape[1]
+            log.warning("%s takes %d numbers, in %s it takes %d: it is a new layer with fresh weights", layer, *widths)
             new.append(layer)
             state |= {f"{layer}.{kind}": own[f"{layer}.{kind}"] for kind in ("weight", "bias")}
-    _refuse_differences(own, state, path)
+    refuse_differences(own, state, f"predictor weights {path}")
     predictor.load_state_dict(state, strict=True)
     return tuple(new)
 
 
-def list_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Compare the names and shapes of weights to load with those that are here: one line per difference, empty where all fit."""
+def refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise a CheckpointError that lists every name and shape in which weights to load differ from those that are here."""
     lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
     lines += [f"unexpected: {name} {list(state[name].shape)}" for name in state if name not in own]
-    return lines + [
+    lines += [
         f"shape: {name} is {list(state[name].shape)} in the file, {list(own[name].shape)} here"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-
-
-def _refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    differences = list_differences(own, state)
-    if differences:
+    if lines:
         raise CheckpointError(
-            f"predictor weights {path} do not fit this predictor ({len(differences)} differences; compare the preset's "
-            "sizes and the action and state widths):\n  " + "\n  ".join(differences)
+            f"{what} do not fit ({len(lines)} differences; compare the predictor's sizes, the action and state widths, and "
+            "LoRA's rank):\n  " + "\n  ".join(lines)
         )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read predictor weights by their official names, on the CPU.
-
-    Args:
-        path: safetensors file of ours, or an official `.pt` file with an entry "predictor".
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or has no such entry.
-    """
-    path = Path(path)
+    """Read predictor weights by their official names, on the CPU; a CheckpointError where the file does not hold them."""
     if not path.is_file():
         raise CheckpointError(f"predictor weights {path} do not exist")
     if path.suffix in OFFICIAL_SUFFIXES:
-        named = _predictor_entry(read_official(path), path)
+        content = read_official(path)
+        if OFFICIAL_ENTRY not in content:
+            found = ", ".join(sorted(map(str, content))[:12])
+            raise CheckpointError(f'predictor weights {path} need an entry "{OFFICIAL_ENTRY}"; the file holds: {found}')
+        named = content[OFFICIAL_ENTRY]
+        if not isinstance(named, Mapping) or not all(isinstance(tensor, Tensor) for tensor in named.values()):
+            raise CheckpointError(f'predictor weights {path}: entry "{OFFICIAL_ENTRY}" is no state dict')
     else:
-        try:
-            with safe_open(path, "pt") as file:
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration)
-                expected = json.loads((file.metadata() or {}).get("card", "{}")).get(DIGEST_FIELD)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
-        if expected is not None and _digest(named) != expected:
+        named, card = _read_safetensors(path)
+        expected = json.loads(card or "{}").get(DIGEST_FIELD)
+        if expected is not None and digest_state(named) != expected:
             raise CheckpointError(
                 f"predictor weights {path} are damaged: they are not those that were written (their sha256 differs). Copy the file again, "
-                "or write it anew with `python stages/train_predictor.py`, which goes on from its checkpoints"
+                "or write it anew with `python stages/train_predictor.py`, which resumes from its checkpoints"
             )
     state = {clean_name(name): tensor for name, tensor in named.items()}
     if len(state) != len(named):
@@ -245,13 +199,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], str | None]:
+    """Return weights by name (none unless `weights`) and the card's JSON."""
+    try:
+        with safe_open(path, "pt") as file:
+            named = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
+            return named, (file.metadata() or {}).get("card")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"predictor weights {path} cannot be read: {error}") from error
+
+
 def read_official(path: Path) -> Mapping[str, object]:
     """Open an official `.pt` file: its entries by name.
 
-    Tensors are memory-mapped, so an unwanted encoder is never read; only the format before torch 1.6 cannot be, and is read whole.
+    Tensors are memory-mapped, so an unwanted encoder is never read; a file from before torch 1.6 is read whole.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors, numbers and text.
+        CheckpointError: The file is missing, damaged, or holds more than tensors, numbers and text.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -272,47 +236,27 @@ def read_official(path: Path) -> Mapping[str, object]:
     return content
 
 
-def _predictor_entry(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    if OFFICIAL_ENTRY not in content:
-        found = ", ".join(sorted(map(str, content))[:12])
-        raise CheckpointError(f'predictor weights {path} need an entry "{OFFICIAL_ENTRY}"; the file holds: {found}')
-    state = content[OFFICIAL_ENTRY]
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f'predictor weights {path}: entry "{OFFICIAL_ENTRY}" is no state dict')
-    return dict(state)
-
-
 class EncoderMatch(NamedTuple):
     """What a run records of its starting weights."""
 
-    cache: str
-    """Identity of the encoder that made the cache's tokens."""
-    file: tuple[str, ...]
-    """Identities of the encoder that the weights belong to; empty where the file does not say."""
-    matches: bool
-    """False only where the caller allowed it."""
+    cache: str  # identity of the encoder that made the cache's tokens
+    file: tuple[str, ...]  # identities of the encoder that the weights belong to; empty where the file does not say
+    matches: bool  # False only where the caller allowed it
 
 
 def encoder_identities(path: Path, digest: Callable[[Path], str]) -> tuple[str, ...]:
-    """Name the encoder that a predictor's weights belong to, as the recipe of a cache names it.
+    """Name the encoder that a predictor's weights belong to, under every identity that a cache of it may have.
 
-    An official file says it by holding the encoder; a file of this project by its card.
+    An official file says it by holding the encoder; a file of this project by its card. Empty where it does not say.
 
     Args:
-        path: weights as `checkpoints.read_state` takes them.
-        digest: gives a file's hex sha256, possibly remembered from an earlier run; asked only where the file holds an encoder.
-
-    Returns:
-        Every identity under which a cache of that encoder may be known; empty where the file does not say.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
+        path: Weights as `read_state` takes them.
+        digest: Gives a file's hex sha256, possibly remembered; called only where the file holds an encoder.
     """
+    held = []
     if path.suffix in OFFICIAL_SUFFIXES:
         entries = [entry for entry in ENCODER_ENTRIES if read_official(path).get(entry)]
         held = [f"file:{digest(path)}#{entry}" for entry in entries]
-    else:
-        held = []
     named = (find_card(path) or {}).get(ENCODER_FIELD)
     return (*held, *([named] if isinstance(named, str) else []))
 
@@ -323,18 +267,16 @@ def check_encoder(
     """Refuse to combine a predictor's weights with a cache of another encoder's tokens.
 
     Args:
-        path: the predictor's weights.
-        cache_weights: identity of the encoder in the cache's recipe (`recipe["encoder"]["weights"]`).
-        digest: see `encoder_identities`.
-        allow_other: combine them all the same; what is returned says so and belongs into the run's record.
+        path: The predictor's weights.
+        cache_weights: Identity of the encoder in the cache's recipe (`recipe["encoder"]["weights"]`).
+        digest: As of `encoder_identities`.
+        allow_other: Combine them all the same; what is returned says so and belongs into the run's record.
 
     Raises:
-        CheckpointError: they do not belong together, or the file does not say, and `allow_other` is not set.
+        CheckpointError: They do not belong together, or the file does not say, and `allow_other` is not set.
     """
     found = encoder_identities(path, digest)
-    if cache_weights in found:
-        return EncoderMatch(cache_weights, found, True)
-    if not allow_other:
+    if cache_weights not in found and not allow_other:
         said = (
             f"those weights were trained on the tokens of {' or '.join(found)}"
             if found
@@ -345,4 +287,4 @@ def check_encoder(
             "Tokens of another encoder are noise to a predictor. Encode with the encoder that belongs to it (for the released file: "
             "encoder=ac_vitg with encode.weights naming that same file), or set train.allow_other_encoder: true, which is recorded"
         )
-    return EncoderMatch(cache_weights, found, False)
+    return EncoderMatch(cache_weights, found, cache_weights in found)

@@ -1,4 +1,4 @@
-"""Finished predictors for other programs: the official checkpoint layout, and safetensors with a readable card beside it."""
+"""Finished predictors for other programs: the official layout, and safetensors with a readable card beside it."""
 
 import json
 from collections.abc import Mapping
@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from jepa_cache.files import atomic_file
-from jepa_cache.predictor.checkpoints import (
-    CARD_ENTRY,
-    ENCODER_ENTRIES,
-    OFFICIAL_ENTRY,
-    CheckpointError,
-    save_state,
-)
+from jepa_cache.predictor.checkpoints import CARD_ENTRY, ENCODER_ENTRIES, OFFICIAL_ENTRY, CheckpointError, save_state
 
-# As upstream's own trainer, which wraps everything in DDP, writes it; upstream's hub code takes it off, its trainer expects it.
+# As upstream's trainer, which wraps everything in DDP, writes and expects it; upstream's hub code takes it off.
 OFFICIAL_PREFIX = "module."
 
 
@@ -25,22 +19,21 @@ def export_official(
 ) -> None:
     """Write a checkpoint that upstream's loaders take, in one atomic step.
 
-    Entries: `predictor`, `encoder` and `target_encoder` (the same tensors, stored once) where an encoder is given, and `jepa_cache` with the
-    card as JSON text. Only what upstream reads to load weights: no optimiser, no counters.
+    Entries: `predictor`, `encoder` and `target_encoder` (the same tensors, stored once) where an encoder is given, and
+    `jepa_cache` with the card as JSON text. Only what upstream reads to load weights: no optimiser, no counters.
 
     Args:
-        state: official name -> tensor; written bit for bit in its dtype.
-        card: of the predictor, with its `architecture`.
-        path: a `.pt` file; an existing one is replaced.
-        encoder: official name -> tensor of the frozen encoder.
+        state: Official name to tensor; written bit for bit in its dtype.
+        card: Of the predictor, with its `architecture`.
+        path: A `.pt` file; an existing one is replaced.
+        encoder: Official name to tensor of the frozen encoder.
 
     Raises:
-        CheckpointError: the predictor has a residual path, which the official one lacks.
+        CheckpointError: The predictor has a residual path, which the official one lacks.
 
-    Source: upstream checkpoint layout (vjepa2-ac-vitg.pt: entries encoder and predictor; the trainer's files also target_encoder).
+    Source: upstream checkpoint layout (vjepa2-ac-vitg.pt; the trainer's files have target_encoder too).
     """
-    architecture = card.get("architecture")
-    if isinstance(architecture, Mapping) and architecture.get("residual"):
+    if card.get("architecture", {}).get("residual"):
         raise CheckpointError(
             "this predictor was trained with residual: true; the official one adds nothing to its output, so the same weights would predict "
             "something else there. Export it as safetensors, or train with predictor.residual false"
@@ -54,16 +47,7 @@ def export_official(
 
 
 def export_safetensors(state: Mapping[str, Tensor], card: Mapping[str, object], path: Path) -> Path:
-    """Write weights under their official names, with the card inside, and beside it as a JSON file for people.
-
-    Args:
-        state: official name -> tensor; written bit for bit in its dtype.
-        card: of the predictor.
-        path: a `.safetensors` file; an existing one is replaced.
-
-    Returns:
-        The JSON file: the same name with `.json`.
-    """
+    """Write weights with the card inside, and beside it as a JSON file for people, whose path is returned."""
     save_state(state, path, card)
     beside = path.with_suffix(".json")
     with atomic_file(beside) as partial:
@@ -72,14 +56,7 @@ def export_safetensors(state: Mapping[str, Tensor], card: Mapping[str, object], 
 
 
 def differs_from_official_class(architecture: Mapping[str, object]) -> list[str]:
-    """Say what upstream's predictor class cannot be built with as it is, for a person who wants to load an exported file there.
-
-    Args:
-        architecture: constructor arguments of `ACPredictor`.
-
-    Returns:
-        One line per difference; empty where the class takes the weights as they are.
-    """
+    """Say what upstream's predictor class cannot be built with as it is: one line per difference."""
     actions, states = architecture["action_dim"], architecture["state_dim"]
     if actions == states:
         return []

@@ -3,17 +3,11 @@
 A sequence is T steps of L tokens each, conditioning tokens first: [B, heads, T*L, d]. A token may attend to every token of
 its own step and of earlier steps, never to a later one. Parameter names are those of the released checkpoint.
 
-Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal machines
-give equal numbers:
+Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal
+machines give equal numbers: `F.scaled_dot_product_attention` per step over its prefix (on CUDA the flash kernel, because
+no call has a mask), but `_PrefixAttention` for bfloat16 on CPUs that multiply such matrices in hardware.
 
-| where | forward | backward |
-|---|---|---|
-| any device, any dtype | `F.scaled_dot_product_attention` per step over its prefix | that of the same kernel |
-| CPU with bfloat16 matrix products in hardware (AVX512_BF16 or AMX_BF16), bfloat16 | `_PrefixAttention`: matrix products | matrix products |
-
-On CUDA the first row takes the flash kernel, because no call has a mask; that has not been run on a GPU here.
-
-Letters of this file besides the project's: P predictor width; L tokens per step (conditioning and frame tokens); d head width.
+Letters of this file besides the project's: P predictor width; L tokens per step, conditioning included; d head width.
 """
 
 import math
@@ -27,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _SCORE_BYTES = 2 * 2**20
-"""Scores of the heads that are multiplied together: 2 heads of 258 rows x 1806 keys in bfloat16; 1 and 6 heads took 2 to 4 % longer."""
+"""Scores of heads multiplied together: 2 of 258 rows x 1806 keys in bfloat16; 1 and 6 took 2 to 4 % longer."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one block, each [B, heads, steps*L, d]; the keys are already rotated to their own time positions."""
@@ -53,10 +47,11 @@ def rotary_table(
 ) -> RotaryTable:
     """Build the rotation of every token of a run of steps, once per shape and dtype.
 
-    The head is cut into three equal blocks of even width r for time, row and column; the channels left over are not rotated. Inside a
-    block the frequencies 10000^(-2j/r) are TILED over the channels while pairs are adjacent channels, so that the two members of a
-    pair turn by different angles: a quirk of the released weights that has to be kept. Conditioning tokens turn in the time block
-    only. Columns count in units of rows/columns of the grid, rows as they are. Angles are float32 whatever the dtype.
+    The head is cut into three equal blocks of even width r for time, row and column; the channels left over are not
+    rotated. Inside a block the frequencies 10000^(-2j/r) are TILED over the channels while pairs are adjacent channels, so
+    that the two members of a pair turn by different angles: a quirk of the released weights that has to be kept.
+    Conditioning tokens turn in the time block only. Columns count in units of rows/columns of the grid, rows as they are.
+    Angles are float32 whatever the dtype.
 
     Args:
         head_width: d.
@@ -64,11 +59,8 @@ def rotary_table(
         num_steps: T.
         grid: (H, W) rows and columns of the patch grid.
         num_conditioning: tokens that precede the frame tokens of each step.
-        dtype: of the tables.
+        dtype: of the tables, [T*(num_conditioning + H*W), d]; see `rotate`.
         device: of the tables.
-
-    Returns:
-        Tables [T*(num_conditioning + H*W), d]: see `rotate`.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985; the tiling is known upstream as vjepa2 pull request 15.
     """
@@ -95,15 +87,7 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Turn queries or keys by their positions: `x * cos + partner(x) * sin`, the partner being the other channel of a pair.
-
-    Args:
-        x: [..., T*L, d].
-        table: tables [T*L, d] of the same dtype.
-
-    Returns:
-        [..., T*L, d].
-    """
+    """Turn queries or keys [..., T*L, d] by their positions: `x * cos + partner(x) * sin`, see `_partner`."""
     return _Rotation.apply(x, table.cos, table.sin)
 
 
@@ -131,17 +115,9 @@ def _partner(x: Tensor) -> Tensor:
 
 
 def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.device | None = None) -> Tensor:
-    """Say which token may attend to which: all of its own step and of earlier steps.
+    """Say which token may attend to which, all of its own step and of earlier steps: [T*L, T*L] bool, rows are queries.
 
-    The definition that `block_causal_attention` keeps to without ever building it; for tests, and for kernels that want a mask.
-
-    Args:
-        num_steps: T.
-        tokens_per_step: L, conditioning tokens included.
-        device: where the mask is made.
-
-    Returns:
-        [T*L, T*L] bool, True = may attend, rows are queries.
+    The definition that `block_causal_attention` keeps to without ever building it; for tests.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (block-causal attention).
     """
@@ -152,8 +128,8 @@ def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.dev
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0) -> Tensor:
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
-    One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw away is never
-    computed.
+    One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw
+    away is never computed.
 
     Args:
         q: [B, heads, T*L, d] queries of the T newest steps.
@@ -192,7 +168,7 @@ def has_bfloat16_products() -> bool:
 
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
     outputs = []
-    # Split and shortened from the last step on, because the gradient of a slice is padded with zeros to the whole it was cut from.
+    # From the last step on, because the gradient of a slice is padded with zeros to the whole that it was cut from.
     for q_step in reversed(q.split(tokens_per_step, dim=2)):
         outputs.append(F.scaled_dot_product_attention(q_step, k, v))
         k, v = k[:, :, :-tokens_per_step], v[:, :, :-tokens_per_step]
@@ -202,11 +178,12 @@ def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> 
 class _PrefixAttention(torch.autograd.Function):
     """The same by batched matrix products, forward and backward.
 
-    The CPU's flash kernel gains nothing from bfloat16, matrix products gain a lot. Scores are rounded to bfloat16, softmax and sums run
-    in float32. Probabilities are computed again in the backward pass; kept, they would take 22 MB a block and window of 8 steps at 6 heads.
+    The CPU's flash kernel gains nothing from bfloat16, matrix products gain a lot. Scores are rounded to bfloat16, softmax
+    and sums run in float32. Probabilities are computed again in the backward pass; kept, they would take 22 MB a block and
+    window of 8 steps at 6 heads.
 
-    As many heads go together as have scores of `_SCORE_BYTES`, in buffers that every step uses again: memory does not grow with the batch,
-    and the passes over the scores stay in the processor's cache. Transposed keys and values are made once, not in every product.
+    As many heads go together as have scores of `_SCORE_BYTES`, in buffers that every step uses again: memory does not grow
+    with the batch, and the passes over the scores stay in the processor's cache.
     """
 
     @staticmethod

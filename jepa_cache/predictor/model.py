@@ -1,7 +1,7 @@
 """The V-JEPA 2-AC predictor: next-step tokens from past tokens, actions and states.
 
-Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens; attention is
-block-causal over steps. Parameter names are those of the released checkpoint, which loads strictly.
+Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens;
+attention is block-causal over steps. Parameter names are those of the released checkpoint, which loads strictly.
 Letters besides the project's: P predictor width, always called `predictor_dim`; L = K + N tokens per step.
 """
 
@@ -27,11 +27,13 @@ class PredictorOutput(NamedTuple):
 class ACPredictor(nn.Module):
     """Predicts the tokens of the next step from those of this and earlier steps, with their actions and states.
 
-    Owns the official parameters under their official names, and nothing else: no buffers, no mask, no optimiser state. Positions are
-    rotary; the output is not layer-normed (see `rollout.normalize_tokens`). The official predictor has no residual from input to output;
-    `residual` adds one, which helps where few recordings are at hand: what does not move need not be rebuilt.
+    Owns the official parameters under their official names, and nothing else: no buffers, no mask, no optimiser state.
+    Positions are rotary; the output is not layer-normed (see `rollout.normalize_tokens`). The official predictor has no
+    residual from input to output; `residual` adds one, which helps where few recordings are at hand: what does not move
+    need not be rebuilt.
 
-    `extrinsics_encoder` is always present, as in the released file; where unused it is frozen so that DDP does not wait for it.
+    `extrinsics_encoder` is always present, as in the released file; where unused it is frozen, so that DDP does not wait
+    for it.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985. There the state has the action's width; here both are free.
     """
@@ -65,28 +67,20 @@ class ACPredictor(nn.Module):
             mlp_ratio: hidden width of the MLP / `predictor_dim`.
             use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
             norm_eps: of every LayerNorm.
-            activation_checkpointing: recompute each block in the backward pass: about a third more time, far less memory.
-            residual: add each step's own tokens to the prediction of the step after it; not official, so such weights cannot be
-                exported to the official layout.
+            activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory.
+            residual: add each step's own tokens to the prediction of the step after it; not official, so such weights
+                cannot be exported to the official layout.
 
         Raises:
             ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
         """
         super().__init__()
-        sizes = {
-            "embed_dim": embed_dim,
-            "predictor_dim": predictor_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "state_dim": state_dim,
-            "grid rows": grid[0],
-            "grid columns": grid[1],
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"predictor: {name} must be at least 1, got {size}")
-        if action_dim < 2:
-            raise ValueError(f"predictor: action_dim must be at least 2 (extrinsics have one less), got {action_dim}")
+        if min(embed_dim, predictor_dim, depth, num_heads, action_dim - 1, state_dim, *grid) < 1:
+            raise ValueError(
+                f"predictor: every size must be at least 1, and action_dim 2 (extrinsics have one less); got embed_dim {embed_dim}, "
+                f"predictor_dim {predictor_dim}, depth {depth}, num_heads {num_heads}, action_dim {action_dim}, state_dim {state_dim}, "
+                f"grid {tuple(grid)}"
+            )
         if predictor_dim % num_heads or predictor_dim // num_heads < 6:
             raise ValueError(
                 f"predictor: predictor_dim must be a multiple of num_heads with at least 6 channels a head (fewer hold no "
@@ -147,8 +141,8 @@ class ACPredictor(nn.Module):
     ) -> PredictorOutput:
         """Predict the step after each of the T given ones.
 
-        With `past` the given steps continue after the steps that it holds: the result equals that of one pass over all of them,
-        gradients included, at the cost of the new steps only.
+        With `past` the given steps continue after the steps that it holds: the result equals that of one pass over all of
+        them, gradients included, at the cost of the new steps only.
 
         Args:
             tokens: [B, T, N, E] tokens of the given steps, layer-normed by the caller.
@@ -205,25 +199,23 @@ class ACPredictor(nn.Module):
         extrinsics: Tensor | None,
         past: Sequence[KeysValues] | None,
     ) -> None:
-        num_tokens = self.grid[0] * self.grid[1]
-        if tokens.ndim != 4 or tokens.shape[1] < 1 or tokens.shape[2:] != (num_tokens, self.embed_dim):
-            raise ValueError(
-                f"predictor: tokens must be [B, T, N, E] with N={num_tokens} (grid {self.grid[0]}x{self.grid[1]}), "
-                f"E={self.embed_dim} and at least one step, got {list(tokens.shape)}"
-            )
         if (extrinsics is not None) != self.use_extrinsics:
             raise ValueError(
                 f"predictor: use_extrinsics is {self.use_extrinsics} but extrinsics were "
                 f"{'not ' if extrinsics is None else ''}given"
             )
-        expected = {"actions": (actions, self.action_dim), "states": (states, self.state_dim)}
+        expected = {
+            "tokens": (tokens, (self.grid[0] * self.grid[1], self.embed_dim)),
+            "actions": (actions, (self.action_dim,)),
+            "states": (states, (self.state_dim,)),
+        }
         if extrinsics is not None:
-            expected["extrinsics"] = (extrinsics, self.action_dim - 1)
-        for name, (array, width) in expected.items():
-            if array.shape != (*tokens.shape[:2], width):
+            expected["extrinsics"] = (extrinsics, (self.action_dim - 1,))
+        for name, (array, widths) in expected.items():
+            if array.shape != (*tokens.shape[:2], *widths) or not tokens.numel():
                 raise ValueError(
-                    f"predictor: {name} must be [B, T, {width}] = {[*tokens.shape[:2], width]} for tokens "
-                    f"{list(tokens.shape)}, got {list(array.shape)}"
+                    f"predictor: {name} must be [B, T, {', '.join(map(str, widths))}] for tokens {list(tokens.shape)} of at least one "
+                    f"step on a grid of {self.grid[0]}x{self.grid[1]}, got {list(array.shape)}"
                 )
         if past is None:
             return

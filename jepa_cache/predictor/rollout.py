@@ -1,7 +1,7 @@
 """Predictions from a predictor: with true tokens (teacher forcing) and with its own (rollout).
 
-Pure functions that training, validation and evaluation share. They only call the predictor, so that a wrapped one (DDP, LoRA) serves
-as well, and they carry gradients unless the caller switches them off.
+Pure functions that training, validation and evaluation share. They only call the predictor, so that a wrapped one (DDP,
+LoRA) serves as well, and they carry gradients unless the caller switches them off.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,7 @@ REPS_NORM_EPS = 1e-5
 def normalize_tokens(tokens: Tensor) -> Tensor:
     """Apply the parameter-free layer norm that the predictor's inputs, targets and outputs share.
 
-    Always in float32 (float64 stays), also for float16 tokens from the cache and under autocast.
-
-    Args:
-        tokens: [..., D], any floating dtype.
-
-    Returns:
-        [..., D] float32, mean 0 and variance 1 over D.
+    Tokens [..., D] of any floating dtype become float32 (float64 stays), also under autocast: mean 0, variance 1 over D.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (`normalize_reps`; eps 1e-5).
     """
@@ -54,39 +48,8 @@ def l1_error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).abs().mean(dim=(-2, -1))
 
 
-def teacher_forcing(
-    predictor: Predictor,
-    tokens: Tensor,
-    actions: Tensor,
-    states: Tensor,
-    *,
-    extrinsics: Tensor | None = None,
-    normalize_reps: bool = True,
-) -> Tensor:
-    """Predict every step of a window from the true steps before it.
-
-    Args:
-        predictor: an `ACPredictor`.
-        tokens: [B, T, N, E] true tokens, layer-normed where the predictor was trained so; the last step is only the target.
-        actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
-        states: [B, T, S] or [B, T-1, S].
-        extrinsics: [B, T, A-1] or [B, T-1, A-1], for a predictor that uses it.
-        normalize_reps: layer-norm the predictions, as in training.
-
-    Returns:
-        [B, T-1, N, E] float32 predictions of steps 1 to T-1.
-
-    Raises:
-        ValueError: the window has fewer than two steps, or a shape does not fit.
-    """
-    num_steps = _num_predicted(tokens)
-    camera = None if extrinsics is None else extrinsics[:, :num_steps]
-    out = predictor(tokens[:, :num_steps], actions, states[:, :num_steps], camera, None, 0)
-    return as_reps(out.tokens, normalize_reps)
-
-
 def repeat_past(past: Sequence[KeysValues] | None, count: int) -> Sequence[KeysValues] | None:
-    """The past of one context (B = 1) for `count` continuations of it, without copying."""
+    """Return the past of one context (B = 1) for `count` continuations of it, without copying."""
     return past and [(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in past]
 
 
@@ -126,12 +89,6 @@ def continue_rollout(
     return torch.cat(predicted, dim=1)
 
 
-def _num_predicted(tokens: Tensor) -> int:
-    if tokens.ndim != 4 or tokens.shape[1] < 2:
-        raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(tokens.shape)}")
-    return tokens.shape[1] - 1
-
-
 class TeacherForcedAndRollout(NamedTuple):
     """Predictions of the same windows with true tokens and with the predictor's own, float32.
 
@@ -161,16 +118,32 @@ class LatentModel(NamedTuple):
     def teacher_forcing(
         self, h: Tensor, actions: Tensor, states: Tensor, *, extrinsics: Tensor | None = None
     ) -> Tensor:
-        """Predict every step of a window from the true steps before it, see `teacher_forcing`."""
-        norm = self.normalize_reps
-        return teacher_forcing(self.predictor, h, actions, states, extrinsics=extrinsics, normalize_reps=norm)
+        """Predict every step of a window from the true steps before it.
+
+        Args:
+            h: [B, T, N, E] true tokens; the last step is a target only.
+            actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
+            states: [B, T, S] or [B, T-1, S].
+            extrinsics: [B, T, A-1] or [B, T-1, A-1], for a predictor that uses it.
+
+        Returns:
+            [B, T-1, N, E] float32 predictions of steps 1 to T-1.
+
+        Raises:
+            ValueError: The window has fewer than two steps, or a shape does not fit.
+        """
+        if h.ndim != 4 or h.shape[1] < 2:
+            raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(h.shape)}")
+        num_steps = h.shape[1] - 1
+        camera = None if extrinsics is None else extrinsics[:, :num_steps]
+        return self.as_reps(self.predictor(h[:, :num_steps], actions, states[:, :num_steps], camera, None, 0).tokens)
 
     def open_loop(
         self, h: Tensor, actions: Tensor, states: Tensor, horizon: int, *, extrinsics: Tensor | None = None
     ) -> Tensor:
         """Predict K steps after a true context, each from the predictions before it.
 
-        The context is computed once; every further step costs one step, because keys and values of earlier ones are kept.
+        The context is computed once; every further step costs one step, as keys and values of earlier ones are kept.
 
         Args:
             h: [B, C, N, E] true context of C >= 1 steps.
@@ -235,15 +208,9 @@ class LatentModel(NamedTuple):
         return TeacherForcedAndRollout(forced[:, :num_forced], rolled)
 
     def read_past(self, h: Tensor, actions: Tensor, states: Tensor) -> Sequence[KeysValues] | None:
-        """Keys and values of the steps before the last one of a context, for many continuations of it.
+        """Return keys and values of the steps before the last one of a context, for many continuations of it.
 
-        Args:
-            h: [B, C, N, E] true context.
-            actions: [B, C-1, A] between its steps.
-            states: [B, C, S].
-
-        Returns:
-            One pair a block; None for a context of one step, before which there is nothing.
+        The context is h [B, C, N, E], with actions [B, C-1, A] between its steps and states [B, C, S]; None for C = 1.
         """
         if h.shape[1] == 1:
             return None

@@ -243,13 +243,6 @@ class CameraFile(NamedTuple):
     serial: str
 
 
-class IncompleteFolder(NamedTuple):
-    """A folder with a trajectory that is no complete episode, and why."""
-
-    folder: Path
-    reason: str
-
-
 def find_folders(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds a trajectory.h5, sorted by path; links are followed, each folder once."""
     for folder, below, files in walk(root):
@@ -354,24 +347,24 @@ def find_success(key: str, metadata: Mapping[str, Any]) -> bool | None:
     return metadata["success"] if isinstance(metadata.get("success"), bool) else None
 
 
-def index_folder(root: Path) -> tuple[list[Path], list[IncompleteFolder]]:
-    """The complete episodes below a folder, and the incomplete ones with the reason.
+def index_folder(root: Path) -> tuple[list[Path], list[str]]:
+    """The complete episodes below a folder, and the incomplete ones, each with the reason.
 
     An episode is complete when it has a trajectory, metadata, and the video that the metadata call left_mp4_path.
 
     Raises:
         ValueError: No trajectory.h5 anywhere below.
     """
-    complete, left_out = [], []
+    complete, incomplete = [], []
     for folder in find_folders(root):
         try:
             find_camera_file(folder, read_metadata(folder), "left")
             complete.append(folder)
         except ValueError as error:
-            left_out.append(IncompleteFolder(folder, str(error)))
-    if not complete and not left_out:
+            incomplete.append(f"{folder}: {error}")
+    if not complete and not incomplete:
         raise ValueError(f"no folder below {root} holds a {TRAJECTORY}; name the folder of the raw DROID release")
-    return complete, left_out
+    return complete, incomplete
 
 
 def check_camera(camera: str) -> None:

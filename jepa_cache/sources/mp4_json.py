@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def build(options: Mapping[str, Any]) -> Mp4JsonSource:
 class Mp4JsonSource:
     """Reads pairs of mp4 and json; holds its options and nothing else. A unit is one pair.
 
-    The json is an object: `fps` (rows per second, Hz), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
+    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
     [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for each frame says when
     that frame was taken) and `success` (true or false). Other fields are left alone. Controls are action_0.., state_0.. and success.
     """
@@ -59,14 +60,16 @@ class Mp4JsonSource:
         Raises:
             ValueError: An input finds neither, or two pairs have one key.
         """
-        pairs: dict[Path, set[Path]] = {}
-        for text in inputs:
-            found = _expand(text, base)
-            for path in found:
-                pairs.setdefault(path.with_suffix(""), set()).update(_find_partners(path))
-        keys: dict[str, Path] = {}
-        for stem in sorted(pairs):
-            key = _find_key(stem)
+        pairs: dict[str, set[Path]] = {}  # by path without suffix; as text, for ten thousand paths take seconds
+        for path in expand_inputs(inputs, base, "*.mp4", "*.json"):
+            pairs.setdefault(os.path.splitext(path)[0], set()).add(path)  # noqa: PTH122
+        keys: dict[str, str] = {}
+        sessions = {folder: Path(folder).resolve().name for folder in {os.path.split(stem)[0] for stem in pairs}}
+        for stem in sorted(pairs, key=lambda stem: stem.split(os.sep)):  # noqa: PTH206
+            if len(pairs[stem]) == 1:
+                pairs[stem] |= {path for path in map(Path, (f"{stem}.json", f"{stem}.mp4")) if is_file_name(path)}
+            folder, name = os.path.split(stem)
+            key = spell_name(f"{sessions[folder]}/{name}")
             if (other := keys.setdefault(key, stem)) != stem:
                 raise ValueError(f"{other} and {stem} have one key, {key!r}; rename a file or its folder")
         # json first, because .json sorts before .mp4.
@@ -91,7 +94,6 @@ class Mp4JsonSource:
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:
     fields = read_object(records, MAX_JSON_BYTES)
-    fps = read_rate(fields, "fps", records.name)
     states = _read_rows(fields, "states", records.name, 2)
     actions = _read_rows(fields, "actions", records.name, 2)
     if len(actions) == len(states) - 1:  # No action leads on from the last state.
@@ -100,7 +102,8 @@ def _read_episode(key: str, video: Path, records: Path) -> Episode:
         raise RecordingError(
             f"{records.name}: {len(actions)} actions and {len(states)} states; there must be as many, or one action less"
         )
-    times_s = np.arange(len(states)) / fps
+    if "fps" in fields or "times" not in fields:
+        times_s = np.arange(len(states)) / read_rate(fields, "fps", records.name)
     if "times" in fields:
         times_s = _read_rows(fields, "times", records.name, 1)
         if len(times_s) != len(states):
@@ -146,23 +149,6 @@ def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np
     return values
 
 
-def _expand(text: str, base: Path) -> list[Path]:
-    """The mp4 and json files that one input names."""
-    found, errors = [], []
-    for suffix in (".mp4", ".json"):
-        try:
-            found += expand_inputs([text], base, suffix)
-        except ValueError as error:
-            errors.append(error)
-    if not found:
-        raise errors[0]
-    return found
-
-
-def _find_partners(path: Path) -> list[Path]:
-    return [partner for partner in (path.with_suffix(".json"), path.with_suffix(".mp4")) if is_file_name(partner)]
-
-
 def _find_key(stem: Path) -> str:
     """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
-    return spell_name(f"{stem.resolve().parent.name}/{stem.name}")
+    return spell_name(f"{stem.parent.resolve().name}/{stem.name}")

@@ -108,7 +108,7 @@ class VptSource:
         Raises:
             ValueError: An input finds no tar.
         """
-        return [Unit(spell_name(path.name), (path,)) for path in expand_inputs(inputs, base, ".tar")]
+        return [Unit(spell_name(path.name), (path,)) for path in expand_inputs(inputs, base, "*.tar")]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.

@@ -6,8 +6,9 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jepa_cache.config.machine import state_folder
 from jepa_cache.files import atomic_file
@@ -21,7 +22,6 @@ from jepa_cache.store.layout import (
     check_content,
     check_identity,
     check_size,
-    is_misread_version,
     read_store_file,
 )
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
@@ -30,36 +30,25 @@ from jepa_cache.store.recipe import StoreKey, file_digest
 from jepa_cache.store.root import CacheRoot
 
 NUM_THREADS = 4  # a checksum holds the interpreter, reading does not
-MAX_PROBLEMS = 10  # told of one store
+MAX_PROBLEMS = 10  # named of one store
 
 
 class Finding(NamedTuple):
-    """Something that is not as the manifest says.
+    """Something that is not as the manifest says."""
 
-    Attributes:
-        key: Of the store; None for the root's copy of the manifest.
-        path: Of the store or file.
-        problem: Names the path, the episode and what to type next.
-    """
-
-    key: StoreKey | None
-    path: Path
-    problem: str
+    key: StoreKey | None  # None for the root's copy of the manifest
+    path: Path  # of the store or file
+    problem: str  # names the path, the episode and what to type next
 
 
 class Scope(NamedTuple):
-    """How much is read.
+    """How much is read: metadata and tables always."""
 
-    Attributes:
-        share: Of the chunks, chosen at random; 1 reads all. Metadata and tables are always read.
-        read_data: Compare every file with its sha256 as well, shards included; of stores whose store.json does not list the
-            checksums of chunks that is done always.
-        seed: Of the choice.
-    """
-
-    share: float = 1.0
-    read_data: bool = False
-    seed: int = 0
+    share: float = 1.0  # of the chunks, chosen at random
+    read_data: bool = (
+        False  # compare shards with their sha256, too; always where store.json lists no checksums of chunks
+    )
+    seed: int = 0  # of the choice
 
 
 def check_manifest(
@@ -67,23 +56,14 @@ def check_manifest(
 ) -> list[Finding]:
     """Check everything that a manifest lists, and that the root has its own copy of it.
 
-    Args:
-        manifest: What to check.
-        root: Cache root.
-        scope: How much is read.
-        on_bytes: Is told how many more bytes of shards are checked.
-
-    Raises:
-        ValueError: When another version of the program wrote a store.
+    `on_bytes` is called with the bytes of shards that were checked since. ValueError where another version of the program wrote a store.
     """
-    path = root.manifest(manifest.digest)
     findings = check_units(manifest.stores, root, scope, on_bytes)
+    path = root.manifest(manifest.digest)
     if root.fetch(path) and path.read_bytes() == manifest.to_bytes():
         return findings
-    return [
-        Finding(None, path, f"{path} is missing or damaged, so a clean-up would take the stores away; {REMEDY}"),
-        *findings,
-    ]
+    problem = f"{path} is missing or damaged, so a clean-up would take the stores away; {REMEDY}"
+    return [Finding(None, path, problem), *findings]
 
 
 def check_units(
@@ -94,95 +74,100 @@ def check_units(
 ) -> list[Finding]:
     """Check the token stores, actions and controls of some units of a manifest, as `check_manifest` does."""
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="verify") as pool:
-        check = _Check(root, scope, on_bytes, pool)
+        check = _Check(root, scope, random.Random(scope.seed), on_bytes, pool)
         return [finding for part, entry in units for finding in check.unit(part, entry)]
 
 
-class _Check:
+class _Check(NamedTuple):
     """Checks units one after the other, and reads the shards of each in threads."""
 
-    def __init__(
-        self, root: CacheRoot, scope: Scope, on_bytes: Callable[[int], object], pool: ThreadPoolExecutor
-    ) -> None:
-        self._root, self._scope, self._on_bytes, self._pool = root, scope, on_bytes, pool
-        self._random = random.Random(scope.seed)
+    root: CacheRoot
+    scope: Scope
+    random: random.Random
+    on_bytes: Callable[[int], object]
+    pool: ThreadPoolExecutor
 
     def unit(self, part: ManifestPart, entry: ManifestEntry) -> list[Finding]:
-        tokens, actions, controls = part.keys(entry)
-        findings, episodes = find_stale(self._root, part, entry), set()
-        for key, digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
-            path = self._root.store(key)
+        findings, episodes = find_stale(self.root, part, entry), set()
+        tokens, actions, controls = ((key, self.root.store(key)) for key in part.keys(entry))
+        for (key, path), digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
             findings += [Finding(key, path, problem) for problem in self._check_store(path, digest)]
-        path = self._root.store(controls)
-        findings += [Finding(controls, path, problem) for problem in self._check_controls(path, episodes)]
-        if not findings:
-            path = self._root.store(tokens)
-            findings += [Finding(tokens, path, problem) for problem in _check_episodes(path, episodes)]
+        findings += [Finding(*controls, problem) for problem in self._check_controls(controls[1], episodes)]
+        if not findings:  # of a store of the first release nothing else says of which unit it is
+            others = set(read_table(tokens[1], SEGMENTS_FILE).column("episode").to_pylist()) - episodes
+            problem = f"{tokens[1]} holds {min(others, default='')!r}, which is no episode of its unit: it is another unit's store"
+            findings += [Finding(*tokens, f"{problem}; {REMEDY}")] if others else []
         return findings
 
     def _check_store(self, store: Path, digest: str) -> Iterator[str]:
         try:
             # Of a store in a bucket everything is read there, so that a damaged copy here never speaks for it.
-            with self._root.pulled([store], again=True):
-                found = check_identity(store, _read_store_file(store, digest))
+            with self.root.pulled([store], again=True):
+                found = check_identity(store, read_store_file(store))
                 if found.digest != digest:
                     yield f"{store} is not the store that the manifest lists: its digest differs; {REMEDY}"
                     return
                 arrays = {name.partition("/")[0] for name in found.files if "/" in name} - {ACTIONS, STATES}
                 # Zarr shards, whose chunks carry checksums: nearly all bytes, and checked chunk by chunk.
                 shards = [name for name in found.files if "/c/" in name and name.partition("/")[0] in arrays]
-                problems = _check_files(store, found, without=set(shards)) or self._check_chunks(store, found, arrays)
-                # A shard of another store is whole in itself; where chunks' checksums are not listed only its sha256 tells.
-                if (self._scope.read_data or not found.crc32c) and not problems:
-                    problems = self._check_shards(store, found, shards)
+                problems = _collect(lambda name, file: check_size(store / name, file.num_bytes), found.files.items())
+                small = [(name, file) for name, file in found.files.items() if name not in shards]
+                problems = problems or _collect(lambda name, file: check_content(store / name, file.sha256), small)
+                problems = problems or self._check_chunks(store, found, sorted(arrays))
+                # A shard of another store is whole in itself; where chunks' checksums are not listed only its sha256 says so.
+                if (self.scope.read_data or not found.crc32c) and not problems:
+                    chosen = [shards[index] for index in self._choose(len(shards))]
+                    problems = _collect(lambda name: check_content(store / name, found.files[name].sha256), zip(chosen))
+                    self.on_bytes(sum(found.files[name].num_bytes for name in chosen))
                 yield from problems[:MAX_PROBLEMS]
                 if len(problems) > MAX_PROBLEMS:
                     yield f"{store}: and {len(problems) - MAX_PROBLEMS} more damaged chunks; {REMEDY}"
         except StoreDamagedError as error:
             yield str(error)
 
-    def _check_chunks(self, store: Path, found: StoreFile, arrays: Iterable[str]) -> list[str]:
+    def _check_chunks(self, store: Path, found: StoreFile, arrays: Sequence[str]) -> list[str]:
         problems: list[str] = []
-        for name in sorted(arrays):
+        for name in arrays:
             num_bytes = sum(file.num_bytes for path, file in found.files.items() if path.startswith(f"{name}/c/"))
             try:
                 with ArrayReader(store, name) as reader:
-                    chosen = self._choose(reader.num_chunks)
-                    for problem in self._pool.map(lambda chunk, reader=reader: _check_chunk(reader, chunk), chosen):
+                    chunks = [[(chunk,)] for chunk in self._choose(reader.num_chunks)]
+                    for problem in self.pool.map(partial(_collect, reader.check_chunk), chunks):
                         problems += problem
-                        self._on_bytes(num_bytes // reader.num_chunks)
+                        self.on_bytes(num_bytes // reader.num_chunks)
             except StoreDamagedError as error:
                 problems.append(str(error))
-        return list(dict.fromkeys(problems))  # a damaged index is told of once, not for each of its chunks
-
-    def _check_shards(self, store: Path, found: StoreFile, shards: Sequence[str]) -> list[str]:
-        problems = []
-        for name in (shards[index] for index in self._choose(len(shards))):
-            try:
-                check_content(store / name, found.files[name].sha256)
-            except StoreDamagedError as error:
-                problems.append(str(error))
-            self._on_bytes(found.files[name].num_bytes)
-        return problems
+        return list(dict.fromkeys(problems))  # a damaged index is named once, not for each of its chunks
 
     def _choose(self, count: int) -> Sequence[int]:
         """All of so many numbers, or a random share of them, one at least."""
-        if self._scope.share >= 1 or count == 0:
+        if self.scope.share >= 1 or count == 0:
             return range(count)
-        return sorted(self._random.sample(range(count), max(1, round(count * self._scope.share))))
+        return sorted(self.random.sample(range(count), max(1, round(count * self.scope.share))))
 
     def _check_controls(self, path: Path, episodes: set[str]) -> Iterator[str]:
         try:
-            with self._root.pulled([path], again=True):
+            with self.root.pulled([path], again=True):
                 episodes.update(episode for episode, _ in iter_controls(path))
         except StoreDamagedError as error:
             yield str(error)
 
 
+def _collect(check: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> list[str]:
+    """What a check says of each damaged item."""
+    problems = []
+    for item in items:
+        try:
+            check(*item)
+        except StoreDamagedError as error:
+            problems.append(str(error))
+    return problems
+
+
 def note_stale(root: CacheRoot, store: Path, problem: str) -> None:
     """Remember that a token store does not hold what its encoder gives of its unit, though no byte of it has changed.
 
-    Every check on this machine tells of it until there is another store, or `forget_stale`.
+    Every check on this machine says so until there is another store, or `forget_stale`.
     """
     with atomic_file(_stale_file(root, store)) as temporary:
         temporary.write_text(f"{file_digest(store / STORE_FILE)}\n{problem}")
@@ -193,12 +178,10 @@ def find_stale(root: CacheRoot, part: ManifestPart, entry: ManifestEntry) -> lis
     keys = part.keys(entry)
     store = root.store(keys[0])
     note = _stale_file(root, store)
-    if not note.is_file() or not (store / STORE_FILE).is_file():
+    digest, _, problem = note.read_text().partition("\n") if note.is_file() else ("", "", "")
+    if not digest or not (store / STORE_FILE).is_file() or digest != file_digest(store / STORE_FILE):
         return []
-    digest, _, problem = note.read_text().partition("\n")
-    if digest != file_digest(store / STORE_FILE):
-        return []
-    # The tokens, which tell, come last: a repair removes the stores in this order.
+    # The tokens, by which it is known, come last: a repair removes the stores in this order.
     return [Finding(key, root.store(key), problem) for key in reversed(keys)]
 
 
@@ -210,42 +193,3 @@ def forget_stale(root: CacheRoot, store: Path) -> None:
 def _stale_file(root: CacheRoot, store: Path) -> Path:
     name = hashlib.sha256(f"{root.name} {store.relative_to(root.path)}".encode()).hexdigest()[:32]
     return state_folder() / "verify" / f"stale-{name}.txt"
-
-
-def _read_store_file(store: Path, digest: str) -> StoreFile:
-    try:
-        return read_store_file(store)
-    except StoreDamagedError:
-        raise
-    except ValueError as error:
-        if is_misread_version(store, digest):
-            raise StoreDamagedError(f"{store}: the format version in its store.json is damaged; {REMEDY}") from error
-        raise
-
-
-def _check_files(store: Path, found: StoreFile, without: set[str]) -> list[str]:
-    """Sizes of all files, and the content of all but some."""
-    problems = []
-    for name, file in found.files.items():
-        try:
-            check_size(store / name, file.num_bytes)
-            if name not in without:
-                check_content(store / name, file.sha256)
-        except StoreDamagedError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _check_episodes(store: Path, episodes: set[str]) -> Iterator[str]:
-    """Whether a token store is of the unit of its controls; of a store of the first release nothing else tells."""
-    others = set(read_table(store, SEGMENTS_FILE).column("episode").to_pylist()) - episodes
-    if others:
-        yield f"{store} holds {sorted(others)[0]!r}, which is no episode of its unit: it is another unit's store; {REMEDY}"
-
-
-def _check_chunk(reader: ArrayReader, chunk: int) -> list[str]:
-    try:
-        reader.check_chunk(chunk)
-    except StoreDamagedError as error:
-        return [str(error)]
-    return []

@@ -8,41 +8,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from jepa_cache.files import is_abandoned, list_temporaries, measure_bytes
 from jepa_cache.store.layout import STORE_FILE
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.recipe import StoreKey
-from jepa_cache.store.root import FINGERPRINT, KINDS, LOCK_FILE, MARKER, OLD_RECORDS, CacheRoot, RefusedError
+from jepa_cache.store.root import (
+    FINGERPRINT,
+    KINDS,
+    LOCK_FILE,
+    MARKER,
+    OLD_FOLDER,
+    SYSTEM_FILES,
+    CacheRoot,
+    RefusedError,
+)
 
 GRACE_DAYS = 14.0  # as git keeps what nothing reaches
 EXPORT_FILES = ("README.md", "provenance.json", "SHA256SUMS")
-KNOWN = (LOCK_FILE, MARKER, "lost+found", *EXPORT_FILES)
+KNOWN = (LOCK_FILE, MARKER, OLD_FOLDER, *SYSTEM_FILES, *EXPORT_FILES)
 MIN_PREFIX = 6
-
-
-class Listing(NamedTuple):
-    """A manifest, which keeps the stores that it lists.
-
-    Attributes:
-        digest: Its file is named by it.
-        manifest: None where it cannot be read.
-        needs: The stores that it lists.
-        written: Day on which its file was last written, by the file system.
-        problem: Why it cannot be read.
-    """
-
-    digest: str
-    manifest: Manifest | None
-    needs: frozenset[StoreKey]
-    written: date
-    problem: str = ""
 
 
 @dataclass
@@ -50,7 +39,9 @@ class Contents:
     """Everything in a cache root.
 
     Attributes:
-        listings: Its manifests.
+        needs: The stores that each of its manifests lists, by the manifest's digest; none of one that cannot be read.
+        manifests: Those that can be read.
+        problems: Why each of the others cannot.
         stores: Its stores with their bytes.
         claimed: Those that are being made just now.
         recent: Those whose recipe made a store within the days of grace.
@@ -59,7 +50,9 @@ class Contents:
         kept: Temporaries of another user, which may not be removed.
     """
 
-    listings: list[Listing]
+    needs: dict[str, set[StoreKey]] = field(default_factory=dict)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     stores: dict[StoreKey, int] = field(default_factory=dict)
     claimed: set[StoreKey] = field(default_factory=set)
     recent: set[StoreKey] = field(default_factory=set)
@@ -69,17 +62,22 @@ class Contents:
 
     def needed(self, without: Collection[str] = ()) -> set[StoreKey]:
         """What the manifests list, without those of some digests."""
-        return {key for listing in self.listings if listing.digest not in without for key in listing.needs}
+        return {key for digest, keys in self.needs.items() if digest not in without for key in keys}
 
     def unneeded(self, forgotten: Collection[str] = ()) -> dict[StoreKey, int]:
         """The stores that may be removed; what a forgotten manifest alone listed has no days of grace."""
-        dropped = {key for listing in self.listings if listing.digest in forgotten for key in listing.needs}
+        dropped = {key for digest in forgotten for key in self.needs.get(digest, ())}
         kept = self.needed(forgotten) | self.claimed | (self.recent - dropped)
         return {key: size for key, size in self.stores.items() if key not in kept}
 
     def num_bytes(self, keys: Iterable[StoreKey]) -> int:
         """Bytes of those of the stores that are there."""
         return sum(self.stores.get(key, 0) for key in keys)
+
+    def add(self, manifest: Manifest) -> None:
+        """Count what a manifest lists as needed."""
+        self.manifests[manifest.digest] = manifest
+        self.needs[manifest.digest] = {key for part, entry in manifest.stores for key in part.keys(entry)}
 
 
 def list_root(root: CacheRoot, own: Manifest | None = None, *, grace_days: float = GRACE_DAYS) -> Contents:
@@ -95,54 +93,60 @@ def list_root(root: CacheRoot, own: Manifest | None = None, *, grace_days: float
     """
     root.refresh()
     root.check_ours()
-    contents = Contents(list_manifests(root), temporaries=dict(root.find_abandoned()))
-    if own is not None and own.digest not in {listing.digest for listing in contents.listings}:
-        contents.listings.append(_list_manifest(root.manifest(own.digest), own))
-    ours = {root.manifest(listing.digest) for listing in contents.listings}
+    contents = Contents(temporaries=dict(root.find_abandoned()))
+    kinds = [root.path / kind for kind in KINDS if not (root.path / kind).is_symlink()]
+    ours = {root.path, *kinds}
+    for digest, manifest in list_manifests(root).items():
+        ours.add(root.manifest(digest))
+        contents.needs[digest] = set()
+        if isinstance(manifest, Manifest):
+            contents.add(manifest)
+        else:
+            contents.problems[digest] = manifest
+    if own is not None:
+        contents.add(own)
     for folder in root.own_folders():
         temporaries = list_temporaries(folder)
         ours |= {folder, *temporaries}
-        for path in (*_old_records(folder), *filter(is_abandoned, temporaries)):
-            ours.add(path)
-            contents.temporaries[str(path)] = measure_bytes(path)
+        contents.temporaries |= {str(path): measure_bytes(path) for path in filter(is_abandoned, temporaries)}
     newest: dict[Path, float] = {}
-    for key, path in _iter_stores(root):
-        ours.add(path)
-        contents.stores[key] = root.num_bytes(path)
-        if root.is_claimed(path):
-            contents.claimed.add(key)
-        with suppress(FileNotFoundError):  # removed just now
-            newest[path.parent] = max(newest.get(path.parent, 0.0), root.modified_s(path))
+    for kind in KINDS:
+        for path in root.iter_stores(kind):
+            # A folder without store.json may be anybody's: a writer of ours publishes none.
+            if not (path if kind == "controls" else path / STORE_FILE).is_file():
+                continue
+            key = StoreKey(kind, path.parent.name, path.stem)
+            ours.add(path)
+            contents.stores[key] = root.num_bytes(path)
+            contents.claimed |= {key} if root.is_claimed(path) else set()
+            with suppress(FileNotFoundError):  # removed just now
+                newest[path.parent] = max(newest.get(path.parent, 0.0), root.modified_s(path))
     since = time.time() - grace_days * 86400
     contents.recent = {key for key in contents.stores if newest.get(root.store(key).parent, since) > since}
-    for folder in [*root.own_folders(), *(root.path / kind for kind in KINDS)]:
-        if folder.is_dir() and not folder.is_symlink():
-            found = sorted(folder.iterdir())
-            contents.unknown += [path for path in found if path not in ours and not _is_known(root, path)]
+    for folder in sorted({*root.own_folders(), *kinds}):
+        if folder.is_dir():
+            known = {folder / name for name in KNOWN} if folder == root.path else set()
+            contents.unknown += sorted(set(folder.iterdir()) - ours - known)
     return contents
 
 
-def list_manifests(root: CacheRoot) -> list[Listing]:
-    """Every manifest of the root, by digest."""
-    found = []
+def list_manifests(root: CacheRoot) -> dict[str, Manifest | str]:
+    """Every manifest of the root by its digest; why it cannot be read in place of one that cannot."""
+    found: dict[str, Manifest | str] = {}
     for path in sorted((root.path / "manifests").glob("*.json")):
         if FINGERPRINT.fullmatch(path.stem):
             try:
-                found.append(_list_manifest(path, read_manifest(path)))
+                found[path.stem] = read_manifest(path)
             except ValueError as error:
-                found.append(Listing(path.stem, None, frozenset(), _day(path), str(error)))
+                found[path.stem] = str(error)
     return found
 
 
 def find_listings(contents: Contents, prefixes: Iterable[str]) -> set[str]:
-    """Digests of the manifests that a user names by their beginning.
-
-    Raises:
-        ValueError: A prefix is too short, or fits none or several.
-    """
+    """Digests of the manifests that a user names by their beginning; ValueError for one that is too short, or fits none or several."""
     chosen = set()
     for prefix in prefixes:
-        found = [listing.digest for listing in contents.listings if listing.digest.startswith(prefix)]
+        found = [digest for digest in contents.needs if digest.startswith(prefix)]
         if len(prefix) < MIN_PREFIX or len(found) != 1:
             raise ValueError(
                 f"a manifest is named by {MIN_PREFIX} or more digits of its digest, which fit one alone; {prefix!r} fits "
@@ -153,22 +157,11 @@ def find_listings(contents: Contents, prefixes: Iterable[str]) -> set[str]:
 
 
 def remove_unneeded(
-    root: CacheRoot,
-    forgotten: Collection[str] = (),
-    own: Manifest | None = None,
-    *,
-    grace_days: float = GRACE_DAYS,
+    root: CacheRoot, forgotten: Collection[str] = (), own: Manifest | None = None, *, grace_days: float = GRACE_DAYS
 ) -> Contents:
-    """Remove what no manifest needs, and the temporaries of dead writers.
+    """Remove what no manifest needs, and the temporaries of dead writers; return what the root held before.
 
-    Args:
-        root: Cache root.
-        forgotten: Digests of manifests that are removed first.
-        own: As in `list_root`.
-        grace_days: As in `list_root`.
-
-    Returns:
-        What the root held before.
+    The manifests of the digests `forgotten` are removed first; the other arguments are those of `list_root`.
 
     Raises:
         RootInUseError: An encode is running.
@@ -176,57 +169,23 @@ def remove_unneeded(
     """
     with root.exclusive_lock():
         contents = list_root(root, own, grace_days=grace_days)
-        for listing in contents.listings:
-            if listing.problem and listing.digest not in forgotten:
+        for digest, problem in contents.problems.items():
+            if digest not in forgotten:
                 raise RefusedError(
-                    f"what the manifest {listing.digest} needs is not known ({listing.problem}), so nothing is removed. Use the "
-                    f"version of the program that wrote it, or drop it with --forget {listing.digest}"
+                    f"what the manifest {digest} needs is not known ({problem}), so nothing is removed. Use the "
+                    f"version of the program that wrote it, or drop it with --forget {digest}"
                 )
         for key in contents.unneeded(forgotten):
             root.remove(root.store(key))
         for digest in forgotten:  # last: after a kill the same command finds what is left
             root.remove(root.manifest(digest))
-        for folder in root.own_folders():
-            for path in _old_records(folder):
-                root.remove(path)
         root.remove_stale_temporaries()
         for name in root.find_abandoned():
             root.remove_abandoned(name)
         contents.kept = [Path(name) for name in contents.temporaries if os.path.lexists(name)]
         for path in contents.kept:
             del contents.temporaries[str(path)]
-        for kind in KINDS:
-            for folder in root.recipe_folders(kind):
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
+        for folder in (folder for kind in KINDS for folder in root.recipe_folders(kind)):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
     return contents
-
-
-def _iter_stores(root: CacheRoot) -> Iterator[tuple[StoreKey, Path]]:
-    for kind in KINDS:
-        for path in root.iter_stores(kind):
-            # A folder without store.json may be anybody's: a writer of ours publishes none.
-            if (path / STORE_FILE).is_file() if kind != "controls" else path.is_file():
-                yield StoreKey(kind, path.parent.name, path.stem), path
-
-
-def _old_records(folder: Path) -> list[Path]:
-    """What earlier versions wrote of an encode before it began; the days of grace have taken its place."""
-    if folder.name != OLD_RECORDS:
-        return []
-    return [path for path in folder.glob("*.json") if FINGERPRINT.fullmatch(path.stem) and path.is_file()]
-
-
-def _list_manifest(path: Path, manifest: Manifest) -> Listing:
-    needs = frozenset(key for part, entry in manifest.stores for key in part.keys(entry))
-    return Listing(path.stem, manifest, needs, _day(path))
-
-
-def _is_known(root: CacheRoot, path: Path) -> bool:
-    return path.parent == root.path and (path.name in KNOWN or (path.name in KINDS and not path.is_symlink()))
-
-
-def _day(path: Path) -> date:
-    with suppress(FileNotFoundError):
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC).date()
-    return datetime.now(UTC).date()

@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,11 @@ CREATE TABLE IF NOT EXISTS files (
 SAVE_S = 1.0
 LARGE_BYTES = 16 << 20
 UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL)"
+FACTS_SCHEMA = "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
 
 
 class Look(NamedTuple):
-    """What tells without reading that a file is still the one that it was; the inode as text, for it may fill 64 bits."""
+    """By what a file is known, without reading it, to be still the one that it was; the inode as text, for it may fill 64 bits."""
 
     num_bytes: int
     modified_ns: int
@@ -115,32 +116,29 @@ class DigestTable:
         Cost: the disk is waited for once a second, not for each unit; what a killed run hashed before is not hashed again.
         """
         with self._open() as connection:
-            saved = time.monotonic()
+            saved = [time.monotonic()]
 
             def digest_files(files: Sequence[Path]) -> str:
-                nonlocal saved
                 digest = join_digests([_digest_file(connection, file) for file in files])
                 row = (digest, json.dumps([str(file.resolve()) for file in files]))
                 if not connection.execute("SELECT 1 FROM units WHERE digest = ? AND files = ?", row).fetchone():
                     connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?)", row)
-                if time.monotonic() - saved > SAVE_S:
+                if time.monotonic() - saved[0] > SAVE_S:
                     connection.commit()
-                    saved = time.monotonic()
+                    saved[0] = time.monotonic()
                 return digest
 
             yield digest_files
 
     def remember(self) -> Remembered:
-        """Everything in the table at once, to look up thousands of files without asking for each."""
-        with self._open() as connection:
-            files = connection.execute(
-                "SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files"
-            ).fetchall()
-            units = connection.execute("SELECT digest, files FROM units").fetchall()
+        """Everything in the table at once."""
         names: dict[str, list[str]] = {}
-        for digest, text in units:
-            names.setdefault(text, []).append(digest)
-        return Remembered({path: (Look(*look), digest) for path, *look, digest in files}, names)
+        with self._open() as connection:
+            rows = connection.execute("SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files")
+            files = {path: (Look(*look), digest) for path, *look, digest in rows}
+            for digest, text in connection.execute("SELECT digest, files FROM units"):
+                names.setdefault(text, []).append(digest)
+        return Remembered(files, names)
 
     def find_unit(self, digest: str) -> tuple[Path, ...] | None:
         """The files on this machine that made up this unit when last looked at, if they still do."""
@@ -151,6 +149,18 @@ class DigestTable:
             return None
         return files if join_digests([self.digest(file) for file in files]) == digest else None
 
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Remember what was found out of contents that never change, under names that hold their digests."""
+        if facts:
+            with self._open() as connection:
+                connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    def recall(self, names: Iterable[str]) -> dict[str, str]:
+        """What `note` was told of these names, of those that it knows."""
+        with self._open() as connection:
+            query = "SELECT name, value FROM facts WHERE name = ?"
+            return dict(row for name in names if (row := connection.execute(query, (name,)).fetchone()))
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection that is committed at the end of the block."""
@@ -159,6 +169,7 @@ class DigestTable:
             with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
                 connection.execute(SCHEMA)
                 connection.execute(UNITS_SCHEMA)
+                connection.execute(FACTS_SCHEMA)
                 yield connection
         except sqlite3.Error as error:
             raise ValueError(

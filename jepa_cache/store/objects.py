@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import ObjectStore, from_url
 
 Result = TypeVar("Result")
 Listing = dict[str, dict[str, Any]]  # what the bucket says of each object: size, e_tag and last_modified, by key
@@ -44,7 +44,7 @@ ADVICE = (
 
 
 class ObjectStoreError(ValueError):
-    """A bucket that cannot be used as asked; the message says why and what to change. Never damage of what is stored."""
+    """A bucket that cannot be used as requested; the message says why and what to change. Never damage of what is stored."""
 
 
 class Bucket:
@@ -86,11 +86,7 @@ class Bucket:
             return None
 
     def download(self, key: str, num_bytes: int, path: Path) -> str:
-        """Write an object to a file, in bounded memory; its sha256 as it came.
-
-        Raises:
-            FileNotFoundError: There is no such object.
-        """
+        """Write an object to a file, in bounded memory; its sha256 as it came. FileNotFoundError where there is no such object."""
         digest = hashlib.sha256()
         with path.open("wb") as file:
             for begin in range(0, num_bytes, PARTS_AT_ONCE * PART_BYTES):
@@ -108,10 +104,7 @@ class Bucket:
     def put(self, key: str, content: bytes | Path, *, new: bool = False) -> bool:
         """Write bytes or a file of any size as an object, which appears whole or not at all.
 
-        Args:
-            key: Its name.
-            content: What it will hold.
-            new: Only unless there is one; False is returned where there is, even if it is ours, of a request that was repeated.
+        With `new` only unless there is one; False is returned where there is, even if it is ours, of a request that was repeated.
         """
         if isinstance(content, Path) and content.stat().st_size == 0:
             content = b""  # an empty multipart upload is refused
@@ -131,22 +124,15 @@ class Bucket:
 
     def _ask(self, action: str, request: Callable[[ObjectStore], Result]) -> Result:
         """Do a request, also again; FileNotFoundError, FileExistsError or an ObjectStoreError says in a line what to do."""
-        try:
-            from obstore.exceptions import AlreadyExistsError, BaseError
-            from obstore.store import from_url
-        except ImportError as error:
-            raise ObjectStoreError(
-                "a cache root in an object store needs the library obstore; install it with `pip install 'jepa-cache[objects]'`"
-            ) from error
         for pause_s in (*PAUSES_S, None):
             try:
                 if self._store is None:
-                    options: Any = {**TIMEOUTS, "allow_http": (self.endpoint or "").startswith("http://")}
-                    # A wrong address or key is told at once, not after the minutes for which an outage is waited out.
-                    few = {**RETRIES, "max_retries": FIRST_RETRIES}
-                    asked = from_url(self.url, client_options=options, retry_config=few)
-                    next(iter(asked.list(".check", chunk_size=1)), None)
-                    self._store = from_url(self.url, client_options=options, retry_config=RETRIES)
+                    # A wrong address or key is named at once, not after the minutes for which an outage is waited out.
+                    next(
+                        iter(self._connect({**RETRIES, "max_retries": FIRST_RETRIES}).list(".check", chunk_size=1)),
+                        None,
+                    )
+                    self._store = self._connect(RETRIES)
                 return request(self._store)
             except AlreadyExistsError as error:
                 raise FileExistsError(str(error)) from error
@@ -159,8 +145,12 @@ class Bucket:
                 time.sleep(pause_s)
         raise AssertionError("the last try returns or raises")
 
+    def _connect(self, retries: Any) -> ObjectStore:
+        options: Any = {**TIMEOUTS, "allow_http": (self.endpoint or "").startswith("http://")}
+        return from_url(self.url, client_options=options, retry_config=retries)
+
     def _explain(self, action: str, message: str) -> str:
-        """What went wrong in one line: obstore's message without its debugging part and the server's XML."""
+        """The error in one line: obstore's message without its debugging part and the server's XML."""
         code = re.search(r"<Code>(.*?)</Code>", message)
         reason = re.sub(r":?\s*<\?xml.*", "", message.split("\n\nDebug source:")[0], flags=re.DOTALL).strip()
         reason = f"{code[1]}: {reason}" if code else reason

@@ -45,8 +45,8 @@ class Codec(NamedTuple):
     torch_dtype: str
     cast: str
     fill_value: float
-    unpack: Callable[[np.ndarray], np.ndarray]
-    unpack_tensor: Callable[[Any], Any]
+    unpack: Callable[[np.ndarray], np.ndarray] = lambda stored: stored.astype(np.float32)
+    unpack_tensor: Callable[[Any], Any] = lambda stored: stored.float()
     meaning: str | None = None
     pack: Callable[[np.ndarray], np.ndarray] | None = None
     max_code: float | None = None
@@ -67,22 +67,14 @@ class Channels(NamedTuple):
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of a stored dtype.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
+    """The codec of a stored dtype; ValueError for an unknown name."""
     if name not in CODECS:
         raise ValueError(f"tokens cannot be stored as {name!r}; known: {', '.join(CODECS)}")
     return CODECS[name]
 
 
 def check_width(name: str, width: int) -> None:
-    """Refuse a token width that a codec cannot cut into groups.
-
-    Raises:
-        ValueError: With the width and the way out.
-    """
+    """Raise ValueError for a token width that a codec cannot cut into groups."""
     if get_codec(name).grouped and width % INT4_GROUP:
         raise ValueError(
             f"{name} needs a token width that is a multiple of {INT4_GROUP}; got {width}. Store as int8 instead"
@@ -212,22 +204,6 @@ def from_float8(bits: np.ndarray) -> np.ndarray:
     return np.concatenate([values, -values]).astype(np.float32)[bits]
 
 
-def _to_float(stored: np.ndarray) -> np.ndarray:
-    return stored.astype(np.float32)
-
-
-def _tensor_to_float(stored: Any) -> Any:
-    return stored.float()
-
-
-def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _pack_int8(codes: np.ndarray) -> np.ndarray:
-    return np.rint(codes, out=codes).astype(np.int8)
-
-
 def _pack_int4(codes: np.ndarray) -> np.ndarray:
     codes = (np.rint(codes, out=codes) + 8).astype(np.uint8)
     return codes[:, 0::2] | codes[:, 1::2] << 4
@@ -244,14 +220,13 @@ def _unpack_int4_tensor(stored: Any) -> Any:
 
 
 CODECS = {
-    "float16": Codec("float16", "float16", "float16", np.nan, _to_float, _tensor_to_float),
+    "float16": Codec("float16", "float16", "float16", np.nan),
     "bfloat16": Codec(
         dtype="uint16",
         torch_dtype="bfloat16",
         cast="bfloat16",
         fill_value=0x7FC0,
-        unpack=_from_bfloat16,
-        unpack_tensor=_tensor_to_float,
+        unpack=lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
         meaning="value = the float32 whose upper 16 bits these are, the lower being 0",
     ),
     "int8": Codec(
@@ -259,10 +234,8 @@ CODECS = {
         torch_dtype="int8",
         cast="float16",
         fill_value=-128,
-        unpack=_to_float,
-        unpack_tensor=_tensor_to_float,
         meaning=f"{FORMULA}; code = the stored integer",
-        pack=_pack_int8,
+        pack=lambda codes: np.rint(codes, out=codes).astype(np.int8),
         max_code=127.0,
     ),
     "float8_e4m3": Codec(
@@ -271,7 +244,6 @@ CODECS = {
         cast="float16",
         fill_value=0x7F,
         unpack=from_float8,
-        unpack_tensor=_tensor_to_float,
         meaning=f"{FORMULA}; code = the float8 of these bits: sign, 4 bits exponent (bias 7), 3 bits mantissa (E4M3, finite)",
         pack=to_float8,
         max_code=448.0,

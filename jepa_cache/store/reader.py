@@ -12,8 +12,6 @@ A shard without compressor is its chunks, each followed by its crc32c, with an i
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import mmap
 import os
@@ -21,10 +19,11 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -47,7 +46,7 @@ _scratch = threading.local()
 
 
 class ArrayLayout(NamedTuple):
-    """How an array lies on the disk.
+    """How an array that is cut along its first axis lies on the disk.
 
     Attributes:
         shape: [n, ...].
@@ -65,7 +64,7 @@ class ArrayLayout(NamedTuple):
 
 
 def read_array_layout(store: Path, name: str, sha256: str | None = None) -> ArrayLayout:
-    """Read the metadata of an array that is cut along its first axis only.
+    """Read the metadata of an array.
 
     Args:
         store: Folder of the store.
@@ -73,61 +72,34 @@ def read_array_layout(store: Path, name: str, sha256: str | None = None) -> Arra
         sha256: That of the metadata when it was written; None where nothing says.
 
     Raises:
-        StoreDamagedError: When it is missing, has changed, or is not in this program's format.
+        StoreDamagedError: It is missing, has changed, or describes another kind of array than this program writes.
     """
     path = store / name / "zarr.json"
     try:
-        raw = path.read_bytes()
-        metadata = json.loads(raw)
+        raw = path.read_bytes() if sha256 is None else read_content(path, sha256)
+        metadata = orjson.loads(raw)
+        (sharding,) = metadata["codecs"]
+        inner, chunk = sharding["configuration"], tuple(sharding["configuration"]["chunk_shape"])
+        shape, shard = tuple(metadata["shape"]), tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        codecs = [[_name_codec(codec) for codec in inner[key]] for key in ("codecs", "index_codecs")]
+        dtypes = {"float16", "float32"} | {codec.dtype for codec in CODECS.values()}
+        is_ours = codecs == [["bytes", "crc32c"]] * 2 and metadata["data_type"] in dtypes
+        is_ours = is_ours and inner.get("index_location", "end") == "end"
+        if not is_ours or not chunk[1:] == shard[1:] == shape[1:] or shard[0] % chunk[0]:
+            raise ValueError(f"{metadata['data_type']}, chunks {chunk} in shards {shard}, {codecs[0]}")
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing; {REMEDY}") from error
-    except ValueError as error:
-        raise StoreDamagedError(f"{path} is no valid JSON; {REMEDY}") from error
-    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
-        raise StoreDamagedError(f"{path} has changed since it was written (sha256 differs); {REMEDY}")
-    try:
-        shape, rest = tuple(metadata["shape"]), tuple(metadata["shape"][1:])
-        shard_shape = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
-        (sharding,) = metadata["codecs"]
-        configuration = sharding["configuration"]
-        chunk_shape = tuple(configuration["chunk_shape"])
-        codecs = [[codec["name"] for codec in configuration[key]] for key in ("codecs", "index_codecs")]
-        endians = [
-            codec.get("configuration", {}).get("endian", "little")
-            for key in ("codecs", "index_codecs")
-            for codec in configuration[key]
-        ]
-        known = (
-            sharding["name"] == "sharding_indexed"
-            and codecs == [["bytes", "crc32c"]] * 2
-            and set(endians) == {"little"}
-            and configuration.get("index_location", "end") == "end"
-            and metadata["data_type"] in _array_dtypes()
-            and chunk_shape[1:] == shard_shape[1:] == rest
-            and shard_shape[0] % chunk_shape[0] == 0
-        )
-        dtype = np.dtype(metadata["data_type"]).newbyteorder("<") if known else np.dtype("u1")
+    except StoreDamagedError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise StoreDamagedError(
-            f"{path} does not describe an array of this program's format ({error!r}); {REMEDY}"
-        ) from error
-    if not known:
-        raise StoreDamagedError(
-            f"{path}: the array is not in this program's format ({metadata['data_type']}, chunks {chunk_shape} in shards "
-            f"{shard_shape}, {codecs[0]}); {REMEDY}"
-        )
-    chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
-    return ArrayLayout(shape, dtype, chunk_shape[0], shard_shape[0] // chunk_shape[0], chunk_bytes)
+        raise StoreDamagedError(f"{path} is not in this program's format ({error}); {REMEDY}") from error
+    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+    return ArrayLayout(shape, dtype, chunk[0], shard[0] // chunk[0], math.prod(chunk) * dtype.itemsize)
 
 
-def _array_dtypes() -> set[str]:
-    """Of the arrays of token stores: what the codecs store, and their scales."""
-    return {codec.dtype for codec in CODECS.values()} | {"float16", "float32"}
-
-
-def array_shard_path(store: Path, name: str, shard: int, num_dimensions: int) -> Path:
-    """File of one shard of an array that is cut along its first axis only (Zarr's default chunk keys)."""
-    return store.joinpath(name, "c", str(shard), *["0"] * (num_dimensions - 1))
+def _name_codec(codec: dict[str, Any]) -> str:
+    endian = codec.get("configuration", {}).get("endian", "little")
+    return codec["name"] if endian == "little" else f"{endian} endian"
 
 
 class OpenShard:
@@ -145,15 +117,10 @@ class OpenShard:
     __slots__ = ("_descriptor", "_mapped", "index", "num_in_order", "readv")
 
     def __init__(self, path: Path, num_chunks: int, stored_bytes: int) -> None:
-        """Open the file and read its index.
-
-        Args:
-            path: The file.
-            num_chunks: Of a shard.
-            stored_bytes: Of a chunk with its checksum.
+        """Open the file and read its index of `num_chunks` chunks, each of `stored_bytes` with its checksum.
 
         Raises:
-            StoreDamagedError: When it is missing, or its index is damaged.
+            StoreDamagedError: It is missing, or its index is damaged.
         """
         self._descriptor = -1
         try:
@@ -162,18 +129,17 @@ class OpenShard:
             raise StoreDamagedError(f"{path} is missing; {REMEDY}") from error
         self.readv: Callable[[Sequence[memoryview], int], int] = functools.partial(os.preadv, self._descriptor)
         num_bytes = os.fstat(self._descriptor).st_size
-        size = num_chunks * ENTRY_BYTES + CRC_BYTES
-        buffer = bytearray(size)
+        raw = bytearray(num_chunks * ENTRY_BYTES + CRC_BYTES)
         try:
-            num_read, raw = read_all(self.readv, [memoryview(buffer)], max(0, num_bytes - size)), bytes(buffer)
+            num_read = read_all(self.readv, [memoryview(raw)], max(0, num_bytes - len(raw)))
         except OSError as error:
             raise StoreDamagedError(f"{path} cannot be read ({error}); {REMEDY}") from error
-        if num_read != size or google_crc32c.value(raw[:-CRC_BYTES]) != int.from_bytes(raw[-CRC_BYTES:], "little"):
+        stored, crc = bytes(raw[:-CRC_BYTES]), int.from_bytes(raw[-CRC_BYTES:], "little")
+        if num_read != len(raw) or google_crc32c.value(stored) != crc:
             raise StoreDamagedError(f"the shard index at the end of {path} is damaged; {REMEDY}")
-        index = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(num_chunks, 2)
-        offsets, lengths, room = index[:, 0], index[:, 1], np.uint64(num_bytes - size)
-        beyond = (offsets > room) | (lengths > room - np.minimum(offsets, room))
-        if (beyond & (offsets != MISSING)).any():
+        index = np.frombuffer(stored, "<u8").reshape(num_chunks, 2)
+        offsets, lengths = index[:, 0], index[:, 1]
+        if ((offsets + lengths > num_bytes - len(raw)) & (offsets != MISSING)).any():
             raise StoreDamagedError(f"{path} is shorter than its shard index says; {REMEDY}")
         expected = np.arange(num_chunks, dtype=np.uint64) * np.uint64(stored_bytes)
         in_order = (offsets == expected) & (lengths == stored_bytes)
@@ -182,14 +148,13 @@ class OpenShard:
         self._mapped = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
 
     def is_in_memory(self, begin: int, num_bytes: int) -> bool:
-        """Whether the ends of these bytes can be had without waiting for the disk.
+        """Whether the ends of these bytes can be had without waiting for the disk; never where the file has been cut.
 
-        Never where the file has been cut. The map is for what is in memory only: a page that the disk cannot
-        give would end the process, where `readv` raises.
+        The map is for what is in memory only: a page that the disk cannot give would end the process, where `readv` raises.
         """
         try:
             return all(os.preadv(self._descriptor, [_BYTE], at, os.RWF_NOWAIT) for at in (begin, begin + num_bytes - 1))
-        except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be told here, or there is no such flag
+        except (OSError, AttributeError):  # EAGAIN: it is not; else it cannot be known here, or there is no such flag
             return False
 
     def copy(self, pieces: Sequence[memoryview | bytearray], begin: int) -> None:
@@ -204,15 +169,11 @@ class OpenShard:
 
 
 def list_checksums(store: Path, name: str) -> list[str]:
-    """What store.json lists of an array: of each shard the crc32c of its chunks, 8 hexadecimal digits each, in their order.
-
-    Raises:
-        StoreDamagedError: When a shard or a chunk is missing.
-    """
+    """What store.json lists of an array: of each shard the crc32c of its chunks, 8 hexadecimal digits each, in their order."""
     array = read_array_layout(store, name)
     listed, left = [], -(-array.shape[0] // array.chunk_steps)
     while left > 0:
-        path = array_shard_path(store, name, len(listed), len(array.shape))
+        path = layout.shard_path(store, len(listed), name, len(array.shape))
         shard = OpenShard(path, array.shard_chunks, array.chunk_bytes + CRC_BYTES)
         text = b""
         for offset, _ in shard.index[:left]:
@@ -226,11 +187,7 @@ def list_checksums(store: Path, name: str) -> list[str]:
 
 
 def read_all(readv: Callable[[Sequence[memoryview], int], int], pieces: Sequence[memoryview], begin: int) -> int:
-    """Fill buffers of bytes one after the other from `begin` on, however many calls it takes.
-
-    Returns:
-        How many bytes there were: fewer than asked for where the file ends.
-    """
+    """Fill buffers one after the other from `begin` on; returns how many bytes there were: fewer where the file ends."""
     left, total = [piece for piece in pieces if piece], 0
     while left and (got := readv(left, begin + total)):
         total += got
@@ -250,14 +207,11 @@ class OpenShards:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._shards: dict[Hashable, OpenShard] = {}
+        self.get = self._shards.get
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._shards)
-
-    def get(self, key: Hashable) -> OpenShard | None:
-        """The open shard of this key, if it is kept."""
-        return self._shards.get(key)
 
     def add(self, key: Hashable, shard: OpenShard) -> OpenShard:
         """Keep a shard that was just opened; returns the one of a thread that was quicker, if there is one."""
@@ -278,27 +232,13 @@ OPEN_SHARDS = OpenShards(MAX_OPEN_SHARDS)
 
 
 class ArrayReader:
-    """Random access along the first axis of one array of a store; safe to use from several threads.
-
-    The crc32c of a chunk is checked the first time that any of it is read. Open files are shared with all other readers of
-    the process and bounded in number.
-
-    Attributes:
-        shape: [n, ...].
-        dtype: Of the values.
-        num_chunks: Chunks of the array.
-    """
+    """Random access along the first axis of one array [n, ...] of a store; safe to use from several threads."""
 
     def __init__(self, store: Path, name: str = layout.TOKENS, *, verify_checksums: bool = True) -> None:
-        """Read the metadata; files are opened on demand.
-
-        Args:
-            store: Folder of the store.
-            name: Of the array in it.
-            verify_checksums: False leaves the chunks' checksums unread; the shard indexes are checked all the same.
+        """Read the metadata; files are opened on demand. Without `verify_checksums` those of the shard indexes are checked alone.
 
         Raises:
-            StoreDamagedError: When the metadata is missing, not as it was written, or another format's.
+            StoreDamagedError: The metadata is missing, not as it was written, or another format's.
         """
         self.store, self.name = store, name
         stated = read_store_file(store)
@@ -346,7 +286,7 @@ class ArrayReader:
             )
         stop = start + len(out)
         if start < 0 or stop > self.shape[0]:
-            raise IndexError(f"{self.store} holds steps 0 to {self.shape[0]}; asked for {start} to {stop}")
+            raise IndexError(f"{self.store} holds steps 0 to {self.shape[0]}; requested are {start} to {stop}")
         if not len(out):
             return
         target, step_bytes = memoryview(out).cast("B"), self._step_bytes
@@ -358,11 +298,7 @@ class ArrayReader:
         self._read_in_shard(number, row, stop - start, target)
 
     def check_chunk(self, chunk: int) -> None:
-        """Read one chunk and check its crc32c, whatever was checked before.
-
-        Raises:
-            StoreDamagedError: When it is missing, short or does not match.
-        """
+        """Read one chunk and check its crc32c, whatever was checked before; StoreDamagedError where it does not match."""
         self._read_whole(self._shard(chunk // self._shard_chunks), chunk, 0, memoryview(b""))
 
     def _read_in_shard(self, number: int, row: int, count: int, target: memoryview) -> None:
@@ -412,18 +348,14 @@ class ArrayReader:
                 value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
         if value != int.from_bytes(parts[3], "little"):
             raise self._damaged(chunk, "its checksum does not match")
-        if self._listed is not None and parts[3].hex() != self._listed_checksum(chunk):
+        number, inner = divmod(chunk, self._shard_chunks)
+        listed = (self._listed or [])[number : number + 1]  # of the shard's chunks, 8 digits each
+        if self._listed is not None and [parts[3].hex()] != [text[8 * inner : 8 * inner + 8] for text in listed]:
             raise self._damaged(
                 chunk, "it is another chunk than was written: its checksum is not the one in store.json"
             )
         if isinstance(self._checked, bytearray):
             self._checked[chunk] = 1
-
-    def _listed_checksum(self, chunk: int) -> str:
-        """The crc32c that store.json lists of a chunk: its bytes as hexadecimal digits; "" where it lists too few."""
-        number, inner = divmod(chunk, self._shard_chunks)
-        listed = self._listed or []
-        return listed[number][8 * inner : 8 * inner + 8] if number < len(listed) else ""
 
     def _fill(self, shard: OpenShard, chunk: int, pieces: list[memoryview], begin: int) -> None:
         """Fill the pieces one after the other with the bytes of a chunk's file from `begin` on."""
@@ -435,11 +367,10 @@ class ArrayReader:
             raise self._damaged(chunk, "the file ends inside it")
 
     def _shard(self, number: int) -> OpenShard:
-        shard = OPEN_SHARDS.get((self._key, number))
-        if shard is None:
-            shard = OpenShard(self._shard_path(number), self._shard_chunks, self._stored_bytes)
-            shard = OPEN_SHARDS.add((self._key, number), shard)
-        return shard
+        if (shard := OPEN_SHARDS.get((self._key, number))) is not None:
+            return shard
+        opened = OpenShard(self._shard_path(number), self._shard_chunks, self._stored_bytes)
+        return OPEN_SHARDS.add((self._key, number), opened)
 
     def _offset(self, shard: OpenShard, chunk: int) -> int:
         offset, num_bytes = shard.index[chunk % self._shard_chunks]
@@ -450,7 +381,7 @@ class ArrayReader:
         return offset
 
     def _shard_path(self, number: int) -> Path:
-        return array_shard_path(self.store, self.name, number, len(self.shape))
+        return layout.shard_path(self.store, number, self.name, len(self.shape))
 
     def _damaged(self, chunk: int, reason: str) -> StoreDamagedError:
         start = chunk * self._chunk_steps
@@ -481,7 +412,7 @@ def read_table(
         columns: Those that are needed, where not all are.
 
     Raises:
-        StoreDamagedError: When it is missing or damaged.
+        StoreDamagedError: It is missing or damaged.
     """
     path = store / name
     record = (stated or read_store_file(store)).files.get(name)
@@ -497,7 +428,7 @@ def read_table(
 
 
 def _take_scratch(num_bytes: int) -> memoryview:
-    """This thread's buffer for bytes that nobody asked for, kept between reads."""
+    """This thread's buffer for bytes that nobody wants, kept between reads."""
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or len(buffer) < num_bytes:
         buffer = _scratch.buffer = bytearray(num_bytes)
@@ -508,7 +439,7 @@ def _describe_episodes(store: Path, start: int, stop: int) -> str:
     """The episodes of these steps, as far as the segment table can be read."""
     try:
         segments = read_table(store, layout.SEGMENTS_FILE).to_pylist()
-    except ValueError:  # its own damage is not what was asked about
+    except ValueError:  # its own damage is another matter
         return ""
     episodes = sorted({row["episode"] for row in segments if row["start"] < stop and start < row["stop"]})
     return f", episode {', '.join(episodes)}" if episodes else ""

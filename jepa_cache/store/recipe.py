@@ -41,11 +41,7 @@ class StoreKey(NamedTuple):
 
 
 def inner_path(name: str) -> str:
-    """The name of a file inside a store, as it stands.
-
-    Raises:
-        ValueError: It leads out of the store.
-    """
+    """The name of a file inside a store, as it is; ValueError where it leads out of the store."""
     if {"", ".", ".."} & set(name.split("/")):  # a leading slash leaves an empty part
         raise ValueError(f"{name!r} leads out of the store")
     return name

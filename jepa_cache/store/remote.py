@@ -4,7 +4,7 @@
     tokens/<fingerprint>/<unit>.zarr.commit.json               names the attempt; written last and only if there is none
 
 A store exists when its commit object does, so nothing half-written is ever read and the files of two writers never mix.
-The folder is laid out like any cache root. Tables and metadata are pulled when a store is asked for, its chunks of tokens
+The folder is laid out like any cache root. Tables and metadata are pulled when a store is requested, its chunks of tokens
 when a command reads them; chunks beyond $JEPA_CACHE_LOCAL_GB go, of the least recently used stores first.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -25,14 +24,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import orjson
+
 from jepa_cache.files import (
-    Claim,
     atomic_file,
     held_file,
     list_temporaries,
     make_folder,
     measure_bytes,
-    remove_folder,
     remove_stale_temporaries,
     temporary_beside,
 )
@@ -48,15 +47,16 @@ from jepa_cache.store.layout import (
 )
 from jepa_cache.store.objects import Bucket, Listing, ObjectStoreError
 from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
-from jepa_cache.store.root import BOOKS, KINDS, MARKER, CacheRoot
+from jepa_cache.store.root import KINDS, MANIFESTS, MARKER, CacheRoot
 
 Result = TypeVar("Result")
 
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
-HINT_SUFFIX = ".hint"  # of an object beside the commit: an encoder is at work on this unit
 ATTEMPT = ".attempt-"
-OURS = re.compile(r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)")  # an upload, and nobody else's object
+OURS = re.compile(
+    r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)"
+)  # an upload or a hint of earlier versions, nobody else's
 # Longer than any upload of one unit takes; what is younger and named by no commit may be another writer's at work.
 ABANDONED_AFTER = timedelta(days=1)
 STORES_AT_ONCE = 16  # a request waits for the network, not for this machine
@@ -70,22 +70,21 @@ class Commit(NamedTuple):
     files: dict[str, FileRecord]
     tag: str | None = None
 
-    def to_bytes(self) -> bytes:
-        """The one spelling of a commit object."""
+    def document(self) -> dict[str, Any]:
+        """What a commit object holds."""
         files = {name: file._asdict() for name, file in self.files.items()}
-        return canonical_json({"attempt": self.attempt, "commit_version": COMMIT_VERSION, "files": files})
+        return {"attempt": self.attempt, "commit_version": COMMIT_VERSION, "files": files}
+
+    def chunks(self) -> list[str]:
+        """The files that hold chunks of the arrays of a token store, which are nearly all of its bytes."""
+        return [name for name in self.files if "/c/" in name] if self.attempt.startswith("tokens/") else []
 
 
 def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
     """The root from params (`cache.root`), else $JEPA_CACHE_HOME, else ~/.cache/jepa-cache.
 
-    Args:
-        configured: A folder, absolute or relative to `base`, or a URL, whose local folder is
-            $XDG_CACHE_HOME/jepa-cache-remote (default ~/.cache) / BUCKET-HASH / root.
-        base: Folder that relative data paths are meant from.
-
-    Raises:
-        ObjectStoreError: For a URL that is not s3://bucket/prefix or gs://bucket/prefix.
+    A folder, absolute or relative to `base`, or a URL, whose local folder is $XDG_CACHE_HOME/jepa-cache-remote (default
+    ~/.cache) / BUCKET-HASH / root. ObjectStoreError for a URL that is not s3://bucket/prefix or gs://bucket/prefix.
     """
     chosen = configured or os.environ.get("JEPA_CACHE_HOME") or "~/.cache/jepa-cache"
     if not re.match(r"\w+:/", chosen):  # also s3:/bucket, which would be a folder called "s3:"
@@ -93,10 +92,9 @@ def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
     bucket = Bucket(chosen)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache-remote"
     identity = hashlib.sha256(f"{bucket.endpoint or ''} {bucket.url}".encode()).hexdigest()[:12]
-    folder = home / f"{bucket.name}-{identity}"
     for name in ("root", "locks", "holds"):
-        make_folder(folder / name)
-    return BucketRoot(folder / "root", bucket)
+        make_folder(home / f"{bucket.name}-{identity}" / name)
+    return BucketRoot(home / f"{bucket.name}-{identity}/root", bucket)
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class BucketRoot(CacheRoot):
 
     @property
     def name(self) -> str:
-        """What users call it."""
+        """What users call it: its URL."""
         return self.bucket.url
 
     def check_writable(self) -> None:
@@ -121,12 +119,12 @@ class BucketRoot(CacheRoot):
         super().check_writable()
         local_bytes()
         key = f".check-{secrets.token_hex(6)}"
-        self.bucket.put(key, b"jepa-cache looks whether it can write here")
+        self.bucket.put(key, b"jepa-cache checks that it can write here")
         self.bucket.get(key)
         self.bucket.delete([key])
 
     def check_ours(self) -> bool:
-        """Whether the folder here lacks its marker; its name is of this program alone, so whatever lies in it is ours."""
+        """Whether the marker is missing here; the name of the folder is of this program alone."""
         return not (self.path / MARKER).is_file()
 
     def fetch(self, path: Path) -> bool:
@@ -143,7 +141,7 @@ class BucketRoot(CacheRoot):
                 return self._fetch(path)
 
     def prefetch(self, paths: Iterable[Path]) -> None:
-        """Fetch many at the same time, so that `fetch` of each is quick afterwards; that also tells what is damaged."""
+        """Fetch many at the same time; `fetch` of each then says what is damaged."""
 
         def fetch(path: Path) -> None:
             with suppress(StoreDamagedError):
@@ -159,24 +157,22 @@ class BucketRoot(CacheRoot):
     def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
         """Hold whole stores and files on this machine for the block; other stores make room for them before it begins.
 
-        Raises:
-            StoreDamagedError: One is not published, or objects are missing or changed.
-            ObjectStoreError: They do not fit into $JEPA_CACHE_LOCAL_GB; nothing is pulled then.
+        StoreDamagedError where one is not published, or objects are missing or changed. ObjectStoreError where they do not fit into
+        $JEPA_CACHE_LOCAL_GB; nothing is pulled then.
         """
 
         def pull(path: Path) -> None:
             with self._locked(path):
-                commit = self._read_record(path)
-                if commit is None:
+                if (commit := self._read_record(path)) is None:
                     raise StoreDamagedError(f"{self.name}/{self._key(path)} was removed meanwhile; {REMEDY}")
                 self._download(path, commit, commit.files, again=again)
-                os.utime(path)  # tells which store was used least recently
+                os.utime(path)  # by which the least recently used store is known
 
         for path, found in zip(paths, _each(self.fetch, paths), strict=True):
             if not found:
                 raise StoreDamagedError(f"{self.name}/{self._key(path)} is missing; {REMEDY}")
         hold = temporary_beside(self._folder("holds") / "stores")
-        with held_file(hold):  # whose lock tells others that this process lives
+        with held_file(hold):  # by whose lock others know that this process lives
             self._make_room(paths, hold)
             _each(pull, paths)
             yield
@@ -184,8 +180,7 @@ class BucketRoot(CacheRoot):
     def publish(self, path: Path) -> None:
         """Push a finished store or file, unless another writer did: then that one's is here afterwards."""
         with self._locked(path):
-            commit = self._read_commit(self._key(path))
-            if commit is None:
+            if (commit := self._read_commit(self._key(path))) is None:
                 self._push(path)
             else:
                 self._take_over(path, commit)
@@ -202,25 +197,15 @@ class BucketRoot(CacheRoot):
             self._listings.pop(path.parent, None)
             self._forget(path)
 
-    def claim(self, store: Path) -> Claim | None:
-        """Claim the making of a store; None while another encoder here holds it, and once where another machine began it.
-
-        That is told by an object which is a hint and no lock: it makes encoders begin with other units, and is passed over
-        the second time, so that a machine that died keeps nobody waiting.
-        """
-        claim, hint = super().claim(store), self._key(store) + HINT_SUFFIX
-        if claim is None or hint in self._hints:
-            return claim
-        self._hints.add(hint)
-        if self.bucket.put(hint, b"an encoder is at work on this unit\n", new=True):
-            return claim
-        claim.release()
-        return None
-
     def modified_s(self, path: Path) -> float:
         """When a store or file was committed, by the bucket's clock; of what is not published, when it was made here."""
         found = self._listings.get(path.parent, {}).get(self._key(path) + COMMIT_SUFFIX)
         return super().modified_s(path) if found is None else found["last_modified"].timestamp()
+
+    def num_bytes(self, path: Path) -> int:
+        """Bytes of a store or file in the bucket; of what is not published, here."""
+        record = self._read_record(path)
+        return super().num_bytes(path) if record is None else sum(file.num_bytes for file in record.files.values())
 
     def refresh(self) -> list[str]:
         """Fetch all that is published, and remove here what no longer is; says what is damaged in the bucket."""
@@ -235,20 +220,19 @@ class BucketRoot(CacheRoot):
         self._listings.clear()
         records = self._folder("records")
         names = [path.relative_to(records).as_posix() for path in records.rglob(f"*{COMMIT_SUFFIX}")]
-        names += [key for kind in (*KINDS, *BOOKS) for key in self.bucket.list(kind) if key.endswith(COMMIT_SUFFIX)]
+        names += [key for key in self._list_all() if key.endswith(COMMIT_SUFFIX)]
         return [text for text in _each(fetch, sorted({name.removesuffix(COMMIT_SUFFIX) for name in names})) if text]
 
     def find_abandoned(self) -> dict[str, int]:
-        """Uploads that no commit names, and hints, untouched for a day, with their sizes in bytes."""
-        objects = {key: found for kind in (*KINDS, *BOOKS) for key, found in self.bucket.list(kind).items()}
-        named, uploads = set(), {}
+        """Uploads that no commit names, untouched for a day, with their sizes in bytes; also hints of earlier versions."""
+        objects, named, uploads = self._list_all(), set(), {}
         for name, found in objects.items():
             if match := OURS.match(name):
                 uploads.setdefault(match[0].rstrip("/"), []).append(found)
             elif name.endswith(COMMIT_SUFFIX):
                 with suppress(StoreDamagedError):
                     commit = self._read_commit(name.removesuffix(COMMIT_SUFFIX), found["e_tag"])
-                    named |= set() if commit is None else {commit.attempt}
+                    named |= {commit.attempt} if commit else set()
         oldest = datetime.now(UTC) - ABANDONED_AFTER
         return {
             name: sum(part["size"] for part in parts)
@@ -258,28 +242,24 @@ class BucketRoot(CacheRoot):
 
     def remove_abandoned(self, name: str) -> None:
         """Remove one of `find_abandoned`."""
-        self.bucket.delete([name] if name.endswith(HINT_SUFFIX) else self.bucket.list(name))
-
-    def num_bytes(self, path: Path) -> int:
-        """Bytes of a store or file in the bucket; of what is not published, here."""
-        record = self._read_record(path)
-        return super().num_bytes(path) if record is None else sum(file.num_bytes for file in record.files.values())
+        self.bucket.delete([name] if name.endswith(".hint") else self.bucket.list(name))
 
     @functools.cached_property
     def _listings(self) -> dict[Path, Listing]:
-        """Of folders that were asked for; what is missing there is asked for again, what is there is relied on."""
+        # Of folders that were looked at; what is missing there is looked for again, what is there is relied on.
         return {}
 
-    @functools.cached_property
-    def _hints(self) -> set[str]:
-        """Those that this process left or has met."""
-        return set()
+    def _list_all(self) -> Listing:
+        return {key: found for kind in (*KINDS, MANIFESTS) for key, found in self.bucket.list(kind).items()}
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
 
     def _folder(self, name: str) -> Path:
         return self.path.parent / name
+
+    def _record_path(self, path: Path) -> Path:
+        return self._folder("records") / f"{self._key(path)}{COMMIT_SUFFIX}"
 
     def _fetch(self, path: Path) -> bool:
         key = self._key(path)
@@ -301,7 +281,7 @@ class BucketRoot(CacheRoot):
         return True
 
     def _read_commit(self, key: str, tag: str | None = None) -> Commit | None:
-        """The commit of a store or file; without asking where the record has this tag."""
+        """The commit of a store or file; without a request where the record has this tag."""
         record = self._read_record(self.path / key)
         if record is not None and tag is not None and record.tag == tag:
             return record
@@ -312,12 +292,9 @@ class BucketRoot(CacheRoot):
         """The commit of which a store or file was pulled or pushed."""
         copy = self._record_path(path)
         with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # no truth but a copy of it: fetched again
-            document = json.loads(copy.read_bytes())
-            return _parse_commit(canonical_json(document["commit"]), document["tag"], str(copy), self._key(path))
+            document = orjson.loads(copy.read_bytes())
+            return _parse_commit(orjson.dumps(document["commit"]), document["tag"], str(copy), self._key(path))
         return None
-
-    def _record_path(self, path: Path) -> Path:
-        return self._folder("records") / f"{self._key(path)}{COMMIT_SUFFIX}"
 
     def _check_arrived(self, commit: Commit, objects: Listing) -> None:
         for name, file in commit.files.items():
@@ -329,17 +306,17 @@ class BucketRoot(CacheRoot):
 
     def _take_over(self, path: Path, commit: Commit) -> None:
         """Have all of a published store here but its chunks; what is here and not of this commit is removed."""
-        name = STORE_FILE if STORE_FILE in commit.files else path.name
-        copy = _path_in(path, commit, name)
-        is_same = copy.is_file() and file_digest(copy) == commit.files[name].sha256  # store.json lists all other files
-        if self._read_record(path) != commit:
-            if not is_same:
+        name = STORE_FILE if STORE_FILE in commit.files else path.name  # store.json lists all other files
+        copy, record = _path_in(path, commit, name), self._read_record(path)
+        if not copy.is_file() or file_digest(copy) != commit.files[name].sha256:
+            if record == commit:
+                copy.unlink(missing_ok=True)
+            else:
                 self._forget(path)
+        if record != commit:
             with atomic_file(self._record_path(path)) as temporary:  # first: what is here in part is not taken for new
-                temporary.write_bytes(canonical_json({"commit": json.loads(commit.to_bytes()), "tag": commit.tag}))
-        elif not is_same:
-            copy.unlink(missing_ok=True)
-        small = [name for name in commit.files if not _is_chunk(commit, name)]
+                temporary.write_bytes(canonical_json({"commit": commit.document(), "tag": commit.tag}))
+        small = commit.files.keys() - set(commit.chunks())
         self._download(path, commit, sorted(small, key=lambda other: other != name))
 
     def _download(self, path: Path, commit: Commit, names: Iterable[str], *, again: bool = False) -> None:
@@ -364,7 +341,7 @@ class BucketRoot(CacheRoot):
         for name in mine.files:
             self.bucket.put(f"{attempt}/{name}", _path_in(path, mine, name))
         self._check_arrived(mine, self.bucket.list(attempt))
-        self.bucket.put(key + COMMIT_SUFFIX, mine.to_bytes(), new=True)
+        self.bucket.put(key + COMMIT_SUFFIX, canonical_json(mine.document()), new=True)
         # Whoever won is read back: a request that was repeated after a dropped answer says "there is one" of our own.
         commit = self._read_commit(key)
         if commit is None:
@@ -372,21 +349,17 @@ class BucketRoot(CacheRoot):
         if commit.attempt != attempt:
             self.bucket.delete(self.bucket.list(attempt))
         self._take_over(path, commit)
-        if key + HINT_SUFFIX in self._hints:
-            self.bucket.delete([key + HINT_SUFFIX])
         self._make_room()
 
     def _forget(self, path: Path) -> None:
         """Remove a store or file here; the record goes last, so that nothing that was pulled looks like something new."""
-        if path.is_dir():
-            remove_folder(path)
-        path.unlink(missing_ok=True)
+        super().remove(path)
         self._record_path(path).unlink(missing_ok=True)
 
     def _make_room(self, wanted: Sequence[Path] = (), hold: Path | None = None) -> None:
         """Remove chunks of the least recently used stores, until those that commands read and those kept are within the limit.
 
-        `wanted` are stores that this process is going to read, which the file `hold` tells others.
+        `wanted` are stores that this process is going to read, which others read in the file `hold`.
         """
         with self._locked(self._folder("holds")):
             if hold is not None:
@@ -396,15 +369,11 @@ class BucketRoot(CacheRoot):
             for path in list_temporaries(self._folder("holds")):
                 with suppress(FileNotFoundError):  # its command has ended just now
                     keys |= set(path.read_text().splitlines())
-            held = sum(self._chunk_bytes(self.path / key) for key in keys)
-            limit, mine = local_bytes(), sum(map(self._chunk_bytes, wanted))
+            held, limit = sum(self._chunk_bytes(self.path / key) for key in keys), local_bytes()
             if wanted and held > limit:
-                others = (
-                    f", and {(held - mine) / 1e9:.3g} GB more are read by other running commands" if held > mine else ""
-                )
                 raise ObjectStoreError(
-                    f"this command reads {mine / 1e9:.3g} GB of tokens from {self.name}, which must lie on this machine{others}; "
-                    f"$JEPA_CACHE_LOCAL_GB permits {limit / 1e9:.3g}. If the disk of {self.path} has the room, set "
+                    f"this command, and others that run now, read {held / 1e9:.3g} GB of tokens from {self.name}, which must lie on this "
+                    f"machine; $JEPA_CACHE_LOCAL_GB permits {limit / 1e9:.3g}. If the disk of {self.path} has the room, set "
                     f"JEPA_CACHE_LOCAL_GB={held / 1e9 + 1:.0f}; else use fewer recordings"
                 )
             # What has no record is not pushed yet.
@@ -412,14 +381,13 @@ class BucketRoot(CacheRoot):
             kept = {path: sum(map(measure_bytes, path.glob("*/c"))) for path in stores if self._key(path) not in keys}
             excess = held + sum(kept.values()) - limit
             for store in sorted(kept, key=lambda path: path.stat().st_mtime):
-                if excess > 0:
-                    excess -= kept[store]
-                    for chunks in store.glob("*/c"):
-                        shutil.rmtree(chunks)
+                for chunks in store.glob("*/c") if excess > 0 else ():
+                    shutil.rmtree(chunks)
+                excess -= kept[store]
 
     def _chunk_bytes(self, path: Path) -> int:
         commit = self._read_record(path) or Commit("", {})
-        return sum(file.num_bytes for name, file in commit.files.items() if _is_chunk(commit, name))
+        return sum(commit.files[name].num_bytes for name in commit.chunks())
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
@@ -431,21 +399,19 @@ class BucketRoot(CacheRoot):
 def local_bytes() -> int:
     """Limit of the token chunks kept on this machine: $JEPA_CACHE_LOCAL_GB, else 20 GB."""
     given = os.environ.get("JEPA_CACHE_LOCAL_GB") or DEFAULT_LOCAL_GB
-    try:
-        gigabytes = float(given)
-    except ValueError:
-        gigabytes = -1.0
-    if not 0 <= gigabytes < 1e9:
-        raise ObjectStoreError(
-            f"$JEPA_CACHE_LOCAL_GB must be gigabytes for token chunks kept here, such as 50; got {given!r}"
-        )
-    return int(gigabytes * 1e9)
+    with suppress(ValueError):
+        if 0 <= float(given) < 1e9:
+            return int(float(given) * 1e9)
+    raise ObjectStoreError(
+        f"$JEPA_CACHE_LOCAL_GB must be gigabytes for token chunks kept here, such as 50; got {given!r}"
+    )
 
 
 def _parse_commit(content: bytes, tag: str | None, where: str, key: str) -> Commit:
     try:
-        document = json.loads(content)
-        version = document["commit_version"]
+        document = orjson.loads(content)
+        if document["commit_version"] != COMMIT_VERSION:
+            raise ValueError(f"version {document['commit_version']}, this program reads {COMMIT_VERSION}")
         files = {inner_path(name): FileRecord(**file) for name, file in document["files"].items()}
         commit = Commit(document["attempt"], files, tag)
         # Objects are deleted by this name, whoever wrote the commit.
@@ -453,27 +419,17 @@ def _parse_commit(content: bytes, tag: str | None, where: str, key: str) -> Comm
             raise ValueError(f"attempt {commit.attempt!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreDamagedError(f"{where} is no valid commit ({error!r}); delete it and {REMEDY}") from error
-    if version != COMMIT_VERSION:
-        raise ValueError(f"{where} has version {version}, this program reads {COMMIT_VERSION}; set another cache.root")
     return commit
 
 
 def _list_files(path: Path) -> dict[str, FileRecord]:
     """Files of a finished store, each compared with what its store.json says of it; of a single file, itself."""
-    if path.is_file():
-        return {path.name: FileRecord(path.stat().st_size, file_digest(path))}
-    files = check_store(path, read_data=True).files
-    path = path / STORE_FILE
-    return {**files, STORE_FILE: FileRecord(path.stat().st_size, file_digest(path))}
+    files, own = ({}, path) if path.is_file() else (check_store(path, read_data=True).files, path / STORE_FILE)
+    return {**files, own.name: FileRecord(own.stat().st_size, file_digest(own))}
 
 
 def _path_in(path: Path, commit: Commit, name: str) -> Path:
     return path if list(commit.files) == [path.name] else path / name
-
-
-def _is_chunk(commit: Commit, name: str) -> bool:
-    """Whether a file holds chunks of the arrays of a token store, which are nearly all of its bytes."""
-    return commit.attempt.startswith("tokens/") and "/c/" in name
 
 
 def _each(work: Callable[[Any], Result], items: Iterable[Any]) -> list[Result]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,12 @@ MARKER = "jepa-cache-root.txt"
 MARKER_TEXT = "This folder is a cache root of jepa-cache; without this file nothing is ever deleted in it.\n"
 LOCK_FILE = "in-use.lock"
 KINDS = {"tokens": ".zarr", "actions": ".zarr", "controls": ".parquet"}
-OLD_RECORDS = "unfinished"  # earlier versions wrote there what an encode was going to make
-BOOKS = ("manifests", OLD_RECORDS)
+SYSTEM_FILES = frozenset(
+    {"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini", ".Trashes", ".Spotlight-V100", ".fseventsd"}
+)
+"""What operating systems and file managers put into folders by themselves; a folder with nothing else counts as empty."""
+MANIFESTS = "manifests"
+OLD_FOLDER = "unfinished"  # earlier versions wrote there what an encode was going to make; nothing reads it any more
 FINGERPRINT = re.compile(rf"[0-9a-f]{{{DIGEST_LENGTH}}}")  # of a recipe, a unit or a manifest
 
 
@@ -56,11 +60,7 @@ class CacheRoot:
         return str(self.path)
 
     def check_writable(self) -> None:
-        """Make the root, mark it, and try to write and lock a file in it, before hours of work.
-
-        Raises:
-            ValueError: It cannot be made, written or locked, or is a folder of something else; says where and why.
-        """
+        """Make the root, mark it, and try to write and lock a file in it, before hours of work; ValueError where that fails."""
         try:
             make_folder(self.path)
             if self.check_ours():
@@ -75,17 +75,13 @@ class CacheRoot:
             ) from error
 
     def check_ours(self) -> bool:
-        """Refuse a folder that is something else; whether its marker is missing still.
-
-        Raises:
-            ValueError: It has no marker, is not empty, and is no root of the first release, which had none.
-        """
-        names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - {"lost+found"}
+        """Whether the marker is missing; ValueError for a folder that is not empty, and no root of the first release, which had none."""
+        names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - SYSTEM_FILES
         if MARKER in names:
             return False
-        if not names or (LOCK_FILE in names and names <= {*KINDS, *BOOKS, LOCK_FILE}):
-            return True
-        if any(store.joinpath("store.json").is_file() for kind in KINDS for store in self.iter_stores(kind)):
+        is_old = LOCK_FILE in names and names <= {*KINDS, MANIFESTS, OLD_FOLDER, LOCK_FILE}
+        stores = (store for kind in KINDS for store in self.iter_stores(kind))
+        if not names or is_old or any((store / STORE_FILE).is_file() for store in stores):
             return True
         raise ValueError(
             f"{self.path} is no cache root: it holds {', '.join(sorted(names)[:3])}, but not the file {MARKER}. What nothing "
@@ -122,7 +118,7 @@ class CacheRoot:
 
     def manifest(self, digest: str) -> Path:
         """The copy of a manifest that says which stores are still wanted."""
-        return self.path / "manifests" / f"{digest}.json"
+        return self.path / MANIFESTS / f"{digest}.json"
 
     def fetch(self, path: Path) -> bool:
         """Whether a store or file is published; all of it but the chunks of tokens is here afterwards."""
@@ -134,21 +130,15 @@ class CacheRoot:
     def find_store(self, store: Path) -> StoreFile | None:
         """What store.json of a published store says, after a check that all of it lies here; None where there is no store.
 
-        Raises:
-            StoreDamagedError: Files are missing or cut, or it is the store of another path.
+        StoreDamagedError where files are missing or cut, or it is the store of another path.
         """
         return check_identity(store, check_store(store)) if self.fetch(store) else None
 
     @contextmanager
     def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
-        """Hold whole stores and files on this machine for the block, so that they can be read.
+        """Hold whole stores and files on this machine for the block, so that they can be read; with `again` pull also what is here.
 
-        Args:
-            paths: Stores and files.
-            again: Pull also what is here; in a folder there is nothing to pull.
-
-        Raises:
-            StoreDamagedError: One is not published.
+        StoreDamagedError where one is not published.
         """
         for path in paths:
             if not path.exists():
@@ -200,27 +190,16 @@ class CacheRoot:
         with held_file(claim_path(store)):
             yield
 
-    @contextmanager
-    def shared_lock(self) -> Iterator[None]:
+    def shared_lock(self) -> AbstractContextManager[None]:
         """Hold the root together with any number of others for the block, so that nothing is cleaned away meanwhile.
 
-        Raises:
-            RootInUseError: A clean-up is running.
-            ValueError: The root cannot be made or written.
+        RootInUseError where a clean-up is running.
         """
-        with self._locked_root("a `jepa-cache gc --delete` is running on it; wait until it has ended", shared=True):
-            yield
+        return self._locked_root("a `jepa-cache gc --delete` is running on it; wait until it has ended", shared=True)
 
-    @contextmanager
-    def exclusive_lock(self) -> Iterator[None]:
-        """Hold the root alone for the block, for a clean-up.
-
-        Raises:
-            RootInUseError: Somebody else holds it.
-            ValueError: It is no cache root, or cannot be written.
-        """
-        with self._locked_root("an encode, repair, export or another clean-up is running on it; wait for its end"):
-            yield
+    def exclusive_lock(self) -> AbstractContextManager[None]:
+        """Hold the root alone for the block, for a clean-up; RootInUseError where somebody else holds it."""
+        return self._locked_root("an encode, repair, export or another clean-up is running on it; wait for its end")
 
     @contextmanager
     def _locked_root(self, reason: str, *, shared: bool = False) -> Iterator[None]:
@@ -234,16 +213,12 @@ class CacheRoot:
             os.close(descriptor)
 
     def own_folders(self) -> list[Path]:
-        """The folders of the root in which writers of ours put files; links are not followed."""
-        books = [path for path in _real_folders(self.path) if path.name in BOOKS]
+        """The folders of the root in which our writers put files; links are not followed."""
+        books = [path for path in _real_folders(self.path) if path.name == MANIFESTS]
         return [self.path, *books, *(folder for kind in KINDS for folder in self.recipe_folders(kind))]
 
     def remove_stale_temporaries(self) -> list[Path]:
-        """Remove what dead writers left in the root; living ones hold a lock on theirs. Cost: lists every folder.
-
-        Returns:
-            What is another user's and may not be removed.
-        """
+        """Remove what dead writers left in the root; return what is another user's and may not be removed. Cost: lists every folder."""
         return [path for folder in self.own_folders() for path in remove_stale_temporaries(folder)]
 
 

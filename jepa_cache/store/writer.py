@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from jepa_cache.store.quantisation import check_width, decode, encode, get_codec
 from jepa_cache.store.reader import ArrayReader, list_checksums
 from jepa_cache.store.recipe import canonical_json
 
-STAGING_FOLDER = "staging"
+STAGING_FILE = "staging.float16"
 
 
 class TokenWriter:
@@ -34,23 +35,13 @@ class TokenWriter:
     """
 
     def __init__(self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16") -> None:
-        """Prepare the buffer of one shard.
-
-        Args:
-            final: Place of the store.
-            num_tokens: N.
-            width: D.
-            dtype: How tokens are stored, a name in `quantisation.CODECS`.
-
-        Raises:
-            ValueError: For an unknown dtype, or a width that it cannot have.
-        """
+        """Prepare the buffer of one shard of [N, D] tokens; ValueError for an unknown dtype, or a width that it cannot have."""
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
-        self._dtype, self._scheme = dtype, get_codec(dtype)
+        self._dtype, self._codec = dtype, get_codec(dtype)
         self._stack = ExitStack()
-        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._scheme.given)
+        self._pending = np.empty((layout.SHARD_STEPS, num_tokens, width), self._codec.given)
         self._num_pending = 0
         self._num_shards = 0
         self._errors: list[np.ndarray] = []  # rows [3] of every step, as `append` takes them
@@ -59,7 +50,7 @@ class TokenWriter:
         remove_stale_temporaries(self.final.parent)
         self._folder = self._stack.enter_context(temporary_folder(self.final))
         self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width, self._dtype)
-        self._staging = _Staging(self._folder / STAGING_FOLDER) if self._scheme.max_code is not None else None
+        self._staging = _Staging(self._folder / STAGING_FILE) if self._codec.max_code is not None else None
         return self
 
     def __exit__(
@@ -73,15 +64,11 @@ class TokenWriter:
         return self._num_shards * layout.SHARD_STEPS + self._num_pending
 
     def append(self, tokens: np.ndarray, errors: np.ndarray | None = None) -> None:
-        """Add steps at the end.
+        """Add steps at the end; ValueError when the shape or dtype is another, or a value is not finite.
 
         Args:
             tokens: [T, N, D] float16, or the bits of bfloat16 as uint16 where that is stored; finite.
-            errors: [T, 3] float64 of each step's cast from what the encoder gave: sum of squared errors, sum of squares,
-                largest error. None where nobody measured them.
-
-        Raises:
-            ValueError: When the shape or dtype is another, or a value is not finite.
+            errors: [T, 3] float64 of each step's cast, as `measure_error` gives them. None where nobody measured them.
         """
         expected = (self._num_tokens, self._width)
         if tokens.dtype != self._pending.dtype or tokens.shape[1:] != expected:
@@ -109,7 +96,7 @@ class TokenWriter:
             self._num_shards = shard
             if self._staging is not None:
                 self._staging.read(shard, self._pending)
-                self._staging.truncate(shard)
+                self._staging.truncate(shard * self._pending.nbytes)
             else:
                 self._pending[:rest] = self._array[shard * layout.SHARD_STEPS : num_steps]
                 self._resize(shard * layout.SHARD_STEPS)
@@ -118,13 +105,13 @@ class TokenWriter:
     def publish(
         self, steps: pa.Table, segments: pa.Table, metadata: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> bool:
-        """Write the tables, check every file by reading it back, and rename the store to its final place.
+        """Write the tables, check every file by reading it back, and rename the store to its final path.
 
         Args:
             steps: One row per step, `layout.STEPS_SCHEMA`.
             segments: `layout.SEGMENTS_SCHEMA`.
-            metadata: What decides or describes the content (recipe, skipped recordings); part of the store's digest.
-            provenance: What was there when it was made (device, versions, decoders); recorded, not part of the digest.
+            metadata: Decides or describes the content (recipe, skipped recordings); part of the store's digest.
+            provenance: How it was made (device, versions, decoders); recorded, not part of the digest.
 
         Returns:
             False when another writer had published the same store meanwhile.
@@ -189,52 +176,34 @@ class TokenWriter:
                 self._errors += pool.map(quantise, range(len(staged)))
                 run = slice(shard * layout.SHARD_STEPS, shard * layout.SHARD_STEPS + len(staged))
                 self._array[run], token_scales[run] = codes[: len(staged)], scales[: len(staged)]
-        staging.close()
+        (self._folder / STAGING_FILE).unlink()
         layout.write_channels(self._folder, channels)
 
 
 class _Staging:
-    """float16 steps that wait on the disk until their store is complete, since channel statistics need all of them.
+    """float16 steps that wait in a file until their store is complete, since channel statistics need all of them; never published."""
 
-    They are whole zarr shards of steps as plain files in the writer's private folder; none is ever published.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Make the folder."""
-        self._folder = folder
-        self._lengths: list[int] = []
-        folder.mkdir()
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.touch()
 
     def append(self, steps: np.ndarray) -> None:
-        """Add [T, N, D] float16 steps as the next shard."""
-        self._path(len(self._lengths)).write_bytes(steps.data)
-        self._lengths.append(len(steps))
+        with self._path.open("ab") as file:
+            file.write(steps.data)
 
     def read(self, shard: int, out: np.ndarray) -> np.ndarray:
         """The steps of one shard, in the head of the buffer `out` [T, N, D]."""
-        steps = out[: self._lengths[shard]]
-        with self._path(shard).open("rb", buffering=0) as file:
-            got = file.readinto(steps.reshape(-1).view(np.uint8))
-        assert got == steps.nbytes, f"{self._path(shard)} gave {got} of {steps.nbytes} bytes"
-        return steps
+        with self._path.open("rb") as file:
+            file.seek(shard * out.nbytes)
+            num_bytes = file.readinto(memoryview(out).cast("B"))
+        return out[: num_bytes // out[0].nbytes]
 
     def iter_shards(self, out: np.ndarray) -> Iterator[np.ndarray]:
         """Every shard in turn, each in the same buffer `out`."""
-        for shard in range(len(self._lengths)):
-            yield self.read(shard, out)
+        yield from (self.read(shard, out) for shard in range(-(-self._path.stat().st_size // out.nbytes)))
 
-    def truncate(self, num_shards: int) -> None:
-        """Forget the shards from `num_shards` on."""
-        del self._lengths[num_shards:]
-
-    def close(self) -> None:
-        """Remove the folder, with what truncation left in it."""
-        for path in self._folder.iterdir():
-            path.unlink()
-        self._folder.rmdir()
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"{shard}.float16"
+    def truncate(self, num_bytes: int) -> None:
+        os.truncate(self._path, num_bytes)
 
 
 def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -263,11 +232,7 @@ def list_arrays(store: Path) -> list[str]:
 
 
 def check_arrays(store: Path) -> None:
-    """Read every chunk of every array of a store back and check its crc32c.
-
-    Raises:
-        StoreDamagedError: Naming the shard and chunk.
-    """
+    """Read every chunk of every array of a store back and check its crc32c; StoreDamagedError names the shard and chunk."""
     for name in list_arrays(store):
         with ArrayReader(store, name) as reader:
             for chunk in range(reader.num_chunks):

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.ablations import SHUFFLED, action_ablations
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.cache import TRAIN, VAL, CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.splits import TRAIN, VAL
 from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
@@ -31,44 +30,37 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, dataset: CachedDataset, scaler: Scaler, accelerator: Accelerator) -> None:
-        """Index the windows of both splits.
-
-        Raises:
-            ValueError: When no training segment holds a window.
-        """
-        self._settings, self._device, self._dataset = config.train, accelerator.device, dataset
+        """Index the windows of both splits; a ValueError where no training segment holds one."""
+        settings, device = config.train, accelerator.device
+        self._settings, self._device, self._dataset = settings, device, dataset
         self._rank, self._num_processes = accelerator.process_index, accelerator.num_processes
-        pin = accelerator.device.type == "cuda"
-        index = WindowIndex(dataset.segments_of(TRAIN, config.split, config.filter), self._settings.window_steps)
-        self.num_windows = len(index)
-        self._index = index
         self.datasets = list(dict.fromkeys(part.dataset for part in dataset.manifest.parts))
+        self._index = index = WindowIndex(
+            dataset.segments_of(TRAIN, config.split, config.filter), settings.window_steps
+        )
+        self.num_windows = len(index)
         self.loader = WindowLoader(
-            dataset, index, scaler, num_threads=self._settings.num_loader_threads, pin_memory=pin
+            dataset, index, scaler, num_threads=settings.num_loader_threads, pin_memory=device.type == "cuda"
         )
         self.sampler = WindowSampler(
             len(index),
-            self._settings.batch_size,
-            seed=self._settings.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            settings.batch_size,
+            seed=settings.seed,
+            rank=self._rank,
+            world_size=self._num_processes,
             groups=mixture_groups(dataset, index),
         )
         self.validation: list[int] = []
         self.compares = False
         held_out = dataset.segments_of(VAL, config.split, config.filter)
-        if any(segment.stop - segment.start >= self._settings.window_steps for segment in held_out):
-            val_index = WindowIndex(held_out, self._settings.window_steps)
-            self.validation = spread_windows(val_index, VALIDATION_WINDOWS_PER_EPISODE)
-            self._val_index = val_index
-            self._val_loader = WindowLoader(dataset, val_index, scaler)
-            self.compares = len({val_index.segments[val_index[n].segment].episode for n in self.validation}) > 1
+        if any(segment.stop - segment.start >= settings.window_steps for segment in held_out):
+            self._val_index = index = WindowIndex(held_out, settings.window_steps)
+            self._val_loader = WindowLoader(dataset, index, scaler)
+            self.validation = spread_windows(index, VALIDATION_WINDOWS_PER_EPISODE)
+            self.compares = len({index.segments[index[n].segment].episode for n in self.validation}) > 1
             if self.compares:
-                self._shuffled = dict(zip(self.validation, self._shuffle(scaler), strict=True))
-
-    def _shuffle(self, scaler: Scaler) -> np.ndarray:
-        given = action_ablations(self._dataset, scaler, self._val_index, self.validation, seed=self._settings.seed)
-        return given[SHUFFLED]
+                others = action_ablations(dataset, scaler, index, self.validation, seed=settings.seed)[SHUFFLED]
+                self._shuffled = dict(zip(self.validation, others, strict=True))
 
     def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:
         """Return for validation windows [B] the scaled actions [B, T-1, A] of another episode, the same every time."""

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,11 +44,8 @@ FOLDER = "checkpoints"  # of a run, here and on the remote store
 class Best(NamedTuple):
     """The best validation so far."""
 
-    step: int  # training step; 0 before the first validation
-    value: float  # of the metric; lower is better
-
-
-NO_BEST = Best(0, math.inf)
+    step: int = 0  # training step; 0 before the first validation
+    value: float = math.inf  # of the metric; lower is better
 
 
 class Checkpoint(NamedTuple):
@@ -65,21 +59,14 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any]
     gradient_scaler: dict[str, Any]  # empty unless the precision is float16
     num_threads: int  # torch threads; other numbers of threads round otherwise
-    best: Best = NO_BEST
+    best: Best = Best()
     model_card: Mapping[str, Any] = MappingProxyType({})  # for trainings that start from these weights
     run: str | None = None  # whose it is; None in those of the first release
     rows: str | None = None  # the CSV so far; None in those of the first release
 
 
-class Rotation(NamedTuple):
-    """Which checkpoints stay: the newest, those at whole multiples of a spacing, and the best one."""
-
-    keep_last: int = 2
-    keep_every: int = 0  # training steps; 0: none for their spacing
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) -> Path:
-    """Publish a checkpoint as `folder/step-XXXXXXXX`, set `latest` and `best`, and remove what the rotation drops.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2, keep_every: int = 0) -> Path:
+    """Publish a checkpoint as `folder/step-XXXXXXXX`, and `tidy` the folder.
 
     A crash at any moment leaves every `step-*` folder whole, and the links on whole ones.
     """
@@ -92,35 +79,42 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, rotation: Rotation) ->
             torch.save(training, file)
         if checkpoint.rows is not None:
             (temporary / CSV_FILE).write_bytes(checkpoint.rows.encode())
-        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         state = {
             "step": checkpoint.step,
             "run": checkpoint.run,
             "num_threads": checkpoint.num_threads,
             "best": checkpoint.best._asdict() if checkpoint.best.step else None,
-            "sha256": digests,
+            "sha256": {path.name: file_digest(path) for path in sorted(temporary.iterdir())},
         }
         (temporary / STATE_FILE).write_bytes(canonical_json({**state, "digest": fingerprint(state)}))
         publish_folder(temporary, final)
-    _tidy(folder, rotation)
+    tidy(folder, keep_last, keep_every)
     return final
 
 
-def load_latest(folder: Path, rotation: Rotation | None = None, *, run: str | None = None) -> Checkpoint | None:
-    """Read the newest checkpoint of a run, None when it has none.
+def tidy(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Set `latest` and `best`, and remove what is not kept; also after a crash between publishing and this.
 
-    With a rotation, what a crash right after publishing left undone (links one behind, old checkpoints) is done here.
-
-    Raises:
-        ValueError: As `load_checkpoint`.
+    Kept are the newest `keep_last`, those at whole multiples of `keep_every` (0: none for that), and the best one.
     """
     published = published_checkpoints(folder)
-    if not published:
-        return None
-    checkpoint = load_checkpoint(published[-1], run=run)
-    if rotation is not None:
-        _tidy(folder, rotation)
-    return checkpoint
+    newest = published[-1]
+    best = json.loads((newest / STATE_FILE).read_text())["best"]
+    replace_link(folder / LATEST, newest.name)
+    if best and (folder / _folder_name(best["step"])).is_dir():
+        replace_link(folder / BEST, _folder_name(best["step"]))
+    sync(folder)
+    for old in published[:-keep_last]:
+        step = int(old.name.removeprefix("step-"))
+        if not (keep_every and step % keep_every == 0) and not (best and step == best["step"]):
+            remove_folder(old)
+    remove_stale_temporaries(folder)
+
+
+def load_latest(folder: Path, *, run: str | None = None) -> Checkpoint | None:
+    """Read the newest checkpoint of a run, None when it has none; see `load_checkpoint`."""
+    published = published_checkpoints(folder)
+    return load_checkpoint(published[-1], run=run) if published else None
 
 
 def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
@@ -128,27 +122,11 @@ def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
 
     Args:
         path: Its folder.
-        run: That it must be of; any where None, and where it does not say.
+        run: The run that it must be of; any where None, and where the checkpoint does not say.
 
     Raises:
         ValueError: When it is damaged or of another run; names the file and the ways out.
     """
-    checkpoint = _read_checkpoint(path)
-    if None not in (run, checkpoint.run) and run != checkpoint.run:
-        raise ValueError(
-            f"checkpoint {path} is of run {checkpoint.run}, not of {run}: it was copied here. Move it away, or start over with --fresh; "
-            f"to start from its weights set train.init={path / WEIGHTS_FILE}"
-        )
-    return checkpoint
-
-
-def describe_last(folder: Path) -> str:
-    """Say where the newest checkpoint of a run is, or that there is none, as part of a message."""
-    published = published_checkpoints(folder)
-    return f"the last checkpoint is {published[-1]}" if published else "there was no checkpoint yet"
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE_FILE).read_text())
         if state.pop("digest") != fingerprint(state):
@@ -159,13 +137,13 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             if file_digest(path / name) != digest:
                 raise ValueError(f"{name} has changed since it was written, its sha256 differs")
         training = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        return Checkpoint(
+        checkpoint = Checkpoint(
             step=state["step"],
             weights=load_file(path / WEIGHTS_FILE),
             optimizer=training["optimizer"],
             gradient_scaler=training["gradient_scaler"],
             num_threads=state["num_threads"],
-            best=Best(**state["best"]) if state["best"] else NO_BEST,
+            best=Best(**state["best"] or {}),
             run=state.get("run"),
             rows=(path / CSV_FILE).read_bytes().decode() if CSV_FILE in state["sha256"] else None,
         )
@@ -174,16 +152,12 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {path} is damaged ({error}); delete this folder to resume from the one before it, if there is one, "
             "or start over with --fresh"
         ) from error
-
-
-def forget_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints of a run, the newest last; a crash leaves those that are not removed yet whole."""
-    for path in published_checkpoints(folder):
-        remove_folder(path)
-
-
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+    if None not in (run, checkpoint.run) and run != checkpoint.run:
+        raise ValueError(
+            f"checkpoint {path} is of run {checkpoint.run}, not of {run}: it was copied here. Move it away, or start over with --fresh; "
+            f"to start from its weights set train.init={path / WEIGHTS_FILE}"
+        )
+    return checkpoint
 
 
 def published_checkpoints(folder: Path) -> list[Path]:
@@ -191,24 +165,14 @@ def published_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _tidy(folder: Path, rotation: Rotation) -> None:
+def describe_last(folder: Path) -> str:
+    """Say where the newest checkpoint of a run is, or that there is none, as part of a message."""
     published = published_checkpoints(folder)
-    newest = published[-1]
-    best = json.loads((newest / STATE_FILE).read_text())["best"]
-    replace_link(folder / LATEST, newest.name)
-    if best and (folder / _folder_name(best["step"])).is_dir():
-        replace_link(folder / BEST, _folder_name(best["step"]))
-    sync(folder)
-    for old in published[: -max(1, rotation.keep_last)]:
-        step = int(old.name.removeprefix("step-"))
-        wanted = (rotation.keep_every and step % rotation.keep_every == 0) or (best and step == best["step"])
-        if not wanted:
-            remove_folder(old)
-    remove_stale_temporaries(folder)
+    return f"the last checkpoint is {published[-1]}" if published else "there was no checkpoint yet"
 
 
-class UploadError(ValueError):
-    """The remote store cannot be reached or written; the message names it, why, and what is safe."""
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 class Uploader:
@@ -220,8 +184,7 @@ class Uploader:
     def __init__(self, run: Path, remote: str, every_s: float) -> None:
         """Reach the remote store, a folder URL, for the run in a local folder."""
         self._run, self._every_s = run, every_s
-        self._files, folder = _connect(remote)
-        self._folder = f"{folder}/{run.name}"
+        self._files, self._folder = _connect(remote, run)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._running: Future[None] | None = None
         self._last = time.monotonic()
@@ -231,62 +194,55 @@ class Uploader:
         if self._running is not None:
             if not self._running.done():
                 return
-            error, self._running = self._running.exception(), None
-            if error is not None:
+            if (error := self._running.exception()) is not None:
                 print(f"upload to {self._folder} failed ({error}); it is tried again with the next one")
+            self._running = None
         if time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
-            self._running = self._pool.submit(upload_run, self._run, self._files, self._folder)
+            self._running = self._pool.submit(self._upload)
 
     def close(self) -> None:
-        """Upload the rest, and wait for it.
-
-        Raises:
-            UploadError: It failed.
-        """
+        """Upload the rest, and wait for it; a ValueError where that fails."""
         try:
-            self._pool.submit(upload_run, self._run, self._files, self._folder).result()
+            self._pool.submit(self._upload).result()
         except Exception as error:
-            raise UploadError(
+            raise ValueError(
                 f"the last upload to {self._folder} failed ({error}). The run is whole on this machine, in {self._run}; the "
                 "same command tries the upload again"
             ) from error
         finally:
             self._pool.shutdown()
 
-
-def upload_run(run: Path, files: AbstractFileSystem, folder: str) -> None:
-    """Bring the remote copy of a run up to date: new checkpoints, the CSV, and removal of what was rotated away."""
-    with tempfile.TemporaryDirectory(dir=run, prefix=".upload-") as name:
-        snapshot = Path(name)
-        kept = _link_checkpoints(run / FOLDER, snapshot)
-        for step in kept:
-            remote = f"{folder}/{FOLDER}/{step.name}"
-            if _is_complete(files, f"{remote}/{STATE_FILE}", (step / STATE_FILE).read_bytes()):
-                continue
-            files.makedirs(remote, exist_ok=True)
-            names = sorted((path.name for path in step.iterdir()), key=lambda name: name == STATE_FILE)
-            for file in names:
-                files.put_file(str(step / file), f"{remote}/{file}")
-        if (run / CSV_FILE).is_file():
-            shutil.copyfile(run / CSV_FILE, snapshot / CSV_FILE)  # rows may be added meanwhile
-            files.makedirs(folder, exist_ok=True)
-            files.put_file(str(snapshot / CSV_FILE), f"{folder}/{CSV_FILE}")
-        if kept:
-            for old in _remote_checkpoints(files, folder):
-                if old.rsplit("/", 1)[-1] not in {step.name for step in kept}:
-                    if files.exists(f"{old}/{STATE_FILE}"):
-                        files.rm_file(f"{old}/{STATE_FILE}")
-                    files.rm(old, recursive=True)
+    def _upload(self) -> None:
+        """Copy new checkpoints and the CSV; remove what was rotated away. A state.json comes last and goes first."""
+        files, published = self._files, published_checkpoints(self._run / FOLDER)
+        for step in published:
+            remote = f"{self._folder}/{FOLDER}/{step.name}"
+            try:
+                state = (step / STATE_FILE).read_bytes()
+                if files.exists(f"{remote}/{STATE_FILE}") and files.cat_file(f"{remote}/{STATE_FILE}") == state:
+                    continue
+                files.makedirs(remote, exist_ok=True)
+                for path in sorted(step.iterdir(), key=lambda path: path.name == STATE_FILE):
+                    files.put_file(str(path), f"{remote}/{path.name}")
+            except FileNotFoundError:
+                if step.is_dir():
+                    raise
+                continue  # the rotation took it away meanwhile
+        if (self._run / CSV_FILE).is_file():
+            files.makedirs(self._folder, exist_ok=True)
+            files.pipe_file(f"{self._folder}/{CSV_FILE}", (self._run / CSV_FILE).read_bytes())
+        names = {step.name for step in published}
+        for old in _remote_checkpoints(files, self._folder) if names else ():
+            if old.rsplit("/", 1)[-1] not in names:
+                if files.exists(f"{old}/{STATE_FILE}"):
+                    files.rm_file(f"{old}/{STATE_FILE}")
+                files.rm(old, recursive=True)
 
 
 def download_run(run: Path, remote: str) -> str | None:
-    """Fetch the newest whole checkpoint and the CSV of a run that this machine has not.
-
-    Returns where it came from, None when the remote store has no checkpoint of this run.
-    """
-    files, base = _connect(remote)
-    folder = f"{base}/{run.name}"
+    """Fetch the newest whole checkpoint of a run, and its CSV; returns where it came from, None when there is none."""
+    files, folder = _connect(remote, run)
     try:
         whole = [path for path in _remote_checkpoints(files, folder) if files.exists(f"{path}/{STATE_FILE}")]
         if not whole:
@@ -296,44 +252,22 @@ def download_run(run: Path, remote: str) -> str | None:
         with temporary_folder(final) as temporary:
             for path in files.ls(newest, detail=False):
                 files.get_file(path, str(temporary / path.rsplit("/", 1)[-1]))
-            if files.exists(f"{folder}/{CSV_FILE}"):
-                files.get_file(f"{folder}/{CSV_FILE}", str(run / CSV_FILE))
             publish_folder(temporary, final)
     except OSError as error:
-        raise UploadError(
+        raise ValueError(
             f"the checkpoints in {folder} cannot be read ({error}); repair it or unset train.upload_to"
         ) from error
+    (run / CSV_FILE).write_bytes((final / CSV_FILE).read_bytes())
     return newest
 
 
-def _connect(remote: str) -> tuple[AbstractFileSystem, str]:
+def _connect(remote: str, run: Path) -> tuple[AbstractFileSystem, str]:
     try:
         files, folder = fsspec.url_to_fs(remote)
         files.exists(folder)  # asks the store: no network, no bucket and no permission are known now
     except (ImportError, OSError, ValueError) as error:
-        raise UploadError(f"train.upload_to={remote!r} cannot be used: {error}") from error
-    return files, folder.rstrip("/")
-
-
-def _link_checkpoints(folder: Path, snapshot: Path) -> list[Path]:
-    """Hard links to the published checkpoints, so that a rotation cannot take them away from under an upload."""
-    linked = []
-    for step in published_checkpoints(folder):
-        copy = snapshot / step.name
-        copy.mkdir()
-        try:
-            for path in step.iterdir():
-                os.link(path, copy / path.name)
-        except FileNotFoundError:  # rotated away just now
-            shutil.rmtree(copy)
-            continue
-        if (copy / STATE_FILE).is_file():
-            linked.append(copy)
-    return linked
-
-
-def _is_complete(files: AbstractFileSystem, path: str, content: bytes) -> bool:
-    return bool(files.exists(path)) and files.cat_file(path) == content
+        raise ValueError(f"train.upload_to={remote!r} cannot be used: {error}") from error
+    return files, f"{folder.rstrip('/')}/{run.name}"
 
 
 def _remote_checkpoints(files: AbstractFileSystem, folder: str) -> list[str]:

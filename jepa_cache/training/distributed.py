@@ -14,22 +14,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.store.recipe import canonical_json, recipe_changes
-from jepa_cache.training.checkpoint import describe_last
+from jepa_cache.training.checkpoint import FOLDER, describe_last
 from jepa_cache.training.signals import StopRequest
 
 
-class ProcessDiedError(ValueError):
-    """Another process of this training is gone; its own message says why."""
-
-
 def start_processes(settings: TrainConfig) -> Accelerator:
-    """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs.
-
-    Raises:
-        ConfigError: `train.device` names a GPU that is not there.
-
-    Source: Hugging Face Accelerate; precision and accumulation are this package's own.
-    """
+    """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     resolve_device("train.device", settings.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
@@ -53,59 +43,32 @@ def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
     return bool(accelerator.reduce(stopping, reduction="sum") > 0)
 
 
-def check_same_run(accelerator: Accelerator, description: dict[str, Any]) -> None:
-    """Raise a ValueError in every process that lists what differs in settings, manifest, scaler or code of one."""
+def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
+    """Raise a ValueError in every process that lists what differs in one: settings, manifest, code, or training step."""
     if accelerator.num_processes == 1:
         return
-    own = json.loads(canonical_json(description))
     others: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(others, own)
+    torch.distributed.all_gather_object(others, json.loads(canonical_json(what)))
     for number, other in enumerate(others):
         if changes := recipe_changes(others[0], other):
             raise ValueError(
                 f"process {number} would train another run than process 0 ({'; '.join(changes)}): give all processes of a training the same "
-                "command, params.yaml, manifest and code. Nothing was trained"
+                "command, params.yaml, manifest, code and a $JEPA_RUNS_HOME that they share. Nothing was trained"
             )
-
-
-def check_same_step(accelerator: Accelerator, step: int) -> None:
-    """Refuse processes that resume from different checkpoints.
-
-    Raises:
-        ValueError: They do, because they do not see the same folder.
-    """
-    if accelerator.num_processes == 1:
-        return
-    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"the processes found checkpoints of different training steps ({steps}): $JEPA_RUNS_HOME must be a folder that all "
-            "machines of a training share"
-        )
 
 
 @contextmanager
 def watched_processes(accelerator: Accelerator, run: Path) -> Iterator[None]:
-    """Turn the failure of a collective operation, which is how a dead process shows in the others, into words.
-
-    Raises:
-        ProcessDiedError: Another process is gone.
-    """
+    """Turn the failure of a collective operation, which is how a dead process shows in the others, into a ValueError."""
     try:
         yield
-    except ProcessDiedError:
-        raise
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not _is_collective(error):
+        words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "peer")
+        collective = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
+        if accelerator.num_processes == 1 or not collective:
             raise
-        raise ProcessDiedError(
+        raise ValueError(
             f"process {accelerator.process_index} of {accelerator.num_processes} cannot reach the others: one of them has died "
-            f"(its own message is above or in its log). Nothing was overwritten, {describe_last(run / 'checkpoints')}, and the same "
+            f"(its own message is above or in its log). Nothing was overwritten, {describe_last(run / FOLDER)}, and the same "
             f"command resumes. ({str(error).splitlines()[0]})"
         ) from error
-
-
-def _is_collective(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "peer")
-    distributed = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-    return distributed or any(word in str(error).lower() for word in words)

@@ -24,13 +24,7 @@ COLUMNS = (
 
 
 def columns_for(num_rollout_steps: int, datasets: Sequence[str], *, on_gpu: bool) -> tuple[str, ...]:
-    """Name the columns of a training's CSV.
-
-    Args:
-        num_rollout_steps: R; `sloss_h1` to `sloss_hR` are the rollout loss of each of its steps.
-        datasets: Members of a mixture; `jloss.<name>` and `val_jloss.<name>` of each. One data set alone has none.
-        on_gpu: `gpu_memory_mb`, the most that was allocated since the row before.
-    """
+    """Name the columns of a training's CSV: with R rollout steps, a mixture's data sets, and a GPU's memory."""
     extra = [f"sloss_h{step}" for step in range(1, num_rollout_steps + 1)]
     if len(datasets) > 1:
         extra += [f"{prefix}jloss.{name}" for prefix in ("", "val_") for name in datasets]
@@ -45,25 +39,14 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        trackers: Sequence[GeneralTracker],
-        *,
-        resumed_step: int,
-        kept: str | None = None,
+        self, path: Path, columns: Sequence[str], trackers: Sequence[GeneralTracker], kept: str | None = None
     ) -> None:
-        """Write the CSV anew with the rows up to the checkpoint, and replay them.
-
-        Args:
-            path: Of the CSV, beside the checkpoints.
-            columns: Its header.
-            trackers: Finished with the recorder.
-            resumed_step: Training steps already done; 0 for a fresh run.
-            kept: The checkpoint's copy of the CSV; None where it has none, as those of the first release.
-        """
+        """Write the CSV anew with the rows that the checkpoint kept (None for a fresh run), and replay them."""
         self.path, self._columns, self._trackers = path, tuple(columns), list(trackers)
-        rows = _recover_rows(path, resumed_step, kept)
+        if kept is not None and not (path.is_file() and path.read_bytes().startswith(kept.encode())):
+            what = "was changed" if path.is_file() else "is gone"
+            print(f"{path} {what}; its rows up to the checkpoint are written again from there")
+        rows = list(csv.DictReader(io.StringIO(kept or "", newline="")))
         # A column that is no longer written, such as the GPU's memory after a move to a CPU, is dropped.
         kept_rows = [{name: row[name] for name in self._columns if name in row} for row in rows]
         self._lines = [self._format([dict(zip(self._columns, self._columns, strict=True)), *kept_rows])]
@@ -107,50 +90,13 @@ class Recorder:
                 tracker.log(values, step=int(row["step"]))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of an earlier CSV; a last line cut off by a crash is dropped."""
-    return _parse_rows(path.read_bytes().decode()) if path.is_file() else []
-
-
-def _parse_rows(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(line for line in io.StringIO(text, newline="") if line.endswith("\n")))
-
-
-def _recover_rows(path: Path, step: int, kept: str | None) -> list[dict[str, str]]:
-    """Return the rows up to a training step, the checkpoint's if it has them, and print what is wrong with the CSV."""
-    if step == 0:
-        return []
-    found: list[dict[str, str]] = []
-    damage = "is gone"
-    if path.is_file():
-        try:
-            found = [row for row in read_rows(path) if int(row["step"]) <= step]
-            whole = all(None not in (*row, *row.values()) for row in found)  # None: cells too many or too few
-            damage = "was changed" if whole else "is damaged"
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            found, damage = [], f"is damaged ({error!r})"
-    if kept is not None:
-        rows = _parse_rows(kept)
-        if found != rows:
-            print(f"{path} {damage}; its rows up to training step {step} are written again from the checkpoint")
-        return rows
-    if damage != "was changed":
-        print(f"{path} {damage}, and the checkpoint has no copy of it: its rows up to training step {step} are lost")
-        return []
-    return found
-
-
 def open_trackers(
     loggers: Sequence[str], *, live_folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> list[GeneralTracker]:
     """Start the trackers that `train.loggers` names; a resumed training replays its rows into them.
 
-    Args:
-        loggers: Of `config.schema.LOGGERS`.
-        live_folder: DVCLive's, in the workspace.
-        run_folder: Of the run; TensorBoard's and W&B's files lie in it. Its name is the run's id, on W&B too, whose
-            environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
-        settings: Shown by W&B.
+    DVCLive's files lie in `live_folder`, in the workspace, TensorBoard's and W&B's in that of the run. Its name is the
+    run's id, on W&B too, whose environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
 
     Raises:
         ValueError: A package is not installed, or DVC runs this stage and DVCLive is not among them.
@@ -159,7 +105,10 @@ def open_trackers(
         raise ValueError(
             f"train.loggers is {list(loggers)}, but under DVC it must name dvclive, whose files are outputs of this stage; add it"
         )
-    _name_user()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # `docker run --user`: DVC asks for the user's name, and would fail without one
+        os.environ["LOGNAME"] = str(os.getuid())
     logging.getLogger("dvclive").setLevel(logging.ERROR)
     trackers: list[GeneralTracker] = []
     for name in loggers:
@@ -183,11 +132,3 @@ def open_trackers(
                 f"train.loggers names {name}, but it is not installed; pip install 'jepa-cache[loggers]', or remove it from train.loggers"
             ) from error
     return trackers
-
-
-def _name_user() -> None:
-    """Name a user without a name (`docker run --user`) by its number: DVC asks for the name, and would fail."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        os.environ["LOGNAME"] = str(os.getuid())

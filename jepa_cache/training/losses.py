@@ -117,12 +117,17 @@ def world_model_loss(
         The scalars and the predictions; norms and losses are float32 also under autocast.
 
     Raises:
-        ValueError: a setting is out of range, or shapes do not fit.
+        ValueError: the window is too short, or shapes do not fit.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985; `legacy` is the rule before vjepa2 pull request 25.
     """
-    _check(tokens, actions, states, loss_exp, auto_steps, rollout, rollout_start)
-    num_predicted = tokens.shape[1] - 1
+    num_steps, least = tokens.shape[1], 3 if rollout == "legacy" else 2
+    if num_steps < least + rollout_start or actions.shape[1] != num_steps - 1 or states.shape[1] != num_steps:
+        raise ValueError(
+            f"a window of T steps has T-1 actions and T states, and T >= {least + rollout_start} for rollout {rollout!r} from step "
+            f"{rollout_start}; got T = {num_steps}, {actions.shape[1]} actions and {states.shape[1]} states"
+        )
+    num_predicted = num_steps - 1
     auto_steps = min(auto_steps, num_predicted - rollout_start)
     h = as_reps(tokens, normalize_reps)
     camera = None if extrinsics is None else extrinsics[:, :num_predicted]
@@ -154,36 +159,3 @@ def _power_errors(predicted: Tensor, target: Tensor, p: float) -> Tensor:
     """|predicted - target|^p / p, element by element."""
     error = (predicted - target).abs()
     return error if p == 1.0 else error.pow(p) / p
-
-
-def _check(
-    tokens: Tensor,
-    actions: Tensor,
-    states: Tensor,
-    loss_exp: float,
-    auto_steps: int,
-    rollout: str,
-    rollout_start: int,
-) -> None:
-    if loss_exp <= 0:
-        raise ValueError(f"loss_exp must be above 0, got {loss_exp}")
-    if auto_steps < 1:
-        raise ValueError(f"auto_steps must be at least 1, got {auto_steps}")
-    if rollout not in ("fixed", "legacy"):
-        raise ValueError(f"rollout must be 'fixed' or 'legacy', got {rollout!r}")
-    least = 3 if rollout == "legacy" else 2
-    if tokens.ndim != 4 or tokens.shape[1] < least:
-        raise ValueError(
-            f"tokens must be [B, T, N, D] with T >= {least} for rollout {rollout!r}, got {list(tokens.shape)}"
-        )
-    num_steps = tokens.shape[1]
-    if not 0 <= rollout_start <= num_steps - least:
-        raise ValueError(
-            f"rollout_start must lie in 0 to {num_steps - least} for a window of {num_steps} steps and rollout {rollout!r}, "
-            f"got {rollout_start}"
-        )
-    if actions.shape[1] != num_steps - 1 or states.shape[1] != num_steps:
-        raise ValueError(
-            f"a window of {num_steps} steps needs {num_steps - 1} actions and {num_steps} states, "
-            f"got {actions.shape[1]} and {states.shape[1]}"
-        )

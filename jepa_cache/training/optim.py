@@ -13,23 +13,13 @@ from jepa_cache.config.schema import TrainConfig
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-_FUSED_DEVICES = ("cpu", "cuda")
+_FUSED_DEVICES = {"cpu", "cuda"}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters of a model into those that decay and those that do not.
+    """Split the trainable parameters of a model into those that decay and those that do not; no group is empty.
 
     Biases (a name that contains "bias") and 1-d tensors (norm scales) do not decay. Frozen parameters are in no group.
-
-    Args:
-        model: whatever is trained.
-        weight_decay: of the first group.
-
-    Returns:
-        Two optimiser groups with keys `params`, `weight_decay` and `decays`; a group without parameters does not exist.
-
-    Raises:
-        ValueError: nothing is trainable.
 
     Source: V-JEPA 2-AC training recipe.
     """
@@ -37,8 +27,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if "bias" in name or parameter.ndim == 1 else decayed).append(parameter)
-    if not decayed and not plain:
-        raise ValueError("optimiser: the model has no trainable parameter; unfreeze some, or train another model")
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "decays": True},
         {"params": plain, "weight_decay": 0.0, "decays": False},
@@ -50,13 +38,13 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, kind: s
     """Make the AdamW of the official recipe, as one kernel where the device has it (same numbers, a third of the time).
 
     Args:
-        model: its parameters must already lie on the device they are trained on.
-        lr: first learning rate; `set_rates` sets those of each training step.
-        weight_decay: first weight decay.
+        model: Its parameters must already lie on the device they are trained on.
+        lr: First learning rate; `set_rates` sets those of each training step.
+        weight_decay: First weight decay.
         kind: `adamw`, or `adamw8bit` with both moments in 8 bits by blocks (2 bytes a weight instead of 8).
 
     Raises:
-        ValueError: nothing is trainable, or bitsandbytes is not installed.
+        ValueError: bitsandbytes is not installed.
 
     Source: V-JEPA 2-AC training recipe; 8 bits: Dettmers et al., arXiv 2110.02861, as bitsandbytes has it.
     """
@@ -71,7 +59,7 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, kind: s
             ) from error
         return AdamW8bit(groups, lr=lr, betas=BETAS, eps=EPS)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=devices <= set(_FUSED_DEVICES))
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=devices <= _FUSED_DEVICES)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -82,6 +70,18 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
             group["weight_decay"] = weight_decay
 
 
+def rates_at(k: int, settings: TrainConfig) -> tuple[float, float]:
+    """Return learning rate and weight decay of training step k, counted from 1, under a training's settings."""
+    steps = {"num_steps": settings.num_steps, "num_warmup": settings.num_warmup}
+    rates = {"start_lr": settings.start_lr, "peak_lr": settings.lr, "final_lr": settings.final_lr}
+    if settings.schedule == "wsd":
+        lr = warmup_stable_decay(k, num_anneal=settings.num_anneal, **steps, **rates)
+    else:
+        lr = warmup_cosine(k, **steps, **rates)
+    decays = {"start_weight_decay": settings.weight_decay, "final_weight_decay": settings.final_weight_decay}
+    return lr, cosine_weight_decay(k, num_steps=settings.num_steps, **decays)
+
+
 def warmup_stable_decay(
     k: int, *, num_steps: int, num_warmup: int, num_anneal: int, start_lr: float, peak_lr: float, final_lr: float
 ) -> float:
@@ -89,7 +89,6 @@ def warmup_stable_decay(
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (4,500 + 85,500 + 4,500 training steps); official "WSD" schedule.
     """
-    _check(k, num_steps, num_warmup, num_anneal)
     if k < num_warmup:
         return start_lr + k / num_warmup * (peak_lr - start_lr)
     first_decay = num_steps - num_anneal
@@ -105,11 +104,9 @@ def warmup_cosine(
 
     Source: V-JEPA 2 pretraining, arXiv 2506.09985.
     """
-    _check(k, num_steps, num_warmup, 0)
     if k < num_warmup:
         return start_lr + k / num_warmup * (peak_lr - start_lr)
-    progress = min(1.0, (k - num_warmup) / max(1, num_steps - num_warmup))
-    return final_lr + (peak_lr - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return _half_cosine(min(1.0, (k - num_warmup) / max(1, num_steps - num_warmup)), peak_lr, final_lr)
 
 
 def cosine_weight_decay(k: int, *, num_steps: int, start_weight_decay: float, final_weight_decay: float) -> float:
@@ -117,35 +114,8 @@ def cosine_weight_decay(k: int, *, num_steps: int, start_weight_decay: float, fi
 
     Source: V-JEPA 2-AC, arXiv 2506.09985; the released recipe has 0.04 at both ends.
     """
-    _check(k, num_steps, 0, 0)
-    progress = min(1.0, k / num_steps)
-    return final_weight_decay + (start_weight_decay - final_weight_decay) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return _half_cosine(min(1.0, k / num_steps), start_weight_decay, final_weight_decay)
 
 
-def rates_at(k: int, settings: TrainConfig) -> tuple[float, float]:
-    """Return learning rate and weight decay of training step k, counted from 1, under a training's settings."""
-    decay = cosine_weight_decay(
-        k,
-        num_steps=settings.num_steps,
-        start_weight_decay=settings.weight_decay,
-        final_weight_decay=settings.final_weight_decay,
-    )
-    common = {
-        "num_steps": settings.num_steps,
-        "num_warmup": settings.num_warmup,
-        "start_lr": settings.start_lr,
-        "peak_lr": settings.lr,
-        "final_lr": settings.final_lr,
-    }
-    if settings.schedule == "wsd":
-        return warmup_stable_decay(k, num_anneal=settings.num_anneal, **common), decay
-    return warmup_cosine(k, **common), decay
-
-
-def _check(k: int, num_steps: int, num_warmup: int, num_anneal: int) -> None:
-    if k < 1:
-        raise ValueError(f"schedule: training steps count from 1, got k = {k}")
-    if num_steps < 1 or num_warmup < 0 or num_anneal < 0 or num_warmup + num_anneal > num_steps:
-        raise ValueError(
-            f"schedule: num_warmup + num_anneal must fit into num_steps, got {num_warmup} + {num_anneal} of {num_steps}"
-        )
+def _half_cosine(progress: float, start: float, final: float) -> float:
+    return final + (start - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -23,15 +23,10 @@ class StopRequest:
         name: Of the signal, None while none has come.
     """
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    name: str | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal; the handler of all of them.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C, when there is a request already.
-        """
+        """Remember a signal; a Ctrl-C after another one raises KeyboardInterrupt."""
         if number == signal.SIGINT:
             if self.name is not None:
                 raise KeyboardInterrupt
@@ -52,9 +47,9 @@ def requeued_at_once() -> Iterator[None]:
     """End with `REQUEUE_EXIT_CODE` on a scheduler's signal while no training step runs and nothing is to be saved."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         _say(
-            f"stopped by {signal.Signals(number).name} while no training step was running; the same command resumes. "
-            f"Exit code {REQUEUE_EXIT_CODE}"
+            f"stopped by {name} while no training step was running; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
         )
         raise SystemExit(REQUEUE_EXIT_CODE)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -54,8 +54,7 @@ def train_step(
         gradient_scaler: Enabled for float16 only.
         batches: On the device.
         settings: The training's.
-        step: k, from 1: with the seed it decides everything random in this step, so that a resumed training needs no
-            state of a generator.
+        step: k, from 1; with the seed it decides everything random here, so that a resume needs no generator's state.
     """
     accumulation = settings.grad_accumulation
     torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
@@ -116,38 +115,40 @@ class StepStatistics:
     """Rates, memory, and the loss of each data set of a mixture, over the training steps since the last row."""
 
     def __init__(self, data: TrainingData, settings: TrainConfig, first_step: int, accelerator: Accelerator) -> None:
-        self._data, self._step, self._accelerator = data, first_step, accelerator
-        self._batches_per_step = settings.grad_accumulation
-        self._windows_per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
-        self._time, self._wait = time.perf_counter(), data.loader.wait_s
-        self._by_dataset = torch.zeros(2, len(data.datasets), device=accelerator.device)
+        self._data, self._settings, self._accelerator = data, settings, accelerator
+        self._start(first_step)
+
+    def _start(self, step: int) -> None:
+        self._step, self._begun, self._waited = step, time.perf_counter(), self._data.loader.wait_s
+        self._windows: list[np.ndarray] = []
+        self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
-        """Add the windows of a training step to their data sets."""
+        """Keep the windows of a training step and their losses, on the device, where data sets are reported apart."""
         if len(self._data.datasets) > 1:
-            _add_windows(self._by_dataset, self._data.datasets_of(report.windows), report.jloss_by_window)
+            self._windows.append(report.windows)
+            self._losses.append(report.jloss_by_window)
 
     def row(self, report: StepReport, step: int, lr: float) -> dict[str, float]:
         """Return the row of training step `step`, the same on every process, and begin to count anew."""
-        now, wait = time.perf_counter(), self._data.loader.wait_s
-        elapsed = now - self._time
-        losses = self._accelerator.reduce(torch.stack(list(report.losses.values())), reduction="mean")
+        data, settings, accelerator = self._data, self._settings, self._accelerator
+        elapsed = time.perf_counter() - self._begun
+        windows_per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
+        losses = accelerator.reduce(torch.stack(list(report.losses.values())), reduction="mean")
         row = {
             "step": step,
-            "epoch": self._data.sampler.epoch(step * self._batches_per_step),
+            "epoch": data.sampler.epoch(step * settings.grad_accumulation),
             **dict(zip(report.losses, losses.tolist(), strict=True)),
             "lr": lr,
             "grad_norm": float(report.grad_norm),
-            "samples_per_s": (step - self._step) * self._windows_per_step / elapsed,
-            "loader_wait_share": (wait - self._wait) / elapsed,
+            "samples_per_s": (step - self._step) * windows_per_step / elapsed,
+            "loader_wait_share": (data.loader.wait_s - self._waited) / elapsed,
+            **_dataset_means("jloss", data, accelerator, self._windows, self._losses),
         }
-        if len(self._data.datasets) > 1:
-            row |= _dataset_means("jloss", self._data, self._accelerator.reduce(self._by_dataset, reduction="sum"))
-        if self._accelerator.device.type == "cuda":
-            row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._accelerator.device) / 2**20
-            torch.cuda.reset_peak_memory_stats(self._accelerator.device)
-        self._time, self._wait, self._step = now, wait, step
-        self._by_dataset.zero_()
+        if accelerator.device.type == "cuda":
+            row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        self._start(step)
         return row
 
 
@@ -155,32 +156,26 @@ class StepStatistics:
 def validate(objective: Objective, data: TrainingData, accelerator: Accelerator) -> dict[str, float]:
     """Average the losses over a few windows of every held-out episode, which the processes share.
 
-    Returns:
-        `val_` and each of the loss's `TERMS`, and of a mixture `val_jloss.<data set>`. With two held-out episodes or
-        more also the gaps of the evaluation, teacher-forced, but as means over windows: `val_gap_copy_last` and
-        `val_gap_shuffled_actions`, L1 of these less L1 of the predictor.
+    With two held-out episodes or more also the gaps of the evaluation, teacher-forced, but as means over windows: L1 of
+    copying the last step, and of the predictor with another episode's actions, less its own L1.
     """
     objective.eval()
     names = (*TERMS, *(GAPS if data.compares else ()))
     sums = torch.zeros(len(names), dtype=torch.float64)
-    by_dataset = torch.zeros(2, len(data.datasets), dtype=torch.float64)
+    windows, by_window = [], []
     for batch in data.validation_batches():
         losses = objective(batch.tokens, batch.actions, batch.states)
         means = [losses.scalars[name] for name in TERMS]
         if data.compares:
             means += _gaps(objective, batch, losses, data.shuffled_actions(batch.numbers))
         sums += torch.stack(means).double().cpu() * len(batch.tokens)
-        if len(data.datasets) > 1:
-            _add_windows(by_dataset, data.datasets_of(batch.numbers, held_out=True), losses.jloss_by_window)
+        windows.append(batch.numbers)
+        by_window.append(losses.jloss_by_window)
     objective.train()
-    flat = torch.cat([sums, by_dataset.flatten()])
     if accelerator.num_processes > 1:
-        flat = accelerator.reduce(flat.to(accelerator.device, torch.float32), reduction="sum").double().cpu()
-    means = (flat[: len(names)] / len(data.validation)).tolist()
-    row = {f"val_{name}": mean for name, mean in zip(names, means, strict=True)}
-    if len(data.datasets) > 1:
-        row |= _dataset_means("val_jloss", data, flat[len(names) :].view(2, -1))
-    return row
+        sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), reduction="sum")
+    row = {f"val_{name}": total / len(data.validation) for name, total in zip(names, sums.tolist(), strict=True)}
+    return row | _dataset_means("val_jloss", data, accelerator, windows, by_window, held_out=True)
 
 
 def _gaps(objective: Objective, batch: Batch, losses: Losses, shuffled: Tensor) -> list[Tensor]:
@@ -192,15 +187,22 @@ def _gaps(objective: Objective, batch: Batch, losses: Losses, shuffled: Tensor) 
     return [(other - own).mean() for other in others]
 
 
-def _add_windows(by_dataset: Tensor, owners: np.ndarray, losses: Tensor) -> None:
-    """Add the losses [B] of windows to the sums and counts [2, data sets] of the data sets that own them."""
-    positions = torch.from_numpy(owners).to(by_dataset.device)
-    losses = losses.to(by_dataset)
-    by_dataset[0].index_add_(0, positions, losses)
-    by_dataset[1].index_add_(0, positions, torch.ones_like(losses))
-
-
-def _dataset_means(name: str, data: TrainingData, by_dataset: Tensor) -> dict[str, float]:
-    """Mean loss of each data set that had a window, from sums and counts [2, data sets]."""
-    shares = zip(data.datasets, *by_dataset.tolist(), strict=True)
+def _dataset_means(
+    name: str,
+    data: TrainingData,
+    accelerator: Accelerator,
+    windows: Sequence[np.ndarray],
+    losses: Sequence[Tensor],
+    *,
+    held_out: bool = False,
+) -> dict[str, float]:
+    """Mean of the losses [B] of windows for each data set of a mixture that had one, over all processes."""
+    if len(data.datasets) < 2:
+        return {}
+    sums = torch.zeros(2, len(data.datasets), device=accelerator.device)
+    for numbers, values in zip(windows, losses, strict=True):
+        owners = torch.from_numpy(data.datasets_of(numbers, held_out=held_out)).to(accelerator.device)
+        sums[0].index_add_(0, owners, values)
+        sums[1].index_add_(0, owners, torch.ones_like(values))
+    shares = zip(data.datasets, *accelerator.reduce(sums, reduction="sum").tolist(), strict=True)
     return {f"{name}.{dataset}": total / count for dataset, total, count in shares if count}

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.cache import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
-from jepa_cache.data.splits import TRAIN
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.lora import count_trainable
 from jepa_cache.training.batches import TrainingData
@@ -34,17 +33,16 @@ from jepa_cache.training.checkpoint import (
     BEST,
     CSV_FILE,
     FOLDER,
-    NO_BEST,
     Best,
     Checkpoint,
-    Rotation,
     Uploader,
     describe_last,
     load_checkpoint,
     load_latest,
     save_checkpoint,
+    tidy,
 )
-from jepa_cache.training.distributed import agree_to_stop, check_same_step, end_processes, start_processes
+from jepa_cache.training.distributed import agree_to_stop, check_same, end_processes, start_processes
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
@@ -84,42 +82,61 @@ def train(
     accelerator = start_processes(config.train)
     data = TrainingData(config, dataset, scaler, accelerator)
     config = resolve_epochs(config, data.num_windows, accelerator.num_processes)
+    settings = config.train
     with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
-        trainer = _Trainer(config, dataset, scaler, data, accelerator, run)
-        stopped_by = trainer.run_loop(output.parent / "live")
-        weights = None
+        state = TrainingState(run, accelerator)
+        first_step, stopped_by, weights = state.step, None, None
+        with (
+            stop_request() as stop,
+            closing(data.batches(state.step, settings.num_steps)) as batches,
+            closing(_Writer(state, data)) as writer,
+        ):
+            statistics = StepStatistics(data, settings, state.step, accelerator)
+            while not state.is_complete():
+                step = state.step + 1
+                set_rates(state.optimizer, *rates_at(step, settings))
+                report = train_step(
+                    accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
+                )
+                _refuse_not_finite(report, state, data, step)
+                state.step = step
+                statistics.add(report)
+
+                row, improved = None, False
+                validating = bool(data.validation) and state.is_due(settings.validate_every)
+                if validating or state.is_due(settings.log_every):
+                    row = statistics.row(report, step, state.optimizer.param_groups[0]["lr"])
+                if validating:
+                    row |= validate(state.objective, data, accelerator)
+                    improved = state.note(row[settings.metric])
+                writer.log(row)
+
+                stopping, complete = agree_to_stop(accelerator, stop), state.is_complete()
+                if step % settings.checkpoint_every == 0 or improved or stopping or complete:
+                    writer.save()
+                if stopping and not complete:
+                    stopped_by = stop.name or "a signal to another process"
+                    break
         if accelerator.is_main_process and stopped_by is None:
-            step = trainer.select_weights()
-            weights = write_outputs(trainer.trained, step, run, output, config, dataset, scaler)
+            weights = write_outputs(state.trained, state.select_weights(), run)
         end_processes(accelerator)
-    num_trained = trainer.step - trainer.first_step
-    return TrainResult(weights, run.folder, trainer.step, num_trained, config.train.num_steps, stopped_by)
+    return TrainResult(weights, run.folder, state.step, state.step - first_step, settings.num_steps, stopped_by)
 
 
-class _Trainer:
-    """The predictor and its optimiser in one run, and how far they are."""
+class TrainingState:
+    """The predictor and its optimiser, and how far they are: as at the run's newest checkpoint, or at its start."""
 
-    def __init__(
-        self,
-        config: Config,
-        dataset: CachedDataset,
-        scaler: Scaler,
-        data: TrainingData,
-        accelerator: Accelerator,
-        run: Run,
-    ) -> None:
-        """Build everything as it is at the run's newest checkpoint, or at its start."""
-        settings = config.train
-        self.settings, self.data, self.accelerator, self.run = settings, data, accelerator, run.folder
-        self.model_card = describe_weights(dataset, scaler)
-        self.checkpoints = run.folder / FOLDER
-        self.rotation = Rotation(settings.keep_last, settings.keep_every)
-        main = accelerator.is_main_process
-        checkpoint = load_latest(self.checkpoints, self.rotation if main else None, run=run.folder.name)
+    def __init__(self, run: Run, accelerator: Accelerator) -> None:
+        """Build everything in the order in which random numbers are drawn, then load the checkpoint."""
+        self.run, self.accelerator, self.settings = run, accelerator, run.config.train
+        settings, self.checkpoints = self.settings, run.folder / FOLDER
+        checkpoint = load_latest(self.checkpoints, run=run.folder.name)
+        if checkpoint and accelerator.is_main_process:
+            tidy(self.checkpoints, settings.keep_last, settings.keep_every)
         self.num_threads = settings.num_threads or (checkpoint.num_threads if checkpoint else default_num_threads())
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(settings.seed)
-        self.trained = TrainableModel(config, dataset, run.init)
+        self.trained = TrainableModel(run)
         if checkpoint:
             self.trained.load_state(checkpoint.weights)
         self.objective = Objective(self.trained.module, settings, accelerator.device)
@@ -130,67 +147,12 @@ class _Trainer:
             self.trained.module, lr=settings.lr, weight_decay=settings.weight_decay, kind=settings.optimizer
         )
         self.gradient_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
-        self.best: Best = NO_BEST
-        self.first_step = self.step = 0
-        self.rows: str | None = None
+        self.step, self.best, self.rows = 0, Best(), None
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.gradient_scaler.load_state_dict(checkpoint.gradient_scaler)
-            self.first_step = self.step = checkpoint.step
-            self.best, self.rows = checkpoint.best, checkpoint.rows
-        check_same_step(accelerator, self.step)
-
-    def run_loop(self, live_folder: Path) -> str | None:
-        """Train to the end; returns the signal that ended it before, if one did."""
-        settings, main = self.settings, self.accelerator.is_main_process
-        with ExitStack() as stack:
-            stop = stack.enter_context(stop_request())
-            batches = stack.enter_context(closing(self.data.batches(self.step, settings.num_steps)))
-            recorder = self._open_recorder(stack, live_folder) if main else None
-            uploader = self._open_uploader(stack) if main and settings.upload_to is not None else None
-            if main:
-                self._print_start()
-            bar = stack.enter_context(
-                tqdm(
-                    total=settings.num_steps,
-                    initial=self.step,
-                    desc="training",
-                    unit="step",
-                    dynamic_ncols=True,
-                    disable=not main,
-                )
-            )
-            statistics = StepStatistics(self.data, settings, self.step, self.accelerator)
-            while not self.is_complete():
-                step = self.step + 1
-                set_rates(self.optimizer, *rates_at(step, settings))
-                report = train_step(
-                    self.accelerator, self.model, self.optimizer, self.gradient_scaler, batches, settings, step
-                )
-                self._refuse_not_finite(report, step)
-                self.step = step
-                bar.update()
-                statistics.add(report)
-
-                improved, validating = False, self._is_due(settings.validate_every) and bool(self.data.validation)
-                if validating or self._is_due(settings.log_every):
-                    row = statistics.row(report, step, self.optimizer.param_groups[0]["lr"])
-                    if validating:
-                        row |= validate(self.objective, self.data, self.accelerator)
-                        improved = row[settings.metric] < self.best.value
-                        self.best = Best(step, row[settings.metric]) if improved else self.best
-                    if recorder is not None:
-                        recorder.log(row)
-                    bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
-
-                stopping, complete = agree_to_stop(self.accelerator, stop), self.is_complete()
-                if recorder is not None and (step % settings.checkpoint_every == 0 or improved or stopping or complete):
-                    save_checkpoint(self.checkpoints, self._snapshot(recorder), self.rotation)
-                    if uploader is not None:
-                        uploader.maybe_upload()
-                if stopping and not complete:
-                    return stop.name or "a signal to another process"
-        return None
+            self.step, self.best, self.rows = checkpoint.step, checkpoint.best, checkpoint.rows
+        check_same(accelerator, {"training step": self.step})
 
     def is_complete(self) -> bool:
         """Return whether all training steps are done, or `patience` validations in a row brought no better metric."""
@@ -199,73 +161,111 @@ class _Trainer:
         converged = settings.patience and self.best.step and self.step - self.best.step >= waited
         return self.step >= settings.num_steps or bool(converged)
 
+    def is_due(self, every: int) -> bool:
+        """Return whether a multiple of `every` training steps, or the last one, is done; 0 means never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.settings.num_steps)
+
+    def note(self, metric: float) -> bool:
+        """Remember a validation if it is the best so far, and say whether it is."""
+        improved = metric < self.best.value
+        self.best = Best(self.step, metric) if improved else self.best
+        return improved
+
     def select_weights(self) -> int:
         """Load the weights that `train.select` names into the predictor; returns their training step."""
         if self.settings.select == "last" or not (self.checkpoints / BEST).exists():
             return self.step
-        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve(), run=self.run.name)
+        checkpoint = load_checkpoint((self.checkpoints / BEST).resolve(), run=self.run.folder.name)
         self.trained.load_state(checkpoint.weights)
         return checkpoint.step
 
-    def _is_due(self, every: int) -> bool:
-        """Return whether a multiple of `every` training steps, or the last one, is done; 0 means never."""
-        return bool(every) and (self.step % every == 0 or self.step == self.settings.num_steps)
 
-    def _refuse_not_finite(self, report: StepReport, step: int) -> None:
-        """Stop before anything of a training step is kept that spoiled the weights."""
-        reason = check_finite(report, self.gradient_scaler)
-        if reason is None:
+class _Writer:
+    """What a training writes: rows of the record, checkpoints, uploads, and a progress bar; by the first process alone."""
+
+    def __init__(self, state: TrainingState, data: TrainingData) -> None:
+        self._state, settings, run = state, state.settings, state.run
+        self._opened = ExitStack()
+        self._silent = not state.accelerator.is_main_process
+        if self._silent:
             return
-        windows = self.run / f"failed-step-{step:08d}-process-{self.accelerator.process_index}.json"
-        with atomic_file(windows) as temporary:
-            temporary.write_text(json.dumps(self.data.describe(report.windows), indent=2) + "\n")
-        raise ValueError(
-            f"at training step {step} {reason}; nothing was overwritten, {describe_last(self.checkpoints)}, and the "
-            f"windows of this training step are named in {windows}. Look at them, lower train.lr, or set train.clip_norm"
-        )
-
-    def _open_recorder(self, stack: ExitStack, live_folder: Path) -> Recorder:
-        settings = self.settings
+        _print_start(state, data)
         num_rollout_steps = min(settings.auto_steps, settings.window_steps - 1)
-        on_gpu = self.accelerator.device.type == "cuda"
-        columns = columns_for(num_rollout_steps, self.data.datasets, on_gpu=on_gpu)
-        trackers = open_trackers(
-            settings.loggers, live_folder=live_folder, run_folder=self.run, settings=asdict(settings)
+        columns = columns_for(num_rollout_steps, data.datasets, on_gpu=state.accelerator.device.type == "cuda")
+        live = run.output.parent / "live"
+        trackers = open_trackers(settings.loggers, live_folder=live, run_folder=run.folder, settings=asdict(settings))
+        self._recorder = self._opened.enter_context(
+            closing(Recorder(run.folder / CSV_FILE, columns, trackers, state.rows))
         )
-        recorder = Recorder(self.run / CSV_FILE, columns, trackers, resumed_step=self.step, kept=self.rows)
-        stack.callback(recorder.close)
-        return recorder
-
-    def _open_uploader(self, stack: ExitStack) -> Uploader:
-        uploader = Uploader(self.run, self.settings.upload_to, self.settings.upload_every_min * 60)
-        stack.callback(uploader.close)
-        return uploader
-
-    def _snapshot(self, recorder: Recorder) -> Checkpoint:
-        return Checkpoint(
-            self.step,
-            self.trained.state(),
-            self.optimizer.state_dict(),
-            self.gradient_scaler.state_dict(),
-            self.num_threads,
-            self.best,
-            self.model_card,
-            self.run.name,
-            recorder.text,
+        self._uploader = None
+        if settings.upload_to is not None:
+            uploader = Uploader(run.folder, settings.upload_to, settings.upload_every_min * 60)
+            self._uploader = self._opened.enter_context(closing(uploader))
+        self._bar = self._opened.enter_context(
+            tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
         )
 
-    def _print_start(self) -> None:
-        settings, processes = self.settings, self.accelerator.num_processes
-        for layer in self.trained.new_layers:
-            print(f"{layer} is a new layer: the starting weights have it in another width")
+    def close(self) -> None:
+        """Upload the rest, and let the trackers write what is pending."""
+        self._opened.close()
+
+    def log(self, row: dict[str, float] | None) -> None:
+        """Move the bar on, and record the row of a training step that has one."""
+        if self._silent:
+            return
+        self._bar.update()
+        if row is not None:
+            self._recorder.log(row)
+            self._bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, and upload when that is due."""
+        if self._silent:
+            return
+        state = self._state
+        checkpoint = Checkpoint(
+            state.step,
+            state.trained.state(),
+            state.optimizer.state_dict(),
+            state.gradient_scaler.state_dict(),
+            state.num_threads,
+            state.best,
+            describe_weights(state.run),
+            state.run.folder.name,
+            self._recorder.text,
+        )
+        settings = state.settings
+        save_checkpoint(state.checkpoints, checkpoint, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        if self._uploader is not None:
+            self._uploader.maybe_upload()
+
+
+def _refuse_not_finite(report: StepReport, state: TrainingState, data: TrainingData, step: int) -> None:
+    """Stop before anything of a training step is kept that spoiled the weights."""
+    reason = check_finite(report, state.gradient_scaler)
+    if reason is None:
+        return
+    windows = state.run.folder / f"failed-step-{step:08d}-process-{state.accelerator.process_index}.json"
+    with atomic_file(windows) as temporary:
+        temporary.write_text(json.dumps(data.describe(report.windows), indent=2) + "\n")
+    raise ValueError(
+        f"at training step {step} {reason}; nothing was overwritten, {describe_last(state.checkpoints)}, and the "
+        f"windows of this training step are named in {windows}. Look at them, lower train.lr, or set train.clip_norm"
+    )
+
+
+def _print_start(state: TrainingState, data: TrainingData) -> None:
+    settings, processes = state.settings, state.accelerator.num_processes
+    for layer in state.trained.new_layers:
+        print(f"{layer} is a new layer: the starting weights have it in another width")
+    print(
+        f"predictor with {count_trainable(state.trained.module):,} trainable weights, {data.num_windows} training windows "
+        f"of {settings.window_steps} steps; {state.accelerator.device}, {state.num_threads} torch threads"
+        + (f", {processes} processes" if processes > 1 else "")
+    )
+    if state.is_complete():
+        print(f"run {state.run.folder.name} is complete; --fresh starts over")
+    elif state.step:
         print(
-            f"predictor with {count_trainable(self.trained.module):,} trainable weights, {self.data.num_windows} training windows "
-            f"of {settings.window_steps} steps; {self.accelerator.device}, {self.num_threads} torch threads"
-            + (f", {processes} processes" if processes > 1 else "")
+            f"run {state.run.folder.name} resumes at training step {state.step} of {settings.num_steps}; --fresh starts over"
         )
-        if self.is_complete():
-            print(f"run {self.run.name} is complete; --fresh starts over")
-        elif self.step:
-            print(
-                f"run {self.run.name} resumes at training step {self.step} of {settings.num_steps}; --fresh starts over"
-            )

@@ -71,30 +71,27 @@ def test_an_index_that_is_not_there_is_named(server, tmp_path):
         read_index(f"{server.url}/none.json", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "relpath",
-    [
-        "../../etc/passwd.mp4",
-        "data/../../x.mp4",
-        "/etc/x.mp4",
-        "//evil.example/x.mp4",
-        "http://evil.example/x.mp4",
-        "@evil.example/x.mp4",
-        "data/x.mp4?y=.mp4",
-        "data/x#y.mp4",
-        "data\\..\\x.mp4",
-        "data/%2e%2e/x.mp4",
-        "data/.hidden/x.mp4",
-        "data/./x.mp4",
-        "data//x.mp4",
-        "data/x\n.mp4",
-        "data/x.tar",
-        ".mp4",
-        "",
-        7,
-        None,
-    ],
-)
+UNSAFE = [
+    "../../e.mp4",
+    "data/../../x.mp4",
+    "/etc/x.mp4",
+    "//evil/x.mp4",
+    "http://evil/x.mp4",
+    "@evil/x.mp4",
+    "data/x#y.mp4",
+]
+UNSAFE += [
+    "data/x.mp4?y=.mp4",
+    "data\\..\\x.mp4",
+    "data/%2e%2e/x.mp4",
+    "data/.hidden/x.mp4",
+    "data/./x.mp4",
+    "data//x.mp4",
+]
+UNSAFE += ["data/x\n.mp4", "data/x.tar", ".mp4", "", 7, None]
+
+
+@pytest.mark.parametrize("relpath", UNSAFE)
 def test_a_path_that_could_leave_its_place_is_refused_by_name(tmp_path, relpath):
     place = tmp_path / "index.json"
     place.write_text(json.dumps({"basedir": "https://host/rl/", "relpaths": ["data/10.0/good.mp4", relpath]}))
@@ -153,8 +150,7 @@ def test_fetched_recordings_are_read_by_the_source_and_dropped_connections_chang
     assert _keys(tmp_path / "out") == KEYS and len(_tars(tmp_path / "out")) == 1
     assert not list((tmp_path / "out").rglob("*.mp4")), "downloads are removed when their shard is complete"
     assert (tmp_path / f"out/options/{KEYS[0]}-options.json").read_bytes() == b"{}"
-    for path in list(server.files):
-        server.faults[path] = [("drop", 1), ("status", 503)]
+    server.faults[f"rl/data/{KEYS[1]}.mp4"] = [("drop", 1), ("status", 503)]  # a wait of half a second each
     fetch(out=tmp_path / "flaky")
     assert _tars(tmp_path / "flaky") == _tars(tmp_path / "out")
 
@@ -179,7 +175,7 @@ def test_a_shard_is_closed_when_it_is_full(fetch, tmp_path, monkeypatch):
     assert len(_tars(tmp_path / "out")) == 4 and _keys(tmp_path / "out") == KEYS
 
 
-@pytest.mark.parametrize("moment", ["pack_folder", "_remove"])
+@pytest.mark.parametrize("moment", ["write_tar", "_remove_staged"])
 def test_a_crash_between_download_and_shard_costs_nothing(server, fetch, tmp_path, monkeypatch, moment):
     def crash(*_, **__):
         raise KeyboardInterrupt

@@ -1,7 +1,6 @@
 """Claims of `jepa-cache status`: every unit is done, missing, stale, damaged or unread, and what is stale says why.
 
-A field of the recipe that changed is named with both values; edited, deleted and removed things are noticed; what is
-recorded of the making (versions, device) is shown and never a reason; nothing is changed.
+A field of the recipe that changed is named with both values; edited, deleted and removed things are noticed; nothing is changed.
 """
 
 import json
@@ -184,26 +183,22 @@ def test_an_edited_tar_is_stale_only_where_its_earlier_content_was_encoded(check
         assert (units["new.tar"]["state"], units["new.tar"]["reason"]) == ("missing", "never encoded")
 
 
-def test_another_library_version_is_shown_and_no_reason(checkout):
-    for number in range(3):
-        path = checkout.tokens(number) / "store.json"
-        document = json.loads(path.read_bytes())
-        document["provenance"]["versions"]["av"] = "1.2.3"
-        write_store_json(path, document)
-    result = _status(checkout)
-    (part,) = result.document["parts"]
-    assert result.code == 0 and part["made_with"]["av"] == {"1.2.3": 3}
-    (line,) = part["differs_now"]
-    assert line.startswith("3 of 3 stores were made with av 1.2.3, now ")
-    assert "no reason to encode again" in checkout.run("status", checkout.recordings).out
-
-
 def test_a_store_that_was_made_again_with_other_bytes_is_told(checkout):
     path = checkout.tokens() / "store.json"
     document = json.loads(path.read_bytes())
     document["content"]["card"]["notes"] = ["another"]
     write_store_json(path, document)
     assert "1 stores were made again since" in _status(checkout).document["manifest"]["reason"]
+
+
+def test_recordings_that_repeat_another_one_are_named_as_encode_named_them(fresh):
+    assert not _status(fresh).document["notes"]
+    pair = make_vpt_pair(30, 77)
+    write_vpt_tar(fresh.recordings / "twice.tar", {"one": pair, "other": pair})
+    fresh.encode()
+    result = _status(fresh)
+    assert result.code == 0
+    assert result.document["notes"] == ["recordings that repeat another one: 1 (one in twice.tar = other in twice.tar)"]
 
 
 def test_no_manifest_and_a_damaged_one_are_told(checkout):

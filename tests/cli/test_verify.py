@@ -21,7 +21,6 @@ from jepa_cache.encoding.task import Claims
 from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import write_manifest
-from jepa_cache.store.recipe import canonical_json
 from tests.encoded import make_tars, replace_behind_the_table, write_store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
@@ -72,8 +71,8 @@ def encoded_units(monkeypatch):
     """How many units are taken by the encoder."""
     units, take = [], Claims.take
 
-    def watch(self, wanted):
-        for unit in take(self, wanted):
+    def watch(self):
+        for unit in take(self):
             units.append(unit)
             yield unit
 
@@ -220,18 +219,13 @@ def test_a_store_of_another_recording_than_its_name_says_is_found_against_online
     assert "all is as it was written" in fresh.run(*online).out
 
 
-def test_a_flipped_format_number_is_damage_and_another_version_is_not(checkout):
+def test_a_store_of_another_format_version_is_not_called_damaged(checkout):
     path = checkout.tokens() / "store.json"
-    text = path.read_text()
-    path.write_text(text.replace('"format_version": 1', '"format_version": 3'))
-    result = checkout.run("verify")
-    assert result.code == 1 and "the format version in its store.json is damaged" in result.out
-    document = json.loads(text)
+    document = json.loads(path.read_text())
     document["content"]["format_version"] = 3
-    document["content"]["card"]["new_field"] = True
-    path.write_bytes(canonical_json(document))
+    write_store_json(path, document)
     result = checkout.run("verify")
-    assert result.code == 2 and "has store format 3" in result.err
+    assert result.code == 2 and "has store format 3" in result.err and "delete this one" in result.err
 
 
 def test_damage_in_a_chunk_names_chunk_steps_and_episode(checkout):
@@ -326,8 +320,7 @@ def test_random_steps_encoded_again_are_bit_equal(checkout):
     result = checkout.run("verify", "--against-online", "12", "--json", checkout.recordings)
     online = result.document["against_online"]
     assert result.code == 0 and online["bit_equal"] and (online["num_equal"], online["num_steps"]) == (12, 12)
-    assert online["largest_difference"] == 0 and online["batch_shape_difference"] >= 0
-    assert online["changes_since"] == []
+    assert online["largest_difference"] == 0 and online["changes_since"] == []
     assert len({(step["unit"], step["step"]) for step in online["steps"]}) == 12
     again = checkout.run(
         "verify", "--against-online", "12", "--json", "--seed", str(online["seed"]), checkout.recordings
@@ -339,16 +332,15 @@ def test_random_steps_encoded_again_are_bit_equal(checkout):
     assert other.document["against_online"]["steps"] != online["steps"]
 
 
-def test_each_step_is_encoded_in_the_batch_that_it_was_in_and_alone(checkout, monkeypatch):
+def test_each_step_is_encoded_in_the_batch_that_it_was_in(checkout, monkeypatch):
     """Episodes of 12, 10, 11 and 15 steps in batches of 8, of which every step is asked for; another shape may round otherwise."""
     from jepa_cache.encoder.frozen import FrozenEncoder
 
     sizes, encode = [], FrozenEncoder.encode
     monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: sizes.append(len(groups)) or encode(self, groups))
     result = checkout.run("verify", "--against-online", "999", "--json", checkout.recordings)
-    num_steps = checkout.manifest.num_steps
-    assert result.document["against_online"]["num_equal"] == num_steps == sizes.count(1)
-    assert sorted(size for size in sizes if size > 1) == [2, 3, 4, 7, 8, 8, 8, 8]
+    assert result.document["against_online"]["num_equal"] == checkout.manifest.num_steps
+    assert sorted(sizes) == [2, 3, 4, 7, 8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
@@ -391,19 +383,15 @@ def test_tokens_of_other_pixels_are_found(checkout, monkeypatch):
     assert online["largest_relative_error"] > 0.1
 
 
-def test_what_is_another_than_recorded_is_told_with_the_encoders_own_difference(checkout, monkeypatch):
-    from jepa_cache.encoder.frozen import FrozenEncoder
-
+def test_what_is_another_than_recorded_is_told(checkout):
     for number in range(3):
         path = checkout.tokens(number) / "store.json"
         document = json.loads(path.read_bytes())
         document["provenance"]["versions"]["av"] = "1.2.3"
         write_store_json(path, document)
-    encode = FrozenEncoder.encode
-    monkeypatch.setattr(FrozenEncoder, "encode", lambda self, groups: encode(self, groups) + 0.25 * (len(groups) == 1))
     result = checkout.run("verify", "--against-online", "3", "--json", checkout.recordings)
     online = result.document["against_online"]
-    assert result.code == 0 and online["bit_equal"] and online["batch_shape_difference"] == pytest.approx(0.25)
+    assert result.code == 0 and online["bit_equal"]
     assert [change for change in online["changes_since"] if change.startswith("versions.av: '1.2.3' ->")]
 
 
@@ -432,5 +420,5 @@ def test_what_cannot_be_compared_is_wrong_usage(checkout, tmp_path):
 
 
 def test_a_difference_that_is_no_number_is_wrong():
-    step = StepResult("a.tar", "x", 0, equal=False, difference=0.0, relative_error=math.nan, batch_difference=0.0)
+    step = StepResult("a.tar", "x", 0, equal=False, difference=0.0, relative_error=math.nan)
     assert Comparison(0, [step._replace(relative_error=0.01), step]).wrong == [step]

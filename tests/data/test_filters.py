@@ -118,26 +118,18 @@ def test_skipped_actions_and_failures_are_dropped_when_asked():
 
 @pytest.mark.parametrize("name", ["drop_idle", "only_success", "drop_loading", "drop_skipped_actions"])
 def test_a_filter_on_what_a_recording_does_not_hold_is_refused(name):
-    asked = filters(**{name: True})
-    assert needs_controls(asked)
+    assert needs_controls(filters(**{name: True}))
     with pytest.raises(
-        ValueError, match=rf"filter\.{name}: this recording does not record .* \(others of its source may\)"
+        ValueError, match=rf"filter\.{name}: this recording does not record .*\(others of its source may\)"
     ):
-        keep_ticks({"tick": np.arange(3)}, asked)
+        keep_ticks({"tick": np.arange(3)}, filters(**{name: True}))
 
 
-def test_null_steps_of_a_recording_that_never_says_who_acts_are_refused():
-    with pytest.raises(ValueError, match=r"filter\.drop_null: this recording does not record when somebody acts"):
-        keep_steps(steps_table(3, idle=[np.nan] * 3), filters(drop_null=True))
+def test_null_steps_of_a_recording_that_never_says_who_acts_are_refused_and_it_is_named(based, monkeypatch):
     keep_steps(steps_table(3, idle=[np.nan] * 3, segment=np.arange(3)), filters(drop_null=True))
-
-
-def test_the_recording_that_a_filter_refuses_is_named(based, monkeypatch):
-    steps = steps_table(99, idle=[np.nan] * 99)
+    steps, first = steps_table(99, idle=[np.nan] * 99), based.segments_of("train", SPLIT)[0].episode
     monkeypatch.setattr(based, "steps", lambda store: steps)
-    with pytest.raises(
-        ValueError, match=rf"^episode '{based.segments_of('train', SPLIT)[0].episode}': filter\.drop_null"
-    ):
+    with pytest.raises(ValueError, match=rf"^episode '{first}': filter\.drop_null: .* record when somebody acts"):
         based.segments_of("train", SPLIT, filters(drop_null=True))
 
 
@@ -167,54 +159,42 @@ def test_a_list_of_ranges_keeps_the_ticks_it_lists_and_names_the_episodes_it_doe
     # The gap of one tick lies between two steps and still parts them.
     assert [ticks_of(based, segment).tolist() for segment in segments] == [[4, 8, 12, 16], [20, 24, 28, 32, 36]]
     assert {segment.episode for segment in segments} == {known}
-    said = f"{len(others)} of {len(others) + 1} train episodes are not in r.json and are left out (first: {others[0]})"
+    said = f"{len(others)} of {len(others) + 1} train episodes are not in r.json and are skipped (first: {others[0]})"
     assert said in capsys.readouterr().err
 
 
-def test_ranges_beyond_an_episode_are_said(based, tmp_path, capsys):
+def test_ranges_that_do_not_fit_are_said_or_refused_and_segments_are_cut_once(based, tmp_path, capsys):
     keys = {segment.episode for segment in based.segments}
-    based.segments_of("train", SPLIT, write_ranges(tmp_path / "r.json", {key: [[0, 30]] for key in keys}))
+    fitting = write_ranges(tmp_path / "r.json", {key: [[0, 30]] for key in keys})
+    first = based.segments_of("train", SPLIT, fitting)
+    (tmp_path / "r.json").unlink()
+    first.append("mine")  # what is done to the list stays there
+    assert based.segments_of("train", SPLIT, fitting) == first[:-1]
     assert capsys.readouterr().err == ""
     based.segments_of("train", SPLIT, write_ranges(tmp_path / "s.json", {key: [[0, 900]] for key in keys}))
     assert "have fewer ticks than the list keeps" in capsys.readouterr().err
-
-
-def test_a_list_that_knows_no_episode_at_all_is_refused_and_so_is_a_missing_one(based, tmp_path):
     with pytest.raises(ValueError, match=r"lists 1 episodes and none of this data set, whose first is 'e\d'"):
-        based.segments_of("train", SPLIT, write_ranges(tmp_path / "r.json", {"other": [[0, 9]]}))
+        based.segments_of("train", SPLIT, write_ranges(tmp_path / "t.json", {"other": [[0, 9]]}))
     with pytest.raises(ValueError, match=r"keep_ranges='none\.json' names no file"):
         based.segments_of("train", SPLIT, filters(keep_ranges="none.json"))
+    with pytest.raises(ValueError, match=r"no step of the \d episodes of the split 'train' is left by min_steps=5000"):
+        based.segments_of("train", SPLIT, filters(min_steps=5000))
 
 
-def test_a_list_of_ranges_may_lie_anywhere(tmp_path):
-    (tmp_path / "r.json").touch()
-    assert ranges_path(filters(keep_ranges=str(tmp_path / "r.json")), tmp_path / "base") == tmp_path / "r.json"
-
-
-def test_a_list_of_ranges_may_say_its_content_and_under_dvc_it_must(tmp_path, monkeypatch):
+def test_a_list_of_ranges_may_lie_anywhere_and_say_its_content_and_under_dvc_it_must(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     path.write_text("{}")
     digest = hashlib.sha256(b"{}").hexdigest()
+    assert ranges_path(NO_FILTER, tmp_path) is None
+    assert ranges_path(filters(keep_ranges=str(path)), tmp_path / "base") == path
     assert ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path) == path
     monkeypatch.setenv("DVC_STAGE", "train")
     assert ranges_path(filters(keep_ranges=f"r.json@{digest}"), tmp_path) == path
-    with pytest.raises(ValueError, match=rf"DVC would overlook an edit .* r\.json@{digest[:12]}, which"):
+    with pytest.raises(ValueError, match=rf"DVC would overlook an edit of .* r\.json@{digest[:12]}, which"):
         ranges_path(filters(keep_ranges="r.json"), tmp_path)
     path.write_text('{"a": []}')
-    with pytest.raises(ValueError, match=r"it was edited; put it back, or set filter\.keep_ranges to r\.json@"):
+    with pytest.raises(ValueError, match=r"was edited; put it back, or set filter\.keep_ranges to r\.json@"):
         ranges_path(filters(keep_ranges=f"r.json@{digest[:8]}"), tmp_path)
-
-    assert ranges_path(NO_FILTER, tmp_path) is None
-
-
-def test_segments_are_cut_once_and_what_is_done_to_a_list_of_them_stays_there(based, tmp_path, capsys):
-    asked = write_ranges(tmp_path / "r.json", {"e1": [[0, 30]], "e0": [[0, 30]]})
-    first = based.segments_of("train", SPLIT, asked)
-    (tmp_path / "r.json").unlink()
-    capsys.readouterr()
-    first.append("mine")
-    assert based.segments_of("train", SPLIT, asked) == first[:-1]
-    assert capsys.readouterr().err == ""
 
 
 def test_windows_begin_where_somebody_acts_and_the_other_steps_stay(based):

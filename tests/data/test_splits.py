@@ -1,44 +1,72 @@
-"""Claims: an episode's split depends on its own key, the seed and the share alone; the share is about met."""
+"""Claims: an episode's split depends on its own key, the seed and the share alone; the share is about met.
 
+Recordings of one content are on one side of the split and count once among the held-out; no other episode moves for it.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_cache.data.splits import TRAIN, VAL, split_of
+from jepa_cache.config.schema import SplitConfig
+from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, split_of
+from tests import caches
+from tests.caches import make_cache
 
 KEYS = [f"Player{number % 37}-{number:08x}-20220{number % 9}" for number in range(4000)]
+UNITS = {hashlib.sha256(unit.encode()).hexdigest(): [f"{unit}{number}" for number in range(4)] for unit in "abc"}
+texts = st.lists(st.text(max_size=5), unique=True, max_size=8)
 
 
 def held_out(keys, *, val_share=0.25, seed=0):
     return {key for key in keys if split_of(key, val_share=val_share, seed=seed) == VAL}
 
 
-@given(st.lists(st.text(), unique=True), st.lists(st.text(), unique=True), st.floats(0, 1), st.integers(0, 99))
+@given(texts, texts, st.floats(0, 1), st.integers(0, 99))
 def test_adding_episodes_moves_none(old, new, share, seed):
     before = held_out(old, val_share=share, seed=seed)
     assert held_out([*new, *old], val_share=share, seed=seed) & set(old) == before
 
 
-def test_the_held_out_share_is_about_the_one_asked_for():
-    for share in (0.05, 0.25, 0.5):
+def test_the_held_out_share_is_about_the_one_that_is_set_and_seeds_are_independent():
+    for share in (0.0, 0.05, 0.25, 0.5, 1.0):
         # Three deviations of a binomial draw of 4000.
-        assert abs(len(held_out(KEYS, val_share=share)) / 4000 - share) < 3 * (share * (1 - share) / 4000) ** 0.5
-
-
-def test_the_ends_of_the_share_hold_out_nothing_and_everything():
-    assert held_out(KEYS, val_share=0.0) == set()
-    assert held_out(KEYS, val_share=1.0) == set(KEYS)
-
-
-def test_a_larger_share_keeps_what_was_held_out():
+        deviations = 3 * (share * (1 - share) / 4000) ** 0.5
+        assert abs(len(held_out(KEYS, val_share=share)) / 4000 - share) <= deviations
     assert held_out(KEYS, val_share=0.1) < held_out(KEYS, val_share=0.3)
-
-
-def test_another_seed_draws_an_independent_split():
-    both = held_out(KEYS, seed=0) & held_out(KEYS, seed=1)
-    assert abs(len(both) / 4000 - 0.25**2) < 0.02
+    assert abs(len(held_out(KEYS, seed=0) & held_out(KEYS, seed=1)) / 4000 - 0.25**2) < 0.02
 
 
 def test_the_split_is_the_same_on_every_machine_and_in_every_version():
     # Pinned: a change of the rule would move held-out episodes into training without a word.
     splits = [split_of(f"episode-{number}", val_share=0.5, seed=7) for number in range(24)]
     assert "".join({TRAIN: "T", VAL: "V"}[split] for split in splits) == "VTVTVTVVTVVTVVTVVVVTVVTV"
+
+
+@pytest.fixture(scope="module", params=["float16", "int8"])
+def copied(request, tmp_path_factory):
+    """Twelve episodes, of which b0 and c2 are a1 once more, in other stores; c3 has its actions, but shows something else."""
+    episodes = [episode for digest in sorted(UNITS) for episode in UNITS[digest]]  # in the order in which they are made
+    source = {"b0": "a1", "c2": "a1", "c3": "a1"}
+    seeds, shown = iter([episodes.index(source.get(episode, episode)) for episode in episodes]), iter(episodes)
+    make_controls, make_tokens = caches.make_controls, caches.make_tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "make_controls", lambda n, _: make_controls(n, np.random.default_rng(next(seeds))))
+        patch.setattr(caches, "make_tokens", lambda yaw: make_tokens(yaw + 70 * (next(shown) == "c3")))
+        return make_cache(tmp_path_factory.mktemp("copied"), units=UNITS, dtype=request.param)
+
+
+def test_copies_are_found_by_what_they_do_and_show_and_follow_the_first(copied, capsys):
+    dataset = CachedDataset(copied.dataset.manifest, copied.root)
+    for _ in range(2):
+        assert dataset.find_copies() == {"b0": "a1", "c2": "a1"}
+    assert capsys.readouterr().err.count("recordings that repeat another one: 2 (first: b0 is a1)") == 1
+    for seed in range(8):
+        split = SplitConfig(val_share=0.5, seed=seed)
+        train, val = ({segment.episode for segment in dataset.segments_of(side, split)} for side in (TRAIN, VAL))
+        for episode in (episode for episodes in UNITS.values() for episode in episodes):
+            side = split_of("a1" if episode in ("b0", "c2") else episode, val_share=0.5, seed=seed)
+            assert (episode in train) == (side == TRAIN)
+            assert (episode in val) == (side == VAL and episode not in ("b0", "c2"))

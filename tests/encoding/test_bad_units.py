@@ -93,10 +93,10 @@ def test_above_the_share_the_stage_fails_at_its_end_and_what_was_encoded_is_kept
 def test_inspect_and_estimate_list_the_same_bad_units(good, spoilt, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     config = dataclasses.replace(load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny"]))
-    (group,) = scan_units(config, [str(good)], good).groups
-    estimated = estimate_group(group, CacheRoot(tmp_path / "c"))
-    listed = {recording.key: recording.reason for recording in estimated.unusable}
-    assert estimated.to_do.num_unusable == len(estimated.unusable)
+    (group,), _ = scan_units(config, [str(good)], good)
+    unusable = []
+    assert estimate_group(group, group.units, unusable)["unusable"] == len(unusable)
+    listed = {recording.key: recording.reason for recording in unusable}
     inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
@@ -186,7 +186,7 @@ def test_names_that_are_no_utf8_lose_nothing(good, tmp_path):
 def test_different_recordings_under_one_key_are_refused_and_both_stay_encoded(good, tmp_path):
     write_vpt_tar(good / "z.tar", {"episode-0": make_vpt_pair(9, 7, size=(32, 32)), "a": make_vpt_pair(9, 8)})
     with pytest.raises(
-        ValueError, match=r"1 keys name different .*: episode-0 in (good0|z)\.tar and episode-0 in"
+        ValueError, match=r"keys that name different .*: 1 \(episode-0 in (good0|z)\.tar and episode-0 in"
     ) as error:
         encode(good, tmp_path / "cache")
     assert "good1" not in str(error.value)
@@ -201,7 +201,7 @@ def test_recordings_with_the_same_content_are_named_whatever_their_keys_and_unit
     write_vpt_tar(good / "z.tar", {"a": pairs[0], "again": pairs[1]})
     result = encode(good, tmp_path / "cache", tiniest_config())
     (note,) = result.notes
-    assert note.startswith("3 recordings have the same content as another one: ")
-    groups = [set(group.split(" = ")) for group in note.partition(": ")[2].split("; ")]
+    assert note.startswith("recordings that repeat another one: 3 (")
+    groups = [set(group.split(" = ")) for group in note[:-1].partition("(")[2].split("; ")]
     assert {"a in y.tar", "copy in y.tar", "a in z.tar"} in groups and {"b in y.tar", "again in z.tar"} in groups
     assert note in describe_result(result, CacheRoot(tmp_path / "cache"))

@@ -185,21 +185,6 @@ def test_everything_is_on_the_disk_before_the_rename_that_publishes_it(undisturb
     assert {name.name for name in state.unsynced_names if ".jepa-cache-" not in name.name} <= {LOCK_FILE}
 
 
-def test_every_fsync_is_needed_for_that(undisturbed):
-    _, changes, root = undisturbed
-    for point in points(changes, "fsync"):
-        state, published, safe = Durability(root), [], True
-        for change in changes[:point] + changes[point + 1 :]:
-            if change.kind == "rename" and not any(".jepa-cache-" in part for part in change.target.parts):
-                safe &= not state.lost_below(change.path) and not state.unsynced_names & set(published)
-                published.append(change.target)
-            state.apply(change)
-        books = {LOCK_FILE, published[1].name}
-        doubtful = {name for name in state.unsynced_names if ".jepa-cache-" not in name.name and name.name not in books}
-        # The root is synced for each of tokens, controls and actions; the next one makes good a missing one.
-        assert not safe or doubtful or changes[point].path == root, changes[point]
-
-
 def test_nothing_is_locked_by_a_folder_or_by_a_file_that_is_open_for_reading_only(folder, tmp_path, monkeypatch):
     import fcntl
     import os

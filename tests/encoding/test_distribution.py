@@ -17,7 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from jepa_cache.config import machine
 from jepa_cache.encoding import groups, run, workers
 from jepa_cache.encoding.run import encode_dataset
-from jepa_cache.encoding.workers import EncodeFailedError, Workers
+from jepa_cache.encoding.workers import EncodeFailedError, connect
 from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
@@ -52,7 +52,7 @@ def place(tmp_path_factory):
             dask.config.set(
                 {"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-saturation": 1.0}
             ),
-            Workers(num_local=2).connect("cpu", machine.default_num_threads()) as connection,
+            connect(2, "cpu", machine.default_num_threads()) as connection,
         ):
             manifest = expected.manifest.to_bytes()
             yield Place(
@@ -66,8 +66,7 @@ def encode_there(place, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(place.state))
 
     def encode_there(folder, root, config=CONFIG):
-        where = Workers(scheduler=place.address)
-        return encode_dataset(config, [str(folder)], base=folder, root=CacheRoot(root), workers=where)
+        return encode_dataset(config, [str(folder)], base=folder, root=CacheRoot(root), workers=place.address)
 
     return encode_there
 
@@ -122,8 +121,11 @@ class Unreadable(WorkerPlugin):
         VptSource.iter_episodes = self.real
 
 
-def test_workers_give_what_one_process_gives_bit_for_bit(place, encode_there, tmp_path):
-    result = encode_there(place.folder, tmp_path / "cache")
+def test_workers_give_what_one_process_gives_bit_for_bit_and_use_their_cpus_where_none_offers_a_gpu(
+    place, encode_there, tmp_path, capsys
+):
+    result = encode_there(place.folder, tmp_path / "cache", tiniest_config(device="auto"))
+    assert "offers a GPU (`--resources GPU=1`): encoding on their CPUs" in capsys.readouterr().out
     assert result.manifest.to_bytes() == place.manifest
     assert all_files(tmp_path / "cache") == place.files and not list(tmp_path.rglob(".jepa-cache-*"))
     assert (result.num_encoded, result.timing.num_episodes) == (3, 3)
@@ -198,12 +200,6 @@ def test_a_gpu_that_no_worker_offers_is_an_error_at_once(place, encode_there, tm
     assert not (tmp_path / "cache/tokens").exists()
 
 
-def test_workers_that_offer_no_gpu_encode_on_their_cpus_and_that_is_said(place, encode_there, tmp_path, capsys):
-    result = encode_there(place.folder, tmp_path / "cache", tiniest_config(device="auto"))
-    assert "offers a GPU (`--resources GPU=1`): encoding on their CPUs" in capsys.readouterr().out
-    assert result.manifest.to_bytes() == place.manifest
-
-
 def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place, encode_there, tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "ENCODE_VERSION", 0)  # as if this command were older than the workers
     with pytest.raises(
@@ -219,7 +215,7 @@ def test_weights_that_are_replaced_before_a_worker_loads_them_are_refused_by_nam
     def replace(_):
         Path(others.encoder.weights).rename(config.encoder.weights)
 
-    given = {"base": place.folder, "root": CacheRoot(tmp_path / "cache"), "workers": Workers(scheduler=place.address)}
+    given = {"base": place.folder, "root": CacheRoot(tmp_path / "cache"), "workers": place.address}
     with (
         monkeypatch.context() as patch,
         pytest.raises(EncodeFailedError, match=r"1\.pt are not those that the stores are named by"),
@@ -255,14 +251,14 @@ def test_no_scheduler_and_no_worker_are_errors_that_say_what_to_start(monkeypatc
     monkeypatch.setattr(workers, "CONNECT_S", 1)
     with (
         pytest.raises(ValueError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 .*dask scheduler"),
-        Workers(scheduler="tcp://127.0.0.1:9").connect("cpu", 1),
+        connect("tcp://127.0.0.1:9", "cpu", 1),
     ):
         pass
     options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": ":0"}
     with (
         SpecCluster(scheduler={"cls": Scheduler, "options": options}, silence_logs="ERROR") as cluster,
         pytest.raises(ValueError, match=r"has no worker after 1 s; .*dask worker tcp://.* --nthreads 1"),
-        Workers(scheduler=cluster.scheduler_address).connect("cpu", 1),
+        connect(cluster.scheduler_address, "cpu", 1),
     ):
         pass
 
@@ -288,17 +284,14 @@ def test_tasks_take_a_gpu_each_where_workers_offer_them(capsys):
     connection = workers._check_cluster(FakeClient(worker(GPU=1), worker()), "tcp://s", "cpu")
     assert (connection.device, connection.resources, connection.num_workers) == ("cpu", {}, 2)
     assert capsys.readouterr().out == ""
-
-
-def test_workers_that_take_several_tasks_at_a_time_are_refused():
     with pytest.raises(ValueError, match=r"1 workers of tcp://s take several tasks .*tcp://w1.*--nthreads 1"):
         workers._check_cluster(FakeClient(worker(), worker(4)), "tcp://s", "cpu")
 
 
-def test_a_number_and_an_address_exclude_each_other_and_one_is_needed():
-    for wrong in ({}, {"num_local": 2, "scheduler": "tcp://s"}, {"num_local": 0}, {"num_local": -1}):
-        with pytest.raises(ValueError, match="workers"):
-            Workers(**wrong)
+def test_at_least_one_worker_is_needed():
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="the number of workers must be at least 1"):
+            connect(wrong, "cpu", 1)
 
 
 def test_more_workers_than_gpus_are_refused_and_each_gets_one_of_its_own(monkeypatch):
@@ -306,10 +299,10 @@ def test_more_workers_than_gpus_are_refused_and_each_gets_one_of_its_own(monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
     with (
         pytest.raises(ValueError, match="3 workers need a GPU each, but this machine shows 2; use --workers 2"),
-        Workers(num_local=3).connect("auto", 1),
+        connect(3, "auto", 1),
     ):
         pass
-    with Workers(num_local=2).connect("auto", 1) as connection:
+    with connect(2, "auto", 1) as connection:
         assert (connection.device, connection.resources) == ("cuda", {"GPU": 1})
         shown = connection.client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules))
         assert sorted(shown.values()) == [("3", False), ("GPU-5f", False)]
@@ -317,7 +310,7 @@ def test_more_workers_than_gpus_are_refused_and_each_gets_one_of_its_own(monkeyp
         assert [one["resources"] for one in offered] == [{"GPU": 1}, {"GPU": 1}]
     with (
         pytest.raises(ValueError, match=r"names one GPU.*encode\.device=cuda"),
-        Workers(num_local=1).connect("cuda:1", 1),
+        connect(1, "cuda:1", 1),
     ):
         pass
 
@@ -331,8 +324,8 @@ def test_tasks_are_small(place, tmp_path, monkeypatch):
         raise ValueError("nothing is sent")
 
     monkeypatch.setattr(run, "encode_on_workers", send)
-    root, where = CacheRoot(tmp_path / "cache"), Workers(num_local=1)
+    root = CacheRoot(tmp_path / "cache")
     with pytest.raises(ValueError, match="nothing is sent"):
-        encode_dataset(CONFIG, [str(place.folder)], base=place.folder, root=root, workers=where)
+        encode_dataset(CONFIG, [str(place.folder)], base=place.folder, root=root, workers=1)
     assert sum(len(task.units) for task in sent) == 3
     assert all(len(cloudpickle.dumps(task)) < 10_000 for task in sent)

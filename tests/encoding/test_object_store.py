@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jepa_cache.cli.export import export_manifest
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import NO_FILTER
@@ -18,7 +19,6 @@ from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.store.check import Finding, Scope, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
-from jepa_cache.store.export import export_manifest
 from jepa_cache.store.recipe import StoreKey
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, make_tiny_tar, tiniest_config
@@ -127,8 +127,6 @@ def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordi
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
-        ("tokens", "store.json"),
-        ("tokens", "steps.parquet"),
         ("tokens", "tokens/c/0/0/0"),
         ("actions", ""),
         ("controls", ""),
@@ -177,7 +175,9 @@ def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings,
 
 
 @pytest.mark.parametrize(
-    ("names", "num_encoded"), [(["/tokens/c/"], 1), (["/actions/c/", ".parquet.attempt-"], 0)], ids=["tokens", "others"]
+    ("names", "num_encoded"),
+    [(["/tokens/c/"], 1), (["/actions/c/", ".parquet.attempt-"], 0), (["/tokens/c/", ".parquet.attempt-"], 1)],
+    ids=["tokens", "others", "tokens and controls"],
 )
 def test_what_is_damaged_in_the_bucket_is_made_again_and_nothing_else(
     machines, recordings, in_a_folder, capsys, names, num_encoded

@@ -5,9 +5,6 @@ Each field of a recipe is explained in docs/filling.md; changing any of them lea
 
 import dataclasses
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -140,23 +137,9 @@ def test_no_setting_of_stage_two_changes_any_fingerprint(section):
 
 
 def test_every_section_of_the_configuration_is_looked_at_here():
-    seen = {
-        "predictor",
-        "split",
-        "filter",
-        "scaler",
-        "train",
-        "evaluate",
-        "plan",
-        "encode",
-        "encoder",
-        "dataset",
-        "cache_root",
-        "verify_checksums",
-        "origins",
-        "members",
-    }
-    assert {field.name for field in dataclasses.fields(Config)} == seen
+    looked_at = "predictor split filter scaler train evaluate plan encode encoder dataset"
+    others = "cache_root verify_checksums origins members"
+    assert {field.name for field in dataclasses.fields(Config)} == {*looked_at.split(), *others.split()}
 
 
 def test_of_the_data_set_only_the_source_and_its_options_change_the_fingerprint():
@@ -187,14 +170,6 @@ def test_actions_depend_on_the_sampling_and_the_action_space(field):
     config = tiny_config()
     value = {"fps": 4.0, "mode": "tubelet", "action_space": "vpt36"}[field]
     assert action_fingerprint_of(changed(config, "encode", field, value)) != action_fingerprint_of(config)
-
-
-@pytest.mark.parametrize("field", sorted(ENCODER_CHANGES.keys() - {"tubelet_size"}))
-def test_actions_do_not_depend_on_the_encoder(field):
-    config = tiny_config()
-    assert action_fingerprint_of(changed(config, "encoder", field, ENCODER_CHANGES[field])) == action_fingerprint_of(
-        config
-    )
 
 
 def test_files_with_other_bytes_or_another_entry_are_other_weights(tmp_path):
@@ -326,35 +301,3 @@ def test_the_recipes_of_caches_that_exist_keep_their_fingerprints(preset, mode):
     config = load_config(SUITE_SETTINGS, ["dataset=vpt", f"encoder={preset}", f"encode.mode={mode}"])
     source = build_source(config.dataset.source, config.dataset.source_options)
     assert fingerprint(token_recipe(config.encode, config.encoder, source.recipe, "pinned")) == PINNED[preset, mode]
-
-
-FINGERPRINTS = """
-import sys
-from pathlib import Path
-from jepa_cache.config.loading import load_config
-from jepa_cache.encoder.weights import weights_identity
-from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
-from jepa_cache.actions import get_action_space
-from jepa_cache.sources import build_source
-from jepa_cache.store.recipe import file_digest, fingerprint
-config = load_config(Path(sys.argv[1]), ["dataset=vpt", "encoder=tiny"])
-source = build_source(config.dataset.source, config.dataset.source_options)
-print(fingerprint(token_recipe(config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest))))
-print(fingerprint(action_recipe(config.encode, config.encoder, source.recipe, get_action_space("vpt13"))))
-print(sys.modules["jepa_cache"].__file__)
-"""
-
-
-def test_comments_in_the_code_and_the_code_of_stage_two_change_no_fingerprint(tmp_path):
-    shutil.copytree(ROOT / "jepa_cache", tmp_path / "jepa_cache", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (tmp_path / "jepa_cache").rglob("*.py"):
-        stage_two = path.relative_to(tmp_path).parts[1] in ("training", "predictor", "evaluation", "data")
-        path.write_text(path.read_text() + ("\nNEW_CODE = 1\n" if stage_two else "\n# A new comment.\n"))
-    command = [sys.executable, "-c", FINGERPRINTS, str(SUITE_SETTINGS)]
-    results = []
-    for folder in (ROOT, tmp_path):
-        process = subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        results.append(process.stdout.split())
-    assert results[0][:2] == results[1][:2]
-    assert [Path(result[2]).parents[1] for result in results] == [ROOT, tmp_path]

@@ -3,7 +3,6 @@
 The same recordings give the same bytes everywhere, whatever files they lie in and however many threads decode them.
 """
 
-import hashlib
 import json
 import shutil
 import socket
@@ -15,11 +14,12 @@ import torch
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
+from jepa_cache.config.parsing import ConfigError
 from jepa_cache.encoder.frozen import FrozenEncoder
 from jepa_cache.encoder.modules import load_module
 from jepa_cache.encoding import pipeline
 from jepa_cache.encoding.run import describe_result
-from jepa_cache.store import layout
+from jepa_cache.store import digests, layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import check_store, read_store_file
 from jepa_cache.store.root import CacheRoot
@@ -30,8 +30,10 @@ from tests.encoded import (
     decode_all,
     encode,
     make_tars,
+    make_tiny_tar,
     read_episodes,
     read_video,
+    tiniest_config,
     tiny_config,
 )
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
@@ -160,7 +162,9 @@ def test_the_controls_are_kept_at_their_native_rate(encoded):
     result, root = encoded
     kept = {}
     for entry in result.manifest.entries:
-        kept |= dict(iter_controls(CacheRoot(root).controls(result.manifest.source_fingerprint, entry.unit_digest)))
+        kept |= dict(
+            iter_controls(CacheRoot(root).controls(result.manifest.parts[0].source_fingerprint, entry.unit_digest))
+        )
     assert kept.keys() == SEEDS.keys()
     for key, controls in kept.items():
         rows = make_rows(*SEEDS[key])
@@ -177,23 +181,6 @@ def test_the_same_recordings_give_the_same_bytes_under_other_names_in_another_or
     result = encode(tmp_path, tmp_path / "cache", inputs=[str(tmp_path / "deep"), "0.tar"])
     assert result.manifest.to_bytes() == encoded[0].manifest.to_bytes()
     assert all_files(tmp_path / "cache") == all_files(encoded[1])
-
-
-def test_the_batches_of_a_unit_are_the_same_whatever_is_encoded_before_it(folder, tmp_path, monkeypatch):
-    batches, real = [], FrozenEncoder.encode
-
-    def encode_batch(self, pixels):
-        batches.append(hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
-        return real(self, pixels)
-
-    monkeypatch.setattr(FrozenEncoder, "encode", encode_batch)
-    alone = {}
-    for name in ("a.tar", "b.tar"):
-        encode(folder, tmp_path / f"{name}-cache", inputs=[name])
-        alone[name], batches = batches, []
-    encode(folder, tmp_path / "cache")
-    assert batches in (alone["a.tar"] + alone["b.tar"], alone["b.tar"] + alone["a.tar"])
-    assert len(alone["a.tar"]) > len(alone["b.tar"]) > 1
 
 
 @pytest.mark.parametrize("num_decoders", [1, 3])
@@ -268,3 +255,24 @@ def test_the_provenance_is_no_part_of_the_digest(folder, encoded, tmp_path):
         )
         assert one.provenance["batch_size"] != two.provenance["batch_size"]
         assert one.metadata == two.metadata
+
+
+def test_only_the_first_units_are_read_and_the_whole_data_set_finds_them_again(tmp_path, monkeypatch):
+    folder, root = tmp_path / "in", tmp_path / "cache"
+    for seed, name in enumerate("abc"):
+        make_tiny_tar(folder, name, seed)
+    read, real = [], digests.file_digest
+    monkeypatch.setattr(digests, "file_digest", lambda path: read.append(path.name) or real(path))
+    part = encode(folder, root, tiniest_config(max_units=2))
+    assert part.num_encoded == 2 and {name for name in read if name.endswith(".tar")} == {"a.tar", "b.tar"}
+    assert part.manifest.notes == ("encode.max_units is 2: 1 of 3 units were not read",)
+    assert "note: encode.max_units is 2" in describe_result(part, CacheRoot(root))
+    whole = encode(folder, root, tiniest_config(max_units=3))
+    assert whole.num_encoded == 1 and not whole.manifest.notes
+    assert whole.manifest.to_bytes() == encode(folder, root, tiniest_config()).manifest.to_bytes()
+
+
+@pytest.mark.parametrize("setting", ["max_units=0", "max_units=-1", "max_units=many", "max_episodes=3"])
+def test_a_number_of_units_that_cannot_be_is_refused_and_the_old_key_names_the_new_one(setting):
+    with pytest.raises(ConfigError, match="max_units"):
+        load_config(SUITE_SETTINGS, [f"encode.{setting}"])

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_cache.encoding.steps import plan_steps, sampling_stride
+from jepa_cache.encoding.steps import sampling_stride
+from tests.encoded import plan_steps
 
 RATES = st.sampled_from([5.0, 10.0, 15.0, 20.0, 24.0, 25.0, 30000 / 1001, 30.0, 60.0])
 

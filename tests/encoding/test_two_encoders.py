@@ -7,10 +7,11 @@ lost, and nothing of it stays.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from jepa_cache.encoding import task as claims_module
+from jepa_cache.encoding import task
 from jepa_cache.encoding.task import Claims, wait_for_others
 from jepa_cache.sources import Unit
 from jepa_cache.store.root import CacheRoot
@@ -118,44 +119,33 @@ def test_when_one_of_two_is_killed_the_other_takes_over_and_one_unit_at_most_was
     assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".jepa-cache-*"))
 
 
-def units_of(number):
-    return [Unit(name, (), f"{index:x}" * 64) for index, name in enumerate(UNITS[:number])]
-
-
-def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_meanwhile_for_good(tmp_path, monkeypatch):
+@pytest.fixture
+def group(monkeypatch):
+    """Three units under one recipe, whose stores are whole where there is a folder."""
     monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
-    root, units = CacheRoot(tmp_path), units_of(3)
-    with Claims(root, "recipe") as one, Claims(root, "recipe") as two:
-        assert next(one.take(units)) == units[0]
-        root.tokens("recipe", units[1].digest).mkdir()  # published by a third one
-        assert list(two.take(units)) == [units[2]]
+    units = [Unit(name, (), f"{index:x}" * 64) for index, name in enumerate(UNITS[:3])]
+    return SimpleNamespace(units=units, tokens=lambda root, unit: root.tokens("recipe", unit.digest))
+
+
+def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_meanwhile_for_good(tmp_path, group):
+    root, units = CacheRoot(tmp_path), group.units
+    with Claims(root, group) as one, Claims(root, group) as two:
+        taken = one.take()
+        assert next(taken) == units[0]
+        assert len(list(tmp_path.rglob("*.claim"))) == 1
+        group.tokens(root, units[1]).mkdir()  # published by a third one
+        assert list(two.take()) == [units[2]]
         assert two.busy == [units[0]] and two.num_taken == 1
+        group.tokens(root, units[0]).mkdir()
+        assert list(taken) == [] and one.busy == [units[2]], "a store that is there is let go"
+        assert not root.is_claimed(group.tokens(root, units[0]))
     assert not list(tmp_path.rglob(".jepa-cache-*"))
 
 
-def test_a_claim_is_let_go_as_soon_as_its_store_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
-    root, units = CacheRoot(tmp_path), units_of(3)
-    with Claims(root, "recipe") as claims:
-        for unit in claims.take(units):
-            assert len(list(tmp_path.rglob("*.claim"))) == 1
-            root.tokens("recipe", unit.digest).mkdir()
-
-
-def test_a_unit_that_is_there_is_not_waited_for_though_its_maker_still_holds_its_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
-    root, units = CacheRoot(tmp_path), units_of(2)
-    with Claims(root, "recipe") as maker, Claims(root, "recipe") as other:
-        next(maker.take(units))
-        root.tokens("recipe", units[0].digest).mkdir()
-        assert list(other.take(units[:1])) == [] and other.busy == []
-
-
-def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
-    monkeypatch.setattr(claims_module.time, "sleep", lambda seconds: None)
-    root, unit = CacheRoot(tmp_path), units_of(1)[0]
-    store, told = root.tokens("recipe", unit.digest), []
+def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch, group):
+    monkeypatch.setattr(task.time, "sleep", lambda seconds: None)
+    root, unit = CacheRoot(tmp_path), group.units[0]
+    store, told = group.tokens(root, unit), []
     for end in ("published", "gone"):
         claim = root.claim(store)
         ends = {"published": store.mkdir, "gone": claim.release}
@@ -165,20 +155,20 @@ def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_
             if len(told) % 3 == 0:
                 end()
 
-        wait_for_others(root, [(unit.name, store)], on_wait)
+        wait_for_others(root, [(group, unit)], on_wait)
         if end == "published":
             claim.release()
             store.rmdir()
     assert told == [unit.name] * 6
 
 
-def test_every_claim_is_let_go_although_the_file_of_one_cannot_be_removed(tmp_path, monkeypatch):
-    root, units = CacheRoot(tmp_path), units_of(3)
-    with pytest.raises(OSError, match="Read-only"), Claims(root, "recipe") as claims:
-        assert list(claims.take(units)) == units
+def test_every_claim_is_let_go_although_the_file_of_one_cannot_be_removed(tmp_path, monkeypatch, group):
+    root = CacheRoot(tmp_path)
+    with pytest.raises(OSError, match="Read-only"), Claims(root, group) as claims:
+        assert list(claims.take()) == group.units
 
         def refuse(path, **_):
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr("pathlib.Path.unlink", refuse)
-    assert not any(root.is_claimed(root.tokens("recipe", unit.digest)) for unit in units)
+    assert not any(root.is_claimed(group.tokens(root, unit)) for unit in group.units)

@@ -12,12 +12,11 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoding import groups
-from jepa_cache.encoding.steps import plan_steps
 from jepa_cache.episode import Episode
 from jepa_cache.media.probe import find_varying_times, measure_rate, probe_video
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
-from tests.encoded import encode, tiniest_config
+from tests.encoded import encode, plan_steps, tiniest_config
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, FPS, write_v3
 from tests.videos import make_pixels, make_timed_video, read_numbers, turn_video
@@ -74,6 +73,11 @@ def test_steps_are_evenly_spaced_in_time_within_a_segment(times_s, mode):
         assert np.abs(anchors_s - anchors_s[0] - step_s * np.arange(stop - start)).max() <= 2 * 0.25 / 4 + 1e-9
     longest_gap_s = np.diff(times_s).max()
     assert (len(plan.segments) == 1) == (mode != "clip" and longest_gap_s < 0.3)
+
+
+def test_the_first_frame_after_a_gap_is_a_step_where_it_lies_on_a_wanted_moment():
+    plan = plan_steps(60, 20.0, fps=4.0, mode="frame", frames_per_clip=4, tubelet_size=2, times_s=DROPPED)
+    assert DROPPED[plan.anchors].tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.45, 2.5, 2.75, 3, 3.25, 3.5, 3.75]
 
 
 def test_a_camera_too_slow_for_the_rate_gives_no_repeated_frame():
@@ -172,8 +176,8 @@ def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypat
     with monkeypatch.context() as first_release:  # It named both alike.
         first_release.setattr(groups, "_find_reading", lambda *_: 1)
         before = encode(folder, root, config).manifest
-    (table,) = tmp_path.rglob("readings.sqlite")
-    table.unlink()
+    for table in tmp_path.rglob("digests.sqlite"):
+        table.unlink()
     assert before.parts[0].recipe["source"] == build_source("mp4_json", {}).recipe
     stores = {path: path.stat().st_mtime_ns for path in root.rglob("store.json")}
 

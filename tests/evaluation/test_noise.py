@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_cache.data.dequantise import dequantise
-from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.loader import WindowLoader, dequantise
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.noise import measure_floor, read_channels, recorded_rmse, restore, write_noise

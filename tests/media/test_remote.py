@@ -15,7 +15,6 @@ from jepa_cache.media.remote import (
     downloads_folder,
     fetch_file,
     fetch_hub_dataset,
-    find_file,
     list_files,
 )
 from jepa_cache.store.digests import DigestTable
@@ -112,7 +111,7 @@ def test_an_opened_file_is_fetched_once(server):
 
 
 def test_a_new_version_is_another_file_with_another_digest(server, tmp_path):
-    table, old = DigestTable(tmp_path), find_file("data", "sets/one/a")
+    table, old = DigestTable(tmp_path), list_files("gs://data/sets/one/a")[0]
     assert [table.digest(old), table.digest(old)] == [hashlib.sha256(b"a").hexdigest()] * 2
     assert len(server.gets("data/sets/one/a")) == 1
     server.files["data/sets/one/a"] = b"A"
@@ -131,7 +130,7 @@ def test_a_file_of_another_size_than_listed_is_refused(server):
 
 def test_what_was_used_longest_ago_makes_room_and_a_full_disk_is_told_before_the_download(server, monkeypatch):
     monkeypatch.setattr(remote, "MAX_KEPT_BYTES", 3)
-    files = {name: find_file("data", f"sets/one/{name}") for name in "abcd"}
+    files = {file.name: file for file in list_files("gs://data/sets/one")}
     for name in "abcacd":
         files[name].open("rb").close()
     assert {path.name for path in downloads_folder().glob("*/[!.]*")} == {"a", "c", "d"}
@@ -139,7 +138,7 @@ def test_what_was_used_longest_ago_makes_room_and_a_full_disk_is_told_before_the
     monkeypatch.setattr(remote, "SPARE_BYTES", 1 << 62)
     num_requests = len(server.requests)
     with pytest.raises(DownloadError, match="JEPA_DOWNLOADS"):
-        files["a"].open("rb") if not list(downloads_folder().glob("*/a")) else find_file("data", BIG[5:]).open("rb")
+        files["big"].open("rb")
     assert not [request for request in server.requests[num_requests:] if request[0] == "GET"]
 
 

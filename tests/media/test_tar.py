@@ -1,19 +1,22 @@
-"""Claims of media/tar.py.
+"""Claims of media/tar.py and `jepa-cache pack`.
 
-Samples are found by webdataset's key rule in whatever order the members lie, with every other member ignored; what cannot be
-used is a named problem and nothing else is lost by it; a tar that ends early, or is no tar, never passes as a whole one; inputs
-are expanded in a fixed order and a name that finds nothing is an error.
+Samples are found by webdataset's key rule in whatever order the members lie; what cannot be used is a named problem and nothing
+else is lost by it; a tar that ends early, or is no tar, never passes as a whole one. Inputs are expanded in a fixed order and a name
+that finds nothing is an error. What is packed comes back byte for byte, the same folder gives the same bytes, what is not
+packed is named, and earlier tars are never overwritten or mixed with new ones unasked.
 """
 
+import os
 import tarfile
 import tracemalloc
 
 import pytest
 
-from jepa_cache.media.tar import expand_inputs, iter_samples
-from tests.makers import write_tar
-
-SUFFIXES = {"mp4", "jsonl"}
+from jepa_cache.cli.data import pack
+from jepa_cache.media import tar as tar_module
+from jepa_cache.media.probe import iter_tar_videos, probe_video
+from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples, pack_folder
+from tests.makers import make_video, write_tar
 
 
 def _read(path):
@@ -24,19 +27,12 @@ def _pairs(samples):
     return {sample.key: sample.members for sample in samples}
 
 
-def test_members_come_back_by_key_and_suffix(tmp_path):
-    tar = write_tar(
-        tmp_path / "a.tar", [("a.mp4", b"video"), ("a.jsonl", b"lines"), ("b.mp4", b"v2"), ("b.jsonl", b"l2")]
-    )
-    assert _read(tar) == [
-        ("a", {"mp4": b"video", "jsonl": b"lines"}, None),
-        ("b", {"mp4": b"v2", "jsonl": b"l2"}, None),
-    ]
-
-
-def test_members_that_are_not_adjacent_are_brought_together(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", [("a.mp4", b"1"), ("b.jsonl", b"2"), ("b.mp4", b"3"), ("a.jsonl", b"4")])
-    assert _pairs(_read(tar)) == {"a": {"mp4": b"1", "jsonl": b"4"}, "b": {"mp4": b"3", "jsonl": b"2"}}
+def _write_header(path, kind, name="a.mp4"):
+    header = tarfile.TarInfo(name)
+    header.type, header.linkname = kind, "/etc/passwd"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(header)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -45,72 +41,63 @@ def test_members_that_are_not_adjacent_are_brought_together(tmp_path):
         ("a..mp4", "a"),
         ("a.MP4", "a"),
         ("./a.mp4", "a"),
-        ("10.0/a.mp4", "10.0/a"),
         ("v1.2/x.y/a..mp4", "v1.2/x.y/a"),
+        (os.fsdecode(b"caf\xe9.mp4"), r"caf\xe9"),
     ],
 )
 def test_names_are_split_at_the_first_dot_of_the_base_name(tmp_path, name, key):
     assert _read(write_tar(tmp_path / "a.tar", [(name, b"1")])) == [(key, {"mp4": b"1"}, None)]
 
 
-def test_the_key_rule_is_that_of_webdataset(tmp_path):
+def test_members_are_brought_together_by_webdatasets_key_rule_and_others_are_ignored(tmp_path):
     import webdataset
 
     members = [("d.1/a.mp4", b"1"), ("d.1/a.jsonl", b"2"), ("b.mp4", b"3"), ("b.jsonl", b"4")]
     tar = write_tar(tmp_path / "a.tar", members)
     theirs = webdataset.WebDataset(str(tar), shardshuffle=False)
-    assert _pairs(_read(tar)) == {s["__key__"]: {k: s[k] for k in ("mp4", "jsonl")} for s in theirs}
+    expected = {sample["__key__"]: {suffix: sample[suffix] for suffix in SUFFIXES} for sample in theirs}
+    assert _pairs(_read(tar)) == expected
+    others = [(name, b"x") for name in ("a-options.json", "a.zip", "._a.mp4", "README", "a.mp4.txt")]
+    assert _pairs(_read(write_tar(tmp_path / "mixed.tar", [*members[::2], *others, *members[1::2]]))) == expected
+    assert _read(_write_header(tmp_path / "folder.tar", tarfile.DIRTYPE, "x.mp4")) == []
 
 
-@pytest.mark.parametrize("name", ["a-options.json", "a.zip", "a.mcap", "._a.mp4", "README", "a.mp4.txt"])
-def test_other_members_make_no_sample(tmp_path, name):
-    tar = write_tar(tmp_path / "a.tar", [("a.mp4", b"1"), (name, b"x"), ("a.jsonl", b"2")])
-    assert _read(tar) == [("a", {"mp4": b"1", "jsonl": b"2"}, None)]
-
-
-@pytest.mark.parametrize("twin", ["a.mp4", "a..mp4", "./a.MP4"])
-def test_a_member_that_is_there_twice_is_a_problem(tmp_path, twin):
-    tar = write_tar(tmp_path / "a.tar", [("a.mp4", b"1"), ("b.mp4", b"3"), (twin, b"2")])
-    twice, good = _read(tar)
-    assert "more than one member" in twice.problem and not twice.members
-    assert good == ("b", {"mp4": b"3"}, None)
-
-
-def test_a_dot_inside_the_name_is_a_problem_and_no_other_key(tmp_path):
-    samples = _read(write_tar(tmp_path / "a.tar", [("a.x.mp4", b"1"), ("a.jsonl", b"2")]))
-    assert [sample.key for sample in samples] == ["a.x.mp4", "a"]
-    assert "dot inside" in samples[0].problem
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.mp4", "more than one member"),
+        ("a..mp4", "more than one member"),
+        ("./a.MP4", "more than one member"),
+        ("a.x.mp4", "dot inside"),
+        ("/tmp/a.mp4", "absolute name"),
+        ("../a.mp4", "leaves its folder"),
+        ("x/../../a.mp4", "leaves its folder"),
+    ],
+)
+def test_a_member_of_an_unusable_name_is_a_problem_of_its_key_alone(tmp_path, name, words):
+    tar = write_tar(tmp_path / "inside" / "a.tar", [("a.mp4", b"1"), ("b.mp4", b"3"), (name, b"2")])
+    samples = _read(tar)
+    (bad,) = [sample for sample in samples if sample.problem]
+    assert words in bad.problem and not bad.members
+    assert ("b", {"mp4": b"3"}, None) in samples
+    assert [path.name for path in tmp_path.rglob("*")] == ["inside", "a.tar"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_are_a_problem(tmp_path, kind):
-    header = tarfile.TarInfo("a.mp4")
-    header.type, header.linkname = kind, "/etc/passwd"
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        tar.addfile(header)
-    (sample,) = _read(tmp_path / "a.tar")
-    assert "link" in sample.problem and not sample.members
+    (sample,) = _read(_write_header(tmp_path / "a.tar", kind))
+    assert "only plain files are read" in sample.problem and not sample.members
 
 
-@pytest.mark.parametrize("name", ["/tmp/a.mp4", "../a.mp4", "x/../../a.mp4"])
-def test_names_outside_their_folder_are_a_problem_and_nothing_is_written(tmp_path, name):
-    tar = write_tar(tmp_path / "inside" / "a.tar", [(name, b"1")])
-    (sample,) = _read(tar)
-    assert "absolute name" in sample.problem and not sample.members
-    assert [path.name for path in tmp_path.rglob("*")] == ["inside", "a.tar"]
-
-
-def test_folders_with_dots_in_the_tar_are_no_samples(tmp_path):
-    header = tarfile.TarInfo("x.mp4")
-    header.type = tarfile.DIRTYPE
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        tar.addfile(header)
-    assert _read(tmp_path / "a.tar") == []
+def test_a_member_too_large_for_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 1000)
+    first, second = _read(write_tar(tmp_path / "x.tar", [("a.mp4", b"v" * 1001), ("b.mp4", b"v" * 1000)]))
+    assert "at most 1000 are read" in first.problem and not first.members and second.problem is None
 
 
 @pytest.fixture
 def whole(tmp_path):
-    members = [(f"{key}.{suffix}", bytes([ord(key)]) * 3000) for key in "abc" for suffix in ("mp4", "jsonl")]
+    members = [(f"{key}.{suffix}", bytes([ord(key)]) * 3000) for key in "abc" for suffix in SUFFIXES]
     return write_tar(tmp_path / "whole.tar", members)
 
 
@@ -122,28 +109,23 @@ def test_a_tar_cut_off_anywhere_gives_its_whole_samples_and_says_that_it_is_cut(
         cut = tmp_path / "cut.tar"
         cut.write_bytes(content[:length])
         samples = _read(cut)
-        told = [sample for sample in samples if sample.problem and "cut off" in sample.problem]
-        assert len(told) == 1, f"cut at {length}"
-        assert told == [sample for sample in samples if sample.problem]
+        told = [sample for sample in samples if sample.problem]
+        assert len(told) == 1 and "cut off" in told[0].problem, f"cut at {length}"
         for sample in samples:
             assert sample.problem or sample.members.items() <= reference[sample.key].items(), f"cut at {length}"
 
 
-def test_a_damaged_header_is_a_problem_and_what_was_before_it_is_read(whole):
+def test_a_damaged_header_and_joined_tars_are_a_problem_and_what_was_before_is_read(whole):
     content = bytearray(whole.read_bytes())
+    whole.write_bytes(content * 2)
+    samples = _read(whole)
+    assert len(samples) == 4 and "joined with cat" in samples[-1].problem
     header_of_second_sample = 2 * (512 + 3072)
     content[header_of_second_sample : header_of_second_sample + 100] = b"\xff" * 100
     whole.write_bytes(content)
     first, tail = _read(whole)
     assert first.key == "a" and first.problem is None
     assert tail.key == "whole.tar" and "damaged header" in tail.problem
-
-
-def test_tars_that_were_joined_are_a_problem(whole, tmp_path):
-    joined = tmp_path / "joined.tar"
-    joined.write_bytes(whole.read_bytes() * 2)
-    samples = _read(joined)
-    assert len(samples) == 4 and "joined with cat" in samples[-1].problem
 
 
 @pytest.mark.parametrize(
@@ -164,7 +146,7 @@ def test_what_is_no_tar_is_one_problem_under_its_name_that_says_what_it_is(tmp_p
 
 def test_one_sample_is_in_memory_at_a_time(tmp_path):
     size = 1 << 20
-    tar = write_tar(tmp_path / "a.tar", [(f"{index}.mp4", bytes(size)) for index in range(12)])
+    tar = write_tar(tmp_path / "a.tar", [(f"{index}.mp4", bytes(size)) for index in range(8)])
     next(iter_samples(tar, SUFFIXES))  # Imports are not counted.
     tracemalloc.start()
     for sample in iter_samples(tar, SUFFIXES):
@@ -174,8 +156,18 @@ def test_one_sample_is_in_memory_at_a_time(tmp_path):
     assert peak < 4 * size, f"{peak / size:.1f} samples were in memory at once"
 
 
+def test_videos_of_a_tar_are_measured_by_their_headers_and_what_cannot_be_used_says_why(tmp_path):
+    video = make_video(20, 1, options={"g": "7"})
+    members = [("good.mp4", video), ("good.jsonl", b"{}\n"), ("cut.mp4", video[:-900]), ("cut.jsonl", b"{}\n")]
+    members += [("alone.mp4", video), ("text.jsonl", b"{}\n")]
+    found = {it.key: it for it in iter_tar_videos(write_tar(tmp_path / "x.tar", members))}
+    # Whether later frames show before key frames is not looked at.
+    assert found.pop("good").info == probe_video(video)._replace(open_gop=False)
+    assert all(it.info is None and it.problem for it in found.values()) and set(found) == {"cut", "alone", "text"}
+
+
 @pytest.fixture
-def folder(tmp_path):
+def inputs(tmp_path):
     for name in ("b/x-000001.tar", "b/x-000000.tar", "a/y.tar", "a/.z.tar.tmp", "a/notes.txt", "[c]/q.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -183,38 +175,135 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "expected"),
+    ("given", "expected"),
     [
-        (["b"], ["b/x-000000.tar", "b/x-000001.tar"]),
         (["."], ["[c]/q.tar", "a/y.tar", "b/x-000000.tar", "b/x-000001.tar"]),
         (["b/x-{000000..000001}.tar"], ["b/x-000000.tar", "b/x-000001.tar"]),
         (["{a,b}"], ["a/y.tar", "b/x-000000.tar", "b/x-000001.tar"]),
-        (["b/*.tar"], ["b/x-000000.tar", "b/x-000001.tar"]),
         (["*/x*.tar", "b/x-000000.tar", "a"], ["a/y.tar", "b/x-000000.tar", "b/x-000001.tar"]),
         (["[c]"], ["[c]/q.tar"]),
     ],
 )
-def test_inputs_are_expanded_sorted_and_each_once(folder, inputs, expected):
-    assert expand_inputs(inputs, folder) == [folder / name for name in expected]
+def test_inputs_are_expanded_sorted_and_each_once(inputs, given, expected):
+    assert expand_inputs(given, inputs, "*.tar") == [inputs / name for name in expected]
+    absolute = [str(inputs / name) for name in given]
+    assert expand_inputs(absolute, inputs / "elsewhere", "*.tar") == [inputs / name for name in expected]
 
 
-def test_absolute_inputs_do_not_start_from_the_base(folder, tmp_path):
-    assert expand_inputs([str(folder / "a")], tmp_path / "elsewhere") == [folder / "a/y.tar"]
+def test_a_tar_that_two_links_reach_counts_once(inputs):
+    (inputs / "link").symlink_to(inputs / "b", target_is_directory=True)
+    assert len(expand_inputs(["b", "link"], inputs, "*.tar")) == len(expand_inputs(["link"], inputs, "*.tar")) == 2
 
 
-def test_a_tar_that_two_links_reach_counts_once(folder):
-    (folder / "link").symlink_to(folder / "b", target_is_directory=True)
-    assert len(expand_inputs(["b", "link"], folder)) == 2
-    assert len(expand_inputs(["link"], folder)) == 2
-
-
-@pytest.mark.parametrize("name", ["absent", "a/notes.txt", "b/*.zip", "absent-{0..3}.tar"])
-def test_an_input_that_finds_nothing_names_itself_and_the_base(folder, name):
+@pytest.mark.parametrize("name", ["absent", "a/notes.txt", "b/*.zip", "absent-{0..3}.tar", "b/x-{000000..000002}.tar"])
+def test_an_input_that_finds_nothing_names_itself_the_gap_and_the_base(inputs, name):
     with pytest.raises(ValueError) as error:
-        expand_inputs(["b", name], folder)
-    assert name in str(error.value) and str(folder) in str(error.value)
+        expand_inputs(["b", name], inputs, "*.tar")
+    assert name in str(error.value) and str(inputs) in str(error.value)
+    assert "{0000" not in name or "nothing for b/x-000002.tar" in str(error.value)
 
 
-def test_a_gap_in_a_brace_range_is_an_error_that_names_it(folder):
-    with pytest.raises(ValueError, match=r"nothing for b/x-000002\.tar"):
-        expand_inputs(["b/x-{000000..000002}.tar"], folder)
+def _write_pairs(folder, names):
+    for index, name in enumerate(names):
+        for suffix in SUFFIXES:
+            path = folder / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(os.fsencode(f"{name} {suffix} ") * (50 + index))
+
+
+def _read_all(tars):
+    return [sample for tar in tars for sample in iter_samples(tar, SUFFIXES)]
+
+
+LONG = "/".join(["x" * 90] * 4) + "/segment"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    _write_pairs(tmp_path / "in", ["10.0/b", "10.0/a", "c", LONG])
+    return tmp_path / "in"
+
+
+def test_what_is_packed_comes_back_and_the_same_folder_gives_the_same_bytes(folder, tmp_path):
+    tars, num_episodes, _, skipped = pack_folder(folder, tmp_path / "one", max_bytes=4500)
+    samples = _read_all(tars)
+    assert [sample.key for sample in samples] == ["10.0/a", "10.0/b", "c", LONG]
+    for sample in samples:
+        assert sample.problem is None
+        assert sample.members == {suffix: (folder / f"{sample.key}.{suffix}").read_bytes() for suffix in SUFFIXES}
+    assert num_episodes == 4 and not skipped and expand_inputs(["one"], tmp_path, "*.tar") == tars
+    for path in folder.rglob("*.mp4"):
+        os.utime(path, (1, 1))
+    again = pack_folder(folder, tmp_path / "two", max_bytes=4500).tars
+    assert [path.read_bytes() for path in tars] == [path.read_bytes() for path in again]
+
+
+@pytest.mark.parametrize("max_bytes", [2500, 1])
+def test_tars_keep_their_limit_and_lose_nothing(folder, tmp_path, max_bytes):
+    tars = pack_folder(folder, tmp_path / "out", max_bytes=max_bytes).tars
+    assert len(_read_all(tars)) == 4
+    for samples in (_read(tar) for tar in tars):
+        size_bytes = sum(len(part) for sample in samples for part in sample.members.values())
+        assert size_bytes <= max_bytes or len(samples) == 1
+
+
+def test_what_is_not_packed_is_named_and_links_out_of_the_folder_are_not_followed(folder, tmp_path, capsys):
+    secret = tmp_path / "elsewhere.mp4"
+    secret.write_bytes(b"not to be packed")
+    (folder / "out.mp4").symlink_to(secret)
+    _write_pairs(folder, [os.fsdecode(b"caf\xe9")])
+    for name in ("10.0/lonely.mp4", "a.b.mp4", "notes-options.json", "dotted..mp4", "dotted.JSONL"):
+        (folder / name).write_bytes(name.encode())
+    for suffix in SUFFIXES:
+        (folder / f"inside.{suffix}").symlink_to(folder / f"c.{suffix}")
+    pack(folder, tmp_path / "out")
+    (tar,) = (tmp_path / "out").iterdir()
+    samples = _pairs(_read(tar))
+    assert samples["dotted"] == {"mp4": b"dotted..mp4", "jsonl": b"dotted.JSONL"}
+    assert samples["inside"] == samples["c"] and r"caf\xe9" in samples and len(samples) == 7
+    assert secret.read_bytes() not in tar.read_bytes() and rb"caf\xe9.mp4" in tar.read_bytes()
+    printed = capsys.readouterr().out
+    assert "packed 7 recordings" in printed and "skipped 3 files" in printed
+    for words in (
+        "10.0/lonely.mp4: there is no 10.0/lonely.jsonl",
+        "a.b.mp4: a dot",
+        "out.mp4: a link out of the folder",
+    ):
+        assert words in printed
+    assert printed.rstrip().endswith(f"then python stages/encode.py {tmp_path / 'out'}")
+
+
+def test_an_earlier_pack_is_refused_and_overwriting_leaves_no_tar_of_it(folder, tmp_path):
+    earlier = pack_folder(folder, tmp_path / "out", max_bytes=1).tars
+    before = [tar.read_bytes() for tar in earlier]
+    with pytest.raises(ValueError, match="--overwrite"):
+        pack_folder(folder, tmp_path / "out")
+    assert len(before) == 4 and [tar.read_bytes() for tar in earlier] == before
+    tars = pack_folder(folder, tmp_path / "out", overwrite=True).tars
+    assert sorted((tmp_path / "out").iterdir()) == tars and len(_read_all(tars)) == 4
+
+
+def test_a_failure_leaves_whole_tars_only(folder, tmp_path, monkeypatch):
+    from webdataset.writer import TarWriter
+
+    write = TarWriter.write
+
+    def fail_on_the_last(self, sample):
+        if sample["__key__"] == LONG:
+            raise OSError("no space left")
+        return write(self, sample)
+
+    monkeypatch.setattr(TarWriter, "write", fail_on_the_last)
+    with pytest.raises(OSError, match="no space"):
+        pack_folder(folder, tmp_path / "out", max_bytes=2500)
+    left = sorted((tmp_path / "out").iterdir())
+    assert left and all(path.suffix == ".tar" for path in left)
+    assert all(sample.problem is None for sample in _read_all(left))
+
+
+def test_nothing_to_pack_is_an_error(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match=r"<segment>\.mp4, <segment>\.jsonl"):
+        pack_folder(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="is no folder"):
+        pack_folder(tmp_path / "absent", tmp_path / "out")

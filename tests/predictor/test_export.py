@@ -3,6 +3,7 @@
 Claims:
 - a predictor written to the official layout and read back is the same bit for bit, and so is one written as safetensors;
 - the official file has upstream's entries and prefixes, with the encoder where its file is given and is the right one;
+- a LoRA adapter is merged into its base;
 - a predictor with a residual path is refused there; other widths of actions and states are pointed out;
 - contradicting arguments are named before anything is written.
 """
@@ -16,37 +17,11 @@ import pytest
 import torch
 
 from jepa_cache.cli.main import main
-from jepa_cache.predictor.checkpoints import (
-    check_encoder,
-    load_predictor,
-    load_predictor_weights,
-    read_card,
-    save_predictor,
-)
-from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.checkpoints import check_encoder, load_predictor, load_predictor_weights, read_card
+from jepa_cache.predictor.lora import add_lora, merged_state, save_adapter
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import write_official_file
-
-SIZES = {
-    "embed_dim": 8,
-    "predictor_dim": 12,
-    "depth": 1,
-    "num_heads": 2,
-    "action_dim": 7,
-    "state_dim": 7,
-    "grid": [2, 2],
-}
-
-
-def build(seed: int = 0, **changes: object) -> ACPredictor:
-    torch.manual_seed(seed)
-    return ACPredictor(**(SIZES | changes))
-
-
-def save(path: Path, predictor: ACPredictor, **card: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_predictor(predictor, path, {"architecture": SIZES} | card)
-    return path
+from tests.predictor.makers import SIZES, build, same, save
 
 
 @pytest.fixture
@@ -64,15 +39,10 @@ def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-def same(a: ACPredictor, b: ACPredictor) -> bool:
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(n == m and x.dtype == y.dtype and torch.equal(x, y) for (n, x), (m, y) in pairs)
-
-
 @pytest.mark.parametrize("where", ["outputs/train", "outputs/train/predictor.safetensors"])
-def test_a_round_trip_through_the_official_layout_is_bit_exact(tmp_path: Path, export, where: str):
+def test_a_round_trip_through_either_layout_is_bit_exact(tmp_path: Path, export, where: str):
     predictor = build()
-    save(tmp_path / "outputs/train/predictor.safetensors", predictor)
+    save(tmp_path / "outputs/train/predictor.safetensors", predictor, run="abc")
     export(tmp_path / where, tmp_path / "new/ac.pt")
     content = torch.load(tmp_path / "new/ac.pt", weights_only=True)
     assert content.keys() == {"predictor", "jepa_cache"}
@@ -81,23 +51,12 @@ def test_a_round_trip_through_the_official_layout_is_bit_exact(tmp_path: Path, e
     cleaned = {name.replace("module.", "").replace("backbone.", ""): t for name, t in content["predictor"].items()}
     theirs = build(1)
     theirs.load_state_dict(cleaned, strict=True)
-    assert same(theirs, predictor)
     ours, card = load_predictor(tmp_path / "new/ac.pt")
-    assert same(ours, predictor) and card == {"architecture": SIZES}
+    assert same(theirs, predictor) and same(ours, predictor) and card == {"architecture": SIZES, "run": "abc"}
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["ac.pt"]
-    export(tmp_path / "new/ac.pt", tmp_path / "back.safetensors", "--format", "safetensors")
+    assert "back.json" in export(tmp_path / "new/ac.pt", tmp_path / "back.safetensors", "--format", "safetensors")
     assert same(load_predictor(tmp_path / "back.safetensors")[0], predictor)
-
-
-def test_safetensors_come_with_a_card_for_people(tmp_path: Path, export):
-    save(tmp_path / "p.safetensors", build(), run="abc")
-    out = export(tmp_path / "p.safetensors", tmp_path / "out.safetensors", "--format", "safetensors")
-    assert json.loads((tmp_path / "out.json").read_text()) == read_card(tmp_path / "out.safetensors")
-    assert json.loads((tmp_path / "out.json").read_text())["run"] == "abc"
-    assert "out.json" in out
-    loaded = build(1)
-    load_predictor_weights(loaded, tmp_path / "out.safetensors")
-    assert same(loaded, build())
+    assert json.loads((tmp_path / "back.json").read_text()) == read_card(tmp_path / "back.safetensors") == card
 
 
 def test_the_encoder_is_added_where_it_is_the_right_one(tmp_path: Path, export):
@@ -131,32 +90,51 @@ def test_another_encoder_is_not_added(tmp_path: Path, export, card: dict[str, st
     assert not (tmp_path / "ac.pt").exists()
 
 
-def test_a_residual_predictor_has_no_official_layout(tmp_path: Path, export):
+def test_a_residual_predictor_has_no_official_layout_and_other_widths_are_pointed_out(tmp_path: Path, export):
     run = save(tmp_path / "p.safetensors", build(residual=True), architecture=SIZES | {"residual": True})
     with pytest.raises(ValueError, match="residual: true"):
         export(run, tmp_path / "ac.pt")
     assert not (tmp_path / "ac.pt").exists()
     export(run, tmp_path / "ac.safetensors", "--format", "safetensors")
     assert load_predictor(tmp_path / "ac.safetensors")[0].residual
-
-
-def test_widths_that_upstream_cannot_build_are_pointed_out(tmp_path: Path, export):
     sizes = {"action_dim": 13, "state_dim": 2}
     run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
     assert "ties the state width to the action width" in export(run, tmp_path / "ac.pt")
     assert "note" not in export(save(tmp_path / "p.safetensors", build()), tmp_path / "ac.pt")
 
 
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, export):
+    base, adapter = save(tmp_path / "base.safetensors", build()), tmp_path / "adapter"
+    model = add_lora(build(), rank=4, alpha=8.0, dropout=0.0, rslora=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * parameter.requires_grad)
+    save_adapter(model, adapter, {"architecture": SIZES})
+    export(adapter, tmp_path / "merged.pt", "--merge", "--base", base)
+    assert read_card(tmp_path / "merged.pt") == {"architecture": SIZES}
+    exported = build(5)
+    load_predictor_weights(exported, tmp_path / "merged.pt")
+    expected = merged_state(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in exported.state_dict().items())
+
+
 def test_arguments_that_contradict_each_other_are_named(tmp_path: Path, export):
-    run = save(tmp_path / "p.safetensors", build())
+    run, out = save(tmp_path / "p.safetensors", build()), tmp_path / "ac.pt"
     torch.save({"predictor": {}}, tmp_path / "foreign.pt")
+    save_adapter(
+        add_lora(build(), rank=4, alpha=8.0, dropout=0.0, rslora=True), tmp_path / "lora", {"architecture": SIZES}
+    )
     for arguments, message in (
         ([run, tmp_path / "ac.safetensors"], "--format official writes .pt"),
-        ([run, tmp_path / "ac.pt", "--format", "safetensors"], "--format safetensors writes .safetensors"),
+        ([run, out, "--format", "safetensors"], "--format safetensors writes .safetensors"),
         ([run, tmp_path / "x.safetensors", "--format", "safetensors", "--encoder", run], "--encoder adds"),
-        ([tmp_path / "absent", tmp_path / "ac.pt"], "names no weights"),
-        ([tmp_path / "foreign.pt", tmp_path / "ac.pt"], "has no card that says"),
+        ([tmp_path / "absent", out], "names no weights"),
+        ([tmp_path / "foreign.pt", out], "has no card that says"),
+        ([tmp_path / "lora", out], "no predictor by itself"),
+        ([tmp_path / "lora", out, "--merge"], "--merge needs --base"),
+        ([run, out, "--base", run], "--base belongs to --merge"),
+        ([tmp_path, out, "--merge", "--base", run], "no LoRA adapter"),
     ):
         with pytest.raises(ValueError, match=message):
             export(*arguments)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.pt", "p.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.pt", "lora", "p.safetensors"]

@@ -2,7 +2,7 @@
 
 Claims:
 - prefix attention equals one masked softmax, forward and backward, with and without past steps, by either kernel, however many heads go together;
-- the kernel of matrix products reproduces the reference's losses and gradients, and is as good in bfloat16 as the dtype allows;
+- the kernel of matrix products is as good in bfloat16 as the dtype allows;
 - it is taken for bfloat16 on a CPU that has such products, and nowhere else;
 - the mask lets a token see its own and earlier steps, and nothing else;
 - the rotary table equals the rule written out token by token, on grids that are not square, for odd head widths too;
@@ -12,14 +12,12 @@ Claims:
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from jepa_cache.predictor import layers
 from jepa_cache.predictor.layers import block_causal_attention, block_causal_mask, rotary_table, rotate
-from tests.test_golden import CHECKS, FILES, read_golden, read_kind
 
 
 def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,19 +65,6 @@ def test_prefix_attention_equals_masked_softmax_with_gradients(
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
 
 
-def golden_files() -> list:
-    kinds = ("ac_predictor", "loss", "train_steps")
-    return [pytest.param(path, id=path.name) for path in FILES if read_kind(path) in kinds]
-
-
-@pytest.mark.parametrize("path", golden_files())
-def test_matrix_products_reproduce_the_reference_results(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layers, "block_causal_attention", by_products)
-    golden = read_golden(path)
-    CHECKS[read_kind(path)](golden)
-    golden.check_nothing_is_left()
-
-
 def test_matrix_products_in_bfloat16_are_as_good_as_its_eight_bits_allow():
     exact = draw(1, 3)
     mask = block_causal_mask(4, 5)[5:]
@@ -112,9 +97,7 @@ def test_the_kernel_follows_from_dtype_and_processor(
 
 def test_mask_admits_exactly_own_and_earlier_steps():
     mask = block_causal_mask(4, 3)
-    for query in range(12):
-        for key in range(12):
-            assert mask[query, key].item() == (key // 3 <= query // 3)
+    assert all(mask[q, k].item() == (k // 3 <= q // 3) for q in range(12) for k in range(12))
 
 
 def test_attention_refuses_keys_that_do_not_fit_the_past():
@@ -152,11 +135,6 @@ def test_the_gradient_of_a_rotation_is_that_of_the_rule(head_width: int):
     table = table_of(head_width, (2, 3), dtype=torch.float64)
     x = torch.randn(2, len(table.cos), head_width, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, table), (x,))
-
-
-def test_table_is_built_once_per_shape():
-    assert table_of(24, (7, 3)) is table_of(24, (7, 3))
-    assert table_of(24, (7, 3)) is not table_of(24, (7, 3), first_step=1)
 
 
 def test_table_from_inference_mode_serves_training():

@@ -74,7 +74,6 @@ class S3Server:
 @contextmanager
 def serve_s3() -> Iterator[S3Server]:
     """An empty server with one bucket, and its proxy, for the time of the block; the test is skipped without moto."""
-    pytest.importorskip("obstore", reason="object stores need the library obstore (extra `objects`)")
     pytest.importorskip("moto", reason="the S3 server of the tests is moto's (extra `dev`)")
     pytest.importorskip("flask", reason="moto's server needs flask (extra `dev`)")
     command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]

@@ -1,4 +1,4 @@
-"""Claims: a manifest reads back as it was written, has one spelling, is written whole or not at all, and names what is missing.
+"""Claims: a manifest reads back as it was written, has one spelling, and is written whole or not at all.
 
 One that was changed since, or has another form, is refused.
 """
@@ -6,16 +6,11 @@ One that was changed since, or has another form, is refused.
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from jepa_cache.files import list_temporaries
-from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, find_missing, read_manifest, write_manifest
+from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, read_manifest, write_manifest
 from jepa_cache.store.recipe import canonical_json
-from jepa_cache.store.root import CacheRoot
 
 ENTRY = ManifestEntry("a" * 64, "b" * 64, "c" * 64, num_steps=10, num_segments=2, num_episodes=1)
 PART = ManifestPart(
@@ -64,19 +59,21 @@ def test_keys_are_sorted_at_every_level():
 
 def changed(value):
     kinds = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 1, str: lambda: value + "x"}
-    return kinds.get(type(value), lambda: {"other": 1} if isinstance(value, dict) else value[:-1])()
+    return kinds.get(
+        type(value), lambda: {"other": 1} if isinstance(value, dict) else 0.5 if value is None else value[:-1]
+    )()
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Manifest)])
-def test_every_field_counts_in_the_digest(field):
-    other = dataclasses.replace(MANIFEST, **{field: changed(getattr(MANIFEST, field))})
-    assert other.digest != MANIFEST.digest
-
-
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ManifestPart)])
-def test_every_field_of_a_part_counts_in_the_digest(field):
-    other = dataclasses.replace(PART, **{field: changed(getattr(PART, field))})
-    assert dataclasses.replace(MANIFEST, parts=(other,)).digest != MANIFEST.digest
+@pytest.mark.parametrize("kind", [Manifest, ManifestPart, ManifestEntry])
+def test_every_field_counts_in_the_digest(kind):
+    for field in dataclasses.fields(kind):
+        base = {Manifest: MANIFEST, ManifestPart: PART, ManifestEntry: ENTRY}[kind]
+        other = dataclasses.replace(base, **{field.name: changed(getattr(base, field.name))})
+        if kind is ManifestEntry:
+            other = dataclasses.replace(PART, entries=(other, *PART.entries[1:]))
+        if kind is not Manifest:
+            other = dataclasses.replace(MANIFEST, parts=(other,))
+        assert other.digest != MANIFEST.digest, field.name
 
 
 def test_several_parts_have_an_identity_of_their_own_and_keep_their_stores_apart():
@@ -95,32 +92,6 @@ def test_an_identical_file_is_left_untouched_and_another_is_replaced(tmp_path):
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     write_manifest(dataclasses.replace(MANIFEST, dataset="mine"), [path])
     assert read_manifest(path).dataset == "mine"
-
-
-def test_what_a_killed_writer_left_beside_the_manifest_is_removed(tmp_path):
-    code = (
-        "import os, signal, sys; from pathlib import Path; from jepa_cache.files import atomic_file\n"
-        "with atomic_file(Path(sys.argv[1])) as temporary:\n"
-        "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "manifest.json")], check=False)
-    assert len(list_temporaries(tmp_path)) == len(list(tmp_path.iterdir())) == 1
-    write_manifest(MANIFEST, [tmp_path / "manifest.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_manifest(tmp_path, monkeypatch):
-    path = tmp_path / "manifest.json"
-    write_manifest(MANIFEST, [path])
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_manifest(dataclasses.replace(MANIFEST, dataset="mine"), [path])
-    assert read_manifest(path) == MANIFEST
-    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(
@@ -177,16 +148,3 @@ def test_a_missing_or_cut_manifest_is_named_with_the_command_that_makes_it(tmp_p
     (tmp_path / "manifest.json").write_bytes(MANIFEST.to_bytes()[:100])
     with pytest.raises(ValueError, match="no valid manifest"):
         read_manifest(tmp_path / "manifest.json")
-
-
-def test_missing_stores_are_listed_by_their_place(tmp_path):
-    root = CacheRoot(tmp_path)
-    places = [
-        place
-        for entry in MANIFEST.entries
-        for place in (root.tokens("1" * 32, entry.unit_digest), root.actions("2" * 32, entry.unit_digest))
-    ]
-    assert find_missing(MANIFEST, root) == places
-    for place in places[:3]:
-        place.mkdir(parents=True)
-    assert find_missing(MANIFEST, root) == places[3:]

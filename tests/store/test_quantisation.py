@@ -88,13 +88,6 @@ def test_the_statistics_are_mean_and_deviation_of_all_tokens_also_far_from_zero(
     np.testing.assert_allclose(channels.means, tokens.mean(axis=0), rtol=1e-5, atol=1e-5)
 
 
-def test_an_outlier_at_the_very_beginning_does_not_cost_the_statistics_their_digits():
-    steps = np.random.default_rng(1).standard_normal((2000, 300, 2)).astype(np.float16)
-    steps[0, 0, 0] = 60000
-    tokens = steps.reshape(-1, 2).astype(np.float64)
-    np.testing.assert_allclose(measure_channels([steps], 2).scales, tokens.std(axis=0), rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", CODED)
 def test_channels_and_tokens_that_never_change_come_back_exactly(name):
     steps = np.tile(np.linspace(-60, 60, D, dtype=np.float16), (3, 2, 1))

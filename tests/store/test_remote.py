@@ -21,11 +21,10 @@ import numpy as np
 import pytest
 
 from jepa_cache.store import layout, objects, remote
-from jepa_cache.store.controls import ControlsWriter, iter_controls, read_actions, write_actions
 from jepa_cache.store.layout import StoreDamagedError, check_store, read_store_file
 from jepa_cache.store.objects import Bucket, ObjectStoreError
 from jepa_cache.store.reader import TokenReader, read_table
-from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
@@ -106,75 +105,35 @@ def test_what_one_machine_publishes_another_reads_bit_for_bit(machines, tmp_path
         assert check_store(store, read_data=True) == check_store(local, read_data=True)
 
 
-def test_controls_actions_and_manifests_travel_too(machines):
-    here, there = machines("a"), machines("b")
-    actions, states = np.ones((4, 2), np.float32), np.zeros((4, 3), np.float32)
-    store, controls, manifest = (
-        lambda root: root.actions(RECIPE, UNIT),
-        lambda root: root.controls(RECIPE, UNIT),
-        lambda root: root.manifest(RECIPE),
-    )
-    write_actions(store(here), actions, states, {"excluded": {}})
-    with ControlsWriter(controls(here)) as writer:
-        writer.append("a", {"dx": np.arange(5)})
-    manifest(here).parent.mkdir(parents=True)
-    manifest(here).write_bytes(b"{}")
-    for place in (store, controls, manifest):
-        assert not there.fetch(place(there))
-        here.publish(place(here))
-        assert there.fetch(place(there))
-    assert all(np.array_equal(*pair) for pair in zip(read_actions(store(there)), (actions, states), strict=True))
-    ((episode, columns),) = iter_controls(controls(there))
-    assert episode == "a" and np.array_equal(columns["dx"], np.arange(5))
-    assert manifest(there).read_bytes() == b"{}"
-
-
-def test_another_zarr_reader_reads_the_store_in_the_bucket(machines):
-    zarr = pytest.importorskip("zarr")
-    from zarr.storage import ObjectStore
-
-    root = machines("a")
-    publish_tokens(root)
-    from obstore.store import from_url
-
-    prefix = f"{root.bucket.url}/{commit_of(root).attempt}"
-    bucket = from_url(prefix, client_options={"allow_http": True})
-    group = zarr.open_group(ObjectStore(bucket, read_only=True), mode="r")
-    assert np.array_equal(group["tokens"][...], TOKENS)
-
-
 @pytest.mark.parametrize("kind", ["refuse", "deaf", "cut"])
-def test_every_request_survives_dropped_connections(server, machines, tmp_path, kind):
+def test_every_request_survives_dropped_connections(server, machines, tmp_path, kind, monkeypatch):
     bucket, data = machines("a").bucket, os.urandom(50_000)
     bucket.put("warm", b"")
     bucket.put("a/b", data) if kind == "cut" else None  # the answer to PUT has no body that could be cut
     for pattern in ("PUT .*/a/b", "GET .*/a/b", r"GET .*list-type", "POST .*delete")[kind == "cut" :]:
         server.faults.append(Fault(pattern, kind, 7, times=3))
     bucket.put("a/b", data)
-    assert bucket.get("a/b")[0] == data
-    assert list(bucket.list("a")) == ["a/b"]
+    assert bucket.get("a/b")[0] == data and list(bucket.list("a")) == ["a/b"]
     server.faults.append(Fault("GET .*/a/b", kind, 100, times=3))
     assert bucket.download("a/b", len(data), tmp_path / "file") == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "file").read_bytes() == data
     bucket.delete(["a/b"])
     assert bucket.get("a/b") is None
-
-
-def test_a_file_in_parts_survives_dropped_connections(server, machines, tmp_path, monkeypatch):
-    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
-    bucket, data = machines("a").bucket, os.urandom(11 << 20)
-    (tmp_path / "file").write_bytes(data)
+    if kind == "refuse":  # a file in parts
+        monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+        (tmp_path / "large").write_bytes(data := os.urandom(11 << 20))
+        faults = (
+            ("uploads=", "deaf"),
+            ("partNumber=2", "refuse"),
+            ("partNumber=3", "deaf"),
+            ("POST .*uploadId", "refuse"),
+        )
+        server.faults += [Fault(*fault) for fault in faults]
+        bucket.put("a", tmp_path / "large")
+        assert bucket.download("a", len(data), tmp_path / "b") == hashlib.sha256(data).hexdigest()
     (tmp_path / "empty").touch()
     bucket.put("empty", tmp_path / "empty")
-    server.faults += [
-        Fault("uploads=", "deaf"),
-        Fault("partNumber=2", "refuse", times=2),
-        Fault("partNumber=3", "deaf"),
-        Fault("POST .*uploadId", "refuse"),
-    ]
-    bucket.put("a", tmp_path / "file")
-    assert (bucket.get("a")[0], bucket.get("empty")[0]) == (data, b"")
-    assert bucket.download("a", len(data), tmp_path / "b") == hashlib.sha256(data).hexdigest()
+    assert bucket.get("empty")[0] == b""
 
 
 def test_a_server_that_asks_for_patience_gets_it(server, machines):
@@ -212,7 +171,7 @@ def test_what_the_server_refuses_is_told_before_any_work(server, machines, fault
     assert not keys_of(root)
 
 
-def test_no_bucket_no_credentials_and_no_library_are_told_with_a_way_out(machines, monkeypatch):
+def test_no_bucket_and_no_credentials_are_named_with_a_way_out(machines, monkeypatch):
     other = Bucket("s3://nosuch/prefix")
     for request in (lambda: other.put("a", b""), lambda: other.get("a"), lambda: other.list("a")):
         with pytest.raises(ObjectStoreError, match=r"there is no bucket 'nosuch'; make it, or correct cache.root"):
@@ -220,13 +179,20 @@ def test_no_bucket_no_credentials_and_no_library_are_told_with_a_way_out(machine
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(ObjectStoreError, match="no credentials were found; set AWS_ACCESS_KEY_ID"):
         machines("a").bucket.list("a")
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(ObjectStoreError, match=r"pip install 'jepa-cache\[objects\]'"):
-        machines("a").check_writable()
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://", "s3:/bucket", "az://bucket/x", "ftp://x/y", "s3://key@bucket/x", "s3://bucket/x?y=1", "s3://b c/x"]
+    "url",
+    [
+        "s3://",
+        "s3:/bucket",
+        "s3:///x",
+        "az://bucket/x",
+        "ftp://x/y",
+        "s3://key@bucket/x",
+        "s3://bucket/x?y=1",
+        "s3://b c/x",
+    ],
 )
 def test_what_is_no_bucket_is_refused(url, tmp_path):
     with pytest.raises(ObjectStoreError, match="s3://bucket/prefix or gs://bucket/prefix; got"):
@@ -267,10 +233,10 @@ def test_what_the_first_release_published_is_read_and_its_notes_here_are_underst
     root.bucket.put(f"manifests/{RECIPE}.json.attempt-0123456789abcdef/{RECIPE}.json", b"{}\n")
     root.bucket.put(f"manifests/{RECIPE}.json.commit.json", content.encode())
     assert root.fetch(place) and place.read_bytes() == b"{}\n"
-    assert root._read_record(place).to_bytes() == content.encode()
+    assert canonical_json(root._read_record(place).document()) == content.encode()
     note = root._record_path(place)
     note.write_text(json.dumps({**json.loads(note.read_bytes()), "url": root.name}))
-    assert root._read_record(place).to_bytes() == content.encode()
+    assert canonical_json(root._read_record(place).document()) == content.encode()
     root.remove(place)
     assert not keys_of(root)
 
@@ -376,56 +342,19 @@ def test_of_two_writers_at_once_one_wins_and_both_read_its_store(machines):
         assert not machines("b").fetch(stores[1])
 
 
-def test_a_commit_that_is_there_stays_and_the_later_upload_is_removed(machines, monkeypatch):
+@pytest.mark.parametrize("condition", [True, False], ids=["S3", "a server that ignores the condition"])
+def test_one_of_two_uploads_is_committed_whole_and_the_other_is_removed(machines, monkeypatch, condition):
     here, there = machines("a"), machines("b")
+    put = Bucket.put
+    if not condition:
+        monkeypatch.setattr(Bucket, "put", lambda self, key, content, new=False: put(self, key, content))
     write_tokens(there.tokens(RECIPE, UNIT), -TOKENS)
     publish_tokens(here)
     before = keys_of(here)
     there._push(there.tokens(RECIPE, UNIT))  # as one that looked before the other had committed
-    assert keys_of(here) == before and commit_of(there) == commit_of(here)
-    assert np.array_equal(read_from(there), TOKENS)
-
-
-def test_where_the_server_knows_no_condition_the_last_writer_wins_and_nothing_mixes(machines, monkeypatch):
-    put = Bucket.put
-    monkeypatch.setattr(Bucket, "put", lambda self, key, content, new=False: put(self, key, content))
-    for name, tokens in (("a", -TOKENS), ("b", TOKENS)):
-        write_tokens(machines(name).tokens(RECIPE, UNIT), tokens)
-        machines(name)._push(machines(name).tokens(RECIPE, UNIT))
-    for name in ("a", "b", "c"):
-        assert np.array_equal(read_from(machines(name)), TOKENS)
-
-
-@pytest.mark.parametrize("name", ["fetch", "publish", "remove"])
-def test_processes_of_one_machine_wait_for_each_other_at_a_store(machines, name):
-    root, done = machines("a"), threading.Event()
-    store = root.tokens(RECIPE, UNIT)
-    write_tokens(store)
-
-    def work():
-        getattr(root, name)(store)
-        done.set()
-
-    thread = threading.Thread(target=work)
-    with root._locked(store):
-        thread.start()
-        assert not done.wait(0.2) and not keys_of(root) and store.is_dir()
-    thread.join()
-    assert done.is_set() and bool(keys_of(root)) == (name != "remove")
-
-
-def test_a_file_is_published_once_and_again_when_it_was_removed_elsewhere(machines, server):
-    here, there = machines("a"), machines("b")
-    manifest = here.manifest(RECIPE)
-    manifest.parent.mkdir(parents=True)
-    manifest.write_bytes(b"{}")
-    here.publish(manifest)
-    server.requests.clear()
-    here.publish(manifest)
-    assert not [request for request in server.requests if request.startswith("PUT")]
-    there.remove(there.manifest(RECIPE))
-    here.publish(manifest)
-    assert machines("c").fetch(machines("c").manifest(RECIPE))
+    assert not condition or (keys_of(here) == before and commit_of(there) == commit_of(here))
+    for root in (machines("a"), there, machines("c")):
+        assert np.array_equal(read_from(root), TOKENS if condition else -TOKENS)
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
@@ -484,16 +413,6 @@ def test_a_store_that_was_damaged_here_before_it_was_pushed_is_never_pushed(mach
     with pytest.raises(StoreDamagedError, match=rf"{CHUNKS} has changed"):
         root.publish(store)
     assert not keys_of(root)
-
-
-def test_a_removal_that_was_interrupted_leaves_no_half_store(machines, monkeypatch):
-    here = machines("a")
-    store = publish_tokens(here)
-    with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "list", lambda *_: pytest.fail("killed"))
-        with pytest.raises(pytest.fail.Exception):
-            here.remove(store)
-    assert not machines("b").fetch(machines("b").tokens(RECIPE, UNIT))
 
 
 def change_object(root, name, change):
@@ -584,31 +503,17 @@ def test_uploads_that_no_commit_names_are_removed_and_no_others(machines, monkey
     dead = f"tokens/{RECIPE}/{store.name}.attempt-{'0' * 16}"
     here.bucket.put(f"{dead}/store.json", b"12345")
     here.bucket.put("tokens/model.attempt-2/weights", b"somebody else's")
-    here.claim(here.tokens("0" * 32, UNIT)).release()  # whose hint nobody took back
-    (hint,) = (key for key in keys_of(here) if key.endswith(".hint"))
+    hint = f"tokens/{RECIPE}/{store.name}.hint"  # of an earlier version
+    here.bucket.put(hint, b"a hint")
     before = keys_of(here)
     assert here.find_abandoned() == {}, "younger than a day: somebody may be at it"
     monkeypatch.setattr(remote, "ABANDONED_AFTER", timedelta(days=-1))
     for root in (here, there, machines("c")):
-        assert root.find_abandoned() == {dead: 5, hint: 35}
+        assert root.find_abandoned() == {dead: 5, hint: 6}
     for name in (dead, hint):
         there.remove_abandoned(name)
     assert keys_of(here) == before - {f"{dead}/store.json", hint}
     assert machines("c").fetch(machines("c").tokens(RECIPE, UNIT))
-
-
-def test_other_machines_begin_with_other_units_and_nobody_waits_for_a_dead_one(machines):
-    here, there = machines("a"), machines("b")
-    store = there.tokens(RECIPE, UNIT)
-    dead = here.claim(here.tokens(RECIPE, UNIT))
-    assert dead is not None
-    assert there.claim(store) is None
-    assert not there.is_claimed(store), "so it is asked for again at once"
-    claim = there.claim(store)
-    assert claim is not None
-    publish_tokens(there)
-    claim.release()
-    assert not [key for key in keys_of(there) if key.endswith(".hint")]
 
 
 UNITS = [digit * 64 for digit in "1234"]
@@ -668,7 +573,7 @@ def test_more_than_the_limit_is_refused_before_anything_is_pulled(machines, monk
         limit_to(monkeypatch, root, 3)
         with pytest.raises(ObjectStoreError, match=r"GB of tokens from s3.*\$JEPA_CACHE_LOCAL_GB permits .*set JEPA_"):
             pull(root, stores)
-        with pytest.raises(ObjectStoreError, match="GB more are read by other running commands"):
+        with pytest.raises(ObjectStoreError, match="this command, and others that run now, read"):
             pull(root, stores[1:])
         assert whole_units(root) == ["1"]
         with root.pulled(stores[:3]):
@@ -718,10 +623,3 @@ def test_an_interrupted_pull_goes_on_with_the_files_that_are_missing(machines, s
     assert [path.stat().st_ctime_ns for path in sorted(store.rglob("*.*"))] == times, (
         "by which `verify` knows what it saw"
     )
-
-
-@pytest.mark.parametrize("given", ["much", "-1", "nan", "1e12"])
-def test_a_limit_that_is_no_number_is_refused(monkeypatch, given):
-    monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", given)
-    with pytest.raises(ValueError, match=r"\$JEPA_CACHE_LOCAL_GB must be gigabytes"):
-        remote.local_bytes()

@@ -3,19 +3,19 @@
 Claims:
 - epochs become the training steps that cover the windows so often;
 - training ends after `patience` validations without a better metric, a restart knows it, and `select: best` hands on the best;
-- a stop signal or Ctrl-C saves a checkpoint, and the same command goes on to the weights of an uninterrupted run;
+- a stop signal or Ctrl-C saves a checkpoint, and the same command resumes to the weights of an uninterrupted run;
 - a second Ctrl-C ends at once, and a signal before the first training step ends with the exit code for a requeue, and words;
-- checkpoints are copied to the remote folder, and a machine that knows nothing of the run goes on from there, bit for bit;
+- checkpoints are copied to the remote folder, and a machine that knows nothing of the run resumes from there, bit for bit;
 - rollouts start where the seed says, anew in each batch, also after a resume;
+- validation's losses and gaps are those of the weights that it leaves, computed anew; one held-out episode has no other
+  to be compared with;
 - float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
 - LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
 - weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
-- the preset's `residual` reaches the predictor, its card and what it learns;
-- the windows of a batch that failed are named.
+- the preset's `residual` reaches the predictor, its card and what it learns.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -28,8 +28,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jepa_cache.predictor.checkpoints import CheckpointError, read_card
+from jepa_cache.data.ablations import choose_donors
+from jepa_cache.data.loader import WindowLoader
+from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.predictor.checkpoints import CheckpointError, load_predictor, read_card
+from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
 from jepa_cache.training import trainer
+from jepa_cache.training.batches import VALIDATION_WINDOWS_PER_EPISODE
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE, stop_request
 from jepa_cache.training.step import draw_rollout_start
 from jepa_cache.training.trainer import TrainResult, train
@@ -77,7 +82,7 @@ def assert_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_stop_signal_saves_and_the_same_command_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop):
+def test_a_stop_signal_saves_and_the_same_command_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop):
     late = ("train.checkpoint_every=100", "train.rollout_start=random")
     assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, *late, stop=stop)
 
@@ -120,42 +125,31 @@ def test_sigterm_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_r
 def test_a_csv_that_is_gone_or_was_changed_is_named_and_written_again_from_the_checkpoint(
     cache, tmp_path, monkeypatch, capsys
 ):
-    whole = run(cache, tmp_path, "train.log_every=1")
-    expected = rows(whole)
+    settings = ("train.log_every=1", "train.keep_last=9")
+    expected = rows(run(cache, tmp_path, *settings))
     with monkeypatch.context() as patched:
         stop_at(7, patched)
-        again = run(cache, tmp_path, "train.log_every=1", fresh=True)
-    path = again.run / "train.csv"
+        stopped = run(cache, tmp_path, *settings, fresh=True)
+    path = stopped.run / "train.csv"
     text = path.read_bytes()
     lines = text.splitlines(keepends=True)
-    for harm, word in (
-        (None, "is gone"),
-        (b"", "was changed"),
-        (b"".join(lines[:3] + lines[4:]), "was changed"),
-        (text[:90] + b"\xff\x00" + text[92:], "is damaged"),
-        (b"".join([*lines[:3], b"3,1,2\r\n", *lines[4:]]), "is damaged"),
-        (text.replace(b"0.", b"1.", 1), "was changed"),
-    ):
-        path.unlink() if harm is None else path.write_bytes(harm)
+    for harmed in (None, b"", b"".join(lines[:3] + lines[4:]), text[:90] + b"\xff\x00" + text[92:], text[:-5]):
+        path.unlink() if harmed is None else path.write_bytes(harmed)
         capsys.readouterr()
-        with monkeypatch.context() as patched:
-            stop_at(8, patched)
-            run(cache, tmp_path, "train.log_every=1")
-        assert f"train.csv {word}" in capsys.readouterr().out, word
-        assert path.read_bytes().startswith(text)
-        shutil.rmtree(again.run / "checkpoints/step-00000008")
-        (again.run / "checkpoints/latest").unlink()
-    assert rows(run(cache, tmp_path, "train.log_every=1")) == expected
+        assert rows(run(cache, tmp_path, *settings)) == expected
+        said = capsys.readouterr().out
+        assert f"train.csv {'is gone' if harmed is None else 'was changed'}; its rows up to the checkpoint" in said
+        for later in (8, 12):
+            shutil.rmtree(stopped.run / f"checkpoints/step-{later:08d}")
+    path.write_bytes(text)
+    assert rows(run(cache, tmp_path, *settings)) == expected
     assert "train.csv" not in capsys.readouterr().out
 
 
-def test_epochs_become_the_train_steps_that_cover_the_windows(cache, tmp_path):
+def test_epochs_become_the_training_steps_that_cover_the_windows(cache, tmp_path):
     result = run(cache, tmp_path, "train.num_epochs=0.5", "train.batch_size=8")
     assert result.num_steps * 8 >= 65 > (result.num_steps - 1) * 8  # half of five episodes of 26 windows
     assert float(rows(result)[-1]["epoch"]) == pytest.approx(result.num_steps * 8 / 130)
-
-
-def test_epochs_too_short_for_the_schedule_are_refused(cache, tmp_path):
     with pytest.raises(ValueError, match=r"num_warmup 2 \+ train\.num_anneal 4 exceed train\.num_steps 4"):
         run(cache, tmp_path, "train.num_epochs=0.1")
 
@@ -179,7 +173,7 @@ def test_training_ends_without_progress_and_the_best_weights_are_handed_on(cache
     assert last.run == result.run and read_card(last.weights)["step"] == 8
 
 
-def test_a_machine_that_knows_nothing_of_a_run_goes_on_from_its_uploads(cache, tmp_path, monkeypatch, capsys):
+def test_a_machine_that_knows_nothing_of_a_run_resumes_from_its_uploads(cache, tmp_path, monkeypatch, capsys):
     whole = run(cache, tmp_path / "a", "train.checkpoint_every=3")
     expected = bits(whole.weights), rows(whole)
     remote = ("train.checkpoint_every=3", f"train.upload_to=file://{tmp_path}/remote", "train.upload_every_min=0")
@@ -195,17 +189,15 @@ def test_a_machine_that_knows_nothing_of_a_run_goes_on_from_its_uploads(cache, t
     assert again.num_trained == 4 and (bits(again.weights), rows(again)) == expected
 
 
-def test_an_upload_that_was_cut_short_is_not_taken_for_a_checkpoint(cache, tmp_path, capsys):
-    remote = (f"train.upload_to=file://{tmp_path}/remote",)
-    first = run(cache, tmp_path, *remote)
+def test_an_upload_that_was_cut_short_is_no_checkpoint_and_a_folder_that_cannot_be_used_is_named(
+    cache, tmp_path, capsys
+):
+    remote = f"train.upload_to=file://{tmp_path}/remote"
+    first = run(cache, tmp_path, remote)
     shutil.rmtree(first.run)
     (newest,) = (tmp_path / "remote").glob("*/checkpoints/step-00000012")
     (newest / "state.json").unlink()
-    again = run(cache, tmp_path, *remote)
-    assert again.num_trained == 4 and "step-00000008" in capsys.readouterr().out
-
-
-def test_a_remote_folder_that_cannot_be_used_is_named_before_anything_is_trained(cache, tmp_path):
+    assert run(cache, tmp_path, remote).num_trained == 4 and "step-00000008" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"train\.upload_to='nowhere://x' cannot be used: Protocol not known"):
         run(cache, tmp_path, "train.upload_to=nowhere://x")
 
@@ -231,6 +223,38 @@ def test_eight_bit_adamw_trains_and_resumes(cache, tmp_path, monkeypatch):
     assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.optimizer=adamw8bit")
 
 
+# --- validation ------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_compares_with_copying_and_with_the_actions_of_another_episode(cache, tmp_path):
+    result = run(cache, tmp_path)
+    row = rows(result)[-1]
+    predictor, card = load_predictor(result.weights)
+    index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), card["window_steps"])
+    numbers = spread_windows(index, VALIDATION_WINDOWS_PER_EPISODE)
+    episodes = [index.segments[index[number].segment].episode for number in numbers]
+    donors = choose_donors(episodes, seed=cache.config.train.seed)
+    batch = WindowLoader(cache.dataset, index, cache.scaler).read(numbers)
+    h = normalize_tokens(batch.tokens)
+    errors = []
+    with torch.no_grad():
+        for actions in (batch.actions, batch.actions[donors]):
+            predicted = LatentModel(predictor.eval()).teacher_forcing(h, actions, batch.states)
+            errors.append(float((predicted - h[:, 1:]).abs().mean()))
+    copied = float((h[:, :-1] - h[:, 1:]).abs().mean())
+    assert float(row["val_jloss"]) == pytest.approx(errors[0], abs=1e-5)
+    assert float(row["val_gap_copy_last"]) == pytest.approx(copied - errors[0], abs=1e-5)
+    assert float(row["val_gap_shuffled_actions"]) == pytest.approx(errors[1] - errors[0], abs=1e-5)
+    assert errors[1] != errors[0]
+
+
+def test_one_held_out_episode_is_validated_without_another_to_compare_with(tmp_path):
+    alone = make_cache(tmp_path, "split.seed=1")
+    result = train(alone.config, alone.dataset, alone.scaler, tmp_path / "run", base=tmp_path)
+    row = rows(result)[-1]
+    assert row["val_jloss"] and not row["val_gap_copy_last"] and not row["val_gap_shuffled_actions"]
+
+
 # --- LoRA -----------------------------------------------------------------------------------------------------------------
 
 
@@ -244,25 +268,19 @@ LORA = ("train.lora_rank=2", "train.lora_dropout=0.1")
 
 
 def test_lora_trains_the_adapters_alone_and_resumes_bit_for_bit(cache, tmp_path, base, monkeypatch):
+    with pytest.raises(ValueError, match=r"train\.lora_rank is 2, but train\.init names no weights"):
+        run(cache, tmp_path, *LORA)
     result = assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, *LORA, f"train.init={base}")
     kept = load_file(result.run / "checkpoints/latest/predictor.safetensors")
     assert all("lora_" in name for name in kept)
     before, after = load_file(base), load_file(result.weights)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {
-        name
-        for name in before
-        if name.endswith("weight") and any(f".{t}." in name for t in ("qkv", "proj", "fc1", "fc2"))
-    }
+    adapted = {f".{layer}.weight" for layer in ("qkv", "proj", "fc1", "fc2")}
+    assert changed == {name for name in before if any(name.endswith(layer) for layer in adapted)}
     adapter = result.weights.parent / "adapter"
     assert {path.name for path in adapter.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
     run(cache, result.weights.parents[1], "train.num_steps=8")
     assert not adapter.exists(), "the adapter of an earlier training would be read as this one's"
-
-
-def test_lora_without_starting_weights_is_refused(cache, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.lora_rank is 2, but train\.init names no weights"):
-        run(cache, tmp_path, *LORA)
 
 
 # --- origin ---------------------------------------------------------------------------------------------------------------
@@ -288,16 +306,3 @@ def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
     assert [read_card(result.weights)["architecture"]["residual"] for result in results] == [False, True]
     first, second = (float(rows(result)[0]["jloss"]) for result in results)
     assert second < 0.9 * first, "from the first training step it starts near copy-last"
-
-
-def test_the_windows_of_a_batch_that_failed_are_named(cache, tmp_path, runs):
-    with pytest.raises(
-        ValueError,
-        match=r"there was no checkpoint yet, .*windows of this training step are named in .*failed-step-00000002-process-0\.json",
-    ):
-        run(cache, tmp_path, "train.lr=1e36", "train.start_lr=1e36")
-    (path,) = runs.glob("*/failed-step-*.json")
-    named = json.loads(path.read_text())
-    training = {segment.episode for segment in cache.dataset.segments_of("train", cache.config.split)}
-    assert len(named) == 4 and {window["episode"] for window in named} <= training
-    assert all(0 <= window["start"] <= 25 and window["num_steps"] == 5 for window in named)

@@ -1,0 +1,58 @@
+"""One training in a process of its own, started by `tests.processes.Commands`; it may be slowed down, die, or kill itself.
+
+argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K) and
+`kill_at=N` (at the N-th file operation in the runs folder). Leaves `home/out/run`, and `home/count` of file operations.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.scaler import read_scaler
+from jepa_cache.training import trainer
+from jepa_cache.training.signals import REQUEUE_EXIT_CODE
+from tests.caches import make_config
+
+OPERATIONS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink")
+
+
+def main(workspace: str, home: str, *words: str) -> None:
+    options = {name: int(value) for name, _, value in (word.partition("=") for word in words) if name.endswith("_at")}
+    config = make_config(*(word for word in words if word.startswith(("train.", "cache."))))
+    dataset, scaler = open_dataset(config, Path(workspace)), read_scaler(Path(workspace) / "outputs/scaler/scaler.json")
+    step, count = trainer.train_step, 0
+
+    def slowed(*arguments):
+        if arguments[-1] == options.get("die_at") and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1 * ("pause" in words))
+        return step(*arguments)
+
+    def watch(event: str, arguments: tuple) -> None:
+        """Count file operations below the runs folder, or on names relative to an open folder (what rmtree does)."""
+        nonlocal count
+        if event not in OPERATIONS:
+            return
+        name = arguments[1] if event == "os.symlink" else arguments[0]
+        path = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
+        if path.startswith(f"{home}/runs") or (event in ("os.remove", "os.rmdir") and not path.startswith("/")):
+            count += 1
+            if count == options.get("kill_at"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.train_step = slowed
+    sys.addaudithook(watch)
+    try:
+        result = trainer.train(config, dataset, scaler, Path(home) / "out/run", base=Path(home), fresh="fresh" in words)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    (Path(home) / "count").write_text(str(count))
+    if result.stopped_by is not None:
+        sys.exit(REQUEUE_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
