@@ -30,7 +30,7 @@ FLOORS = (
     {"episode"},
     {"media"},
     {"actions", "plausibility"},
-    {"config", "files", "idle", "poses", "vpt_actions", "webpage"},
+    {"config", "files", "idle", "poses", "vpt_actions"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}
@@ -44,7 +44,6 @@ WITHOUT_TORCH = (
     "plausibility",
     "poses",
     "vpt_actions",
-    "webpage",
     "config",
     "files",
 )

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 
+from jepa_cache.cli.compare_sources import Evaluated, read_run
 from jepa_cache.cli.outcome import FINE, PROBLEM, Outcome, report
 
-if TYPE_CHECKING:
-    from jepa_cache.evaluation.comparison import Evaluated
+COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
+"""Columns of episodes.csv that are paired, lower is better."""
 
 GAPS = {"gap_copy_last": "copying", "gap_shuffled_actions": "shuffled", "gap_zero_actions": "zero actions"}
 NUM_RESAMPLES = 10_000
+NUM_DIGITS = 4  # of a difference in words; one below the last digit is none: another batch size moves the eighth
+
+# Errors are of one kind only where all of these are equal: other tokens, windows or episodes give other numbers for the same predictor.
+KIND = (
+    *("dataset", "encoder", "tokens_fingerprint", "mode"),
+    *("measured.split.val_share", "measured.split.seed"),
+    *("measured.evaluate.horizon", "measured.evaluate.num_context_steps", "measured.evaluate.windows_per_episode"),
+    *("measured.window_steps", "measured.normalize_reps"),
+)
+FILTERS = "measured.filter."
+NO_SETTINGS = ("run", "encoder_trained", "tokens_fingerprint")  # names of other things, or follow from them
 
 
 def compare(
@@ -27,10 +41,10 @@ def compare(
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
-    """Compare evaluated runs: errors, gaps to the controls, settings that differ, and paired differences to the first run.
+    """Compare evaluated runs: errors, gaps to baselines and ablations, settings that differ, and paired differences to the first run.
 
     A run is called better or worse than the first one only when the 95 % interval of the paired difference over the episodes
-    that both have leaves 0 out. Runs whose errors are not of one kind (other tokens, mode, split, filter or windows) are shown
+    that both have excludes 0. Runs whose errors are not of one kind (other tokens, mode, split, filter or windows) are shown
     in groups of their own.
 
     Exit code 0: all runs can be compared; 1: some cannot, and are shown apart; 2: wrong usage, or a run cannot be read.
@@ -45,28 +59,55 @@ def compare(
 
 def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
     """Read the runs and say how they differ."""
-    from jepa_cache.cli.compare_sources import read_run
-    from jepa_cache.evaluation.comparison import group_runs, why_apart
-
     if len(set(names)) < len(names):
         raise ValueError(f"each run is compared once; {next(n for n in names if names.count(n) > 1)!r} was named twice")
-    groups = group_runs([read_run(name) for name in names])
-    documents = [describe_group(group, seed=seed) for group in groups]
-    lines: list[str] = []
-    for number, (group, document) in enumerate(zip(groups, documents, strict=True)):
-        if number:
-            apart = f"not comparable with {groups[0][0].name}: {why_apart(groups[0][0], group[0])}"
-            document["apart"] = apart
-            lines += ["", apart]
+    groups: dict[Any, list[Evaluated]] = {}
+    for position, run in enumerate(map(read_run, names)):
+        # A run of which it is not known what was measured stands alone.
+        groups.setdefault(position if run.settings is None else repr(kind_of(run)), []).append(run)
+    documents, lines = [], []
+    for group in groups.values():
+        document = describe_group(group, seed=seed)
+        if documents:
+            reference = documents[0]["runs"][0]["run"]
+            document["apart"] = (
+                f"not comparable with {reference}: {why_apart(next(iter(groups.values()))[0], group[0])}"
+            )
+            lines += ["", document["apart"]]
+        documents.append(document)
         lines += list_group(document)
     return Outcome({"groups": documents}, lines, FINE if len(groups) == 1 else PROBLEM)
 
 
+def kind_of(run: Evaluated) -> dict[str, Any]:
+    """What decides whether a run's errors may be compared with another's."""
+    return {name: value for name, value in (run.settings or {}).items() if name in KIND or name.startswith(FILTERS)}
+
+
+def why_apart(one: Evaluated, other: Evaluated) -> str:
+    """Why the errors of two runs are no comparison."""
+    unknown = [run.name for run in (one, other) if run.settings is None]
+    if unknown:
+        return f"of {', '.join(unknown)} it is not known what was measured (no settings.json); run its evaluation again"
+    kinds = kind_of(one), kind_of(other)
+    values = {name: [kind.get(name) for kind in kinds] for name in sorted(kinds[0].keys() | kinds[1].keys())}
+    return "; ".join(
+        f"{name}: {show_setting(first)} in {one.name}, {show_setting(second)} in {other.name}"
+        for name, (first, second) in values.items()
+        if first != second
+    )
+
+
+def show_setting(value: Any) -> str:
+    """A setting on one line as YAML takes it: null, true, [energy, distances], and words without quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(show_setting(item) for item in value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     """Runs of one kind as JSON."""
-    from jepa_cache.evaluation.comparison import CLIP, COMPARED, UNTRAINED, differing_settings, paired_difference
-
-    differing = differing_settings(group)
+    differing = list_differing(group)
     runs = [
         {
             "run": run.name,
@@ -82,34 +123,71 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
         }
         for position, run in enumerate(group)
     ]
-    paired = []
-    for run in group[1:]:
-        found = {
-            column: paired_difference(run, group[0], column, num_resamples=NUM_RESAMPLES, seed=seed)
-            for column in COMPARED
-        }
-        paired.append(
-            {"run": run.name, "reference": group[0].name}
-            | {
-                column: {
-                    "words": difference.words,
-                    "num_episodes": difference.num_episodes,
-                    **({} if difference.estimate is None else difference.estimate._asdict()),
-                }
-                for column, difference in found.items()
-            }
-        )
-    metrics = group[0].metrics
-    notes = [
-        text for text, said in ((UNTRAINED, not metrics["encoder_trained"]), (CLIP, not metrics["comparable"])) if said
+    paired = [
+        {"run": run.name, "reference": group[0].name}
+        | {column: pair_runs(run, group[0], column, seed=seed) for column in COMPARED}
+        for run in group[1:]
     ]
+    notes, metrics = [], group[0].metrics
+    if not metrics["encoder_trained"]:
+        notes.append("the encoder has random weights: figures are relative")
+    if not metrics["comparable"]:
+        notes.append("clip mode: early steps have seen later frames")
     return {"runs": runs, "paired": paired, "notes": notes}
+
+
+def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all of some runs, with the value of each; what moves no number is skipped."""
+    from jepa_cache.evaluation.context import OF_THE_MACHINE
+
+    known = [run.settings or {} for run in runs]
+    values = {name: [settings.get(name) for settings in known] for name in sorted(set().union(*known))}
+    return {
+        name: of_runs
+        for name, of_runs in values.items()
+        if name not in NO_SETTINGS
+        and not name.startswith("measured.")  # equal where it decides these numbers
+        and name.rpartition(".")[2] not in OF_THE_MACHINE
+        and any(value != of_runs[0] for value in of_runs)
+    }
+
+
+def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -> dict[str, Any]:
+    """Mean over shared episodes of the run's error less the reference's, with its 95 % interval, and what may be said.
+
+    Raises:
+        ValueError: An episode has other numbers of windows in the two, so the pairs would not be pairs.
+    """
+    from jepa_cache.evaluation.metrics import bootstrap_mean
+
+    for evaluated in (run, reference):
+        if not evaluated.episodes:
+            raise ValueError(
+                f"{evaluated.name} has no episodes.csv, without which runs cannot be paired; run its evaluation again"
+            )
+    shared = [
+        (run.episodes[name], reference.episodes[name], name)
+        for name in sorted(run.episodes)
+        if name in reference.episodes
+    ]
+    for own, other, name in shared:
+        if own["num_windows"] != other["num_windows"]:
+            raise ValueError(
+                f"episode {name} has {own['num_windows']:.0f} windows in {run.name} and {other['num_windows']:.0f} in {reference.name}; "
+                "evaluate both with the same data and settings"
+            )
+    values = np.array([own[column] - other[column] for own, other, _ in shared])
+    values = values[np.isfinite(values)]  # an empty cell: that episode has no such figure
+    if len(values) < 2:
+        return {"words": "cannot be told: fewer than two shared episodes", "num_episodes": len(values)}
+    estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=seed)
+    low, high = round(estimate.low, NUM_DIGITS), round(estimate.high, NUM_DIGITS)
+    words = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    return {"words": words, "num_episodes": len(values), **estimate._asdict()}
 
 
 def list_group(document: dict[str, Any]) -> list[str]:
     """A group in words: a table, the settings that differ, and the paired differences."""
-    from jepa_cache.evaluation.comparison import COMPARED, NUM_DIGITS, show_setting
-
     rows = [["run", *COMPARED.values(), *(f"gap to {name}" for name in GAPS.values()), "uses its actions", "episodes"]]
     for run in document["runs"]:
         figures = [run["figures"].get(name) for name in (*COMPARED, *GAPS)]
@@ -118,21 +196,16 @@ def list_group(document: dict[str, Any]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for name in document["runs"][0]["settings"]:
-        lines.append(
-            f"{name}: "
-            + ", ".join(f"{show_setting(run['settings'][name])} in {run['run']}" for run in document["runs"])
-        )
+        values = (f"{show_setting(run['settings'][name])} in {run['run']}" for run in document["runs"])
+        lines.append(f"{name}: {', '.join(values)}")
     for pair in document["paired"]:
         for column, words in COMPARED.items():
-            difference = pair[column]
-            shown = (
-                f", difference {_with_interval(*(difference[key] for key in ('mean', 'low', 'high')), NUM_DIGITS)}"
-                if "mean" in difference
-                else ""
-            )
+            found, shown = pair[column], ""
+            if "mean" in found:
+                shown = f", difference {_with_interval(found['mean'], found['low'], found['high'], NUM_DIGITS)}"
             lines.append(
-                f"{pair['run']} against {pair['reference']}, {words}: {difference['words']}{shown}, "
-                f"paired over {difference['num_episodes']} episodes"
+                f"{pair['run']} against {pair['reference']}, {words}: {found['words']}{shown}, "
+                f"paired over {found['num_episodes']} episodes"
             )
     return lines + document["notes"]
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jepa_cache.config.loading import find_repository
-from jepa_cache.evaluation.comparison import Evaluated, flatten
-from jepa_cache.evaluation.metrics import EPISODES_FILE, SETTINGS_FILE, unguard_cell
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
 EVALUATE = "outputs/evaluate"
 WEIGHTS = "predictor.safetensors"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation, as it was read from files."""
+
+    name: str  # as the user typed it
+    metrics: Mapping[str, Any]  # metrics.json
+    settings: Mapping[str, Any] | None  # settings.json, flat names; None where the evaluation is older than the file
+    episodes: Mapping[str, Mapping[str, float]]  # episodes.csv: episode to column to value
 
 
 def read_run(name: str) -> Evaluated:
@@ -93,6 +102,8 @@ def _revision_reader(revision: str) -> Callable[[str], str | None]:
 
 
 def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
+    from jepa_cache.evaluation.metrics import flatten
+
     try:
         metrics: dict[str, Any] = json.loads(read(METRICS_FILE) or "")
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
@@ -113,6 +124,8 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
 
 
 def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
+    from jepa_cache.evaluation.metrics import unguard_cell
+
     rows = csv.DictReader(io.StringIO(text))
     try:
         return {

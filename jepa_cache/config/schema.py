@@ -264,8 +264,8 @@ class EvaluateConfig(Settings):
     horizon: Count  # K open-loop steps
     num_context_steps: Count  # true steps before the first predicted one
     windows_per_episode: Count
-    # Resamples of the episodes, for the ends of 95 % intervals: below 40 a 2.5 % quantile is the smallest value itself.
-    num_bootstrap: Annotated[int, Field(ge=100, le=10**6)]
+    # Resamples of the episodes, for the ends of 95 % intervals: below 40 a 2.5 % quantile is the smallest value itself. All are held in memory.
+    num_bootstrap: Annotated[int, Field(ge=100, le=100_000)]
     batch_size: Count
     seed: Seed
     measure: Annotated[tuple[Measurement, ...], Once]  # beside the errors that are always measured

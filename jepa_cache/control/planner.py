@@ -62,32 +62,21 @@ MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.07
 class Plan(NamedTuple):
     """What a search found.
 
-    Attributes:
-        actions: [H, A] float64, unscaled, within what each state allows (a gripper that is open opens no further, pitch ends at 90
-            degrees); the first one is to be carried out.
-        states: [H+1, S] float64, the current state and where the actions lead.
-        energies: [rounds, samples] float32; of the last predicted step against the goal, lower is nearer.
-        found: [H, A] float64, what the search ended with, as the published planner returns it.
+    Actions stay within what each state allows (a gripper that is open opens no further, pitch ends at 90 degrees).
     """
 
-    actions: np.ndarray
-    states: np.ndarray
-    energies: np.ndarray
-    found: np.ndarray
+    actions: np.ndarray  # [H, A] float64, unscaled; the first one is to be carried out
+    states: np.ndarray  # [H+1, S] float64, the current state and where the actions lead
+    energies: np.ndarray  # [rounds, samples] float32; of the last predicted step against the goal, lower is nearer
+    found: np.ndarray  # [H, A] float64, what the search ended with, as the published planner returns it
 
 
 class Context(NamedTuple):
-    """What is known when a plan is made.
+    """What is known when a plan is made."""
 
-    Attributes:
-        tokens: [C, N, E] of the steps so far, layer-normed where the predictor was trained so.
-        actions: [C-1, A] between them, unscaled.
-        states: [C, S], unscaled.
-    """
-
-    tokens: Tensor
-    actions: np.ndarray
-    states: np.ndarray
+    tokens: Tensor  # [C, N, E] of the steps so far, layer-normed where the predictor was trained so
+    actions: np.ndarray  # [C-1, A] between them, unscaled
+    states: np.ndarray  # [C, S], unscaled
 
 
 @torch.no_grad()
@@ -173,17 +162,12 @@ def plan_actions(
 
 def _check_context(context: Context, goal: Tensor) -> None:
     tokens, actions, states = context
-    shapes = f"tokens {list(tokens.shape)}, states {list(states.shape)}, actions {list(actions.shape)}"
-    if tokens.ndim != 3 or states.ndim != 2 or actions.ndim != 2:
-        raise ValueError(f"a context is tokens [C, N, E], states [C, S] and actions [C-1, A]; got {shapes}")
-    if not len(tokens) == len(states) == len(actions) + 1:
+    fits = tokens.ndim == 3 and states.ndim == actions.ndim == 2 and len(tokens) == len(states) == len(actions) + 1
+    if not fits or goal.shape != tokens.shape[1:]:
         raise ValueError(
-            f"a context of {len(tokens)} steps needs as many states and one action less, and at least one step; got {shapes}"
-        )
-    if goal.shape != tokens.shape[1:]:
-        raise ValueError(
-            f"the goal's tokens must be [N, E] = {list(tokens.shape[1:])} as the context's; got {list(goal.shape)}. Encode it with the same "
-            "encoder and pooling, and give one step alone"
+            "a context of C >= 1 steps is tokens [C, N, E], states [C, S] and actions [C-1, A], and its goal is the tokens [N, E] of one "
+            f"step by the same encoder and pooling; got tokens {list(tokens.shape)}, states {list(states.shape)}, actions "
+            f"{list(actions.shape)} and a goal {list(goal.shape)}"
         )
 
 
@@ -203,11 +187,11 @@ class Rollout:
         self,
         model: LatentModel,
         context: Context,
-        motion: Motion,
+        motion: Motion | None,
         scale_actions: Scale,
         scale_states: Scale,
     ) -> None:
-        """Compute the steps before the last one of the context; the arguments are those of `plan_actions`."""
+        """Compute the steps before the last one of the context; as for `plan_actions`, and without `motion` for one step alone."""
         self._model, self._motion = model, motion
         self._scale_actions, self._scale_states = scale_actions, scale_states
         self._newest, self._state = context.tokens[-1:], np.asarray(context.states[-1], np.float64)
@@ -228,6 +212,8 @@ class Rollout:
         states = np.tile(self._state, (num_samples, 1))
         past = repeat_past(self._past, num_samples)
         for step in range(horizon):
+            if step:
+                states = self._motion.integrate(states, actions[:, step - 1])
             out = self._model.predictor(
                 tokens,
                 self._tensor(self._scale_actions(actions[:, step : step + 1])),
@@ -236,7 +222,6 @@ class Rollout:
                 past,
             )
             tokens, past = self._model.as_reps(out.tokens), out.past
-            states = self._motion.integrate(states, actions[:, step])
         return (tokens[:, 0] - goal).abs().mean(dim=(1, 2))
 
     def _tensor(self, values: np.ndarray) -> Tensor:

@@ -89,7 +89,7 @@ class EvaluationContext:
     def read_windows(
         self, index: WindowIndex, numbers: Sequence[int], device: torch.device | None = None
     ) -> tuple[Batch, Tensor]:
-        """Read a few windows at once: the batch on the device, and its tokens h [B, T, N, D] as the model sees them."""
+        """Read a few windows at once, as `iter_windows` does."""
         batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
         return batch, self.model.as_reps(batch.tokens)
 
@@ -104,25 +104,20 @@ class Picture(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """An optional measurement with all that the report says of it; the registry is `run.MEASUREMENTS`.
+    """An optional measurement with all that the report says of it; the registry is `run.MEASUREMENTS`."""
 
-    Attributes:
-        name: In `evaluate.measure`.
-        section: Of metrics.json; `<section>_ci` holds its intervals.
-        run: Writes tables and pictures into the folder and returns the sections of metrics.json.
-        heading: Of its part of report.html.
-        explanation: What its figures show and what to look for.
-        tables: Files in measurements/ that the report shows.
-        pictures: Files in pictures/ that the report shows.
-    """
-
-    name: str
-    section: str
-    run: Callable[[EvaluationContext, Path], dict[str, Any]]
-    heading: str
-    explanation: str
-    tables: tuple[str, ...]
-    pictures: tuple[Picture, ...] = ()
+    name: str  # in `evaluate.measure`
+    section: str  # of metrics.json; `<section>_ci` holds its intervals
+    run: Callable[
+        [EvaluationContext, Path], dict[str, Any]
+    ]  # writes tables and pictures, returns sections of metrics.json
+    heading: str  # of its part of report.html
+    explanation: str  # what its figures show and what to look for
+    tables: tuple[str, ...]  # in measurements/, that the report shows
+    pictures: tuple[Picture, ...] = ()  # in pictures/, that the report shows
+    check: Callable[[EvaluationContext], None] = lambda _: (
+        None
+    )  # refuses settings that cannot work, before anything is measured
 
 
 class ChosenWindows(NamedTuple):
@@ -187,9 +182,8 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
         weights: predictor.safetensors of a training run; brings its own scaler.
 
     Raises:
-        ValueError: The weights are missing, or were trained on other features, actions or episodes.
+        ValueError: The weights were trained on other features, actions or episodes.
     """
-    _check_present(weights)
     predictor, card = load_predictor(weights)
     for name, then, now, way_out in (
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint, "encode as then"),
@@ -207,22 +201,18 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
             )
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = resolve_device("train.device", config.train.device, num_gpus)
-    return EvaluationContext(
-        LatentModel(predictor.to(device).eval(), card["normalize_reps"]),
-        config,
-        dataset,
-        scaler_from_json(card["scaler"]),
-        card["window_steps"],
-    )
+    model = LatentModel(predictor.to(device).eval(), card["normalize_reps"])
+    return EvaluationContext(model, config, dataset, scaler_from_json(card["scaler"]), card["window_steps"])
 
 
 def check_settings(config: Config, weights: Path) -> None:
-    """Refuse weights of another training: those of an earlier run still lie there when the one asked for was interrupted.
+    """Refuse weights of another training: those of an earlier run still lie there when the requested one was interrupted.
 
     Raises:
         ValueError: Naming every setting that differs, or when the weights are missing.
     """
-    _check_present(weights)
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]
     now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
     differing = [
@@ -236,8 +226,3 @@ def check_settings(config: Config, weights: Path) -> None:
             f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
             "settings, or evaluate with those"
         )
-
-
-def _check_present(weights: Path) -> None:
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")

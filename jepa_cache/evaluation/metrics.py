@@ -47,29 +47,24 @@ MEASURES = {"l1": l1_error, "l2": l2_error, "cosine": cosine_similarity}
 def episode_means(values: np.ndarray, episodes: Sequence[str]) -> np.ndarray:
     """Mean of the windows of each episode: [windows] or [windows, K] to [episodes] or [episodes, K] float64, sorted by key.
 
-    NaN stands for windows that a prediction does not exist for: they are left out, and an episode of such ones alone is NaN.
+    NaN stands for windows that a prediction does not exist for: they do not count, and an episode of such ones alone is NaN.
     """
-    place = {name: position for position, name in enumerate(sorted(set(episodes)))}
-    owners = np.array([place[name] for name in episodes])
-    order, sizes = np.argsort(owners, kind="stable"), np.bincount(owners)
-    firsts = np.cumsum(sizes) - sizes
-    means = np.empty((len(place), *values.shape[1:]))
-    for size in np.unique(sizes):  # episodes of equally many windows together: one by one costs seconds for thousands
-        alike = np.flatnonzero(sizes == size)
-        own = values[order[firsts[alike, None] + np.arange(size)]].astype(np.float64)
-        counts = np.isfinite(own).sum(axis=1)
-        sums = np.where(np.isfinite(own), own, 0.0).sum(axis=1)
-        means[alike] = np.where(counts, sums / np.maximum(counts, 1), np.nan)
-    return means
+    names, owners = np.unique(np.array(episodes), return_inverse=True)
+    exists = np.isfinite(values)
+    sums, counts = np.zeros((2, len(names), *values.shape[1:]))
+    np.add.at(sums, owners, np.where(exists, values, 0.0))
+    np.add.at(counts, owners, exists)
+    return np.where(counts, sums / np.maximum(counts, 1), np.nan)
 
 
-def bootstrap_mean(values: np.ndarray, *, num_resamples: int, seed: int) -> Estimate:
+def bootstrap_mean(values: np.ndarray, wholes: np.ndarray | None = None, *, num_resamples: int, seed: int) -> Estimate:
     """Mean and 95 % percentile interval when whole episodes are drawn again with replacement.
 
     Windows of one episode resemble each other, so episodes, not windows, are the unit of chance.
 
     Args:
         values: [episodes], one number each; for a gap, the paired difference.
+        wholes: [episodes]; where given, the estimate is of the ratio of the two means.
         num_resamples: Resamples of the episodes.
         seed: Of the resampling.
 
@@ -78,44 +73,28 @@ def bootstrap_mean(values: np.ndarray, *, num_resamples: int, seed: int) -> Esti
 
     Source: the percentile bootstrap of Efron (1979).
     """
-    resampled = _resample(values, num_resamples, seed)
-    return _interval(values.mean(), resampled)
+    counts = draw_episodes(len(values), num_resamples=num_resamples, seed=seed)
+    drawn, mean = counts @ values, values.mean()
+    if wholes is None:
+        drawn /= len(values)
+    else:
+        drawn, mean = drawn / (counts @ wholes), mean / wholes.mean()
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(mean), float(low), float(high))
 
 
-def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, *, num_resamples: int, seed: int) -> Estimate:
-    """Ratio of two means over the same episodes, both drawn again together: [episodes] twice.
-
-    Args:
-        parts: Such as the paired differences between two errors.
-        wholes: Such as the larger error.
-        num_resamples: Resamples of the episodes.
-        seed: Of the resampling.
+@functools.lru_cache(maxsize=1)
+def draw_episodes(num_episodes: int, *, num_resamples: int, seed: int) -> np.ndarray:
+    """How often each episode counts in each resample: [resamples, episodes] float64, the same for all figures of an evaluation.
 
     Raises:
         ValueError: When there are fewer than two episodes.
     """
-    resampled = [_resample(values, num_resamples, seed) for values in (parts, wholes)]
-    return _interval(parts.mean() / wholes.mean(), resampled[0] / resampled[1])
-
-
-def _interval(value: float, resampled: np.ndarray) -> Estimate:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
-
-
-def _resample(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Means [resamples] of values [episodes] drawn again."""
-    if len(values) < 2:
-        raise ValueError(f"an interval over episodes needs at least two held-out episodes; got {len(values)}")
-    picks = _draw_picks(len(values), num_resamples, seed)
-    # Some rows at a time stay in the processor's cache; an evaluation does this hundreds of times.
-    return np.concatenate([values[picks[row : row + 64]].mean(axis=1) for row in range(0, num_resamples, 64)])
-
-
-@functools.lru_cache(maxsize=1)
-def _draw_picks(num_episodes: int, num_resamples: int, seed: int) -> np.ndarray:
-    """Episodes [resamples, episodes] drawn with replacement: the same for all figures of an evaluation."""
-    return np.random.default_rng(seed).integers(num_episodes, size=(num_resamples, num_episodes)).astype(np.int32)
+    if num_episodes < 2:
+        raise ValueError(f"an interval over episodes needs at least two held-out episodes; got {num_episodes}")
+    picks = np.random.default_rng(seed).integers(num_episodes, size=(num_resamples, num_episodes))
+    places = picks + num_episodes * np.arange(num_resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=picks.size).reshape(picks.shape).astype(np.float64)
 
 
 def paired_p_value(gaps: np.ndarray, *, seed: int) -> float:
@@ -124,34 +103,57 @@ def paired_p_value(gaps: np.ndarray, *, seed: int) -> float:
     All signs are tried for up to `MAX_EXACT_EPISODES` episodes, else as many are drawn. It takes six episodes to come
     below 0.05, as 2 / 2^5 is above it.
 
-    Source: the sign-flip test of Fisher (1935), as in `scipy.stats.permutation_test`.
+    Source: the sign-flip test of Fisher (1935), as in `scipy.stats.permutation_test`, to the last bit.
     """
-    from scipy.stats import permutation_test
-
     if not np.any(gaps):
         return 1.0
-    if len(gaps) <= MAX_EXACT_EPISODES:
-        result = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=NUM_SIGNS)
-        return float(result.pvalue)
     signs, value = _draw_signs(len(gaps), seed), gaps.mean()
-    means = np.concatenate([signs[row : row + 64] @ gaps for row in range(0, NUM_SIGNS, 64)]) / len(gaps)
+    # Some rows at a time stay in the processor's cache; an evaluation does this dozens of times.
+    means = np.concatenate([signs[row : row + 64] @ gaps for row in range(0, len(signs), 64)]) / len(gaps)
     nearly = abs(100 * np.finfo(np.float64).eps * value)  # equal but for rounding
-    num_extreme = min((means <= value + nearly).sum(), (means >= value - nearly).sum()) + 1
-    return float(min(1.0, 2 * num_extreme / (NUM_SIGNS + 1)))
+    drawn = len(gaps) > MAX_EXACT_EPISODES  # then the observed signs count as one more draw
+    num_extreme = min((means <= value + nearly).sum(), (means >= value - nearly).sum()) + drawn
+    return float(min(1.0, 2 * num_extreme / (len(signs) + drawn)))
 
 
 @functools.lru_cache(maxsize=1)
 def _draw_signs(num_episodes: int, seed: int) -> np.ndarray:
-    """Signs [NUM_SIGNS, episodes] int8 as `permutation_test` draws them: a second each for some thousand episodes, so once, not for each test."""
+    """Signs [draws, episodes] int8, all there are or as scipy draws them: a second each for some thousand episodes, so once a run."""
+    if num_episodes <= MAX_EXACT_EPISODES:
+        return 1 - 2 * (np.arange(1 << num_episodes)[:, None] >> np.arange(num_episodes) & 1)
     rng, pairs = np.random.default_rng(seed), np.tile(np.arange(2, dtype=np.int8), (64, num_episodes, 1))
     drawn = [rng.permuted(pairs, axis=-1)[..., 0] for _ in range(0, NUM_SIGNS, 64)]
     return 1 - 2 * np.concatenate(drawn)
 
 
+def build_section(
+    name: str, values: Mapping[str, np.ndarray], episodes: Sequence[str], settings: EvaluateConfig
+) -> dict[str, dict[str, Any]]:
+    """Means over episodes under `name`, and their 95 % intervals under `<name>_ci`.
+
+    Args:
+        name: Of the section in metrics.json.
+        values: Figure name to [windows].
+        episodes: Key of each window's episode.
+        settings: Resamples and seed.
+
+    Raises:
+        ValueError: When there are fewer than two episodes.
+    """
+    resampling = {"num_resamples": settings.num_bootstrap, "seed": settings.seed}
+    estimates = {
+        figure: bootstrap_mean(episode_means(of_windows, episodes), **resampling)
+        for figure, of_windows in values.items()
+    }
+    return {
+        name: {figure: estimate.mean for figure, estimate in estimates.items()},
+        f"{name}_ci": {figure: [estimate.low, estimate.high] for figure, estimate in estimates.items()},
+    }
+
+
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-EPISODES_FILE, SETTINGS_FILE = "episodes.csv", "settings.json"  # what `jepa-cache compare` reads beside metrics.json
 MEASUREMENTS_FOLDER = "measurements"
-"""Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was asked for."""
+"""Folder of the tables of optional measurements below an evaluation's: one DVC out, whatever was requested."""
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path, *, columns: Sequence[str] = ()) -> None:
@@ -186,33 +188,14 @@ def unguard_cell(text: str) -> str:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON with sorted keys, atomically: equal content gives equal bytes. The folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON with sorted keys, atomically: equal content gives equal bytes."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(canonical_json(content))
 
 
-def build_section(
-    name: str, values: Mapping[str, np.ndarray], episodes: Sequence[str], settings: EvaluateConfig
-) -> dict[str, dict[str, Any]]:
-    """Means over episodes under `name`, and their 95 % intervals under `<name>_ci`.
-
-    Args:
-        name: Of the section in metrics.json.
-        values: Figure name to [windows].
-        episodes: Key of each window's episode.
-        settings: Resamples and seed.
-
-    Raises:
-        ValueError: When there are fewer than two episodes.
-    """
-    estimates = {
-        figure: bootstrap_mean(
-            episode_means(per_window, episodes), num_resamples=settings.num_bootstrap, seed=settings.seed
-        )
-        for figure, per_window in values.items()
-    }
-    return {
-        name: {figure: estimate.mean for figure, estimate in estimates.items()},
-        f"{name}_ci": {figure: [estimate.low, estimate.high] for figure, estimate in estimates.items()},
-    }
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -8,8 +8,9 @@ would have stored them, made in memory from the float16 ones by the store's own 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.loader import Batch
 from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
-from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, write_table
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, cosine_similarity, write_table
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.store.quantisation import (
     Channels,
@@ -33,34 +35,20 @@ from jepa_cache.store.quantisation import (
 
 QUIET_PERCENTILE = 10
 READ_STEPS = 32  # at once, for a store's channels
-
-
-class NoiseFloor(NamedTuple):
-    """Of every held-out window.
-
-    Attributes:
-        episodes: Key of each window's episode.
-        adjacent: [windows, T-1] L1 between each step's tokens and the next one's.
-        cosine: [windows, T-1] their cosine similarity.
-        errors: Stored dtype to measure ("one_step", "rollout") to [windows], L1 against the float16 tokens.
-        own_errors: The same against targets in the same dtype: what an evaluation on such a cache shows.
-        token_rmse: Stored dtype to [windows], root mean square of what storing changed, relative to that of the raw tokens.
-    """
-
-    episodes: list[str]
-    adjacent: np.ndarray
-    cosine: np.ndarray
-    errors: dict[str, dict[str, np.ndarray]]
-    own_errors: dict[str, dict[str, np.ndarray]]
-    token_rmse: dict[str, np.ndarray]
+ERRORS = ("one_step", "rollout")
 
 
 @torch.no_grad()
-def measure_floor(evaluation: EvaluationContext) -> NoiseFloor:
+def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray], list[str]]:
     """Distances of neighbouring steps, and the predictor's errors per stored dtype, on the same held-out windows.
 
     Only a float16 cache can be stored again in fewer bits; of others the errors are those of the tokens as they are. Channels'
     means and deviations are of all steps of each store that holds a window, as the writer takes them.
+
+    Returns:
+        Figure to [windows], and the windows' episodes. Figures: `adjacent_l1`, `adjacent_cosine` and `quietest_l1` of neighbouring
+        steps; `one_step_l1` and `rollout_l1`; and for each other dtype `change_<error>_<dtype>_l1`, `own_change_<error>_<dtype>_l1`
+        and `stored_<dtype>_rmse`, see `write_noise`.
 
     Raises:
         ValueError: No held-out segment is long enough.
@@ -70,67 +58,59 @@ def measure_floor(evaluation: EvaluationContext) -> NoiseFloor:
     settings, dataset = evaluation.config.evaluate, evaluation.dataset
     num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
     chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows)
-    windows = chosen.windows
-    others = _other_dtypes(dataset)
+    windows, others = chosen.windows, list_other_dtypes(dataset)
     channels: dict[int, Channels] = {}
-    found: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
 
     def put(name: str, values: Tensor | np.ndarray) -> None:
-        found.setdefault(name, []).append(values.cpu().numpy() if isinstance(values, Tensor) else values)
+        parts.setdefault(name, []).append(values.cpu().numpy() if isinstance(values, Tensor) else values)
 
     for rows, batch, h in evaluation.iter_windows(chosen, "noise"):
         put("adjacent", l1_error(h[:, 1:], h[:, :-1]))
-        put("cosine", torch.nn.functional.cosine_similarity(h[:, 1:], h[:, :-1], dim=-1).mean(dim=-1))
-        moves = batch.actions, batch.states
-        for measure, error in _errors(evaluation, h, h, moves).items():
-            put(f"{dataset.dtype}/{measure}", error)
+        put("adjacent_cosine", cosine_similarity(h[:, 1:], h[:, :-1]).mean(dim=1))
+        (as_is,) = _measure_errors(evaluation, batch, h, (h,))
+        for error, values in as_is.items():
+            put(f"{error}_l1", values)
         for dtype in others:
             stores = [window.store for window in windows[rows]]
             for store in set(stores) - channels.keys():
                 channels[store] = read_channels(dataset, store)
             raw = batch.tokens.cpu().numpy()
-            stored = np.stack(
-                [restore(tokens, dtype, channels[store]) for tokens, store in zip(raw, stores, strict=True)]
-            )
-            put(f"{dtype}/token_rmse", _relative_rmse(stored, raw))
-            changed = evaluation.model.as_reps(torch.from_numpy(stored).to(evaluation.device))
-            for measure, error in _errors(evaluation, changed, h, moves).items():
-                put(f"{dtype}/{measure}", error)
-            for measure, error in _errors(evaluation, changed, changed, moves).items():
-                put(f"{dtype}/own/{measure}", error)
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
-    measures = ("one_step", "rollout")
-    return NoiseFloor(
-        chosen.episodes,
-        joined["adjacent"],
-        joined["cosine"],
-        {dtype: {m: joined[f"{dtype}/{m}"] for m in measures} for dtype in (dataset.dtype, *others)},
-        {dtype: {m: joined[f"{dtype}/own/{m}"] for m in measures} for dtype in others},
-        {dtype: joined[f"{dtype}/token_rmse"] for dtype in others},
-    )
+            restored = [restore(tokens, dtype, channels[store]) for tokens, store in zip(raw, stores, strict=True)]
+            stored, true = np.stack(restored), raw.astype(np.float64)
+            rmse = np.sqrt(((stored - true) ** 2).mean(axis=(1, 2, 3)) / (true**2).mean(axis=(1, 2, 3)))
+            put(f"stored_{dtype}_rmse", rmse)
+            given = evaluation.model.as_reps(torch.from_numpy(stored).to(evaluation.device))
+            both = _measure_errors(evaluation, batch, given, (h, given))
+            for change, errors in zip(("change", "own_change"), both, strict=True):
+                for error, values in errors.items():
+                    put(f"{change}_{error}_{dtype}_l1", values - as_is[error])
+    found = {name: np.concatenate(values) for name, values in parts.items()}
+    adjacent, quietest = found.pop("adjacent"), np.empty(len(windows))
+    for rows in positions_of(chosen.episodes).values():
+        quietest[rows] = np.percentile(adjacent[rows], QUIET_PERCENTILE)
+    return {"adjacent_l1": adjacent.mean(axis=1), "quietest_l1": quietest, **found}, chosen.episodes
 
 
-def _errors(
-    evaluation: EvaluationContext, given: Tensor, target: Tensor, moves: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """L1 [B] of predictions from `given` [B, T, N, D] against `target`: teacher-forced, and mean over the open-loop steps."""
+def _measure_errors(
+    evaluation: EvaluationContext, batch: Batch, given: Tensor, targets: Sequence[Tensor]
+) -> list[dict[str, Tensor]]:
+    """L1 [B] of predictions from `given` [B, T, N, D] against each target: teacher-forced, and mean over the open-loop steps."""
     settings, trained = evaluation.config.evaluate, evaluation.window_steps
-    both = evaluation.model.both_ways(
-        given,
-        *moves,
-        num_forced=trained - 1,
-        num_context=settings.num_context_steps,
-        horizon=settings.horizon,
-    )
-    ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
-    return {
-        "one_step": l1_error(both.teacher_forced, target[:, 1:trained]).mean(dim=1),
-        "rollout": l1_error(both.open_loop, target[:, ahead]).mean(dim=1),
-    }
+    context, horizon = settings.num_context_steps, settings.horizon
+    counts = {"num_forced": trained - 1, "num_context": context, "horizon": horizon}
+    both = evaluation.model.both_ways(given, batch.actions, batch.states, **counts)
+    return [
+        {
+            "one_step": l1_error(both.teacher_forced, target[:, 1:trained]).mean(dim=1),
+            "rollout": l1_error(both.open_loop, target[:, context : context + horizon]).mean(dim=1),
+        }
+        for target in targets
+    ]
 
 
-def _other_dtypes(dataset: CachedDataset) -> list[str]:
-    """Dtypes that the tokens of this cache can be stored in again; what is left out is said."""
+def list_other_dtypes(dataset: CachedDataset) -> list[str]:
+    """Dtypes that the tokens of this cache can be stored in again; what is skipped is said."""
     if dataset.dtype != "float16":
         return []
     chosen = []
@@ -150,7 +130,7 @@ def read_channels(dataset: CachedDataset, store: int) -> Channels:
     num_steps = dataset.manifest.entries[store].num_steps
     width, num_tokens = dataset.manifest.width, dataset.manifest.num_tokens
 
-    def runs():
+    def runs() -> Iterator[np.ndarray]:
         for start in range(0, num_steps, READ_STEPS):
             out = np.empty((min(READ_STEPS, num_steps - start), num_tokens, width), np.float16)
             dataset.read_tokens(store, start, out)
@@ -168,12 +148,6 @@ def restore(tokens: np.ndarray, dtype: str, channels: Channels) -> np.ndarray:
     return decode(codes, dtype, scales, channels)
 
 
-def _relative_rmse(stored: np.ndarray, raw: np.ndarray) -> np.ndarray:
-    true = raw.astype(np.float64)
-    axes = tuple(range(1, true.ndim))
-    return np.sqrt(((stored - true) ** 2).mean(axis=axes) / (true**2).mean(axis=axes))
-
-
 def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     """Write noise.csv and return the sections `noise` and `noise_ci` of metrics.json.
 
@@ -187,26 +161,28 @@ def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: Fewer than two episodes with a long enough segment are held out.
     """
-    floor, dataset = measure_floor(evaluation), evaluation.dataset
-    as_is = floor.errors[dataset.dtype]
-    rows_of = positions_of(floor.episodes).items()
-    quiet = {name: np.percentile(floor.adjacent[rows], QUIET_PERCENTILE) for name, rows in rows_of}
-    quietest = np.array([quiet[name] for name in floor.episodes])
-    values = {
-        "adjacent_l1": floor.adjacent.mean(axis=1),
-        "adjacent_cosine": floor.cosine.mean(axis=1),
-        "quietest_l1": quietest,
-        **{f"{measure}_l1": error for measure, error in as_is.items()},
-    }
-    for dtype in floor.own_errors:
-        for measure, error in as_is.items():
-            values[f"change_{measure}_{dtype}_l1"] = floor.errors[dtype][measure] - error
-            values[f"own_change_{measure}_{dtype}_l1"] = floor.own_errors[dtype][measure] - error
-        values[f"stored_{dtype}_rmse"] = floor.token_rmse[dtype]
-    sections = build_section("noise", values, floor.episodes, evaluation.config.evaluate)
+    dataset = evaluation.dataset
+    sections = build_section("noise", *measure_floor(evaluation), evaluation.config.evaluate)
+    means, ends, manifest = sections["noise"], sections["noise_ci"], dataset.manifest
     if (recorded := recorded_rmse(dataset)) is not None:
-        sections["noise"]["stored_rmse"] = recorded
-    write_table(_noise_table(sections, floor, dataset), out / MEASUREMENTS_FOLDER / "noise.csv")
+        means["stored_rmse"] = recorded
+    rows = []
+    for dtype in (dataset.dtype, *(name for name in STORED_DTYPES if f"stored_{name}_rmse" in means)):
+        own = dtype == dataset.dtype  # no change of itself
+        row: dict[str, Any] = {
+            "dtype": dtype,
+            "step_bytes": step_bytes(dtype, manifest.num_tokens, manifest.width),
+            "token_rmse": means.get("stored_rmse", "") if own else means[f"stored_{dtype}_rmse"],
+        }
+        for error in ERRORS:
+            changes = [f"{change}_{error}_{dtype}_l1" for change in ("change", "own_change")]
+            row[f"{error}_l1"] = means[f"{error}_l1"] + means.get(changes[0], 0.0)
+            for change, key in zip(("change", "own_change"), changes, strict=True):
+                low, high = (0.0, 0.0) if own else ends[key]
+                name = f"{error}_{change}"
+                row |= {name: 0.0 if own else means[key], f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    write_table(rows, out / MEASUREMENTS_FOLDER / "noise.csv")
     return sections
 
 
@@ -217,31 +193,6 @@ def recorded_rmse(dataset: CachedDataset) -> float | None:
         return None
     weights = [entry.num_steps for entry in entries]
     return float(np.sqrt(np.average([entry.reconstruction_rmse**2 for entry in entries], weights=weights)))
-
-
-def _noise_table(
-    sections: dict[str, dict[str, Any]], floor: NoiseFloor, dataset: CachedDataset
-) -> list[dict[str, Any]]:
-    """One row per dtype: bytes, what storing changed, the predictor's errors and their changes with interval ends."""
-    means, ends, manifest = sections["noise"], sections["noise_ci"], dataset.manifest
-    rows = []
-    for dtype in floor.errors:
-        as_stored = dtype == dataset.dtype
-        row: dict[str, Any] = {
-            "dtype": dtype,
-            "step_bytes": step_bytes(dtype, manifest.num_tokens, manifest.width),
-            "token_rmse": means.get("stored_rmse", "") if as_stored else means[f"stored_{dtype}_rmse"],
-        }
-        for measure in floor.errors[dtype]:
-            name = f"change_{measure}_{dtype}_l1"
-            row[f"{measure}_l1"] = means[f"{measure}_l1"] + means.get(name, 0.0)
-            for kind in ("change", "own_change"):
-                name = f"{kind}_{measure}_{dtype}_l1"
-                low, high = (0.0, 0.0) if as_stored else ends[name]  # no change of itself
-                row[f"{measure}_{kind}"] = 0.0 if as_stored else means[name]
-                row |= {f"{measure}_{kind}_low": low, f"{measure}_{kind}_high": high}
-        rows.append(row)
-    return rows
 
 
 NOISE = Measurement(

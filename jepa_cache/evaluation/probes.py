@@ -1,59 +1,184 @@
 """Does the cache hold the action at all? Probes on tokens, fitted on training episodes and scored on held-out ones.
 
 They tell what a predictor can be expected to use, and need none themselves. What a head does not find may still be there: a probe
-shows that something is in the tokens, never that it is not.
+shows that something is in the tokens, never that it is not. Regularisation is chosen by folds of whole training episodes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.random_projection import SparseRandomProjection
+from torch import Tensor
 
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import EvaluateConfig
-from jepa_cache.evaluation.context import EvaluationContext, Measurement
-from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
-from jepa_cache.evaluation.probe_heads import (
-    BALANCED_ACCURACY,
-    QUADRATIC_R2,
-    R2,
-    LabelHead,
-    LabelSums,
-    RegressionHead,
-    RegressionSums,
-    Sample,
-    draw_episodes,
-    fit_label,
-    fit_linear,
-    fit_quadratic,
-    read_sample,
-    sum_labels,
-    sum_regression,
-    window_labels,
-)
+from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.windows import Window, count_episodes
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, draw_episodes, write_table
 
 PROBES_FILE = "probes.csv"
 PROBE_COLUMNS = ("probe", "target", "metric", "value", "low", "high", "baseline")
 INVERSE_DYNAMICS, STATE, ANTICIPATION, CLASSIFICATION = "inverse_dynamics", "state", "anticipation", "classification"
-REGRESSIONS = {R2: fit_linear, QUADRATIC_R2: fit_quadratic}
+R2, QUADRATIC_R2, BALANCED_ACCURACY = "r2", "quadratic_r2", "balanced_accuracy"
+# Of the coarse grid along each side: 16 places tell a turn from a walk, and 256 would not fit a linear head.
+MAX_CELLS = 4
+BATCH_BYTES = 64 << 20  # of float32 tokens at a time
+PROJECTION_SEED = 0
+NUM_FOLDS = 3
+# Ridge: times the number of rows, on standardised features; the last leaves hardly more than the mean.
+PENALTIES = {R2: (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0), QUADRATIC_R2: (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)}
+LOGISTIC_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+MAX_ITERATIONS = 1000
+STILL = "it never changes in the training windows"
 
 
-class Targets(NamedTuple):
-    """What rows are to tell: target to [n, k] numbers, and target to [n] labels."""
+class Sample(NamedTuple):
+    """n windows of T steps from some episodes."""
 
-    numbers: dict[str, np.ndarray]
-    labels: dict[str, np.ndarray]
+    features: np.ndarray  # [n, T, P] float32, rows of each step; see `StepFeatures`
+    actions: np.ndarray  # [n, T-1, A] float32, unscaled
+    states: np.ndarray  # [n, T, S] float32, unscaled
+    windows: list[Window]
+    episodes: list[str]  # key of each window's episode
 
 
-class Heads(NamedTuple):
-    """Fitted heads of one probe: regressions of all numbers by metric (none where there are no numbers), and one head a label."""
+class StepFeatures:
+    """Tokens of a step as a row of at most `width` numbers.
 
-    regressions: dict[str, RegressionHead]
-    labels: dict[str, LabelHead]
+    Tokens are averaged over the cells of a grid of at most 4 x 4 (which the mean over all tokens is a sum of); where these cells
+    have more numbers than `width`, a sparse random projection with a fixed seed shortens them. It is the same for every data set
+    of a shape, so it learns nothing from anybody.
+
+    Source: Li, Hastie and Church, "Very sparse random projections" (2006), as in scikit-learn.
+    """
+
+    def __init__(self, grid: tuple[int, int], token_width: int, *, width: int) -> None:
+        """Prepare the projection for the `grid` of a step's tokens, rows and columns; `token_width` is D, `width` P at most."""
+        self._grid = grid
+        self._cells = tuple(min(side, MAX_CELLS) for side in grid)
+        num_numbers = self._cells[0] * self._cells[1] * token_width
+        self.width = min(num_numbers, width)
+        self._projection = None
+        if num_numbers > width:
+            projection = SparseRandomProjection(width, dense_output=True, random_state=PROJECTION_SEED)
+            self._projection = projection.fit(np.zeros((1, num_numbers), np.float32))
+
+    def __call__(self, reps: Tensor) -> np.ndarray:
+        """Rows [B, T, P] float32 of tokens [B, T, N, D]."""
+        num_windows, num_steps, _, token_width = reps.shape
+        pictures = reps.reshape(num_windows * num_steps, *self._grid, token_width).permute(0, 3, 1, 2)
+        rows = F.adaptive_avg_pool2d(pictures, self._cells).flatten(1).cpu().numpy()
+        if self._projection is not None:
+            rows = self._projection.transform(rows)
+        return rows.reshape(num_windows, num_steps, self.width).astype(np.float32)
+
+
+def read_sample(evaluation: EvaluationContext, segments: Sequence[Segment], *, num_steps: int) -> Sample:
+    """Read windows spread evenly over the episodes of some segments, `evaluate.probe_windows` at most.
+
+    Tokens are layer-normed where the predictor sees them so. Memory: 4 n T P bytes and one batch of tokens, whatever N and D.
+
+    Raises:
+        ValueError: No segment has `num_steps` steps.
+    """
+    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
+    per_episode = -(-settings.probe_windows // count_episodes(segments))
+    chosen = choose_windows(segments, num_steps, per_episode, limit=settings.probe_windows)
+    to_row = StepFeatures(manifest.grid, manifest.width, width=settings.probe_width)
+    batch_size = max(1, BATCH_BYTES // (4 * num_steps * manifest.num_tokens * manifest.width))
+    features = [to_row(h) for _, _, h in evaluation.iter_windows(chosen, "probing", batch_size=batch_size)]
+    windows = chosen.windows
+    controls = [[values[w.start : w.start + num_steps] for values in dataset.controls(w.store)] for w in windows]
+    actions, states = (np.stack(values) for values in zip(*controls, strict=True))
+    return Sample(np.concatenate(features), actions[:, :-1], states, windows, chosen.episodes)
+
+
+Targets = dict[str, np.ndarray]
+"""What rows are to tell: name to [n, k] numbers, or to [n] labels."""
+
+
+def action_targets(sample: Sample, columns: Sequence[Column]) -> Targets:
+    """The action of each window's first step: continuous columns as numbers, binary ones and one-hot groups as labels."""
+    actions, targets = sample.actions[:, 0], {}
+    groups: dict[str, list[int]] = {}
+    for number, column in enumerate(columns):
+        if column.kind == "continuous":
+            targets[column.name] = actions[:, number : number + 1]
+        elif column.kind == "binary":
+            targets[column.name] = (actions[:, number] > 0).astype(int).astype(str)
+        else:
+            groups.setdefault(column.name.partition(".")[0], []).append(number)
+    for name, members in groups.items():
+        targets[name] = np.array([columns[members[index]].name for index in actions[:, members].argmax(axis=1)])
+    return targets
+
+
+def state_targets(sample: Sample, columns: Sequence[Column]) -> Targets:
+    """The state of each window's first step: angles (in degrees or radians) as sine and cosine, else the number itself."""
+    targets = {}
+    for number, column in enumerate(columns):
+        values = sample.states[:, 0, number].astype(np.float64)
+        if column.unit.startswith(("deg", "rad")):
+            angles = np.radians(values) if column.unit.startswith("deg") else values
+            targets[column.name] = np.stack([np.sin(angles), np.cos(angles)], axis=1)
+        else:
+            targets[column.name] = values[:, None]
+    return targets
+
+
+def window_labels(dataset: CachedDataset, sample: Sample) -> Targets:
+    """Labels of windows that this data set has.
+
+    `dataset` and `camera` are those that the window was recorded with, `gui` says whether a screen is open at one of its steps,
+    `success` whether its episode ended well; it is absent unless every episode records that.
+    """
+    num_steps = sample.features.shape[1]
+    stores = sorted({window.store for window in sample.windows})
+    parts = {store: dataset.manifest.stores[store][0] for store in stores}
+    gui = {store: dataset.steps(store).column("gui").to_numpy() for store in stores}
+    labels = {
+        "dataset": np.array([parts[window.store].dataset for window in sample.windows]),
+        "camera": np.array([str(parts[window.store].camera) for window in sample.windows]),
+        "gui": np.array([str(bool(gui[w.store][w.start : w.start + num_steps].any())) for w in sample.windows]),
+    }
+    native = {store: dataset.read_native_controls(store) for store in stores}
+    if all("success" in columns for episodes in native.values() for columns in episodes.values()):
+        endings = [
+            native[w.store][episode]["success"].any()
+            for w, episode in zip(sample.windows, sample.episodes, strict=True)
+        ]
+        labels["success"] = np.array([str(bool(ending)) for ending in endings])
+    return labels
+
+
+Heads = dict[tuple[str, str], "Head"]
+"""By target and metric."""
+
+
+class Head(NamedTuple):
+    """A fitted head of one target."""
+
+    predict: Callable[[np.ndarray], np.ndarray]  # [n, P] rows to [n, k] numbers or [n] labels
+    baseline: (
+        np.ndarray | str
+    )  # what is said without looking: the mean [k], or the most frequent label, of the training rows
+    choice: float  # the penalty, or strength of a label's regression, that did best on left-out episodes
 
 
 class Score(NamedTuple):
@@ -61,23 +186,189 @@ class Score(NamedTuple):
 
     probe: str
     target: str
-    metric: str  # a key of REGRESSIONS, or BALANCED_ACCURACY
-    sums: RegressionSums | LabelSums
-    num_episodes: int
+    metric: str  # `R2`, `QUADRATIC_R2` or `BALANCED_ACCURACY`
+    drawn: np.ndarray  # [1 + resamples] the score over all episodes, then over those drawn again
+    baseline: float  # score of what is said without looking
+
+    def row(self) -> dict[str, Any]:
+        """Of probes.csv."""
+        values = self.probe, self.target, self.metric, *_estimate(self.drawn), self.baseline
+        return dict(zip(PROBE_COLUMNS, values, strict=True))
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What `measure_probes` found."""
+def fit_heads(features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> tuple[Heads, dict[str, str]]:
+    """Fit the heads of one probe on training rows, and say which targets cannot be fitted and why.
 
-    scores: list[Score] = field(default_factory=list)
-    heads: dict[str, Heads] = field(default_factory=dict)
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # probe or "probe target" to why it is not measured, or what to mind
+    Args:
+        features: [n, P] of the training rows.
+        targets: Of the same rows.
+        episodes: [n] keys; an episode is never on both sides of a fold.
+
+    Raises:
+        ValueError: There are fewer than two episodes.
+    """
+    numbers = {name: values for name, values in targets.items() if values.ndim == 2 and _varies(values)}
+    heads: Heads = {}
+    for metric in (R2, QUADRATIC_R2) if numbers else ():
+        heads |= fit_regressions(metric, features, numbers, episodes)
+    reasons = {name: STILL for name, values in targets.items() if values.ndim == 2 and name not in numbers}
+    for name, values in targets.items():
+        if values.ndim == 1:
+            head = fit_label(features, values, episodes)
+            if isinstance(head, str):
+                reasons[name] = head
+            else:
+                heads[name, BALANCED_ACCURACY] = head
+    return heads, reasons
 
 
-def measure_probes(evaluation: EvaluationContext) -> Probed:
+def fit_regressions(metric: str, features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> Heads:
+    """Fit a ridge regression for each target; its penalty is the best one on left-out training episodes.
+
+    `QUADRATIC_R2` is by kernel ridge regression on all products of two numbers of a row. What moved is in how two frames go
+    together, not in their sum: on the sample data turns of the view are found by this head alone. Memory: 8 n^2 bytes.
+    """
+    scaler = StandardScaler().fit(features)
+    rows, folds = scaler.transform(features), GroupKFold(_num_folds(episodes))
+    penalties: Sequence[float] = PENALTIES[metric]
+    if metric == R2:
+        penalties = [share * len(features) for share in penalties]
+        build: Callable[[Any], BaseEstimator] = lambda penalty: Ridge(alpha=penalty)  # noqa: E731
+    else:
+        kernel = {"degree": 2, "gamma": 1 / features.shape[1], "coef0": 1}
+        train_rows, rows = rows, polynomial_kernel(rows, **kernel)
+        build = lambda penalty: KernelRidge(alpha=penalty, kernel="precomputed")  # noqa: E731
+    joined = np.concatenate([values.astype(np.float64) for values in targets.values()], axis=1)
+    means = joined.mean(axis=0)
+    joined -= means
+    errors = [
+        (
+            (cross_val_predict(build(penalty), rows, joined, groups=episodes, cv=folds).reshape(joined.shape) - joined)
+            ** 2
+        ).sum(axis=0)
+        for penalty in penalties
+    ]
+    sizes = [values.shape[1] for values in targets.values()]
+    owners = np.repeat(np.arange(len(targets)), sizes)
+    best = [int(np.array(errors)[:, owners == number].sum(axis=1).argmin()) for number in range(len(targets))]
+    chosen = [penalties[place] for place in best]
+    fitted = build(np.repeat(chosen, sizes)).fit(rows, joined)
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        rows = scaler.transform(features)
+        if metric == QUADRATIC_R2:
+            rows = polynomial_kernel(rows, train_rows, **kernel)
+        return fitted.predict(rows).reshape(len(features), -1) + means
+
+    return {
+        (name, metric): Head(
+            lambda features, own=owners == number: predict(features)[:, own], means[owners == number], choice
+        )
+        for number, (name, choice) in enumerate(zip(targets, chosen, strict=True))
+    }
+
+
+def fit_label(features: np.ndarray, labels: np.ndarray, episodes: Sequence[str]) -> Head | str:
+    """Fit a logistic regression of one label [n], its classes weighted alike, or say why it cannot be fitted."""
+    names, counts = np.unique(labels, return_counts=True)
+    keys = np.array(episodes)
+    usable = [name for name in names if len(set(keys[labels == name])) > 1]
+    if len(names) < 2:
+        return STILL
+    if len(usable) < 2:
+        return "fewer than two of its values occur in two training episodes or more"
+    folds = list(StratifiedGroupKFold(_num_folds(episodes)).split(features, labels, keys))
+    if any(len(set(labels[rows])) < 2 for rows, _ in folds):
+        return "its values cannot be spread over folds of whole training episodes"
+
+    def build(strength: float) -> Pipeline:
+        head = LogisticRegression(C=strength, class_weight="balanced", max_iter=MAX_ITERATIONS, tol=1e-3)
+        return make_pipeline(StandardScaler(), head)
+
+    scores = [
+        balanced_accuracy_score(labels, cross_val_predict(build(strength), features, labels, cv=folds))
+        for strength in LOGISTIC_STRENGTHS
+    ]
+    strength = LOGISTIC_STRENGTHS[int(np.argmax(scores))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)  # the folds may stop early, what is reported may not
+        pipeline = build(strength).fit(features, labels)
+    return Head(pipeline.predict, str(names[counts.argmax()]), strength)
+
+
+def _num_folds(episodes: Sequence[str]) -> int:
+    num_episodes = len(set(episodes))
+    if num_episodes < 2:
+        raise ValueError(
+            f"probes choose their regularisation on left-out training episodes and need at least two; got {num_episodes}: "
+            "lower split.val_share or add recordings"
+        )
+    return min(NUM_FOLDS, num_episodes)
+
+
+def score_heads(
+    probe: str,
+    heads: Heads,
+    features: np.ndarray,
+    targets: Targets,
+    episodes: Sequence[str],
+    settings: EvaluateConfig,
+) -> tuple[list[Score], dict[str, str]]:
+    """Score fitted heads on held-out rows, and say which targets cannot be scored and why."""
+    names, owners = np.unique(np.array(episodes), return_inverse=True)
+    drawn = draw_episodes(len(names), num_resamples=settings.num_bootstrap, seed=settings.seed)
+    weights = np.concatenate([np.ones((1, len(names))), drawn])
+    scores, reasons = [], {}
+    for (name, metric), head in heads.items():
+        true = targets[name]
+        if _varies(true):
+            measure = _measure_r2 if true.ndim == 2 else _measure_balanced_accuracy
+            found = measure(true, head.predict(features), head.baseline, owners, weights)
+            scores.append(Score(probe, name, metric, *found))
+        else:
+            reasons[name] = "it never changes in the held-out windows"
+    return scores, reasons
+
+
+def _varies(values: np.ndarray) -> bool:
+    return bool((values != values[0]).any())
+
+
+def _measure_r2(
+    true: np.ndarray, predicted: np.ndarray, mean: np.ndarray, owners: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """R2 [R] when episode e counts weights[r, e] times: one minus squared error over that of the training mean, whose R2 is 0.
+
+    Against the held-out rows' own mean, which no head can know, few episodes gave R2 of -1.3 to heads that said just the
+    training mean, and intervals that chance did not explain. NaN where the training mean makes no error.
+
+    Source: out-of-sample R2, Campbell and Thompson (2008).
+    """
+    errors, spread = (
+        weights @ np.bincount(owners, ((told - true) ** 2).sum(axis=1), weights.shape[1]) for told in (predicted, mean)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(spread > 0, 1 - errors / spread, np.nan), 0.0
+
+
+def _measure_balanced_accuracy(
+    true: np.ndarray, predicted: np.ndarray, majority: str, owners: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Balanced accuracy [R]: mean over the labels among the drawn rows of the share named right; and that of the majority."""
+    one_hot = (true[:, None] == np.unique(true)[None]).astype(np.float64)  # [n, C]
+
+    def balanced(named: np.ndarray | str) -> np.ndarray:
+        right, counts = np.zeros((2, weights.shape[1], one_hot.shape[1]))
+        np.add.at(right, owners, one_hot * (true == named)[:, None])
+        np.add.at(counts, owners, one_hot)
+        counts = weights @ counts
+        with np.errstate(invalid="ignore"):
+            return np.nanmean(np.where(counts > 0, weights @ right / counts, np.nan), axis=1)
+
+    return balanced(predicted), float(balanced(majority)[0])
+
+
+def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str, str]]:
     """Fit and score the probes that `evaluate.probes` names; the predictor is not used.
 
     - inverse_dynamics: tokens of t and t+1 to the action between them.
@@ -85,184 +376,82 @@ def measure_probes(evaluation: EvaluationContext) -> Probed:
     - anticipation: tokens of t to the action from t to t+1: what can be known of it beforehand.
     - classification: the steps of a training window to a label of it that the data have.
 
+    Returns:
+        The scores, and why some are not there: "probe target" to words.
+
     Raises:
         ValueError: Fewer than two training or two held-out episodes have a window.
     """
-    settings, probed = evaluation.config.evaluate, Probed()
-    chosen = settings.probes
+    settings, dataset = evaluation.config.evaluate, evaluation.dataset
+    space, scores, notes = dataset.space, [], {}
     segments = evaluation.training_segments(), evaluation.held_out_segments()
-    if set(chosen) & {INVERSE_DYNAMICS, STATE, ANTICIPATION}:
-        train, held_out = (read_sample(evaluation, part, num_steps=2) for part in segments)
-        space = evaluation.dataset.space
-        for name, (rows_of, targets_of) in {
-            INVERSE_DYNAMICS: (_pair_rows, lambda sample: action_targets(sample, space.actions)),
-            STATE: (_first_rows, lambda sample: state_targets(sample, space.states)),
-            ANTICIPATION: (_first_rows, lambda sample: action_targets(sample, space.actions)),
-        }.items():
-            if name in chosen:
-                _probe(name, rows_of, train, targets_of(train), held_out, targets_of(held_out), probed)
-    if CLASSIFICATION in chosen:
-        train, held_out = (read_sample(evaluation, part, num_steps=evaluation.window_steps) for part in segments)
-        labels = {}
-        for part, sample in (("train", train), ("held out", held_out)):
-            labels[part], reasons = window_labels(evaluation.dataset, sample)
-            probed.notes.update({f"{CLASSIFICATION} {name}": f"no label here: {why}" for name, why in reasons.items()})
-        shared = [name for name in labels["train"] if name in labels["held out"]]
-        targets = [Targets({}, {name: labels[part][name] for name in shared}) for part in ("train", "held out")]
-        _probe(CLASSIFICATION, _window_rows, train, targets[0], held_out, targets[1], probed)
-    if not evaluation.dataset.manifest.comparable:
-        probed.notes["clip mode"] = (
+    samples: dict[int, list[Sample]] = {}
+
+    def probe(name: str, num_steps: int, rows_of: Callable, targets_of: Callable[[Sample], Targets]) -> None:
+        if name not in settings.probes:
+            return
+        if num_steps not in samples:
+            samples[num_steps] = [read_sample(evaluation, part, num_steps=num_steps) for part in segments]
+        train, held_out = samples[num_steps]
+        targets = targets_of(train), targets_of(held_out)
+        shared = [target for target in targets[0] if target in targets[1]]
+        train_rows, held_out_rows = (rows_of(sample.features) for sample in (train, held_out))
+        heads, unfitted = fit_heads(train_rows, {key: targets[0][key] for key in shared}, train.episodes)
+        found, unscored = score_heads(name, heads, held_out_rows, targets[1], held_out.episodes, settings)
+        scores.extend(found)
+        no = "no label here" if name == CLASSIFICATION else "not measured"
+        notes.update({f"{name} {target}": f"{no}: {why}" for target, why in (unfitted | unscored).items()})
+        if name == CLASSIFICATION and "success" not in shared:
+            notes[f"{name} success"] = f"{no}: not every episode records how it ended"
+
+    actions, states = (lambda s: action_targets(s, space.actions)), (lambda s: state_targets(s, space.states))
+    probe(INVERSE_DYNAMICS, 2, pair_rows, actions)
+    probe(STATE, 2, lambda features: features[:, 0], states)
+    probe(ANTICIPATION, 2, lambda features: features[:, 0], actions)
+    probe(CLASSIFICATION, evaluation.window_steps, window_rows, lambda sample: window_labels(dataset, sample))
+    if not dataset.manifest.comparable:
+        notes["clip mode"] = (
             "early steps of a clip have seen its later frames: anticipation is no anticipation, and no figure is comparable"
         )
-    return probed
+    return scores, notes
 
 
-def action_targets(sample: Sample, columns: Sequence[Column]) -> Targets:
-    """The action of each window's first step: continuous columns as numbers, binary ones and one-hot groups as labels."""
-    actions, numbers, labels = sample.actions[:, 0], {}, {}
-    groups: dict[str, list[int]] = {}
-    for number, column in enumerate(columns):
-        if column.kind == "continuous":
-            numbers[column.name] = actions[:, number : number + 1]
-        elif column.kind == "binary":
-            labels[column.name] = (actions[:, number] > 0).astype(int).astype(str)
-        else:
-            groups.setdefault(column.name.partition(".")[0], []).append(number)
-    for name, members in groups.items():
-        labels[name] = np.array([columns[members[index]].name for index in actions[:, members].argmax(axis=1)])
-    return Targets(numbers, labels)
+def pair_rows(features: np.ndarray) -> np.ndarray:
+    """Both steps of [n, 2, P], the second as its difference from the first: [n, 2 P]."""
+    return np.concatenate([features[:, 0], features[:, 1] - features[:, 0]], axis=1)
 
 
-def state_targets(sample: Sample, columns: Sequence[Column]) -> Targets:
-    """The state of each window's first step: angles (in degrees or radians) as sine and cosine, else the number itself."""
-    numbers = {}
-    for number, column in enumerate(columns):
-        values = sample.states[:, 0, number].astype(np.float64)
-        if column.unit.startswith(("deg", "rad")):
-            angles = np.radians(values) if column.unit.startswith("deg") else values
-            numbers[column.name] = np.stack([np.sin(angles), np.cos(angles)], axis=1)
-        else:
-            numbers[column.name] = values[:, None]
-    return Targets(numbers, {})
+def window_rows(features: np.ndarray) -> np.ndarray:
+    """Mean and deviation of the steps of [n, T, P]: [n, 2 P]."""
+    return np.concatenate([features.mean(axis=1), features.std(axis=1)], axis=1)
 
 
-def fit_heads(features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> tuple[Heads, dict[str, str]]:
-    """Fit the heads of one probe on training rows, and say which targets cannot be fitted and why."""
-    reasons = {
-        name: "it never changes in the training windows" for name, v in targets.numbers.items() if not _varies(v)
-    }
-    numbers = {name: values for name, values in targets.numbers.items() if name not in reasons}
-    heads = {}
-    for name, labels in targets.labels.items():
-        head = fit_label(features, labels, episodes)
-        if isinstance(head, str):
-            reasons[name] = head
-        else:
-            heads[name] = head
-    regressions = {metric: fit(features, numbers, episodes) for metric, fit in REGRESSIONS.items() if numbers}
-    return Heads(regressions, heads), reasons
+def _estimate(drawn: np.ndarray) -> tuple[float, float, float]:
+    """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
+    low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
+    return float(drawn[0]), float(low), float(high)
 
 
-def score_heads(
-    heads: Heads, features: np.ndarray, targets: Targets, episodes: Sequence[str], *, probe: str
-) -> tuple[list[Score], dict[str, str]]:
-    """Score fitted heads on held-out rows, and say which targets cannot be scored and why."""
-    scores, reasons, num_episodes = [], {}, len(set(episodes))
-    for metric, regressions in heads.regressions.items():
-        predicted = regressions.predict(features)
-        for name, span in regressions.columns.items():
-            if _varies(targets.numbers[name]):
-                sums = sum_regression(targets.numbers[name], predicted[:, span], regressions.means[span], episodes)
-                scores.append(Score(probe, name, metric, sums, num_episodes))
-            else:
-                reasons[name] = "it never changes in the held-out windows"
-    for name, head in heads.labels.items():
-        true = targets.labels[name]
-        if len(set(true)) > 1:
-            sums = sum_labels(true, head.pipeline.predict(features), head.majority, episodes)
-            scores.append(Score(probe, name, BALANCED_ACCURACY, sums, num_episodes))
-        else:
-            reasons[name] = f"it is always {str(true[0])!r} in the held-out windows"
-    return scores, reasons
-
-
-def summarize_probes(probed: Probed, settings: EvaluateConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of probes.csv, and the sections of metrics.json: `probe` (numbers), `probe_ci` (intervals), `probe_notes` (words).
+def run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
+    """Measure the probes, write probes.csv and return `probe` (numbers), `probe_ci` (intervals) and `probe_notes` (words).
 
     Binary and one-hot columns of actions have their rows; in metrics.json only their mean stands. Means over targets and their
     intervals come from the same drawn episodes.
     """
-    rows: list[dict[str, Any]] = []
-    estimates: dict[str, Estimate] = {}
-    groups: dict[tuple[str, str], list[np.ndarray]] = {}
-    for score in probed.scores:
-        weights = draw_episodes(score.num_episodes, num_resamples=settings.num_bootstrap, seed=settings.seed)
-        drawn = score.sums.score(weights)
-        value = _estimate(drawn)
-        rows.append(
-            {"probe": score.probe, "target": score.target, "metric": score.metric}
-            | {"value": value.mean, "low": value.low, "high": value.high, "baseline": score.sums.baseline()}
-        )
-        groups.setdefault((score.probe, score.metric), []).append(drawn)
-        if score.metric in REGRESSIONS or score.probe == CLASSIFICATION:
-            estimates[f"{score.probe}_{score.target.lower().replace('.', '_')}_{score.metric}"] = value
-    for (probe, metric), drawn in groups.items():
-        if probe != CLASSIFICATION:  # a mean over unlike labels says nothing
-            estimates[f"{probe}_{metric}"] = _estimate(np.mean(drawn, axis=0))
-    return rows, {
-        "probe": {name: value.mean for name, value in estimates.items()},
-        "probe_ci": {name: [value.low, value.high] for name, value in estimates.items()},
-        "probe_notes": probed.notes,
-    }
-
-
-def run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
-    """Measure the probes, write probes.csv and return their sections of metrics.json."""
-    rows, sections = summarize_probes(measure_probes(evaluation), evaluation.config.evaluate)
+    scores, notes = measure_probes(evaluation)
+    drawn: dict[str, np.ndarray] = {}
+    groups: dict[str, list[np.ndarray]] = {}
+    for score in scores:
+        if score.metric != BALANCED_ACCURACY or score.probe == CLASSIFICATION:
+            drawn[f"{score.probe}_{score.target.lower().replace('.', '_')}_{score.metric}"] = score.drawn
+        if score.probe != CLASSIFICATION:  # a mean over unlike labels says nothing
+            groups.setdefault(f"{score.probe}_{score.metric}", []).append(score.drawn)
+    sections: dict[str, dict[str, Any]] = {"probe": {}, "probe_ci": {}, "probe_notes": notes}
+    for name, values in (drawn | {name: np.mean(parts, axis=0) for name, parts in groups.items()}).items():
+        sections["probe"][name], *sections["probe_ci"][name] = _estimate(values)
+    rows = [score.row() for score in scores]
     write_table(rows, out / MEASUREMENTS_FOLDER / PROBES_FILE, columns=PROBE_COLUMNS)
     return sections
-
-
-def _probe(
-    name: str,
-    rows_of: Callable[[Sample], np.ndarray],
-    train: Sample,
-    train_targets: Targets,
-    held_out: Sample,
-    held_out_targets: Targets,
-    probed: Probed,
-) -> None:
-    heads, unfitted = fit_heads(rows_of(train), train_targets, train.episodes)
-    scores, unscored = score_heads(heads, rows_of(held_out), held_out_targets, held_out.episodes, probe=name)
-    probed.heads[name] = heads
-    probed.scores.extend(scores)
-    no = "no label here: " if name == CLASSIFICATION else "not measured: "
-    probed.notes.update({f"{name} {target}": no + why for target, why in (unfitted | unscored).items()})
-
-
-def _pair_rows(sample: Sample) -> np.ndarray:
-    """Both steps, the second as its difference from the first: [n, 2 P]."""
-    first, second = sample.features[:, 0], sample.features[:, 1]
-    return np.concatenate([first, second - first], axis=1)
-
-
-def _first_rows(sample: Sample) -> np.ndarray:
-    return sample.features[:, 0]
-
-
-def _window_rows(sample: Sample) -> np.ndarray:
-    """Mean and deviation of the steps: [n, 2 P]."""
-    return np.concatenate([sample.features.mean(axis=1), sample.features.std(axis=1)], axis=1)
-
-
-def _varies(values: np.ndarray) -> bool:
-    return bool(np.ptp(values, axis=0).max() > 0)
-
-
-def _estimate(drawn: np.ndarray) -> Estimate:
-    """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
-    low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
-    return Estimate(float(drawn[0]), float(low), float(high))
 
 
 PROBES = Measurement(

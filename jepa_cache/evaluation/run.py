@@ -20,9 +20,9 @@ from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.distances import DISTANCES
 from jepa_cache.evaluation.energy import ENERGY
 from jepa_cache.evaluation.figures import (
-    ALL_STEPS,
     OPEN_LOOP,
     TEACHER_FORCING,
+    Row,
     build_figures,
     describe_windows,
     slice_table,
@@ -30,14 +30,7 @@ from jepa_cache.evaluation.figures import (
     summarize,
     worst_table,
 )
-from jepa_cache.evaluation.metrics import (
-    EPISODES_FILE,
-    MEASUREMENTS_FOLDER,
-    SETTINGS_FILE,
-    episode_means,
-    write_json,
-    write_table,
-)
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, episode_means, write_json, write_table
 from jepa_cache.evaluation.noise import NOISE
 from jepa_cache.evaluation.page import write_page
 from jepa_cache.evaluation.pictures import draw_pictures
@@ -46,65 +39,6 @@ from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card
-
-
-def episode_table(errors: WindowErrors) -> list[dict[str, str | int | float | None]]:
-    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
-
-    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
-    a prediction exists for no window of the episode.
-    """
-    columns: dict[str, np.ndarray] = {}
-    for name in errors.one_step:
-        one_step, rollout = (
-            ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
-        )
-        columns[one_step] = episode_means(errors.one_step[name], errors.episodes)
-        columns[rollout] = episode_means(mean_of_steps(errors.horizon[name]), errors.episodes)
-    counts = Counter(errors.episodes)
-    return [
-        {"episode": episode, "num_windows": counts[episode]}
-        | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in columns.items()}
-        for row, episode in enumerate(sorted(counts))
-    ]
-
-
-def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
-    """Everything that says what was measured: the training run, its settings, the tokens, and how they were measured.
-
-    Args:
-        evaluation: What is measured.
-        weights: Its predictor.safetensors, whose card says how it was trained.
-    """
-    card, manifest, config = read_card(weights), evaluation.dataset.manifest, evaluation.config
-    description = card["description"]
-    return {
-        "run": card["run"],
-        "step": card["step"],
-        "dataset": manifest.dataset,
-        "encoder": manifest.encoder,
-        "encoder_trained": manifest.encoder_trained,
-        "mode": manifest.mode,
-        "dtype": evaluation.dataset.dtype,
-        "tokens_fingerprint": manifest.fingerprint,
-        "manifest": manifest.digest,
-        "action_space": manifest.action_space,
-        **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
-        "measured": {
-            "filter": asdict(config.filter),
-            "split": asdict(config.split),
-            "evaluate": asdict(config.evaluate),
-            "window_steps": evaluation.window_steps,
-            "normalize_reps": evaluation.model.normalize_reps,
-        },
-    }
-
-
-def write_record(errors: WindowErrors, evaluation: EvaluationContext, weights: Path, out: Path) -> None:
-    """Write episodes.csv and settings.json, which `jepa-cache compare` reads."""
-    write_table(episode_table(errors), out / EPISODES_FILE)
-    write_json(describe_evaluation(evaluation, weights), out / SETTINGS_FILE)
-
 
 DECISIVE = {
     "val": (
@@ -134,40 +68,88 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
     """
-    evaluation = open_evaluation(config, dataset, weights)
+    evaluation, settings = open_evaluation(config, dataset, weights), config.evaluate
+    for name in settings.measure:
+        MEASUREMENTS[name].check(evaluation)
     with replaced_files(out, "metrics.json", RESULTS) as folder:
-        return _measure(evaluation, weights, folder)
-
-
-def _measure(evaluation: EvaluationContext, weights: Path, out: Path) -> dict[str, Any]:
-    config, dataset = evaluation.config, evaluation.dataset
-    for name in ("pictures", MEASUREMENTS_FOLDER):
-        (out / name).mkdir()
-    errors = measure_windows(evaluation)
-    figures = build_figures(errors, config.evaluate)
-    metrics = summarize(figures, errors, dataset) | {"settings": describe_settings(evaluation, weights)}
-    metrics["verdict"] = describe_verdict(metrics)
-    for name in config.evaluate.measure:
-        metrics |= MEASUREMENTS[name].run(evaluation, out)
-    write_json(metrics, out / "metrics.json")
-    write_json(pick_decisive(metrics), out / "summary.json")
-    write_record(errors, evaluation, weights, out)
-    rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
-    write_table(rows, out / "horizon.csv")
-    for measure in ("l2", "cosine"):
-        write_table(step_table(figures, OPEN_LOOP, measure), out / f"horizon_{measure}.csv")
-    write_table(step_table(figures, TEACHER_FORCING, first_column="num_seen"), out / "positions.csv")
-    write_table(slice_table(facts, errors, config.evaluate), out / "slices.csv")
-    write_table(worst_table(facts, errors), out / "worst.csv")
-    draw_pictures(errors, evaluation, rows, out / "pictures")
-    write_page(out, MEASUREMENTS.values())
+        for name in ("pictures", MEASUREMENTS_FOLDER):
+            (folder / name).mkdir()
+        errors = measure_windows(evaluation)
+        figures = build_figures(errors, settings)
+        described = describe_evaluation(evaluation, weights)
+        metrics = summarize(figures, errors, dataset) | {"settings": pick_settings(described)}
+        metrics["settings"]["step_hz"] = config.step_hz
+        metrics["verdict"] = describe_verdict(metrics)
+        for name in settings.measure:
+            metrics |= MEASUREMENTS[name].run(evaluation, folder)
+        write_json(metrics, folder / "metrics.json")
+        write_json(pick_decisive(metrics), folder / "summary.json")
+        write_json(described, folder / "settings.json")
+        rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
+        tables = {
+            "episodes": episode_table(errors),
+            "horizon": rows,
+            "horizon_l2": step_table(figures, OPEN_LOOP, "l2"),
+            "horizon_cosine": step_table(figures, OPEN_LOOP, "cosine"),
+            "positions": step_table(figures, TEACHER_FORCING, first_column="num_seen"),
+            "slices": slice_table(facts, errors, settings),
+            "worst": worst_table(facts, errors),
+        }
+        for name, table in tables.items():
+            write_table(table, folder / f"{name}.csv")
+        draw_pictures(errors, evaluation, rows, folder / "pictures")
+        write_page(folder, MEASUREMENTS.values())
     return metrics
+
+
+def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
+    """The content of settings.json: the training run, its settings, the tokens, and how they were measured.
+
+    Args:
+        evaluation: What is measured.
+        weights: Its predictor.safetensors, whose model card says how it was trained.
+    """
+    card, manifest, config = read_card(weights), evaluation.dataset.manifest, evaluation.config
+    description = card["description"]
+    return {
+        "run": card["run"],
+        "step": card["step"],
+        "dataset": manifest.dataset,
+        "encoder": manifest.encoder,
+        "encoder_trained": manifest.encoder_trained,
+        "mode": manifest.mode,
+        "dtype": evaluation.dataset.dtype,
+        "tokens_fingerprint": manifest.fingerprint,
+        "manifest": manifest.digest,
+        "action_space": manifest.action_space,
+        **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
+        "measured": {
+            "filter": asdict(config.filter),
+            "split": asdict(config.split),
+            "evaluate": asdict(config.evaluate),
+            "window_steps": evaluation.window_steps,
+            "normalize_reps": evaluation.model.normalize_reps,
+        },
+    }
+
+
+def pick_settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The few settings of settings.json without which the figures say nothing; they stand in metrics.json too."""
+    measured = described["measured"]
+    return {
+        "dataset": described["dataset"],
+        "encoder": described["encoder"],
+        "predictor": described["predictor"]["name"],
+        "train_steps": described["step"],
+        **{name: measured[name] for name in ("window_steps", "normalize_reps")},
+        **{name: measured["evaluate"][name] for name in ("num_context_steps", "horizon", "seed")},
+    }
 
 
 def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The few figures by which runs are chosen, under their names in metrics.json: what `dvc metrics show` and `dvc exp show` list.
 
-    What was not measured is left out, so that no experiment shows a figure that it does not have.
+    What was not measured is absent, so that no experiment shows a figure that it does not have.
     """
     chosen: dict[str, Any] = {
         section: {name: metrics[section][name] for name in names if name in metrics[section]}
@@ -180,21 +162,23 @@ def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_settings(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
-    """The few settings without which the figures say nothing; settings.json holds all."""
-    card, manifest, settings = read_card(weights), evaluation.dataset.manifest, evaluation.config.evaluate
-    return {
-        "dataset": manifest.dataset,
-        "encoder": manifest.encoder,
-        "predictor": card["description"]["predictor"]["name"],
-        "train_steps": card["step"],
-        "window_steps": evaluation.window_steps,
-        "num_context_steps": settings.num_context_steps,
-        "horizon": settings.horizon,
-        "step_hz": evaluation.config.step_hz,
-        "normalize_reps": evaluation.model.normalize_reps,
-        "seed": settings.seed,
-    }
+def episode_table(errors: WindowErrors) -> list[Row]:
+    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
+
+    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
+    a prediction exists for no window of the episode.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for name, one_step in errors.one_step.items():
+        names = ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
+        for column, values in zip(names, (one_step, mean_of_steps(errors.horizon[name])), strict=True):
+            columns[column] = episode_means(values, errors.episodes)
+    counts = Counter(errors.episodes)
+    return [
+        {"episode": episode, "num_windows": counts[episode]}
+        | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in columns.items()}
+        for row, episode in enumerate(sorted(counts))
+    ]
 
 
 def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
@@ -206,8 +190,7 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
     ]
     for name in PREDICTIONS[1:]:
-        gains = [find_gain(metrics, name, step) for step in (ALL_STEPS, horizon)]
-        one_step, last = ("not measured" if gain is None else str(gain) for gain in gains)
+        one_step, last = (find_gain(metrics, key) or "not measured" for key in (name, f"{name}_step{horizon}"))
         lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
     lines.append(
         f"  mean and regression are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jepa_cache.evaluation.figures import ALL_STEPS, gain_name, gap_name
-
 MARGIN_PERCENT = 0.5
 """Gains below this are treated as no gain, even when significant."""
 
@@ -21,6 +19,9 @@ BASELINE_WORDS = {
     "extrapolation": "a straight line through the last two steps",
     "regression": "a linear regression on actions and states",
 }
+SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
+UNTRAINED = "the encoder has random weights, so these figures show that the path works, nothing about the world"
+CLIP = "clip mode: early steps have seen later frames, so figures are not comparable with frame or tubelet mode"
 
 
 class Gain(NamedTuple):
@@ -40,18 +41,17 @@ def _sized(percent: float, word: str, low: float, high: float) -> str:
     return f"{mean} %{word} [{first}, {last}]"
 
 
-def find_gain(metrics: Mapping[str, Any], name: str, step: int = ALL_STEPS) -> Gain | None:
+def find_gain(metrics: Mapping[str, Any], name: str) -> Gain | None:
     """The gain over a baseline or ablation, None where it was not measured.
 
     Args:
         metrics: As `figures.summarize` gives them.
-        name: Of the other prediction.
-        step: Open-loop step, or `ALL_STEPS` for one step ahead from true steps.
+        name: Of the other prediction, one step ahead from true steps; with `_step<k>` behind it, at an open-loop step.
     """
-    key = gain_name(name, step)
+    key = f"gain_{name}_percent"
     if key not in metrics["val"]:
         return None
-    return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][gap_name(name, step)])
+    return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][f"gap_{name}"])
 
 
 def judge(gain: Gain, num_episodes: int) -> str:
@@ -108,40 +108,38 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     Args:
         metrics: As `figures.summarize` gives them, with `settings`.
     """
-    count, last = metrics["num_episodes"], metrics["settings"]["horizon"]
-    questions: dict[str, tuple[str, str]] = {}
-
-    def ask(question: str, title: str, gain: Gain | None, better: str, other: str) -> None:
-        if gain is None:
-            questions[question] = (
-                UNCLEAR,
-                f"{title}: unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the "
-                "window); raise evaluate.windows_per_episode, or add recordings",
-            )
-        else:
-            questions[question] = judge(gain, count), f"{title}: {explain(gain, count, better, other)}"
-
-    shuffled = "another episode's"
-    ask("actions", "uses its actions", find_gain(metrics, "shuffled_actions"), "true actions", shuffled)
-    ask(
-        "actions_rollout",
-        f"uses its actions in open loop, step {last}",
-        find_gain(metrics, "shuffled_actions", last),
-        "true actions",
-        shuffled,
-    )
-    shifts = {"the next step's": find_gain(metrics, "next_actions"), "the previous step's": None}
-    shifts["the previous step's"] = find_gain(metrics, "previous_actions")
-    nearer = min((name for name in shifts if shifts[name]), key=lambda name: shifts[name].percent, default=None)
-    ask("timing", "uses those of the right step", shifts.get(nearer), "true actions", str(nearer))
-    ask("copying", "better than copying", find_gain(metrics, "copy_last"), "the predictor", BASELINE_WORDS["copy_last"])
-    gains = {name: gain for name in BASELINE_WORDS if (gain := find_gain(metrics, name))}
-    strongest = min(gains, key=lambda name: gains[name].percent)
-    ask("baselines", "better than every baseline", gains[strongest], "the predictor", BASELINE_WORDS[strongest])
-    questions["horizon"] = _describe_horizon(metrics)
+    last = metrics["settings"]["horizon"]
     relative = "" if metrics["encoder_trained"] else " (relative: the encoder is untrained)"
-    verdict = {name: {"answer": answer, "words": words + relative} for name, (answer, words) in questions.items()}
-    return verdict | {"limits": _describe_limits(metrics)}
+    verdict = {}
+
+    def put(question: str, answer: str, words: str) -> None:
+        verdict[question] = {"answer": answer, "words": words + relative}
+
+    def ask(question: str, title: str, others: Mapping[str, str], better: str) -> None:
+        """Against the strongest of `others`, name to words."""
+        gains = {words: gain for name, words in others.items() if (gain := find_gain(metrics, name))}
+        if gains:
+            other, gain = min(gains.items(), key=lambda item: item[1].percent)
+            reason = explain(gain, metrics["num_episodes"], better, other)
+            put(question, judge(gain, metrics["num_episodes"]), f"{title}: {reason}")
+        else:
+            why = (
+                "fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
+                "raise evaluate.windows_per_episode, or add recordings"
+            )
+            put(question, UNCLEAR, f"{title}: unclear, {why}")
+
+    true, other = "true actions", "another episode's"
+    ask("actions", "uses its actions", {"shuffled_actions": other}, true)
+    title = f"uses its actions in open loop, step {last}"
+    ask("actions_rollout", title, {f"shuffled_actions_step{last}": other}, true)
+    ask("timing", "uses those of the right step", SHIFT_WORDS, true)
+    ask("copying", "better than copying", {"copy_last": BASELINE_WORDS["copy_last"]}, "the predictor")
+    ask("baselines", "better than every baseline", BASELINE_WORDS, "the predictor")
+    put("horizon", *_describe_horizon(metrics))
+    limits = list_limits(metrics)
+    words = "limits: " + ("; ".join(limits) or "none that this report knows")
+    return verdict | {"limits": {"answer": "some" if limits else "none", "words": words}}
 
 
 def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
@@ -150,38 +148,30 @@ def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
     title, both = "sees ahead", "both copying the last step and the training mean"
     reached, answer = 0, YES
     for step in range(1, settings["horizon"] + 1):
-        gains = [find_gain(metrics, name, step) for name in ("copy_last", "mean")]
-        answers = {judge(gain, count) for gain in gains if gain is not None}
-        answer = NO if NO in answers else UNCLEAR if UNCLEAR in answers or None in gains else YES
+        gains = [find_gain(metrics, f"{name}_step{step}") for name in ("copy_last", "mean")]
+        answers = {UNCLEAR if gain is None else judge(gain, count) for gain in gains}
+        answer = next(known for known in (NO, UNCLEAR, YES) if known in answers)
         if answer != YES:
             break
         reached = step
     if not reached:
         few = f"; {count} held-out episodes are too few ({MIN_EPISODES} are needed)" if count < MIN_EPISODES else ""
-        reason = f"it is not shown to beat {both} at the first open-loop step{few}"
-        return answer, f"{title}: {answer}, {reason}"
+        return answer, f"{title}: {answer}, it is not shown to beat {both} at the first open-loop step{few}"
     seconds = f"{reached / settings['step_hz']:.2g} s"
     end = "all that were measured" if reached == settings["horizon"] else f"of {settings['horizon']} measured"
     return YES, f"{title}: yes, it beats {both} for {reached} open-loop steps ({end}; {seconds})"
 
 
-def _describe_limits(metrics: Mapping[str, Any]) -> dict[str, str]:
+def list_limits(metrics: Mapping[str, Any]) -> list[str]:
+    """What figures with `encoder_trained`, `comparable` and `num_episodes` cannot say."""
     limits = []
     if not metrics["encoder_trained"]:
-        limits.append(
-            "the encoder has random weights, so these figures show that the path works, nothing about the world"
-        )
+        limits.append(UNTRAINED)
     if not metrics["comparable"]:
-        limits.append(
-            "clip mode: early steps have seen later frames, so figures are not comparable with frame or tubelet mode, and "
-            "an advantage of true actions may be seen in the tokens already"
-        )
+        limits.append(f"{CLIP}, and an advantage of true actions may be seen in the tokens already")
     if metrics["num_episodes"] < MIN_EPISODES:
         limits.append(
             f"only {metrics['num_episodes']} held-out episodes: intervals over so few are too narrow, and no answer is yes; "
             "raise split.val_share or add recordings"
         )
-    return {
-        "answer": "some" if limits else "none",
-        "words": "limits: " + ("; ".join(limits) or "none that this report knows"),
-    }
+    return limits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +18,17 @@ from tqdm import tqdm
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.data.loader import WindowLoader, to_device
+from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
 from jepa_cache.evaluation.metrics import MEASURES
 from jepa_cache.predictor.rollout import LatentModel
+
+MODEL = "model"
+COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
+BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
+PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
 
 PIECE_STEPS = 16
 BATCH_SIZE = 8
@@ -31,17 +37,15 @@ CPU = torch.device("cpu")
 
 
 class Baselines(NamedTuple):
-    """What was learned from the training episodes.
+    """What was learned from the training episodes."""
 
-    Attributes:
-        mean: [N, D] float32, of the tokens at each position.
-        change: [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change.
-        num_steps: Steps that they were fitted on.
-    """
+    mean: Tensor  # [N, D] float32, of the tokens at each position
+    change: Tensor  # [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change
+    num_steps: int  # that they were fitted on
 
-    mean: Tensor
-    change: Tensor
-    num_steps: int
+    def changes(self, actions: Tensor, states: Tensor) -> Tensor:
+        """[B, T, N, D] by the regression, of scaled actions [B, T, A] and the states [B, T, S] in which they are done."""
+        return torch.einsum("btp,pnd->btnd", _inputs(actions, states), self.change)
 
 
 def fit_baselines(
@@ -57,16 +61,6 @@ def fit_baselines(
     The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
     from t to t+1, the scaled state at t, and 1. It sees no tokens.
 
-    Args:
-        dataset: The cached features.
-        segments: Of the training episodes.
-        scaler: Of actions and states.
-        model: Whose norm the tokens are given.
-        device: Where to compute.
-
-    Raises:
-        ValueError: When no training segment holds two steps.
-
     Cost: reads all tokens of the training episodes once (docs/evaluation_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
     for 50 inputs at N=256, D=1408) and a batch of 136 steps, however many there are.
     """
@@ -76,26 +70,19 @@ def fit_baselines(
     total, num_steps = torch.zeros(shape, **exact), 0
     squares = torch.zeros(num_inputs, num_inputs, **exact)
     products = torch.zeros(num_inputs, shape[0] * shape[1], **exact)
-    pieces = _cut_pieces(segments)
-    bar = tqdm(
-        total=sum(map(len, pieces.values())), desc="fitting baselines", unit="piece", delay=2, dynamic_ncols=True
-    )
-    for length, alike in pieces.items():
+    for length, alike in tqdm(_cut_pieces(segments).items(), desc="fitting baselines", delay=2, dynamic_ncols=True):
         loader = WindowLoader(dataset, WindowIndex([piece for piece, _ in alike], length), scaler)
-        starts = range(0, len(alike), BATCH_SIZE)
-        for start, batch in zip(
-            starts, loader.iterate([range(s, min(s + BATCH_SIZE, len(alike))) for s in starts]), strict=True
-        ):
+        begins = torch.tensor([begins for _, begins in alike], device=device)
+        numbers = range(len(alike))
+        for batch in loader.iterate([numbers[first : first + BATCH_SIZE] for first in numbers[::BATCH_SIZE]]):
+            is_first = begins[batch.numbers]
             batch = to_device(batch, device)
             reps = model.as_reps(batch.tokens)
-            is_first = torch.tensor([first for _, first in alike[start : start + len(reps)]], device=device)
             total += reps[:, 1:].sum(dim=(0, 1)) + reps[is_first, 0].sum(dim=0)
             num_steps += reps[:, 1:].shape[:2].numel() + int(is_first.sum())
             inputs = _inputs(batch.actions, batch.states[:, :-1]).flatten(0, 1)
             squares += inputs.T.double() @ inputs.double()
             products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
-            bar.update(len(reps))
-    bar.close()
     num_pairs = float(squares[-1, -1])
     if not num_pairs:
         raise ValueError(
@@ -125,97 +112,28 @@ def _inputs(actions: Tensor, states: Tensor) -> Tensor:
     return torch.cat([actions, states, torch.ones(*actions.shape[:2], 1, device=actions.device)], dim=-1)
 
 
-def regress_teacher_forced(
-    baselines: Baselines, model: LatentModel, h: Tensor, actions: Tensor, states: Tensor
-) -> Tensor:
-    """Steps 1 to T-1 by the regression, each from the true one before it.
-
-    Args:
-        baselines: With the weights.
-        model: Norms what comes out, as it does its own predictions.
-        h: [B, T, N, D] true tokens.
-        actions: [B, T-1, A] scaled.
-        states: [B, T-1, S] scaled.
-
-    Returns:
-        [B, T-1, N, D].
-    """
-    change = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
-    return model.as_reps(h[:, :-1] + change)
+def extrapolate(model: LatentModel, before: Tensor, last: Tensor) -> Tensor:
+    """The step on a straight line through the two before it, normed as the model's predictions: [B, ..., N, D] each."""
+    return model.as_reps(2 * last - before)
 
 
-def regress_open_loop(
-    baselines: Baselines, model: LatentModel, last: Tensor, actions: Tensor, states: Tensor
-) -> Tensor:
-    """K steps by the regression, each from the one that it predicted before.
-
-    Args:
-        baselines: With the weights.
-        model: Norms what comes out, as it does its own predictions.
-        last: [B, N, D] last true step.
-        actions: [B, K, A] scaled, the first one leads on from `last`.
-        states: [B, K, S] scaled, the first one at `last`.
-
-    Returns:
-        [B, K, N, D].
-    """
-    changes = torch.einsum("btp,pnd->btnd", _inputs(actions, states), baselines.change)
-    predicted = []
-    for step in range(changes.shape[1]):
-        last = model.as_reps(last + changes[:, step])
-        predicted.append(last)
-    return torch.stack(predicted, dim=1)
-
-
-def extrapolate_teacher_forced(model: LatentModel, h: Tensor) -> Tensor:
-    """Steps 2 to T-1 on a straight line through the two true ones before: 2 h[t] - h[t-1], [B, T, N, D] to [B, T-2, N, D]."""
-    return model.as_reps(2 * h[:, 1:-1] - h[:, :-2])
-
-
-def extrapolate_open_loop(model: LatentModel, before: Tensor, last: Tensor, horizon: int) -> Tensor:
-    """K steps, each on a straight line through the two before it, which are predictions themselves after a while.
-
-    Args:
-        model: Norms each prediction.
-        before: [B, N, D] last true step but one.
-        last: [B, N, D] last true step.
-        horizon: K.
-
-    Returns:
-        [B, K, N, D].
-    """
-    predicted = []
-    for _ in range(horizon):
-        before, last = last, model.as_reps(2 * last - before)
-        predicted.append(last)
-    return torch.stack(predicted, dim=1)
-
-
-MODEL = "model"
-COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
-BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
-PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
+def regress(model: LatentModel, last: Tensor, change: Tensor) -> Tensor:
+    """The step after `last` by the regression, whose `change` is [actions, states, 1] @ `Baselines.change`: [B, ..., N, D] each."""
+    return model.as_reps(last + change)
 
 
 @dataclass(frozen=True)
 class WindowErrors:
-    """Errors of every held-out window; NaN where a prediction does not exist, never for another reason.
+    """Errors of every held-out window; NaN where a prediction does not exist, never for another reason."""
 
-    Attributes:
-        episodes: Key of each window's episode.
-        teacher_forced: Measure (`metrics.MEASURES`) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
-        open_loop: The same to [windows, K], of the K steps after the context.
-        chosen: The windows.
-        num_fitted_steps: Training steps that the baselines `mean` and `regression` were fitted on: all there are.
-    """
-
-    episodes: list[str]
+    episodes: list[str]  # key of each window's episode
+    # Measure (`metrics.MEASURES`) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
     teacher_forced: dict[str, dict[str, np.ndarray]]
-    open_loop: dict[str, dict[str, np.ndarray]]
+    open_loop: dict[str, dict[str, np.ndarray]]  # the same to [windows, K], of the K steps after the context
     chosen: ChosenWindows
-    num_fitted_steps: int
+    num_fitted_steps: int  # training steps that the baselines `mean` and `regression` were fitted on: all there are
 
-    @property
+    @cached_property
     def one_step(self) -> dict[str, np.ndarray]:
         """Prediction to [windows], teacher-forced L1 over the steps of the window for which it exists."""
         return {name: mean_of_steps(values) for name, values in self.teacher_forced["l1"].items()}
@@ -233,32 +151,6 @@ def mean_of_steps(values: np.ndarray) -> np.ndarray:
     return np.where(exists.any(axis=1), sums / np.maximum(exists.sum(axis=1), 1), np.nan)
 
 
-class Predicted(NamedTuple):
-    """What one prediction says of the windows of a batch.
-
-    Attributes:
-        name: Of `PREDICTIONS`.
-        rows: [R] windows of the batch that it exists for.
-        first: Teacher-forced steps before this one do not exist.
-        teacher_forced: [R, T-1-first, N, D].
-        open_loop: [R, K, N, D], or None where it does not exist.
-    """
-
-    name: str
-    rows: Tensor
-    first: int
-    teacher_forced: Tensor
-    open_loop: Tensor | None
-
-
-class _Given(NamedTuple):
-    """A batch on the device: h [B, T, N, D] true tokens, scaled actions [B, T-1, A] and states [B, T, S]."""
-
-    h: Tensor
-    actions: Tensor
-    states: Tensor
-
-
 @torch.no_grad()
 def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
     """Run the predictor, all baselines and all action ablations over windows spread evenly over the held-out episodes.
@@ -271,93 +163,72 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
         ValueError: When fewer than two episodes with a long enough segment are held out, or the predictor gives no numbers.
     """
     torch.set_num_threads(default_num_threads())
-    settings, device = evaluation.config.evaluate, evaluation.device
-    num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
-    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.windows_per_episode)
-    ablations = action_ablations(evaluation.dataset, evaluation.scaler, *chosen, seed=settings.seed)
-    baselines = fit_baselines(
-        evaluation.dataset,
-        evaluation.training_segments(),
-        evaluation.scaler,
-        evaluation.model,
-        device=device,
-    )
-    shapes = {"teacher_forced": evaluation.window_steps - 1, "open_loop": settings.horizon}
-    found = {
-        kind: {
-            measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS}
-            for measure in MEASURES
-        }
-        for kind, steps in shapes.items()
-    }
+    settings, dataset, scaler = evaluation.config.evaluate, evaluation.dataset, evaluation.scaler
     ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
+    num_steps = max(evaluation.window_steps, ahead.stop)
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.windows_per_episode)
+    ablations = action_ablations(dataset, scaler, *chosen, seed=settings.seed)
+    training, device = evaluation.training_segments(), evaluation.device
+    baselines = fit_baselines(dataset, training, scaler, evaluation.model, device=device)
+    forced, rolled = (
+        {measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
+        for steps in (evaluation.window_steps - 1, settings.horizon)
+    )
+
+    def put(into: np.ndarray, error: Tensor) -> None:
+        if not torch.isfinite(error).all():
+            raise ValueError(
+                f"a prediction on held-out windows of {dataset.manifest.dataset} holds NaN or infinity, so no error can be "
+                "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
+            )
+        into[...] = error.cpu().numpy()
+
     for measured, batch, h in evaluation.iter_windows(chosen, "evaluating"):
-        given = _Given(h, batch.actions, batch.states)
         replaced = {name: torch.from_numpy(values[measured]).to(device) for name, values in ablations.items()}
-        for predicted in _predictions(evaluation, baselines, given, replaced):
-            true, rows = given.h[predicted.rows], measured.start + predicted.rows.cpu().numpy()
-            later = true[:, 1 + predicted.first : evaluation.window_steps]
+        for name, exists, one_step, open_loop in _predictions(evaluation, baselines, batch, h, replaced):
+            true, rows = h[exists], np.arange(measured.start, measured.stop)[exists.cpu().numpy()]
             for measure, error in MEASURES.items():
-                values = error(predicted.teacher_forced, later)
-                found["teacher_forced"][measure][predicted.name][rows, predicted.first :] = _checked(values, evaluation)
-                if predicted.open_loop is not None:
-                    values = error(predicted.open_loop, true[:, ahead])
-                    found["open_loop"][measure][predicted.name][rows] = _checked(values, evaluation)
-    return WindowErrors(chosen.episodes, **found, chosen=chosen, num_fitted_steps=baselines.num_steps)
-
-
-def _checked(values: Tensor, evaluation: EvaluationContext) -> np.ndarray:
-    if not torch.isfinite(values).all():
-        raise ValueError(
-            f"a prediction on held-out windows of {evaluation.dataset.manifest.dataset} holds NaN or infinity, so no error can be "
-            "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
-        )
-    return values.cpu().numpy()
+                steps = slice(evaluation.window_steps - one_step.shape[1], evaluation.window_steps)
+                values = np.full((len(rows), evaluation.window_steps - 1), np.nan)
+                put(values[:, steps.start - 1 :], error(one_step, true[:, steps]))
+                forced[measure][name][rows] = values
+                if open_loop is not None:
+                    values = rolled[measure][name][rows]
+                    put(values, error(open_loop, true[:, ahead]))
+                    rolled[measure][name][rows] = values
+    return WindowErrors(chosen.episodes, forced, rolled, chosen=chosen, num_fitted_steps=baselines.num_steps)
 
 
 def _predictions(
-    evaluation: EvaluationContext, baselines: Baselines, given: _Given, replaced: Mapping[str, Tensor]
-) -> Iterator[Predicted]:
-    """Everything in `PREDICTIONS` for one batch, one after the other, as each is as large as the tokens."""
-    settings, model = evaluation.config.evaluate, evaluation.model
-    h, num_trained = given.h, evaluation.window_steps
+    evaluation: EvaluationContext, baselines: Baselines, batch: Batch, h: Tensor, replaced: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """Everything in `PREDICTIONS` for one batch, one after the other, as each is as large as the tokens.
+
+    Yields:
+        Its name, the R windows that it exists for [B] bool, its last teacher-forced steps [R, up to T-1, N, D], and its open loop
+        [R, K, N, D], or None where that does not exist.
+    """
+    settings, model, num_forced = evaluation.config.evaluate, evaluation.model, evaluation.window_steps - 1
     context, horizon = settings.num_context_steps, settings.horizon
-    everything = torch.arange(len(h), device=h.device)
-    past, true = h[:, : num_trained - 1], h[:, :num_trained]
-    last = h[:, context - 1]
-    constant = lambda token: token.unsqueeze(1).expand(-1, horizon, -1, -1)  # noqa: E731
-    yield Predicted(COPY_LAST, everything, 0, past, constant(last))
-    yield Predicted(MEAN, everything, 0, baselines.mean.expand_as(past), constant(baselines.mean.expand_as(last)))
-    straight = None
-    if context >= 2:
-        straight = extrapolate_open_loop(model, h[:, context - 2], last, horizon)
-    yield Predicted(EXTRAPOLATION, everything, 1, extrapolate_teacher_forced(model, true), straight)
-    ahead = slice(context - 1, context - 1 + horizon)
-    yield Predicted(
-        REGRESSION,
-        everything,
-        0,
-        regress_teacher_forced(
-            baselines, model, true, given.actions[:, : num_trained - 1], given.states[:, : num_trained - 1]
-        ),
-        regress_open_loop(baselines, model, last, given.actions[:, ahead], given.states[:, ahead]),
-    )
-    for name, actions in {MODEL: given.actions, **replaced}.items():
-        rows = everything
+    everything = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    past, last = h[:, :num_forced], h[:, context - 1]
+    copied = last.unsqueeze(1).expand(-1, horizon, -1, -1)
+    yield COPY_LAST, everything, past, copied
+    yield MEAN, everything, baselines.mean.expand_as(past), baselines.mean.expand_as(copied)
+    straight = [h[:, context - 2], last] if context >= 2 else []
+    regressed, changes = [last], baselines.changes(batch.actions, batch.states[:, :-1])
+    for step in range(context - 1, context - 1 + horizon):
+        regressed.append(regress(model, regressed[-1], changes[:, step]))
+        if straight:
+            straight.append(extrapolate(model, *straight[-2:]))
+    rolled = torch.stack(straight[2:], dim=1) if straight else None
+    yield EXTRAPOLATION, everything, extrapolate(model, past[:, :-1], past[:, 1:]), rolled
+    yield REGRESSION, everything, regress(model, past, changes[:, :num_forced]), torch.stack(regressed[1:], dim=1)
+    counts = {"num_forced": num_forced, "num_context": context, "horizon": horizon}
+    for name, actions in {MODEL: batch.actions, **replaced}.items():
+        exists = everything
         if name in SHIFTED:  # windows without a neighbour have no such actions
-            rows = everything[torch.isfinite(actions).flatten(1).all(dim=1)]
-        if len(rows):
-            yield _run_predictor(evaluation, name, rows, given, actions)
-
-
-def _run_predictor(evaluation: EvaluationContext, name: str, rows: Tensor, given: _Given, actions: Tensor) -> Predicted:
-    settings = evaluation.config.evaluate
-    both = evaluation.model.both_ways(
-        given.h[rows],
-        actions[rows],
-        given.states[rows],
-        num_forced=evaluation.window_steps - 1,
-        num_context=settings.num_context_steps,
-        horizon=settings.horizon,
-    )
-    return Predicted(name, rows, 0, both.teacher_forced, both.open_loop)
+            exists = torch.isfinite(actions).flatten(1).all(dim=1)
+        if exists.any():
+            both = model.both_ways(h[exists], actions[exists], batch.states[exists], **counts)
+            yield name, exists, both.teacher_forced, both.open_loop

@@ -1,8 +1,8 @@
 """`jepa-cache compare`, on evaluations that are written by hand and committed with DVC.
 
 Claims:
-- a difference is called one only when the interval of the paired differences over shared episodes leaves 0 out: pairs tell apart what
-  the intervals of the two runs do not, and noise is told apart from nothing;
+- a difference is called one only when the interval of the paired differences over shared episodes leaves 0 out: pairs show what
+  the intervals of the two runs do not, and noise is no difference;
 - runs of other tokens, windows, splits or filters, and runs of which that is not known, are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
 - a run is found by file, folder, checkout, git revision; what is none, or damaged, is one message that names it, exit code 2.
@@ -110,7 +110,7 @@ def test_no_cell_begins_a_formula_and_every_key_is_read_back_as_it_was(tmp_path)
     assert document["groups"][0]["paired"][0]["rollout_l1"]["num_episodes"] == NUM_EPISODES
 
 
-def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_nothing(tmp_path):
+def test_pairs_show_a_difference_that_intervals_do_not_and_noise_is_none(tmp_path):
     rng = np.random.default_rng(0)
     one = write_run(tmp_path / "one", BASE)
     better = write_run(tmp_path / "better", BASE - 0.01 + 0.004 * rng.normal(size=NUM_EPISODES))
@@ -120,7 +120,7 @@ def test_pairs_tell_apart_what_intervals_do_not_and_noise_is_told_apart_from_not
     figures = [run["figures"]["rollout_l1"]["interval"] for run in group["runs"]]
     assert figures[0][0] < figures[1][1] and figures[1][0] < figures[0][1], "the two intervals overlap"
     words = {pair["run"]: pair["rollout_l1"]["words"] for pair in group["paired"]}
-    assert words == {str(better): "better", str(same): "not told apart"}
+    assert words == {str(better): "better", str(same): "no difference shown"}
     pair = group["paired"][0]["rollout_l1"]
     assert pair["low"] < pair["mean"] < pair["high"] < 0 and pair["num_episodes"] == NUM_EPISODES
     assert f"{better} against {one}, open loop: better, difference -0.0" in text and "yes" in text
@@ -132,7 +132,7 @@ def test_what_only_another_batch_size_moves_is_no_difference(tmp_path):
     one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE + 1e-7)
     document, _ = compare(one, other)
     pair = document["groups"][0]["paired"][0]["rollout_l1"]
-    assert pair["low"] > 0 and pair["words"] == "not told apart"
+    assert pair["low"] > 0 and pair["words"] == "no difference shown"
 
 
 def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):

@@ -141,17 +141,16 @@ def test_what_cannot_be_planned_is_refused():
             with pytest.raises(ValueError, match=rf"{key} is the share of the old value that stays, .*got {share}"):
                 replace(QUICK, **{key: share})
     model, context, goal = make_world()
-    with pytest.raises(ValueError, match="as many states and one action less"):
-        plan_actions(model, context._replace(actions=np.zeros((3, 7))), goal, build_motion(POSE), QUICK)
-    for shape in ((3, 8), (1, 4, 8), (4, 1)):
-        with pytest.raises(ValueError, match=r"goal's tokens must be \[N, E\] = \[4, 8\]"):
-            plan_actions(model, context, torch.zeros(shape), build_motion(POSE), QUICK)
-    for wrong in ({"tokens": context.tokens.flatten(0, 1)}, {"states": context.states[0]}, {"actions": np.zeros(0)}):
-        with pytest.raises(ValueError, match=r"a context is tokens \[C, N, E\]"):
-            plan_actions(model, context._replace(**wrong), goal, build_motion(POSE), QUICK)
-    empty = Context(context.tokens[:0], np.zeros((0, 7)), context.states[:0])
-    with pytest.raises(ValueError, match="at least one step"):
-        plan_actions(model, empty, goal, build_motion(POSE), QUICK)
+    changes = [{"actions": np.zeros((3, 7))}, {"tokens": context.tokens.flatten(0, 1)}, {"states": context.states[0]}]
+    changes += [
+        {"actions": np.zeros(0)},
+        {"tokens": context.tokens[:0], "actions": np.zeros((0, 7)), "states": context.states[:0]},
+    ]
+    cases = [(context._replace(**change), goal) for change in changes]
+    cases += [(context, torch.zeros(shape)) for shape in ((3, 8), (1, 4, 8), (4, 1))]
+    for wrong, aim in cases:
+        with pytest.raises(ValueError, match=r"a context of C >= 1 steps is tokens \[C, N, E\]"):
+            plan_actions(model, wrong, aim, build_motion(POSE), QUICK)
 
 
 def test_energies_that_cannot_be_ranked_are_refused():

@@ -1,7 +1,4 @@
-"""Claims: what was encoded under a recipe is found again and never encoded twice; only what is missing or damaged is made.
-
-A killed run leaves nothing that the same command does not put right, and its result is that of a run that was not killed.
-"""
+"""Claims: what was encoded under a recipe is found again and never encoded twice; only what is missing or damaged is made."""
 
 import hashlib
 import os
@@ -13,15 +10,7 @@ import pytest
 from jepa_cache.encoding import decoding, pipeline
 from jepa_cache.store import layout
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import (
-    all_files,
-    encode,
-    make_tars,
-    make_tiny_tar,
-    read_episodes,
-    tiniest_config,
-    tiny_config,
-)
+from tests.encoded import all_files, encode, make_tars, make_tiny_tar, read_episodes, tiniest_config, tiny_config
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 40}}
@@ -34,61 +23,55 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def complete(folder, tmp_path_factory):
-    """One uninterrupted run: its manifest bytes and every file."""
+    """One uninterrupted run: its result, root and every file."""
     root = tmp_path_factory.mktemp("complete") / "cache"
-    return encode(folder, root).manifest.to_bytes(), all_files(root)
+    return encode(folder, root), root, all_files(root)
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Keys of the episodes whose video is opened."""
-    keys, open_video = [], decoding.open_video
+def root(complete, tmp_path):
+    """A copy of that root."""
+    return shutil.copytree(complete[1], tmp_path / "cache")
 
-    def opened(video, decoder, **options):
-        keys.append(len(video))
-        return open_video(video, decoder, **options)
 
-    monkeypatch.setattr(decoding, "open_video", opened)
-    return keys
+@pytest.fixture
+def opened(monkeypatch):
+    """Bytes of the videos that are opened."""
+    videos, open_video = [], decoding.open_video
+    monkeypatch.setattr(
+        decoding, "open_video", lambda video, *a, **k: videos.append(video) or open_video(video, *a, **k)
+    )
+    return videos
 
 
 @pytest.fixture
 def no_encoder(monkeypatch):
-    """Building an encoder or opening a video fails from now on, when called."""
+    """Building an encoder or opening a video fails."""
 
-    def forbid():
-        def fail(*_, **__):
-            raise AssertionError("an encoder was built or a video opened")
+    def fail(*_, **__):
+        raise AssertionError("an encoder was built or a video opened")
 
-        monkeypatch.setattr("jepa_cache.encoder.frozen.FrozenEncoder.__init__", fail)
-        monkeypatch.setattr(decoding, "open_video", fail)
-
-    return forbid
+    monkeypatch.setattr("jepa_cache.encoder.frozen.FrozenEncoder.__init__", fail)
+    monkeypatch.setattr(decoding, "open_video", fail)
 
 
-def token_stores(result, root):
-    return [CacheRoot(root).tokens(result.manifest.fingerprint, e.unit_digest) for e in result.manifest.entries]
+def stores_in(files):
+    """The files of stores alone, without manifests and locks."""
+    return {name: content for name, content in files.items() if name.startswith(("tokens/", "actions/", "controls/"))}
 
 
-def test_a_second_run_encodes_nothing_and_gives_the_same_manifest(folder, tmp_path, no_encoder):
-    first = encode(folder, tmp_path / "cache")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    no_encoder()
-    second = encode(folder, tmp_path / "cache")
-    assert second.manifest.to_bytes() == first.manifest.to_bytes()
+def test_a_second_run_encodes_nothing_and_touches_no_file(folder, complete, root, no_encoder):
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    second = encode(folder, root)
+    assert second.manifest.to_bytes() == complete[0].manifest.to_bytes()
     assert (second.num_encoded, second.num_units, second.timing) == (0, 3, None)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_another_action_space_needs_no_video_and_no_encoder(folder, tmp_path, no_encoder):
-    root = tmp_path / "cache"
-    first = encode(folder, root)
-    no_encoder()
+def test_another_action_space_needs_no_video_and_no_encoder(folder, complete, root, no_encoder):
     second = encode(folder, root, tiny_config(action_space="vpt36"))
-    assert second.manifest.fingerprint == first.manifest.fingerprint
-    whole = encode(folder, root)
-    assert whole.manifest.to_bytes() == first.manifest.to_bytes()
-    old, new = read_episodes(first, root), read_episodes(second, root)
+    assert second.manifest.fingerprint == complete[0].manifest.fingerprint
+    old, new = read_episodes(complete[0], root), read_episodes(second, root)
     for key in old:
         assert new[key]["actions"].shape[1] == 36
         # vpt36 is vpt13 with 23 buttons between the mouse and the slots.
@@ -96,67 +79,44 @@ def test_another_action_space_needs_no_video_and_no_encoder(folder, tmp_path, no
         assert set(np.unique(new[key]["actions"][:-1, 4:27])) == {0.0, 1.0}
 
 
-def test_deleted_controls_are_read_again_without_decoding(folder, tmp_path, complete, no_encoder):
-    root = tmp_path / "cache"
-    encode(folder, root)
-    for path in (*root.glob("controls/*/*"), *root.glob("actions/*/*/store.json")):
-        path.unlink()
-    no_encoder()
-    encode(folder, root)
-    assert all_files(root) == complete[1]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_damaged_controls_are_named_and_read_again(folder, tmp_path, no_encoder, capsys, damage):
-    root = tmp_path / "cache"
-    encode(folder, root)
+@pytest.mark.parametrize("damage", ["gone", "cut", "flip"])
+def test_controls_that_are_gone_or_damaged_are_read_again_without_decoding(
+    folder, complete, root, no_encoder, capsys, damage
+):
     for path in root.glob("controls/*/*"):
         content = bytearray(path.read_bytes())
         content[len(content) // 4] ^= 0x10
-        path.write_bytes(content[:-100] if damage == "cut" else content)
-    no_encoder()
-    result = encode(folder, root, tiny_config(action_space="vpt36"))
-    assert capsys.readouterr().out.count("damaged, reading the controls from the recordings again") == 3
-    fresh = encode(folder, tmp_path / "cache", tiny_config(action_space="vpt36"))
-    assert result.manifest.to_bytes() == fresh.manifest.to_bytes()
+        path.unlink() if damage == "gone" else path.write_bytes(content[:-100] if damage == "cut" else content)
+    for path in root.glob("actions/*/*/store.json"):
+        path.unlink()
+    encode(folder, root)
+    told = capsys.readouterr().out.count("damaged, reading the controls from the recordings again")
+    assert told == (0 if damage == "gone" else 3)
+    assert all_files(root) == complete[2]
 
 
-def stores_of(files):
-    """The files of stores alone, without manifests, locks and records of an encode that has not ended."""
-    return {name: content for name, content in files.items() if name.startswith(("tokens/", "actions/", "controls/"))}
-
-
-def stores_in(root):
-    return stores_of(all_files(root))
-
-
-def test_a_tar_that_is_added_is_encoded_alone(folder, tmp_path, complete, counted):
-    root = tmp_path / "cache"
-    encode(folder, root, inputs=["a.tar", "b.tar"])
-    assert len(counted) == 3
-    counted.clear()
-    result = encode(folder, root)
-    assert (len(counted), result.num_encoded) == (1, 1)
-    assert result.manifest.to_bytes() == complete[0]
-    assert stores_in(root) == stores_of(complete[1])
-
-
-def test_a_tar_that_is_removed_or_replaced_touches_no_other(folder, tmp_path, complete, counted):
+def test_a_tar_that_is_added_removed_or_replaced_touches_no_other(folder, complete, tmp_path, opened):
     recordings, root = shutil.copytree(folder, tmp_path / "in"), tmp_path / "cache"
-    encode(recordings, root)
-    counted.clear()
+    encode(recordings, root, inputs=["a.tar", "b.tar"])
+    assert len(opened) == 3
+    added = encode(recordings, root)
+    assert (len(opened), added.num_encoded) == (4, 1)
+    assert added.manifest.to_bytes() == complete[0].manifest.to_bytes()
+    assert stores_in(all_files(root)) == stores_in(complete[2])
     (recordings / "b.tar").unlink()
     without = encode(recordings, root)
-    assert (without.num_encoded, without.num_units, counted) == (0, 2, [])
-    assert stores_in(root) == stores_of(complete[1])
+    assert (without.num_encoded, without.num_units, len(opened)) == (0, 2, 4)
+    assert stores_in(all_files(root)) == stores_in(complete[2])
     write_vpt_tar(recordings / "c.tar", {"w": make_vpt_pair(40, 77)})
     replaced = encode(recordings, root)
-    assert (replaced.num_encoded, len(counted)) == (1, 1)
-    assert complete[1].items() <= all_files(root).items()
-    kept = {entry.unit_digest for entry in without.manifest.entries} & {
-        e.unit_digest for e in replaced.manifest.entries
-    }
-    assert len(kept) == 1
+    assert (replaced.num_encoded, len(opened)) == (1, 5)
+    assert stores_in(complete[2]).items() <= all_files(root).items()
+
+
+def test_a_tar_under_another_name_is_found_again(folder, complete, root, tmp_path, no_encoder):
+    recordings = shutil.copytree(folder, tmp_path / "in")
+    (recordings / "a.tar").rename(recordings / "renamed.tar")
+    assert encode(recordings, root).manifest.to_bytes() == complete[0].manifest.to_bytes()
 
 
 def test_a_tar_that_is_changed_while_it_is_encoded_is_named_and_nothing_is_published(tmp_path, monkeypatch):
@@ -171,23 +131,9 @@ def test_a_tar_that_is_changed_while_it_is_encoded_is_named_and_nothing_is_publi
     monkeypatch.setattr(pipeline._OpenUnit, "encode", change)
     with pytest.raises(ValueError, match=r"a\.tar was changed while it was being encoded"):
         encode(recordings, root)
-    assert not stores_in(root)
+    assert not stores_in(all_files(root))
     monkeypatch.undo()
     assert encode(recordings, root).num_encoded == 1
-
-
-def test_a_tar_under_another_name_is_found_again_and_an_edited_one_is_another_unit(tmp_path, no_encoder):
-    folder, root = make_tars(tmp_path / "in", {"a": {"x": 45}}), tmp_path / "cache"
-    first = encode(folder, root)
-    (folder / "a.tar").rename(folder / "renamed.tar")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jepa_cache.encoder.frozen.FrozenEncoder.__init__", None)
-        assert encode(folder, root).manifest.to_bytes() == first.manifest.to_bytes()
-    write_vpt_tar(folder / "renamed.tar", {"x": make_vpt_pair(45, 99)})
-    edited = encode(folder, root)
-    assert edited.num_encoded == 1
-    assert edited.manifest.entries[0].unit_digest != first.manifest.entries[0].unit_digest
-    assert len(list(root.glob("tokens/*/*.zarr"))) == 2
 
 
 @pytest.mark.parametrize("fps", [5.0, 10.0])
@@ -215,22 +161,18 @@ def test_a_recording_too_short_for_one_recipe_is_used_by_another(tmp_path):
 @pytest.mark.parametrize(
     ("name", "damage"), [("tokens/c/0/0/0", "cut"), (layout.SEGMENTS_FILE, "missing"), (layout.STORE_FILE, "cut")]
 )
-def test_a_damaged_store_is_named_and_encoded_again_alone(folder, tmp_path, complete, counted, capsys, name, damage):
-    root = tmp_path / "cache"
-    store = token_stores(encode(folder, root), root)[1]
-    path = store / name
+def test_a_damaged_store_is_named_and_encoded_again_alone(folder, complete, root, opened, capsys, name, damage):
+    manifest = complete[0].manifest
+    path = CacheRoot(root).tokens(manifest.fingerprint, manifest.entries[1].unit_digest) / name
     path.unlink() if damage == "missing" else os.truncate(path, path.stat().st_size // 2)
-    counted.clear()
     result = encode(folder, root)
-    assert result.num_encoded == 1 and 1 <= len(counted) <= 2
+    assert result.num_encoded == 1 and 1 <= len(opened) <= 2
     assert f"damaged, encoding it again: {path}" in capsys.readouterr().out
-    assert result.manifest.to_bytes() == complete[0]
-    assert all_files(root) == complete[1]
+    assert all_files(root) == complete[2]
 
 
-def test_a_store_of_another_version_of_the_program_is_never_removed(folder, tmp_path):
-    root = tmp_path / "cache"
-    path = token_stores(encode(folder, root), root)[0] / layout.STORE_FILE
+def test_a_store_of_another_version_of_the_program_is_never_removed(folder, complete, root):
+    path = next(iter(root.glob(f"tokens/*/*/{layout.STORE_FILE}")))
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
     with pytest.raises(ValueError, match="store format 7, this program reads 1"):
         encode(folder, root)

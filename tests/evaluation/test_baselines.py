@@ -1,8 +1,8 @@
-"""Baselines and controls.
+"""Baselines and action ablations.
 
 Claims:
-- donors, of whole windows and of single steps, are of another episode, the same by seed, and drawn from all of them; one
-  episode alone is refused;
+- donors, of whole windows and of single steps, are of another episode, the same by seed, drawn from all of them as `choice` among the
+  others would; one episode alone is refused;
 - zero actions keep the slot; shifted ones are the recording's own neighbours, and where there is none they are NaN;
 - mean and regression are those of all training steps, each counted once; the regression adds what actions and states say in a
   line; a straight line foresees one.
@@ -13,16 +13,14 @@ import pytest
 import torch
 import zarr
 
-from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_rows
+from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_others, draw_rows, positions_of
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.windows import (
     RIDGE,
     Baselines,
-    extrapolate_open_loop,
-    extrapolate_teacher_forced,
+    extrapolate,
     fit_baselines,
-    regress_open_loop,
-    regress_teacher_forced,
+    regress,
 )
 from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import make_cache
@@ -30,13 +28,18 @@ from tests.caches import make_cache
 RAW = LatentModel(None, normalize_reps=False)
 
 
-def test_every_window_gets_the_actions_of_another_episode():
-    episodes = [f"{number // 7}" for number in range(42)]
-    donors = choose_donors(episodes, seed=0)
-    assert all(episodes[donor] != episodes[window] for window, donor in enumerate(donors))
-    assert np.array_equal(donors, choose_donors(episodes, seed=0))
-    assert not np.array_equal(donors, choose_donors(episodes, seed=1))
-    assert len(set(donors.tolist())) > 20, "donors are spread over the windows"
+def test_donors_are_of_another_episode_and_drawn_as_choice_among_the_others_would():
+    episodes = [f"e{number}" for number in np.random.default_rng(0).integers(0, 9, 60)]
+    names, plain = np.array(episodes), np.random.default_rng(7)
+    expected = [plain.choice(np.flatnonzero(names != name)) for name in names]
+    assert choose_donors(episodes, seed=7).tolist() == expected != choose_donors(episodes, seed=8).tolist()
+    for name, own in positions_of(episodes).items():
+        expected = np.random.default_rng(7).choice(np.flatnonzero(names != name), size=5)
+        assert np.array_equal(draw_others(own, 60, np.random.default_rng(7), 5), expected)
+    rows = draw_rows(episodes, 5, seed=0)
+    assert rows.shape == (60, 5) and np.array_equal(rows, draw_rows(episodes, 5, seed=0))
+    assert all(episodes[row // 5] != episodes[window] for window in range(60) for row in rows[window])
+    assert len(np.unique(rows)) > 150, "drawn from all rows"
 
 
 def test_one_episode_alone_has_no_donors():
@@ -44,9 +47,9 @@ def test_one_episode_alone_has_no_donors():
         choose_donors(["only"] * 5, seed=0)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("num_steps", [2, 17, 18, 40])  # shorter than a piece, one piece, and with a rest
-def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path, normalize, num_steps):
+# Shorter than a piece, one piece, and with a rest.
+@pytest.mark.parametrize(("num_steps", "normalize"), [(2, True), (17, True), (18, False), (40, True)])
+def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path, num_steps, normalize):
     cache = make_cache(tmp_path, num_steps=num_steps)
     segments = cache.dataset.segments_of("train", cache.config.split)
     segments += [segments[0]._replace(stop=segments[0].start + 1)]  # what a filter may leave: a step without a pair
@@ -71,17 +74,8 @@ def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path,
     assert np.allclose(found.change.flatten(1).numpy(), change, atol=1e-4)
 
 
-def test_every_step_gets_an_action_of_another_episode():
-    episodes, num_rows = [f"{number // 7}" for number in range(42)], 5
-    rows = draw_rows(episodes, num_rows, seed=0)
-    assert rows.shape == (42, num_rows)
-    assert all(episodes[row // num_rows] != episodes[window] for window in range(42) for row in rows[window])
-    assert np.array_equal(rows, draw_rows(episodes, num_rows, seed=0))
-    assert len(np.unique(rows)) > 100, "drawn from all rows"
-
-
-def test_controls_take_the_place_of_the_true_actions(tmp_path):
-    cache, num_steps = make_cache(tmp_path), 6
+def test_ablations_take_the_place_of_the_true_actions(cache):
+    num_steps = 6
     index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), num_steps)
     numbers = list(range(len(index)))
     found = action_ablations(cache.dataset, cache.scaler, index, numbers, seed=0)
@@ -105,8 +99,7 @@ def test_controls_take_the_place_of_the_true_actions(tmp_path):
 
 def test_a_straight_line_foresees_one():
     line = torch.arange(6.0)[None, :, None, None] * torch.randn(1, 1, 3, 4) + torch.randn(1, 1, 3, 4)
-    assert torch.allclose(extrapolate_teacher_forced(RAW, line), line[:, 2:], atol=1e-5)
-    assert torch.allclose(extrapolate_open_loop(RAW, line[:, 0], line[:, 1], 4), line[:, 2:], atol=1e-5)
+    assert torch.allclose(extrapolate(RAW, line[:, :-2], line[:, 1:-1]), line[:, 2:], atol=1e-5)
 
 
 def test_the_regression_adds_what_actions_and_states_say_of_each_token():
@@ -119,6 +112,5 @@ def test_the_regression_adds_what_actions_and_states_say_of_each_token():
         inputs = torch.cat([actions[:, t], states[:, t], torch.ones(2, 1)], dim=-1)
         h.append(h[-1] + (inputs @ change.flatten(1)).unflatten(1, (3, 4)))
     h = torch.stack(h, dim=1)
-    one_step = regress_teacher_forced(baselines, RAW, h, actions, states)
-    rolled = regress_open_loop(baselines, RAW, h[:, 0], actions, states)
-    assert torch.allclose(one_step, h[:, 1:], atol=1e-4) and torch.allclose(rolled, h[:, 1:], atol=1e-4)
+    changes = baselines.changes(actions, states)
+    assert torch.allclose(regress(RAW, h[:, :-1], changes), h[:, 1:], atol=1e-4)

@@ -1,21 +1,21 @@
-"""Distances of predicted and true tokens, on made vectors and on a tiny cache.
+"""Distances of predicted and true tokens, on sets with a known answer and on a tiny cache.
 
 Claims:
+- the Fréchet distance equals the formula for Gaussians by hand and by `sqrtm`; MMD equals a plain double loop, has mean 0 for equal
+  distributions and the known value for two Gaussians; the jackknife's interval of a mean is Student's;
 - every episode is in both halves, and no more than 20 groups are made;
-- predictions that are the truth lie exactly at the floor; a shift of all of them adds its square; means in place of tokens are
-  near in mean and far in distribution;
+- predictions that are the truth lie exactly at the floor; a shift of all adds its square; means in place of tokens are near in mean
+  and far in distribution;
 - the pooled vectors are those of the files, and truth and prediction are taken at the same places;
 - too few windows are refused; the table and the metrics agree.
 """
 
-import csv
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from scipy.linalg import sqrtm
+from scipy.stats import t
 
-from jepa_cache.data.windows import WindowIndex, spread_windows
-from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.evaluation.context import choose_windows
 from jepa_cache.evaluation.distances import (
     COPY_LAST,
     KINDS,
@@ -25,22 +25,79 @@ from jepa_cache.evaluation.distances import (
     Vectors,
     collect_vectors,
     deal_windows,
+    frechet_distance,
+    gaussian_kernel,
+    jackknife,
     measure_distances,
+    median_distance,
+    mmd,
     write_distances,
 )
-from jepa_cache.predictor.rollout import LatentModel
-from tests.caches import GRID, WIDTH, make_cache
-from tests.evaluation.test_energy import Oracle, a_predictor
+from tests.caches import GRID, WIDTH
+from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of, read_rows
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"), "evaluate.windows_per_episode=8")
+def exact_set(mean: np.ndarray, covariance: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Vectors [count, d] whose mean and unbiased covariance are exactly the given ones."""
+    vectors = rng.normal(size=(count, len(mean)))
+    vectors -= vectors.mean(axis=0)
+    vectors = vectors @ np.linalg.inv(np.linalg.cholesky(np.cov(vectors.T))).T
+    return vectors @ np.linalg.cholesky(covariance).T + mean
 
 
-def evaluation_of(cache, predictor, **evaluate) -> EvaluationContext:
-    config = replace(cache.config, evaluate=replace(cache.config.evaluate, **evaluate))
-    return EvaluationContext(LatentModel(predictor), config, cache.dataset, cache.scaler, 5)
+def test_the_frechet_distance_is_the_formula_for_gaussians():
+    rng = np.random.default_rng(0)
+    # |m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances: 9 + 16 + (2 - 1)^2 + (3 - 5)^2.
+    one = exact_set(np.array([0.0, 0.0]), np.diag([4.0, 9.0]), 50, rng)
+    other = exact_set(np.array([3.0, -4.0]), np.diag([1.0, 25.0]), 70, rng)
+    assert frechet_distance(one, other) == pytest.approx(30.0, abs=1e-9)
+    one, other = (rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)) + rng.normal(size=5) for _ in range(2))
+    first, second = np.cov(one.T), np.cov(other.T)
+    shift = one.mean(axis=0) - other.mean(axis=0)
+    expected = shift @ shift + np.trace(first + second - 2 * sqrtm(first @ second).real)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9), "covariances that do not commute"
+    flat = rng.normal(size=(40, 3)) @ np.ones((3, 6))
+    assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-6), "without full rank"
+
+
+def kernel_mmd(one: np.ndarray, other: np.ndarray, bandwidth: float) -> float:
+    return mmd(*(gaussian_kernel(x, y, bandwidth) for x, y in ((one, one), (other, other), (one, other))))
+
+
+def test_mmd_is_a_plain_double_loop():
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(size=(14, 4)), rng.normal(size=(9, 4)) + 0.5
+    kernel = lambda x, y: np.exp(-((x - y) ** 2).sum() / (2 * 1.3**2))  # noqa: E731
+    within = [np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (one, other)]
+    expected = sum(within) - 2 * np.mean([kernel(x, y) for x in one for y in other])
+    assert kernel_mmd(one, other, 1.3) == pytest.approx(expected)
+
+
+def test_mmd_is_unbiased_and_meets_the_value_of_known_gaussians():
+    # For N(m, I) and N(0, I) in d dimensions and bandwidth 1: 2 (1/3)^(d/2) (1 - exp(-|m|^2 / 6)).
+    rng, size, shift = np.random.default_rng(4), 2, 1.0
+    mean = np.array([shift, 0.0])
+    draws = [
+        np.array([kernel_mmd(rng.normal(size=(20, size)) + m, rng.normal(size=(20, size)), 1.0) for _ in range(300)])
+        for m in (0 * mean, mean)
+    ]
+    expected = 2 * (1 / 3) ** (size / 2) * (1 - np.exp(-(shift**2) / 6))
+    for values, truth in zip(draws, (0.0, expected), strict=True):
+        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))
+    assert (draws[0] < 0).any()  # an estimate that were squared or clipped would have a mean above 0
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.random.default_rng(5).normal(size=9)
+    reach = t.ppf(0.975, 8) * values.std(ddof=1) / 3
+    found = jackknife(lambda kept: float(values[kept].mean()), np.arange(9))
+    assert found == pytest.approx((values.mean(), values.mean() - reach, values.mean() + reach))
+
+
+def test_vectors_that_are_all_equal_have_no_bandwidth():
+    assert median_distance(np.array([[0.0], [3.0], [4.0]])) == 3.0
+    with pytest.raises(ValueError, match="no bandwidth"):
+        median_distance(np.ones((5, 2)))
 
 
 def made(change, num_windows: int = 240, width: int = 3) -> Vectors:
@@ -55,7 +112,7 @@ def made(change, num_windows: int = 240, width: int = 3) -> Vectors:
 def test_every_episode_is_in_both_halves():
     episodes = [f"episode-{number // 5:02}" for number in range(150)]
     groups, halves = deal_windows(episodes)
-    assert len(set(groups)) == MAX_GROUPS and set(groups) == set(range(MAX_GROUPS))
+    assert set(groups) == set(range(MAX_GROUPS))
     for name in set(episodes):
         own = [position for position, episode in enumerate(episodes) if episode == name]
         assert sorted(np.bincount(halves[own])) == [2, 3] and len(set(groups[own])) == 1
@@ -65,43 +122,41 @@ def test_every_episode_is_in_both_halves():
 
 
 def test_true_predictions_lie_at_the_floor_and_a_shift_adds_its_square():
-    same, shifted = measure_distances(made(lambda z: z)), measure_distances(made(lambda z: z + np.float32(2)))
+    (_, same), (_, shifted) = (measure_distances(made(lambda z, by=by: z + np.float32(by))) for by in (0, 2))
     for step in range(2):
-        assert same.frechet[MODEL][step] == same.frechet[TRUE][step]
-        assert same.mmd[MODEL][step] == same.mmd[TRUE][step]
-        gain = shifted.frechet[MODEL][step].mean - same.frechet[TRUE][step].mean
-        assert gain == pytest.approx(3 * 2**2, abs=1e-3)  # both ways: what is linear in the shift cancels
-        assert same.mmd[TRUE][step].low < 0 < same.mmd[TRUE][step].high < shifted.mmd[MODEL][step].low
-        assert 0 <= same.frechet[TRUE][step].low <= same.frechet[TRUE][step].mean < 0.2
-    assert same.num_dims == 3 and same.kept_variance == pytest.approx(1) and same.num_vectors == 120
+        frechet, floor, far = (
+            found["frechet", end][step] for found, end in ((same, ""), (same, "_floor"), (shifted, ""))
+        )
+        assert frechet == floor and 0 <= floor.low <= floor.mean < 0.2
+        assert far.mean - floor.mean == pytest.approx(
+            3 * 2**2, abs=1e-3
+        )  # both ways: what is linear in the shift cancels
+        assert same["mmd", ""][step] == same["mmd", "_floor"][step]
+        assert same["mmd", "_floor"][step].low < 0 < same["mmd", "_floor"][step].high < shifted["mmd", ""][step].low
 
 
-def test_hedged_predictions_are_near_in_mean_and_far_in_distribution():
-    hedged = measure_distances(made(lambda z: z * np.float32(0.1)))
-    # Per axis about (1 - 0.1)^2.
-    assert hedged.frechet[MODEL][0].mean == pytest.approx(3 * 0.9**2, rel=0.15)
-    assert hedged.mmd[MODEL][0].low > hedged.mmd[TRUE][0].high
-
-
-def test_components_are_fewer_where_vectors_are_few():
-    few = measure_distances(made(lambda z: z, num_windows=40, width=12))
-    assert few.num_dims == 20 // 4 and 0 < few.kept_variance < 1
+def test_means_in_place_of_tokens_are_far_in_distribution():
+    facts, found = measure_distances(made(lambda z: np.zeros_like(z)))
+    for step in range(2):
+        assert found["frechet", ""][step].low > 2 > 10 * found["frechet", "_floor"][step].mean
+        assert found["mmd", ""][step].low > found["mmd", "_floor"][step].high
+    assert facts["num_dims"] == 3 and facts["kept_variance"] == pytest.approx(1)
+    few, _ = measure_distances(made(lambda z: z, num_windows=40, width=12))
+    assert few["num_dims"] == 20 // 4 and 0 < few["kept_variance"] < 1, "components are fewer where vectors are few"
     with pytest.raises(ValueError, match=r"raise evaluate\.windows_per_episode"):
         measure_distances(made(lambda z: z, num_windows=6))
 
 
-def test_vectors_are_those_of_the_files_and_of_the_same_places(cache):
-    evaluation = evaluation_of(cache, Oracle(cache.scaler))
+def test_vectors_are_those_of_the_files_at_the_same_places(cache):
+    evaluation = evaluation_of(cache, Oracle(cache.scaler), windows_per_episode=8)
     context, horizon = evaluation.config.evaluate.num_context_steps, evaluation.config.evaluate.horizon
-    index = WindowIndex(evaluation.held_out_segments(), context + horizon)
-    numbers, found = spread_windows(index, 8), collect_vectors(evaluation)
-    for row, number in enumerate(numbers):
-        window = index[number]
+    chosen, found = choose_windows(evaluation.held_out_segments(), context + horizon, 8), collect_vectors(evaluation)
+    pooled = found["pooled"].values
+    for row, window in enumerate(chosen.windows):
         tokens = np.empty((context + horizon, GRID[0] * GRID[1], WIDTH), np.float16)
         cache.dataset.read_tokens(window.store, window.start, tokens)
         h = tokens.astype(np.float64)
         h = (h - h.mean(axis=-1, keepdims=True)) / np.sqrt(h.var(axis=-1, keepdims=True) + 1e-5)
-        pooled = found["pooled"].values
         assert pooled[TRUE][row, :, 0] == pytest.approx(h[context:].mean(axis=1), abs=1e-4)
         assert pooled[COPY_LAST][row, :, 0] == pytest.approx(
             np.tile(h[context - 1].mean(axis=0), (horizon, 1)), abs=1e-4
@@ -110,24 +165,28 @@ def test_vectors_are_those_of_the_files_and_of_the_same_places(cache):
         assert np.abs(single[:, :, None] - h[context:, None]).max(axis=-1).min(axis=-1).max() < 1e-3  # each is a token
     for kind in KINDS:  # an oracle foresees every step, so prediction and truth agree place by place
         assert found[kind].values[MODEL] == pytest.approx(found[kind].values[TRUE], abs=0.01)
-    other = collect_vectors(evaluation_of(cache, Oracle(cache.scaler), batch_size=5))
+    other = collect_vectors(evaluation_of(cache, Oracle(cache.scaler), batch_size=5, windows_per_episode=8))
     assert other["token"].values[TRUE] == pytest.approx(found["token"].values[TRUE])
 
 
 def test_the_table_holds_every_step_and_agrees_with_the_metrics(cache, tmp_path):
-    sections = write_distances(evaluation_of(cache, a_predictor()), tmp_path)
-    with (tmp_path / "measurements/distance.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    sections = write_distances(evaluation_of(cache, a_predictor(), windows_per_episode=8), tmp_path)
+    rows = read_rows(tmp_path / "measurements/distance.csv")
     assert [row["horizon"] for row in rows] == ["1", "2", "3", "4"]
-    for name, (low, high) in sections["distance_ci"].items():
-        column, _, step = name.rpartition("_step")
-        row = rows[int(step) - 1]
-        assert float(row[column]) == sections["distance"][name]
-        assert (float(row[f"{column}_low"]), float(row[f"{column}_high"])) == (low, high) and low <= high
-    assert {"frechet_token_step1", "mmd_pooled_copy_last_step4", "frechet_pooled_floor_step4"} <= set(
-        sections["distance"]
-    )
-    assert sections["distance"]["frechet_token_step1"] > sections["distance_ci"]["frechet_token_floor_step1"][1]
+    section, intervals = sections["distance"], sections["distance_ci"]
+    names = [
+        f"{measure}_{kind}{end}_step{step}"
+        for measure in ("frechet", "mmd")
+        for kind in KINDS
+        for end in ("", "_copy_last", "_floor")
+        for step in (1, 4)
+    ]
+    assert set(intervals) == set(names) < set(section)
+    for name in names:
+        column, row = name[:-6], rows[int(name[-1]) - 1]
+        assert float(row[column]) == section[name]
+        assert [float(row[f"{column}_low"]), float(row[f"{column}_high"])] == intervals[name]
+    assert section["frechet_token_step1"] > intervals["frechet_token_floor_step1"][1]
 
 
 def test_one_window_an_episode_is_too_few_and_that_is_said(cache, tmp_path, capsys):

@@ -3,7 +3,7 @@
 Claims:
 - L1 and cosine are means over tokens and channels; windows of one episode count as one;
 - the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
-- means, donors and p values of many episodes are those of one at a time, of `choice` among the others and of scipy, to the last bit;
+- means and p values of many episodes are those of one at a time and of scipy, to the last bit;
 - the paired test is exact for few episodes, rejects a true null at about its level, and cannot reject with five episodes.
 """
 
@@ -12,10 +12,8 @@ import pytest
 import torch
 from scipy.stats import permutation_test
 
-from jepa_cache.data.ablations import choose_donors, draw_others, positions_of
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
-    bootstrap_ratio,
     cosine_similarity,
     episode_means,
     l1_error,
@@ -52,17 +50,6 @@ def test_means_of_episodes_of_any_sizes_are_those_of_each_alone():
             for name in sorted(set(episodes))
         ]
         assert np.array_equal(episode_means(some, episodes), np.concatenate(alone), equal_nan=True)
-
-
-def test_donors_are_drawn_as_choice_among_the_others_would():
-    episodes = [f"e{number}" for number in np.random.default_rng(0).integers(0, 9, 60)]
-    names, plain = np.array(episodes), np.random.default_rng(7)
-    assert choose_donors(episodes, seed=7).tolist() == [plain.choice(np.flatnonzero(names != name)) for name in names]
-    plain = np.random.default_rng(7)
-    for name, own in positions_of(episodes).items():
-        expected = plain.choice(np.flatnonzero(names != name), size=5)
-        assert np.array_equal(draw_others(own, 60, np.random.default_rng(7), 5), expected)
-        plain = np.random.default_rng(7)
 
 
 def test_windows_counted_twice_change_no_interval():
@@ -106,7 +93,7 @@ def test_windows_that_a_prediction_does_not_exist_for_are_left_out():
 
 def test_the_interval_of_a_ratio_draws_both_parts_together():
     wholes = np.random.default_rng(0).uniform(1, 5, 8)
-    ratio = bootstrap_ratio(0.2 * wholes, wholes, num_resamples=100, seed=0)
+    ratio = bootstrap_mean(0.2 * wholes, wholes, num_resamples=100, seed=0)
     assert np.allclose(ratio, 0.2)
 
 

@@ -8,11 +8,10 @@ Claims:
 - an evaluation that is refused or fails at its end leaves the last one as it was.
 """
 
-import csv
-import hashlib
 import itertools
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import zarr
 
+from jepa_cache.cli.compare import compare_runs
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.data.ablations import ABLATIONS, choose_donors, draw_rows
@@ -31,36 +31,9 @@ from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 from jepa_cache.evaluation.windows import BASELINES, RIDGE
 from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
-from jepa_cache.training.trainer import train
-from tests.caches import Cache, make_cache, make_config
+from tests.caches import Cache, make_config
 from tests.encoded import all_files
-
-
-class Trained(NamedTuple):
-    cache: Cache
-    weights: Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Trained:
-    """A cache, and a predictor that learned what actions do."""
-    units = {
-        hashlib.sha256(name.encode()).hexdigest(): [f"episode-{name}{number}" for number in range(6)] for name in "abc"
-    }
-    cache = make_cache(tmp_path_factory.mktemp("cache"), "split.val_share=0.4", encoder_trained=True, units=units)
-    config = make_config(
-        "split.val_share=0.4",
-        "train.num_steps=250",
-        "train.batch_size=16",
-        "train.lr=0.02",
-        "train.log_every=50",
-        "train.validate_every=0",
-    )
-    config = replace(config, predictor=replace(config.predictor, predictor_dim=32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JEPA_RUNS_HOME", str(cache.folder / "runs"))
-        result = train(config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder)
-    return Trained(cache, result.weights)
+from tests.evaluation.evaluations import Trained, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -261,19 +234,14 @@ def again(trained) -> Again:
 
 
 @pytest.fixture(scope="module")
-def result(trained, tmp_path_factory) -> Path:
-    """The folder of one evaluation."""
-    out = tmp_path_factory.mktemp("evaluated")
+def result(trained) -> Path:
+    """The folder of one evaluation, where `jepa-cache compare` looks for that of its training run."""
+    out = trained.cache.folder / "evaluate"
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_pictures", "write_page"):
             patch.setattr(run, name, lambda *_, **__: None)
         evaluate(trained.cache, trained.weights, out)
     return out
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def sign_flips(gaps: np.ndarray) -> float:
@@ -376,18 +344,41 @@ def test_slices_are_means_over_their_own_windows(again, result):
     assert sum(sizes.values()) == len(errors) and len(sizes) == 3
 
 
-def test_metrics_hold_what_other_programs_read(trained, tmp_path):
-    metrics = evaluate(trained.cache, trained.weights, tmp_path)
-    assert metrics["encoder_trained"] is True
-    needed = {"teacher_forcing_l1", "rollout_l1", "copy_last_l1", "shuffled_actions_l1", "zero_actions_l1"}
-    assert needed <= set(metrics["val"]) and needed <= set(metrics["val_ci"])
-    assert all(low <= metrics["val"][name] <= high for name, (low, high) in metrics["val_ci"].items())
+def test_the_rows_of_episodes_average_to_the_metrics(trained, result):
+    rows, metrics = read_rows(result / "episodes.csv"), json.loads((result / "metrics.json").read_text())
+    held_out = {segment.episode for segment in trained.cache.dataset.segments_of("val", trained.cache.config.split)}
+    assert [row["episode"] for row in rows] == sorted(held_out) and len(rows) == metrics["num_episodes"]
+    assert sum(int(row["num_windows"]) for row in rows) == metrics["num_windows"]
+    names = [name for name in rows[0] if name.endswith("_l1")]
+    assert {"teacher_forcing_l1", "rollout_l1", "copy_last_l1", "rollout_zero_actions_l1"} <= set(names)
+    for name in names:
+        mean = np.mean([float(row[name]) for row in rows if row[name]])
+        assert mean == pytest.approx(metrics["val"][name], abs=1e-6), name  # float32 means
 
 
-def test_the_batch_size_moves_no_figure(trained, tmp_path):
+def test_the_settings_say_which_run_was_measured_on_what_and_compare_finds_it(trained, result):
+    cache, settings = trained.cache, json.loads((result / "settings.json").read_text())
+    assert settings["tokens_fingerprint"] == cache.dataset.manifest.fingerprint and settings["train"]["lr"] == 0.02
+    assert settings["measured"]["evaluate"]["horizon"] == 4 and settings["step"] == 250
+    assert settings["run"] in {path.name for path in (cache.folder / "runs").iterdir()}
+    short = json.loads((result / "metrics.json").read_text())["settings"]
+    expected = {"train_steps": 250, "window_steps": 5, "horizon": 4, "num_context_steps": 2, "step_hz": 5.0, "seed": 0}
+    assert short.items() >= (expected | {"encoder": "tiny", "normalize_reps": True}).items()
+    outcome = compare_runs([str(result), str(cache.folder / "train/run")])
+    (pair,) = outcome.document["groups"][0]["paired"]
+    assert outcome.exit_code == 0 and pair["rollout_l1"]["words"] == "no difference shown"
+    (result / "settings.json").write_text(json.dumps(settings | {"run": "another"}))
+    try:
+        with pytest.raises(ValueError, match="of another training run"):
+            compare_runs([str(cache.folder / "train/run")])
+    finally:
+        (result / "settings.json").write_text(json.dumps(settings))
+
+
+def test_the_batch_size_moves_no_figure(trained, result, tmp_path):
     other = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, batch_size=7))
-    one, two = (evaluate(trained.cache, trained.weights, tmp_path, config) for config in (None, other))
-    for name, value in one["val"].items():
+    two = evaluate(trained.cache, trained.weights, tmp_path, other)
+    for name, value in json.loads((result / "metrics.json").read_text())["val"].items():
         assert two["val"][name] == pytest.approx(value, abs=1e-5), name
 
 
@@ -436,16 +427,10 @@ def copy_last(predictor: torch.nn.Module) -> None:
 def test_a_predictor_that_copies_is_not_better_than_copying(trained, tmp_path):
     metrics = evaluate(trained.cache, changed(trained, tmp_path / "copy.safetensors", copy_last), tmp_path)
     assert metrics["val"]["copy_last_l1"] > 0.1
+    assert all(low <= metrics["val"][name] <= high for name, (low, high) in metrics["val_ci"].items())
     assert metrics["val"]["teacher_forcing_l1"] == pytest.approx(metrics["val"]["copy_last_l1"], abs=1e-4)
     answers = {name: verdict["answer"] for name, verdict in metrics["verdict"].items()}
     assert {answers[name] for name in ("actions", "copying", "baselines", "horizon")} == {"no"}, metrics["verdict"]
-
-
-def test_a_predictor_that_foresees_worse_is_called_worse(trained, tmp_path):
-    wrong = changed(trained, tmp_path / "wrong.safetensors", lambda p: p.predictor_proj.weight.neg_())
-    verdict = evaluate(trained.cache, wrong, tmp_path)["verdict"]
-    assert "no, error of the predictor" in verdict["copying"]["words"]
-    assert "% higher" in verdict["copying"]["words"]
 
 
 def test_a_predictor_that_gives_nan_is_no_measurement(trained, tmp_path):
@@ -455,44 +440,39 @@ def test_a_predictor_that_gives_nan_is_no_measurement(trained, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_a_measurement_that_is_asked_for_brings_its_section_and_an_old_table_goes(trained, tmp_path, monkeypatch):
+def test_a_requested_measurement_is_checked_first_brings_its_section_and_an_old_table_goes(
+    trained, tmp_path, monkeypatch
+):
     assert tuple(run.MEASUREMENTS) == MEASUREMENTS  # what the settings may name is what there is
 
     def measure(evaluation, out):
         (out / "steps.csv").write_text("horizon\n4\n")
         return {"steps": {"horizon": evaluation.config.evaluate.horizon}}
 
-    monkeypatch.setitem(run.MEASUREMENTS, "steps", Measurement("steps", "steps", measure, "Steps", "None.", ()))
+    known = Measurement("steps", "steps", measure, "Steps", "None.", ())
+    monkeypatch.setitem(run.MEASUREMENTS, "steps", known)
     config = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, measure=("steps",)))
     assert evaluate(trained.cache, trained.weights, tmp_path, config)["steps"] == {"horizon": 4}
     assert (tmp_path / "steps.csv").is_file()
     assert "steps" not in evaluate(trained.cache, trained.weights, tmp_path)
     assert not (tmp_path / "steps.csv").exists()
+    monkeypatch.setitem(run.MEASUREMENTS, "steps", known._replace(check=lambda _: 1 / 0))
+    monkeypatch.setattr(run, "measure_windows", lambda _: pytest.fail("measured before it was checked"))
+    with pytest.raises(ZeroDivisionError):
+        evaluate(trained.cache, trained.weights, tmp_path, config)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["refused", "fails at its end"])
-def test_an_evaluation_that_gives_nothing_leaves_the_last_one_as_it_was(trained, tmp_path, monkeypatch, late):
-    evaluate(trained.cache, trained.weights, tmp_path)
-    before = all_files(tmp_path)
+def test_an_evaluation_that_gives_nothing_leaves_the_last_one_as_it_was(trained, result, monkeypatch, late):
+    before = all_files(result)
     config = trained.cache.config
     if late:
         monkeypatch.setattr(run, "worst_table", lambda *_: 1 / 0)
     else:
         config = replace(config, evaluate=replace(config.evaluate, horizon=200))
     with pytest.raises(ZeroDivisionError if late else ValueError):
-        evaluate(trained.cache, trained.weights, tmp_path, config)
-    assert len(before) > 5 and all_files(tmp_path) == before
-
-
-def test_an_unknown_measurement_is_refused():
-    with pytest.raises(ConfigError, match=r"evaluate\.measure is 'energi'"):
-        make_config("evaluate.measure=[energi]")
-
-
-def test_metrics_name_the_settings_they_were_measured_with(trained, tmp_path):
-    settings = evaluate(trained.cache, trained.weights, tmp_path)["settings"]
-    assert settings["train_steps"] == 250 and settings["window_steps"] == 5 and settings["horizon"] == 4
-    assert settings["encoder"] == trained.cache.config.encoder.name
+        evaluate(trained.cache, trained.weights, result, config)
+    assert len(before) > 5 and all_files(result) == before
 
 
 def test_what_does_not_exist_is_left_out_and_said(trained, tmp_path):
@@ -528,30 +508,43 @@ def test_weights_trained_on_something_else_are_refused(trained, tmp_path, name, 
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_features_of_another_recipe_are_refused(trained, tmp_path):
-    other = make_cache(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="was trained with tokens recipe"):
-        evaluate(other, trained.weights, tmp_path)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluate.measure=[energi]",
+        "evaluate.probes=[inverse_dynamic]",
+        "evaluate.num_bootstrap=99",
+        "evaluate.num_bootstrap=100000000000",
+        "evaluate.energy_samples=55",
+        "evaluate.energy_axes=[dx,dx]",
+        "evaluate.noise_windows=0",
+        "plan.settings=notebok",
+        "plan.num_samples=1",
+        "plan.horizons=[]",
+        "plan.horizons=[1,1]",
+        "plan.max_rotation_rad=-1.0",
+        "plan.max_step_m=0.0",
+    ],
+)
+def test_settings_that_cannot_work_are_refused(override):
+    with pytest.raises(ConfigError, match=re.escape(override.split("=")[0])):
+        make_config(override)
 
 
-def test_missing_weights_name_the_command_that_makes_them(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"is missing; run .*train_predictor\.py"):
-        evaluate(trained.cache, tmp_path / "nothing.safetensors", tmp_path)
-
-
-def test_one_held_out_episode_is_too_few(tmp_path, monkeypatch):
-    monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
-    cache = make_cache(tmp_path, "split.seed=1", "train.num_steps=6")
-    result = train(cache.config, cache.dataset, cache.scaler, tmp_path / "train/run", base=tmp_path)
+def test_one_held_out_episode_is_too_few(trained, tmp_path):
+    dataset, path = trained.cache.dataset, tmp_path / "predictor.safetensors"
+    splits = (replace(trained.cache.config.split, val_share=0.06, seed=seed) for seed in range(50))
+    split = next(one for one in splits if len({segment.episode for segment in dataset.segments_of("val", one)}) == 1)
+    predictor, card = load_predictor(trained.weights)
+    save_predictor(predictor, path, card | {"description": card["description"] | {"split": asdict(split)}})
     with pytest.raises(ValueError, match="at least two held-out episodes"):
-        evaluate(cache, result.weights, tmp_path)
+        evaluate(trained.cache, path, tmp_path, replace(trained.cache.config, split=split))
 
 
-def test_weights_of_another_training_are_refused(tmp_path):
+def test_weights_of_another_training_are_refused(trained):
     # What an interrupted training leaves: the weights of the run before it.
-    cache = make_cache(tmp_path)
-    result = train(cache.config, cache.dataset, cache.scaler, tmp_path / "out/run", base=tmp_path)
-    other = replace(cache.config, train=replace(cache.config.train, lr=0.5))
-    with pytest.raises(ValueError, match=r"train\.lr was 0\.\d+, now it is 0\.5"):
-        check_settings(other, result.weights)
-    check_settings(cache.config, result.weights)
+    config = trained.cache.config
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.02, now it is 0\.003"):
+        check_settings(config, trained.weights)
+    with pytest.raises(ValueError, match=r"is missing; run .*train_predictor\.py"):
+        check_settings(config, trained.weights.with_name("nothing.safetensors"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.data.ablations import SHUFFLED
-from jepa_cache.evaluation.figures import WindowFacts, slice_table, worst_table
+from jepa_cache.evaluation.figures import slice_table, worst_table
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
 
@@ -24,18 +24,18 @@ def make_errors(copied: np.ndarray = 2 * ERRORS) -> WindowErrors:
     return WindowErrors(EPISODES, {"l1": l1}, {"l1": l1}, chosen=None, num_fitted_steps=0)
 
 
-def make_facts(**changes) -> WindowFacts:
-    facts = WindowFacts(
-        episode=EPISODES,
-        dataset=["vpt"] * 6,
-        camera=["left", "right", "left", "right", "left", "left"],
-        phase=[0, 0, 0, 1, 1, 1],
-        gui=np.array([True, False, False, False, False, False]),
-        first_step=[0, 5, 9, 0, 5, 0],
-        start_s=[0.0, 1.0, 1.8, 0.0, 1.0, 0.0],
-        action_size=np.ones(6),
-    )
-    return facts._replace(**changes)
+def make_facts(**changes) -> list[dict]:
+    columns = {
+        "episode": EPISODES,
+        "dataset": ["vpt"] * 6,
+        "camera": ["left", "right", "left", "right", "left", "left"],
+        "phase": ["0", "0", "0", "1", "1", "1"],
+        "gui": ["open", *["closed"] * 5],
+        "first_step": [0, 5, 9, 0, 5, 0],
+        "start_s": [0.0, 1.0, 1.8, 0.0, 1.0, 0.0],
+        "action_size": [1.0] * 6,
+    } | changes
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @pytest.fixture(scope="module")
