@@ -1,5 +1,5 @@
-# make demo: everything from nothing to figures. make test: the test suite. make test-long: the campaigns beside it.
-# All install into .venv first.
+# make demo: everything from nothing to figures. make test: the test suite. make test-quick: its heart, within a minute.
+# make test-long: the campaigns beside it. All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # dvc and jepa-cache start `python`; it must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-long bench bench-peers lint format clean
+.PHONY: install demo test test-quick test-long bench bench-peers lint format clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,15 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Golden vectors, the first release's stores and checkpoint (encode, train, read: end to end), rules of the house, pure functions.
+QUICK := tests/test_architecture.py tests/test_golden.py tests/test_first_release.py tests/test_actions.py tests/test_idle.py \
+	tests/test_episode.py tests/encoder/test_frozen.py tests/encoder/test_vit.py tests/encoder/test_vit21.py \
+	tests/encoding/test_recipes.py tests/encoding/test_steps.py tests/data/test_windows.py tests/store/test_quantisation.py \
+	tests/predictor/test_model.py tests/predictor/test_rollout.py tests/training/test_losses.py tests/evaluation/test_statistics.py
+
+test-quick: install
+	$(BIN)/python -m pytest $(QUICK) --numprocesses 2 --dist loadfile
 
 # Every fault at every change to the disk, every bit flipped, long random histories, real commands killed at random moments: hours.
 # Of the kills: CAMPAIGN_TRIALS of each kind (12), drawn from CAMPAIGN_SEED (0), as in `make test-long CAMPAIGN_SEED=1`.

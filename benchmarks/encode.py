@@ -117,8 +117,7 @@ def decode(episode: Episode, config: Config, keep: bool) -> list[np.ndarray]:
 
 def run_case(name: str, num_decoders: int, num_frames: int, num_rounds: int, given: Path | None, folder: Path) -> str:
     """One line of the table."""
-    from jepa_cache.encoder.frozen import FrozenEncoder
-    from jepa_cache.encoder.modules import load_module
+    from jepa_cache.encoder.frozen import FrozenEncoder, load_module
     from jepa_cache.encoding.run import encode_dataset
 
     config = encoder_config(name, num_decoders)

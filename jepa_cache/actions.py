@@ -3,6 +3,8 @@
 An anchor is the control row that a step's frame shows; frame and state come BEFORE that row acts. The action between the
 anchors a and b is the aggregate of ALL native rows a to b-1: sums of movement, rotation differences on the circle or in
 SO(3), OR of keys and buttons, the slot at a. Actions and states are raw; scaling happens when the cache is read.
+
+An entry of `ACTION_SPACES` is all that a new space needs: with `motion`, planning works in it too.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from jepa_cache.config.parsing import nearest
-from jepa_cache.poses import POSE_SPACES
-from jepa_cache.vpt_actions import build_vpt25
+from jepa_cache.poses import POSE_SPACES, integrate_pose, pose_distances
 
 VPT_KEYS = (
     *("ESC", "back", "drop", "forward"),
@@ -30,6 +31,8 @@ VPT_BUTTONS = (*VPT_KEYS, "attack", "use", "pickItem")
 
 MAX_ANGLE_DEG = 1e9
 """Float64 knows an angle of that size to 1e-7 degrees; far beyond it a view has lost where on the circle it lies."""
+CAMERA_DEG_PER_COUNT = 0.15
+"""360 / 2400: the turn of one mouse count outside a GUI; holds in 99.9 % of such steps of 64 VPT logs, within 0.01 degrees."""
 
 
 class Column(NamedTuple):
@@ -47,6 +50,42 @@ class StepControls(NamedTuple):
     states: np.ndarray
 
 
+class Searched(NamedTuple):
+    """An action column that a planner searches."""
+
+    column: str
+    limit: (
+        str | float
+    )  # largest size in one step: a number, or the argument of `control.motion.build_motion` that holds it
+    gripper: bool = False  # opens or closes: wide first samples, momenta of its own, small results become 0
+
+
+@dataclass(frozen=True)
+class MotionRule:
+    """What a planner searches in a space, and where an action leads.
+
+    Attributes:
+        searched: The columns to search; one whose limit is set to 0 is not.
+        integrate: States [.., S] and actions [.., A], unscaled, to the states [.., S] after them.
+        bounded: The state's number that ends somewhere, the action column that moves it, and its ends.
+        distances: States [.., S] reached and true to named distances [..], the chief one first.
+        follows: Columns that a searched one decides, as column: (searched column, its size per unit of this one).
+        holds: Whether columns that are neither searched nor follow stay as they were (keys, slot); else they are 0.
+        map_axes: Columns that an energy map shows before any other.
+    """
+
+    searched: tuple[Searched, ...]
+    integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    bounded: tuple[str, str, float, float]
+    distances: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    follows: Mapping[str, tuple[str, float]]
+    holds: bool = False
+    map_axes: tuple[str, ...] = ()
+
+
+Rule: TypeAlias = Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class ActionSpace:
     """A named rule from controls to actions and states.
@@ -59,6 +98,7 @@ class ActionSpace:
         required: The control columns that the rule reads.
         rule: `(controls, anchors)`, checked, to actions [n-1, A] and states [n, S]. Raises ValueError for controls that are unknown
             (NaN, slot -1) at an anchor.
+        motion: None where nothing says where an action leads, so that nothing can be planned.
     """
 
     name: str
@@ -66,7 +106,8 @@ class ActionSpace:
     actions: tuple[Column, ...]
     states: tuple[Column, ...]
     required: tuple[str, ...]
-    rule: Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]
+    rule: Rule
+    motion: MotionRule | None = None
 
     def find_misfit(self, controls: Collection[str]) -> tuple[str, str] | None:
         """Why recordings with these control columns do not fit, and the setting that does; None where they fit.
@@ -120,24 +161,11 @@ class ActionSpace:
 
 
 def get_action_space(name: str) -> ActionSpace:
-    """Look up an action space.
+    """Look up an action space; docs/action_spaces.md describes them all.
 
-    - `vpt13`: A = 13, S = 2. mouse_dx, mouse_dy (mouse counts, summed), dyaw, dpitch (degrees, yaw on the circle in
-      (-180, 180]), then the hotbar slot at the step as 9 one-hot columns.
-    - `vpt36`: A = 36, S = 2. The first four of `vpt13`, then 20 keys, 3 mouse buttons (1 where held on any tick of the
-      step), then the 9 one-hot columns.
-    - `pose7`: A = 7, S = 7. Difference of x, y, z (m), rotation difference in the base frame as extrinsic xyz Euler angles
-      (rad), difference of the gripper (0 open, 1 closed).
-    - `pose7_camera`: A = 7, S = 7. `pose7` of the poses as the camera sees them: `inverse(camera pose) @ pose` at each step.
-    - `droid_command7`: A = 7, S = 7. The pose that the last row before the next step commands, as seen from the measured pose
-      at the step: difference of x, y, z (m), rotation difference in the base frame (rad), difference of the gripper. An
-      absolute command replaces the ones before it, so the last one stands for all; 0 where a step has no row of its own.
-    - `vector_last<A>x<S>`, `vector_sum<A>x<S>` (e.g. `vector_last7x14`): the columns action_0 to action_<A-1> and state_0 to
-      state_<S-1> of any robot or game. `last`: the command of the last row before the next step, for absolute commands
-      (target positions, velocities). `sum`: the sum over all rows of the step, for commands that are changes.
-
-    The state of the VPT spaces is yaw in (-180, 180] and pitch, degrees; that of `pose7` and `droid_command7` the pose
-    itself, that of `pose7_camera` the pose in the camera's frame.
+    `vector_last<A>x<S>` and `vector_sum<A>x<S>` (e.g. `vector_last7x14`) are built from their names: the columns action_0 to
+    action_<A-1> and state_0 to state_<S-1> of any robot or game. `last`: the command of the last row before the next step, for
+    absolute commands (target positions, velocities). `sum`: the sum over all rows of the step, for commands that are changes.
 
     Raises:
         ValueError: An unknown name; the nearest known one is named.
@@ -280,36 +308,134 @@ VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})"
 NUMBERED = re.compile(r"(action|state)_[0-9]+")
 """Generic spaces are built from their names, so that a manifest's name alone is enough to read a cache."""
 
+_CAMERA_OF = {"cameraX": "mouse_dx", "cameraY": "mouse_dy"}
+VPT25_NAMES = (
+    *("inventory", "ESC"),
+    *(f"hotbar.{slot}" for slot in range(1, 10)),
+    *("forward", "back", "left", "right", "cameraX", "cameraY", "jump", "sneak", "sprint", "swapHands"),
+    *("attack", "use", "pickItem", "drop"),
+)
+
+
+def _aggregate_vpt25(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 25 columns of Oasis in its order: keys as in `vpt36`, the camera in degrees, 0.15 times the summed mouse counts.
+
+    Other code gives these names other meanings: Oasis clips to 20 degrees, scales to [-1, 1], and in its published files takes
+    cameraX for pitch; Solaris puts the camera last, with cameraX for yaw in degrees, as here. Nothing is clipped here. Inside a GUI
+    they are the cursor's movement on the same scale. No hotbar slot is needed, which recorders before 6.11 do not write.
+
+    Source: column names of etched-ai/open-oasis and solaris-wm/solaris.
+    """
+    vpt36 = ACTION_SPACES["vpt36"]
+    no_slots = np.zeros(len(controls["mouse_dx"]), np.int8)
+    result = vpt36.aggregate({**controls, "hotbar": no_slots}, anchors)
+    names = [column.name for column in vpt36.actions]
+    taken = result.actions[:, [names.index(_CAMERA_OF.get(name, name)) for name in VPT25_NAMES]].astype(np.float64)
+    return taken * [CAMERA_DEG_PER_COUNT if name in _CAMERA_OF else 1.0 for name in VPT25_NAMES], result.states
+
+
+def _view_motion(
+    actions: tuple[Column, ...], yaw: str, pitch: str, follows: Mapping[str, tuple[str, float]]
+) -> MotionRule:
+    """Of a Minecraft view, which two columns turn."""
+    columns = [[column.name for column in actions].index(name) for name in (yaw, pitch)]
+
+    def integrate(states: np.ndarray, moves: np.ndarray) -> np.ndarray:
+        after = np.asarray(states, np.float64) + moves[..., columns]
+        after[..., 0] = wrap_degrees(after[..., 0])
+        after[..., 1] = np.clip(after[..., 1], -90.0, 90.0)
+        return after
+
+    searched = tuple(Searched(name, "max_turn_deg") for name in (yaw, pitch))
+    return MotionRule(searched, integrate, ("pitch", pitch, -90.0, 90.0), _view_distances, follows, holds=True)
+
+
+def _view_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """camera_deg (angle between the directions of view), yaw_deg (on the circle) and pitch_deg."""
+    directions = []
+    for states in (reached, true):
+        yaw, pitch = np.radians(states[..., 0]), np.radians(states[..., 1])
+        directions.append(np.stack([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)], axis=-1))
+    # By the half chord: exact for small angles, where the cosine is not.
+    chord = np.linalg.norm(directions[0] - directions[1], axis=-1)
+    return {
+        "camera_deg": np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))),
+        "yaw_deg": np.abs(wrap_degrees(reached[..., 0] - true[..., 0])),
+        "pitch_deg": np.abs(reached[..., 1] - true[..., 1]),
+    }
+
+
 VPT_REQUIRED = ("mouse_dx", "mouse_dy", "yaw_deg", "pitch_deg", "hotbar")
 # Minecraft turns by 0.15 degrees a count outside a GUI; inside one the mouse moves the cursor, and dyaw stays 0.
 _MOUSE_UNITS = {"mouse_dx": "mouse counts", "mouse_dy": "mouse counts", "dyaw": "deg", "dpitch": "deg"}
 _MOUSE = tuple(Column(name, unit, "continuous") for name, unit in _MOUSE_UNITS.items())
 _SLOTS = tuple(Column(f"slot.{slot}", "1 if selected at the step", "onehot") for slot in range(1, 10))
 _HELD = tuple(Column(name, "1 if held on any tick of the step", "binary") for name in VPT_BUTTONS)
+_VPT13, _VPT36 = (*_MOUSE, *_SLOTS), (*_MOUSE, *_HELD, *_SLOTS)
+_BY_NAME = {column.name: column for column in _HELD} | {name: Column(name, "deg", "continuous") for name in _CAMERA_OF}
+_VPT25 = tuple(_BY_NAME[name] for name in VPT25_NAMES)
 _VIEW = (Column("yaw", "deg in (-180, 180]", "continuous"), Column("pitch", "deg, positive down", "continuous"))
-_POSE_UNITS = ("m", "m", "m", "rad", "rad", "rad", "0 open, 1 closed")
+# A planned turn is one of the mouse.
+_COUNTS = {"mouse_dx": ("dyaw", CAMERA_DEG_PER_COUNT), "mouse_dy": ("dpitch", CAMERA_DEG_PER_COUNT)}
 
-_POSE = tuple(zip(("x", "y", "z", "rx", "ry", "rz", "gripper"), _POSE_UNITS, strict=True))
+_POSE = (
+    ("x", "m"),
+    ("y", "m"),
+    ("z", "m"),
+    ("rx", "rad"),
+    ("ry", "rad"),
+    ("rz", "rad"),
+    ("gripper", "0 open, 1 closed"),
+)
 _POSE_STATES = tuple(Column(name, unit, "continuous") for name, unit in _POSE)
 _POSE_ACTIONS = tuple(Column(f"d{name}", unit, "continuous") for name, unit in _POSE)
+_POSE_MOTION = MotionRule(
+    searched=(
+        *(Searched(name, "max_step_m") for name in ("dx", "dy", "dz")),
+        *(Searched(name, "max_rotation_rad") for name in ("drx", "dry", "drz")),
+        Searched("dgripper", 0.75, gripper=True),
+    ),
+    integrate=integrate_pose,
+    bounded=("gripper", "dgripper", 0.0, 1.0),
+    distances=pose_distances,
+    follows={},
+    map_axes=("dx", "dz"),  # as the published landscape has it: the hand's way along x and z
+)
 
 ACTION_SPACES: dict[str, ActionSpace] = {
     space.name: space
     for space in (
-        ActionSpace("vpt13", 1, (*_MOUSE, *_SLOTS), _VIEW, VPT_REQUIRED, partial(_aggregate_vpt, buttons=())),
+        ActionSpace(
+            "vpt13",
+            1,
+            _VPT13,
+            _VIEW,
+            VPT_REQUIRED,
+            partial(_aggregate_vpt, buttons=()),
+            _view_motion(_VPT13, "dyaw", "dpitch", _COUNTS),
+        ),
         ActionSpace(
             "vpt36",
             1,
-            (*_MOUSE, *_HELD, *_SLOTS),
+            _VPT36,
             _VIEW,
             (*VPT_REQUIRED, *VPT_BUTTONS),
             partial(_aggregate_vpt, buttons=VPT_BUTTONS),
+            _view_motion(_VPT36, "dyaw", "dpitch", _COUNTS),
+        ),
+        ActionSpace(
+            "vpt25",
+            1,
+            _VPT25,
+            _VIEW,
+            (*VPT_REQUIRED[:4], *VPT_BUTTONS),
+            _aggregate_vpt25,
+            _view_motion(_VPT25, "cameraX", "cameraY", {}),
         ),
         *(
-            ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe)
+            ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION)
             for name, (describe, required) in POSE_SPACES.items()
         ),
     )
 }
 """Every action space of a fixed width by its name; a new one is a function and an entry here."""
-ACTION_SPACES["vpt25"] = build_vpt25(ACTION_SPACES["vpt36"])

@@ -20,7 +20,7 @@ from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
-from jepa_cache.control.motion import VIEW_SPACES, Motion, build_motion
+from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
@@ -211,7 +211,7 @@ class WorldModel:
         if not isinstance(goal, np.ndarray) or goal.ndim != 3:
             _check_frames("goal", goal)
         context = self._context(frames, np.asarray(states, np.float64), actions)
-        if base_action is None and self.space.name in VIEW_SPACES and len(context.actions):
+        if base_action is None and self.space.motion.holds and len(context.actions):
             base_action = context.actions[-1]
         if base_action is not None and np.shape(base_action) != (len(self.space.actions),):
             raise ValueError(f"base_action must be [{len(self.space.actions)}]; got {list(np.shape(base_action))}")

@@ -107,6 +107,15 @@ def rotation_angle(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (2 * np.arcsin(np.clip(half, 0, 1))).reshape(one.shape[:-1])
 
 
+def pose_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """How far poses [.., 7] lie apart: position_m (Euclidean), rotation_rad (of the rotation between them), gripper."""
+    return {
+        "position_m": np.linalg.norm(reached[..., :3] - true[..., :3], axis=-1),
+        "rotation_rad": rotation_angle(reached[..., 3:6], true[..., 3:6]),
+        "gripper": np.abs(reached[..., 6] - true[..., 6]),
+    }
+
+
 def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
     """Express poses as seen from a camera: `inverse(extrinsics[t]) @ pose[t]`.
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.encoder import KINDS
+
 
 def write_official_file(
     path: Path, predictor: Mapping[str, Tensor], encoder: Mapping[str, Tensor], *, prefix: str = "module."
@@ -53,6 +56,13 @@ def write_v21_file(
         },
         path,
     )
+
+
+def encoder_shapes(preset: EncoderPreset) -> dict[str, tuple[int, ...]]:
+    """The tensors of a preset's encoder by their official names."""
+    with torch.device("meta"):
+        state = KINDS[preset.kind].make(preset).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def draw_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:

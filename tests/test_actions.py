@@ -17,11 +17,18 @@ from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import (
     ACTION_SPACES,
+    VPT25_NAMES,
     VPT_BUTTONS,
+    ActionSpace,
+    Column,
+    MotionRule,
+    Searched,
     get_action_space,
     wrap_degrees,
     zero_actions,
 )
+from jepa_cache.control.motion import build_motion
+from jepa_cache.control.planner import follow_actions
 from jepa_cache.poses import (
     CAMERA_CONTROLS,
     COMMAND_CONTROLS,
@@ -236,6 +243,181 @@ def test_zero_actions_keep_the_slot_and_nothing_else():
     assert not zeros[:, :27].any() and actions[:, :27].any() and zeros.dtype == np.float32
     with pytest.raises(ValueError, match="36 columns"):
         zero_actions(actions[:, :13], space)
+
+
+def _drive(controls, anchors):
+    """A car: speed and steering as commanded last; where it is and looks."""
+    rows = anchors[1:] - 1
+    actions = np.stack([controls["speed"][rows], controls["steer"][rows]], axis=1)
+    return actions, np.stack([controls[name][anchors] for name in ("x", "y", "heading")], axis=1)
+
+
+def _move(states, actions):
+    x, y, heading = np.moveaxis(np.asarray(states, np.float64), -1, 0)
+    heading = np.clip(heading + actions[..., 1], -1.0, 1.0)
+    return np.stack([x + actions[..., 0] * np.cos(heading), y + actions[..., 0] * np.sin(heading), heading], axis=-1)
+
+
+def test_a_new_space_is_one_entry_and_plans_too(monkeypatch):
+    columns = [
+        tuple(Column(name, "m or rad", "continuous") for name in names.split())
+        for names in ("speed steer", "x y heading")
+    ]
+    car = ActionSpace(
+        "car",
+        1,
+        *columns,
+        ("speed", "steer", "x", "y", "heading"),
+        _drive,
+        MotionRule(
+            searched=(Searched("speed", 2.0), Searched("steer", 0.3)),
+            integrate=_move,
+            bounded=("heading", "steer", -1.0, 1.0),
+            distances=lambda reached, true: {"distance_m": np.linalg.norm((reached - true)[..., :2], axis=-1)},
+            follows={},
+        ),
+    )
+    monkeypatch.setitem(ACTION_SPACES, "car", car)
+    space, rng = get_action_space("car"), np.random.default_rng(0)
+    actions, states = space.aggregate({name: rng.random(9) for name in space.required}, np.array([0, 4, 8]))
+    assert actions.shape == (2, 2) and states.shape == (3, 3)
+    motion = build_motion(space, fixed=("speed",))
+    assert motion.names == ("steer",) and motion.limit.tolist() == [0.3]
+    whole = motion.actions(np.array([[0.3], [0.3]]), np.array([1.0, 0.0]))
+    reached = follow_actions(np.array([0.0, 0.0, 0.9]), whole, motion)
+    assert reached[-1, 2] == 1.0 and motion.carried_out(reached[:-1], whole)[:, 1] == pytest.approx([0.1, 0.0])
+    assert space.motion.distances(reached[2], reached[1])["distance_m"] == pytest.approx(1.0)
+
+
+def test_a_space_without_motion_cannot_plan_and_names_those_that_can():
+    with pytest.raises(
+        ValueError, match=r"'vector_last2x2' does not say where an action leads.*vpt13, vpt36, vpt25, pose7"
+    ):
+        build_motion(get_action_space("vector_last2x2"))
+
+
+VPT25 = get_action_space("vpt25")
+
+
+def test_it_has_the_published_names_in_the_order_of_oasis():
+    published = (
+        "inventory ESC hotbar.1 hotbar.2 hotbar.3 hotbar.4 hotbar.5 hotbar.6 hotbar.7 hotbar.8 hotbar.9 forward back left "
+        "right cameraX cameraY jump sneak sprint swapHands attack use pickItem drop"
+    )
+    assert " ".join(VPT25_NAMES) == published
+    assert [column.kind for column in VPT25.actions].count("binary") == 23
+    assert {(column.unit, column.kind) for column in VPT25.actions if "camera" in column.name} == {
+        ("deg", "continuous")
+    }
+    assert VPT25.name == "vpt25"
+
+
+def test_the_camera_is_the_summed_mouse_in_degrees_right_and_down_unclipped():
+    controls, anchors = _make_controls(), np.array([3, 7, 20])
+    actions = VPT25.aggregate(controls, anchors).actions
+    for row, (a, b) in enumerate([(3, 7), (7, 20)]):
+        assert actions[row, VPT25_NAMES.index("cameraX")] == pytest.approx(
+            0.15 * controls["mouse_dx"][a:b].sum(), rel=1e-6
+        )
+        assert actions[row, VPT25_NAMES.index("cameraY")] == pytest.approx(
+            0.15 * controls["mouse_dy"][a:b].sum(), rel=1e-6
+        )
+    right = {**controls, "mouse_dx": np.full(NUM_TICKS, 1095.0)}
+    assert VPT25.aggregate(right, np.array([0, 2])).actions[0, VPT25_NAMES.index("cameraX")] == pytest.approx(328.5)
+
+
+def test_a_press_lands_in_the_column_of_its_own_name_and_in_no_other():
+    still = {key: column if "deg" in key else np.zeros_like(column) for key, column in _make_controls().items()}
+    for name in VPT_BUTTONS:
+        pressed = {**still, name: np.arange(NUM_TICKS) == 5}
+        actions = VPT25.aggregate(pressed, np.array([0, 4, 8])).actions
+        assert [VPT25_NAMES[column] for column in np.flatnonzero(actions[1])] == [name] and not actions[0].any()
+
+
+def test_states_are_those_of_the_other_vpt_spaces():
+    controls, anchors = _make_controls(), np.array([0, 9, 30])
+    states = VPT25.aggregate(controls, anchors).states
+    np.testing.assert_array_equal(states, get_action_space("vpt36").aggregate(controls, anchors).states)
+    assert states.shape == (3, 2) and states.dtype == np.float32
+
+
+def test_recordings_without_a_slot_are_described():
+    controls = {**_make_controls(), "hotbar": np.full(NUM_TICKS, -1, np.int8)}
+    assert np.isfinite(VPT25.aggregate(controls, np.array([0, 9])).actions).all()
+    without = {name: column for name, column in controls.items() if name != "hotbar"}
+    assert "hotbar" not in VPT25.required and VPT25.aggregate(without, np.array([0, 9])).actions.shape == (1, 25)
+    with pytest.raises(ValueError, match="no usable yaw"):
+        VPT25.aggregate({**controls, "yaw_deg": np.full(NUM_TICKS, np.nan)}, np.array([0, 9]))
+
+
+def test_doing_nothing_is_all_zeros():
+    actions = VPT25.aggregate(_make_controls(), np.array([0, 9])).actions
+    assert not zero_actions(actions, VPT25).any()
+
+
+def make_vectors(num_rows=20, num_actions=3, num_states=2):
+    rng = np.random.default_rng(0)
+    names = [*(f"action_{i}" for i in range(num_actions)), *(f"state_{i}" for i in range(num_states))]
+    return {name: rng.integers(-8, 9, num_rows) / 4 for name in names}
+
+
+def test_the_name_gives_rule_and_widths():
+    space = get_action_space("vector_last7x14")
+    assert (space.name, len(space.actions), len(space.states)) == ("vector_last7x14", 7, 14)
+    assert space.required == (*(f"action_{i}" for i in range(7)), *(f"state_{i}" for i in range(14)))
+    assert {column.kind for column in (*space.actions, *space.states)} == {"continuous"}
+
+
+@pytest.mark.parametrize(
+    "name", ["vector_last0x2", "vector_last2", "vector_lst2x2", "vector_sum2x0", "vector_sum2x99999", "vector_last2x2 "]
+)
+def test_other_names_are_refused_and_the_form_is_told(name):
+    with pytest.raises(ValueError, match=r"vector_(last|sum)<A>x<S>"):
+        get_action_space(name)
+
+
+def test_sums_are_over_all_rows_of_a_step_and_add_up():
+    controls, space = make_vectors(), get_action_space("vector_sum3x2")
+    actions, states = space.aggregate(controls, np.array([2, 5, 6, 13]))
+    for column in range(3):
+        rows = controls[f"action_{column}"]
+        assert actions[:, column].tolist() == [rows[2:5].sum(), rows[5:6].sum(), rows[6:13].sum()]
+    assert states[:, 1].tolist() == controls["state_1"][[2, 5, 6, 13]].tolist()
+    whole = space.aggregate(controls, np.array([2, 13])).actions
+    assert np.array_equal(actions.sum(axis=0, keepdims=True), whole)
+
+
+def test_last_is_the_row_before_the_next_step():
+    controls = make_vectors()
+    actions, _ = get_action_space("vector_last3x2").aggregate(controls, np.array([0, 4, 4, 9]))
+    assert actions[:, 2].tolist() == controls["action_2"][[3, 3, 8]].tolist()
+
+
+def test_two_steps_on_the_first_row_have_its_command():
+    controls = make_vectors()
+    actions, _ = get_action_space("vector_last3x2").aggregate(controls, np.array([0, 0]))
+    assert actions[0, 0] == controls["action_0"][0]
+
+
+@pytest.mark.parametrize("name", ["vector_sum3x2", "vector_last3x2"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_number_that_float32_does_not_hold_is_an_error(name, value):
+    controls = make_vectors()
+    controls["action_1"][8] = value
+    with pytest.raises(ValueError, match="no usable action_1"):
+        get_action_space(name).aggregate(controls, np.array([0, 9, 12]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vector_sum4x2", r"needs the controls action_3, which .* set encode\.action_space to vector_sum3x2 "),
+        ("vector_last2x1", r"has no column for action_2, state_1 .* set encode\.action_space to vector_last3x2 "),
+    ],
+)
+def test_controls_of_another_width_are_refused_by_name_with_the_space_that_fits(name, words):
+    with pytest.raises(ValueError, match=words):
+        get_action_space(name).aggregate(make_vectors(), np.array([0, 9]))
 
 
 GOLDEN_POSES = load_file(GOLDEN / "poses.safetensors")

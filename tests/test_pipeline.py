@@ -1,15 +1,17 @@
 """Claims: the commands of the README work as typed, in any DVC workspace, and only `encode` ever runs the encoder.
 
 The true stage scripts run as processes in a checkout of their own with a smaller sample. One checkout serves all tests
-of this file, in their order, as a user's does.
+of this file, in their order, as a user's does. A process costs 3 to 9 s of CPU time, most of it imports: as few as the claims need.
 """
 
 import csv
 import json
-import time
 
 import pytest
 
+from jepa_cache.config.loading import load_config
+from jepa_cache.encoding.units import list_units
+from jepa_cache.sources import build_source
 from tests.encoded import all_files
 from tests.workspace import Workspace
 
@@ -36,6 +38,8 @@ def test_dvc_repro_goes_from_nothing_to_figures_and_pictures(workspace):
     pictures = workspace.root / "outputs/evaluate/pictures"
     assert all((pictures / name).read_bytes()[:4] == b"\x89PNG" for name in ("horizon.png", "strip1.png", "strip2.png"))
     assert "random weights" in workspace.first_output
+    for stage in ("fit_scaler", "train_predictor", "evaluate"):
+        assert f"next: python stages/{stage}.py" in workspace.first_output
 
 
 def test_a_second_repro_does_nothing_but_the_check(workspace):
@@ -48,63 +52,20 @@ def test_a_second_repro_does_nothing_but_the_check(workspace):
     assert (weights.stat().st_mtime_ns, workspace.stores()) == (before, stores)
 
 
-def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results(workspace):
-    before = {name: all_files(workspace.root / "outputs" / name) for name in ("evaluate", "train/run")}
-    for change, reason in (
-        ("evaluate.horizon=200", "no segment holds a window of 203"),
-        ("train.window_steps=300", "with 300 steps in a row"),
-    ):
-        assert reason in workspace.run("dvc", "exp", "run", "-S", change, fails=True)
-        for name, files in before.items():
-            assert all_files(workspace.root / "outputs" / name) == files, f"{change} changed {name}"
-        workspace.run("git", "checkout", "-q", "--", ".")
-
-
 @pytest.mark.parametrize(
-    "changes",
-    [["train.lr=1e-3"], ["scaler.states=none", "split.seed=1", "evaluate.horizon=3"]],
-    ids=["training", "scaler, split and evaluation"],
+    ("stage", "old", "new", "reason"),
+    [
+        ("evaluate", "horizon: 4 ", "horizon: 200 ", "no segment holds a window of 203"),
+        ("train", "window_steps: null", "window_steps: 300", "with 300 steps in a row"),
+    ],
 )
-@pytest.mark.parametrize("where", [[], ["--temp"]], ids=["workspace", "temp"])
-def test_no_experiment_on_stage_two_runs_the_encoder(workspace, changes, where):
-    stores = workspace.stores()
-    settings = [argument for change in changes for argument in ("-S", change)]
-    output = workspace.run("dvc", "exp", "run", *where, *settings)
-    assert "nothing to encode" in output
-    assert workspace.stores() == stores
-    if not where:
-        workspace.run("git", "checkout", "-q", "--", ".")
-        workspace.run("dvc", "checkout", "-q")
-
-
-def test_a_queued_grid_runs_without_the_encoder(workspace):
-    stores = workspace.stores()
-    workspace.run("dvc", "exp", "run", "--queue", "-S", "train.lr=2e-3,3e-3", "-S", "train.seed=1")
-    workspace.run("dvc", "queue", "start", "-j", "1")
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        status = workspace.run("dvc", "queue", "status")
-        if "Queued" not in status and "Running" not in status:
-            break
-        time.sleep(1)
-    assert status.count("Success") == 2, status
-    assert workspace.stores() == stores
-    shown = list(csv.DictReader(workspace.run("dvc", "exp", "show", "--csv").splitlines()))
-    losses = {row["val.teacher_forcing_l1"] for row in shown if row["train.lr"] in ("0.002", "0.003")}
-    assert len(losses) == 2, "the members of the grid must differ"
-
-
-def test_a_temporary_experiment_runs_its_own_copy_of_the_package(workspace):
-    workspace.edit("jepa_cache/evaluation/run.py", "held-out episodes; L1", "HELD-OUT EPISODES; L1")
-    assert "HELD-OUT EPISODES; L1" in workspace.run("dvc", "exp", "run", "--temp")
+def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results(workspace, stage, old, new, reason):
+    before = {name: all_files(workspace.root / "outputs" / name) for name in ("evaluate", "train/run")}
+    workspace.edit("params.yaml", old, new)
+    assert reason in workspace.run("dvc", "repro", "--single-item", stage, fails=True)
+    for name, files in before.items():
+        assert all_files(workspace.root / "outputs" / name) == files, f"{stage} changed {name}"
     workspace.run("git", "checkout", "-q", "--", ".")
-
-
-def test_another_action_space_runs_no_encoder_but_trains_anew(workspace):
-    stores = workspace.stores()
-    output = workspace.run("dvc", "exp", "run", "--temp", "-S", "encode.action_space=vpt36")
-    assert "nothing to encode" in output and "Running stage 'train'" in output
-    assert workspace.stores() == stores
 
 
 def test_metrics_and_plots_can_be_shown(workspace):
@@ -119,15 +80,40 @@ def test_metrics_and_plots_can_be_shown(workspace):
     assert "training loss" in page and "horizon.png" in page
 
 
-def test_the_stage_scripts_run_without_dvc_and_say_what_is_next(workspace):
-    assert "next: python stages/fit_scaler.py" in workspace.python("stages/encode.py", "shards")
-    assert "next: python stages/train_predictor.py" in workspace.python("stages/fit_scaler.py")
+def test_an_experiment_on_actions_and_all_of_stage_two_runs_no_encoder_and_trains_anew(workspace):
+    stores = workspace.stores()
+    changes = ("encode.action_space=vpt36", "scaler.states=none", "split.seed=1", "train.lr=1e-3", "evaluate.horizon=3")
+    output = workspace.run("dvc", "exp", "run", *(argument for change in changes for argument in ("-S", change)))
+    assert (
+        "nothing to encode" in output and "Running stage 'train'" in output and "Running stage 'fit_scaler'" in output
+    )
+    assert workspace.stores() == stores
+    workspace.run("git", "checkout", "-q", "--", ".")
+    workspace.run("dvc", "checkout", "-q")
+
+
+def test_a_queued_grid_runs_without_the_encoder_in_copies_of_the_checkout(workspace):
+    stores = workspace.stores()
+    # In temporary copies of the checkout, with what it holds when they are queued: this line too.
+    workspace.edit("stages/train_predictor.py", "trained {result.num_trained}", "TRAINED {result.num_trained}")
+    workspace.run("dvc", "exp", "run", "--queue", "train", "-S", "train.lr=2e-3,3e-3")
+    workspace.run("git", "checkout", "-q", "--", ".")
+    output = workspace.run("dvc", "exp", "run", "--run-all")
+    assert output.count("nothing to encode") == output.count("TRAINED 6 of 6") == 2
+    assert workspace.stores() == stores
+    shown = list(csv.DictReader(workspace.run("dvc", "exp", "show", "--csv").splitlines()))
+    losses = {
+        tuple(value for name, value in row.items() if "loss" in name)
+        for row in shown
+        if row["train.lr"] in ("0.002", "0.003")
+    }
+    assert len(losses) == 2, "the members of the grid must differ"
+
+
+def test_the_stage_scripts_take_inputs_and_settings_without_dvc(workspace):
+    assert "nothing to encode" in workspace.python("stages/encode.py", "shards")
     output = workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
     assert "trained 4 of 4 training steps" in output and "next: python stages/evaluate.py" in output
-    assert "is complete" in workspace.python("stages/train_predictor.py", "train.num_steps=4", "train.seed=5")
-    assert "trained 4 of 4" in workspace.python(
-        "stages/train_predictor.py", "train.num_steps=4", "train.seed=5", "--fresh"
-    )
 
 
 @pytest.mark.parametrize("stage", ["sample", "encode", "fit_scaler", "train_predictor", "evaluate"])
@@ -147,12 +133,13 @@ def test_wrong_paths_are_named(workspace):
     assert "no/such/folder" in output and "Traceback" not in output
 
 
-def test_synthetic_and_other_recordings_are_never_mixed(workspace):
-    (workspace.root / "shards/mine.tar").write_bytes(
-        (workspace.root / "shards/sample/sample-000000.tar").read_bytes() + b"\0" * 512
-    )
-    output = workspace.python("stages/encode.py", "shards", fails=True)
-    assert "synthetic sample and 1 other" in output
-    output = workspace.python("stages/encode.py", "shards", "dataset=vpt")
-    assert "skipped: 2 synthetic tar shards" in output
-    (workspace.root / "shards/mine.tar").unlink()
+def test_synthetic_and_other_recordings_are_never_mixed(workspace, capsys):
+    sample = (workspace.root / "shards/sample/sample-000000.tar").read_bytes()
+    (workspace.root / "shards/mine.tar").write_bytes(sample + b"\0" * 512)
+    source = build_source("vpt", {})
+    with pytest.raises(
+        ValueError, match=r"the synthetic sample and 1 other tar shards .* choose dataset=vpt for yours"
+    ):
+        list_units(source, load_config(workspace.root).dataset, ["shards"], workspace.root)
+    (unit,) = list_units(source, load_config(workspace.root, ["dataset=vpt"]).dataset, ["shards"], workspace.root)
+    assert unit.path.name == "mine.tar" and "skipped: 2 synthetic tar shards" in capsys.readouterr().out

@@ -37,6 +37,7 @@ SMALLER = {
         "val_share: 0.25": "val_share: 0.5",
         "windows_per_episode: 16": "windows_per_episode: 2",
         "num_bootstrap: 2000": "num_bootstrap: 100",
+        "measure: [energy, distances]": "measure: [distances]",
     },
 }
 

@@ -57,7 +57,7 @@ def add_encoder(
         ValueError: The model cannot be used, the name is taken, or the resolution is no multiple of the patch.
     """
     # Not above: transformers' files are of no concern to `params`, which is to be quick.
-    from jepa_cache.encoder.image_files import model_files, read_model, read_preprocessing, resolve_model
+    from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
 
     root = find_repository(Path.cwd())
     path = root / "configs/encoder" / f"{name}.yaml"

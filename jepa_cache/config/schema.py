@@ -9,17 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from jepa_cache.config.parsing import ConfigError, nearest
+from jepa_cache.config.parsing import ConfigError
 
-EncoderKind: TypeAlias = Literal["vjepa2", "vjepa2_1", "hf"]  # architectures; hf: transformers' image encoders
-# Rotary positions that the weights of a kind were trained with: pairing of channels, and where rows and columns lie.
-ROTARY = {"vjepa2": ("tiled", ("grid",)), "vjepa2_1": ("paired", ("rescaled", "grid"))}
 # V-JEPA 2.1's depths, and the blocks (from 0) whose outputs are its four levels.
 LEVEL_LAYERS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
+
+
+class EncoderRules(NamedTuple):
+    """What presets of one kind of encoder may say: with other values its weights would load, and give wrong tokens."""
+
+    rope: str
+    fields: Mapping[str, tuple[Any, ...]]  # of the preset, with their possible values
+    seeded: bool = False  # whether it may have seeded random weights
+    image_path: bool = False  # whether a single frame may be given as an image
+    videos: bool = True  # whether it takes several frames at once
+
+
+# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own.
+ENCODER_RULES = {
+    "vjepa2": EncoderRules("tiled", {"positions": ("grid",)}, seeded=True),
+    "vjepa2_1": EncoderRules(
+        "paired", {"positions": ("grid", "rescaled"), "depth": tuple(LEVEL_LAYERS)}, image_path=True
+    ),
+    "hf": EncoderRules("own", {"tubelet_size": (1,), "weights_entry": (None,)}, videos=False),
+}
+EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-type]
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
 SingleFrame: TypeAlias = Literal["doubled", "image"]
 SINGLE_FRAMES = get_args(SingleFrame)
@@ -389,28 +407,23 @@ def _check_windows(config: Config) -> Iterator[str]:
 def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str]:
     """Say where a preset contradicts itself or its weights, and which settings of stage one the encoder refuses."""
     named, seeded, kind = f"encoder {encoder.name!r}", encoder.random_seed is not None, encoder.kind
+    rules = ENCODER_RULES[kind]
     if (encoder.weights is not None) == seeded:
         yield f"{named} must set exactly one of weights and random_seed; got {encoder.weights!r}, {encoder.random_seed!r}"
-    if seeded and kind != "vjepa2":
+    if seeded and not rules.seeded:
         yield f"{named}: kind {kind} has no seeded random weights; set random_seed to null and name weights"
     if seeded and encode.weights is not None:
         yield f"encode.weights is set, but {named} has seeded random weights; choose another (encoder=vitl) or set it to null"
-    # Weights that were trained with others would load, and give wrong tokens.
-    rope, positions = ROTARY.get(kind, ("own", (encoder.positions,)))
-    for name, value, known in (("rope", encoder.rope, (rope,)), ("positions", encoder.positions, positions)):
-        if value not in known:
-            yield f"{name} of {named}, kind {kind}, is {value!r}{nearest(value, known)}"
+    for name, known in {"rope": (rules.rope,), **rules.fields}.items():
+        if (value := getattr(encoder, name)) not in known:
+            yield f"{name} of {named}, kind {kind}, is {value!r}; known: {', '.join(map(str, known))}"
     if encoder.positions == "rescaled" and encoder.patch_size != 16:
         yield f"{named}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
-    if kind == "vjepa2_1" and encoder.depth not in LEVEL_LAYERS:
-        yield f"{named}: the levels of V-JEPA 2.1 are known for a depth of {[*LEVEL_LAYERS]}; got {encoder.depth}"
-    if kind == "hf" and (encoder.tubelet_size, encoder.weights_entry) != (1, None):
-        yield f"{named}: kind hf has tubelet_size 1 and weights_entry null; got {encoder.tubelet_size}, {encoder.weights_entry}"
-    if kind == "hf" and encode.mode != "frame":
-        yield f"{named} takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
     if encoder.short_side and (not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution):
         yield f"{named}: short_side is for pillow_* crops and at least the resolution; got {encoder.short_side}, {encoder.crop}"
-    if encode.single_frame == "image" and (kind != "vjepa2_1" or encode.mode != "frame"):
+    if not rules.videos and encode.mode != "frame":
+        yield f"{named} takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
+    if encode.single_frame == "image" and (not rules.image_path or encode.mode != "frame"):
         yield (
             f"encode.single_frame image needs a V-JEPA 2.1 encoder (vitb384_v21, ...) and frame mode; got {named} of kind {kind} and "
             f"encode.mode {encode.mode!r}"

@@ -1,21 +1,17 @@
-"""What a plan may move, and where a state is after an action: end-effector poses and the Minecraft view."""
+"""What a plan may move in an action space, as the space's `motion` says, within the limits of the settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from jepa_cache.actions import ActionSpace, wrap_degrees
-from jepa_cache.poses import integrate_pose, rotation_angle
-from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
+from jepa_cache.actions import ACTION_SPACES, ActionSpace
 
-GRIPPER_LIMIT = 0.75
 GRIPPER_DEAD_ZONE = 0.25
-POSE_SPACES = ("pose7", "pose7_camera", "droid_command7")
-VIEW_SPACES = ("vpt13", "vpt36", "vpt25")
 
 
 class Bound(NamedTuple):
@@ -98,95 +94,43 @@ def build_motion(
             "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0, turns at most half a circle (180, pi); got "
             f"{max_step_m}, {max_turn_deg} and {max_rotation_rad}. Name columns in `fixed` to keep them still"
         )
-    names = [column.name for column in space.actions]
-    if space.name in POSE_SPACES:
-        searched = [0, 1, 2, *([3, 4, 5] if max_rotation_rad > 0 else []), 6]
-        limit = np.array([max_step_m] * 3 + [max_rotation_rad] * 3 + [GRIPPER_LIMIT])[searched]
-        gripper = np.array(searched) == 6
-        motion = Motion(
-            names=tuple(names[column] for column in searched),
-            columns=np.array(searched),
-            limit=limit,
-            first_std=np.where(gripper, 1.0, limit),
-            gripper=gripper,
-            dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
-            complete=lambda actions: actions,
-            integrate=integrate_pose,
-            bounded=Bound(6, 6, 0.0, 1.0),
-        )
-    elif space.name in VIEW_SPACES:
-        motion = _view_motion(names, max_turn_deg)
-    else:
+    if (rule := space.motion) is None:
         raise ValueError(
             f"action space {space.name!r} does not say where an action leads, so nothing can be planned in it; known are "
-            f"{', '.join((*POSE_SPACES, *VIEW_SPACES))}"
+            f"{', '.join(name for name, other in ACTION_SPACES.items() if other.motion)}"
         )
-    unknown = [name for name in fixed if name not in motion.names]
-    if unknown:
-        raise ValueError(f"only searched columns can be fixed ({', '.join(motion.names)}); got {', '.join(unknown)}")
-    kept = np.array([name not in fixed for name in motion.names])
-    return replace(
-        motion,
-        names=tuple(name for name in motion.names if name not in fixed),
-        **{key: getattr(motion, key)[kept] for key in ("columns", "limit", "first_std", "gripper", "dead_zone")},
-    )
-
-
-def end_distances(space: str, reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
-    """How far states lie apart, the chief distance first.
-
-    Args:
-        space: Action space that the planner knows.
-        reached: [..., S] unscaled states.
-        true: [..., S].
-
-    Returns:
-        Poses: position_m (Euclidean), rotation_rad (angle of the rotation between them), gripper (absolute). Views: camera_deg (angle
-        between the directions of view), yaw_deg (on the circle), pitch_deg.
-    """
-    if space in POSE_SPACES:
-        return {
-            "position_m": np.linalg.norm(reached[..., :3] - true[..., :3], axis=-1),
-            "rotation_rad": rotation_angle(reached[..., 3:6], true[..., 3:6]),
-            "gripper": np.abs(reached[..., 6] - true[..., 6]),
-        }
-    directions = []
-    for states in (reached, true):
-        yaw, pitch = np.radians(states[..., 0]), np.radians(states[..., 1])
-        directions.append(np.stack([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)], axis=-1))
-    # By the half chord: exact for small angles, where the cosine is not.
-    chord = np.linalg.norm(directions[0] - directions[1], axis=-1)
-    return {
-        "camera_deg": np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))),
-        "yaw_deg": np.abs(wrap_degrees(reached[..., 0] - true[..., 0])),
-        "pitch_deg": np.abs(reached[..., 1] - true[..., 1]),
+    limits: dict[str | float, float] = {
+        "max_step_m": max_step_m,
+        "max_rotation_rad": max_rotation_rad,
+        "max_turn_deg": max_turn_deg,
     }
-
-
-def _view_motion(names: list[str], max_turn_deg: float) -> Motion:
-    camera = ("cameraX", "cameraY") if "cameraX" in names else ("dyaw", "dpitch")
-    columns = np.array([names.index(name) for name in camera])
-    mouse = [names.index(name) for name in ("mouse_dx", "mouse_dy") if name in names]
-
-    def complete(actions: np.ndarray) -> np.ndarray:
-        if mouse:
-            actions[..., mouse] = actions[..., columns] / CAMERA_DEG_PER_COUNT
-        return actions
-
-    def integrate(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        after = np.asarray(states, np.float64) + actions[..., columns]
-        after[..., 0] = wrap_degrees(after[..., 0])
-        after[..., 1] = np.clip(after[..., 1], -90.0, 90.0)
-        return after
-
+    searched = [one for one in rule.searched if limits.get(one.limit, one.limit)]
+    unknown = [name for name in fixed if name not in [one.column for one in searched]]
+    if unknown:
+        raise ValueError(
+            f"only searched columns can be fixed ({', '.join(one.column for one in searched)}); got {', '.join(unknown)}"
+        )
+    searched = [one for one in searched if one.column not in fixed]
+    limit = np.array([limits.get(one.limit, one.limit) for one in searched], np.float64)
+    gripper = np.array([one.gripper for one in searched], bool)
+    names = [column.name for column in space.actions]
+    state, action, low, high = rule.bounded
     return Motion(
-        names=camera,
-        columns=columns,
-        limit=np.full(2, max_turn_deg),
-        first_std=np.full(2, max_turn_deg),
-        gripper=np.zeros(2, bool),
-        dead_zone=np.zeros(2),
-        complete=complete,
-        integrate=integrate,
-        bounded=Bound(1, int(columns[1]), -90.0, 90.0),
+        names=tuple(one.column for one in searched),
+        columns=np.array([names.index(one.column) for one in searched], np.int64),
+        limit=limit,
+        first_std=np.where(gripper, 1.0, limit),
+        gripper=gripper,
+        dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
+        complete=partial(complete_actions, space),
+        integrate=rule.integrate,
+        bounded=Bound([column.name for column in space.states].index(state), names.index(action), low, high),
     )
+
+
+def complete_actions(space: ActionSpace, actions: np.ndarray) -> np.ndarray:
+    """Set the columns of actions [.., A] that follow from others, in place; a space without motion has none."""
+    names = [column.name for column in space.actions]
+    for column, (source, size) in (space.motion.follows if space.motion else {}).items():
+        actions[..., names.index(column)] = actions[..., names.index(source)] / size
+    return actions

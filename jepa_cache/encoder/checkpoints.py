@@ -10,15 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
-
-from jepa_cache.config.schema import ROTARY
-from jepa_cache.encoder.structure import CheckpointError, check_state, random_state
-from jepa_cache.encoder.vit import VisionTransformer
-from jepa_cache.encoder.vit21 import VisionTransformer21
-from jepa_cache.encoder.weights import entry_in_use
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
@@ -42,6 +36,50 @@ _HF_NAMES = (
 _HF_QUERY = re.compile(r"^(blocks\.\d+\.attn\.)query(\.weight|\.bias)$")
 
 
+class CheckpointError(ValueError):
+    """A weights file does not hold the encoder that the preset describes; the message lists how."""
+
+
+def load_strictly(module: nn.Module, preset: EncoderPreset, state: Mapping[str, Tensor], *, origin: str) -> nn.Module:
+    """Give an encoder exactly the given weights, in float32, evaluation mode and without gradients.
+
+    Args:
+        module: of the preset, made on torch's meta device: no parameter is ever random, and none is held twice.
+        preset: for the message.
+        state: official name -> tensor.
+        origin: where the state came from, for the message.
+
+    Raises:
+        CheckpointError: names every missing, unexpected and wrongly shaped tensor.
+    """
+    expected, found = ({name: list(t.shape) for name, t in held.items()} for held in (module.state_dict(), state))
+    lines = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in found]
+    lines += [f"unexpected  {name} {shape}" for name, shape in sorted(found.items()) if name not in expected]
+    lines += [
+        f"wrong shape {name} {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise CheckpointError(
+            f"the weights in {origin} are not those of encoder preset '{preset.name}' (embed_dim {preset.embed_dim}, depth "
+            f"{preset.depth}, mlp_dim {preset.mlp_dim}); {len(lines)} tensors differ:\n  {listed}\n  "
+            f"{_name_other_kind(preset.kind, found)}Choose the encoder preset that fits the file, or another file with "
+            "encode.weights=PATH"
+        )
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _name_other_kind(kind: str, found: Mapping[str, list[int]]) -> str:
+    if not any(name.startswith("blocks.") for name in found):
+        return ""
+    is_21 = any(name.startswith(("norms_block.", "patch_embed_img.")) for name in found)
+    release, held = ("2.1", "vjepa2_1") if is_21 else ("2", "vjepa2")
+    return "" if held == kind else f"This is a V-JEPA {release} encoder, another architecture (kind: {held}). "
+
+
 def load_state(path: Path, entry: str | None) -> dict[str, Tensor]:
     """Read an encoder's state dict under the official names.
 
@@ -60,7 +98,7 @@ def load_state(path: Path, entry: str | None) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         if entry is not None:
             raise CheckpointError(
-                f"{path}: safetensors have no entries, but '{entry}' was asked for. Set weights_entry: null"
+                f"{path}: safetensors have no entries, but the preset names entry '{entry}'. Set weights_entry: null"
             )
         return _from_safetensors(path)
     content = _read_pickle(path)
@@ -71,63 +109,6 @@ def load_state(path: Path, entry: str | None) -> dict[str, Tensor]:
             f"{path} is no plain state dict. Name one of its entries with weights_entry: {_names(content)}"
         )
     return _without_position_table(_without_wrappers(content, path), path)
-
-
-def load_encoder_state(preset: EncoderPreset, path: Path | None) -> dict[str, Tensor]:
-    """Read a preset's weights from its file, or draw them for a preset that names a seed.
-
-    Args:
-        preset: the encoder.
-        path: local file from `weights.resolve_weights`; None only for a preset with random_seed.
-
-    Returns:
-        official name -> tensor.
-
-    Raises:
-        ValueError: the file does not hold the preset's encoder, or the preset names neither file nor seed.
-    """
-    if path is None:
-        return {name: torch.from_numpy(array) for name, array in random_state(preset).items()}
-    state = load_state(path, entry_in_use(preset, path))
-    check_state(preset, state, origin=str(path))
-    return state
-
-
-def build_encoder(
-    preset: EncoderPreset, state: Mapping[str, Tensor | np.ndarray]
-) -> VisionTransformer | VisionTransformer21:
-    """Make a preset's encoder with exactly the given weights, in float32, evaluation mode and without gradients.
-
-    Raises:
-        CheckpointError: the state does not fit the preset.
-        ValueError: the preset asks for rotary positions that its kind does not have.
-    """
-    rope, positions = ROTARY[preset.kind]
-    if preset.rope != rope or preset.positions not in positions:
-        raise ValueError(
-            f"encoder preset '{preset.name}' of kind {preset.kind} has rope '{preset.rope}' and positions '{preset.positions}'; "
-            f"known: rope '{rope}', positions {' or '.join(positions)}"
-        )
-    check_state(preset, state, origin="the given state")
-    # Made without storage and given its weights afterwards: no parameter is ever random, and none is held twice.
-    with torch.device("meta"):
-        encoder = _make(preset)
-    encoder.load_state_dict({name: torch.as_tensor(tensor).float() for name, tensor in state.items()}, assign=True)
-    return encoder.eval().requires_grad_(False)
-
-
-def _make(preset: EncoderPreset) -> VisionTransformer | VisionTransformer21:
-    sizes = {
-        "embed_dim": preset.embed_dim,
-        "depth": preset.depth,
-        "num_heads": preset.num_heads,
-        "mlp_dim": preset.mlp_dim,
-        "patch_size": preset.patch_size,
-        "tubelet_size": preset.tubelet_size,
-    }
-    if preset.kind == "vjepa2_1":
-        return VisionTransformer21(**sizes, positions=preset.positions)
-    return VisionTransformer(**sizes)
 
 
 def _names(content: Mapping[str, object]) -> str:
@@ -189,7 +170,7 @@ def _without_position_table(state: dict[str, Tensor], path: Path) -> dict[str, T
 
     V-JEPA 1 and 2 encoders have the same names and shapes, but V-JEPA 1 adds a fixed sine-cosine table (`pos_embed`)
     and has no RoPE, so its weights would load strictly and give wrong tokens. Old V-JEPA 2 files may hold the table
-    too, unused. Told apart by the table: the released V-JEPA 1 shapes are refused, the released V-JEPA 2 shapes are
+    too, unused. The table tells them apart: the released V-JEPA 1 shapes are refused, the released V-JEPA 2 shapes are
     dropped; of any other shape a sine-cosine table is refused, because nothing else in the file can tell.
     """
     table = state.get("pos_embed")
@@ -213,8 +194,6 @@ def _without_position_table(state: dict[str, Tensor], path: Path) -> dict[str, T
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             # The Hugging Face file also holds the masked (not action-conditioned) predictor, which is not needed.

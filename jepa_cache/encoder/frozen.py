@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jepa_cache.config.schema import SINGLE_FRAMES
-from jepa_cache.encoder.pooling import pool_tokens
+from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.preprocess import crop_rule
 
 if TYPE_CHECKING:
@@ -28,6 +28,15 @@ class TokenOverflowError(ValueError):
         self.step = step
 
 
+def load_module(preset: EncoderPreset, weights: Path | None) -> nn.Module:
+    """A preset's encoder with weights in memory: what becomes of the file `weights` afterwards changes nothing."""
+    module = KINDS[preset.kind].load(preset, weights)
+    # Loaded tensors are views of the mapped file, which would change with it while we encode.
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
+
+
 class FrozenEncoder:
     """Owns one encoder on one device. Never trains, never reads files; `preprocess` may be called from any thread."""
 
@@ -41,33 +50,19 @@ class FrozenEncoder:
         single_frame: str = "doubled",
         pool: int = 1,
     ) -> None:
-        """Build the encoder and move it to the device.
+        """Move the encoder to the device.
 
         Args:
             preset: sizes, crop rule, mean and std.
-            module: the preset's encoder, from `modules.load_module`: clips [B, 3, T, R, R] to tokens [B, T' * N, D].
+            module: the preset's encoder, from `load_module`: clips [B, 3, T, R, R] to tokens [B, T' * N, D].
             device: "cpu", "cuda", "cuda:1" ...
             compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
             single_frame: how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only).
             pool: 2 averages the tokens of each 2 x 2 patches.
 
         Raises:
-            ValueError: the encoder has no image path, or a name (dtype, crop rule) is unknown.
+            ValueError: the preset's crop rule is unknown.
         """
-        for what, name, known in (
-            ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
-            ("single_frame", single_frame, SINGLE_FRAMES),
-        ):
-            if name not in known:
-                raise ValueError(f"unknown {what} '{name}' for encoder '{preset.name}'; known: {', '.join(known)}")
-        if preset.resolution % preset.patch_size:
-            raise ValueError(
-                f"encoder '{preset.name}': resolution {preset.resolution} is no multiple of the patch {preset.patch_size}"
-            )
-        if single_frame == "image" and preset.kind != "vjepa2_1":
-            raise ValueError(
-                f"encoder '{preset.name}' of kind {preset.kind} has no image path; set encode.single_frame: doubled"
-            )
         side = preset.resolution // preset.patch_size
         self.grid, self.pool = (side, side), pool
         self.frames_of_one = preset.tubelet_size if single_frame == "doubled" else 1
@@ -88,17 +83,7 @@ class FrozenEncoder:
         return self.preset.embed_dim
 
     def preprocess(self, frames: np.ndarray) -> Tensor:
-        """Crop, resize and normalise frames by the preset's rule, on the CPU.
-
-        Args:
-            frames: [F, h, w, 3] uint8 RGB.
-
-        Returns:
-            [F, 3, R, R] float32, R the preset's resolution. Each frame's result is independent of the others.
-
-        Raises:
-            ValueError: the frames are not uint8 [F, h, w, 3].
-        """
+        """Crop, resize and normalise frames [F, h, w, 3] uint8 RGB to [F, 3, R, R] float32 on the CPU, each on its own."""
         preset = self.preset
         return self._crop(frames, preset.resolution, mean=preset.mean, std=preset.std)
 
@@ -117,14 +102,11 @@ class FrozenEncoder:
             the compute dtype); pooled tokens are float32.
 
         Raises:
-            ValueError: the groups have another form, or their frames do not fill whole tubelets.
+            ValueError: the frames of a group do not fill whole tubelets.
 
         Source: V-JEPA 2-AC, arXiv 2506.09985 (frame mode).
         """
-        tubelet, side = self.preset.tubelet_size, self.preset.resolution
-        if groups.ndim != 5 or groups.shape[2:] != (3, side, side):
-            raise ValueError(f"groups must be [B, G, 3, {side}, {side}]; got {list(groups.shape)}")
-        num_frames = groups.shape[1]
+        tubelet, num_frames = self.preset.tubelet_size, groups.shape[1]
         if num_frames != 1 and (num_frames == 0 or num_frames % tubelet):
             raise ValueError(
                 f"a group is 1 frame or a multiple of the tubelet ({tubelet}); got {num_frames} frames. Choose such "
@@ -141,6 +123,24 @@ class FrozenEncoder:
         return pool_tokens(tokens.unflatten(1, (-1, self.grid[0] * self.grid[1])), self.grid, self.pool)
 
 
+def pool_tokens(tokens: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
+    """Average each square of pool x pool patches, in float32.
+
+    Args:
+        tokens: [..., H*W, D], rows after rows, any float dtype.
+        grid: H, W, both multiples of `pool`.
+        pool: side of the squares, in patches; 1 returns the tokens as they are.
+
+    Returns:
+        [..., H/pool * W/pool, D] float32, rows after rows.
+    """
+    if pool == 1:
+        return tokens
+    rows, columns = grid
+    squares = tokens.to(torch.float32).unflatten(-2, (rows // pool, pool, columns // pool, pool))
+    return squares.mean(dim=(-4, -2)).flatten(-3, -2)
+
+
 def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
     """Cast tokens to the stored precision, refusing what it cannot hold.
 
@@ -154,24 +154,24 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
 
     Raises:
         TokenOverflowError: a value is not finite after the cast; names the first such step and its largest value.
-        ValueError: unknown dtype.
     """
-    stored = _cast(tokens, dtype)
+    stored = tokens.detach().to(COMPUTE_DTYPES[dtype])
     finite = stored.isfinite().all(dim=-1).all(dim=-1).flatten()
     if not finite.all():
         step = int((~finite).nonzero()[0])
         values = tokens.detach().flatten(0, -3)[step] if tokens.ndim > 2 else tokens.detach()
         if values.isnan().any():
-            raise TokenOverflowError(
-                f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: they are no numbers (NaN). In float32 that comes from damaged weights or "
-                "from a preset's mean and std; in a lower encode.compute_dtype also from an overflow inside the encoder, which float32 mends",
-                step,
+            reason = (
+                "they are no numbers (NaN). In float32 that comes from damaged weights or from a preset's mean and std; in a lower "
+                "encode.compute_dtype also from an overflow inside the encoder, which float32 mends"
+            )
+        else:
+            reason = (
+                f"largest magnitude {values.abs().max().item():g}, limit {torch.finfo(COMPUTE_DTYPES[dtype]).max:g}. Store with another "
+                "dtype, or compute in float32 if the encoder itself overflows"
             )
         raise TokenOverflowError(
-            f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: largest magnitude "
-            f"{values.abs().max().item():g}, limit {torch.finfo(COMPUTE_DTYPES[dtype]).max:g}. Store with another dtype, "
-            f"or compute in float32 if the encoder itself overflows",
-            step,
+            f"tokens of step {step} (of {finite.numel()} in this batch) cannot be stored as {dtype}: {reason}", step
         )
     return (stored.view(torch.uint16) if dtype == "bfloat16" else stored).cpu().numpy()
 
@@ -186,16 +186,8 @@ def measure_cast(tokens: Tensor, dtype: str) -> np.ndarray:
     Returns:
         [B, 3] float64. A cast's error is a float32 number, so only the sums round, in float64.
 
-    Raises:
-        ValueError: unknown dtype.
     """
     truth = tokens.detach().float()
-    error = _cast(tokens, dtype).float() - truth
+    error = truth.to(COMPUTE_DTYPES[dtype]).float() - truth
     squared, squares = (values.square().sum(dim=(-2, -1), dtype=torch.float64) for values in (error, truth))
     return torch.stack([squared, squares, error.abs().amax(dim=(-2, -1)).double()], dim=-1).cpu().numpy()
-
-
-def _cast(tokens: Tensor, dtype: str) -> Tensor:
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"tokens are cast to {', '.join(COMPUTE_DTYPES)}; got '{dtype}'")
-    return tokens.detach().to(COMPUTE_DTYPES[dtype])

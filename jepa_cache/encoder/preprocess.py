@@ -39,11 +39,6 @@ def ac_crop_box(height: int, width: int, aspect_range: tuple[float, float] = AC_
     The released config asks for an area larger than the frame, so its random crop never fits and always ends in this
     deterministic fallback: caching loses no augmentation. Rounding is half to even.
 
-    Args:
-        height: of the frame, pixels.
-        width: of the frame, pixels.
-        aspect_range: smallest and largest aspect.
-
     Returns:
         (top, left, crop height, crop width) in pixels.
 
@@ -119,9 +114,6 @@ def ac_transform(
     Returns:
         [F, 3, size, size] float32.
 
-    Raises:
-        ValueError: the frames are not uint8 [F, h, w, 3].
-
     Source: V-JEPA 2-AC, upstream vjepa_droid transforms.
     """
     frames = _checked(frames)
@@ -153,9 +145,6 @@ def eval_transform(
 
     Returns:
         [F, 3, size, size] float32.
-
-    Raises:
-        ValueError: the frames are not uint8 [F, h, w, 3].
 
     Source: V-JEPA 2, upstream video_classification_frozen transforms.
     """
@@ -190,9 +179,6 @@ def pillow_transform(
     Returns:
         [F, 3, size, size] float32.
 
-    Raises:
-        ValueError: the frames are not uint8 [F, h, w, 3].
-
     Source: transformers 5.23, BitImageProcessorPil (DINOv2) and ViTImageProcessorPil; their results are met exactly.
     """
     from PIL import Image
@@ -223,11 +209,7 @@ CROP_RULES: Mapping[str, CropRule] = {
 
 
 def crop_rule(preset: EncoderPreset) -> CropRule:
-    """The rule that a preset names, with the short side that it gives.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+    """The rule that a preset names, with the short side that it gives."""
     if preset.crop not in CROP_RULES:
         raise ValueError(f"unknown crop '{preset.crop}' for encoder '{preset.name}'; known: {', '.join(CROP_RULES)}")
     rule = CROP_RULES[preset.crop]

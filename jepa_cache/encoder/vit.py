@@ -64,16 +64,7 @@ def rotation_tables(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of queries or keys.
-
-    Args:
-        x: [B, heads, N, head_dim], any float dtype.
-        cosine: [N, head_dim] float32.
-        sine: [N, head_dim] float32.
-
-    Returns:
-        [B, heads, N, head_dim] in x's dtype; the product is formed in float32.
-    """
+    """Turn adjacent channel pairs of queries or keys x [B, heads, N, head_dim] by tables [N, head_dim], in float32."""
     swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
     return (x * cosine + swapped * sine).to(x.dtype)
 
@@ -147,11 +138,7 @@ class PatchEmbed(nn.Module):
 
 
 def split_width(embed_dim: int, num_heads: int) -> int:
-    """Channels of a head.
-
-    Raises:
-        ValueError: the width does not split into heads, or a head is too narrow for rotary positions.
-    """
+    """Channels of a head: at least 6, for two to turn on each of three axes."""
     if embed_dim % num_heads or embed_dim // num_heads < 6:
         raise ValueError(
             f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim "
@@ -161,11 +148,7 @@ def split_width(embed_dim: int, num_heads: int) -> int:
 
 
 def measure_clip(clip: Tensor, patch_size: int) -> tuple[int, int, int]:
-    """Frames of a clip [B, 3, F, h, w], and rows and columns of its patches.
-
-    Raises:
-        ValueError: the clip has not five axes or not three channels, or its height or width is no multiple of the patch.
-    """
+    """Frames of a clip [B, 3, F, h, w], and rows and columns of its patches."""
     if clip.ndim != 5 or clip.shape[1] != 3:
         raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
     num_frames, height, width = clip.shape[2:]
@@ -178,11 +161,7 @@ def measure_clip(clip: Tensor, patch_size: int) -> tuple[int, int, int]:
 
 
 def count_tubelets(num_frames: int, tubelet_size: int) -> int:
-    """Whole tubelets (T) of a clip.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Whole tubelets (T) of a clip; none is an error."""
     if num_frames < tubelet_size:
         raise ValueError(
             f"a clip needs at least one tubelet of {tubelet_size} frames; got {num_frames}. To encode a "
@@ -211,11 +190,7 @@ class VisionTransformer(nn.Module):
         tubelet_size: int = 2,
         norm_eps: float = 1e-6,
     ) -> None:
-        """Make the modules.
-
-        Raises:
-            ValueError: the width does not split into heads, or a head is too narrow for rotary positions.
-        """
+        """Make the modules."""
         super().__init__()
         self.head_dim = split_width(embed_dim, num_heads)
         self.patch_size = patch_size
@@ -233,10 +208,6 @@ class VisionTransformer(nn.Module):
         Returns:
             tokens [B, T*H*W, D] after the final norm, T = F // tubelet, H = h / patch, W = w / patch; order time, row,
             column.
-
-        Raises:
-            ValueError: the clip has not five axes or not three channels, is shorter than a tubelet, or its height or
-                width is no multiple of the patch.
         """
         num_frames, rows, columns = measure_clip(clip, self.patch_size)
         steps = count_tubelets(num_frames, self.tubelet_size)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from jepa_cache.encoder.structure import level_layers
+from jepa_cache.config.schema import LEVEL_LAYERS
 from jepa_cache.encoder.vit import Block, PatchEmbed, count_tubelets, measure_clip, rotation_tables, split_width
 
 
@@ -32,30 +32,10 @@ class VisionTransformer21(nn.Module):
         norm_eps: float = 1e-6,
         positions: str = "rescaled",
     ) -> None:
-        """Make the modules.
-
-        Args:
-            embed_dim: D.
-            depth: Blocks; one of the depths whose levels are known.
-            num_heads: Of attention.
-            mlp_dim: Hidden width of the perceptrons.
-            patch_size: Pixels.
-            tubelet_size: Frames of a video's patch.
-            norm_eps: Of every norm.
-            positions: "rescaled" as all released weights, or "grid" for the plain indices of rows and columns.
-
-        Raises:
-            ValueError: the width does not split into heads, the depth has no known levels, or rescaled positions are asked for
-                at a patch size whose span is not known.
-        """
+        """Make the modules; `positions` is "rescaled" as in all released weights (patches of 16 px), or "grid" for plain indices."""
         super().__init__()
-        if positions == "rescaled" and patch_size != 16:
-            raise ValueError(
-                f"rescaled positions are known for patches of 16 px only; got {patch_size}. Set positions: grid in the encoder "
-                f"preset if the weights were trained so"
-            )
         self.head_dim = split_width(embed_dim, num_heads)
-        self.levels = level_layers(depth)
+        self.levels = LEVEL_LAYERS[depth]
         self.patch_size = patch_size
         self.tubelet_size = tubelet_size
         self.positions = positions
@@ -76,10 +56,6 @@ class VisionTransformer21(nn.Module):
         Returns:
             tokens [B, T*H*W, D] after the norm of the last level, T = 1 for an image, else F // tubelet; H = h / patch,
             W = w / patch; order time, row, column.
-
-        Raises:
-            ValueError: the clip has not five axes or not three channels, is no image and shorter than a tubelet, or its height
-                or width is no multiple of the patch.
         """
         x, cosine, sine = self._embed(clip)
         for block in self.blocks:

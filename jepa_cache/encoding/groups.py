@@ -25,7 +25,8 @@ from tqdm import tqdm
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
-from jepa_cache.encoder.weights import find_weights, resolve_weights, weights_identity
+from jepa_cache.encoder import KINDS
+from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.steps import sampling_stride
 from jepa_cache.encoding.units import UnitDigester, is_unread, list_units
 from jepa_cache.episode import Episode, Skipped
@@ -206,7 +207,7 @@ def open_encoder(config: Config, base: Path, *, download: bool = True) -> Opened
     if config.encode.weights != preset.weights:
         preset = replace(preset, weights=config.encode.weights, weights_sha256=None)
     if preset.weights is not None:
-        weights = (resolve_weights if download else find_weights)(preset.weights, base=base, kind=preset.kind)
+        weights = KINDS[preset.kind].find(preset.weights, base=base, download=download)
         if weights is None:
             return OpenedEncoder(preset, None, f"not on this machine: {preset.weights}")
     return OpenedEncoder(preset, weights, weights_identity(preset, weights, digest=DigestTable().digest))
@@ -391,7 +392,7 @@ def token_recipe(
             "rope": encoder.rope,
             "tubelet_size": encoder.tubelet_size,
             "weights": weights_identity,
-            **_encoder_extras(encoder, encode),
+            **KINDS[encoder.kind].recipe_fields(encoder, encode),
         },
         "preprocess": {
             "crop": encoder.crop,
@@ -407,18 +408,6 @@ def token_recipe(
         "source": dict(source_recipe),
         **({} if encode.pool == 1 else {"pool": encode.pool}),  # absent where off, as in recipes from before it
     }
-
-
-def _encoder_extras(encoder: EncoderPreset, encode: EncodeConfig) -> dict[str, Any]:
-    """What distinguishes kinds of encoders. V-JEPA 2 has none of it, so that its fingerprints stay what they were."""
-    if encoder.kind == "vjepa2":
-        return {}
-    extras = {"kind": encoder.kind}
-    if encoder.kind == "vjepa2_1":
-        extras["positions"] = encoder.positions
-        if encode.mode == "frame":  # in the other modes every input is a video
-            extras["single_frame"] = encode.single_frame
-    return extras
 
 
 def sampling_recipe(encode: EncodeConfig, phase: int) -> dict[str, Any]:

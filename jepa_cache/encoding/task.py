@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cache.config import machine
 from jepa_cache.config.schema import EncodeConfig
-from jepa_cache.encoder.weights import weights_files, weights_identity
+from jepa_cache.encoder import KINDS
+from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder
 from jepa_cache.files import Claim
 from jepa_cache.sources import Unit
@@ -56,12 +57,11 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     """
     import torch
 
-    from jepa_cache.encoder.frozen import FrozenEncoder
-    from jepa_cache.encoder.modules import load_module
+    from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 
     preset, weights, identity = opened
     torch.set_num_threads(num_threads)
-    files = [] if weights is None else [weights, *weights_files(preset, weights)]
+    files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]
     module = load_module(preset, weights)
     found = weights_identity(preset, weights, digest=DigestTable().digest_anew)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace
-from jepa_cache.control.motion import POSE_SPACES, VIEW_SPACES, build_motion
+from jepa_cache.control.motion import complete_actions
 from jepa_cache.control.planner import Context, Rollout
 from jepa_cache.data.ablations import draw_others, positions_of
 from jepa_cache.data.cache import CachedDataset, Segment
@@ -241,15 +241,12 @@ def shift_actions(space: ActionSpace, true: np.ndarray, columns: Sequence[int], 
     moved = np.broadcast_to(base, (num_steps, num_steps, len(true))).copy()
     moved[..., columns[0]] += offsets[0][:, None]
     moved[..., columns[1]] += offsets[1][None, :]
-    if space.name in VIEW_SPACES:
-        complete = build_motion(space).complete
-        moved = base + complete(moved) - complete(base.copy())
-    return moved.astype(np.float32)
+    return (base + complete_actions(space, moved) - complete_actions(space, base.copy())).astype(np.float32)
 
 
 def list_axes(space: ActionSpace) -> list[str]:
     """Continuous columns that do not follow from another one."""
-    follows = ("mouse_dx", "mouse_dy") if space.name in VIEW_SPACES else ()
+    follows = space.motion.follows if space.motion else ()
     return [column.name for column in space.actions if column.kind == "continuous" and column.name not in follows]
 
 
@@ -273,8 +270,7 @@ def choose_axes(space: ActionSpace, requested: tuple[str, str] | None, moving: n
                 f"evaluate.energy_axes: {name!r} never changes in these recordings; choose two of "
                 f"{', '.join(other for other in free if other in changing)}"
             )
-    # As the published landscape has it: the hand's way along x and z.
-    order = requested or (["dx", "dz", *free] if space.name in POSE_SPACES else free)
+    order = requested or (*(space.motion.map_axes if space.motion else ()), *free)
     usable = [name for name in dict.fromkeys(order) if name in changing]
     return (usable[0], usable[1]) if len(usable) >= 2 else None
 

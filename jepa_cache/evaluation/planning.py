@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, PlanConfig
-from jepa_cache.control.motion import POSE_SPACES, Motion, build_motion, end_distances
+from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
     MAX_STEP_M,
     SETTINGS,
@@ -121,7 +121,7 @@ def score_plans(evaluation: EvaluationContext) -> Score:
             own = slice(window.start, window.start + num_steps)
             actions, states = (values[own].astype(np.float64) for values in dataset.controls(window.store))
             context = Context(h[:num_context], actions[:now], states[:num_context])
-            keeps_keys = now and dataset.space.name not in POSE_SPACES
+            keeps_keys = now and dataset.space.motion.holds
             base = actions[now - 1] if keeps_keys else np.zeros(actions.shape[1])
             first_step = window.start - first_rows[segment.store, segment.episode] + now
             for horizon in config.horizons:
@@ -134,7 +134,7 @@ def score_plans(evaluation: EvaluationContext) -> Score:
                 energies.append(lowest)
                 seconds.append(took)
                 bar.update()
-    names = tuple(end_distances(dataset.space.name, states[0], states[0]))
+    names = tuple(dataset.space.motion.distances(states[0], states[0]))
     return Score(rows, np.array(energies), np.array(seconds), names, motion.names)
 
 
@@ -153,7 +153,7 @@ def _plan_once(
     Returns:
         Columns of plans.csv, the lowest energy of each round, and the seconds that the search took.
     """
-    space, num_searched, now = evaluation.dataset.space.name, len(motion.names), context.states[-1]
+    rule, num_searched, now = evaluation.dataset.space.motion, len(motion.names), context.states[-1]
     scale = {"scale_actions": evaluation.scaler.actions.apply, "scale_states": evaluation.scaler.states.apply}
     noise = rng.standard_normal((settings.num_rounds, settings.horizon, settings.num_samples, num_searched))
     batch_size = evaluation.config.evaluate.batch_size
@@ -176,7 +176,7 @@ def _plan_once(
         OTHER_GOAL: search(goals[1]).states[-1],
     }
     end = follow_actions(now, recorded, motion)[-1]
-    distances = {kind: end_distances(space, reached, end) for kind, reached in (ends | {"moved": now}).items()}
+    distances = {kind: rule.distances(reached, end) for kind, reached in (ends | {"moved": now}).items()}
     row = {f"{name}_{kind}": float(np.mean(distances[kind][name])) for name in distances[PLAN] for kind in distances}
     for what, actions in (("planned", found.actions), ("recorded", recorded)):
         sums = actions[:, motion.columns].sum(axis=0).tolist()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.actions import wrap_degrees
+from jepa_cache.actions import CAMERA_DEG_PER_COUNT, wrap_degrees
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
@@ -19,7 +19,6 @@ from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_times, align_vpt_frames
 from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
-from jepa_cache.vpt_actions import CAMERA_DEG_PER_COUNT
 
 RECIPE_VERSION = 2
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""

@@ -13,11 +13,10 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.encoder.preprocess import ac_transform
-from jepa_cache.encoder.structure import parameter_shapes
 from jepa_cache.encoder.vit21 import VisionTransformer21
 from jepa_cache.training.run import predictor_arguments
 from tests.encoded import decode_all, read_video
-from tests.official_files import draw_state, write_v21_file
+from tests.official_files import draw_state, encoder_shapes, write_v21_file
 from tests.store import plain_reader
 
 SIZES = {"embed_dim": 48, "depth": 12, "num_heads": 2, "mlp_dim": 96, "resolution": 64}
@@ -33,7 +32,7 @@ def made(fresh):
     lines = [next((new for key, new in changed.items() if line.startswith(key)), line) for line in lines]
     (fresh.folder / "configs/encoder/small_v21.yaml").write_text("\n".join(lines))
     preset: EncoderPreset = load_config(fresh.folder, ["encoder=small_v21"]).encoder
-    state = draw_state(parameter_shapes(preset))
+    state = draw_state(encoder_shapes(preset))
     write_v21_file(fresh.folder / "v21.pt", state)
     overrides = ("encoder=small_v21", f"encode.weights={fresh.folder / 'v21.pt'}", "encode.single_frame=image")
     return fresh, state, (*overrides, "encode.pool=2")

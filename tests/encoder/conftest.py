@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from jepa_cache.config.schema import EncoderPreset
-from jepa_cache.encoder.structure import parameter_shapes
-from tests.official_files import draw_state
+from tests.official_files import draw_state, encoder_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +55,7 @@ def file_preset(preset):
 @pytest.fixture
 def wide_state(preset):
     """Official names; drawn wide enough that positions and attention show in the outputs."""
-    return draw_state(parameter_shapes(preset))
+    return draw_state(encoder_shapes(preset))
 
 
 @pytest.fixture
@@ -78,25 +77,29 @@ def preset_21(preset):
 @pytest.fixture
 def state_21(preset_21):
     """Its weights."""
-    return draw_state(parameter_shapes(preset_21))
+    return draw_state(encoder_shapes(preset_21))
 
 
 @pytest.fixture
 def http_folder(tmp_path):
-    """A folder served on the loopback interface."""
-    folder = tmp_path / "served"
-    folder.mkdir()
+    """A folder served on the loopback interface; files end after `break_off_after` bytes where that is set."""
+    served = SimpleNamespace(path=tmp_path / "served", break_off_after=None)
+    served.path.mkdir()
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder))
+            super().__init__(*arguments, directory=str(served.path))
+
+        def copyfile(self, source, outputfile):
+            outputfile.write(source.read(served.break_off_after))
 
         def log_message(self, *arguments):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        served.url = f"http://127.0.0.1:{server.server_port}"
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield SimpleNamespace(path=folder, url=f"http://127.0.0.1:{server.server_port}")
+        yield served
         server.shutdown()
         thread.join()

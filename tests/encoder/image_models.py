@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.encoder.image import read_preprocessing
 
 SIZES = {
     "hidden_size": 32,
@@ -78,3 +82,29 @@ def change_config(folder: Path, **changes: object) -> None:
     """Overwrite entries of a saved model's config."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def preset_of(folder: Path, **changes: object) -> EncoderPreset:
+    """The preset that describes a saved model."""
+    fields = read_preprocessing(folder)
+    return replace(
+        EncoderPreset(
+            name="image",
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            mlp_dim=64,
+            patch_size=16,
+            tubelet_size=1,
+            rope="own",
+            compute_dtype="float32",
+            batch_size=4,
+            weights=str(folder),
+            weights_entry=None,
+            weights_sha256=None,
+            random_seed=None,
+            kind="hf",
+            **fields,
+        ),
+        **changes,
+    )

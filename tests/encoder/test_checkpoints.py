@@ -1,18 +1,209 @@
-"""What reading checkpoints promises.
+"""What the weights of official encoders promise.
 
-Claims: official files load strictly whatever wrapped them, other entries unread; every mismatch is listed; V-JEPA 1
-and V-JEPA 2.1 files, wrong entries, damaged files and files with code are refused in words.
+Claims: only a seed gives random weights, the same everywhere; the identity follows the content and needs no torch; official files load
+strictly whatever wrapped them, other entries unread; every mismatch is listed; V-JEPA 1 files, files of the other architecture, wrong
+entries, damaged files and files with code are refused in words; missing files are downloaded once, whole, or named with the way to them.
 """
 
 import logging
+import subprocess
+import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from jepa_cache.encoder.checkpoints import CheckpointError, build_encoder, load_encoder_state, load_state
+from jepa_cache.config.loading import load_config
+from jepa_cache.encoder import KINDS, vjepa2
+from jepa_cache.encoder.checkpoints import CheckpointError, load_state
+from jepa_cache.encoder.vjepa2 import WeightsNotFoundError, find_weights_file, random_state
+from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.store.recipe import file_digest
+from tests.official_files import encoder_shapes, without_storage, write_v21_file
+from tests.workspace import SUITE_SETTINGS
+
+TINY_IDENTITY = "random:8e747ed62b082e586d5e661b2b39b437943403b8dd970f2f47120b002f303326"
+# Released sizes, counted over all weights of the encoder.
+NUM_WEIGHTS = {
+    "vitl": 303_885_312,
+    "vith": 631_648_000,
+    "vitg": 1_012_173_952,
+    "vitg384": 1_012_173_952,
+    "ac_vitg": 1_012_173_952,
+    # 86.8, 304.7, 1,013.3 and 1,845.2 million are known; the digits follow from the list of tensors.
+    "vitb384_v21": 86_833_152,
+    "vitl384_v21": 304_680_960,
+    "vitg384_v21": 1_013_267_968,
+    "vitgigantic384_v21": 1_845_216_768,
+}
+
+
+def read_preset(name):
+    return load_config(SUITE_SETTINGS, [f"encoder={name}"]).encoder
+
+
+def load(preset, path):
+    return KINDS[preset.kind].load(preset, path).state_dict()
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def write(tmp_path, wide_state):
+    """Write an official-looking file: prefixes, several entries, optimiser and counters."""
+
+    def write_checkpoint(extra=None, *, without=(), prefix="module.backbone."):
+        state = {name: value for name, value in wide_state.items() if name not in without} | (extra or {})
+        content = {
+            "encoder": {f"module.{name}": torch.zeros_like(value) for name, value in wide_state.items()},
+            "predictor": {"module.mask_tokens.0": torch.zeros(1, 1, 24)},
+            "target_encoder": {prefix + name: value for name, value in state.items()},
+            "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]},
+            "scaler": None,
+            "epoch": 3,
+        }
+        torch.save(content, tmp_path / "encoder.pt")
+        return tmp_path / "encoder.pt"
+
+    return write_checkpoint
+
+
+# --- random weights and identity ------------------------------------------------------------------------------------------
+
+
+def test_tiny_weights_never_change_and_need_no_torch(preset):
+    # Every cache made with tiny carries this digest; another generator or order would change it unnoticed.
+    assert weights_identity(read_preset("tiny"), None, digest=file_digest) == TINY_IDENTITY
+    assert {name: array.shape for name, array in random_state(preset).items()} == encoder_shapes(preset)
+    code = (
+        "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder.weights import weights_identity;"
+        "p = S(name='t', embed_dim=12, depth=1, num_heads=2, mlp_dim=8, patch_size=4, tubelet_size=2, random_seed=0, kind='vjepa2');"
+        "weights_identity(p, None, digest=str); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_random_weights_follow_the_official_initialisation_and_the_seed(preset):
+    state = random_state(replace(preset, embed_dim=96, depth=3))
+    assert not any(array.any() for name, array in state.items() if name.endswith("bias"))
+    assert all((array == 1).all() for name, array in state.items() if "norm" in name and name.endswith("weight"))
+    for name in ("blocks.2.attn.qkv", "patch_embed.proj"):
+        assert state[f"{name}.weight"].std() == pytest.approx(0.02, rel=0.03)
+    for name in ("attn.proj", "mlp.fc2"):
+        assert state[f"blocks.2.{name}.weight"].std() == pytest.approx(0.02 / np.sqrt(6), rel=0.03)
+    other = weights_identity(replace(preset, random_seed=4), None, digest=file_digest)
+    assert weights_identity(preset, None, digest=file_digest) != other
+    with pytest.raises(ValueError, match=r"no random_seed.*encode\.weights=PATH"):
+        random_state(replace(preset, random_seed=None))
+
+
+def test_identity_of_a_file_follows_bytes_and_entry_but_not_the_name(file_preset, tmp_path):
+    def identity(name, content, entry="target_encoder", **changes):
+        (tmp_path / name).write_bytes(content)
+        return weights_identity(
+            replace(file_preset, weights_entry=entry, **changes), tmp_path / name, digest=file_digest
+        )
+
+    one = identity("one.pt", b"weights")
+    assert one == identity("two.pt", b"weights") and one.endswith("#target_encoder")
+    assert one != identity("one.pt", b"weights", "encoder") and one != identity("one.pt", b"Weights")
+    digest = file_digest(tmp_path / "two.pt")
+    assert identity("model.safetensors", b"weights") == f"file:{digest}", "safetensors have no entries"
+    assert identity("two.pt", b"weights", weights_sha256=digest) == one
+    with pytest.raises(ValueError, match="gives 0000"):
+        identity("two.pt", b"weights", weights_sha256="0000")
+    assert weights_identity(file_preset, tmp_path / "absent.pt", digest=lambda path: "abc") == "file:abc#target_encoder"
+
+
+# --- loading --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module.backbone.", "backbone."])
+def test_official_file_loads_under_any_wrapper(write, file_preset, wide_state, prefix):
+    assert equal(load(file_preset, write(prefix=prefix)), wide_state)
+
+
+def test_the_preset_decides_the_entry_and_a_plain_state_dict_needs_none(tmp_path, write, file_preset, wide_state):
+    assert not any(value.any() for value in load(replace(file_preset, weights_entry="encoder"), write()).values())
+    torch.save(wide_state, tmp_path / "plain.pt")
+    assert equal(load(replace(file_preset, weights_entry=None), tmp_path / "plain.pt"), wide_state)
+    save_file(wide_state | {"predictor.norm.bias": torch.zeros(3)}, tmp_path / "encoder.safetensors")
+    assert equal(load(file_preset, tmp_path / "encoder.safetensors"), wide_state), "a hub file has a predictor too"
+
+
+@pytest.mark.parametrize("entry", ["ema_encoder", "target_encoder"])
+@pytest.mark.parametrize("prefix", ["", "module.backbone."])
+def test_a_v21_file_of_the_released_structure_loads(tmp_path, preset_21, state_21, prefix, entry):
+    write_v21_file(tmp_path / "v21.pt", state_21, entry=entry, prefix=prefix)
+    assert equal(load(replace(preset_21, weights_entry=entry), tmp_path / "v21.pt"), state_21)
+
+
+@pytest.mark.parametrize("name", NUM_WEIGHTS)
+def test_files_of_the_released_sizes_load_into_their_presets_and_no_other(tmp_path, name):
+    preset, shapes = read_preset(name), encoder_shapes(read_preset(name))
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == NUM_WEIGHTS[name]
+    write_v21_file(tmp_path / "file.pt", without_storage(shapes), entry="wanted")
+    state = load(replace(preset, weights_entry="wanted"), tmp_path / "file.pt")
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == shapes
+    other = replace(read_preset("vitl" if name != "vitl" else "vith"), weights_entry="wanted")
+    with pytest.raises(CheckpointError, match=f"not those of encoder preset '{other.name}'"):
+        load(other, tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SUITE_SETTINGS / "configs/encoder").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_preset_names_exactly_one_origin_of_weights(path):
+    preset = read_preset(path.stem)
+    assert (preset.weights is None) != (preset.random_seed is None)
+    if preset.kind == "hf":
+        assert preset.weights.startswith("hf://") and preset.weights.count("/") == 3
+    elif preset.weights:
+        assert preset.weights.removeprefix(vjepa2.OFFICIAL_BASE_URL) in vjepa2.OFFICIAL_FILES
+
+
+@pytest.mark.parametrize("kind", ["vjepa2", "vjepa2_1"])
+def test_every_mismatch_is_listed_by_name_and_shape(preset, wide_state, preset_21, state_21, kind):
+    preset, state = (preset, wide_state) if kind == "vjepa2" else (preset_21, state_21)
+    state |= {"blocks.20.norm1.weight": torch.zeros(48), "blocks.1.mlp.fc1.bias": torch.zeros(7)}
+    del state["blocks.0.norm1.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        KINDS[kind].build(preset, state)
+    for line in (
+        "3 tensors differ",
+        "missing     blocks.0.norm1.bias [48]",
+        "unexpected  blocks.20.norm1.weight [48]",
+        "wrong shape blocks.1.mlp.fc1.bias [7], expected [96]",
+        "encode.weights=PATH",
+    ):
+        assert line in str(caught.value)
+
+
+def test_a_file_of_the_other_architecture_is_named(preset, wide_state, preset_21, state_21):
+    with pytest.raises(CheckpointError, match=r"This is a V-JEPA 2\.1 encoder.*kind: vjepa2_1"):
+        KINDS["vjepa2"].build(replace(preset, depth=12), state_21)
+    with pytest.raises(CheckpointError, match=r"This is a V-JEPA 2 encoder.*kind: vjepa2"):
+        KINDS["vjepa2_1"].build(preset_21, wide_state)
+
+
+@pytest.mark.parametrize(
+    ("extra", "prefix", "entry", "words"),
+    [
+        ({}, "", "ema_encoder", r"no entry 'ema_encoder'; it has: .*encoder, .*predictor.*target_encoder"),
+        ({}, "", "epoch", "'epoch' is no state dict"),
+        ({}, "", None, "weights_entry: encoder, epoch"),
+        ({"backbone.norm.bias": torch.zeros(48)}, "module.", "target_encoder", r"two tensors named norm\.bias"),
+    ],
+)
+def test_entries_that_hold_no_encoder_are_refused(write, extra, prefix, entry, words):
+    with pytest.raises(CheckpointError, match=words):
+        load_state(write(extra, prefix=prefix), entry)
 
 
 def sincos_table(num_steps, grid, width):
@@ -22,169 +213,112 @@ def sincos_table(num_steps, grid, width):
     return torch.cat([angles.sin(), angles.cos()], dim=1)[None]
 
 
-@pytest.fixture
-def write(tmp_path, wide_state):
-    """Write an official-looking file: prefixes, several entries, optimiser and counters."""
-
-    def write_checkpoint(extra=None, *, without=(), prefix="module.backbone."):
-        state = {name: value for name, value in wide_state.items() if name not in without} | (extra or {})
-        path = tmp_path / "encoder.pt"
-        other = {name: torch.zeros_like(value) for name, value in wide_state.items()}
-        content = {
-            "encoder": {f"module.{name}": value for name, value in other.items()},
-            "predictor": {"module.mask_tokens.0": torch.zeros(1, 1, 24)},
-            "target_encoder": {prefix + name: value for name, value in state.items()},
-            "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]},
-            "scaler": None,
-            "epoch": 3,
-            "loss": 0.5,
-            "batch_size": 8,
-            "world_size": 2,
-            "lr": 1e-4,
-        }
-        torch.save(content, path)
-        return path
-
-    return write_checkpoint
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (torch.zeros(1, 1568, 1024), "is a V-JEPA 1 encoder"),
+        (torch.zeros(1, 4608, 1280), "is a V-JEPA 1 encoder"),
+        (sincos_table(8, 2, 48), "looks like a V-JEPA 1 encoder.*delete pos_embed"),
+        (sincos_table(8, 16, 1024), None),
+        (sincos_table(32, 24, 1408), None),
+        (torch.zeros(1, 32, 48), None),
+    ],
+)
+def test_a_position_table_means_vjepa1_unless_an_old_vjepa2_file_left_it(write, caplog, table, words):
+    path = write({"pos_embed": table})
+    if words:
+        with pytest.raises(CheckpointError, match=words):
+            load_state(path, "target_encoder")
+        return
+    with caplog.at_level(logging.WARNING):
+        assert "pos_embed" not in load_state(path, "target_encoder")
+    assert "pos_embed" in caplog.text and "dropped" in caplog.text
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module.backbone.", "backbone."])
-def test_official_file_loads_under_any_wrapper(write, file_preset, wide_state, prefix):
-    state = load_encoder_state(file_preset, write(prefix=prefix))
-    assert state.keys() == wide_state.keys()
-    assert all(torch.equal(state[name], wide_state[name]) for name in wide_state)
-
-
-def test_the_preset_decides_the_entry(write, file_preset):
-    state = load_encoder_state(replace(file_preset, weights_entry="encoder"), write())
-    assert not any(value.any() for value in state.values())
-
-
-def test_the_encoder_holds_exactly_the_loaded_weights(write, file_preset, wide_state):
-    encoder = build_encoder(file_preset, load_encoder_state(file_preset, write()))
-    assert all(torch.equal(value, wide_state[name]) for name, value in encoder.state_dict().items())
-
-
-def test_plain_state_dict_needs_no_entry(tmp_path, file_preset, wide_state):
-    torch.save(wide_state, tmp_path / "plain.pt")
-    assert (
-        load_encoder_state(replace(file_preset, weights_entry=None), tmp_path / "plain.pt").keys() == wide_state.keys()
-    )
-
-
-def test_safetensors_with_official_names_load(tmp_path, file_preset, wide_state):
-    save_file(wide_state, tmp_path / "encoder.safetensors")
-    state = load_encoder_state(file_preset, tmp_path / "encoder.safetensors")
-    assert all(torch.equal(state[name], wide_state[name]) for name in wide_state)
-
-
-def test_unknown_entry_lists_the_entries_of_the_file(write):
-    with pytest.raises(
-        CheckpointError, match=r"no entry 'ema_encoder'; it has: .*encoder, .*predictor.*target_encoder"
+def test_damaged_files_and_files_that_could_run_code_are_refused(tmp_path, write):
+    cut = write()
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    torch.save({"target_encoder": {}, "extra": pytest.approx(1)}, tmp_path / "objects.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    for name, said in (
+        ("encoder.pt", "cannot be read as a checkpoint|is no checkpoint"),
+        ("page.pt", "is no checkpoint, or damaged"),
+        ("objects.pt", r"holds \S*pytest\S*ApproxScalar.*pickles can run code"),
+        ("noise.pt", "is no checkpoint, or damaged.*pickles can run code"),
     ):
-        load_state(write(), "ema_encoder")
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_state(tmp_path / name, "target_encoder")
+        printed = "".join(traceback.format_exception(caught.value))
+        if "pickles" in said:
+            assert "weights_only" not in printed and "trust" not in printed, "torch's advice to run the code"
 
 
-def test_an_entry_that_is_no_state_dict_is_refused(write):
-    with pytest.raises(CheckpointError, match="'epoch' is no state dict"):
-        load_state(write(), "epoch")
+# --- where files come from ------------------------------------------------------------------------------------------------
 
 
-def test_no_entry_for_a_file_with_entries_lists_them(write):
-    with pytest.raises(CheckpointError, match="weights_entry: batch_size, encoder"):
-        load_state(write(), None)
+def test_paths_start_at_the_base_and_a_missing_file_says_how_to_get_it(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "vitl.pt").touch()
+    assert find_weights_file("w/vitl.pt", base=tmp_path) == tmp_path / "w" / "vitl.pt"
+    with pytest.raises(WeightsNotFoundError) as caught:
+        find_weights_file("w/vith.pt", base=tmp_path)
+    for part in (str(tmp_path / "w" / "vith.pt"), "https://dl.fbaipublicfiles.com/vjepa2/", "encode.weights=PATH"):
+        assert part in str(caught.value)
 
 
-def test_every_mismatch_is_listed_by_name_and_shape(write, file_preset):
-    path = write(
-        {"blocks.2.norm1.weight": torch.zeros(48), "blocks.1.mlp.fc1.bias": torch.zeros(7)}, without=("norm.weight",)
-    )
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder_state(file_preset, path)
-    message = str(caught.value)
-    assert "3 tensors differ" in message
-    assert "missing     norm.weight [48]" in message
-    assert "unexpected  blocks.2.norm1.weight [48]" in message
-    assert "wrong shape blocks.1.mlp.fc1.bias [7], expected [96]" in message
-    assert "encode.weights=PATH" in message
+def files_below(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_an_incomplete_state_is_refused_when_building(preset, wide_state):
-    wide_state.pop("norm.bias")
-    with pytest.raises(CheckpointError, match=r"missing     norm.bias \[48\]"):
-        build_encoder(preset, wide_state)
+def test_a_url_is_downloaded_once_and_kept_by_host_and_path(tmp_path, monkeypatch, http_folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("a", "b"):
+        (http_folder.path / folder).mkdir()
+        (http_folder.path / folder / "vitl.pt").write_text(folder)
+    url = f"{http_folder.url}/a/vitl.pt"
+    assert find_weights_file(url, base=tmp_path, download=False) is None
+    first = find_weights_file(url, base=tmp_path)
+    assert first.is_relative_to(tmp_path / "cache" / "jepa-cache" / "weights")
+    assert find_weights_file(f"{http_folder.url}/b/vitl.pt", base=tmp_path).read_text() == "b"
+    (http_folder.path / "a" / "vitl.pt").write_text("other host")
+    assert find_weights_file(url.replace("127.0.0.1", "localhost"), base=tmp_path).read_text() == "other host"
+    assert find_weights_file(url, base=tmp_path) == first and first.read_text() == "a"
+    assert [path.name for path in first.parent.iterdir()] == ["vitl.pt"]
 
 
-def test_two_tensors_of_one_name_are_refused(write):
-    with pytest.raises(CheckpointError, match=r"two tensors named norm\.bias"):
-        load_state(write({"backbone.norm.bias": torch.zeros(48)}, prefix="module."), "target_encoder")
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1568, 1024), (1568, 1280), (4608, 1280)])
-def test_released_vjepa1_tables_are_refused_whatever_they_hold(write, rows, width):
-    path = write({"pos_embed": torch.zeros(1, rows, width)})
-    with pytest.raises(CheckpointError, match="is a V-JEPA 1 encoder"):
-        load_state(path, "target_encoder")
-
-
-def test_a_sincos_table_of_unknown_shape_is_refused_with_the_way_out(write):
-    path = write({"pos_embed": sincos_table(8, 2, 48)})
-    with pytest.raises(CheckpointError, match=r"looks like a V-JEPA 1 encoder.*delete pos_embed"):
-        load_state(path, "target_encoder")
+def test_a_download_that_fails_or_breaks_off_leaves_nothing(tmp_path, monkeypatch, http_folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (http_folder.path / "vitl.pt").write_bytes(b"weights")
+    http_folder.break_off_after = 3
+    with pytest.raises(WeightsNotFoundError, match="4 bytes early, after 3"):
+        find_weights_file(f"{http_folder.url}/vitl.pt", base=tmp_path)
+    with pytest.raises(WeightsNotFoundError, match=r"127\.0\.0\.1:9/vitl\.pt.*encode\.weights=PATH"):
+        find_weights_file("http://127.0.0.1:9/vitl.pt", base=tmp_path)
+    assert not files_below(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
-    "table",
-    [sincos_table(8, 16, 1024), sincos_table(32, 24, 1408), torch.zeros(1, 32, 48)],
-    ids=["16 frames at 256 px", "64 frames at 384 px", "zeros"],
+    ("reference", "words"),
+    [
+        ("https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar", "V-JEPA 1"),
+        ("hf://facebook/model.safetensors", "hf://owner/repo/file"),
+        ("s3://bucket/vitl.pt", "hf://owner/repo/file"),
+    ],
 )
-def test_left_over_table_of_an_old_vjepa2_file_is_dropped_aloud(write, file_preset, caplog, table):
-    with caplog.at_level(logging.WARNING):
-        state = load_encoder_state(file_preset, write({"pos_embed": table}))
-    assert "pos_embed" not in state
-    assert "pos_embed" in caplog.text
-    assert "dropped" in caplog.text
+def test_other_references_are_refused(reference, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        find_weights_file(reference, base=tmp_path)
 
 
-def test_vjepa21_is_named(write, file_preset):
-    path = write({"norms_block.3.weight": torch.zeros(48)})
-    with pytest.raises(CheckpointError, match=r"V-JEPA 2\.1"):
-        load_encoder_state(file_preset, path)
+def test_a_hub_reference_names_repository_and_file_and_a_silent_hub_the_way_out(tmp_path, monkeypatch):
+    def hub(repo, file, *, local_files_only):
+        if local_files_only:
+            raise ConnectionError("no network")
+        return f"{repo}:{file}"
 
-
-def test_a_file_cut_short_is_refused(write):
-    path = write()
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint|is no checkpoint"):
-        load_state(path, "target_encoder")
-
-
-def test_a_page_of_html_is_refused(tmp_path):
-    path = tmp_path / "vitl.pt"
-    path.write_text("<html>not found</html>")
-    with pytest.raises(CheckpointError, match=r"vitl\.pt"):
-        load_state(path, "target_encoder")
-
-
-def test_a_file_with_objects_that_could_run_code_is_refused(tmp_path):
-    torch.save({"target_encoder": {}, "extra": pytest.approx(1)}, tmp_path / "objects.pt")
-    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
-    for name, said in (("objects.pt", r"holds \S*pytest\S*ApproxScalar"), ("noise.pt", "is no checkpoint, or damaged")):
-        with pytest.raises(CheckpointError, match=f"{said}.*pickles can run code") as caught:
-            load_state(tmp_path / name, "target_encoder")
-        printed = "".join(traceback.format_exception(caught.value))
-        assert "weights_only" not in printed and "trust" not in printed, "torch's advice to run the code is not ours"
-
-
-def test_the_masked_predictor_of_a_hub_file_is_ignored_and_nothing_else(tmp_path, file_preset, wide_state):
-    content = wide_state | {"predictor.layernorm.weight": torch.zeros(3), "pooler.weight": torch.zeros(3)}
-    save_file(content, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder_state(file_preset, tmp_path / "model.safetensors")
-    assert "unexpected  pooler.weight [3]" in str(caught.value)
-    assert "1 tensors differ" in str(caught.value)
-
-
-def test_unknown_rope_flavour_is_refused(preset, wide_state):
-    with pytest.raises(ValueError, match=r"rope 'interleaved' and .*; known: rope 'tiled'"):
-        build_encoder(replace(preset, rope="interleaved"), wide_state)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    reference = "hf://facebook/vjepa2-vitl-fpc64-256/sub/model.safetensors"
+    assert find_weights_file(reference, base=tmp_path) == Path("facebook/vjepa2-vitl-fpc64-256:sub/model.safetensors")
+    with pytest.raises(WeightsNotFoundError, match=r"no network.*encode\.weights=PATH"):
+        find_weights_file(reference, base=tmp_path, download=False)

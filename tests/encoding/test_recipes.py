@@ -56,7 +56,7 @@ ENCODER_CHANGES = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "random_seed": 1,
-    "kind": "another",
+    "kind": "hf",
     "short_side": 72,
 }
 ENCODER_KEEPS = {

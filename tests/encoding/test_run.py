@@ -16,8 +16,7 @@ import torch
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
-from jepa_cache.encoder.frozen import FrozenEncoder
-from jepa_cache.encoder.modules import load_module
+from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 from jepa_cache.encoding import pipeline
 from jepa_cache.encoding.run import describe_result
 from jepa_cache.store import digests, layout

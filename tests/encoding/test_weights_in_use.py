@@ -13,15 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jepa_cache.encoder import modules
-from jepa_cache.encoder.checkpoints import load_encoder_state
-from jepa_cache.encoder.modules import load_module
+from jepa_cache.encoder import frozen
+from jepa_cache.encoder.frozen import load_module
 from jepa_cache.encoding import run
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, make_tiny_tar, tiniest_config, tiny_config
-from tests.encoder.image_models import save_model
-from tests.encoder.test_image_encoder import preset_of
+from tests.encoder.image_models import preset_of, save_model
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -31,7 +29,7 @@ def save_weights(path, kind, seed):
         save_model(path, seed=seed)
         return dataclasses.replace(tiny_config(weights=str(path)), encoder=preset_of(path))
     preset = dataclasses.replace(tiniest_config().encoder, random_seed=seed)
-    state = load_encoder_state(preset, None)
+    state = load_module(preset, None).state_dict()
     (save_file if kind == "safetensors" else torch.save)(state, path)
     preset = dataclasses.replace(preset, random_seed=None, weights=str(path))
     return dataclasses.replace(tiniest_config(weights=str(path)), encoder=preset)
@@ -92,7 +90,7 @@ def test_weights_swapped_only_while_they_are_loaded_are_an_error(place, monkeypa
         place.swap()
         return module
 
-    monkeypatch.setattr(modules, "load_module", load)
+    monkeypatch.setattr(frozen, "load_module", load)
     with pytest.raises(ValueError, match="not those that the stores are named by"):
         place.encode()
     assert place.stores() == []

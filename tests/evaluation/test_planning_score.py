@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from jepa_cache.control.motion import end_distances
+from jepa_cache.actions import get_action_space
 from jepa_cache.control.planner import SETTINGS
 from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.context import EvaluationContext
@@ -72,13 +72,15 @@ def test_rotation_angles_are_those_of_scipy_small_and_large_and_at_half_a_turn()
 
 
 def test_ends_are_compared_in_metres_and_radians_or_on_the_circle_and_between_directions():
-    found = end_distances("pose7", np.array([0.3, 0.0, 0.4, 0.0, 0.0, 0.2, 0.5]), np.zeros(7))
+    found = get_action_space("pose7").motion.distances(np.array([0.3, 0.0, 0.4, 0.0, 0.0, 0.2, 0.5]), np.zeros(7))
     assert {name: round(float(value), 9) for name, value in found.items()} == {
         "position_m": 0.5,
         "rotation_rad": 0.2,
         "gripper": 0.5,
     }
-    found = end_distances("vpt13", np.array([[179.0, 0.0], [0.0, 80.0]]), np.array([[-179.0, 0.0], [90.0, 80.0]]))
+    found = get_action_space("vpt13").motion.distances(
+        np.array([[179.0, 0.0], [0.0, 80.0]]), np.array([[-179.0, 0.0], [90.0, 80.0]])
+    )
     assert found["yaw_deg"] == pytest.approx([2.0, 90.0])
     # At 80 degrees of pitch a quarter turn moves the view by little.
     quarter = 2 * np.degrees(np.arcsin(np.sin(np.pi / 4) * np.cos(np.radians(80))))

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder.checkpoints import load_encoder_state
-from jepa_cache.encoder.structure import parameter_shapes
+from jepa_cache.encoder.checkpoints import load_state
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
@@ -35,7 +34,7 @@ from jepa_cache.predictor.checkpoints import (
 )
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.recipe import file_digest
-from tests.official_files import without_storage, write_official_file
+from tests.official_files import encoder_shapes, without_storage, write_official_file
 from tests.predictor.makers import build, same, save
 from tests.workspace import SUITE_SETTINGS
 
@@ -141,7 +140,7 @@ def test_the_released_structure_loads_strictly_at_full_size_and_lends_its_blocks
     """The released file's 300 + 484 tensors at full size, without their gigabytes."""
     path, preset = tmp_path / "vjepa2-ac-vitg.pt", load_config(SUITE_SETTINGS, ["encoder=ac_vitg"]).encoder
     shapes = {name: tuple(tensor.shape) for name, tensor in build_released().state_dict().items()}
-    write_official_file(path, without_storage(shapes), without_storage(parameter_shapes(preset)))
+    write_official_file(path, without_storage(shapes), without_storage(encoder_shapes(preset)))
     state = read_state(path)
     assert len(state) == 300 and sum(tensor.numel() for tensor in state.values()) == 305_220_992
     with warnings.catch_warnings():
@@ -150,7 +149,7 @@ def test_the_released_structure_loads_strictly_at_full_size_and_lends_its_blocks
         assert load_start_weights(build_released(), path) == ()
         new = load_start_weights(build_released(action_dim=13, state_dim=2), path)
     assert new == ("action_encoder", "state_encoder", "extrinsics_encoder")
-    assert sum(tensor.numel() for tensor in load_encoder_state(preset, path).values()) == 1_012_173_952
+    assert sum(tensor.numel() for tensor in load_state(path, preset.weights_entry).values()) == 1_012_173_952
 
 
 @pytest.fixture

@@ -194,15 +194,9 @@ def test_in_real_logs_the_view_stands_still_while_a_gui_is_open_though_the_mouse
     controls = read_contractor(log.read_bytes()).controls
     inside = controls["gui"][:-1] & controls["gui"][1:]
     assert np.abs(np.diff(controls["yaw_deg"])[inside]).sum() == 0
-    vpt25 = _vpt25().aggregate(controls, np.arange(len(controls["tick"])))
-    names = [column.name for column in _vpt25().actions]
+    vpt25 = get_action_space("vpt25").aggregate(controls, np.arange(len(controls["tick"])))
+    names = [column.name for column in get_action_space("vpt25").actions]
     np.testing.assert_allclose(vpt25.actions[:, names.index("cameraX")], 0.15 * controls["mouse_dx"][:-1], rtol=1e-6)
-
-
-def _vpt25():
-    from jepa_cache.vpt_actions import build_vpt25
-
-    return build_vpt25(get_action_space("vpt36"))
 
 
 def test_a_hard_link_in_a_tar_cannot_give_one_recording_the_video_of_another(tmp_path):

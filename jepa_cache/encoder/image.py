@@ -1,6 +1,6 @@
-"""Image encoders of the transformers library as they lie on disk: which files count, what names them, what they say of themselves.
+"""The kind of encoder that transformers' image models are: which files count, what identifies them, what they say of themselves.
 
-Imports neither torch nor transformers. No code that lies beside the weights is ever run, and no pickle is read.
+Imports neither torch nor transformers but to load one. No code that lies beside the weights is ever run, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cache.config.schema import EncoderPreset
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 
 CONFIG, PREPROCESSING = "config.json", "preprocessor_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,19 +42,41 @@ class ImageModelError(ValueError):
     """A folder or hub repository that cannot serve as a frozen image encoder; the message says why and what would."""
 
 
-def resolve_model(reference: str, *, base: Path, local_only: bool = False) -> Path | None:
-    """The folder of a model: one on disk, or the local copy of a hub repository.
+class ImageKind:
+    """A frozen image encoder of the transformers library, such as DINOv2; takes frames one by one."""
 
-    Args:
-        reference: folder (relative to `base`, ~ allowed), or hf://owner/repo, hf://owner/repo@revision.
-        base: folder that relative paths start from.
-        local_only: download nothing.
+    def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
+        """Folder of the model."""
+        return resolve_model(reference, base=base, download=download)
 
-    Returns:
-        A folder; None only with `local_only`, where the hub's copy is not on this machine.
+    def files(self, weights: Path) -> list[Path]:
+        """Config and weights."""
+        return model_files(weights)
 
-    Raises:
-        ImageModelError: the folder or repository cannot be had.
+    def identity(self, preset: EncoderPreset, weights: Path, digest: Callable[[Path], str]) -> str:
+        """`hf:sha256` over config and weights, whatever folder or revision they came from."""
+        total = hashlib.sha256()
+        for file in model_files(weights):
+            total.update(f"{file.name} {digest(file)}\n".encode())
+        return f"hf:{total.hexdigest()}"
+
+    def load(self, preset: EncoderPreset, weights: Path | None) -> nn.Module:
+        """The model on its own weights."""
+        from jepa_cache.encoder.image_model import load_image_model
+
+        assert weights is not None
+        model_files(weights)  # refuses pickles and files that are not whole
+        return load_image_model(preset, weights, num_prefix=check_model(preset, weights).num_prefix)
+
+    def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
+        """The kind alone: the config of the model is part of the identity."""
+        return {"kind": "hf"}
+
+
+def resolve_model(reference: str, *, base: Path, download: bool = True) -> Path | None:
+    """The folder of a model: one on disk (relative to `base`), or the local copy of hf://owner/repo[@revision].
+
+    None where `download` is off and the hub's copy is not on this machine.
     """
     if not reference.startswith("hf://"):
         if "://" in reference:
@@ -74,11 +101,11 @@ def resolve_model(reference: str, *, base: Path, local_only: bool = False) -> Pa
                 repo,
                 revision=revision or None,
                 allow_patterns=[CONFIG, PREPROCESSING, "model*.safetensors", INDEX],
-                local_files_only=local_only,
+                local_files_only=not download,
             )
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        if local_only and isinstance(error, LocalEntryNotFoundError):
+        if not download and isinstance(error, LocalEntryNotFoundError):
             return None
         raise ImageModelError(
             f"{reference} could not be had from the hub: {error} Download it on a machine with network (`hf download {repo}`) and "
@@ -87,11 +114,7 @@ def resolve_model(reference: str, *, base: Path, local_only: bool = False) -> Pa
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that decide a model's numbers, config first, then weights by name.
-
-    Raises:
-        ImageModelError: a file is missing, or the weights are pickles.
-    """
+    """The files that decide a model's numbers, config first, then weights by name; whole, and no pickles."""
     if not (folder / CONFIG).is_file():
         raise ImageModelError(f"{folder} holds no {CONFIG}; an image encoder is a folder as save_pretrained writes it")
     if (folder / INDEX).is_file():
@@ -116,66 +139,29 @@ def model_files(folder: Path) -> list[Path]:
             + ". Save the model again with save_pretrained(FOLDER), which writes safetensors"
         )
     for file in files:
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            raise ImageModelError(
-                f"{file} ({file.stat().st_size} bytes) is no whole safetensors file; copy or download it again"
-            )
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="np"):  # compares the file's length with its header
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise ImageModelError(
+                    f"{file} ({file.stat().st_size} bytes) is no whole safetensors file: {error}. Copy or download it again"
+                ) from error
     return [folder / CONFIG, *files]
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    with file.open("rb") as content:
-        length = content.read(8)
-        size = int.from_bytes(length, "little") if len(length) == 8 else -1
-        if not 0 < size <= file.stat().st_size - 8:
-            return False
-        try:
-            header = json.loads(content.read(size))
-            return (
-                8 + size + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-                == file.stat().st_size
-            )
-        except (ValueError, KeyError, TypeError):
-            return False
-
-
-def model_digest(folder: Path, *, digest: Callable[[Path], str]) -> str:
-    """Name a model by the content of its config and weights, whatever folder or revision they came from: hex sha256.
-
-    Args:
-        folder: from `resolve_model`.
-        digest: gives a file's hex sha256, possibly remembered from an earlier run.
-
-    Raises:
-        ImageModelError: a file is missing.
-    """
-    total = hashlib.sha256()
-    for file in model_files(folder):
-        total.update(f"{file.name} {digest(file)}\n".encode())
-    return total.hexdigest()
-
-
 class ImageModel(NamedTuple):
-    """What a model's config says.
-
-    Attributes:
-        model_type: transformers' name of the architecture.
-        num_prefix: tokens before the patch tokens: class, distillation and register tokens.
-        sizes: embed_dim, depth, num_heads, mlp_dim (of two equal matrices, for gated ones too) and patch_size, where it says so.
-    """
+    """What a model's config says."""
 
     model_type: str
-    num_prefix: int
-    sizes: Mapping[str, int]
+    num_prefix: int  # tokens before those of the patches: class, distillation and register tokens
+    sizes: Mapping[
+        str, int
+    ]  # embed_dim, depth, num_heads, mlp_dim (of two equal matrices, for gated ones too), patch_size
 
 
 def read_model(folder: Path) -> ImageModel:
-    """Read a model's config.
-
-    Raises:
-        ImageModelError: it needs code of its own, or is of a type whose tokens are not known to be patches in rows.
-    """
+    """Read a model's config; refused if it needs code of its own, or its tokens are not known to be patches in rows."""
     config = _read_json(folder / CONFIG)
     model_type = str(config.get("model_type"))
     if "auto_map" in config:
@@ -184,11 +170,7 @@ def read_model(folder: Path) -> ImageModel:
             "repository is never run here; take a copy of the model in a class that transformers itself has"
         )
     if model_type not in CLASS_TOKENS:
-        both = (
-            f" {model_type} holds a text model too: save the image part alone."
-            if model_type in OFTEN_TWO_TOWERS
-            else ""
-        )
+        both = " It holds a text model too: save the image part alone." if model_type in OFTEN_TWO_TOWERS else ""
         raise ImageModelError(
             f"{folder / CONFIG} is of model_type '{model_type}', of which it is not known that its tokens are patches in rows, "
             f"and how many others come before them.{both} Known: {', '.join(sorted(CLASS_TOKENS))}"
@@ -212,11 +194,7 @@ def read_model(folder: Path) -> ImageModel:
 
 
 def check_model(preset: EncoderPreset, folder: Path) -> ImageModel:
-    """Compare a model with the preset that names it.
-
-    Raises:
-        ImageModelError: listing every size that differs, or as `read_model`.
-    """
+    """Compare a model with the preset that names it; an error lists every size that differs."""
     model = read_model(folder)
     differing = [
         f"{name} is {getattr(preset, name)} in the preset and {size} in the model"
@@ -234,8 +212,7 @@ def check_model(preset: EncoderPreset, folder: Path) -> ImageModel:
 def read_preprocessing(folder: Path) -> dict[str, Any]:
     """The preset fields that a model's preprocessing file stands for: resolution, short_side, crop, mean, std.
 
-    Raises:
-        ImageModelError: the file is missing, or asks for something else than a resize by Pillow, a centre crop, and mean and std.
+    Known is a resize by Pillow, a centre crop, and mean and std; everything else is refused.
     """
     path = folder / PREPROCESSING
     if not path.is_file():

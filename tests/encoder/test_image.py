@@ -11,57 +11,33 @@ Claims:
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from jepa_cache.config.schema import EncoderPreset
-from jepa_cache.encoder.image_encoder import load_image_encoder
-from jepa_cache.encoder.image_files import (
+from jepa_cache.encoder import KINDS
+from jepa_cache.encoder.image import (
     CLASS_TOKENS,
     ImageModelError,
-    model_digest,
     read_model,
     read_preprocessing,
     resolve_model,
 )
-from jepa_cache.encoder.preprocess import crop_rule, pillow_transform
+from jepa_cache.encoder.preprocess import crop_rule
 from jepa_cache.store.recipe import file_digest
-from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, save_model
+from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, preset_of, save_model
 
 RNG = np.random.default_rng(0)
-
-
-def preset_of(folder, **changes) -> EncoderPreset:
-    fields = read_preprocessing(folder)
-    return replace(
-        EncoderPreset(
-            name="image",
-            embed_dim=32,
-            depth=2,
-            num_heads=2,
-            mlp_dim=64,
-            patch_size=16,
-            tubelet_size=1,
-            rope="own",
-            compute_dtype="float32",
-            batch_size=4,
-            weights=str(folder),
-            weights_entry=None,
-            weights_sha256=None,
-            random_seed=None,
-            kind="hf",
-            **fields,
-        ),
-        **changes,
-    )
 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("dinov2"))
+
+
+def identity_of(folder, digest=file_digest):
+    return KINDS["hf"].identity(None, folder, digest)
 
 
 def test_every_known_class_is_tried_here():
@@ -71,7 +47,7 @@ def test_every_known_class_is_tried_here():
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_are_the_model_s_own_without_what_comes_before_the_patches(tmp_path, model_type):
     folder = save_model(tmp_path, model_type)
-    encoder = load_image_encoder(preset_of(folder), folder)
+    encoder = KINDS["hf"].load(preset_of(folder), folder)
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own = make_model(model_type)(pixel_values=pixels).last_hidden_state
@@ -84,7 +60,7 @@ def test_tokens_are_the_model_s_own_without_what_comes_before_the_patches(tmp_pa
 def test_tokens_come_row_by_row(tmp_path, model_type):
     # Without blocks a token sees its own patch only.
     folder = save_model(tmp_path, model_type, num_hidden_layers=0)
-    encoder = load_image_encoder(preset_of(folder, depth=0), folder)
+    encoder = KINDS["hf"].load(preset_of(folder, depth=0), folder)
     pixels = torch.randn(1, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     other = pixels.clone()
     other[..., 16:32, 32:48] += 1.0  # row 1, column 2 of 4 x 4
@@ -107,20 +83,7 @@ def test_pixels_are_those_of_the_library_s_own_processor(tmp_path, size, preproc
     assert torch.equal(crop_rule(preset)(frames, preset.resolution, mean=preset.mean, std=preset.std), expected)
 
 
-def test_frames_do_not_depend_on_their_neighbours():
-    frames = RNG.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
-    together = pillow_transform(frames, 32, resample="bicubic", short_side=36)
-    alone = [pillow_transform(frames[i : i + 1], 32, resample="bicubic", short_side=36) for i in range(3)]
-    assert torch.equal(together, torch.cat(alone))
-
-
 # --- refusals -------------------------------------------------------------------------------------------------------------
-
-
-def test_more_than_one_frame_is_refused(dinov2):
-    encoder = load_image_encoder(preset_of(dinov2), dinov2)
-    with pytest.raises(ImageModelError, match=r"one by one; got 2\. Set encode\.mode: frame"):
-        encoder(torch.zeros(1, 3, 2, 64, 64))
 
 
 def test_code_of_a_repository_is_refused_by_name_and_never_run(tmp_path):
@@ -128,7 +91,7 @@ def test_code_of_a_repository_is_refused_by_name_and_never_run(tmp_path):
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     change_config(folder, auto_map={"AutoModel": "modeling_evil.Evil"}, model_type="evil")
     with pytest.raises(ImageModelError, match=r"auto_map: modeling_evil\.Evil.*never run"):
-        load_image_encoder(preset_of(folder), folder)
+        KINDS["hf"].load(preset_of(folder), folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -136,7 +99,7 @@ def test_pickles_are_not_read(tmp_path):
     folder = save_model(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ImageModelError, match=r"lacks model\.safetensors; it has pytorch_model\.bin, but pickles"):
-        load_image_encoder(preset_of(folder), folder)
+        KINDS["hf"].load(preset_of(folder), folder)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 3000, -1])
@@ -144,8 +107,8 @@ def test_a_file_that_was_cut_short_is_refused_before_anything_is_loaded(tmp_path
     folder = save_model(tmp_path)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ImageModelError, match="no whole safetensors file; copy or download it again"):
-        model_digest(folder, digest=file_digest)
+    with pytest.raises(ImageModelError, match=r"no whole safetensors file: .*Copy or download it again"):
+        identity_of(folder)
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
@@ -155,8 +118,8 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
     state = load_file(folder / "model.safetensors")
     del state["encoder.layer.1.norm1.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ImageModelError, match=r"missing encoder\.layer\.1\.norm1\.weight; .*would be random"):
-        load_image_encoder(preset_of(folder), folder)
+    with pytest.raises(ValueError, match=r"missing encoder\.layer\.1\.norm1\.weight; .*would be random"):
+        KINDS["hf"].load(preset_of(folder), folder)
 
 
 def test_a_pooler_that_is_missing_does_not_matter(tmp_path):
@@ -165,22 +128,22 @@ def test_a_pooler_that_is_missing_does_not_matter(tmp_path):
 
     state = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("pooler.")}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load_image_encoder(preset_of(folder), folder)(torch.zeros(1, 3, 1, 64, 64)).shape == (1, 16, 32)
+    assert KINDS["hf"].load(preset_of(folder), folder)(torch.zeros(1, 3, 1, 64, 64)).shape == (1, 16, 32)
 
 
 def test_a_resolution_that_the_model_does_not_take_is_an_error_and_one_that_it_takes_is_not(tmp_path, dinov2):
-    wide = load_image_encoder(preset_of(dinov2, resolution=96), dinov2)
+    wide = KINDS["hf"].load(preset_of(dinov2, resolution=96), dinov2)
     assert wide(torch.zeros(1, 3, 1, 96, 96)).shape == (1, 36, 32), "DINOv2 interpolates its positions"
     folder = save_model(tmp_path, "ijepa")
-    with pytest.raises(ImageModelError, match="does not take the 96 px of encoder preset 'image'"):
-        load_image_encoder(preset_of(folder, resolution=96), folder)
+    with pytest.raises(ValueError, match="does not take the 96 px of encoder preset 'image'"):
+        KINDS["hf"].load(preset_of(folder, resolution=96), folder)
 
 
 def test_a_preset_that_does_not_describe_the_model_is_refused_with_every_difference(dinov2):
     with pytest.raises(
         ImageModelError, match=r"embed_dim is 48 .* 32 in the model; depth is 3 .* 2 in the model"
     ) as error:
-        load_image_encoder(preset_of(dinov2, embed_dim=48, depth=3), dinov2)
+        KINDS["hf"].load(preset_of(dinov2, embed_dim=48, depth=3), dinov2)
     assert "add-encoder" in str(error.value)
 
 
@@ -188,7 +151,7 @@ def test_a_preset_that_does_not_describe_the_model_is_refused_with_every_differe
     ("changes", "message"),
     [
         ({"model_type": "resnet"}, "model_type 'resnet', of which it is not known"),
-        ({"model_type": "clip"}, "clip holds a text model too"),
+        ({"model_type": "clip"}, "holds a text model too: save the image part"),
     ],
 )
 def test_models_without_known_patches_are_refused(tmp_path, dinov2, changes, message):
@@ -230,11 +193,11 @@ def test_a_folder_that_is_none_and_a_reference_that_is_none_are_refused(tmp_path
 def test_the_identity_is_that_of_config_and_weights_wherever_they_lie(tmp_path, dinov2):
     same = save_model(tmp_path / "copy")
     other = save_model(tmp_path / "other", seed=1)
-    identity = model_digest(dinov2, digest=file_digest)
-    assert model_digest(same, digest=file_digest) == identity
-    assert model_digest(other, digest=file_digest) != identity
+    identity = identity_of(dinov2)
+    assert identity_of(same) == identity
+    assert identity_of(other) != identity
     change_config(same, layer_norm_eps=1e-5)
-    assert model_digest(same, digest=file_digest) != identity, "the config decides numbers too"
+    assert identity_of(same) != identity, "the config decides numbers too"
 
 
 def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp_path, dinov2):
@@ -243,11 +206,11 @@ def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CENTRE_CROP))
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     pixels = torch.randn(1, 3, 1, 64, 64)
-    one, several = (load_image_encoder(preset_of(folder), folder)(pixels) for folder in (dinov2, tmp_path))
+    one, several = (KINDS["hf"].load(preset_of(folder), folder)(pixels) for folder in (dinov2, tmp_path))
     assert torch.equal(one, several)
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()
     with pytest.raises(ImageModelError, match=r"lacks model-00002-"):
-        model_digest(tmp_path, digest=file_digest)
+        identity_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../others/model.safetensors", "/etc/passwd", "..", "", 5, None])
@@ -256,4 +219,4 @@ def test_weights_outside_the_folder_are_refused_by_name_and_not_opened(tmp_path,
     shutil.copytree(dinov2, tmp_path / "others")
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ImageModelError, match="weight_map names files of this folder"):
-        model_digest(tmp_path / "model", digest=lambda _: pytest.fail("a file was read"))
+        identity_of(tmp_path / "model", lambda _: pytest.fail("a file was read"))

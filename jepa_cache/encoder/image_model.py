@@ -8,65 +8,46 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from jepa_cache.encoder.image_files import ImageModelError, check_model, model_files
-
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
 UNUSED = ("pooler.",)  # come after last_hidden_state; some models are published without
 
 
+class ShapeError(ValueError):
+    """The model gives other tokens than its config and the preset promise."""
+
+
 class ImageEncoder(nn.Module):
     """Owns a frozen transformers model; gives `last_hidden_state` without class, distillation and register tokens."""
 
     def __init__(self, model: nn.Module, *, num_prefix: int, num_tokens: int, width: int) -> None:
-        """Wrap a model.
-
-        Args:
-            model: takes pixel_values [B, 3, R, R], gives last_hidden_state [B, num_prefix + N, D].
-            num_prefix: tokens before those of the patches.
-            num_tokens: N.
-            width: D.
-        """
+        """Wrap a model from pixel_values [B, 3, R, R] to last_hidden_state [B, num_prefix + num_tokens, width]."""
         super().__init__()
         self.model, self.num_prefix, self.num_tokens, self.width = model, num_prefix, num_tokens, width
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Encode single frames.
-
-        Args:
-            clips: [B, 3, 1, R, R] float32, preprocessed.
-
-        Returns:
-            [B, N, D] patch tokens, row by row.
-
-        Raises:
-            ImageModelError: more than one frame, or the model gives another number of tokens.
-        """
-        if clips.shape[2] != 1:
-            raise ImageModelError(
-                f"an image encoder takes frames one by one; got {clips.shape[2]}. Set encode.mode: frame"
-            )
-        hidden = self.model(pixel_values=clips[:, :, 0]).last_hidden_state
+        """Encode single frames [B, 3, 1, R, R] to patch tokens [B, N, D], row by row."""
+        hidden = self.model(pixel_values=clips.squeeze(2)).last_hidden_state
         expected = (len(clips), self.num_prefix + self.num_tokens, self.width)
         if hidden.shape != expected:
-            raise ImageModelError(
+            raise ShapeError(
                 f"the model gives tokens {list(hidden.shape)} for {clips.shape[3]} px, but {list(expected)} were expected: "
                 f"{self.num_prefix} others and then {self.num_tokens} patches of width {self.width}"
             )
         return hidden[:, self.num_prefix :]
 
 
-def load_image_encoder(preset: EncoderPreset, folder: Path) -> ImageEncoder:
-    """Load a preset's model in float32, evaluation mode and without gradients, and try it on one empty picture.
+def load_image_model(preset: EncoderPreset, folder: Path, *, num_prefix: int) -> ImageEncoder:
+    """Load the model of a preset from its folder in float32, evaluation mode and without gradients; try it on one empty picture.
 
     Args:
-        preset: of kind hf.
-        folder: from `image_files.resolve_model`.
+        preset: of kind hf; describes the model (`image.check_model`).
+        folder: with safetensors and no code of its own.
+        num_prefix: tokens before those of the patches.
 
     Raises:
-        ImageModelError: the folder does not hold the preset's model in full, or it does not take the preset's resolution.
-        ValueError: transformers is not installed.
+        ValueError: the folder does not hold the whole model, or it does not take the preset's resolution.
 
     Source: `transformers.AutoModel`, with trust_remote_code off and safetensors only.
     """
@@ -76,8 +57,6 @@ def load_image_encoder(preset: EncoderPreset, folder: Path) -> ImageEncoder:
         raise ValueError(
             f"encoder preset '{preset.name}' is a model of the transformers library; pip install 'jepa-cache[hf]'"
         ) from error
-    known = check_model(preset, folder)
-    model_files(folder)
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         model, found = AutoModel.from_pretrained(
@@ -89,23 +68,23 @@ def load_image_encoder(preset: EncoderPreset, folder: Path) -> ImageEncoder:
             **options,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ImageModelError(f"{folder} cannot be loaded by transformers: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded by transformers: {error}") from error
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
     wrong = sorted(str(name) for name in found["mismatched_keys"])
     if missing or wrong:
-        raise ImageModelError(
+        raise ValueError(
             f"{folder} does not hold the whole model: missing {', '.join(missing) or 'nothing'}; of another shape "
             f"{', '.join(wrong) or 'nothing'}. Such weights would be random"
         )
-    encoder = ImageEncoder(model, num_prefix=known.num_prefix, num_tokens=preset.num_tokens, width=preset.embed_dim)
+    encoder = ImageEncoder(model, num_prefix=num_prefix, num_tokens=preset.num_tokens, width=preset.embed_dim)
     encoder.eval().requires_grad_(False)
     try:
         with torch.no_grad():
             encoder(torch.zeros(1, 3, 1, preset.resolution, preset.resolution))
-    except ImageModelError:
+    except ShapeError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ImageModelError(
+        raise ValueError(
             f"the model in {folder} does not take the {preset.resolution} px of encoder preset '{preset.name}': {error}"
         ) from error
     return encoder

@@ -1,0 +1,225 @@
+"""The kind of encoder that V-JEPA 2 released: where its files are, its module, and seeded random weights for trying things out.
+
+Imports torch where weights are loaded only. A missing file is always an error; random weights exist only for a preset with a seed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import urlopen
+
+import numpy as np
+
+from jepa_cache.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from jepa_cache.config.schema import EncodeConfig, EncoderPreset
+
+INIT_STD = 0.02
+OFFICIAL_BASE_URL = "https://dl.fbaipublicfiles.com/vjepa2/"
+OFFICIAL_FILES = (
+    *("vitl.pt", "vith.pt", "vitg.pt", "vitg-384.pt", "vjepa2-ac-vitg.pt"),
+    *(
+        "vjepa2_1_vitb_dist_vitG_384.pt",
+        "vjepa2_1_vitl_dist_vitG_384.pt",
+        "vjepa2_1_vitg_384.pt",
+        "vjepa2_1_vitG_384.pt",
+    ),
+)
+_WAY_OUT = (
+    f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), those of V-JEPA 2 also as safetensors on the "
+    "Hugging Face hub (hf://facebook/vjepa2-vitl-fpc64-256/model.safetensors). Download one on a machine with network "
+    "and name it with encode.weights=PATH. Random weights are never used in place of a missing file"
+)
+
+
+class WeightsNotFoundError(ValueError):
+    """The named weights cannot be had; the message says how to get them."""
+
+
+class VJepa2:
+    """V-JEPA 2's video transformer, from an official file or drawn from a seed."""
+
+    def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
+        """See `find_weights_file`."""
+        return find_weights_file(reference, base=base, download=download)
+
+    def files(self, weights: Path) -> list[Path]:
+        """The one file."""
+        return [weights]
+
+    def identity(self, preset: EncoderPreset, weights: Path, digest: Callable[[Path], str]) -> str:
+        """`file:sha256`, with the entry that is read where the file has any."""
+        entry = entry_in_use(preset, weights)
+        return f"file:{digest(weights)}" + (f"#{entry}" if entry else "")
+
+    def load(self, preset: EncoderPreset, weights: Path | None) -> nn.Module:
+        """Read the weights, or draw them where the preset names a seed and no file."""
+        import torch
+
+        from jepa_cache.encoder.checkpoints import load_state
+
+        if weights is None:
+            drawn = {name: torch.from_numpy(array) for name, array in random_state(preset).items()}
+            return self.build(preset, drawn)
+        return self.build(preset, load_state(weights, entry_in_use(preset, weights)), origin=str(weights))
+
+    def build(
+        self, preset: EncoderPreset, state: Mapping[str, Tensor], *, origin: str = "the given state"
+    ) -> nn.Module:
+        """The encoder with exactly the given weights.
+
+        Raises:
+            CheckpointError: naming every tensor of the state, which came from `origin`, that does not fit the preset.
+        """
+        import torch
+
+        from jepa_cache.encoder.checkpoints import load_strictly
+
+        with torch.device("meta"):
+            module = self.make(preset)
+        return load_strictly(module, preset, state, origin=origin)
+
+    def make(self, preset: EncoderPreset) -> nn.Module:
+        """The module, with weights that mean nothing."""
+        from jepa_cache.encoder.vit import VisionTransformer
+
+        return VisionTransformer(**sizes_of(preset))
+
+    def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
+        """Nothing: recipes are as they were when this was the only kind."""
+        return {}
+
+
+def sizes_of(preset: EncoderPreset) -> dict[str, int]:
+    """The arguments that both transformers are made with."""
+    names = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size", "tubelet_size")
+    return {name: getattr(preset, name) for name in names}
+
+
+def random_state(preset: EncoderPreset) -> dict[str, np.ndarray]:
+    """Draw seeded, untrained weights by the official initialisation; only for presets that name a seed (`tiny`).
+
+    Matrices and the patch projection are normal with deviation 0.02 (upstream's truncation at +-2 never acts), biases
+    0, norms 1; attn.proj and mlp.fc2 of block l (from 1) are divided by sqrt(2 l).
+
+    Returns:
+        official name -> float32 array, the same on every machine for one seed.
+
+    Raises:
+        ValueError: the preset names no seed.
+
+    Source: V-JEPA 2, arXiv 2506.09985, upstream initialisation.
+    """
+    if preset.random_seed is None:
+        raise ValueError(
+            f"encoder preset '{preset.name}' names no random_seed, so it has no random weights. Name a file with "
+            f"encode.weights=PATH"
+        )
+    generator = np.random.Generator(np.random.PCG64(preset.random_seed))
+    state = {}
+    for layer, shape in _layers(preset):
+        std = INIT_STD
+        if layer.endswith(("attn.proj", "mlp.fc2")):
+            std /= np.sqrt(2.0 * (int(layer.split(".")[1]) + 1))
+        if "norm" in layer:
+            state[f"{layer}.weight"] = np.ones(shape, np.float32)
+        else:
+            state[f"{layer}.weight"] = (generator.standard_normal(shape) * std).astype(np.float32)
+        state[f"{layer}.bias"] = np.zeros(shape[:1], np.float32)
+    return state
+
+
+def _layers(preset: EncoderPreset) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Layers in the module's order with the shapes of their weights: written down because the identity is asked without torch."""
+    dim, hidden, patch = preset.embed_dim, preset.mlp_dim, preset.patch_size
+    yield "patch_embed.proj", (dim, 3, preset.tubelet_size, patch, patch)
+    for block in (f"blocks.{index}" for index in range(preset.depth)):
+        yield f"{block}.norm1", (dim,)
+        yield f"{block}.attn.qkv", (3 * dim, dim)
+        yield f"{block}.attn.proj", (dim, dim)
+        yield f"{block}.norm2", (dim,)
+        yield f"{block}.mlp.fc1", (hidden, dim)
+        yield f"{block}.mlp.fc2", (dim, hidden)
+    yield "norm", (dim,)
+
+
+def find_weights_file(reference: str, *, base: Path, download: bool = True) -> Path | None:
+    """Turn a reference to a weights file into a local file, downloading it at most once.
+
+    Args:
+        reference: a path (relative to `base`, ~ allowed), an https:// URL, or hf://owner/repo/file.
+        base: folder that relative paths start from.
+        download: False gives None where the file would have to be downloaded.
+
+    Raises:
+        WeightsNotFoundError: the file is missing or cannot be downloaded.
+        ValueError: the reference has an unknown form, or names a V-JEPA 1 file.
+    """
+    scheme = urlparse(reference).scheme if "://" in reference else ""
+    if scheme in ("http", "https"):
+        target = _download_target(reference)
+        if not target.is_file() and download:
+            _download(reference, target)
+        return target if target.is_file() else None
+    if scheme == "hf":
+        return _find_on_hub(reference, download)
+    if scheme:
+        raise ValueError(f"weights are a path, an https:// URL or hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    path = base / Path(reference).expanduser()
+    if not path.is_file():
+        raise WeightsNotFoundError(f"weights file {path} does not exist. {_WAY_OUT}")
+    return path
+
+
+def _download_target(url: str) -> Path:
+    """Where a download is kept. Host and path stay in the name: files of one name from two places must not be mixed up."""
+    parts = urlparse(url)
+    if parts.path.startswith("/jepa/") and parts.hostname == "dl.fbaipublicfiles.com":
+        raise ValueError(f"{url} is a V-JEPA 1 file; only V-JEPA 2 encoders can be loaded. {_WAY_OUT}")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache" / "weights"
+    return folder / str(parts.hostname) / parts.path.lstrip("/")
+
+
+def _download(url: str, target: Path) -> None:
+    from tqdm import tqdm
+
+    try:
+        with atomic_file(target) as part, urlopen(url, timeout=60) as answer:
+            with (
+                part.open("wb") as file,
+                tqdm.wrapattr(answer, "read", total=answer.length, desc=target.name) as content,
+            ):
+                shutil.copyfileobj(content, file, 1 << 20)
+            if answer.length:  # a connection that breaks off leaves a short file without any error
+                raise OSError(f"the download ended {answer.length} bytes early, after {part.stat().st_size}")
+    except (OSError, ValueError) as error:
+        raise WeightsNotFoundError(f"weights {url} could not be downloaded to {target}: {error}. {_WAY_OUT}") from error
+
+
+def _find_on_hub(reference: str, download: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, _, rest = reference.removeprefix("hf://").partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
+        raise ValueError(f"a hub reference is hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file, local_files_only=not download))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if not download and isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise WeightsNotFoundError(f"weights {reference} could not be had from the hub: {error}. {_WAY_OUT}") from error
+
+
+def entry_in_use(preset: EncoderPreset, path: Path) -> str | None:
+    """Name the top-level entry that is read from a weights file; None for safetensors, which have no entries."""
+    return None if path.suffix == ".safetensors" else preset.weights_entry
