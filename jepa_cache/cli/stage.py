@@ -33,12 +33,13 @@ def parse_stage_arguments(
         metavar="PATH | key=value" if paths else "key=value",
         help=f"{paths + '; ' if paths else ''}overrides of params.yaml, such as train.lr=3e-4",
     )
-    one_of = parser.add_mutually_exclusive_group()
     for name, how in options.items():
-        one_of.add_argument(f"--{name}", **how)
+        parser.add_argument(f"--{name}", **how)
     parsed = parser.parse_intermixed_args(argv)
     parsed.overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
+    if len(given := [name for name in options if getattr(parsed, name)]) > 1:
+        parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
         parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
     return parsed
