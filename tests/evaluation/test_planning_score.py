@@ -181,7 +181,7 @@ def test_equal_runs_leave_equal_metrics_a_table_and_a_picture_and_one_that_fails
 
 
 def test_a_space_without_motion_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(cache.dataset, "space", replace(cache.dataset.space, name="vector_sum2x2"))
+    monkeypatch.setattr(cache.dataset, "space", get_action_space("vector_sum2x2"))
     with pytest.raises(ValueError, match="does not say where an action leads"):
         score_plans(knowing(cache))
 
