@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from jepa_cache.config.loading import find_repository, is_override, load_config,
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, open_source
 from jepa_cache.encoding.steps import plan_episode
-from jepa_cache.encoding.units import check_rendered
+from jepa_cache.encoding.units import list_units
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.probe import DecodeError, VideoInfo, header_counts, probe_video
 from jepa_cache.media.video import open_video
@@ -86,7 +87,8 @@ def inspect(
     paths = [text for text in inputs or () if not is_override(text)]
     if html is not None and not html.parent.is_dir():  # Said before the work, not after.
         raise ValueError(f"--html {html}: there is no folder {html.parent}")
-    reports = list(inspect_data_sets(overrides, paths, limit=limit, pictures=html is not None))
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        reports = list(inspect_data_sets(overrides, paths, limit=limit, pictures=html is not None))
     if html is not None:
         html.write_text(render_page(reports), encoding="utf-8")
     for recording in (recording for report in reports for recording in report["recordings"]):
@@ -108,12 +110,12 @@ def inspect_data_sets(
     check_inputs(config, paths)
     base = Path.cwd() if paths else recordings_base(config, root)
     for preset, _ in config.members:
-        check_rendered(preset, paths, base)
         for camera in config.encode.cameras or (None,):
             source = open_source(preset, camera)
-            units = source.list_units(paths or preset.inputs, base)
             name = f"{preset.name}, {camera}" if camera else preset.name
-            bar = tqdm(units, desc=f"inspect {preset.name}", unit="unit", disable=None)
+            bar = tqdm(
+                list_units(source, preset, paths, base), desc=f"inspect {preset.name}", unit="unit", disable=None
+            )
             yield inspect_units(config, source, bar, name=name, limit=limit, pictures=pictures)
 
 
