@@ -1,7 +1,7 @@
-"""Values that cannot be what the unit of their column says, found in the controls alone; a few lines a rule, each with its reason.
+"""Values that cannot be what the unit of their column says, found in the controls alone; each rule with its reason.
 
-A finding is a reason to look, never to skip: nothing here decides what is encoded. On 27 real recordings (VPT, DROID, LeRobot) no
-rule finds anything, and each threshold says how far they stay from it.
+A finding is a reason to look, never to skip: nothing here decides what is encoded. On 27 real recordings (VPT, DROID,
+LeRobot) no rule finds anything, and each threshold says how far they stay from it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jepa_cache.poses import POSE_CONTROLS
 LIMITS = {
     # Euler angles lie in (-pi, pi] or [0, 2 pi); the real ones reach 3.1416.
     r"(command_|ext_)?r[xyz]_rad": (-6.3, 6.3, "radians lie within 2 pi; are these degrees?"),
-    # Seen from the base an arm's hand is some decimetres away (0.79 m at most), in centimetres or millimetres tens and hundreds.
+    # Seen from the base an arm's hand is some decimetres away: 0.79 m at most.
     r"(command_|ext_)?[xyz]_m": (-10.0, 10.0, "an arm reaches metres; are these millimetres or centimetres?"),
     # Sensors overshoot a little (real ones lie in 0 to 0.991); percent and bytes go to 100 and 255.
     r"(command_)?gripper": (-0.5, 1.5, "0 is open and 1 closed; are these percent, 0 to 255 or another scale?"),
-    # 90 at most, and 180 from where it began in recordings of changes; degrees read as radians come out 57 times too large.
+    # 90 at most, and 180 from where it began in recordings of changes.
     r"pitch_deg": (-181.0, 181.0, "a view tilts by 180 degrees at most; is source_options.camera_unit right?"),
 }
-# Times the distance from the median below which nine tenths of the values lie (in a normal column 1.6 deviations); real columns reach
-# 81. Columns that are still most of the time, their noise aside, are measured in ones: one keystroke is no outlier.
+# Times the distance from the median below which nine tenths of the values lie (in a normal column 1.6 deviations); real
+# columns reach 81. Columns that are still most of the time, their noise aside, are measured in ones: one keystroke is no outlier.
 MAX_OUTLIER, STILL = 1e5, 1e-3
 # Exactly equal rows in a run, as share of all: a measured pose trembles (7 of 137 rows at most).
 MAX_FROZEN_SHARE, MIN_FROZEN_ROWS = 0.5, 20

@@ -3,7 +3,7 @@
     python stages/evaluate.py
 
 Writes outputs/evaluate/report.html, to be opened in a browser, and what it is made of: metrics.json, tables (*.csv)
-and pictures/; summary.json has the few figures that `dvc exp show` lists; docs/evaluation_report.md says how to read them.
+and pictures/; summary.json has the few figures that `dvc exp show` lists. docs/evaluation_report.md explains them.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(
-        f"wrote {out.relative_to(ROOT)}/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare"
+        f"wrote {out.relative_to(ROOT)}/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare compares runs"
     )
 
 

@@ -23,23 +23,19 @@ def main(argv: list[str] | None = None) -> None:
     how = {"action": "store_true", "help": "forget this run's checkpoints and start over"}
     arguments = parse_stage_arguments(__doc__, argv, fresh=how)
     with requeued_at_once():
-        _train(arguments.overrides, fresh=arguments.fresh)
+        config = load_config(ROOT, arguments.overrides)
 
+        from jepa_cache.data.cache import open_dataset
+        from jepa_cache.data.scaler import read_scaler
+        from jepa_cache.data.windows import find_obstacle
+        from jepa_cache.training.trainer import train
 
-def _train(overrides: list[str], *, fresh: bool) -> None:
-    config = load_config(ROOT, overrides)
-
-    from jepa_cache.data.cache import open_dataset
-    from jepa_cache.data.scaler import read_scaler
-    from jepa_cache.data.windows import find_obstacle
-    from jepa_cache.training.trainer import train
-
-    dataset = open_dataset(config, ROOT)
-    obstacle = find_obstacle(dataset, config)
-    if obstacle is not None and config.split.val_share:
-        raise ValueError(f"episodes: {obstacle}")
-    scaler = read_scaler(ROOT / "outputs/scaler/scaler.json")
-    result = train(config, dataset, scaler, ROOT / "outputs/train/run", base=data_base(ROOT), fresh=fresh)
+        dataset = open_dataset(config, ROOT)
+        obstacle = find_obstacle(dataset, config)
+        if obstacle is not None and config.split.val_share:
+            raise ValueError(f"episodes: {obstacle}")
+        scaler, output = read_scaler(ROOT / "outputs/scaler/scaler.json"), ROOT / "outputs/train/run"
+        result = train(config, dataset, scaler, output, base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
         print(
             f"stopped by {result.stopped_by} at training step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"

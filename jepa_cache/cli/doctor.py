@@ -1,4 +1,4 @@
-"""`jepa-cache doctor`: what pip and torch cannot tell of a machine: GPU, decoders, cache root, and reach of the servers."""
+"""`jepa-cache doctor`: what this machine has and lacks: libraries, GPU, decoders, cache root, reach of the servers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Say whether this machine is ready, and what to type where it is not; exit code 1 when something needed is missing.
+    """Say whether this machine is ready, and what to type where it is not; exit code 1 when something is missing.
 
     Args:
         as_json: Print JSON instead of the table.
@@ -108,7 +108,7 @@ def check_gpu() -> Finding:
 
 
 def check_decoders() -> Finding:
-    """Encode a tiny clip, which every build of FFmpeg can, and decode it with each decoder: one that works is needed."""
+    """Encode a tiny clip, which every build of FFmpeg can, and decode it with each decoder: one must work."""
     import av
 
     buffer, working, faults = io.BytesIO(), [], []

@@ -1,7 +1,7 @@
 """`jepa-cache inspect`: what recordings hold and what looks wrong in them, before anything is encoded.
 
-Reading order: `inspect`, `inspect_units` (a data set), `inspect_recording`. A report is a dictionary of JSON types, which is
-printed, dumped, or shown as a page by templates/inspect.html.j2; only the page has pictures, as data URLs.
+Reading order: `inspect`, `inspect_units` (a data set), `inspect_recording`. A report is a dictionary of JSON types, which
+is printed, dumped, or shown as a page by templates/inspect.html.j2; only the page has pictures, as data URLs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from jepa_cache.config.loading import find_repository, is_override, load_config,
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, open_source
 from jepa_cache.encoding.steps import plan_episode
-from jepa_cache.encoding.units import check_rendered
+from jepa_cache.encoding.units import list_units
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.probe import DecodeError, VideoInfo, header_counts, probe_video
 from jepa_cache.media.video import open_video
@@ -37,7 +38,7 @@ from jepa_cache.sources.vpt import measure_yaw_law
 
 Report = dict[str, Any]
 
-# Frames are decoded of the first recordings and of every 50th after them: an open video is milliseconds, 200 frames half a second.
+# Frames are decoded of the first recordings and of every 50th after them: 200 frames of 640x360 take half a second.
 NUM_FIRST_DECODED, DECODED_EVERY = 100, 50
 NUM_DECODED = 200  # frames of a recording, from its start: 10 s of VPT
 BATCH_FRAMES = 20
@@ -86,7 +87,8 @@ def inspect(
     paths = [text for text in inputs or () if not is_override(text)]
     if html is not None and not html.parent.is_dir():  # Said before the work, not after.
         raise ValueError(f"--html {html}: there is no folder {html.parent}")
-    reports = list(inspect_data_sets(overrides, paths, limit=limit, pictures=html is not None))
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        reports = list(inspect_data_sets(overrides, paths, limit=limit, pictures=html is not None))
     if html is not None:
         html.write_text(render_page(reports), encoding="utf-8")
     for recording in (recording for report in reports for recording in report["recordings"]):
@@ -108,12 +110,12 @@ def inspect_data_sets(
     check_inputs(config, paths)
     base = Path.cwd() if paths else recordings_base(config, root)
     for preset, _ in config.members:
-        check_rendered(preset, paths, base)
         for camera in config.encode.cameras or (None,):
             source = open_source(preset, camera)
-            units = source.list_units(paths or preset.inputs, base)
             name = f"{preset.name}, {camera}" if camera else preset.name
-            bar = tqdm(units, desc=f"inspect {preset.name}", unit="unit", disable=None)
+            bar = tqdm(
+                list_units(source, preset, paths, base), desc=f"inspect {preset.name}", unit="unit", disable=None
+            )
             yield inspect_units(config, source, bar, name=name, limit=limit, pictures=pictures)
 
 
@@ -138,7 +140,7 @@ def inspect_units(
         limit: Recordings to look at, of all units together; None means all.
         pictures: Keep the frames of eight steps, and the actions between them, of the first recordings.
 
-    Cost: linear; a recording's records, a few milliseconds for the header of its video, and half a second for 200 frames of 640x360.
+    Cost: linear; a recording's records, a few milliseconds for its video's header, half a second where frames are decoded.
     """
     space = get_action_space(config.encode.action_space)
     statistics, recordings, skipped, same_controls, number = _Statistics(len(space.actions)), [], [], {}, 0
@@ -146,7 +148,7 @@ def inspect_units(
         results = iter_recordings(source, unit)
         while number != limit:
             decode = number < NUM_FIRST_DECODED or number % DECODED_EVERY == 0
-            # Where nothing is decoded, the source need not read the video either; what it learns is not asked for twice.
+            # Where nothing is decoded, the source need not read the video either.
             with contextlib.nullcontext() if decode else header_counts():
                 if (result := next(results, None)) is None:
                     break
@@ -189,7 +191,7 @@ def inspect_units(
 
 
 def _find_anchors(config: Config, episode: Episode) -> np.ndarray:
-    """The frames of the steps that stage one makes of a recording; a ValueError where it makes none in one of the phases."""
+    """The frames of the steps that stage one makes of a recording; a ValueError where it makes none in a phase."""
     phases = (0,) if isinstance(config.encode.phases, str) else config.encode.phases
     num_frames, tubelet_size, times_s = len(episode.frame_ticks), config.encoder.tubelet_size, episode.frame_times_s
     plans = [
@@ -216,9 +218,9 @@ def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Seque
         shown: Frames of which `strip` gets a picture, as data URLs.
 
     Returns:
-        Shares lie in [0, 1] and are None where they cannot be known. `equal_share` is that of decoded frames that equal the one
-        before although something moves, `tick_hz` the rate of the rows by their own clock, `missing` the controls that the
-        recording does not hold.
+        Shares lie in [0, 1] and are None where they cannot be known. `equal_share` is that of decoded frames that equal the
+        one before although something moves, `tick_hz` the rate of the rows by their own clock, `missing` the controls that
+        the recording does not hold.
     """
     controls, ticks, doubts = episode.controls, episode.frame_ticks, list[str]()
     info, strip, equal_share = VideoInfo(0, episode.fps, 0, 0, "unknown"), list[Report](), None
@@ -306,7 +308,7 @@ def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Seque
 
 
 def _measure_equal(episode: Episode, frames: np.ndarray) -> float | None:
-    """Share of frames [F, h, w, 3] that equal the one before, among those between which something was done (all, if not known)."""
+    """Share of frames [F, h, w, 3] that equal the one before; only those count between which something was done."""
     changes = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
     judged = np.ones(len(changes), bool)
     for name in ("idle", "gui"):  # Inside a GUI nothing need move: the cursor is not recorded.

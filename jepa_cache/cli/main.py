@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,9 @@ COMMANDS = {
     "gc": "gc",
     "export": "export",
     "inspect": "inspect",
-    "pack": "pack",
+    "pack": "data",
     "add-encoder": "presets",
-    "index-droid": "index_droid",
+    "index-droid": "data",
     "compare": "compare",
     "params": "presets",
     "doctor": "doctor",
@@ -60,12 +61,12 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 
 def read_help(module: str, function: str) -> str:
-    """What --help says: the docstring without its section on arguments, read without importing what the command needs."""
+    """What --help says: the docstring up to its arguments and errors, read without importing the command."""
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     if not found:  # a group: what its file is for
         return (ast.get_docstring(tree) or "").partition("`: ")[2].capitalize()
-    return (ast.get_docstring(found[0]) or "").partition("\n\nArgs:")[0]
+    return re.split(r"\n\n(Args|Raises):", ast.get_docstring(found[0]) or "")[0]
 
 
 def main() -> None:

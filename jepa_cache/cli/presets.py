@@ -1,4 +1,4 @@
-"""`jepa-cache params` and `jepa-cache add-encoder`: the settings and where each comes from; a preset for an image encoder."""
+"""`jepa-cache params` and `jepa-cache add-encoder`: where each setting comes from; a preset for an image encoder."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def add_encoder(
 ) -> None:
     """Write configs/encoder/NAME.yaml for a frozen image encoder (DINOv2, DINOv3, I-JEPA, ViT, ...).
 
-    Sizes come from the model's config, preprocessing from its preprocessor_config.json. Nothing is run of the model, and a
-    model that needs code of its own is refused.
+    Sizes come from the model's config, preprocessing from its preprocessor_config.json. The model is not run, and one that
+    needs code of its own is refused.
 
     Args:
         source: Folder of a saved model, or hf://owner/repo[@revision].
@@ -54,7 +54,7 @@ def add_encoder(
         resolution: Pixels, in place of the model's own; the short side grows in proportion.
 
     Raises:
-        ValueError: The model cannot be used, the name is taken or no name, or the resolution is no multiple of the patch.
+        ValueError: The model cannot be used, the name is taken, or the resolution is no multiple of the patch.
     """
     # Not above: transformers' files are of no concern to `params`, which is to be quick.
     from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model

@@ -24,7 +24,7 @@ def parse_stage_arguments(
         description: Help text: the script's docstring.
         argv: Arguments; None means the process's own.
         paths: Help for positional paths; None when the stage takes none.
-        options: Of the stage alone, by name; each with what argparse is told of it.
+        options: Of the stage alone, by name, of which one may be given; each with what argparse is told of it.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -38,6 +38,8 @@ def parse_stage_arguments(
     parsed = parser.parse_intermixed_args(argv)
     parsed.overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
+    if len(given := [name for name in options if getattr(parsed, name)]) > 1:
+        parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
         parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
     return parsed
@@ -45,7 +47,7 @@ def parse_stage_arguments(
 
 @contextmanager
 def guarded(stream: TextIO) -> Iterator[None]:
-    """Print to `stream`, without control characters; a full disk that no error names more closely is that of the temporary files."""
+    """Print to `stream` without control characters; a full disk is that of temporary files where no error says more."""
     with full_disk_named(Path(tempfile.gettempdir())), redirect_stdout(PrintableOutput(stream)):
         yield
 
@@ -60,7 +62,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage or command; an error that a user can cause is shown as one message without a traceback, exit code 1."""
+    """Run a stage or command; an error that a user can cause is one message without a traceback, exit code 1."""
     try:
         with guarded(sys.stdout):
             main()

@@ -1,7 +1,7 @@
 """From mappings to dataclasses, by pydantic in strict mode: ints pass for floats and lists for tuples, nothing else.
 
-A field's annotation holds its rule (`Literal` choices, `Field(gt=0)` bounds). Dataclasses stay plain ones: they are checked once,
-where a file or a command line is read.
+A field's annotation holds its rule (`Literal` choices, `Field(gt=0)` bounds). Dataclasses stay plain ones: they are checked
+once, where a file or a command line is read.
 """
 
 from __future__ import annotations

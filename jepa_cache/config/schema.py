@@ -1,7 +1,7 @@
 """The settings: dataclasses that params.yaml and the presets are parsed into, and the combinations that cannot work.
 
-A rule of one value stands in its annotation; `check_config` holds the rules of several. Upper bounds are far above anything useful:
-they stop a slip of the keyboard, which would hang or diverge hours later.
+A rule of one value stands in its annotation; `check_config` holds the rules of several. Upper bounds are far above anything
+useful: they stop a slip of the keyboard, which would hang or diverge hours later.
 """
 
 from __future__ import annotations
@@ -45,14 +45,10 @@ EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Decoder: TypeAlias = Literal["auto", "decord", "pyav"]
 DECODERS = get_args(Decoder)
-StoredDtype: TypeAlias = Literal[
-    "float16", "bfloat16", "int8", "float8_e4m3", "int4"
-]  # of tokens; docs/store_format.md
+StoredDtype: TypeAlias = Literal["float16", "bfloat16", "int8", "float8_e4m3", "int4"]  # docs/store_format.md
 STORED_DTYPES = get_args(StoredDtype)
 INT4_GROUP = 64  # channels of a token that share an int4 scale; 32 would lower the error by a tenth for 6 % more bytes
-Measurement: TypeAlias = Literal[
-    "energy", "distances", "noise", "probes"
-]  # beyond errors; `evaluation.run.MEASUREMENTS`
+Measurement: TypeAlias = Literal["energy", "distances", "noise", "probes"]  # `evaluation.run.MEASUREMENTS`
 MEASUREMENTS = get_args(Measurement)
 Probe: TypeAlias = Literal["inverse_dynamics", "state", "anticipation", "classification"]
 Logger: TypeAlias = Literal["dvclive", "tensorboard", "wandb"]
@@ -74,9 +70,8 @@ Rate: TypeAlias = Annotated[float, Field(gt=0, le=1000)]
 RateOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator of numpy and torch takes
-Text: TypeAlias = Annotated[
-    str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")
-]  # a path or URL; no file's name holds a NUL
+# A path or URL: no file's name holds a NUL.
+Text: TypeAlias = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
 # Of a phase that stands there twice every step would be stored, drawn and counted twice.
 Phases: TypeAlias = Literal["all"] | Annotated[tuple[CountOrZero, ...], Field(min_length=1), Once]
 
@@ -256,9 +251,7 @@ class TrainConfig(Settings):
     auto_steps: Count  # rollout steps in the loss
     normalize_reps: bool
     rollout: Literal["fixed", "legacy"]  # legacy: the rule of the released weights
-    rollout_start: Literal[
-        "first", "random"
-    ]  # step of the window: the first (the released recipe), or anew in each batch
+    rollout_start: Literal["first", "random"]  # step of the window; first: the released recipe
     lora_rank: CountOrZero  # 0 trains all weights; above 0 low-rank adapters on qkv, proj, fc1 and fc2
     lora_alpha: Rate
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -300,9 +293,8 @@ class EvaluateConfig(Settings):
     # A multiple of 10: chance puts exactly a tenth of the true actions into the best tenth.
     energy_samples: Annotated[int, Field(gt=0, le=10**6, multiple_of=10)]  # actions that the true one is ranked among
     energy_windows: Count  # per episode
-    energy_axes: (
-        Annotated[tuple[str, ...], Field(min_length=2, max_length=2), Once] | None
-    )  # of the maps; null: as suits the space
+    # Two action columns of the energy maps; null: as suits the space.
+    energy_axes: Annotated[tuple[str, ...], Field(min_length=2, max_length=2), Once] | None
     noise_windows: Count  # per episode
 
 
@@ -317,7 +309,7 @@ class PlanConfig(Settings):
     starts_per_episode: Count
     num_context_steps: Count  # true steps before a plan
     max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
-    # Largest rotations of a step: half a circle at most, beyond which a turn is one the other way; 0 rad searches no rotations.
+    # Largest rotations of a step: beyond half a circle a turn is one the other way; 0 rad searches no rotations.
     max_rotation_rad: Annotated[float, Field(ge=0, le=math.pi)]
     max_turn_deg: Annotated[float, Field(gt=0, le=180)]  # of the view
     num_random: Count  # random plans that a plan is compared with
@@ -373,55 +365,34 @@ def check_schedule(train: TrainConfig) -> None:
     Raises:
         ConfigError: They do not.
     """
-    if train.num_warmup + (train.num_anneal if train.schedule == "wsd" else 0) > train.num_steps:
-        raise ConfigError(
-            f"train.num_warmup {train.num_warmup} + train.num_anneal {train.num_anneal} exceed train.num_steps "
-            f"{train.num_steps}; lower them together with num_steps"
-        )
+    num_anneal = train.num_anneal if train.schedule == "wsd" else 0
+    if train.num_warmup + num_anneal > train.num_steps:
+        sizes = f"train.num_warmup {train.num_warmup} + train.num_anneal {num_anneal}"
+        raise ConfigError(f"{sizes} exceed train.num_steps {train.num_steps}; lower them together with num_steps")
 
 
 def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
     """What must be a multiple of what."""
     encode, encoder, predictor = config.encode, config.encoder, config.predictor
-    named, side = f"encoder preset {encoder.name!r}:", encoder.resolution // encoder.patch_size
-    yield (
-        f"predictor preset {predictor.name!r}: predictor_dim",
-        predictor.predictor_dim,
-        "num_heads",
-        predictor.num_heads,
-    )
+    named, side = f"encoder {encoder.name!r}:", encoder.resolution // encoder.patch_size
+    yield f"predictor {predictor.name!r}: predictor_dim", predictor.predictor_dim, "num_heads", predictor.num_heads
     yield f"{named} embed_dim", encoder.embed_dim, "num_heads", encoder.num_heads
     yield f"{named} resolution", encoder.resolution, "patch_size", encoder.patch_size
     yield f"{named} patches on a side,", side, "encode.pool", encode.pool
     if encode.dtype == "int4":
-        yield (
-            f"{named} embed_dim",
-            encoder.embed_dim,
-            "the channels that share a scale of encode.dtype int4,",
-            INT4_GROUP,
-        )
+        yield f"{named} embed_dim", encoder.embed_dim, "the channels that share an int4 scale,", INT4_GROUP
     if encode.mode == "clip":
-        yield (
-            "in clip mode encode.frames_per_clip",
-            encode.frames_per_clip,
-            f"{named} tubelet_size",
-            encoder.tubelet_size,
-        )
+        yield "in clip mode encode.frames_per_clip", encode.frames_per_clip, "tubelet_size", encoder.tubelet_size
 
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
     if filters.idle_cut_end and not filters.drop_idle:
-        yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle; got {filters.idle_cut_end} with drop_idle false"
+        yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"
     if train.auto_steps >= train.window_steps:
-        yield (
-            f"train.auto_steps {train.auto_steps} needs a window of {train.auto_steps + 1} steps; "
-            f"train.window_steps is {train.window_steps}"
-        )
+        yield f"train.auto_steps must be below train.window_steps {train.window_steps}; got {train.auto_steps}"
     if not train.validate_every and (train.patience or train.select == "best"):
-        yield (
-            f"train.patience={train.patience} and train.select={train.select!r} need validations; set train.validate_every above 0"
-        )
+        yield "train.patience and train.select=best need validations; set train.validate_every above 0"
     if config.encode.mode != "clip":
         return
     segment = config.encode.frames_per_clip // config.encoder.tubelet_size
@@ -430,44 +401,30 @@ def _check_windows(config: Config) -> Iterator[str]:
         ("evaluate.num_context_steps + evaluate.horizon", evaluate.num_context_steps + evaluate.horizon),
     ):
         if steps > segment:
-            yield (
-                f"in clip mode a segment is one clip of {segment} steps (encode.frames_per_clip {config.encode.frames_per_clip} / "
-                f"tubelet {config.encoder.tubelet_size}), but {key} is {steps}; lower it or raise encode.frames_per_clip"
-            )
+            yield f"in clip mode a segment is one clip of {segment} steps, but {key} is {steps}; lower it or raise encode.frames_per_clip"
 
 
 def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str]:
-    """Say where a preset contradicts itself or its weights, and which settings of stage one this encoder does not take."""
-    named, seeded, kind = f"encoder preset {encoder.name!r}", encoder.random_seed is not None, encoder.kind
+    """Say where a preset contradicts itself or its weights, and which settings of stage one the encoder refuses."""
+    named, seeded, kind = f"encoder {encoder.name!r}", encoder.random_seed is not None, encoder.kind
     rules = ENCODER_RULES[kind]
     if (encoder.weights is not None) == seeded:
-        yield (
-            f"{named} must set exactly one of weights and random_seed; got weights={encoder.weights!r}, "
-            f"random_seed={encoder.random_seed!r}"
-        )
+        yield f"{named} must set exactly one of weights and random_seed; got {encoder.weights!r}, {encoder.random_seed!r}"
     if seeded and not rules.seeded:
         yield f"{named}: kind {kind} has no seeded random weights; set random_seed to null and name weights"
     if seeded and encode.weights is not None:
-        yield (
-            f"encode.weights={encode.weights!r} is set, but encoder {encoder.name!r} has seeded random weights; choose a preset with "
-            "weights (encoder=vitl) or set encode.weights to null"
-        )
+        yield f"encode.weights is set, but {named} has seeded random weights; choose another (encoder=vitl) or set it to null"
     for name, known in {"rope": (rules.rope,), **rules.fields}.items():
         if (value := getattr(encoder, name)) not in known:
-            yield f"{name} of encoder {encoder.name}, kind {kind}, is {value!r}; known: {', '.join(map(str, known))}"
+            yield f"{name} of {named}, kind {kind}, is {value!r}; known: {', '.join(map(str, known))}"
     if encoder.positions == "rescaled" and encoder.patch_size != 16:
         yield f"{named}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
     if encoder.short_side and (not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution):
-        yield (
-            f"{named}: short_side is for the pillow_* crop rules and at least the resolution {encoder.resolution}; got "
-            f"{encoder.short_side} with crop {encoder.crop!r}"
-        )
+        yield f"{named}: short_side is for pillow_* crops and at least the resolution; got {encoder.short_side}, {encoder.crop}"
     if not rules.videos and encode.mode != "frame":
-        yield (
-            f"encoder {encoder.name!r} is an image encoder and takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
-        )
+        yield f"{named} takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
     if encode.single_frame == "image" and (not rules.image_path or encode.mode != "frame"):
         yield (
-            f"encode.single_frame image needs a V-JEPA 2.1 encoder (vitb384_v21, ...) and frame mode; got {encoder.name!r} of kind "
-            f"{kind} and encode.mode {encode.mode!r}; set it to doubled, or choose such an encoder and mode"
+            f"encode.single_frame image needs a V-JEPA 2.1 encoder (vitb384_v21, ...) and frame mode; got {named} of kind {kind} and "
+            f"encode.mode {encode.mode!r}"
         )

@@ -170,7 +170,7 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     """Check that a store is the one that its path names, by its recipe and its unit; return what its store.json says.
 
     A store of the first release does not say of which unit it is, and its actions not even of which recipe: there
-    `jepa-cache verify` compares with the controls of the unit, which do.
+    `store.check` compares with the controls of the unit, which do.
 
     Raises:
         StoreDamagedError: It is another recipe's or unit's store: it was copied, or a folder renamed.

@@ -299,13 +299,16 @@ def test_a_page_shows_the_actions_that_lead_from_a_frame_to_the_next(checkout):
         assert f'alt="frame {frame}">{frame}\n<br>mouse_dx {frame}' in page
 
 
-def test_what_cannot_be_inspected_is_refused_before_the_work(tmp_path):
+def test_what_cannot_be_inspected_is_refused_before_the_work_with_the_way_out(checkout):
+    (checkout / "loose").mkdir()
+    for name in ("a.mp4", "a.jsonl"):
+        (checkout / "loose" / name).write_bytes(b"1")
     for argv, words in (
-        (("dataset=vpt", tmp_path), "finds no"),
-        (("--html", tmp_path / "a/b.html"), "there is no folder"),
+        (("dataset=vpt", checkout / "loose"), "jepa-cache pack"),
+        (("--html", checkout / "a/b.html"), "there is no folder"),
     ):
-        result = run(*argv)
-        assert isinstance(result.exception, ValueError) and words in str(result.exception)
+        error = run(*argv).exception
+        assert isinstance(error, ValueError) and words in f"{error} {getattr(error, '__notes__', '')}"
 
 
 def test_every_data_set_of_a_mixture_has_a_report_of_its_own(checkout):

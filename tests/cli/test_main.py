@@ -12,7 +12,7 @@ import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app, main
 from jepa_cache.cli.outcome import Outcome, align, report
-from jepa_cache.cli.stage import run_stage
+from jepa_cache.cli.stage import parse_stage_arguments, run_stage
 from jepa_cache.config.terminal import printable
 
 CACHE_COMMANDS = ("estimate", "status", "verify", "gc")
@@ -142,3 +142,19 @@ def test_a_report_shows_one_line_for_each_of_its_lines(capsys, as_json):
 
 def test_a_table_has_words_to_the_left_and_numbers_to_the_right():
     assert align([["name", "s", "note"], ["a", "-1.5", "b"]]) == ["name     s  note", "a     -1.5  b"]
+
+
+def test_a_stage_takes_overrides_and_what_it_says_it_takes(capsys):
+    plain = parse_stage_arguments("A stage.", ["train.lr=1e-3", "dataset=vpt"])
+    assert (plain.overrides, plain.paths) == (["train.lr=1e-3", "dataset=vpt"], [])
+    options = {"workers": {"type": int}, "scheduler": {}}
+    mixed = ["a.tar", "--workers", "2", "encode.fps=4", "/data/b=c.tar"]
+    parsed = parse_stage_arguments("A stage.", mixed, paths="tar shards", **options)
+    assert (parsed.overrides, parsed.paths, parsed.workers) == (["encode.fps=4"], ["a.tar", "/data/b=c.tar"], 2)
+    for argv, given, words in (
+        (["shards"], {}, "unexpected argument 'shards'"),
+        (["--workers", "2", "--scheduler", "x"], options, "--workers and --scheduler exclude each other"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_stage_arguments("A stage.", argv, **given)
+        assert words in capsys.readouterr().err

@@ -92,10 +92,10 @@ NOT_HUGE = [
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("train.auto_steps=8", "train.auto_steps 8 needs a window of 9 steps"),
+        ("train.auto_steps=8", "train.auto_steps must be below train.window_steps 8; got 8"),
         ("train.num_steps=100", "exceed train.num_steps 100"),
         ("train.window_steps=1", "at least 2"),
-        ("filter.idle_cut_end=10", "above 0 only with filter.drop_idle; got 10 with drop_idle false"),
+        ("filter.idle_cut_end=10", "above 0 only with filter.drop_idle true; got 10 without"),
         ("filter.min_steps=0", "filter.min_steps must be above 0"),
         ("split.val_share=1.5", r"split\.val_share must be at most 1; got 1\.5"),
         ("encode.weights=x.pt", "has seeded random weights"),
@@ -129,8 +129,8 @@ NOT_HUGE = [
         ("train=1", r"unknown parameter 'train'; did you mean 'train\."),
         *((f"cache.root={it}", r"cache\.root must .*; got") for it in ("true", "1e30", "[]", "''", r'"/a\0b"')),
         ("encode.mode=clip encode.frames_per_clip=8", r"a segment is one clip of 4 steps.*train.window_steps is 8"),
-        ("encode.mode=clip encode.frames_per_clip=15", "encode.frames_per_clip 15 must be a multiple of .* tubelet_size 2"),
-        ("encoder=vitl encode.single_frame=image", "needs a V-JEPA 2.1 encoder .*; got 'vitl' of kind vjepa2"),
+        ("encode.mode=clip encode.frames_per_clip=15", "encode.frames_per_clip 15 must be a multiple of tubelet_size 2"),
+        ("encoder=vitl encode.single_frame=image", "needs a V-JEPA 2.1 encoder .*; got encoder 'vitl' of kind vjepa2"),
         ("encoder=vitl384_v21 encode.single_frame=image encode.mode=tubelet", "and frame mode; got .*'tubelet'"),
         ("encoder=vitl384_v21 encode.pool=5", r"patches on a side, 24 must be a multiple of encode.pool 5"),
         ("encoder=tiny encode.pool=0", "encode.pool must be above 0; got 0"),
@@ -144,13 +144,17 @@ def test_an_impossible_setting_is_refused_before_any_work(overrides, words):
 @pytest.mark.parametrize(
     ("line", "other", "words"),
     [
-        ("rope: paired", "rope: tiled", r"rope of encoder vitl384_v21, kind vjepa2_1, is 'tiled'; .*paired"),
-        ("positions: rescaled", "positions: index", r"positions of encoder vitl384_v21.* is 'index'; .*grid, rescaled"),
-        ("depth: 24", "depth: 32", r"depth of encoder vitl384_v21, kind vjepa2_1, is 32; known: 12, 24, 40, 48"),
+        ("rope: paired", "rope: tiled", r"rope of encoder 'vitl384_v21', kind vjepa2_1, is 'tiled'; .*paired"),
+        (
+            "positions: rescaled",
+            "positions: index",
+            r"positions of encoder 'vitl384_v21'.* is 'index'; .*grid, rescaled",
+        ),
+        ("depth: 24", "depth: 32", r"depth of encoder 'vitl384_v21', kind vjepa2_1, is 32; known: 12, 24, 40, 48"),
         ("patch_size: 16", "patch_size: 32", r"patch_size 16 only; got 32"),
         ("embed_dim: 1024", "embed_dim: 1000", r"embed_dim 1000 must be a multiple of num_heads 16"),
         ("kind: vjepa2_1", "kind: vjepa21", r"vitl384_v21\.yaml: kind is 'vjepa21'; did you mean 'vjepa2_1'"),
-        ("kind: vjepa2_1", "kind: vjepa2", r"rope of encoder vitl384_v21, kind vjepa2, is 'paired'; .*tiled"),
+        ("kind: vjepa2_1", "kind: vjepa2", r"rope of encoder 'vitl384_v21', kind vjepa2, is 'paired'; .*tiled"),
         (
             "random_seed: null",
             "random_seed: 0",
