@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jepa_cache.config.machine import state_folder
 from jepa_cache.files import atomic_file
@@ -18,7 +17,6 @@ from jepa_cache.store.layout import (
     SEGMENTS_FILE,
     STORE_FILE,
     StoreDamagedError,
-    StoreFile,
     check_content,
     check_identity,
     check_size,
@@ -30,7 +28,6 @@ from jepa_cache.store.recipe import StoreKey, file_digest
 from jepa_cache.store.root import CacheRoot
 
 NUM_THREADS = 4  # a checksum holds the interpreter, reading does not
-MAX_PROBLEMS = 10  # named of one store
 
 
 class Finding(NamedTuple):
@@ -72,7 +69,7 @@ def check_units(
     scope: Scope,
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> list[Finding]:
-    """Check the token stores, actions and controls of some units of a manifest, as `check_manifest` does."""
+    """Check the token stores, actions and controls of some units, as `check_manifest` does; of each store the first damage is named."""
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="verify") as pool:
         check = _Check(root, scope, random.Random(scope.seed), on_bytes, pool)
         return [finding for part, entry in units for finding in check.unit(part, entry)]
@@ -88,80 +85,54 @@ class _Check(NamedTuple):
     pool: ThreadPoolExecutor
 
     def unit(self, part: ManifestPart, entry: ManifestEntry) -> list[Finding]:
-        findings, episodes = find_stale(self.root, part, entry), set()
-        tokens, actions, controls = ((key, self.root.store(key)) for key in part.keys(entry))
-        for (key, path), digest in ((tokens, entry.tokens_digest), (actions, entry.actions_digest)):
-            findings += [Finding(key, path, problem) for problem in self._check_store(path, digest)]
-        findings += [Finding(*controls, problem) for problem in self._check_controls(controls[1], episodes)]
+        findings, tokens_and_actions = find_stale(self.root, part, entry), (entry.tokens_digest, entry.actions_digest)
+        episodes: set[str] = set()
+        for key, digest in zip(part.keys(entry), (*tokens_and_actions, None), strict=True):
+            path = self.root.store(key)
+            try:
+                # Of a store in a bucket everything is read there, so that a damaged copy here never speaks for it.
+                with self.root.pulled([path], again=True):
+                    if digest is None:
+                        episodes.update(episode for episode, _ in iter_controls(path))
+                    else:
+                        self._check_store(path, digest)
+            except StoreDamagedError as error:
+                findings.append(Finding(key, path, str(error)))
         if not findings:  # of a store of the first release nothing else says of which unit it is
-            others = set(read_table(tokens[1], SEGMENTS_FILE).column("episode").to_pylist()) - episodes
-            problem = f"{tokens[1]} holds {min(others, default='')!r}, which is no episode of its unit: it is another unit's store"
-            findings += [Finding(*tokens, f"{problem}; {REMEDY}")] if others else []
+            key = part.keys(entry)[0]
+            path = self.root.store(key)
+            if others := set(read_table(path, SEGMENTS_FILE).column("episode").to_pylist()) - episodes:
+                problem = f"{path} holds {min(others)!r}, which is no episode of its unit: it is another unit's store"
+                findings.append(Finding(key, path, f"{problem}; {REMEDY}"))
         return findings
 
-    def _check_store(self, store: Path, digest: str) -> Iterator[str]:
-        try:
-            # Of a store in a bucket everything is read there, so that a damaged copy here never speaks for it.
-            with self.root.pulled([store], again=True):
-                found = check_identity(store, read_store_file(store))
-                if found.digest != digest:
-                    yield f"{store} is not the store that the manifest lists: its digest differs; {REMEDY}"
-                    return
-                arrays = {name.partition("/")[0] for name in found.files if "/" in name} - {ACTIONS, STATES}
-                # Zarr shards, whose chunks carry checksums: nearly all bytes, and checked chunk by chunk.
-                shards = [name for name in found.files if "/c/" in name and name.partition("/")[0] in arrays]
-                problems = _collect(lambda name, file: check_size(store / name, file.num_bytes), found.files.items())
-                small = [(name, file) for name, file in found.files.items() if name not in shards]
-                problems = problems or _collect(lambda name, file: check_content(store / name, file.sha256), small)
-                problems = problems or self._check_chunks(store, found, sorted(arrays))
-                # A shard of another store is whole in itself; where chunks' checksums are not listed only its sha256 says so.
-                if (self.scope.read_data or not found.crc32c) and not problems:
-                    chosen = [shards[index] for index in self._choose(len(shards))]
-                    problems = _collect(lambda name: check_content(store / name, found.files[name].sha256), zip(chosen))
-                    self.on_bytes(sum(found.files[name].num_bytes for name in chosen))
-                yield from problems[:MAX_PROBLEMS]
-                if len(problems) > MAX_PROBLEMS:
-                    yield f"{store}: and {len(problems) - MAX_PROBLEMS} more damaged chunks; {REMEDY}"
-        except StoreDamagedError as error:
-            yield str(error)
-
-    def _check_chunks(self, store: Path, found: StoreFile, arrays: Sequence[str]) -> list[str]:
-        problems: list[str] = []
-        for name in arrays:
-            num_bytes = sum(file.num_bytes for path, file in found.files.items() if path.startswith(f"{name}/c/"))
-            try:
-                with ArrayReader(store, name) as reader:
-                    chunks = [[(chunk,)] for chunk in self._choose(reader.num_chunks)]
-                    for problem in self.pool.map(partial(_collect, reader.check_chunk), chunks):
-                        problems += problem
-                        self.on_bytes(num_bytes // reader.num_chunks)
-            except StoreDamagedError as error:
-                problems.append(str(error))
-        return list(dict.fromkeys(problems))  # a damaged index is named once, not for each of its chunks
+    def _check_store(self, store: Path, digest: str) -> None:
+        found = check_identity(store, read_store_file(store))
+        if found.digest != digest:
+            raise StoreDamagedError(f"{store} is not the store that the manifest lists: its digest differs; {REMEDY}")
+        arrays = {name.partition("/")[0] for name in found.files if "/" in name} - {ACTIONS, STATES}
+        # Zarr shards, whose chunks carry checksums: nearly all bytes, and checked chunk by chunk.
+        shards = [name for name in found.files if "/c/" in name and name.partition("/")[0] in arrays]
+        for name, file in found.files.items():
+            check_size(store / name, file.num_bytes)
+        for name in found.files.keys() - set(shards):
+            check_content(store / name, found.files[name].sha256)
+        for array in sorted(arrays):
+            num_bytes = sum(found.files[name].num_bytes for name in shards if name.startswith(f"{array}/"))
+            with ArrayReader(store, array) as reader:
+                for _ in self.pool.map(reader.check_chunk, self._choose(reader.num_chunks)):
+                    self.on_bytes(num_bytes // reader.num_chunks)
+        # A shard of another store is whole in itself; where chunks' checksums are not listed only its sha256 says so.
+        if self.scope.read_data or not found.crc32c:
+            for name in (shards[index] for index in self._choose(len(shards))):
+                check_content(store / name, found.files[name].sha256)
+                self.on_bytes(found.files[name].num_bytes)
 
     def _choose(self, count: int) -> Sequence[int]:
         """All of so many numbers, or a random share of them, one at least."""
         if self.scope.share >= 1 or count == 0:
             return range(count)
         return sorted(self.random.sample(range(count), max(1, round(count * self.scope.share))))
-
-    def _check_controls(self, path: Path, episodes: set[str]) -> Iterator[str]:
-        try:
-            with self.root.pulled([path], again=True):
-                episodes.update(episode for episode, _ in iter_controls(path))
-        except StoreDamagedError as error:
-            yield str(error)
-
-
-def _collect(check: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> list[str]:
-    """What a check says of each damaged item."""
-    problems = []
-    for item in items:
-        try:
-            check(*item)
-        except StoreDamagedError as error:
-            problems.append(str(error))
-    return problems
 
 
 def note_stale(root: CacheRoot, store: Path, problem: str) -> None:

@@ -6,7 +6,6 @@ encode that was interrupted has written no manifest yet, while its recipe made a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -36,29 +35,17 @@ MIN_PREFIX = 6
 
 @dataclass
 class Contents:
-    """Everything in a cache root.
+    """Everything in a cache root."""
 
-    Attributes:
-        needs: The stores that each of its manifests lists, by the manifest's digest; none of one that cannot be read.
-        manifests: Those that can be read.
-        problems: Why each of the others cannot.
-        stores: Its stores with their bytes.
-        claimed: Those that are being made just now.
-        recent: Those whose recipe made a store within the days of grace.
-        temporaries: Of dead writers, with their bytes; also uploads that were never finished.
-        unknown: Files of others, which are never removed.
-        kept: Temporaries of another user, which may not be removed.
-    """
-
-    needs: dict[str, set[StoreKey]] = field(default_factory=dict)
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    stores: dict[StoreKey, int] = field(default_factory=dict)
-    claimed: set[StoreKey] = field(default_factory=set)
-    recent: set[StoreKey] = field(default_factory=set)
-    temporaries: dict[str, int] = field(default_factory=dict)
-    unknown: list[Path] = field(default_factory=list)
-    kept: list[Path] = field(default_factory=list)
+    temporaries: dict[str, int]  # of dead writers, with their bytes; also uploads that were never finished
+    needs: dict[str, set[StoreKey]] = field(default_factory=dict)  # stores that each manifest lists, by its digest
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # those that can be read
+    problems: dict[str, str] = field(default_factory=dict)  # why each of the others cannot
+    stores: dict[StoreKey, int] = field(default_factory=dict)  # with their bytes
+    claimed: set[StoreKey] = field(default_factory=set)  # those that are being made just now
+    recent: set[StoreKey] = field(default_factory=set)  # those whose recipe made a store within the days of grace
+    unknown: list[Path] = field(default_factory=list)  # files of others, which are never removed
+    kept: list[Path] = field(default_factory=list)  # temporaries of another user, which may not be removed
 
     def needed(self, without: Collection[str] = ()) -> set[StoreKey]:
         """What the manifests list, without those of some digests."""
@@ -179,12 +166,11 @@ def remove_unneeded(
             root.remove(root.store(key))
         for digest in forgotten:  # last: after a kill the same command finds what is left
             root.remove(root.manifest(digest))
-        root.remove_stale_temporaries()
+        contents.kept = root.remove_stale_temporaries()
+        for path in contents.kept:
+            contents.temporaries.pop(str(path), None)
         for name in root.find_abandoned():
             root.remove_abandoned(name)
-        contents.kept = [Path(name) for name in contents.temporaries if os.path.lexists(name)]
-        for path in contents.kept:
-            del contents.temporaries[str(path)]
         for folder in (folder for kind in KINDS for folder in root.recipe_folders(kind)):
             with suppress(OSError):  # not empty
                 folder.rmdir()

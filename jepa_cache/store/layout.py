@@ -77,24 +77,16 @@ class FileRecord(NamedTuple):
 
 
 class StoreFile(NamedTuple):
-    """What store.json says.
+    """What store.json says."""
 
-    Attributes:
-        metadata: Describes the content.
-        digest: Covers metadata and files.
-        provenance: How it was made.
-        files: Every other file by its path in the store.
-        crc32c: Of each sharded array the checksums of its chunks: a text for each shard, 8 hexadecimal digits a chunk. So a chunk is
-            known to be this store's own without reading all of its file. Empty in stores that were made before it was listed.
-        published_as: Fingerprint and unit that it was published as. None in stores of the first release.
-    """
-
-    metadata: dict[str, Any]
-    digest: str
-    provenance: dict[str, Any]
-    files: dict[str, FileRecord]
+    metadata: dict[str, Any]  # describes the content
+    digest: str  # covers metadata and files
+    provenance: dict[str, Any]  # how it was made
+    files: dict[str, FileRecord]  # every other file by its path in the store
+    # Of each sharded array the checksums of its chunks: a text for each shard, 8 hexadecimal digits a chunk. So a chunk is known to be
+    # this store's own without reading all of its file. Empty in stores that were made before it was listed.
     crc32c: dict[str, list[str]]
-    published_as: str | None
+    published_as: str | None  # fingerprint and unit; None in stores of the first release
 
     @property
     def num_bytes(self) -> int:

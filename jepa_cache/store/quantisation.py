@@ -23,35 +23,24 @@ FORMULA = "value = code * token_scales * channel_scales + channel_means, in floa
 
 
 class Codec(NamedTuple):
-    """One way to store tokens, with all that follows from it: a new one is an entry of `CODECS` and a name in the settings' schema.
+    """One way to store tokens, with all that follows from it: a new one is an entry of `CODECS` and a name in the settings' schema."""
 
-    Attributes:
-        dtype: Of the stored array: bit patterns where numpy and Zarr know no such numbers.
-        torch_dtype: The same array as torch sees it, by its name there.
-        cast: Floating-point dtype, by its name in torch, that tokens are cast to on the encoder's device; its range is the limit.
-        fill_value: What other readers show for a chunk that is not there, and what is never stored: NaN, also as a bit
-            pattern, and for integers the code that symmetric scaling leaves over.
-        unpack: Stored numbers as float32, codes or values: [..., D / codes_per_item] to [..., D], by numpy.
-        unpack_tensor: The same by torch, from an array of `torch_dtype`, on any device.
-        meaning: Of a stored number, for the array's attributes; None where it needs no words.
-        pack: Codes as they are stored, from float32 of magnitude at most `max_code`, [N, D], which it may overwrite. None
-            where the values themselves are stored.
-        max_code: Largest magnitude of a code; None where the values themselves are stored.
-        grouped: Whether scales are for each 64 channels of a token, in float16, and not for the token, in float32.
-        codes_per_item: Codes in one stored number.
-    """
-
-    dtype: str
-    torch_dtype: str
-    cast: str
+    dtype: str  # of the stored array: bit patterns where numpy and Zarr know no such numbers
+    torch_dtype: str  # the same array as torch sees it, by its name there
+    cast: str  # floating-point dtype, by its name in torch, that tokens are cast to on the encoder's device; its range is the limit
+    # What other readers show for a chunk that is not there, and what is never stored: NaN, also as a bit pattern, and for
+    # integers the code that symmetric scaling leaves over.
     fill_value: float
+    # Stored numbers as float32, codes or values: [..., D / codes_per_item] to [..., D], by numpy, and by torch on any device.
     unpack: Callable[[np.ndarray], np.ndarray] = lambda stored: stored.astype(np.float32)
     unpack_tensor: Callable[[Any], Any] = lambda stored: stored.float()
-    meaning: str | None = None
+    meaning: str | None = None  # of a stored number, for the array's attributes; None where it needs no words
+    # Codes as they are stored, from float32 [N, D] of magnitude at most `max_code`, which it may overwrite. None for both where the
+    # values themselves are stored.
     pack: Callable[[np.ndarray], np.ndarray] | None = None
     max_code: float | None = None
-    grouped: bool = False
-    codes_per_item: int = 1
+    grouped: bool = False  # scales are for each 64 channels of a token, in float16, and not for the token, in float32
+    codes_per_item: int = 1  # codes in one stored number
 
     @property
     def given(self) -> str:
@@ -101,14 +90,10 @@ def step_bytes(name: str, num_tokens: int, width: int) -> int:
 
 
 def measure_channels(runs: Iterable[np.ndarray], width: int) -> Channels:
-    """Mean and standard deviation of each channel; a channel that never changes has scale 1.
+    """Mean and standard deviation of each of `width` channels in [T, N, D] float16 runs; one that never changes has scale 1.
 
     Sums are taken row after row in float32 and step after step in float64: whole rows are added, so that neither numpy nor
     the processor choose an order that could change a bit.
-
-    Args:
-        runs: [T, N, D] float16 arrays that together are the store.
-        width: D.
     """
     origin, count = None, 0
     total, squares = np.zeros(width), np.zeros(width)
@@ -131,12 +116,7 @@ def measure_channels(runs: Iterable[np.ndarray], width: int) -> Channels:
 
 
 def encode(step: np.ndarray, name: str, channels: Channels) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of one step.
-
-    Args:
-        step: [N, D] float16, finite.
-        name: A codec that stores codes.
-        channels: Of the whole store.
+    """Codes and scales of one step [N, D] float16, finite, by a codec that stores codes and the channels of the whole store.
 
     Returns:
         Codes as they are stored ([N, D], int4 [N, D / 2]), and scales ([N] float32, int4 [N, D / 64] float16).

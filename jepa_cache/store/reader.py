@@ -46,30 +46,17 @@ _scratch = threading.local()
 
 
 class ArrayLayout(NamedTuple):
-    """How an array that is cut along its first axis lies on the disk.
-
-    Attributes:
-        shape: [n, ...].
-        dtype: Of the values, little endian.
-        chunk_steps: Rows of a chunk.
-        shard_chunks: Chunks of a shard.
-        chunk_bytes: Of a chunk's values, without its checksum; the last chunk is as large as the others.
-    """
+    """How an array [n, ...] that is cut along its first axis lies on the disk."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
-    chunk_steps: int
-    shard_chunks: int
-    chunk_bytes: int
+    dtype: np.dtype  # of the values, little endian
+    chunk_steps: int  # rows of a chunk
+    shard_chunks: int  # chunks of a shard
+    chunk_bytes: int  # of a chunk's values, without its checksum; the last chunk is as large as the others
 
 
 def read_array_layout(store: Path, name: str, sha256: str | None = None) -> ArrayLayout:
-    """Read the metadata of an array.
-
-    Args:
-        store: Folder of the store.
-        name: Of the array in it.
-        sha256: That of the metadata when it was written; None where nothing says.
+    """Read the metadata of an array, whose sha256 is compared where one is given.
 
     Raises:
         StoreDamagedError: It is missing, has changed, or describes another kind of array than this program writes.

@@ -18,7 +18,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -322,13 +322,10 @@ class BucketRoot(CacheRoot):
     def _download(self, path: Path, commit: Commit, names: Iterable[str], *, again: bool = False) -> None:
         for name in names:
             copy, file, key = _path_in(path, commit, name), commit.files[name], f"{commit.attempt}/{name}"
-            is_here = copy.is_file() and copy.stat().st_size == file.num_bytes
-            if is_here and not again:
+            if not again and copy.is_file() and copy.stat().st_size == file.num_bytes:
                 continue
-            # A whole copy stays as it is, for its times are remembered: then the object is read and not kept.
-            is_whole = is_here and file_digest(copy) == file.sha256
             try:
-                with nullcontext(Path(os.devnull)) if is_whole else atomic_file(copy) as target:
+                with atomic_file(copy) as target:
                     if self.bucket.download(key, file.num_bytes, target) != file.sha256:
                         raise StoreDamagedError(f"{self.name}/{key} has changed (sha256 differs); {REMEDY}")
             except FileNotFoundError as error:
