@@ -73,7 +73,7 @@ def test_a_folder_of_real_pairs_is_packed_encoded_trained_on_and_evaluated(works
         cut_pair(tmp_path / "recordings", f"{PAIR}-{letter}", 445 - 40 * cut)
     shutil.copy(next((REAL_VPT / "logs_only").glob("*.jsonl")), tmp_path / "recordings")
     output = workspace.run("jepa-cache", "pack", str(tmp_path / "recordings"), "shards/vpt")
-    assert "packed 6 recordings" in output and "left out 1 files" in output
+    assert "packed 6 recordings" in output and "skipped 1 files" in output
 
     output = workspace.python("stages/encode.py")
     assert "6 episodes, 522 frames" in output
