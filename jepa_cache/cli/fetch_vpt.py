@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
-import orjson
+from pydantic import BaseModel, Field, ValidationError
 
 from jepa_cache.config.machine import existing_folder
 from jepa_cache.media.remote import DownloadError, fetch_file, measure_url
@@ -20,8 +19,14 @@ MAX_INDEX_BYTES = 256 << 20  # OpenAI's largest index has some 20 MB.
 MAX_TAR_BYTES = 1 << 30
 NUM_MEASURED = 8
 STAGING = ".downloads"
-SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-SAFE_BASE = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
+
+
+class Index(BaseModel):
+    """An index file, whose relative paths cannot leave their folder, here or on the server."""
+
+    basedir: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]
+    relpaths: Annotated[list[Annotated[str, Field(pattern=rf"^({PART}/)*{PART}\.mp4$")]], Field(min_length=1)]
 
 
 class Recording(NamedTuple):
@@ -85,9 +90,6 @@ def fetch_vpt(
 def read_index(location: str, staging: Path) -> list[Recording]:
     """Read an index file of OpenAI's: `{"basedir": URL, "relpaths": ["data/10.0/<segment>.mp4", ...]}`.
 
-    The index is not trusted: a path with `..`, an absolute one, one with a scheme, host, query or unusual characters, and one
-    that is no mp4, is an error that names it. So every file lies below `basedir`, and is written below the output folder.
-
     Args:
         location: A file, or a http(s) URL, which is downloaded first.
         staging: The folder that an index from the network is kept in while it is read.
@@ -107,34 +109,25 @@ def read_index(location: str, staging: Path) -> list[Recording]:
             f"{location} is no index file, or one of more than {MAX_INDEX_BYTES} bytes; name one of OpenAI's"
         )
     try:
-        index = orjson.loads(path.read_bytes())
-        basedir, relpaths = index["basedir"], index["relpaths"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f'{location} is no VPT index {{"basedir": URL, "relpaths": [...]}}: {error!r}') from error
-    if not isinstance(basedir, str) or not SAFE_BASE.fullmatch(basedir):
-        raise ValueError(f"{location}: basedir must be a plain http(s) URL; got {basedir!r}")
-    if not isinstance(relpaths, list) or not relpaths:
-        raise ValueError(f"{location}: relpaths must be a list of some paths; got {repr(relpaths)[:60]}")
+        index = Index.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        raise ValueError(
+            f'{location} is no VPT index {{"basedir": URL, "relpaths": ["data/10.0/<segment>.mp4", ...]}} of a plain http(s) URL and '
+            f"plain relative paths without '..', host or query: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; got "
+            f"{repr(wrong['input'])[:120]}"
+        ) from error
     recordings: dict[str, Recording] = {}
-    for relpath in relpaths:
-        recording = _read_relpath(location, basedir.rstrip("/"), relpath)
+    for relpath in index.relpaths:
+        url = f"{index.basedir.rstrip('/')}/{relpath.removesuffix('.mp4')}"
+        urls = {"mp4": f"{url}.mp4", "jsonl": f"{url}.jsonl", "options": f"{url}-options.json"}
+        # The last folder is the recorder version, and part of the key; what is above it is the server's own affair.
+        # WebDataset takes a dot inside a name for the beginning of the suffix.
+        *folders, name = relpath.removesuffix(".mp4").split("/")
+        recording = Recording("/".join([*folders[-1:], name.replace(".", "_")]), urls)
         if recordings.setdefault(recording.key, recording) != recording:
             raise ValueError(f"{location} names two recordings {recording.key!r}; the second is {relpath}")
     return list(recordings.values())
-
-
-def _read_relpath(location: str, basedir: str, relpath: object) -> Recording:
-    parts = relpath.split("/") if isinstance(relpath, str) else []
-    if not parts or not all(SAFE_PART.fullmatch(part) for part in parts) or not parts[-1].endswith(".mp4"):
-        raise ValueError(
-            f"{location}: a relpath must be a plain relative path that ends in .mp4, such as data/10.0/<segment>.mp4, without "
-            f"'..', host or query; got {repr(relpath)[:120]}"
-        )
-    url = f"{basedir}/{relpath.removesuffix('.mp4')}"
-    # The last folder is the recorder version, and part of the key; what is above it is the server's own affair.
-    # WebDataset takes a dot inside a name for the beginning of the suffix.
-    key = "/".join([*parts[-2:-1], parts[-1].removesuffix(".mp4").replace(".", "_")])
-    return Recording(key, {"mp4": f"{url}.mp4", "jsonl": f"{url}.jsonl", "options": f"{url}-options.json"})
 
 
 def _check_disk(out: Path, recordings: Sequence[Recording], suffixes: Sequence[str]) -> dict[str, str]:

@@ -151,11 +151,12 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
 
 def index_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
     """Read the packets of a container; see `probe_video`, whose costs and errors these are."""
-    if _headers_only.get() or not isinstance(video, Path):
+    if not isinstance(video, Path):
         return _read_packets(video)
     status = video.stat()
+    stamp = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     # A shared container is opened for each of its recordings, hundreds of times, and every time it would be read as a whole.
-    return _read_packets_of_file(video, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _read_packets_of_file(video, _headers_only.get(), *stamp)
 
 
 @functools.lru_cache(maxsize=32)  # A day of frames at 30 Hz has 20 MB of times.

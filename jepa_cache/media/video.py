@@ -107,11 +107,9 @@ class Video:
         self._closed = True
 
     def __enter__(self) -> Video:
-        """Return itself; `with open_video(...) as video` closes it at the end."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the video."""
         self.close()
 
 

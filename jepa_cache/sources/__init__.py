@@ -7,6 +7,7 @@ A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,32 +133,25 @@ def build_source(name: str, options: Mapping[str, Any]) -> Source:
 MAX_ENTRIES = 20_000
 """Names that are looked at: a raw release has millions, and what it is shows in the first of them."""
 
-OTHER_FORMS = {
-    "trajectory.h5": ("droid_raw", "{file} is of the raw DROID release: dataset=droid_raw reads {folder}"),
-    ".tfrecord-": (
-        "droid_rlds",
-        "{file} is a tfrecord shard: dataset=droid_rlds reads {folder}, and other robots' RLDS data by naming their features",
-    ),
-    "meta/info.json": (
-        "lerobot",
-        "{file} is of a LeRobot data set: a copy of configs/dataset/lerobot.yaml that names {folder} in `inputs` reads it",
-    ),
-    ".tar": ("vpt", "{file} is a tar shard: dataset=vpt reads those of .mp4 + .jsonl pairs"),
-    ".jsonl": (
-        "vpt",
-        "{file} lies there loose: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt",
-    ),
-    ".json": (
+FORMS = (
+    ("trajectory.h5", "droid_raw", "{file} is of the raw DROID release: dataset=droid_raw reads {folder}"),
+    ("*.tfrecord-*", "droid_rlds", "{file} is a tfrecord shard: dataset=droid_rlds reads {folder}, see docs/droid.md"),
+    ("meta/info.json", "lerobot", "{file} is of a LeRobot data set: a copy of configs/dataset/lerobot.yaml reads it"),
+    ("*.tar", "vpt", "{file} is a tar shard: dataset=vpt reads those of .mp4 + .jsonl pairs"),
+    ("*.jsonl", "", "{file} is not packed: `jepa-cache pack {folder} OUT` makes tar shards for dataset=vpt"),
+    (
+        "*.json",
         "mp4_json",
         "{file} lies beside videos: dataset=mp4_json reads .mp4 + .json pairs, see docs/add_a_dataset.md",
     ),
-    ".mp4": (
-        None,
-        "it holds video files such as {file}: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt; "
+    (
+        "*.mp4",
+        "",
+        "it holds videos such as {file}: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt; "
         "docs/add_a_dataset.md says what other videos need",
     ),
-}
-"""Marks of a form, the most telling one first: a mark that more than one form has stands below those that only one has."""
+)
+"""Pattern of a file, the source that reads its form, and what to say; the most telling form first."""
 
 
 def suggest_source(folder: Path, source: str) -> str | None:
@@ -165,42 +159,11 @@ def suggest_source(folder: Path, source: str) -> str | None:
 
     Reads names alone.
     """
-    found: dict[str, Path] = {}
-    for file in _iter_files(folder):
-        mark = _find_mark(file)
-        if mark is not None:
-            found.setdefault(mark, file)
-        if mark == next(iter(OTHER_FORMS)):
-            break
-    if ".mp4" not in found:
-        found.pop(".json", None)
-        found.pop(".jsonl", None)
-    for mark, (reader, words) in OTHER_FORMS.items():
-        if mark in found:
-            if reader == source and mark != ".jsonl":  # loose pairs are vpt's, and have to be packed for it
-                return None
-            data = found[mark].parents[1] if mark == "meta/info.json" else folder
-            return words.format(file=found[mark].relative_to(folder), folder=data)
+    walked = (Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
+    files = list(itertools.islice(walked, MAX_ENTRIES))
+    with_videos = any(file.suffix == ".mp4" for file in files)
+    for pattern, reader, words in FORMS:
+        file = next((file for file in files if file.match(pattern)), None)
+        if file is not None and (with_videos or not pattern.startswith("*.json")):
+            return None if reader == source else words.format(file=file.relative_to(folder), folder=folder)
     return None
-
-
-def _find_mark(file: Path) -> str | None:
-    if file.parts[-2:] == ("meta", "info.json"):
-        return "meta/info.json"
-    if file.name == "trajectory.h5":
-        return file.name
-    if ".tfrecord-" in file.name:
-        return ".tfrecord-"
-    return file.suffix if file.suffix in OTHER_FORMS else None
-
-
-def _iter_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder in a fixed order, the first MAX_ENTRIES of them."""
-    left = MAX_ENTRIES
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names)[:left]:
-            yield Path(parent, name)
-        left -= len(names) + len(folders)
-        if left <= 0:
-            return

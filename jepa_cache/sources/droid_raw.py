@@ -7,12 +7,12 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from jepa_cache.config.machine import spell_name
-from jepa_cache.config.parsing import nearest, parse_dataclass
+from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_episode_key, find_idle_rows
 from jepa_cache.media.images import SideBySide
@@ -21,7 +21,7 @@ from jepa_cache.media.tar import is_file_name, walk
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_droid_frames
-from jepa_cache.sources.parsers.untrusted import Hdf5File, read_object
+from jepa_cache.sources.parsers.untrusted import open_hdf5, read_array, read_object
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
@@ -33,7 +33,6 @@ TRAJECTORY = "trajectory.h5"
 MP4_FOLDER = "recordings/MP4"
 MAX_METADATA_BYTES = 1 << 20  # a real one has about 3 kB
 CAMERA_FIELDS = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist"}
-CAMERAS = ("left", *CAMERA_FIELDS)
 LIST_SUFFIXES = (".csv", ".txt")
 
 
@@ -42,23 +41,14 @@ class RawOptions:
     """Options of the source.
 
     Attributes:
-        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), "exterior_1",
-            "exterior_2" or "wrist".
+        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), or one of the others.
     """
 
-    camera: str = "left"
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_camera(self.camera)
+    camera: Literal["left", "exterior_1", "exterior_2", "wrist"] = "left"
 
 
 def build(options: Mapping[str, Any]) -> DroidRawSource:
-    """Make the source from the `source_options` of a preset.
-
-    Raises:
-        ValueError: An unknown option (the nearest known one is named) or a wrong value.
-    """
+    """Make the source from the `source_options` of a preset; a ValueError for an unknown option or a wrong value."""
     return DroidRawSource(parse_dataclass(RawOptions, options, "source_options of droid_raw"))
 
 
@@ -70,7 +60,6 @@ class DroidRawSource:
     """
 
     def __init__(self, options: RawOptions) -> None:
-        """Hold the options."""
         self.options = options
         self.recipe: dict[str, object] = {"source": "droid_raw", "recipe_version": RECIPE_VERSION, **asdict(options)}
 
@@ -84,13 +73,11 @@ class DroidRawSource:
         """
         folders: dict[Path, Path] = {}
         for given in inputs:
-            path = base / Path(given).expanduser()
+            path, found = base / Path(given).expanduser(), list[Path]()
             if path.is_dir():
                 found = list(find_folders(path))
             elif path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
                 found = read_list(path)
-            else:
-                found = []
             if not found:
                 raise ValueError(
                     f"the input {given!r} finds no {TRAJECTORY}; relative inputs start from {base}. Give a folder of the raw "
@@ -106,9 +93,8 @@ class DroidRawSource:
         Skipped, with the reason: no or unreadable metadata, a missing, damaged or unplaceable video, a trajectory.h5 that
         is missing, damaged, links to other files or has arrays of other shapes.
         """
-        folder = unit.files[0].parent
         try:
-            yield self._read_episode(folder)
+            yield self._read_episode(unit.files[0].parent)
         except ValueError as error:
             yield Skipped(unit.name, str(error))
 
@@ -120,43 +106,36 @@ class DroidRawSource:
         files = [folder / TRAJECTORY] if is_file_name(folder / TRAJECTORY) else []
         files += list_metadata(folder)[:1]
         with contextlib.suppress(ValueError):  # iter_episodes meets the same error and reports it.
-            files.append(find_camera_file(folder, read_metadata(folder), self.options.camera).path)
+            files.append(find_video(folder, read_metadata(folder), self.options.camera))
         return Unit(spell_name("/".join(folder.parts[-4:])), tuple(files))
 
     def _read_episode(self, folder: Path) -> Episode:
         metadata = read_metadata(folder)
-        camera = find_camera_file(folder, metadata, self.options.camera)
-        video: Path | SideBySide = camera.path
-        info = probe_video(video)
-        notes: list[str] = []
+        video: Path | SideBySide = find_video(folder, metadata, self.options.camera)
+        serial, info, notes = video.stem.removesuffix("-stereo"), probe_video(video), ()
         if info.width / info.height > MIN_STEREO_ASPECT:
-            video = SideBySide(camera.path)
-            notes.append(
-                f"{camera.path.name} is {info.width}x{info.height}, two views side by side: the left one is used"
-            )
-            info = probe_video(video)
+            notes = (f"{video.name} is {info.width}x{info.height}, two views side by side: the left one is used",)
+            video = SideBySide(video)
         key = name_episode(folder, metadata)
-        with Hdf5File(folder / TRAJECTORY) as file:
+        with open_hdf5(folder / TRAJECTORY) as file:
             poses = _read_pose(file, "observation/robot_state")
             if poses is None:
                 raise RecordingError(
                     f"{TRAJECTORY} has no observation/robot_state/cartesian_position and gripper_position"
                 )
-            rows = Rows(
+            controls = build_controls(
                 poses,
                 _read_pose(file, "action"),
-                file.read("action/joint_velocity", 7),
-                file.read(f"observation/camera_extrinsics/{camera.serial}_left", 6),
+                read_array(file, "action/joint_velocity", 7),
+                read_array(file, f"observation/camera_extrinsics/{serial}_left", 6),
                 find_success(key, metadata),
             )
-            skipped = file.read("observation/timestamp/skip_action", 1)
-        controls = build_controls(rows)
-        num_rows = len(poses)
+            skipped = read_array(file, "observation/timestamp/skip_action", 1)
         if skipped is not None:
-            if len(skipped) != num_rows:
-                raise RecordingError(f"{TRAJECTORY} has {num_rows} rows, but {len(skipped)} in skip_action")
+            if len(skipped) != len(poses):
+                raise RecordingError(f"{TRAJECTORY} has {len(poses)} rows, but {len(skipped)} in skip_action")
             controls["skip_action"] = skipped[:, 0] != 0  # for filter.drop_skipped_actions; no row is dropped here
-        frame_ticks, clock_notes, frame_times_s = align_droid_frames(info, num_rows)
+        frame_ticks, clock_notes, frame_times_s = align_droid_frames(info, len(poses))
         return Episode(
             key=key,
             video=video,
@@ -169,9 +148,12 @@ class DroidRawSource:
         )
 
 
-def _read_pose(file: Hdf5File, group: str) -> np.ndarray | None:
+def _read_pose(file: Any, group: str) -> np.ndarray | None:
     """[M, 7] from cartesian_position and gripper_position; None where one of them is missing."""
-    position, gripper = file.read(f"{group}/cartesian_position", 6), file.read(f"{group}/gripper_position", 1)
+    position, gripper = (
+        read_array(file, f"{group}/cartesian_position", 6),
+        read_array(file, f"{group}/gripper_position", 1),
+    )
     if position is None or gripper is None:
         return None
     if len(position) != len(gripper):
@@ -179,68 +161,45 @@ def _read_pose(file: Hdf5File, group: str) -> np.ndarray | None:
     return np.concatenate((position, gripper), axis=1)
 
 
-class Rows(NamedTuple):
-    """The records of one episode, M rows each; None where the data set has none.
-
-    Attributes:
-        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 open to 1 closed.
-        commands: [M, 7] commanded poses, absolute, in the same form.
-        joint_velocity_commands: [M, 7] rad/s.
-        cameras: [M, 6] poses of the chosen camera in the robot's base frame.
-        success: Whether the episode reached its goal.
-    """
-
-    poses: np.ndarray
-    commands: np.ndarray | None = None
-    joint_velocity_commands: np.ndarray | None = None
-    cameras: np.ndarray | None = None
-    success: bool | None = None
-
-
-def build_controls(rows: Rows) -> dict[str, np.ndarray]:
+def build_controls(
+    poses: np.ndarray,
+    commands: np.ndarray | None,
+    joint_velocity_commands: np.ndarray | None,
+    cameras: np.ndarray | None,
+    success: bool | None,
+) -> dict[str, np.ndarray]:
     """Columns [M] of an episode's controls; the names depend on what is there, never on the values.
 
-    Always the seven of a pose; `command_x_m` ... and `command_joint1_rad_s` ... with `idle` (float32, 1 where the joint
-    velocity command stays as it was), `ext_x_m` ..., and `success` (bool, the same in every row) where they are known.
+    Args:
+        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 open to 1 closed.
+        commands: [M, 7] commanded poses, absolute, in the same form.
+        joint_velocity_commands: [M, 7] rad/s; `idle` (float32) is 1 where they stay as they were.
+        cameras: [M, 6] poses of the chosen camera in the robot's base frame.
+        success: Whether the episode reached its goal; the same in every row.
 
     Raises:
         RecordingError: Arrays of other shapes, or no rows.
     """
-    num_rows = len(rows.poses)
-    widths = {"poses": 7, "commands": 7, "joint_velocity_commands": 7, "cameras": 6}
-    for name, width in widths.items():
-        array = getattr(rows, name)
-        if array is not None and array.shape != (num_rows, width):
-            raise RecordingError(f"the episode's {name} must be [{num_rows}, {width}]; got {array.shape}")
-    if num_rows == 0:
+    if len(poses) == 0:
         raise RecordingError("the episode has no rows")
     groups = (
-        (POSE_CONTROLS, rows.poses),
-        (COMMAND_CONTROLS, rows.commands),
-        (JOINT_VELOCITY_CONTROLS, rows.joint_velocity_commands),
-        (CAMERA_CONTROLS, rows.cameras),
+        ("poses", POSE_CONTROLS, poses),
+        ("commands", COMMAND_CONTROLS, commands),
+        ("joint_velocity_commands", JOINT_VELOCITY_CONTROLS, joint_velocity_commands),
+        ("cameras", CAMERA_CONTROLS, cameras),
     )
     controls: dict[str, np.ndarray] = {}
-    for names, array in groups:
-        if array is not None:
-            columns = np.asarray(array, np.float64)
-            controls |= {name: np.ascontiguousarray(columns[:, index]) for index, name in enumerate(names)}
-    if rows.joint_velocity_commands is not None:
-        controls["idle"] = find_idle_rows(rows.joint_velocity_commands).astype(np.float32)
-    if rows.success is not None:
-        controls["success"] = np.full(num_rows, rows.success)
+    for what, names, array in groups:
+        if array is None:
+            continue
+        if array.shape != (len(poses), len(names)):
+            raise RecordingError(f"the episode's {what} must be [{len(poses)}, {len(names)}]; got {array.shape}")
+        controls |= {name: np.array(column, np.float64) for name, column in zip(names, array.T, strict=True)}
+    if joint_velocity_commands is not None:
+        controls["idle"] = find_idle_rows(joint_velocity_commands).astype(np.float32)
+    if success is not None:
+        controls["success"] = np.full(len(poses), success)
     return controls
-
-
-class FolderError(ValueError):
-    """An episode's folder that lacks something, or whose metadata cannot be used."""
-
-
-class CameraFile(NamedTuple):
-    """The video of one camera of an episode, and the camera's serial number."""
-
-    path: Path
-    serial: str
 
 
 def find_folders(root: Path) -> Iterator[Path]:
@@ -254,7 +213,7 @@ def find_folders(root: Path) -> Iterator[Path]:
 def read_list(path: Path) -> list[Path]:
     """Folders of episodes from a text or CSV file as the official training takes it: the first column, split at spaces.
 
-    Relative folders are meant from the file's own. Quoted ones may hold spaces. Empty lines are left out.
+    Relative folders start from the file's own. Quoted ones may hold spaces.
 
     Raises:
         ValueError: A folder that holds neither a trajectory nor metadata; or no folder at all.
@@ -280,19 +239,14 @@ def list_metadata(folder: Path) -> list[Path]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of an episode.
-
-    Raises:
-        FolderError: There is none (the release writes it for complete episodes only).
-        ValueError: It is too large or no JSON object.
-    """
+    """The metadata of an episode; a RecordingError where there are none, or they are too large or no JSON object."""
     found = list_metadata(folder)
     if not found:
-        raise FolderError("it has no metadata_*.json; the release writes one for complete episodes only")
+        raise RecordingError("it has no metadata_*.json; the release writes one for complete episodes only")
     return read_object(found[0], MAX_METADATA_BYTES)
 
 
-def find_camera_file(folder: Path, metadata: Mapping[str, Any], camera: str) -> CameraFile:
+def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
     """The mp4 of a camera.
 
     `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by `ext1_mp4_path`
@@ -300,29 +254,25 @@ def find_camera_file(folder: Path, metadata: Mapping[str, Any], camera: str) -> 
     `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
 
     Raises:
-        FolderError: The metadata do not name it, name something that is no plain file name, or no such file is there.
+        RecordingError: The metadata do not name it, name something that is no plain file name, or no such file is there.
     """
-    fields = (
-        ("left_mp4_path",)
-        if camera == "left"
-        else tuple(f"{CAMERA_FIELDS[camera]}_{end}" for end in ("mp4_path", "cam_serial"))
-    )
+    ends = ("mp4_path", "cam_serial")
+    fields = ["left_mp4_path"] if camera == "left" else [f"{CAMERA_FIELDS[camera]}_{end}" for end in ends]
     named = next((str(metadata[field]) for field in fields if metadata.get(field)), None)
     if named is None:
         there = [known for known in CAMERA_FIELDS if metadata.get(f"{CAMERA_FIELDS[known]}_cam_serial")]
-        raise FolderError(
+        raise RecordingError(
             f"its metadata have no {' or '.join(fields)}; cameras with a serial number: {', '.join(there) or 'none'}"
         )
-    name = named.rpartition("/")[2]
-    stem = name.removesuffix(".mp4")
+    stem = named.rpartition("/")[2].removesuffix(".mp4")
     if not stem or stem in (".", "..") or "\\" in stem or "\0" in stem:
-        raise FolderError(f"its metadata name {named[:200]!r} as the video, which is no file name")
+        raise RecordingError(f"its metadata name {named[:200]!r} as the video, which is no file name")
     serial = stem.removesuffix("-stereo")
     candidates = dict.fromkeys((f"{stem}.mp4", f"{serial}.mp4", f"{serial}-stereo.mp4"))
     for candidate in candidates:
         if (path := folder / MP4_FOLDER / candidate).is_file():
-            return CameraFile(path, serial)
-    raise FolderError(
+            return path
+    raise RecordingError(
         f"the video of the camera {camera!r} is missing: {MP4_FOLDER}/ holds none of {', '.join(candidates)}"
     )
 
@@ -358,16 +308,10 @@ def index_folder(root: Path) -> tuple[list[Path], list[str]]:
     complete, incomplete = [], []
     for folder in find_folders(root):
         try:
-            find_camera_file(folder, read_metadata(folder), "left")
+            find_video(folder, read_metadata(folder), "left")
             complete.append(folder)
         except ValueError as error:
             incomplete.append(f"{folder}: {error}")
     if not complete and not incomplete:
         raise ValueError(f"no folder below {root} holds a {TRAJECTORY}; name the folder of the raw DROID release")
     return complete, incomplete
-
-
-def check_camera(camera: str) -> None:
-    """Raise a ValueError that names the nearest camera when there is none of this name."""
-    if camera not in CAMERAS:
-        raise ValueError(f"droid_raw source: there is no camera {camera!r}{nearest(camera, CAMERAS)}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest, parse_dataclass
@@ -16,9 +17,9 @@ from jepa_cache.idle import find_episode_key
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.remote import BucketFile
-from jepa_cache.media.tar import real_path
+from jepa_cache.media.tar import expand_inputs, real_path
 from jepa_cache.sources import Unit
-from jepa_cache.sources.droid_raw import Rows, build_controls
+from jepa_cache.sources.droid_raw import build_controls
 from jepa_cache.sources.parsers.placement import DROID_HZ
 from jepa_cache.sources.parsers.tfrecords import (
     FEATURES_FILE,
@@ -26,7 +27,6 @@ from jepa_cache.sources.parsers.tfrecords import (
     Features,
     iter_records,
     list_bucket,
-    list_local,
     parse_shard_name,
 )
 
@@ -35,8 +35,6 @@ RECIPE_VERSION = 1
 
 MAX_COUNTED = 10_000
 """Records of a shard that are counted as missing: shards of DROID hold some 50, and what lists them may be wrong."""
-
-GRIPPERS = ("closed", "open")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class RldsOptions:
 
     camera: str = "exterior_1"
     split: str = "train"
-    native_hz: float = DROID_HZ
+    native_hz: Annotated[float, Field(gt=0)] = DROID_HZ
     cameras: dict[str, str] = field(
         default_factory=lambda: {
             "exterior_1": "steps/observation/exterior_image_1_left",
@@ -82,18 +80,13 @@ class RldsOptions:
     )
     success: str | None = "episode_metadata/file_path"
     episode_key: tuple[str, ...] = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
-    gripper_one_is: str = "closed"
+    gripper_one_is: Literal["closed", "open"] = "closed"
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if self.camera not in self.cameras:
             raise ValueError(
                 f"droid_rlds source: there is no camera {self.camera!r}{nearest(self.camera, list(self.cameras))}"
             )
-        if self.gripper_one_is not in GRIPPERS:
-            raise ValueError(f"droid_rlds source: gripper_one_is must be closed or open; got {self.gripper_one_is!r}")
-        if not self.native_hz > 0:
-            raise ValueError(f"droid_rlds source: native_hz must be positive; got {self.native_hz}")
         if not self.pose or not self.episode_key:
             raise ValueError("droid_rlds source: pose and episode_key must each name at least one feature")
         per_episode = [name for name in (*self.episode_key, self.success) if name and name.startswith(STEPS)]
@@ -106,11 +99,7 @@ class RldsOptions:
 
 
 def build(options: Mapping[str, Any]) -> DroidRldsSource:
-    """Make the source from the `source_options` of a preset.
-
-    Raises:
-        ValueError: An unknown option (the nearest known one is named) or a wrong value.
-    """
+    """Make the source from the `source_options` of a preset; a ValueError for an unknown option or a wrong value."""
     return DroidRldsSource(parse_dataclass(RldsOptions, options, "source_options of droid_rlds"))
 
 
@@ -121,7 +110,6 @@ class DroidRldsSource:
     """
 
     def __init__(self, options: RldsOptions) -> None:
-        """Hold the options."""
         self.options = options
         settings = asdict(options)
         # Of the maps only what this camera reads: a change for another camera changes nothing here.
@@ -141,37 +129,31 @@ class DroidRldsSource:
         Raises:
             ValueError: An input finds no shard, or a shard has no features.json beside it.
         """
-        shards: dict[Path | BucketFile, Path | BucketFile] = {}
-        features: dict[str, Path | BucketFile] = {}
+        folders: dict[str, dict[Path | BucketFile, Path | BucketFile]] = {}
         for given in inputs:
-            paths = list_bucket(given) if "://" in given else list_local(given, base)
-            features |= {_folder(path): path for path in paths if path.name == FEATURES_FILE}
-            found = [
-                path for path in paths if (name := parse_shard_name(path.name)) and name.split == self.options.split
-            ]
+            paths = list_bucket(given) if "://" in given else expand_inputs([given], base, "*.tfrecord-*")
+            names = {path: name for path in paths if (name := parse_shard_name(path.name))}
+            found = [path for path, name in names.items() if name.split == self.options.split]
             if not found:
-                splits = sorted({name.split for path in paths if (name := parse_shard_name(path.name))})
-                there = f"; its splits are {', '.join(splits)}" if splits else ""
                 raise ValueError(
-                    f"the input {given!r} finds no tfrecord shard of the split {self.options.split!r}{there}. Give a TFDS "
-                    f"directory (the folder that holds {FEATURES_FILE}) or its tfrecord files; relative inputs start from {base}"
+                    f"the input {given!r} finds no tfrecord shard of the split {self.options.split!r}; its splits are "
+                    f"{', '.join(sorted({name.split for name in names.values()})) or 'none'}. Give a TFDS directory (the folder "
+                    f"that holds {FEATURES_FILE}) or its tfrecord files"
                 )
             for path in found:
-                shards.setdefault(real_path(path), path)
-        by_folder: dict[str, list[Path | BucketFile]] = {}
-        for path in sorted(shards.values(), key=str):
-            by_folder.setdefault(_folder(path), []).append(path)
-        for folder, paths in by_folder.items():
-            if folder not in features:
+                folders.setdefault(str(path).rpartition("/")[0], {}).setdefault(real_path(path), path)
+        units, seen = [], set[Path | BucketFile]()
+        for folder, shards in sorted(folders.items()):
+            features = next(iter(shards.values())).with_name(FEATURES_FILE)
+            if not features.is_file():
                 raise ValueError(f"{folder} holds tfrecord shards but no {FEATURES_FILE}, which says what is in them")
-            total = max(parse_shard_name(path.name).count for path in paths)
-            if len(paths) < total:
-                print(f"note: {folder} holds {len(paths)} of the {total} tfrecord shards of its split")
-        return [
-            Unit(spell_name("/".join(path.parts[-3:])), (path, features[folder]))
-            for folder, paths in by_folder.items()
-            for path in paths
-        ]
+            total = max(parse_shard_name(path.name).count for path in shards.values())
+            if len(shards) < total:
+                print(f"note: {folder} holds {len(shards)} of the {total} tfrecord shards of its split")
+            new = [path for real, path in shards.items() if real not in seen]
+            seen |= shards.keys()
+            units += [Unit(spell_name("/".join(path.parts[-3:])), (path, features)) for path in sorted(new, key=str)]
+        return units
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
@@ -200,10 +182,10 @@ class DroidRldsSource:
                 continue
             key = self._name_episode(example)
             if key in keys:
-                yield Skipped(
-                    name,
-                    f"an earlier record of this shard has the same name, {key!r}; name more features in source_options.episode_key",
+                reason = (
+                    f"an earlier record of this shard has the same name, {key!r}; name more features in episode_key"
                 )
+                yield Skipped(name, reason)
                 continue
             keys.add(key)
             try:
@@ -213,10 +195,8 @@ class DroidRldsSource:
         shard = parse_shard_name(path.name)
         expected = features.count_records(shard.split, shard.index) if shard else None
         for index in range(num_records, min(expected or 0, num_records + MAX_COUNTED)):
-            yield Skipped(
-                f"{file_name}#{index}",
-                f"dataset_info.json lists {expected} records, the shard ends before this one; fetch it again",
-            )
+            reason = f"dataset_info.json lists {expected} records, the shard ends before this one; fetch it again"
+            yield Skipped(f"{file_name}#{index}", reason)
 
     def name_skipped(self, unit: Unit, key: str) -> str:
         """A record that has no name of its own by the shard's present name; see `Source`."""
@@ -255,7 +235,7 @@ class DroidRldsSource:
                     array[:, -1] = 1 - array[:, -1]
         joints, success = options.joint_velocity_command, options.success
         extrinsics = options.extrinsics.get(options.camera)
-        rows = Rows(
+        controls = build_controls(
             poses,
             commands,
             _read_columns(example, num_steps, (joints,)) if joints else None,
@@ -266,7 +246,7 @@ class DroidRldsSource:
             key=key,
             video=video,
             fps=info.fps,
-            controls=build_controls(rows),
+            controls=controls,
             frame_ticks=np.arange(info.num_frames, dtype=np.int64),
             num_video_frames=info.num_frames,
         )
@@ -292,7 +272,3 @@ def _read_success(value: Any) -> bool:
 
 def _to_text(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def _folder(path: Path | BucketFile) -> str:
-    return str(path).rpartition("/")[0]

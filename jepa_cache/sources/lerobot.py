@@ -15,16 +15,16 @@ from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, VideoInfo, probe_video
 from jepa_cache.media.remote import HUB_PREFIX, fetch_hub_dataset
-from jepa_cache.media.tar import UnreadableFolderError, expand_inputs
+from jepa_cache.media.tar import walk
 from jepa_cache.sources import Unit
-from jepa_cache.sources.parsers.lerobot_layout import Layout, Listing, Place, build_controls, parse_selection
+from jepa_cache.sources.parsers.lerobot_layout import EpisodeLocation, Layout, parse_selection
 from jepa_cache.sources.parsers.placement import place_frames
 from jepa_cache.sources.parsers.untrusted import iter_rows
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
-MAX_EPISODE_BYTES = 1 << 30
+MAX_EPISODE_ROWS = 1 << 20  # ten hours at 30 Hz
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,11 @@ class LerobotOptions:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that every selection can be read and that there is one."""
-        if not (self.actions or self.states or self.columns):
+        if not self.selections:
             raise ValueError(
                 "lerobot source: nothing is selected; name columns in source_options.actions and .states, "
                 'e.g. actions: ["action"], states: ["observation.state"]'
             )
-        for name, text in self.columns.items():
-            if not isinstance(name, str) or not isinstance(text, str):
-                raise ValueError(f"lerobot source: columns maps control names to selections; got {name!r}: {text!r}")
         for text in self.selections:
             parse_selection(text)
 
@@ -64,11 +60,7 @@ class LerobotOptions:
 
 
 def build(options: Mapping[str, Any]) -> LerobotSource:
-    """Make the source from the `source_options` of a preset.
-
-    Raises:
-        ValueError: An unknown option (the nearest known one is named) or a wrong value.
-    """
+    """Make the source from the `source_options` of a preset; a ValueError for an unknown option or a wrong value."""
     return LerobotSource(parse_dataclass(LerobotOptions, options, "source_options of lerobot"))
 
 
@@ -80,7 +72,6 @@ class LerobotSource:
     """
 
     def __init__(self, options: LerobotOptions) -> None:
-        """Hold the options."""
         self.options = options
         self.recipe: dict[str, object] = {
             "source": "lerobot",
@@ -90,7 +81,7 @@ class LerobotSource:
             "states": list(options.states),
             "columns": dict(sorted(options.columns.items())),
         }
-        self._listing: Listing | None = None
+        self._layout: Layout | None = None
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
         """Find data sets (folders that hold meta/info.json, at any depth) and `hub:owner/name[@revision]`; list their units.
@@ -103,13 +94,11 @@ class LerobotSource:
         """
         units: list[Unit] = []
         names: dict[str, Path] = {}
-        for root in self._find_roots(inputs, base):
-            listing = Listing(root, self.options.camera)
-            name = listing.layout.name
-            if name in names:
-                raise ValueError(f"{names[name]} and {root} have one name; rename a folder, episode keys begin with it")
-            names[name] = root
-            units += listing.list_units(self.options.selections)
+        for root in sorted({root for text in inputs for root in self._find_roots(text, base)}):
+            layout = Layout(root, self.options.camera)
+            if (other := names.setdefault(layout.name, root)) != root:
+                raise ValueError(f"{other} and {root} have one name; rename a folder, episode keys begin with it")
+            units += layout.list_units(self.options.selections)
         return units
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
@@ -121,126 +110,103 @@ class LerobotSource:
         Raises:
             ValueError: meta/ cannot be used.
         """
-        listing = self._open_listing(unit)
-        if unit.files[0] in listing.lists:
-            for place in listing.missing():
-                yield Skipped(
-                    listing.layout.key(place.index), f"{place.data.name} and its video are listed but not there"
-                )
+        layout = self._open_layout(unit)
+        path = unit.files[0]
+        if path in layout.lists:
+            for episode in layout.list_missing():
+                yield Skipped(layout.key(episode.index), f"{episode.data.name} and its video are listed but not there")
             return
-        infos: dict[Path, VideoInfo] = {}
-        waiting = {place.index: place for place in listing.by_file[unit.files[0]]}
+        waiting = {episode.index: episode for episode in layout.by_file[path]}
         try:
-            for index, rows in self._iter_rows(listing, waiting):
-                place = waiting.pop(index, None)
-                key = listing.layout.key(index)
-                if place is None:
-                    yield Skipped(key, f"its rows in {unit.files[0].name} are not listed in meta, or lie in two places")
+            for index, rows in self._iter_rows(layout, next(iter(waiting.values()))):
+                location, key = waiting.pop(index, None), layout.key(index)
+                if location is None:
+                    yield Skipped(key, f"its rows in {path.name} are not listed in meta, or lie in two places")
                     continue
                 try:
-                    yield self._read_episode(listing.layout, place, rows, infos)
+                    yield self._read_episode(layout, location, rows)
                 except (RecordingError, DecodeError) as error:
                     yield Skipped(key, str(error))
-            reason = f"{unit.files[0].name} holds none of its rows"
+            reason = f"{path.name} holds none of its rows"
         except RecordingError as error:
             reason = str(error)
         for index in waiting:
-            yield Skipped(listing.layout.key(index), reason)
+            yield Skipped(layout.key(index), reason)
 
     def name_skipped(self, unit: Unit, key: str) -> str:
         """The episode by the data set's present name; see `Source`."""
-        return f"{self._open_listing(unit).layout.name}/{key.rpartition('/')[2]}"
+        return f"{self._open_layout(unit).name}/{key.rpartition('/')[2]}"
 
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        """The columns of rows that are read, each once."""
-        return tuple(dict.fromkeys(["timestamp", *(parse_selection(text).column for text in self.options.selections)]))
+    def _find_roots(self, text: str, base: Path) -> list[Path]:
+        if text.startswith(HUB_PREFIX):
+            return [fetch_hub_dataset(text, ("meta/*", "data/*", f"videos/*{self.options.camera}/*"))]
+        folder = base / Path(text).expanduser()
+        folders = walk(folder) if folder.is_dir() else ()
+        if found := [path.parent for path, _, names in folders if path.name == "meta" and "info.json" in names]:
+            return found
+        raise ValueError(
+            f"the input {text!r} holds no LeRobot data set: there is no meta/info.json in or below it; relative inputs "
+            f"start from {base}. Give a data set's folder, or hub:owner/name"
+        )
 
-    def _find_roots(self, inputs: Sequence[str], base: Path) -> list[Path]:
-        patterns = ("meta/*", "data/*", f"videos/*{self.options.camera}/*")
-        roots = [fetch_hub_dataset(text, patterns) for text in inputs if text.startswith(HUB_PREFIX)]
-        for text in inputs:
-            if text.startswith(HUB_PREFIX):
-                continue
-            try:
-                found = expand_inputs([text], base, "info.json")
-            except UnreadableFolderError:
-                raise
-            except ValueError:  # Its message tells of files and ranges; a data set is a folder.
-                found = []
-            here = [path.parent.parent for path in found if path.name == "info.json" and path.parent.name == "meta"]
-            if not here:
-                raise ValueError(
-                    f"the input {text!r} holds no LeRobot data set: there is no meta/info.json in or below it; relative inputs "
-                    f"start from {base}. Give a data set's folder, or hub:owner/name"
-                )
-            roots += here
-        return sorted(set(roots))
-
-    def _open_listing(self, unit: Unit) -> Listing:
+    def _open_layout(self, unit: Unit) -> Layout:
         root = next((folder for folder in unit.files[0].parents if (folder / "meta" / "info.json").is_file()), None)
         if root is None:
             raise ValueError(f"{unit.files[0]} lies in no LeRobot data set: no folder above it holds meta/info.json")
-        if self._listing is None or not self._listing.is_of(root):
-            self._listing = Listing(root, self.options.camera)
-        return self._listing
+        if self._layout is None or not self._layout.is_of(root):
+            self._layout = Layout(root, self.options.camera)
+        return self._layout
 
-    def _iter_rows(self, listing: Listing, places: Mapping[int, Place]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def _iter_rows(self, layout: Layout, first: EpisodeLocation) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The rows of one episode after the other: index, and column to [M, W]."""
-        first = next(iter(places.values()))
-        if not first.data.is_file():
-            raise RecordingError(f"{first.data.name} is not there")
-        columns = self._columns
-        if not listing.layout.packed:
-            yield first.index, _join(list(_bounded(iter_rows(first.data, columns), first.data)))
-            return
+        path = first.data
+        if not path.is_file():
+            raise RecordingError(f"{path.name} is not there")
+        columns = ["timestamp", *(parse_selection(text).column for text in self.options.selections)]
+        columns += ["episode_index"] if layout.packed else []
         parts: list[dict[str, np.ndarray]] = []
-        last: int | None = None
-        for batch in iter_rows(first.data, tuple(dict.fromkeys((*columns, "episode_index")))):
-            indices = batch["episode_index"][:, 0]
-            if not (np.isfinite(indices).all() and (indices >= 0).all() and (indices < 2**31).all()):
-                raise RecordingError(f"{first.data.name} has rows whose episode_index is no index")
+        last, num_rows = first.index, 0
+        for batch in iter_rows(path, tuple(dict.fromkeys(columns))):
+            indices = batch["episode_index"][:, 0] if layout.packed else np.full(len(batch["timestamp"]), first.index)
+            if not ((indices >= 0) & (indices < 2**31)).all():  # of a NaN neither holds
+                raise RecordingError(f"{path.name} has rows whose episode_index is no index")
             bounds = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(indices)]
             for start, stop in itertools.pairwise(bounds):
-                if start == stop:
-                    continue
-                if last is not None and int(indices[start]) != last:
+                if parts and int(indices[start]) != last:
                     yield last, _join(parts)
-                    parts = []
-                last = int(indices[start])
+                    parts, num_rows = [], 0
+                last, num_rows = int(indices[start]), num_rows + stop - start
                 parts.append({name: values[start:stop] for name, values in batch.items()})
-                list(_bounded(iter(parts), first.data))
-        if last is not None:
-            yield last, _join(parts)
+                if num_rows > MAX_EPISODE_ROWS:
+                    raise RecordingError(f"{path.name} holds an episode of more than {MAX_EPISODE_ROWS} rows")
+        if not parts:
+            raise RecordingError(f"{path.name} holds no row")
+        yield last, _join(parts)
 
-    def _read_episode(
-        self, layout: Layout, place: Place, rows: Mapping[str, np.ndarray], infos: dict[Path, VideoInfo]
-    ) -> Episode:
-        if not place.video.is_file():
-            raise RecordingError(f"its video {place.video.relative_to(layout.root)} is not there")
-        if place.video not in infos:
-            infos[place.video] = probe_video(place.video)
-        info = infos[place.video]
+    def _read_episode(self, layout: Layout, location: EpisodeLocation, rows: Mapping[str, np.ndarray]) -> Episode:
+        video, times_s = location.video, rows["timestamp"]
+        if not video.is_file():
+            raise RecordingError(f"its video {video.relative_to(layout.root)} is not there")
+        info = probe_video(video)
         fps = info.typical_fps
-        if not math.isclose(fps, layout.fps, rel_tol=0.01):
-            raise RecordingError(f"meta/info.json says {layout.fps:g} Hz, but its video runs at {fps:g} Hz")
-        first_frame, num_frames = _find_frames(place, info)
-        if rows["timestamp"].shape[1] != 1:
-            raise RecordingError(f"timestamp holds {rows['timestamp'].shape[1]} numbers in a row; one is needed")
+        if not math.isclose(fps, layout.info.fps, rel_tol=0.01):
+            raise RecordingError(f"meta/info.json says {layout.info.fps:g} Hz, but its video runs at {fps:g} Hz")
+        first_frame, num_frames = _find_frames(location, info)
+        if times_s.shape[1] != 1:
+            raise RecordingError(f"timestamp holds {times_s.shape[1]} numbers in a row; one is needed")
         shown_s = info.frame_times_s
         if shown_s is not None:
             shown_s = shown_s[first_frame : first_frame + num_frames] - shown_s[first_frame]
-        frame_ticks, notes, frame_times_s = place_frames(rows["timestamp"][:, 0], num_frames, fps, shown_s)
-        num_rows = len(rows["timestamp"])
-        if place.num_rows not in (-1, num_rows):
-            notes = (*notes, f"listed with {place.num_rows} rows, has {num_rows}")
+        frame_ticks, notes, frame_times_s = place_frames(times_s[:, 0], num_frames, fps, shown_s)
+        if location.num_rows not in (-1, len(times_s)):
+            notes = (*notes, f"listed with {location.num_rows} rows, has {len(times_s)}")
         options = self.options
         return Episode(
-            key=layout.key(place.index),
-            video=place.video,
+            key=layout.key(location.index),
+            video=video,
             fps=fps,
-            controls=build_controls(
-                rows, layout.features, actions=options.actions, states=options.states, columns=options.columns
+            controls=layout.build_controls(
+                rows, actions=options.actions, states=options.states, columns=options.columns
             ),
             frame_ticks=frame_ticks,
             num_video_frames=num_frames,
@@ -250,19 +216,19 @@ class LerobotSource:
         )
 
 
-def _find_frames(place: Place, info: VideoInfo) -> tuple[int, int]:
+def _find_frames(location: EpisodeLocation, info: VideoInfo) -> tuple[int, int]:
     """First frame and number of frames of an episode in its video."""
-    if place.span_s is None:
+    if location.span_s is None:
         return 0, info.num_frames
-    start, stop = (_find_frame(time_s, info) for time_s in place.span_s)
+    start_s, stop_s = location.span_s
+    start, stop = (_find_frame(time_s, info) for time_s in location.span_s)
     if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop):
-        raise RecordingError(f"meta/episodes places it from {place.span_s[0]} to {place.span_s[1]} s of its video")
+        raise RecordingError(f"meta/episodes places it from {start_s} to {stop_s} s of its video")
     if abs(start - round(start)) > 0.25:
-        raise RecordingError(f"meta/episodes places its start at {place.span_s[0]} s, between two frames of its video")
+        raise RecordingError(f"meta/episodes places its start at {start_s} s, between two frames of its video")
     if round(start) >= info.num_frames:
-        raise RecordingError(
-            f"meta/episodes places it from {place.span_s[0]:g} s on, but its video lasts {info.num_frames / info.fps:g} s"
-        )
+        lasts_s = info.num_frames / info.fps
+        raise RecordingError(f"meta/episodes places it from {start_s:g} s on, but its video lasts {lasts_s:g} s")
     return round(start), max(1, min(round(stop), info.num_frames) - round(start))
 
 
@@ -274,16 +240,5 @@ def _find_frame(time_s: float, info: VideoInfo) -> float:
     return float(np.interp(time_s, info.times_s, np.arange(info.num_frames))) + later
 
 
-def _bounded(parts: Iterator[dict[str, np.ndarray]], path: Path) -> Iterator[dict[str, np.ndarray]]:
-    size_bytes = 0
-    for part in parts:
-        size_bytes += sum(values.nbytes for values in part.values())
-        if size_bytes > MAX_EPISODE_BYTES:
-            raise RecordingError(f"{path.name} holds an episode with more than {MAX_EPISODE_BYTES} bytes of rows")
-        yield part
-
-
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if not parts:
-        raise RecordingError("the file holds no row")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

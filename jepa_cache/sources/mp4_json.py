@@ -49,7 +49,6 @@ class Mp4JsonSource:
     """
 
     def __init__(self, options: Mp4JsonOptions) -> None:
-        """Hold the options."""
         self.recipe: dict[str, object] = {"source": "mp4_json", "recipe_version": RECIPE_VERSION, **asdict(options)}
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:

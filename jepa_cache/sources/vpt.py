@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jepa_cache.actions import CAMERA_DEG_PER_COUNT, wrap_degrees
 from jepa_cache.config.machine import spell_name
-from jepa_cache.config.parsing import nearest, parse_dataclass
+from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, probe_video
-from jepa_cache.media.tar import TarSample, expand_inputs, iter_samples
+from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_times, align_vpt_frames
 from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
@@ -23,10 +23,6 @@ from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
 RECIPE_VERSION = 2
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
-SUFFIXES = ("mp4", "jsonl")
-SCHEMAS = ("contractor", "simple")
-CAMERA_UNITS = ("delta_deg", "delta_rad", "absolute_deg", "absolute_rad")
-MOUSE_SCALES = ("recorded", "by_version")
 # Factor of mouse.dx and dy inside GUIs by recorder version; 1 for all others. Source: the table in the loader of
 # openai/Video-Pre-Training, which never applies it; no recording of these versions was at hand to measure it on.
 GUI_MOUSE_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
@@ -45,43 +41,32 @@ class VptOptions:
 
     Attributes:
         schema: "contractor", or "simple" for lines of timestamp, mouse, keyboard, camera, hotbar.
-        camera_unit: Simple schema only, and needed there: delta_deg, delta_rad, absolute_deg or absolute_rad.
+        camera_unit: Simple schema only, and needed there: its lines do not say what their camera is.
         mouse_scale: Contractor schema only. "recorded", or "by_version": mouse movement inside GUIs (the cursor) is
             brought to one scale by GUI_MOUSE_FACTORS; the recorder version is the folder in the tar member's path
             (`10.0/<segment>.mp4`), and a recording without one is skipped. Movement outside GUIs is never scaled.
     """
 
-    schema: str = "contractor"
-    camera_unit: str | None = None
-    mouse_scale: str = "recorded"
+    schema: Literal["contractor", "simple"] = "contractor"
+    camera_unit: Literal["delta_deg", "delta_rad", "absolute_deg", "absolute_rad"] | None = None
+    mouse_scale: Literal["recorded", "by_version"] = "recorded"
 
     def __post_init__(self) -> None:
-        """Check the values and their combination."""
-        if self.schema not in SCHEMAS:
-            raise ValueError(f"vpt source: there is no schema {self.schema!r}{nearest(self.schema, SCHEMAS)}")
         if self.schema == "contractor" and self.camera_unit is not None:
             raise ValueError(
                 "vpt source: camera_unit belongs to schema 'simple'; contractor lines hold absolute degrees"
             )
-        if self.mouse_scale not in MOUSE_SCALES:
-            raise ValueError(
-                f"vpt source: there is no mouse_scale {self.mouse_scale!r}{nearest(self.mouse_scale, MOUSE_SCALES)}"
-            )
         if self.schema == "simple" and self.mouse_scale != "recorded":
-            raise ValueError("vpt source: mouse_scale 'by_version' belongs to schema 'contractor'; leave it out")
-        if self.schema == "simple" and self.camera_unit not in CAMERA_UNITS:
+            raise ValueError("vpt source: mouse_scale 'by_version' belongs to schema 'contractor'; delete it")
+        if self.schema == "simple" and self.camera_unit is None:
             raise ValueError(
-                f"vpt source: schema 'simple' needs source_options.camera_unit, one of {', '.join(CAMERA_UNITS)} "
-                f"(its lines do not say which); got {self.camera_unit!r}"
+                "vpt source: schema 'simple' needs source_options.camera_unit, one of delta_deg, delta_rad, absolute_deg, "
+                "absolute_rad (its lines do not say which)"
             )
 
 
 def build(options: Mapping[str, Any]) -> VptSource:
-    """Make the source from the `source_options` of a preset.
-
-    Raises:
-        ValueError: An unknown option (the nearest known one is named) or a wrong value.
-    """
+    """Make the source from the `source_options` of a preset; a ValueError for an unknown option or a wrong value."""
     return VptSource(parse_dataclass(VptOptions, options, "source_options of vpt"))
 
 
@@ -93,20 +78,14 @@ class VptSource:
     """
 
     def __init__(self, options: VptOptions) -> None:
-        """Hold the options."""
         self.options = options
-        # mouse_scale came later: at "recorded" it is left out, so that the stores made before are found again.
-        chosen = {
-            name: value for name, value in asdict(options).items() if (name, value) != ("mouse_scale", "recorded")
-        }
+        chosen = asdict(options)
+        if options.mouse_scale == "recorded":  # It came later: stores made before are found again.
+            del chosen["mouse_scale"]
         self.recipe: dict[str, object] = {"source": "vpt", "recipe_version": RECIPE_VERSION, **chosen}
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
-        """Find tar shards: folders, files, globs and brace ranges, relative to `base`; sorted, each once.
-
-        Raises:
-            ValueError: An input finds no tar.
-        """
+        """Find tar shards: folders, files, globs and brace ranges, relative to `base`; sorted, each once."""
         return [Unit(spell_name(path.name), (path,)) for path in expand_inputs(inputs, base, "*.tar")]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
@@ -120,25 +99,25 @@ class VptSource:
         name = spell_name(unit.path.name)
         alone: Skipped | None = None
         found = False
-        for sample in iter_samples(unit.path, SUFFIXES):
+        for key, members, problem in iter_samples(unit.path, SUFFIXES):
             found = True
-            missing = [suffix for suffix in SUFFIXES if suffix not in sample.members]
             if alone is not None:
-                if sample.problem is not None and sample.key == name:
+                if problem is not None and key == name:
                     # The tar ends early, and this is the recording that was cut off: one loss, not two.
-                    yield Skipped(alone.key, f"{alone.reason}: {sample.problem}")
+                    yield Skipped(alone.key, f"{alone.reason}: {problem}")
                     return
                 yield alone
                 alone = None
-            if sample.problem is not None:
-                yield Skipped(sample.key, sample.problem)
+            missing = [suffix for suffix in SUFFIXES if suffix not in members]
+            if problem is not None:
+                yield Skipped(key, problem)
             elif missing:
-                alone = Skipped(sample.key, f"the tar shard holds no {sample.key}.{missing[0]} beside its partner")
+                alone = Skipped(key, f"the tar shard holds no {key}.{missing[0]} beside its partner")
             else:
                 try:
-                    yield self._read_episode(sample)
+                    yield self._read_episode(key, members["mp4"], members["jsonl"])
                 except (DecodeError, RecordingError) as error:
-                    yield Skipped(sample.key, str(error))
+                    yield Skipped(key, str(error))
         if alone is not None:
             yield alone
         if not found:
@@ -148,14 +127,13 @@ class VptSource:
         """The tar shard's present name where the tar itself was skipped; see `Source`."""
         return unit.name if key.endswith(".tar") else key
 
-    def _read_episode(self, sample: TarSample) -> Episode:
-        video, lines = (sample.members[suffix] for suffix in SUFFIXES)
-        first_frame = 0
+    def _read_episode(self, key: str, video: bytes, lines: bytes) -> Episode:
+        first_frame, notes = 0, ()
         if self.options.schema == "contractor":
             controls, notes, first_line, num_lines = read_contractor(lines)
             check_yaw_law(controls)
             if self.options.mouse_scale == "by_version":
-                notes = (*notes, *_scale_gui_mouse(controls, sample.key))
+                notes = (*notes, *_scale_gui_mouse(controls, key))
             info = probe_video(video)
             fps, placement = align_vpt_frames(info, num_lines)
             frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
@@ -166,12 +144,11 @@ class VptSource:
             frame_times_s = None if frame_times_s is None else frame_times_s[shown]
         else:
             controls, times_s = read_simple(lines, self.options.camera_unit or "")
-            notes = ()
             info = probe_video(video)
             fps, placement = info.typical_fps, align_times(info, times_s)
             frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
         return Episode(
-            key=sample.key,
+            key=key,
             video=video,
             fps=fps,
             controls=controls,

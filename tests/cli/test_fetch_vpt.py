@@ -95,7 +95,7 @@ UNSAFE += ["data/x\n.mp4", "data/x.tar", ".mp4", "", 7, None]
 def test_a_path_that_could_leave_its_place_is_refused_by_name(tmp_path, relpath):
     place = tmp_path / "index.json"
     place.write_text(json.dumps({"basedir": "https://host/rl/", "relpaths": ["data/10.0/good.mp4", relpath]}))
-    with pytest.raises(ValueError, match="plain relative path") as error:
+    with pytest.raises(ValueError, match="plain relative paths") as error:
         read_index(str(place), tmp_path)
     assert repr(relpath)[1:20] in str(error.value)
 

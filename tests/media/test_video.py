@@ -23,6 +23,7 @@ from jepa_cache.media.images import FrameSequence, SideBySide
 from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.video import open_video
 from tests.makers import REAL_VPT, make_video
+from tests.sources.test_contract import MAX_GROWTH_BYTES, held
 from tests.videos import add_cover, damage_packet, flag_packet, join_streams, make_pixels, record_decoded, turn_video
 
 NUM_FRAMES = 90
@@ -358,3 +359,16 @@ def test_a_stereo_video_is_its_left_half(decoder, tmp_path):
     for video in (SideBySide(data), SideBySide(tmp_path / "a.mp4")):
         assert probe_video(video)[:4] == (6, 20.0, 32, 48) and video.size_bytes == len(data)
         np.testing.assert_array_equal(read(video, decoder, [0, 2, 5]), expected)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_hundred_opened_videos_leave_nothing_behind(decoder, tmp_path, video):
+    (tmp_path / "shared.mp4").write_bytes(video)
+    marks = []
+    for number in range(1, 151):
+        given, first_frame = (video, 0) if number % 2 else (tmp_path / "shared.mp4", 70)
+        with open_video(given, decoder, first_frame=first_frame, num_frames=2) as opened:
+            opened.read(np.arange(2))
+        if number in (50, 150):
+            marks.append(held())
+    assert marks[1][0] - marks[0][0] < MAX_GROWTH_BYTES and marks[1][1] <= marks[0][1]

@@ -1,12 +1,12 @@
-"""Claims of sources/droid_rlds.py and _tfrecords.py.
+"""Claims of sources/droid_rlds.py and tfrecords.py.
 
-Every step of a TFDS directory becomes a frame with its row, without TensorFlow and without touching other cameras; other
-robots are read by a key map; damage is named and costs no more than it must; nothing hostile is run or allocated.
+Every step of a TFDS directory becomes a frame with its row, without TensorFlow and without touching other cameras; a directory in a
+bucket is read like its copy on disk; other robots are read by a key map; damage is named and costs no more than it must; nothing
+hostile is run or allocated.
 """
 
 import json
 import struct
-import subprocess
 import sys
 
 import numpy as np
@@ -14,11 +14,13 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.encoding.units import UnitDigester
 from jepa_cache.episode import Episode, Skipped
+from jepa_cache.media.remote import downloads_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources import build_source
-from jepa_cache.sources.parsers.tfrecords import MAX_RECORD_BYTES, iter_records, mask_crc32c
+from jepa_cache.sources.parsers.tfrecords import MAX_RECORD_BYTES, mask_crc32c
 from tests.droid_makers import (
     CAMERAS,
     REAL_BRIDGE,
@@ -32,6 +34,7 @@ from tests.droid_makers import (
     to_jpeg,
     write_tfds,
 )
+from tests.media.fake_bucket import serve
 
 BRIDGE = {
     "camera": "main",
@@ -101,16 +104,12 @@ def test_every_step_is_a_frame_with_its_row(folder, recorded):
         assert 0 < episode.controls["idle"].sum() < len(source.poses)
 
 
-@pytest.mark.parametrize("camera", CAMERAS)
-def test_frames_are_the_pictures_of_the_chosen_camera(folder, images, camera):
-    episode = read(folder, camera=camera)[0]
-    assert episode.video.frames == tuple(images[0][camera])
-    with open_video(episode.video) as video:
-        assert video.decoder == "pillow"
-        assert video.read(np.array([0, 19])).shape == (2, 48, 64, 3)
-
-
-def test_other_cameras_may_hold_anything(tmp_path, recorded, images):
+def test_frames_are_the_pictures_of_the_chosen_camera_and_others_may_hold_anything(tmp_path, folder, recorded, images):
+    for camera in CAMERAS:
+        episode = read(folder, camera=camera)[0]
+        assert episode.video.frames == tuple(images[0][camera])
+        with open_video(episode.video) as video:
+            assert video.decoder == "pillow" and video.read(np.array([0, 19])).shape == (2, 48, 64, 3)
     broken = {**images[0], "wrist": [b"no picture"] * 20, "exterior_2": [b""] * 20}
     folder = write_tfds(tmp_path / "1", droid_features((48, 64), extras=False), [[to_example(recorded[0], broken)]])
     (episode,) = read(folder)
@@ -173,18 +172,6 @@ def test_the_real_bridge_directory_is_read_by_a_key_map():
     np.testing.assert_array_equal(episodes[0].controls["z_m"], as_recorded["z_m"])
 
 
-def test_tensorflow_is_never_imported(folder):
-    code = (
-        "import sys; from pathlib import Path; from jepa_cache.sources import build_source\n"
-        "source = build_source('droid_rlds', {})\n"
-        f"units = source.list_units([{str(folder)!r}], Path('.'))\n"
-    )
-    code += "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules\n"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).returncode == 0
-    read(folder)
-    assert "tensorflow" not in sys.modules
-
-
 def test_a_unit_is_a_shard_with_the_features_and_others_do_not_change_it(folder, tmp_path, capsys):
     source = build_source("droid_rlds", {})
     units = source.list_units(["droid_100"], folder.parents[1])
@@ -196,24 +183,61 @@ def test_a_unit_is_a_shard_with_the_features_and_others_do_not_change_it(folder,
     assert one == units[1]
     assert "holds 1 of the 2 tfrecord shards" in capsys.readouterr().out
     assert [episode.key for episode in source.iter_episodes(one)] == ["ILIAD/success/2023-04-21/made-2"]
+    assert "tensorflow" not in sys.modules
 
 
-def test_inputs_without_shards_are_refused(folder, tmp_path):
-    source = build_source("droid_rlds", {"split": "val"})
-    with pytest.raises(ValueError, match="its splits are train"):
-        source.list_units([str(folder)], tmp_path)
+PLACE = "robotics/droid_100/1.0.0"
+URL = f"gs://data/{PLACE}"
+
+
+@pytest.fixture
+def bucket(folder):
+    with serve() as running:
+        running.files = {f"data/{PLACE}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        running.files[f"data/{PLACE}-copy/other"] = b"x"
+        yield running
+
+
+def test_a_directory_in_a_bucket_gives_the_episodes_and_digests_of_its_copy(bucket, folder, tmp_path, capsys):
+    source = build_source("droid_rlds", {})
+    local, remote = source.list_units([str(folder)], tmp_path), source.list_units([URL], tmp_path)
+    assert not downloads_folder().exists(), "listing fetches no shard"
+    assert [[file.name for file in unit.files] for unit in remote] == [[path.name for path in it.files] for it in local]
+    digests = [[unit.digest for unit in UnitDigester()(units).units] for units in (local, remote)]
+    assert digests[0] == digests[1] and [unit.num_bytes for unit in local] == [unit.num_bytes for unit in remote]
+    for here, there in zip(local, remote, strict=True):
+        for one, other in zip(source.iter_episodes(here), source.iter_episodes(there), strict=True):
+            assert (one.key, one.video) == (other.key, other.video)
+            assert all(np.array_equal(column, other.controls[name]) for name, column in one.controls.items())
+    assert [len(bucket.gets(key)) for key in bucket.files if "tfrecord" in key] == [1, 1]
+    for last in ("*-00001-of-*", "r2d2_faceblur-train.tfrecord-{00001..00001}-of-00002"):
+        assert source.list_units([f"{URL}/{last}"], tmp_path) == remote[1:]
+        assert "holds 1 of the 2 tfrecord shards" in capsys.readouterr().out
+
+
+def test_inputs_without_shards_are_refused_with_the_way_out(bucket, folder, tmp_path):
+    source = build_source("droid_rlds", {})
     lone = tmp_path / "x-train.tfrecord-00000-of-00001"
     lone.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no features\.json"):
-        build_source("droid_rlds", {}).list_units([str(lone)], tmp_path)
+    del bucket.files[f"data/{PLACE}/features.json"]
+    for given, words in (
+        ("gs://data/robotics/droid_1", r"gsutil -m cp -r gs://data/robotics/droid_1 DIR"),
+        ("s3://data/droid", "only gs://bucket/folder is read"),
+        (URL, r"features\.json: there is nothing there"),
+        (str(lone), r"no features\.json"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            source.list_units([given], tmp_path)
+    with pytest.raises(ValueError, match="its splits are train"):
+        build_source("droid_rlds", {"split": "val"}).list_units([str(folder)], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"camera": "wirst"}, "did you mean 'wrist'"),
-        ({"gripper_one_is": "up"}, "closed or open"),
-        ({"native_hz": 0.0}, "positive"),
+        ({"gripper_one_is": "up"}, "gripper_one_is is 'up'"),
+        ({"native_hz": 0.0}, "native_hz must be above 0"),
         ({"camara": "wrist"}, "did you mean 'camera'"),
         ({"cameras": {"exterior_1": "episode_metadata/file_path"}}, "cameras are features of steps/"),
         ({"success": "steps/is_last"}, "of the episode; got 'steps/is_last'"),
@@ -224,17 +248,12 @@ def test_wrong_options_are_refused(options, message):
         build_source("droid_rlds", options)
 
 
-def test_a_feature_that_is_not_there_names_the_nearest(folder):
-    with pytest.raises(ValueError, match="did you mean 'steps/observation/cartesian_position'"):
+def test_all_features_that_do_not_exist_are_named_at_once_with_the_nearest_or_those_that_do(folder):
+    near = "no feature 'steps/observation/cartesian_positon'; did you mean 'steps/observation/cartesian_position'"
+    with pytest.raises(ValueError, match=near):
         read(folder, pose=["steps/observation/cartesian_positon"])
-
-
-def test_all_features_that_are_not_there_are_named_at_once_with_those_that_are(folder):
-    with pytest.raises(
-        ValueError,
-        match=r"no feature 'steps/zz'.*, 'episode_metadata/qq' .*; it has .*steps/observation/wrist_image_left",
-    ):
-        read(folder, command=[], pose=["steps/zz"], episode_key=["episode_metadata/qq"])
+    with pytest.raises(ValueError, match=r"no feature 'steps/zz', 'e/qq'; known: .*steps/observation/wrist_image_left"):
+        read(folder, command=[], pose=["steps/zz"], episode_key=["e/qq"])
 
 
 def test_the_recipe_knows_its_camera_and_nothing_of_the_others(folder):
@@ -243,100 +262,64 @@ def test_the_recipe_knows_its_camera_and_nothing_of_the_others(folder):
     assert json.loads(json.dumps(one)) == one
 
 
-def tf_example(data):
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example.FromString(data)
-
-
-def only_shard(folder):
-    (path,) = folder.glob("*.tfrecord-*")
-    return path, path.read_bytes()
-
-
 def first_end(data):
     return 16 + struct.unpack_from("<Q", data)[0]
 
 
-def test_a_flipped_bit_costs_one_episode(copy):
-    path, data = only_shard(copy)
-    path.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
-    first, *others = read(copy)
-    assert isinstance(first, Skipped) and "record 0 does not match its checksum" in first.reason
-    assert [type(result) for result in others] == [Episode, Episode]
+def without_a_gripper_row(data):
+    """The first record, with a row less of one of its features."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example.FromString(data[12 : first_end(data) - 4])
+    del example.features.feature["steps/observation/gripper_position"].float_list.value[-1]
+    return frame_record(example.SerializeToString()) + data[first_end(data) :]
 
 
-@pytest.mark.parametrize("cut", [1, 3, 4, 5, 1000])
-def test_a_shard_that_was_cut_off_says_so_and_gives_what_is_whole(copy, cut):
-    path, data = only_shard(copy)
-    path.write_bytes(data[:-cut])
-    results = read(copy)
-    assert [type(result) for result in results[:2]] == [Episode, Episode]
-    assert any("cut off" in result.reason for result in results[2:])
-
-
-@pytest.mark.parametrize("content", [lambda data: data[: first_end(data)], lambda data: data[: first_end(data) + 20]])
-def test_each_listed_record_that_a_short_shard_lacks_is_one_loss(copy, content):
-    path, data = only_shard(copy)
-    path.write_bytes(content(data))
-    episode, *skipped = read(copy)
-    assert isinstance(episode, Episode) and [loss.key for loss in skipped] == [f"{path.name}#1", f"{path.name}#2"]
-    assert "dataset_info.json lists 3 records" in skipped[-1].reason
-
-
-@pytest.mark.parametrize("length", [MAX_RECORD_BYTES + 1, 1 << 62, 10_000_000])
-def test_a_monstrous_length_is_refused_before_anything_is_read(copy, length):
-    path, data = only_shard(copy)
-    end = first_end(data)
+def with_length(length):
+    """The first record, and a second one of this length."""
     header = struct.pack("<Q", length)
-    path.write_bytes(data[:end] + header + struct.pack("<I", mask_crc32c(header)) + data[end + 12 :])
-    episode, problem, *_ = read(copy)
-    assert isinstance(episode, Episode) and f"states a length of {length} bytes" in problem.reason
+    header += struct.pack("<I", mask_crc32c(header))
+    return lambda data: data[: first_end(data)] + header + data[first_end(data) + 12 :]
+
+
+CUT = {f"cut off by {cut}": (lambda data, cut=cut: data[:-cut], "EES", "cut off") for cut in (1, 3, 4, 5, 1000)}
+LENGTHS = (MAX_RECORD_BYTES + 1, 1 << 62, 10_000_000)
+DAMAGE = {
+    "a flipped bit": (lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], "SEE", "record 0 does not match"),
+    **CUT,
+    "one record only": (lambda data: data[: first_end(data)], "ESS", "dataset_info.json lists 3 records"),
+    "one record and a bit": (lambda data: data[: first_end(data) + 20], "ESS", "cut off"),
+    **{f"length {it}": (with_length(it), "ESS", f"states a length of {it} bytes") for it in LENGTHS},
+    "text": (lambda data: b"not a record file, really", "SSS", "no TFRecord file: damaged from its first byte"),
+    "a pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "SSS", "git lfs pull"),
+    "no protobuf": (
+        lambda data: frame_record(b"\xff" * 3) + data[first_end(data) :],
+        "SEE",
+        "does not fit features.json",
+    ),
+    "uneven": (without_a_gripper_row, "SEE", "different numbers of steps"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_costs_the_records_that_it_hits_and_each_listed_one_that_is_lost_is_one_loss(copy, kind):
+    damage, kinds, words = DAMAGE[kind]
+    (path,) = copy.glob("*.tfrecord-*")
+    path.write_bytes(damage(path.read_bytes()))
+    results = read(copy)
+    assert "".join(type(result).__name__[0] for result in results) == kinds
+    assert any(words in result.reason for result in results if isinstance(result, Skipped))
+    assert kind == "uneven" or all(it.key.startswith(f"{path.name}#") for it in results if isinstance(it, Skipped))
 
 
 def test_a_record_beyond_what_protobuf_takes_is_refused_even_where_the_file_is_as_long(copy):
-    path, data = only_shard(copy)
-    header = struct.pack("<Q", MAX_RECORD_BYTES + 1)
+    (path,) = copy.glob("*.tfrecord-*")
+    data = path.read_bytes()
     with path.open("wb") as file:
-        file.write(data[: first_end(data)] + header + struct.pack("<I", mask_crc32c(header)))
+        file.write(with_length(MAX_RECORD_BYTES + 1)(data))
         file.truncate(MAX_RECORD_BYTES + (1 << 20))  # sparse: takes no disk
     episode, problem, _ = read(copy)
     assert isinstance(episode, Episode) and f"no record is longer than {MAX_RECORD_BYTES}" in problem.reason
-
-
-def test_features_that_nobody_asked_for_are_not_decoded(tmp_path, monkeypatch, examples):
-    import zlib
-
-    import tensorflow_datasets as tfds
-
-    features = droid_features((48, 64), extras=False)
-    step = dict(features["steps"].feature)
-    step["action"] = tfds.features.Tensor(shape=(7,), dtype=np.float64, encoding="zlib")
-    metadata = features["episode_metadata"]
-    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": metadata})
-    folder = write_tfds(tmp_path / "1", features, [examples[:1]])
-
-    def refuse(*_):
-        raise AssertionError("a compressed feature was decoded")
-
-    monkeypatch.setattr(zlib, "decompress", refuse)
-    (episode,) = read(folder)
-    assert isinstance(episode, Episode)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"not a record file, really", "damaged from its first byte"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
-    ],
-)
-def test_what_is_no_tfrecord_file_at_all_loses_every_listed_record_and_says_what_it_is(copy, content, words):
-    path, _ = only_shard(copy)
-    path.write_bytes(content)
-    skipped = read(copy)
-    assert [loss.key for loss in skipped] == [f"{path.name}#{index}" for index in range(3)]
-    assert "no TFRecord file" in skipped[0].reason and words in skipped[0].reason
 
 
 def test_the_checksum_is_the_masked_crc32c_of_the_format():
@@ -345,95 +328,59 @@ def test_the_checksum_is_the_masked_crc32c_of_the_format():
     assert mask_crc32c(bytes(32)) == (((crc >> 15 | crc << 17) & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-@pytest.mark.skipif(not REAL_BRIDGE.exists(), reason="no real recordings in ../shared/data/other")
-def test_the_records_of_a_file_that_tensorflow_wrote_pass_their_checksums():
-    records = list(iter_records(next(REAL_BRIDGE.glob("*.tfrecord-*"))))
-    assert len(records) == 25 and not any(record.problem for record in records)
-
-
-def test_a_record_that_does_not_fit_the_features_is_skipped(copy):
-    path, data = only_shard(copy)
-    path.write_bytes(frame_record(b"\xff\xff\xff") + data[first_end(data) :])
-    first, *others = read(copy)
-    assert "does not fit features.json" in first.reason and len(others) == 2
-
-
 def test_two_episodes_of_one_name_are_not_mixed_up(tmp_path, examples):
     folder = write_tfds(tmp_path / "1", droid_features((48, 64), extras=False), [[examples[0], examples[0]]])
     episode, skipped = read(folder)
     assert isinstance(episode, Episode) and "the same name" in skipped.reason
 
 
-def test_features_of_different_lengths_are_not_brought_together(copy):
-    path, data = only_shard(copy)
-    end = first_end(data)
-    example = tf_example(data[12 : end - 4])
-    del example.features.feature["steps/observation/gripper_position"].float_list.value[-1]
-    path.write_bytes(frame_record(example.SerializeToString()) + data[end:])
-    first, *others = read(copy)
-    assert isinstance(first, Skipped) and "different numbers of steps" in first.reason and len(others) == 2
+def test_packed_numbers_are_read_unwanted_features_are_not_decoded_and_success_is_a_flag_or_text(
+    tmp_path, monkeypatch, examples
+):
+    import zlib
 
-
-def test_a_flag_of_success_counts_as_such_and_a_number_does_not(tmp_path, examples):
     import tensorflow_datasets as tfds
 
-    features = droid_features((48, 64), extras=False)
-    for kind, value in ((np.bool_, False), (np.int64, 1)):
-        metadata = {**features["episode_metadata"], "done": tfds.features.Scalar(kind)}
-        changed = tfds.features.FeaturesDict(
-            {"steps": features["steps"], "episode_metadata": tfds.features.FeaturesDict(metadata)}
-        )
-        example = {**examples[0], "episode_metadata": {**examples[0]["episode_metadata"], "done": value}}
-        folder = write_tfds(tmp_path / kind.__name__, changed, [[example]])
-        (result,) = read(folder, success="episode_metadata/done")
-        if kind is np.bool_:
-            assert not result.controls["success"].any()
-        else:
-            assert "success must be a text, or true or false" in result.reason
-
-
-def test_numbers_packed_into_bytes_are_read_like_others(tmp_path, examples):
-    import tensorflow_datasets as tfds
-
+    kinds = tfds.features
     features = droid_features((48, 64), extras=False)
     step = dict(features["steps"].feature)
-    packed = tfds.features.Tensor(shape=(6,), dtype=np.float64, encoding="bytes")
-    step["observation"] = tfds.features.FeaturesDict({**step["observation"], "cartesian_position": packed})
-    changed = tfds.features.FeaturesDict(
-        {"steps": tfds.features.Dataset(step), "episode_metadata": features["episode_metadata"]}
-    )
-    (episode,) = read(write_tfds(tmp_path / "packed", changed, [examples[:1]]))
+    step["action"] = kinds.Tensor(shape=(7,), dtype=np.float64, encoding="zlib")
+    packed = kinds.Tensor(shape=(6,), dtype=np.float64, encoding="bytes")
+    step["observation"] = kinds.FeaturesDict({**step["observation"], "cartesian_position": packed})
+    metadata = {**features["episode_metadata"], "done": kinds.Scalar(np.bool_), "score": kinds.Scalar(np.int64)}
+    changed = kinds.FeaturesDict({"steps": kinds.Dataset(step), "episode_metadata": kinds.FeaturesDict(metadata)})
+    example = {**examples[0], "episode_metadata": {**examples[0]["episode_metadata"], "done": False, "score": 1}}
+    folder = write_tfds(tmp_path / "packed", changed, [[example]])
+    monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("a compressed feature was decoded"))
+    (episode,) = read(folder, success="episode_metadata/done")
     expected = [row["observation"]["cartesian_position"][0] for row in examples[0]["steps"]]
     np.testing.assert_array_equal(episode.controls["x_m"], expected)  # float64, for once
+    assert not episode.controls["success"].any()
+    (skipped,) = read(folder, success="episode_metadata/score")
+    assert "success must be a text, or true or false" in skipped.reason
 
 
-def test_a_features_file_cannot_have_a_module_imported(copy, tmp_path, monkeypatch):
+def test_a_features_file_cannot_have_a_module_imported_or_fill_the_memory(copy, tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text("import pathlib; pathlib.Path('ran').touch()")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    original = json.loads((copy / "features.json").read_text())
+    path = copy / "features.json"
+    original = path.read_text()
     for key in ("pythonClassName", "python_class_name", "type"):
-        tree = json.loads(json.dumps(original))
+        tree = json.loads(original)
         inner = tree["featuresDict"]["features"]["episode_metadata"]["featuresDict"]["features"]["file_path"]
         inner.pop("pythonClassName")
         inner[key] = "evil_module.Text"
-        (copy / "features.json").write_text(json.dumps(tree))
+        path.write_text(json.dumps(tree))
         with pytest.raises(ValueError, match=r"names the class 'evil_module\.Text'"):
             read(copy)
     assert not (tmp_path / "ran").exists() and "evil_module" not in sys.modules
-
-
-def test_a_compressed_array_is_refused(copy):
-    tree = (copy / "features.json").read_text()
-    assert '"encoding": "none"' in tree
-    (copy / "features.json").write_text(tree.replace('"encoding": "none"', '"encoding": "zlib"'))
+    path.write_text(original.replace('"encoding": "none"', '"encoding": "zlib"'))
     with pytest.raises(ValueError, match="is stored compressed"):
         read(copy)
-
-
-@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
-def test_broken_json_is_refused_with_its_name(copy, name):
-    for content in ("{", "[" * 200_000):
-        (copy / name).write_text(content)
-        with pytest.raises(ValueError, match=name):
-            read(copy)
+    for broken in (path, copy / "dataset_info.json"):
+        for content in ("{", "[" * 200_000):
+            broken.write_text(content)
+            with pytest.raises(ValueError, match=broken.name):
+                read(copy)
+        path.write_text(original)

@@ -36,16 +36,13 @@ def read_one(folder):
 
 
 def test_a_pair_gives_its_columns_and_a_row_for_each_frame(tmp_path):
-    episode = read_one(write_pair(tmp_path / "table", instruction="push the block"))
-    assert episode.key == "table/push"
+    episode = read_one(write_pair(tmp_path / "table", instruction="push the block", success=True))
+    assert episode.key == "table/push" and not episode.notes
     assert np.array_equal(episode.frame_ticks, np.arange(12))
     assert np.array_equal(np.stack([episode.controls["action_0"], episode.controls["action_1"]], axis=1), ACTIONS)
     assert np.array_equal(np.stack([episode.controls["state_0"], episode.controls["state_1"]], axis=1), STATES)
-    assert not episode.notes
-
-
-def test_summed_actions_of_a_step_are_those_of_all_its_rows(tmp_path):
-    episode = read_one(write_pair(tmp_path / "table"))
+    assert episode.controls["success"].dtype == bool and episode.controls["success"].all()
+    assert "success" not in read_one(write_pair(tmp_path / "other")).controls
     actions, states = get_action_space("vector_sum2x2").aggregate(episode.controls, episode.frame_ticks[::4])
     assert actions.tolist() == [[0.25 * (0 + 1 + 2 + 3), -4.0], [0.25 * (4 + 5 + 6 + 7), -4.0]]
     assert states.tolist() == [STATES[0], STATES[4], STATES[8]]
@@ -59,22 +56,13 @@ def test_the_last_state_needs_no_action(tmp_path, space):
     assert np.isfinite(actions).all()
 
 
-def test_rows_faster_than_the_video_are_placed_by_time(tmp_path):
+def test_rows_are_placed_by_their_rate_or_by_times_in_its_place(tmp_path):
     episode = read_one(write_pair(tmp_path / "table", fps=20, actions=ACTIONS + ACTIONS, states=STATES + STATES))
     assert episode.frame_ticks.tolist() == list(range(0, 24, 2))
-
-
-def test_times_take_the_place_of_fps(tmp_path):
     times = [0.1 * row + (0.03 if row == 5 else 0.0) for row in range(12)]
-    with_both = read_one(write_pair(tmp_path / "table", times=times))
-    alone = read_one(write_pair(tmp_path / "other", times=times, fps=None))
-    assert with_both.frame_ticks.tolist() == alone.frame_ticks.tolist() == list(range(12))
-
-
-def test_success_is_a_column_where_the_json_tells_it(tmp_path):
-    episode = read_one(write_pair(tmp_path / "table", success=True))
-    assert episode.controls["success"].dtype == bool and episode.controls["success"].all()
-    assert "success" not in read_one(write_pair(tmp_path / "other")).controls
+    for folder, fps in (("both", 10), ("alone", None)):
+        episode = read_one(write_pair(tmp_path / folder, times=times, fps=fps))
+        assert episode.frame_ticks.tolist() == list(range(12)) and episode.frame_times_s.tolist() == times
 
 
 @pytest.mark.parametrize(
@@ -103,22 +91,17 @@ def test_what_is_wrong_in_the_json_is_the_reason_of_the_skip(tmp_path, fields, w
     assert words in item.reason
 
 
-def test_a_file_without_its_partner_is_skipped_by_name(tmp_path):
+def test_a_file_without_its_partner_is_skipped_by_name_and_either_file_names_the_pair(tmp_path):
     write_pair(tmp_path / "table", "a")
     write_pair(tmp_path / "table", "b", video=False)
     (tmp_path / "table" / "c.mp4").write_bytes(cached_video(12, 0))
     items = read_all(tmp_path)
     assert [type(item) for item in items] == [Episode, Skipped, Skipped]
-    assert "no b.mp4" in items[1].reason
-    assert "no c.json" in items[2].reason
-
-
-def test_either_file_names_the_pair(tmp_path):
-    write_pair(tmp_path / "table")
+    assert "no b.mp4" in items[1].reason and "no c.json" in items[2].reason
     source = build_source("mp4_json", {})
-    by_video, by_json = (source.list_units([f"table/push.{suffix}"], tmp_path) for suffix in ("mp4", "json"))
+    by_video, by_json = (source.list_units([f"table/a.{suffix}"], tmp_path) for suffix in ("mp4", "json"))
     assert by_video == by_json
-    assert [path.name for path in by_video[0].files] == ["push.json", "push.mp4"]
+    assert [path.name for path in by_video[0].files] == ["a.json", "a.mp4"]
 
 
 def test_two_pairs_of_one_key_are_refused(tmp_path):

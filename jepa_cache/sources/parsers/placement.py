@@ -65,17 +65,12 @@ def place_frames(
             ("each frame has a time of its own in the rows",),
             times_s - times_s[0],
         )
-    interval_s, late_s = measure_intervals(times_s, fps)
     length_s = num_frames / fps if frame_times_s is None else float(frame_times_s[-1]) + 1 / fps
-    if abs(times_s[0]) > late_s * 1.001:
+    _check_start(times_s, fps, length_s)
+    rows_s = float(times_s[-1]) + measure_intervals(times_s, fps)[0]
+    if max(rows_s, length_s) > MAX_LENGTH_RATIO * min(rows_s, length_s):
         raise RecordingError(
-            f"the rows begin at {times_s[0]:g} s and the video, which lasts {length_s:g} s, at 0 s: times must be "
-            f"seconds since its first frame (within {late_s:g} s)"
-        )
-    lengths_s = (float(times_s[-1]) + interval_s, length_s)
-    if max(lengths_s) > MAX_LENGTH_RATIO * min(lengths_s):
-        raise RecordingError(
-            f"{len(times_s)} rows last {lengths_s[0]:g} s and {num_frames} frames at {fps:g} Hz last {lengths_s[1]:g} s: one of "
+            f"{len(times_s)} rows last {rows_s:g} s and {num_frames} frames at {fps:g} Hz last {length_s:g} s: one of "
             "the two rates must be wrong"
         )
     frame_ticks, other_notes, frame_times_s = place_by_time(times_s, num_frames, fps, frame_times_s)
@@ -91,16 +86,19 @@ def measure_intervals(times_s: np.ndarray, fps: float) -> tuple[float, float]:
     return interval_s, max(interval_s, 1.0 / fps)
 
 
+def _check_start(times_s: np.ndarray, fps: float, length_s: float) -> None:
+    _, late_s = measure_intervals(times_s, fps)
+    if abs(times_s[0]) > late_s * 1.001:
+        raise RecordingError(
+            f"the rows begin at {times_s[0]:g} s and the video, which lasts {length_s:g} s, at 0 s: times must be seconds since "
+            f"its first frame (within {late_s:g} s), else frames and rows cannot be brought together"
+        )
+
+
 def place_by_time(
     times_s: np.ndarray, num_frames: int, fps: float, frame_times_s: np.ndarray | None = None
 ) -> Placement:
-    """Place each frame on the row that is nearest in time; whether the times are usable is not asked.
-
-    Args:
-        times_s: [M] non-decreasing times of the rows, seconds since the first frame, M > 0.
-        num_frames: Frames of the recording.
-        fps: Hz.
-        frame_times_s: [num_frames] when each frame is shown; None for t / fps.
+    """Place each frame on the row that is nearest in time; arguments as of `place_frames`, with usable times.
 
     Returns:
         Ticks without the frames that come after the last row by more than half an interval; notes on later rows and gaps.
@@ -187,26 +185,15 @@ def _align_counts(num_frames: int, num_ticks: int) -> Placement:
 def align_times(info: VideoInfo, times_s: np.ndarray) -> Placement:
     """Place each frame on the row that is nearest in time, the earlier one of two equally near.
 
-    Nearest, not last: times are rounded (0.067 for 2/30 s), and a row that comes just after its frame would lose it to the row
-    before. The error is at most half a row's interval either way, whichever of frames and rows is the faster.
-
     Args:
         info: The video.
         times_s: [M] non-decreasing times of the rows, seconds since the start of the video.
-
-    Returns:
-        The placement, without the frames that come after the last row by more than half an interval.
 
     Raises:
         RecordingError: The first row comes later than one interval (or frame) after the first frame, or no row falls into
             the video: the times do not count from the video's start.
     """
-    _, late_s = measure_intervals(times_s, info.typical_fps)
-    if abs(times_s[0]) > late_s * 1.001:
-        raise RecordingError(
-            f"the timestamps begin at {times_s[0]:g} s and the video, which lasts {info.num_frames / info.fps:g} s, at 0 s: they "
-            f"must be seconds since its start (within {late_s:g} s), else frames and controls cannot be brought together"
-        )
+    _check_start(times_s, info.typical_fps, info.num_frames / info.fps)
     placement = place_by_time(times_s, info.num_frames, info.typical_fps, info.frame_times_s)
     if (num_late := info.num_frames - len(placement.frame_ticks)) > 0:
         late = f"{info.num_frames} frames, rows until {times_s[-1]:g} s: the last {num_late} frames are not used"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
-import glob
 import json
 import re
 import struct
@@ -13,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_cache.config.parsing import nearest
 from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
-from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in, walk
+from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in
 
 HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
 FOOTER_BYTES = 4  # checksum of the record
@@ -24,7 +23,7 @@ SHARD_NAME = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<index>\
 
 
 class Record(NamedTuple):
-    """One record: its place in the file, and its bytes or why it cannot be used."""
+    """One record: its number in the file, and its bytes or why it cannot be used."""
 
     index: int
     data: bytes
@@ -34,7 +33,6 @@ class Record(NamedTuple):
 class ShardName(NamedTuple):
     """What the name of a tfrecord shard says."""
 
-    dataset: str
     split: str
     index: int
     count: int
@@ -43,7 +41,7 @@ class ShardName(NamedTuple):
 def parse_shard_name(name: str) -> ShardName | None:
     """Read `<dataset>-<split>.tfrecord-<index>-of-<count>`; None for other names."""
     match = SHARD_NAME.fullmatch(name)
-    return ShardName(match["dataset"], match["split"], int(match["index"]), int(match["count"])) if match else None
+    return ShardName(match["split"], int(match["index"]), int(match["count"])) if match else None
 
 
 def iter_records(path: Path | BucketFile) -> Iterator[Record]:
@@ -66,13 +64,12 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
             header = file.read(HEADER_BYTES)
             fault = _find_fault(header, size_bytes - offset)
             if fault is not None:
+                what = f"after record {index - 1} the file is damaged (byte {offset} of {size_bytes}): {fault}. What follows is lost"
                 if index == 0:
                     file.seek(0)
                     what = describe_stand_in(file.read(HEAD_BYTES)) or f"damaged from its first byte on? ({fault})"
-                    yield Record(0, b"", f"the file is no TFRecord file: {what}")
-                    return
-                rest = f"after record {index - 1} the file is damaged (byte {offset} of {size_bytes}): {fault}"
-                yield Record(index, b"", f"{rest}. What follows is lost; fetch the file again")
+                    what = f"the file is no TFRecord file: {what}"
+                yield Record(index, b"", what)
                 return
             (length,) = struct.unpack_from("<Q", header)
             data = file.read(length)
@@ -94,16 +91,14 @@ def mask_crc32c(data: bytes) -> int:
 
 def _find_fault(header: bytes, rest_bytes: int) -> str | None:
     if len(header) < HEADER_BYTES:
-        return f"it ends within the length of a record ({len(header)} bytes are left)"
+        return f"it is cut off within the length of a record ({len(header)} bytes are left)"
     length, stated = struct.unpack("<QI", header)
     if mask_crc32c(header[:8]) != stated:
         return "the length of a record does not match its checksum"
     if length > MAX_RECORD_BYTES:
         return f"a record states a length of {length} bytes; no record is longer than {MAX_RECORD_BYTES}"
     if HEADER_BYTES + length + FOOTER_BYTES > rest_bytes:
-        return (
-            f"a record states a length of {length} bytes, but only {rest_bytes - HEADER_BYTES} are left: it was cut off"
-        )
+        return f"a record states a length of {length} bytes, but {rest_bytes - HEADER_BYTES} are left: it was cut off"
     return None
 
 
@@ -114,12 +109,17 @@ STEPS = "steps/"
 """How the paths of features begin that a record holds for each step."""
 
 FEATURE_MODULE = "tensorflow_datasets.core.features."
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+"""What names a feature's class, the last one in older TFDS versions; a feature that is called "type" holds a dict."""
 
 
 class Features:
     """The features of one TFDS directory, of which some are parsed and all others are left as they are.
 
     Owns no open file. Pictures are never decoded: they come as their encoded bytes.
+
+    Attributes:
+        names: All features by their paths.
     """
 
     def __init__(self, path: Path | BucketFile, wanted: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> None:
@@ -136,7 +136,11 @@ class Features:
         from tensorflow_datasets.core.example_parser import ExampleParserNp
 
         content, info = _read_json(path), _read_json(path.with_name(INFO_FILE))
-        check_feature_classes(path, content)
+        if (foreign := _find_foreign_class(content)) is not None:
+            raise ValueError(
+                f"{path} names the class {foreign!r}; only TFDS's own ({FEATURE_MODULE}*) are loaded, because loading a class "
+                "runs its module"
+            )
         try:
             features = _build_features(json.dumps(content, sort_keys=True))
             self._shard_lengths = {
@@ -147,27 +151,25 @@ class Features:
                 raise ValueError("it holds no `steps`, hence no episodes")
         except Exception as error:  # tensorflow-datasets lets protobuf, type and key errors through.
             raise ValueError(f"{path} does not describe a TFDS directory of episodes: {error}") from error
-        self._places = dict(_list_features(features))
-        specs = dict(_flatten(features.get_serialized_info()))
-        wanted = (*wanted, *(name for name in optional if name in self._places))
-        if missing := [name for name in dict.fromkeys(wanted) if name not in self._places]:
-            near = {name: difflib.get_close_matches(name, list(self._places), n=1) for name in missing}
-            hints = ", ".join(
-                f"{name!r}" + (f" (did you mean {near[name][0]!r}?)" if near[name] else "") for name in missing
-            )
+        self._features = dict(_list_features(features))
+        self.names = tuple(self._features)
+        if missing := [name for name in wanted if name not in self.names]:
             raise ValueError(
-                f"{path} has no feature {hints}. Name its features in source_options of the data set preset, null or [] where it "
-                f"has none; it has {', '.join(sorted(self._places))}"
+                f"{path} has no feature {', '.join(map(repr, missing))}{nearest(missing[0], self.names)}. Name its features in "
+                "source_options of the data set preset, null or [] where it has none"
             )
+        wanted = (*wanted, *(name for name in optional if name in self.names))
+        specs = dict(_flatten(features.get_serialized_info()))
         for name in wanted:
-            self._check(path, name, specs)
+            if (encoding := _encoding(self._features[name])) not in ("none", "bytes"):
+                raise ValueError(
+                    f"{path}: the feature {name!r} is stored compressed ({encoding}), which is not read: a small file could "
+                    "fill the memory"
+                )
+            if name not in specs:
+                raise ValueError(f"{path}: the feature {name!r} changes its shape from step to step, which is not read")
         # Only what is wanted: other features may be compressed, and parsing all of them takes most of the time.
         self._parser = ExampleParserNp({name: specs[name] for name in wanted})
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All features by their paths."""
-        return tuple(self._places)
 
     def count_records(self, split: str, index: int) -> int | None:
         """Records of a shard as dataset_info.json states them; None where it does not."""
@@ -189,41 +191,17 @@ class Features:
         try:
             example = dict(self._parser.parse_example(data))
             for name, value in example.items():
-                if _is_packed(self._places[name]):
-                    feature = self._places[name]
+                feature = self._features[name]
+                if _encoding(feature) == "bytes":  # The numbers of an array are one string of bytes.
                     decode = feature.decode_batch_example_np if name.startswith(STEPS) else feature.decode_example_np
                     example[name] = decode(value)
             return example
         except Exception as error:  # protobuf's DecodeError, KeyError, shape errors: the record decides which.
             raise ValueError(f"the record does not fit features.json: {type(error).__name__}: {error}") from error
 
-    def _check(self, path: Path | BucketFile, name: str, specs: Mapping[str, Any]) -> None:
-        encoding = getattr(self._places[name], "_encoding", None)
-        if str(getattr(encoding, "value", "none")) not in ("none", "bytes"):
-            raise ValueError(
-                f"{path}: the feature {name!r} is stored compressed ({encoding}), which is not read: a small file could "
-                "fill the memory"
-            )
-        if name not in specs:
-            raise ValueError(f"{path}: the feature {name!r} changes its shape from step to step, which is not read")
 
-
-def check_feature_classes(path: Path | BucketFile, content: Any) -> None:
-    """Refuse features that are of classes other than TFDS's own, before tensorflow-datasets imports them.
-
-    Args:
-        path: The features.json, for the message.
-        content: What it holds.
-
-    Raises:
-        ValueError: It names a foreign class.
-    """
-    foreign = _find_foreign_class(content)
-    if foreign is not None:
-        raise ValueError(
-            f"{path} names the class {foreign!r}; only TFDS's own ({FEATURE_MODULE}*) are loaded, because loading a class "
-            "runs its module"
-        )
+def _encoding(feature: Any) -> str:
+    return str(getattr(getattr(feature, "_encoding", None), "value", "none"))
 
 
 # tensorflow-datasets keeps every set of features that ever parsed a record (25 kB); DROID's 2048 shards share one.
@@ -239,9 +217,9 @@ def _read_json(path: Path | BucketFile) -> Any:
         raise ValueError(f"there is no {path}; name the folder of a TFDS directory, which holds it")
     with path.open("rb") as file:
         content = file.read(MAX_INFO_BYTES + 1)
-    if len(content) > MAX_INFO_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_INFO_BYTES} bytes")
     try:
+        if len(content) > MAX_INFO_BYTES:
+            raise ValueError(f"it is larger than {MAX_INFO_BYTES} bytes")
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON that can be read: {error}") from error
@@ -252,11 +230,9 @@ def _find_foreign_class(value: Any) -> str | None:
     while todo:
         item = todo.pop()
         if isinstance(item, dict):
-            for key, inner in item.items():
-                # The last is the form of older TFDS versions; a feature that is called "type" holds a dict.
-                named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)
-                if named and not inner.startswith(FEATURE_MODULE):
-                    return inner
+            for key in CLASS_KEYS:
+                if isinstance(name := item.get(key), str) and not name.startswith(FEATURE_MODULE):
+                    return name
             todo += item.values()
         elif isinstance(item, list):
             todo += item
@@ -283,30 +259,8 @@ def _flatten(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, inner
 
 
-def _is_packed(feature: Any) -> bool:
-    """Whether the numbers of an array are stored as one string of bytes."""
-    return str(getattr(getattr(feature, "_encoding", None), "value", "none")) == "bytes"
-
-
-def list_local(given: str, base: Path) -> list[Path]:
-    """The tfrecord shards that a folder, file, glob or brace range names, with every features.json beside one."""
-    from braceexpand import braceexpand
-
-    literal = base / Path(given).expanduser()
-    found: list[Path] = []
-    for name in [given] if literal.exists() else braceexpand(given):
-        path = base / Path(name).expanduser()
-        for match in [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]:  # noqa: PTH207
-            if match.is_dir():
-                found += [folder / name for folder, _, names in walk(match) for name in names if ".tfrecord-" in name]
-            else:
-                found.append(match)
-    beside = {path.parent / FEATURES_FILE for path in found}
-    return [*found, *(path for path in beside if path.is_file())]
-
-
 def list_bucket(given: str) -> list[BucketFile]:
-    """The files of a folder in a bucket, or those that its last part names as a glob or brace range, with features.json."""
+    """The files of a folder in a bucket, or those that its last part names as a glob or brace range."""
     from braceexpand import braceexpand
 
     if not given.startswith(BUCKET_SCHEME):
@@ -314,19 +268,13 @@ def list_bucket(given: str) -> list[BucketFile]:
             f"{given!r}: of addresses only {BUCKET_SCHEME}bucket/folder is read; copy the directory and give DIR"
         )
     folder, _, last = given.rpartition("/")
-    named = not parse_shard_name(last) and not any(sign in last for sign in "*?[{")
+    some = parse_shard_name(last) is not None or any(sign in last for sign in "*?[{")
     try:
-        files = list_files(given if named else folder)
+        files = list_files(folder if some else given)
     except ValueError as error:
         raise ValueError(
             f"{given} cannot be listed: {error}. Is the network reachable, and is it the folder that holds {FEATURES_FILE}? "
             f"Or copy it with `gsutil -m cp -r {given} DIR` and give DIR"
         ) from error
-    if named:
-        return files
-    patterns = list(braceexpand(last))
-    return [
-        file
-        for file in files
-        if file.name == FEATURES_FILE or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)
-    ]
+    patterns = list(braceexpand(last)) if some else ["*"]
+    return [file for file in files if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)]
