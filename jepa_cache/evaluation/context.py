@@ -21,13 +21,8 @@ from jepa_cache.data.windows import Window, WindowIndex, spread_windows
 from jepa_cache.predictor.checkpoints import load_predictor, read_card
 from jepa_cache.predictor.rollout import LatentModel
 
-OF_THE_MACHINE = (
-    "device",
-    "keep_ranges",  # known by its content, which the segments show
-    "log_every",
-    "num_threads",
-    "validate_every",
-)  # move no weight, so weights may differ in them
+# They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
+OF_THE_MACHINE = ("device", "keep_ranges", "log_every", "num_threads", "validate_every")
 
 
 @dataclass(frozen=True)
@@ -63,13 +58,7 @@ class EvaluationContext:
     def iter_windows(
         self, chosen: ChosenWindows, title: str, *, batch_size: int | None = None, device: torch.device | None = None
     ) -> Iterator[tuple[slice, Batch, Tensor]]:
-        """Read windows batch by batch, with a progress bar.
-
-        Args:
-            chosen: From `choose_windows`.
-            title: What the bar says.
-            batch_size: Windows at a time; `evaluate.batch_size` by default.
-            device: Where to compute; the predictor's by default.
+        """Read windows batch by batch, with a progress bar, onto the predictor's or another device.
 
         Yields:
             The rows of the batch among the chosen windows; the batch, on the device; and its tokens h [B, T, N, D] as the model
@@ -158,15 +147,7 @@ def choose_windows(
 
 
 def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
-    """The cached features and the weights that a stage which measures a training begins with.
-
-    Args:
-        config: The present settings.
-        root: Of the checkout, below which earlier stages left their outputs.
-
-    Raises:
-        ValueError: As `open_dataset` and `check_settings`.
-    """
+    """The cached features and the weights that earlier stages left below a checkout's root; refuses those of other settings."""
     weights = root / "outputs/train/run/predictor.safetensors"
     dataset = open_dataset(config, root)
     check_settings(config, weights)

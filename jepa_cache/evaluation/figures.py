@@ -122,11 +122,7 @@ def step_table(
 ) -> list[dict[str, float | None]]:
     """One row per step with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`.
 
-    Args:
-        figures: The long table.
-        mode: `OPEN_LOOP`, or `TEACHER_FORCING`, whose step is the number of true steps seen before the predicted one.
-        measure: Of `metrics.MEASURES`.
-        first_column: Name of the step's number, from 1.
+    The step of teacher forcing is the number of true steps seen before the predicted one.
     """
     rows: dict[int, dict[str, float | None]] = {}
     for figure in figures:

@@ -129,17 +129,7 @@ def _draw_signs(num_episodes: int, seed: int) -> np.ndarray:
 def build_section(
     name: str, values: Mapping[str, np.ndarray], episodes: Sequence[str], settings: EvaluateConfig
 ) -> dict[str, dict[str, Any]]:
-    """Means over episodes under `name`, and their 95 % intervals under `<name>_ci`.
-
-    Args:
-        name: Of the section in metrics.json.
-        values: Figure name to [windows].
-        episodes: Key of each window's episode.
-        settings: Resamples and seed.
-
-    Raises:
-        ValueError: When there are fewer than two episodes.
-    """
+    """Sections of metrics.json: means over episodes of figures of windows, and under `<name>_ci` their 95 % intervals."""
     resampling = {"num_resamples": settings.num_bootstrap, "seed": settings.seed}
     estimates = {
         figure: bootstrap_mean(episode_means(of_windows, episodes), **resampling)
@@ -157,13 +147,7 @@ MEASUREMENTS_FOLDER = "measurements"
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path, *, columns: Sequence[str] = ()) -> None:
-    """Write rows that share their keys as CSV with one header line, atomically; None is an empty cell. The folder is made.
-
-    Args:
-        rows: With the same keys.
-        path: Of the file.
-        columns: Where there may be no row; else those of the first.
-    """
+    """Write rows that share their keys (`columns`, where there may be no row) as CSV, atomically; None is an empty cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns or rows[0]))

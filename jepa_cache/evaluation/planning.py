@@ -53,22 +53,17 @@ KINDS = {
 class Score:
     """All plans of an evaluation, one per start and horizon.
 
-    Attributes:
-        rows: Of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
-            `<distance>_<kind>` between the end of each kind of plan and of the recorded actions (of random plans the mean), and
-            `<distance>_moved` of the recorded ones from the start; `planned_<number>` and `recorded_<number>`, sums over the steps;
-            `energy_plan` and `energy_recorded`.
-        energies: [plans, rounds] lowest of each round.
-        seconds: [plans] that each search took.
-        distances: Names, the chief one first.
-        searched: Names of the numbers of an action that are searched.
+    Rows are those of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
+    `<distance>_<kind>` between the end of each kind of plan and of the recorded actions (of random plans the mean), and
+    `<distance>_moved` of the recorded ones from the start; `planned_<number>` and `recorded_<number>`, sums over the steps;
+    `energy_plan` and `energy_recorded`.
     """
 
     rows: list[dict[str, Any]]
-    energies: np.ndarray
-    seconds: np.ndarray
-    distances: tuple[str, ...]
-    searched: tuple[str, ...]
+    energies: np.ndarray  # [plans, rounds] lowest of each round
+    seconds: np.ndarray  # [plans] that each search took
+    distances: tuple[str, ...]  # names, the chief one first
+    searched: tuple[str, ...]  # names of the numbers of an action that are searched
 
     @property
     def horizons(self) -> np.ndarray:
@@ -283,14 +278,7 @@ def describe_plans(metrics: Mapping[str, Any]) -> str:
 
 
 def draw_plans(score: Score, metrics: Mapping[str, Any], path: Path, *, note: str) -> None:
-    """Draw distances by horizon with 95 % intervals, planned against recorded movement, and energy against round.
-
-    Args:
-        score: All plans.
-        metrics: From `summarize_plans`.
-        path: PNG.
-        note: What the features are.
-    """
+    """Draw distances by horizon with 95 % intervals, planned against recorded movement, and energy against round."""
     figure = new_figure(13.5, 4.4)
     distance, moves, search = figure.subplots(1, 3)
     name, horizons = score.distances[0], np.unique(score.horizons)

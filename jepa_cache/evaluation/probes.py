@@ -175,9 +175,7 @@ class Head(NamedTuple):
     """A fitted head of one target."""
 
     predict: Callable[[np.ndarray], np.ndarray]  # [n, P] rows to [n, k] numbers or [n] labels
-    baseline: (
-        np.ndarray | str
-    )  # what is said without looking: the mean [k], or the most frequent label, of the training rows
+    baseline: np.ndarray | str  # said without looking: the mean [k], or the most frequent label, of the training rows
     choice: float  # the penalty, or strength of a label's regression, that did best on left-out episodes
 
 
@@ -197,12 +195,9 @@ class Score(NamedTuple):
 
 
 def fit_heads(features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> tuple[Heads, dict[str, str]]:
-    """Fit the heads of one probe on training rows, and say which targets cannot be fitted and why.
+    """Fit the heads of one probe on training rows [n, P], and say which targets cannot be fitted and why.
 
-    Args:
-        features: [n, P] of the training rows.
-        targets: Of the same rows.
-        episodes: [n] keys; an episode is never on both sides of a fold.
+    An episode is never on both sides of a fold.
 
     Raises:
         ValueError: There are fewer than two episodes.
@@ -241,17 +236,13 @@ def fit_regressions(metric: str, features: np.ndarray, targets: Targets, episode
     joined = np.concatenate([values.astype(np.float64) for values in targets.values()], axis=1)
     means = joined.mean(axis=0)
     joined -= means
-    errors = [
-        (
-            (cross_val_predict(build(penalty), rows, joined, groups=episodes, cv=folds).reshape(joined.shape) - joined)
-            ** 2
-        ).sum(axis=0)
-        for penalty in penalties
-    ]
+    errors = np.empty((len(penalties), joined.shape[1]))  # on left-out episodes
+    for number, penalty in enumerate(penalties):
+        told = cross_val_predict(build(penalty), rows, joined, groups=episodes, cv=folds).reshape(joined.shape)
+        errors[number] = ((told - joined) ** 2).sum(axis=0)
     sizes = [values.shape[1] for values in targets.values()]
     owners = np.repeat(np.arange(len(targets)), sizes)
-    best = [int(np.array(errors)[:, owners == number].sum(axis=1).argmin()) for number in range(len(targets))]
-    chosen = [penalties[place] for place in best]
+    chosen = [penalties[errors[:, owners == number].sum(axis=1).argmin()] for number in range(len(targets))]
     fitted = build(np.repeat(chosen, sizes)).fit(rows, joined)
 
     def predict(features: np.ndarray) -> np.ndarray:

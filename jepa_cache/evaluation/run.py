@@ -103,12 +103,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
 
 
 def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[str, Any]:
-    """The content of settings.json: the training run, its settings, the tokens, and how they were measured.
-
-    Args:
-        evaluation: What is measured.
-        weights: Its predictor.safetensors, whose model card says how it was trained.
-    """
+    """The content of settings.json: the training run, its settings (from the weights' model card), the tokens, and how they were measured."""
     card, manifest, config = read_card(weights), evaluation.dataset.manifest, evaluation.config
     description = card["description"]
     return {

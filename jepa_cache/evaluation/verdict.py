@@ -68,14 +68,7 @@ def judge(gain: Gain, num_episodes: int) -> str:
 
 
 def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
-    """The answer with its reason.
-
-    Args:
-        gain: To be judged.
-        num_episodes: Held-out ones.
-        better: What is better if the gain is above 0, such as "true actions".
-        other: What it is compared with.
-    """
+    """The answer with its reason; `better` is better than `other` if the gain is above 0."""
     answer = judge(gain, num_episodes)
     size = _sized(gain.percent, " lower", gain.low, gain.high)
     if round(gain.percent, 1) < 0:

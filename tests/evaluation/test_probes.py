@@ -31,7 +31,6 @@ from jepa_cache.evaluation.probes import (
     fit_label,
     fit_regressions,
     measure_probes,
-    read_sample,
     run_probes,
     score_heads,
 )
@@ -273,18 +272,6 @@ def test_only_the_probes_that_are_named_are_measured_and_an_unknown_name_is_refu
     assert {score.probe for score in scores} == {INVERSE_DYNAMICS}
     with pytest.raises(ConfigError, match=r"evaluate\.probes.*inverse_dynamics"):
         make_config("evaluate.probes=[inverse_dynamic]")
-
-
-def test_the_predictor_sees_layer_normed_tokens_and_so_do_the_probes(cache, monkeypatch):
-    seen = []
-    monkeypatch.setattr(StepFeatures, "__call__", lambda self, reps: seen.append(reps) or self._rows(reps))
-    monkeypatch.setattr(
-        StepFeatures, "_rows", lambda self, reps: np.zeros((*reps.shape[:2], self.width), np.float32), raising=False
-    )
-    sample = read_sample(evaluation(cache), evaluation(cache).training_segments(), num_steps=2)
-    reps = torch.cat(seen)
-    assert reps.mean(dim=-1).abs().max() < 1e-3 and (reps.std(dim=-1, correction=0) - 1).abs().max() < 1e-2
-    assert len(sample.features) == len(reps) == len(sample.actions) == len(sample.episodes)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------------

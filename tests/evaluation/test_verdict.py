@@ -91,18 +91,13 @@ def test_what_was_not_measured_is_unclear():
     assert "raise evaluate.windows_per_episode" in verdict["timing"]["words"]
 
 
-def test_few_episodes_get_no_yes_and_are_said():
-    verdict = describe_verdict(make_metrics(5))
-    assert "yes" not in answers(make_metrics(5)).values()
-    assert "only 5 held-out episodes" in verdict["limits"]["words"]
-
-
-def test_an_untrained_encoder_is_said_beside_every_answer():
-    verdict = describe_verdict(make_metrics(encoder_trained=False))
-    assert all("untrained" in answer["words"] for name, answer in verdict.items() if name != "limits")
-    assert "nothing about the world" in verdict["limits"]["words"]
-
-
-def test_clip_mode_is_said_not_to_be_comparable():
-    verdict = describe_verdict(make_metrics(comparable=False))
-    assert verdict["limits"]["answer"] == "some" and "not comparable" in verdict["limits"]["words"]
+def test_few_episodes_an_untrained_encoder_and_clip_mode_are_said():
+    few, untrained, clip = (
+        describe_verdict(make_metrics(**changes))
+        for changes in ({"num_episodes": 5}, {"encoder_trained": False}, {"comparable": False})
+    )
+    assert "yes" not in {verdict["answer"] for verdict in few.values()}
+    assert "only 5 held-out episodes" in few["limits"]["words"]
+    assert all("untrained" in answer["words"] for name, answer in untrained.items() if name != "limits")
+    assert "nothing about the world" in untrained["limits"]["words"]
+    assert clip["limits"]["answer"] == "some" and "not comparable" in clip["limits"]["words"]
