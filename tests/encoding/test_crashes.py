@@ -1,8 +1,11 @@
 """Claims: wherever a run is killed, or the disk is full or read-only, the next run ends with what an undisturbed one gives.
 
-Bit for bit; nothing half-written is ever readable as whole, and no temporary file stays. Everything is on the disk before the rename that publishes it, and the rename is before anything that relies on it.
+Bit for bit; nothing half-written is ever readable as whole, and no temporary file stays. Everything is on the disk before
+the rename that publishes it, and the rename is before anything that relies on it.
 """
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -13,9 +16,10 @@ from jepa_cache.store.layout import check_store
 from jepa_cache.store.manifest import read_manifest
 from jepa_cache.store.root import LOCK_FILE, MARKER, CacheRoot
 from tests.encoded import all_files, make_tiny_tar, run_stage_one, tiniest_config
-from tests.faults import FaultyDisk, Killed
+from tests.faults import WRITES, FaultyDisk, Killed
 
 CONFIG = tiniest_config()
+SAID = {"full": "No space left on device", "readonly": "Read-only file system"}
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +40,6 @@ def undisturbed(folder, tmp_path_factory):
     return all_files(root), disk.changes, root
 
 
-def disturb(folder, base, point, how):
-    """Run into the fault, look at what it left, run again; returns what both left and the error."""
-    root = base / f"{how}-{point}"
-    with FaultyDisk(root, point, how) as disk, pytest.raises((Killed, OSError, ValueError)) as caught:
-        fill(folder, root)
-    assert disk.stopped
-    check_published(root)
-    temporaries = list(root.rglob(".jepa-cache-*"))
-    fill(folder, root)
-    files, left = all_files(root), list(root.rglob(".jepa-cache-*"))
-    shutil.rmtree(root)
-    return files, left, temporaries, caught.value
-
-
 def check_published(root):
     """Whatever carries its final name is whole, to the last byte."""
     for store in root.glob("*/*/[!.]*.zarr"):
@@ -57,48 +47,58 @@ def check_published(root):
     for path in root.glob("controls/*/[!.]*.parquet"):
         assert list(iter_controls(path))
     for path in root.glob("manifests/[!.]*.json"):
-        manifest = read_manifest(path)
-        for part, entry in manifest.stores:
+        for part, entry in read_manifest(path).stores:
             assert CacheRoot(root).tokens(part.fingerprint, entry.unit_digest).is_dir()
 
 
-def points(changes, *kinds):
-    return [number for number, change in enumerate(changes) if change.kind in kinds]
-
-
-def test_a_kill_at_every_write_and_rename_of_a_unit_is_made_good_by_the_next_run(folder, undisturbed, tmp_path):
+def disturb(folder, undisturbed, base, how, points):
+    """Run into the fault at each of some changes, look at what it left, and run again."""
     files, changes, _ = undisturbed
-    left_behind = 0
-    # A kill at an fsync leaves what one at the next change leaves; the long campaign has every change.
-    for point in points(changes, "write", "rename"):
-        after, left, temporaries, _ = disturb(folder, tmp_path, point, "kill")
-        assert after == files and left == [], changes[point]
-        left_behind += len(temporaries)
-    assert left_behind > 0
+    for point in points:
+        root = base / f"{how}-{point}"
+        with FaultyDisk(root, point, how) as disk, pytest.raises((Killed, OSError, ValueError)) as caught:
+            fill(folder, root)
+        assert disk.stopped
+        check_published(root)
+        if how in SAID:
+            assert SAID[how] in str(caught.value), changes[point]
+        if how == "full":
+            assert not list(root.rglob(".jepa-cache-*")), changes[point]
+        fill(folder, root)
+        assert all_files(root) == files and not list(root.rglob(".jepa-cache-*")), changes[point]
+        shutil.rmtree(root)
 
 
-def test_a_write_that_is_cut_in_half_is_made_good_by_the_next_run(folder, undisturbed, tmp_path):
-    files, changes, _ = undisturbed
-    for point in points(changes, "write")[::3]:
-        after, left, *_ = disturb(folder, tmp_path, point, "half")
-        assert after == files and left == [], changes[point]
+def is_publication(change):
+    return change.kind == "rename" and not any(".jepa-cache-" in part for part in change.target.parts)
 
 
-def test_a_full_disk_is_an_error_that_says_so_and_leaves_no_temporary_file(folder, undisturbed, tmp_path):
-    files, changes, _ = undisturbed
-    for point in points(changes, "create", "write", "mkdir")[::12]:
-        after, left, temporaries, error = disturb(folder, tmp_path, point, "full")
-        assert after == files and left == [], changes[point]
-        assert "No space left on device" in str(error), (changes[point], error)
-        assert temporaries == [], changes[point]
+def numbers_of(changes, how):
+    """The changes at which a fault of this kind can be seen."""
+    kinds = {"half": ("write",), "full": WRITES}.get(how)
+    matters = [point for point, change in enumerate(changes) if (change.kind in kinds if kinds else True)]
+    if how == "readonly":
+        last = max(point for point, change in enumerate(changes) if change.kind != "fsync")
+        matters = [point for point in matters if point <= last]
+    return matters
 
 
-def test_a_disk_that_becomes_read_only_is_an_error_that_says_so(folder, undisturbed, tmp_path):
-    files, changes, _ = undisturbed
-    for point in points(changes, "rename", "write")[::16]:
-        after, left, _, error = disturb(folder, tmp_path, point, "readonly")
-        assert after == files and left == [], changes[point]
-        assert "Read-only file system" in str(error), (changes[point], error)
+@pytest.mark.parametrize("how", ["kill", "half", "full", "readonly"])
+def test_a_fault_is_made_good_by_the_next_run_and_a_disk_that_refuses_is_said(folder, undisturbed, tmp_path, how):
+    changes = undisturbed[1]
+    points = numbers_of(changes, how)
+    if how == "kill":  # just before and just after each publication, and in between
+        published = [point for point in points if is_publication(changes[point])]
+        points = sorted({*published, *(point + 1 for point in published), *points[::24]})
+    else:
+        points = points[:: {"half": 5, "full": 14, "readonly": 20}[how]]
+    disturb(folder, undisturbed, tmp_path, how, points)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["kill", "half", "full", "readonly"])
+def test_a_fault_at_every_single_change_is_made_good_by_the_next_run(folder, undisturbed, tmp_path, how):
+    disturb(folder, undisturbed, tmp_path, how, numbers_of(undisturbed[1], how))
 
 
 def test_a_root_that_is_read_only_from_the_start_is_refused_before_any_recording_is_read(folder, tmp_path, monkeypatch):
@@ -109,24 +109,6 @@ def test_a_root_that_is_read_only_from_the_start_is_refused_before_any_recording
         pytest.raises(ValueError, match=r"cannot be written.*Read-only file system.*JEPA_CACHE_HOME"),
     ):
         fill(folder, tmp_path / "cache")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["kill", "half", "full", "readonly"])
-def test_a_fault_at_every_single_change_is_made_good_by_the_next_run(folder, undisturbed, tmp_path, how):
-    files, changes, _ = undisturbed
-    for point in points(changes, "write") if how == "half" else range(len(changes)):
-        kind = changes[point].kind
-        if how == "full" and kind in ("fsync", "rename", "unlink", "rmdir") and not needs_room_later(changes, point):
-            continue
-        if how == "readonly" and not any(change.kind != "fsync" for change in changes[point:]):
-            continue
-        after, left, *_ = disturb(folder, tmp_path, point, how)
-        assert after == files and left == [], changes[point]
-
-
-def needs_room_later(changes, point):
-    return any(change.kind in ("create", "write", "mkdir") for change in changes[point:])
 
 
 class Durability:
@@ -156,39 +138,28 @@ class Durability:
 
     def lost_below(self, path):
         """What of a file or folder a power cut would take away or empty, its own name aside."""
-        inside = lambda name: name == path or path in name.parents  # noqa: E731
-        lost = {name for name in self.unsynced_bytes if inside(name)}
-        lost |= {name for name in self.unsynced_names if path in name.parents}
-        return lost | {name for name in self.unsynced_names if name in path.parents}
+        lost = {name for name in self.unsynced_bytes if name == path or path in name.parents}
+        return lost | {name for name in self.unsynced_names if path in name.parents or name in path.parents}
 
 
 def test_everything_is_on_the_disk_before_the_rename_that_publishes_it(undisturbed):
     _, changes, root = undisturbed
     state, published = Durability(root), []
     for change in changes:
-        is_publication = change.kind == "rename" and not any(".jepa-cache-" in part for part in change.target.parts)
-        if is_publication:
+        if is_publication(change):
             assert state.lost_below(change.path) == set(), change
             # What was published before, and this relies on, has its name on the disk by now.
             assert not state.unsynced_names & set(published), change
             published.append(change.target)
         state.apply(change)
-    assert [path.relative_to(root).parts[0] for path in published] == [
-        MARKER,
-        "controls",
-        "tokens",
-        "actions",
-        "manifests",
-    ]
+    order = [path.relative_to(root).parts[0] for path in published]
+    assert order == [MARKER, "controls", "tokens", "actions", "manifests"]
     # At the end only names of book-keeping and temporary files are in doubt.
     assert not state.unsynced_bytes
     assert {name.name for name in state.unsynced_names if ".jepa-cache-" not in name.name} <= {LOCK_FILE}
 
 
 def test_nothing_is_locked_by_a_folder_or_by_a_file_that_is_open_for_reading_only(folder, tmp_path, monkeypatch):
-    import fcntl
-    import os
-
     locked, real = [], fcntl.flock
 
     def flock(file, operation):

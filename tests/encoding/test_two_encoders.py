@@ -1,7 +1,7 @@
 """Claims: encoders that work side by side on one root encode every unit exactly once between them, and end with one valid cache.
 
-One that is killed holds up nobody: its locks end with it, the other takes over what it had not published, at most one unit is
-lost, and nothing of it stays.
+One that is killed holds up nobody: its locks end with it, the other takes over what it had not published, at most one unit
+is lost, and nothing of it stays.
 """
 
 import json
@@ -19,16 +19,17 @@ from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
 
 UNITS = "abcd"
 
+# Twice two processes: both live; and one is killed in its second unit, while the other waits for it.
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
 import numpy, pyarrow, torch, webdataset.tariterators
 import jepa_cache.encoder.frozen
-from jepa_cache.encoding import pipeline
+from jepa_cache.encoding import pipeline, task
 from tests.encoded import encode, tiniest_config
 
 folder, base = Path(sys.argv[1]), Path(sys.argv[2])
-config = tiniest_config()
+config, task.POLL_S = tiniest_config(), 0.1
 encode_one, wait = pipeline._OpenUnit.encode, pipeline.ProgressBar.wait
 
 def start(mode, name, dies_at=None):
@@ -66,57 +67,29 @@ print(json.dumps(statuses))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    base = tmp_path_factory.mktemp("recordings")
+def test_two_encoders_encode_every_unit_once_and_one_takes_over_what_a_killed_one_had_not_published(tmp_path):
     for seed, name in enumerate(UNITS):
-        make_tiny_tar(base, name, seed)
-    return base
-
-
-@pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("alone") / "cache"
-    return encode(folder, root, tiniest_config()).manifest.digest, all_files(root)
-
-
-@pytest.fixture(scope="module")
-def side_by_side(folder, tmp_path_factory):
-    """Twice two processes: both live; and one is killed in its second unit, while the other waits for it."""
-    base = tmp_path_factory.mktemp("side-by-side")
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(base)]
+        folder = make_tiny_tar(tmp_path / "in", name, seed)
+    manifest = encode(folder, tmp_path / "alone", tiniest_config()).manifest.digest
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    return base, json.loads(process.stdout.splitlines()[-1]), process.stderr
-
-
-def report_of(place, name):
-    return json.loads((place / f"{name}.json").read_text())
-
-
-def test_two_encoders_encode_every_unit_exactly_once_between_them(side_by_side, alone):
-    place, statuses = side_by_side[0] / "live", side_by_side[1]["live"]
-    assert statuses == [0, 0]
-    reports = [report_of(place, name) for name in ("one", "two")]
-    assert sorted(key for report in reports for key in report["encoded"]) == [
-        f"episode-{seed}" for seed in range(len(UNITS))
-    ]
-    assert sum(report["num_encoded"] for report in reports) == len(UNITS)
-    assert all(report["encoded"] for report in reports)  # both had work
-    assert {report["manifest"] for report in reports} == {alone[0]}
-    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".jepa-cache-*"))
-
-
-def test_when_one_of_two_is_killed_the_other_takes_over_and_one_unit_at_most_was_for_nothing(side_by_side, alone):
-    place, statuses, shown = side_by_side[0] / "killed", side_by_side[1]["killed"], side_by_side[2]
-    assert statuses == [9, 0]
-    report = report_of(place, "two")
-    assert (place / "dying").read_text() in report["encoded"]  # taken over
-    # The dead one had published one unit at most, and nobody made that one again.
-    assert len(report["encoded"]) >= len(UNITS) - 1 and len(set(report["encoded"])) == len(report["encoded"])
-    assert f"waiting for another encoder: unit {(place / 'waiting').read_text()}" in shown
-    assert report["manifest"] == alone[0]
-    assert all_files(place / "cache") == alone[1] and not list((place / "cache").rglob(".jepa-cache-*"))
+    assert json.loads(process.stdout.splitlines()[-1]) == {"live": [0, 0], "killed": [9, 0]}
+    for mode in ("live", "killed"):
+        reports = [json.loads(path.read_text()) for path in (tmp_path / mode).glob("*.json")]
+        assert {report["manifest"] for report in reports} == {manifest}
+        assert all_files(tmp_path / mode / "cache") == all_files(tmp_path / "alone")
+        assert not list((tmp_path / mode / "cache").rglob(".jepa-cache-*"))
+        encoded = [key for report in reports for key in report["encoded"]]
+        assert len(set(encoded)) == len(encoded)
+        if mode == "live":
+            assert all(report["encoded"] for report in reports)  # both had work
+            assert sum(report["num_encoded"] for report in reports) == len(encoded) == len(UNITS)
+        else:
+            # The dead one had published one unit at most, and nobody made that one again.
+            assert len(encoded) >= len(UNITS) - 1 and (tmp_path / mode / "dying").read_text() in encoded
+            unit = (tmp_path / mode / "waiting").read_text()
+            assert f"waiting for another encoder: unit {unit}" in process.stderr
 
 
 @pytest.fixture
@@ -142,33 +115,29 @@ def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_me
     assert not list(tmp_path.rglob(".jepa-cache-*"))
 
 
-def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch, group):
-    monkeypatch.setattr(task.time, "sleep", lambda seconds: None)
-    root, unit = CacheRoot(tmp_path), group.units[0]
-    store, told = group.tokens(root, unit), []
-    for end in ("published", "gone"):
-        claim = root.claim(store)
-        ends = {"published": store.mkdir, "gone": claim.release}
+@pytest.mark.parametrize("end", ["published", "gone"])
+def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch, group, end):
+    monkeypatch.setattr(task, "POLL_S", 0)
+    root, unit, told = CacheRoot(tmp_path), group.units[0], []
+    store = group.tokens(root, unit)
+    claim = root.claim(store)
 
-        def on_wait(name, end=ends[end]):
-            told.append(name)
-            if len(told) % 3 == 0:
-                end()
+    def on_wait(name):
+        told.append(name)
+        if len(told) == 3:
+            store.mkdir() if end == "published" else claim.release()
 
-        wait_for_others(root, [(group, unit)], on_wait)
-        if end == "published":
-            claim.release()
-            store.rmdir()
-    assert told == [unit.name] * 6
+    wait_for_others(root, [(group, unit)], on_wait)
+    assert told == [unit.name] * 3
 
 
 def test_every_claim_is_let_go_although_the_file_of_one_cannot_be_removed(tmp_path, monkeypatch, group):
     root = CacheRoot(tmp_path)
+
+    def refuse(path, **_):
+        raise OSError(30, "Read-only file system")
+
     with pytest.raises(OSError, match="Read-only"), Claims(root, group) as claims:
         assert list(claims.take()) == group.units
-
-        def refuse(path, **_):
-            raise OSError(30, "Read-only file system")
-
         monkeypatch.setattr("pathlib.Path.unlink", refuse)
     assert not any(root.is_claimed(group.tokens(root, unit)) for unit in group.units)
