@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import multiprocessing.context
 import sqlite3
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -149,6 +150,14 @@ def same_numbers(one: object, other: object) -> bool:
     if isinstance(one, np.ndarray):
         return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
     return one == other
+
+
+def forking_context() -> multiprocessing.context.ForkServerContext:
+    """Processes that are forked from one which has imported torch, so that each of them starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    slow = ["numpy", "pyarrow", "torch", "webdataset.tariterators", "distributed", "jepa_cache.encoder.frozen"]
+    context.set_forkserver_preload([*slow, "tests.encoded"])
+    return context
 
 
 def read_video(folder: Path, key: str) -> bytes:

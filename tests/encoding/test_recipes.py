@@ -71,19 +71,20 @@ ENCODER_KEEPS = {
 }
 
 
-def fingerprint_of(config):
+def recipe_of(config):
     source = build_source(config.dataset.source, config.dataset.source_options)
-    return fingerprint(
-        token_recipe(
-            config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest)
-        )
-    )
+    identity = weights_identity(config.encoder, None, digest=file_digest)
+    return token_recipe(config.encode, config.encoder, source.recipe, identity)
 
 
-def action_fingerprint_of(config):
+def fingerprint_of(config):
+    return fingerprint(recipe_of(config))
+
+
+def action_fingerprint_of(config, phase=0):
     source = build_source(config.dataset.source, config.dataset.source_options)
     space = get_action_space(config.encode.action_space)
-    return fingerprint(action_recipe(config.encode, config.encoder, source.recipe, space))
+    return fingerprint(action_recipe(config.encode, config.encoder, source.recipe, space, phase=phase))
 
 
 def changed(config, section, field, value):
@@ -142,26 +143,14 @@ def test_of_the_data_set_only_the_source_and_its_options_change_the_fingerprint(
     assert fingerprint_of(changed(config, "dataset", "source_options", simple)) != fingerprint_of(config)
 
 
-def test_every_phase_has_a_recipe_of_its_own_for_tokens_and_actions():
+def test_actions_depend_on_the_sampling_the_phase_and_the_action_space_and_tokens_on_the_phase():
     config = tiny_config()
-    source, space = build_source(config.dataset.source, config.dataset.source_options), get_action_space("vpt13")
-    tokens = {fingerprint(token_recipe(config.encode, config.encoder, source.recipe, "w", phase=p)) for p in range(3)}
-    actions = {
-        fingerprint(action_recipe(config.encode, config.encoder, source.recipe, space, phase=p)) for p in range(3)
-    }
-    assert len(tokens) == len(actions) == 3
-
-
-def test_the_clip_length_counts_in_clip_mode_only():
-    clip = changed(tiny_config(), "encode", "mode", "clip")
-    assert fingerprint_of(changed(clip, "encode", "frames_per_clip", 8)) != fingerprint_of(clip)
-
-
-@pytest.mark.parametrize("field", ["fps", "mode", "action_space"])
-def test_actions_depend_on_the_sampling_and_the_action_space(field):
-    config = tiny_config()
-    value = {"fps": 4.0, "mode": "tubelet", "action_space": "vpt36"}[field]
-    assert action_fingerprint_of(changed(config, "encode", field, value)) != action_fingerprint_of(config)
+    others = {"fps": 4.0, "mode": "tubelet", "action_space": "vpt36"}
+    actions = [action_fingerprint_of(changed(config, "encode", field, value)) for field, value in others.items()]
+    actions += [action_fingerprint_of(config, phase) for phase in range(3)]
+    assert len(set(actions)) == len(actions)
+    tokens = {fingerprint(token_recipe(config.encode, config.encoder, {}, "w", phase=phase)) for phase in range(3)}
+    assert len(tokens) == 3
 
 
 def test_files_with_other_bytes_or_another_entry_are_other_weights(tmp_path):
@@ -182,27 +171,19 @@ def v21_config(**encode):
     return dataclasses.replace(config, encoder=preset)
 
 
-def v21_fingerprint(config):
-    return fingerprint(token_recipe(config.encode, config.encoder, {}, "w"))
-
-
-def test_the_way_of_a_single_frame_counts_in_frame_mode_only():
-    for mode, counts in (("frame", True), ("tubelet", False), ("clip", False)):
-        doubled, image = (v21_fingerprint(v21_config(mode=mode, single_frame=way)) for way in ("doubled", "image"))
-        assert (doubled != image) == counts, mode
-
-
-def test_positions_and_kind_count_in_a_v21_recipe():
-    config = v21_config()
-    for field, value in {"positions": "grid", "kind": "vjepa2"}.items():
-        assert v21_fingerprint(changed(config, "encoder", field, value)) != v21_fingerprint(config)
-
-
-def test_what_changed_between_two_recipes_is_named_by_its_path():
-    old = {"encoder": {"rope": "tiled", "depth": 2}, "dtype": "float16", "gone": 1}
-    new = {"encoder": {"rope": "paired", "depth": 2}, "dtype": "float16", "new": 2}
-    assert recipe_changes(old, new) == ["encoder.rope: 'tiled' -> 'paired'", "gone: 1 -> None", "new: None -> 2"]
-    assert recipe_changes(old, old) == []
+@pytest.mark.parametrize(
+    ("config", "section", "field", "value", "counts"),
+    [
+        (tiny_config(mode="clip"), "encode", "frames_per_clip", 8, True),
+        (v21_config(mode="frame"), "encode", "single_frame", "image", True),
+        (v21_config(mode="tubelet"), "encode", "single_frame", "image", False),
+        (v21_config(mode="clip"), "encode", "single_frame", "image", False),
+        (v21_config(), "encoder", "positions", "grid", True),
+        (v21_config(), "encoder", "kind", "vjepa2", True),
+    ],
+)
+def test_what_only_some_modes_and_kinds_use_counts_there_alone(config, section, field, value, counts):
+    assert (fingerprint_of(changed(config, section, field, value)) != fingerprint_of(config)) == counts
 
 
 def leaves(recipe, prefix=""):
@@ -211,13 +192,6 @@ def leaves(recipe, prefix=""):
     for key, value in recipe.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-def recipe_of(config):
-    source = build_source(config.dataset.source, config.dataset.source_options)
-    return token_recipe(
-        config.encode, config.encoder, source.recipe, weights_identity(config.encoder, None, digest=file_digest)
-    )
 
 
 LEAVES = leaves(recipe_of(tiny_config()))
@@ -234,6 +208,7 @@ def test_any_one_field_of_a_recipe_makes_another_one_and_is_named(path):
     other = replaced(recipe, path, "another")
     assert fingerprint(other) != fingerprint(recipe)
     assert recipe_changes(recipe, other) == [f"{path}: {LEAVES[path]!r} -> 'another'"]
+    assert recipe_changes({**recipe, "gone": 1}, {**recipe, "new": 2}) == ["gone: 1 -> None", "new: None -> 2"]
 
 
 def test_the_docs_explain_every_field_of_a_recipe_and_no_other():

@@ -5,91 +5,81 @@ is lost, and nothing of it stays.
 """
 
 import json
-import subprocess
-import sys
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from jepa_cache.encoding import task
+from jepa_cache.encoding import pipeline, task
 from jepa_cache.encoding.task import Claims, wait_for_others
 from jepa_cache.sources import Unit
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config
+from tests.encoded import all_files, encode, forking_context, make_tiny_tar, tiniest_config
 
 UNITS = "abcd"
 
-# Twice two processes: both live; and one is killed in its second unit, while the other waits for it.
-SCRIPT = """
-import json, os, signal, sys, time
-from pathlib import Path
-import numpy, pyarrow, torch, webdataset.tariterators
-import jepa_cache.encoder.frozen
-from jepa_cache.encoding import pipeline, task
-from tests.encoded import encode, tiniest_config
 
-folder, base = Path(sys.argv[1]), Path(sys.argv[2])
-config, task.POLL_S = tiniest_config(), 0.1
-encode_one, wait = pipeline._OpenUnit.encode, pipeline.ProgressBar.wait
+def work(folder, place, name, dies_at):
+    """A process that encodes beside another one, and may be killed in a unit, once the other waits for that unit."""
+    encode_one, wait, encoded = pipeline._OpenUnit.encode, pipeline.ProgressBar.wait, []
 
-def start(mode, name, dies_at=None):
-    child = os.fork()
-    if child:
-        return child
-    place, encoded = base / mode, []
     def watched(self, stream, timing):
         encoded.append(stream.episode.key)
         if len(encoded) == dies_at:
             (place / "dying").write_text(stream.episode.key)
-            while not (place / "waiting").exists():  # the other one waits for this unit
+            while not (place / "waiting").exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
         return encode_one(self, stream, timing)
+
     def waiting(self, unit):
         (place / "waiting").write_text(unit)
         wait(self, unit)
-    pipeline._OpenUnit.encode, pipeline.ProgressBar.wait = watched, waiting
+
+    pipeline._OpenUnit.encode, pipeline.ProgressBar.wait, task.POLL_S = watched, waiting, 0.05
     (place / f"ready-{name}").touch()
     while not all((place / f"ready-{other}").exists() for other in ("one", "two")):
         time.sleep(0.01)
-    result = encode(folder, place / "cache", config)
-    (place / f"{name}.json").write_text(json.dumps(
-        {"encoded": encoded, "num_encoded": result.num_encoded, "manifest": result.manifest.digest}))
-    os._exit(0)
-
-statuses = {}
-for mode, dies_at in (("live", None), ("killed", 2)):
-    (base / mode).mkdir()
-    children = [start(mode, "one", dies_at), start(mode, "two")]
-    statuses[mode] = [os.waitpid(child, 0)[1] for child in children]
-print(json.dumps(statuses))
-"""
+    result = encode(folder, place / "cache", tiniest_config())
+    report = {"encoded": encoded, "num_encoded": result.num_encoded, "manifest": result.manifest.digest}
+    (place / f"{name}.json").write_text(json.dumps(report))
 
 
-def test_two_encoders_encode_every_unit_once_and_one_takes_over_what_a_killed_one_had_not_published(tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Recordings, and what one encoder makes of them."""
+    base = tmp_path_factory.mktemp("alone")
     for seed, name in enumerate(UNITS):
-        folder = make_tiny_tar(tmp_path / "in", name, seed)
-    manifest = encode(folder, tmp_path / "alone", tiniest_config()).manifest.digest
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert json.loads(process.stdout.splitlines()[-1]) == {"live": [0, 0], "killed": [9, 0]}
-    for mode in ("live", "killed"):
-        reports = [json.loads(path.read_text()) for path in (tmp_path / mode).glob("*.json")]
-        assert {report["manifest"] for report in reports} == {manifest}
-        assert all_files(tmp_path / mode / "cache") == all_files(tmp_path / "alone")
-        assert not list((tmp_path / mode / "cache").rglob(".jepa-cache-*"))
-        encoded = [key for report in reports for key in report["encoded"]]
-        assert len(set(encoded)) == len(encoded)
-        if mode == "live":
-            assert all(report["encoded"] for report in reports)  # both had work
-            assert sum(report["num_encoded"] for report in reports) == len(encoded) == len(UNITS)
-        else:
-            # The dead one had published one unit at most, and nobody made that one again.
-            assert len(encoded) >= len(UNITS) - 1 and (tmp_path / mode / "dying").read_text() in encoded
-            unit = (tmp_path / mode / "waiting").read_text()
-            assert f"waiting for another encoder: unit {unit}" in process.stderr
+        folder = make_tiny_tar(base / "in", name, seed)
+    return folder, encode(folder, base / "cache", tiniest_config()).manifest.digest, all_files(base / "cache")
+
+
+@pytest.mark.parametrize("dies_at", [None, 2])
+def test_two_encoders_encode_every_unit_once_and_one_takes_over_what_a_killed_one_had_not_published(
+    alone, tmp_path, dies_at
+):
+    folder, manifest, files = alone
+    given = [(folder, tmp_path, "one", dies_at), (folder, tmp_path, "two", None)]
+    processes = [forking_context().Process(target=work, args=each) for each in given]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if dies_at else 0, 0]
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert {report["manifest"] for report in reports} == {manifest}
+    assert all_files(tmp_path / "cache") == files and not list((tmp_path / "cache").rglob(".jepa-cache-*"))
+    encoded = [key for report in reports for key in report["encoded"]]
+    assert len(set(encoded)) == len(encoded)
+    if dies_at is None:
+        assert all(report["encoded"] for report in reports)  # both had work
+        assert sum(report["num_encoded"] for report in reports) == len(encoded) == len(UNITS)
+    else:
+        # The dead one had published one unit at most, and nobody made that one again.
+        assert len(encoded) >= len(UNITS) - 1 and (tmp_path / "dying").read_text() in encoded
 
 
 @pytest.fixture
