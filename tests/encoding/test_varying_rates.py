@@ -33,12 +33,11 @@ ROWS_HZ = 50
 def write_pair(folder, times_s, *, name="push", rows_s=None, video_s=None):
     """A pair whose state is the time of its row, and whose frames count themselves."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = {"fps": ROWS_HZ, "times": rows_s}
+    times = {} if rows_s is None else {"times": rows_s}
     if rows_s is None:
-        records.pop("times")
         rows_s = (np.arange(round((times_s[-1] + 0.05) * ROWS_HZ)) / ROWS_HZ).tolist()
-    records |= {"states": [[row, 0.0] for row in rows_s], "actions": [[1.0, 0.0] for _ in rows_s]}
-    (folder / f"{name}.json").write_text(json.dumps(records))
+    rows = {"states": [[row, 0.0] for row in rows_s], "actions": [[1.0, 0.0] for _ in rows_s]}
+    (folder / f"{name}.json").write_text(json.dumps({"fps": ROWS_HZ, **times, **rows}))
     (folder / f"{name}.mp4").write_bytes(make_timed_video(times_s if video_s is None else video_s))
     return folder
 
@@ -75,13 +74,10 @@ def test_steps_are_evenly_spaced_in_time_within_a_segment(times_s, mode):
     assert (len(plan.segments) == 1) == (mode != "clip" and longest_gap_s < 0.3)
 
 
-def test_the_first_frame_after_a_gap_is_a_step_where_it_lies_on_a_wanted_moment():
-    plan = plan_steps(60, 20.0, fps=4.0, mode="frame", frames_per_clip=4, tubelet_size=2, times_s=DROPPED)
+def test_a_step_begins_at_the_first_frame_after_a_gap_and_no_frame_is_repeated_for_a_slow_camera():
+    plan = plan_steps(60, 20.0, fps=4.0, mode="frame", times_s=DROPPED)
     assert DROPPED[plan.anchors].tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.45, 2.5, 2.75, 3, 3.25, 3.5, 3.75]
-
-
-def test_a_camera_too_slow_for_the_rate_gives_no_repeated_frame():
-    plan = plan_steps(60, 20.0, fps=20.0, mode="frame", frames_per_clip=4, tubelet_size=2, times_s=SLOWER)
+    plan = plan_steps(60, 20.0, fps=20.0, mode="frame", times_s=SLOWER)
     assert np.all(np.diff(plan.anchors) > 0)
     assert plan.segments[0].tolist() == [0, 41] and np.all(np.diff(plan.segments[1:]) == 1)
 
@@ -119,19 +115,15 @@ def test_a_header_with_another_rate_than_the_frames_is_not_believed():
     assert find_varying_times(times_s, 14.2857, 1 / 90_000) is None
 
 
-def test_dropped_frames_of_a_vpt_recording_are_placed_on_the_ticks_by_time(tmp_path):
-    rows = to_jsonl(make_rows(len(CONSTANT)))
-    write_vpt_tar(tmp_path / "a.tar", {"dropped": (make_timed_video(DROPPED), rows)})
-    assert np.array_equal(read_one("vpt", tmp_path).frame_ticks, np.round(DROPPED * 20))
-
-
-def test_a_frame_per_tick_goes_by_count_where_the_game_lagged(tmp_path):
-    lagging = np.cumsum(np.where(np.arange(60) % 9, 0.05, 0.09))
-    rows = to_jsonl(make_rows(60))
-    write_vpt_tar(tmp_path / "a.tar", {"lagging": (make_timed_video(lagging), rows)})
-    episode = read_one("vpt", tmp_path)
-    assert np.array_equal(episode.frame_ticks, np.arange(60))
-    assert (episode.fps, episode.frame_times_s) == (20.0, None)
+def test_dropped_frames_of_a_vpt_recording_are_placed_by_time_and_a_frame_per_tick_by_count(tmp_path):
+    lagging = np.cumsum(np.where(np.arange(60) % 9, 0.05, 0.09))  # as where the game lags
+    for name, times_s, num_rows in (("dropped", DROPPED, 80), ("lagging", lagging, 60)):
+        video, folder = make_timed_video(times_s), tmp_path / name
+        write_vpt_tar(folder / "a.tar", {name: (video, to_jsonl(make_rows(num_rows)))})
+        episode = read_one("vpt", folder)
+        by_count = name == "lagging"
+        assert np.array_equal(episode.frame_ticks, np.arange(60) if by_count else np.round(DROPPED * 20))
+        assert (episode.frame_times_s is None) == by_count and (not by_count or episode.fps == 20.0)
 
 
 def test_episodes_in_one_video_with_dropped_frames_are_found_by_time(tmp_path):
