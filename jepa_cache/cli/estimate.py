@@ -23,14 +23,13 @@ from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_by
 from jepa_cache.config.machine import existing_folder
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
-from jepa_cache.encoding.steps import plan_episode
+from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.episode import Skipped
 from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
-from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS, STEPS_FILE
+from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS
 from jepa_cache.store.quantisation import CODECS, check_width, get_codec, step_bytes
-from jepa_cache.store.reader import read_table
 
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
 MAX_HEADERS = 2000
@@ -38,18 +37,15 @@ MAX_HEADERS = 2000
 MAX_WHOLE = 2
 # Bytes of JSON and Parquet, measured on the sample data set; they matter for tiny tokens only.
 UNIT_BYTES, CODES_BYTES, STEP_ROW_BYTES = 9_960, 10_660, 14
-REST_BYTES, COLUMN_BYTES, EPISODE_BYTES, TICK_BYTES = (
-    8_760,
-    110,
-    6_000,
-    19.5,
-)  # of actions and controls; ticks of VPT's 37 columns
+# Of actions and controls; ticks of VPT's 37 columns.
+REST_BYTES, COLUMN_BYTES, EPISODE_BYTES, TICK_BYTES = 8_760, 110, 6_000, 19.5
 MEASURED_S = 1.0
 CONDITIONING_TOKENS = 2  # action and state
 BACKWARD = 2  # the backward pass costs two forward ones
 
 Amount = Counter[str]
 """Units, episodes, unusable recordings, sampled frames, steps, ... Native ticks are taken for as many as video frames."""
+COUNTED = ("units", "episodes", "unusable", "frames", "steps")
 
 
 def estimate(
@@ -84,12 +80,15 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
     config, encode, root = checkout.config, checkout.config.encode, checkout.root
     groups, notes = scan_units(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
     encoder, space = groups[0].encoder.preset, groups[0].space
-    largest, done, to_do, unusable, lines = 0, Amount(), Amount(), [], [f"note: {note}" for note in notes]
+    done, to_do, unusable, lines = Amount(), Amount(), [], [f"note: {note}" for note in notes]
     for group in groups:
-        missing = [unit for unit in group.units if not _add_store(done, group, unit, checkout)]
+        store = {unit: None if is_unread(unit) else read_whole(root, group.tokens(root, unit)) for unit in group.units}
+        missing = [unit for unit in group.units if store[unit] is None]
+        done += estimate_group(group, [unit for unit in group.units if store[unit] is not None], unusable)
         of_group = estimate_group(group, missing, unusable)
-        largest = max(largest, of_group.pop("largest"))
-        to_do.update(of_group)
+        unusable += group.unreadable
+        to_do["largest"] = max(to_do["largest"], of_group.pop("largest"))
+        to_do += of_group + Amount(unusable=len(group.unreadable))
         words = f"{group.preset.name} ({group.view}), recipe {group.fingerprint}"
         lines.append(f"{words}: {len(group.units) - len(missing)} units done, {len(missing)} to do")
         if of_group["measured"] < len(missing):
@@ -97,19 +96,18 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
     total, num_columns = done + to_do, len(space.actions) + len(space.states)
     needed = _size(to_do, encode.dtype, encode, encoder, num_columns)["total"]
     if get_codec(encode.dtype).max_code is not None:  # a unit waits in float16 until its statistics are complete
-        needed += round(largest * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim))
+        needed += round(to_do["largest"] * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim))
     in_bucket = root.name != str(root.path)  # which has no end
     free = None if in_bucket else shutil.disk_usage(existing_folder(root.path)).free
     cost, rate = count_encoder(encoder, encode), frames_per_s or (measure_rate(groups[0]) if measure else None)
     shape = {"num_actions": len(space.actions), "num_states": len(space.states), "num_frames": round(total["frames"])}
+    counts = {"all": total, "done": done, "to_do": to_do}
     document: dict[str, Any] = {
         "fits": free is None or needed <= free,
         "root": root.name,
         "dataset": config.dataset.name,
         "encoder": encoder.name,
-        "all": _describe(total),
-        "done": _describe(done),
-        "to_do": _describe(to_do),
+        **{name: {key: round(amount[key]) for key in COUNTED} for name, amount in counts.items()},
         "estimated": to_do["measured"] < to_do["units"],
         "dtype": encode.dtype,
         "bytes": {name: _size(total, name, encode, encoder, num_columns) for name in _list_codecs(encoder.embed_dim)},
@@ -130,29 +128,6 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
     return Outcome(document, lines + _list_lines(document), FINE if document["fits"] else PROBLEM)
 
 
-def _add_store(done: Amount, group: EncodingGroup, unit: Unit, checkout: Checkout) -> bool:
-    """Count what the token store of a unit holds; False where it is missing or damaged, and so is to be made."""
-    try:
-        found = None if is_unread(unit) else checkout.root.find_store(group.tokens(checkout.root, unit))
-    except ValueError:
-        return False
-    if found is None:
-        return False
-    metadata, num_episodes = found.metadata, found.metadata["num_episodes"]
-    per_step = 1 if group.encode.mode == "frame" else group.encoder.preset.tubelet_size
-    ticks = read_table(group.tokens(checkout.root, unit), STEPS_FILE).column("tick").to_numpy()
-    done.update(units=1, episodes=num_episodes, unusable=len(metadata["skipped"]))
-    done.update(frames=metadata["num_steps"] * per_step, ticks=num_episodes * (1 + int(ticks[-1:].sum())))
-    _add_steps(done, metadata["num_steps"])
-    return True
-
-
-def _add_steps(amount: Amount, num_steps: int) -> None:
-    """Count the steps of one unit, and those that fill its last chunk."""
-    chunks, shards = -(-num_steps // CHUNK_STEPS), -(-num_steps // SHARD_STEPS)
-    amount.update(steps=num_steps, stored_steps=chunks * CHUNK_STEPS, shards=shards)
-
-
 def estimate_group(group: EncodingGroup, units: Sequence[Unit], unusable: list[Skipped]) -> Amount:
     """What some units of a group give; `measured` of them are looked at, of which the largest has `largest` steps.
 
@@ -163,7 +138,6 @@ def estimate_group(group: EncodingGroup, units: Sequence[Unit], unusable: list[S
     suffixes = [{file.suffix.lower().lstrip(".") for file in unit.files} for unit in units]
     most = MAX_HEADERS if all(found & {"tar", *VIDEO_SUFFIXES} for found in suffixes) else MAX_WHOLE
     chosen = units if len(units) <= most else [units[(2 * i + 1) * len(units) // (2 * most)] for i in range(most)]
-    unusable += group.unreadable
     total, largest = Amount(), 0
     for unit in tqdm(chosen, desc="reading headers", unit="unit", delay=2, disable=None):
         num_steps = 0
@@ -173,20 +147,19 @@ def estimate_group(group: EncodingGroup, units: Sequence[Unit], unusable: list[S
                     raise ValueError(recording.reason)
                 _, num_frames, fps = recording
                 total["ticks"] += num_frames
-                tubelet_size = group.encoder.preset.tubelet_size
-                plan = plan_episode(num_frames, fps, group.encode, tubelet_size=tubelet_size, phase=group.phase)
+                plan = group.plan(num_frames, fps)
             except ValueError as error:  # also too short or too slow under these settings
                 total["unusable"] += 1
                 unusable.append(Skipped(recording[0], str(error)))
                 continue
             total.update(episodes=1, frames=plan.inputs.size)
             num_steps += len(plan.anchors)
-        _add_steps(total, num_steps)
+        chunks, shards = -(-num_steps // CHUNK_STEPS), -(-num_steps // SHARD_STEPS)
+        total.update(steps=num_steps, stored_steps=chunks * CHUNK_STEPS, shards=shards)
         largest = max(largest, num_steps)
     if len(chosen) < len(units):
         factor = sum(unit.num_bytes for unit in units) / max(1, sum(unit.num_bytes for unit in chosen))
         total = Amount({name: count * factor for name, count in total.items()})
-    total["unusable"] += len(group.unreadable)
     total.update(units=len(units), measured=len(chosen), largest=largest)
     return total
 
@@ -214,8 +187,6 @@ def measure_rate(group: EncodingGroup) -> float:
     Raises:
         ValueError: Its weights are not on this machine.
     """
-    from jepa_cache.encoding.task import load_encoder, resolve_device
-
     opened, encode = group.encoder, group.encode
     if opened.preset.weights is not None and opened.weights is None:
         raise ValueError(
@@ -257,10 +228,6 @@ def _size(amount: Amount, dtype: str, encode: EncodeConfig, encoder: EncoderPres
     return {name: round(number) for name, number in named.items()}
 
 
-def _describe(amount: Amount) -> dict[str, int]:
-    return {name: round(amount[name]) for name in ("units", "episodes", "unusable", "frames", "steps")}
-
-
 def _list_lines(document: dict[str, Any]) -> list[str]:
     lines = shorten([f"unusable: {it['key']}: {it['reason']}" for it in document["unusable"]])
     lines.append(f"{'':<8} {'units':>8} {'episodes':>9} {'unusable':>9} {'frames':>11} {'steps':>11}")
@@ -282,7 +249,15 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
     else:
         where = "the encoder alone, measured here: decoding may be slower" if rate["measured"] else "as given"
         lines.append(f"time: {rate['hours']:.2f} h at {rate['frames_per_s']:.4g} frames/s ({where})")
-    lines += _describe_break_even(document["break_even"])
+    if (runs := document["break_even"])["runs"]:
+        touched = runs["frames_touched_per_run"]
+        lines += [
+            f"one training run of predictor {runs['predictor']} touches {touched} frames, each "
+            f"{touched / max(1, runs['frames']):.3g} times: {runs['online_encoder_flops_per_run']:.3g} operations to "
+            f"encode them online, {runs['predictor_flops_per_run']:.3g} for the predictor",
+            f"break-even after {runs['runs']:.3g} training runs; after it a run needs "
+            f"{100 - 100 / runs['gain_per_run']:.3g} % fewer operations (decoding not counted)",
+        ]
     free = "no limit known" if disk["free_bytes"] is None else f"{describe_bytes(disk['free_bytes'])} free"
     lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed")
     if not document["fits"]:
@@ -291,20 +266,6 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
             "needed (jepa-cache gc), or encode fewer recordings"
         )
     return lines
-
-
-def _describe_break_even(entry: dict[str, Any]) -> list[str]:
-    if not entry["runs"]:
-        return []
-    touched, gain = entry["frames_touched_per_run"] / max(1, entry["frames"]), entry["gain_per_run"]
-    fewer = f"{gain:.3g} times fewer" if gain >= 1.005 else "less than 0.5 % fewer"
-    build, online = entry["build_flops"], entry["online_encoder_flops_per_run"]
-    return [
-        f"one training run of predictor {entry['predictor']} touches {entry['frames_touched_per_run']} frames, each {touched:.3g} "
-        f"times: {online:.3g} operations to encode them online, {entry['predictor_flops_per_run']:.3g} for the predictor",
-        f"break-even after {entry['runs']:.3g} training runs ({build:.3g} to build the cache / {online:.3g} online); "
-        f"after it a run needs {fewer} operations (decoding not counted)",
-    ]
 
 
 class InputCost(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jepa_cache.encoding.groups import EncodingGroup
-from jepa_cache.encoding.steps import StepPlan, plan_episode
+from jepa_cache.encoding.steps import StepPlan
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.probe import DecodeError
 from jepa_cache.media.video import Video, open_video
@@ -153,16 +153,8 @@ class Decoders:
     def _start(self, recording: Episode | Skipped, num_bytes: int) -> EpisodeStream | Skipped:
         if isinstance(recording, Skipped):
             return recording
-        group = self._group
         try:
-            plan = plan_episode(
-                len(recording.frame_ticks),
-                recording.fps,
-                group.encode,
-                tubelet_size=group.encoder.preset.tubelet_size,
-                phase=group.phase,
-                times_s=recording.frame_times_s,
-            )
+            plan = self._group.plan(len(recording.frame_ticks), recording.fps, recording.frame_times_s)
         except ValueError as error:
             stream = EpisodeStream(recording, None, num_bytes, self._get)
             stream.batches.put(DecodeError(str(error)))

@@ -15,11 +15,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace, get_action_space
@@ -27,7 +29,7 @@ from jepa_cache.config.machine import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity
-from jepa_cache.encoding.steps import sampling_stride
+from jepa_cache.encoding.steps import StepPlan, plan_episode, sampling_stride
 from jepa_cache.encoding.units import UnitDigester, is_unread, list_units
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.images import FrameSequence, SideBySide
@@ -91,8 +93,7 @@ class EncodingGroup:
     @property
     def view(self) -> str:
         """Camera and phase in words."""
-        words = [self.camera] if self.camera else []
-        return ", ".join([*words, *([f"phase {self.phase}"] if self.phase else [])]) or "main"
+        return ", ".join(filter(None, [self.camera, f"phase {self.phase}" if self.phase else None])) or "main"
 
     @property
     def num_bytes(self) -> int:
@@ -125,6 +126,11 @@ class EncodingGroup:
     def controls(self, root: CacheRoot, unit: Unit) -> Path:
         """File with the controls of a unit."""
         return root.controls(self.source_fingerprint, unit.digest)
+
+    def plan(self, num_frames: int, fps: float, times_s: np.ndarray | None = None) -> StepPlan:
+        """Lay out the steps of an episode of so many frames, see `plan_episode`."""
+        tubelet_size = self.encoder.preset.tubelet_size
+        return plan_episode(num_frames, fps, self.encode, tubelet_size=tubelet_size, phase=self.phase, times_s=times_s)
 
     def of_units(self, units: Sequence[Unit]) -> EncodingGroup:
         """The same recipe for some of the units alone."""
@@ -190,9 +196,7 @@ def open_source(preset: DatasetPreset, camera: str | None) -> Source:
     return _open_source(preset.source, json.dumps(options, sort_keys=True))
 
 
-@functools.lru_cache(maxsize=8)
-def _open_source(name: str, options: str) -> Source:
-    return build_source(name, json.loads(options))
+_open_source = functools.lru_cache(maxsize=8)(lambda name, options: build_source(name, json.loads(options)))
 
 
 def open_encoder(config: Config, base: Path, *, download: bool = True) -> OpenedEncoder:
@@ -231,14 +235,8 @@ def scan_units(
             f"the weights {encoder.preset.weights} are not on this machine, so it cannot be known which stores were made with them; "
             "`python stages/encode.py` downloads them, encode.weights=PATH names a file"
         )
-    groups = group_units_by_recipe(
-        config,
-        encoder,
-        inputs,
-        base,
-        budget_bytes=SCAN_BYTES,
-        most_bytes=SCAN_BYTES if most_bytes is None else most_bytes,
-    )
+    most_bytes = SCAN_BYTES if most_bytes is None else most_bytes
+    groups = group_units_by_recipe(config, encoder, inputs, base, budget_bytes=SCAN_BYTES, most_bytes=most_bytes)
     if num_unread := len({unit.digest for group in groups for unit in group.units if is_unread(unit)}):
         notes.append(
             f"{num_unread} units are new or have changed and were not read yet (more than {SCAN_BYTES >> 20} MiB): "
@@ -276,13 +274,11 @@ def check_controls(group: EncodingGroup) -> None:
 
 def _phases(config: Config, source: Source, units: Sequence[Unit]) -> tuple[int, ...]:
     """The starting offsets; "all" are those below the stride of the first usable recording."""
-    phases = config.encode.phases
-    if not isinstance(phases, str):
-        return phases
-    for unit in units:
-        for recording in iter_recordings(source, unit):
-            if isinstance(recording, Episode):
-                return tuple(range(sampling_stride(recording.fps, config.encode.fps)))
+    if not isinstance(config.encode.phases, str):
+        return config.encode.phases
+    for recording in (recording for unit in units for recording in iter_recordings(source, unit)):
+        if isinstance(recording, Episode):
+            return tuple(range(sampling_stride(recording.fps, config.encode.fps)))
     raise ValueError(
         "encode.phases is 'all', but no usable recording says at what rate; see the skipped ones with phases: [0]"
     )
@@ -339,12 +335,10 @@ def name_reading(source_recipe: Mapping[str, Any], reading: int) -> dict[str, An
 def _find_reading(source: Source, unit: Unit, decoder: str) -> int:
     if not any(file.suffix.lower() in CONTAINERS for file in unit.files):
         return 1  # pictures, one for each frame
-    try:
+    with suppress(DecodeError):  # of its content, so that it need not be looked at again
         for recording in source.iter_episodes(unit):
             if isinstance(recording, Episode) and _reads_otherwise(recording, decoder):
                 return READING
-    except DecodeError:  # of its content, so that it need not be looked at again
-        pass
     return 1
 
 

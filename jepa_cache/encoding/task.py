@@ -6,7 +6,6 @@ finds stores that are whole or damaged.
 
 from __future__ import annotations
 
-import functools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,13 +87,9 @@ def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) 
         "batch_size": batch_size,
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "num_threads": num_threads,
-        "versions": _library_versions() | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}
+        | {"python": platform.python_version()},
     }
-
-
-@functools.cache
-def _library_versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES if find_spec(name)}
 
 
 class Claims:

@@ -26,10 +26,14 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
     """The units to encode; the synthetic sample never mixes with other recordings.
 
     Raises:
-        ValueError: Nothing is found, or the sample and other recordings would be mixed.
+        ValueError: Nothing is found, the sample was never rendered, or it and other recordings would be mixed.
     """
     named = tuple(inputs) or preset.inputs
-    check_rendered(preset, inputs, base)
+    if preset.sample is not None and not inputs and not any((base / SAMPLE_FOLDER).glob("*.tar")):
+        raise ValueError(
+            f"the sample recordings are not rendered yet: {base / SAMPLE_FOLDER} holds no *.tar; `python stages/sample.py` "
+            "renders them in seconds. For recordings of yours set `dataset` in params.yaml"
+        )
     try:
         units = source.list_units(named, base)
     except ValueError as error:
@@ -57,19 +61,6 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             "note: dataset is 'sample', but these are other recordings; set dataset: vpt in params.yaml to name them so"
         )
     return units
-
-
-def check_rendered(preset: DatasetPreset, inputs: Sequence[str], base: Path) -> None:
-    """Check that the sample's recordings exist where the preset names them.
-
-    Raises:
-        ValueError: They were never rendered in this workspace.
-    """
-    if preset.sample is not None and not inputs and not any((base / SAMPLE_FOLDER).glob("*.tar")):
-        raise ValueError(
-            f"the sample recordings are not rendered yet: {base / SAMPLE_FOLDER} holds no *.tar; `python stages/sample.py` "
-            "renders them in seconds. For recordings of yours set `dataset` in params.yaml"
-        )
 
 
 def _find_sample(units: Sequence[Unit], base: Path) -> list[Unit]:
@@ -114,7 +105,6 @@ class UnitDigester:
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
         self._table, self._budget_bytes = DigestTable(), budget_bytes
-        self._hashed: dict[tuple[Path, ...], str] = {}  # another camera has the same files
 
     def __call__(self, units: Sequence[Unit]) -> Digested:
         """Digest units; those with the same content count once. A unit beyond the budget gets a digest that `is_unread`."""
@@ -129,8 +119,8 @@ class UnitDigester:
                     digests = [remembered.digest(file) for file in unit.files]
                     if None not in digests and remembered.knows(unit.files, digest := join_digests(digests)):
                         pass
-                    elif unit.files in self._hashed or self._is_affordable(unit, digests):
-                        digest = self._hashed[unit.files] = digest_files(unit.files)
+                    elif self._is_affordable(unit, digests):
+                        digest = digest_files(unit.files)
                     else:
                         digest = f"{UNREAD}{unit.path}"
                 except (OSError, DownloadError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,7 +16,6 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.actions import ensure_controls
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
-from jepa_cache.encoding.steps import plan_episode
 from jepa_cache.encoding.task import describe_machine, load_encoder, resolve_device
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
@@ -113,11 +111,11 @@ def compare_online(
         raise ValueError(
             "none of the recordings in the manifest is among the inputs (or none was read yet: run `python stages/encode.py`)"
         )
-    ends = list(itertools.accumulate((it.entry.num_steps for it in found), initial=0))
+    starts = np.cumsum([0, *(it.entry.num_steps for it in found)]).tolist()
     chosen: dict[int, list[int]] = {}
-    for pick in sorted(random.Random(seed).sample(range(ends[-1]), min(num_steps, ends[-1]))):
-        number = bisect.bisect_right(ends, pick) - 1
-        chosen.setdefault(number, []).append(pick - ends[number])
+    for pick in sorted(random.Random(seed).sample(range(starts[-1]), min(num_steps, starts[-1]))):
+        number = bisect.bisect_right(starts, pick) - 1
+        chosen.setdefault(number, []).append(pick - starts[number])
     num_threads, device = groups[0].num_threads, resolve_device(config.encode.device)
     encoder = load_encoder(groups[0].encoder, config.encode, device=device, num_threads=num_threads)
     comparison, changes = Comparison(seed), {}
@@ -194,15 +192,8 @@ def _compare_store(
     for episode in group.source.iter_episodes(listed.unit):
         if not isinstance(episode, Episode) or not (steps := wanted.pop(episode.key, None)):
             continue
-        num_frames, tubelet_size = len(episode.frame_ticks), encoder.preset.tubelet_size
-        plan = plan_episode(
-            num_frames,
-            episode.fps,
-            group.encode,
-            tubelet_size=tubelet_size,
-            phase=group.phase,
-            times_s=episode.frame_times_s,
-        )
+        num_frames = len(episode.frame_ticks)
+        plan = group.plan(num_frames, episode.fps, episode.frame_times_s)
         start, per_batch = first[episode.key], len(plan.anchors) // len(plan.inputs) * batch_size
         batches: dict[int, list[int]] = {}
         for step in steps:

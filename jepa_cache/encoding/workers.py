@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -91,23 +89,14 @@ def _start_local(num_workers: int, wanted: str, num_threads: int) -> Iterator[Co
         options = here | {"nthreads": 1, "local_directory": folder, "memory_limit": MEMORY_LIMIT // num_workers}
         options |= {"death_timeout": START_S, "silence_logs": "WARNING", "resources": {GPU: int(device == "cuda")}}
         scheduler = {"cls": Scheduler, "options": here | {"port": 0, "dashboard_address": ":0"}}
-        specs = {
-            number: {"cls": Nanny, "options": {**options, "env": environment}}
-            for number, environment in enumerate(environments)
-        }
-        log = logging.getLogger("distributed.nanny")
-        level = log.level
-        try:
-            with (
-                SpecCluster(scheduler=scheduler, workers=specs, silence_logs="WARNING") as cluster,
-                Client(cluster, timeout=START_S) as client,
-            ):
-                client.wait_for_workers(num_workers, timeout=START_S)
-                yield _check_cluster(client, client.scheduler.address, device)
-                # All results are here; that a process takes longer to end than the nanny waits concerns nobody.
-                log.setLevel(logging.ERROR)
-        finally:
-            log.setLevel(level)
+        specs = {number: {"cls": Nanny, "options": {**options, "env": env}} for number, env in enumerate(environments)}
+        # No warnings: at the end a process may take longer to end than its nanny waits, when all results are here.
+        with (
+            SpecCluster(scheduler=scheduler, workers=specs, silence_logs="ERROR") as cluster,
+            Client(cluster, timeout=START_S) as client,
+        ):
+            client.wait_for_workers(num_workers, timeout=START_S)
+            yield _check_cluster(client, client.scheduler.address, device)
 
 
 @contextmanager
@@ -177,18 +166,9 @@ def encode_on_workers(
         for group in groups
         for unit in group.units
     ]
-    client, run = connection.client, secrets.token_hex(8)
-    futures = {
-        client.submit(
-            encode_unit,
-            task,
-            root,
-            key=f"jepa-cache-{run}-{number}",
-            retries=RETRIES,
-            resources=connection.resources,
-        ): task
-        for number, task in enumerate(tasks)
-    }
+    # Impure: under another run's key Dask would hand out what became of the unit then.
+    client, options = connection.client, {"pure": False, "retries": RETRIES, "resources": connection.resources}
+    futures = {client.submit(encode_unit, task, root, **options): task for task in tasks}
     try:
         for future in as_completed(futures):
             task = futures.pop(future)  # then it is forgotten: it need not run again if its worker dies later

@@ -145,7 +145,7 @@ def test_inspect_and_estimate_list_the_same_bad_units(good, spoilt, tmp_path, mo
     (group,), _ = scan_units(tiniest_config(), [str(good)], good)
     unusable = []
     assert estimate_group(group, group.units, unusable)["unusable"] == len(unusable)
-    listed = {recording.key: recording.reason for recording in unusable}
+    listed = {recording.key: recording.reason for recording in (*unusable, *group.unreadable)}
     inspect([str(good), "dataset=vpt"])
     shown = capsys.readouterr().out
     for key, words in spoilt.items():
@@ -161,51 +161,30 @@ def test_a_unit_that_cannot_be_read_has_no_store_and_is_tried_again_and_the_othe
 ):
     pairs = {key: make_vpt_pair(60, seed, **SMALL) for seed, key in enumerate("uvw", 7)}
     write_vpt_tar(good / "x.tar", pairs)
-    real_digest, real_iter, real_open = digests.file_digest, VptSource.iter_episodes, decoding.open_video
-    broken = OSError(errno.EIO, "the disk is gone", "/data/v.mp4")
+    owner, name, is_bad = {
+        "hashing": (digests, "file_digest", lambda path: path.name == "x.tar"),
+        "listing": (VptSource, "iter_episodes", lambda _, unit: unit.name == "x.tar"),
+        "opening": (decoding, "open_video", lambda video, *_: video == pairs["v"][0]),
+        "decoding": (decoding.Decoders, "_read_batch", lambda _, video, inputs: inputs.max() > 16),  # of x.tar alone
+    }[place]
+    real = getattr(owner, name)
 
-    def file_digest(path):
-        if path.name == "x.tar":
-            raise broken
-        return real_digest(path)
+    def failing(*given, **options):
+        if is_bad(*given):
+            raise OSError(errno.EIO, "the disk is gone", "/data/v.mp4")
+        return real(*given, **options)
 
-    def iter_episodes(self, unit):
-        for number, recording in enumerate(real_iter(self, unit)):
-            if number == 1:
-                raise broken
-            yield recording
+    def failing_after_one(*given):
+        recordings = real(*given)
+        yield next(recordings)
+        if is_bad(*given):
+            failing(*given)
+        yield from recordings
 
-    class Failing:
-        def __init__(self, video):
-            self.video, self.decoder = video, video.decoder
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.video.close()
-
-        def read(self, frames):
-            if frames[0] > 16:
-                raise broken
-            return self.video.read(frames)
-
-    def open_video(video, *given, **options):
-        if video != pairs["v"][0]:
-            return real_open(video, *given, **options)
-        if place == "opening":
-            raise broken
-        return Failing(real_open(video, *given, **options))
-
-    replaced = {
-        "hashing": (digests, "file_digest", file_digest),
-        "listing": (VptSource, "iter_episodes", iter_episodes),
-    }
-    monkeypatch.setattr(*replaced.get(place, (decoding, "open_video", open_video)))
+    monkeypatch.setattr(owner, name, failing_after_one if place == "listing" else failing)
     config = tiniest_config(max_skipped_share=0.5, batch_size=2)
     result = encode(good, tmp_path / "cache", config)
-    (reason,) = [reasons(result.manifest)["x.tar"]]
-    assert "cannot be read: the disk is gone" in reason and len(result.manifest.skipped) == 1
+    assert "cannot be read: the disk is gone" in reasons(result.manifest)["x.tar"]
     assert result.num_encoded == len(result.manifest.entries) == 2
     assert len(list((tmp_path / "cache").glob("tokens/*/*"))) == 2
     assert not list((tmp_path / "cache").rglob(".jepa-cache-*"))

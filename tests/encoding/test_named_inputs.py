@@ -2,7 +2,7 @@
 
 import pytest
 
-from jepa_cache.encoding.units import check_rendered, list_units
+from jepa_cache.encoding.units import list_units
 from jepa_cache.sources import build_source, suggest_source
 from tests.encoded import tiny_config
 
@@ -22,7 +22,8 @@ def test_a_sample_that_was_never_rendered_names_the_stage_that_renders_it(vpt, t
     (tmp_path / folder).mkdir(parents=True)  # what the stage leaves when another data set is chosen
     with pytest.raises(ValueError, match=r"not rendered yet: .*shards/sample holds no .*stages/sample\.py"):
         find(sample, tmp_path)
-    check_rendered(sample, ["elsewhere"], tmp_path)
+    with pytest.raises(ValueError, match="finds no"):
+        find(sample, tmp_path, "elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from tests.encoded import (
     encode,
     make_tars,
     make_tiny_tar,
+    plan_steps,
     read_episodes,
     read_video,
     tiniest_config,
@@ -41,7 +42,7 @@ from tests.workspace import SUITE_SETTINGS
 
 EPISODES = {"a": {"x": 61, "sub/y": 44}, "b": {"z": 52}}
 SEEDS = {"x": (61, 0), "sub/y": (44, 1), "z": (52, 2)}
-MODES = {"frame": (1, 1), "tubelet": (2, 1), "clip": (4, 2)}  # frames of an input, steps that come out of it
+MODES = {"frame": 1, "tubelet": 2, "clip": 4}  # frames of an input
 
 
 @pytest.fixture(scope="module")
@@ -77,35 +78,29 @@ def reference_tokens(encoder, video, group):
 
 def test_tokens_are_the_encoder_s_output_on_the_decoded_frames_bit_for_bit(folder, in_mode, encoder):
     mode, _, result, root = in_mode
-    group, _ = MODES[mode]
     episodes = read_episodes(result, root)
     assert episodes.keys() == SEEDS.keys()
     for key in SEEDS:
-        expected = reference_tokens(encoder, read_video(folder, key), group)
+        expected = reference_tokens(encoder, read_video(folder, key), MODES[mode])
         assert np.array_equal(episodes[key]["tokens"], expected), key
 
 
 def test_steps_and_segments_say_which_frame_and_tick_each_step_shows(in_mode):
     mode, _, result, root = in_mode
-    group, steps_per_input = MODES[mode]
     for entry in result.manifest.entries:
         store = CacheRoot(root).tokens(result.manifest.fingerprint, entry.unit_digest)
         steps, segments = (
             pq.read_table(store / name).to_pylist() for name in (layout.STEPS_FILE, layout.SEGMENTS_FILE)
         )
-        per_step = group // steps_per_input
         expected_steps, expected_segments = [], []
         for key in [key for tar in EPISODES.values() for key in tar if any(row["episode"] == key for row in segments)]:
-            sampled = list(range(0, SEEDS[key][0], STRIDE))
-            anchors = sampled[: len(sampled) // group * group][per_step - 1 :: per_step]
-            length = steps_per_input if mode == "clip" else len(anchors)
-            for start in range(0, len(anchors), length):
-                first = len(expected_steps)
-                expected_steps += [(len(expected_segments), frame) for frame in anchors[start : start + length]]
-                expected_segments.append((len(expected_segments), key, first, first + length, 20 / STRIDE / per_step))
+            plan = plan_steps(SEEDS[key][0], 20.0, mode=mode, frames_per_clip=4)
+            for start, stop in plan.segments.tolist():
+                number, first = len(expected_segments), len(expected_steps)
+                expected_steps += [(number, frame, frame) for frame in plan.anchors[start:stop]]
+                expected_segments.append((number, key, first, len(expected_steps), plan.step_hz))
         assert [tuple(row.values()) for row in segments] == expected_segments
-        assert [(row["segment"], row["frame"]) for row in steps] == expected_steps
-        assert all(row["tick"] == row["frame"] for row in steps)
+        assert [(row["segment"], row["frame"], row["tick"]) for row in steps] == expected_steps
         assert (entry.num_steps, entry.num_segments) == (len(steps), len(segments))
     assert result.manifest.comparable == (mode != "clip")
 
