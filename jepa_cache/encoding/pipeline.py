@@ -217,16 +217,9 @@ class _OpenUnit:
                 "luma_std": anchor_luma[:, 1],
             }
         )
-        self._segments += [
-            {
-                "segment": first + i,
-                "episode": episode.key,
-                "start": start + a,
-                "stop": start + b,
-                "step_hz": plan.step_hz,
-            }
-            for i, (a, b) in enumerate(plan.segments.tolist())
-        ]
+        of_all = {"episode": episode.key, "step_hz": plan.step_hz}
+        for number, (a, b) in enumerate(plan.segments.tolist(), first):
+            self._segments.append({"segment": number, "start": start + a, "stop": start + b, **of_all})
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
         self._decoders[stream.decoder] += 1

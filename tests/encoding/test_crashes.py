@@ -83,22 +83,19 @@ def numbers_of(changes, how):
     return matters
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", ["kill", "half", "full", "readonly"])
-def test_a_fault_is_made_good_by_the_next_run_and_a_disk_that_refuses_is_said(folder, undisturbed, tmp_path, how):
+def test_a_fault_is_made_good_by_the_next_run_and_a_disk_that_refuses_is_said(
+    folder, undisturbed, tmp_path, how, every
+):
     changes = undisturbed[1]
     points = numbers_of(changes, how)
-    if how == "kill":  # just before and just after each publication, and in between
+    if how == "kill" and not every:  # just before and just after each publication, and in between
         published = [point for point in points if is_publication(changes[point])]
         points = sorted({*published, *(point + 1 for point in published), *points[::24]})
-    else:
+    elif not every:
         points = points[:: {"half": 5, "full": 14, "readonly": 20}[how]]
     disturb(folder, undisturbed, tmp_path, how, points)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["kill", "half", "full", "readonly"])
-def test_a_fault_at_every_single_change_is_made_good_by_the_next_run(folder, undisturbed, tmp_path, how):
-    disturb(folder, undisturbed, tmp_path, how, numbers_of(undisturbed[1], how))
 
 
 def test_a_root_that_is_read_only_from_the_start_is_refused_before_any_recording_is_read(folder, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from jepa_cache.encoding.workers import EncodeFailedError, connect
 from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, encode, forking_context, make_tiny_tar, tiniest_config
-from tests.encoding.test_weights_in_use import save_weights
 
 CONFIG = tiniest_config()
 
@@ -189,20 +188,6 @@ def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place,
     words = r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"
     with pytest.raises(EncodeFailedError, match=words):
         place.encode(tmp_path / "cache")
-
-
-def test_weights_that_are_replaced_before_a_worker_loads_them_are_refused_by_name(place, tmp_path, monkeypatch):
-    config, others = (save_weights(tmp_path / f"{seed}.pt", "pt", seed) for seed in (1, 2))
-
-    def replace(_):
-        Path(others.encoder.weights).rename(config.encoder.weights)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "check_controls", replace)  # after the weights were hashed
-        with pytest.raises(EncodeFailedError, match=r"1\.pt are not those that the stores are named by"):
-            place.encode(tmp_path / "cache", config=config)
-    assert not [path for path in all_files(tmp_path / "cache") if path.startswith("tokens/")]
-    assert place.encode(tmp_path / "cache", config=config).num_encoded == 3
 
 
 def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(place, tmp_path, monkeypatch):

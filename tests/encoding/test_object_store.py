@@ -89,45 +89,38 @@ def test_a_bucket_gives_what_a_folder_gives_through_dropped_connections(server, 
     assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(read, expected, strict=True))
 
 
-def test_a_machine_with_an_empty_cache_finds_what_another_encoded(server, machines, recordings, monkeypatch):
-    manifest = encode(recordings, machines("a")).manifest
-    monkeypatch.setattr(run, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_encoded(
+    server, machines, recordings, in_a_folder, monkeypatch, tmp_path
+):
+    encode(recordings, machines("a"))
+    (manifest, folder), root, told = in_a_folder, machines("b"), []
+    monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
     server.requests.clear()
-    result = encode(recordings, machines("b"))
+    result = encode(recordings, root)
     assert (result.num_encoded, result.manifest.to_bytes()) == (0, manifest.to_bytes())
     assert all(".check-" in request for request in server.requests if request.startswith("PUT"))
 
-
-def test_an_export_of_a_bucket_holds_what_one_of_a_folder_does(machines, recordings, in_a_folder, tmp_path):
-    encode(recordings, machines("a"))
-    manifest, folder = in_a_folder
-    root, told = machines("b"), []
     assert root.refresh() == []
     export_manifest(manifest, root, tmp_path / "bucket", told.append)
     export_manifest(manifest, folder, tmp_path / "folder")
     assert all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
     assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
 
-
-def test_repair_pulls_copies_that_are_damaged_here_again_and_leaves_the_bucket_alone(machines, recordings, monkeypatch):
-    manifest, root = encode(recordings, machines("a")).manifest, machines("b")
-    CachedDataset(manifest, root).close()
+    # A copy here that is damaged is no damage in the bucket.
     (part,), entry = manifest.parts, manifest.entries[0]
     findings, whole = [], {}
     for key in part.keys(entry):
         place = root.store(key)
         assert root.fetch(place)
         path = place / ("tokens/c/0/0/0" if key.kind == "tokens" else "store.json") if place.is_dir() else place
-        content = bytearray(path.read_bytes())
-        whole[path] = bytes(content)
+        whole[path] = path.read_bytes()
+        content = bytearray(whole[path])
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
         findings.append(Finding(key, place, "as a reader said"))
-    assert len(findings) == 3
-    monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
     before = root.bucket.list("")
     repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
-    assert {*repaired.repaired} == {finding.path for finding in findings} and repaired.complete
+    assert {*repaired.repaired} == {finding.path for finding in findings} and repaired.complete and len(whole) == 3
     assert check_manifest(manifest, root, Scope()) == []
     assert root.bucket.list("") == before and all(path.read_bytes() == content for path, content in whole.items())
 
