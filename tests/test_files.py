@@ -168,6 +168,8 @@ def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
         temporary.write_bytes(b"two")
         assert path.read_bytes() == b"one"
     assert path.read_bytes() == b"two" and [file.name for file in path.parent.iterdir()] == ["file"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "the user's own permissions"
 
 
 def test_content_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatch):
@@ -323,29 +325,6 @@ def test_a_store_that_is_removed_is_whole_or_gone_at_every_moment(tmp_path, monk
     monkeypatch.setattr(files.shutil, "rmtree", looking)
     remove_folder(tmp_path / "store")
     assert seen == [False] and list(tmp_path.iterdir()) == []
-
-
-def test_two_processes_may_remove_the_same_left_over(tmp_path, monkeypatch):
-    (tmp_path / ".jepa-cache-0123456789ab-u.zarr/inner").mkdir(parents=True)
-    rmtree, calls = files.shutil.rmtree, []
-
-    def outrun(path):
-        calls.append(path)
-        rmtree(path / "inner" if len(calls) == 1 else path)
-        if len(calls) == 1:
-            raise FileNotFoundError(path / "inner")
-
-    monkeypatch.setattr(files.shutil, "rmtree", outrun)
-    remove_stale_temporaries(tmp_path)
-    assert len(calls) == 2 and list(tmp_path.iterdir()) == []
-
-
-def test_files_are_made_with_the_user_s_own_permissions(tmp_path):
-    with atomic_file(tmp_path / "a"):
-        pass
-    plain = tmp_path / "b"
-    plain.touch()
-    assert (tmp_path / "a").stat().st_mode == plain.stat().st_mode
 
 
 def test_results_are_replaced_when_all_new_ones_are_there_and_old_and_new_never_mix(tmp_path):

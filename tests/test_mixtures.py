@@ -1,88 +1,105 @@
 """Claims: cameras, phases and data sets of a mixture are parts of one manifest, with stores that are found again alone.
 
-DROID goes the whole way from raw folders to metrics.
-
-Made episodes; the real ones too where the optional folder of recordings is there.
+DROID goes the whole way from raw folders to metrics, the real recordings where the optional folder of them is there.
 """
 
 import csv
-import json
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.store.manifest import read_manifest
+from jepa_cache.data.cache import TRAIN, CachedDataset
+from jepa_cache.data.scaler import fit_scaler
+from jepa_cache.encoding.run import encode_dataset
+from jepa_cache.evaluation.run import evaluate_run
+from jepa_cache.store.root import CacheRoot
+from jepa_cache.training.trainer import train
+from tests.caches import OVERRIDES
 from tests.droid_makers import REAL_DROID, make_episode, read_real, write_raw
 from tests.makers import make_vpt_pair, write_vpt_tar
-from tests.workspace import Workspace
+from tests.workspace import SUITE_SETTINGS, copy_settings
 
+TINY = ("encoder=tiny", "predictor=tiny", "encode.device=cpu", *OVERRIDES)
 DROID = ("dataset=droid_raw", "encode.fps=5")
 
 
+class Checkout:
+    """Settings, recordings and a cache in one folder; each call is a stage."""
+
+    def __init__(self, folder):
+        self.folder, self.root = copy_settings(folder / "checkout"), CacheRoot(folder / "cache")
+
+    def config(self, *changes):
+        return load_config(self.folder, [*TINY, *changes])
+
+    def encode(self, *changes):
+        config = self.config(*changes)
+        return encode_dataset(config, config.dataset.inputs, base=self.folder, root=self.root)
+
+    def train_and_evaluate(self, *changes):
+        """Rows of train.csv, and the metrics."""
+        config = self.config(*changes)
+        dataset = CachedDataset(self.encode(*changes).manifest, self.root)
+        segments = dataset.segments_of(TRAIN, config.split, config.filter)
+        scaler = fit_scaler(dataset, segments, config.scaler)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        result = train(config, dataset, scaler, self.folder / "outputs/train/run", base=self.folder)
+        metrics = evaluate_run(config, dataset, result.weights, self.folder / "outputs/evaluate")
+        dataset.close()
+        with (result.run / "train.csv").open(newline="") as file:
+            return list(csv.DictReader(file)), metrics
+
+
 @pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
+def checkout(tmp_path):
+    return Checkout(tmp_path)
 
 
-def manifest_of(workspace):
-    return read_manifest(workspace.root / "outputs/encode/manifest.json")
-
-
-def test_cameras_and_phases_are_parts_whose_stores_are_found_again_alone(workspace):
-    for seed in range(3):
-        write_raw(workspace.root / "shards/droid_raw", make_episode(seed, 60))
-    output = workspace.python("stages/encode.py", *DROID, "encode.cameras=[exterior_1, wrist]", "encode.phases=all")
-    manifest = manifest_of(workspace)
-    assert len({part.fingerprint for part in manifest.parts}) == len(manifest.parts) == 6, output
+def test_cameras_and_phases_are_parts_whose_stores_are_found_again_alone(checkout):
+    for seed in range(2):
+        write_raw(checkout.folder / "shards/droid_raw", make_episode(seed, 36))
+    manifest = checkout.encode(*DROID, "encode.cameras=[exterior_1, wrist]", "encode.phases=all").manifest
+    assert len({part.fingerprint for part in manifest.parts}) == len(manifest.parts) == 6
     assert {(part.camera, part.phase) for part in manifest.parts} == {
         (camera, phase) for camera in ("exterior_1", "wrist") for phase in range(3)
     }
-    stores = workspace.stores()
-    output = workspace.python("stages/encode.py", *DROID, "encode.cameras=[wrist]", "encode.phases=[1]")
-    assert "nothing to encode" in output and workspace.stores() == stores
-    (part,) = manifest_of(workspace).parts
+    alone = checkout.encode(*DROID, "encode.cameras=[wrist]", "encode.phases=[1]")
+    (part,) = alone.manifest.parts
+    assert alone.num_encoded == 0
     assert part.fingerprint in {other.fingerprint for other in manifest.parts if other.camera == "wrist"}
 
 
-def test_a_mixture_lists_its_data_sets_with_their_weights_and_trains_on_both(workspace):
+def test_a_mixture_lists_its_data_sets_with_their_weights_and_trains_on_both(checkout):
+    presets = checkout.folder / "configs/dataset"
+    text = (presets / "vpt.yaml").read_text()
     for name in ("a", "b"):
-        pairs = {f"{name}-{i}": make_vpt_pair(80, seed=10 * (name == "b") + i) for i in range(4)}
-        write_vpt_tar(workspace.root / f"shards/{name}/{name}.tar", pairs)
-        text = (workspace.root / "configs/dataset/vpt.yaml").read_text()
-        (workspace.root / f"configs/dataset/{name}.yaml").write_text(text.replace("[shards/vpt]", f"[shards/{name}]"))
-    mixture = (workspace.root / "configs/dataset/vpt.yaml").read_text().replace("[shards/vpt]", "[]")
-    (workspace.root / "configs/dataset/both.yaml").write_text(mixture + "mixture: {a: 1.0, b: 3.0}\n")
-    workspace.edit("params.yaml", "dataset: sample", "dataset: both")
-    workspace.python("stages/encode.py")
-    manifest = manifest_of(workspace)
+        pairs = {f"{name}-{i}": make_vpt_pair(50, seed=10 * (name == "b") + i, size=(32, 32)) for i in range(4)}
+        write_vpt_tar(checkout.folder / f"shards/{name}/{name}.tar", pairs)
+        (presets / f"{name}.yaml").write_text(text.replace("[shards/vpt]", f"[shards/{name}]"))
+    (presets / "both.yaml").write_text(text.replace("[shards/vpt]", "[]") + "mixture: {a: 1.0, b: 3.0}\n")
+    manifest = checkout.encode("dataset=both").manifest
     assert [(part.dataset, part.weight) for part in manifest.parts] == [("a", 1.0), ("b", 3.0)]
-    assert manifest.digest != read_manifest(workspace.root / "outputs/encode/manifest.json").fingerprint
-    workspace.python("stages/fit_scaler.py")
-    workspace.python("stages/train_predictor.py")
-    with (workspace.root / "outputs/train/run/train.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    told_apart = [(float(row["jloss.a"]), float(row["jloss.b"])) for row in rows if row["jloss.a"] and row["jloss.b"]]
-    assert told_apart and all(a != b for a, b in told_apart)
-    workspace.python("stages/evaluate.py")
-    stores = workspace.stores()
-    assert "nothing to encode" in workspace.python("stages/encode.py", "dataset=b") and workspace.stores() == stores
+    assert manifest.digest != manifest.fingerprint
+    rows, metrics = checkout.train_and_evaluate("dataset=both")
+    reported = [(float(row["jloss.a"]), float(row["jloss.b"])) for row in rows if row["jloss.a"] and row["jloss.b"]]
+    assert reported and all(a != b for a, b in reported)
+    assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
+    assert checkout.encode("dataset=b").num_encoded == 0
 
 
-def test_a_mixture_of_two_action_spaces_is_refused(workspace):
-    text = (workspace.root / "configs/dataset/vpt.yaml").read_text()
-    (workspace.root / "configs/dataset/both.yaml").write_text(text + "mixture: {vpt: 1.0, droid_raw: 1.0}\n")
+def test_a_mixture_of_two_action_spaces_is_refused(checkout):
+    text = (SUITE_SETTINGS / "configs/dataset/vpt.yaml").read_text()
+    (checkout.folder / "configs/dataset/both.yaml").write_text(text + "mixture: {vpt: 1.0, droid_raw: 1.0}\n")
     with pytest.raises(ValueError, match="must be a data set of action space 'vpt13'"):
-        load_config(workspace.root, ["dataset=both"])
+        checkout.config("dataset=both")
 
 
 @pytest.mark.skipif(not REAL_DROID.exists(), reason=f"no real recordings in {REAL_DROID}")
-def test_real_droid_episodes_go_from_raw_folders_to_metrics_with_idle_steps_cut(workspace):
+def test_real_droid_episodes_go_from_raw_folders_to_metrics_with_idle_steps_cut(checkout):
     for episode in read_real():
-        write_raw(workspace.root / "shards/droid_raw", episode)
-    workspace.edit("params.yaml", "dataset: sample", "dataset: droid_raw")
-    output = workspace.python("stages/encode.py", "encode.fps=5")
-    assert "9 episodes, 700 frames" in output, output
-    for stage in ("fit_scaler", "train_predictor", "evaluate"):
-        workspace.python(f"stages/{stage}.py", "encode.fps=5", "filter.drop_idle=true")
-    metrics = json.loads((workspace.root / "outputs/evaluate/metrics.json").read_text())
+        write_raw(checkout.folder / "shards/droid_raw", episode)
+    result = checkout.encode(*DROID)
+    assert sum(entry.num_episodes for entry in result.manifest.entries) == 9 and result.manifest.num_steps == 700
+    _, metrics = checkout.train_and_evaluate(*DROID, "filter.drop_idle=true", "split.val_share=0.5", "split.seed=0")
     assert 0 < metrics["val"]["teacher_forcing_l1"] < 2

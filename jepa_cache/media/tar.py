@@ -181,6 +181,7 @@ def expand_inputs(inputs: Sequence[str], base: Path, *patterns: str) -> list[Pat
     from braceexpand import braceexpand
 
     found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}  # each without links: they are few, and of ten thousand files each takes its time
     for text in inputs:
         # A file or folder of exactly this name wins over reading its brackets as a pattern.
         names = [text] if (base / Path(text).expanduser()).exists() else list(braceexpand(text))
@@ -190,7 +191,9 @@ def expand_inputs(inputs: Sequence[str], base: Path, *patterns: str) -> list[Pat
             if not paths:
                 missing.append(name)
             for path in paths:
-                found.setdefault(real_path(path), path)
+                if (folder := folders.get(path.parent)) is None:
+                    folder = folders[path.parent] = real_path(path.parent)
+                found.setdefault(real_path(path) if path.is_symlink() else folder / path.name, path)
         if missing:
             also = f" (nothing for {', '.join(missing[:5])}{', ...' if missing[5:] else ''})" if len(names) > 1 else ""
             raise ValueError(

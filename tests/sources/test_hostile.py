@@ -141,7 +141,11 @@ ATTACKS = [
     ("lerobot", _actions(pa.array([[1.0, 2.0]] * 900)), "more than 800 rows"),
     ("mp4_json", _replace("a.json", b"[" + b"[]," * (16 * MIB)), "longer than 1048576 bytes"),
     ("mp4_json", _replace("a.json", b'{"fps":' + b"[" * 200_000), "no JSON"),
-    ("mp4_json", _replace("a.json", b'{"fps": 1' + b"0" * 400 + b"}"), "fps must be a positive number"),
+    (
+        "mp4_json",
+        _replace("a.json", b'{"fps": 1' + b"0" * 400 + b', "states": [[0]], "actions": [[0]]}'),
+        "fps must be a positive number",
+    ),
     ("mp4_json", lambda folder: os.mkfifo(folder / "a.json"), "is no plain file"),
 ]
 
