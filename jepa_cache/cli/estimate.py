@@ -250,13 +250,15 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
         where = "the encoder alone, measured here: decoding may be slower" if rate["measured"] else "as given"
         lines.append(f"time: {rate['hours']:.2f} h at {rate['frames_per_s']:.4g} frames/s ({where})")
     if (runs := document["break_even"])["runs"]:
-        touched = runs["frames_touched_per_run"]
+        touched, gain = runs["frames_touched_per_run"], runs["gain_per_run"]
+        build, online = runs["build_flops"], runs["online_encoder_flops_per_run"]
+        fewer = f"{gain:.3g} times fewer" if gain >= 1.005 else "less than 0.5 % fewer"
         lines += [
             f"one training run of predictor {runs['predictor']} touches {touched} frames, each "
-            f"{touched / max(1, runs['frames']):.3g} times: {runs['online_encoder_flops_per_run']:.3g} operations to "
-            f"encode them online, {runs['predictor_flops_per_run']:.3g} for the predictor",
-            f"break-even after {runs['runs']:.3g} training runs; after it a run needs "
-            f"{100 - 100 / runs['gain_per_run']:.3g} % fewer operations (decoding not counted)",
+            f"{touched / max(1, runs['frames']):.3g} times: {online:.3g} operations to encode them online, "
+            f"{runs['predictor_flops_per_run']:.3g} for the predictor",
+            f"break-even after {runs['runs']:.3g} training runs ({build:.3g} to build the cache / {online:.3g} online); "
+            f"after it a run needs {fewer} operations (decoding not counted)",
         ]
     free = "no limit known" if disk["free_bytes"] is None else f"{describe_bytes(disk['free_bytes'])} free"
     lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed")

@@ -163,6 +163,9 @@ def test_break_even_is_the_build_over_what_one_run_would_encode(fresh):
     assert entry["runs"] == pytest.approx(entry["frames"] / entry["frames_touched_per_run"])
     assert entry["build_flops"] == pytest.approx(entry["frames"] * document["encoder_flops"]["per_frame"])
     assert entry["gain_per_run"] > 1
+    for gain, words in ((1.000001, "less than 0.5 % fewer operations"), (1.24, "1.24 times fewer operations")):
+        told = estimate._list_lines({**document, "break_even": {**entry, "gain_per_run": gain}})
+        assert any(words in line for line in told)
     larger = _estimate(fresh, "predictor=small").document["break_even"]
     assert larger["runs"] == entry["runs"] and larger["gain_per_run"] < entry["gain_per_run"]
 
