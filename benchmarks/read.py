@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 
 from benchmarks.readers import READERS, Fill, write_store  # noqa: E402
-from jepa_cache.store.reader import TokenReader  # noqa: E402
+from jepa_cache.store.reader import ArrayReader  # noqa: E402
 
 NUM_WINDOWS, WINDOW_STEPS = 8, 8
 LIMIT = next(iter(READERS))
@@ -90,7 +90,7 @@ def time_first_touch(
                 for start in order:
                     limit([start], out[:1])
             else:
-                with TokenReader(store, verify_checksums=name == "checksums on") as reader:
+                with ArrayReader(store, verify_checksums=name == "checksums on") as reader:
                     for start in order:
                         reader.read(start, out[0])
             values.append(time.perf_counter() - begun)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_cache.store import layout
-from jepa_cache.store.reader import TokenReader
+from jepa_cache.store.reader import ArrayReader
 from jepa_cache.store.writer import TokenWriter, table
 
 MAX_CHUNK_BYTES = 1 << 26  # of litdata, its default
@@ -52,7 +52,7 @@ def memmap(folder: Path, tokens: np.ndarray) -> Fill:
 
 def own(folder: Path, tokens: np.ndarray) -> Fill:
     """This project's reader."""
-    reader = TokenReader(write_store(folder, tokens))
+    reader = ArrayReader(write_store(folder, tokens))
 
     def fill(starts: Sequence[int], out: np.ndarray) -> None:
         for row, start in enumerate(starts):
@@ -63,7 +63,7 @@ def own(folder: Path, tokens: np.ndarray) -> Fill:
 
 def own_two_threads(folder: Path, tokens: np.ndarray) -> Fill:
     """This project's reader, the windows of a batch shared by two threads."""
-    reader, pool = TokenReader(write_store(folder, tokens)), ThreadPoolExecutor(2)
+    reader, pool = ArrayReader(write_store(folder, tokens)), ThreadPoolExecutor(2)
 
     def fill(starts: Sequence[int], out: np.ndarray) -> None:
         half = len(starts) // 2

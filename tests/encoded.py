@@ -27,7 +27,7 @@ from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.digests import DigestTable, look_at
 from jepa_cache.store.manifest import Manifest
-from jepa_cache.store.reader import TokenReader
+from jepa_cache.store.reader import ArrayReader
 from jepa_cache.store.recipe import canonical_json
 from jepa_cache.store.root import CacheRoot
 from tests.makers import make_vpt_pair, write_vpt_tar
@@ -183,7 +183,7 @@ def read_episodes(result: EncodeResult, root: Path) -> dict[str, dict[str, np.nd
     for entry in manifest.entries:
         store = cache.tokens(manifest.fingerprint, entry.unit_digest)
         tokens = np.empty((entry.num_steps, manifest.num_tokens, manifest.width), np.float16)
-        with TokenReader(store) as reader:
+        with ArrayReader(store) as reader:
             reader.read(0, tokens)
         columns = pq.read_table(store / layout.STEPS_FILE).to_pydict()
         columns = {name: np.array(values) for name, values in columns.items()} | {"tokens": tokens}

@@ -1,9 +1,8 @@
-"""Claims: with every stored dtype both stages run; what is stored is the encoder's output, cast once and coded as documented.
+"""Claims: what is stored is the encoder's output, cast once and coded as documented, and both stages run on it.
 
 Another dtype is another recipe, the manifest says what it cost, and a batch holds the documented values.
 """
 
-import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from jepa_cache.config.schema import STORED_DTYPES, Config
+from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, fit_scaler
@@ -65,7 +64,8 @@ def make(recordings, folder, dtype) -> Made:
         patch.setattr(FrozenEncoder, "encode", recorded)
         manifest = encode_recordings(recordings, folder / "cache", tiny_config(dtype=dtype)).manifest
     root = CacheRoot(folder / "cache")
-    config = make_config("dataset=vpt", "encoder=tiny", f"encode.dtype={dtype}", "split.val_share=0.4", "split.seed=1")
+    small = ("split.val_share=0.4", "split.seed=1", "evaluate.windows_per_episode=2", "evaluate.num_bootstrap=100")
+    config = make_config("dataset=vpt", "encoder=tiny", f"encode.dtype={dtype}", *small)
     return Made(config, manifest, root, in_order_of(manifest, root, torch.cat(outputs).flatten(0, 1)))
 
 
@@ -78,7 +78,8 @@ def in_order_of(manifest, root, computed):
     return min(orders, key=lambda order: max(float((a - b).abs().max()) for a, b in zip(order, values, strict=True)))
 
 
-@pytest.fixture(scope="module", params=STORED_DTYPES)
+# A cast that float16 tokens would not give, and codes with all that codes may have: groups, packing, a decoder of their own.
+@pytest.fixture(scope="module", params=["bfloat16", "int4"])
 def made(request, recordings, tmp_path_factory) -> Made:
     return make(recordings, tmp_path_factory.mktemp(request.param), request.param)
 
@@ -92,10 +93,8 @@ def test_what_is_stored_is_the_encoders_output_cast_once_and_coded(made):
             assert (stored != computed.half().bfloat16().view(torch.uint16).numpy()).any()
             continue
         tokens = computed.half().numpy()
-        if dtype in CODED:
-            channels = measure_channels([tokens], tokens.shape[2])
-            tokens = np.stack([encode(step, dtype, channels)[0] for step in tokens])
-        assert np.array_equal(stored, tokens)
+        channels = measure_channels([tokens], tokens.shape[2])
+        assert np.array_equal(stored, np.stack([encode(step, dtype, channels)[0] for step in tokens]))
 
 
 def test_the_manifest_says_what_storing_cost(made):
@@ -106,13 +105,23 @@ def test_the_manifest_says_what_storing_cost(made):
         rmse, largest = np.sqrt((error**2).sum() / (truth**2).sum()), np.abs(error).max()
         assert entry.reconstruction_rmse == pytest.approx(rmse, rel=0.005)  # stated with three digits
         assert entry.reconstruction_max_abs == pytest.approx(largest, rel=0.005)
-        assert rmse < {"float16": 3e-4, "bfloat16": 3e-3, "int8": 0.01, "float8_e4m3": 0.03, "int4": 0.1}[dtype]
+        assert rmse < {"bfloat16": 3e-3, "int4": 0.1}[dtype]
 
 
 def test_a_batch_holds_the_documented_values_of_its_windows(made):
-    dataset, scaler = made.open()
+    check_batches(*made.open(), made.stores)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3"])
+def test_a_batch_of_the_other_dtypes_does_so_too(tmp_path, dtype):
+    cache = make_cache(tmp_path, dtype=dtype)
+    stores = [cache.root.tokens(part.fingerprint, entry.unit_digest) for part, entry in cache.dataset.manifest.stores]
+    check_batches(cache.dataset, cache.scaler, stores)
+
+
+def check_batches(dataset, scaler, folders):
     index = WindowIndex(dataset.segments, 5)
-    values = [plain_reader.read_tokens(store) for store in made.stores]
+    values = [plain_reader.read_tokens(store) for store in folders]
     numbers = np.random.default_rng(0).integers(0, len(index), (6, 4)).tolist()
     loader, stores = WindowLoader(dataset, index, scaler, num_threads=2), set()
     for batch, chosen in zip(loader.iterate(numbers), numbers, strict=True):
@@ -136,13 +145,10 @@ def test_stage_two_trains_and_evaluates(made, tmp_path, monkeypatch):
     dataset.close()
 
 
-def test_every_dtype_is_a_recipe_of_its_own_and_is_made_again_alike(recordings, tmp_path):
-    fingerprints = {make(recordings, tmp_path / "one", dtype).manifest.fingerprint for dtype in ("float16", "int8")}
-    assert len(fingerprints) == 2
-    shutil.rmtree(tmp_path / "two", ignore_errors=True)
-    again = make(recordings, tmp_path / "two", "int8")
-    for store in again.stores:
-        assert all_files(store) == all_files(tmp_path / "one" / store.relative_to(tmp_path / "two"))
+def test_a_dtype_is_part_of_the_recipe_and_is_made_again_alike(made, recordings, tmp_path):
+    assert made.manifest.recipe["dtype"] == made.config.encode.dtype
+    again = make(recordings, tmp_path, made.config.encode.dtype)
+    assert [all_files(store) for store in again.stores] == [all_files(store) for store in made.stores]
 
 
 def test_a_new_dtype_is_one_entry_that_is_written_read_and_decoded_anywhere(tmp_path, monkeypatch):

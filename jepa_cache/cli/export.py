@@ -44,12 +44,6 @@ def export_cache(
     result with cache.root=OUT; its README.md says how. To export less, encode less: the stores are found again.
 
     Exit code 0: exported; 1: refused (OUT holds something else); 2: wrong usage, or a store is missing or damaged.
-
-    Args:
-        out: Folder of the new root.
-        overrides: Such as cache.root.
-        manifest: Which one.
-        as_json: Print JSON.
     """
     report(lambda: _export(open_checkout(overrides), out, manifest), as_json=as_json)
 
@@ -94,18 +88,8 @@ def export_manifest(
 ) -> dict[Path, str]:
     """Copy everything that a manifest lists into a new root, and check every byte of the copy; the manifest comes last.
 
-    Args:
-        manifest: What to copy.
-        root: Where the stores are; the caller holds its shared lock.
-        out: Folder of the new root; absent, empty, or an unfinished export of this manifest.
-        on_bytes: Is called with the bytes of each token store that is in the new root.
-
-    Returns:
-        The sha256 of every file.
-
-    Raises:
-        RefusedError: `out` holds something else, or lies in `root`.
-        StoreDamagedError: A store is missing or damaged; says what to type.
+    The caller holds the shared lock of `root`; `on_bytes` is called with the bytes of each token store that is in the new root.
+    RefusedError where `out` holds something else than an unfinished export of this manifest. Returns the sha256 of every file.
     """
     _check_target(out, root, manifest)
     target, sums = CacheRoot(out), {}

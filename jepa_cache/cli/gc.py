@@ -47,13 +47,6 @@ def gc(
 
     Exit code 0: listed or removed; 1: refused (an encode is running, or a manifest cannot be read); 2: wrong usage, or the
     root cannot be read.
-
-    Args:
-        overrides: Such as cache.root.
-        delete: Remove what is listed.
-        forget: Manifests to drop, by the beginning of their digests.
-        grace_days: Days of grace.
-        as_json: Print JSON.
     """
     report(
         lambda: _collect(open_checkout(overrides), delete=delete, forget=forget or [], grace_days=grace_days),
@@ -95,7 +88,7 @@ def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days:
         "listings": listings,
         "unknown": [str(path) for path in contents.unknown],
     }
-    unreadable = [(digest, problem) for digest, problem in contents.problems.items() if digest not in forgotten]
+    unreadable = contents.unreadable(forgotten)
     lines = [f"cache root {root.name}, {describe_bytes(document['kept_bytes'])} kept", *map(_line, listings)]
     if recent:
         lines.append(
@@ -132,10 +125,10 @@ def _describe(
         "only_bytes": contents.num_bytes(needs - contents.needed({digest, *forgotten})),
         "forgotten": digest in forgotten,
         "of_this_checkout": own is not None and digest == own.digest,
-        "problem": contents.problems.get(digest, ""),
+        "problem": "",
     }
-    if (manifest := contents.manifests.get(digest)) is None:
-        return described
+    if isinstance(manifest := contents.manifests[digest], str):
+        return {**described, "problem": manifest}
     return described | {
         "dataset": manifest.dataset,
         "encoder": manifest.encoder,

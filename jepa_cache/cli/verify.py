@@ -11,12 +11,11 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
-from jepa_cache.store.check import Finding, Scope, check_manifest, find_stale
+from jepa_cache.store.check import Scope, check_manifest
 from jepa_cache.store.quantisation import step_bytes
 
 if TYPE_CHECKING:
     from jepa_cache.encoding.verification import Comparison, Repair
-    from jepa_cache.store.manifest import Manifest
 
 
 def verify(
@@ -46,16 +45,6 @@ def verify(
 
     Exit code 0: all is as it was written, or is again; 1: something is missing, damaged or not what the encoder gives; 2: wrong
     usage, or it could not be checked (no manifest, another format version, interrupted).
-
-    Args:
-        arguments: Recordings and overrides.
-        repair: Make damaged stores again.
-        subset: Share of the chunks to read.
-        read_data: Compare whole files.
-        against_online: Steps to encode again.
-        seed: Of the choices.
-        manifest: Which one.
-        as_json: Print JSON.
     """
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     report(
@@ -89,9 +78,19 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
             bar.total = expected * scope.share * (1 + scope.read_data)
             findings = check_manifest(manifest, root, scope, bar.update)
         if num_steps:
-            comparison = _compare(checkout, manifest, findings, num_steps, scope.seed)
-            stale = [it for part, entry in manifest.stores for it in find_stale(root, part, entry)]
-            findings += [finding for finding in stale if finding not in findings]
+            from jepa_cache.encoding.verification import compare_online
+
+            comparison = compare_online(
+                manifest,
+                checkout.config,
+                checkout.paths,
+                root,
+                base=checkout.base,
+                num_steps=num_steps,
+                seed=scope.seed,
+                damaged={finding.key for finding in findings},
+            )
+            findings += comparison.stale
         if repair and findings:
             from jepa_cache.encoding.verification import repair_manifest
 
@@ -110,7 +109,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         "read_data": scope.read_data,
         "findings": [
             {**(key._asdict() if key else {"kind": "manifest"}), "path": str(path), "problem": problem}
-            for key, path, problem in findings
+            for key, path, problem, _ in findings
         ],
         "against_online": comparison.describe() if comparison else None,
         "repair": {**vars(repaired), "repaired": [str(it) for it in repaired.repaired]} if repaired else None,
@@ -125,24 +124,11 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
     if repaired:
         lines += _describe_repair(repaired)
     else:
-        next_step = f"{len(findings)} problems; next: jepa-cache verify --repair"
+        # What no byte of a store tells is found again by encoding the same steps again.
+        again = f" --against-online {num_steps} --seed {scope.seed}" if any(it.stale for it in findings) else ""
+        next_step = f"{len(findings)} problems; next: jepa-cache verify --repair{again}"
         lines.append(next_step if findings else "all is as it was written")
     return Outcome(document, lines, FINE if fine else PROBLEM)
-
-
-def _compare(checkout: Checkout, manifest: Manifest, findings: list[Finding], num_steps: int, seed: int) -> Comparison:
-    from jepa_cache.encoding.verification import compare_online
-
-    return compare_online(
-        manifest,
-        checkout.config,
-        checkout.paths,
-        checkout.root,
-        base=checkout.base,
-        num_steps=num_steps,
-        seed=seed,
-        damaged={finding.key for finding in findings},
-    )
 
 
 def _describe_steps(comparison: Comparison) -> list[str]:

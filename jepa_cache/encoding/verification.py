@@ -21,8 +21,8 @@ from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
-from jepa_cache.store.check import Finding, Scope, check_units, forget_stale, note_stale
-from jepa_cache.store.layout import REMEDY, read_store_file
+from jepa_cache.store.check import Finding, Scope, check_units
+from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.quantisation import Channels, decode, encode, get_codec
 from jepa_cache.store.reader import ArrayReader, read_table
@@ -66,6 +66,7 @@ class Comparison:
     seed: int
     steps: list[StepResult] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    stale: list[Finding] = field(default_factory=list)  # the stores of the units whose steps are wrong
 
     @property
     def wrong(self) -> list[StepResult]:
@@ -99,8 +100,6 @@ def compare_online(
 ) -> Comparison:
     """Encode random steps of a manifest again, each in the batch that it was in, and compare.
 
-    Stores that hold something else are remembered by `store.check.note_stale`, so that they can be made again.
-
     Raises:
         ValueError: The present settings make another recipe, or the recordings are not found.
     """
@@ -129,12 +128,13 @@ def compare_online(
             of_store = Comparison(seed, list(_compare_store(found[number], store, rows, encoder, batch_size)))
         comparison.steps += of_store.steps
         if wrong := of_store.wrong:
-            note_stale(
-                root,
-                store,
+            problem = (
                 f"{store} is of another recording or of other weights than its name says: step {wrong[0].step} is not what "
-                f"the encoder gives (relative error {wrong[0].relative_error:.2g}); {REMEDY}",
+                f"the encoder gives (relative error {wrong[0].relative_error:.2g})"
             )
+            # Its actions and controls are of the same recording, and go before the tokens, by which it is known, if a repair is killed.
+            keys = reversed(found[number].part.keys(found[number].entry))
+            comparison.stale += [Finding(key, root.store(key), problem, stale=True) for key in keys]
     comparison.changes = list(changes)
     return comparison
 
@@ -287,6 +287,7 @@ def repair_manifest(
     """
     repair = Repair()
     damaged = {finding.key: finding.path for finding in findings if finding.key is not None}
+    stale = {finding.path for finding in findings if finding.stale}
     if any(finding.key is None for finding in findings):
         path = root.manifest(manifest.digest)
         write_manifest(manifest, [path])
@@ -301,7 +302,7 @@ def repair_manifest(
     repair.lost = sorted(affected - {it.entry.unit_digest for it in found})
     for it in found:
         for key in [key for key in damaged if key in it.part.keys(it.entry)]:
-            _remove_damaged(root, it.part, it.entry, damaged[key])
+            _remove_damaged(root, it, damaged[key], anyway=damaged[key] in stale)
     made = _digests(bring_up_to_date(config, inputs, base, root).manifest)
     for it in found:
         ensure_controls(root, it.group, it.unit)  # which stage one does not miss where the actions are there
@@ -316,12 +317,12 @@ def repair_manifest(
     return repair
 
 
-def _remove_damaged(root: CacheRoot, part: ManifestPart, entry: ManifestEntry, path: Path) -> None:
+def _remove_damaged(root: CacheRoot, listed: _Listed, path: Path, *, anyway: bool) -> None:
     """Remove a store under its claim and after another look: its maker may have put it right meanwhile."""
     with root.claimed(path):
-        if any(finding.path == path for finding in check_units([(part, entry)], root, Scope(read_data=True))):
+        unit = (listed.part, listed.entry)
+        if anyway or any(finding.path == path for finding in check_units([unit], root, Scope(read_data=True))):
             root.remove(path)
-            forget_stale(root, path)
 
 
 def _digests(manifest: Manifest) -> dict[StoreKey, str]:

@@ -38,9 +38,8 @@ class Contents:
     """Everything in a cache root."""
 
     temporaries: dict[str, int]  # of dead writers, with their bytes; also uploads that were never finished
-    needs: dict[str, set[StoreKey]] = field(default_factory=dict)  # stores that each manifest lists, by its digest
-    manifests: dict[str, Manifest] = field(default_factory=dict)  # those that can be read
-    problems: dict[str, str] = field(default_factory=dict)  # why each of the others cannot
+    manifests: dict[str, Manifest | str]  # by digest; of one that cannot be read, why
+    needs: dict[str, set[StoreKey]]  # stores that each manifest lists, by its digest
     stores: dict[StoreKey, int] = field(default_factory=dict)  # with their bytes
     claimed: set[StoreKey] = field(default_factory=set)  # those that are being made just now
     recent: set[StoreKey] = field(default_factory=set)  # those whose recipe made a store within the days of grace
@@ -61,37 +60,25 @@ class Contents:
         """Bytes of those of the stores that are there."""
         return sum(self.stores.get(key, 0) for key in keys)
 
-    def add(self, manifest: Manifest) -> None:
-        """Count what a manifest lists as needed."""
-        self.manifests[manifest.digest] = manifest
-        self.needs[manifest.digest] = {key for part, entry in manifest.stores for key in part.keys(entry)}
+    def unreadable(self, forgotten: Collection[str] = ()) -> list[tuple[str, str]]:
+        """Digest and reason of every manifest of which it is not known what it needs, but those forgotten."""
+        return [(key, it) for key, it in self.manifests.items() if isinstance(it, str) and key not in forgotten]
 
 
 def list_root(root: CacheRoot, own: Manifest | None = None, *, grace_days: float = GRACE_DAYS) -> Contents:
-    """List a cache root. Cost: a stat of every file.
+    """List a cache root, ValueError where it is none. Cost: a stat of every file.
 
-    Args:
-        root: Cache root.
-        own: The manifest of a checkout, whose stores are needed though the root may have lost its copy.
-        grace_days: How long what nothing lists is kept after the last store of its recipe.
-
-    Raises:
-        ValueError: It is no cache root.
+    `own` is the manifest of a checkout, whose stores are needed though the root may have lost its copy.
     """
     root.refresh()
     root.check_ours()
-    contents = Contents(temporaries=dict(root.find_abandoned()))
     kinds = [root.path / kind for kind in KINDS if not (root.path / kind).is_symlink()]
-    ours = {root.path, *kinds}
-    for digest, manifest in list_manifests(root).items():
-        ours.add(root.manifest(digest))
-        contents.needs[digest] = set()
-        if isinstance(manifest, Manifest):
-            contents.add(manifest)
-        else:
-            contents.problems[digest] = manifest
-    if own is not None:
-        contents.add(own)
+    manifests = list_manifests(root)
+    ours = {root.path, *kinds, *map(root.manifest, manifests)}
+    manifests |= {own.digest: own} if own is not None else {}
+    listed = {digest: it.stores if isinstance(it, Manifest) else () for digest, it in manifests.items()}
+    needs = {digest: {key for part, entry in it for key in part.keys(entry)} for digest, it in listed.items()}
+    contents = Contents(dict(root.find_abandoned()), manifests, needs)
     for folder in root.own_folders():
         temporaries = list_temporaries(folder)
         ours |= {folder, *temporaries}
@@ -156,12 +143,11 @@ def remove_unneeded(
     """
     with root.exclusive_lock():
         contents = list_root(root, own, grace_days=grace_days)
-        for digest, problem in contents.problems.items():
-            if digest not in forgotten:
-                raise RefusedError(
-                    f"what the manifest {digest} needs is not known ({problem}), so nothing is removed. Use the "
-                    f"version of the program that wrote it, or drop it with --forget {digest}"
-                )
+        for digest, problem in contents.unreadable(forgotten):
+            raise RefusedError(
+                f"what the manifest {digest} needs is not known ({problem}), so nothing is removed. Use the "
+                f"version of the program that wrote it, or drop it with --forget {digest}"
+            )
         for key in contents.unneeded(forgotten):
             root.remove(root.store(key))
         for digest in forgotten:  # last: after a kill the same command finds what is left

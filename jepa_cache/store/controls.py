@@ -35,7 +35,6 @@ IDENTITY_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that 
 SHA256_KEY = b"file_sha256"  # of the whole file with these 64 digits as 0: of Parquet's own checksums none covers names
 # How the thrift of a Parquet file's footer holds a text of 64 letters under that key.
 SHA256_ENTRY = re.compile(SHA256_KEY + rb"\x18\x40([0-9a-f]{64})")
-OLD_DIGEST_KEY = b"content_sha256"  # of the values alone, in files that were written before
 
 
 class ControlsWriter:
@@ -81,16 +80,14 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
 
     Raises:
-        StoreDamagedError: The file cannot be read, is another unit's, or a byte of it has changed; of a file of the first release
-            a changed value is known at the end only.
+        StoreDamagedError: The file cannot be read, is another unit's, or a byte of it has changed.
     """
-    hasher = hashlib.sha256()
     try:
         raw = path.read_bytes()
-        sealed = _check_seal(path, raw)
+        _check_seal(path, raw)
         with pq.ParquetFile(pa.BufferReader(raw), page_checksum_verification=True) as file:
             notes = file.metadata.metadata or {}
-            if sealed and notes.get(IDENTITY_KEY, b"").decode() != _identity(path):
+            if notes.get(IDENTITY_KEY, b"").decode() != _identity(path):
                 raise StoreDamagedError(
                     f"{path} holds the controls of {notes.get(IDENTITY_KEY, b'').decode()!r}, not its own; {REMEDY}"
                 )
@@ -100,15 +97,11 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
                 episode = table.column(EPISODE_COLUMN)[0].as_py()
                 names = [name for name in table.column_names if name != EPISODE_COLUMN]
                 controls = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}
-                if not sealed:
-                    _add_to_digest(hasher, episode, controls)
                 yield episode, controls
     except StoreDamagedError:
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last two: a damaged name of a column
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
-    if not sealed and notes.get(OLD_DIGEST_KEY, b"").decode() != hasher.hexdigest():
-        raise changed_error(path)
 
 
 def is_readable(path: Path) -> bool:
@@ -135,21 +128,12 @@ def _seal(path: Path) -> None:
         file.write(hashlib.sha256(raw).hexdigest().encode())
 
 
-def _check_seal(path: Path, raw: bytes) -> bool:
-    """Whether a file has its own sha256 in it; raises StoreDamagedError where its bytes are others."""
+def _check_seal(path: Path, raw: bytes) -> None:
+    """Raise StoreDamagedError unless a file has its own sha256 in it."""
     found = list(SHA256_ENTRY.finditer(raw))
-    if found:
-        start, stop = found[-1].span(1)
-        if hashlib.sha256(raw[:start] + b"0" * (stop - start) + raw[stop:]).hexdigest().encode() != raw[start:stop]:
-            raise changed_error(path)
-    return bool(found)
-
-
-def _add_to_digest(hasher: hashlib._Hash, episode: str, controls: Mapping[str, np.ndarray]) -> None:
-    for name in sorted(controls):
-        values = np.ascontiguousarray(controls[name])
-        hasher.update(f"{episode} {name} {values.dtype.str} {len(values)}\n".encode())
-        hasher.update(values.data)
+    start, stop = found[-1].span(1) if found else (0, 0)
+    if hashlib.sha256(raw[:start] + b"0" * (stop - start) + raw[stop:]).hexdigest().encode() != raw[start:stop]:
+        raise changed_error(path)
 
 
 def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata: Mapping[str, Any]) -> None:

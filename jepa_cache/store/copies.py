@@ -46,11 +46,7 @@ def find_equal(
     Equal are those with the same actions, states and runs whose pictures have the same brightness at all steps. Tokens
     are not compared: the place in a batch may change their last bits.
 
-    Args:
-        manifest: Whose recordings.
-        root: Cache root.
-        recordings: To compare.
-        read_rows: Actions [n, A] and states [n, S] of a store.
+    `read_rows` gives the actions [n, A] and states [n, S] of a store.
 
     Cost: actions and states of all stores, and the step tables of those that are alike in them.
     """

@@ -31,7 +31,6 @@ TOKENS = "tokens"
 TOKEN_SCALES = "token_scales"
 CHANNEL_SCALES = "channel_scales"
 CHANNEL_MEANS = "channel_means"
-SCALE_ARRAYS = (TOKEN_SCALES, CHANNEL_SCALES, CHANNEL_MEANS)
 STEPS_FILE = "steps.parquet"
 SEGMENTS_FILE = "segments.parquet"
 STORE_FILE = "store.json"
@@ -140,7 +139,7 @@ def read_store_file(store: Path) -> StoreFile:
                 f"{store} has store format {content['format_version']}, this program reads {FORMAT_VERSION}; "
                 "set cache.root to another folder, or delete this one"
             )
-        if not _is_as_written(raw, document):
+        if not _is_as_written(raw):
             raise changed_error(path)
         return StoreFile(
             metadata=content["card"],
@@ -187,10 +186,8 @@ def _identity(store: Path) -> str:
     return f"{store.parent.name}/{store.stem}"
 
 
-def _is_as_written(raw: bytes, document: Mapping[str, Any]) -> bool:
-    """Whether store.json is what its own sha256, its last entry, says; stores made before there was one have none."""
-    if document.keys() == {"content", "provenance"}:
-        return True
+def _is_as_written(raw: bytes) -> bool:
+    """Whether store.json is what its own sha256, its last entry, says."""
     end = raw.rfind(b',\n  "%s": ' % SELF_DIGEST.encode())
     digest = hashlib.sha256(raw[:end] + b"\n}\n").hexdigest()
     return raw[end:] == b',\n  "%s": "%s"\n}\n' % (SELF_DIGEST.encode(), digest.encode())

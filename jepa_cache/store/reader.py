@@ -378,15 +378,6 @@ class ArrayReader:
         return StoreDamagedError(f"chunk {chunk} ({where}) in {path}: {reason}; {REMEDY}")
 
 
-class TokenReader(ArrayReader):
-    """The tokens [n, N, D] of one store."""
-
-    def __init__(self, store: Path, *, verify_checksums: bool = True) -> None:
-        """Read the metadata, as `ArrayReader` does."""
-        super().__init__(store, layout.TOKENS, verify_checksums=verify_checksums)
-        self.num_steps, self.num_tokens, self.width = self.shape
-
-
 def read_table(
     store: Path, name: str, stated: StoreFile | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:

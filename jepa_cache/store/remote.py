@@ -54,9 +54,7 @@ Result = TypeVar("Result")
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
 ATTEMPT = ".attempt-"
-OURS = re.compile(
-    r".+?/[0-9a-f]{32}\.\w+(\.attempt-[0-9a-f]{16}/|\.hint$)"
-)  # an upload or a hint of earlier versions, nobody else's
+OURS = re.compile(r".+?/[0-9a-f]{32}\.\w+\.attempt-[0-9a-f]{16}/")  # an upload, nobody else's
 # Longer than any upload of one unit takes; what is younger and named by no commit may be another writer's at work.
 ABANDONED_AFTER = timedelta(days=1)
 STORES_AT_ONCE = 16  # a request waits for the network, not for this machine
@@ -224,7 +222,7 @@ class BucketRoot(CacheRoot):
         return [text for text in _each(fetch, sorted({name.removesuffix(COMMIT_SUFFIX) for name in names})) if text]
 
     def find_abandoned(self) -> dict[str, int]:
-        """Uploads that no commit names, untouched for a day, with their sizes in bytes; also hints of earlier versions."""
+        """Uploads that no commit names, untouched for a day, with their sizes in bytes."""
         objects, named, uploads = self._list_all(), set(), {}
         for name, found in objects.items():
             if match := OURS.match(name):
@@ -242,7 +240,7 @@ class BucketRoot(CacheRoot):
 
     def remove_abandoned(self, name: str) -> None:
         """Remove one of `find_abandoned`."""
-        self.bucket.delete([name] if name.endswith(".hint") else self.bucket.list(name))
+        self.bucket.delete(self.bucket.list(name))
 
     @functools.cached_property
     def _listings(self) -> dict[Path, Listing]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,7 +50,8 @@ class TokenWriter:
         remove_stale_temporaries(self.final.parent)
         self._folder = self._stack.enter_context(temporary_folder(self.final))
         self._array = layout.create_tokens_array(self._folder, self._num_tokens, self._width, self._dtype)
-        self._staging = _Staging(self._folder / STAGING_FILE) if self._codec.max_code is not None else None
+        # Where codes are stored, float16 steps wait here, since channel statistics need all of them; never published.
+        self._staging = self._folder / STAGING_FILE if self._codec.max_code is not None else None
         return self
 
     def __exit__(
@@ -95,8 +96,8 @@ class TokenWriter:
         if shard < self._num_shards:
             self._num_shards = shard
             if self._staging is not None:
-                self._staging.read(shard, self._pending)
-                self._staging.truncate(shard * self._pending.nbytes)
+                self._read_staged(self._staging, shard)
+                os.truncate(self._staging, shard * self._pending.nbytes)
             else:
                 self._pending[:rest] = self._array[shard * layout.SHARD_STEPS : num_steps]
                 self._resize(shard * layout.SHARD_STEPS)
@@ -139,16 +140,21 @@ class TokenWriter:
             "steps_digest": digest_steps(steps, segments),
             "reconstruction": describe_errors(self._errors) if len(self._errors) == num_steps else None,
         }
-        checksums = {name: list_checksums(self._folder, name) for name in list_arrays(self._folder)}
+        names = sorted(path.parent.name for path in self._folder.glob("*/zarr.json"))
+        checksums = {name: list_checksums(self._folder, name) for name in names}
         layout.write_store_file(self._folder, self.final, counted, provenance, checksums)
-        check_arrays(self._folder)
+        for name in names:
+            with ArrayReader(self._folder, name) as reader:
+                for chunk in range(reader.num_chunks):
+                    reader.check_chunk(chunk)
         return publish_folder(self._folder, self.final)
 
     def _write_shard(self) -> None:
         start = self._num_shards * layout.SHARD_STEPS
         tokens = self._pending[: self._num_pending]
         if self._staging is not None:
-            self._staging.append(tokens)
+            with self._staging.open("ab") as file:
+                file.write(tokens.data)
         else:
             self._resize(start + self._num_pending)
             self._array[start : start + self._num_pending] = tokens
@@ -158,10 +164,17 @@ class TokenWriter:
     def _resize(self, num_steps: int) -> None:
         self._array.resize((num_steps, *self._array.shape[1:]))
 
-    def _quantise(self, staging: _Staging, num_steps: int) -> None:
+    def _read_staged(self, staging: Path, shard: int) -> np.ndarray:
+        """The steps of one shard, in the head of the buffer of all shards."""
+        with staging.open("rb") as file:
+            file.seek(shard * self._pending.nbytes)
+            num_bytes = file.readinto(memoryview(self._pending).cast("B"))
+        return self._pending[: num_bytes // self._pending[0].nbytes]
+
+    def _quantise(self, staging: Path, num_steps: int) -> None:
         """Turn the staged steps into codes and scales, in two passes over them: channel statistics, then codes."""
-        steps = self._pending
-        channels = measure_channels(staging.iter_shards(steps), self._width)
+        steps, shards = self._pending, range(self._num_shards)
+        channels = measure_channels((self._read_staged(staging, shard) for shard in shards), self._width)
         token_scales = layout.create_token_scales(self._folder, num_steps, *steps.shape[1:], self._dtype)
         codes = np.empty((len(steps), *self._array.shape[1:]), self._array.dtype)
         scales = np.empty((len(steps), *token_scales.shape[1:]), token_scales.dtype)
@@ -172,38 +185,13 @@ class TokenWriter:
 
         self._errors = []
         with ThreadPoolExecutor(default_num_threads(), thread_name_prefix="quantise") as pool:
-            for shard, staged in enumerate(staging.iter_shards(steps)):
+            for shard in shards:
+                staged = self._read_staged(staging, shard)
                 self._errors += pool.map(quantise, range(len(staged)))
                 run = slice(shard * layout.SHARD_STEPS, shard * layout.SHARD_STEPS + len(staged))
                 self._array[run], token_scales[run] = codes[: len(staged)], scales[: len(staged)]
-        (self._folder / STAGING_FILE).unlink()
+        staging.unlink(missing_ok=True)  # there is none of a store without steps
         layout.write_channels(self._folder, channels)
-
-
-class _Staging:
-    """float16 steps that wait in a file until their store is complete, since channel statistics need all of them; never published."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.touch()
-
-    def append(self, steps: np.ndarray) -> None:
-        with self._path.open("ab") as file:
-            file.write(steps.data)
-
-    def read(self, shard: int, out: np.ndarray) -> np.ndarray:
-        """The steps of one shard, in the head of the buffer `out` [T, N, D]."""
-        with self._path.open("rb") as file:
-            file.seek(shard * out.nbytes)
-            num_bytes = file.readinto(memoryview(out).cast("B"))
-        return out[: num_bytes // out[0].nbytes]
-
-    def iter_shards(self, out: np.ndarray) -> Iterator[np.ndarray]:
-        """Every shard in turn, each in the same buffer `out`."""
-        yield from (self.read(shard, out) for shard in range(-(-self._path.stat().st_size // out.nbytes)))
-
-    def truncate(self, num_bytes: int) -> None:
-        os.truncate(self._path, num_bytes)
 
 
 def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -224,19 +212,6 @@ def describe_errors(errors: Sequence[np.ndarray]) -> dict[str, float]:
     relative = math.sqrt(squared / squares) if squares else 0.0
     largest = max((float(row[2]) for row in errors), default=0.0)
     return {"max_abs": float(f"{largest:.3g}"), "relative_rmse": float(f"{relative:.3g}")}
-
-
-def list_arrays(store: Path) -> list[str]:
-    """Names of the arrays of a store."""
-    return sorted(path.parent.name for path in store.glob("*/zarr.json"))
-
-
-def check_arrays(store: Path) -> None:
-    """Read every chunk of every array of a store back and check its crc32c; StoreDamagedError names the shard and chunk."""
-    for name in list_arrays(store):
-        with ArrayReader(store, name) as reader:
-            for chunk in range(reader.num_chunks):
-                reader.check_chunk(chunk)
 
 
 def digest_steps(steps: pa.Table, segments: pa.Table) -> str:

@@ -6,7 +6,6 @@ So another file in its place is seen though it has size and time of the old one.
 import hashlib
 import os
 import sqlite3
-import threading
 
 import pytest
 
@@ -111,21 +110,6 @@ def test_the_table_lies_in_the_state_folder_of_the_machine(tmp_path, monkeypatch
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert state_folder() == tmp_path / "home/.local/state/jepa-cache"
-
-
-def test_several_writers_share_one_table(tmp_path, table):
-    results = {}
-
-    def work(number):
-        path = write(tmp_path / f"file{number}", str(number).encode())
-        results[number] = DigestTable(table.path.parent).digest(path)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert results == {number: sha256(str(number).encode()) for number in range(12)}
 
 
 def test_what_is_remembered_at_once_is_what_the_table_would_say_without_reading(tmp_path, table, monkeypatch):

@@ -20,7 +20,8 @@ from tests.store.test_token_store import flip, tables
 
 N, D, STEPS = 3, 64, 530
 CODED = [name for name, scheme in CODECS.items() if scheme.max_code is not None]
-ARRAYS = {name: ["tokens", *(layout.SCALE_ARRAYS if name in CODED else [])] for name in CODECS}
+SCALE_ARRAYS = ("token_scales", "channel_scales", "channel_means")
+ARRAYS = {name: ["tokens", *(SCALE_ARRAYS if name in CODED else [])] for name in CODECS}
 
 
 def make_tokens(num_steps=STEPS, seed=0):
@@ -176,7 +177,7 @@ def test_a_missing_file_and_a_flipped_bit_are_named_in_every_array(store, tmp_pa
             read_all(path, name)
 
 
-@pytest.mark.parametrize("name", ["tokens", *layout.SCALE_ARRAYS])
+@pytest.mark.parametrize("name", ["tokens", *SCALE_ARRAYS])
 def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_path, monkeypatch, name):
     def flipped(folder, *given):
         flip(next(path for path in (folder / name / "c").rglob("0") if path.is_file()), 3)

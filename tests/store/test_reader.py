@@ -20,7 +20,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from jepa_cache.store import layout, reader
 from jepa_cache.store.layout import write_store_file
-from jepa_cache.store.reader import ArrayReader, StoreDamagedError, TokenReader
+from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import TokenWriter, table
 
 CHUNK, SHARD_CHUNKS = 3, 4
@@ -219,7 +219,7 @@ def test_damage_names_store_chunk_episode_and_what_to_type(tmp_path, chunk, epis
     expected = (
         rf"chunk {chunk} \(steps {first} to {last}, {episodes}\) in .*a\.zarr.*checksum.*`jepa-cache verify --repair`"
     )
-    with TokenReader(tmp_path / "a.zarr") as tokens, pytest.raises(StoreDamagedError, match=expected):
+    with ArrayReader(tmp_path / "a.zarr") as tokens, pytest.raises(StoreDamagedError, match=expected):
         tokens.read(first + 1, np.empty((1, 3, 5), np.float16))
 
 
@@ -272,14 +272,6 @@ def test_metadata_that_has_changed_is_refused_though_it_describes_an_array(tmp_p
     file.write_text(json.dumps(metadata))
     with pytest.raises(StoreDamagedError, match=r"tokens/zarr\.json has changed.*repair"):
         ArrayReader(path)
-
-
-def test_a_store_that_lists_no_checksums_is_read_by_those_in_its_shards(tmp_path):
-    """As stores were made before store.json listed them."""
-    values = make_values("uint8", (SHARD, 6))
-    path = list_files(write_array(tmp_path, values))
-    with ArrayReader(path) as array:
-        assert same_bits(read_window(array, 0, SHARD), values)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -371,7 +363,7 @@ def test_a_disk_that_cannot_be_read_is_named_by_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", failing)
     for verify in (True, False):
         with (
-            TokenReader(tmp_path / "a.zarr", verify_checksums=verify) as tokens,
+            ArrayReader(tmp_path / "a.zarr", verify_checksums=verify) as tokens,
             pytest.raises(
                 StoreDamagedError, match=r"chunk 1 \(steps 8 to 16, episode early\).*Input/output error.*repair"
             ),
@@ -389,16 +381,10 @@ def test_a_disk_that_cannot_be_read_is_named_by_chunk(tmp_path, monkeypatch):
     ],
     ids=["dtype", "width", "dimensions", "not contiguous"],
 )
-def test_buffers_of_another_form_are_refused(tmp_path, out):
-    with (
-        ArrayReader(write_array(tmp_path, make_values("uint8", (SHARD, 6)))) as array,
-        pytest.raises(ValueError, match=r"C-contiguous uint8 \[T, 6\]"),
-    ):
-        array.read(0, out)
-
-
-def test_a_window_outside_the_array_is_refused(tmp_path):
+def test_buffers_of_another_form_and_windows_outside_the_array_are_refused(tmp_path, out):
     with ArrayReader(write_array(tmp_path, make_values("uint8", (SHARD, 6)))) as array:
+        with pytest.raises(ValueError, match=r"C-contiguous uint8 \[T, 6\]"):
+            array.read(0, out)
         for start, count in ((-1, 2), (SHARD - 1, 2), (SHARD + 1, 0)):
             with pytest.raises(IndexError, match=f"holds steps 0 to {SHARD}"):
                 read_window(array, start, count)

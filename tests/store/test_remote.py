@@ -23,7 +23,7 @@ import pytest
 from jepa_cache.store import layout, objects, remote
 from jepa_cache.store.layout import StoreDamagedError, check_store, read_store_file
 from jepa_cache.store.objects import Bucket, ObjectStoreError
-from jepa_cache.store.reader import TokenReader, read_table
+from jepa_cache.store.reader import ArrayReader, read_table
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
@@ -59,7 +59,7 @@ def publish_tokens(root):
 
 def read_all(store):
     out = np.empty_like(TOKENS)
-    with TokenReader(store) as reader:
+    with ArrayReader(store) as reader:
         reader.read(0, out)
     return out
 
@@ -176,13 +176,10 @@ def test_no_bucket_and_no_credentials_are_named_with_a_way_out(machines, monkeyp
         machines("a").bucket.list("a")
 
 
-NO_BUCKETS = "s3:// s3:/bucket s3:///x az://bucket/x ftp://x/y s3://key@bucket/x s3://bucket/x?y=1"
-
-
-@pytest.mark.parametrize("url", [*NO_BUCKETS.split(), "s3://b c/x"])
-def test_what_is_no_bucket_is_refused(url, tmp_path):
-    with pytest.raises(ObjectStoreError, match="s3://bucket/prefix or gs://bucket/prefix; got"):
-        resolve_cache_root(url, tmp_path)
+def test_what_is_no_bucket_is_refused(tmp_path):
+    for url in ("s3://", "s3:/bucket", "az://bucket/x", "s3://key@bucket/x", "s3://bucket/x?y=1", "s3://b c/x"):
+        with pytest.raises(ObjectStoreError, match="s3://bucket/prefix or gs://bucket/prefix; got"):
+            resolve_cache_root(url, tmp_path)
 
 
 def test_a_root_is_found_by_its_url_and_has_a_folder_for_each_server(machines, monkeypatch, tmp_path):
@@ -259,45 +256,41 @@ while status == 9:
     number += 1
 print(number, status)
 """
-MOST_KILLS = 60
+MOST_KILLS = 20
 
 
 def test_a_publisher_killed_at_any_request_leaves_a_whole_store_or_none_and_the_next_run_finishes(
     server, machines, monkeypatch, tmp_path
 ):
-    """Enumerated: before and after every request of a publication, each in a fresh prefix; then the same machine goes on."""
+    """Enumerated: before and after every request of a store of two files, each in a fresh prefix; then the same machine goes on."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.direct_url)
-    folder = CacheRoot(tmp_path / "folder")
-    store = folder.tokens(RECIPE, UNIT)
-    write_tokens(store)
-    name, url = store.relative_to(folder.path), machines("a").name
+    store, url = CacheRoot(tmp_path / "folder").tokens(RECIPE, UNIT), machines("a").name
+    store.mkdir(parents=True)
+    (store / "values").write_bytes(b"12345")
+    layout.write_store_file(store, store, {"recipe": {}}, {})
+    name = store.relative_to(tmp_path / "folder")
     for number in range(MOST_KILLS):
-        place = resolve_cache_root(f"{url}-{number}", Path()).path / name
-        place.parent.mkdir(parents=True)
-        shutil.copytree(store, place, copy_function=os.link)
+        shutil.copytree(store, resolve_cache_root(f"{url}-{number}", Path()).path / name)
     command = [sys.executable, "-c", KILLED, url, str(name), "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     num_kills, status = map(int, done.stdout.split())
     assert status == 0 and 2 * len(files_below(store)) < num_kills < MOST_KILLS, done.stderr
     whole = 0
     for number in range(num_kills):
-        machines("b")
-        other = resolve_cache_root(f"{url}-{number}", Path())
-        if other.fetch(other.path / name):
-            whole += 1
-            assert np.array_equal(read_from(other), TOKENS)
-        machines("a")
-        again = resolve_cache_root(f"{url}-{number}", Path())
-        assert again.fetch(again.path / name), "what was finished is uploaded by the next run"
-        assert np.array_equal(read_from(again), TOKENS)
-        committed = commit_of(again).attempt
-        left = {key.partition(".attempt-")[2][:16] for key in keys_of(again)} - {"", committed[-16:]}
+        for machine in "ba":
+            machines(machine)
+            root = resolve_cache_root(f"{url}-{number}", Path())
+            found = root.fetch(root.path / name)
+            assert found or machine == "b", "what was finished is uploaded by the next run"
+            whole += found and machine == "b"
+            assert not found or check_store(root.path / name, read_data=True) == check_store(store)
+        left = {key.partition(".attempt-")[2][:16] for key in keys_of(root)} - {"", commit_of(root).attempt[-16:]}
         assert len(left) <= 1, "at most the half upload, which `gc` removes when it is a day old"
     assert 1 < whole < num_kills / 2, "only what was committed is found"
 
 
 def test_of_two_writers_at_once_one_wins_and_both_read_its_store(machines):
-    for _ in range(3):
+    for _ in range(2):
         roots, errors = [machines("a"), machines("b")], []
         stores = [root.tokens(RECIPE, UNIT) for root in roots]
         for store in stores:
@@ -346,12 +339,16 @@ def test_one_of_two_uploads_is_committed_whole_and_the_other_is_removed(machines
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
 def test_what_was_lost_here_is_fetched_again_and_never_published(machines, harm):
     here, there = machines("a"), machines("b")
-    write_tokens(here.tokens(RECIPE, UNIT))
-    harm(here.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
-    with pytest.raises(StoreDamagedError, match=layout.SEGMENTS_FILE):  # finished here, but not whole any more
-        here.fetch(here.tokens(RECIPE, UNIT))
-    assert not keys_of(here)
-    here.remove(here.tokens(RECIPE, UNIT))
+    for name, change in (
+        (layout.SEGMENTS_FILE, harm),
+        (CHUNKS, lambda path: path.write_bytes(flip(path.read_bytes(), 9))),
+    ):
+        write_tokens(here.tokens(RECIPE, UNIT))
+        change(here.tokens(RECIPE, UNIT) / name)
+        with pytest.raises(StoreDamagedError, match=name):  # finished here, but not whole any more
+            here.fetch(here.tokens(RECIPE, UNIT))
+        assert not keys_of(here)
+        here.remove(here.tokens(RECIPE, UNIT))
     publish_tokens(here)
     assert there.fetch(there.tokens(RECIPE, UNIT))
     harm(there.tokens(RECIPE, UNIT) / layout.SEGMENTS_FILE)
@@ -391,16 +388,6 @@ def test_what_did_not_arrive_is_not_committed(machines, monkeypatch, arrives):
     assert np.array_equal(read_from(root), TOKENS)  # and is pushed by the next command
 
 
-def test_a_store_that_was_damaged_here_before_it_was_pushed_is_never_pushed(machines):
-    root = machines("a")
-    store = root.tokens(RECIPE, UNIT)
-    write_tokens(store)
-    (store / CHUNKS).write_bytes(flip((store / CHUNKS).read_bytes(), 100))
-    with pytest.raises(StoreDamagedError, match=rf"{CHUNKS} has changed"):
-        root.publish(store)
-    assert not keys_of(root)
-
-
 def change_object(root, name, change):
     key = f"{commit_of(root).attempt}/{name}"
     content = root.bucket.get(key)[0]
@@ -409,8 +396,9 @@ def change_object(root, name, change):
         root.bucket.put(key, change(content))
 
 
-@pytest.mark.parametrize("name", [CHUNKS, "store.json", "segments.parquet"])
-@pytest.mark.parametrize("change", [None, lambda content: content[:-1]], ids=["gone", "cut"])
+@pytest.mark.parametrize(
+    ("name", "change"), [(CHUNKS, None), ("store.json", lambda content: content[:-1])], ids=["gone", "cut"]
+)
 def test_a_missing_or_cut_object_is_found_without_reading_and_the_store_can_be_made_again(machines, name, change):
     root = machines("a")
     publish_tokens(root)
@@ -429,7 +417,7 @@ def flip(content, at):
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-@pytest.mark.parametrize("name", ["store.json", "zarr.json", "tokens/zarr.json", "steps.parquet", CHUNKS])
+@pytest.mark.parametrize("name", ["store.json", "steps.parquet", CHUNKS])
 def test_a_flipped_bit_in_the_bucket_is_found_when_it_is_pulled_and_when_it_is_verified(machines, name):
     root = machines("a")
     store = publish_tokens(root)
@@ -489,16 +477,13 @@ def test_uploads_that_no_commit_names_are_removed_and_no_others(machines, monkey
     dead = f"tokens/{RECIPE}/{store.name}.attempt-{'0' * 16}"
     here.bucket.put(f"{dead}/store.json", b"12345")
     here.bucket.put("tokens/model.attempt-2/weights", b"somebody else's")
-    hint = f"tokens/{RECIPE}/{store.name}.hint"  # of an earlier version
-    here.bucket.put(hint, b"a hint")
     before = keys_of(here)
     assert here.find_abandoned() == {}, "younger than a day: somebody may be at it"
     monkeypatch.setattr(remote, "ABANDONED_AFTER", timedelta(days=-1))
     for root in (here, there, machines("c")):
-        assert root.find_abandoned() == {dead: 5, hint: 6}
-    for name in (dead, hint):
-        there.remove_abandoned(name)
-    assert keys_of(here) == before - {f"{dead}/store.json", hint}
+        assert root.find_abandoned() == {dead: 5}
+    there.remove_abandoned(dead)
+    assert keys_of(here) == before - {f"{dead}/store.json"}
     assert machines("c").fetch(machines("c").tokens(RECIPE, UNIT))
 
 
@@ -532,23 +517,16 @@ def test_chunks_beyond_the_limit_go_those_of_the_least_recently_used_stores_firs
     limit_to(monkeypatch, root, 2.5)
     there = root.tokens(RECIPE, UNIT)
     write_tokens(there)
+    os.utime(there, (0, 0))
+    root._make_room()
+    assert (there / CHUNKS).is_file(), "what is not pushed yet makes no room"
+    os.utime(there)
     root.publish(there)
     assert whole_units(root) == ["1"] and (there / CHUNKS).is_file()
     assert all(root.fetch(store) and read_table(store, layout.SEGMENTS_FILE).num_rows == 1 for store in stores)
     monkeypatch.setenv("JEPA_CACHE_LOCAL_GB", "0")
     root._make_room()
     assert whole_units(root) == [] and not (there / CHUNKS).exists()
-
-
-def test_what_is_not_pushed_yet_makes_no_room(machines, monkeypatch):
-    stores = publish_units(machines("a"))
-    root = machines("a")
-    alone = root.tokens(RECIPE, UNIT)
-    write_tokens(alone)
-    os.utime(alone, (1, 1))
-    limit_to(monkeypatch, root, 1)
-    with root.pulled([stores[2]]):
-        assert whole_units(root) == ["3"] and np.array_equal(read_all(alone), TOKENS)
 
 
 def test_more_than_the_limit_is_refused_before_anything_is_pulled(machines, monkeypatch):
@@ -566,31 +544,17 @@ def test_more_than_the_limit_is_refused_before_anything_is_pulled(machines, monk
             assert whole_units(root) == ["1", "2", "3"], "what two commands read counts once"
 
 
-HOLDING = """
-import sys, time
-from pathlib import Path
-from jepa_cache.store.remote import resolve_cache_root
-root = resolve_cache_root(sys.argv[1], Path())
-with root.pulled([root.path / name for name in sys.argv[2:]]):
-    print("here", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_what_another_running_command_reads_stays_until_it_ends_or_dies(machines, monkeypatch):
+def test_what_another_running_command_reads_stays_until_it_ends(machines, monkeypatch):
     publish_units(machines("a"))
-    root = machines("b")
+    root, other = machines("b"), machines("b")
     stores = [root.tokens(RECIPE, unit) for unit in UNITS]
-    names = [str(store.relative_to(root.path)) for store in stores[:2]]
-    command = [sys.executable, "-c", HOLDING, root.name, *names]
-    with subprocess.Popen(command, env={**os.environ}, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "here\n"
+    with other.pulled(stores[:2]):
         limit_to(monkeypatch, root, 3)
         for store in stores[2:]:
             with root.pulled([store]):
                 assert whole_units(root) == ["1", "2", store.name[0]]
-        process.kill()
-    with root.pulled(stores[1:]):
+    (root.path.parent / "holds" / ".jepa-cache-0123456789ab-stores").write_text(f"{stores[0].relative_to(root.path)}")
+    with root.pulled(stores[1:]):  # what a dead one held, it holds no more
         assert whole_units(root) == ["2", "3", "4"]
 
 

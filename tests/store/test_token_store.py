@@ -6,12 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file
-from jepa_cache.store.reader import StoreDamagedError, TokenReader
+from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import TokenWriter, table
 from tests.encoded import write_store_json
 
@@ -30,35 +28,17 @@ def tables(num_steps):
     return table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, segments)
 
 
-def write_store(path, tokens, pieces=(7,)):
+def write_store(path, tokens, device="cpu"):
     with TokenWriter(path, num_tokens=N, width=D) as writer:
-        start, turn = 0, 0
-        while start < len(tokens):
-            size = pieces[turn % len(pieces)]
-            writer.append(tokens[start : start + size])
-            start, turn = start + size, turn + 1
-        return writer.publish(*tables(len(tokens)), {"recipe": {}}, {"device": "cpu"})
+        writer.append(tokens)
+        return writer.publish(*tables(len(tokens)), {"recipe": {}}, {"device": device})
 
 
-@settings(max_examples=15, deadline=None)
-@given(num_steps=st.integers(1, 1200), pieces=st.lists(st.integers(1, 600), min_size=1, max_size=4), data=st.data())
-def test_any_run_of_steps_reads_back_what_was_appended(tmp_path_factory, num_steps, pieces, data):
-    tokens, path = make_tokens(num_steps), tmp_path_factory.mktemp("store") / "a.zarr"
-    write_store(path, tokens, pieces)
-    with TokenReader(path) as reader:
-        for _ in range(10):
-            start = data.draw(st.integers(0, num_steps - 1))
-            out = np.empty((data.draw(st.integers(1, num_steps - start)), N, D), np.float16)
-            reader.read(start, out)
-            assert np.array_equal(out, tokens[start : start + len(out)])
-
-
-def test_the_shards_are_whole_and_aligned(tmp_path):
-    write_store(tmp_path / "a.zarr", make_tokens(1100))
-    assert [layout.shard_path(tmp_path / "a.zarr", shard).is_file() for shard in range(4)] == [True, True, True, False]
-    metadata = json.loads((tmp_path / "a.zarr/tokens/zarr.json").read_text())
-    assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [512, N, D]
-    assert metadata["fill_value"] == "NaN"
+def test_what_made_a_store_is_recorded_and_no_part_of_its_digest(tmp_path):
+    for name in ("cpu", "cuda"):
+        assert write_store(tmp_path / name, make_tokens(3), name)
+    one, other = (read_store_file(tmp_path / name) for name in ("cpu", "cuda"))
+    assert one.digest == other.digest and one.provenance != other.provenance
 
 
 @pytest.mark.parametrize("keep", [0, 5, 511, 512, 513, 1024])
@@ -70,7 +50,7 @@ def test_rolling_back_forgets_an_episode_wherever_it_began(tmp_path, keep):
         writer.append(later)
         writer.publish(*tables(keep + 40), {}, {})
     out = np.empty((keep + 40, N, D), np.float16)
-    with TokenReader(tmp_path / "a.zarr") as reader:
+    with ArrayReader(tmp_path / "a.zarr") as reader:
         reader.read(0, out)
     assert np.array_equal(out, np.concatenate([tokens[:keep], later]))
 
@@ -83,27 +63,6 @@ def test_non_finite_tokens_are_refused(tmp_path):
         pytest.raises(ValueError, match="non-finite"),
     ):
         writer.append(tokens)
-
-
-def test_the_second_of_two_writers_leaves_the_first_store_untouched(tmp_path):
-    tokens, path = make_tokens(30), tmp_path / "a.zarr"
-    with TokenWriter(path, num_tokens=N, width=D) as late:
-        late.append(tokens)
-        assert write_store(path, tokens)
-        before = path.stat().st_ino
-        assert not late.publish(*tables(30), {"recipe": {}}, {})
-    assert path.stat().st_ino == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-
-
-def test_the_same_content_has_the_same_digest_whatever_made_it(tmp_path):
-    for name, device, pieces in (("a", "cpu", (7,)), ("b", "cuda", (100, 3))):
-        with TokenWriter(tmp_path / f"{name}.zarr", num_tokens=N, width=D) as writer:
-            for start in range(0, 600, pieces[0]):
-                writer.append(make_tokens(600)[start : start + pieces[0]])
-            writer.publish(*tables(600), {"recipe": {"x": 1}}, {"device": device})
-    one, other = (read_store_file(tmp_path / f"{name}.zarr") for name in "ab")
-    assert one.digest == other.digest and one.provenance != other.provenance
 
 
 def flip(path, offset):
@@ -155,5 +114,5 @@ def test_a_shard_that_is_cut_short_or_gone_is_named(tmp_path):
     with pytest.raises(StoreDamagedError, match=r"has 100 bytes"):
         check_store(tmp_path / "a.zarr")
     layout.shard_path(tmp_path / "a.zarr", 0).unlink()
-    with TokenReader(tmp_path / "a.zarr") as reader, pytest.raises(StoreDamagedError, match="missing"):
+    with ArrayReader(tmp_path / "a.zarr") as reader, pytest.raises(StoreDamagedError, match="missing"):
         reader.read(0, np.empty((1, N, D), np.float16))
