@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jepa_cache.cli.fetch_vpt import fetch_vpt  # noqa: E402
 from jepa_cache.cli.stage import run_stage  # noqa: E402
+from jepa_cache.sources.parsers.vpt_downloads import fetch_vpt  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

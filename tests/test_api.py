@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from jepa_cache.api import Encoder, WorldModel
-from jepa_cache.cli.export_predictor import ExportFormat, export_predictor
+from jepa_cache.cli.export import ExportFormat, export_predictor
 from jepa_cache.config.loading import load_config
 from jepa_cache.control.motion import build_motion
 from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, plan_actions

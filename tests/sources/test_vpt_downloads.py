@@ -1,4 +1,4 @@
-"""Claims of cli/fetch_vpt.py and stages/fetch_vpt.py, against a local server.
+"""Claims of sources/parsers/vpt_downloads.py and stages/fetch_vpt.py, against a local server.
 
 An index is not trusted; bytes are estimated before any is downloaded; what cannot be fetched is named and the others are; an
 interrupted command resumes; a tar shard that is there is never downloaded again nor rewritten.
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cache.cli import fetch_vpt as command
-from jepa_cache.cli.fetch_vpt import read_index
 from jepa_cache.media.remote import DownloadError
 from jepa_cache.sources import build_source
+from jepa_cache.sources.parsers import vpt_downloads as command
+from jepa_cache.sources.parsers.vpt_downloads import read_index
 from tests.makers import make_vpt_pair
 from tests.media.fake_bucket import serve
 
