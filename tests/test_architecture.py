@@ -245,3 +245,14 @@ def test_the_quick_suite_names_files_that_exist():
         re.search(r"^QUICK := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)[1].replace("\\", " ").split()
     )
     assert len(listed) > 10 and all((ROOT / path).exists() for path in listed), listed
+
+
+def test_a_room_has_at_most_fourteen_files_and_a_file_at_most_six_hundred_lines():
+    folders = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__")]
+    rooms = {str(folder.relative_to(ROOT)): [*folder.glob("*.py")] for folder in folders}
+    assert len(rooms) > 12
+    for room, files in rooms.items():
+        named = [path for path in files if path.name != "__init__.py"]
+        assert len(named) <= 14, f"{room} has {len(named)} files: merge by idea"
+        for path in files:
+            assert len(path.read_text().splitlines()) <= 600, f"{path} is too long to be one idea"
