@@ -205,37 +205,22 @@ def test_the_loser_of_a_race_takes_its_folder_away_and_leaves_the_winner_s(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def raise_as_torch_does():
-    try:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    except OSError:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
-
-
-def raise_it(error):
-    raise error
+TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+TORCH.__context__ = OSError(errno.ENOSPC, "No space left on device")
+FULL_DISKS = {
+    "disk": (OSError(errno.ENOSPC, ""), "No space left on device"),
+    "quota": (OSError(errno.EDQUOT, ""), "Disk quota exceeded"),
+    "torch": (TORCH, "No space left on device"),
+    "safetensors": (SafetensorError("I/O error: No space (os error 28)"), "No space left on device"),
+}
 
 
 @pytest.mark.parametrize("writer", [atomic_file, temporary_folder])
-@pytest.mark.parametrize(
-    ("fail", "says"),
-    [
-        (lambda: raise_it(OSError(errno.ENOSPC, "")), "No space left on device"),
-        (lambda: raise_it(OSError(errno.EDQUOT, "")), "Disk quota exceeded"),
-        (raise_as_torch_does, "No space left on device"),
-        (
-            lambda: raise_it(SafetensorError("I/O error: No space left on device (os error 28)")),
-            "No space left on device",
-        ),
-    ],
-    ids=["disk", "quota", "torch", "safetensors"],
-)
-def test_a_full_disk_is_told_with_the_place_what_is_free_and_the_way_out(tmp_path, writer, fail, says):
-    pattern = (
-        rf"^{says}: {tmp_path / 'final'} cannot be written, [\d.]+ MB are free there\. .*gc.*cache\.root.*same command"
-    )
-    with pytest.raises(DiskFullError, match=pattern), writer(tmp_path / "final"):
-        fail()
+@pytest.mark.parametrize(("error", "says"), FULL_DISKS.values(), ids=FULL_DISKS)
+def test_a_full_disk_is_told_with_the_place_what_is_free_and_the_way_out(tmp_path, writer, error, says):
+    place = rf"^{says}: {tmp_path / 'final'} cannot be written, [\d.]+ MB are free there\."
+    with pytest.raises(DiskFullError, match=rf"{place} .*gc.*cache\.root.*same command"), writer(tmp_path / "final"):
+        raise error
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DiskFullError, match=f"device: {tmp_path}/other cannot"), full_disk_named(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "", str(tmp_path / "other"))

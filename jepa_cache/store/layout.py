@@ -83,7 +83,7 @@ class StoreFile(NamedTuple):
     provenance: dict[str, Any]  # how it was made
     files: dict[str, FileRecord]  # every other file by its path in the store
     # Of each sharded array the checksums of its chunks: a text for each shard, 8 hexadecimal digits a chunk. So a chunk is known to be
-    # this store's own without reading all of its file. Empty in stores that were made before it was listed.
+    # this store's own without reading all of its file. Empty for actions, which have no shards.
     crc32c: dict[str, list[str]]
     published_as: str | None  # fingerprint and unit; None in stores of the first release
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,22 +180,12 @@ def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
 def replaced(path: Path) -> Iterator[None]:
     """Hold back the manifest at `path` until the block that is to replace it ends well; its bytes are not touched.
 
-    A file beside it says that it is held back and why: also after a kill, and nothing is lost where the next try succeeds.
+    A file beside it says that it is held back: also after a kill, and nothing is lost where the next try succeeds.
     """
-
-    def hold_back(why: str) -> None:
-        if path.is_file():
-            with atomic_file(path.with_name(HELD_BACK)) as temporary:
-                temporary.write_bytes(canonical_json({"manifest": file_digest(path), "why": why}))
-
-    hold_back("has not ended: it is still running, or was killed")
-    try:
-        yield
-    except BaseException as error:
-        reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error})".replace("\n", " ")
-        with suppress(OSError):  # of a full disk: the file says already that it has not ended
-            hold_back(reason)
-        raise
+    if path.is_file():
+        with atomic_file(path.with_name(HELD_BACK)) as temporary:
+            temporary.write_bytes(canonical_json({"manifest": file_digest(path)}))
+    yield
     path.with_name(HELD_BACK).unlink(missing_ok=True)
 
 
@@ -208,7 +198,8 @@ def why_held_back(path: Path) -> str | None:
     ):  # another was put there since, by `dvc checkout`
         return None
     return (
-        f"{path} is from before the last `python stages/encode.py`, which {held['why']}. Run it again: what was encoded is kept. "
+        f"{path} is from before the last `python stages/encode.py`, which failed, was interrupted or is still running. "
+        "Run it again: what was encoded is kept. "
         f"Or delete {mark} to use the manifest as it is"
     )
 

@@ -230,10 +230,10 @@ class ArrayReader:
         self.store, self.name = store, name
         stated = read_store_file(store)
         record = stated.files.get(f"{name}/zarr.json")
-        if record is None:
-            raise StoreDamagedError(f"{store / layout.STORE_FILE} does not list {name}/zarr.json; {REMEDY}")
+        if record is None or name not in stated.crc32c:
+            raise StoreDamagedError(f"{store / layout.STORE_FILE} does not list {name} and its checksums; {REMEDY}")
         array = read_array_layout(store, name, record.sha256)
-        self._listed = stated.crc32c.get(name)  # None of stores that were made before these were listed
+        self._listed = stated.crc32c[name]
         self.shape, self.dtype = array.shape, array.dtype
         self._chunk_steps, self._shard_chunks, self._chunk_bytes = array[2:]
         self._shard_steps = self._chunk_steps * self._shard_chunks
@@ -336,8 +336,8 @@ class ArrayReader:
         if value != int.from_bytes(parts[3], "little"):
             raise self._damaged(chunk, "its checksum does not match")
         number, inner = divmod(chunk, self._shard_chunks)
-        listed = (self._listed or [])[number : number + 1]  # of the shard's chunks, 8 digits each
-        if self._listed is not None and [parts[3].hex()] != [text[8 * inner : 8 * inner + 8] for text in listed]:
+        listed = self._listed[number : number + 1]  # of the shard's chunks, 8 digits each
+        if [parts[3].hex()] != [text[8 * inner : 8 * inner + 8] for text in listed]:
             raise self._damaged(
                 chunk, "it is another chunk than was written: its checksum is not the one in store.json"
             )

@@ -30,11 +30,11 @@ def test_a_manifest_from_before_a_failed_encode_is_refused_until_one_ends_well(c
         patch.setattr(run, "ensure_actions", fail)
         with pytest.raises(type(error)):
             checkout.encode()
-    why = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error})"
-    with pytest.raises(ValueError, match=r"from before the last .*encode\.py.*Run it again") as refused:
+    with pytest.raises(
+        ValueError, match=r"from before the last .*encode\.py.* failed, was interrupted or .*Run it again"
+    ):
         open_it(checkout)
-    assert why in str(refused.value)
-    assert why in checkout.run("status", "recordings").out
+    assert "from before the last" in checkout.run("status", "recordings").out
     exported = checkout.run("export", "cache", checkout.folder / "elsewhere")
     assert exported.code != 0 and "Run it again" in exported.out + exported.err
     checkout.encode()
@@ -46,14 +46,14 @@ def test_a_manifest_from_before_a_failed_encode_is_refused_until_one_ends_well(c
 def test_an_encode_that_was_refused_at_once_or_killed_counts_too(checkout):
     with pytest.raises(ValueError, match="no/such/folder"):
         checkout.encode("no/such/folder")
-    assert "no/such/folder" in why_held_back(checkout.manifest_path)
+    assert "failed" in why_held_back(checkout.manifest_path)
     checkout.encode()
     script = (
         "import os, sys; from pathlib import Path; from jepa_cache.store.manifest import replaced\n"
         f"with replaced(Path({str(checkout.manifest_path)!r})): os.kill(os.getpid(), {signal.SIGKILL})"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
-    assert "was killed" in why_held_back(checkout.manifest_path)
+    assert "was interrupted" in why_held_back(checkout.manifest_path)
 
 
 def test_another_manifest_put_in_its_place_is_not_held_back(checkout):

@@ -11,8 +11,6 @@ import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import combinations
 
 import pytest
 
@@ -21,7 +19,6 @@ from jepa_cache.encoding.task import Claims
 from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.store.manifest import write_manifest
 from tests.encoded import make_tars, replace_behind_the_table, write_store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
@@ -150,17 +147,6 @@ def test_what_cannot_be_made_again_is_left_as_it_is_and_told(checkout):
     assert checkout.run("verify", "--repair", checkout.folder / "elsewhere.tar").code == 0
 
 
-def test_another_digest_than_listed_is_told_loudly(checkout):
-    """As where another device or library gives other bits: here the manifest lists a digest that nothing has."""
-    manifest = checkout.manifest
-    (part,) = manifest.parts
-    entries = (part.entries[0], replace(part.entries[1], tokens_digest="0" * 64), *part.entries[2:])
-    other = replace(manifest, parts=(replace(part, entries=entries),))
-    write_manifest(other, [checkout.manifest_path, checkout.root.manifest(other.digest)])
-    result = checkout.run("verify", "--repair", checkout.recordings)
-    assert result.code == 1 and re.search(rf"ANOTHER DIGEST: {checkout.tokens(1)} .* lists {'0' * 64}", result.out)
-
-
 def test_a_unit_of_which_every_recording_was_skipped_is_repaired(fresh):
     write_vpt_tar(fresh.recordings / "short.tar", {"s": (b"no video", b"{}\n")})
     fresh.encode("encode.max_skipped_share=0.5")
@@ -200,13 +186,14 @@ def test_a_store_of_another_recording_than_its_name_says_is_found_against_online
     fresh.encode()
     shutil.copy(kept, tar)
     assert fresh.run("verify", fresh.recordings).code == 0
-    stale = fresh.tokens(_number(fresh, "b.tar"))
+    number = _number(fresh, "b.tar")
+    stale, listed = fresh.tokens(number), fresh.manifest.entries[number].tokens_digest
     online = ("verify", "--against-online", "60", fresh.recordings)
     result = fresh.run(*online)
     assert result.code == 1 and f"{stale} is of another recording" in result.out
     (options,) = re.findall(r"next: jepa-cache verify (--repair --against-online 60 --seed \d+)", result.out)
     result = fresh.run("verify", *options.split(), fresh.recordings)
-    assert result.code == 1 and f"ANOTHER DIGEST: {stale}" in result.out, result
+    assert result.code == 1 and re.search(rf"ANOTHER DIGEST: {stale} .* lists {listed}", result.out), result
     fresh.encode()
     assert fresh.manifest == encoded.manifest
     assert "all is as it was written" in fresh.run(*online).out
@@ -219,19 +206,6 @@ def test_a_store_of_another_format_version_is_not_called_damaged(checkout):
     write_store_json(path, document)
     result = checkout.run("verify")
     assert result.code == 2 and "has store format 3" in result.err and "delete this one" in result.err
-
-
-def test_a_chunk_that_was_changed_together_with_its_checksum_is_found(checkout):
-    import google_crc32c
-
-    path = checkout.tokens(0) / "tokens/c/0/0/0"
-    content = bytearray(path.read_bytes())
-    chunk = 8 * 16 * 64 * 2
-    content[:chunk] = bytes(chunk)
-    content[chunk : chunk + 4] = google_crc32c.value(bytes(chunk)).to_bytes(4, "little")
-    path.write_bytes(content)
-    result = checkout.run("verify")
-    assert result.code == 1 and "chunk 0" in result.out and "not the one in store.json" in result.out
 
 
 def test_a_shard_whose_chunks_are_whole_but_lie_elsewhere_is_found_by_reading_whole_files_alone(checkout):
@@ -250,20 +224,6 @@ def test_a_shard_whose_chunks_are_whole_but_lie_elsewhere_is_found_by_reading_wh
     path.write_bytes(content)
     assert checkout.run("verify").code == 0
     result = checkout.run("verify", "--read-data")
-    assert result.code == 1 and "sha256 differs" in result.out
-
-
-def test_another_units_shard_is_found_in_a_store_that_does_not_list_its_checksums(checkout):
-    """As stores were made by earlier states of this program."""
-    shards = [checkout.tokens(number) / "tokens/c/0/0/0" for number in range(3)]
-    ours, theirs = next(pair for pair in combinations(shards, 2) if len({it.stat().st_size for it in pair}) == 1)
-    path = ours.parents[4] / "store.json"
-    document = json.loads(path.read_bytes())
-    del document["crc32c"]
-    write_store_json(path, document)
-    assert checkout.run("verify").code == 0
-    shutil.copy(theirs, ours)
-    result = checkout.run("verify")
     assert result.code == 1 and "sha256 differs" in result.out
 
 

@@ -189,17 +189,6 @@ def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", CODED)
-def test_the_card_states_the_error_of_the_values_that_are_read(tmp_path, dtype):
-    tokens = make_tokens()
-    path = write(tmp_path / "a.zarr", dtype, [tokens])
-    truth = tokens.astype(np.float64)
-    error = read_values(path, dtype) - truth
-    stated = read_store_file(path).metadata["reconstruction"]
-    assert stated["relative_rmse"] == pytest.approx(np.sqrt((error**2).sum() / (truth**2).sum()), rel=0.005)
-    assert stated["max_abs"] == pytest.approx(np.abs(error).max(), rel=0.005)
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_error_of_a_cast_is_the_one_that_was_measured_and_none_is_invented(tmp_path, dtype):
     tokens = make_tokens(20)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -106,7 +107,9 @@ def test_what_one_machine_publishes_another_reads_bit_for_bit(machines, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["refuse", "deaf", "cut"])
-def test_every_request_survives_dropped_connections(server, machines, tmp_path, kind, monkeypatch):
+def test_every_request_survives_dropped_connections_and_a_server_that_asks_for_patience(
+    server, machines, tmp_path, kind, monkeypatch
+):
     bucket, data = machines("a").bucket, os.urandom(50_000)
     bucket.put("warm", b"")
     bucket.put("a/b", data) if kind == "cut" else None  # the answer to PUT has no body that could be cut
@@ -119,6 +122,8 @@ def test_every_request_survives_dropped_connections(server, machines, tmp_path, 
     assert (tmp_path / "file").read_bytes() == data
     bucket.delete(["a/b"])
     assert bucket.get("a/b") is None
+    server.faults.append(Fault("PUT .*/new", "status", 503, "<Error><Code>SlowDown</Code></Error>", times=5))
+    assert bucket.put("new", b"1", new=True) and not bucket.put("new", b"2", new=True) and bucket.get("new")[0] == b"1"
     if kind == "refuse":  # a file in parts
         monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
         (tmp_path / "large").write_bytes(data := os.urandom(11 << 20))
@@ -129,14 +134,6 @@ def test_every_request_survives_dropped_connections(server, machines, tmp_path, 
     (tmp_path / "empty").touch()
     bucket.put("empty", tmp_path / "empty")
     assert bucket.get("empty")[0] == b""
-
-
-def test_a_server_that_asks_for_patience_gets_it(server, machines):
-    bucket = machines("a").bucket
-    bucket.put("warm", b"")
-    server.faults.append(Fault("PUT .*/a", "status", 503, "<Error><Code>SlowDown</Code></Error>", times=5))
-    assert bucket.put("a", b"1", new=True) and not bucket.put("a", b"2", new=True)
-    assert bucket.get("a")[0] == b"1"
 
 
 DENIED = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
@@ -290,35 +287,23 @@ def test_a_publisher_killed_at_any_request_leaves_a_whole_store_or_none_and_the_
 
 
 def test_of_two_writers_at_once_one_wins_and_both_read_its_store(machines):
-    for _ in range(2):
-        roots, errors = [machines("a"), machines("b")], []
-        stores = [root.tokens(RECIPE, UNIT) for root in roots]
-        for store in stores:
-            write_tokens(store)
-        barrier = threading.Barrier(2)
+    roots, barrier = [machines("a"), machines("b")], threading.Barrier(2)
+    stores = [root.tokens(RECIPE, UNIT) for root in roots]
 
-        def publish(root, store, barrier=barrier, errors=errors):
-            try:
-                barrier.wait()
-                root.publish(store)
-            except BaseException as error:
-                errors.append(error)
+    def publish(root, store):
+        barrier.wait()
+        root.publish(store)
 
-        threads = [threading.Thread(target=publish, args=pair) for pair in zip(roots, stores, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
-        first, second = map(commit_of, roots)
-        assert first == second
-        assert {key.split("/")[2] for key in keys_of(roots[0])} == {
-            f"{stores[0].name}.commit.json",
-            first.attempt.split("/")[2],
-        }, "the files of the other are gone"
-        assert all(np.array_equal(read_from(root), TOKENS) for root in roots)
-        roots[0].remove(stores[0])
-        assert not machines("b").fetch(stores[1])
+    for store in stores:
+        write_tokens(store)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(publish, roots, stores))
+    first, second = map(commit_of, roots)
+    names = {key.split("/")[2] for key in keys_of(roots[0])}
+    assert first == second and names == {f"{stores[0].name}.commit.json", first.attempt.split("/")[2]}
+    assert all(np.array_equal(read_from(root), TOKENS) for root in roots)
+    roots[0].remove(stores[0])
+    assert not machines("b").fetch(stores[1])
 
 
 @pytest.mark.parametrize("condition", [True, False], ids=["S3", "a server that ignores the condition"])

@@ -28,15 +28,6 @@ def test_params_win_over_the_environment_and_that_over_the_home_folder(tmp_path,
     assert resolve_cache_root("~/mine", tmp_path).path == tmp_path / "home/mine"
 
 
-def test_places_follow_from_fingerprint_and_digest_alone():
-    root = CacheRoot(Path("/r"))
-    digest = "0123456789abcdef" * 4
-    assert root.tokens("fp", digest) == Path("/r/tokens/fp/0123456789abcdef0123456789abcdef.zarr")
-    assert root.controls("fp", digest) == Path("/r/controls/fp/0123456789abcdef0123456789abcdef.parquet")
-    assert root.actions("fp", digest) == Path("/r/actions/fp/0123456789abcdef0123456789abcdef.zarr")
-    assert root.manifest("d") == Path("/r/manifests/d.json")
-
-
 def test_a_root_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot be written.*JEPA_CACHE_HOME"):
