@@ -127,7 +127,7 @@ class UnitDigester:
                     continue
                 try:
                     digests = [remembered.digest(file) for file in unit.files]
-                    if None not in digests and remembered.knows(unit.files, digest := join_digests(digests)):
+                    if None not in digests and (digest := join_digests(digests)) in remembered.earlier(unit.files):
                         pass
                     elif unit.files in self._hashed or self._is_affordable(unit, digests):
                         digest = self._hashed[unit.files] = digest_files(unit.files)
