@@ -117,7 +117,7 @@ class UnitDigester:
                     continue
                 try:
                     digests = [remembered.digest(file) for file in unit.files]
-                    if None not in digests and remembered.knows(unit.files, digest := join_digests(digests)):
+                    if None not in digests and (digest := join_digests(digests)) in remembered.earlier(unit.files):
                         pass
                     elif self._is_affordable(unit, digests):
                         digest = digest_files(unit.files)

@@ -29,11 +29,12 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, modified_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL,
     inode TEXT NOT NULL, digest TEXT NOT NULL
-)"""
+);
+CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
 SAVE_S = 1.0
 LARGE_BYTES = 16 << 20
-UNITS_SCHEMA = "CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL)"
-FACTS_SCHEMA = "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
 
 
 class Look(NamedTuple):
@@ -67,10 +68,6 @@ class Remembered:
     def earlier(self, files: Sequence[Path]) -> Sequence[str]:
         """sha256 of every content that a unit of these files was seen with."""
         return self._units.get(json.dumps([self._resolve(file) for file in files]), ())
-
-    def knows(self, files: Sequence[Path], digest: str) -> bool:
-        """Whether a unit of these files was seen with this content."""
-        return digest in self.earlier(files)
 
     def _resolve(self, path: Path) -> str:
         """`path.resolve()`, but the links of each folder are followed once: of ten thousand files that takes most of the time."""
@@ -167,9 +164,7 @@ class DigestTable:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
-                connection.execute(SCHEMA)
-                connection.execute(UNITS_SCHEMA)
-                connection.execute(FACTS_SCHEMA)
+                connection.executescript(SCHEMA)
                 yield connection
         except sqlite3.Error as error:
             raise ValueError(
