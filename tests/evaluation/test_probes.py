@@ -27,6 +27,7 @@ from jepa_cache.evaluation.probes import (
     QUADRATIC_R2,
     R2,
     StepFeatures,
+    estimate,
     fit_heads,
     fit_label,
     fit_regressions,
@@ -56,7 +57,9 @@ def probe(features, targets, *, num_train=8):
     heads, unfitted = fit_heads(features[:cut], train, episodes(num_train, "train"))
     keys = episodes((len(features) - cut) // PER_EPISODE, "val")
     scores, unscored = score_heads("state", heads, features[cut:], held_out, keys, SETTINGS)
-    return {(score.target, score.metric): score.row() for score in scores}, unfitted | unscored
+    rows = {(score.target, score.metric): (*estimate(score.drawn), score.baseline) for score in scores}
+    names = ("value", "low", "high", "baseline")
+    return {key: dict(zip(names, values, strict=True)) for key, values in rows.items()}, unfitted | unscored
 
 
 @pytest.fixture
