@@ -121,9 +121,7 @@ def test_the_landscape_has_the_true_action_in_its_middle_and_an_oracles_valley_t
         assert np.ptp(one.energies, axis=1).max() < 1e-6  # the oracle's tokens do not follow the pitch
         segment = segments[one.episode]
         raw = cache.dataset.controls(segment.store)[0]
-        assert one.grid[:, MIDDLE] == pytest.approx(
-            raw[segment.start + one.first_step + 1, 2:4]
-        )  # after two context steps
+        assert one.grid[:, MIDDLE] == pytest.approx(raw[segment.start + one.first_step + 1, 2:4]), "after two steps"
         assert 0 <= one.first_step < segment.stop - segment.start
 
 

@@ -136,11 +136,8 @@ def recorded(tmp_path_factory) -> tuple[Cache, dict[str, bytes], WindowErrors]:
     tar = write_vpt_tar(folder / "shards/a.tar", pairs)
     units = {hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}
     cache = make_cache(folder, units=units, num_steps=12)
-    return (
-        cache,
-        {key: video for key, (video, _) in pairs.items()},
-        measure_windows(evaluation_of(cache, a_predictor())),
-    )
+    videos = {key: video for key, (video, _) in pairs.items()}
+    return cache, videos, measure_windows(evaluation_of(cache, a_predictor()))
 
 
 def strips_of(recorded, positions: list[int]) -> list[Strip]:
