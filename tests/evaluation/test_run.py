@@ -39,7 +39,7 @@ from tests.evaluation.evaluations import Trained, read_rows
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """They take most of the time; test_plots.py draws them."""
+    """They take most of the time; test_pictures.py draws them."""
     for name in ("draw_pictures", "write_page"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
 
