@@ -99,25 +99,18 @@ def build_motion(
             f"action space {space.name!r} does not say where an action leads, so nothing can be planned in it; known are "
             f"{', '.join(name for name, other in ACTION_SPACES.items() if other.motion)}"
         )
-    limits: dict[str | float, float] = {
-        "max_step_m": max_step_m,
-        "max_rotation_rad": max_rotation_rad,
-        "max_turn_deg": max_turn_deg,
-    }
-    searched = [one for one in rule.searched if limits.get(one.limit, one.limit)]
-    unknown = [name for name in fixed if name not in [one.column for one in searched]]
-    if unknown:
-        raise ValueError(
-            f"only searched columns can be fixed ({', '.join(one.column for one in searched)}); got {', '.join(unknown)}"
-        )
-    searched = [one for one in searched if one.column not in fixed]
-    limit = np.array([limits.get(one.limit, one.limit) for one in searched], np.float64)
-    gripper = np.array([one.gripper for one in searched], bool)
+    limits = {"max_step_m": max_step_m, "max_rotation_rad": max_rotation_rad, "max_turn_deg": max_turn_deg}
+    searched = {one.column: one for one in rule.searched if limits.get(one.limit, one.limit)}
+    if unknown := [name for name in fixed if name not in searched]:
+        raise ValueError(f"only searched columns can be fixed ({', '.join(searched)}); got {', '.join(unknown)}")
+    searched = {name: one for name, one in searched.items() if name not in fixed}
+    limit = np.array([limits.get(one.limit, one.limit) for one in searched.values()], np.float64)
+    gripper = np.array([one.gripper for one in searched.values()], bool)
     names = [column.name for column in space.actions]
     state, action, low, high = rule.bounded
     return Motion(
-        names=tuple(one.column for one in searched),
-        columns=np.array([names.index(one.column) for one in searched], np.int64),
+        names=tuple(searched),
+        columns=np.array([names.index(name) for name in searched], np.int64),
         limit=limit,
         first_std=np.where(gripper, 1.0, limit),
         gripper=gripper,

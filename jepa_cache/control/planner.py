@@ -28,9 +28,8 @@ class PlannerSettings:
     std_momentum: float
     gripper_mean_momentum: float = 0.15
     gripper_std_momentum: float = 0.15
-    close_gripper_from: int | None = (
-        None  # step of the plan from which the gripper closes (action 1); from the horizon on: never
-    )
+    # Step of the plan from which the gripper closes (action 1); from the horizon on: never.
+    close_gripper_from: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -126,7 +125,14 @@ def plan_actions(
         raise ValueError(
             f"noise must be [rounds, horizon, samples, searched columns] = {list(shape)}; got {list(noise.shape)}"
         )
-    _check_context(context, goal)
+    tokens, acts, states = context
+    fits = tokens.ndim == 3 and states.ndim == acts.ndim == 2 and len(tokens) == len(states) == len(acts) + 1
+    if not fits or goal.shape != tokens.shape[1:]:
+        raise ValueError(
+            "a context of C >= 1 steps is tokens [C, N, E], states [C, S] and actions [C-1, A], and its goal is the tokens [N, E] of one "
+            f"step by the same encoder and pooling; got tokens {list(tokens.shape)}, states {list(states.shape)}, actions "
+            f"{list(acts.shape)} and a goal {list(goal.shape)}"
+        )
     if settings.close_gripper_from is not None and not motion.gripper.any():
         raise ValueError(
             f"close_gripper_from is {settings.close_gripper_from}, but no gripper is searched ({', '.join(motion.names)}); set it to None, or "
@@ -160,17 +166,6 @@ def plan_actions(
     return Plan(motion.carried_out(states[:-1], found), states, energies, found)
 
 
-def _check_context(context: Context, goal: Tensor) -> None:
-    tokens, actions, states = context
-    fits = tokens.ndim == 3 and states.ndim == actions.ndim == 2 and len(tokens) == len(states) == len(actions) + 1
-    if not fits or goal.shape != tokens.shape[1:]:
-        raise ValueError(
-            "a context of C >= 1 steps is tokens [C, N, E], states [C, S] and actions [C-1, A], and its goal is the tokens [N, E] of one "
-            f"step by the same encoder and pooling; got tokens {list(tokens.shape)}, states {list(states.shape)}, actions "
-            f"{list(actions.shape)} and a goal {list(goal.shape)}"
-        )
-
-
 def follow_actions(state: np.ndarray, actions: np.ndarray, motion: Motion) -> np.ndarray:
     """States [H+1, S] that actions [H, A] lead to from a state [S]."""
     states = [np.asarray(state, np.float64)]
@@ -184,12 +179,7 @@ class Rollout:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: LatentModel,
-        context: Context,
-        motion: Motion | None,
-        scale_actions: Scale,
-        scale_states: Scale,
+        self, model: LatentModel, context: Context, motion: Motion | None, scale_actions: Scale, scale_states: Scale
     ) -> None:
         """Compute the steps before the last one of the context; as for `plan_actions`, and without `motion` for one step alone."""
         self._model, self._motion = model, motion
@@ -201,9 +191,8 @@ class Rollout:
     @torch.no_grad()
     def energies(self, actions: np.ndarray, goal: Tensor, batch_size: int) -> np.ndarray:
         """Energy [samples] of whole unscaled actions [samples, H, A]: distance of the last predicted step from the goal [N, E]."""
-        parts = [
-            self._roll_out(actions[start : start + batch_size], goal) for start in range(0, len(actions), batch_size)
-        ]
+        starts = range(0, len(actions), batch_size)
+        parts = [self._roll_out(actions[start : start + batch_size], goal) for start in starts]
         return torch.cat(parts).float().cpu().numpy()
 
     def _roll_out(self, actions: np.ndarray, goal: Tensor) -> Tensor:
@@ -214,13 +203,8 @@ class Rollout:
         for step in range(horizon):
             if step:
                 states = self._motion.integrate(states, actions[:, step - 1])
-            out = self._model.predictor(
-                tokens,
-                self._tensor(self._scale_actions(actions[:, step : step + 1])),
-                self._tensor(self._scale_states(states[:, None])),
-                None,
-                past,
-            )
+            action = self._tensor(self._scale_actions(actions[:, step : step + 1]))
+            out = self._model.predictor(tokens, action, self._tensor(self._scale_states(states[:, None])), None, past)
             tokens, past = self._model.as_reps(out.tokens), out.past
         return (tokens[:, 0] - goal).abs().mean(dim=(1, 2))
 

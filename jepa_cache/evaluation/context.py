@@ -97,16 +97,14 @@ class Measurement(NamedTuple):
 
     name: str  # in `evaluate.measure`
     section: str  # of metrics.json; `<section>_ci` holds its intervals
-    run: Callable[
-        [EvaluationContext, Path], dict[str, Any]
-    ]  # writes tables and pictures, returns sections of metrics.json
+    # Writes tables and pictures, returns sections of metrics.json.
+    run: Callable[[EvaluationContext, Path], dict[str, Any]]
     heading: str  # of its part of report.html
     explanation: str  # what its figures show and what to look for
     tables: tuple[str, ...]  # in measurements/, that the report shows
     pictures: tuple[Picture, ...] = ()  # in pictures/, that the report shows
-    check: Callable[[EvaluationContext], None] = lambda _: (
-        None
-    )  # refuses settings that cannot work, before anything is measured
+    # Refuses settings that cannot work, before anything is measured.
+    check: Callable[[EvaluationContext], None] | None = None
 
 
 class ChosenWindows(NamedTuple):
@@ -166,20 +164,14 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
         ValueError: The weights were trained on other features, actions or episodes.
     """
     predictor, card = load_predictor(weights)
-    for name, then, now, way_out in (
-        ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint, "encode as then"),
-        ("action space", card["action_space"], dataset.space.name, "encode as then"),
-        (
-            "split",
-            card["description"]["split"],
-            asdict(config.split),
-            "set split.* as then: it decides what was held out",
-        ),
+    for name, then, now in (
+        ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
+        ("action space", card["action_space"], dataset.space.name),
+        ("split, which decides what was held out,", card["description"]["split"], asdict(config.split)),
     ):
         if then != now:
-            raise ValueError(
-                f"{weights} was trained with {name} {then}, but now it is {now}; train again, or {way_out}"
-            )
+            message = f"{weights} was trained with {name} {then}, but now it is {now}; train again, or set it as then"
+            raise ValueError(message)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = resolve_device("train.device", config.train.device, num_gpus)
     model = LatentModel(predictor.to(device).eval(), card["normalize_reps"])

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.linalg import eigh, eigvalsh
-from torch import Tensor
 
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, Estimate, write_table
@@ -141,9 +140,10 @@ def collect_vectors(evaluation: EvaluationContext) -> dict[str, Vectors]:
         predicted = evaluation.model.open_loop(h[:, :context], batch.actions, batch.states[:, :-1], horizon)
         future = h[:, context:]
         copied = h[:, context - 1 : context].expand_as(future)
-        places = torch.from_numpy(np.stack([rng.permutation(num_tokens)[:num_places] for _ in batch.numbers]))
+        places = np.stack([rng.permutation(num_tokens)[:num_places] for _ in batch.numbers])
+        places = torch.from_numpy(places)[:, None, :, None]
         for name, tokens in ((TRUE, future), (MODEL, predicted), (COPY_LAST, copied)):
-            parts["token"][name].append(_pick(tokens, places.to(h.device)))
+            parts["token"][name].append(torch.take_along_dim(tokens, places.to(h.device), dim=2).cpu().numpy())
             parts["pooled"][name].append(tokens.mean(dim=2, keepdim=True).cpu().numpy())
     groups, halves = deal_windows(chosen.episodes)
     training = _training_vectors(evaluation, rng)
@@ -166,12 +166,6 @@ def deal_windows(episodes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         halves.append(seen[owner] % 2)
         seen[owner] += 1
     return owners * min(MAX_GROUPS, len(names)) // len(names), np.array(halves)
-
-
-def _pick(tokens: Tensor, places: Tensor) -> np.ndarray:
-    """[B, K, N, D] and [B, P] to [B, K, P, D]."""
-    where = places[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
-    return tokens.gather(2, where).cpu().numpy()
 
 
 def _training_vectors(evaluation: EvaluationContext, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -225,11 +219,10 @@ def measure_distances(vectors: Vectors) -> tuple[dict[str, float], dict[tuple[st
     }
     found: dict[tuple[str, str], list[Estimate]] = {}
     for name, end in COMPARED.items():
-        for step in range(horizon):
-            given, true = values[name][:, step], values[TRUE][:, step]
-            frechet = jackknife(_frechet_statistic(given, true, halves, basis.transform), groups)
-            found.setdefault(("frechet", end), []).append(frechet._replace(low=max(0.0, frechet.low)))
-            found.setdefault(("mmd", end), []).append(jackknife(_mmd_statistic(given, true, halves, bandwidth), groups))
+        pairs = [(values[name][:, step], values[TRUE][:, step], halves) for step in range(horizon)]
+        frechet = [jackknife(_frechet_statistic(*pair, basis.transform), groups) for pair in pairs]
+        found["frechet", end] = [estimate._replace(low=max(0.0, estimate.low)) for estimate in frechet]
+        found["mmd", end] = [jackknife(_mmd_statistic(*pair, bandwidth), groups) for pair in pairs]
     return facts, found
 
 

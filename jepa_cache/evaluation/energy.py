@@ -96,22 +96,17 @@ class OneStep:
         return self._rollout.energies(actions[:, None], self._target, self._batch_size).astype(np.float64)
 
 
-class EnergyRanks(NamedTuple):
-    """How the true action of each held-out window does among others."""
+def rank_actions(num_better: np.ndarray, num_ties: np.ndarray, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the true action of each window stands, from how many of the other `num_samples` - 1 have less and equal energy.
 
-    num_better: np.ndarray  # [windows] other actions with a lower energy than the true one's
-    num_ties: np.ndarray  # [windows] other actions with the same energy
-    num_samples: int  # actions of a window, the true one included
-
-    def ranks(self) -> np.ndarray:
-        """Share of the others that beat the true action, [windows] in [0, 1]; a tie counts half. Chance: 0.5."""
-        return (self.num_better + self.num_ties / 2) / (self.num_samples - 1)
-
-    def bins(self) -> np.ndarray:
-        """Probability that the true action's place lies in each tenth, [windows, 10]; tied places are equally likely."""
-        edges = np.linspace(0, self.num_samples, NUM_BINS + 1)
-        first, last = self.num_better[:, None], (self.num_better + self.num_ties + 1)[:, None]
-        return np.maximum(np.minimum(last, edges[1:]) - np.maximum(first, edges[:-1]), 0) / (last - first)
+    Returns:
+        The share of the others that beat it [windows], a tie counting half; and the probability that its place lies in each
+        tenth [windows, 10], tied places being equally likely.
+    """
+    edges = np.linspace(0, num_samples, NUM_BINS + 1)
+    first, last = num_better[:, None], (num_better + num_ties + 1)[:, None]
+    bins = np.maximum(np.minimum(last, edges[1:]) - np.maximum(first, edges[:-1]), 0) / (last - first)
+    return (num_better + num_ties / 2) / (num_samples - 1), bins
 
 
 def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
@@ -162,17 +157,17 @@ def measure_ranks(
         tied = np.abs(others - energy) <= TIE_TOLERANCE * energy
         found.append(((~tied & (others < energy)).sum(), tied.sum(), energy, others.mean()))
     num_better, num_ties, energy, others = np.array(found, np.float64).T
-    ranks = EnergyRanks(num_better, num_ties, settings.energy_samples)
+    ranks, bins = rank_actions(num_better, num_ties, settings.energy_samples)
     values = {
-        "mean_rank": ranks.ranks(),
-        "top10_rate": ranks.bins()[:, 0],
+        "mean_rank": ranks,
+        "top10_rate": bins[:, 0],
         "true_l1": energy,
         "others_l1": others,
         "margin_l1": others - energy,
     }
     sections = build_section("energy", values, chosen.episodes, settings)
     sections["energy"] |= {"num_samples": settings.energy_samples, "num_windows": len(found)}
-    return sections, ranks.bins(), chosen.episodes
+    return sections, bins, chosen.episodes
 
 
 class EnergyMap(NamedTuple):
@@ -226,7 +221,7 @@ def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[Energy
     return maps
 
 
-def _spread(values: list, count: int) -> list:
+def _spread(values: Sequence[Any], count: int) -> list[Any]:
     """Up to `count` of them, evenly spread, the ends included."""
     picks = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [values[pick] for pick in np.unique(picks)]
@@ -279,12 +274,11 @@ def write_maps(maps: Sequence[EnergyMap], folder: Path) -> None:
     """Write energy_map<i>.csv (x, y, energy) for each map and energy_maps.csv, which says what they show."""
     listing = []
     for number, (episode, first_step, (x, y), grid, energies) in enumerate(maps, start=1):
-        cells = [
-            {"x": float(grid[0, i]), "y": float(grid[1, j]), "energy": float(energies[i, j])}
-            for i in range(MAP_STEPS)
-            for j in range(MAP_STEPS)
-        ]
-        write_table(cells, folder / f"energy_map{number}.csv")
+        columns = (*np.meshgrid(*grid, indexing="ij"), energies)
+        cells = zip(*(values.ravel().tolist() for values in columns), strict=True)
+        write_table(
+            [dict(zip(("x", "y", "energy"), cell, strict=True)) for cell in cells], folder / f"energy_map{number}.csv"
+        )
         listing.append(
             {"map": number, "episode": episode, "first_step": first_step}
             | {"x": x[0], "x_unit": x[1], "y": y[0], "y_unit": y[1]}
@@ -317,7 +311,7 @@ def draw_maps(maps: Sequence[EnergyMap], path: Path, *, note: str) -> None:
     offsets = np.mean([single.grid - single.grid[:, [MIDDLE]] for single in maps], axis=0)
     above = np.mean([single.energies - single.energies[MIDDLE, MIDDLE] for single in maps], axis=0)
     pictures = [(f"mean of {len(maps)} windows, less the true action's energy", "change of ", offsets, above)]
-    for single in _spread(list(maps), NUM_DRAWN):
+    for single in _spread(maps, NUM_DRAWN):
         name = single.episode if len(single.episode) <= 28 else f"...{single.episode[-25:]}"
         pictures.append((f"{name}, step {single.first_step}", "", single.grid, single.energies))
     figure = new_figure(4.2 * len(pictures), 4.4)

@@ -46,10 +46,9 @@ def flat_name(figure: Figure) -> str | None:
     """The name of a figure in metrics.json; None for those that stand in the step tables alone."""
     prediction, mode, step, measure = figure[:4]
     at = f"_step{step}" if step else ""
-    if measure in (GAP, GAIN, RATIO):
-        return {GAP: f"gap_{prediction}{at}", GAIN: f"gain_{prediction}{at}_percent", RATIO: f"ratio_{prediction}"}[
-            measure
-        ]
+    against = {GAP: f"gap_{prediction}{at}", GAIN: f"gain_{prediction}{at}_percent", RATIO: f"ratio_{prediction}"}
+    if measure in against:
+        return against[measure]
     if step and (mode == TEACHER_FORCING or prediction != MODEL):
         return None
     if prediction == MODEL:
@@ -183,8 +182,10 @@ def slice_table(facts: Sequence[dict[str, Any]], errors: WindowErrors, settings:
     one_step = errors.one_step
     figures = {"l1": one_step[MODEL], "gap_shuffled": one_step[SHUFFLED] - one_step[MODEL]}
     slices = {name: [fact[name] for fact in facts] for name in ("episode", "dataset", "camera", "phase", "gui")}
-    slices["token_motion"] = _thirds(one_step[COPY_LAST])
-    slices["action_size"] = _thirds(np.array([fact["action_size"] for fact in facts]))
+    sizes = np.array([fact["action_size"] for fact in facts])
+    for name, values in (("token_motion", one_step[COPY_LAST]), ("action_size", sizes)):
+        # By rank; equal values fall together, so a constant is one slice.
+        slices[name] = [THIRDS[third] for third in np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)]
     rows: list[Row] = []
     for name, values in slices.items():
         positions = positions_of(values)
@@ -204,23 +205,12 @@ def slice_table(facts: Sequence[dict[str, Any]], errors: WindowErrors, settings:
     return rows
 
 
-def _thirds(values: np.ndarray) -> list[str]:
-    """Each window's third by rank; equal values fall together, so a constant is one slice."""
-    return [THIRDS[third] for third in np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)]
-
-
 def worst_table(facts: Sequence[dict[str, Any]], errors: WindowErrors) -> list[Row]:
     """The ten windows with the largest teacher-forced L1, the worst first, so that one can look at them."""
     model, copied = errors.one_step[MODEL], errors.one_step[COPY_LAST]
     return [
-        {
-            "rank": rank,
-            "episode": facts[place]["episode"],
-            "first_step": facts[place]["first_step"],
-            "start_s": round(facts[place]["start_s"], 3),
-            "camera": facts[place]["camera"],
-            "l1": float(model[place]),
-            "copy_last_l1": float(copied[place]),
-        }
+        {"rank": rank, **{name: facts[place][name] for name in ("episode", "first_step")}}
+        | {"start_s": round(facts[place]["start_s"], 3), "camera": facts[place]["camera"]}
+        | {"l1": float(model[place]), "copy_last_l1": float(copied[place])}
         for rank, place in enumerate(np.argsort(-model, kind="stable")[:NUM_WORST], start=1)
     ]

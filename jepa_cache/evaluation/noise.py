@@ -35,7 +35,6 @@ from jepa_cache.store.quantisation import (
 
 QUIET_PERCENTILE = 10
 READ_STEPS = 32  # at once, for a store's channels
-ERRORS = ("one_step", "rollout")
 
 
 @torch.no_grad()
@@ -113,15 +112,13 @@ def list_other_dtypes(dataset: CachedDataset) -> list[str]:
     """Dtypes that the tokens of this cache can be stored in again; what is skipped is said."""
     if dataset.dtype != "float16":
         return []
-    chosen = []
-    for dtype in STORED_DTYPES:
+    chosen = [dtype for dtype in STORED_DTYPES if dtype != "float16"]
+    for dtype in tuple(chosen):
         try:
             check_width(dtype, dataset.manifest.width)
         except ValueError as error:
             print(f"noise floor without {dtype}: {error}", file=sys.stderr)
-            continue
-        if dtype != "float16":
-            chosen.append(dtype)
+            chosen.remove(dtype)
     return chosen
 
 
@@ -174,13 +171,12 @@ def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
             "step_bytes": step_bytes(dtype, manifest.num_tokens, manifest.width),
             "token_rmse": means.get("stored_rmse", "") if own else means[f"stored_{dtype}_rmse"],
         }
-        for error in ERRORS:
-            changes = [f"{change}_{error}_{dtype}_l1" for change in ("change", "own_change")]
-            row[f"{error}_l1"] = means[f"{error}_l1"] + means.get(changes[0], 0.0)
-            for change, key in zip(("change", "own_change"), changes, strict=True):
-                low, high = (0.0, 0.0) if own else ends[key]
-                name = f"{error}_{change}"
-                row |= {name: 0.0 if own else means[key], f"{name}_low": low, f"{name}_high": high}
+        for error in ("one_step", "rollout"):
+            row[f"{error}_l1"] = means[f"{error}_l1"] + means.get(f"change_{error}_{dtype}_l1", 0.0)
+            for change in ("change", "own_change"):
+                name, key = f"{error}_{change}", f"{change}_{error}_{dtype}_l1"
+                low, high = ends.get(key, (0.0, 0.0))
+                row |= {name: means.get(key, 0.0), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     write_table(rows, out / MEASUREMENTS_FOLDER / "noise.csv")
     return sections
@@ -188,11 +184,11 @@ def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
 
 def recorded_rmse(dataset: CachedDataset) -> float | None:
     """What storing changed, root mean square relative to the encoder's values, over all steps; None where a store does not say."""
-    entries = dataset.manifest.entries
-    if any(entry.reconstruction_rmse is None for entry in entries):
+    recorded = [(entry.reconstruction_rmse, entry.num_steps) for entry in dataset.manifest.entries]
+    if any(rmse is None for rmse, _ in recorded):
         return None
-    weights = [entry.num_steps for entry in entries]
-    return float(np.sqrt(np.average([entry.reconstruction_rmse**2 for entry in entries], weights=weights)))
+    errors, weights = np.array(recorded).T
+    return float(np.sqrt(np.average(errors**2, weights=weights)))
 
 
 NOISE = Measurement(

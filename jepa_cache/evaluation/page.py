@@ -36,17 +36,13 @@ def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
         measurements: All that there are; those that were not requested are named with the command that makes them.
     """
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    strict = {"autoescape": True, "undefined": StrictUndefined}
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {
         "number": shorten,
         "read_table": lambda name: read_table(out / name),
-        "url": lambda name: _picture_url(out / "pictures" / name),
+        "url": lambda name: read_picture(out / "pictures" / name),
     }
     page = environment.get_template("report.html.j2").render(
         metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
@@ -98,7 +94,8 @@ def read_table(path: Path) -> Table | None:
     return Table(path.name, [name.replace("_", " ") for name in kept], shown, len(rows))
 
 
-def _picture_url(path: Path) -> str | None:
+def read_picture(path: Path) -> str | None:
+    """A picture as an address that holds it; None where it is absent."""
     if not path.is_file():
         return None
     return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -43,10 +43,8 @@ RANGE = (0.5, 99.5)  # percentiles of the training actions that a histogram span
 NUM_STRIPS = 2
 STEP_MS, LAST_MS = 900, 2500  # how long each step and the last one of the animation are shown
 NUM_LOOPS = 10  # then it stops: what moves for ever is hard to read beside
-NUM_COLOUR_WINDOWS, MAX_COLOUR_TOKENS = (
-    8,
-    8192,
-)  # that colours are fitted on; three components of more are the same to the eye
+# That colours are fitted on; three components of more are the same to the eye.
+NUM_COLOUR_WINDOWS, MAX_COLOUR_TOKENS = 8, 8192
 PERCENTILES = (1, 99)  # of the fitted tokens, which span each colour's range
 
 
@@ -63,7 +61,7 @@ def draw_pictures(
     recorded = (read_segment_actions(dataset, part) for part in segments)
     draw_actions(dataset.space.actions, *recorded, folder / "actions.png")
     positions = spread_positions(len(errors.chosen.numbers), NUM_STRIPS)
-    strips = build_strips(positions, errors, evaluation, fit_window_colours(errors, evaluation))
+    strips = build_strips(positions, errors, evaluation)
     for number, strip in enumerate(strips, start=1):
         draw_strip(strip, folder / f"strip{number}.png")
     write_animation(strips[0], folder / "rollout1.gif")
@@ -181,13 +179,6 @@ def fit_colours(tokens: np.ndarray) -> TokenColours:
     return TokenColours(fitted.mean_, fitted.components_, low, np.maximum(high - low, 1e-9))
 
 
-def fit_window_colours(errors: WindowErrors, evaluation: EvaluationContext) -> TokenColours:
-    """Colours fitted on the true tokens of up to 8 windows, spread over all that were measured."""
-    index, numbers = errors.chosen
-    numbers = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    return fit_colours(evaluation.read_windows(index, numbers, CPU)[1].flatten(0, 1).numpy())
-
-
 class Strip(NamedTuple):
     """One held-out window, ready to draw."""
 
@@ -199,14 +190,15 @@ class Strip(NamedTuple):
 
 
 @torch.no_grad()
-def build_strips(
-    positions: Sequence[int], errors: WindowErrors, evaluation: EvaluationContext, colours: TokenColours
-) -> list[Strip]:
-    """Everything needed to draw the windows at `positions` of the measured ones, all painted in `colours`."""
+def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: EvaluationContext) -> list[Strip]:
+    """Everything needed to draw the windows at `positions` of the measured ones, all painted in the same colours."""
     dataset, device = evaluation.dataset, evaluation.device
     settings, manifest = evaluation.config.evaluate, dataset.manifest
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
-    chosen = ChosenWindows(errors.chosen.index, [errors.chosen.numbers[position] for position in positions])
+    index, numbers = errors.chosen
+    fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
+    colours = fit_colours(evaluation.read_windows(index, fitted, CPU)[1].flatten(0, 1).numpy())
+    chosen = ChosenWindows(index, [numbers[position] for position in positions])
     runs = [
         segment._replace(start=window.start, stop=window.start + stop)
         for segment, window in zip(chosen.segments, chosen.windows, strict=True)

@@ -109,7 +109,7 @@ def score_plans(evaluation: EvaluationContext) -> Score:
     index, numbers = chosen = choose_windows(evaluation.held_out_segments(), num_steps, config.starts_per_episode)
     donors = choose_donors(chosen.episodes, seed=config.seed)
     first_rows = first_cached_rows(dataset.segments)
-    rows, energies, seconds = [], [], []
+    rows, searches = [], []
     with tqdm(total=len(numbers) * len(config.horizons), desc="planning", unit="plan", dynamic_ncols=True) as bar:
         for position, (window, segment) in enumerate(zip(chosen.windows, chosen.segments, strict=True)):
             _, (h, other_h) = evaluation.read_windows(index, [numbers[position], numbers[donors[position]]])
@@ -124,13 +124,13 @@ def score_plans(evaluation: EvaluationContext) -> Score:
                 rng = np.random.default_rng([config.seed, position, horizon])
                 goals, recorded = (h[now + horizon], other_h[now + horizon]), actions[now : now + horizon]
                 began = {"episode": segment.episode, "first_step": first_step, "horizon": horizon}
-                row, lowest, took = _plan_once(evaluation, motion, settings, context, base, goals, recorded, rng)
+                row, *searched = _plan_once(evaluation, motion, settings, context, base, goals, recorded, rng)
                 rows.append(began | row)
-                energies.append(lowest)
-                seconds.append(took)
+                searches.append(searched)
                 bar.update()
     names = tuple(dataset.space.motion.distances(states[0], states[0]))
-    return Score(rows, np.array(energies), np.array(seconds), names, motion.names)
+    energies, seconds = (np.array(values) for values in zip(*searches, strict=True))
+    return Score(rows, energies, seconds, names, motion.names)
 
 
 def _plan_once(
@@ -201,7 +201,12 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         "mode": dataset.manifest.mode,
     }
     metrics["verdict"] = judge_plans(metrics, score)
-    timing = describe_timing(score, config)
+    settings = choose_settings(config.plan)
+    num_sampled = settings.num_samples * settings.num_rounds * len(score.rows)
+    took = {
+        f"h{horizon}": float(score.seconds[score.horizons == horizon].mean()) for horizon in np.unique(score.horizons)
+    }
+    timing = {"seconds_per_plan": took, "samples_per_s": num_sampled / float(score.seconds.sum())}
     with replaced_files(out, "metrics.json") as folder:
         write_json(metrics, folder / "metrics.json")
         write_json(timing, folder / "timing.json")  # beside the metrics, so that equal runs leave equal metrics
@@ -249,18 +254,6 @@ def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str,
         words = f"{name}, plans end nearer than {KINDS[kind][0]}: {'; '.join(said)}"
         verdict[kind] = {"answer": answer, "words": words}
     return verdict
-
-
-def describe_timing(score: Score, config: Config) -> dict[str, Any]:
-    """What searching took: seconds of a plan by horizon, and sampled plans that were rolled out in a second over all searches."""
-    settings = choose_settings(config.plan)
-    return {
-        "seconds_per_plan": {
-            f"h{horizon}": float(score.seconds[score.horizons == horizon].mean())
-            for horizon in np.unique(score.horizons)
-        },
-        "samples_per_s": settings.num_samples * settings.num_rounds * len(score.rows) / float(score.seconds.sum()),
-    }
 
 
 def describe_plans(metrics: Mapping[str, Any]) -> str:

@@ -148,23 +148,20 @@ def window_labels(dataset: CachedDataset, sample: Sample) -> Targets:
     `dataset` and `camera` are those that the window was recorded with, `gui` says whether a screen is open at one of its steps,
     `success` whether its episode ended well; it is absent unless every episode records that.
     """
-    num_steps = sample.features.shape[1]
-    stores = sorted({window.store for window in sample.windows})
-    parts = {store: dataset.manifest.stores[store][0] for store in stores}
+    num_steps, windows = sample.features.shape[1], sample.windows
+    stores = sorted({window.store for window in windows})
+    parts = [dataset.manifest.stores[window.store][0] for window in windows]
     gui = {store: dataset.steps(store).column("gui").to_numpy() for store in stores}
-    labels = {
-        "dataset": np.array([parts[window.store].dataset for window in sample.windows]),
-        "camera": np.array([str(parts[window.store].camera) for window in sample.windows]),
-        "gui": np.array([str(bool(gui[w.store][w.start : w.start + num_steps].any())) for w in sample.windows]),
-    }
     native = {store: dataset.read_native_controls(store) for store in stores}
+    labels = {
+        "dataset": [part.dataset for part in parts],
+        "camera": [str(part.camera) for part in parts],
+        "gui": [str(bool(gui[w.store][w.start : w.start + num_steps].any())) for w in windows],
+    }
     if all("success" in columns for episodes in native.values() for columns in episodes.values()):
-        endings = [
-            native[w.store][episode]["success"].any()
-            for w, episode in zip(sample.windows, sample.episodes, strict=True)
-        ]
-        labels["success"] = np.array([str(bool(ending)) for ending in endings])
-    return labels
+        places = zip(windows, sample.episodes, strict=True)
+        labels["success"] = [str(bool(native[w.store][episode]["success"].any())) for w, episode in places]
+    return {name: np.array(values) for name, values in labels.items()}
 
 
 Heads = dict[tuple[str, str], "Head"]
@@ -187,11 +184,6 @@ class Score(NamedTuple):
     metric: str  # `R2`, `QUADRATIC_R2` or `BALANCED_ACCURACY`
     drawn: np.ndarray  # [1 + resamples] the score over all episodes, then over those drawn again
     baseline: float  # score of what is said without looking
-
-    def row(self) -> dict[str, Any]:
-        """Of probes.csv."""
-        values = self.probe, self.target, self.metric, *_estimate(self.drawn), self.baseline
-        return dict(zip(PROBE_COLUMNS, values, strict=True))
 
 
 def fit_heads(features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> tuple[Heads, dict[str, str]]:
@@ -379,6 +371,7 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
     samples: dict[int, list[Sample]] = {}
 
     def probe(name: str, num_steps: int, rows_of: Callable, targets_of: Callable[[Sample], Targets]) -> None:
+        """Rows are what `rows_of` gives for the steps [n, T, P], side by side."""
         if name not in settings.probes:
             return
         if num_steps not in samples:
@@ -386,7 +379,7 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
         train, held_out = samples[num_steps]
         targets = targets_of(train), targets_of(held_out)
         shared = [target for target in targets[0] if target in targets[1]]
-        train_rows, held_out_rows = (rows_of(sample.features) for sample in (train, held_out))
+        train_rows, held_out_rows = (np.hstack(rows_of(sample.features)) for sample in (train, held_out))
         heads, unfitted = fit_heads(train_rows, {key: targets[0][key] for key in shared}, train.episodes)
         found, unscored = score_heads(name, heads, held_out_rows, targets[1], held_out.episodes, settings)
         scores.extend(found)
@@ -396,10 +389,11 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
             notes[f"{name} success"] = f"{no}: not every episode records how it ended"
 
     actions, states = (lambda s: action_targets(s, space.actions)), (lambda s: state_targets(s, space.states))
-    probe(INVERSE_DYNAMICS, 2, pair_rows, actions)
-    probe(STATE, 2, lambda features: features[:, 0], states)
-    probe(ANTICIPATION, 2, lambda features: features[:, 0], actions)
-    probe(CLASSIFICATION, evaluation.window_steps, window_rows, lambda sample: window_labels(dataset, sample))
+    probe(INVERSE_DYNAMICS, 2, lambda x: (x[:, 0], x[:, 1] - x[:, 0]), actions)
+    probe(STATE, 2, lambda x: (x[:, 0],), states)
+    probe(ANTICIPATION, 2, lambda x: (x[:, 0],), actions)
+    labels = lambda sample: window_labels(dataset, sample)  # noqa: E731
+    probe(CLASSIFICATION, evaluation.window_steps, lambda x: (x.mean(axis=1), x.std(axis=1)), labels)
     if not dataset.manifest.comparable:
         notes["clip mode"] = (
             "early steps of a clip have seen its later frames: anticipation is no anticipation, and no figure is comparable"
@@ -407,17 +401,7 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
     return scores, notes
 
 
-def pair_rows(features: np.ndarray) -> np.ndarray:
-    """Both steps of [n, 2, P], the second as its difference from the first: [n, 2 P]."""
-    return np.concatenate([features[:, 0], features[:, 1] - features[:, 0]], axis=1)
-
-
-def window_rows(features: np.ndarray) -> np.ndarray:
-    """Mean and deviation of the steps of [n, T, P]: [n, 2 P]."""
-    return np.concatenate([features.mean(axis=1), features.std(axis=1)], axis=1)
-
-
-def _estimate(drawn: np.ndarray) -> tuple[float, float, float]:
+def estimate(drawn: np.ndarray) -> tuple[float, float, float]:
     """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
     return float(drawn[0]), float(low), float(high)
@@ -439,8 +423,10 @@ def run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
             groups.setdefault(f"{score.probe}_{score.metric}", []).append(score.drawn)
     sections: dict[str, dict[str, Any]] = {"probe": {}, "probe_ci": {}, "probe_notes": notes}
     for name, values in (drawn | {name: np.mean(parts, axis=0) for name, parts in groups.items()}).items():
-        sections["probe"][name], *sections["probe_ci"][name] = _estimate(values)
-    rows = [score.row() for score in scores]
+        sections["probe"][name], *sections["probe_ci"][name] = estimate(values)
+    rows = [
+        dict(zip(PROBE_COLUMNS, (*score[:3], *estimate(score.drawn), score.baseline), strict=True)) for score in scores
+    ]
     write_table(rows, out / MEASUREMENTS_FOLDER / PROBES_FILE, columns=PROBE_COLUMNS)
     return sections
 

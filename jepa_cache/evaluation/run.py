@@ -70,15 +70,25 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
     """
     evaluation, settings = open_evaluation(config, dataset, weights), config.evaluate
     for name in settings.measure:
-        MEASUREMENTS[name].check(evaluation)
+        if check := MEASUREMENTS[name].check:
+            check(evaluation)
     with replaced_files(out, "metrics.json", RESULTS) as folder:
         for name in ("pictures", MEASUREMENTS_FOLDER):
             (folder / name).mkdir()
         errors = measure_windows(evaluation)
         figures = build_figures(errors, settings)
         described = describe_evaluation(evaluation, weights)
-        metrics = summarize(figures, errors, dataset) | {"settings": pick_settings(described)}
-        metrics["settings"]["step_hz"] = config.step_hz
+        metrics = summarize(figures, errors, dataset)
+        metrics["settings"] = {  # those without which the figures say nothing
+            **{name: described[name] for name in ("dataset", "encoder")},
+            **{
+                "predictor": described["predictor"]["name"],
+                "train_steps": described["step"],
+                "step_hz": config.step_hz,
+            },
+            **{name: described["measured"][name] for name in ("window_steps", "normalize_reps")},
+            **{name: getattr(settings, name) for name in ("num_context_steps", "horizon", "seed")},
+        }
         metrics["verdict"] = describe_verdict(metrics)
         for name in settings.measure:
             metrics |= MEASUREMENTS[name].run(evaluation, folder)
@@ -125,19 +135,6 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
             "window_steps": evaluation.window_steps,
             "normalize_reps": evaluation.model.normalize_reps,
         },
-    }
-
-
-def pick_settings(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The few settings of settings.json without which the figures say nothing; they stand in metrics.json too."""
-    measured = described["measured"]
-    return {
-        "dataset": described["dataset"],
-        "encoder": described["encoder"],
-        "predictor": described["predictor"]["name"],
-        "train_steps": described["step"],
-        **{name: measured[name] for name in ("window_steps", "normalize_reps")},
-        **{name: measured["evaluate"][name] for name in ("num_context_steps", "horizon", "seed")},
     }
 
 

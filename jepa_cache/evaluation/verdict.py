@@ -21,6 +21,10 @@ BASELINE_WORDS = {
 }
 SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
 UNTRAINED = "the encoder has random weights, so these figures show that the path works, nothing about the world"
+NOT_MEASURED = (
+    "unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
+    "raise evaluate.windows_per_episode, or add recordings"
+)
 CLIP = "clip mode: early steps have seen later frames, so figures are not comparable with frame or tubelet mode"
 
 
@@ -32,13 +36,9 @@ class Gain(NamedTuple):
     high: float
     p: float
 
-    def __str__(self) -> str:
-        return _sized(self.percent, "", self.low, self.high)
-
-
-def _sized(percent: float, word: str, low: float, high: float) -> str:
-    mean, first, last = (f"{round(value, 1) + 0.0:.1f}" for value in (percent, low, high))  # + 0.0: no -0.0
-    return f"{mean} %{word} [{first}, {last}]"
+    def __format__(self, word: str) -> str:
+        mean, low, high = (f"{round(value, 1) + 0.0:.1f}" for value in self[:3])  # + 0.0: no -0.0
+        return f"{mean} %{word} [{low}, {high}]"
 
 
 def find_gain(metrics: Mapping[str, Any], name: str) -> Gain | None:
@@ -70,9 +70,9 @@ def judge(gain: Gain, num_episodes: int) -> str:
 def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
     """The answer with its reason; `better` is better than `other` if the gain is above 0."""
     answer = judge(gain, num_episodes)
-    size = _sized(gain.percent, " lower", gain.low, gain.high)
+    size = f"{gain: lower}"
     if round(gain.percent, 1) < 0:
-        size = _sized(-gain.percent, " higher", -gain.high, -gain.low)
+        size = f"{Gain(-gain.percent, -gain.high, -gain.low, gain.p): higher}"
     told = f"{answer}, error of {better} {size} than that of {other}"
     if answer == YES:
         return f"{told} (p {gain.p:.2g})"
@@ -101,34 +101,28 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     Args:
         metrics: As `figures.summarize` gives them, with `settings`.
     """
-    last = metrics["settings"]["horizon"]
+    last, count = metrics["settings"]["horizon"], metrics["num_episodes"]
     relative = "" if metrics["encoder_trained"] else " (relative: the encoder is untrained)"
     verdict = {}
 
     def put(question: str, answer: str, words: str) -> None:
         verdict[question] = {"answer": answer, "words": words + relative}
 
-    def ask(question: str, title: str, others: Mapping[str, str], better: str) -> None:
-        """Against the strongest of `others`, name to words."""
+    other, copying = "another episode's", {"copy_last": BASELINE_WORDS["copy_last"]}
+    for question, title, others in (
+        ("actions", "uses its actions", {"shuffled_actions": other}),
+        ("actions_rollout", f"uses its actions in open loop, step {last}", {f"shuffled_actions_step{last}": other}),
+        ("timing", "uses those of the right step", SHIFT_WORDS),
+        ("copying", "better than copying", copying),
+        ("baselines", "better than every baseline", BASELINE_WORDS),
+    ):
         gains = {words: gain for name, words in others.items() if (gain := find_gain(metrics, name))}
+        answer, why = UNCLEAR, NOT_MEASURED
         if gains:
-            other, gain = min(gains.items(), key=lambda item: item[1].percent)
-            reason = explain(gain, metrics["num_episodes"], better, other)
-            put(question, judge(gain, metrics["num_episodes"]), f"{title}: {reason}")
-        else:
-            why = (
-                "fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
-                "raise evaluate.windows_per_episode, or add recordings"
-            )
-            put(question, UNCLEAR, f"{title}: unclear, {why}")
-
-    true, other = "true actions", "another episode's"
-    ask("actions", "uses its actions", {"shuffled_actions": other}, true)
-    title = f"uses its actions in open loop, step {last}"
-    ask("actions_rollout", title, {f"shuffled_actions_step{last}": other}, true)
-    ask("timing", "uses those of the right step", SHIFT_WORDS, true)
-    ask("copying", "better than copying", {"copy_last": BASELINE_WORDS["copy_last"]}, "the predictor")
-    ask("baselines", "better than every baseline", BASELINE_WORDS, "the predictor")
+            words, gain = min(gains.items(), key=lambda item: item[1].percent)  # against the strongest
+            better = "the predictor" if "copy_last" in others else "true actions"
+            answer, why = judge(gain, count), explain(gain, count, better, words)
+        put(question, answer, f"{title}: {why}")
     put("horizon", *_describe_horizon(metrics))
     limits = list_limits(metrics)
     words = "limits: " + ("; ".join(limits) or "none that this report knows")

@@ -43,10 +43,6 @@ class Baselines(NamedTuple):
     change: Tensor  # [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change
     num_steps: int  # that they were fitted on
 
-    def changes(self, actions: Tensor, states: Tensor) -> Tensor:
-        """[B, T, N, D] by the regression, of scaled actions [B, T, A] and the states [B, T, S] in which they are done."""
-        return torch.einsum("btp,pnd->btnd", _inputs(actions, states), self.change)
-
 
 def fit_baselines(
     dataset: CachedDataset,
@@ -110,16 +106,6 @@ def _cut_pieces(segments: Sequence[Segment]) -> dict[int, list[tuple[Segment, bo
 def _inputs(actions: Tensor, states: Tensor) -> Tensor:
     """[B, T, A] and [B, T, S] to [B, T, A+S+1]."""
     return torch.cat([actions, states, torch.ones(*actions.shape[:2], 1, device=actions.device)], dim=-1)
-
-
-def extrapolate(model: LatentModel, before: Tensor, last: Tensor) -> Tensor:
-    """The step on a straight line through the two before it, normed as the model's predictions: [B, ..., N, D] each."""
-    return model.as_reps(2 * last - before)
-
-
-def regress(model: LatentModel, last: Tensor, change: Tensor) -> Tensor:
-    """The step after `last` by the regression, whose `change` is [actions, states, 1] @ `Baselines.change`: [B, ..., N, D] each."""
-    return model.as_reps(last + change)
 
 
 @dataclass(frozen=True)
@@ -216,14 +202,15 @@ def _predictions(
     yield COPY_LAST, everything, past, copied
     yield MEAN, everything, baselines.mean.expand_as(past), baselines.mean.expand_as(copied)
     straight = [h[:, context - 2], last] if context >= 2 else []
-    regressed, changes = [last], baselines.changes(batch.actions, batch.states[:, :-1])
+    changes = torch.einsum("btp,pnd->btnd", _inputs(batch.actions, batch.states[:, :-1]), baselines.change)
+    regressed = [last]
     for step in range(context - 1, context - 1 + horizon):
-        regressed.append(regress(model, regressed[-1], changes[:, step]))
+        regressed.append(model.as_reps(regressed[-1] + changes[:, step]))
         if straight:
-            straight.append(extrapolate(model, *straight[-2:]))
+            straight.append(model.as_reps(2 * straight[-1] - straight[-2]))
     rolled = torch.stack(straight[2:], dim=1) if straight else None
-    yield EXTRAPOLATION, everything, extrapolate(model, past[:, :-1], past[:, 1:]), rolled
-    yield REGRESSION, everything, regress(model, past, changes[:, :num_forced]), torch.stack(regressed[1:], dim=1)
+    yield EXTRAPOLATION, everything, model.as_reps(2 * past[:, 1:] - past[:, :-1]), rolled
+    yield REGRESSION, everything, model.as_reps(past + changes[:, :num_forced]), torch.stack(regressed[1:], dim=1)
     counts = {"num_forced": num_forced, "num_context": context, "horizon": horizon}
     for name, actions in {MODEL: batch.actions, **replaced}.items():
         exists = everything

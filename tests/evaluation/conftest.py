@@ -26,13 +26,7 @@ def trained(tmp_path_factory) -> Trained:
     }
     split = "split.val_share=0.4"
     cache = make_cache(tmp_path_factory.mktemp("trained"), split, *PLANS, encoder_trained=True, units=units)
-    steps = (
-        "train.num_steps=250",
-        "train.batch_size=16",
-        "train.lr=0.02",
-        "train.log_every=50",
-        "train.validate_every=0",
-    )
+    steps = [f"train.{it}" for it in ("num_steps=250", "batch_size=16", "lr=0.02", "log_every=50", "validate_every=0")]
     config = make_config(split, *steps)
     config = replace(config, predictor=replace(config.predictor, predictor_dim=32))
     with pytest.MonkeyPatch.context() as patch:

@@ -128,9 +128,7 @@ def test_true_predictions_lie_at_the_floor_and_a_shift_adds_its_square():
             found["frechet", end][step] for found, end in ((same, ""), (same, "_floor"), (shifted, ""))
         )
         assert frechet == floor and 0 <= floor.low <= floor.mean < 0.2
-        assert far.mean - floor.mean == pytest.approx(
-            3 * 2**2, abs=1e-3
-        )  # both ways: what is linear in the shift cancels
+        assert far.mean - floor.mean == pytest.approx(3 * 2**2, abs=1e-3), "linear parts of the shift cancel"
         assert same["mmd", ""][step] == same["mmd", "_floor"][step]
         assert same["mmd", "_floor"][step].low < 0 < same["mmd", "_floor"][step].high < shifted["mmd", ""][step].low
 
@@ -158,9 +156,8 @@ def test_vectors_are_those_of_the_files_at_the_same_places(cache):
         h = tokens.astype(np.float64)
         h = (h - h.mean(axis=-1, keepdims=True)) / np.sqrt(h.var(axis=-1, keepdims=True) + 1e-5)
         assert pooled[TRUE][row, :, 0] == pytest.approx(h[context:].mean(axis=1), abs=1e-4)
-        assert pooled[COPY_LAST][row, :, 0] == pytest.approx(
-            np.tile(h[context - 1].mean(axis=0), (horizon, 1)), abs=1e-4
-        )
+        copied = np.tile(h[context - 1].mean(axis=0), (horizon, 1))
+        assert pooled[COPY_LAST][row, :, 0] == pytest.approx(copied, abs=1e-4)
         single = found["token"].values[TRUE][row]
         assert np.abs(single[:, :, None] - h[context:, None]).max(axis=-1).min(axis=-1).max() < 1e-3  # each is a token
     for kind in KINDS:  # an oracle foresees every step, so prediction and truth agree place by place

@@ -18,12 +18,12 @@ from jepa_cache.evaluation.energy import (
     MAP_STEPS,
     MIDDLE,
     ActionPool,
-    EnergyRanks,
     OneStep,
     check_axes,
     choose_axes,
     measure_maps,
     measure_ranks,
+    rank_actions,
     shift_actions,
     write_energy,
 )
@@ -85,11 +85,10 @@ def test_a_predictor_that_ignores_its_actions_gets_exactly_chance(cache):
 
 
 def test_places_that_are_tied_are_equally_likely():
-    ranks = EnergyRanks(np.array([0, 1, 19]), np.array([0, 2, 0]), 20)
-    assert ranks.ranks() == pytest.approx([0, 2 / 19, 1])
-    assert ranks.bins()[0, 0] == 1 and ranks.bins()[2, 9] == 1
-    assert ranks.bins()[1, :3] == pytest.approx([1 / 3, 2 / 3, 0])
-    assert ranks.bins().sum(axis=1) == pytest.approx(1)
+    ranks, bins = rank_actions(np.array([0, 1, 19]), np.array([0, 2, 0]), 20)
+    assert ranks == pytest.approx([0, 2 / 19, 1])
+    assert bins[0, 0] == 1 and bins[2, 9] == 1 and bins.sum(axis=1) == pytest.approx(1)
+    assert bins[1, :3] == pytest.approx([1 / 3, 2 / 3, 0])
 
 
 def test_other_actions_are_recorded_ones_of_other_episodes_with_the_slot_that_the_frame_shows(cache):
@@ -122,9 +121,7 @@ def test_the_landscape_has_the_true_action_in_its_middle_and_an_oracles_valley_t
         assert np.ptp(one.energies, axis=1).max() < 1e-6  # the oracle's tokens do not follow the pitch
         segment = segments[one.episode]
         raw = cache.dataset.controls(segment.store)[0]
-        assert one.grid[:, MIDDLE] == pytest.approx(
-            raw[segment.start + one.first_step + 1, 2:4]
-        )  # after two context steps
+        assert one.grid[:, MIDDLE] == pytest.approx(raw[segment.start + one.first_step + 1, 2:4]), "after two steps"
         assert 0 <= one.first_step < segment.stop - segment.start
 
 

@@ -4,7 +4,7 @@ Claims:
 - L1 and cosine are means over tokens and channels; windows of one episode count as one;
 - the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
 - p values of many episodes are scipy's, to the last bit;
-- the paired test is exact for few episodes, rejects a true null at about its level, and cannot reject with five episodes.
+- the paired test is exact for few episodes, and cannot reject with five.
 """
 
 import numpy as np
@@ -39,6 +39,8 @@ def test_an_episode_counts_once_however_many_windows_it_has():
     assert episode_means(np.tile(values, 5), episodes * 5).tolist() == [10.0, 2.0]
     assert episode_means(values, episodes).tolist() == [10.0, 2.0]
     assert episode_means(np.stack([values, -values], axis=1), episodes).tolist() == [[10.0, -10.0], [2.0, -2.0]]
+    values, episodes = np.array([1.0, np.nan, 3.0, np.nan]), ["a", "a", "b", "c"]  # NaN: a prediction does not exist
+    assert np.array_equal(episode_means(values, episodes), [1.0, 3.0, np.nan], equal_nan=True)
 
 
 def test_the_interval_covers_the_true_mean_at_about_the_stated_rate():
@@ -65,11 +67,6 @@ def test_fewer_than_two_episodes_have_no_interval(count):
         bootstrap_mean(np.zeros(count), num_resamples=10, seed=0)
 
 
-def test_windows_that_a_prediction_does_not_exist_for_are_left_out():
-    values, episodes = np.array([1.0, np.nan, 3.0, np.nan]), ["a", "a", "b", "c"]
-    assert np.array_equal(episode_means(values, episodes), [1.0, 3.0, np.nan], equal_nan=True)
-
-
 def test_the_interval_of_a_ratio_draws_both_parts_together():
     wholes = np.random.default_rng(0).uniform(1, 5, 8)
     ratio = bootstrap_mean(0.2 * wholes, wholes, num_resamples=100, seed=0)
@@ -88,9 +85,3 @@ def test_the_paired_test_of_many_episodes_is_scipy_s(count):
     gaps = np.random.default_rng(count).standard_normal(count).round(1) + 0.1
     theirs = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=8192, rng=3)
     assert paired_p_value(gaps, seed=3) == theirs.pvalue
-
-
-def test_the_paired_test_rejects_a_true_null_at_about_its_level():
-    rng = np.random.default_rng(0)
-    rejected = sum(paired_p_value(rng.standard_normal(9), seed=0) < 0.05 for _ in range(400))
-    assert 0.02 <= rejected / 400 <= 0.08

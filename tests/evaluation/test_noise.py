@@ -69,12 +69,10 @@ def test_the_table_and_the_metrics_agree(cache, tmp_path, capsys):
         row = rows[dtype]
         for measure in ("one_step", "rollout"):
             assert float(row[f"{measure}_change"]) == noise[f"change_{measure}_{dtype}_l1"]
-            assert [float(row[f"{measure}_change_{end}"]) for end in ("low", "high")] == interval[
-                f"change_{measure}_{dtype}_l1"
-            ]
-            assert float(row[f"{measure}_l1"]) - float(rows["float16"][f"{measure}_l1"]) == pytest.approx(
-                noise[f"change_{measure}_{dtype}_l1"]
-            )
+            key = f"change_{measure}_{dtype}_l1"
+            assert [float(row[f"{measure}_change_{end}"]) for end in ("low", "high")] == interval[key]
+            change = float(row[f"{measure}_l1"]) - float(rows["float16"][f"{measure}_l1"])
+            assert change == pytest.approx(noise[key])
     assert 0 < noise["stored_int8_rmse"] < noise["stored_float8_e4m3_rmse"] < 0.1
     assert abs(noise["change_one_step_int8_l1"]) < abs(noise["own_change_one_step_float8_e4m3_l1"])
     assert noise["own_change_one_step_float8_e4m3_l1"] != noise["change_one_step_float8_e4m3_l1"]

@@ -26,7 +26,6 @@ from jepa_cache.evaluation.pictures import (
     draw_pictures,
     draw_strip,
     fit_colours,
-    fit_window_colours,
     read_segment_actions,
     spread_positions,
     write_animation,
@@ -55,7 +54,13 @@ def share_of(path, colour: tuple[int, int, int]) -> float:
     return float((pixels == np.array(colour, np.uint8)).all(axis=-1).mean())
 
 
-def test_equal_tokens_have_equal_colours_wherever_they_stand():
+def test_equal_tokens_have_equal_colours_in_the_basis_of_all_where_they_stand_on_the_grid():
+    many = RNG.standard_normal((40, 300, 8)) * np.array([9, 7, 5, 1, 1, 1, 1, 1])
+    assert np.allclose(np.abs(fit_colours(many).components), np.eye(3, 8), atol=0.1), "up to chance"
+    one = np.zeros((1, 6, 8))
+    one[0, 4, 0] = 1.0  # row 1, column 1 of 2 x 3
+    first = fit_colours(one + 1e-6 * RNG.standard_normal(one.shape)).paint(one, (2, 3))[0, :, :, 0]
+    assert np.argwhere(np.abs(first - np.median(first)) > 0.5).tolist() == [[1, 1]]
     tokens = RNG.standard_normal((4, 6, 8))
     colours = fit_colours(tokens)
     true = colours.paint(tokens, (2, 3))
@@ -63,20 +68,6 @@ def test_equal_tokens_have_equal_colours_wherever_they_stand():
     assert true.min() == 0 and true.max() == 1 and len(np.unique(true.round(6))) > 50
     far = colours.paint(100 * RNG.standard_normal((2, 6, 8)), (2, 3))
     assert ((far == 0) | (far == 1)).mean() > 0.9, "clipped and not rescaled"
-
-
-def test_the_basis_of_many_tokens_is_that_of_all_of_them_up_to_chance():
-    tokens = RNG.standard_normal((40, 300, 8)) * np.array([9, 7, 5, 1, 1, 1, 1, 1])
-    components = fit_colours(tokens).components
-    assert np.allclose(np.abs(components), np.eye(3, 8), atol=0.1)
-
-
-def test_colours_follow_rows_and_columns_of_the_grid():
-    tokens = np.zeros((1, 6, 8))
-    tokens[0, 4, 0] = 1.0  # row 1, column 1 of 2 x 3
-    first = fit_colours(tokens + 1e-6 * RNG.standard_normal(tokens.shape)).paint(tokens, (2, 3))[0, :, :, 0]
-    odd = np.abs(first - np.median(first)) > 0.5
-    assert np.argwhere(odd).tolist() == [[1, 1]]
 
 
 def test_a_strip_shows_its_frames_and_grey_cells_where_the_recording_is_missing(tmp_path):
@@ -145,18 +136,14 @@ def recorded(tmp_path_factory) -> tuple[Cache, dict[str, bytes], WindowErrors]:
     tar = write_vpt_tar(folder / "shards/a.tar", pairs)
     units = {hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}
     cache = make_cache(folder, units=units, num_steps=12)
-    return (
-        cache,
-        {key: video for key, (video, _) in pairs.items()},
-        measure_windows(evaluation_of(cache, a_predictor())),
-    )
+    videos = {key: video for key, (video, _) in pairs.items()}
+    return cache, videos, measure_windows(evaluation_of(cache, a_predictor()))
 
 
 def strips_of(recorded, positions: list[int]) -> list[Strip]:
     cache, _, errors = recorded
     DigestTable().digest_unit([cache.folder / "shards/a.tar"])  # as the encode of this machine did
-    evaluation = evaluation_of(cache, a_predictor())
-    return build_strips(positions, errors, evaluation, fit_window_colours(errors, evaluation))
+    return build_strips(positions, errors, evaluation_of(cache, a_predictor()))
 
 
 def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from tests.evaluation.evaluations import Trained, read_rows
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """They take most of the time; test_plots.py draws them."""
+    """They take most of the time; test_pictures.py draws them."""
     for name in ("draw_pictures", "write_page"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
 
@@ -83,18 +84,9 @@ class Again(NamedTuple):
         values = self.errors[name, measure]
         if less is not None:
             values = values - self.errors[less, measure]
-        values = values[:, columns]
-        means = [
-            np.nanmean(
-                [
-                    np.nanmean(row)
-                    for row, own in zip(values, self.episodes, strict=True)
-                    if own == episode and np.isfinite(row).any()
-                ]
-            )
-            for episode in sorted(set(self.episodes))
-        ]
-        return np.array(means)
+        means = [[np.nanmean(row) if np.isfinite(row).any() else np.nan] for row in values[:, columns]]
+        episodes = np.array(self.episodes)
+        return np.array([np.nanmean(np.array(means)[episodes == name]) for name in sorted(set(self.episodes))])
 
 
 def read_arrays(cache: Cache, card: dict, segment) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
@@ -128,12 +120,11 @@ def fit_again(cache: Cache, card: dict) -> tuple[torch.Tensor, np.ndarray]:
     x, y = np.concatenate(inputs), np.concatenate(changes)
     penalty = np.sqrt(RIDGE * len(x)) * np.eye(x.shape[1])
     penalty[-1] *= 1e-3
-    weights = np.linalg.lstsq(np.vstack([x, penalty]), np.vstack([y, np.zeros((x.shape[1], y.shape[1]))]), rcond=None)[
-        0
-    ]
-    return torch.from_numpy(np.concatenate(tokens).mean(axis=0)), weights
+    padded = np.vstack([x, penalty]), np.vstack([y, np.zeros((x.shape[1], y.shape[1]))])
+    return torch.from_numpy(np.concatenate(tokens).mean(axis=0)), np.linalg.lstsq(*padded, rcond=None)[0]
 
 
+@torch.no_grad()
 def recompute(cache: Cache, weights: Path) -> Again:
     """Errors of each held-out window, every prediction from a whole pass over its context; float64 but for the weights."""
     predictor, card = load_predictor(weights)
@@ -147,9 +138,8 @@ def recompute(cache: Cache, weights: Path) -> Again:
         for start in spread(segment, num_steps, settings.windows_per_episode):
             rows = [actions[start + shift : start + shift + num_steps - 1] for shift in (0, 1, -1)]
             inside = start > 0 and start + num_steps < segment.stop - segment.start
-            windows.append(
-                (h[start : start + num_steps], rows, inside, torch.from_numpy(states[start : start + num_steps]))
-            )
+            own = slice(start, start + num_steps)
+            windows.append((h[own], rows, inside, torch.from_numpy(states[own])))
             episodes.append(segment.episode)
             starts.append(int(start))
     mean, change = fit_again(cache, card)
@@ -158,73 +148,46 @@ def recompute(cache: Cache, weights: Path) -> Again:
     every_row = np.concatenate([window[1][0] for window in windows])
     errors: dict[tuple[str, str], list[list[float]]] = {}
 
-    def put(name: str, true: torch.Tensor, one_step: list, rolled: list) -> None:
-        pairs = [
-            *zip(one_step, true[1:num_trained], strict=True),
-            *zip(rolled, true[context : context + horizon], strict=True),
-        ]
-        for measure, of in {
-            "l1": lambda z, h: (z - h).abs().mean(),
-            "l2": lambda z, h: ((z - h) ** 2).mean() ** 0.5,
-            "cosine": lambda z, h: (z * h).sum(-1).div(z.norm(dim=-1) * h.norm(dim=-1)).mean(),
-        }.items():
-            row = [np.nan if z is None else float(of(z, h)) for z, h in pairs]
-            errors.setdefault((name, measure), []).append(row)
+    measures = {
+        "l1": lambda z, h: (z - h).abs().mean(),
+        "l2": lambda z, h: ((z - h) ** 2).mean() ** 0.5,
+        "cosine": lambda z, h: (z * h).sum(-1).div(z.norm(dim=-1) * h.norm(dim=-1)).mean(),
+    }
+    for place, (h, (own, after, before), inside, states) in enumerate(windows):
+        zero = own.copy()
+        zero[:, :4] = 0  # mouse and view; the slot stays
+        given = {"model": own, "shuffled_actions": windows[donors[place]][1][0], "zero_actions": zero}
+        given |= {"permuted_actions": every_row[drawn[place]]}
+        given |= {
+            name: rows if inside else None for name, rows in (("next_actions", after), ("previous_actions", before))
+        }
 
-    def roll(first: list[torch.Tensor], predict) -> list[torch.Tensor]:
-        steps = list(first)
-        for _ in range(horizon):
-            steps.append(predict(steps))
-        return steps[len(first) :]
+        def foresee(seen, raw, states=states):
+            """By the predictor, from the tokens of the steps so far."""
+            if raw is None:
+                return None
+            a = torch.from_numpy(scaled(card, raw))[None]
+            return predict_next(predictor, torch.stack(seen)[None], a, states[None])[0]
 
-    with torch.no_grad():
-        for place, (h, (own, after, before), inside, states) in enumerate(windows):
-            zero = own.copy()
-            zero[:, :4] = 0  # mouse and view; the slot stays
-            given = {
-                "model": own,
-                "shuffled_actions": windows[donors[place]][1][0],
-                "zero_actions": zero,
-                "permuted_actions": every_row[drawn[place]],
-                "next_actions": after if inside else None,
-                "previous_actions": before if inside else None,
-            }
-            for name, raw in given.items():
-                if raw is None:
-                    put(name, h, [None] * (num_trained - 1), [None] * horizon)
-                    continue
-                a = torch.from_numpy(scaled(card, raw))
+        def regress(seen, own=own, states=states):
+            x = np.hstack([scaled(card, own[len(seen) - 1]), states[len(seen) - 1], 1.0])
+            return layer_norm(seen[-1] + torch.from_numpy(x @ change).reshape(seen[-1].shape))
 
-                def after_these(seen, a=a, states=states):
-                    return predict_next(predictor, torch.stack(seen)[None], a[None], states[None])[0]
-
-                put(
-                    name,
-                    h,
-                    [after_these(list(h[: t + 1])) for t in range(num_trained - 1)],
-                    roll(list(h[:context]), after_these),
-                )
-            put("copy_last", h, list(h[: num_trained - 1]), [h[context - 1]] * horizon)
-            put("mean", h, [mean] * (num_trained - 1), [mean] * horizon)
-            line = lambda seen: layer_norm(2 * seen[-1] - seen[-2])  # noqa: E731
-            put(
-                "extrapolation",
-                h,
-                [None, *(line(h[: t + 1]) for t in range(1, num_trained - 1))],
-                roll(list(h[:context]), line),
-            )
-
-            def step_on(seen, own=own, states=states):
-                at = len(seen) - 1
-                x = np.hstack([scaled(card, own[at]), states[at], 1.0])
-                return layer_norm(seen[-1] + torch.from_numpy(x @ change).reshape(seen[-1].shape))
-
-            put(
-                "regression",
-                h,
-                [step_on(list(h[: t + 1])) for t in range(num_trained - 1)],
-                roll(list(h[:context]), step_on),
-            )
+        predictions = {name: partial(foresee, raw=raw) for name, raw in given.items()} | {
+            "copy_last": lambda seen: seen[-1],
+            "mean": lambda seen: mean,
+            "extrapolation": lambda seen: layer_norm(2 * seen[-1] - seen[-2]) if len(seen) > 1 else None,
+            "regression": regress,
+        }
+        for name, predict in predictions.items():
+            found, rolled = [predict(list(h[: t + 1])) for t in range(num_trained - 1)], list(h[:context])
+            for _ in range(horizon):
+                rolled.append(predict(rolled))
+            true = [*h[1:num_trained], *h[context : context + horizon]]
+            pairs = list(zip([*found, *rolled[context:]], true, strict=True))
+            for measure, of in measures.items():
+                row = [np.nan if z is None else float(of(z, h)) for z, h in pairs]
+                errors.setdefault((name, measure), []).append(row)
     return Again({key: np.array(rows) for key, rows in errors.items()}, episodes, starts)
 
 
@@ -308,7 +271,7 @@ def test_every_table_equals_one_recomputed_from_the_files(again, result):
                 assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
 
 
-def test_the_worst_windows_are_named_with_their_time_in_the_recording(again, result):
+def test_the_worst_windows_are_named_with_their_time_in_the_recording_and_slices_are_of_the_same_windows(again, result):
     errors = again.errors["model", "l1"][:, :4].mean(axis=1)
     rows = read_rows(result / "worst.csv")
     worst = np.argsort(-errors)[:10]
@@ -318,19 +281,10 @@ def test_the_worst_windows_are_named_with_their_time_in_the_recording(again, res
         assert float(row["start_s"]) == pytest.approx(again.starts[place] / 5.0)  # 5 steps a second
         assert float(row["l1"]) == pytest.approx(errors[place], abs=1e-5)
         assert float(row["copy_last_l1"]) == pytest.approx(again.errors["copy_last", "l1"][place, :4].mean(), abs=1e-5)
-
-
-def test_every_slice_of_the_windows_has_its_row(again, result):
-    found = {(row["slice"], row["value"]): row for row in read_rows(result / "slices.csv")}
-    assert {key[0] for key in found} == {"episode", "token_motion", "action_size"}
-    assert {key[1] for key in found if key[0] == "episode"} == set(again.episodes)
-    errors = again.errors["model", "l1"][:, :4].mean(axis=1)
-    for name in set(again.episodes):
-        own = np.array(again.episodes) == name
-        assert int(found["episode", name]["num_windows"]) == own.sum()
-        assert float(found["episode", name]["l1"]) == pytest.approx(errors[own].mean(), abs=1e-5)
-    sizes = [int(row["num_windows"]) for key, row in found.items() if key[0] == "action_size"]
-    assert sum(sizes) == len(errors) and len(sizes) == 3
+    counts = {}
+    for row in read_rows(result / "slices.csv"):  # test_slices.py says what a row holds
+        counts[row["slice"]] = counts.get(row["slice"], 0) + int(row["num_windows"])
+    assert counts == dict.fromkeys(("episode", "token_motion", "action_size"), len(errors))
 
 
 def test_the_rows_of_episodes_average_to_the_metrics(trained, result):
@@ -383,9 +337,7 @@ def test_a_predictor_that_learned_from_its_actions_gets_good_answers(result):
     for verdict in metrics["verdict"].values():
         assert verdict["words"] in words
     gain, (low, high) = (metrics[part]["gain_shuffled_actions_percent"] for part in ("val", "val_ci"))
-    assert (
-        f"yes, error of true actions {gain:.1f} % lower [{low:.1f}, {high:.1f}] than that of another episode's" in words
-    )
+    assert f"error of true actions {gain:.1f} % lower [{low:.1f}, {high:.1f}] than that of another episode's" in words
     assert "for 4 open-loop steps (all that were measured; 0.8 s)" in words
 
 
@@ -497,24 +449,14 @@ def test_weights_trained_on_something_else_are_refused(trained, tmp_path, name, 
     assert not (tmp_path / "metrics.json").exists()
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "evaluate.measure=[energi]",
-        "evaluate.probes=[inverse_dynamic]",
-        "evaluate.num_bootstrap=99",
-        "evaluate.num_bootstrap=100000000000",
-        "evaluate.energy_samples=55",
-        "evaluate.energy_axes=[dx,dx]",
-        "evaluate.noise_windows=0",
-        "plan.settings=notebok",
-        "plan.num_samples=1",
-        "plan.horizons=[]",
-        "plan.horizons=[1,1]",
-        "plan.max_rotation_rad=-1.0",
-        "plan.max_step_m=0.0",
-    ],
-)
+WRONG = """
+evaluate.measure=[energi] evaluate.probes=[inverse_dynamic] evaluate.num_bootstrap=99 evaluate.num_bootstrap=100000000000
+evaluate.energy_samples=55 evaluate.energy_axes=[dx,dx] evaluate.noise_windows=0 plan.settings=notebok plan.num_samples=1
+plan.horizons=[] plan.horizons=[1,1] plan.max_rotation_rad=-1.0 plan.max_step_m=0.0
+"""
+
+
+@pytest.mark.parametrize("override", WRONG.split())
 def test_settings_that_cannot_work_are_refused(override):
     with pytest.raises(ConfigError, match=re.escape(override.split("=")[0])):
         make_config(override)
