@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.config.machine import state_folder
+from jepa_cache.config.paths import state_folder
 from jepa_cache.files import atomic_file
 from jepa_cache.store.controls import ACTIONS, STATES, iter_controls
 from jepa_cache.store.layout import (

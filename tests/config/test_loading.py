@@ -9,8 +9,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
-from jepa_cache.config.machine import resolve_device
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import TrainConfig
 from tests.workspace import SUITE_SETTINGS, copy_settings
 

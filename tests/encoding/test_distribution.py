@@ -15,7 +15,7 @@ import dask
 import pytest
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from jepa_cache.config import machine
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.encoding import groups, run, workers
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.workers import EncodeFailedError, connect
@@ -53,7 +53,7 @@ def place(tmp_path_factory):
             dask.config.set(
                 {"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-saturation": 1.0}
             ),
-            connect(2, "cpu", machine.default_num_threads()) as connection,
+            connect(2, "cpu", default_num_threads()) as connection,
         ):
             manifest = expected.manifest.to_bytes()
             yield Place(
