@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions

@@ -44,21 +44,7 @@ def pose_actions(states: np.ndarray) -> np.ndarray:
 
 
 def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:
-    """How far commanded poses lie from measured ones, by the rule of `pose_actions`.
-
-    Args:
-        states: [T, 7] measured poses.
-        commands: [T, 7] poses that were commanded, in the same frame.
-
-    Returns:
-        [T, 7] float64: translation (m), Euler angles of `R_command R_state^T` (rad, base frame), gripper difference.
-
-    Raises:
-        ValueError: Other shapes.
-    """
-    states, commands = _check_poses(states), _check_poses(commands)
-    if len(states) != len(commands):
-        raise ValueError(f"every state needs one command; got {len(states)} states and {len(commands)} commands")
+    """How far commanded poses [T, 7] lie from measured ones in one frame; rotations: `R_command R_state^T`."""
     actions = commands - states
     if len(actions):
         actions[:, 3:6] = _to_euler(_to_matrices(commands[:, 3:6]) @ _to_matrices(states[:, 3:6]).transpose(0, 2, 1))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jepa_cache.idle import find_episode_key, find_idle_rows, idle_ranges, keep_ranges, read_ranges
+from jepa_cache.idle import find_episode_key, idle_ranges, read_ranges
 from tests.droid_makers import REAL_DROID
 
 KNOWN = {
@@ -21,8 +21,12 @@ KNOWN = {
 }
 
 
-def make_idle(*runs):
-    return np.concatenate([np.full(length, value) for value, length in runs])
+def make_commands(*runs, joint=2):
+    """Commands [M, 7] of which one joint changes in the active rows, by the smallest step that counts."""
+    active = np.concatenate([np.full(length, not idle) for length, idle in runs])
+    commands = np.full((len(active), 7), 3.0)
+    commands[:, joint] += np.cumsum(np.where(active, 0.0011, 0.0009 * (-1) ** np.arange(len(active))))
+    return commands
 
 
 @pytest.mark.skipif(not REAL_DROID.exists(), reason="no real recordings in ../shared/data/droid")
@@ -32,39 +36,22 @@ def test_the_rule_gives_the_known_ranges_on_real_episodes(name):
     assert idle_ranges(np.array(data["action.joint_velocity"])) == KNOWN[name]
 
 
-def test_idle_is_an_unchanged_command_of_any_size_and_row_0_never_is():
-    commands = np.full((5, 7), 3.0)
-    commands[3:, 2] += 0.0011
-    commands[4, 5] += 0.0009
-    assert find_idle_rows(commands).tolist() == [False, True, True, False, True]
-
-
-def test_one_moving_joint_is_enough_to_be_active():
-    commands = np.zeros((2, 7))
+@pytest.mark.parametrize(
+    ("runs", "cut_end", "expected"),
+    [
+        (((20, False), (6, True), (20, False)), 0, [(0, 46)]),
+        (((20, False), (7, True), (20, False)), 0, [(0, 20), (27, 47)]),
+        (((8, True), (15, False), (9, True)), 0, []),
+        (((8, True), (16, False), (9, True)), 0, [(8, 24)]),  # row 0 is never idle, so seven are
+        (((7, True), (16, False), (9, True)), 0, [(0, 23)]),
+        (((20, False), (9, True), (30, False)), 10, [(0, 10), (29, 49)]),
+        (((20, False), (9, True), (30, False)), 20, [(29, 39)]),
+        (((0, False),), 10, []),
+    ],
+)
+def test_seven_unchanged_commands_are_a_rest_and_sixteen_changing_ones_are_kept_less_the_cut(runs, cut_end, expected):
     for joint in range(7):
-        moved = commands.copy()
-        moved[1, joint] = -0.01
-        assert not find_idle_rows(moved).any()
-
-
-def test_six_idle_rows_stay_and_seven_go():
-    for length, expected in ((6, [(0, 46)]), (7, [(0, 20), (27, 47)])):
-        assert keep_ranges(make_idle((False, 20), (True, length), (False, 20)), cut_end=0) == expected
-
-
-def test_fifteen_active_rows_go_and_sixteen_stay():
-    for length, expected in ((15, []), (16, [(7, 23)])):
-        assert keep_ranges(make_idle((True, 7), (False, length), (True, 9)), cut_end=0) == expected
-
-
-def test_the_cut_takes_the_end_of_every_kept_run_and_may_take_all_of_it():
-    idle = make_idle((False, 20), (True, 9), (False, 30))
-    assert keep_ranges(idle) == [(0, 10), (29, 49)]
-    assert keep_ranges(idle, cut_end=20) == [(29, 39)]
-
-
-def test_an_episode_without_rows_has_no_ranges():
-    assert idle_ranges(np.zeros((0, 7))) == []
+        assert idle_ranges(make_commands(*runs, joint=joint), cut_end=cut_end) == expected
 
 
 def test_published_ranges_are_found_by_the_key_that_rlds_and_raw_episodes_have(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from jepa_cache.config.loading import data_base, find_repository, load_config
-from jepa_cache.config.machine import existing_folder
+from jepa_cache.config.paths import existing_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.store.remote import resolve_cache_root
 

@@ -20,7 +20,7 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
-from jepa_cache.config.machine import existing_folder
+from jepa_cache.config.paths import existing_folder
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device

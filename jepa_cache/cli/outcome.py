@@ -16,8 +16,8 @@ import typer
 
 from jepa_cache.cli.stage import describe_error, guarded
 from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
+from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import Config
-from jepa_cache.config.terminal import printable
 from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot, RefusedError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jepa_cache.config.loading import is_override
-from jepa_cache.config.terminal import PrintableOutput, printable
+from jepa_cache.config.paths import printable
 from jepa_cache.files import full_disk_named
 
 
@@ -43,6 +43,21 @@ def parse_stage_arguments(
     if parsed.paths and paths is None:
         parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
     return parsed
+
+
+class PrintableOutput:
+    """A stdout through which only printable characters, line ends and tabs pass; for a whole command."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length, as a stream does."""
+        self._stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
 
 
 @contextmanager

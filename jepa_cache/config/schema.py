@@ -40,7 +40,6 @@ ENCODER_RULES = {
 EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-type]
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
 SingleFrame: TypeAlias = Literal["doubled", "image"]
-SINGLE_FRAMES = get_args(SingleFrame)
 EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Decoder: TypeAlias = Literal["auto", "decord", "pyav"]

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace, get_action_space
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity

@@ -15,8 +15,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import Config
-from jepa_cache.config.terminal import printable
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.pipeline import FillResult, ProgressBar, Timing, fill_group

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cache.config import machine
+from jepa_cache.config import paths
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity
@@ -41,8 +41,8 @@ def count_gpus() -> int:
 
 
 def resolve_device(wanted: str) -> str:
-    """The device that `encode.device` means on this machine, see `config.machine.resolve_device`."""
-    return machine.resolve_device("encode.device", wanted, count_gpus())
+    """The device that `encode.device` means on this machine, see `config.paths.resolve_device`."""
+    return paths.resolve_device("encode.device", wanted, count_gpus())
 
 
 def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, num_threads: int) -> FrozenEncoder:

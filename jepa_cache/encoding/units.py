@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import DatasetPreset
-from jepa_cache.config.terminal import printable
 from jepa_cache.episode import Skipped
 from jepa_cache.media.remote import DownloadError
 from jepa_cache.media.tar import real_path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_cache.config.machine import resolve_device
+from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device

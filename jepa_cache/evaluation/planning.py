@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, PlanConfig
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (

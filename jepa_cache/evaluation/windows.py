@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device

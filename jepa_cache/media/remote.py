@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from jepa_cache.config.machine import state_folder
+from jepa_cache.config.paths import state_folder
 from jepa_cache.files import DiskFullError, atomic_file, held_file, make_folder
 
 if TYPE_CHECKING:

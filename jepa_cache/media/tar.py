@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jepa_cache.config.machine import spell_name
+from jepa_cache.config.paths import spell_name
 from jepa_cache.files import atomic_file, remove_stale_temporaries
 
 MAX_MEMBER_BYTES = 4 << 30

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import nearest
+from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.remote import BucketFile
 

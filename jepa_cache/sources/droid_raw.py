@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_episode_key, find_idle_rows
 from jepa_cache.media.images import SideBySide

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, measure_rate, probe_video
 from jepa_cache.media.tar import expand_inputs, is_file_name

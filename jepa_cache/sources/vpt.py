@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jepa_cache.actions import CAMERA_DEG_PER_COUNT, wrap_degrees
-from jepa_cache.config.machine import spell_name
 from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples

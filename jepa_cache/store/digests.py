@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cache.config.machine import spell_name, state_folder
+from jepa_cache.config.paths import spell_name, state_folder
 from jepa_cache.store.recipe import file_digest
 
 # The first release has a table `digests` without inode and change time in the same file. It is left to that release: its

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import check_width, decode, encode, get_codec, is_finite, measure_channels

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from jepa_cache.config.machine import resolve_device
+from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.store.recipe import canonical_json, recipe_changes
 from jepa_cache.training.checkpoint import FOLDER, describe_last

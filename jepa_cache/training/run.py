@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import jepa_cache
-from jepa_cache.config.machine import state_folder
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.paths import state_folder
 from jepa_cache.config.schema import Config, check_schedule
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.data.filters import ranges_path

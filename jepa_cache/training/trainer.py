@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from jepa_cache.config.machine import default_num_threads
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.data.cache import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler

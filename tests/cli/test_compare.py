@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from jepa_cache.cli.compare import KIND, compare_runs
 from jepa_cache.cli.main import build_app
 from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell, write_table
 from jepa_cache.store.recipe import canonical_json
@@ -126,11 +127,7 @@ def test_pairs_show_a_difference_that_intervals_do_not_and_noise_is_none(tmp_pat
     assert f"{better} against {one}, open loop: better, difference -0.0" in text and "yes" in text
     document, _ = compare(better, one)
     assert document["groups"][0]["paired"][0]["teacher_forcing_l1"]["words"] == "worse"
-
-
-def test_what_only_another_batch_size_moves_is_no_difference(tmp_path):
-    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE + 1e-7)
-    document, _ = compare(one, other)
+    document, _ = compare(one, write_run(tmp_path / "other batch size", BASE + 1e-7))
     pair = document["groups"][0]["paired"][0]["rollout_l1"]
     assert pair["low"] > 0 and pair["words"] == "no difference shown"
 
@@ -145,36 +142,16 @@ def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):
     assert pairs[1]["num_episodes"] == 1 and "cannot be told" in pairs[1]["words"] and "mean" not in pairs[1]
 
 
-def test_pairs_with_other_numbers_of_windows_are_refused(tmp_path):
-    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE, num_windows=3)
-    document, _ = compare(one, other, fails=2)
-    assert "episode-00 has 3 windows" in document["error"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "encoder",
-        "mode",
-        "dataset",
-        "tokens_fingerprint",
-        "measured__split__seed",
-        "measured__filter__drop_gui",
-        "measured__evaluate__horizon",
-        "measured__window_steps",
-        "measured__normalize_reps",
-    ],
-)
-def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path, name):
+def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path):
     one, same = write_run(tmp_path / "one", BASE), write_run(tmp_path / "same", BASE)
-    other = write_run(tmp_path / "other", BASE - 0.2, **{name: "another"})
-    document, text = compare(one, other, same, fails=1)
-    assert [[run["run"] for run in group["runs"]] for group in document["groups"]] == [
-        [str(one), str(same)],
-        [str(other)],
-    ]
-    assert name.replace("__", ".") in document["groups"][1]["apart"] and "another" in text
-    assert not document["groups"][1]["paired"]
+    for name in (*KIND, "measured.filter.drop_gui"):
+        other = write_run(tmp_path / "other", BASE - 0.2, **{name.replace(".", "__"): "another"})
+        document = compare_runs([str(run) for run in (one, other, same)]).document
+        groups = [[run["run"] for run in group["runs"]] for group in document["groups"]]
+        assert groups == [[str(one), str(same)], [str(other)]] and not document["groups"][1]["paired"]
+        assert document["groups"][1]["apart"].endswith(f"another in {other}") and name in document["groups"][1]["apart"]
+    _, text = compare(one, other, same, fails=1)
+    assert "not comparable with" in text and "another" in text
 
 
 def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tmp_path):
@@ -209,7 +186,7 @@ def test_what_is_older_than_settings_json_is_shown_but_not_compared(tmp_path):
     assert "not known what was measured" in document["groups"][1]["apart"]
 
 
-def test_an_empty_cell_is_no_figure_and_a_missing_table_is_said(tmp_path):
+def test_an_empty_cell_is_no_figure_and_what_cannot_be_paired_is_said(tmp_path):
     one, other = (write_run(tmp_path / name, BASE + number) for number, name in enumerate(("one", "other")))
     lines = (other / "episodes.csv").read_text().splitlines()
     lines[1] = lines[1].rpartition(",")[0] + ","
@@ -218,9 +195,11 @@ def test_an_empty_cell_is_no_figure_and_a_missing_table_is_said(tmp_path):
     assert f"paired over {len(BASE) - 1} episodes" in text, text
     (other / "episodes.csv").unlink()
     assert "has no episodes.csv, without which runs cannot be paired" in compare(one, other, fails=2)[0]["error"]
+    other = write_run(tmp_path / "other", BASE, num_windows=3)
+    assert "episode-00 has 3 windows" in compare(one, other, fails=2)[0]["error"]
 
 
-def test_what_is_no_evaluation_is_one_message(tmp_path, monkeypatch):
+def test_what_is_no_evaluation_is_one_message(tmp_path):
     run = write_run(tmp_path / "one", BASE)
     for damage, word in (
         ("{", "no evaluation"),

@@ -13,7 +13,7 @@ import typer
 from jepa_cache.cli.main import COMMANDS, build_app, main
 from jepa_cache.cli.outcome import Outcome, align, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
-from jepa_cache.config.terminal import printable
+from jepa_cache.config.paths import printable
 
 CACHE_COMMANDS = ("estimate", "status", "verify", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")

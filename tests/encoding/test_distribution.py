@@ -18,7 +18,7 @@ import pytest
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.utils import get_mp_context
 
-from jepa_cache.config import machine
+from jepa_cache.config.paths import default_num_threads
 from jepa_cache.encoding import groups, run, workers
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.workers import EncodeFailedError, connect
@@ -75,7 +75,7 @@ def cluster(tmp_path_factory):
         get_mp_context()  # Dask's, which sets what it preloads once
         forking_context()
         patch.setenv("XDG_STATE_HOME", str(base / "state"))
-        with connect(2, "cpu", machine.default_num_threads()) as connection:
+        with connect(2, "cpu", default_num_threads()) as connection:
             files = all_files(base / "cache")
             yield base / "state", Place(connection.address, connection.client, folder, expected, files)
 

@@ -9,7 +9,7 @@ import sqlite3
 
 import pytest
 
-from jepa_cache.config.machine import state_folder
+from jepa_cache.config.paths import state_folder
 from jepa_cache.store import digests
 from jepa_cache.store.digests import DigestTable, join_digests
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jepa_cache.config.machine import spell_name, state_folder
 from jepa_cache.config.parsing import nearest
+from jepa_cache.config.paths import spell_name, state_folder
 from jepa_cache.episode import RecordingError
 from jepa_cache.files import atomic_file
 from jepa_cache.sources import Unit

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
-from jepa_cache.config.machine import existing_folder
+from jepa_cache.config.paths import existing_folder
 from jepa_cache.media.remote import DownloadError, fetch_file, measure_url
 from jepa_cache.media.tar import SUFFIXES, list_samples, write_tar
 

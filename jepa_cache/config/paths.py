@@ -1,11 +1,16 @@
-"""What is chosen from the machine alone."""
+"""What this machine decides: threads, devices and folders; and names from other people's files as safe text."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from jepa_cache.config.parsing import ConfigError
+
+# C0 and C1 controls, what turns the direction of writing around, and the surrogates of names that are not UTF-8: in a
+# name from other people's files such a character can move the cursor or forge a line.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def default_num_threads() -> int:
@@ -47,3 +52,8 @@ def spell_name(name: str) -> str:
     Python holds such bytes as lone surrogates, which neither Parquet nor SQLite nor a terminal takes.
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""One line of text with its control characters written out, as `\\x1b` or `\\n`; those in `keep` stay."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
