@@ -47,9 +47,6 @@ OVERRIDES = (
     "evaluate.measure=[]",
 )
 
-AS_CONFIGURED = {"compute_dtype": "float32", "dtype": "float16", "decoder": "auto"}
-"""What `open_dataset` compares with params.yaml."""
-
 
 class Cache(NamedTuple):
     """A workspace: outputs/encode/manifest.json and outputs/scaler/scaler.json under `folder`, the stores under `root`."""
@@ -103,8 +100,9 @@ def make_cache(
         "source": {"source": config.dataset.source, **config.dataset.source_options},
         "encoder": encoder,
         "sampling": sampling,
-        **AS_CONFIGURED,
+        "compute_dtype": "float32",
         "dtype": dtype,
+        "decoder": "auto",
     }
     action_recipe = {"action_space": space.name, "sampling": sampling}
     rng, entries = np.random.default_rng(seed), []

@@ -219,9 +219,10 @@ class CachedDataset:
                 f"{', '.join(active)}; loosen it, or see with `jepa-cache inspect` whether the recordings are what you expect"
             )
         if beyond:
-            _say(
+            print(
                 f"filter.keep_ranges: {len(beyond)} {split} segments have fewer ticks than the list keeps of them (first: {beyond[0]}); was it "
-                "made of another release?"
+                "made of another release?",
+                file=sys.stderr,
             )
         return cut
 
@@ -259,9 +260,10 @@ class CachedDataset:
                 f"{self.segments[0].episode if self.segments else None!r}; its first is {next(iter(ranges), None)!r}"
             )
         if unknown := [episode for episode in episodes if episode not in ranges]:
-            _say(
+            print(
                 f"filter.keep_ranges: {len(unknown)} of {len(episodes)} {split} episodes are not in {path.name} and are skipped "
-                f"(first: {unknown[0]})"
+                f"(first: {unknown[0]})",
+                file=sys.stderr,
             )
         return ranges
 
@@ -379,7 +381,3 @@ def _read_listed(store: Path, digest: str) -> StoreFile:
             f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
         )
     return stated
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

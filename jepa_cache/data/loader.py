@@ -32,10 +32,6 @@ class TokenScales(NamedTuple):
     means: Tensor
     codec: Codec
 
-    def to(self, device: torch.device) -> TokenScales:
-        """Return the same on a device."""
-        return TokenScales(self.tokens.to(device), self.channels.to(device), self.means.to(device), self.codec)
-
 
 def dequantise(tokens: Tensor, scales: TokenScales | None) -> Tensor:
     """Turn codes as they are stored into values [B, T, N, D] float32: `store.quantisation.decode`, bit for bit.
@@ -75,7 +71,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     Tensors that are on the device already and values that need no formula stay the same memory.
     """
-    scales = batch.scales and batch.scales.to(device)
+    scales = batch.scales
+    if scales is not None:
+        scales = TokenScales(*(part.to(device) for part in scales[:3]), scales.codec)
     tokens = dequantise(batch.tokens.to(device), scales)
     return Batch(tokens, batch.actions.to(device), batch.states.to(device), batch.numbers)
 

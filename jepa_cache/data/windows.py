@@ -184,8 +184,7 @@ def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:
     """Window numbers for evaluation: up to `per_episode` evenly spread over each episode, in order."""
     of_episode: dict[str, list[int]] = {}
     first = 0
-    for segment in index.segments:
-        count = max(0, segment.stop - segment.start - index.num_steps + 1)
+    for segment, count in zip(index.segments, index.counts(), strict=True):
         of_episode.setdefault(segment.episode, []).extend(range(first, first + count))
         first += count
     chosen = []

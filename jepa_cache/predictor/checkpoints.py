@@ -51,11 +51,6 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
-def save_predictor(predictor: nn.Module, path: Path, card: Mapping[str, object]) -> None:
-    """Write all weights of a predictor, also of one inside DDP or torch.compile; see `save_state`."""
-    save_state({clean_name(name): tensor for name, tensor in predictor.state_dict().items()}, path, card)
-
-
 def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, object]) -> None:
     """Write weights with a card, in one atomic step.
 
@@ -103,7 +98,7 @@ def find_card(path: Path) -> dict[str, object] | None:
 
 
 def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
-    """Build the predictor that a file of `save_predictor` holds, from the `architecture` in its card; returns both."""
+    """Build the predictor that a file of `save_state` holds, from the `architecture` in its card; returns both."""
     card = read_card(path)
     if "architecture" not in card:
         raise CheckpointError(
@@ -244,38 +239,28 @@ class EncoderMatch(NamedTuple):
     matches: bool  # False only where the caller allowed it
 
 
-def encoder_identities(path: Path, digest: Callable[[Path], str]) -> tuple[str, ...]:
-    """Name the encoder that a predictor's weights belong to, under every identity that a cache of it may have.
-
-    An official file says it by holding the encoder; a file of this project by its card. Empty where it does not say.
-
-    Args:
-        path: Weights as `read_state` takes them.
-        digest: Gives a file's hex sha256, possibly remembered; called only where the file holds an encoder.
-    """
-    held = []
-    if path.suffix in OFFICIAL_SUFFIXES:
-        entries = [entry for entry in ENCODER_ENTRIES if read_official(path).get(entry)]
-        held = [f"file:{digest(path)}#{entry}" for entry in entries]
-    named = (find_card(path) or {}).get(ENCODER_FIELD)
-    return (*held, *([named] if isinstance(named, str) else []))
-
-
 def check_encoder(
     path: Path, cache_weights: str, *, digest: Callable[[Path], str], allow_other: bool = False
 ) -> EncoderMatch:
     """Refuse to combine a predictor's weights with a cache of another encoder's tokens.
 
+    An official file says which encoder it belongs to by holding it; a file of this project by its card.
+
     Args:
-        path: The predictor's weights.
+        path: Weights as `read_state` takes them.
         cache_weights: Identity of the encoder in the cache's recipe (`recipe["encoder"]["weights"]`).
-        digest: As of `encoder_identities`.
+        digest: Gives a file's hex sha256, possibly remembered; called only where the file holds an encoder.
         allow_other: Combine them all the same; what is returned says so and belongs into the run's record.
 
     Raises:
         CheckpointError: They do not belong together, or the file does not say, and `allow_other` is not set.
     """
-    found = encoder_identities(path, digest)
+    named, found = (find_card(path) or {}).get(ENCODER_FIELD), ()
+    if path.suffix in OFFICIAL_SUFFIXES:
+        content = read_official(path)
+        found = tuple(f"file:{digest(path)}#{entry}" for entry in ENCODER_ENTRIES if content.get(entry))
+    if isinstance(named, str):
+        found += (named,)
     if cache_weights not in found and not allow_other:
         said = (
             f"those weights were trained on the tokens of {' or '.join(found)}"

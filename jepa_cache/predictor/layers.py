@@ -191,7 +191,7 @@ class _PrefixAttention(torch.autograd.Function):
         shape = q.shape
         q, k, v = q.flatten(0, 1) * shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1).contiguous()
         keys_across, out = k.mT.contiguous(), torch.empty_like(q)
-        for some, rows, prefix, (scores, probability) in _pieces(q, k, tokens_per_step, num_buffers=2):
+        for some, rows, prefix, (scores, probability) in _pieces(q, k, tokens_per_step):
             torch.bmm(q[some, rows], keys_across[some, :, prefix], out=scores)
             torch.softmax(scores, -1, out=probability)
             out[some, rows] = torch.bmm(probability, v[some, prefix])
@@ -208,7 +208,7 @@ class _PrefixAttention(torch.autograd.Function):
         keys_across, values_across = k.mT.contiguous(), v.mT.contiguous()
         minus_delta = -(gradient * out).sum(-1, keepdim=True)  # [B*heads, T*L, 1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for some, rows, prefix, (scores, probability) in _pieces(q, k, ctx.tokens_per_step, num_buffers=2):
+        for some, rows, prefix, (scores, probability) in _pieces(q, k, ctx.tokens_per_step):
             q_step, g_step = q[some, rows], gradient[some, rows]
             torch.bmm(q_step, keys_across[some, :, prefix], out=scores)
             torch.softmax(scores, -1, out=probability)
@@ -221,13 +221,11 @@ class _PrefixAttention(torch.autograd.Function):
         return grad_q.view(shape), grad_k.unflatten(0, shape[:2]), grad_v.unflatten(0, shape[:2]), None
 
 
-def _pieces(
-    q: Tensor, k: Tensor, tokens_per_step: int, num_buffers: int
-) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
-    """Yield some heads, the rows of one step, the prefix it sees, and buffers [heads, rows, prefix] of these."""
+def _pieces(q: Tensor, k: Tensor, tokens_per_step: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
+    """Yield some heads, the rows of one step, the prefix it sees, and two buffers [heads, rows, prefix] of these."""
     num_past = k.shape[1] - q.shape[1]
     num_together = max(1, _SCORE_BYTES // (tokens_per_step * k.shape[1] * q.element_size()))
-    buffers = [q.new_empty(min(num_together, len(q)) * tokens_per_step * k.shape[1]) for _ in range(num_buffers)]
+    buffers = [q.new_empty(min(num_together, len(q)) * tokens_per_step * k.shape[1]) for _ in range(2)]
     for first in range(0, len(q), num_together):
         num_heads = min(num_together, len(q) - first)
         for start in range(0, q.shape[1], tokens_per_step):

@@ -116,7 +116,7 @@ def save_adapter(model: PeftModel, folder: Path, card: Mapping[str, object]) -> 
     Args:
         model: From `add_lora`.
         folder: Made where absent; each file is replaced in one step.
-        card: As of `checkpoints.save_predictor`, with the `architecture` of the predictor under the adapter.
+        card: As of `checkpoints.save_state`, with the `architecture` of the predictor under the adapter.
     """
     with atomic_file(folder / WEIGHTS_FILE) as partial:
         save_file(adapter_state(model), partial, metadata={"format": "pt"})

@@ -57,7 +57,8 @@ def train_step(
         step: k, from 1; with the seed it decides everything random here, so that a resume needs no generator's state.
     """
     accumulation = settings.grad_accumulation
-    torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
+    seed = np.random.SeedSequence([settings.seed, step, accelerator.process_index])
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     scalars, windows, by_window = [], [], []
     for micro in range(accumulation):
         batch = next(batches)
@@ -88,11 +89,6 @@ def draw_rollout_start(settings: TrainConfig, turn: int) -> int:
     latest = settings.window_steps - 1 - max(settings.auto_steps, 1 if settings.rollout == "fixed" else 2)
     generator = np.random.Generator(np.random.Philox(key=[settings.seed, turn], counter=ROLLOUT_STREAM))
     return int(generator.integers(0, max(latest, 0) + 1))
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of torch's generators in one training step of one process."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def check_finite(report: StepReport, gradient_scaler: torch.amp.GradScaler) -> str | None:

@@ -226,14 +226,6 @@ def test_the_loading_screen_of_the_real_recording_goes_and_play_stays(tmp_path):
     assert night < loading, "no threshold of luma tells the loading screen from play"
 
 
-@needs_real
-def test_every_real_log_begins_with_ticks_in_which_nobody_acts():
-    from jepa_cache.sources.parsers.vpt_controls import read_contractor
-
-    logs = sorted((REAL_VPT / "logs_only").glob("*.jsonl"))
-    assert [find_first_act(read_contractor(log.read_bytes()).controls["idle"]) for log in logs] == [49, 11, 60, 32]
-
-
 def test_every_filter_is_explained_and_can_be_swept():
     page = (REPOSITORY_ROOT / "docs/filters.md").read_text()
     section = (SUITE_SETTINGS / "params.yaml").read_text().partition("\nfilter:")[2].partition("\nscaler:")[0]

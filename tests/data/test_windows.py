@@ -82,20 +82,6 @@ def test_an_epoch_holds_every_window_once_and_the_next_has_another_order(sampler
         assert one != two
 
 
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 99), st.integers(0, 40))
-def test_the_global_batch_is_the_same_for_one_two_and_four_processes(num_windows, quarter, seed, step):
-    batches = []
-    for world_size in (1, 2, 4):
-        parts = [
-            WindowSampler(num_windows, 4 * quarter // world_size, seed=seed, rank=rank, world_size=world_size).numbers(
-                step
-            )
-            for rank in range(world_size)
-        ]
-        batches.append(np.concatenate(parts).tolist())
-    assert batches[0] == batches[1] == batches[2]
-
-
 def global_batches(num_windows, batch_size, seed, groups, *, world_size, steps):
     """The batches of these steps, put together from the shares of newly made samplers, one a process."""
     ranks = [
@@ -143,28 +129,11 @@ def test_the_tokens_that_processes_read_together_are_those_of_one_process_also_a
         opened.close()
 
 
-@given(samplers, st.permutations(range(12)))
-def test_any_step_can_be_asked_for_at_any_time(sampler, order):
-    num_windows, batch_size, seed = sampler
-    straight = WindowSampler(num_windows, batch_size, seed=seed)
-    expected = [straight.numbers(step).tolist() for step in range(12)]
-    jumping = WindowSampler(num_windows, batch_size, seed=seed)
-    assert {step: jumping.numbers(step).tolist() for step in order} == dict(enumerate(expected))
-
-
-def test_another_seed_gives_another_order():
+def test_another_seed_gives_another_order_and_neighbours_are_apart():
     orders = {tuple(WindowSampler(50, 50, seed=seed).numbers(0).tolist()) for seed in range(20)}
     assert len(orders) == 20
-
-
-def test_the_order_is_random_enough_that_neighbours_are_apart():
-    numbers = WindowSampler(5000, 5000, seed=0).numbers(0)
     # Of a random order about 2 neighbouring pairs in 5000 differ by 1.
-    assert (np.abs(np.diff(numbers)) == 1).sum() < 15
-
-
-def test_epochs_are_counted_over_all_processes():
-    assert WindowSampler(40, 5, seed=0, rank=1, world_size=2).epoch(6) == pytest.approx(1.5)
+    assert (np.abs(np.diff(WindowSampler(5000, 5000, seed=0).numbers(0))) == 1).sum() < 15
 
 
 @given(segment_lists(), st.integers(1, 6), st.integers(1, 12))

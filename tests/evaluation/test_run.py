@@ -31,7 +31,7 @@ from jepa_cache.evaluation.context import Measurement, check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 from jepa_cache.evaluation.windows import BASELINES, RIDGE
-from jepa_cache.predictor.checkpoints import load_predictor, save_predictor
+from jepa_cache.predictor.checkpoints import load_predictor, save_state
 from tests.caches import Cache, make_config
 from tests.encoded import all_files
 from tests.evaluation.evaluations import Trained, read_rows
@@ -49,7 +49,7 @@ def changed(trained: Trained, path: Path, change) -> Path:
     predictor, card = load_predictor(trained.weights)
     with torch.no_grad():
         change(predictor)
-    save_predictor(predictor, path, card)
+    save_state(predictor.state_dict(), path, card)
     return path
 
 
@@ -443,7 +443,7 @@ def test_what_does_not_exist_is_left_out_and_said(trained, tmp_path):
 def test_weights_trained_on_something_else_are_refused(trained, tmp_path, name, other):
     predictor, card = load_predictor(trained.weights)
     path = tmp_path / "predictor.safetensors"
-    save_predictor(predictor, path, card | {name: other})
+    save_state(predictor.state_dict(), path, card | {name: other})
     with pytest.raises(ValueError, match=r"was trained with .* train again"):
         evaluate(trained.cache, path, tmp_path)
     assert not (tmp_path / "metrics.json").exists()
@@ -467,7 +467,7 @@ def test_one_held_out_episode_is_too_few(trained, tmp_path):
     splits = (replace(trained.cache.config.split, val_share=0.06, seed=seed) for seed in range(50))
     split = next(one for one in splits if len({segment.episode for segment in dataset.segments_of("val", one)}) == 1)
     predictor, card = load_predictor(trained.weights)
-    save_predictor(predictor, path, card | {"description": card["description"] | {"split": asdict(split)}})
+    save_state(predictor.state_dict(), path, card | {"description": card["description"] | {"split": asdict(split)}})
     with pytest.raises(ValueError, match="at least two held-out episodes"):
         evaluate(trained.cache, path, tmp_path, replace(trained.cache.config, split=split))
 

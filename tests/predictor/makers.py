@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jepa_cache.predictor.checkpoints import save_predictor
+from jepa_cache.predictor.checkpoints import save_state
 from jepa_cache.predictor.model import ACPredictor
 
 SIZES = {
@@ -43,5 +43,5 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def save(path: Path, predictor: ACPredictor, **card: object) -> Path:
     """Write a predictor with a card that says its architecture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_predictor(predictor, path, {"architecture": SIZES} | card)
+    save_state(predictor.state_dict(), path, {"architecture": SIZES} | card)
     return path

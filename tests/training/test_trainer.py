@@ -26,7 +26,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from jepa_cache.data.cache import find_differences, open_dataset
-from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
 from jepa_cache.training.optim import warmup_stable_decay
@@ -78,14 +77,6 @@ def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupte
         (folder,) = (tmp_path / name).glob("runs/*/checkpoints")
         left = sorted(path.name for path in folder.iterdir())
         assert left[:2] == ["best", "latest"] and len(left) in (4, 5), f"{left} are left after file operation {moment}"
-
-
-def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
-    ends = [train_at("often", "train.checkpoint_every=1", kill_at=90) for _ in range(7)]
-    assert ends.count(-signal.SIGKILL) > 3
-    for name in ("often", "whole"):
-        train_at(name, "train.checkpoint_every=1")
-    assert outcome(tmp_path / "often") == outcome(tmp_path / "whole")
 
 
 def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(train_at, tmp_path):
@@ -285,13 +276,6 @@ def test_rates_are_the_schedule_s_and_validations_fall_where_they_are_due(cache,
     assert steps == [4, 5, 8, 10, 12]
     assert [float(row["lr"]) for row in rows(result)] == [warmup_stable_decay(k, **rates) for k in steps]
     assert [int(row["step"]) for row in rows(result) if row["val_jloss"]] == [5, 10, 12]
-
-
-def test_training_without_held_out_windows_validates_nothing(cache, tmp_path):
-    config = make_config("split.val_share=0.0")
-    scaler = fit_scaler(cache.dataset, cache.dataset.segments_of("train", config.split), config.scaler)
-    result = train(config, cache.dataset, scaler, tmp_path / "run", base=tmp_path)
-    assert not any(row["val_jloss"] for row in rows(result))
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------------
