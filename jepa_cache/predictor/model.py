@@ -156,9 +156,9 @@ class ACPredictor(nn.Module):
             Predictions [B, T, N, E] and the keys and values of the kept steps.
 
         Raises:
-            ValueError: an input has the wrong shape, or `extrinsics` does not fit this predictor.
+            ValueError: an input has the wrong shape, or `extrinsics` or `past` does not fit this predictor.
         """
-        self._check_shapes(tokens, actions, states, extrinsics)
+        self._check_shapes(tokens, actions, states, extrinsics, past)
         batch, num_steps = tokens.shape[:2]
         length, num_conditioning = self.tokens_per_step, self.num_conditioning_tokens
         first_step = past[0][0].shape[2] // length if past else 0
@@ -197,6 +197,7 @@ class ACPredictor(nn.Module):
         actions: Tensor,
         states: Tensor,
         extrinsics: Tensor | None,
+        past: Sequence[KeysValues] | None,
     ) -> None:
         if (extrinsics is not None) != self.use_extrinsics:
             raise ValueError(
@@ -216,3 +217,15 @@ class ACPredictor(nn.Module):
                     f"predictor: {name} must be [B, T, {', '.join(map(str, widths))}] for tokens {list(tokens.shape)} of at least one "
                     f"step on a grid of {self.grid[0]}x{self.grid[1]}, got {list(array.shape)}"
                 )
+        if past is None:
+            return
+        if len(past) != len(self.predictor_blocks):
+            raise ValueError(
+                f"predictor: past holds {len(past)} blocks, the predictor has {len(self.predictor_blocks)}"
+            )
+        shape = past[0][0].shape
+        if len(shape) != 4 or shape[0] != tokens.shape[0] or shape[2] % self.tokens_per_step or shape[2] == 0:
+            raise ValueError(
+                f"predictor: past must hold keys and values [B={tokens.shape[0]}, heads, steps*{self.tokens_per_step}, "
+                f"{self.head_width}], got {list(shape)}"
+            )

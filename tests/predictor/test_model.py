@@ -128,6 +128,8 @@ def test_unused_extrinsics_encoder_is_frozen_and_a_used_one_matters():
         (lambda given: given.__setitem__(1, given[1][:, :3]), "actions must be"),
         (lambda given: given.__setitem__(2, given[2][..., :1]), "states must be"),
         (lambda given: given.append(torch.zeros(2, 4, 4)), "use_extrinsics is False"),
+        (lambda given: given.extend([None, []]), "past holds 0 blocks"),
+        (lambda given: given.extend([None, [(torch.zeros(2, 2, 7, 12),) * 2] * 2]), "past must hold"),
     ],
 )
 def test_wrong_inputs_are_named(change, named: str):

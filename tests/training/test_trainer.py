@@ -79,6 +79,14 @@ def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupte
         assert left[:2] == ["best", "latest"] and len(left) in (4, 5), f"{left} are left after file operation {moment}"
 
 
+def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
+    ends = [train_at("often", "train.checkpoint_every=1", kill_at=90) for _ in range(7)]
+    assert ends.count(-signal.SIGKILL) > 3
+    for name in ("often", "whole"):
+        train_at(name, "train.checkpoint_every=1")
+    assert outcome(tmp_path / "often") == outcome(tmp_path / "whole")
+
+
 def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(train_at, tmp_path):
     train_at("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again", symlinks=True)
