@@ -29,14 +29,23 @@ def find_episode_key(path: str) -> str | None:
     return matches[-1] if matches else None
 
 
-def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
-    """What openpi keeps of an episode at 15 Hz: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
+def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
+    """Rows [M] bool in which the command [M, 7] rad/s stays as it was: every joint's velocity changes by less than 1e-3 rad/s.
 
-    A row is idle when every joint's commanded velocity changes by less than 1e-3 rad/s: the change counts, not the size. Row 0
-    has nothing before it and is not idle; nor is a row at a NaN.
+    The change of the command counts, not its size. Row 0 has nothing before it and is not idle; nor is a row at a NaN.
+
+    Source: openpi, `compute_droid_nonidle_ranges`.
+    """
+    commands = np.asarray(joint_velocity_commands, np.float64)
+    still = (np.abs(np.diff(commands, axis=0)) < IDLE_TOLERANCE).all(axis=1)
+    return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
+
+
+def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """What remains of an episode without its rests: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
 
     Args:
-        joint_velocity_commands: [M, 7] rad/s.
+        idle: [M] bool, as `find_idle_rows` tells.
         cut_end: Rows taken from the end of each kept run, whose chunks of 16 actions would reach into the rest. A world
             model needs no chunk: 0 keeps them.
 
@@ -45,15 +54,17 @@ def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> li
 
     Source: openpi, `compute_droid_nonidle_ranges`.
     """
-    commands = np.asarray(joint_velocity_commands, np.float64)
-    kept = np.ones(len(commands), bool)
-    idle = np.zeros(len(commands), bool)
-    idle[1:] = (np.abs(np.diff(commands, axis=0)) < IDLE_TOLERANCE).all(axis=1)
-    for start, end in _find_runs(idle):
+    kept = np.ones(len(idle), bool)
+    for start, end in _find_runs(np.asarray(idle, bool)):
         if end - start >= MIN_IDLE_ROWS:
             kept[start:end] = False
     runs = [(start, end) for start, end in _find_runs(kept) if end - start >= MIN_KEPT_ROWS]
     return [(start, end - cut_end) for start, end in runs if end - cut_end > start]
+
+
+def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """The ranges of rows that openpi keeps of an episode with commands [M, 7] rad/s at 15 Hz: `keep_ranges` of its idle rows."""
+    return keep_ranges(find_idle_rows(joint_velocity_commands), cut_end=cut_end)
 
 
 def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
