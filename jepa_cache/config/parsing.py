@@ -68,7 +68,7 @@ def parse_dataclass(
                 refused[name] = f"{place}: {key} {_explain(fault)}; got {values[name]!r}"
             else:  # a rule of several values
                 refused[name] = str(fault.get("ctx", {}).get("error", fault["msg"]))
-        raise ConfigError("\n".join(refused.values())) from error
+        raise ConfigError("\n  ".join(refused.values())) from error
 
 
 def check_keys(values: Any, known: Sequence[str], where: str) -> None:

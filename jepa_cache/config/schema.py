@@ -353,7 +353,7 @@ def check_config(config: Config) -> None:
     ]
     broken += [*_check_encoder(config.encode, config.encoder), *_check_windows(config)]
     if broken:
-        raise ConfigError("\n".join(broken))
+        raise ConfigError("\n  ".join(broken))
     if not config.train.num_epochs:
         check_schedule(config.train)
 

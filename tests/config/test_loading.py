@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
 from jepa_cache.config.parsing import ConfigError, parse_dataclass
 from jepa_cache.config.paths import resolve_device
@@ -200,3 +201,10 @@ def test_the_suite_loads_settings_of_its_own_with_the_keys_of_the_checkout():
 def test_paths_are_not_taken_for_overrides():
     assert is_override("train.lr=3e-4") and is_override("dataset=vpt")
     assert not is_override("shards") and not is_override("/data/date=2020/x.tar") and not is_override("./a=b.tar")
+
+
+def test_several_broken_rules_are_lines_of_one_message_as_the_terminal_shows_it():
+    with pytest.raises(ConfigError) as refused:
+        load_config(SUITE_SETTINGS, ["train.batch_size=1e20", "train.lr=1e30"])
+    assert [line.split()[2] for line in describe_error(refused.value).splitlines()] == ["train.batch_size", "train.lr"]
+    assert "\\n" not in describe_error(refused.value)
