@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepa_cache.cli import estimate
 from jepa_cache.cli.estimate import compare_runs, count_encoder, count_predictor
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder.vit import VisionTransformer
-from jepa_cache.encoder.vit21 import VisionTransformer21
+from jepa_cache.encoder.vit import VisionTransformer, VisionTransformer21
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.root import MARKER
 from jepa_cache.training.losses import world_model_loss
