@@ -18,10 +18,9 @@ from jepa_cache.encoding.decoding import Decoders, EpisodeStream, UnreadableErro
 from jepa_cache.encoding.groups import EncodingGroup
 from jepa_cache.encoding.task import Claims, describe_machine
 from jepa_cache.encoding.units import check_unchanged
-from jepa_cache.episode import Skipped
+from jepa_cache.episode import Skipped, find_implausible
 from jepa_cache.files import full_disk_named
 from jepa_cache.media.probe import DecodeError
-from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes

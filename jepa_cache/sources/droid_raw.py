@@ -14,11 +14,17 @@ import numpy as np
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_episode_key, find_idle_rows
 from jepa_cache.media.images import SideBySide
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.tar import is_file_name, walk
-from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
+from jepa_cache.poses import (
+    CAMERA_CONTROLS,
+    COMMAND_CONTROLS,
+    JOINT_VELOCITY_CONTROLS,
+    POSE_CONTROLS,
+    find_episode_key,
+    find_idle_rows,
+)
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_droid_frames
 from jepa_cache.sources.parsers.untrusted import open_hdf5, read_array, read_object

@@ -13,11 +13,11 @@ from pydantic import Field
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.idle import find_episode_key
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import expand_inputs, real_path
+from jepa_cache.poses import find_episode_key
 from jepa_cache.sources import Unit
 from jepa_cache.sources.droid_raw import build_controls
 from jepa_cache.sources.parsers.placement import DROID_HZ
