@@ -122,7 +122,6 @@ def droid_rlds() -> dict[str, Example]:
         {"pose": ["steps/action"]},
         {"command": []},
         {"joint_velocity_command": "steps/action_dict/joint_position"},
-        {"extrinsics": {}},
         {"success": "episode_metadata/recording_folderpath"},
         {"episode_key": ["episode_metadata/file_path"]},
         {"gripper_one_is": "open"},
