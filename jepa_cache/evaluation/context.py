@@ -55,31 +55,26 @@ class EvaluationContext:
         """Segments of the held-out episodes, cut by the filters."""
         return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
 
-    def iter_windows(
-        self, chosen: ChosenWindows, title: str, *, batch_size: int | None = None, device: torch.device | None = None
-    ) -> Iterator[tuple[slice, Batch, Tensor]]:
-        """Read windows batch by batch, with a progress bar, onto the predictor's or another device.
+    def iter_windows(self, chosen: ChosenWindows, title: str) -> Iterator[tuple[slice, Batch, Tensor]]:
+        """Read windows batch by batch onto the predictor's device, with a progress bar.
 
         Yields:
             The rows of the batch among the chosen windows; the batch, on the device; and its tokens h [B, T, N, D] as the model
             sees them.
         """
-        size = batch_size or self.config.evaluate.batch_size
-        numbers, device = chosen.numbers, device or self.device
+        numbers, size = chosen.numbers, self.config.evaluate.batch_size
         chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks)
         first = 0
         for batch in tqdm(batches, total=len(chunks), desc=title, unit="batch", dynamic_ncols=True):
-            on_device = to_device(batch, device)
+            on_device = to_device(batch, self.device)
             rows = slice(first, first + len(batch.numbers))
             yield rows, on_device, self.model.as_reps(on_device.tokens)
             first = rows.stop
 
-    def read_windows(
-        self, index: WindowIndex, numbers: Sequence[int], device: torch.device | None = None
-    ) -> tuple[Batch, Tensor]:
+    def read_windows(self, index: WindowIndex, numbers: Sequence[int]) -> tuple[Batch, Tensor]:
         """Read a few windows at once, as `iter_windows` does."""
-        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
+        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), self.device)
         return batch, self.model.as_reps(batch.tokens)
 
 

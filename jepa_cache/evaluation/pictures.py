@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CPU = torch.device("cpu")
 LABELS = {
     "model": ("predictor", "#1f77b4"),
     "copy_last": ("copy the last step", "#7f7f7f"),
@@ -192,29 +191,28 @@ class Strip(NamedTuple):
 @torch.no_grad()
 def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: EvaluationContext) -> list[Strip]:
     """Everything needed to draw the windows at `positions` of the measured ones, all painted in the same colours."""
-    dataset, device = evaluation.dataset, evaluation.device
-    settings, manifest = evaluation.config.evaluate, dataset.manifest
+    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
     index, numbers = errors.chosen
     fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    colours = fit_colours(evaluation.read_windows(index, fitted, CPU)[1].flatten(0, 1).numpy())
+    colours = fit_colours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
     chosen = ChosenWindows(index, [numbers[position] for position in positions])
     runs = [
         segment._replace(start=window.start, stop=window.start + stop)
         for segment, window in zip(chosen.segments, chosen.windows, strict=True)
     ]
-    batch, h = evaluation.read_windows(*chosen, CPU)
-    h = h[:, :stop]
+    batch, h = evaluation.read_windows(*chosen)
     given = (h[:, :context], batch.actions[:, : stop - 1], batch.states[:, : stop - 1])
-    predicted = evaluation.model.open_loop(*(values.to(device) for values in given), settings.horizon).cpu()
-    error = (predicted - h[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
+    predicted = evaluation.model.open_loop(*given, settings.horizon).cpu()
+    true = h[:, :stop].cpu()
+    error = (predicted - true[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
     first_rows = first_cached_rows(dataset.segments)
     note = "" if manifest.encoder_trained else " (encoder untrained)"
     strips = []
     for number, (run, frames) in enumerate(zip(runs, read_frames(evaluation.config, dataset, runs), strict=True)):
         first = run.start - first_rows[run.store, run.episode]
         title = f"{run.episode}, steps {first} to {first + stop - 1}{note}"
-        painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (h, predicted))
+        painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (true, predicted))
         strips.append(Strip(title, frames, *painted, error[number]))
     return strips
 

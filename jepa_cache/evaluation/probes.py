@@ -38,7 +38,6 @@ INVERSE_DYNAMICS, STATE, ANTICIPATION, CLASSIFICATION = "inverse_dynamics", "sta
 R2, QUADRATIC_R2, BALANCED_ACCURACY = "r2", "quadratic_r2", "balanced_accuracy"
 # Of the coarse grid along each side: 16 places tell a turn from a walk, and 256 would not fit a linear head.
 MAX_CELLS = 4
-BATCH_BYTES = 64 << 20  # of float32 tokens at a time
 PROJECTION_SEED = 0
 NUM_FOLDS = 3
 # Ridge: times the number of rows, on standardised features; the last leaves hardly more than the mean.
@@ -101,8 +100,7 @@ def read_sample(evaluation: EvaluationContext, segments: Sequence[Segment], *, n
     per_episode = -(-settings.probe_windows // count_episodes(segments))
     chosen = choose_windows(segments, num_steps, per_episode, limit=settings.probe_windows)
     to_row = StepFeatures(manifest.grid, manifest.width, width=settings.probe_width)
-    batch_size = max(1, BATCH_BYTES // (4 * num_steps * manifest.num_tokens * manifest.width))
-    features = [to_row(h) for _, _, h in evaluation.iter_windows(chosen, "probing", batch_size=batch_size)]
+    features = [to_row(h) for _, _, h in evaluation.iter_windows(chosen, "probing")]
     windows = chosen.windows
     controls = [[values[w.start : w.start + num_steps] for values in dataset.controls(w.store)] for w in windows]
     actions, states = (np.stack(values) for values in zip(*controls, strict=True))
