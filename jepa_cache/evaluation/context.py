@@ -124,19 +124,19 @@ class ChosenWindows(NamedTuple):
         return [segment.episode for segment in self.segments]
 
 
+def spread(values: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` of some values, evenly spread, the ends included."""
+    picks = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[pick] for pick in picks]
+
+
 def choose_windows(
     segments: Sequence[Segment], num_steps: int, per_episode: int, *, limit: int | None = None
 ) -> ChosenWindows:
-    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer.
-
-    Raises:
-        ValueError: No segment is long enough.
-    """
+    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer."""
     index = WindowIndex(segments, num_steps)
     numbers = spread_windows(index, per_episode)
-    if limit is not None and len(numbers) > limit:
-        numbers = [numbers[pick] for pick in np.linspace(0, len(numbers) - 1, limit).round().astype(int)]
-    return ChosenWindows(index, numbers)
+    return ChosenWindows(index, numbers if limit is None else spread(numbers, limit))
 
 
 def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
@@ -148,16 +148,7 @@ def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
 
 
 def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> EvaluationContext:
-    """Load trained weights for an evaluation on a data set.
-
-    Args:
-        config: The present settings; `train.device` says where to compute.
-        dataset: The cached features.
-        weights: predictor.safetensors of a training run; brings its own scaler.
-
-    Raises:
-        ValueError: The weights were trained on other features, actions or episodes.
-    """
+    """Load trained weights and their scaler; refuses those that were trained on other features, actions or episodes."""
     predictor, card = load_predictor(weights)
     for name, then, now in (
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
@@ -174,11 +165,7 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
 
 
 def check_settings(config: Config, weights: Path) -> None:
-    """Refuse weights of another training: those of an earlier run still lie there when the requested one was interrupted.
-
-    Raises:
-        ValueError: Naming every setting that differs, or when the weights are missing.
-    """
+    """Refuse weights of another training: those of an earlier run still lie there when the requested one was interrupted."""
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]

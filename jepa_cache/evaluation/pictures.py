@@ -77,7 +77,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a figure as PNG."""
     figure.savefig(path, dpi=110)
 
 
@@ -150,32 +150,25 @@ def draw_actions(columns: Sequence[Column], training: np.ndarray, held_out: np.n
     save_figure(figure, path)
 
 
-class TokenColours(NamedTuple):
-    """A basis and a range."""
-
-    mean: np.ndarray  # [D]
-    components: np.ndarray  # [3, D]
-    low: np.ndarray  # [3] component values shown as 0
-    span: np.ndarray  # [3] above `low`, shown as 1
-
-    def paint(self, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Colours [T, H, W, 3] in [0, 1] of tokens [T, N, D]; what lies outside the range is clipped, not rescaled."""
-        components = (tokens.reshape(-1, tokens.shape[-1]) - self.mean) @ self.components.T
-        return np.clip((components - self.low) / self.span, 0, 1).reshape(-1, *grid, 3)
-
-
-def fit_colours(tokens: np.ndarray) -> TokenColours:
-    """Fit the basis on true tokens [T, N, D], best of several episodes.
+class TokenColours:
+    """A basis and a range, fitted on true tokens [T, N, D], best of several episodes.
 
     Predictions are painted in the basis of true tokens: where they differ, the colour differs for that reason alone.
     """
-    from sklearn.decomposition import PCA
 
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    rows = rows[:: -(-len(rows) // MAX_COLOUR_TOKENS)]
-    fitted = PCA(3, svd_solver="full" if len(rows) < 500 else "covariance_eigh").fit(rows)
-    low, high = np.percentile(fitted.transform(rows), PERCENTILES, axis=0)
-    return TokenColours(fitted.mean_, fitted.components_, low, np.maximum(high - low, 1e-9))
+    def __init__(self, tokens: np.ndarray) -> None:
+        from sklearn.decomposition import PCA
+
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        rows = rows[:: -(-len(rows) // MAX_COLOUR_TOKENS)]
+        self.basis = PCA(3, svd_solver="full" if len(rows) < 500 else "covariance_eigh").fit(rows)
+        self._low, high = np.percentile(self.basis.transform(rows), PERCENTILES, axis=0)
+        self._span = np.maximum(high - self._low, 1e-9)
+
+    def paint(self, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Colours [T, H, W, 3] in [0, 1] of tokens [T, N, D]; what lies outside the range is clipped, not rescaled."""
+        components = self.basis.transform(tokens.reshape(-1, tokens.shape[-1]))
+        return np.clip((components - self._low) / self._span, 0, 1).reshape(-1, *grid, 3)
 
 
 class Strip(NamedTuple):
@@ -195,7 +188,7 @@ def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: Eva
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
     index, numbers = errors.chosen
     fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    colours = fit_colours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
+    colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
     chosen = ChosenWindows(index, [numbers[position] for position in positions])
     runs = [
         segment._replace(start=window.start, stop=window.start + stop)
