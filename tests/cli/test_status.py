@@ -71,7 +71,7 @@ def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkou
 
 
 def test_weights_that_are_not_here_are_not_downloaded(checkout, monkeypatch):
-    monkeypatch.setattr("jepa_cache.encoder.vjepa2._download", lambda *_: pytest.fail("a download was begun"))
+    monkeypatch.setattr("jepa_cache.encoder.vjepa2.urlopen", lambda *_: pytest.fail("a download was begun"))
     result = _status(checkout, "encoder=vitl")
     assert result.code == 1 and "are not on this machine" in result.document["notes"][0]
 
