@@ -9,17 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jepa_cache.cli.outcome import (
-    FINE,
-    MANIFEST,
-    PROBLEM,
-    Checkout,
-    Outcome,
-    describe_bytes,
-    open_checkout,
-    report,
-    shorten,
-)
+from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
 from jepa_cache.store.collection import GRACE_DAYS, Contents, find_listings, list_root, remove_unneeded
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.root import CacheRoot, RefusedError
@@ -107,18 +97,18 @@ def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days:
     elif num_bytes and not delete:
         options = [f" --forget {it}" for it in forget] + [f" --grace-days {grace_days:g}"] * (grace_days != GRACE_DAYS)
         lines.append("nothing was changed; remove it with: jepa-cache gc --delete" + "".join(options))
-    return Outcome(document, lines, PROBLEM if unreadable else FINE)
+    return Outcome(document, lines, not unreadable)
 
 
 def _describe(
     root: CacheRoot, digest: str, contents: Contents, forgotten: Collection[str], own: Manifest | None
 ) -> dict[str, Any]:
-    needs, written = contents.needs[digest], datetime.now(UTC)
+    needs, written = contents.needs[digest], "in this checkout alone"
     with suppress(FileNotFoundError):
-        written = datetime.fromtimestamp(root.manifest(digest).stat().st_mtime, UTC)
+        written = str(datetime.fromtimestamp(root.manifest(digest).stat().st_mtime, UTC).date())
     described = {
         "digest": digest,
-        "written": str(written.date()),
+        "written": written,
         "num_units": sum(key.kind == "tokens" for key in needs),
         "num_missing": len(needs - contents.stores.keys()),
         "num_bytes": contents.num_bytes(needs),

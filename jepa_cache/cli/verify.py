@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import Checkout, Outcome, describe_bytes, open_checkout, report, shorten
 from jepa_cache.store.check import Scope, check_manifest
 from jepa_cache.store.quantisation import step_bytes
 
@@ -128,7 +128,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         again = f" --against-online {num_steps} --seed {scope.seed}" if any(it.stale for it in findings) else ""
         next_step = f"{len(findings)} problems; next: jepa-cache verify --repair{again}"
         lines.append(next_step if findings else "all is as it was written")
-    return Outcome(document, lines, FINE if fine else PROBLEM)
+    return Outcome(document, lines, fine)
 
 
 def _describe_steps(comparison: Comparison) -> list[str]:
