@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from jepa_cache.cli.outcome import Outcome, align, report
+from jepa_cache.cli.outcome import AsJson, Outcome, align, report
 from jepa_cache.config.loading import find_repository
 from jepa_cache.evaluation.context import OF_THE_MACHINE
 from jepa_cache.evaluation.metrics import bootstrap_mean, flatten, unguard_cell
@@ -61,7 +61,7 @@ def compare(
     ],
     *,
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare evaluated runs: errors, gaps to baselines and ablations, settings that differ, and paired differences to the first run.
 

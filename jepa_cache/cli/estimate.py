@@ -15,7 +15,17 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import Checkout, Outcome, align, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import (
+    AsJson,
+    Checkout,
+    Outcome,
+    Recordings,
+    align,
+    describe_bytes,
+    open_checkout,
+    report,
+    shorten,
+)
 from jepa_cache.config.paths import existing_folder
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
@@ -42,12 +52,10 @@ COUNTED = ("units", "episodes", "unusable", "frames", "steps")
 
 
 def estimate(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
-    ] = None,
+    arguments: Recordings = None,
     *,
     frames_per_s: Annotated[float | None, typer.Option(min=1e-9, help="rate for the hours")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what encoding would take: episodes, frames, steps, bytes per stored dtype, files, operations, hours, disk.
 

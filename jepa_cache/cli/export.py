@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, open_checkout, report
+from jepa_cache.cli.outcome import MANIFEST, AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, check_store
@@ -28,10 +28,10 @@ export = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take som
 @export.command("cache")
 def export_cache(
     out: Annotated[Path, typer.Argument(help="folder of the new root; absent or empty")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")] = None,
+    overrides: Overrides = None,
     *,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Copy everything that a manifest lists into OUT as a root of its own, with the manifest, a README and checksums.
 

@@ -9,14 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import (
+    MANIFEST,
+    AsJson,
+    Checkout,
+    Outcome,
+    Overrides,
+    describe_bytes,
+    open_checkout,
+    report,
+    shorten,
+)
 from jepa_cache.store.collection import GRACE_DAYS, Contents, find_listings, list_root, remove_unneeded
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.root import CacheRoot, RefusedError
 
 
 def gc(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")] = None,
+    overrides: Overrides = None,
     *,
     delete: Annotated[
         bool, typer.Option("--delete", help="remove what is listed; without it nothing is changed")
@@ -27,7 +37,7 @@ def gc(
     grace_days: Annotated[
         float, typer.Option(min=0, help="keep what no manifest lists so long after the last store of its recipe")
     ] = GRACE_DAYS,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List what no manifest of the cache root needs, with its bytes; --delete removes it.
 

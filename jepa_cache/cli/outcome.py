@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -27,6 +27,13 @@ NUM_SHOWN = 20
 """Lines of a list that may be long."""
 
 MANIFEST = Path("outputs/encode/manifest.json")
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Recordings = Annotated[
+    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")]
 
 
 class Outcome(NamedTuple):

@@ -8,11 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import (
+    MANIFEST,
+    AsJson,
+    Checkout,
+    Outcome,
+    Recordings,
+    describe_bytes,
+    open_checkout,
+    report,
+    shorten,
+)
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.sources import Unit
@@ -29,11 +37,9 @@ STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
 
 
 def status(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
-    ] = None,
+    arguments: Recordings = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is done, missing, stale or damaged under the present settings, and which field of the recipe changed.
 
@@ -48,7 +54,6 @@ def status(
 def collect_status(checkout: Checkout) -> Outcome:
     """The state of every unit that the present settings ask for. Cost: a small file and some stats per store; no data."""
     groups, notes = scan_units(checkout.config, checkout.paths, checkout.base)
-    checkout.root.refresh()
     scan = _Scan(checkout.root, groups)
     parts = [scan.describe(group) for group in groups]
     manifest, reason = _compare_manifest(checkout, groups, scan.digests)
