@@ -29,8 +29,8 @@ test: install
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Golden vectors, the first release's stores and checkpoint (encode, train, read: end to end), rules of the house, pure functions.
-QUICK := tests/test_architecture.py tests/test_golden.py tests/test_first_release.py tests/test_actions.py tests/test_idle.py \
-	tests/test_episode.py tests/encoder/test_frozen.py tests/encoder/test_vit.py tests/encoder/test_vit21.py \
+QUICK := tests/test_architecture.py tests/test_golden.py tests/test_first_release.py tests/test_actions.py tests/test_poses.py \
+	tests/test_episode.py tests/encoder/test_frozen.py tests/encoder/test_vit.py \
 	tests/encoding/test_recipes.py tests/encoding/test_steps.py tests/data/test_windows.py tests/store/test_quantisation.py \
 	tests/predictor/test_model.py tests/predictor/test_rollout.py tests/training/test_losses.py tests/evaluation/test_distances.py
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from jepa_cache.config.parsing import nearest
-from jepa_cache.poses import POSE_SPACES, integrate_pose, pose_distances
+from jepa_cache.poses import POSE_SPACES, integrate_pose, pose_distances, read_controls
 
 VPT_KEYS = (
     *("ESC", "back", "drop", "forward"),
@@ -51,13 +51,15 @@ class StepControls(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """An action column that a planner searches."""
+    """An action column that a planner searches.
+
+    `limit` is its largest size in one step, or the argument of `control.motion.build_motion` that holds it. What opens or closes a
+    `gripper` has wide first samples and momenta of its own, and small results become 0.
+    """
 
     column: str
-    limit: (
-        str | float
-    )  # largest size in one step: a number, or the argument of `control.motion.build_motion` that holds it
-    gripper: bool = False  # opens or closes: wide first samples, momenta of its own, small results become 0
+    limit: str | float
+    gripper: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,17 @@ Rule: TypeAlias = Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndar
 class ActionSpace:
     """A named rule from controls to actions and states.
 
-    Attributes:
-        name: As in `encode.action_space`.
-        version: Raised when the numbers of the rule change; part of the cache key of actions.
-        actions: The A action columns, in order.
-        states: The S state columns, in order.
-        required: The control columns that the rule reads.
-        rule: `(controls, anchors)`, checked, to actions [n-1, A] and states [n, S]. Raises ValueError for controls that are unknown
-            (NaN, slot -1) at an anchor.
-        motion: None where nothing says where an action leads, so that nothing can be planned.
+    `rule` takes checked controls and anchors to actions [n-1, A] and states [n, S]; it raises ValueError for controls that are unknown
+    (NaN, slot -1) at an anchor.
     """
 
-    name: str
-    version: int
+    name: str  # as in `encode.action_space`
+    version: int  # raised when the numbers of the rule change; part of the cache key of actions
     actions: tuple[Column, ...]
     states: tuple[Column, ...]
-    required: tuple[str, ...]
+    required: tuple[str, ...]  # the control columns that the rule reads
     rule: Rule
-    motion: MotionRule | None = None
+    motion: MotionRule | None = None  # None where nothing says where an action leads, so that nothing can be planned
 
     def find_misfit(self, controls: Collection[str]) -> tuple[str, str] | None:
         """Why recordings with these control columns do not fit, and the setting that does; None where they fit.
@@ -123,20 +118,16 @@ class ActionSpace:
             reason = f"the space has no column for {', '.join(surplus)} of the recording, which would be dropped"
         else:
             return None
-        fitting = list_action_spaces(controls)
-        if vector:
-            fitting = [
-                name for name in fitting if not name.startswith("vector_") or name.startswith(f"vector_{vector[1]}")
-            ]
+        rules = (vector[1],) if vector else ("last", "sum")
+        numbered = Counter(match[1] for name in controls if (match := NUMBERED.fullmatch(name)))
+        fitting = [space.name for space in ACTION_SPACES.values() if set(space.required) <= set(controls)]
+        if len(numbered) == 2:
+            fitting += [f"vector_{rule}{numbered['action']}x{numbered['state']}" for rule in rules]
         wanted = " or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(controls))}"
         return reason, f"set encode.action_space to {wanted} (docs/action_spaces.md)"
 
     def aggregate(self, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> StepControls:
-        """Make the actions and states of the steps at some anchors.
-
-        Args:
-            controls: Name to [M].
-            anchors: [n] integer rows of the controls, non-decreasing, within [0, M).
+        """Make the actions and states of the steps at some anchors: [n] integer rows of the controls [M], non-decreasing.
 
         Raises:
             ValueError: Other anchors, controls that are missing, unknown or not finite where they are read, or an action or state that
@@ -144,7 +135,14 @@ class ActionSpace:
         """
         if (misfit := self.find_misfit(controls)) is not None:
             raise ValueError("; ".join(misfit))
-        anchors = _check_anchors(anchors, len(controls[self.required[0]]))
+        anchors, num_ticks = np.asarray(anchors), len(controls[self.required[0]])
+        if anchors.ndim != 1 or len(anchors) == 0 or not np.issubdtype(anchors.dtype, np.integer):
+            raise ValueError(f"anchors must be a non-empty 1-D integer array; got {anchors.dtype} {anchors.shape}")
+        if np.any(np.diff(anchors) < 0) or anchors[0] < 0 or anchors[-1] >= num_ticks:
+            raise ValueError(
+                f"anchors must not decrease and must lie in [0, {num_ticks}); got {anchors.min()} to {anchors.max()}"
+            )
+        anchors = anchors.astype(np.int64)
         with np.errstate(over="ignore", invalid="ignore"):  # What is not finite afterwards is an error below.
             exact = self.rule(controls, anchors)
             result = StepControls(*(values.astype(np.float32) for values in exact))
@@ -178,23 +176,8 @@ def get_action_space(name: str) -> ActionSpace:
     return ACTION_SPACES[name]
 
 
-def list_action_spaces(controls: Collection[str]) -> list[str]:
-    """Names of the action spaces that a recording with these control columns allows."""
-    fitting = [space.name for space in ACTION_SPACES.values() if set(space.required) <= set(controls)]
-    numbered = Counter(match[1] for name in controls if (match := NUMBERED.fullmatch(name)))
-    if len(numbered) == 2:
-        fitting += [f"vector_{rule}{numbered['action']}x{numbered['state']}" for rule in ("last", "sum")]
-    return fitting
-
-
 def zero_actions(actions: np.ndarray, space: ActionSpace) -> np.ndarray:
-    """Actions of somebody who does nothing: raw zeros, with the one-hot slot kept. A baseline, to be scaled afterwards.
-
-    Takes and returns raw actions [..., A] of `space`, as a copy.
-
-    Raises:
-        ValueError: The last axis is not A.
-    """
+    """Raw actions [..., A] of somebody who does nothing: zeros, with the one-hot slot kept. A baseline, to be scaled afterwards."""
     if actions.shape[-1] != len(space.actions):
         raise ValueError(f"actions of {space.name} have {len(space.actions)} columns; got shape {actions.shape}")
     kept = np.array([column.kind == "onehot" for column in space.actions])
@@ -206,18 +189,6 @@ def wrap_degrees(angles_deg: np.ndarray) -> np.ndarray:
     return angles_deg - 360.0 * np.ceil((angles_deg - 180.0) / 360.0)
 
 
-def _check_anchors(anchors: np.ndarray, num_ticks: int) -> np.ndarray:
-    """The anchors as int64, when they are usable."""
-    anchors = np.asarray(anchors)
-    if anchors.ndim != 1 or len(anchors) == 0 or not np.issubdtype(anchors.dtype, np.integer):
-        raise ValueError(f"anchors must be a non-empty 1-D integer array; got {anchors.dtype} {anchors.shape}")
-    if np.any(np.diff(anchors) < 0) or anchors[0] < 0 or anchors[-1] >= num_ticks:
-        raise ValueError(
-            f"anchors must not decrease and must lie in [0, {num_ticks}); got {anchors.min()} to {anchors.max()}"
-        )
-    return anchors.astype(np.int64)
-
-
 def _sum_steps(column: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     """[n-1] float64 sums over the rows anchors[i] to anchors[i+1] - 1, each of its own rows alone.
 
@@ -225,20 +196,6 @@ def _sum_steps(column: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     """
     sums = np.add.reduceat(column[: anchors[-1] + 1], anchors, dtype=np.float64)[:-1]
     return np.where(np.diff(anchors) > 0, sums, 0.0)  # reduceat gives the row itself where a step has none
-
-
-def _read_view(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Yaw (unwrapped) and pitch at the anchors, [n] float64 degrees each."""
-    view = controls["yaw_deg"][anchors].astype(np.float64), controls["pitch_deg"][anchors].astype(np.float64)
-    for name, angles in zip(("yaw", "pitch"), view, strict=True):
-        usable = np.abs(angles) <= MAX_ANGLE_DEG
-        if not usable.all():
-            step = usable.argmin()
-            raise ValueError(
-                f"the recording holds no usable {name} at tick {anchors[step]} ({angles[step]:g}; the VPT action spaces need it at "
-                f"every step, up to {MAX_ANGLE_DEG:g} degrees)"
-            )
-    return view
 
 
 def _read_slots(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> np.ndarray:
@@ -263,7 +220,7 @@ def _to_float32_degrees(angles_deg: np.ndarray) -> np.ndarray:
 def _aggregate_vpt(
     controls: Mapping[str, np.ndarray], anchors: np.ndarray, buttons: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    yaw_deg, pitch_deg = _read_view(controls, anchors)
+    yaw_deg, pitch_deg = read_controls(controls, ("yaw_deg", "pitch_deg"), anchors, limit=MAX_ANGLE_DEG).T
     columns = [
         _sum_steps(controls["mouse_dx"], anchors),
         _sum_steps(controls["mouse_dy"], anchors),
@@ -293,14 +250,17 @@ def _aggregate_vector(
 
 def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> ActionSpace:
     unit = {"sum": "as recorded, summed over the step", "last": "as recorded, last row of the step"}[rule]
-    actions = tuple(Column(f"action_{index}", unit, "continuous") for index in range(num_actions))
-    states = tuple(Column(f"state_{index}", "as recorded", "continuous") for index in range(num_states))
     read = {
-        "actions": tuple(column.name for column in actions),
-        "states": tuple(column.name for column in states),
+        "actions": tuple(f"action_{index}" for index in range(num_actions)),
+        "states": tuple(f"state_{index}" for index in range(num_states)),
     }
     return ActionSpace(
-        name, 1, actions, states, (*read["actions"], *read["states"]), partial(_aggregate_vector, rule=rule, **read)
+        name,
+        1,
+        tuple(Column(column, unit, "continuous") for column in read["actions"]),
+        tuple(Column(column, "as recorded", "continuous") for column in read["states"]),
+        (*read["actions"], *read["states"]),
+        partial(_aggregate_vector, rule=rule, **read),
     )
 
 
@@ -378,17 +338,9 @@ _VIEW = (Column("yaw", "deg in (-180, 180]", "continuous"), Column("pitch", "deg
 # A planned turn is one of the mouse.
 _COUNTS = {"mouse_dx": ("dyaw", CAMERA_DEG_PER_COUNT), "mouse_dy": ("dpitch", CAMERA_DEG_PER_COUNT)}
 
-_POSE = (
-    ("x", "m"),
-    ("y", "m"),
-    ("z", "m"),
-    ("rx", "rad"),
-    ("ry", "rad"),
-    ("rz", "rad"),
-    ("gripper", "0 open, 1 closed"),
-)
-_POSE_STATES = tuple(Column(name, unit, "continuous") for name, unit in _POSE)
-_POSE_ACTIONS = tuple(Column(f"d{name}", unit, "continuous") for name, unit in _POSE)
+_POSE_UNITS = dict.fromkeys("xyz", "m") | dict.fromkeys(("rx", "ry", "rz"), "rad") | {"gripper": "0 open, 1 closed"}
+_POSE_STATES = tuple(Column(name, unit, "continuous") for name, unit in _POSE_UNITS.items())
+_POSE_ACTIONS = tuple(Column(f"d{name}", unit, "continuous") for name, unit in _POSE_UNITS.items())
 _POSE_MOTION = MotionRule(
     searched=(
         *(Searched(name, "max_step_m") for name in ("dx", "dy", "dz")),
@@ -402,40 +354,17 @@ _POSE_MOTION = MotionRule(
     map_axes=("dx", "dz"),  # as the published landscape has it: the hand's way along x and z
 )
 
-ACTION_SPACES: dict[str, ActionSpace] = {
-    space.name: space
-    for space in (
-        ActionSpace(
-            "vpt13",
-            1,
-            _VPT13,
-            _VIEW,
-            VPT_REQUIRED,
-            partial(_aggregate_vpt, buttons=()),
-            _view_motion(_VPT13, "dyaw", "dpitch", _COUNTS),
-        ),
-        ActionSpace(
-            "vpt36",
-            1,
-            _VPT36,
-            _VIEW,
-            (*VPT_REQUIRED, *VPT_BUTTONS),
-            partial(_aggregate_vpt, buttons=VPT_BUTTONS),
-            _view_motion(_VPT36, "dyaw", "dpitch", _COUNTS),
-        ),
-        ActionSpace(
-            "vpt25",
-            1,
-            _VPT25,
-            _VIEW,
-            (*VPT_REQUIRED[:4], *VPT_BUTTONS),
-            _aggregate_vpt25,
-            _view_motion(_VPT25, "cameraX", "cameraY", {}),
-        ),
-        *(
-            ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION)
-            for name, (describe, required) in POSE_SPACES.items()
-        ),
-    )
-}
+_VPT13_RULE, _VPT36_RULE = (partial(_aggregate_vpt, buttons=buttons) for buttons in ((), VPT_BUTTONS))
+_VPT13_MOTION, _VPT36_MOTION = (_view_motion(columns, "dyaw", "dpitch", _COUNTS) for columns in (_VPT13, _VPT36))
+_VPT25_MOTION = _view_motion(_VPT25, "cameraX", "cameraY", {})
+_SPACES = (
+    ActionSpace("vpt13", 1, _VPT13, _VIEW, VPT_REQUIRED, _VPT13_RULE, _VPT13_MOTION),
+    ActionSpace("vpt36", 1, _VPT36, _VIEW, (*VPT_REQUIRED, *VPT_BUTTONS), _VPT36_RULE, _VPT36_MOTION),
+    ActionSpace("vpt25", 1, _VPT25, _VIEW, (*VPT_REQUIRED[:4], *VPT_BUTTONS), _aggregate_vpt25, _VPT25_MOTION),
+    *(
+        ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION)
+        for name, (describe, required) in POSE_SPACES.items()
+    ),
+)
+ACTION_SPACES: dict[str, ActionSpace] = {space.name: space for space in _SPACES}
 """Every action space of a fixed width by its name; a new one is a function and an entry here."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.actions import ActionSpace, get_action_space
+from jepa_cache.actions import ActionSpace, Column, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
@@ -42,30 +42,20 @@ class Encoder:
     """A frozen encoder that turns frames into the tokens that a cache of the same settings holds. Never trains, writes no file."""
 
     def __init__(self, frozen: FrozenEncoder, encode: EncodeConfig, identity: str) -> None:
-        """Wrap an encoder that is loaded already; `Encoder.load` does it all.
-
-        Args:
-            frozen: On its device.
-            encode: Settings of stage one: mode, stored dtype, batches.
-            identity: Of its weights, from `weights_identity`.
-        """
+        """Wrap an encoder that is on its device already; `identity` is that of its weights. `Encoder.load` does it all."""
         self._frozen, self._encode = frozen, encode
-        self.recipe = comparable_recipe(token_recipe(encode, frozen.preset, {}, identity))
+        self.recipe = _comparable_recipe(token_recipe(encode, frozen.preset, {}, identity))
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> Encoder:
         """Load an encoder preset with its weights.
 
         Sets the number of torch threads of this process to that of stage one: another number may change the last bits of tokens.
-
-        Args:
-            name: Of a preset in configs/encoder.
-            overrides: As on the command line of `stages/encode.py`, such as "encode.weights=vitl.pt", "encode.device=cpu"; all else as
-                params.yaml of the working folder's checkout says.
+        `overrides` are those of `stages/encode.py`, such as "encode.weights=vitl.pt"; all else is as params.yaml of the working
+        folder's checkout says.
 
         Raises:
-            ConfigError: Unknown names or settings that do not fit.
-            ValueError: Weights that cannot be had, or are not those of the preset.
+            ValueError: Unknown names, settings that do not fit, or weights that cannot be had or are not those of the preset.
         """
         if isinstance(overrides, str):
             raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
@@ -101,10 +91,6 @@ class Encoder:
 
         Returns:
             [F / G, N, D] float32 on the encoder's device; before any layer norm.
-
-        Raises:
-            ValueError: The frames have another form or number.
-            TokenOverflowError: Tokens that the stored dtype cannot hold.
         """
         _check_frames("frames", frames)
         group = self._encode.frames_per_clip if self._encode.mode == "clip" else self.frames_per_step
@@ -135,16 +121,11 @@ class WorldModel:
 
     @classmethod
     def load(cls, weights: str | Path, encoder: Encoder) -> WorldModel:
-        """Load a trained predictor onto the encoder's device.
-
-        Args:
-            weights: outputs/train/run/predictor.safetensors, or a file that `jepa-cache export predictor` wrote.
-            encoder: Whose tokens it was trained on.
+        """Load a trained predictor (outputs/train/run/predictor.safetensors, or what `jepa-cache export predictor` wrote).
 
         Raises:
-            CheckpointError: The file is missing or damaged, or has no card.
-            ValueError: `encoder` is none, or the weights were trained on tokens of another encoder or other settings (every difference is
-                named), in clip mode, or by a version that did not write down on which.
+            ValueError: The file is missing, damaged or has no card, or the weights were trained on tokens of another encoder or other
+                settings (every difference is named), in clip mode, or by a version that did not write down on which.
         """
         if not isinstance(encoder, Encoder):
             raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')
@@ -153,9 +134,8 @@ class WorldModel:
             raise ValueError(
                 f"{weights} does not say on which tokens it was trained (no {RECIPE_FIELD} in its card): an older version wrote it. Train again"
             )
-        trained_on = comparable_recipe(card[RECIPE_FIELD])
-        differing = recipe_changes(trained_on, encoder.recipe)
-        if differing:
+        trained_on = _comparable_recipe(card[RECIPE_FIELD])
+        if differing := recipe_changes(trained_on, encoder.recipe):
             raise ValueError(
                 f"{weights} was trained on other tokens than this encoder gives, which would be noise to it ({'; '.join(differing)}; trained "
                 f"on -> given). It was encoder preset {card['encoder']!r}: load that one, with overrides such as encode.pool=2 as then"
@@ -195,32 +175,38 @@ class WorldModel:
 
         Returns:
             Unscaled actions [H, A], states [H+1, S] where they lead, and energies [rounds, samples].
-
-        Raises:
-            ValueError: Shapes do not fit, unknown settings, or a space that says nothing of where an action leads.
         """
-        if not isinstance(settings, PlannerSettings) and settings not in list(SETTINGS):
+        named = SETTINGS.get(settings) if isinstance(settings, str) else settings
+        if not isinstance(named, PlannerSettings):
             raise ValueError(
                 f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}, or give a PlannerSettings of your own"
             )
-        named = SETTINGS[settings] if isinstance(settings, str) else settings
         if motion is None:
             limit = {"max_step_m": MAX_STEP_M[settings]} if isinstance(settings, str) else {}
             motion = build_motion(self.space, **limit)
+        goal = goal[None] if isinstance(goal, np.ndarray) and goal.ndim == 3 else goal
         _check_frames("frames", frames)
-        if not isinstance(goal, np.ndarray) or goal.ndim != 3:
-            _check_frames("goal", goal)
-        context = self._context(frames, np.asarray(states, np.float64), actions)
+        _check_frames("goal", goal)
+        per_step = self._encoder.frames_per_step
+        num_steps = len(frames) // per_step
+        if num_steps == 0 or len(goal) != per_step:
+            raise ValueError(
+                f"a plan begins with at least one step and a goal is one, hence {per_step} frames each; got {len(frames)} frames and "
+                f"{len(goal)} of the goal. Give the present frame last"
+            )
+        if actions is None and num_steps > 1:
+            raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `actions`")
+        given = np.zeros((0, len(self.space.actions))) if actions is None else actions
+        context = Context(
+            self._model.as_reps(self._encoder.tokens(frames)),
+            self._check_values("actions", given, self.space.actions, num_steps - 1),
+            self._check_values("states", states, self.space.states, num_steps),
+        )
         holds = self.space.motion is not None and self.space.motion.holds  # a caller may bring a Motion of its own
         if base_action is None and holds and len(context.actions):
             base_action = context.actions[-1]
-        if base_action is not None and np.shape(base_action) != (len(self.space.actions),):
-            raise ValueError(f"base_action must be [{len(self.space.actions)}]; got {list(np.shape(base_action))}")
         if base_action is not None:
-            self._check_switches("base_action", np.asarray(base_action, np.float64))
-        goal = goal[None] if goal.ndim == 3 else goal
-        if len(goal) != self._encoder.frames_per_step:
-            raise ValueError(f"a goal is one step, hence {self._encoder.frames_per_step} frames; got {len(goal)}")
+            base_action = self._check_values("base_action", base_action, self.space.actions)
         return plan_actions(
             self._model,
             context,
@@ -233,44 +219,21 @@ class WorldModel:
             seed=seed,
         )
 
-    def _check_switches(self, name: str, actions: np.ndarray) -> None:
-        """Refuse keys and slots that are neither 0 nor 1, and what is no number at all."""
-        switches = np.array([column.kind != "continuous" for column in self.space.actions])
-        wrong = ~np.isfinite(actions) | (switches & ~np.isin(actions, (0, 1)))
+    def _check_values(self, name: str, values: np.ndarray, columns: Sequence[Column], *steps: int) -> np.ndarray:
+        """Values [*steps, columns] as float64; another shape is refused, and keys and slots that are neither 0 nor 1."""
+        values, shape = np.asarray(values, np.float64), [*steps, len(columns)]
+        if list(values.shape) != shape:
+            raise ValueError(f"{name} must be {shape} in action space {self.space.name!r}; got {list(values.shape)}")
+        switches = np.array([column.kind != "continuous" for column in columns])
+        wrong = ~np.isfinite(values) | (switches & ~np.isin(values, (0, 1)))
         if wrong.any():
-            column = self.space.actions[int(np.argwhere(wrong)[0][-1])]
+            column = columns[int(np.argwhere(wrong)[0][-1])]
             raise ValueError(
                 f"{name}: column {column.name} of action space {self.space.name!r} is {column.kind} and holds "
-                f"{'0 or 1' if column.kind != 'continuous' else 'a finite number'}; got {actions[wrong][0]:g}. Columns that are not searched "
+                f"{'0 or 1' if column.kind != 'continuous' else 'a finite number'}; got {values[wrong][0]:g}. Columns that are not searched "
                 "keep what is given, so give what holds now (0 where nothing is pressed); docs/action_spaces.md names the columns"
             )
-
-    def _context(self, frames: np.ndarray, states: np.ndarray, actions: np.ndarray | None) -> Context:
-        num_actions, num_states = len(self.space.actions), len(self.space.states)
-        num_steps = len(frames) // self._encoder.frames_per_step
-        if num_steps == 0:
-            raise ValueError(
-                f"a plan begins with at least one step, hence {self._encoder.frames_per_step} frames; got {len(frames)}. Give the present frame last"
-            )
-        if actions is None:
-            if num_steps > 1:
-                raise ValueError(
-                    f"{num_steps} steps have {num_steps - 1} actions between them; give them as `actions`, or the present step alone"
-                )
-            actions = np.zeros((0, num_actions))
-        actions = np.asarray(actions, np.float64)
-        for name, values, shape in (
-            ("states", states, (num_steps, num_states)),
-            ("actions", actions, (num_steps - 1, num_actions)),
-        ):
-            if values.shape != shape:
-                raise ValueError(
-                    f"{name} of {num_steps} steps must be {list(shape)} in action space {self.space.name!r}; got {list(values.shape)}"
-                )
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
-        self._check_switches("actions", actions)
-        return Context(self._model.as_reps(self._encoder.tokens(frames)), actions, states)
+        return values
 
 
 def _check_frames(name: str, frames: np.ndarray) -> None:
@@ -282,7 +245,7 @@ def _check_frames(name: str, frames: np.ndarray) -> None:
         )
 
 
-def comparable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a token recipe decides the tokens of given frames: not where these came from, nor their rate, nor what decoded them."""
     kept = {key: value for key, value in recipe.items() if key not in ("source", "decoder", "sampling")}
     return kept | {"sampling": {key: recipe["sampling"][key] for key in ("mode", "frames_per_clip")}}

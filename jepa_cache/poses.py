@@ -1,4 +1,4 @@
-"""Arithmetic of end-effector poses: differences, integration and change of frame, with rotations in SO(3).
+"""Robot arms: differences, integration and change of frame of end-effector poses, and openpi's rule for when an arm rests.
 
 A pose is [.., 7]: x, y, z (m), extrinsic xyz Euler angles (rad), gripper (0 open, 1 closed). Everything is float64. Euler
 angles are never subtracted: the first one of a gripper that points down lies at +-pi and jumps by 2 pi.
@@ -7,9 +7,12 @@ angles are never subtracted: the first one of a gripper that points down lies at
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 POSE_CONTROLS = ("x_m", "y_m", "z_m", "rx_rad", "ry_rad", "rz_rad", "gripper")
 """A measured pose in the robot's base frame: metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed."""
@@ -17,20 +20,19 @@ COMMAND_CONTROLS = tuple(f"command_{name}" for name in POSE_CONTROLS)
 """The absolute pose that a row commands, in the form of POSE_CONTROLS."""
 CAMERA_CONTROLS = tuple(f"ext_{name}" for name in POSE_CONTROLS[:6])
 """The camera's pose in the base frame."""
+JOINT_VELOCITY_CONTROLS = tuple(f"command_joint{joint}_rad_s" for joint in range(1, 8))
+"""Columns of an episode's controls that the rule looks at."""
+IDLE_TOLERANCE = 1e-3  # rad/s, change of a commanded joint velocity from one row to the next
+# openpi's numbers: so many idle rows in a row are a rest; so many of what remains are kept, about 1 s at 15 Hz.
+MIN_IDLE_ROWS, MIN_KEPT_ROWS = 7, 16
+_EPISODE_PATH = re.compile(r"([^/]+/(?:success|failure)/[^/]+/[^/]+)/")
+_RANGES = TypeAdapter(dict[str, list[tuple[NonNegativeInt, NonNegativeInt]]])
 
 
 def pose_actions(states: np.ndarray) -> np.ndarray:
-    """Differences between successive poses; never of Euler angles, which jump by 2 pi.
+    """Differences [T-1, 7] between successive poses [T, 7]; row t leads from t to t+1.
 
-    Args:
-        states: [T, 7]: x, y, z (m), extrinsic xyz Euler angles (rad), gripper in [0, 1].
-
-    Returns:
-        [T-1, 7] float64: translation (m), Euler angles of `R[t+1] R[t]^T` (rad, base frame), gripper difference; row t
-        leads from t to t+1.
-
-    Raises:
-        ValueError: Another shape.
+    They are translation (m), Euler angles of `R[t+1] R[t]^T` (rad, base frame) and gripper difference.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985.
     """
@@ -52,17 +54,7 @@ def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:
 
 
 def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Apply one action to each pose: the inverse of `pose_actions`, with the gripper kept in [0, 1].
-
-    Args:
-        states: [..., 7] poses as in `pose_actions`.
-        actions: [..., 7] of the same shape.
-
-    Returns:
-        [..., 7] float64, the poses after the actions.
-
-    Raises:
-        ValueError: The shapes differ or the last axis is not 7.
+    """Apply one action [..., 7] to each pose [..., 7]: the inverse of `pose_actions`, with the gripper kept in [0, 1].
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (pose update of its planner).
     """
@@ -95,17 +87,7 @@ def pose_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarra
 
 
 def poses_in_camera_frame(states: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
-    """Express poses as seen from a camera: `inverse(extrinsics[t]) @ pose[t]`.
-
-    Args:
-        states: [T, 7] poses as in `pose_actions`, in the robot's base frame.
-        extrinsics: [T, 6] camera poses in the base frame: x, y, z (m), extrinsic xyz Euler angles (rad).
-
-    Returns:
-        [T, 7] float64; the gripper is unchanged.
-
-    Raises:
-        ValueError: Other shapes.
+    """Express poses [T, 7] as seen from the camera at the poses [T, 6], all in the base frame: `inverse(extrinsics[t]) @ pose[t]`.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (its option `camera_frame`).
     """
@@ -147,17 +129,23 @@ def describe_droid_command7(controls: Mapping[str, np.ndarray], anchors: np.ndar
     return actions, poses
 
 
-def _read_poses(controls: Mapping[str, np.ndarray], names: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
-    """[n, len(names)] float64 of the controls at the rows."""
-    poses = np.stack([controls[name][rows] for name in names], axis=1).astype(np.float64)
-    usable = np.abs(poses) <= np.finfo(np.float32).max
+def _read_poses(controls: Mapping[str, np.ndarray], names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    return read_controls(controls, names, rows, limit=float(np.finfo(np.float32).max))
+
+
+def read_controls(
+    controls: Mapping[str, np.ndarray], names: Sequence[str], rows: np.ndarray, *, limit: float
+) -> np.ndarray:
+    """[n, len(names)] float64 of some controls at some rows; refused where one is no number of size `limit` at most."""
+    values = np.stack([controls[name][rows] for name in names], axis=1).astype(np.float64)
+    usable = np.abs(values) <= limit
     if not usable.all():
         row, column = np.argwhere(~usable)[0]
         raise ValueError(
-            f"the recording holds no usable {names[column]} at tick {rows[row]} ({poses[row, column]:g}; the pose spaces need it, and "
-            "float32 holds up to 3.4e+38)"
+            f"the recording holds no usable {names[column]} at tick {rows[row]} ({values[row, column]:g}; the action space needs it at "
+            f"every step, and a number up to {limit:.2g})"
         )
-    return poses
+    return values
 
 
 def _check_poses(states: np.ndarray) -> np.ndarray:
@@ -199,3 +187,76 @@ POSE_SPACES: Mapping[str, tuple[Callable, tuple[str, ...]]] = {
     "droid_command7": (describe_droid_command7, (*POSE_CONTROLS, *COMMAND_CONTROLS)),
 }
 """The action spaces made of poses: how actions and states come about, and the controls they need."""
+
+
+def find_episode_key(path: str) -> str | None:
+    """`<lab>/<success or failure>/<date>/<episode>` from a path of the raw release; None where the path has no such part.
+
+    RLDS and raw recordings of one episode thus have one key, and a list of ranges fits both.
+    """
+    matches = _EPISODE_PATH.findall(path)
+    return matches[-1] if matches else None
+
+
+def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
+    """Rows [M] bool in which the command [M, 7] rad/s stays as it was: every joint's velocity changes by less than 1e-3 rad/s.
+
+    The change of the command counts, not its size. Row 0 has nothing before it and is not idle; nor is a row at a NaN.
+
+    Source: openpi, `compute_droid_nonidle_ranges`.
+    """
+    commands = np.asarray(joint_velocity_commands, np.float64)
+    still = (np.abs(np.diff(commands, axis=0)) < IDLE_TOLERANCE).all(axis=1)
+    return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
+
+
+def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """What remains of an episode without its rests: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
+
+    `idle` is [M] bool. `cut_end` rows are taken from the end of each kept run, whose chunks of 16 actions would reach into the rest; a
+    world model needs no chunk: 0 keeps them. Gives ranges [start, end), ascending, without those that the cut leaves empty.
+
+    Source: openpi, `compute_droid_nonidle_ranges`.
+    """
+    kept = np.ones(len(idle), bool)
+    for start, end in _find_runs(np.asarray(idle, bool)):
+        if end - start >= MIN_IDLE_ROWS:
+            kept[start:end] = False
+    runs = [(start, end) for start, end in _find_runs(kept) if end - start >= MIN_KEPT_ROWS]
+    return [(start, end - cut_end) for start, end in runs if end - cut_end > start]
+
+
+def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """The ranges of rows that openpi keeps of an episode with commands [M, 7] rad/s at 15 Hz: `keep_ranges` of its idle rows."""
+    return keep_ranges(find_idle_rows(joint_velocity_commands), cut_end=cut_end)
+
+
+def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Read a published list of kept ranges: JSON of `"<recording folder>--<file path>": [[start, end], ...]`.
+
+    Gives ranges [start, end) of 15 Hz rows by the episode's key `<lab>/<outcome>/<date>/<episode>`; by the name as it stands
+    where it has no such part.
+    """
+    try:
+        listed = _RANGES.validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(
+            f"{path} is no JSON that maps names of episodes to ranges [start, end]: {fault['msg']}"
+            + (f"; got {str(fault['input'])[:80]} at {'.'.join(map(str, fault['loc']))}" if fault["loc"] else "")
+        ) from error
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for name, pairs in listed.items():
+        key = find_episode_key(name) or name
+        if key in ranges:
+            raise ValueError(f"{path} lists the episode {key!r} twice")
+        if backwards := [pair for pair in pairs if pair[0] > pair[1]]:
+            raise ValueError(f"{path}: a range ends where it starts or later; got {list(backwards[0])} for {name!r}")
+        ranges[key] = pairs
+    return ranges
+
+
+def _find_runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

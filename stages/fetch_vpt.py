@@ -24,7 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=20, help="number of recordings (default: %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="position in the index of the first one (default: 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "shards/vpt", help="folder of the tar shards")
-    parser.add_argument("--options", action="store_true", help="keep each segment's -options.json as well")
     parser.add_argument("--dry-run", action="store_true", help="estimate the bytes and end")
     arguments = parser.parse_args(argv)
     if arguments.num < 1 or arguments.start < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,37 +100,34 @@ def decode(video: bytes) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def to_jpeg(frame: np.ndarray, fmt: str = "JPEG") -> bytes:
+def to_jpeg(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, fmt, **({"quality": 90} if fmt == "JPEG" else {}))
+    Image.fromarray(frame).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def droid_features(size: tuple[int, int], *, extras: bool):
+def droid_features(size: tuple[int, int], *, extras: bool = False):
     """The features of a DROID TFDS directory; `extras` are those that 1.0.1 added."""
     import tensorflow_datasets as tfds
 
     kinds = tfds.features
-    step = {name: kinds.Scalar(np.bool_) for name in ("is_first", "is_last", "is_terminal")}
-    step |= {name: kinds.Scalar(np.float32) for name in ("discount", "reward")}
-    step |= {
-        name: kinds.Text() for name in ("language_instruction", "language_instruction_2", "language_instruction_3")
-    }
-    step["action"] = kinds.Tensor(shape=(7,), dtype=np.float64)
-    images = {name: kinds.Image(shape=(*size, 3), encoding_format="jpeg") for name in FEATURE_OF.values()}
+
+    def tensors(widths: Mapping[str, int]) -> dict:
+        return {name: kinds.Tensor(shape=(width,), dtype=np.float64) for name, width in widths.items()}
+
     widths = {"cartesian_position": 6, "joint_position": 7, "gripper_position": 1}
-    step["observation"] = kinds.FeaturesDict(
-        images | {name: kinds.Tensor(shape=(width,), dtype=np.float64) for name, width in widths.items()}
-    )
-    widths |= {"cartesian_velocity": 6, "joint_velocity": 7, "gripper_velocity": 1}
-    step["action_dict"] = kinds.FeaturesDict(
-        {name: kinds.Tensor(shape=(width,), dtype=np.float64) for name, width in widths.items()}
-    )
+    images = {name: kinds.Image(shape=(*size, 3), encoding_format="jpeg") for name in FEATURE_OF.values()}
+    commands = tensors({**widths, "joint_velocity": 7})
+    step = {
+        "is_last": kinds.Scalar(np.bool_),
+        "language_instruction": kinds.Text(),
+        "observation": kinds.FeaturesDict({**images, **tensors(widths)}),
+        "action_dict": kinds.FeaturesDict(commands),
+        **tensors({"action": 7}),
+    }
     metadata = {"file_path": kinds.Text(), "recording_folderpath": kinds.Text()}
     if extras:
-        metadata |= {"building": kinds.Text(), "collector_id": kinds.Text(), "date": kinds.Text()}
-        for name in ("wrist_cam", "exterior_cam_1", "exterior_cam_2"):
-            metadata[f"extrinsics_{name}"] = kinds.Tensor(shape=(6,), dtype=np.float64)
+        metadata |= tensors({f"extrinsics_{name}": 6 for name in ("wrist_cam", "exterior_cam_1", "exterior_cam_2")})
     return kinds.FeaturesDict({"steps": kinds.Dataset(step), "episode_metadata": kinds.FeaturesDict(metadata)})
 
 
@@ -139,30 +136,24 @@ def to_example(
 ) -> dict:
     """One RLDS episode; its file paths as in the release."""
     steps = []
-    for row in range(len(episode.poses)):
-        pose, command = episode.poses[row], episode.commands[row]
-        parts = {"cartesian_position": command[:6], "gripper_position": command[6:]}
-        parts |= {"cartesian_velocity": np.zeros(6), "gripper_velocity": np.zeros(1), "joint_position": np.zeros(7)}
-        observation = {"cartesian_position": pose[:6], "gripper_position": pose[6:], "joint_position": np.zeros(7)}
-        observation |= {FEATURE_OF[camera]: images[camera][row] for camera in CAMERAS}
-        flags = {"is_first": row == 0, "is_last": row == len(episode.poses) - 1, "is_terminal": False}
-        texts = dict.fromkeys(("language_instruction", "language_instruction_2", "language_instruction_3"), "put it")
+    for row, (pose, command) in enumerate(zip(episode.poses, episode.commands, strict=True)):
+        joints = {"joint_position": np.zeros(7)}
+        pictures = {FEATURE_OF[camera]: images[camera][row] for camera in CAMERAS}
+        observation = {"cartesian_position": pose[:6], "gripper_position": pose[6:], **joints, **pictures}
+        given = {"cartesian_position": command[:6], "gripper_position": command[6:], **joints}
         steps.append(
             {
-                **flags,
-                **texts,
-                "discount": 1.0,
-                "reward": 0.0,
+                "is_last": row == len(episode.poses) - 1,
+                "language_instruction": "put it",
                 "action": np.full(7, 99.0),
                 "observation": observation,
-                "action_dict": {**parts, "joint_velocity": episode.joint_velocities[row]},
+                "action_dict": {**given, "joint_velocity": episode.joint_velocities[row]},
             }
         )
     outcome = "success" if episode.success else "failure"
     folder = f"/nfs/r2d2/ILIAD/{outcome}/2023-04-21/{episode.name}"
     metadata = {"file_path": f"{folder}/trajectory.h5", "recording_folderpath": f"{folder}/recordings/MP4"}
     if extrinsics is not None:
-        metadata |= {"building": "b", "collector_id": "c", "date": "2023-04-21"}
         metadata |= {f"extrinsics_{name}": value for name, value in extrinsics.items()}
     return {"steps": steps, "episode_metadata": metadata}
 
@@ -175,23 +166,16 @@ def frame_record(data: bytes) -> bytes:
     return length + struct.pack("<I", mask_crc32c(length)) + data + struct.pack("<I", mask_crc32c(data))
 
 
-def write_tfds(folder: Path, features, shards: Sequence[Sequence[dict]], *, name: str = "r2d2_faceblur") -> Path:
+def write_tfds(folder: Path, features, shards: Sequence[Sequence[dict]]) -> Path:
     """A TFDS directory in the form of the real BridgeData one; without TensorFlow."""
     folder.mkdir(parents=True)
     features.save_config(str(folder))
-    sizes = []
     for index, examples in enumerate(shards):
         records = [frame_record(features.serialize_example(example)) for example in examples]
-        path = folder / f"{name}-train.tfrecord-{index:05d}-of-{len(shards):05d}"
+        path = folder / f"r2d2_faceblur-train.tfrecord-{index:05d}-of-{len(shards):05d}"
         path.write_bytes(b"".join(records))
-        sizes.append(path.stat().st_size)
-    split = {
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "name": "train",
-        "numBytes": str(sum(sizes)),
-        "shardLengths": [str(len(examples)) for examples in shards],
-    }
-    info = {"fileFormat": "tfrecord", "moduleName": "droid.droid", "name": name, "splits": [split], "version": "1.0.0"}
+    split = {"name": "train", "shardLengths": [str(len(examples)) for examples in shards]}
+    info = {"fileFormat": "tfrecord", "name": "r2d2_faceblur", "splits": [split], "version": "1.0.0"}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 

@@ -35,24 +35,22 @@ from tests.encoded import STRIDE, decode_all, encode, make_tars, read_video
 from tests.workspace import SUITE_SETTINGS
 
 DOC = Path(__file__).resolve().parents[1] / "docs/planning.md"
-SMALL = (
-    *(
-        "dataset=vpt",
-        "encoder=tiny",
-        "encode.device=cpu",
-        "train.device=cpu",
-        "split.val_share=0.3",
-        "train.num_steps=2",
-    ),
-    *(
-        "train.window_steps=4",
-        "train.batch_size=2",
-        "train.num_warmup=0",
-        "train.num_anneal=0",
-        "train.validate_every=2",
-    ),
-    *("train.log_every=1", "train.checkpoint_every=2", "train.num_threads=1"),
-)
+SMALL = [
+    "dataset=vpt",
+    "encoder=tiny",
+    "encode.device=cpu",
+    "split.val_share=0.3",
+    "train.device=cpu",
+    "train.num_steps=2",
+    "train.window_steps=4",
+    "train.batch_size=2",
+    "train.num_warmup=0",
+    "train.num_anneal=0",
+    "train.validate_every=2",
+    "train.log_every=1",
+    "train.checkpoint_every=2",
+    "train.num_threads=1",
+]
 
 QUICK = replace(SETTINGS["notebook"], num_samples=6, num_elites=2, num_rounds=2)
 
@@ -228,48 +226,35 @@ def test_clip_mode_and_cards_that_do_not_say_enough_are_refused(trained, world, 
 
 
 def test_what_does_not_fit_a_plan_is_refused(trained, world):
-    frames, states, actions = trained.frames, trained.states, trained.actions
-    refused = {
-        "unknown planner settings 'robot'; known: cem": ((frames[:1], states[:1], frames[2]), {"settings": "robot"}),
-        "2 steps have 1 actions between them": ((frames[:2], states[:2], frames[2]), {}),
-        r"states of 1 steps must be \[1, 2\].*got \[2, 2\]": ((frames[:1], states[:2], frames[2]), {}),
-        r"actions of 2 steps must be \[1, 13\]": ((frames[:2], states[:2], frames[2]), {"actions": actions[:2]}),
-        "states must be finite; got nan": ((frames[:1], states[:1] * np.nan, frames[2]), {}),
-        "hence 1 frames; got 2": ((frames[:1], states[:1], frames[2:4]), {}),
-        r"base_action must be \[13\]; got \[2\]": ((frames[:1], states[:1], frames[2]), {"base_action": np.zeros(2)}),
-        "base_action: column .* holds 0 or 1; got 9": (
-            (frames[:1], states[:1], frames[2]),
-            {"base_action": np.full(13, 9.0)},
-        ),
-        "actions: column .* holds 0 or 1; got 9": (
-            (frames[:2], states[:2], frames[2]),
-            {"actions": np.full((1, 13), 9.0)},
-        ),
-        "uint8": ((frames[:1].astype(np.float32), states[:1], frames[2]), {}),
-        r"frames must be a numpy array .* got list. Of a list take np.stack": (
-            (list(frames[:1]), states[:1], frames[2]),
-            {},
-        ),
-        r"frames must be .* got Tensor.*\.cpu\(\)\.numpy\(\)": (
-            (torch.from_numpy(frames[:1]), states[:1], frames[2]),
-            {},
-        ),
-        r"frames must be .* got \[\d+, \d+, 3\].* frame\[None\]": ((frames[0], states[:1], frames[2]), {}),
-        "goal must be a numpy array .* got NoneType": ((frames[:1], states[:1], None), {}),
-        "goal must be .* got Tensor": ((frames[:1], states[:1], torch.from_numpy(frames[2])), {}),
-        "begins with at least one step, hence 1 frames; got 0. Give": ((frames[:0], states[:0], frames[2]), {}),
-        "unknown planner settings None.*or give a PlannerSettings": (
-            (frames[:1], states[:1], frames[2]),
-            {"settings": None},
-        ),
-        "base_action: column .* got nan. Columns that are not searched keep what is given": (
-            (frames[:1], states[:1], frames[2]),
-            {"base_action": np.full(13, np.nan)},
-        ),
-    }
-    for said, (given, options) in refused.items():
+    frame, state, goal, array = (
+        trained.frames[:1],
+        trained.states[:1],
+        trained.frames[2],
+        "must be a numpy array .* got",
+    )
+    pair = {"frames": trained.frames[:2], "states": trained.states[:2]}
+    for said, changes in (
+        ("unknown planner settings 'robot'; known: cem", {"settings": "robot"}),
+        ("unknown planner settings None.*or give a PlannerSettings", {"settings": None}),
+        ("2 steps have 1 actions between them", pair),
+        (r"states must be \[1, 2\].*got \[2, 2\]", {"states": trained.states[:2]}),
+        (r"actions must be \[1, 13\].*got \[2, 13\]", {**pair, "actions": trained.actions[:2]}),
+        ("states: column yaw .* a finite number; got nan", {"states": state * np.nan}),
+        ("hence 1 frames each; got 1 frames and 2 of the goal", {"goal": trained.frames[2:4]}),
+        ("hence 1 frames each; got 0 frames", {"frames": frame[:0], "states": state[:0]}),
+        (r"base_action must be \[13\].*got \[2\]", {"base_action": np.zeros(2)}),
+        ("base_action: column .* holds 0 or 1; got 9", {"base_action": np.full(13, 9.0)}),
+        ("base_action: column .* got nan. Columns that are not searched", {"base_action": np.full(13, np.nan)}),
+        ("actions: column .* holds 0 or 1; got 9", {**pair, "actions": np.full((1, 13), 9.0)}),
+        ("uint8", {"frames": frame.astype(np.float32)}),
+        (f"frames {array} list. Of a list take np.stack", {"frames": list(frame)}),
+        (rf"frames {array} Tensor.*\.cpu\(\)\.numpy\(\)", {"frames": torch.from_numpy(frame)}),
+        (rf"frames {array} \[\d+, \d+, 3\].* frame\[None\]", {"frames": frame[0]}),
+        (f"goal {array} NoneType", {"goal": None}),
+    ):
+        given = {"frames": frame, "states": state, "goal": goal, "settings": QUICK, **changes}
         with pytest.raises(ValueError, match=said):
-            world.plan(*given, **{"settings": QUICK, **options})
+            world.plan(**given)
     with pytest.raises(
         ValueError, match=r"second argument is an Encoder; got 'tiny'. Load one: Encoder.load\(\"tiny\"\)"
     ):
@@ -277,7 +262,7 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
     with pytest.raises(ValueError, match=r"list of key=value; got 'encode.device=cpu'. Write \['encode.device=cpu'\]"):
         Encoder.load("tiny", "encode.device=cpu")
     with pytest.raises(ValueError, match=r"frames must be a numpy array .* got list"):
-        world._encoder.tokens(list(frames[:1]))
+        world._encoder.tokens(list(frame))
     assert set(MAX_STEP_M) == set(SETTINGS)
 
 

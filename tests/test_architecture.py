@@ -29,8 +29,8 @@ FLOORS = (
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
-    {"actions", "plausibility"},
-    {"config", "files", "idle", "poses"},
+    {"actions"},
+    {"config", "files", "poses"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}
@@ -41,7 +41,6 @@ WITHOUT_TORCH = (
     "sample",
     "episode",
     "actions",
-    "plausibility",
     "poses",
     "config",
     "files",

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from jepa_cache.plausibility import find_implausible
+from jepa_cache.episode import find_implausible
 from jepa_cache.poses import COMMAND_CONTROLS, POSE_CONTROLS
 from jepa_cache.sources import build_source
 from jepa_cache.sources.parsers.vpt_controls import read_contractor

@@ -30,10 +30,9 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, open_source
 from jepa_cache.encoding.steps import plan_episode
 from jepa_cache.encoding.units import list_units
-from jepa_cache.episode import Episode, Skipped
+from jepa_cache.episode import Episode, Skipped, find_implausible
 from jepa_cache.media.probe import DecodeError, VideoInfo, header_counts, probe_video
 from jepa_cache.media.video import open_video
-from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Source, Unit, describe_unreadable, iter_recordings
 from jepa_cache.sources.vpt import measure_yaw_law
 

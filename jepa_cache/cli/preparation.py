@@ -54,7 +54,7 @@ def pack(
     tars, num_episodes, size_bytes, skipped = pack_folder(folder, out, max_bytes=int(max_gb * 1e9), overwrite=overwrite)
     to = f" to {tars[-1].name}" if tars[1:] else ""
     print(f"packed {num_episodes} recordings ({size_bytes / 1e6:.1f} MB) into {len(tars)} tar shards: {tars[0]}{to}")
-    _print_skipped([f"{file.name}: {file.reason}" for file in skipped], "files")
+    _print_skipped(skipped, "files")
     print(f"next: set `dataset: vpt` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")
 
 

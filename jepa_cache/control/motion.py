@@ -41,15 +41,7 @@ class Motion:
     bounded: Bound
 
     def actions(self, searched: np.ndarray, base: np.ndarray) -> np.ndarray:
-        """Whole actions.
-
-        Args:
-            searched: [.., K].
-            base: [A], what holds where nothing is searched.
-
-        Returns:
-            [.., A] float64.
-        """
+        """Whole actions [.., A] float64 of searched numbers [.., K]; `base` [A] holds where nothing is searched."""
         actions = np.broadcast_to(base, (*searched.shape[:-1], len(base))).astype(np.float64)
         actions[..., self.columns] = searched
         return self.complete(actions)
@@ -72,20 +64,11 @@ def build_motion(
     max_turn_deg: float = 30.0,
     fixed: tuple[str, ...] = (),
 ) -> Motion:
-    """What a plan may move in an action space.
+    """What a plan may move in an action space in one step; `fixed` names columns that stay 0.
 
     Poses: dx, dy, dz and the gripper, each axis up to `max_step_m` (a box) and 0.75; rotations only where
-    `max_rotation_rad` is above 0. View: dyaw and dpitch, with the mouse counts that they take; keys stay as they were.
-
-    Args:
-        space: The cache's.
-        max_step_m: Largest translation of one step along each axis.
-        max_rotation_rad: Largest rotation of one step about each axis, at most pi; 0 leaves rotations out, as the released planner.
-        max_turn_deg: Largest turn of the view in one step, at most 180.
-        fixed: Names of columns that stay 0.
-
-    Raises:
-        ValueError: The space says nothing of where an action leads, a fixed column is not searched, or a limit is not above 0.
+    `max_rotation_rad` is above 0, as the released planner has none. View: dyaw and dpitch, with the mouse counts that they take;
+    keys stay as they were.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """

@@ -34,7 +34,7 @@ from jepa_cache.data.filters import (
     needs_controls,
     ranges_path,
 )
-from jepa_cache.idle import read_ranges
+from jepa_cache.poses import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.copies import Recording, find_equal

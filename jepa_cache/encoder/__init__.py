@@ -1,7 +1,7 @@
 """Frozen encoders: uint8 frames in, tokens out, under the official weights' names.
 
-Reading order: `frozen` (pixels to tokens), `KINDS` below with one file a kind (`vjepa2`, `vjepa2_1`, `image`) and its module (`vit`,
-`vit21`, `image_model`), `checkpoints` (official files), `weights` (what identifies them), `preprocess` (crop rules).
+Reading order: `frozen` (pixels to tokens), `KINDS` below with their files (`vjepa2`, `image`) and modules (`vit`, `image_model`),
+`checkpoints` (official files), `weights` (what identifies them), `preprocess` (crop rules).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jepa_cache.encoder.image import ImageKind
-from jepa_cache.encoder.vjepa2 import VJepa2
-from jepa_cache.encoder.vjepa2_1 import VJepa21
+from jepa_cache.encoder.vjepa2 import VJepa2, VJepa21
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 # Added by DistributedDataParallel, the multi-sequence wrapper of pretraining, and torch.compile.
 _WRAPPERS = {"module", "backbone", "_orig_mod"}
-# Position tables [rows, width] of the released V-JEPA 1 encoders: 16 frames at 224 px (8*14*14) and 384 px (8*24*24).
-_VJEPA1_TABLES = {(1568, 1024), (1568, 1280), (4608, 1280)}
-# What a released V-JEPA 2 encoder can hold as an unused left-over: 16 or 64 frames at 256 px, ViT-g also at 384 px.
-_VJEPA2_TABLES = {(steps * 256, width) for steps in (8, 32) for width in (1024, 1280, 1408)} | {
-    (steps * 576, 1408) for steps in (8, 32)
+# Position tables [rows, width] that a released V-JEPA 2 encoder can hold as an unused left-over: 16 or 64 frames at 256 px, ViT-g
+# also at 384 px.
+_UNUSED_TABLES = {(steps * 256, width) for steps in (8, 32) for width in (1024, 1280, 1408)} | {
+    (4608, 1408),
+    (18432, 1408),
 }
 _HF_NAMES = (
     (r"^encoder\.embeddings\.patch_embeddings\.proj\.", "patch_embed.proj."),
@@ -41,16 +41,10 @@ class CheckpointError(ValueError):
 
 
 def load_strictly(module: nn.Module, preset: EncoderPreset, state: Mapping[str, Tensor], *, origin: str) -> nn.Module:
-    """Give an encoder exactly the given weights, in float32, evaluation mode and without gradients.
-
-    Args:
-        module: of the preset, made on torch's meta device: no parameter is ever random, and none is held twice.
-        preset: for the message.
-        state: official name -> tensor.
-        origin: where the state came from, for the message.
+    """Give a module, made on torch's meta device, exactly the weights of `state`, in float32, evaluation mode and without gradients.
 
     Raises:
-        CheckpointError: names every missing, unexpected and wrongly shaped tensor.
+        CheckpointError: names every missing, unexpected and wrongly shaped tensor, and `origin` as the place of the state.
     """
     expected, found = ({name: list(t.shape) for name, t in held.items()} for held in (module.state_dict(), state))
     lines = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in found]
@@ -81,16 +75,10 @@ def _name_other_kind(kind: str, found: Mapping[str, list[int]]) -> str:
 
 
 def load_state(path: Path, entry: str | None) -> dict[str, Tensor]:
-    """Read an encoder's state dict under the official names.
+    """Read an encoder's state dict under the official names, on the CPU, in the stored dtypes.
 
-    Official checkpoints keep the other entries (predictor, optimiser, counters) unread: the file is memory-mapped.
-
-    Args:
-        path: an official `.pt` file, or `.safetensors` with Hugging Face's VJEPA2Model names or the official ones.
-        entry: top-level entry of a `.pt` file that holds the encoder; None where the file itself is a state dict.
-
-    Returns:
-        official name -> tensor, on the CPU, dtype as stored.
+    `path` is an official `.pt` file, or `.safetensors` with Hugging Face's VJEPA2Model names or the official ones. Of a `.pt` file
+    `entry` names the top-level entry, None where the file itself is a state dict; other entries stay unread: the file is memory-mapped.
 
     Raises:
         CheckpointError: the file cannot be read, lacks the entry, or holds a V-JEPA 1 encoder.
@@ -139,10 +127,10 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 def _pick_entry(content: Mapping[str, object], entry: str, path: Path) -> Mapping[str, Tensor]:
     if entry not in content:
-        hint = "Set weights_entry in the preset"
-        if "ema_encoder" in content:  # of the files known, only these have it
-            hint += "; distilled V-JEPA 2.1 encoders are under ema_encoder (presets vitb384_v21, vitl384_v21)"
-        raise CheckpointError(f"{path} has no entry '{entry}'; it has: {_names(content)}. {hint}")
+        raise CheckpointError(
+            f"{path} has no entry '{entry}'; it has: {_names(content)}. Set weights_entry in the preset, or take "
+            "that of the file (distilled V-JEPA 2.1 files have ema_encoder: vitb384_v21, vitl384_v21)"
+        )
     state = content[entry]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: entry '{entry}' is no state dict. The file has: {_names(content)}")
@@ -159,35 +147,21 @@ def _without_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     return clean
 
 
-def _is_sincos(table: Tensor) -> bool:
-    # At position (0, 0, 0) every sine is 0 and every cosine 1; no trained or zero table looks so.
-    first = table.reshape(-1, table.shape[-1])[0]
-    return bool(((first == 0) | (first == 1)).all() and (first == 0).any() and (first == 1).any())
-
-
 def _without_position_table(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop `pos_embed`, after making sure that it is V-JEPA 2's unused left-over.
+    """Drop `pos_embed` where it is V-JEPA 2's unused left-over.
 
-    V-JEPA 1 and 2 encoders have the same names and shapes, but V-JEPA 1 adds a fixed sine-cosine table (`pos_embed`)
-    and has no RoPE, so its weights would load strictly and give wrong tokens. Old V-JEPA 2 files may hold the table
-    too, unused. The table tells them apart: the released V-JEPA 1 shapes are refused, the released V-JEPA 2 shapes are
-    dropped; of any other shape a sine-cosine table is refused, because nothing else in the file can tell.
+    V-JEPA 1 and 2 encoders have the same names and shapes, but V-JEPA 1 adds a fixed position table and has no RoPE, so its weights
+    would load strictly and give wrong tokens. Nothing but the table's shape tells them apart.
     """
     table = state.get("pos_embed")
     if table is None:
         return state
     shape = list(table.shape)
-    size = (table.shape[-2], table.shape[-1]) if table.ndim >= 2 else None
-    if size in _VJEPA1_TABLES:
+    if tuple(shape[-2:]) not in _UNUSED_TABLES:
         raise CheckpointError(
-            f"{path} is a V-JEPA 1 encoder: it holds the position table pos_embed {shape} of V-JEPA 1's release and has "
-            f"no rotary positions. Only V-JEPA 2 encoders can be loaded; name one with encode.weights=PATH"
-        )
-    if size not in _VJEPA2_TABLES and size is not None and _is_sincos(table):
-        raise CheckpointError(
-            f"{path} looks like a V-JEPA 1 encoder: it holds a sine-cosine position table pos_embed {shape}, of a shape "
-            f"that no released V-JEPA 2 file has. V-JEPA 1 has no rotary positions and would give wrong tokens. If this "
-            f"encoder was trained with RoPE, delete pos_embed from the file's entry and save it again"
+            f"{path} holds a position table pos_embed {shape}, of a shape that no released V-JEPA 2 file has. V-JEPA 1 encoders "
+            "hold such tables, have no rotary positions and would give wrong tokens: name another file with encode.weights=PATH; if this encoder "
+            "was trained with RoPE, delete pos_embed from the file's entry and save it again"
         )
     log.warning("%s: pos_embed %s dropped; a V-JEPA 2 encoder with rotary positions does not use it", path, shape)
     return {name: tensor for name, tensor in state.items() if name != "pos_embed"}

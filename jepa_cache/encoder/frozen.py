@@ -20,10 +20,9 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 
 class TokenOverflowError(ValueError):
-    """Tokens do not fit the stored precision; `step` is the first such step."""
+    """Tokens do not fit the stored precision; `step` is the first such step, counted over all leading axes."""
 
     def __init__(self, message: str, step: int) -> None:
-        """Keep the index of the step, counted over all leading axes."""
         super().__init__(message)
         self.step = step
 
@@ -50,15 +49,10 @@ class FrozenEncoder:
         single_frame: str = "doubled",
         pool: int = 1,
     ) -> None:
-        """Move the encoder to the device.
+        """Move a preset's encoder, from `load_module`, to a device such as "cuda:1".
 
-        Args:
-            preset: sizes, crop rule, mean and std.
-            module: the preset's encoder, from `load_module`: clips [B, 3, T, R, R] to tokens [B, T' * N, D].
-            device: "cpu", "cuda", "cuda:1" ...
-            compute_dtype: "float32", or "bfloat16" / "float16" for autocast over float32 weights.
-            single_frame: how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only).
-            pool: 2 averages the tokens of each 2 x 2 patches.
+        A lower `compute_dtype` is autocast over float32 weights. `single_frame` says how frame mode gives a frame: "doubled" into a
+        tubelet, or as an "image" (V-JEPA 2.1 only). `pool` 2 averages the tokens of each 2 x 2 patches.
         """
         side = preset.resolution // preset.patch_size
         self.grid, self.pool = (side, side), pool
@@ -98,9 +92,6 @@ class FrozenEncoder:
             before any parameter-free layer norm. float32, or under autocast what its final norm gives (float32 or
             the compute dtype); pooled tokens are float32.
 
-        Raises:
-            ValueError: the frames of a group do not fill whole tubelets.
-
         Source: V-JEPA 2-AC, arXiv 2506.09985 (frame mode).
         """
         tubelet, num_frames = self.preset.tubelet_size, groups.shape[1]
@@ -135,13 +126,8 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
 def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
     """Cast tokens to the stored precision, refusing what it cannot hold.
 
-    Args:
-        tokens: [..., N, D] on any device; the leading axes are counted as steps.
-        dtype: "float16", "bfloat16" or "float32", the `cast` of the store's codec. Each is cast from what was computed, never
-            from another.
-
-    Returns:
-        Array of the same shape on the CPU; bfloat16 as its bits, uint16, for numpy knows no such numbers.
+    `tokens` are [..., N, D] on any device, the leading axes steps; `dtype` is the `cast` of the store's codec. Each is cast from what was
+    computed, never from another. Gives an array of the same shape on the CPU; bfloat16 as its bits, uint16.
 
     Raises:
         TokenOverflowError: a value is not finite after the cast; names the first such step and its largest value.
@@ -168,15 +154,9 @@ def to_stored(tokens: Tensor, dtype: str) -> np.ndarray:
 
 
 def measure_cast(tokens: Tensor, dtype: str) -> np.ndarray:
-    """What `to_stored` changes: per step the sum of squared errors, the sum of squares and the largest error.
+    """What `to_stored` changes of finite tokens [B, N, D]: per step the sum of squared errors, the sum of squares and the largest error.
 
-    Args:
-        tokens: [B, N, D] on any device, finite.
-        dtype: as for `to_stored`.
-
-    Returns:
-        [B, 3] float64. A cast's error is a float32 number, so only the sums round, in float64.
-
+    Gives [B, 3] float64. A cast's error is a float32 number, so only the sums round, in float64.
     """
     truth = tokens.detach().float()
     error = truth.to(COMPUTE_DTYPES[dtype]).float() - truth

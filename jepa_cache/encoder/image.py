@@ -35,7 +35,6 @@ CLASS_TOKENS = {
 """Tokens before the patch tokens of `last_hidden_state`, by model_type; registers (config.num_register_tokens) come on top."""
 # Numbers of PIL.Image.Resampling, as preprocessing files have them.
 PILLOW_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-OFTEN_TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
 
 
 class ImageModelError(ValueError):
@@ -66,7 +65,18 @@ class ImageKind:
 
         assert weights is not None
         model_files(weights)  # refuses pickles and files that are not whole
-        return load_image_model(preset, weights, num_prefix=check_model(preset, weights).num_prefix)
+        model = read_model(weights)
+        differing = [
+            f"{name} is {getattr(preset, name)} in the preset and {size} in the model"
+            for name, size in model.sizes.items()
+            if getattr(preset, name) != size
+        ]
+        if differing:
+            raise ImageModelError(
+                f"encoder preset '{preset.name}' does not describe the model in {weights}: {'; '.join(differing)}. "
+                f"`jepa-cache add-encoder {weights} NAME` writes the preset that does"
+            )
+        return load_image_model(preset, weights, num_prefix=model.num_prefix)
 
     def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
         """The kind alone: the config of the model is part of the identity."""
@@ -78,31 +88,24 @@ def resolve_model(reference: str, *, base: Path, download: bool = True) -> Path 
 
     None where `download` is off and the hub's copy is not on this machine.
     """
-    if not reference.startswith("hf://"):
-        if "://" in reference:
-            raise ImageModelError(f"an image encoder is a folder or hf://owner/repo[@revision]; got '{reference}'")
-        folder = base / Path(reference).expanduser()
-        if not folder.is_dir():
-            raise ImageModelError(
-                f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
-                f"hf://owner/repo[@revision]; {folder} is no folder"
-            )
+    repo, _, revision = reference.removeprefix("hf://").partition("@")
+    is_remote, folder = reference.startswith("hf://"), base / Path(reference).expanduser()
+    usable = repo.count("/") == 1 and all(repo.split("/")) if is_remote else folder.is_dir()
+    if not usable:
+        raise ImageModelError(
+            f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
+            f"hf://owner/repo[@revision]; got '{reference}'" + ("" if is_remote else f", and {folder} is no folder")
+        )
+    if not is_remote:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repo, _, revision = reference.removeprefix("hf://").partition("@")
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise ImageModelError(f"a model on the hub is hf://owner/repo or hf://owner/repo@revision; got '{reference}'")
+    # By name: neither code nor pickles are ever fetched.
+    patterns = [CONFIG, PREPROCESSING, "model*.safetensors", INDEX]
     try:
-        # By name: neither code nor pickles are ever fetched.
         return Path(
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                allow_patterns=[CONFIG, PREPROCESSING, "model*.safetensors", INDEX],
-                local_files_only=not download,
-            )
+            snapshot_download(repo, revision=revision or None, allow_patterns=patterns, local_files_only=not download)
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         if not download and isinstance(error, LocalEntryNotFoundError):
@@ -115,8 +118,7 @@ def resolve_model(reference: str, *, base: Path, download: bool = True) -> Path 
 
 def model_files(folder: Path) -> list[Path]:
     """The files that decide a model's numbers, config first, then weights by name; whole, and no pickles."""
-    if not (folder / CONFIG).is_file():
-        raise ImageModelError(f"{folder} holds no {CONFIG}; an image encoder is a folder as save_pretrained writes it")
+    files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {weight_map}
@@ -126,12 +128,9 @@ def model_files(folder: Path) -> list[Path]:
                     f"{folder / INDEX}: weight_map names files of this folder; {name!r} is none. Save the model again with "
                     "save_pretrained(FOLDER)"
                 )
-        names = sorted(names)
-        files = [folder / INDEX, *(folder / name for name in names)]
-    else:
-        files = [folder / WEIGHTS]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or len(files) == 0:
+        files = [folder / INDEX, *(folder / name for name in sorted(names))]
+    missing = [file.name for file in (folder / CONFIG, *files) if not file.is_file()]
+    if missing:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         raise ImageModelError(
             f"{folder} lacks {', '.join(missing)}"
@@ -151,13 +150,15 @@ def model_files(folder: Path) -> list[Path]:
 
 
 class ImageModel(NamedTuple):
-    """What a model's config says."""
+    """What a model's config says.
+
+    `num_prefix` counts the tokens before those of the patches: class, distillation and register tokens. `sizes` are embed_dim, depth,
+    num_heads, mlp_dim (of two equal matrices, for gated ones too) and patch_size, as far as the config names them.
+    """
 
     model_type: str
-    num_prefix: int  # tokens before those of the patches: class, distillation and register tokens
-    sizes: Mapping[
-        str, int
-    ]  # embed_dim, depth, num_heads, mlp_dim (of two equal matrices, for gated ones too), patch_size
+    num_prefix: int
+    sizes: Mapping[str, int]
 
 
 def read_model(folder: Path) -> ImageModel:
@@ -170,43 +171,24 @@ def read_model(folder: Path) -> ImageModel:
             "repository is never run here; take a copy of the model in a class that transformers itself has"
         )
     if model_type not in CLASS_TOKENS:
-        both = " It holds a text model too: save the image part alone." if model_type in OFTEN_TWO_TOWERS else ""
         raise ImageModelError(
-            f"{folder / CONFIG} is of model_type '{model_type}', of which it is not known that its tokens are patches in rows, "
-            f"and how many others come before them.{both} Known: {', '.join(sorted(CLASS_TOKENS))}"
+            f"{folder / CONFIG} is of model_type '{model_type}', of which it is not known that its tokens are patches in rows, and how "
+            f"many others come before them. Known: {', '.join(sorted(CLASS_TOKENS))}. Of a model of text and images save the image "
+            "part alone"
         )
-    sizes = {
-        ours: config[theirs]
-        for ours, theirs in (
-            ("embed_dim", "hidden_size"),
-            ("depth", "num_hidden_layers"),
-            ("num_heads", "num_attention_heads"),
-            ("patch_size", "patch_size"),
-        )
-        if isinstance(config.get(theirs), int)
+    names = {
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "mlp_dim": "intermediate_size",
+        "patch_size": "patch_size",
     }
+    sizes = {ours: config[theirs] for ours, theirs in names.items() if isinstance(config.get(theirs), int)}
     if model_type.startswith("dinov2"):  # gated ones have three matrices of 2/3 of this
         sizes["mlp_dim"] = int(config["hidden_size"] * config.get("mlp_ratio", 4))
-    elif isinstance(config.get("intermediate_size"), int):
-        gated = bool(config.get("use_gated_mlp"))
-        sizes["mlp_dim"] = config["intermediate_size"] * 3 // 2 if gated else config["intermediate_size"]
+    elif "mlp_dim" in sizes and config.get("use_gated_mlp"):
+        sizes["mlp_dim"] = sizes["mlp_dim"] * 3 // 2
     return ImageModel(model_type, CLASS_TOKENS[model_type] + int(config.get("num_register_tokens") or 0), sizes)
-
-
-def check_model(preset: EncoderPreset, folder: Path) -> ImageModel:
-    """Compare a model with the preset that names it; an error lists every size that differs."""
-    model = read_model(folder)
-    differing = [
-        f"{name} is {getattr(preset, name)} in the preset and {size} in the model"
-        for name, size in model.sizes.items()
-        if getattr(preset, name) != size
-    ]
-    if differing:
-        raise ImageModelError(
-            f"encoder preset '{preset.name}' does not describe the model in {folder}: {'; '.join(differing)}. "
-            f"`jepa-cache add-encoder {folder} NAME` writes the preset that does"
-        )
-    return model
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
@@ -215,50 +197,43 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     Known is a resize by Pillow, a centre crop, and mean and std; everything else is refused.
     """
     path = folder / PREPROCESSING
-    if not path.is_file():
-        raise ImageModelError(
-            f"{folder} has no {PREPROCESSING}, so how its pictures were prepared is not known; write the preset by hand (docs/image_encoders.md)"
-        )
     config = _read_json(path)
-
-    def refuse(what: str) -> ImageModelError:
-        return ImageModelError(f"{path}: {what}; write the preset by hand (docs/image_encoders.md)")
-
-    size, crop = config.get("size"), config.get("crop_size")
+    size, crop, resample = config.get("size"), config.get("crop_size"), config.get("resample", 2)
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if not config.get("do_resize", True) or not config.get("do_normalize", True):
-        raise refuse("it does not resize, or does not normalise")
-    if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not config.get("do_rescale", True):
-        raise refuse(f"pixels are scaled by {config.get('rescale_factor')} and not by 1/255")
-    if config.get("resample", 2) not in PILLOW_FILTERS:
-        raise refuse(f"resample {config['resample']} is none of {PILLOW_FILTERS}")
-    mean, std = config.get("image_mean"), config.get("image_std")
-    if not all(isinstance(v, list) and len(v) == 3 for v in (mean, std)) or min(std) <= 0:
-        raise refuse(f"image_mean {mean} and image_std {std} are no three numbers each, deviations above 0")
-    short_side = size if isinstance(size, int) else (size or {}).get("shortest_edge")
     cropped = bool(config.get("do_center_crop", False))
     square = crop if cropped else size
-    if not isinstance(square, Mapping) or square.get("height") != square.get("width") or not square.get("height"):
-        raise refuse(f"it gives no square: size {size}, crop_size {crop}, do_center_crop {cropped}")
-    if cropped and short_side is None:
-        if size != crop:
-            raise refuse(f"it squeezes to {size} and then crops to {crop}")
-    elif not cropped:
-        short_side = None
-    return {
-        "resolution": square["height"],
-        "crop": f"pillow_{PILLOW_FILTERS[config.get('resample', 2)]}",
-        "short_side": short_side,
-        "mean": mean,
-        "std": std,
-    }
+    short_side = size if isinstance(size, int) else (size or {}).get("shortest_edge")
+    mean, std, scale = config.get("image_mean"), config.get("image_std"), config.get("rescale_factor", 1 / 255)
+    if not config.get("do_resize", True) or not config.get("do_normalize", True):
+        unknown = "it does not resize, or does not normalise"
+    elif abs(scale * 255 - 1) > 1e-6 or not config.get("do_rescale", True):
+        unknown = f"pixels are scaled by {scale} and not by 1/255"
+    elif resample not in PILLOW_FILTERS:
+        unknown = f"resample {resample} is none of {PILLOW_FILTERS}"
+    elif not all(isinstance(v, list) and len(v) == 3 for v in (mean, std)) or min(std) <= 0:
+        unknown = f"image_mean {mean} and image_std {std} are no three numbers each, deviations above 0"
+    elif not isinstance(square, Mapping) or square.get("height") != square.get("width") or not square.get("height"):
+        unknown = f"it gives no square: size {size}, crop_size {crop}, do_center_crop {cropped}"
+    elif cropped and short_side is None and size != crop:
+        unknown = f"it squeezes to {size} and then crops to {crop}"
+    else:
+        return {
+            "resolution": square["height"],
+            "crop": f"pillow_{PILLOW_FILTERS[resample]}",
+            "short_side": short_side if cropped else None,
+            "mean": mean,
+            "std": std,
+        }
+    raise ImageModelError(f"{path}: {unknown}; write the preset by hand (docs/image_encoders.md)")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ImageModelError(f"{path} cannot be read as JSON: {error}") from error
+        raise ImageModelError(
+            f"{path} cannot be read as JSON: {error}. A model is a folder as save_pretrained writes it"
+        ) from error
     if not isinstance(content, dict):
         raise ImageModelError(f"{path} holds no JSON object")
     return content

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 UNUSED = ("pooler.",)  # come after last_hidden_state; some models are published without
 
 
-class ShapeError(ValueError):
-    """The model gives other tokens than its config and the preset promise."""
-
-
 class ImageEncoder(nn.Module):
     """Owns a frozen transformers model; gives `last_hidden_state` without class, distillation and register tokens."""
 
@@ -31,7 +27,7 @@ class ImageEncoder(nn.Module):
         hidden = self.model(pixel_values=clips.squeeze(2)).last_hidden_state
         expected = (len(clips), self.num_prefix + self.num_tokens, self.width)
         if hidden.shape != expected:
-            raise ShapeError(
+            raise ValueError(
                 f"the model gives tokens {list(hidden.shape)} for {clips.shape[3]} px, but {list(expected)} were expected: "
                 f"{self.num_prefix} others and then {self.num_tokens} patches of width {self.width}"
             )
@@ -41,15 +37,8 @@ class ImageEncoder(nn.Module):
 def load_image_model(preset: EncoderPreset, folder: Path, *, num_prefix: int) -> ImageEncoder:
     """Load the model of a preset from its folder in float32, evaluation mode and without gradients; try it on one empty picture.
 
-    Args:
-        preset: of kind hf; describes the model (`image.check_model`).
-        folder: with safetensors and no code of its own.
-        num_prefix: tokens before those of the patches.
-
     Raises:
         ValueError: the folder does not hold the whole model, or it does not take the preset's resolution.
-
-    Source: `transformers.AutoModel`, with trust_remote_code off and safetensors only.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -81,8 +70,6 @@ def load_image_model(preset: EncoderPreset, folder: Path, *, num_prefix: int) ->
     try:
         with torch.no_grad():
             encoder(torch.zeros(1, 3, 1, preset.resolution, preset.resolution))
-    except ShapeError:
-        raise
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the model in {folder} does not take the {preset.resolution} px of encoder preset '{preset.name}': {error}"

@@ -5,9 +5,9 @@ No torchvision and no cv2: both resizes are torch's own, and both official resul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -25,22 +25,16 @@ AC_ASPECT_RANGE = (0.75, 1.35)
 EVAL_SHORT_SIDE_RATIO = 256 / 224
 
 
-class CropRule(Protocol):
-    """Turns uint8 RGB frames [F, h, w, 3] of any size into normalised float32 frames [F, 3, size, size], each frame alone."""
-
-    def __call__(self, frames: np.ndarray, size: int, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Apply the rule; mean and std are those of RGB pixels in [0, 1]."""
-        ...
+CropRule: TypeAlias = Callable[..., Tensor]
+"""`(frames, size, mean=, std=)`: uint8 RGB frames [F, h, w, 3] of any size to normalised float32 frames [F, 3, size, size], each frame
+alone; mean and std are those of RGB pixels in [0, 1]."""
 
 
 def ac_crop_box(height: int, width: int, aspect_range: tuple[float, float] = AC_ASPECT_RANGE) -> tuple[int, ...]:
-    """Find the centred crop of the AC pipeline: the largest whose aspect (width / height) lies in the range.
+    """Find the centred crop of the AC pipeline, the largest whose aspect (width / height) lies in the range: top, left, height, width.
 
     The released config asks for an area larger than the frame, so its random crop never fits and always ends in this
     deterministic fallback: caching loses no augmentation. Rounding is half to even.
-
-    Returns:
-        (top, left, crop height, crop width) in pixels.
 
     Source: V-JEPA 2-AC, upstream vjepa_droid transforms.
     """

@@ -1,4 +1,4 @@
-"""The V-JEPA 2 video transformer, with the released checkpoints' parameter names, and the parts that V-JEPA 2.1 shares.
+"""The video transformers of V-JEPA 2 and 2.1, with the released checkpoints' parameter names.
 
 Own module instead of transformers' VJEPA2Model: that one takes positions from its configuration instead of the input,
 so another resolution or aspect runs with wrong positions and without a warning.
@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from jepa_cache.config.schema import LEVEL_LAYERS
 
 ROPE_BASE = 10000.0
 RESCALED_SPAN = 15.0  # rescaled rows and columns run from 0 to this: the last index of the 16 x 16 grid of 256 px
@@ -137,39 +139,6 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def split_width(embed_dim: int, num_heads: int) -> int:
-    """Channels of a head: at least 6, for two to turn on each of three axes."""
-    if embed_dim % num_heads or embed_dim // num_heads < 6:
-        raise ValueError(
-            f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim "
-            f"{embed_dim} and num_heads {num_heads}. Change one of them in the encoder preset"
-        )
-    return embed_dim // num_heads
-
-
-def measure_clip(clip: Tensor, patch_size: int) -> tuple[int, int, int]:
-    """Frames of a clip [B, 3, F, h, w], and rows and columns of its patches."""
-    if clip.ndim != 5 or clip.shape[1] != 3:
-        raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
-    num_frames, height, width = clip.shape[2:]
-    if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
-            f"frame height and width must be multiples of the patch ({patch_size} px); got {height} x {width}. "
-            f"Choose such a resolution in the encoder preset"
-        )
-    return num_frames, height // patch_size, width // patch_size
-
-
-def count_tubelets(num_frames: int, tubelet_size: int) -> int:
-    """Whole tubelets (T) of a clip; none is an error."""
-    if num_frames < tubelet_size:
-        raise ValueError(
-            f"a clip needs at least one tubelet of {tubelet_size} frames; got {num_frames}. To encode a "
-            f"single frame repeat it, as frame mode does"
-        )
-    return num_frames // tubelet_size
-
-
 class VisionTransformer(nn.Module):
     """V-JEPA 2 encoder. Owns the forward pass; never loads weights, chooses precision or prepares pixels.
 
@@ -192,7 +161,12 @@ class VisionTransformer(nn.Module):
     ) -> None:
         """Make the modules."""
         super().__init__()
-        self.head_dim = split_width(embed_dim, num_heads)
+        if embed_dim % num_heads or embed_dim // num_heads < 6:  # two channels turn on each of three axes
+            raise ValueError(
+                f"encoder width must be a multiple of its heads with at least 6 channels a head; got embed_dim {embed_dim} and "
+                f"num_heads {num_heads}. Change one of them in the encoder preset"
+            )
+        self.head_dim = embed_dim // num_heads
         self.patch_size = patch_size
         self.tubelet_size = tubelet_size
         self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
@@ -206,13 +180,74 @@ class VisionTransformer(nn.Module):
             clip: [B, 3, F, h, w] float, normalised pixels. Frames beyond a multiple of the tubelet are dropped.
 
         Returns:
-            tokens [B, T*H*W, D] after the final norm, T = F // tubelet, H = h / patch, W = w / patch; order time, row,
-            column.
+            tokens [B, T*H*W, D] after the last norm, T = F // tubelet, H = h / patch, W = w / patch; order time, row, column.
         """
-        num_frames, rows, columns = measure_clip(clip, self.patch_size)
-        steps = count_tubelets(num_frames, self.tubelet_size)
-        cosine, sine = rotation_tables((steps, rows, columns), self.head_dim, clip.device)
-        x = self.patch_embed(clip[:, :, : steps * self.tubelet_size])
+        if clip.ndim != 5 or clip.shape[1] != 3:
+            raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
+        height, width = clip.shape[3:]
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise ValueError(
+                f"frame height and width must be multiples of the patch ({self.patch_size} px); got {height} x {width}. "
+                f"Choose such a resolution in the encoder preset"
+            )
+        x, cosine, sine = self._embed(clip, height // self.patch_size, width // self.patch_size)
         for block in self.blocks:
             x = block(x, cosine, sine)
+        return self._last_norm(x)
+
+    def _embed(self, clip: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches [B, T*H*W, D], and the rotation tables of their grid."""
+        steps = self._count_tubelets(clip)
+        tables = rotation_tables((steps, rows, columns), self.head_dim, clip.device)
+        return self.patch_embed(clip[:, :, : steps * self.tubelet_size]), *tables
+
+    def _count_tubelets(self, clip: Tensor) -> int:
+        num_frames = clip.shape[2]
+        if num_frames < self.tubelet_size:
+            raise ValueError(
+                f"a clip needs at least one tubelet of {self.tubelet_size} frames; got {num_frames}. To encode a "
+                f"single frame repeat it, as frame mode does"
+            )
+        return num_frames // self.tubelet_size
+
+    def _last_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)
+
+
+class VisionTransformer21(VisionTransformer):
+    """V-JEPA 2.1 encoder.
+
+    Differs from V-JEPA 2 by: both channels of a rotated pair share a frequency; rows and columns are rescaled to span 0 to 15 at
+    every resolution; a clip of exactly one frame goes through `patch_embed_img`, whose kernel is one frame; a learned vector is
+    added to the patches of an image, another to those of a video; in place of one final norm there are four, each for the output
+    of one of four blocks (its levels), of which tokens pass the last.
+
+    The modality vectors are kept in float32, so under autocast the residual stream is float32 too.
+
+    Source: V-JEPA 2.1, arXiv 2603.14482.
+    """
+
+    def __init__(
+        self, *, embed_dim: int, depth: int, norm_eps: float = 1e-6, positions: str = "rescaled", **sizes: int
+    ) -> None:
+        """Make the modules; `positions` is "rescaled" as in all released weights (patches of 16 px), or "grid" for plain indices."""
+        super().__init__(embed_dim=embed_dim, depth=depth, norm_eps=norm_eps, **sizes)
+        self.levels = LEVEL_LAYERS[depth]
+        self.positions = positions
+        self.patch_embed_img = PatchEmbed(embed_dim, self.patch_size, 1)
+        self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        del self.norm
+        self.norms_block = nn.ModuleList(nn.LayerNorm(embed_dim, eps=norm_eps) for _ in self.levels)
+
+    def _embed(self, clip: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        if clip.shape[2] == 1:
+            steps, x = 1, self.patch_embed_img(clip) + self.img_mod_embed
+        else:
+            steps = self._count_tubelets(clip)
+            x = self.patch_embed(clip[:, :, : steps * self.tubelet_size]) + self.video_mod_embed
+        grid = (steps, rows, columns)
+        return x, *rotation_tables(grid, self.head_dim, clip.device, pairing="paired", positions=self.positions)
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        return self.norms_block[-1](x)

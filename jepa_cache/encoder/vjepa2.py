@@ -1,4 +1,4 @@
-"""The kind of encoder that V-JEPA 2 released: where its files are, its module, and seeded random weights for trying things out.
+"""The kinds of encoder that V-JEPA 2 and 2.1 released: where their files are, their modules, and seeded random weights.
 
 Imports torch where weights are loaded only. A missing file is always an error; random weights exist only for a preset with a seed.
 """
@@ -26,12 +26,8 @@ INIT_STD = 0.02
 OFFICIAL_BASE_URL = "https://dl.fbaipublicfiles.com/vjepa2/"
 OFFICIAL_FILES = (
     *("vitl.pt", "vith.pt", "vitg.pt", "vitg-384.pt", "vjepa2-ac-vitg.pt"),
-    *(
-        "vjepa2_1_vitb_dist_vitG_384.pt",
-        "vjepa2_1_vitl_dist_vitG_384.pt",
-        "vjepa2_1_vitg_384.pt",
-        "vjepa2_1_vitG_384.pt",
-    ),
+    *("vjepa2_1_vitb_dist_vitG_384.pt", "vjepa2_1_vitl_dist_vitG_384.pt"),
+    *("vjepa2_1_vitg_384.pt", "vjepa2_1_vitG_384.pt"),
 )
 _WAY_OUT = (
     f"Official files are at {OFFICIAL_BASE_URL} ({', '.join(OFFICIAL_FILES)}), those of V-JEPA 2 also as safetensors on the "
@@ -40,16 +36,28 @@ _WAY_OUT = (
 )
 
 
-class WeightsNotFoundError(ValueError):
-    """The named weights cannot be had; the message says how to get them."""
-
-
 class VJepa2:
     """V-JEPA 2's video transformer, from an official file or drawn from a seed."""
 
     def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
-        """The file, downloaded at most once."""
-        return find_weights_file(reference, base=base, download=download)
+        """The file at a path, an https:// URL or hf://owner/repo/file, downloaded at most once.
+
+        Raises:
+            ValueError: The file is missing or cannot be downloaded, the form is another one, or it is a V-JEPA 1 file.
+        """
+        scheme = urlparse(reference).scheme if "://" in reference else ""
+        if scheme in ("http", "https"):
+            return _find_download(reference, download)
+        if scheme == "hf":
+            return _find_on_hub(reference, download)
+        if scheme:
+            raise ValueError(
+                f"weights are a path, an https:// URL or hf://owner/repo/file; got '{reference}'. {_WAY_OUT}"
+            )
+        path = base / Path(reference).expanduser()
+        if not path.is_file():
+            raise ValueError(f"weights file {path} does not exist. {_WAY_OUT}")
+        return path
 
     def files(self, weights: Path) -> list[Path]:
         """The one file."""
@@ -57,7 +65,7 @@ class VJepa2:
 
     def identity(self, preset: EncoderPreset, weights: Path, digest: Callable[[Path], str]) -> str:
         """`file:sha256`, with the entry that is read where the file has any."""
-        entry = entry_in_use(preset, weights)
+        entry = _entry_of(preset, weights)
         return f"file:{digest(weights)}" + (f"#{entry}" if entry else "")
 
     def load(self, preset: EncoderPreset, weights: Path | None) -> nn.Module:
@@ -67,9 +75,8 @@ class VJepa2:
         from jepa_cache.encoder.checkpoints import load_state
 
         if weights is None:
-            drawn = {name: torch.from_numpy(array) for name, array in random_state(preset).items()}
-            return self.build(preset, drawn)
-        return self.build(preset, load_state(weights, entry_in_use(preset, weights)), origin=str(weights))
+            return self.build(preset, {name: torch.from_numpy(array) for name, array in random_state(preset).items()})
+        return self.build(preset, load_state(weights, _entry_of(preset, weights)), origin=str(weights))
 
     def build(
         self, preset: EncoderPreset, state: Mapping[str, Tensor], *, origin: str = "the given state"
@@ -91,30 +98,44 @@ class VJepa2:
         """The module, with weights that mean nothing."""
         from jepa_cache.encoder.vit import VisionTransformer
 
-        return VisionTransformer(**sizes_of(preset))
+        return VisionTransformer(**_sizes_of(preset))
 
     def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
         """Nothing: recipes are as they were when this was the only kind."""
         return {}
 
 
-def sizes_of(preset: EncoderPreset) -> dict[str, int]:
-    """The arguments that both transformers are made with."""
+class VJepa21(VJepa2):
+    """V-JEPA 2.1's transformer, which takes single frames as images too."""
+
+    def make(self, preset: EncoderPreset) -> nn.Module:
+        """The module, with weights that mean nothing."""
+        from jepa_cache.encoder.vit import VisionTransformer21
+
+        return VisionTransformer21(**_sizes_of(preset), positions=preset.positions)
+
+    def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
+        """Where rows and columns lie, and in frame mode the way of a frame; in the other modes every input is a video."""
+        fields = {"kind": "vjepa2_1", "positions": preset.positions}
+        return fields | ({"single_frame": encode.single_frame} if encode.mode == "frame" else {})
+
+
+def _sizes_of(preset: EncoderPreset) -> dict[str, int]:
     names = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size", "tubelet_size")
     return {name: getattr(preset, name) for name in names}
+
+
+def _entry_of(preset: EncoderPreset, path: Path) -> str | None:
+    """The top-level entry that is read from a weights file; safetensors have none."""
+    return None if path.suffix == ".safetensors" else preset.weights_entry
 
 
 def random_state(preset: EncoderPreset) -> dict[str, np.ndarray]:
     """Draw seeded, untrained weights by the official initialisation; only for presets that name a seed (`tiny`).
 
     Matrices and the patch projection are normal with deviation 0.02 (upstream's truncation at +-2 never acts), biases
-    0, norms 1; attn.proj and mlp.fc2 of block l (from 1) are divided by sqrt(2 l).
-
-    Returns:
-        official name -> float32 array, the same on every machine for one seed.
-
-    Raises:
-        ValueError: the preset names no seed.
+    0, norms 1; attn.proj and mlp.fc2 of block l (from 1) are divided by sqrt(2 l). Gives official name -> float32 array, the
+    same on every machine for one seed.
 
     Source: V-JEPA 2, arXiv 2506.09985, upstream initialisation.
     """
@@ -151,57 +172,27 @@ def _layers(preset: EncoderPreset) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "norm", (dim,)
 
 
-def find_weights_file(reference: str, *, base: Path, download: bool = True) -> Path | None:
-    """Turn a reference to a weights file into a local file, downloading it at most once.
+def _find_download(url: str, download: bool) -> Path | None:
+    """The kept copy of a URL. Host and path stay in its name: files of one name from two places must not be mixed up."""
+    from tqdm import tqdm
 
-    Args:
-        reference: a path (relative to `base`, ~ allowed), an https:// URL, or hf://owner/repo/file.
-        base: folder that relative paths start from.
-        download: False gives None where the file would have to be downloaded.
-
-    Raises:
-        WeightsNotFoundError: the file is missing or cannot be downloaded.
-        ValueError: the reference has an unknown form, or names a V-JEPA 1 file.
-    """
-    scheme = urlparse(reference).scheme if "://" in reference else ""
-    if scheme in ("http", "https"):
-        target = _download_target(reference)
-        if not target.is_file() and download:
-            _download(reference, target)
-        return target if target.is_file() else None
-    if scheme == "hf":
-        return _find_on_hub(reference, download)
-    if scheme:
-        raise ValueError(f"weights are a path, an https:// URL or hf://owner/repo/file; got '{reference}'. {_WAY_OUT}")
-    path = base / Path(reference).expanduser()
-    if not path.is_file():
-        raise WeightsNotFoundError(f"weights file {path} does not exist. {_WAY_OUT}")
-    return path
-
-
-def _download_target(url: str) -> Path:
-    """Where a download is kept. Host and path stay in the name: files of one name from two places must not be mixed up."""
     parts = urlparse(url)
     if parts.path.startswith("/jepa/") and parts.hostname == "dl.fbaipublicfiles.com":
         raise ValueError(f"{url} is a V-JEPA 1 file; only V-JEPA 2 encoders can be loaded. {_WAY_OUT}")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache" / "weights"
-    return folder / str(parts.hostname) / parts.path.lstrip("/")
-
-
-def _download(url: str, target: Path) -> None:
-    from tqdm import tqdm
-
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache/weights"
+    target = folder / str(parts.hostname) / parts.path.lstrip("/")
+    if target.is_file() or not download:
+        return target if target.is_file() else None
     try:
         with atomic_file(target) as part, urlopen(url, timeout=60) as answer:
-            with (
-                part.open("wb") as file,
-                tqdm.wrapattr(answer, "read", total=answer.length, desc=target.name) as content,
-            ):
+            progress = tqdm.wrapattr(answer, "read", total=answer.length, desc=target.name)
+            with part.open("wb") as file, progress as content:
                 shutil.copyfileobj(content, file, 1 << 20)
             if answer.length:  # a connection that breaks off leaves a short file without any error
                 raise OSError(f"the download ended {answer.length} bytes early, after {part.stat().st_size}")
     except (OSError, ValueError) as error:
-        raise WeightsNotFoundError(f"weights {url} could not be downloaded to {target}: {error}. {_WAY_OUT}") from error
+        raise ValueError(f"weights {url} could not be downloaded to {target}: {error}. {_WAY_OUT}") from error
+    return target
 
 
 def _find_on_hub(reference: str, download: bool) -> Path | None:
@@ -217,9 +208,4 @@ def _find_on_hub(reference: str, download: bool) -> Path | None:
     except (HfHubHTTPError, OSError, ValueError) as error:
         if not download and isinstance(error, LocalEntryNotFoundError):
             return None
-        raise WeightsNotFoundError(f"weights {reference} could not be had from the hub: {error}. {_WAY_OUT}") from error
-
-
-def entry_in_use(preset: EncoderPreset, path: Path) -> str | None:
-    """Name the top-level entry that is read from a weights file; None for safetensors, which have no entries."""
-    return None if path.suffix == ".safetensors" else preset.weights_entry
+        raise ValueError(f"weights {reference} could not be had from the hub: {error}. {_WAY_OUT}") from error

@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callable[[Path], str]) -> str:
     """Name the weights by their content, for the recipe: equal strings mean equal weights.
 
-    Covers weights only; what else decides the tokens (num_heads, rope, crop, dtype) belongs into the recipe beside it.
-
-    Args:
-        preset: the encoder.
-        path: its weights from the kind's `find`; None for a preset with random_seed.
-        digest: gives a file's hex sha256, possibly remembered from an earlier run.
+    Covers weights only; what else decides the tokens (num_heads, rope, crop, dtype) belongs into the recipe beside it. `path` is
+    from the kind's `find`, None for a preset with a seed; `digest` gives a file's hex sha256, possibly remembered from an earlier run.
 
     Returns:
         `random:<sha256 over names, shapes and bytes>`, or `file:<sha256 of the file>` followed by `#<entry>` for

@@ -40,21 +40,14 @@ class UnreadableError(Exception):
     """A unit cannot be read now, or not to its end: what came of it is not used, and the next run tries it again."""
 
 
-class UnitEnd(NamedTuple):
-    """Marks the end of a unit, and says why it cannot be read to its end."""
-
-    problem: str | None = None
-
-
 class EpisodeStream:
     """One episode on its way to the encoder: its plan, and batches that arrive while it is decoded."""
 
-    def __init__(
-        self, episode: Episode, plan: StepPlan | None, num_bytes: int, get: Callable[[queue.Queue], Any]
-    ) -> None:
-        """Begin without a batch; `plan` is None where the episode gives no step, `get` takes from a queue."""
-        self.episode, self.plan, self.num_bytes, self._get = episode, plan, num_bytes, get
+    def __init__(self, episode: Episode, get: Callable[[queue.Queue], Any]) -> None:
+        """Begin without a batch; `get` takes from a queue."""
+        self.episode, self.num_bytes, self._get = episode, video_bytes(episode.video), get
         self.batches: queue.Queue[PixelBatch | Exception | None] = queue.Queue(BATCHES_AHEAD)
+        self.plan: StepPlan  # set by the decoding thread before the first batch, as is the decoder
         self.decoder = ""
         self.dropped = False
 
@@ -66,7 +59,7 @@ class EpisodeStream:
     def drop(self) -> None:
         """Let the decoder end: nobody wants the rest."""
         self.dropped = True
-        with suppress(Exception):
+        with suppress(DecodeError, UnreadableError):
             for _ in self:
                 pass
 
@@ -87,7 +80,8 @@ class Decoders:
     ) -> None:
         self.wait_s = 0.0
         self._group, self._units, self._preprocess = group, units, preprocess
-        self._items: queue.Queue[Unit | EpisodeStream | Skipped | UnitEnd | Exception | None] = queue.Queue(
+        # Of each unit itself, its recordings, then None or why it cannot be read to its end; a last None.
+        self._items: queue.Queue[Unit | EpisodeStream | Skipped | Exception | None] = queue.Queue(
             group.encode.num_decoders
         )
         self._stop = threading.Event()
@@ -115,10 +109,8 @@ class Decoders:
 
     def _iter_recordings(self) -> Iterator[EpisodeStream | Skipped]:
         """Yield up to the unit's end; raises UnreadableError where it cannot be read so far."""
-        while not isinstance(item := self._get(self._items), UnitEnd):
+        while (item := self._get(self._items)) is not None:
             yield item
-        if item.problem is not None:
-            raise UnreadableError(item.problem)
 
     def _get(self, source: queue.Queue) -> Any:
         begun = time.perf_counter()
@@ -137,38 +129,30 @@ class Decoders:
         except Exception as error:  # handed to the consumer, which raises it
             self._put(self._items, error)
 
-    def _feed_unit(self, unit: Unit) -> UnitEnd:
-        recordings = self._group.source.iter_episodes(unit)
-        while not self._stop.is_set():
-            try:
-                recording = next(recordings, None)
-                num_bytes = video_bytes(recording.video) if isinstance(recording, Episode) else 0
-            except (ValueError, OSError) as error:
-                return UnitEnd(describe_unreadable(error))
-            if recording is None:
-                break
-            self._put(self._items, self._start(recording, num_bytes))
-        return UnitEnd()
-
-    def _start(self, recording: Episode | Skipped, num_bytes: int) -> EpisodeStream | Skipped:
-        if isinstance(recording, Skipped):
-            return recording
+    def _feed_unit(self, unit: Unit) -> UnreadableError | None:
         try:
-            plan = self._group.plan(len(recording.frame_ticks), recording.fps, recording.frame_times_s)
-        except ValueError as error:
-            stream = EpisodeStream(recording, None, num_bytes, self._get)
-            stream.batches.put(DecodeError(str(error)))
-            return stream
-        stream = EpisodeStream(recording, plan, num_bytes, self._get)
-        self._pool.submit(self._decode, stream, plan.inputs)
+            for recording in self._group.source.iter_episodes(unit):
+                self._put(self._items, self._start(recording) if isinstance(recording, Episode) else recording)
+                if self._stop.is_set():
+                    break
+        except (ValueError, OSError) as error:
+            return UnreadableError(describe_unreadable(error))
+        return None
+
+    def _start(self, episode: Episode) -> EpisodeStream:
+        stream = EpisodeStream(episode, self._get)
+        self._pool.submit(self._decode, stream)
         return stream
 
-    def _decode(self, stream: EpisodeStream, inputs: np.ndarray) -> None:
+    def _decode(self, stream: EpisodeStream) -> None:
         episode, encode = stream.episode, self._group.encode
+        num_frames = len(episode.frame_ticks)
         end: Exception | None = None
         try:
+            stream.plan = self._plan(episode)
+            inputs = stream.plan.inputs
             with open_video(
-                episode.video, encode.decoder, first_frame=episode.first_frame, num_frames=len(episode.frame_ticks)
+                episode.video, encode.decoder, first_frame=episode.first_frame, num_frames=num_frames
             ) as video:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), encode.batch_size):
@@ -180,6 +164,12 @@ class Decoders:
         except Exception as error:
             end = error
         self._put(stream.batches, end)
+
+    def _plan(self, episode: Episode) -> StepPlan:
+        try:
+            return self._group.plan(len(episode.frame_ticks), episode.fps, episode.frame_times_s)
+        except ValueError as error:  # too short or too slow: skipped as a video is that cannot be decoded
+            raise DecodeError(str(error)) from error
 
     def _read_batch(self, video: Video, inputs: np.ndarray) -> PixelBatch:
         """Decode and preprocess the frames [B, G] of one batch."""
@@ -204,7 +194,7 @@ class Decoders:
 
 
 def video_bytes(video: Any) -> int:
-    """Size of an encoded video, whatever form it has."""
+    """Size of a video, encoded or as pictures."""
     if isinstance(video, bytes):
         return len(video)
     return video.stat().st_size if isinstance(video, Path) else video.size_bytes

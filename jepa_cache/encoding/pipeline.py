@@ -1,4 +1,4 @@
-"""Decoding, encoding and writing, overlapped: the loop that fills the token stores of a group, and its progress bar."""
+"""Decoding, encoding and writing, overlapped: the loop that fills the token stores of a group."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jepa_cache.encoding.actions import write_controls
 from jepa_cache.encoding.decoding import Decoders, EpisodeStream, UnreadableError
 from jepa_cache.encoding.groups import EncodingGroup
 from jepa_cache.encoding.task import Claims, describe_machine
 from jepa_cache.encoding.units import check_unchanged
-from jepa_cache.episode import Skipped
+from jepa_cache.episode import Skipped, find_implausible
 from jepa_cache.files import full_disk_named
 from jepa_cache.media.probe import DecodeError
-from jepa_cache.plausibility import find_implausible
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes
@@ -50,9 +48,6 @@ class Timing:
     num_episodes: int = 0
     elapsed_s: float = 0.0
 
-    def __add__(self, other: Timing) -> Timing:
-        return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
     @property
     def limit(self) -> str:
         """Which of the three the others waited for."""
@@ -71,51 +66,48 @@ class FillResult:
 
     def add(self, other: FillResult) -> None:
         """Count further units; who is busy is no sum."""
-        self.timing += other.timing
+        for it in fields(Timing):
+            setattr(self.timing, it.name, getattr(self.timing, it.name) + getattr(other.timing, it.name))
         self.num_encoded += other.num_encoded
         self.unreadable |= other.unreadable
 
 
 def fill_group(
-    group: EncodingGroup, encoder: FrozenEncoder, root: CacheRoot, on_progress: Callable[[Timing, int], None]
+    group: EncodingGroup, encoder: FrozenEncoder, root: CacheRoot, on_bytes: Callable[[int], object] = lambda _: None
 ) -> FillResult:
     """Encode the units of a group that no other encoder is working on; publish tokens and controls of one after the other.
+
+    `on_bytes` is called with the bytes of recordings that were processed since.
 
     Raises:
         ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
     """
-    provenance = describe_machine(encoder, group.encode.batch_size, group.num_threads)
-    result, started, bytes_finished = FillResult(), time.perf_counter(), 0
-    timing = result.timing
+    provenance, result = describe_machine(encoder, group.encode.batch_size, group.num_threads), FillResult()
     with (
         Claims(root, group) as claims,
         full_disk_named(root.path / "tokens" / group.fingerprint),
         WriterThread() as write,
         Decoders(group, claims.take(), encoder.preprocess) as decoders,
     ):
-
-        def measure() -> None:
-            timing.elapsed_s = time.perf_counter() - started
-            timing.decode_s, timing.write_s = decoders.wait_s, write.wait_s
-
         for unit, recordings in decoders:
-            store, bytes_processed = _OpenUnit(root, group, unit, encoder, write), bytes_finished
+            store = _OpenUnit(root, group, unit, encoder, write)
+            bytes_left = unit.num_bytes
             try:
                 for recording in recordings:
                     if isinstance(recording, Skipped):
                         store.skipped.append(recording)
                         continue
-                    for _ in store.encode(recording, timing):
-                        measure()
-                        on_progress(timing, bytes_processed)
-                    bytes_processed += recording.num_bytes
+                    for share in store.encode(recording, result.timing):
+                        num_bytes = min(bytes_left, round(share * recording.num_bytes))
+                        on_bytes(num_bytes)
+                        bytes_left -= num_bytes
                 check_unchanged(unit)
                 store.publish(provenance)
-                bytes_finished += unit.num_bytes  # inside a unit only the videos' bytes are known
             except UnreadableError as error:
                 write.close(store.tokens)
                 result.unreadable[group.fingerprint, unit.digest] = str(error)
-    measure()
+            on_bytes(bytes_left)
+    result.timing.decode_s, result.timing.write_s = decoders.wait_s, write.wait_s
     result.num_encoded, result.busy = claims.num_taken - len(result.unreadable), claims.busy
     return result
 
@@ -141,8 +133,8 @@ class _OpenUnit:
         self._num_steps = 0
         write.open(self.tokens)
 
-    def encode(self, stream: EpisodeStream, timing: Timing) -> Iterator[None]:
-        """Encode one episode, with a pause after each batch. An unreadable video is taken back and skipped by name."""
+    def encode(self, stream: EpisodeStream, timing: Timing) -> Iterator[float]:
+        """Encode one episode; yields each batch's share of it. An unreadable video is taken back and skipped by name."""
         from jepa_cache.encoder.frozen import TokenOverflowError, measure_cast, to_stored
 
         cast, episode = get_codec(self._dtype).cast, stream.episode
@@ -158,7 +150,7 @@ class _OpenUnit:
                 self._write(self.tokens.append, tokens, errors)
                 timing.num_frames += batch.pixels.shape[0] * batch.pixels.shape[1]
                 timing.num_bytes += len(tokens) * step_bytes(self._dtype, self._encoder.num_tokens, self._encoder.width)
-                yield
+                yield len(batch.pixels) / len(stream.plan.inputs)
         except DecodeError as error:
             if self._num_steps > start:
                 self._num_steps = start
@@ -181,11 +173,7 @@ class _OpenUnit:
             field.name: np.concatenate([part[field.name] for part in self._steps]) if self._steps else []
             for field in layout.STEPS_SCHEMA
         }
-        steps = table(layout.STEPS_SCHEMA, columns)
-        segments = table(
-            layout.SEGMENTS_SCHEMA,
-            {field.name: [row[field.name] for row in self._segments] for field in layout.SEGMENTS_SCHEMA},
-        )
+        rows = {field.name: [row[field.name] for row in self._segments] for field in layout.SEGMENTS_SCHEMA}
         metadata = {
             "recipe": self._group.recipe,
             "skipped": [skipped._asdict() for skipped in self.skipped],
@@ -196,6 +184,7 @@ class _OpenUnit:
         # Outside the digest, so that a rule that finds more implausible values later gives the same stores.
         made = {**provenance, "decoders": dict(sorted(self._decoders.items()))}
         made |= {"implausible": self._implausible} if self._implausible else {}
+        steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
         self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
         self._write(self.tokens.publish, steps, segments, metadata, made)
         self._write.close(self.tokens)
@@ -264,11 +253,7 @@ class WriterThread:
                 self._leave(writer)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Queue a call.
-
-        Raises:
-            Exception: What an earlier call raised.
-        """
+        """Queue a call; raises what an earlier one raised."""
         self._pending.append(self._pool.submit(self._run, function, *arguments))
         self._wait_for(WRITES_AHEAD)
 
@@ -284,11 +269,9 @@ class WriterThread:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
         if self._failed:
             return
-        try:
-            function(*arguments)
-        except BaseException:
-            self._failed = True
-            raise
+        self._failed = True
+        function(*arguments)
+        self._failed = False
 
     def _leave(self, writer: TokenWriter) -> None:
         writer.__exit__(None, None, None)
@@ -299,23 +282,3 @@ class WriterThread:
         while len(self._pending) > num_left:
             self._pending.pop(0).result()
         self.wait_s += time.perf_counter() - begun
-
-
-class ProgressBar(tqdm):
-    """Shows how far the recordings are, in frames; how many there are is estimated from the bytes processed so far."""
-
-    def __init__(self, total_bytes: int) -> None:
-        """Begin at no frame."""
-        self._total_bytes = total_bytes
-        super().__init__(desc="encoding", unit=" frames", dynamic_ncols=True)
-
-    def show(self, num_frames: int, num_bytes: int, words: str) -> None:
-        """Show frames encoded and bytes of recordings processed so far, and words behind them."""
-        self.set_postfix_str(words, refresh=False)
-        if num_bytes:
-            self.total = max(num_frames, round(num_frames * self._total_bytes / num_bytes))
-        self.update(num_frames - self.n)
-
-    def wait(self, unit: str) -> None:
-        """Show that another encoder is being waited for."""
-        self.set_postfix_str(f"waiting for another encoder: unit {unit}")

@@ -9,17 +9,21 @@ the encoder and the writing; `actions` sums up actions and states; `workers` doe
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
-from jepa_cache.encoding.pipeline import FillResult, ProgressBar, Timing, fill_group
+from jepa_cache.encoding.pipeline import FillResult, Timing, fill_group
 from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
 from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
 from jepa_cache.episode import Skipped
@@ -47,7 +51,7 @@ class EncodeResult:
         num_units: Units that have stores.
         num_encoded: Those of them that were encoded in this run.
         timing: Of these; None where there are none.
-        notes: On recordings with the same content.
+        copies: A sentence on recordings with the same content; empty where there are none.
         implausible: Values that their units do not allow, by recording.
     """
 
@@ -55,7 +59,7 @@ class EncodeResult:
     num_units: int
     num_encoded: int
     timing: Timing | None
-    notes: tuple[str, ...] = ()
+    copies: str = ""
     implausible: tuple[str, ...] = ()
 
 
@@ -146,7 +150,7 @@ def bring_up_to_date(
         num_units=len(stores),
         num_encoded=filled.num_encoded,
         timing=filled.timing if filled.num_encoded else None,
-        notes=find_copies(manifest, root, groups),
+        copies=find_copies(manifest, root, groups),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
 
@@ -169,27 +173,23 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
         EncodeFailedError: Listing the units that workers could not encode, after all others have ended.
         ValueError: No scheduler or worker answers, or none offers what the groups need.
     """
-    total, failures, begun = FillResult(), [], time.perf_counter()
+    total, failures, encoder = FillResult(), [], None
     if not groups:
         return total
-    encode, num_threads, encoder, num_bytes = groups[0].encode, groups[0].num_threads, None, 0
-    num_units = sum(len(group.units) for group in groups)
+    encode, num_threads = groups[0].encode, groups[0].num_threads
+    num_units, num_bytes = sum(len(group.units) for group in groups), sum(group.num_bytes for group in groups)
     with (
-        ProgressBar(sum(group.num_bytes for group in groups)) as bar,
+        tqdm(total=num_bytes, desc="encoding", unit="B", unit_scale=True, dynamic_ncols=True) as bar,
         nullcontext() if workers is None else connect(workers, encode.device, num_threads) as connection,
     ):
-
-        def show(timing: Timing, bytes_processed: int) -> None:
-            num_frames = total.timing.num_frames + timing.num_frames
-            bar.show(num_frames, num_bytes + bytes_processed, f"limit: {timing.limit}")
-
         if connection is None:
             device = resolve_device(encode.device)
             encoder = load_encoder(groups[0].encoder, encode, device=device, num_threads=num_threads)
+        begun = time.perf_counter()
         while groups:
             busy: list[EncodingGroup] = []
             if connection is None:
-                results = ((group, fill_group(group, encoder, root, show)) for group in groups)
+                results = ((group, fill_group(group, encoder, root, bar.update)) for group in groups)
             else:
                 results = encode_on_workers(groups, root, connection)
             for group, result in results:
@@ -197,19 +197,22 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
                     failures.append(f"{group.units[0].path}: {result}")
                     continue
                 total.add(result)
-                busy += [group.of_units(result.busy)] if result.busy else []
-                num_bytes += group.num_bytes - sum(unit.num_bytes for unit in result.busy)
-                bar.show(total.timing.num_frames, num_bytes, f"limit: {total.timing.limit}")
+                if result.busy:
+                    busy.append(group.of_units(result.busy))
+                elif connection is not None:
+                    bar.update(group.num_bytes)
             groups = busy
             if groups:
-                wait_for_others(root, [(group, unit) for group in groups for unit in group.units], bar.wait)
+                wait_for_others(
+                    root, groups, lambda unit: bar.set_postfix_str(f"waiting for another encoder: unit {unit}")
+                )
+                bar.set_postfix_str("")
+        total.timing.elapsed_s = time.perf_counter() - begun
     if failures:
         raise EncodeFailedError(
             f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
             "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
         )
-    if workers is not None:  # of several at the same time
-        total.timing.elapsed_s = time.perf_counter() - begun
     return total
 
 
@@ -291,7 +294,7 @@ def _check_skipped(manifest: Manifest, max_share: float, names: Mapping[str, str
         )
 
 
-def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGroup]) -> tuple[str, ...]:
+def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGroup]) -> str:
     """A sentence that names the recordings of a manifest that are equal; empty where there are none.
 
     Raises:
@@ -301,49 +304,49 @@ def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGr
     sentence.
     """
     if (told := recall_copies(manifest)) is not None:
-        return (told,) if told else ()
-    names = {unit.digest: unit.name for group in groups for unit in group.units}
-    recordings: list[Recording] = []
-    for number, (part, entry) in enumerate(manifest.stores):
+        return told
+    names, stores = {unit.digest: unit.name for group in groups for unit in group.units}, manifest.stores
+    by_key: dict[tuple[str, str], list[Recording]] = {}
+    for number, (part, entry) in enumerate(stores):
         runs: dict[str, list[tuple[int, int]]] = {}
         for row in read_table(root.tokens(part.fingerprint, entry.unit_digest), SEGMENTS_FILE).to_pylist():
             runs.setdefault(row["episode"], []).append((row["start"], row["stop"]))
-        recordings += [Recording(number, key, tuple(of_key)) for key, of_key in runs.items()]
-    keys = [(entry.unit_digest, root.store(part.keys(entry)[1])) for part, entry in manifest.stores]
-    equal = find_equal(manifest, root, recordings, functools.lru_cache(1)(lambda number: read_actions(keys[number][1])))
+        for key, of_key in runs.items():
+            by_key.setdefault((part.fingerprint, key), []).append(Recording(number, key, tuple(of_key)))
 
-    def name(recording: Recording) -> str:
-        return f"{recording.key} in {names[keys[recording.store][0]]}"
+    @functools.lru_cache(maxsize=1)
+    def read_rows(number: int) -> tuple[np.ndarray, np.ndarray]:
+        part, entry = stores[number]
+        return read_actions(root.actions(part.action_fingerprint, entry.unit_digest))
 
+    def describe(groups: Sequence[Sequence[Recording]], joint: str) -> str:
+        shown = [
+            joint.join(f"{it.key} in {names[stores[it.store][1].unit_digest]}" for it in group[:MAX_SHOWN])
+            + (" ..." if len(group) > MAX_SHOWN else "")
+            for group in groups[:MAX_SHOWN]
+        ]
+        more = [f"and {len(groups) - MAX_SHOWN} more"] if len(groups) > MAX_SHOWN else []
+        return "; ".join(shown + more)
+
+    recordings = sorted(itertools.chain(*by_key.values()), key=lambda it: it.store)  # so that each is read once
+    equal = find_equal(manifest, root, recordings, read_rows)
     number_of = {recording: number for number, same in enumerate(equal) for recording in same}
-    by_key: dict[tuple[str, str], list[Recording]] = {}
-    for recording in recordings:
-        by_key.setdefault((manifest.stores[recording.store][0].fingerprint, recording.key), []).append(recording)
-    clashes = [same for same in by_key.values() if len({number_of.get(it, it) for it in same}) > 1]
-    if clashes:
+    if clashes := [same for same in by_key.values() if len({number_of.get(it, it) for it in same}) > 1]:
         raise ValueError(
-            f"keys that name different recordings in several units: {len(clashes)} ({_shorten(clashes, ' and ', name)}). They would "
+            f"keys that name different recordings in several units: {len(clashes)} ({describe(clashes, ' and ')}). They would "
             "count as one episode. Rename one of each (a folder of its own in the tar is enough) or remove its unit; what was encoded is kept"
         )
     num_copies = sum(len(same) - 1 for same in equal)
-    told = f"recordings that repeat another one: {num_copies} ({_shorten(equal, ' = ', name)})" if equal else ""
+    told = f"recordings that repeat another one: {num_copies} ({describe(equal, ' = ')})" if equal else ""
     note_copies(manifest, told)
-    return (told,) if told else ()
-
-
-def _shorten(groups: Sequence[Sequence[Recording]], joint: str, name: Callable[[Recording], str]) -> str:
-    shown = [
-        joint.join(map(name, group[:MAX_SHOWN])) + (" ..." if len(group) > MAX_SHOWN else "")
-        for group in groups[:MAX_SHOWN]
-    ]
-    return "; ".join(shown) + (f"; and {len(groups) - MAX_SHOWN} more" if len(groups) > MAX_SHOWN else "")
+    return told
 
 
 def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    lines = [f"note: {note}" for note in (*manifest.notes, *result.notes)]
+    lines = [f"note: {note}" for note in (*manifest.notes, result.copies) if note]
     lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
     if len(result.implausible) > MAX_SHOWN:
         lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")

@@ -150,11 +150,9 @@ def remove_damaged(root: CacheRoot, store: Path, what: str) -> bool:
         return False
 
 
-def wait_for_others(
-    root: CacheRoot, busy: Sequence[tuple[EncodingGroup, Unit]], on_wait: Callable[[str], None]
-) -> None:
-    """Wait until a store that others are making is published or its maker is gone; tells the first's name each second."""
-    stores = [group.tokens(root, unit) for group, unit in busy]
+def wait_for_others(root: CacheRoot, groups: Sequence[EncodingGroup], on_wait: Callable[[str], object]) -> None:
+    """Wait until a store that others are making is published or its maker is gone; tells the first unit's name each second."""
+    stores = [group.tokens(root, unit) for group in groups for unit in group.units]
     while all(root.is_claimed(store) and read_whole(root, store) is None for store in stores):
-        on_wait(busy[0][1].name)
+        on_wait(groups[0].units[0].name)
         time.sleep(POLL_S)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.actions import ensure_controls
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
-from jepa_cache.encoding.task import describe_machine, load_encoder, resolve_device
+from jepa_cache.encoding.task import describe_machine, load_encoder, read_whole, resolve_device
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
@@ -104,38 +102,35 @@ def compare_online(
         ValueError: The present settings make another recipe, or the recordings are not found.
     """
     groups = scan_units(config, inputs, base)[0]
-    units = _find_units(manifest, {group.fingerprint: group for group in groups})
-    found = [it for it in units if it.part.keys(it.entry)[0] not in damaged]
+    units = _find_units(manifest, groups)
     if not units:
         raise ValueError(
             "none of the recordings in the manifest is among the inputs (or none was read yet: run `python stages/encode.py`)"
         )
-    starts = np.cumsum([0, *(it.entry.num_steps for it in found)]).tolist()
-    chosen: dict[int, list[int]] = {}
-    for pick in sorted(random.Random(seed).sample(range(starts[-1]), min(num_steps, starts[-1]))):
-        number = bisect.bisect_right(starts, pick) - 1
-        chosen.setdefault(number, []).append(pick - starts[number])
+    units = [it for it in units if it.keys[0] not in damaged]
+    starts = np.cumsum([0, *(it.entry.num_steps for it in units)])
+    steps = np.sort(random.Random(seed).sample(range(starts[-1]), min(num_steps, starts[-1])))
+    numbers = np.searchsorted(starts, steps, side="right") - 1
     num_threads, device = groups[0].num_threads, resolve_device(config.encode.device)
     encoder = load_encoder(groups[0].encoder, config.encode, device=device, num_threads=num_threads)
-    comparison, changes = Comparison(seed), {}
-    for number, rows in chosen.items():
-        store = found[number].group.tokens(root, found[number].unit)
+    comparison = Comparison(seed)
+    for number in np.unique(numbers):
+        it, rows = units[number], (steps[numbers == number] - starts[number]).tolist()
+        store = root.store(it.keys[0])
         with root.pulled([store]):
             made = read_store_file(store).provenance
-            batch_size = int(made["batch_size"])
-            now = describe_machine(encoder, batch_size, num_threads)
-            changes |= dict.fromkeys(recipe_changes(_common(made, now), _common(now, made)))
-            of_store = Comparison(seed, list(_compare_store(found[number], store, rows, encoder, batch_size)))
-        comparison.steps += of_store.steps
-        if wrong := of_store.wrong:
+            now = describe_machine(encoder, int(made["batch_size"]), num_threads)
+            changes = recipe_changes({name: made.get(name) for name in now}, now)
+            compared = Comparison(seed, list(_compare_store(it, store, rows, encoder, int(made["batch_size"]))))
+        comparison.steps += compared.steps
+        comparison.changes += [change for change in changes if change not in comparison.changes]
+        if wrong := compared.wrong:
             problem = (
                 f"{store} is of another recording or of other weights than its name says: step {wrong[0].step} is not what "
                 f"the encoder gives (relative error {wrong[0].relative_error:.2g})"
             )
             # Its actions and controls are of the same recording, and go before the tokens, by which it is known, if a repair is killed.
-            keys = reversed(found[number].part.keys(found[number].entry))
-            comparison.stale += [Finding(key, root.store(key), problem, stale=True) for key in keys]
-    comparison.changes = list(changes)
+            comparison.stale += [Finding(key, root.store(key), problem, stale=True) for key in reversed(it.keys)]
     return comparison
 
 
@@ -147,46 +142,47 @@ class _Listed(NamedTuple):
     group: EncodingGroup
     unit: Unit
 
+    @property
+    def keys(self) -> tuple[StoreKey, ...]:
+        """Of its tokens, actions and controls."""
+        return self.part.keys(self.entry)
 
-def _find_units(
-    manifest: Manifest,
-    groups: Mapping[str, EncodingGroup],
-    keep: Callable[[ManifestPart, ManifestEntry], bool] = lambda *_: True,
-) -> list[_Listed]:
-    """The units of a manifest, of those to `keep`, whose recordings are in the present groups, by token fingerprint.
+
+def _find_units(manifest: Manifest, groups: Sequence[EncodingGroup]) -> list[_Listed]:
+    """The units of a manifest that are among those of the present groups.
 
     Raises:
-        ValueError: The present settings do not make the stores that it lists.
+        ValueError: The present settings make no store that it lists.
     """
-    found = []
-    for part in manifest.parts:
-        entries = [entry for entry in part.entries if keep(part, entry)]
-        group = groups.get(part.fingerprint)
-        if entries and (
-            group is None
-            or (group.action_fingerprint, group.source_fingerprint)
-            != (part.action_fingerprint, part.source_fingerprint)
-        ):
-            then = {"tokens": part.recipe, "actions": part.action_recipe}
-            now = [{"tokens": it.recipe, "actions": it.action_recipe} for it in groups.values()]
-            changes = min((recipe_changes(then, recipes) for recipes in now), key=len, default=[])
-            raise ValueError(
-                f"the present settings do not make the stores of the manifest ({'; '.join(changes) or 'no recording fits'}). "
-                "Nothing was removed; give the settings and recordings that they were made with, as key=value and paths"
-            )
-        units = {unit.digest: unit for unit in group.units} if entries else {}
-        found += [_Listed(part, it, group, units[it.unit_digest]) for it in entries if it.unit_digest in units]
-    return found
+
+    def recipes(it: ManifestPart | EncodingGroup) -> tuple[str, str, str]:
+        return it.fingerprint, it.action_fingerprint, it.source_fingerprint
+
+    if not {recipes(part) for part in manifest.parts} & {recipes(group) for group in groups}:
+        then = {"tokens": manifest.recipe, "actions": manifest.parts[0].action_recipe}
+        now = [{"tokens": group.recipe, "actions": group.action_recipe} for group in groups]
+        changes = min((recipe_changes(then, it) for it in now), key=len)
+        raise ValueError(
+            f"the present settings do not make the stores of the manifest ({'; '.join(changes)}). "
+            "Nothing was removed; give the settings and recordings that they were made with, as key=value and paths"
+        )
+    at_hand = {(*recipes(group), unit.digest): (group, unit) for group in groups for unit in group.units}
+    return [
+        _Listed(part, entry, *at_hand[key])
+        for part, entry in manifest.stores
+        if (key := (*recipes(part), entry.unit_digest)) in at_hand
+    ]
 
 
 def _compare_store(
     listed: _Listed, store: Path, rows: Sequence[int], encoder: FrozenEncoder, batch_size: int
 ) -> Iterator[StepResult]:
     """Encode some steps of a store again, in the batches that stage one cuts."""
-    group, first = listed.group, {}
+    group = listed.group
+    starts: dict[str, int] = {}  # of each episode, its first step in the store
     wanted: dict[str, list[int]] = {}
     for row in read_table(store, layout.SEGMENTS_FILE).to_pylist():
-        first.setdefault(row["episode"], row["start"])
+        starts.setdefault(row["episode"], row["start"])
         if steps := [step for step in rows if row["start"] <= step < row["stop"]]:
             wanted.setdefault(row["episode"], []).extend(steps)
     for episode in group.source.iter_episodes(listed.unit):
@@ -194,19 +190,19 @@ def _compare_store(
             continue
         num_frames = len(episode.frame_ticks)
         plan = group.plan(num_frames, episode.fps, episode.frame_times_s)
-        start, per_batch = first[episode.key], len(plan.anchors) // len(plan.inputs) * batch_size
+        steps_per_batch = len(plan.anchors) // len(plan.inputs) * batch_size
         batches: dict[int, list[int]] = {}
         for step in steps:
-            batches.setdefault((step - start) // per_batch, []).append(step)
-        with closing(
-            open_video(episode.video, group.encode.decoder, first_frame=episode.first_frame, num_frames=num_frames)
+            batches.setdefault((step - starts[episode.key]) // steps_per_batch, []).append(step)
+        with open_video(
+            episode.video, group.encode.decoder, first_frame=episode.first_frame, num_frames=num_frames
         ) as video:
             for batch, members in batches.items():
                 inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]
                 pixels = encoder.preprocess(video.read(inputs.reshape(-1)))
                 tokens = encoder.encode(pixels.reshape(*inputs.shape, *pixels.shape[1:])).flatten(0, 1)
                 for step in members:
-                    online = tokens[step - start - batch * per_batch]
+                    online = tokens[step - starts[episode.key] - batch * steps_per_batch]
                     stored = _compare_step(store, step, online, group.encode.dtype)
                     yield StepResult(listed.unit.name, episode.key, step, *stored)
     if wanted:
@@ -217,13 +213,13 @@ def _compare_step(store: Path, step: int, online: Tensor, dtype: str) -> tuple[b
     """Whether the stored bits are those that come out now; the largest difference of the values, and the relative error."""
     from jepa_cache.encoder.frozen import to_stored
 
-    codec = get_codec(dtype)
-    fresh: tuple[np.ndarray, ...] = (to_stored(online[None], codec.cast)[0],)
-    stored, channels = (_read(store, layout.TOKENS, step)[0],), None
+    codec, channels = get_codec(dtype), None
+    fresh = [to_stored(online[None], codec.cast)[0]]  # the codes, and where they are codes their scales
+    stored = [_read(store, layout.TOKENS, step)]
     if codec.max_code is not None:
-        channels = Channels(*(_read(store, name) for name in (layout.CHANNEL_SCALES, layout.CHANNEL_MEANS)))
-        stored = (*stored, _read(store, layout.TOKEN_SCALES, step)[0])
-        fresh = encode(fresh[0], dtype, channels)
+        channels = Channels(_read(store, layout.CHANNEL_SCALES), _read(store, layout.CHANNEL_MEANS))
+        fresh = list(encode(fresh[0], dtype, channels))
+        stored.append(_read(store, layout.TOKEN_SCALES, step))
     equal = all(np.array_equal(old, new) for old, new in zip(stored, fresh, strict=True))
     old, new = (decode(it[0], dtype, it[1] if channels else None, channels) for it in (stored, fresh))
     difference, size = (float(np.sqrt(np.square(it, dtype=np.float64).mean())) for it in (old - new, new))
@@ -231,20 +227,11 @@ def _compare_step(store: Path, step: int, online: Tensor, dtype: str) -> tuple[b
 
 
 def _read(store: Path, name: str, row: int | None = None) -> np.ndarray:
-    """One row of an array of a store, as an array of one; all of it where no row is named."""
+    """An array of a store, or one row of it."""
     with ArrayReader(store, name) as reader:
         out = np.empty(reader.shape if row is None else (1, *reader.shape[1:]), reader.dtype)
         reader.read(row or 0, out)
-    return out
-
-
-def _common(mapping: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What both record: an older store may not say everything."""
-    return {
-        key: _common(value, other[key]) if isinstance(value, Mapping) else value
-        for key, value in mapping.items()
-        if key in other
-    }
+    return out if row is None else out[0]
 
 
 @dataclass
@@ -286,9 +273,8 @@ def repair_manifest(
         ValueError: The settings make another recipe, or recordings or weights cannot be had.
     """
     repair = Repair()
-    damaged = {finding.key: finding.path for finding in findings if finding.key is not None}
-    stale = {finding.path for finding in findings if finding.stale}
-    if any(finding.key is None for finding in findings):
+    damaged = {finding.key: finding for finding in findings if finding.key is not None}
+    if len(damaged) < len(findings):
         path = root.manifest(manifest.digest)
         write_manifest(manifest, [path])
         root.publish(path)
@@ -297,37 +283,30 @@ def repair_manifest(
     if not affected:
         return repair
     groups = group_units_by_recipe(config, open_encoder(config, base), inputs, base)
-    by_recipe = {group.fingerprint: group for group in groups}
-    found = _find_units(manifest, by_recipe, lambda part, entry: bool(damaged.keys() & set(part.keys(entry))))
-    repair.lost = sorted(affected - {it.entry.unit_digest for it in found})
-    for it in found:
-        for key in [key for key in damaged if key in it.part.keys(it.entry)]:
-            _remove_damaged(root, it, damaged[key], anyway=damaged[key] in stale)
-    made = _digests(bring_up_to_date(config, inputs, base, root).manifest)
-    for it in found:
+    units = [it for it in _find_units(manifest, groups) if damaged.keys() & set(it.keys)]
+    repair.lost = sorted(affected - {it.entry.unit_digest for it in units})
+    for it in units:
+        for finding in [finding for key, finding in damaged.items() if key in it.keys]:
+            _remove_damaged(root, it, finding)
+    bring_up_to_date(config, inputs, base, root)
+    for it in units:
         ensure_controls(root, it.group, it.unit)  # which stage one does not miss where the actions are there
-    listed = _digests(manifest)
-    differing = {key for key in damaged if made.get(key, listed.get(key)) != listed.get(key)}
-    repair.differing = [f"{damaged[key]} has digest {made[key]}, the manifest lists {listed[key]}" for key in differing]
-    left = check_units([(it.part, it.entry) for it in found], root, Scope())
-    left = [finding for finding in left if finding.key not in differing]
-    repair.left = [finding.problem for finding in left]
-    whole = {key for it in found for key in it.part.keys(it.entry)} - differing - {finding.key for finding in left}
-    repair.repaired += [path for key, path in damaged.items() if key in whole]
+    left = {finding.key: finding.problem for finding in check_units([it[:2] for it in units], root, Scope())}
+    for it in units:
+        for key, listed in zip(it.keys, (it.entry.tokens_digest, it.entry.actions_digest, None), strict=True):
+            found = read_whole(root, root.store(key)) if listed and key in damaged else None
+            if found is not None and found.digest != listed:
+                repair.differing.append(f"{root.store(key)} has digest {found.digest}, the manifest lists {listed}")
+                left.pop(key, None)
+            elif key in damaged and key not in left:
+                repair.repaired.append(root.store(key))
+    repair.left = list(left.values())
     return repair
 
 
-def _remove_damaged(root: CacheRoot, listed: _Listed, path: Path, *, anyway: bool) -> None:
+def _remove_damaged(root: CacheRoot, listed: _Listed, finding: Finding) -> None:
     """Remove a store under its claim and after another look: its maker may have put it right meanwhile."""
-    with root.claimed(path):
-        unit = (listed.part, listed.entry)
-        if anyway or any(finding.path == path for finding in check_units([unit], root, Scope(read_data=True))):
-            root.remove(path)
-
-
-def _digests(manifest: Manifest) -> dict[StoreKey, str]:
-    return {
-        key: digest
-        for part, entry in manifest.stores
-        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest), strict=False)
-    }
+    with root.claimed(finding.path):
+        again = check_units([listed[:2]], root, Scope(read_data=True))
+        if finding.stale or any(it.path == finding.path for it in again):
+            root.remove(finding.path)

@@ -212,7 +212,7 @@ def encode_unit(task: EncodingGroup, root: CacheRoot) -> FillResult | str:
     try:
         _check_recipe(task, get_worker().address)
         encoder = _load_once(task.encoder, task.encode, task.num_threads)
-        filled = fill_group(task, encoder, root, lambda *_: None)
+        filled = fill_group(task, encoder, root)
         if not filled.busy and not filled.unreadable:
             for unit in task.units:
                 ensure_actions(root, task, unit)

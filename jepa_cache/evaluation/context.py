@@ -55,31 +55,26 @@ class EvaluationContext:
         """Segments of the held-out episodes, cut by the filters."""
         return self.dataset.segments_of(VAL, self.config.split, self.config.filter)
 
-    def iter_windows(
-        self, chosen: ChosenWindows, title: str, *, batch_size: int | None = None, device: torch.device | None = None
-    ) -> Iterator[tuple[slice, Batch, Tensor]]:
-        """Read windows batch by batch, with a progress bar, onto the predictor's or another device.
+    def iter_windows(self, chosen: ChosenWindows, title: str) -> Iterator[tuple[slice, Batch, Tensor]]:
+        """Read windows batch by batch onto the predictor's device, with a progress bar.
 
         Yields:
             The rows of the batch among the chosen windows; the batch, on the device; and its tokens h [B, T, N, D] as the model
             sees them.
         """
-        size = batch_size or self.config.evaluate.batch_size
-        numbers, device = chosen.numbers, device or self.device
+        numbers, size = chosen.numbers, self.config.evaluate.batch_size
         chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks)
         first = 0
         for batch in tqdm(batches, total=len(chunks), desc=title, unit="batch", dynamic_ncols=True):
-            on_device = to_device(batch, device)
+            on_device = to_device(batch, self.device)
             rows = slice(first, first + len(batch.numbers))
             yield rows, on_device, self.model.as_reps(on_device.tokens)
             first = rows.stop
 
-    def read_windows(
-        self, index: WindowIndex, numbers: Sequence[int], device: torch.device | None = None
-    ) -> tuple[Batch, Tensor]:
+    def read_windows(self, index: WindowIndex, numbers: Sequence[int]) -> tuple[Batch, Tensor]:
         """Read a few windows at once, as `iter_windows` does."""
-        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), device or self.device)
+        batch = to_device(WindowLoader(self.dataset, index, self.scaler).read(numbers), self.device)
         return batch, self.model.as_reps(batch.tokens)
 
 
@@ -129,19 +124,19 @@ class ChosenWindows(NamedTuple):
         return [segment.episode for segment in self.segments]
 
 
+def spread(values: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` of some values, evenly spread, the ends included."""
+    picks = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[pick] for pick in picks]
+
+
 def choose_windows(
     segments: Sequence[Segment], num_steps: int, per_episode: int, *, limit: int | None = None
 ) -> ChosenWindows:
-    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer.
-
-    Raises:
-        ValueError: No segment is long enough.
-    """
+    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer."""
     index = WindowIndex(segments, num_steps)
     numbers = spread_windows(index, per_episode)
-    if limit is not None and len(numbers) > limit:
-        numbers = [numbers[pick] for pick in np.linspace(0, len(numbers) - 1, limit).round().astype(int)]
-    return ChosenWindows(index, numbers)
+    return ChosenWindows(index, numbers if limit is None else spread(numbers, limit))
 
 
 def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
@@ -153,16 +148,7 @@ def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
 
 
 def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> EvaluationContext:
-    """Load trained weights for an evaluation on a data set.
-
-    Args:
-        config: The present settings; `train.device` says where to compute.
-        dataset: The cached features.
-        weights: predictor.safetensors of a training run; brings its own scaler.
-
-    Raises:
-        ValueError: The weights were trained on other features, actions or episodes.
-    """
+    """Load trained weights and their scaler; refuses those that were trained on other features, actions or episodes."""
     predictor, card = load_predictor(weights)
     for name, then, now in (
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
@@ -179,11 +165,7 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
 
 
 def check_settings(config: Config, weights: Path) -> None:
-    """Refuse weights of another training: those of an earlier run still lie there when the requested one was interrupted.
-
-    Raises:
-        ValueError: Naming every setting that differs, or when the weights are missing.
-    """
+    """Refuse weights of another training: those of an earlier run still lie there when the requested one was interrupted."""
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]

@@ -13,6 +13,7 @@ Letters of the statistics: d dimensions, n and m vectors. They are float64.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ MAX_GROUPS = 20  # of episodes, left out one after the other
 
 
 class TooFewError(ValueError):
-    """There is too little to estimate a distribution from; the message says of what, and the way out."""
+    """There is too little to estimate a distribution from."""
 
 
 class Vectors(NamedTuple):
@@ -44,17 +45,15 @@ class Vectors(NamedTuple):
 
     groups: np.ndarray  # [windows] group of each window's episode
     halves: np.ndarray  # [windows] 0 or 1
-    values: dict[
-        str, np.ndarray
-    ]  # name in COMPARED to [windows, K, P, D] float32: P of each window and horizon, 1 where pooled
+    # Name in COMPARED to [windows, K, P, D] float32: P of each window and horizon, 1 where pooled.
+    values: dict[str, np.ndarray]
     training: np.ndarray  # [n, D] of training windows
 
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     """Squared Fréchet distance of the Gaussians that share mean and covariance with two sets, [n, d] and [m, d].
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in the unit of the vectors squared; at least 0. With few vectors it is biased
-    upwards, the more the fewer there are.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0. With few vectors it is biased upwards, the more the fewer there are.
 
     Source: Dowson and Landau 1982; as a distance of learned features, Heusel et al. 2017 (FID).
     """
@@ -100,14 +99,10 @@ def median_distance(vectors: np.ndarray) -> float:
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], groups: np.ndarray) -> Estimate:
-    """Value over all windows and its 95 % interval, from the values with one group left out at a time.
+    """Value over all windows and its 95 % interval (Student's t), from the values with one of `groups` [windows] left out at a time.
 
-    The bootstrap repeats vectors, and both distances grow where vectors repeat; leaving out does not. The interval is that of
-    Student's t with one degree of freedom less than there are groups.
-
-    Args:
-        statistic: Of the kept windows, [windows] bool.
-        groups: [windows], at least two different ones.
+    The bootstrap repeats vectors, and both distances grow where vectors repeat; leaving out does not. `statistic` is told which
+    windows are kept, [windows] bool.
 
     Source: the delete-a-group jackknife (Efron and Stein 1981).
     """
@@ -124,9 +119,6 @@ def collect_vectors(evaluation: EvaluationContext) -> dict[str, Vectors]:
     """Predicted, copied and true tokens of held-out windows and true tokens of training windows, by kind.
 
     Single tokens are drawn, the same places for prediction and truth, so that memory is bounded.
-
-    Raises:
-        ValueError: Fewer than two held-out episodes have a long enough segment.
     """
     settings = evaluation.config.evaluate
     context, horizon = settings.num_context_steps, settings.horizon
@@ -141,18 +133,13 @@ def collect_vectors(evaluation: EvaluationContext) -> dict[str, Vectors]:
         future = h[:, context:]
         copied = h[:, context - 1 : context].expand_as(future)
         places = np.stack([rng.permutation(num_tokens)[:num_places] for _ in batch.numbers])
-        places = torch.from_numpy(places)[:, None, :, None]
+        places = torch.from_numpy(places)[:, None, :, None].to(h.device)
         for name, tokens in ((TRUE, future), (MODEL, predicted), (COPY_LAST, copied)):
-            parts["token"][name].append(torch.take_along_dim(tokens, places.to(h.device), dim=2).cpu().numpy())
+            parts["token"][name].append(torch.take_along_dim(tokens, places, dim=2).cpu().numpy())
             parts["pooled"][name].append(tokens.mean(dim=2, keepdim=True).cpu().numpy())
-    groups, halves = deal_windows(chosen.episodes)
-    training = _training_vectors(evaluation, rng)
-    return {
-        kind: Vectors(
-            groups, halves, {name: np.concatenate(found) for name, found in parts[kind].items()}, training[kind]
-        )
-        for kind in KINDS
-    }
+    dealt, training = deal_windows(chosen.episodes), _training_vectors(evaluation, rng)
+    joined = {kind: {name: np.concatenate(found) for name, found in parts[kind].items()} for kind in KINDS}
+    return {kind: Vectors(*dealt, joined[kind], training[kind]) for kind in KINDS}
 
 
 def deal_windows(episodes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,9 +163,8 @@ def _training_vectors(evaluation: EvaluationContext, rng: np.random.Generator) -
         numbers = sorted(rng.choice(numbers, MAX_TRAINING_VECTORS, replace=False).tolist())
     per_step = max(1, MAX_TRAINING_VECTORS // len(numbers))
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    chosen = ChosenWindows(index, numbers)
-    for _, _, window in evaluation.iter_windows(chosen, "training tokens", batch_size=16, device=torch.device("cpu")):
-        h = window[:, 0]
+    for _, _, window in evaluation.iter_windows(ChosenWindows(index, numbers), "training tokens"):
+        h = window[:, 0].cpu()
         parts["token"] += [step.numpy()[rng.permutation(len(step))[:per_step]] for step in h]
         parts["pooled"].append(h.mean(dim=1).numpy())
     return {kind: np.concatenate(found) for kind, found in parts.items()}
@@ -211,72 +197,47 @@ def measure_distances(vectors: Vectors) -> tuple[dict[str, float], dict[tuple[st
         )
     bandwidth = median_distance(training[:: -(-len(training) // MAX_VECTORS)])
     basis = PCA(num_dims, svd_solver="covariance_eigh").fit(training.astype(np.float64))
-    facts = {
-        "num_dims": num_dims,
-        "num_vectors": num_vectors,
-        "kept_variance": float(basis.explained_variance_ratio_.sum()),
-        "bandwidth": bandwidth,
-    }
+
+    def rows(step: int, name: str) -> np.ndarray:
+        return values[name][:, step].reshape(-1, width).astype(np.float64)
+
+    @functools.lru_cache(maxsize=5)  # the five different ones of a step
+    def kernel(step: int, one: str, other: str) -> np.ndarray:
+        return gaussian_kernel(rows(step, one), rows(step, other), bandwidth)
+
+    def both_ways(distance: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
+        """Of the mean distance between rows of one half and rows of the other, each given as [windows * P] bool."""
+        half_of = np.repeat(halves, per_window)
+
+        def statistic(kept: np.ndarray) -> float:
+            keep = np.repeat(kept, per_window)
+            return sum(distance(keep & (half_of == half), keep & (half_of != half)) for half in (0, 1)) / 2
+
+        return jackknife(statistic, groups)
+
+    def compare(step: int, name: str) -> tuple[Estimate, Estimate]:
+        given, true = (basis.transform(rows(step, which)) for which in (name, TRUE))
+        first, second, across = kernel(step, name, name), kernel(step, TRUE, TRUE), kernel(step, name, TRUE)
+        frechet = both_ways(lambda own, others: frechet_distance(given[own], true[others]))
+        discrepancy = both_ways(
+            lambda own, others: mmd(first[own][:, own], second[others][:, others], across[own][:, others])
+        )
+        return frechet._replace(low=max(0.0, frechet.low)), discrepancy
+
     found: dict[tuple[str, str], list[Estimate]] = {}
-    for name, end in COMPARED.items():
-        pairs = [(values[name][:, step], values[TRUE][:, step], halves) for step in range(horizon)]
-        frechet = [jackknife(_frechet_statistic(*pair, basis.transform), groups) for pair in pairs]
-        found["frechet", end] = [estimate._replace(low=max(0.0, estimate.low)) for estimate in frechet]
-        found["mmd", end] = [jackknife(_mmd_statistic(*pair, bandwidth), groups) for pair in pairs]
-    return facts, found
-
-
-def _frechet_statistic(
-    given: np.ndarray, true: np.ndarray, halves: np.ndarray, project: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[np.ndarray], float]:
-    """The distance of the given vectors [windows, P, D] of either half from the true ones of the other, as a function of the windows."""
-    shape = (*given.shape[:2], -1)
-    given, true = (project(_flat(values).astype(np.float64)).reshape(shape) for values in (given, true))
-
-    def statistic(kept: np.ndarray) -> float:
-        sides = ((_flat(given[kept & (halves == half)]), _flat(true[kept & (halves != half)])) for half in (0, 1))
-        return sum(frechet_distance(one, other) for one, other in sides) / 2
-
-    return statistic
-
-
-def _mmd_statistic(
-    given: np.ndarray, true: np.ndarray, halves: np.ndarray, bandwidth: float
-) -> Callable[[np.ndarray], float]:
-    """As `_frechet_statistic`; kernels are computed once, and rows of windows that are left out are skipped."""
-    rows = np.repeat(halves, given.shape[1])
-    sides = []
-    for half in (0, 1):
-        one, other = _flat(given)[rows == half], _flat(true)[rows != half]
-        pairs = ((one, one), (other, other), (one, other))
-        sides.append((half, [gaussian_kernel(x, y, bandwidth) for x, y in pairs]))
-
-    def statistic(kept: np.ndarray) -> float:
-        keep, total = np.repeat(kept, given.shape[1]), 0.0
-        for half, (first, second, across) in sides:
-            own, others = keep[rows == half], keep[rows != half]
-            total += mmd(first[own][:, own], second[others][:, others], across[own][:, others]) / 2
-        return total
-
-    return statistic
-
-
-def _flat(values: np.ndarray) -> np.ndarray:
-    return values.reshape(-1, values.shape[-1])
+    for step in range(horizon):
+        for name, end in COMPARED.items():
+            for measure, estimate in zip(("frechet", "mmd"), compare(step, name), strict=True):
+                found.setdefault((measure, end), []).append(estimate)
+    facts = {"num_dims": num_dims, "num_vectors": num_vectors, "bandwidth": bandwidth}
+    return facts | {"kept_variance": float(basis.explained_variance_ratio_.sum())}, found
 
 
 def write_distances(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
-    """Write distance.csv and return the sections `distance` and `distance_ci` of metrics.json.
-
-    Names: `frechet_token_step1`, `mmd_pooled_step1`; with `_copy_last` or `_floor` before `_step` those of the baseline and of
-    two halves of the true tokens; steps 1 and K, the table holds all. Both are squared distances. Intervals are of the jackknife
-    over groups of episodes.
+    """Write distance.csv and return the sections `distance` and `distance_ci` of metrics.json, where steps 1 and K stand.
 
     Where there is too little held out for a distribution, the section holds only the number of windows and there is no table; why
     is said on stderr.
-
-    Raises:
-        ValueError: Fewer than two episodes with a long enough segment are held out.
     """
     vectors = collect_vectors(evaluation)
     section: dict[str, float] = {"num_windows": len(vectors["token"].halves)}

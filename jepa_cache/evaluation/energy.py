@@ -23,7 +23,7 @@ from jepa_cache.control.planner import Context, Rollout
 from jepa_cache.data.ablations import draw_others, positions_of
 from jepa_cache.data.cache import CachedDataset, Segment
 from jepa_cache.data.windows import WindowIndex, first_cached_rows
-from jepa_cache.evaluation.context import EvaluationContext, Measurement, Picture, choose_windows
+from jepa_cache.evaluation.context import EvaluationContext, Measurement, Picture, choose_windows, spread
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, episode_means, write_table
 from jepa_cache.evaluation.pictures import new_figure, save_figure
 
@@ -59,9 +59,6 @@ class ActionPool:
 
         One-hot columns (the slot that is selected at the step) stay as in `like` [A]: the frame shows them, so another one
         would give an action away.
-
-        Raises:
-            ValueError: There is no other episode.
         """
         name = self._dataset_of[segment.store]
         actions, own = self._actions[name], self._rows_of[name].get(segment.episode, np.empty(0, np.int64))
@@ -114,9 +111,6 @@ def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
 
     `energy`: `mean_rank` (chance 0.5) and `top10_rate` (chance 0.1) of the true action, `true_l1` and `others_l1` (energies)
     and `margin_l1`, the others' less the true one's; `energy_ci` their intervals over episodes.
-
-    Raises:
-        ValueError: Fewer than two episodes with a long enough segment are held out, or the axes do not fit the recordings.
     """
     pool = ActionPool(evaluation.dataset, evaluation.training_segments() + evaluation.held_out_segments())
     maps = measure_maps(evaluation, pool)
@@ -136,10 +130,7 @@ def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
 def measure_ranks(
     evaluation: EvaluationContext, pool: ActionPool
 ) -> tuple[dict[str, dict[str, Any]], np.ndarray, list[str]]:
-    """Rank the true action of held-out windows among sampled ones by energy.
-
-    Each window has `evaluate.num_context_steps` true steps with their true actions; only the last action changes. The other
-    `evaluate.energy_samples` - 1 are drawn from the recorded actions of other episodes.
+    """Rank the true last action of held-out windows by energy among `evaluate.energy_samples` - 1 of other episodes.
 
     Returns:
         The sections of metrics.json, the share of each tenth of the ranks [windows, 10], and the windows' episodes.
@@ -183,29 +174,20 @@ class EnergyMap(NamedTuple):
 def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[EnergyMap]:
     """Energies on a grid around the true action: the middle window of up to 6 held-out episodes, spread over them.
 
-    The grid reaches two standard deviations of the recorded actions to each side. What follows from a column moves with it: a
-    turn of the view takes its mouse counts along.
-
-    Returns:
-        None of them where fewer than two continuous columns ever change; that is said on stderr.
-
-    Raises:
-        ValueError: `evaluate.energy_axes` names a column that never changes.
+    The grid reaches two standard deviations of the recorded actions to each side. Where fewer than two columns that can be axes
+    ever change there are no maps, and that is said on stderr.
     """
-    dataset, settings = evaluation.dataset, evaluation.config.evaluate
-    space = dataset.space
+    dataset, settings, space = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.space
     chosen = choose_windows(evaluation.held_out_segments(), settings.num_context_steps + 1, 3)
     positions = positions_of(chosen.episodes)
-    episodes = _spread(sorted(positions), MAX_MAPS)
+    episodes = spread(sorted(positions), MAX_MAPS)
     numbers = [chosen.numbers[positions[episode][len(positions[episode]) // 2]] for episode in episodes]
     segments = [chosen.index.segments[chosen.index[number].segment] for number in numbers]
     moving = np.all([pool.deviations(segment) > 0 for segment in segments], axis=0)
     axes = choose_axes(space, settings.energy_axes, moving)
-    if axes is None:
-        print(
-            f"no energy map: of the continuous columns of {space.name} fewer than two ever change in these recordings",
-            file=sys.stderr,
-        )
+    if len(axes) < 2:
+        wanted = ", ".join(settings.energy_axes or list_axes(space))
+        print(f"no energy map: fewer than two of {wanted} ever change in these recordings", file=sys.stderr)
         return []
     columns = [[column.name for column in space.actions].index(name) for name in axes]
     named = tuple((space.actions[column].name, space.actions[column].unit) for column in columns)
@@ -219,12 +201,6 @@ def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[Energy
         energies = window.energies(actions).reshape(MAP_STEPS, MAP_STEPS)
         maps.append(EnergyMap(segment.episode, first_step, named, grid, energies))
     return maps
-
-
-def _spread(values: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` of them, evenly spread, the ends included."""
-    picks = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
-    return [values[pick] for pick in np.unique(picks)]
 
 
 def shift_actions(space: ActionSpace, true: np.ndarray, columns: Sequence[int], offsets: np.ndarray) -> np.ndarray:
@@ -255,30 +231,20 @@ def check_axes(evaluation: EvaluationContext) -> None:
             )
 
 
-def choose_axes(space: ActionSpace, requested: tuple[str, str] | None, moving: np.ndarray) -> tuple[str, str] | None:
-    """Names of two columns: the requested ones, else the first two that ever change, in the order that suits the space."""
-    free = list_axes(space)
-    changing = [column.name for column, moves in zip(space.actions, moving, strict=True) if moves]
-    for name in requested or ():
-        if name not in changing:
-            raise ValueError(
-                f"evaluate.energy_axes: {name!r} never changes in these recordings; choose two of "
-                f"{', '.join(other for other in free if other in changing)}"
-            )
-    order = requested or (*(space.motion.map_axes if space.motion else ()), *free)
-    usable = [name for name in dict.fromkeys(order) if name in changing]
-    return (usable[0], usable[1]) if len(usable) >= 2 else None
+def choose_axes(space: ActionSpace, requested: tuple[str, str] | None, moving: np.ndarray) -> list[str]:
+    """Up to two columns that ever change ([A] bool): of the requested ones, else in the order that suits the space."""
+    changing = {column.name for column, moves in zip(space.actions, moving, strict=True) if moves}
+    order = requested or (*(space.motion.map_axes if space.motion else ()), *list_axes(space))
+    return [name for name in dict.fromkeys(order) if name in changing][:2]
 
 
 def write_maps(maps: Sequence[EnergyMap], folder: Path) -> None:
     """Write energy_map<i>.csv (x, y, energy) for each map and energy_maps.csv, which says what they show."""
     listing = []
     for number, (episode, first_step, (x, y), grid, energies) in enumerate(maps, start=1):
-        columns = (*np.meshgrid(*grid, indexing="ij"), energies)
-        cells = zip(*(values.ravel().tolist() for values in columns), strict=True)
-        write_table(
-            [dict(zip(("x", "y", "energy"), cell, strict=True)) for cell in cells], folder / f"energy_map{number}.csv"
-        )
+        cells = np.stack([*np.meshgrid(*grid, indexing="ij"), energies], axis=-1).reshape(-1, 3).tolist()
+        rows = [{"x": one, "y": other, "energy": energy} for one, other, energy in cells]
+        write_table(rows, folder / f"energy_map{number}.csv")
         listing.append(
             {"map": number, "episode": episode, "first_step": first_step}
             | {"x": x[0], "x_unit": x[1], "y": y[0], "y_unit": y[1]}
@@ -311,7 +277,7 @@ def draw_maps(maps: Sequence[EnergyMap], path: Path, *, note: str) -> None:
     offsets = np.mean([single.grid - single.grid[:, [MIDDLE]] for single in maps], axis=0)
     above = np.mean([single.energies - single.energies[MIDDLE, MIDDLE] for single in maps], axis=0)
     pictures = [(f"mean of {len(maps)} windows, less the true action's energy", "change of ", offsets, above)]
-    for single in _spread(maps, NUM_DRAWN):
+    for single in spread(maps, NUM_DRAWN):
         name = single.episode if len(single.episode) <= 28 else f"...{single.episode[-25:]}"
         pictures.append((f"{name}, step {single.first_step}", "", single.grid, single.energies))
     figure = new_figure(4.2 * len(pictures), 4.4)
@@ -322,9 +288,8 @@ def draw_maps(maps: Sequence[EnergyMap], path: Path, *, note: str) -> None:
         axes.plot(grid[0, best[0]], grid[1, best[1]], "o", mfc="none", mec="white", ms=10, mew=2, label="lowest")
         axes.plot(*grid[:, MIDDLE], "x", color="#ff3b30", ms=10, mew=2.5, label="true action")
         axes.set_title(title, fontsize=9)
-        axes.set(
-            **{f"{axis}label": f"{what}{name} ({unit})" for axis, (name, unit) in zip("xy", maps[0].axes, strict=True)}
-        )
+        across, up = (f"{what}{name} ({unit})" for name, unit in maps[0].axes)
+        axes.set(xlabel=across, ylabel=up)
         figure.colorbar(image, ax=axes, shrink=0.8)
     places[0].legend(fontsize=8, loc="upper right")
     figure.suptitle(f"Energy (L1 to the true next step) around the true action; {note}", fontsize=10)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,23 +140,21 @@ THIRDS = ("low", "middle", "high")
 def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> list[dict[str, Any]]:
     """What is known of each measured window beside its errors.
 
-    Returns:
-        A row for each: `episode`, `dataset`, `camera` ("" where the source has one view), `phase`, `gui` (whether a screen was open
-        at any step), `first_step` (counted from the first cached one of the episode in this view), `start_s` (its time in the
-        recording), and `action_size` (mean absolute scaled distance of the actions from doing nothing).
+    `gui` says whether a screen was open at any step, `first_step` counts from the first cached one of the episode in this view,
+    `action_size` is the mean absolute scaled distance of the actions from doing nothing.
     """
     dataset, scale = evaluation.dataset, evaluation.scaler.actions.apply
     parts = [part for part, _ in dataset.manifest.stores]
-    first_rows = first_cached_rows(dataset.segments)
-    stores = {}
-    for store in {window.store for window in errors.chosen.windows}:
-        steps = dataset.steps(store)
-        gui, frames = (steps.column(name).to_numpy(zero_copy_only=False) for name in ("gui", "frame"))
-        stores[store] = gui, frames, dataset.step_hz(store)
-    facts = []
+    first_rows, facts = first_cached_rows(dataset.segments), []
+
+    @functools.cache
+    def recorded(store: int) -> tuple[np.ndarray, np.ndarray, Mapping[str, float]]:
+        gui, frames = (dataset.steps(store).column(name).to_numpy(zero_copy_only=False) for name in ("gui", "frame"))
+        return gui, frames, dataset.step_hz(store)
+
     for window, episode in zip(errors.chosen.windows, errors.episodes, strict=True):
         rows, part = slice(window.start, window.start + errors.chosen.index.num_steps), parts[window.store]
-        gui, frames, rates = stores[window.store]
+        gui, frames, rates = recorded(window.store)
         actions = dataset.controls(window.store)[0][rows][:-1]
         facts.append(
             {

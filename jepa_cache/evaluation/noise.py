@@ -7,6 +7,7 @@ would have stored them, made in memory from the float16 ones by the store's own 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,18 +40,9 @@ READ_STEPS = 32  # at once, for a store's channels
 
 @torch.no_grad()
 def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Distances of neighbouring steps, and the predictor's errors per stored dtype, on the same held-out windows.
+    """Figures of `write_noise` as [windows], and the windows' episodes.
 
-    Only a float16 cache can be stored again in fewer bits; of others the errors are those of the tokens as they are. Channels'
-    means and deviations are of all steps of each store that holds a window, as the writer takes them.
-
-    Returns:
-        Figure to [windows], and the windows' episodes. Figures: `adjacent_l1`, `adjacent_cosine` and `quietest_l1` of neighbouring
-        steps; `one_step_l1` and `rollout_l1`; and for each other dtype `change_<error>_<dtype>_l1`, `own_change_<error>_<dtype>_l1`
-        and `stored_<dtype>_rmse`, see `write_noise`.
-
-    Raises:
-        ValueError: No held-out segment is long enough.
+    Channels' means and deviations are of all steps of each store that holds a window, as the writer takes them.
 
     Cost: one pass of the predictor per dtype, and for a float16 cache one reading of every store that holds a window.
     """
@@ -58,7 +50,7 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
     num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
     chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows)
     windows, others = chosen.windows, list_other_dtypes(dataset)
-    channels: dict[int, Channels] = {}
+    channels = functools.cache(lambda store: read_channels(dataset, store))
     parts: dict[str, list[np.ndarray]] = {}
 
     def put(name: str, values: Tensor | np.ndarray) -> None:
@@ -71,12 +63,10 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
         for error, values in as_is.items():
             put(f"{error}_l1", values)
         for dtype in others:
-            stores = [window.store for window in windows[rows]]
-            for store in set(stores) - channels.keys():
-                channels[store] = read_channels(dataset, store)
             raw = batch.tokens.cpu().numpy()
-            restored = [restore(tokens, dtype, channels[store]) for tokens, store in zip(raw, stores, strict=True)]
-            stored, true = np.stack(restored), raw.astype(np.float64)
+            pairs = zip(raw, windows[rows], strict=True)
+            stored = np.stack([restore(tokens, dtype, channels(window.store)) for tokens, window in pairs])
+            true = raw.astype(np.float64)
             rmse = np.sqrt(((stored - true) ** 2).mean(axis=(1, 2, 3)) / (true**2).mean(axis=(1, 2, 3)))
             put(f"stored_{dtype}_rmse", rmse)
             given = evaluation.model.as_reps(torch.from_numpy(stored).to(evaluation.device))
@@ -150,13 +140,10 @@ def write_noise(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
 
     `adjacent_l1` and `adjacent_cosine` between neighbouring steps; `quietest_l1`, the 10th percentile of the former in each
     episode: what differs when next to nothing happens; `one_step_l1` and `rollout_l1` of the predictor on the same windows. Of a
-    float16 cache for each other dtype `change_one_step_<dtype>_l1` and `change_rollout_<dtype>_l1`: the error with its tokens as
-    input less that with float16's, both against float16 tokens; `own_change_...`: with targets of that dtype as well, as an
-    evaluation on such a cache would show it; `stored_<dtype>_rmse`: what storing changed, relative to the tokens. Of any cache
-    `stored_rmse`: the same of its own dtype, as its manifest records it.
-
-    Raises:
-        ValueError: Fewer than two episodes with a long enough segment are held out.
+    float16 cache for each other dtype `change_<error>_<dtype>_l1`: the error with its tokens as input less that with float16's,
+    both against float16 tokens; `own_change_...`: with targets of that dtype as well, as an evaluation on such a cache would show
+    it; `stored_<dtype>_rmse`: what storing changed, relative to the tokens. `stored_rmse`: that of the cache's own dtype, from
+    its manifest.
     """
     dataset = evaluation.dataset
     sections = build_section("noise", *measure_floor(evaluation), evaluation.config.evaluate)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CPU = torch.device("cpu")
 LABELS = {
     "model": ("predictor", "#1f77b4"),
     "copy_last": ("copy the last step", "#7f7f7f"),
@@ -78,7 +77,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a figure as PNG."""
     figure.savefig(path, dpi=110)
 
 
@@ -151,32 +150,25 @@ def draw_actions(columns: Sequence[Column], training: np.ndarray, held_out: np.n
     save_figure(figure, path)
 
 
-class TokenColours(NamedTuple):
-    """A basis and a range."""
-
-    mean: np.ndarray  # [D]
-    components: np.ndarray  # [3, D]
-    low: np.ndarray  # [3] component values shown as 0
-    span: np.ndarray  # [3] above `low`, shown as 1
-
-    def paint(self, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Colours [T, H, W, 3] in [0, 1] of tokens [T, N, D]; what lies outside the range is clipped, not rescaled."""
-        components = (tokens.reshape(-1, tokens.shape[-1]) - self.mean) @ self.components.T
-        return np.clip((components - self.low) / self.span, 0, 1).reshape(-1, *grid, 3)
-
-
-def fit_colours(tokens: np.ndarray) -> TokenColours:
-    """Fit the basis on true tokens [T, N, D], best of several episodes.
+class TokenColours:
+    """A basis and a range, fitted on true tokens [T, N, D], best of several episodes.
 
     Predictions are painted in the basis of true tokens: where they differ, the colour differs for that reason alone.
     """
-    from sklearn.decomposition import PCA
 
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    rows = rows[:: -(-len(rows) // MAX_COLOUR_TOKENS)]
-    fitted = PCA(3, svd_solver="full" if len(rows) < 500 else "covariance_eigh").fit(rows)
-    low, high = np.percentile(fitted.transform(rows), PERCENTILES, axis=0)
-    return TokenColours(fitted.mean_, fitted.components_, low, np.maximum(high - low, 1e-9))
+    def __init__(self, tokens: np.ndarray) -> None:
+        from sklearn.decomposition import PCA
+
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        rows = rows[:: -(-len(rows) // MAX_COLOUR_TOKENS)]
+        self.basis = PCA(3, svd_solver="full" if len(rows) < 500 else "covariance_eigh").fit(rows)
+        self._low, high = np.percentile(self.basis.transform(rows), PERCENTILES, axis=0)
+        self._span = np.maximum(high - self._low, 1e-9)
+
+    def paint(self, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Colours [T, H, W, 3] in [0, 1] of tokens [T, N, D]; what lies outside the range is clipped, not rescaled."""
+        components = self.basis.transform(tokens.reshape(-1, tokens.shape[-1]))
+        return np.clip((components - self._low) / self._span, 0, 1).reshape(-1, *grid, 3)
 
 
 class Strip(NamedTuple):
@@ -192,29 +184,28 @@ class Strip(NamedTuple):
 @torch.no_grad()
 def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: EvaluationContext) -> list[Strip]:
     """Everything needed to draw the windows at `positions` of the measured ones, all painted in the same colours."""
-    dataset, device = evaluation.dataset, evaluation.device
-    settings, manifest = evaluation.config.evaluate, dataset.manifest
+    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
     context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
     index, numbers = errors.chosen
     fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    colours = fit_colours(evaluation.read_windows(index, fitted, CPU)[1].flatten(0, 1).numpy())
+    colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
     chosen = ChosenWindows(index, [numbers[position] for position in positions])
     runs = [
         segment._replace(start=window.start, stop=window.start + stop)
         for segment, window in zip(chosen.segments, chosen.windows, strict=True)
     ]
-    batch, h = evaluation.read_windows(*chosen, CPU)
-    h = h[:, :stop]
+    batch, h = evaluation.read_windows(*chosen)
     given = (h[:, :context], batch.actions[:, : stop - 1], batch.states[:, : stop - 1])
-    predicted = evaluation.model.open_loop(*(values.to(device) for values in given), settings.horizon).cpu()
-    error = (predicted - h[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
+    predicted = evaluation.model.open_loop(*given, settings.horizon).cpu()
+    true = h[:, :stop].cpu()
+    error = (predicted - true[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
     first_rows = first_cached_rows(dataset.segments)
     note = "" if manifest.encoder_trained else " (encoder untrained)"
     strips = []
     for number, (run, frames) in enumerate(zip(runs, read_frames(evaluation.config, dataset, runs), strict=True)):
         first = run.start - first_rows[run.store, run.episode]
         title = f"{run.episode}, steps {first} to {first + stop - 1}{note}"
-        painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (h, predicted))
+        painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (true, predicted))
         strips.append(Strip(title, frames, *painted, error[number]))
     return strips
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,30 +49,20 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """All plans of an evaluation, one per start and horizon.
 
-    Rows are those of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
+    The table is that of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
     `<distance>_<kind>` between the end of each kind of plan and of the recorded actions (of random plans the mean), and
     `<distance>_moved` of the recorded ones from the start; `planned_<number>` and `recorded_<number>`, sums over the steps;
     `energy_plan` and `energy_recorded`.
     """
 
-    rows: list[dict[str, Any]]
+    table: dict[str, np.ndarray]  # column to [plans]
     energies: np.ndarray  # [plans, rounds] lowest of each round
     seconds: np.ndarray  # [plans] that each search took
     distances: tuple[str, ...]  # names, the chief one first
     searched: tuple[str, ...]  # names of the numbers of an action that are searched
-
-    @property
-    def horizons(self) -> np.ndarray:
-        """[plans] steps to the goal."""
-        return np.array([row["horizon"] for row in self.rows])
-
-    def column(self, name: str) -> np.ndarray:
-        """[plans] values of one column of the rows."""
-        return np.array([row[name] for row in self.rows])
 
 
 def choose_settings(config: PlanConfig) -> PlannerSettings:
@@ -92,9 +82,6 @@ def score_plans(evaluation: EvaluationContext) -> Score:
     """Plan from starts spread over the held-out episodes to the recorded steps 1, 2, ... later, as `config.plan` says.
 
     Columns that are not searched stay as in the action before the start (keys, slot), or 0 in spaces of poses.
-
-    Raises:
-        ValueError: The action space says nothing of where an action leads, no held-out segment is long enough, or one episode alone.
     """
     torch.set_num_threads(default_num_threads())
     config, dataset = evaluation.config.plan, evaluation.dataset
@@ -130,7 +117,8 @@ def score_plans(evaluation: EvaluationContext) -> Score:
                 bar.update()
     names = tuple(dataset.space.motion.distances(states[0], states[0]))
     energies, seconds = (np.array(values) for values in zip(*searches, strict=True))
-    return Score(rows, energies, seconds, names, motion.names)
+    table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return Score(table, energies, seconds, names, motion.names)
 
 
 def _plan_once(
@@ -143,11 +131,7 @@ def _plan_once(
     recorded: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[dict[str, float], np.ndarray, float]:
-    """Search for a plan to the first goal, and compare where it ends.
-
-    Returns:
-        Columns of plans.csv, the lowest energy of each round, and the seconds that the search took.
-    """
+    """Search for a plan to the first goal: columns of plans.csv, the lowest energy of each round, and the seconds of the search."""
     rule, num_searched, now = evaluation.dataset.space.motion, len(motion.names), context.states[-1]
     scale = {"scale_actions": evaluation.scaler.actions.apply, "scale_states": evaluation.scaler.states.apply}
     noise = rng.standard_normal((settings.num_rounds, settings.horizon, settings.num_samples, num_searched))
@@ -182,16 +166,10 @@ def _plan_once(
 
 
 def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
-    """Score the plans of trained weights on the held-out episodes and write what was found.
-
-    Args:
-        config: Its `plan`, `evaluate` (batch size, resamples) and `split` sections count.
-        dataset: The cached features.
-        weights: predictor.safetensors of a training run.
-        out: Folder for the results.
+    """Score the plans of trained weights on the held-out episodes and write what was found to `out`.
 
     Raises:
-        ValueError: As `open_evaluation` and `score_plans`, or fewer than two held-out episodes are long enough.
+        ValueError: The weights do not fit, the space says nothing of where an action leads, or too few episodes are held out.
     """
     evaluation = open_evaluation(config, dataset, weights)
     score = score_plans(evaluation)
@@ -202,15 +180,14 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
     }
     metrics["verdict"] = judge_plans(metrics, score)
     settings = choose_settings(config.plan)
-    num_sampled = settings.num_samples * settings.num_rounds * len(score.rows)
-    took = {
-        f"h{horizon}": float(score.seconds[score.horizons == horizon].mean()) for horizon in np.unique(score.horizons)
-    }
+    num_sampled, horizons = settings.num_samples * settings.num_rounds * len(score.seconds), score.table["horizon"]
+    took = {f"h{horizon}": float(score.seconds[horizons == horizon].mean()) for horizon in np.unique(horizons)}
     timing = {"seconds_per_plan": took, "samples_per_s": num_sampled / float(score.seconds.sum())}
     with replaced_files(out, "metrics.json") as folder:
         write_json(metrics, folder / "metrics.json")
         write_json(timing, folder / "timing.json")  # beside the metrics, so that equal runs leave equal metrics
-        write_table(score.rows, folder / "plans.csv")
+        rows = zip(*(values.tolist() for values in score.table.values()), strict=True)
+        write_table([dict(zip(score.table, row, strict=True)) for row in rows], folder / "plans.csv")
         draw_plans(score, metrics, folder / "plans.png", note=evaluation.features)
     return metrics | {"timing": timing}
 
@@ -218,19 +195,22 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
 def summarize_plans(score: Score, config: Config) -> dict[str, Any]:
     """Means over episodes, their 95 % intervals and the gaps' p values, by distance, kind and horizon; a gap above 0: plans end nearer."""
     resampling = {"num_resamples": config.evaluate.num_bootstrap, "seed": config.evaluate.seed}
-    episodes, metrics = score.column("episode"), {"val": {}, "val_ci": {}, "p_value": {}}
-    values = {name: score.column(name) for name in score.rows[0] if name.startswith((*score.distances, "energy"))}
-    for name in score.distances:
-        for kind in (ZERO, RANDOM, OTHER_GOAL):
-            values[f"{name}_gap_{kind}"] = values[f"{name}_{kind}"] - values[f"{name}_{PLAN}"]
-    for horizon in np.unique(score.horizons):
-        chosen = score.horizons == horizon
+    table, metrics = score.table, {"val": {}, "val_ci": {}, "p_value": {}}
+    gaps = {
+        f"{name}_gap_{kind}": table[f"{name}_{kind}"] - table[f"{name}_{PLAN}"]
+        for name in score.distances
+        for kind in (ZERO, RANDOM, OTHER_GOAL)
+    }
+    ends = [f"{name}_{kind}" for name in score.distances for kind in (*KINDS, "moved")]
+    values = {name: table[name] for name in (*ends, "energy_plan", "energy_recorded")} | gaps
+    for horizon in np.unique(table["horizon"]):
+        chosen = table["horizon"] == horizon
         for name, of_plans in values.items():
-            means, key = episode_means(of_plans[chosen], episodes[chosen]), f"{name}_h{horizon}"
+            means, key = episode_means(of_plans[chosen], table["episode"][chosen]), f"{name}_h{horizon}"
             metrics["val"][key], *metrics["val_ci"][key] = bootstrap_mean(means, **resampling)
-            if "_gap_" in name:
+            if name in gaps:
                 metrics["p_value"][key] = paired_p_value(means, seed=config.evaluate.seed)
-    return {"num_episodes": len(set(episodes)), "num_plans": len(episodes), **metrics}
+    return {"num_episodes": len(set(table["episode"])), "num_plans": len(score.seconds), **metrics}
 
 
 def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str, str]]:
@@ -242,7 +222,7 @@ def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str,
     name, verdict = score.distances[0], {}
     for kind in (ZERO, RANDOM, OTHER_GOAL):
         answers, said = [], []
-        for horizon in np.unique(score.horizons):
+        for horizon in np.unique(score.table["horizon"]):
             key, val = f"{name}_gap_{kind}_h{horizon}", metrics["val"]
             (low, high), p = metrics["val_ci"][key], metrics["p_value"][key]
             answers.append(YES if low > 0 and p < SIGNIFICANCE else NO if high < 0 else UNCLEAR)
@@ -274,7 +254,8 @@ def draw_plans(score: Score, metrics: Mapping[str, Any], path: Path, *, note: st
     """Draw distances by horizon with 95 % intervals, planned against recorded movement, and energy against round."""
     figure = new_figure(13.5, 4.4)
     distance, moves, search = figure.subplots(1, 3)
-    name, horizons = score.distances[0], np.unique(score.horizons)
+    table, name = score.table, score.distances[0]
+    horizons = np.unique(table["horizon"])
     for shift, (kind, (label, colour)) in zip((-0.12, -0.04, 0.04, 0.12), KINDS.items(), strict=True):
         keys = [f"{name}_{kind}_h{horizon}" for horizon in horizons]
         mean, ends = (np.array([metrics[part][key] for key in keys]) for part in ("val", "val_ci"))
@@ -286,15 +267,14 @@ def draw_plans(score: Score, metrics: Mapping[str, Any], path: Path, *, note: st
     distance.set_xticks(horizons)
     distance.set_ylim(bottom=0)
     for searched in score.searched:
-        planned, recorded = (score.column(f"{what}_{searched}") for what in ("planned", "recorded"))
-        moves.scatter(recorded, planned, s=14, alpha=0.6, label=searched)
+        moves.scatter(table[f"recorded_{searched}"], table[f"planned_{searched}"], s=14, alpha=0.6, label=searched)
     moves.axline((0, 0), slope=1, color="#7f7f7f", linewidth=0.8)
     moves.set(xlabel="recorded, summed over the steps", ylabel="planned", title="planned against recorded movement")
     rounds = range(1, score.energies.shape[1] + 1)
     for horizon in horizons:
-        chosen, label = score.horizons == horizon, f"{horizon} step{'s' if horizon > 1 else ''}"
+        chosen, label = table["horizon"] == horizon, f"{horizon} step{'s' if horizon > 1 else ''}"
         (line,) = search.plot(rounds, score.energies[chosen].mean(axis=0), marker="o", label=label)
-        recorded = score.column("energy_recorded")[chosen].mean()
+        recorded = table["energy_recorded"][chosen].mean()
         search.axhline(recorded, color=line.get_color(), linestyle=":", linewidth=1)
     search.set(xlabel="round of the search", ylabel="lowest energy", title="search (dotted: the recorded actions)")
     search.set_xticks(rounds)

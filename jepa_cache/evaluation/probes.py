@@ -6,6 +6,7 @@ shows that something is in the tokens, never that it is not. Regularisation is c
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,28 +39,27 @@ INVERSE_DYNAMICS, STATE, ANTICIPATION, CLASSIFICATION = "inverse_dynamics", "sta
 R2, QUADRATIC_R2, BALANCED_ACCURACY = "r2", "quadratic_r2", "balanced_accuracy"
 # Of the coarse grid along each side: 16 places tell a turn from a walk, and 256 would not fit a linear head.
 MAX_CELLS = 4
-BATCH_BYTES = 64 << 20  # of float32 tokens at a time
 PROJECTION_SEED = 0
 NUM_FOLDS = 3
 # Ridge: times the number of rows, on standardised features; the last leaves hardly more than the mean.
 PENALTIES = {R2: (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0), QUADRATIC_R2: (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)}
 LOGISTIC_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 MAX_ITERATIONS = 1000
-STILL = "it never changes in the training windows"
+STILL = "it never changes in the"
 
 
 class Sample(NamedTuple):
     """n windows of T steps from some episodes."""
 
-    features: np.ndarray  # [n, T, P] float32, rows of each step; see `StepFeatures`
+    features: np.ndarray  # [n, T, P] float32, rows of each step; see `step_features`
     actions: np.ndarray  # [n, T-1, A] float32, unscaled
     states: np.ndarray  # [n, T, S] float32, unscaled
     windows: list[Window]
     episodes: list[str]  # key of each window's episode
 
 
-class StepFeatures:
-    """Tokens of a step as a row of at most `width` numbers.
+def step_features(reps: Tensor, grid: tuple[int, int], *, width: int) -> np.ndarray:
+    """Tokens [B, T, N, D] of steps as rows [B, T, P] float32 of at most `width` numbers; `grid` is that of the N tokens.
 
     Tokens are averaged over the cells of a grid of at most 4 x 4 (which the mean over all tokens is a sum of); where these cells
     have more numbers than `width`, a sparse random projection with a fixed seed shortens them. It is the same for every data set
@@ -67,42 +67,30 @@ class StepFeatures:
 
     Source: Li, Hastie and Church, "Very sparse random projections" (2006), as in scikit-learn.
     """
+    cells = tuple(min(side, MAX_CELLS) for side in grid)
+    pictures = reps.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)
+    rows = F.adaptive_avg_pool2d(pictures, cells).flatten(1).cpu().numpy()
+    if rows.shape[1] > width:
+        rows = _projection(rows.shape[1], width).transform(rows)
+    return rows.reshape(*reps.shape[:2], -1).astype(np.float32)
 
-    def __init__(self, grid: tuple[int, int], token_width: int, *, width: int) -> None:
-        """Prepare the projection for the `grid` of a step's tokens, rows and columns; `token_width` is D, `width` P at most."""
-        self._grid = grid
-        self._cells = tuple(min(side, MAX_CELLS) for side in grid)
-        num_numbers = self._cells[0] * self._cells[1] * token_width
-        self.width = min(num_numbers, width)
-        self._projection = None
-        if num_numbers > width:
-            projection = SparseRandomProjection(width, dense_output=True, random_state=PROJECTION_SEED)
-            self._projection = projection.fit(np.zeros((1, num_numbers), np.float32))
 
-    def __call__(self, reps: Tensor) -> np.ndarray:
-        """Rows [B, T, P] float32 of tokens [B, T, N, D]."""
-        num_windows, num_steps, _, token_width = reps.shape
-        pictures = reps.reshape(num_windows * num_steps, *self._grid, token_width).permute(0, 3, 1, 2)
-        rows = F.adaptive_avg_pool2d(pictures, self._cells).flatten(1).cpu().numpy()
-        if self._projection is not None:
-            rows = self._projection.transform(rows)
-        return rows.reshape(num_windows, num_steps, self.width).astype(np.float32)
+@functools.cache
+def _projection(num_numbers: int, width: int) -> SparseRandomProjection:
+    projection = SparseRandomProjection(width, dense_output=True, random_state=PROJECTION_SEED)
+    return projection.fit(np.zeros((1, num_numbers), np.float32))
 
 
 def read_sample(evaluation: EvaluationContext, segments: Sequence[Segment], *, num_steps: int) -> Sample:
     """Read windows spread evenly over the episodes of some segments, `evaluate.probe_windows` at most.
 
     Tokens are layer-normed where the predictor sees them so. Memory: 4 n T P bytes and one batch of tokens, whatever N and D.
-
-    Raises:
-        ValueError: No segment has `num_steps` steps.
     """
-    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
+    dataset, settings = evaluation.dataset, evaluation.config.evaluate
     per_episode = -(-settings.probe_windows // count_episodes(segments))
     chosen = choose_windows(segments, num_steps, per_episode, limit=settings.probe_windows)
-    to_row = StepFeatures(manifest.grid, manifest.width, width=settings.probe_width)
-    batch_size = max(1, BATCH_BYTES // (4 * num_steps * manifest.num_tokens * manifest.width))
-    features = [to_row(h) for _, _, h in evaluation.iter_windows(chosen, "probing", batch_size=batch_size)]
+    grid, width = dataset.manifest.grid, settings.probe_width
+    features = [step_features(h, grid, width=width) for _, _, h in evaluation.iter_windows(chosen, "probing")]
     windows = chosen.windows
     controls = [[values[w.start : w.start + num_steps] for values in dataset.controls(w.store)] for w in windows]
     actions, states = (np.stack(values) for values in zip(*controls, strict=True))
@@ -164,16 +152,12 @@ def window_labels(dataset: CachedDataset, sample: Sample) -> Targets:
     return {name: np.array(values) for name, values in labels.items()}
 
 
-Heads = dict[tuple[str, str], "Head"]
-"""By target and metric."""
+class Rows(NamedTuple):
+    """What a probe reads and is to tell, of n windows."""
 
-
-class Head(NamedTuple):
-    """A fitted head of one target."""
-
-    predict: Callable[[np.ndarray], np.ndarray]  # [n, P] rows to [n, k] numbers or [n] labels
-    baseline: np.ndarray | str  # said without looking: the mean [k], or the most frequent label, of the training rows
-    choice: float  # the penalty, or strength of a label's regression, that did best on left-out episodes
+    features: np.ndarray  # [n, P]
+    targets: Targets
+    episodes: Sequence[str]
 
 
 class Score(NamedTuple):
@@ -183,84 +167,82 @@ class Score(NamedTuple):
     target: str
     metric: str  # `R2`, `QUADRATIC_R2` or `BALANCED_ACCURACY`
     drawn: np.ndarray  # [1 + resamples] the score over all episodes, then over those drawn again
-    baseline: float  # score of what is said without looking
+    baseline: float  # score of what is said without looking: the training rows' mean, or most frequent label
 
 
-def fit_heads(features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> tuple[Heads, dict[str, str]]:
-    """Fit the heads of one probe on training rows [n, P], and say which targets cannot be fitted and why.
-
-    An episode is never on both sides of a fold.
-
-    Raises:
-        ValueError: There are fewer than two episodes.
-    """
-    numbers = {name: values for name, values in targets.items() if values.ndim == 2 and _varies(values)}
-    heads: Heads = {}
+def measure_probe(
+    probe: str, train: Rows, held_out: Rows, settings: EvaluateConfig
+) -> tuple[list[Score], dict[str, str]]:
+    """Fit heads on training rows and score them on held-out ones; and say which targets have no score, and why."""
+    names, owners = np.unique(np.array(held_out.episodes), return_inverse=True)
+    drawn = draw_episodes(len(names), num_resamples=settings.num_bootstrap, seed=settings.seed)
+    weights = np.concatenate([np.ones((1, len(names))), drawn])
+    told: dict[tuple[str, str], np.ndarray] = {}
+    reasons = {name: f"{STILL} training windows" for name, values in train.targets.items() if not _varies(values)}
+    moving = {name: values for name, values in train.targets.items() if name not in reasons}
+    numbers = {name: values for name, values in moving.items() if values.ndim == 2}
     for metric in (R2, QUADRATIC_R2) if numbers else ():
-        heads |= fit_regressions(metric, features, numbers, episodes)
-    reasons = {name: STILL for name, values in targets.items() if values.ndim == 2 and name not in numbers}
-    for name, values in targets.items():
-        if values.ndim == 1:
-            head = fit_label(features, values, episodes)
-            if isinstance(head, str):
-                reasons[name] = head
-            else:
-                heads[name, BALANCED_ACCURACY] = head
-    return heads, reasons
+        found = tell_numbers(metric, train._replace(targets=numbers), held_out.features)
+        told |= {(name, metric): values for name, values in found.items()}
+    for name in moving:
+        if name in numbers:
+            continue
+        found = tell_label(train, name, held_out.features)
+        if isinstance(found, str):
+            reasons[name] = found
+        else:
+            told[name, BALANCED_ACCURACY] = found
+    scores = []
+    for (name, metric), values in told.items():
+        true, known = held_out.targets[name], train.targets[name]
+        if not _varies(true):
+            reasons[name] = f"{STILL} held-out windows"
+        elif metric == BALANCED_ACCURACY:
+            scores.append(Score(probe, name, metric, *_measure_balanced_accuracy(true, values, known, owners, weights)))
+        else:
+            scores.append(Score(probe, name, metric, _measure_r2(true, values, known, owners, weights), 0.0))
+    return scores, reasons
 
 
-def fit_regressions(metric: str, features: np.ndarray, targets: Targets, episodes: Sequence[str]) -> Heads:
-    """Fit a ridge regression for each target; its penalty is the best one on left-out training episodes.
+def tell_numbers(metric: str, train: Rows, features: np.ndarray) -> Targets:
+    """Tell targets for rows [m, P] by ridge regressions on training rows, whose penalties do best on left-out episodes.
 
     `QUADRATIC_R2` is by kernel ridge regression on all products of two numbers of a row. What moved is in how two frames go
     together, not in their sum: on the sample data turns of the view are found by this head alone. Memory: 8 n^2 bytes.
     """
-    scaler = StandardScaler().fit(features)
-    rows, folds = scaler.transform(features), GroupKFold(_num_folds(episodes))
+    scaler = StandardScaler().fit(train.features)
+    train_rows, rows = scaler.transform(train.features), scaler.transform(features)
     penalties: Sequence[float] = PENALTIES[metric]
     if metric == R2:
-        penalties = [share * len(features) for share in penalties]
+        penalties = [share * len(train_rows) for share in penalties]
         build: Callable[[Any], BaseEstimator] = lambda penalty: Ridge(alpha=penalty)  # noqa: E731
     else:
         kernel = {"degree": 2, "gamma": 1 / features.shape[1], "coef0": 1}
-        train_rows, rows = rows, polynomial_kernel(rows, **kernel)
+        rows, train_rows = (polynomial_kernel(some, train_rows, **kernel) for some in (rows, train_rows))
         build = lambda penalty: KernelRidge(alpha=penalty, kernel="precomputed")  # noqa: E731
-    joined = np.concatenate([values.astype(np.float64) for values in targets.values()], axis=1)
+    joined = np.concatenate([values.astype(np.float64) for values in train.targets.values()], axis=1)
     means = joined.mean(axis=0)
     joined -= means
     errors = np.empty((len(penalties), joined.shape[1]))  # on left-out episodes
+    folds = GroupKFold(_num_folds(train.episodes))
     for number, penalty in enumerate(penalties):
-        told = cross_val_predict(build(penalty), rows, joined, groups=episodes, cv=folds).reshape(joined.shape)
-        errors[number] = ((told - joined) ** 2).sum(axis=0)
-    sizes = [values.shape[1] for values in targets.values()]
-    owners = np.repeat(np.arange(len(targets)), sizes)
-    chosen = [penalties[errors[:, owners == number].sum(axis=1).argmin()] for number in range(len(targets))]
-    fitted = build(np.repeat(chosen, sizes)).fit(rows, joined)
-
-    def predict(features: np.ndarray) -> np.ndarray:
-        rows = scaler.transform(features)
-        if metric == QUADRATIC_R2:
-            rows = polynomial_kernel(rows, train_rows, **kernel)
-        return fitted.predict(rows).reshape(len(features), -1) + means
-
-    return {
-        (name, metric): Head(
-            lambda features, own=owners == number: predict(features)[:, own], means[owners == number], choice
-        )
-        for number, (name, choice) in enumerate(zip(targets, chosen, strict=True))
-    }
+        told = cross_val_predict(build(penalty), train_rows, joined, groups=train.episodes, cv=folds)
+        errors[number] = ((told.reshape(joined.shape) - joined) ** 2).sum(axis=0)
+    sizes = [values.shape[1] for values in train.targets.values()]
+    ends = np.cumsum(sizes)[:-1]
+    chosen = [penalties[own.sum(axis=1).argmin()] for own in np.split(errors, ends, axis=1)]
+    fitted = build(np.repeat(chosen, sizes)).fit(train_rows, joined)
+    told = fitted.predict(rows).reshape(len(features), -1) + means
+    return dict(zip(train.targets, np.split(told, ends, axis=1), strict=True))
 
 
-def fit_label(features: np.ndarray, labels: np.ndarray, episodes: Sequence[str]) -> Head | str:
-    """Fit a logistic regression of one label [n], its classes weighted alike, or say why it cannot be fitted."""
-    names, counts = np.unique(labels, return_counts=True)
-    keys = np.array(episodes)
-    usable = [name for name in names if len(set(keys[labels == name])) > 1]
-    if len(names) < 2:
-        return STILL
+def tell_label(train: Rows, name: str, features: np.ndarray) -> np.ndarray | str:
+    """Tell a label for rows [m, P] by a logistic regression, its classes weighted alike, or say why it cannot be fitted."""
+    labels, keys = train.targets[name], np.array(train.episodes)
+    usable = [value for value in set(labels) if len(set(keys[labels == value])) > 1]
     if len(usable) < 2:
         return "fewer than two of its values occur in two training episodes or more"
-    folds = list(StratifiedGroupKFold(_num_folds(episodes)).split(features, labels, keys))
+    folds = list(StratifiedGroupKFold(_num_folds(keys)).split(train.features, labels, keys))
     if any(len(set(labels[rows])) < 2 for rows, _ in folds):
         return "its values cannot be spread over folds of whole training episodes"
 
@@ -269,14 +251,12 @@ def fit_label(features: np.ndarray, labels: np.ndarray, episodes: Sequence[str])
         return make_pipeline(StandardScaler(), head)
 
     scores = [
-        balanced_accuracy_score(labels, cross_val_predict(build(strength), features, labels, cv=folds))
+        balanced_accuracy_score(labels, cross_val_predict(build(strength), train.features, labels, cv=folds))
         for strength in LOGISTIC_STRENGTHS
     ]
-    strength = LOGISTIC_STRENGTHS[int(np.argmax(scores))]
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)  # the folds may stop early, what is reported may not
-        pipeline = build(strength).fit(features, labels)
-    return Head(pipeline.predict, str(names[counts.argmax()]), strength)
+        return build(LOGISTIC_STRENGTHS[int(np.argmax(scores))]).fit(train.features, labels).predict(features)
 
 
 def _num_folds(episodes: Sequence[str]) -> int:
@@ -289,37 +269,13 @@ def _num_folds(episodes: Sequence[str]) -> int:
     return min(NUM_FOLDS, num_episodes)
 
 
-def score_heads(
-    probe: str,
-    heads: Heads,
-    features: np.ndarray,
-    targets: Targets,
-    episodes: Sequence[str],
-    settings: EvaluateConfig,
-) -> tuple[list[Score], dict[str, str]]:
-    """Score fitted heads on held-out rows, and say which targets cannot be scored and why."""
-    names, owners = np.unique(np.array(episodes), return_inverse=True)
-    drawn = draw_episodes(len(names), num_resamples=settings.num_bootstrap, seed=settings.seed)
-    weights = np.concatenate([np.ones((1, len(names))), drawn])
-    scores, reasons = [], {}
-    for (name, metric), head in heads.items():
-        true = targets[name]
-        if _varies(true):
-            measure = _measure_r2 if true.ndim == 2 else _measure_balanced_accuracy
-            found = measure(true, head.predict(features), head.baseline, owners, weights)
-            scores.append(Score(probe, name, metric, *found))
-        else:
-            reasons[name] = "it never changes in the held-out windows"
-    return scores, reasons
-
-
 def _varies(values: np.ndarray) -> bool:
     return bool((values != values[0]).any())
 
 
 def _measure_r2(
-    true: np.ndarray, predicted: np.ndarray, mean: np.ndarray, owners: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, float]:
+    true: np.ndarray, predicted: np.ndarray, known: np.ndarray, owners: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """R2 [R] when episode e counts weights[r, e] times: one minus squared error over that of the training mean, whose R2 is 0.
 
     Against the held-out rows' own mean, which no head can know, few episodes gave R2 of -1.3 to heads that said just the
@@ -328,14 +284,15 @@ def _measure_r2(
     Source: out-of-sample R2, Campbell and Thompson (2008).
     """
     errors, spread = (
-        weights @ np.bincount(owners, ((told - true) ** 2).sum(axis=1), weights.shape[1]) for told in (predicted, mean)
+        weights @ np.bincount(owners, ((told - true) ** 2).sum(axis=1), weights.shape[1])
+        for told in (predicted, known.mean(axis=0, dtype=np.float64))
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(spread > 0, 1 - errors / spread, np.nan), 0.0
+        return np.where(spread > 0, 1 - errors / spread, np.nan)
 
 
 def _measure_balanced_accuracy(
-    true: np.ndarray, predicted: np.ndarray, majority: str, owners: np.ndarray, weights: np.ndarray
+    true: np.ndarray, predicted: np.ndarray, known: np.ndarray, owners: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Balanced accuracy [R]: mean over the labels among the drawn rows of the share named right; and that of the majority."""
     one_hot = (true[:, None] == np.unique(true)[None]).astype(np.float64)  # [n, C]
@@ -348,7 +305,8 @@ def _measure_balanced_accuracy(
         with np.errstate(invalid="ignore"):
             return np.nanmean(np.where(counts > 0, weights @ right / counts, np.nan), axis=1)
 
-    return balanced(predicted), float(balanced(majority)[0])
+    names, counts = np.unique(known, return_counts=True)
+    return balanced(predicted), float(balanced(names[counts.argmax()])[0])
 
 
 def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str, str]]:
@@ -361,9 +319,6 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
 
     Returns:
         The scores, and why some are not there: "probe target" to words.
-
-    Raises:
-        ValueError: Fewer than two training or two held-out episodes have a window.
     """
     settings, dataset = evaluation.config.evaluate, evaluation.dataset
     space, scores, notes = dataset.space, [], {}
@@ -376,15 +331,16 @@ def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str
             return
         if num_steps not in samples:
             samples[num_steps] = [read_sample(evaluation, part, num_steps=num_steps) for part in segments]
-        train, held_out = samples[num_steps]
-        targets = targets_of(train), targets_of(held_out)
+        targets = [targets_of(sample) for sample in samples[num_steps]]
         shared = [target for target in targets[0] if target in targets[1]]
-        train_rows, held_out_rows = (np.hstack(rows_of(sample.features)) for sample in (train, held_out))
-        heads, unfitted = fit_heads(train_rows, {key: targets[0][key] for key in shared}, train.episodes)
-        found, unscored = score_heads(name, heads, held_out_rows, targets[1], held_out.episodes, settings)
+        sides = [
+            Rows(np.hstack(rows_of(sample.features)), {target: known[target] for target in shared}, sample.episodes)
+            for sample, known in zip(samples[num_steps], targets, strict=True)
+        ]
+        found, reasons = measure_probe(name, *sides, settings)
         scores.extend(found)
         no = "no label here" if name == CLASSIFICATION else "not measured"
-        notes.update({f"{name} {target}": f"{no}: {why}" for target, why in (unfitted | unscored).items()})
+        notes.update({f"{name} {target}": f"{no}: {why}" for target, why in reasons.items()})
         if name == CLASSIFICATION and "success" not in shared:
             notes[f"{name} success"] = f"{no}: not every episode records how it ended"
 

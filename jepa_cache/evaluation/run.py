@@ -59,11 +59,7 @@ MEASUREMENTS = {known.name: known for known in (ENERGY, DISTANCES, NOISE, PROBES
 def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
     """Measure trained weights on the held-out episodes and write metrics.json, summary.json, tables, pictures and report.html.
 
-    Args:
-        config: Its `evaluate` and `split` sections count, and where to compute: `train.device`.
-        dataset: The cached features.
-        weights: predictor.safetensors of a training run; brings its own scaler.
-        out: Folder for the results of this evaluation alone: those of an earlier one are replaced when all is measured.
+    The weights bring their own scaler. Results of an earlier evaluation in `out` are replaced when all is measured.
 
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
@@ -139,10 +135,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
 
 
 def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The few figures by which runs are chosen, under their names in metrics.json: what `dvc metrics show` and `dvc exp show` list.
-
-    What was not measured is absent, so that no experiment shows a figure that it does not have.
-    """
+    """The content of summary.json, which `dvc exp show` lists; what was not measured is absent."""
     chosen: dict[str, Any] = {
         section: {name: metrics[section][name] for name in names if name in metrics[section]}
         for section, names in DECISIVE.items()
@@ -155,11 +148,7 @@ def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def episode_table(errors: WindowErrors) -> list[Row]:
-    """One row for each held-out episode: its windows, and the mean L1 over them of the model, every baseline and ablation.
-
-    `teacher_forcing_l1` and `rollout_l1` are the model's, `<name>_l1` and `rollout_<name>_l1` those of the others; None where
-    a prediction exists for no window of the episode.
-    """
+    """One row for each held-out episode: its windows and mean L1; None where a prediction exists for no window of the episode."""
     columns: dict[str, np.ndarray] = {}
     for name, one_step in errors.one_step.items():
         names = ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")

@@ -42,12 +42,7 @@ class Gain(NamedTuple):
 
 
 def find_gain(metrics: Mapping[str, Any], name: str) -> Gain | None:
-    """The gain over a baseline or ablation, None where it was not measured.
-
-    Args:
-        metrics: As `figures.summarize` gives them.
-        name: Of the other prediction, one step ahead from true steps; with `_step<k>` behind it, at an open-loop step.
-    """
+    """The gain over a baseline or ablation, one step ahead or at open-loop step k (`<name>_step<k>`); None where not measured."""
     key = f"gain_{name}_percent"
     if key not in metrics["val"]:
         return None
@@ -69,8 +64,7 @@ def judge(gain: Gain, num_episodes: int) -> str:
 
 def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
     """The answer with its reason; `better` is better than `other` if the gain is above 0."""
-    answer = judge(gain, num_episodes)
-    size = f"{gain: lower}"
+    answer, size = judge(gain, num_episodes), f"{gain: lower}"
     if round(gain.percent, 1) < 0:
         size = f"{Gain(-gain.percent, -gain.high, -gain.low, gain.p): higher}"
     told = f"{answer}, error of {better} {size} than that of {other}"
@@ -90,16 +84,9 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     Each rests on one comparison that is named beforehand, so no correction for several tests is made:
 
-    - `actions`: does the predictor need the true actions? Teacher forcing, against actions of another episode.
-    - `actions_rollout`: the same at the last open-loop step.
-    - `timing`: does it use those of the right step? Against the next and the previous ones, the nearer of the two.
-    - `copying`: is it better than copying the last step?
-    - `baselines`: is it better than the strongest of all baselines?
-    - `horizon`: how many open-loop steps does it beat both copying and the training mean, counted from the first?
-    - `limits`: what the figures cannot say; `none` or `some`.
-
-    Args:
-        metrics: As `figures.summarize` gives them, with `settings`.
+    `actions` and `actions_rollout` (the last open-loop step) against another episode's actions, `timing` against the neighbouring
+    steps' (the nearer of the two), `copying`, `baselines` against the strongest, `horizon`: how many open-loop steps it beats both
+    copying and the training mean, and `limits`: what the figures cannot say, `none` or `some`.
     """
     last, count = metrics["settings"]["horizon"], metrics["num_episodes"]
     relative = "" if metrics["encoder_trained"] else " (relative: the encoder is untrained)"

@@ -142,11 +142,7 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
     """Run the predictor, all baselines and all action ablations over windows spread evenly over the held-out episodes.
 
     In open loop the recorded states of the predicted steps are given, as in the training rollout; only tokens are fed
-    back. The ablations differ from the model in their actions alone. Teacher forcing is measured over as many steps as a
-    training window has, from the start of each window.
-
-    Raises:
-        ValueError: When fewer than two episodes with a long enough segment are held out, or the predictor gives no numbers.
+    back. Teacher forcing is measured over as many steps as a training window has, from the start of each window.
     """
     torch.set_num_threads(default_num_threads())
     settings, dataset, scaler = evaluation.config.evaluate, evaluation.dataset, evaluation.scaler
@@ -161,27 +157,23 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
         for steps in (evaluation.window_steps - 1, settings.horizon)
     )
 
-    def put(into: np.ndarray, error: Tensor) -> None:
-        if not torch.isfinite(error).all():
-            raise ValueError(
-                f"a prediction on held-out windows of {dataset.manifest.dataset} holds NaN or infinity, so no error can be "
-                "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
-            )
-        into[...] = error.cpu().numpy()
-
     for measured, batch, h in evaluation.iter_windows(chosen, "evaluating"):
         replaced = {name: torch.from_numpy(values[measured]).to(device) for name, values in ablations.items()}
         for name, exists, one_step, open_loop in _predictions(evaluation, baselines, batch, h, replaced):
             true, rows = h[exists], np.arange(measured.start, measured.stop)[exists.cpu().numpy()]
+            behind = slice(evaluation.window_steps - one_step.shape[1], evaluation.window_steps)
             for measure, error in MEASURES.items():
-                steps = slice(evaluation.window_steps - one_step.shape[1], evaluation.window_steps)
-                values = np.full((len(rows), evaluation.window_steps - 1), np.nan)
-                put(values[:, steps.start - 1 :], error(one_step, true[:, steps]))
-                forced[measure][name][rows] = values
-                if open_loop is not None:
-                    values = rolled[measure][name][rows]
-                    put(values, error(open_loop, true[:, ahead]))
-                    rolled[measure][name][rows] = values
+                for into, predicted, steps in ((forced, one_step, behind), (rolled, open_loop, ahead)):
+                    if predicted is None:
+                        continue
+                    values = error(predicted, true[:, steps])
+                    if not torch.isfinite(values).all():
+                        raise ValueError(
+                            f"a prediction on held-out windows of {dataset.manifest.dataset} holds NaN or infinity, so no error can be "
+                            "measured; the training has diverged (see outputs/train/run/train.csv): lower train.lr or set train.clip_norm"
+                        )
+                    found = into[measure][name]
+                    found[rows, found.shape[1] - values.shape[1] :] = values.cpu().numpy()
     return WindowErrors(chosen.episodes, forced, rolled, chosen=chosen, num_fitted_steps=baselines.num_steps)
 
 

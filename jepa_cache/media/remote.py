@@ -14,18 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-from urllib.parse import unquote, urlsplit
+from types import SimpleNamespace
+from typing import Any, BinaryIO, ClassVar
+from urllib.parse import unquote
 
 from jepa_cache.config.paths import state_folder
 from jepa_cache.files import DiskFullError, atomic_file, held_file, make_folder
 
-if TYPE_CHECKING:
-    from obstore.store import GCSStore, HTTPStore
-
 BUCKET_SCHEME = "gs://"
 HUB_PREFIX = "hub:"
-HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 FOLDER_VARIABLE = "JEPA_DOWNLOADS"
 
 MAX_FILE_BYTES = 8 << 30
@@ -43,38 +40,28 @@ class DownloadError(ValueError):
     """A file that cannot be fetched; the message names it, the reason and the way out."""
 
 
-class FileStat(NamedTuple):
-    """What `BucketFile.stat` tells, named as in `os.stat_result`; the version takes the place of times and inode."""
-
-    st_size: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-    st_ino: str
-
-
 @dataclass(frozen=True, order=True)
 class BucketFile:
     """One version of a file in a bucket; has of `pathlib.Path` what readers and digests use, and no open connection.
 
     Attributes:
-        bucket: Name of the bucket.
-        key: Path in the bucket.
+        url: `gs://bucket/path`.
         size_bytes: Bytes.
         version: The server's tag of this content.
     """
 
-    bucket: str
-    key: str
+    url: str
     size_bytes: int
     version: str
+    parents: ClassVar[tuple[Path, ...]] = ()  # no folder of this machine holds it
 
     def __str__(self) -> str:
-        return f"{BUCKET_SCHEME}{self.bucket}/{self.key}"
+        return self.url
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Bucket and parts of the path."""
-        return (self.bucket, *self.key.split("/"))
+        return tuple(self.url.removeprefix(BUCKET_SCHEME).split("/"))
 
     @property
     def name(self) -> str:
@@ -86,11 +73,6 @@ class BucketFile:
         """The ending of the name, with its dot."""
         return Path(self.name).suffix
 
-    @property
-    def parents(self) -> tuple[Path, ...]:
-        """No folder of this machine holds it."""
-        return ()
-
     def resolve(self) -> BucketFile:
         """The file itself: a bucket has no links."""
         return self
@@ -99,13 +81,13 @@ class BucketFile:
         """True: it was there when it was listed."""
         return True
 
-    def stat(self) -> FileStat:
-        """Size and version, without a request."""
-        return FileStat(self.size_bytes, 0, 0, self.version)
+    def stat(self) -> SimpleNamespace:
+        """Size and version, without a request; the version takes the place of times and inode."""
+        return SimpleNamespace(st_size=self.size_bytes, st_mtime_ns=0, st_ctime_ns=0, st_ino=self.version)
 
     def with_name(self, name: str) -> BucketFile:
         """The newest version of the file of this name beside it; a DownloadError where there is none."""
-        return _find_file(self.bucket, "/".join((*self.parts[1:-1], name)))
+        return _find_file(f"{self.url.rpartition('/')[0]}/{name}")
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open a local copy, fetched first where it is not there.
@@ -114,9 +96,17 @@ class BucketFile:
             DownloadError: It cannot be fetched, or the disk has no room.
         """
         assert mode == "rb"
+        version = hashlib.sha256(f"{self.url}#{self.version}".encode()).hexdigest()[:16]
+        path = downloads_folder() / version / self.name
         while True:
+            make_folder(path.parent)
+            with held_file(path.parent / ".lock"):  # Two processes must not fetch it both.
+                if not path.exists():
+                    _make_room(self)
+                    _download(self.url, path, size_bytes=self.size_bytes)
             try:
-                return _fetch(self).open("rb")
+                os.utime(path)  # What was used longest ago is removed first.
+                return path.open("rb")
             except FileNotFoundError:  # Another process made room just now.
                 continue
 
@@ -129,24 +119,29 @@ def list_files(url: str) -> list[BucketFile]:
     """
     import obstore
 
-    bucket, _, prefix = url.removeprefix(BUCKET_SCHEME).partition("/")
-    prefix = prefix.rstrip("/")
+    folder = url.rstrip("/")
+    bucket, _, prefix = folder.removeprefix(BUCKET_SCHEME).partition("/")
     if not url.startswith(BUCKET_SCHEME) or not bucket or not prefix:
         raise ValueError(f"{url!r} names no folder of a bucket; write gs://bucket/folder")
     files: list[BucketFile] = []
     with _explained(url):
-        for entries in obstore.list(_open_bucket(bucket), prefix):
+        for entries in obstore.list(*_open_url(folder)):
             files += [_describe(bucket, entry) for entry in entries if not entry["path"].endswith("/")]
             if len(files) > MAX_FILES:
                 raise DownloadError(f"{url} holds more than {MAX_FILES} files; name the folder of one data set")
-    return sorted(files) if files else [_find_file(bucket, prefix)]
+    return sorted(files) if files else [_find_file(folder)]
 
 
-def _find_file(bucket: str, key: str) -> BucketFile:
+def _find_file(url: str) -> BucketFile:
     import obstore
 
-    with _explained(f"{BUCKET_SCHEME}{bucket}/{key}"):
-        return _describe(bucket, obstore.head(_open_bucket(bucket), key))
+    with _explained(url):
+        return _describe(url.removeprefix(BUCKET_SCHEME).partition("/")[0], obstore.head(*_open_url(url)))
+
+
+def _describe(bucket: str, entry: Any) -> BucketFile:
+    version = entry["e_tag"] or entry["last_modified"].isoformat()
+    return BucketFile(f"{BUCKET_SCHEME}{bucket}/{entry['path']}", int(entry["size"]), version)
 
 
 def measure_url(url: str) -> int:
@@ -170,13 +165,28 @@ def fetch_file(url: str, path: Path) -> int:
     Raises:
         DownloadError: The file is not there, above 8 GiB, of a size other than announced, or the server does not answer.
     """
+    if not path.exists():
+        _download(url, path)
+    return path.stat().st_size
+
+
+def _download(url: str, path: Path, *, size_bytes: int | None = None) -> None:
+    """Fetch a file, whose size may be known from a listing, so that it appears whole or not at all."""
     import obstore
 
-    if not path.exists():
-        with _explained(url):
-            store, key = _open_url(url)
-            _save(obstore.get(store, key), path, most_bytes=MAX_FILE_BYTES)
-    return path.stat().st_size
+    with _explained(url):
+        answer = obstore.get(*_open_url(url))
+        announced, got_bytes = int(answer.meta["size"]), 0
+        if size_bytes is not None and announced != size_bytes:
+            raise DownloadError(f"{url} has other than the {size_bytes} bytes that the bucket lists")
+        if size_bytes is None and announced > MAX_FILE_BYTES:
+            raise DownloadError(f"{url} has {announced} bytes; at most {MAX_FILE_BYTES} are downloaded as one file")
+        with atomic_file(path) as temporary:
+            with temporary.open("wb") as file:
+                for block in answer.stream(min_chunk_size=1 << 20):
+                    got_bytes += file.write(memoryview(block))
+            if got_bytes != announced:
+                raise DownloadError(f"{url}: {got_bytes} bytes arrived where {announced} were announced; try again")
 
 
 def fetch_hub_dataset(text: str, patterns: Sequence[str]) -> Path:
@@ -186,17 +196,15 @@ def fetch_hub_dataset(text: str, patterns: Sequence[str]) -> Path:
         The folder of the snapshot in the hub's cache; what is there already is not fetched again.
 
     Raises:
-        ValueError: No such form. DownloadError: The data set cannot be fetched; the message says how to fetch it elsewhere.
+        DownloadError: No such data set, or it cannot be fetched; the message says how to fetch it elsewhere.
     """
     from huggingface_hub import snapshot_download
 
-    match = HUB_ID.fullmatch(text.removeprefix(HUB_PREFIX))
-    if match is None:
-        raise ValueError(f"{text!r} names no data set of the hub; write hub:owner/name or hub:owner/name@revision")
-    name, revision = match["id"], match["revision"]
+    name, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
     remedy = f"Does it need `hf auth login`? Elsewhere: hf download --repo-type dataset {name} --local-dir DIR; then give DIR"
     with _explained(f"the data set {name} of the hub", remedy):
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
+        folder = snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns))
+        return Path(folder)
 
 
 def downloads_folder() -> Path:
@@ -223,59 +231,17 @@ def _explained(what: str, remedy: str = "Or copy it where it can be reached, and
         ) from error
 
 
-def _open_bucket(name: str) -> GCSStore:
-    """A public bucket, without credentials; GOOGLE_BASE_URL points at another server."""
-    from obstore.store import GCSStore
+def _open_url(url: str) -> tuple[Any, str]:
+    """A store of obstore, and the path in it. A bucket is public: no credentials. GOOGLE_BASE_URL points at another server."""
+    from obstore.store import from_url
 
-    return GCSStore(name, skip_signature=True, client_options=CLIENT, retry_config=RETRIES)
-
-
-def _open_url(url: str) -> tuple[HTTPStore, str]:
-    from obstore.store import HTTPStore
-
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise DownloadError(f"only http and https are downloaded; got {url!r}")
-    host = f"{parts.scheme}://{parts.netloc}"
-    return HTTPStore(host, client_options=CLIENT, retry_config=RETRIES), unquote(parts.path.lstrip("/"))
-
-
-def _describe(bucket: str, entry: Any) -> BucketFile:
-    version = entry["e_tag"] or entry["last_modified"].isoformat()
-    return BucketFile(bucket, entry["path"], int(entry["size"]), version)
-
-
-def _save(answer: Any, path: Path, *, most_bytes: int) -> None:
-    """Write what a server sends to a file that appears whole or not at all."""
-    size_bytes, got_bytes = int(answer.meta["size"]), 0
-    if size_bytes > most_bytes:
-        raise DownloadError(f"{path.name} has {size_bytes} bytes; at most {most_bytes} are downloaded as one file")
-    make_folder(path.parent)
-    with atomic_file(path) as temporary:
-        with temporary.open("wb") as file:
-            for block in answer.stream(min_chunk_size=1 << 20):
-                got_bytes += file.write(memoryview(block))
-        if got_bytes != size_bytes:
-            raise DownloadError(f"{path.name}: {got_bytes} bytes arrived where {size_bytes} were announced; try again")
-
-
-def _fetch(file: BucketFile) -> Path:
-    import obstore
-
-    version = hashlib.sha256(f"{file}#{file.version}".encode()).hexdigest()[:16]
-    path = downloads_folder() / version / file.name
-    if not path.is_file():
-        make_folder(path.parent)
-        with held_file(path.parent / ".lock"):  # Two processes must not fetch it both.
-            if not path.is_file():
-                _make_room(file)
-                with _explained(str(file)):
-                    answer = obstore.get(_open_bucket(file.bucket), file.key)
-                    if answer.meta["size"] != file.size_bytes:
-                        raise DownloadError(f"{file} has other than the {file.size_bytes} bytes that the bucket lists")
-                    _save(answer, path, most_bytes=file.size_bytes)
-    os.utime(path)  # What was used longest ago is removed first.
-    return path
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    if scheme not in ("http", "https", "gs") or not host:
+        raise DownloadError(f"only http, https and gs addresses are downloaded; got {url!r}")
+    if scheme == "gs":
+        return from_url(f"gs://{host}", skip_signature=True, client_options=CLIENT, retry_config=RETRIES), path
+    return from_url(f"{scheme}://{host}", client_options=CLIENT, retry_config=RETRIES), unquote(path)
 
 
 def _make_room(file: BucketFile) -> None:

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -25,34 +25,25 @@ HEAD_BYTES = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 
 
-class UnreadableFolderError(ValueError):
-    """Folders among the inputs that cannot be listed; the message names them."""
+Member = TypeVar("Member", bytes, tarfile.TarInfo)
 
 
-class TarSample(NamedTuple):
-    """The members of one key, by suffix; where `problem` is set, the sample must not be used and `members` is empty."""
+class TarSample(NamedTuple, Generic[Member]):
+    """The members of one key, by suffix, or their headers; where `problem` is set, they must not be used."""
 
     key: str
-    members: dict[str, bytes]
+    members: dict[str, Member]
     problem: str | None
 
 
-class SampleHeaders(NamedTuple):
-    """The headers of one key's members, by suffix; `problem` as in `TarSample`."""
-
-    key: str
-    headers: dict[str, tarfile.TarInfo]
-    problem: str | None
-
-
-def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
+def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample[bytes]]:
     """Yield the samples of an uncompressed tar shard in the order in which their keys first appear.
 
     The members of one key need not be adjacent: the headers are read first, then each sample by its offsets. Members of
-    other suffixes make no samples. A problem, and not used: a suffix that a key has twice, a link or device in a file's
-    place, an absolute name or one with `..`, a name with a dot inside (`a.b.mp4`), a member that is cut off or above 4 GiB.
-    A tar that ends early, or goes on after its end mark, adds one last sample under the tar's own name that says so; a file
-    that is no uncompressed tar gives that one alone. A name that is no UTF-8 is spelled as `spell_name` does.
+    other suffixes make no samples. A problem: a suffix that a key has twice, a link or device in a file's place, an
+    absolute name or one with `..`, a name with a dot inside (`a.b.mp4`), a member that is cut off or above 4 GiB. A tar
+    that ends early, or goes on after its end mark, adds one last sample under the tar's own name that says so; a file that
+    is no uncompressed tar gives that one alone. A name that is no UTF-8 is spelled as `spell_name` does.
 
     Args:
         path: The tar shard.
@@ -70,7 +61,7 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample]:
             yield TarSample(key, members, problem)
 
 
-def list_samples(path: Path, suffixes: Container[str]) -> list[SampleHeaders]:
+def list_samples(path: Path, suffixes: Container[str]) -> list[TarSample[tarfile.TarInfo]]:
     """The samples that `iter_samples` would yield, without their bytes. Cost: reads the headers only."""
     size_bytes = path.stat().st_size
     headers: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -95,17 +86,16 @@ def list_samples(path: Path, suffixes: Container[str]) -> list[SampleHeaders]:
                 cut_off |= member.offset_data + member.size > size_bytes
                 if fault is not None:
                     problems.setdefault(key, fault)
-    # tarfile lets the latter two out of bad pax headers.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # Bad pax headers give the latter two.
         problem = f"the tar is damaged or cut off after byte {end} of {size_bytes} ({error}); what followed is lost"
-        if not headers and end == 0:
+        if end == 0:
             with path.open("rb") as file:
                 what = describe_stand_in(file.read(HEAD_BYTES)) or f"copy it again, or pack it again ({error})"
-            return [SampleHeaders(spell_name(path.name), {}, f"the file is no uncompressed tar: {what}")]
-    samples = [SampleHeaders(key, of_key, problems.get(key)) for key, of_key in headers.items()]
+            return [TarSample(spell_name(path.name), {}, f"the file is no uncompressed tar: {what}")]
+    samples = [TarSample(key, of_key, problems.get(key)) for key, of_key in headers.items()]
     # A member that was cut off is named by its own sample, and nothing can follow it.
     if not cut_off and (problem := problem or _find_tail_problem(path, end, size_bytes)) is not None:
-        samples.append(SampleHeaders(spell_name(path.name), {}, problem))
+        samples.append(TarSample(spell_name(path.name), {}, problem))
     return samples
 
 
@@ -188,8 +178,7 @@ def expand_inputs(inputs: Sequence[str], base: Path, *patterns: str) -> list[Pat
         missing = []
         for name in names:
             paths = list(_iter_matches(base / Path(name).expanduser(), patterns))
-            if not paths:
-                missing.append(name)
+            missing += [] if paths else [name]
             for path in paths:
                 if (folder := folders.get(path.parent)) is None:
                     folder = folders[path.parent] = real_path(path.parent)
@@ -215,7 +204,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     Each folder comes once. Take names out of the second list to skip folders.
 
     Raises:
-        UnreadableFolderError: At the end, where folders could not be listed: nobody knows how many recordings lie in them.
+        ValueError: At the end, where folders could not be listed: nobody knows how many recordings lie in them.
     """
     refused: list[OSError] = []
     seen: set[tuple[int, int]] = set()
@@ -229,9 +218,9 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield Path(parent), below, sorted(name for name in names if not name.startswith("."))
     if refused:
         paths = ", ".join(f"{error.filename} ({error.strerror})" for error in refused[:5])
-        raise UnreadableFolderError(
-            f"{len(refused)} folders below {folder} cannot be read, and what lies in them would be missing: {paths}"
-            f"{', ...' if len(refused) > 5 else ''}. Let them be read, or name the others as inputs"
+        raise ValueError(
+            f"{len(refused)} folders below {folder} cannot be read, and what lies in them would be missing: {paths}. Let them "
+            "be read, or name the others as inputs"
         )
 
 
@@ -252,51 +241,38 @@ SUFFIXES = ("mp4", "jsonl")
 """One file of each makes an episode."""
 
 
-class SkippedFile(NamedTuple):
-    """A file that was not packed, by its path inside the folder, and why."""
-
-    name: str
-    reason: str
-
-
 class PackReport(NamedTuple):
-    """What `pack_folder` did: the tar shards in order, the number and bytes of the packed episodes, the other files."""
+    """What `pack_folder` did: the tar shards in order, the packed episodes and their bytes, and what was skipped and why."""
 
     tars: list[Path]
     num_episodes: int
     size_bytes: int
-    skipped: list[SkippedFile]
+    skipped: list[str]
 
 
-def pack_folder(
-    folder: Path, out: Path, *, prefix: str = "shard", max_bytes: int = 1 << 30, overwrite: bool = False
-) -> PackReport:
-    """Pack files that belong together (`<segment>.mp4` and `<segment>.jsonl`) into `<prefix>-000000.tar` and so on.
+def pack_folder(folder: Path, out: Path, *, max_bytes: int = 1 << 30, overwrite: bool = False) -> PackReport:
+    """Pack files that belong together (`<segment>.mp4` and `<segment>.jsonl`) into `shard-000000.tar` and so on.
 
     Episodes are written in the order of their names, with fixed times and owners: the same folder gives the same bytes.
 
     Args:
         folder: Where the recordings lie; their folders become part of the episode's key.
         out: The folder for the tars; made if absent.
-        prefix: Begins the tars' names.
         max_bytes: Most bytes of recordings in one tar; a single episode may exceed it. About 1 GB by default: some ten
             5-minute VPT segments, so a crash loses little and a folder of thousands stays a few hundred files.
-        overwrite: Delete the tars of an earlier pack of this prefix first.
+        overwrite: Delete the tars of an earlier pack first.
 
     Raises:
-        ValueError: No complete episode is found, `max_bytes` is not positive, or `out` holds an earlier pack.
+        ValueError: No complete episode is found, or `out` holds an earlier pack.
         OSError: A file cannot be read or written; the incomplete tar is removed.
     """
-    if max_bytes <= 0:
-        raise ValueError(f"a tar must hold something; got max_bytes={max_bytes}")
-    episodes, skipped = find_episodes(folder)
+    episodes, skipped = _find_episodes(folder)
     if not episodes:
         raise ValueError(
-            f"no recording to pack in {folder}: an episode is one file each of "
-            f"{', '.join(f'<segment>.{suffix}' for suffix in SUFFIXES)} side by side; {len(skipped)} files were skipped"
-            + (f" (first: {skipped[0].name}: {skipped[0].reason})" if skipped else "")
+            f"no recording to pack in {folder}: an episode is <segment>.mp4 and <segment>.jsonl side by side; "
+            f"{len(skipped)} files were skipped {skipped[:1]}"
         )
-    earlier = sorted(out.glob(f"{prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
+    earlier = sorted(out.glob(f"shard-{'[0-9]' * 6}.tar"))
     if earlier and not overwrite:
         raise ValueError(
             f"{out} already holds {len(earlier)} tar shards of an earlier pack ({earlier[0].name}, ...); "
@@ -307,30 +283,23 @@ def pack_folder(
     # Removed before the first new one is written: a crash may leave too few tars, never a mixture of two packs.
     for tar in earlier:
         tar.unlink()
+    sizes = {key: sum(path.stat().st_size for path in files.values()) for key, files in episodes.items()}
     groups: list[list[str]] = []
-    total_bytes = used_bytes = 0
-    for key, files in episodes.items():
-        size_bytes = sum(path.stat().st_size for path in files.values())
+    used_bytes = 0
+    for key, size_bytes in sizes.items():
         if not groups or used_bytes + size_bytes > max_bytes:
             groups.append([])
             used_bytes = 0
         groups[-1].append(key)
-        used_bytes, total_bytes = used_bytes + size_bytes, total_bytes + size_bytes
-    tars = [out / f"{prefix}-{number:06d}.tar" for number in range(len(groups))]
+        used_bytes += size_bytes
+    tars = [out / f"shard-{number:06d}.tar" for number in range(len(groups))]
     for tar, keys in zip(tqdm(tars, unit="tar", desc="pack", disable=None), groups, strict=True):
         write_tar(tar, {key: episodes[key] for key in keys})
-    return PackReport(tars, len(episodes), total_bytes, skipped)
+    return PackReport(tars, len(episodes), sum(sizes.values()), skipped)
 
 
-def find_episodes(folder: Path) -> tuple[dict[str, dict[str, Path]], list[SkippedFile]]:
-    """Find the complete episodes below a folder, and the videos and records that are part of none.
-
-    Returns:
-        Key to suffix to path, in the order of the keys; and the files that are skipped, with the reason.
-
-    Raises:
-        ValueError: `folder` is no folder.
-    """
+def _find_episodes(folder: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Key to suffix to path of the complete episodes below a folder, in order; and what is part of none, with the reason."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the folder that holds the recordings")
     found: dict[str, dict[str, Path]] = {}
@@ -341,21 +310,20 @@ def find_episodes(folder: Path) -> tuple[dict[str, dict[str, Path]], list[Skippe
             continue
         key, suffix = split
         if folder.resolve() not in path.resolve().parents:
-            skipped.append(SkippedFile(name, f"a link out of the folder, to {path.resolve()}: put a copy in its place"))
+            skipped.append(f"{name}: a link out of the folder, to {path.resolve()}: put a copy in its place")
         elif suffix not in SUFFIXES:
-            skipped.append(SkippedFile(name, "a dot inside the name: WebDataset ends the key there; rename it without"))
+            skipped.append(f"{name}: a dot inside the name: WebDataset ends the key there; rename it without")
         elif suffix in found.setdefault(key, {}):
-            skipped.append(SkippedFile(name, f"{found[key][suffix].name} has the same key and suffix"))
+            skipped.append(f"{name}: {found[key][suffix].name} has the same key and suffix")
         else:
             found[key][suffix] = path
-    episodes = {}
-    for key, files in sorted(found.items()):
-        if missing := [f"{key}.{suffix}" for suffix in SUFFIXES if suffix not in files]:
-            names = [spell_name(path.relative_to(folder).as_posix()) for path in files.values()]
-            skipped += [SkippedFile(name, f"there is no {' and no '.join(missing)} beside it") for name in names]
-        else:
-            episodes[key] = files
-    return episodes, sorted(skipped)
+    alone = {key: files for key, files in found.items() if len(files) < len(SUFFIXES)}
+    for key, files in alone.items():
+        for suffix, path in files.items():
+            other = next(it for it in SUFFIXES if it != suffix)
+            name = spell_name(path.relative_to(folder).as_posix())
+            skipped.append(f"{name}: there is no {key}.{other} beside it")
+    return {key: found[key] for key in sorted(found.keys() - alone.keys())}, sorted(skipped)
 
 
 def write_tar(path: Path, episodes: Mapping[str, Mapping[str, Path]]) -> None:

@@ -54,11 +54,7 @@ class Source(Protocol):
     recipe: dict[str, object]
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
-        """Find the units that `inputs` name, in a fixed order.
-
-        Args:
-            inputs: Folders, files, globs and brace ranges, absolute or relative to `base`.
-            base: The folder that relative inputs start from.
+        """Find the units that `inputs` name, in a fixed order: folders, files, globs and brace ranges, relative to `base`.
 
         Raises:
             ValueError: An input that finds nothing, or something that is no unit of this source.
@@ -110,16 +106,13 @@ def iter_recordings(source: Source, unit: Unit) -> Iterator[Episode | Skipped]:
 
 def list_sources() -> list[str]:
     """Names of all sources, sorted; imports none of them."""
-    modules = pkgutil.iter_modules(__path__)
-    return sorted(module.name for module in modules if not module.ispkg and not module.name.startswith("_"))
+    return sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg and module.name[0] != "_"
+    )
 
 
 def build_source(name: str, options: Mapping[str, Any]) -> Source:
-    """Make the source called `name`.
-
-    Args:
-        name: A module of this package, e.g. "vpt".
-        options: The source's own options, as in the data set preset.
+    """Make the source of the module `name` with the options of a data set preset.
 
     Raises:
         ValueError: An unknown source or option (the nearest known one is named), or a wrong value.
@@ -139,16 +132,12 @@ FORMS = (
     ("meta/info.json", "lerobot", "{file} is of a LeRobot data set: a copy of configs/dataset/lerobot.yaml reads it"),
     ("*.tar", "vpt", "{file} is a tar shard: dataset=vpt reads those of .mp4 + .jsonl pairs"),
     ("*.jsonl", "", "{file} is not packed: `jepa-cache pack {folder} OUT` makes tar shards for dataset=vpt"),
-    (
-        "*.json",
-        "mp4_json",
-        "{file} lies beside videos: dataset=mp4_json reads .mp4 + .json pairs, see docs/add_a_dataset.md",
-    ),
+    ("*.json", "mp4_json", "dataset=mp4_json reads .mp4 + .json pairs such as {file}, see docs/add_a_dataset.md"),
     (
         "*.mp4",
         "",
-        "it holds videos such as {file}: `jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs for dataset=vpt; "
-        "docs/add_a_dataset.md says what other videos need",
+        "`jepa-cache pack {folder} OUT` packs videos such as {file} with .jsonl files beside them for dataset=vpt; "
+        "docs/add_a_dataset.md says what others need",
     ),
 )
 """Pattern of a file, the source that reads its form, and what to say; the most telling form first."""

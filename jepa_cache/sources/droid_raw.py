@@ -14,11 +14,17 @@ import numpy as np
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.idle import JOINT_VELOCITY_CONTROLS, find_episode_key, find_idle_rows
 from jepa_cache.media.images import SideBySide
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.tar import is_file_name, walk
-from jepa_cache.poses import CAMERA_CONTROLS, COMMAND_CONTROLS, POSE_CONTROLS
+from jepa_cache.poses import (
+    CAMERA_CONTROLS,
+    COMMAND_CONTROLS,
+    JOINT_VELOCITY_CONTROLS,
+    POSE_CONTROLS,
+    find_episode_key,
+    find_idle_rows,
+)
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import align_droid_frames
 from jepa_cache.sources.parsers.untrusted import open_hdf5, read_array, read_object
@@ -53,7 +59,7 @@ def build(options: Mapping[str, Any]) -> DroidRawSource:
 
 
 class DroidRawSource:
-    """Reads raw DROID episodes; holds its options and nothing else. A unit is the files of one episode and camera.
+    """Reads raw DROID episodes. A unit is the files of one episode and camera.
 
     Frame t shows the state of row t (the official loader's indexing); a video of another rate is placed by time. Where
     there are more frames than rows, or fewer, both begin together and the shorter decides.
@@ -67,9 +73,6 @@ class DroidRawSource:
         """Find episodes: folders, searched for trajectory.h5, or lists of episode folders (.csv, .txt), relative to `base`.
 
         An episode without metadata or video is a unit too, of the files that it has: it is then reported as skipped.
-
-        Raises:
-            ValueError: An input finds no episode, or a list names a folder that holds none.
         """
         folders: dict[Path, Path] = {}
         for given in inputs:
@@ -88,11 +91,7 @@ class DroidRawSource:
         return [self._make_unit(folder) for folder in sorted(folders.values())]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
-        """Yield the one episode of a unit.
-
-        Skipped, with the reason: no or unreadable metadata, a missing, damaged or unplaceable video, a trajectory.h5 that
-        is missing, damaged, links to other files or has arrays of other shapes.
-        """
+        """Yield the one episode of a unit; as skipped, with the reason, when it cannot be used."""
         try:
             yield self._read_episode(unit.files[0].parent)
         except ValueError as error:
@@ -150,10 +149,8 @@ class DroidRawSource:
 
 def _read_pose(file: Any, group: str) -> np.ndarray | None:
     """[M, 7] from cartesian_position and gripper_position; None where one of them is missing."""
-    position, gripper = (
-        read_array(file, f"{group}/cartesian_position", 6),
-        read_array(file, f"{group}/gripper_position", 1),
-    )
+    position = read_array(file, f"{group}/cartesian_position", 6)
+    gripper = read_array(file, f"{group}/gripper_position", 1)
     if position is None or gripper is None:
         return None
     if len(position) != len(gripper):
@@ -183,17 +180,19 @@ def build_controls(
     if len(poses) == 0:
         raise RecordingError("the episode has no rows")
     groups = (
-        ("poses", POSE_CONTROLS, poses),
-        ("commands", COMMAND_CONTROLS, commands),
-        ("joint_velocity_commands", JOINT_VELOCITY_CONTROLS, joint_velocity_commands),
-        ("cameras", CAMERA_CONTROLS, cameras),
+        (POSE_CONTROLS, poses),
+        (COMMAND_CONTROLS, commands),
+        (JOINT_VELOCITY_CONTROLS, joint_velocity_commands),
+        (CAMERA_CONTROLS, cameras),
     )
     controls: dict[str, np.ndarray] = {}
-    for what, names, array in groups:
+    for names, array in groups:
         if array is None:
             continue
         if array.shape != (len(poses), len(names)):
-            raise RecordingError(f"the episode's {what} must be [{len(poses)}, {len(names)}]; got {array.shape}")
+            raise RecordingError(
+                f"the episode's {', '.join(names)} must be [{len(poses)}, {len(names)}]; got {array.shape}"
+            )
         controls |= {name: np.array(column, np.float64) for name, column in zip(names, array.T, strict=True)}
     if joint_velocity_commands is not None:
         controls["idle"] = find_idle_rows(joint_velocity_commands).astype(np.float32)
@@ -213,10 +212,7 @@ def find_folders(root: Path) -> Iterator[Path]:
 def read_list(path: Path) -> list[Path]:
     """Folders of episodes from a text or CSV file as the official training takes it: the first column, split at spaces.
 
-    Relative folders start from the file's own. Quoted ones may hold spaces.
-
-    Raises:
-        ValueError: A folder that holds neither a trajectory nor metadata; or no folder at all.
+    Relative folders start from the file's own. Quoted ones may hold spaces. A ValueError where one holds no episode, or none is listed.
     """
     with path.open(newline="", encoding="utf-8") as file:
         try:
@@ -227,8 +223,7 @@ def read_list(path: Path) -> list[Path]:
     if absent or not folders:
         raise ValueError(
             f"{path} lists {len(folders)} folders, of which {len(absent)} hold no {TRAJECTORY}"
-            f"{f' (first: {absent[0]})' if absent else ''}. Each line must begin with the folder of one episode; make a new list "
-            "with: jepa-cache index-droid ROOT OUT.csv"
+            f"{f' (first: {absent[0]})' if absent else ''}; make a new list with: jepa-cache index-droid ROOT OUT.csv"
         )
     return folders
 
@@ -247,14 +242,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
-    """The mp4 of a camera.
+    """The mp4 of a camera; a RecordingError where the metadata name none, no plain file name, or one that is not there.
 
     `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by `ext1_mp4_path`
     and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of the episode. Where
     `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
-
-    Raises:
-        RecordingError: The metadata do not name it, name something that is no plain file name, or no such file is there.
     """
     ends = ("mp4_path", "cam_serial")
     fields = ["left_mp4_path"] if camera == "left" else [f"{CAMERA_FIELDS[camera]}_{end}" for end in ends]
@@ -269,12 +261,12 @@ def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
         raise RecordingError(f"its metadata name {named[:200]!r} as the video, which is no file name")
     serial = stem.removesuffix("-stereo")
     candidates = dict.fromkeys((f"{stem}.mp4", f"{serial}.mp4", f"{serial}-stereo.mp4"))
-    for candidate in candidates:
-        if (path := folder / MP4_FOLDER / candidate).is_file():
-            return path
-    raise RecordingError(
-        f"the video of the camera {camera!r} is missing: {MP4_FOLDER}/ holds none of {', '.join(candidates)}"
-    )
+    found = [path for name in candidates if (path := folder / MP4_FOLDER / name).is_file()]
+    if not found:
+        raise RecordingError(
+            f"the video of the camera {camera!r} is missing: {MP4_FOLDER}/ holds none of {', '.join(candidates)}"
+        )
+    return found[0]
 
 
 def name_episode(folder: Path, metadata: Mapping[str, Any]) -> str:
@@ -298,12 +290,9 @@ def find_success(key: str, metadata: Mapping[str, Any]) -> bool | None:
 
 
 def index_folder(root: Path) -> tuple[list[Path], list[str]]:
-    """The complete episodes below a folder, and the incomplete ones, each with the reason.
+    """The complete episodes below a folder, and the incomplete ones, each with the reason; a ValueError where there are neither.
 
     An episode is complete when it has a trajectory, metadata, and the video that the metadata call left_mp4_path.
-
-    Raises:
-        ValueError: No trajectory.h5 anywhere below.
     """
     complete, incomplete = [], []
     for folder in find_folders(root):

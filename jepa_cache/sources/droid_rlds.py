@@ -13,11 +13,11 @@ from pydantic import Field
 from jepa_cache.config.parsing import nearest, parse_dataclass
 from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
-from jepa_cache.idle import find_episode_key
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
 from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import expand_inputs, real_path
+from jepa_cache.poses import find_episode_key
 from jepa_cache.sources import Unit
 from jepa_cache.sources.droid_raw import build_controls
 from jepa_cache.sources.parsers.placement import DROID_HZ
@@ -36,6 +36,13 @@ RECIPE_VERSION = 1
 MAX_COUNTED = 10_000
 """Records of a shard that are counted as missing: shards of DROID hold some 50, and what lists them may be wrong."""
 
+EXTRINSICS = {
+    "exterior_1": "episode_metadata/extrinsics_exterior_cam_1",
+    "exterior_2": "episode_metadata/extrinsics_exterior_cam_2",
+}
+"""Camera to the feature of its pose in the base frame (6 numbers, one per episode), used where the directory has it (DROID since 1.0.1).
+None for the wrist camera: it moves, and 1.0.1 holds one pose for the whole episode; droid_raw has its pose in every row."""
+
 
 @dataclass(frozen=True)
 class RldsOptions:
@@ -50,9 +57,6 @@ class RldsOptions:
             (rad), gripper.
         command: The same of the commanded absolute pose; empty where there is none.
         joint_velocity_command: Feature of 7 commanded joint velocities (rad/s), for `idle`; null where there is none.
-        extrinsics: Name of a camera to the feature of its pose in the base frame (6 numbers, one per episode), used where the
-            directory has it (DROID since 1.0.1). None for the wrist camera: it moves, and 1.0.1 holds one pose for the whole
-            episode; droid_raw has its pose in every row.
         success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null where it
             is not known.
         episode_key: Features that together name an episode.
@@ -72,12 +76,6 @@ class RldsOptions:
     pose: tuple[str, ...] = ("steps/observation/cartesian_position", "steps/observation/gripper_position")
     command: tuple[str, ...] = ("steps/action_dict/cartesian_position", "steps/action_dict/gripper_position")
     joint_velocity_command: str | None = "steps/action_dict/joint_velocity"
-    extrinsics: dict[str, str] = field(
-        default_factory=lambda: {
-            "exterior_1": "episode_metadata/extrinsics_exterior_cam_1",
-            "exterior_2": "episode_metadata/extrinsics_exterior_cam_2",
-        }
-    )
     success: str | None = "episode_metadata/file_path"
     episode_key: tuple[str, ...] = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
     gripper_one_is: Literal["closed", "open"] = "closed"
@@ -104,17 +102,17 @@ def build(options: Mapping[str, Any]) -> DroidRldsSource:
 
 
 class DroidRldsSource:
-    """Reads TFDS directories of episodes; holds its options and nothing else. A unit is a tfrecord shard with features.json.
+    """Reads TFDS directories of episodes. A unit is a tfrecord shard with features.json.
 
-    Frame t shows the state of step t, before its action. The pictures of other cameras are never decoded, nor are any here.
+    Frame t shows the state of step t, before its action. No picture is decoded here.
     """
 
     def __init__(self, options: RldsOptions) -> None:
         self.options = options
         settings = asdict(options)
         # Of the maps only what this camera reads: a change for another camera changes nothing here.
-        settings["cameras"] = options.cameras[options.camera]
-        settings["extrinsics"] = options.extrinsics.get(options.camera)
+        self.picture = settings["cameras"] = options.cameras[options.camera]
+        self.extrinsics = settings["extrinsics"] = EXTRINSICS.get(options.camera)
         self.recipe: dict[str, object] = {
             "source": "droid_rlds",
             "recipe_version": RECIPE_VERSION,
@@ -158,41 +156,30 @@ class DroidRldsSource:
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
 
-        Skipped, with the reason: a damaged record, one that does not fit features.json, an episode without steps, with a
-        picture that is none, or with the name of an earlier one; and each record that dataset_info.json lists and the shard
-        lacks, because it is short, damaged or no TFRecord file.
+        Each record that dataset_info.json lists and the shard lacks, because it is short, damaged or no TFRecord file, is one skipped.
 
         Raises:
             ValueError: The directory lacks a feature that the options name.
         """
-        path = unit.files[0]
-        file_name = spell_name(path.name)
-        features = self._open_features(unit.files[1])
-        num_records, keys = 0, set()
-        for record in iter_records(path):
-            name = f"{file_name}#{record.index}"
+        file_name, features = spell_name(unit.path.name), self._open_features(unit.files[1])
+        num_records, keys = 0, set[str]()
+        for record in iter_records(unit.path):
+            key = f"{file_name}#{record.index}"
             num_records = record.index + 1
-            if record.problem is not None:
-                yield Skipped(name, record.problem)
-                continue
             try:
+                if record.problem is not None:
+                    raise RecordingError(record.problem)
                 example = features.decode(record.data)
-            except ValueError as error:
-                yield Skipped(name, str(error))
-                continue
-            key = self._name_episode(example)
-            if key in keys:
-                reason = (
-                    f"an earlier record of this shard has the same name, {key!r}; name more features in episode_key"
-                )
-                yield Skipped(name, reason)
-                continue
-            keys.add(key)
-            try:
-                yield self._read_episode(features, key, example)
+                if (name := self._name_episode(example)) in keys:
+                    raise RecordingError(
+                        f"an earlier record of this shard has the same name, {name!r}; name more features in episode_key"
+                    )
+                keys.add(name)
+                key = name
+                yield self._read_episode(name, example)
             except ValueError as error:  # RecordingError and DecodeError, and columns that numpy cannot join.
                 yield Skipped(key, str(error))
-        shard = parse_shard_name(path.name)
+        shard = parse_shard_name(unit.path.name)
         expected = features.count_records(shard.split, shard.index) if shard else None
         for index in range(num_records, min(expected or 0, num_records + MAX_COUNTED)):
             reason = f"dataset_info.json lists {expected} records, the shard ends before this one; fetch it again"
@@ -205,42 +192,39 @@ class DroidRldsSource:
 
     def _open_features(self, path: Path | BucketFile) -> Features:
         options = self.options
-        wanted = [options.cameras[options.camera], *options.pose, *options.command, *options.episode_key]
+        wanted = [self.picture, *options.pose, *options.command, *options.episode_key]
         wanted += [name for name in (options.joint_velocity_command, options.success) if name is not None]
-        extrinsics = options.extrinsics.get(options.camera)
-        return Features(path, tuple(dict.fromkeys(wanted)), optional=(extrinsics,) if extrinsics else ())
+        return Features(path, tuple(dict.fromkeys(wanted)), optional=(self.extrinsics,) if self.extrinsics else ())
 
     def _name_episode(self, example: Mapping[str, Any]) -> str:
         name = "--".join(_to_text(example[part]) for part in self.options.episode_key)
         return find_episode_key(name) or name.lstrip("/")
 
-    def _read_episode(self, features: Features, key: str, example: Mapping[str, Any]) -> Episode:
+    def _read_episode(self, key: str, example: Mapping[str, Any]) -> Episode:
         options = self.options
         lengths = {name: len(value) for name, value in example.items() if name.startswith(STEPS)}
         if len(set(lengths.values())) > 1:
             raise RecordingError(f"its features have different numbers of steps: {lengths}")
-        num_steps = lengths[options.cameras[options.camera]]
+        num_steps = lengths[self.picture]
         if num_steps == 0:
             raise RecordingError("the episode has no steps")
-        pictures = tuple(example[options.cameras[options.camera]])
+        pictures = tuple(example[self.picture])
         if not all(isinstance(picture, bytes) for picture in pictures):
-            raise RecordingError(f"{options.cameras[options.camera]} holds no encoded pictures")
+            raise RecordingError(f"{self.picture} holds no encoded pictures")
         video = FrameSequence(pictures, options.native_hz)
         info = probe_video(video)
-        poses = _read_columns(example, num_steps, options.pose)
-        commands = _read_columns(example, num_steps, options.command) if options.command else None
+        poses = _read_columns(example, num_steps, *options.pose)
+        commands = _read_columns(example, num_steps, *options.command)
         if options.gripper_one_is == "open":
             for array in (poses, commands):
                 if array is not None:
                     array[:, -1] = 1 - array[:, -1]
-        joints, success = options.joint_velocity_command, options.success
-        extrinsics = options.extrinsics.get(options.camera)
         controls = build_controls(
             poses,
             commands,
-            _read_columns(example, num_steps, (joints,)) if joints else None,
-            _read_columns(example, num_steps, (extrinsics,)) if extrinsics in features.names else None,
-            _read_success(example[success]) if success else None,
+            _read_columns(example, num_steps, options.joint_velocity_command),
+            _read_columns(example, num_steps, self.extrinsics),
+            _read_success(example[options.success]) if options.success else None,
         )
         return Episode(
             key=key,
@@ -252,14 +236,17 @@ class DroidRldsSource:
         )
 
 
-def _read_columns(example: Mapping[str, Any], num_steps: int, names: Sequence[str]) -> np.ndarray:
-    """[M, C] float64: the columns of these features, one after the other; those of an episode are the same in every row."""
+def _read_columns(example: Mapping[str, Any], num_steps: int, *names: str | None) -> np.ndarray | None:
+    """[M, C] float64: the columns of these features, one after the other; those of an episode are the same in every row.
+
+    Names that are None or that the directory lacks give no column; None where none is left.
+    """
     parts = []
-    for name in names:
+    for name in (name for name in names if name in example):
         values = np.asarray(example[name], np.float64)
         values = values.reshape(num_steps, -1) if name.startswith(STEPS) else np.tile(values.ravel(), (num_steps, 1))
         parts.append(values)
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(parts, axis=1) if parts else None
 
 
 def _read_success(value: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import spell_name
@@ -17,7 +18,7 @@ from jepa_cache.media.probe import DecodeError, measure_rate, probe_video
 from jepa_cache.media.tar import expand_inputs, is_file_name
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import place_frames
-from jepa_cache.sources.parsers.untrusted import read_object, read_rate
+from jepa_cache.sources.parsers.untrusted import check_fields, read_object
 
 RECIPE_VERSION = 1
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
@@ -31,34 +32,33 @@ class Mp4JsonOptions:
     """Options of the source: none."""
 
 
-def build(options: Mapping[str, Any]) -> Mp4JsonSource:
-    """Make the source from the `source_options` of a preset.
+class Scalars(BaseModel):
+    """The single values of a json."""
 
-    Raises:
-        ValueError: An unknown option.
-    """
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    fps: float | None = Field(default=None, gt=0)
+    success: bool | None = None
+
+
+def build(options: Mapping[str, Any]) -> Mp4JsonSource:
+    """Make the source from the `source_options` of a preset; a ValueError for an unknown option."""
     return Mp4JsonSource(parse_dataclass(Mp4JsonOptions, options, "source_options of mp4_json"))
 
 
 class Mp4JsonSource:
-    """Reads pairs of mp4 and json; holds its options and nothing else. A unit is one pair.
+    """Reads pairs of mp4 and json. A unit is one pair.
 
-    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps seconds, before action i acts), `actions`
-    [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for each frame says when
-    that frame was taken) and `success` (true or false). Other fields are left alone. Controls are action_0.., state_0.. and success.
+    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps seconds, before
+    action i acts), `actions` [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for
+    each frame says when that frame was taken) and `success` (true or false). Controls are action_0.., state_0.. and success.
     """
 
     def __init__(self, options: Mp4JsonOptions) -> None:
         self.recipe: dict[str, object] = {"source": "mp4_json", "recipe_version": RECIPE_VERSION, **asdict(options)}
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
-        """Find pairs: folders, files, globs and brace ranges, relative to `base`; sorted, each once.
-
-        An mp4 or json without its partner is a unit too, and is yielded as skipped.
-
-        Raises:
-            ValueError: An input finds neither, or two pairs have one key.
-        """
+        """Find pairs, sorted, and mp4 or json files without a partner; a ValueError where two pairs have one key."""
         pairs: dict[str, set[Path]] = {}  # by path without suffix; as text, for ten thousand paths take seconds
         for path in expand_inputs(inputs, base, "*.mp4", "*.json"):
             pairs.setdefault(os.path.splitext(path)[0], set()).add(path)  # noqa: PTH122
@@ -76,15 +76,14 @@ class Mp4JsonSource:
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the pair; as skipped, with the reason, when it cannot be used."""
-        stem = unit.files[0].with_suffix("")
         files = {path.suffix: path for path in unit.files}
         try:
             for suffix in (".mp4", ".json"):
                 if suffix not in files:
-                    raise RecordingError(f"there is no {stem.name}{suffix} beside {unit.files[0].name}")
-            yield _read_episode(_find_key(stem), files[".mp4"], files[".json"])
+                    raise RecordingError(f"there is no {unit.path.stem}{suffix} beside {unit.path.name}")
+            yield _read_episode(unit.name, files[".mp4"], files[".json"])
         except (RecordingError, DecodeError) as error:
-            yield Skipped(_find_key(stem), str(error))
+            yield Skipped(unit.name, str(error))
 
     def name_skipped(self, unit: Unit, key: str) -> str:
         """The pair's present name; see `Source`."""
@@ -101,24 +100,24 @@ def _read_episode(key: str, video: Path, records: Path) -> Episode:
         raise RecordingError(
             f"{records.name}: {len(actions)} actions and {len(states)} states; there must be as many, or one action less"
         )
-    if "fps" in fields or "times" not in fields:
-        times_s = np.arange(len(states)) / read_rate(fields, "fps", records.name)
+    scalars = check_fields(Scalars, fields, records.name)
     if "times" in fields:
         times_s = _read_rows(fields, "times", records.name, 1)
         if len(times_s) != len(states):
             raise RecordingError(
                 f"{records.name}: {len(times_s)} times and {len(states)} states; there must be as many"
             )
-    success = fields.get("success")
-    if success is not None and not isinstance(success, bool):
-        raise RecordingError(f"{records.name}: success must be true or false; got {repr(success)[:60]}")
+    elif scalars.fps is None:
+        raise RecordingError(f"{records.name}: the field fps, rows per second, is missing")
+    else:
+        times_s = np.arange(len(states)) / scalars.fps
     info = probe_video(video)
     placement = place_frames(times_s, info.num_frames, info.typical_fps, info.frame_times_s, measured="times" in fields)
     fps = info.fps if placement.frame_times_s is None else measure_rate(placement.frame_times_s, info.fps)
     controls = {f"action_{index}": column.copy() for index, column in enumerate(actions.T)}
     controls |= {f"state_{index}": column.copy() for index, column in enumerate(states.T)}
-    if success is not None:
-        controls["success"] = np.full(len(states), success)
+    if scalars.success is not None:
+        controls["success"] = np.full(len(states), scalars.success)
     return Episode(
         key=key,
         video=video,
@@ -146,8 +145,3 @@ def _read_rows(fields: Mapping[str, Any], name: str, file: str, ndim: int) -> np
     if not np.isfinite(values).all():
         raise RecordingError(f"{file}: {name} must be finite; row {np.argwhere(~np.isfinite(values))[0][0]} is not")
     return values
-
-
-def _find_key(stem: Path) -> str:
-    """Folder and name: unique where each folder is one session, and the same wherever the data set lies."""
-    return spell_name(f"{stem.parent.resolve().name}/{stem.name}")

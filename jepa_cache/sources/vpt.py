@@ -17,7 +17,7 @@ from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples
 from jepa_cache.sources import Unit
-from jepa_cache.sources.parsers.placement import align_times, align_vpt_frames
+from jepa_cache.sources.parsers.placement import align_vpt_frames, place_by_time
 from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
 
 RECIPE_VERSION = 2
@@ -56,12 +56,10 @@ class VptOptions:
             raise ValueError(
                 "vpt source: camera_unit belongs to schema 'simple'; contractor lines hold absolute degrees"
             )
-        if self.schema == "simple" and self.mouse_scale != "recorded":
-            raise ValueError("vpt source: mouse_scale 'by_version' belongs to schema 'contractor'; delete it")
-        if self.schema == "simple" and self.camera_unit is None:
+        if self.schema == "simple" and (self.camera_unit is None or self.mouse_scale != "recorded"):
             raise ValueError(
                 "vpt source: schema 'simple' needs source_options.camera_unit, one of delta_deg, delta_rad, absolute_deg, "
-                "absolute_rad (its lines do not say which)"
+                "absolute_rad (its lines do not say which), and no mouse_scale, which belongs to schema 'contractor'"
             )
 
 
@@ -71,7 +69,7 @@ def build(options: Mapping[str, Any]) -> VptSource:
 
 
 class VptSource:
-    """Reads VPT tar shards; holds its options and nothing else. A unit is a tar shard.
+    """Reads VPT tar shards. A unit is a tar shard.
 
     Frame t shows the state before line t (measured by optical flow on two recordings). Where the numbers of frames and lines
     differ they are aligned at the start, the shorter decides, and the difference goes into `Episode.notes`.
@@ -91,10 +89,8 @@ class VptSource:
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.
 
-        Skipped, with the reason: a sample without its partner or otherwise unusable in the tar, a video that cannot be
-        opened, a field that is missing or of a wrong type (with the line's number), and a recording that is no VPT because its
-        yaw does not follow the mouse. Of a contractor recording with lines that are no JSON the longest run between them is
-        kept, with a note; one in the simple schema is skipped. A file that is no tar, or one without recordings, is one skipped.
+        Of a contractor recording with lines that are no JSON the longest run between them is kept, with a note; one in the simple
+        schema is skipped. A file that is no tar, or one without recordings, is one skipped.
         """
         name = spell_name(unit.path.name)
         alone: Skipped | None = None
@@ -108,10 +104,9 @@ class VptSource:
                     return
                 yield alone
                 alone = None
-            missing = [suffix for suffix in SUFFIXES if suffix not in members]
             if problem is not None:
                 yield Skipped(key, problem)
-            elif missing:
+            elif missing := [suffix for suffix in SUFFIXES if suffix not in members]:
                 alone = Skipped(key, f"the tar shard holds no {key}.{missing[0]} beside its partner")
             else:
                 try:
@@ -128,35 +123,34 @@ class VptSource:
         return unit.name if key.endswith(".tar") else key
 
     def _read_episode(self, key: str, video: bytes, lines: bytes) -> Episode:
-        first_frame, notes = 0, ()
-        if self.options.schema == "contractor":
+        if self.options.schema == "simple":
+            controls, times_s = read_simple(lines, self.options.camera_unit or "")
+            info = probe_video(video)
+            fps, notes, shown = info.typical_fps, (), slice(None)
+            placement = place_by_time(times_s, info.num_frames, fps, info.frame_times_s)
+            first_line = first_frame = 0
+        else:
             controls, notes, first_line, num_lines = read_contractor(lines)
             check_yaw_law(controls)
             if self.options.mouse_scale == "by_version":
                 notes = (*notes, *_scale_gui_mouse(controls, key))
             info = probe_video(video)
             fps, placement = align_vpt_frames(info, num_lines)
-            frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
-            shown = np.flatnonzero((frame_ticks >= first_line) & (frame_ticks < first_line + len(controls["tick"])))
-            if len(shown) == 0:
+            lines_shown = placement.frame_ticks - first_line
+            shown = (lines_shown >= 0) & (lines_shown < len(controls["tick"]))
+            if not shown.any():
                 raise RecordingError(f"no frame of the video shows one of its usable lines: {'; '.join(notes)}")
-            first_frame, frame_ticks = int(shown[0]), frame_ticks[shown] - first_line
-            frame_times_s = None if frame_times_s is None else frame_times_s[shown]
-        else:
-            controls, times_s = read_simple(lines, self.options.camera_unit or "")
-            info = probe_video(video)
-            fps, placement = info.typical_fps, align_times(info, times_s)
-            frame_ticks, frame_times_s = placement.frame_ticks, placement.frame_times_s
+            first_frame = int(shown.argmax())
         return Episode(
             key=key,
             video=video,
             fps=fps,
             controls=controls,
-            frame_ticks=frame_ticks,
+            frame_ticks=placement.frame_ticks[shown] - first_line,
             num_video_frames=info.num_frames - first_frame,
             notes=(*notes, *placement.notes),
             first_frame=first_frame,
-            frame_times_s=frame_times_s,
+            frame_times_s=None if placement.frame_times_s is None else placement.frame_times_s[shown],
         )
 
 
@@ -188,11 +182,7 @@ def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
     """Measure where outside GUIs the player turns by 0.15 degrees per mouse count: `yaw[t+1] - yaw[t] == 0.15 * dx[t]`.
 
     Judged are the steps with both lines outside a GUI in which the mouse or the yaw moves; the difference is taken on the
-    circle. GUI steps are left out: there the mouse moves the cursor, at a scale that differs between recorder versions.
-    Lines without yaw cannot be judged.
-
-    Args:
-        controls: The columns [M] `mouse_dx`, `yaw_deg` and `gui`.
+    circle. In a GUI the mouse moves the cursor. Lines without yaw cannot be judged.
     """
     outside = ~controls["gui"][:-1] & ~controls["gui"][1:]
     turned_deg = np.diff(controls["yaw_deg"])
@@ -210,8 +200,6 @@ def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
 
     Raises:
         RecordingError: At least 3 breaches, and the law of `measure_yaw_law` holds in less than 60 % of the judged steps.
-
-    Source: measured on 64 VPT logs.
     """
     law = measure_yaw_law(controls)
     if law.num_breaches >= MIN_YAW_BREACHES and law.num_breaches > (1 - MIN_YAW_SHARE) * law.num_judged:

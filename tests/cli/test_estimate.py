@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepa_cache.cli import estimate
 from jepa_cache.cli.estimate import count_encoder
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder.vit import VisionTransformer
-from jepa_cache.encoder.vit21 import VisionTransformer21
+from jepa_cache.encoder.vit import VisionTransformer, VisionTransformer21
 from jepa_cache.store.root import MARKER
 from tests.makers import make_video, make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS

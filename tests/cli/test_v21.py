@@ -13,7 +13,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.encoder.preprocess import ac_transform
-from jepa_cache.encoder.vit21 import VisionTransformer21
+from jepa_cache.encoder.vit import VisionTransformer21
 from jepa_cache.training.run import predictor_arguments
 from tests.encoded import decode_all, read_video
 from tests.official_files import draw_state, encoder_shapes, write_v21_file

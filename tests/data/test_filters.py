@@ -26,8 +26,8 @@ from jepa_cache.data.filters import (
     needs_controls,
     ranges_path,
 )
-from jepa_cache.idle import JOINT_VELOCITY_CONTROLS
 from jepa_cache.media.video import open_video
+from jepa_cache.poses import JOINT_VELOCITY_CONTROLS
 from jepa_cache.sources import Unit, build_source
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls

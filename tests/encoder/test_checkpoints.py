@@ -5,7 +5,6 @@ strictly whatever wrapped them, other entries unread; every mismatch is listed; 
 entries, damaged files and files with code are refused in words; missing files are downloaded once, whole, or named with the way to them.
 """
 
-import logging
 import subprocess
 import sys
 import traceback
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder import KINDS, vjepa2
 from jepa_cache.encoder.checkpoints import CheckpointError, load_state
-from jepa_cache.encoder.vjepa2 import WeightsNotFoundError, find_weights_file, random_state
+from jepa_cache.encoder.vjepa2 import random_state
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import encoder_shapes, without_storage, write_v21_file
@@ -48,6 +47,9 @@ def read_preset(name):
 
 def load(preset, path):
     return KINDS[preset.kind].load(preset, path).state_dict()
+
+
+find = KINDS["vjepa2"].find
 
 
 def equal(one, other):
@@ -124,9 +126,12 @@ def test_identity_of_a_file_follows_bytes_and_entry_but_not_the_name(file_preset
 # --- loading --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module.backbone.", "backbone."])
-def test_official_file_loads_under_any_wrapper(write, file_preset, wide_state, prefix):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.backbone.", "backbone."])
+def test_official_files_load_under_any_wrapper(tmp_path, write, file_preset, wide_state, preset_21, state_21, prefix):
     assert equal(load(file_preset, write(prefix=prefix)), wide_state)
+    for entry in ("ema_encoder", "target_encoder"):
+        write_v21_file(tmp_path / "v21.pt", state_21, entry=entry, prefix=prefix)
+        assert equal(load(replace(preset_21, weights_entry=entry), tmp_path / "v21.pt"), state_21)
 
 
 def test_the_preset_decides_the_entry_and_a_plain_state_dict_needs_none(tmp_path, write, file_preset, wide_state):
@@ -135,13 +140,6 @@ def test_the_preset_decides_the_entry_and_a_plain_state_dict_needs_none(tmp_path
     assert equal(load(replace(file_preset, weights_entry=None), tmp_path / "plain.pt"), wide_state)
     save_file(wide_state | {"predictor.norm.bias": torch.zeros(3)}, tmp_path / "encoder.safetensors")
     assert equal(load(file_preset, tmp_path / "encoder.safetensors"), wide_state), "a hub file has a predictor too"
-
-
-@pytest.mark.parametrize("entry", ["ema_encoder", "target_encoder"])
-@pytest.mark.parametrize("prefix", ["", "module.backbone."])
-def test_a_v21_file_of_the_released_structure_loads(tmp_path, preset_21, state_21, prefix, entry):
-    write_v21_file(tmp_path / "v21.pt", state_21, entry=entry, prefix=prefix)
-    assert equal(load(replace(preset_21, weights_entry=entry), tmp_path / "v21.pt"), state_21)
 
 
 @pytest.mark.parametrize("name", NUM_WEIGHTS)
@@ -156,25 +154,20 @@ def test_files_of_the_released_sizes_load_into_their_presets_and_no_other(tmp_pa
         load(other, tmp_path / "file.pt")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((SUITE_SETTINGS / "configs/encoder").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_preset_names_exactly_one_origin_of_weights(path):
-    preset = read_preset(path.stem)
-    assert (preset.weights is None) != (preset.random_seed is None)
-    if preset.kind == "hf":
-        assert preset.weights.startswith("hf://") and preset.weights.count("/") == 3
-    elif preset.weights:
-        assert preset.weights.removeprefix(vjepa2.OFFICIAL_BASE_URL) in vjepa2.OFFICIAL_FILES
+def test_every_preset_with_weights_names_a_released_file():
+    for path in (SUITE_SETTINGS / "configs/encoder").glob("*.yaml"):
+        preset = read_preset(path.stem)
+        if preset.kind == "hf":
+            assert preset.weights.startswith("hf://") and preset.weights.count("/") == 3
+        elif preset.weights:
+            assert preset.weights.removeprefix(vjepa2.OFFICIAL_BASE_URL) in vjepa2.OFFICIAL_FILES
 
 
-@pytest.mark.parametrize("kind", ["vjepa2", "vjepa2_1"])
-def test_every_mismatch_is_listed_by_name_and_shape(preset, wide_state, preset_21, state_21, kind):
-    preset, state = (preset, wide_state) if kind == "vjepa2" else (preset_21, state_21)
-    state |= {"blocks.20.norm1.weight": torch.zeros(48), "blocks.1.mlp.fc1.bias": torch.zeros(7)}
+def test_every_mismatch_is_listed_by_name_and_shape(preset, wide_state):
+    state = wide_state | {"blocks.20.norm1.weight": torch.zeros(48), "blocks.1.mlp.fc1.bias": torch.zeros(7)}
     del state["blocks.0.norm1.bias"]
     with pytest.raises(CheckpointError) as caught:
-        KINDS[kind].build(preset, state)
+        KINDS["vjepa2"].build(preset, state)
     for line in (
         "3 tensors differ",
         "missing     blocks.0.norm1.bias [48]",
@@ -206,33 +199,14 @@ def test_entries_that_hold_no_encoder_are_refused(write, extra, prefix, entry, w
         load_state(write(extra, prefix=prefix), entry)
 
 
-def sincos_table(num_steps, grid, width):
-    """Fixed three-dimensional table as V-JEPA 1 has: sines, then cosines of each position."""
-    index = torch.arange(num_steps * grid * grid, dtype=torch.float32)
-    angles = index[:, None] / 10000 ** (torch.arange(width // 2) / (width // 2))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[None]
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        (torch.zeros(1, 1568, 1024), "is a V-JEPA 1 encoder"),
-        (torch.zeros(1, 4608, 1280), "is a V-JEPA 1 encoder"),
-        (sincos_table(8, 2, 48), "looks like a V-JEPA 1 encoder.*delete pos_embed"),
-        (sincos_table(8, 16, 1024), None),
-        (sincos_table(32, 24, 1408), None),
-        (torch.zeros(1, 32, 48), None),
-    ],
-)
-def test_a_position_table_means_vjepa1_unless_an_old_vjepa2_file_left_it(write, caplog, table, words):
-    path = write({"pos_embed": table})
-    if words:
-        with pytest.raises(CheckpointError, match=words):
-            load_state(path, "target_encoder")
-        return
-    with caplog.at_level(logging.WARNING):
-        assert "pos_embed" not in load_state(path, "target_encoder")
-    assert "pos_embed" in caplog.text and "dropped" in caplog.text
+def test_a_position_table_means_vjepa1_unless_a_released_vjepa2_file_left_it(write, caplog):
+    for sizes in ((1568, 1024), (4608, 1280), (32, 48)):
+        with pytest.raises(CheckpointError, match=r"V-JEPA 1 encoders hold such tables.*delete pos_embed"):
+            load_state(write({"pos_embed": torch.zeros(1, *sizes)}), "target_encoder")
+    for sizes in ((8 * 256, 1024), (32 * 576, 1408)):
+        caplog.clear()
+        assert "pos_embed" not in load_state(write({"pos_embed": torch.zeros(1).expand(1, *sizes)}), "target_encoder")
+        assert "dropped" in caplog.text
 
 
 def test_damaged_files_and_files_that_could_run_code_are_refused(tmp_path, write):
@@ -259,43 +233,37 @@ def test_damaged_files_and_files_that_could_run_code_are_refused(tmp_path, write
 
 def test_paths_start_at_the_base_and_a_missing_file_says_how_to_get_it(tmp_path):
     (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "vitl.pt").touch()
-    assert find_weights_file("w/vitl.pt", base=tmp_path) == tmp_path / "w" / "vitl.pt"
-    with pytest.raises(WeightsNotFoundError) as caught:
-        find_weights_file("w/vith.pt", base=tmp_path)
-    for part in (str(tmp_path / "w" / "vith.pt"), "https://dl.fbaipublicfiles.com/vjepa2/", "encode.weights=PATH"):
-        assert part in str(caught.value)
+    (tmp_path / "w/vitl.pt").touch()
+    assert find("w/vitl.pt", base=tmp_path) == tmp_path / "w/vitl.pt"
+    with pytest.raises(
+        ValueError, match=r"w/vith\.pt does not.*https://dl\.fbaipublicfiles\.com/vjepa2/.*weights=PATH"
+    ):
+        find("w/vith.pt", base=tmp_path)
 
 
-def files_below(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def test_a_url_is_downloaded_once_and_kept_by_host_and_path(tmp_path, monkeypatch, http_folder):
+def test_a_url_is_downloaded_once_whole_and_kept_by_host_and_path(tmp_path, monkeypatch, http_folder):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for folder in ("a", "b"):
         (http_folder.path / folder).mkdir()
         (http_folder.path / folder / "vitl.pt").write_text(folder)
     url = f"{http_folder.url}/a/vitl.pt"
-    assert find_weights_file(url, base=tmp_path, download=False) is None
-    first = find_weights_file(url, base=tmp_path)
-    assert first.is_relative_to(tmp_path / "cache" / "jepa-cache" / "weights")
-    assert find_weights_file(f"{http_folder.url}/b/vitl.pt", base=tmp_path).read_text() == "b"
-    (http_folder.path / "a" / "vitl.pt").write_text("other host")
-    assert find_weights_file(url.replace("127.0.0.1", "localhost"), base=tmp_path).read_text() == "other host"
-    assert find_weights_file(url, base=tmp_path) == first and first.read_text() == "a"
+    http_folder.break_off_after = 0
+    for address, words in (
+        (url, "1 bytes early, after 0"),
+        ("http://127.0.0.1:9/vitl.pt", r":9/vitl\.pt.*weights=PATH"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find(address, base=tmp_path)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    http_folder.break_off_after = None
+    assert find(url, base=tmp_path, download=False) is None
+    first = find(url, base=tmp_path)
+    assert first.is_relative_to(tmp_path / "cache/jepa-cache/weights")
+    assert find(f"{http_folder.url}/b/vitl.pt", base=tmp_path).read_text() == "b"
+    (http_folder.path / "a/vitl.pt").write_text("other host")
+    assert find(url.replace("127.0.0.1", "localhost"), base=tmp_path).read_text() == "other host"
+    assert find(url, base=tmp_path) == first and first.read_text() == "a"
     assert [path.name for path in first.parent.iterdir()] == ["vitl.pt"]
-
-
-def test_a_download_that_fails_or_breaks_off_leaves_nothing(tmp_path, monkeypatch, http_folder):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (http_folder.path / "vitl.pt").write_bytes(b"weights")
-    http_folder.break_off_after = 3
-    with pytest.raises(WeightsNotFoundError, match="4 bytes early, after 3"):
-        find_weights_file(f"{http_folder.url}/vitl.pt", base=tmp_path)
-    with pytest.raises(WeightsNotFoundError, match=r"127\.0\.0\.1:9/vitl\.pt.*encode\.weights=PATH"):
-        find_weights_file("http://127.0.0.1:9/vitl.pt", base=tmp_path)
-    assert not files_below(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +276,7 @@ def test_a_download_that_fails_or_breaks_off_leaves_nothing(tmp_path, monkeypatc
 )
 def test_other_references_are_refused(reference, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        find_weights_file(reference, base=tmp_path)
+        find(reference, base=tmp_path)
 
 
 def test_a_hub_reference_names_repository_and_file_and_a_silent_hub_the_way_out(tmp_path, monkeypatch):
@@ -319,6 +287,6 @@ def test_a_hub_reference_names_repository_and_file_and_a_silent_hub_the_way_out(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     reference = "hf://facebook/vjepa2-vitl-fpc64-256/sub/model.safetensors"
-    assert find_weights_file(reference, base=tmp_path) == Path("facebook/vjepa2-vitl-fpc64-256:sub/model.safetensors")
-    with pytest.raises(WeightsNotFoundError, match=r"no network.*encode\.weights=PATH"):
-        find_weights_file(reference, base=tmp_path, download=False)
+    assert find(reference, base=tmp_path) == Path("facebook/vjepa2-vitl-fpc64-256:sub/model.safetensors")
+    with pytest.raises(ValueError, match=r"no network.*encode\.weights=PATH"):
+        find(reference, base=tmp_path, download=False)

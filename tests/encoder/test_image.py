@@ -15,15 +15,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.image import (
-    CLASS_TOKENS,
-    ImageModelError,
-    read_model,
-    read_preprocessing,
-    resolve_model,
-)
+from jepa_cache.encoder.image import CLASS_TOKENS, ImageModelError, read_model, read_preprocessing
 from jepa_cache.encoder.preprocess import crop_rule
 from jepa_cache.store.recipe import file_digest
 from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, preset_of, save_model
@@ -36,8 +31,22 @@ def dinov2(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("dinov2"))
 
 
+@pytest.fixture
+def model(dinov2, tmp_path):
+    return shutil.copytree(dinov2, tmp_path / "model")
+
+
 def identity_of(folder, digest=file_digest):
     return KINDS["hf"].identity(None, folder, digest)
+
+
+def load(folder, **changes):
+    return KINDS["hf"].load(preset_of(folder, **changes), folder)
+
+
+def drop_weights(folder, wanted):
+    state = {name: value for name, value in load_file(folder / "model.safetensors").items() if not wanted(name)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_every_known_class_is_tried_here():
@@ -46,8 +55,7 @@ def test_every_known_class_is_tried_here():
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_are_the_model_s_own_without_what_comes_before_the_patches(tmp_path, model_type):
-    folder = save_model(tmp_path, model_type)
-    encoder = KINDS["hf"].load(preset_of(folder), folder)
+    encoder = load(save_model(tmp_path, model_type))
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own = make_model(model_type)(pixel_values=pixels).last_hidden_state
@@ -59,8 +67,7 @@ def test_tokens_are_the_model_s_own_without_what_comes_before_the_patches(tmp_pa
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_come_row_by_row(tmp_path, model_type):
     # Without blocks a token sees its own patch only.
-    folder = save_model(tmp_path, model_type, num_hidden_layers=0)
-    encoder = KINDS["hf"].load(preset_of(folder, depth=0), folder)
+    encoder = load(save_model(tmp_path, model_type, num_hidden_layers=0), depth=0)
     pixels = torch.randn(1, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     other = pixels.clone()
     other[..., 16:32, 32:48] += 1.0  # row 1, column 2 of 4 x 4
@@ -75,7 +82,6 @@ def test_pixels_are_those_of_the_library_s_own_processor(tmp_path, size, preproc
     from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    (tmp_path / "config.json").write_text("{}")
     frames = RNG.integers(0, 256, (2, *size, 3), dtype=np.uint8)
     processor = (BitImageProcessorPil if preprocessing is CENTRE_CROP else ViTImageProcessorPil)(**preprocessing)
     expected = processor(list(frames), return_tensors="pt")["pixel_values"]
@@ -83,81 +89,53 @@ def test_pixels_are_those_of_the_library_s_own_processor(tmp_path, size, preproc
     assert torch.equal(crop_rule(preset)(frames, preset.resolution, mean=preset.mean, std=preset.std), expected)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
-
-
-def test_code_of_a_repository_is_refused_by_name_and_never_run(tmp_path):
-    folder = save_model(tmp_path)
-    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    change_config(folder, auto_map={"AutoModel": "modeling_evil.Evil"}, model_type="evil")
+def test_code_of_a_repository_is_refused_by_name_and_never_run(model, tmp_path):
+    (model / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(model, auto_map={"AutoModel": "modeling_evil.Evil"}, model_type="evil")
     with pytest.raises(ImageModelError, match=r"auto_map: modeling_evil\.Evil.*never run"):
-        KINDS["hf"].load(preset_of(folder), folder)
+        load(model)
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickles_are_not_read(tmp_path):
-    folder = save_model(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def test_pickles_are_not_read_and_files_that_were_cut_short_are_refused_before_anything_is_loaded(model):
+    path = model / "model.safetensors"
+    whole = path.read_bytes()
+    for kept in (0, 7, 3000, -1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ImageModelError, match=r"no whole safetensors file: .*Copy or download it again"):
+            identity_of(model)
+    path.rename(model / "pytorch_model.bin")
     with pytest.raises(ImageModelError, match=r"lacks model\.safetensors; it has pytorch_model\.bin, but pickles"):
-        KINDS["hf"].load(preset_of(folder), folder)
+        load(model)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 3000, -1])
-def test_a_file_that_was_cut_short_is_refused_before_anything_is_loaded(tmp_path, kept):
-    folder = save_model(tmp_path)
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ImageModelError, match=r"no whole safetensors file: .*Copy or download it again"):
-        identity_of(folder)
-
-
-def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = save_model(tmp_path)
-    state = load_file(folder / "model.safetensors")
-    del state["encoder.layer.1.norm1.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+def test_weights_that_are_missing_are_not_drawn_at_random_but_for_a_pooler(tmp_path, model):
+    drop_weights(model, lambda name: name == "encoder.layer.1.norm1.weight")
     with pytest.raises(ValueError, match=r"missing encoder\.layer\.1\.norm1\.weight; .*would be random"):
-        KINDS["hf"].load(preset_of(folder), folder)
-
-
-def test_a_pooler_that_is_missing_does_not_matter(tmp_path):
-    folder = save_model(tmp_path, "vit")
-    from safetensors.torch import load_file, save_file
-
-    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("pooler.")}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert KINDS["hf"].load(preset_of(folder), folder)(torch.zeros(1, 3, 1, 64, 64)).shape == (1, 16, 32)
+        load(model)
+    folder = save_model(tmp_path / "vit", "vit")
+    drop_weights(folder, lambda name: name.startswith("pooler."))
+    assert load(folder)(torch.zeros(1, 3, 1, 64, 64)).shape == (1, 16, 32)
 
 
 def test_a_resolution_that_the_model_does_not_take_is_an_error_and_one_that_it_takes_is_not(tmp_path, dinov2):
-    wide = KINDS["hf"].load(preset_of(dinov2, resolution=96), dinov2)
+    wide = load(dinov2, resolution=96)
     assert wide(torch.zeros(1, 3, 1, 96, 96)).shape == (1, 36, 32), "DINOv2 interpolates its positions"
     folder = save_model(tmp_path, "ijepa")
     with pytest.raises(ValueError, match="does not take the 96 px of encoder preset 'image'"):
-        KINDS["hf"].load(preset_of(folder, resolution=96), folder)
+        load(folder, resolution=96)
 
 
 def test_a_preset_that_does_not_describe_the_model_is_refused_with_every_difference(dinov2):
-    with pytest.raises(
-        ImageModelError, match=r"embed_dim is 48 .* 32 in the model; depth is 3 .* 2 in the model"
-    ) as error:
-        KINDS["hf"].load(preset_of(dinov2, embed_dim=48, depth=3), dinov2)
-    assert "add-encoder" in str(error.value)
+    with pytest.raises(ImageModelError, match=r"embed_dim is 48 .* 32 in the model; depth is 3 .*add-encoder"):
+        load(dinov2, embed_dim=48, depth=3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "resnet"}, "model_type 'resnet', of which it is not known"),
-        ({"model_type": "clip"}, "holds a text model too: save the image part"),
-    ],
-)
-def test_models_without_known_patches_are_refused(tmp_path, dinov2, changes, message):
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((dinov2 / "config.json").read_text()) | changes))
-    with pytest.raises(ImageModelError, match=message):
-        read_model(tmp_path)
+@pytest.mark.parametrize("model_type", ["resnet", "clip"])
+def test_models_without_known_patches_are_refused(model, model_type):
+    change_config(model, model_type=model_type)
+    with pytest.raises(ImageModelError, match=f"model_type '{model_type}', of which it is not known.*image part alone"):
+        read_model(model)
 
 
 @pytest.mark.parametrize(
@@ -178,45 +156,34 @@ def test_preprocessing_that_is_not_known_is_refused(tmp_path, changes, message):
         read_preprocessing(tmp_path)
 
 
-def test_a_folder_that_is_none_and_a_reference_that_is_none_are_refused(tmp_path):
-    with pytest.raises(ImageModelError, match="is no folder"):
-        resolve_model("nothing", base=tmp_path)
-    with pytest.raises(ImageModelError, match="or hf://owner/repo@revision; got 'hf://only'"):
-        resolve_model("hf://only", base=tmp_path)
-    with pytest.raises(ImageModelError, match="a folder or hf://"):
-        resolve_model("https://example.com/model", base=tmp_path)
+@pytest.mark.parametrize("reference", ["nothing", "hf://only", "hf://owner/", "https://example.com/model"])
+def test_a_reference_that_is_none_is_refused(tmp_path, reference):
+    with pytest.raises(ImageModelError, match=rf"or hf://owner/repo\[@revision\]; got '{reference}'"):
+        KINDS["hf"].find(reference, base=tmp_path)
 
 
-# --- identity -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_identity_is_that_of_config_and_weights_wherever_they_lie(tmp_path, dinov2):
-    same = save_model(tmp_path / "copy")
-    other = save_model(tmp_path / "other", seed=1)
+def test_the_identity_is_that_of_config_and_weights_wherever_they_lie(tmp_path, dinov2, model):
     identity = identity_of(dinov2)
-    assert identity_of(same) == identity
-    assert identity_of(other) != identity
-    change_config(same, layer_norm_eps=1e-5)
-    assert identity_of(same) != identity, "the config decides numbers too"
+    assert identity_of(model) == identity
+    assert identity_of(save_model(tmp_path / "other", seed=1)) != identity
+    change_config(model, layer_norm_eps=1e-5)
+    assert identity_of(model) != identity, "the config decides numbers too"
 
 
 def test_weights_in_several_files_give_the_same_tokens_and_all_of_them_count(tmp_path, dinov2):
-    model = make_model("dinov2")
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    make_model("dinov2").save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CENTRE_CROP))
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     pixels = torch.randn(1, 3, 1, 64, 64)
-    one, several = (KINDS["hf"].load(preset_of(folder), folder)(pixels) for folder in (dinov2, tmp_path))
-    assert torch.equal(one, several)
+    assert torch.equal(load(dinov2)(pixels), load(tmp_path)(pixels))
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()
     with pytest.raises(ImageModelError, match=r"lacks model-00002-"):
         identity_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../others/model.safetensors", "/etc/passwd", "..", "", 5, None])
-def test_weights_outside_the_folder_are_refused_by_name_and_not_opened(tmp_path, dinov2, name):
-    shutil.copytree(dinov2, tmp_path / "model")
-    shutil.copytree(dinov2, tmp_path / "others")
-    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+def test_weights_outside_the_folder_are_refused_by_name_and_not_opened(tmp_path, model, name):
+    shutil.copytree(model, tmp_path / "others")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ImageModelError, match="weight_map names files of this folder"):
-        identity_of(tmp_path / "model", lambda _: pytest.fail("a file was read"))
+        identity_of(model, lambda _: pytest.fail("a file was read"))

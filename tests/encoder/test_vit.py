@@ -1,29 +1,32 @@
-"""What the transformer promises.
+"""What the transformers promise beside the reference's numbers, which tests/test_golden.py compares.
 
-Claims: the transformer equals transformers' VJEPA2Model; positions are those of the input's own grid; frames beyond a
-tubelet are dropped; impossible inputs are named.
+Claims: V-JEPA 2's equals transformers' VJEPA2Model; positions are those of the input's own grid, V-JEPA 2.1's rescaled in space;
+images and videos each have their own embedding and vector; frames beyond a tubelet are dropped; impossible inputs are named.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.vit import VisionTransformer, rotate, rotation_tables
+from jepa_cache.encoder.vit import VisionTransformer, rotation_tables
 
-CPU = torch.device("cpu")
+
+@pytest.fixture(params=["vjepa2", "vjepa2_1"])
+def encoder(request, preset, wide_state, preset_21, state_21):
+    given = (preset, wide_state) if request.param == "vjepa2" else (preset_21, state_21)
+    return KINDS[request.param].build(*given)
 
 
 @pytest.fixture
-def encoder(preset, wide_state):
-    return KINDS["vjepa2"].build(preset, wide_state)
+def encoder_21(preset_21, state_21):
+    return KINDS["vjepa2_1"].build(preset_21, state_21)
 
 
 def test_safetensors_with_transformers_names_give_transformers_tokens(preset, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the second reference is transformers' VJEPA2Model")
-    from dataclasses import replace
-
-    from safetensors.torch import save_file
-
     config = transformers.VJEPA2Config(
         crop_size=32, frames_per_clip=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2.0,
         pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=2, initializer_range=0.2,
@@ -46,19 +49,29 @@ def test_safetensors_with_transformers_names_give_transformers_tokens(preset, tm
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
-def test_attention_scores_depend_on_grid_offsets_of_time_row_and_column_only():
-    # Tiled frequencies break this law in wider heads; a head of width 6 has one frequency per axis.
-    cosine, sine = rotation_tables((3, 3, 4), 6, CPU)
-    q, k = torch.randn(2, 1, 1, 1, 6).expand(2, 1, 1, 36, 6)
-    scores = (rotate(q, cosine, sine) @ rotate(k, cosine, sine).transpose(-1, -2))[0, 0].view(3, 3, 4, 3, 3, 4)
-    torch.testing.assert_close(scores[1, 1, 1, 2, 2, 3], scores[0, 0, 0, 1, 1, 2], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("grid", [(3, 24, 24), (2, 4, 9), (2, 1, 5), (1, 1, 1)])
+def test_rescaled_rows_and_columns_span_0_to_15_and_time_does_not(grid):
+    cosine, sine = rotation_tables(grid, 48, torch.device("cpu"), pairing="paired", positions="rescaled")
+    # Positions of every token, read back from the slowest frequency of each axis: [T, H, W, 3].
+    got = (torch.atan2(sine, cosine)[:, [15, 31, 47]] / 10000.0 ** (-14 / 16)).view(*grid, 3)
+    rows, columns = (torch.linspace(0, 15 if side > 1 else 0, side) for side in grid[1:])
+    times = torch.arange(grid[0], dtype=torch.float32)
+    expected = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij"), dim=-1)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
-def test_rotation_tiles_the_frequencies_over_a_block():
-    cosine, _ = rotation_tables((1, 1, 3), 24, CPU)
-    column_block = cosine[2, 16:24]
-    frequencies = 10000.0 ** (-torch.arange(4) / 4)
-    torch.testing.assert_close(column_block, torch.cos(2 * frequencies).repeat(2))
+def test_positions_of_v21_follow_the_preset(preset_21, state_21, encoder_21):
+    clip = torch.randn(1, 3, 2, 48, 48)
+    plain = KINDS["vjepa2_1"].build(replace(preset_21, positions="grid"), state_21)
+    assert (encoder_21(clip) - plain(clip)).abs().max() > 1e-2
+
+
+def test_swapping_rows_and_columns_of_a_non_square_input_is_seen(encoder):
+    clip = torch.randn(1, 3, 2, 16, 48)
+    wide = encoder(clip)
+    tall = encoder(clip.reshape(1, 3, 2, 16, 3, 16).transpose(3, 4).reshape(1, 3, 2, 48, 16))
+    # The same patches in the same order, once side by side and once on top of each other.
+    assert (wide - tall).abs().max() > 1e-2
 
 
 def test_tables_first_made_in_inference_mode_serve_a_backward_pass(encoder):
@@ -70,28 +83,46 @@ def test_tables_first_made_in_inference_mode_serve_a_backward_pass(encoder):
     assert clip.grad is not None
 
 
-def test_swapping_rows_and_columns_of_a_non_square_input_is_seen(encoder):
-    clip = torch.randn(1, 3, 2, 16, 48)
-    wide = encoder(clip)
-    tall = encoder(clip.reshape(1, 3, 2, 16, 3, 16).transpose(3, 4).reshape(1, 3, 2, 48, 16))
-    # The same patches in the same order, once side by side and once on top of each other.
-    assert (wide - tall).abs().max() > 1e-2
+@pytest.mark.parametrize(
+    ("name", "image", "video"),
+    [
+        ("img_mod_embed", True, False),
+        ("patch_embed_img.proj.bias", True, False),
+        ("video_mod_embed", False, True),
+        ("patch_embed.proj.bias", False, True),
+        ("norms_block.0.weight", False, False),
+        ("norms_block.3.weight", True, True),
+    ],
+)
+def test_images_and_videos_have_weights_of_their_own(preset_21, state_21, encoder_21, name, image, video):
+    other = KINDS["vjepa2_1"].build(preset_21, state_21 | {name: state_21[name] + torch.randn(state_21[name].shape)})
+    frame = torch.randn(1, 3, 1, 32, 32)
+    pair = frame.expand(-1, -1, 2, -1, -1)
+    assert torch.equal(other(frame), encoder_21(frame)) != image
+    assert torch.equal(other(pair), encoder_21(pair)) != video
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert encoder_21(frame).dtype == torch.float32, "the vectors keep the residual stream in float32"
 
 
-@pytest.mark.parametrize("size", [(2, 3, 2, 40, 32), (2, 3, 2, 32, 17), (1, 3, 2, 0, 32)])
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused(encoder, size):
-    with pytest.raises(ValueError, match=f"{size[3]} x {size[4]}"):
+def test_frames_beyond_a_tubelet_are_dropped(encoder):
+    clip = torch.randn(1, 3, 5, 32, 32)
+    assert torch.equal(encoder(clip), encoder(clip[:, :, :4]))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((2, 3, 2, 40, 32), "40 x 32"),
+        ((2, 3, 2, 32, 17), "32 x 17"),
+        ((1, 3, 2, 0, 32), "0 x 32"),
+        ((1, 3, 0, 32, 32), "at least one tubelet of 2 frames; got 0.*repeat it"),
+        ((1, 2, 3, 32, 32), r"\[B, 3, F, h, w\]"),
+        ((1, 3, 32, 32), r"\[B, 3, F, h, w\]"),
+    ],
+)
+def test_inputs_that_are_no_whole_patches_and_tubelets_are_refused(encoder, size, words):
+    with pytest.raises(ValueError, match=words):
         encoder(torch.zeros(size))
-
-
-def test_less_than_a_tubelet_is_refused(encoder):
-    with pytest.raises(ValueError, match="repeat it"):
-        encoder(torch.zeros(1, 3, 1, 32, 32))
-
-
-def test_frames_before_channels_are_refused(encoder):
-    with pytest.raises(ValueError, match=r"\[B, 3, F, h, w\]"):
-        encoder(torch.zeros(1, 2, 3, 32, 32, 1))
 
 
 def test_a_width_that_does_not_split_into_heads_is_refused():

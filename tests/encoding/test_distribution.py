@@ -196,12 +196,12 @@ def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(plac
     store = root.tokens(manifest.fingerprint, manifest.entries[0].unit_digest)
     kept, claim, waited = store.rename(tmp_path / "kept"), root.claim(store), []
 
-    def finish(bar, unit):
-        waited.append(unit)
+    def finish(_, groups, on_wait):
+        waited.extend(groups)
         kept.rename(store)
         claim.release()
 
-    monkeypatch.setattr(run.ProgressBar, "wait", finish)
+    monkeypatch.setattr(run, "wait_for_others", finish)
     result = place.encode(root.path)
     assert len(waited) == 1 and result.num_encoded == 0 and result.manifest.to_bytes() == place.manifest
 

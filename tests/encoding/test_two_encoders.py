@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jepa_cache.encoding import pipeline, task
+from jepa_cache.encoding import pipeline, run, task
 from jepa_cache.encoding.task import Claims, wait_for_others
 from jepa_cache.sources import Unit
 from jepa_cache.store.root import CacheRoot
@@ -23,7 +23,7 @@ UNITS = "abcd"
 
 def work(folder, place, name, dies_at):
     """A process that encodes beside another one, and may be killed in a unit, once the other waits for that unit."""
-    encode_one, wait, encoded = pipeline._OpenUnit.encode, pipeline.ProgressBar.wait, []
+    encode_one, wait, encoded = pipeline._OpenUnit.encode, run.wait_for_others, []
 
     def watched(self, stream, timing):
         encoded.append(stream.episode.key)
@@ -35,11 +35,11 @@ def work(folder, place, name, dies_at):
         time.sleep(0.05)
         return encode_one(self, stream, timing)
 
-    def waiting(self, unit):
-        (place / "waiting").write_text(unit)
-        wait(self, unit)
+    def waiting(*given):
+        (place / "waiting").touch()
+        wait(*given)
 
-    pipeline._OpenUnit.encode, pipeline.ProgressBar.wait, task.POLL_S = watched, waiting, 0.05
+    pipeline._OpenUnit.encode, run.wait_for_others, task.POLL_S = watched, waiting, 0.05
     (place / f"ready-{name}").touch()
     while not all((place / f"ready-{other}").exists() for other in ("one", "two")):
         time.sleep(0.01)
@@ -108,7 +108,8 @@ def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_me
 @pytest.mark.parametrize("end", ["published", "gone"])
 def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch, group, end):
     monkeypatch.setattr(task, "POLL_S", 0)
-    root, unit, told = CacheRoot(tmp_path), group.units[0], []
+    root, told, group.units = CacheRoot(tmp_path), [], group.units[:1]
+    (unit,) = group.units
     store = group.tokens(root, unit)
     claim = root.claim(store)
 
@@ -117,7 +118,7 @@ def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_
         if len(told) == 3:
             store.mkdir() if end == "published" else claim.release()
 
-    wait_for_others(root, [(group, unit)], on_wait)
+    wait_for_others(root, [group], on_wait)
     assert told == [unit.name] * 3
 
 

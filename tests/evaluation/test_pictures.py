@@ -20,12 +20,12 @@ from jepa_cache.evaluation.pictures import (
     HELD_OUT,
     LABELS,
     Strip,
+    TokenColours,
     build_strips,
     draw_actions,
     draw_horizon,
     draw_pictures,
     draw_strip,
-    fit_colours,
     read_segment_actions,
     spread_positions,
     write_animation,
@@ -43,7 +43,7 @@ RED, GREY = (255, 0, 0), (0xEE, 0xEE, 0xEE)
 
 def make_strip(frames: bool = True) -> Strip:
     tokens = RNG.standard_normal((5, 6, 8))
-    colours = fit_colours(tokens)
+    colours = TokenColours(tokens)
     true, predicted = colours.paint(tokens, (2, 3)), colours.paint(RNG.standard_normal((3, 6, 8)), (2, 3))
     pictures = np.full((5, 48, 64, 3), (255, 0, 0), np.uint8) if frames else None
     return Strip("an episode, steps 0 to 4", pictures, true, predicted, RNG.random((3, 2, 3)))
@@ -56,13 +56,13 @@ def share_of(path, colour: tuple[int, int, int]) -> float:
 
 def test_equal_tokens_have_equal_colours_in_the_basis_of_all_where_they_stand_on_the_grid():
     many = RNG.standard_normal((40, 300, 8)) * np.array([9, 7, 5, 1, 1, 1, 1, 1])
-    assert np.allclose(np.abs(fit_colours(many).components), np.eye(3, 8), atol=0.1), "up to chance"
+    assert np.allclose(np.abs(TokenColours(many).basis.components_), np.eye(3, 8), atol=0.1), "up to chance"
     one = np.zeros((1, 6, 8))
     one[0, 4, 0] = 1.0  # row 1, column 1 of 2 x 3
-    first = fit_colours(one + 1e-6 * RNG.standard_normal(one.shape)).paint(one, (2, 3))[0, :, :, 0]
+    first = TokenColours(one + 1e-6 * RNG.standard_normal(one.shape)).paint(one, (2, 3))[0, :, :, 0]
     assert np.argwhere(np.abs(first - np.median(first)) > 0.5).tolist() == [[1, 1]]
     tokens = RNG.standard_normal((4, 6, 8))
-    colours = fit_colours(tokens)
+    colours = TokenColours(tokens)
     true = colours.paint(tokens, (2, 3))
     assert true.shape == (4, 2, 3, 3) and np.array_equal(colours.paint(tokens[2:], (2, 3)), true[2:])
     assert true.min() == 0 and true.max() == 1 and len(np.unique(true.round(6))) > 50

@@ -55,6 +55,10 @@ def knowing(cache, config=None, *, blind: bool = False) -> EvaluationContext:
     return replace(evaluation_of(cache, Oracle(cache.scaler, blind=blind)), config=config or cache.config)
 
 
+def rows_of(score) -> list[dict]:
+    return [dict(zip(score.table, row, strict=True)) for row in zip(*score.table.values(), strict=True)]
+
+
 @pytest.fixture(scope="module")
 def score(cache):
     """Of the predictor that knows the world."""
@@ -112,8 +116,11 @@ def test_a_gap_is_judged_by_its_side_of_0_and_by_the_paired_test(cache, score, i
 
 
 def test_fewer_than_six_episodes_never_get_a_yes(cache, score):
-    first = sorted(set(score.column("episode")))[:5]
-    few = replace(score, rows=[row for row in score.rows if row["episode"] in first])
+    few = score._replace(
+        table={
+            name: of[score.table["episode"] < np.unique(score.table["episode"])[5]] for name, of in score.table.items()
+        }
+    )
     metrics = summarize_plans(few, cache.config)
     assert metrics["val_ci"][f"camera_deg_gap_{RANDOM}_h1"][0] > 0, "the intervals alone would say yes"
     assert "yes" not in {judged["answer"] for judged in judge_plans(metrics, few).values()}
@@ -126,14 +133,14 @@ def test_a_predictor_that_ignores_its_actions_is_not_called_a_planner(cache):
     assert verdict[ZERO]["answer"] != "yes"
     assert verdict[OTHER_GOAL]["answer"] == "unclear"
     assert metrics["val"][f"camera_deg_gap_{OTHER_GOAL}_h1"] == 0, "one step: no goal can move what actions do not"
-    assert (np.ptp(score.energies, axis=1)[score.horizons == 1] == 0).all()
+    assert (np.ptp(score.energies, axis=1)[score.table["horizon"] == 1] == 0).all()
 
 
 def test_what_plans_are_compared_with_follows_from_the_recorded_actions(cache, score):
     held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
     yaw = [column.name for column in cache.dataset.space.actions].index("dyaw")
     wrapped = lambda turn: abs((turn + 180) % 360 - 180)  # noqa: E731
-    for row in score.rows:
+    for row in rows_of(score):
         segment = held_out[row["episode"]]
         assert row["first_step"] >= cache.config.plan.num_context_steps - 1
         first = segment.start + row["first_step"]
@@ -189,7 +196,7 @@ def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_
         return real(predictor, context, goal, motion, settings, **options)
 
     monkeypatch.setattr(planning, "plan_actions", spy)
-    rows = score_plans(knowing(cache, quick_config(cache))).rows
+    rows = rows_of(score_plans(knowing(cache, quick_config(cache))))
     held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
     recorded, manifest = {}, cache.dataset.manifest
     for name, segment in held_out.items():

@@ -4,7 +4,7 @@ Claims:
 - rows that hold an action tell it (R2 near 1), rows of noise do not, and the interval says so; shuffled labels give chance; what is in
   a product of two numbers is found by the quadratic head alone;
 - scores and intervals equal scikit-learn's on rows that are drawn again; the baseline is what the training mean and the majority get;
-- held-out episodes never change a fitted head, and the regularisation is not chosen within an episode;
+- what is told of a held-out row does not depend on the others, and the regularisation is not chosen within an episode;
 - on a cache whose tokens are waves of the yaw the yaw is found; labels that the data lack are named;
 - rows stay short whatever N and D are, and lose nothing where they need not be shortened.
 """
@@ -19,20 +19,17 @@ from sklearn.metrics import balanced_accuracy_score, mean_squared_error
 from jepa_cache.evaluation import probes
 from jepa_cache.evaluation.metrics import draw_episodes
 from jepa_cache.evaluation.probes import (
-    BALANCED_ACCURACY,
     CLASSIFICATION,
     INVERSE_DYNAMICS,
-    PENALTIES,
-    QUADRATIC_R2,
     R2,
-    StepFeatures,
+    Rows,
     estimate,
-    fit_heads,
-    fit_label,
-    fit_regressions,
+    measure_probe,
     measure_probes,
     run_probes,
-    score_heads,
+    step_features,
+    tell_label,
+    tell_numbers,
 )
 from jepa_cache.store.controls import ControlsWriter
 from jepa_cache.store.recipe import canonical_json
@@ -43,22 +40,20 @@ SETTINGS = make_config("evaluate.num_bootstrap=300").evaluate
 PER_EPISODE = 30
 
 
-def episodes(count, name):
-    return [f"{name}-{number}" for number in np.repeat(np.arange(count), PER_EPISODE)]
+def split(features, targets, num_train=8) -> list[Rows]:
+    """The first episodes as training rows, the others as held-out ones."""
+    keys = np.array([f"episode-{row // PER_EPISODE:02}" for row in range(len(features))])
+    cut = num_train * PER_EPISODE
+    parts = slice(cut), slice(cut, None)
+    return [Rows(features[part], {name: of[part] for name, of in targets.items()}, keys[part]) for part in parts]
 
 
 def probe(features, targets, *, num_train=8):
-    """Fit on the first episodes and score on the others: target and metric to the row of probes.csv."""
-    cut = num_train * PER_EPISODE
-    train, held_out = (
-        {name: values[part] for name, values in targets.items()} for part in (slice(cut), slice(cut, None))
-    )
-    heads, unfitted = fit_heads(features[:cut], train, episodes(num_train, "train"))
-    keys = episodes((len(features) - cut) // PER_EPISODE, "val")
-    scores, unscored = score_heads("state", heads, features[cut:], held_out, keys, SETTINGS)
+    """Target and metric to the row of probes.csv, and the reasons of those without one."""
+    scores, reasons = measure_probe("state", *split(features, targets, num_train), SETTINGS)
     rows = {(score.target, score.metric): (*estimate(score.drawn), score.baseline) for score in scores}
     names = ("value", "low", "high", "baseline")
-    return {key: dict(zip(names, values, strict=True)) for key, values in rows.items()}, unfitted | unscored
+    return {key: dict(zip(names, values, strict=True)) for key, values in rows.items()}, reasons
 
 
 @pytest.fixture
@@ -123,33 +118,28 @@ def test_targets_that_cannot_be_told_are_left_out_and_named(rng):
 def test_scores_and_intervals_equal_those_of_rows_that_are_drawn_again(rng):
     features = rng.normal(size=(13 * PER_EPISODE, 5)).astype(np.float32)
     angle = features[:, :1] + 0.5 * rng.normal(size=(len(features), 1))
-    numbers = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
     label = np.select([features[:, 1] > 0.8, features[:, 1] < -0.5], ["a", "b"], "c")
-    cut, keys = 8 * PER_EPISODE, np.array(episodes(5, "val"))
-    targets = {"yaw": numbers, "slot": label}
+    targets = {"yaw": np.concatenate([np.sin(angle), np.cos(angle)], axis=1), "slot": label}
     rows, _ = probe(features, targets)
-    heads, _ = fit_heads(features[:cut], {name: values[:cut] for name, values in targets.items()}, episodes(8, "train"))
-    told = {key: (targets[key[0]][cut:], head.predict(features[cut:])) for key, head in heads.items()}
-    assert set(told) == {("yaw", R2), ("yaw", QUADRATIC_R2), ("slot", BALANCED_ACCURACY)}
+    train, held_out = split(features, targets)
+    numbers = train._replace(targets={"yaw": train.targets["yaw"]})
+    told = {
+        ("yaw", metric): tell_numbers(metric, numbers, held_out.features)["yaw"] for metric in ("r2", "quadratic_r2")
+    }
+    told["slot", "balanced_accuracy"] = tell_label(train, "slot", held_out.features)
     assert told.keys() == rows.keys()
-    mean = numbers[:cut].mean(axis=0)
+    mean = train.targets["yaw"].mean(axis=0)
     skill = lambda true, said: 1 - mean_squared_error(true, said) / mean_squared_error(true, 0 * true + mean)  # noqa: E731
-    weights = draw_episodes(5, num_resamples=SETTINGS.num_bootstrap, seed=SETTINGS.seed)
-    for key, (true, predicted) in told.items():
-        score = balanced_accuracy_score if key[0] == "slot" else skill
-        drawn = []
-        for weight in weights.astype(int):
-            again = np.concatenate([np.flatnonzero(keys == f"val-{e}") for e in np.repeat(np.arange(5), weight)])
-            drawn.append(score(true[again], predicted[again]))
+    places = [np.flatnonzero(held_out.episodes == name) for name in np.unique(held_out.episodes)]
+    weights = draw_episodes(5, num_resamples=SETTINGS.num_bootstrap, seed=SETTINGS.seed).astype(int)
+    again = [np.concatenate(np.repeat(np.array(places), weight, axis=0)) for weight in weights]
+    for key, predicted in told.items():
+        true, score = held_out.targets[key[0]], balanced_accuracy_score if key[0] == "slot" else skill
+        drawn = [score(true[chosen], predicted[chosen]) for chosen in again]
         assert rows[key]["value"] == pytest.approx(score(true, predicted), abs=1e-9), key
         assert [rows[key]["low"], rows[key]["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1e-9), key
     assert rows["yaw", "r2"]["baseline"] == 0
     assert rows["slot", "balanced_accuracy"]["baseline"] == pytest.approx(1 / 3)
-
-
-def test_one_training_episode_is_too_few(rng):
-    with pytest.raises(ValueError, match="left-out training episodes"):
-        fit_regressions(R2, rng.normal(size=(9, 2)), {"x": rng.normal(size=(9, 1))}, ["one"] * 9)
 
 
 # --- leaks ----------------------------------------------------------------------------------------------------------------
@@ -157,25 +147,40 @@ def test_one_training_episode_is_too_few(rng):
 
 def test_regularisation_is_not_chosen_within_an_episode(rng):
     """Rows that tell the episode, and a target that is one number an episode: nothing carries over to another episode."""
-    keys = episodes(8, "train")
     place, numbers = rng.normal(size=(8, 40)), rng.normal(size=(8, 1))
-    features = np.repeat(place, PER_EPISODE, axis=0) + 0.01 * rng.normal(size=(len(keys), 40))
-    target = np.repeat(numbers - numbers.mean(), PER_EPISODE, axis=0)
-    choose = lambda keys: fit_regressions(R2, features, {"x": target}, keys)["x", R2].choice  # noqa: E731
-    assert choose(keys) == PENALTIES[R2][-1] * len(keys)
-    assert choose([f"{row}" for row in range(len(keys))]) < len(keys)
+    features = np.repeat(place, PER_EPISODE, axis=0) + 0.01 * rng.normal(size=(8 * PER_EPISODE, 40))
+    train, _ = split(features, {"x": np.repeat(numbers, PER_EPISODE, axis=0)})
+    apart = train._replace(episodes=[f"{row}" for row in range(len(features))])
+    spreads = [np.ptp(tell_numbers(R2, rows, features)["x"]) for rows in (train, apart)]
+    assert spreads[0] < 0.5 * np.ptp(numbers) < 0.9 * np.ptp(numbers) < spreads[1], "the mean, or the numbers by heart"
+    with pytest.raises(ValueError, match="left-out training episodes"):
+        tell_numbers(R2, train._replace(episodes=["one"] * len(features)), features)
 
 
 def test_no_fold_of_a_label_has_an_episode_on_both_sides(rng, monkeypatch):
-    keys = np.array(episodes(8, "train"))
-    features = rng.normal(size=(len(keys), 4))
-    folds = []
-    whole = probes.cross_val_predict
+    features = rng.normal(size=(8 * PER_EPISODE, 4))
+    train, _ = split(features, {"x": (features[:, 0] > 0).astype(str)})
+    folds, whole = [], probes.cross_val_predict
     monkeypatch.setattr(probes, "cross_val_predict", lambda *a, cv: folds.extend(cv) or whole(*a, cv=cv))
-    assert not isinstance(fit_label(features, (features[:, 0] > 0).astype(str), keys), str)
+    assert not isinstance(tell_label(train, "x", features), str)
     assert len(folds) >= 3
-    for train, left_out in folds:
-        assert not set(keys[train]) & set(keys[left_out]) and len(train) + len(left_out) == len(keys)
+    for rows, left_out in folds:
+        assert not set(train.episodes[rows]) & set(train.episodes[left_out]) and len(rows) + len(left_out) == len(
+            features
+        )
+
+
+def test_what_is_told_of_a_row_does_not_depend_on_the_other_held_out_rows(rng):
+    features = rng.normal(size=(10 * PER_EPISODE, 4)).astype(np.float32)
+    targets = {"x": features[:, :1] + rng.normal(size=(len(features), 1)), "y": (features[:, 1] > 0).astype(str)}
+    train, held_out = split(features, targets)
+    numbers, other = train._replace(targets={"x": targets["x"][: len(train.features)]}), held_out.features.copy()
+    other[1:] = other[1:] * 50 + 7
+    for metric in probes.PENALTIES:
+        one, two = (tell_numbers(metric, numbers, rows)["x"] for rows in (held_out.features, other))
+        assert one[0] == pytest.approx(two[0], abs=1e-9) and not np.allclose(one, two)
+    one, two = (tell_label(train, "y", rows) for rows in (held_out.features, other))
+    assert one[0] == two[0] and (one != two).any()
 
 
 @pytest.fixture(scope="module")
@@ -192,56 +197,9 @@ def cache(tmp_path_factory):
     return cache
 
 
-def evaluation(cache, *overrides, dataset=None):
+def evaluation(cache, *overrides):
     settings = make_config(*overrides).evaluate
-    return replace(
-        evaluation_of(cache, torch.nn.Linear(1, 1), dataset=dataset), config=replace(cache.config, evaluate=settings)
-    )
-
-
-class OtherHeldOut:
-    """The data set with other tokens, actions and states in its held-out episodes."""
-
-    def __init__(self, dataset, segments):
-        self._dataset, self._segments = dataset, segments
-
-    def __getattr__(self, name):
-        return getattr(self._dataset, name)
-
-    def read_tokens(self, store, start, out):
-        self._dataset.read_tokens(store, start, out)
-        for segment in self._segments:
-            if segment.store == store and segment.start <= start < segment.stop:
-                out.view(np.float16)[...] = out.view(np.float16)[..., ::-1] * 2 + 1
-
-    def controls(self, store):
-        actions, states = (values.copy() for values in self._dataset.controls(store))
-        for segment in self._segments:
-            if segment.store == store:
-                actions[segment.start : segment.stop - 1, :2] += 50
-                states[segment.start : segment.stop] *= 0.5
-        return actions, states
-
-
-def test_held_out_episodes_never_change_a_fitted_head(cache, monkeypatch):
-    fitted, fit, compared = [], probes.fit_heads, 0
-
-    def spy(features, *rest):
-        fitted.append((features, fit(features, *rest)))
-        return fitted[-1][1]
-
-    monkeypatch.setattr(probes, "fit_heads", spy)
-    other = OtherHeldOut(cache.dataset, evaluation(cache).held_out_segments())
-    (one, _), (two, _) = (measure_probes(evaluation(cache, dataset=dataset)) for dataset in (None, other))
-    for (features, (heads, _)), (_, (again, _)) in zip(fitted[:4], fitted[4:], strict=True):
-        assert heads.keys() == again.keys()
-        for key, head in heads.items():
-            compared += 1
-            assert head.choice == again[key].choice and np.array_equal(head.baseline, again[key].baseline)
-            assert np.array_equal(head.predict(features), again[key].predict(features)), key
-    assert compared >= 8
-    changed = [not np.array_equal(a.drawn, b.drawn) for a, b in zip(one, two, strict=True)]
-    assert any(changed), "the held-out rows did change"
+    return replace(evaluation_of(cache, torch.nn.Linear(1, 1)), config=replace(cache.config, evaluate=settings))
 
 
 # --- a cache --------------------------------------------------------------------------------------------------------------
@@ -280,12 +238,15 @@ def test_only_the_probes_that_are_named_are_measured(cache):
 def test_small_steps_are_kept_whole_and_large_ones_shortened_alike_every_time(rng):
     reps = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
     np.testing.assert_array_equal(
-        StepFeatures((2, 2), 5, width=20)(reps), reps.permute(0, 1, 3, 2).reshape(2, 3, 20).numpy()
+        step_features(reps, (2, 2), width=20), reps.permute(0, 1, 3, 2).reshape(2, 3, 20).numpy()
     )
     large = torch.from_numpy(rng.normal(size=(1, 2, 256, 1408)).astype(np.float32))
-    rows = [StepFeatures((16, 16), 1408, width=64)(large) for _ in range(2)]
+    rows = []
+    for _ in range(2):
+        rows.append(step_features(large, (16, 16), width=64))
+        probes._projection.cache_clear()
     assert rows[0].shape == (1, 2, 64)
     np.testing.assert_array_equal(*rows)
-    cells = StepFeatures((16, 16), 1408, width=10**6)(large)
+    cells = step_features(large, (16, 16), width=10**6)
     assert cells.shape == (1, 2, 16 * 1408)
     np.testing.assert_allclose(cells.reshape(1, 2, 1408, 16).mean(axis=-1), large.mean(dim=2).numpy(), atol=1e-5)

@@ -303,7 +303,7 @@ def test_a_failure_leaves_whole_tars_only(folder, tmp_path, monkeypatch):
 
 def test_nothing_to_pack_is_an_error(tmp_path):
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(ValueError, match=r"<segment>\.mp4, <segment>\.jsonl"):
+    with pytest.raises(ValueError, match=r"an episode is <segment>\.mp4 and .*there is no a\.jsonl"):
         pack_folder(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="is no folder"):
         pack_folder(tmp_path / "absent", tmp_path / "out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ class Example:
         damage: Damages the recording of a seed that was written.
         rows_hz: Rows of controls per second.
         changes: Options that differ from `options`, each of which must change the recipe; together they name every option.
-        neutral: Options that change neither frames nor controls, with another value than in `options`.
     """
 
     options: Mapping[str, Any]
@@ -40,7 +39,6 @@ class Example:
     damage: Callable[[Path, int], object]
     rows_hz: float
     changes: Sequence[Mapping[str, Any]] = ()
-    neutral: Mapping[str, Any] = field(default_factory=dict)
 
 
 def vpt() -> dict[str, Example]:
@@ -122,7 +120,6 @@ def droid_rlds() -> dict[str, Example]:
         {"pose": ["steps/action"]},
         {"command": []},
         {"joint_velocity_command": "steps/action_dict/joint_position"},
-        {"extrinsics": {}},
         {"success": "episode_metadata/recording_folderpath"},
         {"episode_key": ["episode_metadata/file_path"]},
         {"gripper_one_is": "open"},
@@ -137,7 +134,7 @@ def droid_rlds() -> dict[str, Example]:
         place = folder / f"droid_{seed}" / "1.0.0"
         if place.exists():
             shutil.rmtree(place)
-        write_tfds(place, droid_features((48, 64), extras=False), [[to_example(episode, images)]])
+        write_tfds(place, droid_features((48, 64)), [[to_example(episode, images)]])
 
     def write(folder: Path, seeds: Sequence[int]) -> None:
         for seed in seeds:

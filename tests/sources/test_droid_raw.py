@@ -63,7 +63,7 @@ def test_an_episode_has_its_rows_and_a_frame_for_each(tmp_path, folder, recorded
     np.testing.assert_array_equal(stack(episode, COMMAND_CONTROLS), recorded.commands)
     np.testing.assert_array_equal(episode.frame_ticks, np.arange(24))
     assert (episode.fps, episode.num_video_frames, episode.notes) == (15.0, 24, ())
-    assert episode.controls["success"].all() and episode.controls["idle"].dtype == np.float32
+    assert episode.controls["success"].all()
     marked = np.arange(24) % 5 == 4
     np.testing.assert_array_equal(episode.controls["skip_action"], marked)
     assert not keep_ticks(episode.controls, replace(NO_FILTER, drop_skipped_actions=True))[marked].any()
@@ -107,10 +107,8 @@ def test_real_episodes_at_5_hz_lie_on_every_third_15_hz_row_and_thinned_ones_on_
         (25, 15, range(24), "25 frames, 24 rows"),
         (22, 15, range(22), "22 frames, 24 rows"),
         (60, 15, range(24), "60 frames, 24 rows"),
-        (7, 5, range(0, 21, 3), "placed on the 15 Hz rows by time"),
         (9, 5, range(0, 24, 3), "placed on the 15 Hz rows by time"),
         (25, 5, range(24), "with a frame per row"),
-        (25, 60, range(24), "with a frame per row"),
         (48, 30, [row for row in range(24) for _ in range(2)][:47], "placed on the 15 Hz rows by time"),
     ],
 )
@@ -125,11 +123,6 @@ def test_frames_meet_their_rows_whatever_the_counts_and_rates_are(tmp_path, num_
     assert any(note in text for text in episode.notes)
 
 
-def test_frames_that_fit_neither_by_count_nor_by_time_are_not_placed(tmp_path):
-    write_raw(tmp_path, make_episode(1, 60, num_frames=10, fps=5))
-    assert "neither frame by row nor by time" in read_one(tmp_path).reason
-
-
 @pytest.mark.parametrize("camera", ["exterior_1", "exterior_2", "wrist", "left"])
 def test_each_camera_is_its_own_video_with_its_own_pose(tmp_path, folder, camera):
     serials = {**SERIALS, "left": SERIALS["exterior_2"]}
@@ -137,20 +130,6 @@ def test_each_camera_is_its_own_video_with_its_own_pose(tmp_path, folder, camera
     assert episode.video.name == f"{serials[camera]}.mp4"
     index = list(SERIALS.values()).index(serials[camera])
     np.testing.assert_allclose(stack(episode, CAMERA_CONTROLS)[0], [0.1 * index, 0.4, 0.3, -2.0, 0.1, 0.2 * index])
-
-
-@pytest.mark.parametrize("space", ["pose7", "droid_command7", "pose7_camera"])
-def test_without_camera_poses_only_the_spaces_that_need_them_are_lost(tmp_path, folder, space):
-    aggregate, anchors = get_action_space(space).aggregate, np.array([0, 4, 8])
-    assert np.isfinite(aggregate(read_one(tmp_path).controls, anchors).actions).all()
-    with edit_trajectory(folder) as file:
-        del file["observation/camera_extrinsics"]
-    controls = read_one(tmp_path).controls
-    if space == "pose7_camera":
-        with pytest.raises(ValueError, match="ext_x_m"):
-            aggregate(controls, anchors)
-    else:
-        aggregate(controls, anchors)
 
 
 def test_two_views_side_by_side_are_told_by_their_width_never_by_their_name(tmp_path, recorded):
@@ -170,6 +149,10 @@ def first_json(folder):
     return next(folder.glob("*.json"))
 
 
+def first_video(folder):
+    return folder / "recordings/MP4" / f"{SERIALS['exterior_1']}.mp4"
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -179,10 +162,8 @@ def first_json(folder):
         (lambda folder: first_json(folder).write_text(" " * 2_000_000), "longer than 1048576 bytes"),
         (lambda folder: edit_metadata(folder, ext1_mp4_path=None, ext1_cam_serial=None), "serial number: exterior_2"),
         (lambda folder: (folder / "trajectory.h5").write_bytes(b"nothing"), "cannot be opened as HDF5"),
-        (
-            lambda folder: (folder / "recordings/MP4" / f"{SERIALS['exterior_1']}.mp4").write_bytes(b"nothing"),
-            "the video cannot be opened",
-        ),
+        (lambda folder: first_video(folder).write_bytes(b"nothing"), "the video cannot be opened"),
+        (lambda folder: first_video(folder).write_bytes(make_video(10, fps=60)), "neither frame by row nor by time"),
     ],
 )
 def test_what_is_missing_or_damaged_is_named_and_other_episodes_go_on(tmp_path, folder, damage, reason):
@@ -202,21 +183,19 @@ def test_metadata_cannot_name_a_video_outside_the_episode(tmp_path, folder, name
     assert isinstance(read_one(tmp_path), Skipped)
 
 
-def test_the_name_of_an_episode_is_in_its_metadata_and_stays_where_it_is_moved(tmp_path, folder):
-    moved = folder.rename(tmp_path / "elsewhere")
-    assert read_one(moved).key == "ILIAD/success/2023-04-21/made-0"
-    edit_metadata(moved, hdf5_path=None)
-    assert read_one(moved).key == "ILIAD+abc+made-0"
-
-
-def test_the_minimum_that_the_official_loader_needs_is_enough(tmp_path, folder):
+def test_the_minimum_that_the_official_loader_needs_is_enough_and_an_episode_keeps_its_name_where_it_is_moved(
+    tmp_path, folder
+):
+    folder = folder.rename(tmp_path / "elsewhere")
+    assert read_one(tmp_path).key == "ILIAD/success/2023-04-21/made-0"
+    edit_metadata(folder, hdf5_path=None)
+    assert read_one(tmp_path).key == "ILIAD+abc+made-0"
     first_json(folder).unlink()
     (folder / "info.json").write_text(json.dumps({"left_mp4_path": f"x/recordings/MP4/{SERIALS['wrist']}.mp4"}))
     with edit_trajectory(folder) as file:
         del file["action"], file["observation/timestamp"]
     episode = read_one(tmp_path, camera="left")
-    assert set(episode.controls) == {*POSE_CONTROLS, *CAMERA_CONTROLS, "success"}
-    assert episode.key == "ILIAD/success/2023-04-21/made-0"
+    assert set(episode.controls) == {*POSE_CONTROLS, *CAMERA_CONTROLS} and episode.key == "elsewhere"
     (folder / "info.json").write_text(json.dumps({"ext1_cam_serial": "1"}))
     assert "left_mp4_path; cameras with a serial number: exterior_1" in read_one(tmp_path, camera="left").reason
 
@@ -237,11 +216,7 @@ HUGE = {"maxshape": (None,), "chunks": (10**8,), "compression": "gzip"}
     [
         (GRIPPER, lambda file: file.__setitem__(GRIPPER, h5py.ExternalLink("other.h5", "x")), "external link"),
         (GROUP, lambda file: file.__setitem__(GROUP, h5py.ExternalLink("other.h5", "/")), "external link"),
-        (
-            GRIPPER,
-            lambda file: file.__setitem__(GRIPPER, h5py.SoftLink("/action/gripper_position")),
-            "soft or external",
-        ),
+        (GRIPPER, lambda file: file.__setitem__(GRIPPER, h5py.SoftLink("/action/gripper_position")), "is a soft"),
         (GRIPPER, lambda file: file.create_dataset(GRIPPER, (24,), "f8", external=[("x.bin", 0, 192)]), "lie outside"),
         (GRIPPER, lambda file: file.create_virtual_dataset(GRIPPER, make_layout()), "lie outside"),
         (GRIPPER, lambda file: file.create_dataset(GRIPPER, (10**12,), "f8", chunks=(1000,)), "numbers at once"),

@@ -144,7 +144,7 @@ ATTACKS = [
     (
         "mp4_json",
         _replace("a.json", b'{"fps": 1' + b"0" * 400 + b', "states": [[0]], "actions": [[0]]}'),
-        "fps must be a positive number",
+        "fps: Input should be a valid number",
     ),
     ("mp4_json", lambda folder: os.mkfifo(folder / "a.json"), "is no plain file"),
 ]

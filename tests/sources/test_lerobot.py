@@ -229,7 +229,7 @@ def test_data_sets_that_contradict_themselves_or_each_other_are_refused(tmp_path
     with pytest.raises(ValueError, match="have one name"):
         read_all(tmp_path)
     write_info(tmp_path / "c", "v1.6")
-    with pytest.raises(ValueError, match=r"codebase_version .* got 'v1\.6'"):
+    with pytest.raises(ValueError, match=r"codebase_version: .* got 'v1\.6'"):
         read_all(tmp_path / "c")
 
 

@@ -29,8 +29,6 @@ def place_frames(
 
     One to one: as many rows as frames, and the rows lie 1 / fps apart within a quarter of a frame. Their first time then does
     not matter (rows of a real data set begin at one frame's length and still belong to the frames one by one).
-    Else each frame shows the row that is nearest in time, the earlier one of two equally near: times are
-    rounded, and a row that comes just after its frame would lose it to the row before.
 
     Args:
         times_s: [M] times of the rows, seconds since the first frame.
@@ -40,82 +38,71 @@ def place_frames(
         measured: Whether somebody wrote the times down. Where there is one for each frame they are then the frames' own, whatever
             the container says.
 
-    Returns:
-        Ticks of the usable frames: those up to half an interval after the last row.
-
     Raises:
         RecordingError: No row; times that are not finite or go back; a first row more than one interval away from the first
             frame; or rows that last more than 1.5 times as long as the video, or the reverse.
     """
     if len(times_s) == 0:
         raise RecordingError("the recording holds no row")
-    if not np.isfinite(times_s).all() or np.any(np.diff(times_s) < 0):
-        row = int(np.argmax(~np.isfinite(times_s) | (np.diff(times_s, prepend=times_s[0]) < 0)))
+    wrong = ~np.isfinite(times_s) | (np.diff(times_s, prepend=times_s[0]) < 0)
+    if wrong.any():
+        row = int(np.argmax(wrong))
         raise RecordingError(f"the times of the rows must be finite and not go back; row {row} says {times_s[row]:g} s")
+    one_by_one = np.arange(num_frames, dtype=np.int64)
     drift_s = times_s - times_s[0] - np.arange(len(times_s)) / fps
-    measured &= len(times_s) == num_frames
     if len(times_s) == num_frames and frame_times_s is None and np.abs(drift_s).max() <= 0.25 / fps:
         notes = ()
         if abs(times_s[0]) > 0.25 / fps:
             notes = (f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one",)
-        return Placement(np.arange(num_frames, dtype=np.int64), notes)
-    if measured:
-        return Placement(
-            np.arange(num_frames, dtype=np.int64),
-            ("each frame has a time of its own in the rows",),
-            times_s - times_s[0],
-        )
+        return Placement(one_by_one, notes)
+    if measured and len(times_s) == num_frames:
+        return Placement(one_by_one, ("each frame has a time of its own in the rows",), times_s - times_s[0])
+    placement = place_by_time(times_s, num_frames, fps, frame_times_s)
+    rows_s = float(times_s[-1]) + _measure_interval(times_s, fps)
     length_s = num_frames / fps if frame_times_s is None else float(frame_times_s[-1]) + 1 / fps
-    _check_start(times_s, fps, length_s)
-    rows_s = float(times_s[-1]) + measure_intervals(times_s, fps)[0]
     if max(rows_s, length_s) > MAX_LENGTH_RATIO * min(rows_s, length_s):
         raise RecordingError(
             f"{len(times_s)} rows last {rows_s:g} s and {num_frames} frames at {fps:g} Hz last {length_s:g} s: one of "
             "the two rates must be wrong"
         )
-    frame_ticks, other_notes, frame_times_s = place_by_time(times_s, num_frames, fps, frame_times_s)
-    notes = [f"{num_frames} frames at {fps:g} Hz and {len(times_s)} rows until {times_s[-1]:g} s are placed by time"]
-    if len(frame_ticks) < num_frames:
-        notes.append(f"the last {num_frames - len(frame_ticks)} frames come after the last row and are not used")
-    return Placement(frame_ticks, (*notes, *other_notes), frame_times_s)
-
-
-def measure_intervals(times_s: np.ndarray, fps: float) -> tuple[float, float]:
-    """Median interval of the rows (that of the frames, for a single row), and the longer one of rows and frames; seconds."""
-    interval_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1.0 / fps
-    return interval_s, max(interval_s, 1.0 / fps)
-
-
-def _check_start(times_s: np.ndarray, fps: float, length_s: float) -> None:
-    _, late_s = measure_intervals(times_s, fps)
-    if abs(times_s[0]) > late_s * 1.001:
-        raise RecordingError(
-            f"the rows begin at {times_s[0]:g} s and the video, which lasts {length_s:g} s, at 0 s: times must be seconds since "
-            f"its first frame (within {late_s:g} s), else frames and rows cannot be brought together"
-        )
+    note = f"{num_frames} frames at {fps:g} Hz and {len(times_s)} rows until {times_s[-1]:g} s are placed by time"
+    return placement._replace(notes=(note, *placement.notes))
 
 
 def place_by_time(
     times_s: np.ndarray, num_frames: int, fps: float, frame_times_s: np.ndarray | None = None
 ) -> Placement:
-    """Place each frame on the row that is nearest in time; arguments as of `place_frames`, with usable times.
+    """Place each frame on the row that is nearest in time, the earlier one of two equally near; arguments as of `place_frames`.
 
-    Returns:
-        Ticks without the frames that come after the last row by more than half an interval; notes on later rows and gaps.
+    Frames that come after the last row by more than half an interval are not used. A note says so, and tells of later rows and gaps.
 
     Raises:
-        RecordingError: All frames do.
+        RecordingError: The first row is more than one interval (or frame) away from the first frame, so that the times do not count
+            from the video's start; or no frame shows a row.
     """
-    interval_s, late_s = measure_intervals(times_s, fps)
+    interval_s = _measure_interval(times_s, fps)
+    late_s = max(interval_s, 1 / fps)
     shown_s = np.arange(num_frames) / fps if frame_times_s is None else frame_times_s
-    frame_ticks = find_nearest_rows(times_s, shown_s[shown_s <= times_s[-1] + late_s / 2])
-    if len(frame_ticks) == 0:
+    if abs(times_s[0]) > late_s * 1.001:
+        raise RecordingError(
+            f"the rows begin at {times_s[0]:g} s and the video, which lasts {shown_s[-1] + 1 / fps:g} s, at 0 s: times must be seconds "
+            f"since its first frame (within {late_s:g} s), else frames and rows cannot be brought together"
+        )
+    shown_s = shown_s[shown_s <= times_s[-1] + late_s / 2]
+    if len(shown_s) == 0:
         raise RecordingError(
             f"the last row is at {times_s[-1]:g} s, before the video's first frame at 0 s: no frame shows a row"
         )
+    after = np.minimum(np.searchsorted(times_s, shown_s), len(times_s) - 1)
+    before = np.maximum(after - 1, 0)
+    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
+    to_before, to_after = (np.round(np.abs(times_s[rows] - shown_s), 9) for rows in (before, after))
+    frame_ticks = np.where(to_before <= to_after, before, after).astype(np.int64)
     notes = []
+    if len(shown_s) < num_frames:
+        notes.append(f"the last {num_frames - len(shown_s)} frames come after the last row and are not used")
     if frame_times_s is not None:
-        frame_times_s = frame_times_s[: len(frame_ticks)]
+        frame_times_s = shown_s
         notes.append("the rate of its frames varies: they are placed by the times in the container")
     num_later = len(times_s) - 1 - int(frame_ticks[-1])
     if num_later * interval_s > late_s:
@@ -125,18 +112,9 @@ def place_by_time(
     return Placement(frame_ticks, tuple(notes), frame_times_s)
 
 
-def find_nearest_rows(times_s: np.ndarray, frame_times_s: np.ndarray) -> np.ndarray:
-    """[F] int64: for each frame the row nearest in time, the earlier one of two equally near.
-
-    Args:
-        times_s: [M] non-decreasing times of the rows, M > 0.
-        frame_times_s: [F] times of the frames, on the same clock.
-    """
-    after = np.minimum(np.searchsorted(times_s, frame_times_s), len(times_s) - 1)
-    before = np.maximum(after - 1, 0)
-    # Rounded to ns: 3/30 and 0.1 differ in the last bit, and ties must fall the same way on every machine.
-    to_before, to_after = (np.round(np.abs(times_s[rows] - frame_times_s), 9) for rows in (before, after))
-    return np.where(to_before <= to_after, before, after).astype(np.int64)
+def _measure_interval(times_s: np.ndarray, fps: float) -> float:
+    """Median interval of the rows, that of the frames for a single row; seconds."""
+    return float(np.median(np.diff(times_s))) if len(times_s) > 1 else 1 / fps
 
 
 TICK_HZ = 20.0
@@ -166,7 +144,7 @@ def align_vpt_frames(info: VideoInfo, num_ticks: int) -> tuple[float, Placement]
         if not at_tick_rate:
             notes = (f"the header says {fps:g} Hz, but there is a frame per line: taken as {TICK_HZ:g} Hz",)
         return TICK_HZ, placement._replace(notes=(*notes, *placement.notes))
-    placement = align_times(info, np.arange(num_ticks) / TICK_HZ)
+    placement = place_by_time(np.arange(num_ticks) / TICK_HZ, info.num_frames, fps, info.frame_times_s)
     note = f"video at {fps:g} Hz: frames are placed on the ticks by time"
     return fps, placement._replace(notes=(note, *placement.notes))
 
@@ -182,43 +160,17 @@ def _align_counts(num_frames: int, num_ticks: int) -> Placement:
     return Placement(np.arange(num_used, dtype=np.int64), notes)
 
 
-def align_times(info: VideoInfo, times_s: np.ndarray) -> Placement:
-    """Place each frame on the row that is nearest in time, the earlier one of two equally near.
-
-    Args:
-        info: The video.
-        times_s: [M] non-decreasing times of the rows, seconds since the start of the video.
-
-    Raises:
-        RecordingError: The first row comes later than one interval (or frame) after the first frame, or no row falls into
-            the video: the times do not count from the video's start.
-    """
-    _check_start(times_s, info.typical_fps, info.num_frames / info.fps)
-    placement = place_by_time(times_s, info.num_frames, info.typical_fps, info.frame_times_s)
-    if (num_late := info.num_frames - len(placement.frame_ticks)) > 0:
-        late = f"{info.num_frames} frames, rows until {times_s[-1]:g} s: the last {num_late} frames are not used"
-        placement = placement._replace(notes=(late, *placement.notes))
-    return placement
-
-
 DROID_HZ = 15.0
 # Counts of one recording differ by a frame or two; beyond that and 10 % frames and rows have different clocks.
 MAX_COUNT_DIFFERENCE = 2
 
 
 def align_droid_frames(info: VideoInfo, num_rows: int) -> Placement:
-    """Place video frames on rows, from the first of both; the shorter decides.
+    """Place video frames on rows, from the first of both; the shorter decides. A RecordingError where nothing fits.
 
     A video of 15 Hz has a frame per row. One of another rate has a frame per row as well where the counts say so (then its
     rows were thinned with it, or its header is wrong); else each frame is placed on the row nearest to it in time, which is t / fps
     seconds unless the container says that the rate varies.
-
-    Args:
-        info: The video.
-        num_rows: M.
-
-    Raises:
-        RecordingError: Neither fits.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (its loader takes row t for frame t whatever the rates are).
     """

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
 from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in
+from jepa_cache.sources.parsers.untrusted import read_object
 
 HEADER_BYTES = 12  # length, 8 bytes little endian, and its checksum, 4 bytes
 FOOTER_BYTES = 4  # checksum of the record
@@ -31,7 +32,7 @@ class Record(NamedTuple):
 
 
 class ShardName(NamedTuple):
-    """What the name of a tfrecord shard says."""
+    """What `<dataset>-<split>.tfrecord-<index>-of-<count>` says."""
 
     split: str
     index: int
@@ -39,7 +40,7 @@ class ShardName(NamedTuple):
 
 
 def parse_shard_name(name: str) -> ShardName | None:
-    """Read `<dataset>-<split>.tfrecord-<index>-of-<count>`; None for other names."""
+    """What the name of a tfrecord shard says; None for other names."""
     match = SHARD_NAME.fullmatch(name)
     return ShardName(match["split"], int(match["index"]), int(match["count"])) if match else None
 
@@ -49,12 +50,7 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
 
     A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
     length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
-    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all.
-
-    Args:
-        path: The file, uncompressed.
-
-    Cost: memory for one record.
+    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all. Compressed files are not read.
     """
     with path.open("rb") as file:
         size_bytes = file.seek(0, 2)
@@ -114,16 +110,10 @@ CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 class Features:
-    """The features of one TFDS directory, of which some are parsed and all others are left as they are.
-
-    Owns no open file. Pictures are never decoded: they come as their encoded bytes.
-
-    Attributes:
-        names: All features by their paths.
-    """
+    """The features of one TFDS directory (`names` by their paths), of which some are parsed; pictures are never decoded."""
 
     def __init__(self, path: Path | BucketFile, wanted: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> None:
-        """Read features.json, and dataset_info.json beside it.
+        """Read features.json at `path`, and dataset_info.json beside it.
 
         Args:
             path: The features.json of a TFDS directory.
@@ -135,7 +125,7 @@ class Features:
         """
         from tensorflow_datasets.core.example_parser import ExampleParserNp
 
-        content, info = _read_json(path), _read_json(path.with_name(INFO_FILE))
+        content, info = (read_object(file, MAX_INFO_BYTES) for file in (path, path.with_name(INFO_FILE)))
         if (foreign := _find_foreign_class(content)) is not None:
             raise ValueError(
                 f"{path} names the class {foreign!r}; only TFDS's own ({FEATURE_MODULE}*) are loaded, because loading a class "
@@ -179,16 +169,11 @@ class Features:
         return lengths[index] if index < len(lengths) else None
 
     def decode(self, data: bytes) -> dict[str, Any]:
-        """Parse the wanted features of one record.
+        """Parse the wanted features of one record; a ValueError where it does not fit them.
 
         Returns:
             By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and texts are
             bytes (in an object array [T] where there is one per step).
-
-        Raises:
-            ValueError: The record does not fit the features.
-
-        Cost: 30 us per step of three 20 kB pictures, nearly all of it protobuf's own copy of them.
         """
         try:
             example = dict(self._parser.parse_example(data))
@@ -212,19 +197,6 @@ def _build_features(text: str) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict.from_json(json.loads(text))
-
-
-def _read_json(path: Path | BucketFile) -> Any:
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; name the folder of a TFDS directory, which holds it")
-    with path.open("rb") as file:
-        content = file.read(MAX_INFO_BYTES + 1)
-    try:
-        if len(content) > MAX_INFO_BYTES:
-            raise ValueError(f"it is larger than {MAX_INFO_BYTES} bytes")
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
 
 
 def _find_foreign_class(value: Any) -> str | None:

@@ -6,15 +6,16 @@ import contextlib
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import orjson
+from pydantic import BaseModel, ValidationError
 
 from jepa_cache.episode import RecordingError
+from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import describe_stand_in
 
 MAX_LINE_BYTES = 1 << 20
@@ -25,28 +26,22 @@ MAX_VALUES = 1 << 26
 """Numbers that a column of a row group of Parquet, or an array of HDF5, may announce: packed, equal numbers take next to nothing, so
 file sizes bound nothing. The files that LeRobot writes (100 MB) hold up to 25 million."""
 
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
 
 class RecordsError(RecordingError):
     """A file of records that cannot be used; the message names it."""
 
 
-def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        RecordsError: The file is missing, above `max_bytes`, no JSON, or no object.
-    """
+def read_object(path: Path | BucketFile, max_bytes: int) -> dict[str, Any]:
+    """Read a file that holds one JSON object; a RecordsError as of `parse_object`, or where the file is missing."""
     with _open(path) as file:
         # A read allocates what is requested, however small the file is.
         return parse_object(file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1), path.name, max_bytes)
 
 
 def iter_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a jsonl file line by line, without the empty lines.
-
-    Raises:
-        RecordsError: The file is missing, a line is above 1 MiB, or one is no JSON object.
-    """
+    """Read a jsonl file line by line, without the empty lines; a RecordsError as of `parse_object`."""
     with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             if line.strip():
@@ -73,28 +68,22 @@ def parse_object(data: bytes, where: str, max_bytes: int = MAX_LINE_BYTES) -> di
     return value
 
 
-def read_rate(fields: Mapping[str, Any], name: str, where: str) -> float:
-    """A field that holds a rate in Hz.
-
-    Raises:
-        RecordsError: It is no positive, finite number; one of 400 digits is none either.
-    """
-    value = fields.get(name)
-    rate = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            rate = float(value)
-    if not (math.isfinite(rate) and rate > 0):
-        raise RecordsError(f"{where}: {name} must be a positive number, in Hz; got {repr(value)[:60]}")
-    return rate
+def check_fields(model: type[AnyModel], fields: Mapping[str, Any], where: str, hint: str = "") -> AnyModel:
+    """What a pydantic model reads of an object; a RecordsError names the first wrong field, its value and the rule."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        name, value = ".".join(map(str, wrong["loc"])), repr(wrong["input"])[:120]
+        raise RecordsError(f"{where}: {name}: {wrong['msg']}; got {value}{hint}") from error
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path | BucketFile) -> Iterator[BinaryIO]:
     """Open a plain file; to open a pipe in its place would wait for ever."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise RecordsError(f"{path} is no plain file but a pipe, device or folder")
+        if not path.is_file():
+            raise RecordsError(f"{path} is no plain file, or is not there")
         with path.open("rb") as file:
             yield file
     except OSError as error:
@@ -103,8 +92,6 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches of at most 4096 rows of a Parquet file: column name to [n, W] float64, W = 1 for plain numbers.
-
-    Other columns are not read. Lists must have one length within a column.
 
     Raises:
         RecordsError: No Parquet file, a column that is missing (the names at hand are listed), not numeric, has nulls, lists of
@@ -115,11 +102,9 @@ def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, np.ndarr
 
     try:
         with pq.ParquetFile(path) as file:
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise RecordsError(
-                        f"{path.name} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}"
-                    )
+            names = file.schema_arrow.names
+            if missing := [column for column in columns if column not in names]:
+                raise RecordsError(f"{path.name} has no column {missing[0]!r}; it has {', '.join(names)}")
             for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
                 for chunk in map(group.column, range(group.num_columns)):
                     if chunk.num_values > MAX_VALUES:
@@ -172,15 +157,9 @@ def open_hdf5(path: Path) -> Iterator[Any]:
 
 
 def read_array(file: Any, name: str, width: int) -> np.ndarray | None:
-    """Read one array of an HDF5 file.
+    """Read the numeric array at a path of an HDF5 file that `open_hdf5` opened: [M, width] float64, from [M] where width is 1.
 
-    Args:
-        file: Opened by `open_hdf5`.
-        name: The array's path in the file.
-        width: C, its columns; an array of shape [M] has one.
-
-    Returns:
-        [M, C] float64, or None where the file has nothing of this name.
+    None where the file has nothing of this name.
 
     Raises:
         RecordsError: It is no numeric array of this width, its data lie outside the file, it is too large, or cannot be read.

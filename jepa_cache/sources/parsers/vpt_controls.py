@@ -35,29 +35,27 @@ COLUMN_TYPES = {
 _REQUIRED = object()
 
 
-class Line:
+class Line(NamedTuple):
     """One parsed line with checked access to its fields; `mouse.dx` is the field dx of the object mouse.
 
     Every reader raises a RecordsError with the line's number, counted from 1, and the field.
     """
 
-    def __init__(self, number: int, record: dict[str, Any]) -> None:
-        self.number = number
-        self._record = record
+    number: int
+    record: dict[str, Any]
 
     def read(self, name: str, default: Any = _REQUIRED) -> Any:
         """The raw value of a field, or `default` where it is absent."""
         outer, _, inner = name.partition(".")
-        value = self._record.get(outer, _REQUIRED)
+        value = self.record.get(outer, _REQUIRED)
         if inner and value is not _REQUIRED:
             if not isinstance(value, dict):
                 raise RecordsError(f"line {self.number}: {name} lies in something that is no object")
             value = value.get(inner, _REQUIRED)
-        if value is not _REQUIRED:
-            return value
-        if default is _REQUIRED:
+        value = default if value is _REQUIRED else value
+        if value is _REQUIRED:
             raise RecordsError(f"line {self.number}: the field {name} is missing")
-        return default
+        return value
 
     def read_float(self, name: str, default: Any = _REQUIRED) -> float:
         """A finite number; ints of 64 bits pass."""
@@ -108,15 +106,12 @@ def _iter_lines(data: bytes) -> Iterator[Line | RecordsError]:
 
 
 class ContractorControls(NamedTuple):
-    """Columns [M] of the longest run of good lines in a contractor recording, and sentences on what is unusual in it.
-
-    `first_line` is the run's first one, counted from 0; the file holds `num_lines`. Without a bad line the run is everything.
-    """
+    """Columns [M] of the longest run of good lines in a contractor recording, and sentences on what is unusual in it."""
 
     controls: dict[str, np.ndarray]
     notes: tuple[str, ...]
-    first_line: int
-    num_lines: int
+    first_line: int  # of the run, counted from 0
+    num_lines: int  # of the file
 
 
 def read_contractor(data: bytes) -> ContractorControls:
@@ -128,9 +123,7 @@ def read_contractor(data: bytes) -> ContractorControls:
 
     A line that is no JSON object, or above 1 MiB, is a tick of which nothing is known: it ends a run of good ones, and the
     longest run is kept. Attack is followed from line 0 on for every run; where line 0 itself is bad, it counts as stuck.
-
-    Raises:
-        RecordsError: A field that is missing or of a wrong type: such a file was not written by this recorder. Or no good line.
+    A RecordsError where a field is missing or of a wrong type (this recorder did not write the file), or no line is good.
 
     Source: attack and hotbar rules as in the loader of openai/Video-Pre-Training, except that it starts from slot 0 and so
         injects a press at the start of recordings that begin on another slot. Rates measured on 64 VPT logs.
@@ -176,12 +169,8 @@ def read_simple(data: bytes, camera_unit: str) -> tuple[dict[str, np.ndarray], n
     """Columns of the simple schema: timestamp, mouse {dx, dy, buttons}, keyboard, camera, hotbar.
 
     `keyboard` is a list of keys or {keys: [...]}, with or without "key.keyboard."; `camera` is {yaw, pitch} or [yaw, pitch],
-    absolute (before the row acts) or the change that the row makes. Changes are summed from 0 at the first row, so yaw and
-    pitch are then relative to the start. camera, hotbar, mouse.buttons and isGuiOpen (false) are optional.
-
-    Args:
-        data: The jsonl file.
-        camera_unit: delta_deg, delta_rad, absolute_deg or absolute_rad.
+    absolute (before the row acts) or the change that the row makes, as `camera_unit` says. Changes are summed from 0 at the first row,
+    so yaw and pitch are then relative to the start. camera, hotbar, mouse.buttons and isGuiOpen (false) are optional.
 
     Returns:
         Columns [M], and the rows' times [M] float64, seconds since the video's start.
@@ -210,7 +199,7 @@ def read_simple(data: bytes, camera_unit: str) -> tuple[dict[str, np.ndarray], n
             if kind == "delta" and abs(total) > MAX_ANGLE_DEG:
                 raise RecordsError(
                     f"line {line.number}: the changes of camera.{name} add up to {total:g} degrees, and later ones would be lost in "
-                    f"that sum (at most {MAX_ANGLE_DEG:g}); is this line's change a mistake of the recorder?"
+                    f"that sum (at most {MAX_ANGLE_DEG:g})"
                 )
     return columns.build(), np.array(times_s)
 
@@ -220,7 +209,7 @@ def _read_camera(line: Line) -> tuple[float, float]:
     if camera is None:
         return math.nan, math.nan
     if isinstance(camera, list) and len(camera) == 2:
-        line = Line(line.number, {"camera": {"yaw": camera[0], "pitch": camera[1]}})
+        line = Line(line.number, {"camera": dict(zip(("yaw", "pitch"), camera, strict=True))})
     line.check(isinstance(line.read("camera"), dict), "camera", "{yaw, pitch} or [yaw, pitch]", camera)
     return line.read_float("camera.yaw"), line.read_float("camera.pitch")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from jepa_cache.config.paths import existing_folder
 from jepa_cache.media.remote import DownloadError, fetch_file, measure_url
 from jepa_cache.media.tar import SUFFIXES, list_samples, write_tar
+from jepa_cache.sources.parsers.untrusted import check_fields, read_object
 
 MAX_INDEX_BYTES = 256 << 20  # OpenAI's largest index has some 20 MB.
 MAX_TAR_BYTES = 1 << 30
@@ -29,29 +30,12 @@ class Index(BaseModel):
     relpaths: Annotated[list[Annotated[str, Field(pattern=rf"^({PART}/)*{PART}\.mp4$")]], Field(min_length=1)]
 
 
-class Recording(NamedTuple):
-    """One segment of an index: its key in the tar shards, and its files by suffix (`mp4`, `jsonl`, `options`) to URL."""
-
-    key: str
-    urls: dict[str, str]
-
-
-def fetch_vpt(
-    index: str, out: Path, *, start: int = 0, num: int = 20, options: bool = False, dry_run: bool = False
-) -> dict[str, str]:
-    """Download recordings of an index and pack them into tar shards in `out`, one shard whenever 1 GiB has arrived.
+def fetch_vpt(index: str, out: Path, *, start: int = 0, num: int = 20, dry_run: bool = False) -> dict[str, str]:
+    """Download `num` recordings of an index and pack them into tar shards in `out`, one whenever 1 GiB has arrived.
 
     Recordings that lie in a tar shard of `out` are not downloaded again, and no tar shard is ever rewritten: what was encoded from
     it is found again. Downloads wait in `out/.downloads`; they are removed when their shard is complete, and after a crash the
-    same command resumes with them.
-
-    Args:
-        index: Path or URL of an index file.
-        out: The folder of the tar shards.
-        start: Position in the index of the first recording.
-        num: Number of recordings.
-        options: Keep each segment's `-options.json` too, under `out/options`; training does not need them.
-        dry_run: Estimate the bytes and end.
+    same command resumes with them. `dry_run` ends after the estimate of the bytes.
 
     Returns:
         Key to reason of the recordings that could not be fetched; the others were.
@@ -60,20 +44,19 @@ def fetch_vpt(
         ValueError: No index, a tar shard in `out` that cannot be read, or a disk that is too small. OSError: It cannot be written.
     """
     recordings = read_index(index, out / STAGING)
-    chosen, present = recordings[start : start + num], _list_packed(out)
-    missing = [recording for recording in chosen if recording.key not in present]
+    chosen, present = list(recordings)[start : start + num], _list_packed(out)
+    missing = [key for key in chosen if key not in present]
     print(f"{len(recordings)} recordings in the index, {len(chosen)} chosen, {len(chosen) - len(missing)} at hand")
-    failures = _check_disk(out, missing, (*SUFFIXES, "options") if options else SUFFIXES)
+    failures = _check_disk(out, {key: recordings[key] for key in missing})
     if dry_run:
         return failures
     for key in present:  # A crash came between the tar shard and this.
         _remove_staged(out, key)
     failures, staged, staged_bytes, num_tars = {}, [], 0, 0
-    for number, (key, urls) in enumerate(missing, start=1):
+    for number, key in enumerate(missing, start=1):
         try:
-            size_bytes = sum(fetch_file(urls[suffix], _staged(out, key, suffix)) for suffix in SUFFIXES)
-            if options:
-                fetch_file(urls["options"], out / "options" / f"{key}-options.json")
+            files = [(f"{recordings[key]}.{suffix}", _staged(out, key, suffix)) for suffix in SUFFIXES]
+            size_bytes = sum(fetch_file(url, path) for url, path in files)
             print(f"[{number}/{len(missing)}] {key}: {size_bytes / 1e6:.1f} MB")
             staged.append(key)
             staged_bytes += size_bytes
@@ -87,12 +70,15 @@ def fetch_vpt(
     return failures
 
 
-def read_index(location: str, staging: Path) -> list[Recording]:
+def read_index(location: str, staging: Path) -> dict[str, str]:
     """Read an index file of OpenAI's: `{"basedir": URL, "relpaths": ["data/10.0/<segment>.mp4", ...]}`.
 
     Args:
         location: A file, or a http(s) URL, which is downloaded first.
         staging: The folder that an index from the network is kept in while it is read.
+
+    Returns:
+        By the recording's key in the tar shards, the URL of its files without their suffix.
 
     Raises:
         ValueError: No index, or one that breaks these rules. DownloadError: It cannot be downloaded.
@@ -101,49 +87,33 @@ def read_index(location: str, staging: Path) -> list[Recording]:
     """
     path = Path(location).expanduser()
     if urlsplit(location).scheme in ("http", "https"):
-        path = staging / f"index-{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
+        path = staging / "index.json"
         path.unlink(missing_ok=True)
         fetch_file(location, path)
-    if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(
-            f"{location} is no index file, or one of more than {MAX_INDEX_BYTES} bytes; name one of OpenAI's"
-        )
-    try:
-        index = Index.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        raise ValueError(
-            f'{location} is no VPT index {{"basedir": URL, "relpaths": ["data/10.0/<segment>.mp4", ...]}} of a plain http(s) URL and '
-            f"plain relative paths without '..', host or query: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; got "
-            f"{repr(wrong['input'])[:120]}"
-        ) from error
-    recordings: dict[str, Recording] = {}
+    hint = ". An index holds a plain http(s) basedir and plain relative paths such as data/10.0/<segment>.mp4"
+    index = check_fields(Index, read_object(path, MAX_INDEX_BYTES), location, hint)
+    urls: dict[str, str] = {}
     for relpath in index.relpaths:
-        url = f"{index.basedir.rstrip('/')}/{relpath.removesuffix('.mp4')}"
-        urls = {"mp4": f"{url}.mp4", "jsonl": f"{url}.jsonl", "options": f"{url}-options.json"}
         # The last folder is the recorder version, and part of the key; what is above it is the server's own affair.
         # WebDataset takes a dot inside a name for the beginning of the suffix.
         *folders, name = relpath.removesuffix(".mp4").split("/")
-        recording = Recording("/".join([*folders[-1:], name.replace(".", "_")]), urls)
-        if recordings.setdefault(recording.key, recording) != recording:
-            raise ValueError(f"{location} names two recordings {recording.key!r}; the second is {relpath}")
-    return list(recordings.values())
+        key, url = "/".join([*folders[-1:], name.replace(".", "_")]), f"{index.basedir.rstrip('/')}/{relpath}"
+        if urls.setdefault(key, url.removesuffix(".mp4")) != url.removesuffix(".mp4"):
+            raise ValueError(f"{location} names two recordings {key!r}; the second is {relpath}")
+    return urls
 
 
-def _check_disk(out: Path, recordings: Sequence[Recording], suffixes: Sequence[str]) -> dict[str, str]:
+def _check_disk(out: Path, recordings: Mapping[str, str]) -> dict[str, str]:
     """Estimate the bytes by a few recordings, spread evenly, and refuse a disk that cannot hold them.
 
-    The disk holds the tar shards, and one shard's recordings beside them.
-
-    Returns:
-        Key to reason of the recordings whose size could not be measured.
+    The disk holds the tar shards, and one shard's recordings beside them. Returns key to reason of those that cannot be measured.
     """
     sizes, failures = [], {}
-    for recording in recordings[:: max(1, len(recordings) // NUM_MEASURED)][:NUM_MEASURED]:
+    for key in list(recordings)[:: max(1, len(recordings) // NUM_MEASURED)][:NUM_MEASURED]:
         try:
-            sizes.append(sum(measure_url(recording.urls[suffix]) for suffix in suffixes))
+            sizes.append(sum(measure_url(f"{recordings[key]}.{suffix}") for suffix in SUFFIXES))
         except DownloadError as error:
-            failures[recording.key] = str(error)
+            failures[key] = str(error)
     num_bytes = round(sum(sizes) / max(1, len(sizes)) * len(recordings))
     print(f"to download: about {num_bytes / 1e9:.2f} GB, from the sizes of {len(sizes)} recordings")
     needed_bytes, free_bytes = num_bytes + min(num_bytes, MAX_TAR_BYTES), shutil.disk_usage(existing_folder(out)).free

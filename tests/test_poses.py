@@ -1,12 +1,72 @@
-"""Claims of idle.py: openpi's rule gives the known ranges on real episodes; lists of ranges are read and checked."""
+"""Claims of poses.py: pose arithmetic is the reference's; openpi's rule gives the known ranges; lists of ranges are read and checked."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from scipy.spatial.transform import Rotation
 
-from jepa_cache.idle import find_episode_key, idle_ranges, read_ranges
+from jepa_cache.poses import (
+    find_episode_key,
+    idle_ranges,
+    integrate_pose,
+    pose_actions,
+    poses_in_camera_frame,
+    read_ranges,
+)
 from tests.droid_makers import REAL_DROID
+from tests.makers import GOLDEN
+
+WILD = load_file(GOLDEN / "poses.safetensors")["in/wild/states"]
+
+
+@pytest.mark.filterwarnings("ignore:Gimbal lock")
+@pytest.mark.parametrize("kind", ["half turns", "gimbal lock", "wraparound"])
+def test_angles_are_those_of_the_matrix_product_where_several_would_do(kind):
+    """Official: R[t+1] @ R[t]^T, step by step. Bit for bit, for +pi and -pi are one turn and two numbers."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(200, 7))
+    if kind == "half turns":
+        states[:, 3:6] = rng.choice([0, np.pi / 2, -np.pi / 2, np.pi, -np.pi, np.pi / 4], size=(200, 3))
+    elif kind == "gimbal lock":
+        states[:, 4] = np.where(np.arange(200) % 2, np.pi / 2, -np.pi / 2)
+    else:
+        states[:, 3] = (np.cumsum(rng.normal(0, 0.1, 200)) + 2 * np.pi) % (2 * np.pi) - np.pi
+    turns = [Rotation.from_euler("xyz", state[3:6]).as_matrix() for state in states]
+    expected = [Rotation.from_matrix(after @ before.T).as_euler("xyz") for before, after in itertools.pairwise(turns)]
+    np.testing.assert_array_equal(pose_actions(states)[:, 3:6], np.stack(expected))
+
+
+def test_integrating_the_actions_gives_the_states_back():
+    after = integrate_pose(WILD[:-1], pose_actions(WILD))
+    np.testing.assert_allclose(after[:, :3], WILD[1:, :3], atol=1e-9)
+    turned = Rotation.from_euler("xyz", after[:, 3:6]) * Rotation.from_euler("xyz", WILD[1:, 3:6]).inv()
+    assert turned.magnitude().max() < 1e-7
+
+
+def test_a_jump_of_an_euler_angle_by_two_pi_is_no_rotation():
+    states = np.zeros((2, 7))
+    states[:, 3] = np.pi - 0.01, -np.pi + 0.01
+    np.testing.assert_allclose(pose_actions(states)[0], [0, 0, 0, 0.02, 0, 0, 0], atol=1e-12)
+
+
+def test_the_gripper_stays_within_its_range():
+    state, action = np.zeros(7), np.zeros(7)
+    action[6] = 1.7
+    assert integrate_pose(state, action)[6] == 1 and integrate_pose(state, -action)[6] == 0
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 6), (2, 3, 7)])
+def test_poses_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[T, 7\]"):
+        pose_actions(np.zeros(shape))
+    with pytest.raises(ValueError, match="extrinsics must be"):
+        poses_in_camera_frame(np.zeros((3, 7)), np.zeros((3, 7)))
+    with pytest.raises(ValueError, match="must both be"):
+        integrate_pose(np.zeros(7), np.zeros(6))
+
 
 KNOWN = {
     "train/0": [(22, 157)],
