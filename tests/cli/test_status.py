@@ -28,8 +28,9 @@ def test_an_encoded_data_set_is_ready(checkout):
 
 
 def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkout):
-    first = min(checkout.tokens().parent.glob("*.zarr"))
-    (first / "store.json").write_text("{")  # damage under another recipe hides nothing
+    first = min(checkout.tokens().parent.glob("*.zarr")) / "store.json"
+    whole = first.read_bytes()
+    first.write_text("{")  # damage under another recipe hides nothing
     for override, change in (
         ("encode.fps=4", "sampling.fps: 5.0 -> 4.0"),
         ("encode.compute_dtype=bfloat16", "compute_dtype: 'float32' -> 'bfloat16'"),
@@ -42,6 +43,15 @@ def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkou
         assert part["why"] == [{"fingerprint": checkout.manifest.fingerprint, "num_units": 3, "changes": [change]}]
     text = checkout.run("status", checkout.recordings, override).out
     assert change in text and "another recipe" in text
+    first.write_bytes(whole)
+    nearer = checkout.root.path / "tokens" / ("f" * 32) / checkout.tokens(1).name  # stored as int8, as far as it says
+    shutil.copytree(checkout.tokens(1), nearer)
+    document = json.loads((nearer / "store.json").read_bytes())
+    document["content"]["card"]["recipe"]["dtype"] = "int8"
+    write_store_json(nearer / "store.json", document)
+    (part,) = _status(checkout, "encode.dtype=int8", "encode.fps=4").document["parts"]
+    changes = {why["fingerprint"]: (why["num_units"], len(why["changes"])) for why in part["why"]}
+    assert changes == {checkout.manifest.fingerprint: (2, 2), "f" * 32: (1, 1)}, "the nearest recipe explains a unit"
 
 
 def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkout, tmp_path):
@@ -68,7 +78,7 @@ def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkou
 
 
 def test_weights_that_are_not_here_are_not_downloaded(checkout, monkeypatch):
-    monkeypatch.setattr("jepa_cache.encoder.vjepa2._download", lambda *_: pytest.fail("a download was begun"))
+    monkeypatch.setattr("jepa_cache.encoder.vjepa2.urlopen", lambda *_: pytest.fail("a download was begun"))
     result = _status(checkout, "encoder=vitl")
     assert result.code == 1 and "are not on this machine" in result.document["notes"][0]
 
