@@ -126,7 +126,7 @@ class Place:
     def status(self) -> None:
         """As `jepa-cache status`."""
         outcome = collect_status(Checkout(self.folder, self.config, [], self.folder, self.root))
-        assert outcome.exit_code == 0, outcome.lines
+        assert outcome.fine, outcome.lines
 
     def open(self) -> CachedDataset:
         """As every command of stage two begins."""

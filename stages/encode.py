@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base, load_config, recordings_base  # noqa: E402
+from jepa_cache.config.loading import data_base, recordings_base  # noqa: E402
 from jepa_cache.encoding.run import describe_result, encode_dataset  # noqa: E402
 from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 
@@ -24,6 +24,7 @@ from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     arguments = parse_stage_arguments(
+        ROOT,
         __doc__,
         argv,
         paths="tar shards, or folders, globs and ranges of them",
@@ -31,10 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         scheduler={"metavar": "ADDRESS", "help": "workers of a Dask scheduler, such as tcp://node:8786"},
     )
     output = ROOT / "outputs/encode/manifest.json"
-    config = load_config(ROOT, arguments.overrides)
+    config, base = arguments.config, recordings_base(arguments.config, ROOT)
     root = resolve_cache_root(config.cache_root, data_base(ROOT))
     workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
-    base = recordings_base(config, ROOT)
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))
     print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py")

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.cache import TRAIN, VAL, open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
@@ -20,8 +19,7 @@ from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    arguments = parse_stage_arguments(__doc__, argv)
-    config = load_config(ROOT, arguments.overrides)
+    config = parse_stage_arguments(ROOT, __doc__, argv).config
     dataset = open_dataset(config, ROOT)
     segments, held_out = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
     if obstacle := find_obstacle(dataset, config):

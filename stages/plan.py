@@ -13,14 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.files import full_disk_named  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    arguments = parse_stage_arguments(__doc__, argv)
-    config = load_config(ROOT, arguments.overrides)
+    config = parse_stage_arguments(ROOT, __doc__, argv).config
 
     from jepa_cache.evaluation.context import open_training
     from jepa_cache.evaluation.planning import describe_plans, plan_run

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.parsing import parse_dataclass  # noqa: E402
 from jepa_cache.sample.build import build_sample  # noqa: E402
 from jepa_cache.sample.config import SampleConfig  # noqa: E402
@@ -21,8 +20,7 @@ from jepa_cache.sample.config import SampleConfig  # noqa: E402
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    arguments = parse_stage_arguments(__doc__, argv)
-    config = load_config(ROOT, arguments.overrides)
+    config = parse_stage_arguments(ROOT, __doc__, argv).config
     out = ROOT / "shards/sample"
     if config.dataset.sample is None:
         out.mkdir(parents=True, exist_ok=True)

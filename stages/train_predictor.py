@@ -14,16 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base, load_config  # noqa: E402
+from jepa_cache.config.loading import data_base  # noqa: E402
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE, requeued_at_once  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     how = {"action": "store_true", "help": "forget this run's checkpoints and start over"}
-    arguments = parse_stage_arguments(__doc__, argv, fresh=how)
     with requeued_at_once():
-        config = load_config(ROOT, arguments.overrides)
+        arguments = parse_stage_arguments(ROOT, __doc__, argv, fresh=how)
+        config = arguments.config
 
         from jepa_cache.data.cache import open_dataset
         from jepa_cache.data.scaler import read_scaler

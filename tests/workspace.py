@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +22,9 @@ CHECKOUT = (
 
 SMALLER = {
     "configs/dataset/sample.yaml": {
-        "num_episodes: 48": "num_episodes: 8",
-        "episode_s: 20.0": "episode_s: 4.0",
-        "episodes_per_tar: 12": "episodes_per_tar: 4",
+        "num_episodes: 48": "num_episodes: 4",
+        "episode_s: 20.0": "episode_s: 3.0",
+        "episodes_per_tar: 12": "episodes_per_tar: 2",
     },
     "configs/train/demo.yaml": {
         "num_steps: 600": "num_steps: 6",
@@ -35,7 +36,7 @@ SMALLER = {
     },
     "params.yaml": {
         "val_share: 0.25": "val_share: 0.5",
-        "windows_per_episode: 16": "windows_per_episode: 2",
+        "windows_per_episode: 16": "windows_per_episode: 4",
         "num_bootstrap: 2000": "num_bootstrap: 100",
         "measure: [energy, distances]": "measure: [distances]",
     },
@@ -93,18 +94,13 @@ class Workspace:
 
     def run(self, *command: str, fails: bool = False, timeout: float = 300) -> str:
         """Run a command in the checkout; returns what it printed."""
-        result = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout)
-        output = result.stdout + result.stderr
-        assert (result.returncode != 0) == fails, (
-            f"{' '.join(command)} ended with {result.returncode}:\n{output[-6000:]}"
-        )
+        output, code = self.call(command, timeout)
+        assert (code != 0) == fails, f"{' '.join(command)} ended with {code}:\n{output[-6000:]}"
         return output
 
-    def shell(self, command: str) -> tuple[str, int]:
-        """Run a line as a shell does; returns what it printed, and its exit code."""
-        result = subprocess.run(
-            ["bash", "-c", command], cwd=self.root, env=self.env, capture_output=True, text=True, timeout=600
-        )
+    def call(self, command: Sequence[str], timeout: float = 600) -> tuple[str, int]:
+        """Run a command in the checkout; returns what it printed, and its exit code."""
+        result = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout)
         return result.stdout + result.stderr, result.returncode
 
     def python(self, *arguments: str, fails: bool = False) -> str:

@@ -13,8 +13,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Outcome, report
+from jepa_cache.cli.outcome import AsJson, Outcome, align, report
 from jepa_cache.config.loading import find_repository
+from jepa_cache.evaluation.context import OF_THE_MACHINE
+from jepa_cache.evaluation.metrics import bootstrap_mean, flatten, unguard_cell
+from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
 EVALUATE = "outputs/evaluate"
@@ -52,12 +55,13 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="metrics.json, a folder with one, a training run that was evaluated, a DVC experiment, a git revision"
+            help="metrics.json, a folder with one, a training run that was evaluated, a DVC experiment, a git revision; "
+            "the others are compared with the first one"
         ),
     ],
     *,
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare evaluated runs: errors, gaps to baselines and ablations, settings that differ, and paired differences to the first run.
 
@@ -66,11 +70,6 @@ def compare(
     in groups of their own.
 
     Exit code 0: all runs can be compared; 1: some cannot, and are shown apart; 2: wrong usage, or a run cannot be read.
-
-    Args:
-        runs: What to compare; the first one of each group is its reference.
-        seed: Of the bootstrap.
-        as_json: Print JSON.
     """
     report(lambda: compare_runs(runs, seed=seed), as_json=as_json)
 
@@ -85,16 +84,13 @@ def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
         groups.setdefault(position if run.settings is None else repr(kind_of(run)), []).append(run)
     documents, lines = [], []
     for group in groups.values():
-        document = describe_group(group, seed=seed)
+        document, first = describe_group(group, seed=seed), next(iter(groups.values()))[0]
         if documents:
-            reference = documents[0]["runs"][0]["run"]
-            document["apart"] = (
-                f"not comparable with {reference}: {why_apart(next(iter(groups.values()))[0], group[0])}"
-            )
+            document["apart"] = f"not comparable with {first.name}: {why_apart(first, group[0])}"
             lines += ["", document["apart"]]
         documents.append(document)
         lines += list_group(document)
-    return Outcome({"groups": documents}, lines, FINE if len(groups) == 1 else PROBLEM)
+    return Outcome({"groups": documents}, lines, len(groups) == 1)
 
 
 def kind_of(run: Evaluated) -> dict[str, Any]:
@@ -107,12 +103,11 @@ def why_apart(one: Evaluated, other: Evaluated) -> str:
     unknown = [run.name for run in (one, other) if run.settings is None]
     if unknown:
         return f"of {', '.join(unknown)} it is not known what was measured (no settings.json); run its evaluation again"
-    kinds = kind_of(one), kind_of(other)
-    values = {name: [kind.get(name) for kind in kinds] for name in sorted(kinds[0].keys() | kinds[1].keys())}
+    mine, its = kind_of(one), kind_of(other)
     return "; ".join(
-        f"{name}: {show_setting(first)} in {one.name}, {show_setting(second)} in {other.name}"
-        for name, (first, second) in values.items()
-        if first != second
+        f"{name}: {show_setting(mine.get(name))} in {one.name}, {show_setting(its.get(name))} in {other.name}"
+        for name in sorted(mine.keys() | its.keys())
+        if mine.get(name) != its.get(name)
     )
 
 
@@ -156,8 +151,6 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
 
 def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
     """Settings that are not the same in all of some runs, with the value of each; what moves no number is skipped."""
-    from jepa_cache.evaluation.context import OF_THE_MACHINE
-
     known = [run.settings or {} for run in runs]
     values = {name: [settings.get(name) for settings in known] for name in sorted(set().union(*known))}
     return {
@@ -176,25 +169,21 @@ def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -
     Raises:
         ValueError: An episode has other numbers of windows in the two, so the pairs would not be pairs.
     """
-    from jepa_cache.evaluation.metrics import bootstrap_mean
-
     for evaluated in (run, reference):
         if not evaluated.episodes:
             raise ValueError(
                 f"{evaluated.name} has no episodes.csv, without which runs cannot be paired; run its evaluation again"
             )
-    shared = [
-        (run.episodes[name], reference.episodes[name], name)
-        for name in sorted(run.episodes)
-        if name in reference.episodes
-    ]
-    for own, other, name in shared:
+    differences = []
+    for name in sorted(run.episodes.keys() & reference.episodes.keys()):
+        own, other = run.episodes[name], reference.episodes[name]
         if own["num_windows"] != other["num_windows"]:
             raise ValueError(
                 f"episode {name} has {own['num_windows']:.0f} windows in {run.name} and {other['num_windows']:.0f} in {reference.name}; "
                 "evaluate both with the same data and settings"
             )
-    values = np.array([own[column] - other[column] for own, other, _ in shared])
+        differences.append(own[column] - other[column])
+    values = np.array(differences)
     values = values[np.isfinite(values)]  # an empty cell: that episode has no such figure
     if len(values) < 2:
         return {"words": "cannot be told: fewer than two shared episodes", "num_episodes": len(values)}
@@ -211,8 +200,7 @@ def list_group(document: dict[str, Any]) -> list[str]:
         figures = [run["figures"].get(name) for name in (*COMPARED, *GAPS)]
         cells = ["-" if figure is None else _with_interval(figure["mean"], *figure["interval"]) for figure in figures]
         rows.append([run["run"], *cells, run["uses_its_actions"] or "-", str(run["num_episodes"])])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = align(rows)
     for name in document["runs"][0]["settings"]:
         values = (f"{show_setting(run['settings'][name])} in {run['run']}" for run in document["runs"])
         lines.append(f"{name}: {', '.join(values)}")
@@ -235,9 +223,8 @@ def _with_interval(mean: float, low: float, high: float, num_digits: int = 3) ->
 def read_run(name: str) -> Evaluated:
     """Read one evaluation.
 
-    Args:
-        name: metrics.json, a folder that holds it, a checkout, the folder of a training run that was evaluated, or else the
-            name of a DVC experiment, or a git branch, tag or commit.
+    `name` is metrics.json, a folder that holds it, a checkout, the folder of a training run that was evaluated, or else the
+    name of a DVC experiment, or a git branch, tag or commit.
 
     Raises:
         ValueError: There is none, or it is damaged.
@@ -245,32 +232,24 @@ def read_run(name: str) -> Evaluated:
     path = Path(name)
     if not path.exists():
         return _read(name, _revision_reader(name))
-    folder = _find_folder(path)
-    run = _read(name, lambda file: (folder / file).read_text() if (folder / file).exists() else None)
-    if (path / WEIGHTS).is_file():
-        _check_same_run(path / WEIGHTS, run)
-    return run
-
-
-def _find_folder(path: Path) -> Path:
-    candidates = [path.parent] if path.is_file() else [path, path / EVALUATE]
-    if (path / WEIGHTS).is_file():
+    weights = path / WEIGHTS
+    candidates = [path.parent] if path.name == METRICS_FILE else [path, path / EVALUATE]
+    if weights.is_file():
         candidates.append(path.absolute().parent.parent / "evaluate")
-    for folder in candidates:
-        if (folder / METRICS_FILE).is_file() and (not path.is_file() or path.name == METRICS_FILE):
-            return folder
-    looked = ", ".join(str(folder / METRICS_FILE) for folder in candidates)
-    raise ValueError(f"{path} holds no evaluation (looked for {looked}); run `python stages/evaluate.py` there first")
-
-
-def _check_same_run(weights: Path, run: Evaluated) -> None:
-    from jepa_cache.predictor.checkpoints import read_card
-
-    card = read_card(weights)
-    if run.settings is None or (run.settings["run"], run.settings["step"]) != (card["run"], card["step"]):
+    folder = next((folder for folder in candidates if (folder / METRICS_FILE).is_file()), None)
+    if folder is None:
+        looked = ", ".join(str(folder / METRICS_FILE) for folder in candidates)
         raise ValueError(
-            f"the evaluation beside {weights} is of another training run than these weights; run `python stages/evaluate.py`"
+            f"{path} holds no evaluation (looked for {looked}); run `python stages/evaluate.py` there first"
         )
+    run = _read(name, lambda file: (folder / file).read_text() if (folder / file).exists() else None)
+    if weights.is_file():
+        card = read_card(weights)
+        if run.settings is None or (run.settings["run"], run.settings["step"]) != (card["run"], card["step"]):
+            raise ValueError(
+                f"the evaluation beside {weights} is of another training run than these weights; run `python stages/evaluate.py`"
+            )
+    return run
 
 
 def _revision_reader(revision: str) -> Callable[[str], str | None]:
@@ -307,8 +286,6 @@ def _revision_reader(revision: str) -> Callable[[str], str | None]:
 
 
 def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
-    from jepa_cache.evaluation.metrics import flatten
-
     try:
         metrics: dict[str, Any] = json.loads(read(METRICS_FILE) or "")
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
@@ -329,8 +306,6 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
 
 
 def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
-    from jepa_cache.evaluation.metrics import unguard_cell
-
     rows = csv.DictReader(io.StringIO(text))
     try:
         return {

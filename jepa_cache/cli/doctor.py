@@ -1,4 +1,4 @@
-"""`jepa-cache doctor`: what this machine has and lacks: libraries, GPU, decoders, cache root, reach of the servers."""
+"""`jepa-cache doctor`: what this machine has and lacks: GPU, decoders, cache root, reach of the servers; `pip check` tells of libraries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -38,11 +36,7 @@ class Finding(NamedTuple):
 
 
 def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Say whether this machine is ready, and what to type where it is not; exit code 1 when something is missing.
-
-    Args:
-        as_json: Print JSON instead of the table.
-    """
+    """Say whether this machine is ready, and what to type where it is not; exit code 1 when something is missing."""
     findings = check_everything(find_repository(Path.cwd()))
     states = [finding.state for finding in findings.values()]
     if as_json:
@@ -61,7 +55,6 @@ def check_everything(root: Path) -> dict[str, Finding]:
     """Run every check; one that itself fails is a finding too, so that the table is always whole."""
     hub = os.environ.get("HF_ENDPOINT") or HUB_URL
     checks: dict[str, Callable[[], Finding]] = {
-        "libraries": check_libraries,
         "gpu": check_gpu,
         "decoder": check_decoders,
         "cache root": lambda: check_disk(root),
@@ -78,20 +71,6 @@ def check_everything(root: Path) -> dict[str, Finding]:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
             findings[name] = Finding(MISSING, reason, "mend what the line names, or report it")
     return findings
-
-
-def check_libraries() -> Finding:
-    """Whether the installed libraries fit each other and this Python, by `pip check`."""
-    python = f"Python {sys.version.split()[0]} ({sys.executable})"
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"], capture_output=True, text=True
-    )
-    lines = done.stdout.splitlines() or done.stderr.splitlines()[-1:]
-    if done.returncode:
-        ours = [line for line in lines if line.lower().startswith("jepa-cache ")]
-        found = f"{python}; {'; '.join(ours or lines)}"
-        return Finding(MISSING if ours else NOTE, found, "make install, then python -m pip check")
-    return Finding(OK, f"{python}; pip finds no conflict")
 
 
 def check_gpu() -> Finding:

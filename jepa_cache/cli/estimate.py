@@ -1,29 +1,35 @@
 """`jepa-cache estimate`: what encoding would cost, before anything is spent.
 
-Episodes, frames and steps come from the headers of recordings; bytes follow from the steps, within 5 %; operations from
-the products of matrices, of which a multiplication and an addition count 2. Norms, activations, rotary positions and
-the optimiser are not counted: below 1 %. T steps of a window, N tokens per step, D token width, L = N + 2 tokens of a
-step in the predictor (with its action and its state).
+Episodes, frames and steps come from the headers of recordings; bytes follow from the steps, within 5 %; operations of
+the encoder from its products of matrices, of which a multiplication and an addition count 2.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import (
+    AsJson,
+    Checkout,
+    Outcome,
+    Recordings,
+    align,
+    describe_bytes,
+    open_checkout,
+    report,
+    shorten,
+)
 from jepa_cache.config.paths import existing_folder
-from jepa_cache.config.schema import EncodeConfig, EncoderPreset, PredictorPreset, TrainConfig
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
-from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device
+from jepa_cache.encoding.task import read_whole
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.episode import Skipped
 from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
@@ -39,9 +45,6 @@ MAX_WHOLE = 2
 UNIT_BYTES, CODES_BYTES, STEP_ROW_BYTES = 9_960, 10_660, 14
 # Of actions and controls; ticks of VPT's 37 columns.
 REST_BYTES, COLUMN_BYTES, EPISODE_BYTES, TICK_BYTES = 8_760, 110, 6_000, 19.5
-MEASURED_S = 1.0
-CONDITIONING_TOKENS = 2  # action and state
-BACKWARD = 2  # the backward pass costs two forward ones
 
 Amount = Counter[str]
 """Units, episodes, unusable recordings, sampled frames, steps, ... Native ticks are taken for as many as video frames."""
@@ -49,33 +52,22 @@ COUNTED = ("units", "episodes", "unusable", "frames", "steps")
 
 
 def estimate(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
-    ] = None,
+    arguments: Recordings = None,
     *,
     frames_per_s: Annotated[float | None, typer.Option(min=1e-9, help="rate for the hours")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="run the encoder here for about a second, for the hours")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what encoding would take: episodes, frames, steps, bytes per stored dtype, files, operations, hours, disk.
 
     Reads the headers of recordings, no videos, and downloads nothing. Hours are given only at the rate of
-    --frames-per-s, or of the encoder alone with --measure, which knows nothing of decoding and of the disk.
+    --frames-per-s; stage one prints the one that it reaches.
 
     Exit code 0: it fits; 1: the disk of the cache root is too small; 2: wrong usage, or it could not be counted.
-
-    Args:
-        arguments: Recordings and overrides.
-        frames_per_s: Rate for the hours.
-        measure: Measure that rate.
-        as_json: Print JSON.
     """
-    report(lambda: estimate_checkout(open_checkout(arguments), frames_per_s, measure=measure), as_json=as_json)
+    report(lambda: estimate_checkout(open_checkout(arguments), frames_per_s), as_json=as_json)
 
 
-def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, measure: bool = False) -> Outcome:
+def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> Outcome:
     """Count recordings, bytes, operations and time, and compare with the disk."""
     config, encode, root = checkout.config, checkout.config.encode, checkout.root
     groups, notes = scan_units(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
@@ -99,9 +91,11 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
         needed += round(to_do["largest"] * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim))
     in_bucket = root.name != str(root.path)  # which has no end
     free = None if in_bucket else shutil.disk_usage(existing_folder(root.path)).free
-    cost, rate = count_encoder(encoder, encode), frames_per_s or (measure_rate(groups[0]) if measure else None)
-    shape = {"num_actions": len(space.actions), "num_states": len(space.states), "num_frames": round(total["frames"])}
-    counts = {"all": total, "done": done, "to_do": to_do}
+    counts, per_frame = {"all": total, "done": done, "to_do": to_do}, count_encoder(encoder, encode)
+    frames_per_step = 1 if encode.mode == "frame" else encoder.tubelet_size
+    train = config.train
+    num_windows = train.num_steps * train.batch_size * train.grad_accumulation
+    num_touched = num_windows * train.window_steps * frames_per_step
     document: dict[str, Any] = {
         "fits": free is None or needed <= free,
         "root": root.name,
@@ -112,20 +106,13 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None, *, 
         "dtype": encode.dtype,
         "bytes": {name: _size(total, name, encode, encoder, num_columns) for name in _list_codecs(encoder.embed_dim)},
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "encoder_flops": {
-            "per_frame": cost.operations / cost.num_frames,
-            "to_do": to_do["frames"] / cost.num_frames * cost.operations,
-        },
-        "rate": {
-            "frames_per_s": rate,
-            "measured": bool(measure and not frames_per_s),
-            "hours": to_do["frames"] / rate / 3600 if rate else None,
-        },
-        "break_even": compare_runs(encoder, config.predictor, config.train, encode, **shape),
+        "encoder_flops": {"per_frame": per_frame, "to_do": to_do["frames"] * per_frame},
+        "hours": to_do["frames"] / frames_per_s / 3600 if frames_per_s else None,
+        "break_even": {"frames_touched_per_run": num_touched, "runs": total["frames"] / num_touched},
         "unusable": [recording._asdict() for recording in unusable],
         "notes": notes,
     }
-    return Outcome(document, lines + _list_lines(document), FINE if document["fits"] else PROBLEM)
+    return Outcome(document, lines + _list_lines(document), document["fits"])
 
 
 def estimate_group(group: EncodingGroup, units: Sequence[Unit], unusable: list[Skipped]) -> Amount:
@@ -181,30 +168,6 @@ def _iter_lengths(group: EncodingGroup, unit: Unit) -> Iterator[tuple[str, int, 
                 yield recording.key, len(recording.frame_ticks), recording.fps
 
 
-def measure_rate(group: EncodingGroup) -> float:
-    """Frames per second of the encoder alone on this machine, on grey pictures.
-
-    Raises:
-        ValueError: Its weights are not on this machine.
-    """
-    opened, encode = group.encoder, group.encode
-    if opened.preset.weights is not None and opened.weights is None:
-        raise ValueError(
-            f"the weights {opened.preset.weights} are not on this machine, so their speed cannot be measured; give --frames-per-s"
-        )
-    encoder = load_encoder(opened, encode, device=resolve_device(encode.device), num_threads=group.num_threads)
-    per_input = count_encoder(opened.preset, encode).num_frames
-    side = opened.preset.resolution
-    pixels = encoder.preprocess(np.full((per_input * encode.batch_size, side, side, 3), 128, np.uint8))
-    pixels = pixels.reshape(encode.batch_size, per_input, *pixels.shape[1:])
-    encoder.encode(pixels).cpu()  # the first batch is slower
-    begun, num_batches = time.perf_counter(), 0
-    while (elapsed_s := time.perf_counter() - begun) < MEASURED_S:
-        encoder.encode(pixels).cpu()
-        num_batches += 1
-    return num_batches * encode.batch_size * per_input / elapsed_s
-
-
 def _list_codecs(width: int) -> list[str]:
     """Stored dtypes that take tokens of this width."""
     names = []
@@ -230,38 +193,22 @@ def _size(amount: Amount, dtype: str, encode: EncodeConfig, encoder: EncoderPres
 
 def _list_lines(document: dict[str, Any]) -> list[str]:
     lines = shorten([f"unusable: {it['key']}: {it['reason']}" for it in document["unusable"]])
-    lines.append(f"{'':<8} {'units':>8} {'episodes':>9} {'unusable':>9} {'frames':>11} {'steps':>11}")
-    for name, words in (("all", "all"), ("to_do", "to do")):
-        numbers = zip(document[name].values(), (8, 9, 9, 11, 11), strict=True)
-        lines.append(f"{words:<8} " + " ".join(f"{number:>{width}}" for number, width in numbers))
-    lines.append(f"{'all, in':<12} {'tokens':>11} {'with actions, controls':>23} {'files':>8}")
-    for dtype, size in document["bytes"].items():
-        lines.append(
-            f"{dtype:<12} {describe_bytes(size['tokens']):>11} {describe_bytes(size['total']):>23} {size['files']:>8}"
-            f"{'  <- encode.dtype' if dtype == document['dtype'] else ''}"
-        )
-    flops, rate, disk = document["encoder_flops"], document["rate"], document["disk"]
-    lines.append(
-        f"encoder {document['encoder']}: {flops['to_do']:.3g} operations, {flops['per_frame'] / 1e9:.4g} GFLOP a frame"
-    )
-    if rate["hours"] is None:
-        lines.append("time: not known; --measure runs the encoder for a second, --frames-per-s gives a rate")
-    else:
-        where = "the encoder alone, measured here: decoding may be slower" if rate["measured"] else "as given"
-        lines.append(f"time: {rate['hours']:.2f} h at {rate['frames_per_s']:.4g} frames/s ({where})")
-    if (runs := document["break_even"])["runs"]:
-        touched, gain = runs["frames_touched_per_run"], runs["gain_per_run"]
-        build, online = runs["build_flops"], runs["online_encoder_flops_per_run"]
-        fewer = f"{gain:.3g} times fewer" if gain >= 1.005 else "less than 0.5 % fewer"
-        lines += [
-            f"one training run of predictor {runs['predictor']} touches {touched} frames, each "
-            f"{touched / max(1, runs['frames']):.3g} times: {online:.3g} operations to encode them online, "
-            f"{runs['predictor_flops_per_run']:.3g} for the predictor",
-            f"break-even after {runs['runs']:.3g} training runs ({build:.3g} to build the cache / {online:.3g} online); "
-            f"after it a run needs {fewer} operations (decoding not counted)",
-        ]
+    counts = [[words, *map(str, document[name].values())] for name, words in (("all", "all"), ("to_do", "to do"))]
+    lines += align([["", *COUNTED], *counts])
+    sizes = [
+        [dtype, *(describe_bytes(size[name]) for name in ("tokens", "total")), f"{size['files']} files"]
+        for dtype, size in document["bytes"].items()
+    ]
+    lines += align([["stored as", "tokens", "with actions, controls", ""], *sizes])
+    flops, hours, disk, touched = (document[name] for name in ("encoder_flops", "hours", "disk", "break_even"))
+    lines += [
+        f"encoder {document['encoder']}: {flops['to_do']:.3g} operations, {flops['per_frame'] / 1e9:.4g} GFLOP a frame",
+        "time: not known; --frames-per-s gives a rate" if hours is None else f"time: {hours:.2f} h at the rate given",
+        f"one training run touches {touched['frames_touched_per_run']} frames, so without the cache {touched['runs']:.3g} "
+        "runs spend as many operations on the encoder as building the cache",
+    ]
     free = "no limit known" if disk["free_bytes"] is None else f"{describe_bytes(disk['free_bytes'])} free"
-    lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed")
+    lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed in {document['dtype']}")
     if not document["fits"]:
         lines.append(
             "refused: it does not fit. Set cache.root to a larger disk, store fewer bytes (encode.dtype), remove what is not "
@@ -270,73 +217,11 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-class InputCost(NamedTuple):
-    """Operations of one encoder input, the sampled frames that it takes, and the steps that it gives."""
-
-    operations: int
-    num_frames: int
-    num_steps: int
-
-
-def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> InputCost:
-    """What one encoder input costs under these settings."""
+def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> float:
+    """Operations per sampled frame of one encoder input under these settings."""
     num_frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
-    num_steps = max(1, num_frames // encoder.tubelet_size)
-    tokens, width = num_steps * encoder.num_tokens, encoder.embed_dim
+    tokens, width = max(1, num_frames // encoder.tubelet_size) * encoder.num_tokens, encoder.embed_dim
     as_image = encode.mode == "frame" and encode.single_frame == "image"
     patch = 3 * (1 if as_image else encoder.tubelet_size) * encoder.patch_size**2
     block = 2 * tokens * (4 * width**2 + 2 * width * encoder.mlp_dim) + 4 * tokens**2 * width
-    return InputCost(2 * tokens * patch * width + encoder.depth * block, num_frames, num_steps)
-
-
-def count_predictor(
-    predictor: PredictorPreset, train: TrainConfig, *, num_tokens: int, width: int, num_actions: int, num_states: int
-) -> int:
-    """Operations of one window in training: the teacher-forced pass over T-1 steps, the rollout, and their backward passes."""
-    dim, num_given = predictor.predictor_dim, train.window_steps - 1
-    num_rolled = min(train.auto_steps, num_given) - 1  # the first step is shared with the teacher-forced pass
-    length = num_tokens + CONDITIONING_TOKENS
-    linear = 2 * length * (4 * dim**2 + 2 * dim * int(dim * predictor.mlp_ratio))
-    # A step attends to itself and to all steps before it; the rollout to what was kept of step 0 and to itself.
-    seen = num_given * (num_given + 1) // 2 + sum(range(2, num_rolled + 2))
-    steps = num_given + num_rolled
-    blocks = predictor.depth * (steps * linear + 4 * length**2 * dim * seen)
-    ends = steps * 2 * dim * (2 * num_tokens * width + num_actions + num_states)
-    total = (1 + BACKWARD) * (blocks + ends)
-    total -= num_given * 2 * dim * (num_tokens * width + num_actions + num_states)  # true tokens need no gradient
-    if predictor.activation_checkpointing:  # recomputes every block up to its last matrix product
-        total += blocks - predictor.depth * steps * 2 * length * dim * int(dim * predictor.mlp_ratio)
-    return total
-
-
-def compare_runs(
-    encoder: EncoderPreset,
-    predictor: PredictorPreset,
-    train: TrainConfig,
-    encode: EncodeConfig,
-    *,
-    num_frames: int,
-    num_actions: int,
-    num_states: int,
-) -> dict[str, Any]:
-    """Operations to encode `num_frames` once, and of one training run with the cache and without; decoding not counted.
-
-    `runs` is the number of training runs after which building the cache costs as much as encoding online each time;
-    `gain_per_run` how many times the operations of a run with the cache one without needs from then on.
-    """
-    cost, shape = count_encoder(encoder, encode), {"num_actions": num_actions, "num_states": num_states}
-    num_windows = train.num_steps * train.batch_size * train.grad_accumulation
-    touched_steps, num_tokens = num_windows * train.window_steps, encode.num_tokens_of(encoder)
-    build = num_frames / cost.num_frames * cost.operations
-    online = touched_steps / cost.num_steps * cost.operations
-    trained = num_windows * count_predictor(predictor, train, num_tokens=num_tokens, width=encoder.embed_dim, **shape)
-    return {
-        "predictor": predictor.name,
-        "runs": build / online if online else None,
-        "gain_per_run": (online + trained) / trained if trained else None,
-        "build_flops": build,
-        "online_encoder_flops_per_run": online,
-        "predictor_flops_per_run": trained,
-        "frames": num_frames,
-        "frames_touched_per_run": touched_steps * cost.num_frames // cost.num_steps,
-    }
+    return (2 * tokens * patch * width + encoder.depth * block) / num_frames

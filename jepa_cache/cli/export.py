@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import MANIFEST, Checkout, Outcome, describe_bytes, help_of, open_checkout, report
+from jepa_cache.cli.outcome import MANIFEST, AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
-from jepa_cache.store.quantisation import step_bytes
 from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import KINDS, MARKER, CacheRoot, RefusedError
 
@@ -26,17 +25,13 @@ UNKNOWN = "unknown"
 export = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take something out, to carry elsewhere.")
 
 
-@export.callback()
-def _group() -> None:
-    """Take something out, to carry elsewhere."""
-
-
+@export.command("cache")
 def export_cache(
     out: Annotated[Path, typer.Argument(help="folder of the new root; absent or empty")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")] = None,
+    overrides: Overrides = None,
     *,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Copy everything that a manifest lists into OUT as a root of its own, with the manifest, a README and checksums.
 
@@ -55,6 +50,7 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"  # with a JSON card beside it
 
 
+@export.command("predictor")
 def export_predictor(
     run: Annotated[
         str, typer.Argument(help="outputs/train, a weights file with a card, or the folder of a LoRA adapter")
@@ -68,19 +64,7 @@ def export_predictor(
     merge: Annotated[bool, typer.Option("--merge", help="RUN is a LoRA adapter: merge it into --base")] = False,
     base: Annotated[str | None, typer.Option(help="weights that the adapter was trained on (train.init)")] = None,
 ) -> None:
-    """Write a trained predictor as vjepa2's own loaders take it, or as safetensors with a JSON card.
-
-    Args:
-        run: What is exported.
-        out: File to write; an existing one is replaced.
-        form: Layout of the file.
-        encoder: Weights file of the frozen encoder, checked against the one that the predictor was trained with.
-        merge: Merge a LoRA adapter into its base, in float32.
-        base: Weights under the adapter.
-
-    Raises:
-        ValueError: A file is missing, damaged or does not belong to the others; or the arguments contradict each other.
-    """
+    """Write a trained predictor as vjepa2's own loaders take it, or as safetensors with a JSON card."""
     from safetensors import SafetensorError
 
     from jepa_cache.predictor.export import differs_from_official_class, export_official, export_safetensors
@@ -108,22 +92,14 @@ def export_predictor(
         print(f"note: {line}")
 
 
-export.command("cache", help=help_of(export_cache))(export_cache)
-export.command("predictor", help=help_of(export_predictor))(export_predictor)
-
-
 def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
     if checkout.paths:
         raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
     if path is None and (reason := why_held_back(checkout.repository / MANIFEST)) is not None:
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
-    total = manifest.num_steps * step_bytes(manifest.recipe["dtype"], manifest.num_tokens, manifest.width)
-    with (
-        root.shared_lock(),
-        tqdm(desc="export", total=total, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar,
-    ):
-        files = export_manifest(manifest, root, out, bar.update)
+    with root.shared_lock():
+        files = export_manifest(manifest, root, out)
     document = {
         "out": str(out),
         "manifest": manifest.digest,
@@ -143,19 +119,17 @@ def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
     )
 
 
-def export_manifest(
-    manifest: Manifest, root: CacheRoot, out: Path, on_bytes: Callable[[int], object] = lambda _: None
-) -> dict[Path, str]:
+def export_manifest(manifest: Manifest, root: CacheRoot, out: Path) -> dict[Path, str]:
     """Copy everything that a manifest lists into a new root, and check every byte of the copy; the manifest comes last.
 
-    The caller holds the shared lock of `root`; `on_bytes` is called with the bytes of each token store that is in the new root.
-    RefusedError where `out` holds something else than an unfinished export of this manifest. Returns the sha256 of every file.
+    The caller holds the shared lock of `root`. RefusedError where `out` holds something else than an unfinished export of
+    this manifest. Returns the sha256 of every file.
     """
     _check_target(out, root, manifest)
     target, sums = CacheRoot(out), {}
     target.check_writable()
     target.remove_stale_temporaries()
-    for part, entry in manifest.stores:
+    for part, entry in tqdm(manifest.stores, desc="export", unit="unit", mininterval=0.5):
         for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
             final = target.store(key)
             try:
@@ -165,8 +139,6 @@ def export_manifest(
                 with root.pulled([root.store(key)]):
                     found = _copy(root.store(key), final, digest)
             sums |= found
-            if key.kind == "tokens":
-                on_bytes(sum(file.stat().st_size for file in found))
     with atomic_file(out / README) as path:
         path.write_text(_write_readme(manifest))
     write_manifest(manifest, [target.manifest(manifest.digest)])

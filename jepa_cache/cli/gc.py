@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from jepa_cache.cli.outcome import (
-    FINE,
     MANIFEST,
-    PROBLEM,
+    AsJson,
     Checkout,
     Outcome,
+    Overrides,
     describe_bytes,
     open_checkout,
     report,
@@ -26,7 +26,7 @@ from jepa_cache.store.root import CacheRoot, RefusedError
 
 
 def gc(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")] = None,
+    overrides: Overrides = None,
     *,
     delete: Annotated[
         bool, typer.Option("--delete", help="remove what is listed; without it nothing is changed")
@@ -37,7 +37,7 @@ def gc(
     grace_days: Annotated[
         float, typer.Option(min=0, help="keep what no manifest lists so long after the last store of its recipe")
     ] = GRACE_DAYS,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List what no manifest of the cache root needs, with its bytes; --delete removes it.
 
@@ -107,18 +107,18 @@ def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days:
     elif num_bytes and not delete:
         options = [f" --forget {it}" for it in forget] + [f" --grace-days {grace_days:g}"] * (grace_days != GRACE_DAYS)
         lines.append("nothing was changed; remove it with: jepa-cache gc --delete" + "".join(options))
-    return Outcome(document, lines, PROBLEM if unreadable else FINE)
+    return Outcome(document, lines, not unreadable)
 
 
 def _describe(
     root: CacheRoot, digest: str, contents: Contents, forgotten: Collection[str], own: Manifest | None
 ) -> dict[str, Any]:
-    needs, written = contents.needs[digest], datetime.now(UTC)
+    needs, written = contents.needs[digest], "in this checkout alone"
     with suppress(FileNotFoundError):
-        written = datetime.fromtimestamp(root.manifest(digest).stat().st_mtime, UTC)
+        written = str(datetime.fromtimestamp(root.manifest(digest).stat().st_mtime, UTC).date())
     described = {
         "digest": digest,
-        "written": str(written.date()),
+        "written": written,
         "num_units": sum(key.kind == "tokens" for key in needs),
         "num_missing": len(needs - contents.stores.keys()),
         "num_bytes": contents.num_bytes(needs),

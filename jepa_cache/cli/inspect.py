@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ PICTURE_WIDTH = 160  # pixels
 
 # Thresholds of what is called suspicious. The real recordings at hand stay clear of all of them.
 MAX_YAW_BREACHES = 0.01  # 0.1 % in 64 VPT logs
+MAX_FPS_ERROR = 0.01
 MAX_RATE_ERROR = 0.2  # Ticks by the clock; the median tick of laggy recordings is still near 50 ms.
 EQUAL_FRAMES = 0.01  # Mean difference of two frames, of 255; real ones that move differ by 1 or more.
 MAX_EQUAL_SHARE, MIN_JUDGED_FRAMES = 0.1, 20
@@ -71,17 +73,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="write a page with pictures to this file")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="look at the first recordings only")] = None,
 ) -> None:
-    """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them.
-
-    Args:
-        inputs: Recordings as `encode.py` takes them, and overrides.
-        as_json: Print JSON instead of tables.
-        html: Write a page to this file as well, with the frames of some steps and the actions between them.
-        limit: Look at the first recordings only.
-
-    Raises:
-        ValueError: Nothing is found, a setting is wrong, or there is no folder for the page.
-    """
+    """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them."""
     overrides = [text for text in inputs or () if is_override(text)]
     paths = [text for text in inputs or () if not is_override(text)]
     if html is not None and not html.parent.is_dir():  # Said before the work, not after.
@@ -127,17 +119,10 @@ def inspect_units(
     limit: int | None = None,
     pictures: bool = False,
 ) -> Report:
-    """Report on every recording of some units: its records, and its video's header; nothing is encoded.
+    """Report on every recording of some units, or the first `limit`: its records, and its video's header; nothing is encoded.
 
-    200 frames are decoded of the first hundred recordings and of every fiftieth after them.
-
-    Args:
-        config: Says which steps stage one makes of a recording, and which actions lead between them.
-        source: Reads the units.
-        units: To look at.
-        name: Of the data set, for the report.
-        limit: Recordings to look at, of all units together; None means all.
-        pictures: Keep the frames of eight steps, and the actions between them, of the first recordings.
+    200 frames are decoded of the first hundred recordings and of every fiftieth after them. With `pictures` the first eight
+    recordings have the frames of eight steps, and the actions between them.
 
     Cost: linear; a recording's records, a few milliseconds for its video's header, half a second where frames are decoded.
     """
@@ -208,79 +193,61 @@ def _digest_controls(episode: Episode) -> bytes:
 
 
 def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Sequence[int] = ()) -> Report:
-    """Measure one recording and say what is suspicious in it; a video that cannot be decoded is a suspicion, no error.
+    """Measure one recording of a unit and say what is suspicious in it; a video that cannot be decoded is a suspicion, no error.
 
-    Args:
-        episode: The recording.
-        unit: The name of the unit that it came from.
-        decode: Whether to decode its first 200 frames; else only the video's header is read.
-        shown: Frames of which `strip` gets a picture, as data URLs.
+    With `decode` its first 200 frames are decoded, else only its header is read; `shown` are the frames that `strip` has.
 
     Returns:
         Shares lie in [0, 1] and are None where they cannot be known. `equal_share` is that of decoded frames that equal the
         one before although something moves, `tick_hz` the rate of the rows by their own clock, `missing` the controls that
         the recording does not hold.
     """
-    controls, ticks, doubts = episode.controls, episode.frame_ticks, list[str]()
-    info, strip, equal_share = VideoInfo(0, episode.fps, 0, 0, "unknown"), list[Report](), None
+    info, frames, strip, doubts = VideoInfo(0, episode.fps, 0, 0, "unknown"), None, list[Report](), list[str]()
     try:
-        if not decode:
-            info = probe_video(episode.video)
-        else:
-            with open_video(episode.video, first_frame=episode.first_frame, num_frames=len(ticks)) as video:
-                info, stride = video.info, max(1, video.info.width // PICTURE_WIDTH)
-                starts = range(0, min(NUM_DECODED, len(ticks)), BATCH_FRAMES)
-                parts = (np.arange(at, min(at + BATCH_FRAMES, starts.stop)) for at in starts)
-                small = np.concatenate([video.read(part)[:, ::stride, ::stride] for part in parts]).astype(np.int16)
-            if len(shown):  # A video is read forwards only, so it is opened again.
-                with open_video(episode.video, first_frame=episode.first_frame, num_frames=len(ticks)) as video:
-                    for number, frame in zip(shown, video.read(np.asarray(shown)), strict=True):
-                        strip.append({"frame": int(number), "picture": _encode_picture(frame[::stride, ::stride])})
-            equal_share = _measure_equal(episode, small)
-            flat_share = np.mean(small.mean(axis=-1).std(axis=(1, 2)) < FLAT_DEVIATION)
-            if flat_share > MAX_FLAT_SHARE:
-                doubts.append(f"{flat_share:.0%} of its first frames are flat (black?)")
-            if equal_share is not None and equal_share > MAX_EQUAL_SHARE:
-                doubts.append(f"{equal_share:.0%} of the decoded frames equal the one before though something moves")
+        info, frames, strip = _look_at_video(episode, shown) if decode else (probe_video(episode.video), None, [])
     except DecodeError as error:
         doubts.append(f"its video cannot be decoded: {error}")
     except OSError as error:
         doubts.append(f"its video cannot be read now: {describe_unreadable(error)}")
-
-    breach_share = None
+    controls, ticks, times_s = episode.controls, episode.frame_ticks, episode.frame_times_s
+    num_used = len(ticks)
+    rows_hz = episode.fps * ((ticks[-1] - ticks[0]) / (num_used - 1) if num_used > 1 else 1.0)
+    unused, left = episode.num_video_frames - num_used, episode.num_ticks - 1 - int(ticks[-1])
+    duration_s = num_used / episode.fps if times_s is None else float(times_s[-1] - times_s[0])
+    missing = [name for name, column in controls.items() if _is_absent(column)]
+    # NaN is what cannot be known; no comparison with it is true.
+    idle, gui = (float(np.mean(controls[name])) if name in controls else math.nan for name in ("idle", "gui"))
+    equal, tick_hz, breaches = _measure_equal(episode, frames), _measure_clock(controls), math.nan
+    flat = math.nan if frames is None else np.mean(frames.mean(axis=-1).std(axis=(1, 2)) < FLAT_DEVIATION)
     if {"mouse_dx", "yaw_deg", "gui"} <= set(controls) and (law := measure_yaw_law(controls)).num_judged:
-        breach_share = law.num_breaches / law.num_judged
-        if breach_share > MAX_YAW_BREACHES:
+        breaches = law.num_breaches / law.num_judged
+        if breaches > MAX_YAW_BREACHES:
             doubts.append(
                 f"yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} turning steps (first in line {law.line}: "
                 f"dx {law.dx:g}, yaw turns by {law.turned_deg:g} degrees)"
             )
-    doubts += find_implausible(controls)
-    missing = [name for name, column in controls.items() if _is_absent(column)]
-    if missing:
-        doubts.append(f"it holds no {', '.join(missing)}")
-    tick_hz = _measure_clock(controls)
-    ticks_per_frame = (ticks[-1] - ticks[0]) / (len(ticks) - 1) if len(ticks) > 1 else 1.0
-    rows_hz, unused, left = (
-        episode.fps * ticks_per_frame,
-        episode.num_video_frames - len(ticks),
-        episode.num_ticks - 1 - int(ticks[-1]),
-    )
-    if abs(info.typical_fps / episode.fps - 1) > 0.01:
-        doubts.append(f"the container says {info.typical_fps:g} frames/s, its rows say {episode.fps:g}")
-    if tick_hz is not None and rows_hz > 0 and abs(tick_hz / rows_hz - 1) > MAX_RATE_ERROR:
-        doubts.append(f"its clock counts {tick_hz:.1f} rows/s, its video {rows_hz:.1f}")
-    if unused > MAX_UNUSED_S * episode.fps:
-        doubts.append(f"{unused} of {episode.num_video_frames} frames have no row")
-    if left > MAX_UNUSED_S * rows_hz:
-        doubts.append(f"{left} of {episode.num_ticks} rows have no frame")
-    idle_share, gui_share = (float(np.mean(controls[it])) if it in controls else None for it in ("idle", "gui"))
-    if idle_share is not None and idle_share > MAX_IDLE_SHARE:
-        doubts.append(f"nothing is done in {idle_share:.0%} of its ticks")
-    times_s = episode.frame_times_s
-    duration_s = len(ticks) / episode.fps if times_s is None else float(times_s[-1] - times_s[0])
-    if duration_s < MIN_DURATION_S:
-        doubts.append(f"it lasts only {duration_s:.1f} s")
+    fps_error = abs(info.typical_fps / episode.fps - 1)
+    checks = [
+        (flat > MAX_FLAT_SHARE, f"{flat:.0%} of its first frames are flat (black?)"),
+        (equal > MAX_EQUAL_SHARE, f"{equal:.0%} of the decoded frames equal the one before though something moves"),
+        (bool(missing), f"it holds no {', '.join(missing)}"),
+        (fps_error > MAX_FPS_ERROR, f"the container says {info.typical_fps:g} frames/s, its rows say {episode.fps:g}"),
+        (
+            abs(tick_hz - rows_hz) > MAX_RATE_ERROR * rows_hz > 0,
+            f"its clock counts {tick_hz:.1f} rows/s, its video {rows_hz:.1f}",
+        ),
+        (unused > MAX_UNUSED_S * episode.fps, f"{unused} of {episode.num_video_frames} frames have no row"),
+        (left > MAX_UNUSED_S * rows_hz, f"{left} of {episode.num_ticks} rows have no frame"),
+        (idle > MAX_IDLE_SHARE, f"nothing is done in {idle:.0%} of its ticks"),
+        (duration_s < MIN_DURATION_S, f"it lasts only {duration_s:.1f} s"),
+    ]
+    shares = {
+        "tick_hz": tick_hz,
+        "idle_share": idle,
+        "gui_share": gui,
+        "yaw_breach_share": breaches,
+        "equal_share": equal,
+    }
     return {
         "unit": unit,
         "key": episode.key,
@@ -291,38 +258,50 @@ def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Seque
         "width": info.width,
         "height": info.height,
         "num_frames": episode.num_video_frames,
-        "num_used_frames": len(ticks),
+        "num_used_frames": num_used,
         "num_ticks": episode.num_ticks,
         "duration_s": duration_s,
-        "tick_hz": tick_hz,
-        "idle_share": idle_share,
-        "gui_share": gui_share,
-        "yaw_breach_share": breach_share,
-        "equal_share": equal_share,
+        **{name: None if math.isnan(value) else value for name, value in shares.items()},
         "missing": missing,
         "notes": list(episode.notes),
-        "suspicions": doubts,
+        "suspicions": [*doubts, *find_implausible(controls), *(text for found, text in checks if found)],
         "strip": strip,
     }
 
 
-def _measure_equal(episode: Episode, frames: np.ndarray) -> float | None:
+def _look_at_video(episode: Episode, shown: Sequence[int]) -> tuple[VideoInfo, np.ndarray, list[Report]]:
+    """What the header says, the first 200 frames [F, h, w, 3] made small, and pictures of the `shown` frames."""
+    span = {"first_frame": episode.first_frame, "num_frames": len(episode.frame_ticks)}
+    with open_video(episode.video, **span) as video:
+        info, stride = video.info, max(1, video.info.width // PICTURE_WIDTH)
+        num_decoded = min(NUM_DECODED, len(episode.frame_ticks))
+        batches = np.split(np.arange(num_decoded), range(BATCH_FRAMES, num_decoded, BATCH_FRAMES))
+        small = np.concatenate([video.read(batch)[:, ::stride, ::stride] for batch in batches])
+    strip = []
+    if len(shown):  # A video is read forwards only, so it is opened again.
+        with open_video(episode.video, **span) as video:
+            for number, frame in zip(shown, video.read(np.asarray(shown)), strict=True):
+                strip.append({"frame": int(number), "picture": _encode_picture(frame[::stride, ::stride])})
+    return info, small.astype(np.int16), strip
+
+
+def _measure_equal(episode: Episode, frames: np.ndarray | None) -> float:
     """Share of frames [F, h, w, 3] that equal the one before; only those count between which something was done."""
+    if frames is None:
+        return math.nan
     changes = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
     judged = np.ones(len(changes), bool)
     for name in ("idle", "gui"):  # Inside a GUI nothing need move: the cursor is not recorded.
         if name in episode.controls:
             judged &= episode.controls[name][episode.frame_ticks[: len(changes)]] < 0.5
-    return float(np.mean(changes[judged] <= EQUAL_FRAMES)) if judged.sum() >= MIN_JUDGED_FRAMES else None
+    return float(np.mean(changes[judged] <= EQUAL_FRAMES)) if judged.sum() >= MIN_JUDGED_FRAMES else math.nan
 
 
-def _measure_clock(controls: Mapping[str, np.ndarray]) -> float | None:
+def _measure_clock(controls: Mapping[str, np.ndarray]) -> float:
     """Rows per second by the recording's clock `milli`: of the median row, as lag stretches a few."""
-    milli = controls.get("milli")
-    if milli is None or len(milli) < 3 or (milli < 0).any():
-        return None
-    interval_ms = float(np.median(np.diff(milli)))
-    return 1000.0 / interval_ms if interval_ms > 0 else None
+    milli = controls.get("milli", np.empty(0))
+    interval_ms = np.median(np.diff(milli)) if len(milli) > 2 and (milli >= 0).all() else 0
+    return 1000.0 / float(interval_ms) if interval_ms > 0 else math.nan
 
 
 def _is_absent(column: np.ndarray) -> bool:
@@ -345,28 +324,25 @@ class _Statistics:
 
     def __init__(self, width: int) -> None:
         self.count = 0
-        self.sums, self.squares, self.zeros = np.zeros((3, width))
+        self.sums = np.zeros((3, width))  # of the values, their squares and their zeros
         self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)
 
     def add(self, rows: np.ndarray) -> None:
         rows = rows.astype(np.float64)
         self.count += len(rows)
-        self.sums += rows.sum(axis=0)
-        self.squares += (rows**2).sum(axis=0)
-        self.zeros += (rows == 0).sum(axis=0)
+        self.sums += [rows.sum(axis=0), (rows**2).sum(axis=0), (rows == 0).sum(axis=0)]
         self.low = np.minimum(self.low, rows.min(axis=0, initial=np.inf))
         self.high = np.maximum(self.high, rows.max(axis=0, initial=-np.inf))
 
     def describe(self, columns: Sequence[Column]) -> list[Report]:
         if not self.count:
             return []
-        mean = self.sums / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
-        values = zip(mean, std, self.low, self.high, self.zeros / self.count, strict=True)
+        mean, square, zero_share = self.sums / self.count
+        values = np.array([mean, np.sqrt(np.maximum(square - mean**2, 0)), self.low, self.high, zero_share])
         names = ("mean", "std", "minimum", "maximum", "zero_share")
         return [
-            column._asdict() | dict(zip(names, map(float, row), strict=True))
-            for column, row in zip(columns, values, strict=True)
+            column._asdict() | dict(zip(names, row, strict=True))
+            for column, row in zip(columns, values.T.tolist(), strict=True)
         ]
 
 

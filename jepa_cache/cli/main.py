@@ -1,16 +1,18 @@
-"""The `jepa-cache` console command: one file per command, of which only the one that was typed is imported."""
+"""The `jepa-cache` console command: one file per command, of which only the one that was typed is imported; and `params`."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import re
 import sys
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from jepa_cache.cli.stage import run_stage
+from jepa_cache.config.loading import find_repository, load_config
 
 # Command to its file, in which its function has the command's name; `export` is a group of its own.
 COMMANDS = {
@@ -20,11 +22,11 @@ COMMANDS = {
     "gc": "gc",
     "export": "export",
     "inspect": "inspect",
-    "pack": "data",
-    "add-encoder": "presets",
-    "index-droid": "data",
+    "pack": "preparation",
+    "add-encoder": "preparation",
+    "index-droid": "preparation",
     "compare": "compare",
-    "params": "presets",
+    "params": "main",
     "doctor": "doctor",
 }
 INSTEAD = {
@@ -36,11 +38,7 @@ INSTEAD = {
 
 
 def build_app(only: str | None = None) -> typer.Typer:
-    """The console command.
-
-    Args:
-        only: Command that is going to run; of the others, or of all with any other word, only the help is there.
-    """
+    """The console command, in which the command `only` works, and of the others just the help is there."""
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -49,24 +47,43 @@ def build_app(only: str | None = None) -> typer.Typer:
     )
     app.callback()(lambda: None)  # with one command alone typer would take its name for an argument
     for name, module in COMMANDS.items():
+        function = name.replace("-", "_")
         if name != only:
-            app.command(name, help=read_help(module, name.replace("-", "_")))(lambda: None)
+            app.command(name, help=read_help(module, function))(lambda: None)
             continue
-        command = getattr(importlib.import_module(f"jepa_cache.cli.{module}"), name.replace("-", "_"))
+        command = getattr(importlib.import_module(f"jepa_cache.cli.{module}"), function)
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:
-            app.command(name, help=read_help(module, command.__name__))(command)
+            app.command(name)(command)
     return app
 
 
 def read_help(module: str, function: str) -> str:
-    """What --help says: the docstring up to its arguments and errors, read without importing the command."""
+    """The docstring of a command, read without importing it; of a group that of its file."""
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not found:  # a group: what its file is for
-        return (ast.get_docstring(tree) or "").partition("`: ")[2].capitalize()
-    return re.split(r"\n\n(Args|Raises):", ast.get_docstring(found[0]) or "")[0]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return ast.get_docstring(node) or ""
+    return (ast.get_docstring(tree) or "").partition("`: ")[2].capitalize()
+
+
+def params(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4")] = None,
+) -> None:
+    """Print the resolved settings and where each comes from."""
+    config = load_config(find_repository(Path.cwd()), overrides or [])
+    values: dict[str, Any] = {}
+    for section, settings in vars(config).items():
+        if is_dataclass(settings):
+            for key, value in asdict(settings).items():
+                nested = value.items() if isinstance(value, dict) else ()
+                values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
+    values |= {"cache.root": config.cache_root, "cache.verify_checksums": config.verify_checksums}
+    width = max(map(len, values))
+    for key, value in values.items():
+        shown = repr(value) if isinstance(value, str) else str(value)
+        print(f"{key:<{width}}  {shown:<40}  {config.origins.get(key, '')}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -22,19 +22,26 @@ from jepa_cache.store.manifest import Manifest, read_manifest
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot, RefusedError
 
-FINE, PROBLEM, UNCHECKED = 0, 1, 2
+PROBLEM, UNCHECKED = 1, 2
 NUM_SHOWN = 20
 """Lines of a list that may be long."""
 
 MANIFEST = Path("outputs/encode/manifest.json")
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Recordings = Annotated[
+    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")]
+
+
 class Outcome(NamedTuple):
-    """The result of a command: one JSON document, the same in words, and the exit code."""
+    """The result of a command: one JSON document, the same in words, and whether all is well: exit code 0, else 1."""
 
     document: dict[str, Any]
     lines: list[str]
-    exit_code: int = FINE
+    fine: bool = True
 
 
 class Checkout(NamedTuple):
@@ -86,27 +93,21 @@ def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
     """
     try:
         with guarded(sys.stderr if as_json else sys.stdout):
-            outcome = work()
-    except (ValueError, OSError) as error:
-        message = describe_error(error)
+            document, lines, fine = work()
+        code = 0 if fine else PROBLEM
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        message = f"error: {describe_error(error)}"
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted; nothing is left half-done, so the same command can be run again"
+        document, lines = {"error": message.removeprefix("error: ")}, []
         code = PROBLEM if isinstance(error, RefusedError) else UNCHECKED
-        outcome = Outcome({"error": message}, [], code)
-        print(f"error: {message}", file=sys.stderr)
-    except KeyboardInterrupt:
-        message = "interrupted; nothing is left half-done, so the same command can be run again"
-        outcome = Outcome({"error": message}, [], UNCHECKED)
         print(message, file=sys.stderr)
     if as_json:
-        print(json.dumps(outcome.document, indent=2, allow_nan=False))
-    elif outcome.lines:
-        print("\n".join(printable(line, keep="\t") for line in outcome.lines))
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
-
-
-def help_of(command: Callable[..., None]) -> str:
-    """What --help says: the docstring without its section on arguments."""
-    return (command.__doc__ or "").partition("\n\n    Args:")[0]
+        print(json.dumps(document, indent=2, allow_nan=False))
+    elif lines:
+        print("\n".join(printable(line, keep="\t") for line in lines))
+    if code:
+        raise typer.Exit(code)
 
 
 def shorten(lines: Sequence[str], indent: str = "") -> list[str]:

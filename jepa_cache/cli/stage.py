@@ -10,21 +10,18 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
-from jepa_cache.config.loading import is_override
+from jepa_cache.config.loading import is_override, load_config
 from jepa_cache.config.paths import printable
 from jepa_cache.files import full_disk_named
 
 
 def parse_stage_arguments(
-    description: str | None, argv: list[str] | None, *, paths: str | None = None, **options: dict[str, Any]
+    root: Path, description: str | None, argv: list[str] | None, *, paths: str | None = None, **options: dict[str, Any]
 ) -> argparse.Namespace:
-    """Parse a stage's command line: `overrides` of params.yaml, `paths`, and the options.
+    """Parse a stage's command line into `config`, the settings of the checkout at `root`, `paths`, and the options.
 
-    Args:
-        description: Help text: the script's docstring.
-        argv: Arguments; None means the process's own.
-        paths: Help for positional paths; None when the stage takes none.
-        options: Of the stage alone, by name, of which one may be given; each with what argparse is told of it.
+    `paths` is the help for positional paths, None where the stage takes none. Of the options, each with what argparse is told
+    of it, one may be given.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -36,12 +33,12 @@ def parse_stage_arguments(
     for name, how in options.items():
         parser.add_argument(f"--{name}", **how)
     parsed = parser.parse_intermixed_args(argv)
-    parsed.overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
     if len(given := [name for name in options if getattr(parsed, name)]) > 1:
         parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
         parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
+    parsed.config = load_config(root, [argument for argument in parsed.arguments if is_override(argument)])
     return parsed
 
 

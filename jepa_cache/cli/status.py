@@ -8,16 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from jepa_cache.cli.outcome import (
-    FINE,
     MANIFEST,
-    PROBLEM,
+    AsJson,
     Checkout,
     Outcome,
+    Recordings,
     describe_bytes,
     open_checkout,
     report,
@@ -39,11 +37,9 @@ STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
 
 
 def status(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
-    ] = None,
+    arguments: Recordings = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is done, missing, stale or damaged under the present settings, and which field of the recipe changed.
 
@@ -51,10 +47,6 @@ def status(
 
     Exit code 0: everything is there and listed in the manifest; 1: stage one has something to do; 2: could not be
     checked.
-
-    Args:
-        arguments: Recordings and overrides.
-        as_json: Print JSON.
     """
     report(lambda: collect_status(open_checkout(arguments)), as_json=as_json)
 
@@ -62,7 +54,6 @@ def status(
 def collect_status(checkout: Checkout) -> Outcome:
     """The state of every unit that the present settings ask for. Cost: a small file and some stats per store; no data."""
     groups, notes = scan_units(checkout.config, checkout.paths, checkout.base)
-    checkout.root.refresh()
     scan = _Scan(checkout.root, groups)
     parts = [scan.describe(group) for group in groups]
     manifest, reason = _compare_manifest(checkout, groups, scan.digests)
@@ -79,9 +70,11 @@ def collect_status(checkout: Checkout) -> Outcome:
     }
     lines = [f"cache root {checkout.root.name}", *(f"note: {note}" for note in notes)]
     lines += [line for group, part in zip(groups, parts, strict=True) for line in _list_lines(group, part)]
-    lines.append(f"manifest {MANIFEST}: {reason or 'current'}")
-    lines.append("nothing to do" if ready else "next: python stages/encode.py")
-    return Outcome(document, lines, FINE if ready else PROBLEM)
+    lines += [
+        f"manifest {MANIFEST}: {reason or 'current'}",
+        "nothing to do" if ready else "next: python stages/encode.py",
+    ]
+    return Outcome(document, lines, ready)
 
 
 def _compare_manifest(
@@ -120,21 +113,17 @@ def _list_lines(group: EncodingGroup, part: Mapping[str, Any]) -> list[str]:
         f"{part['num_steps']} steps, {describe_bytes(part['num_bytes'])}"
     ]
     for other in part["why"]:
-        lines.append(
-            f"  why: {other['num_units']} units are stored under recipe {other['fingerprint']}, which differs in"
-        )
-        lines += [f"    {change}" for change in other["changes"]]
+        differs = f"{other['num_units']} units are stored under recipe {other['fingerprint']}, which differs in"
+        lines += [f"  why: {differs}", *(f"    {change}" for change in other["changes"])]
     lines += shorten([f"  unreadable {unit.key}: {unit.reason}" for unit in group.unreadable], indent="  ")
     shown = [f"  {unit['state']} {unit['name']}: {unit['reason']}" for unit in part["units"] if unit["state"] != DONE]
     lines += shorten(shown, indent="  ")
-    if part["without_actions"]:
-        lines.append(
-            f"  {part['without_actions']} units lack actions in this action space: seconds, no video is opened"
-        )
-    if part["without_controls"]:
-        lines.append(
-            f"  {part['without_controls']} units lack their controls: read again from the recordings when needed"
-        )
+    for what, how in (
+        ("actions", "actions in this action space: seconds, no video is opened"),
+        ("controls", "their controls: read again from the recordings when needed"),
+    ):
+        if number := part[f"without_{what}"]:
+            lines.append(f"  {number} units lack {how}")
     return lines
 
 
@@ -144,15 +133,16 @@ class _Scan:
     def __init__(self, root: CacheRoot, groups: Sequence[EncodingGroup]) -> None:
         self.digests: dict[tuple[str, str], str] = {}  # of the token stores that are done, by fingerprint and unit
         self._root, self._remembered = root, DigestTable().remember()
-        self._recipes: dict[str, Mapping[str, Any]] = {}  # of other recipes' stores
-        self._names: dict[str, set[str]] = {}
+        self._others: dict[
+            str, tuple[Mapping[str, Any], set[str]]
+        ] = {}  # other recipes, with the names of their stores
         present = {group.fingerprint for group in groups}
         for folder in root.recipe_folders("tokens"):
             if folder.name not in present:
                 names = {name for name in os.listdir(folder) if name.endswith(".zarr") and not name.startswith(".")}  # noqa: PTH208
                 recipes = (recipe for name in sorted(names) if (recipe := _read_recipe(folder / name)))
                 if (recipe := next(recipes, None)) is not None:
-                    self._recipes[folder.name], self._names[folder.name] = recipe, names
+                    self._others[folder.name] = recipe, names
 
     @functools.cached_property
     def _listed(self) -> dict[tuple[str, str], str]:
@@ -171,10 +161,7 @@ class _Scan:
         for unit in group.units:
             digest = unit.digest
             if is_unread(unit):
-                digest, state = "", UNREAD
-                reason = (
-                    "changed since it was last read" if self._remembered.earlier(unit.files) else "never read before"
-                )
+                digest, state, reason = "", UNREAD, "new or changed, and too large to be read for this"
             else:
                 try:
                     tokens = self._root.find_store(group.tokens(self._root, unit))
@@ -205,7 +192,11 @@ class _Scan:
             **{name: held[name] for name in ("num_steps", "num_bytes", "without_actions", "without_controls")},
             "units": units,
             "why": [
-                {"fingerprint": name, "num_units": count, "changes": recipe_changes(self._recipes[name], group.recipe)}
+                {
+                    "fingerprint": name,
+                    "num_units": count,
+                    "changes": recipe_changes(self._others[name][0], group.recipe),
+                }
                 for name, count in stale.most_common()
             ],
         }
@@ -229,8 +220,12 @@ class _Scan:
     def _find_nearest(self, group: EncodingGroup, digest: str) -> str | None:
         """Of the other recipes under which a unit is stored the one with the fewest differences."""
         name = f"{unit_id(digest)}.zarr"
-        found = [fingerprint for fingerprint, names in self._names.items() if name in names]
-        return min(found, key=lambda it: (len(recipe_changes(self._recipes[it], group.recipe)), it), default=None)
+        found = (
+            (len(recipe_changes(recipe, group.recipe)), fingerprint)
+            for fingerprint, (recipe, names) in self._others.items()
+            if name in names
+        )
+        return min(found, default=(0, None))[1]
 
     def _has_actions(self, group: EncodingGroup, unit: Unit, tokens: StoreFile) -> bool:
         try:

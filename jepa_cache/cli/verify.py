@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import FINE, PROBLEM, Checkout, Outcome, describe_bytes, open_checkout, report, shorten
+from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Recordings, describe_bytes, open_checkout, report, shorten
 from jepa_cache.store.check import Scope, check_manifest
 from jepa_cache.store.quantisation import step_bytes
 
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="recordings, for --repair and --against-online, as encode.py takes them; key=value overrides"
-        ),
-    ] = None,
+    arguments: Recordings = None,
     *,
     repair: Annotated[bool, typer.Option("--repair", help="make what is damaged or missing again")] = False,
     subset: Annotated[str, typer.Option(metavar="SHARE", help="read this share of the chunks, such as 5%")] = "100%",
@@ -36,7 +31,7 @@ def verify(
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and printed when not given")] = None,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check structure, digests and the checksum of every chunk of everything that the manifest lists.
 
@@ -128,7 +123,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         again = f" --against-online {num_steps} --seed {scope.seed}" if any(it.stale for it in findings) else ""
         next_step = f"{len(findings)} problems; next: jepa-cache verify --repair{again}"
         lines.append(next_step if findings else "all is as it was written")
-    return Outcome(document, lines, FINE if fine else PROBLEM)
+    return Outcome(document, lines, fine)
 
 
 def _describe_steps(comparison: Comparison) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from functools import partialmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,18 +47,16 @@ class Checkout:
     def manifest(self) -> Manifest:
         return read_manifest(self.manifest_path)
 
-    def tokens(self, number: int = 0) -> Path:
-        """Token store of the n-th unit."""
+    def store(self, kind: str, number: int = 0) -> Path:
+        """Store, or file of controls, of the n-th unit."""
         part, entry = self.manifest.stores[number]
-        return self.root.tokens(part.fingerprint, entry.unit_digest)
+        return next(self.root.store(key) for key in part.keys(entry) if key.kind == kind)
 
-    def actions(self, number: int = 0) -> Path:
-        part, entry = self.manifest.stores[number]
-        return self.root.actions(part.action_fingerprint, entry.unit_digest)
-
-    def controls(self, number: int = 0) -> Path:
-        part, entry = self.manifest.stores[number]
-        return self.root.controls(part.source_fingerprint, entry.unit_digest)
+    tokens, actions, controls = (
+        partialmethod(store, "tokens"),
+        partialmethod(store, "actions"),
+        partialmethod(store, "controls"),
+    )
 
     def run(self, *arguments: str) -> Result:
         """Run `jepa-cache ...` in this process."""
@@ -104,9 +103,7 @@ def encoded(recordings, tmp_path_factory):
     shutil.copytree(recordings, checkout.recordings)
     _write_checkout(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(checkout.state))
-        patch.chdir(folder)
-        checkout.encode()
+        _enter(folder, patch).encode()
     return checkout
 
 
@@ -115,21 +112,22 @@ def checkout(encoded, tmp_path, monkeypatch):
     """A copy of the encoded checkout, the present folder of the test."""
     folder = tmp_path / "checkout"
     shutil.copytree(encoded.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("state"))
-    copy = Checkout(folder)
     text = (folder / "params.yaml").read_text().replace(str(encoded.folder), str(folder))
     (folder / "params.yaml").write_text(text)
-    monkeypatch.setenv("XDG_STATE_HOME", str(copy.state))
-    monkeypatch.chdir(folder)
-    return copy
+    return _enter(folder, monkeypatch)
 
 
 @pytest.fixture
 def fresh(recordings, tmp_path, monkeypatch):
     """A checkout with recordings of which nothing is encoded."""
     folder = tmp_path / "fresh"
-    copy = Checkout(folder)
-    shutil.copytree(recordings, copy.recordings)
+    shutil.copytree(recordings, folder / "recordings")
     _write_checkout(folder)
-    monkeypatch.setenv("XDG_STATE_HOME", str(copy.state))
+    return _enter(folder, monkeypatch)
+
+
+def _enter(folder, monkeypatch):
+    checkout = Checkout(folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(checkout.state))
     monkeypatch.chdir(folder)
-    return copy
+    return checkout

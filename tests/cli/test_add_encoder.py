@@ -11,7 +11,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import zarr
 from transformers import BitImageProcessorPil
 
 from jepa_cache.config.loading import load_config
@@ -19,6 +18,7 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.store.manifest import read_manifest
 from tests.encoded import decode_all, read_video
 from tests.encoder.image_models import CENTRE_CROP, change_config, make_model, save_model
+from tests.store import plain_reader
 
 
 @pytest.fixture
@@ -48,27 +48,16 @@ def test_cached_tokens_are_the_model_s_own(added):
     assert (manifest.num_tokens, manifest.width, manifest.grid, manifest.encoder_trained) == (16, 32, (4, 4), True)
     model, processor = make_model("dinov2"), BitImageProcessorPil(**CENTRE_CROP)
     found = 0
-    for entry in manifest.entries:
-        store = added.root.tokens(manifest.fingerprint, entry.unit_digest)
-        tokens, steps, segments = zarr.open_group(store, mode="r")["tokens"][...], *tables(store)
+    for tokens, _, _, segments, steps in plain_reader.read_training_set(added.root.path, added.manifest_path):
         for segment in segments:
             rows = slice(segment["start"], segment["stop"])
-            frames = decode_all(read_video(added.recordings, segment["episode"]))[steps["frame"][rows]]
+            frames = decode_all(read_video(added.recordings, segment["episode"]))[np.array(steps["frame"])[rows]]
             pixels = processor(list(frames), return_tensors="pt")["pixel_values"]
             with torch.no_grad():
                 own = model(pixel_values=pixels).last_hidden_state[:, 1:]
             assert np.abs(tokens[rows].astype(np.float32) - own.numpy()).max() < 2e-3 * own.abs().max(), "float16"
             found += 1
     assert found == 4
-
-
-def tables(store):
-    import pyarrow.parquet as pq
-
-    from jepa_cache.store import layout
-
-    steps = {name: np.array(values) for name, values in pq.read_table(store / layout.STEPS_FILE).to_pydict().items()}
-    return steps, pq.read_table(store / layout.SEGMENTS_FILE).to_pylist()
 
 
 def test_verify_finds_the_same_training_takes_it_and_another_model_is_another_recipe(added, tmp_path, monkeypatch):

@@ -178,43 +178,37 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
     assert "random weights" in compare(other)[1]
 
 
-def test_what_is_older_than_settings_json_is_shown_but_not_compared(tmp_path):
-    one, old = write_run(tmp_path / "one", BASE), write_run(tmp_path / "old", BASE)
-    (old / "settings.json").unlink()
-    (old / "episodes.csv").unlink()
-    document, _ = compare(one, old, fails=1)
-    assert "not known what was measured" in document["groups"][1]["apart"]
-
-
-def test_an_empty_cell_is_no_figure_and_what_cannot_be_paired_is_said(tmp_path):
+def test_an_empty_cell_is_no_figure_and_what_is_older_than_settings_json_is_shown_apart(tmp_path):
     one, other = (write_run(tmp_path / name, BASE + number) for number, name in enumerate(("one", "other")))
     lines = (other / "episodes.csv").read_text().splitlines()
     lines[1] = lines[1].rpartition(",")[0] + ","
     (other / "episodes.csv").write_text("\n".join(lines) + "\n")
-    _, text = compare(one, other)
-    assert f"paired over {len(BASE) - 1} episodes" in text, text
-    (other / "episodes.csv").unlink()
-    assert "has no episodes.csv, without which runs cannot be paired" in compare(one, other, fails=2)[0]["error"]
-    other = write_run(tmp_path / "other", BASE, num_windows=3)
-    assert "episode-00 has 3 windows" in compare(one, other, fails=2)[0]["error"]
+    assert f"paired over {len(BASE) - 1} episodes" in compare(one, other)[1]
+    for name in ("settings.json", "episodes.csv"):
+        (other / name).unlink()
+    assert "not known what was measured" in compare(one, other, fails=1)[0]["groups"][1]["apart"]
 
 
-def test_what_is_no_evaluation_is_one_message(tmp_path):
-    run = write_run(tmp_path / "one", BASE)
-    for damage, word in (
-        ("{", "no evaluation"),
-        ('{"val": {}}', "no evaluation of this program (it lacks 'teacher_forcing_l1')"),
-        ("[]", "no evaluation"),
-    ):
-        (run / "metrics.json").write_text(damage)
-        assert word in compare(run, fails=2)[0]["error"]
-    run = write_run(tmp_path / "torn", BASE)
-    (run / "episodes.csv").write_text("episode,num_windows,rollout_l1\nx,2,0.5.\n")
-    assert "episodes.csv" in compare(run, fails=2)[0]["error"]
-    (tmp_path / "empty").mkdir()
-    assert "holds no evaluation" in compare(tmp_path / "empty", fails=2)[0]["error"]
-    assert "named twice" in compare(run, run, fails=2)[0]["error"]
-    assert "holds no evaluation" in compare(run / "episodes.csv", fails=2)[0]["error"]
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("metrics.json", "{", "no evaluation"),
+        ("metrics.json", '{"val": {}}', "no evaluation of this program (it lacks 'teacher_forcing_l1')"),
+        ("metrics.json", "[]", "no evaluation"),
+        ("metrics.json", None, "holds no evaluation"),
+        ("episodes.csv", "episode,num_windows,rollout_l1\nx,2,0.5.\n", "episodes.csv"),
+        ("episodes.csv", None, "has no episodes.csv, without which runs cannot be paired"),
+        ("episodes.csv", "episode,num_windows,rollout_l1\nepisode-00,3,1\n", "episode-00 has 3 windows"),
+    ],
+)
+def test_what_is_no_evaluation_or_cannot_be_paired_is_one_message(tmp_path, file, content, words):
+    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE)
+    (other / file).unlink()
+    if content is not None:
+        (other / file).write_text(content)
+    assert words in compare(one, other, fails=2)[0]["error"]
+    assert "named twice" in compare(one, one, fails=2)[0]["error"]
+    assert "holds no evaluation" in compare(one / "episodes.csv", fails=2)[0]["error"]
 
 
 def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ Exit code 1 when something needed is missing; a network that is not there is a n
 
 import json
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -19,7 +18,7 @@ from jepa_cache.media.video import Video
 from tests.media.fake_bucket import serve
 from tests.workspace import copy_settings
 
-NAMES = ["libraries", "gpu", "decoder", "cache root", "DROID bucket", "Hugging Face hub"]
+NAMES = ["gpu", "decoder", "cache root", "DROID bucket", "Hugging Face hub"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +29,6 @@ def web(monkeypatch):
         monkeypatch.setattr(command, "DROID_URL", f"{server.url}/droid")
         monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub")
         yield server
-
-
-@pytest.fixture(autouse=True)
-def pip(monkeypatch):
-    """What `pip check` says."""
-    done = subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: done)
-    return done
 
 
 @pytest.fixture
@@ -77,20 +68,6 @@ def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_c
     assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 3 missing" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("output", "state"),
-    [
-        ("jepa-cache 0.1 has requirement numpy>=2, but you have numpy 1.26.\n", MISSING),
-        ("other 1.0 requires something, which is not installed.\n", NOTE),
-        ("", NOTE),
-    ],
-)
-def test_libraries_that_do_not_fit_are_named(pip, output, state):
-    pip.returncode, pip.stdout, pip.stderr = 1, output, "" if output else "x: No module named pip\n"
-    finding = command.check_libraries()
-    assert finding.state == state and (output.strip() or "No module named pip") in finding.found and finding.todo
-
-
 def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed(monkeypatch):
     real = command.open_video
 
@@ -106,16 +83,13 @@ def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed
     assert command.check_decoders().state == MISSING
 
 
-@pytest.mark.parametrize(("free", "state"), [(1 << 20, MISSING), (20 << 30, NOTE), (500 << 30, OK)])
-def test_free_disk_is_judged_at_the_cache_root_that_need_not_exist(checkout, monkeypatch, free, state):
+def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(checkout, monkeypatch):
     monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout / "not/yet"))
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free})())
-    finding = command.check_disk(checkout)
-    assert finding.state == state and str(checkout / "not/yet") in finding.found
-    assert not (checkout / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
-
-
-def test_a_cache_root_that_is_something_else_or_cannot_be_written_is_missing(checkout, monkeypatch):
+    for free, state in ((1 << 20, MISSING), (20 << 30, NOTE), (500 << 30, OK)):
+        monkeypatch.setattr(command.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free})())
+        finding = command.check_disk(checkout)
+        assert finding.state == state and str(checkout / "not/yet") in finding.found
+        assert not (checkout / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
     monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout))
     found = check_everything(checkout)["cache root"]
     assert found.state == MISSING and "is no cache root: it holds" in found.found

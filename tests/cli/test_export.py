@@ -8,19 +8,13 @@ import re
 import shutil
 import subprocess
 
-import pytest
-
 from jepa_cache import files as ground_floor
 from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.cache import open_dataset
 from jepa_cache.store.root import CacheRoot
 from tests.cli.test_verify import flip
-from tests.encoded import write_store_json
-
-
-def _files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from tests.encoded import all_files, write_store_json
 
 
 def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_alone_by_clean_ups_beside(
@@ -40,7 +34,7 @@ def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_
     monkeypatch.setattr(shutil, "copyfile", copy)
     result = checkout.run("export", "cache", out, "--json")
     assert result.code == 0 and result.document["num_units"] == 3
-    files = _files(out)
+    files = all_files(out)
     assert before.items() <= files.items() and checkout.files() == before
     assert set(files) - set(before) == {"README.md", CHECKSUMS}
     assert {f"out/{name}" for name in files} < synced
@@ -62,9 +56,9 @@ def remake(store, **card):
 def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_never_left(checkout, tmp_path):
     out = tmp_path / "out"
     checkout.run("export", "cache", out)
-    before = _files(out)
+    before = all_files(out)
     remake(CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest), notes=["x"])
-    assert checkout.run("export", "cache", out).code == 0 and _files(out) == before
+    assert checkout.run("export", "cache", out).code == 0 and all_files(out) == before
     for number, store in enumerate((checkout.tokens(), checkout.actions(1))):
         remake(store, notes=["x"])
         result = checkout.run("export", "cache", tmp_path / f"{number}")
@@ -84,8 +78,8 @@ def test_stage_two_reads_an_exported_root(checkout, tmp_path):
     actions, states = dataset.controls(0)
     assert len(actions) == len(states) == dataset.manifest.entries[0].num_steps
     assert checkout.run("verify", f"cache.root={out}").code == 0
-    assert checkout.run("gc", f"cache.root={out}", "--json").document["unneeded"] == []
-    assert checkout.run("gc", f"cache.root={out}", "--json").document["unknown"] == []
+    document = checkout.run("gc", f"cache.root={out}", "--json").document
+    assert document["unneeded"] == document["unknown"] == []
 
 
 def test_a_damaged_store_is_never_exported_and_an_interrupted_export_is_finished(checkout, tmp_path):
@@ -105,27 +99,24 @@ def test_a_damaged_store_is_never_exported_and_an_interrupted_export_is_finished
     assert not list((tmp_path / "out").rglob(".jepa-cache-*"))
 
 
-@pytest.mark.parametrize("what", ["file", "foreign", "other export", "inside", "the root"])
-def test_a_folder_that_holds_something_else_is_refused(checkout, tmp_path, what):
-    out = tmp_path / "out"
-    if what == "file":
-        out.write_text("mine")
-    elif what == "foreign":
-        out.mkdir()
-        (out / "mine.txt").write_text("mine")
-    elif what == "other export":
-        checkout.run("export", "cache", out)
-        (out / "manifests").joinpath(f"{checkout.manifest.digest}.json").rename(out / f"manifests/{'0' * 32}.json")
-    else:
-        out = checkout.root.path / "out" if what == "inside" else checkout.root.path
-    before = _files(tmp_path)
-    result = checkout.run("export", "cache", out, "--json")
-    said = {"file": "is a file", "foreign": "holds mine.txt", "other export": f"holds {'0' * 32}.json"}
-    assert result.code == 1 and said.get(what, "lies in the cache root") in result.document["error"]
-    assert _files(tmp_path) == before
-
-
-def test_an_export_waits_for_no_clean_up_but_is_refused(checkout, tmp_path):
+def test_a_folder_that_holds_something_else_is_refused_and_so_is_every_export_during_a_clean_up(checkout, tmp_path):
+    file, foreign, other = (tmp_path / name for name in ("file", "foreign", "other"))
+    file.write_text("mine")
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    checkout.run("export", "cache", other)
+    (other / f"manifests/{checkout.manifest.digest}.json").rename(other / f"manifests/{'0' * 32}.json")
+    before = all_files(tmp_path)
+    for out, said in (
+        (file, "is a file"),
+        (foreign, "holds mine.txt"),
+        (other, f"holds {'0' * 32}.json"),
+        (checkout.root.path / "out", "lies in the cache root"),
+        (checkout.root.path, "lies in the cache root"),
+    ):
+        result = checkout.run("export", "cache", out, "--json")
+        assert result.code == 1 and said in result.document["error"]
     with checkout.root.exclusive_lock():
         result = checkout.run("export", "cache", tmp_path / "out", "--json")
-    assert result.code == 1 and "in use" in result.document["error"] and not (tmp_path / "out").exists()
+    assert result.code == 1 and "in use" in result.document["error"]
+    assert all_files(tmp_path) == before

@@ -78,19 +78,12 @@ def changed(**fields):
     return rows
 
 
-def leaving_the_mouse():
+def resting(every):
+    """Rows of which every n-th one does nothing."""
     rows = moving_rows()
-    for number in (20, 30, 40):
-        for row in rows[number:]:
-            row["yaw"] += 33.0
-    return rows
-
-
-def resting():
-    rows = make_rows(NUM_FRAMES)
-    for row in rows:
-        row["keyboard"]["keys"], row["mouse"]["dx"], row["mouse"]["dy"], row["yaw"] = [], 0.0, 0.0, 0.0
-    return rows
+    for row in rows[::every]:
+        row["keyboard"]["keys"], row["mouse"]["dx"], row["mouse"]["dy"] = [], 0.0, 0.0
+    return follow(rows)
 
 
 def video_of(frames):
@@ -142,7 +135,11 @@ def test_a_sound_recording_is_described_and_not_suspected(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "video", "words"),
     [
-        (leaving_the_mouse, VIDEO, ["yaw does not follow the mouse in 3 of", "line 20"]),
+        (
+            lambda: changed(yaw=lambda row: row["yaw"] + 33.0 * sum(row["tick"] >= turn for turn in (20, 30, 40))),
+            VIDEO,
+            ["yaw does not follow the mouse in 3 of", "line 20"],
+        ),
         (
             lambda: changed(hotbar=None, milli=None, xpos=None),
             VIDEO,
@@ -157,6 +154,7 @@ def test_a_sound_recording_is_described_and_not_suspected(tmp_path):
         (lambda: changed(milli=lambda row: 10**9 + 50 * row["tick"] + 4000 * (row["tick"] // 10)), VIDEO, []),  # lag
         (moving_rows, stuttering(2), ["of the decoded frames equal the one before though something moves"]),
         (moving_rows, stuttering(1), []),
+        (lambda: resting(2), stuttering(2), []),  # between equal frames nothing is done
         (
             moving_rows,
             video_of(np.zeros((NUM_FRAMES, 48, 64, 3), np.uint8)),
@@ -165,20 +163,13 @@ def test_a_sound_recording_is_described_and_not_suspected(tmp_path):
         (lambda: moving_rows(28), VIDEO, ["22 of 50 frames have no row", "lasts only 1.4 s"]),
         (lambda: moving_rows(80), VIDEO, ["30 of 80 rows have no frame"]),
         (lambda: moving_rows(48), VIDEO, []),
-        (resting, VIDEO, ["nothing is done in 100%"]),
+        (lambda: resting(1), VIDEO, ["nothing is done in 100%"]),
         (lambda: moving_rows(10), make_video(10), ["lasts only 0.5 s"]),
     ],
 )
 def test_each_fault_is_suspected_by_itself(tmp_path, rows, video, words):
     text = "\n".join(describe_one(tmp_path, rows(), video)["suspicions"])
     assert all(part in text for part in words) and (words or not text), text
-
-
-def test_frames_may_be_equal_where_nothing_moves(tmp_path):
-    rows = moving_rows()
-    for row in rows[::2]:  # Frames 0 and 1 are equal, 1 and 2 differ: nothing is done in the even rows.
-        row["keyboard"]["keys"], row["mouse"]["dx"], row["mouse"]["dy"] = [], 0.0, 0.0
-    assert describe_one(tmp_path, follow(rows), stuttering(2))["equal_share"] == 0
 
 
 def test_a_video_that_breaks_later_is_suspected_a_copy_named_and_the_others_are_described(tmp_path):
@@ -196,15 +187,12 @@ def test_column_statistics_are_those_of_the_actions_that_training_gets(tmp_path)
     report = describe(tmp_path, {f"seg{seed}": (VIDEO, moving_rows(seed=seed)) for seed in range(3)})
     source = build_source("vpt", {})
     (unit,) = source.list_units([str(tmp_path / "a.tar")], tmp_path)
-    rows = np.concatenate(
-        [VPT36.aggregate(e.controls, e.frame_ticks[::4]).actions for e in source.iter_episodes(unit)]
-    ).astype(np.float64)
-    columns = report["action_columns"]
+    taken = (VPT36.aggregate(it.controls, it.frame_ticks[::4]).actions for it in source.iter_episodes(unit))
+    rows, columns = np.concatenate(list(taken)).astype(np.float64), report["action_columns"]
     assert report["num_actions"] == len(rows) and [it["name"] for it in columns] == [it.name for it in VPT36.actions]
-    for name, expected in (("mean", rows.mean(0)), ("std", rows.std(0)), ("zero_share", (rows == 0).mean(0))):
-        np.testing.assert_allclose([column[name] for column in columns], expected, atol=1e-9)
-    for name, expected in (("minimum", rows.min(0)), ("maximum", rows.max(0))):
-        np.testing.assert_array_equal([column[name] for column in columns], expected)
+    expected = {"mean": rows.mean(0), "std": rows.std(0), "minimum": rows.min(0), "maximum": rows.max(0)}
+    for name, values in (expected | {"zero_share": (rows == 0).mean(0)}).items():
+        np.testing.assert_allclose([column[name] for column in columns], values, atol=1e-9, err_msg=name)
 
 
 class Robot:
@@ -276,7 +264,8 @@ class Tags(HTMLParser):
 
 def test_the_page_shows_steps_loads_nothing_and_no_name_in_the_data_can_write_into_it(checkout):
     evil = "<script>alert(1)<script>\"'><img src=evil>"
-    write(checkout, {evil: (VIDEO, moving_rows()), "long-" * 60: (VIDEO, moving_rows(seed=2)), "b<b>": (VIDEO, b"{")})
+    rows = follow(changed(mouse=lambda row: {**row["mouse"], "dx": float(row["tick"])}))
+    write(checkout, {evil: (VIDEO, rows), "long-" * 60: (VIDEO, moving_rows(seed=2)), "b<b>": (VIDEO, b"{")})
     result = run("dataset=vpt", "encode.fps=20", checkout / "a.tar", "--html", checkout / "page.html")
     assert result.exit_code == 0 and "skipped: b<b>: line 1 of 1 is no JSON" in result.output, result.output
     assert "2 recordings of vpt (source vpt)" in result.output and "mouse_dx" in result.output
@@ -285,18 +274,12 @@ def test_the_page_shows_steps_loads_nothing_and_no_name_in_the_data_can_write_in
     images = [attrs["src"] for tag, attrs in tags if tag == "img"]
     assert len(images) == 2 * 8 and len(set(images)) == 8, "eight steps of each recording"
     assert all(image.startswith("data:image/jpeg;base64,") for image in images)
+    for frame in range(25, 33):  # with the action that leads from it to the next one
+        assert f'alt="frame {frame}">{frame}\n<br>mouse_dx {frame}' in page
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
     assert "&lt;b&gt;" in page and "http:" not in page and "https:" not in page
     (width,) = measure_widths([page], 360, checkout)
     assert width <= 360, "a phone does not scroll the page sideways"
-
-
-def test_a_page_shows_the_actions_that_lead_from_a_frame_to_the_next(checkout):
-    write(checkout, {"seg": (VIDEO, follow(changed(mouse=lambda row: {**row["mouse"], "dx": float(row["tick"])})))})
-    run("dataset=vpt", "encode.fps=20", checkout / "a.tar", "--html", checkout / "page.html")
-    page = (checkout / "page.html").read_text()
-    for frame in range(25, 33):
-        assert f'alt="frame {frame}">{frame}\n<br>mouse_dx {frame}' in page
 
 
 def test_what_cannot_be_inspected_is_refused_before_the_work_with_the_way_out(checkout):
@@ -311,22 +294,16 @@ def test_what_cannot_be_inspected_is_refused_before_the_work_with_the_way_out(ch
         assert isinstance(error, ValueError) and words in f"{error} {getattr(error, '__notes__', '')}"
 
 
-def test_every_data_set_of_a_mixture_has_a_report_of_its_own(checkout):
+def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
     preset = (checkout / "configs/dataset/vpt.yaml").read_text()
-    for seed, name in enumerate(("a", "b")):
+    for name in ("a", "b"):
         (checkout / f"shards/{name}").mkdir(parents=True)
-        write(checkout / f"shards/{name}", {f"{name}-seg": (VIDEO, moving_rows(seed=seed))})
+        write(checkout / f"shards/{name}", {f"{name}-seg": (VIDEO, moving_rows())})
         (checkout / f"configs/dataset/{name}.yaml").write_text(preset.replace("shards/vpt", f"shards/{name}"))
     (checkout / "configs/dataset/both.yaml").write_text(preset + "mixture: {a: 1.0, b: 3.0}\n")
-    reports = run_json("dataset=both")
-    keys = [(report["name"], [entry["key"] for entry in report["recordings"]]) for report in reports]
-    assert keys == [("a", ["a-seg"]), ("b", ["b-seg"])]
-    assert reports[0]["action_columns"] != reports[1]["action_columns"]
-    result = run("dataset=both", "shards/a")
-    assert isinstance(result.exception, ValueError) and "both is a mixture" in str(result.exception)
-
-
-def test_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
+    keys = {report["name"]: [entry["key"] for entry in report["recordings"]] for report in run_json("dataset=both")}
+    assert keys == {"a": ["a-seg"], "b": ["b-seg"]}
+    assert "both is a mixture" in str(run("dataset=both", "shards/a").exception)
     write_raw(checkout / "shards/droid_raw", make_episode(0, 60, num_frames=20, fps=5))
     given = ("dataset=droid_raw", "encode.cameras=[wrist, exterior_1]")
     reports = run_json(*given)

@@ -14,8 +14,8 @@ from jepa_cache.cli.main import COMMANDS, build_app, main
 from jepa_cache.cli.outcome import Outcome, align, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
 from jepa_cache.config.paths import printable
+from tests.workspace import SUITE_SETTINGS
 
-CACHE_COMMANDS = ("estimate", "status", "verify", "gc")
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
 
 
@@ -38,12 +38,15 @@ for arguments in (["--help"], ["params"], ["status", folder], ["gc"], ["estimate
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("command", [*CACHE_COMMANDS, "export cache"])
-def test_help_says_the_exit_codes_and_not_the_docstring_of_arguments(checkout, command):
+@pytest.mark.parametrize("command", ["estimate", "status", "verify", "gc", "export cache"])
+def test_help_says_the_exit_codes_and_an_unknown_setting_is_one_message_and_code_2(checkout, command, tmp_path):
     result = checkout.run(*command.split(), "--help")
     words = " ".join(result.out.split())
     assert result.code == 0 and "Exit code 0:" in words and "; 2:" in words and "--json" in words
-    assert "Args:" not in words
+    out = [tmp_path / "out"] if command == "export cache" else []
+    result = checkout.run(*command.split(), *out, "encode.fpx=4", "--json")
+    assert result.code == 2 and "did you mean 'encode.fps'" in result.document["error"]
+    assert result.err.count("error: ") == 1 and "Traceback" not in result.err
 
 
 @pytest.mark.parametrize(
@@ -55,14 +58,6 @@ def test_a_command_that_has_another_name_says_which(monkeypatch, capsys, old, ne
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2 and f"type `{new}`" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [*CACHE_COMMANDS, "export"])
-def test_an_unknown_setting_is_one_message_and_exit_code_2(checkout, command, tmp_path):
-    arguments = [command, *(["cache", tmp_path / "out"] if command == "export" else [])]
-    result = checkout.run(*arguments, "encode.fpx=4", "--json")
-    assert result.code == 2 and "did you mean 'encode.fps'" in result.document["error"]
-    assert result.err.count("error: ") == 1 and "Traceback" not in result.err
 
 
 def test_json_is_the_only_thing_on_stdout_whatever_is_told_on_the_way(checkout):
@@ -88,44 +83,32 @@ def test_commands_work_from_any_folder_of_the_checkout(checkout, monkeypatch):
     assert checkout.run("verify").code == 0
 
 
-def test_what_the_machine_refuses_is_one_message_with_what_was_added_to_it(monkeypatch, tmp_path):
-    def fail() -> None:
-        error = PermissionError(f"no writing in {tmp_path}")
-        error.add_note("while packing")
-        raise error
-
-    monkeypatch.setattr("jepa_cache.cli.main.build_app", lambda _: fail)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == f"error: no writing in {tmp_path}\n  while packing"
-
-
 NAME = "a\x1b]0;title\x07\x1b[2K\r\x9b1A\u202egpj.\udcff"
 SHOWN = r"a\x1b]0;title\x07\x1b[2K\r\x9b1A\u202egpj.\udcff"
 
 
-def test_control_characters_are_written_out_and_nothing_else_is_changed():
+def test_control_characters_are_written_out_and_nothing_else_is_changed(capsys):
     assert printable(NAME) == SHOWN
     assert printable("one\ntwo\tthree") == r"one\ntwo\tthree" and printable("one\ntwo", keep="\n") == "one\ntwo"
     for plain in ("Überraschung/東京 \N{SLIGHTLY SMILING FACE}.mp4", r"C:\\x1b", "=cmd|' /C calc'!A0"):
         assert printable(plain) == plain
-
-
-def test_a_stage_prints_no_control_character(capsys):
     run_stage(lambda: print(f"skipped: {NAME}\n\tindented"))
     assert capsys.readouterr().out == f"skipped: {SHOWN}\n\tindented\n" and not hasattr(sys.stdout, "_stream")
 
 
-def test_an_error_is_one_message_whose_lines_continue_indented(capsys):
+def test_an_error_is_one_message_whose_lines_continue_indented(monkeypatch, capsys):
     def fail():
-        raise ValueError(f"{NAME} is bad\nerror: all is lost:\n  one\n  two")
+        error = PermissionError(f"{NAME} is bad\nerror: all is lost:\n  one\n  two")
+        error.add_note("while packing")
+        raise error
 
+    monkeypatch.setattr("jepa_cache.cli.main.build_app", lambda _: fail)
     with pytest.raises(SystemExit) as raised:
-        run_stage(fail)
-    assert raised.value.code == rf"error: {SHOWN} is bad\nerror: all is lost:" + "\n  one\n  two"
-    with pytest.raises(BaseException, match="2"):  # typer.Exit, the code of a check that could not be made
+        main()
+    assert raised.value.code == rf"error: {SHOWN} is bad\nerror: all is lost:" + "\n  one\n  two\n  while packing"
+    with pytest.raises(typer.Exit) as ended:
         report(fail, as_json=False)
-    assert SHOWN in capsys.readouterr().err
+    assert ended.value.exit_code == 2 and SHOWN in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -145,16 +128,18 @@ def test_a_table_has_words_to_the_left_and_numbers_to_the_right():
 
 
 def test_a_stage_takes_overrides_and_what_it_says_it_takes(capsys):
-    plain = parse_stage_arguments("A stage.", ["train.lr=1e-3", "dataset=vpt"])
-    assert (plain.overrides, plain.paths) == (["train.lr=1e-3", "dataset=vpt"], [])
+    def parse(*argv, **given):
+        return parse_stage_arguments(SUITE_SETTINGS, "A stage.", argv, **given)
+
+    plain = parse("train.lr=5e-3", "dataset=vpt")
+    assert (plain.config.train.lr, plain.config.dataset.name, plain.paths) == (5e-3, "vpt", [])
     options = {"workers": {"type": int}, "scheduler": {}}
-    mixed = ["a.tar", "--workers", "2", "encode.fps=4", "/data/b=c.tar"]
-    parsed = parse_stage_arguments("A stage.", mixed, paths="tar shards", **options)
-    assert (parsed.overrides, parsed.paths, parsed.workers) == (["encode.fps=4"], ["a.tar", "/data/b=c.tar"], 2)
+    mixed = parse("a.tar", "--workers", "2", "encode.fps=4", "/data/b=c.tar", paths="tar shards", **options)
+    assert (mixed.config.encode.fps, mixed.paths, mixed.workers) == (4, ["a.tar", "/data/b=c.tar"], 2)
     for argv, given, words in (
         (["shards"], {}, "unexpected argument 'shards'"),
         (["--workers", "2", "--scheduler", "x"], options, "--workers and --scheduler exclude each other"),
     ):
         with pytest.raises(SystemExit):
-            parse_stage_arguments("A stage.", argv, **given)
+            parse(*argv, **given)
         assert words in capsys.readouterr().err

@@ -27,24 +27,31 @@ def test_an_encoded_data_set_is_ready(checkout):
     assert checkout.files() == before
 
 
-@pytest.mark.parametrize(
-    ("override", "field", "values"),
-    [
-        ("encode.fps=4", "sampling.fps", ("5.0", "4.0")),
-        ("encode.compute_dtype=bfloat16", "compute_dtype", ("'float32'", "'bfloat16'")),
-        ("encode.dtype=int8", "dtype", ("'float16'", "'int8'")),
-        ("encode.decoder=pyav", "decoder", ("'auto'", "'pyav'")),
-    ],
-)
-def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkout, override, field, values):
-    result = _status(checkout, override)
-    (part,) = result.document["parts"]
-    (why,) = part["why"]
-    assert result.code == 1 and (part["stale"], part["done"], part["missing"]) == (3, 0, 0)
-    assert why["num_units"] == 3 and why["fingerprint"] == checkout.manifest.fingerprint
-    assert why["changes"] == [f"{field}: {values[0]} -> {values[1]}"]
+def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkout):
+    first = min(checkout.tokens().parent.glob("*.zarr")) / "store.json"
+    whole = first.read_bytes()
+    first.write_text("{")  # damage under another recipe hides nothing
+    for override, change in (
+        ("encode.fps=4", "sampling.fps: 5.0 -> 4.0"),
+        ("encode.compute_dtype=bfloat16", "compute_dtype: 'float32' -> 'bfloat16'"),
+        ("encode.dtype=int8", "dtype: 'float16' -> 'int8'"),
+        ("encode.decoder=pyav", "decoder: 'auto' -> 'pyav'"),
+    ):
+        result = _status(checkout, override)
+        (part,) = result.document["parts"]
+        assert result.code == 1 and (part["stale"], part["done"], part["missing"]) == (3, 0, 0)
+        assert part["why"] == [{"fingerprint": checkout.manifest.fingerprint, "num_units": 3, "changes": [change]}]
     text = checkout.run("status", checkout.recordings, override).out
-    assert f"{field}: {values[0]} -> {values[1]}" in text and "another recipe" in text
+    assert change in text and "another recipe" in text
+    first.write_bytes(whole)
+    nearer = checkout.root.path / "tokens" / ("f" * 32) / checkout.tokens(1).name  # stored as int8, as far as it says
+    shutil.copytree(checkout.tokens(1), nearer)
+    document = json.loads((nearer / "store.json").read_bytes())
+    document["content"]["card"]["recipe"]["dtype"] = "int8"
+    write_store_json(nearer / "store.json", document)
+    (part,) = _status(checkout, "encode.dtype=int8", "encode.fps=4").document["parts"]
+    changes = {why["fingerprint"]: (why["num_units"], len(why["changes"])) for why in part["why"]}
+    assert changes == {checkout.manifest.fingerprint: (2, 2), "f" * 32: (1, 1)}, "the nearest recipe explains a unit"
 
 
 def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkout, tmp_path):
@@ -76,54 +83,33 @@ def test_weights_that_are_not_here_are_not_downloaded(checkout, monkeypatch):
     assert result.code == 1 and "are not on this machine" in result.document["notes"][0]
 
 
-def test_a_deleted_store_is_missing_and_said_to_be_deleted(checkout):
-    shutil.rmtree(checkout.tokens(1))
+def test_damaged_and_deleted_stores_are_named(checkout):
+    manifest, stores = checkout.manifest, [checkout.tokens(number) for number in range(3)]
+    (stores[0] / "tokens/c/0/0/0").write_bytes(b"")
+    (stores[1] / "steps.parquet").unlink()
+    text = (stores[2] / "store.json").read_text().replace('"format_version": 1', '"format_version": 7')
+    (stores[2] / "store.json").write_text(text)
+    units = _status(checkout).document["parts"][0]["units"]
+    assert [unit["state"] for unit in units] == ["damaged"] * 3
+    for store in stores:
+        assert sum(str(store) in unit["reason"] for unit in units) == 1
+    assert any("store format 7" in unit["reason"] for unit in units)
+    for store in stores[1:]:
+        shutil.rmtree(store)
     result = _status(checkout)
-    (part,) = result.document["parts"]
-    (missing,) = [unit for unit in part["units"] if unit["state"] == "missing"]
-    assert result.code == 1 and part["done"] == 2
-    assert missing["reason"] == f"its store was deleted: manifest {checkout.manifest.digest} lists it"
+    missing = [unit["reason"] for unit in result.document["parts"][0]["units"] if unit["state"] == "missing"]
+    assert result.code == 1 and missing == [f"its store was deleted: manifest {manifest.digest} lists it"] * 2
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "format"])
-def test_a_damaged_store_is_named(checkout, harm):
-    store = checkout.tokens()
-    if harm == "cut":
-        (store / "tokens/c/0/0/0").write_bytes(b"")
-    elif harm == "gone":
-        (store / "steps.parquet").unlink()
-    else:
-        text = (store / "store.json").read_text().replace('"format_version": 1', '"format_version": 7')
-        (store / "store.json").write_text(text)
-    (part,) = _status(checkout).document["parts"]
-    (damaged,) = [unit for unit in part["units"] if unit["state"] == "damaged"]
-    assert str(store) in damaged["reason"] and (harm != "format" or "store format 7" in damaged["reason"])
-
-
-def test_an_edited_tar_is_stale_with_both_digests(checkout):
-    old = [entry.unit_digest for entry in checkout.manifest.entries]
-    _status(checkout)
-    write_vpt_tar(checkout.recordings / "b.tar", {"z": make_vpt_pair(30, 77)})
-    result = _status(checkout)
-    (part,) = result.document["parts"]
-    (stale,) = [unit for unit in part["units"] if unit["state"] == "stale"]
-    assert stale["name"] == "b.tar" and "edited since it was encoded: sha256" in stale["reason"]
-    assert any(digest[:12] in stale["reason"] for digest in old) and stale["digest"][:12] in stale["reason"]
-    assert "1 units that are not among the recordings any more" in result.document["manifest"]["reason"]
-
-
-def test_the_same_content_under_another_name_is_done(checkout):
+def test_renamed_removed_and_added_recordings_are_done_told_and_missing(checkout):
     (checkout.recordings / "b.tar").rename(checkout.recordings / "renamed.tar")
     assert _status(checkout).document["parts"][0]["done"] == 3
-
-
-def test_a_recording_that_was_removed_is_told_and_one_that_was_added_is_missing(checkout):
-    (checkout.recordings / "b.tar").unlink()
+    (checkout.recordings / "renamed.tar").unlink()
     write_vpt_tar(checkout.recordings / "new.tar", {"n": make_vpt_pair(30, 78)})
     result = _status(checkout)
     (part,) = result.document["parts"]
     assert (part["done"], part["missing"]) == (2, 1)
-    assert "not among the recordings any more" in result.document["manifest"]["reason"]
+    assert "1 units that are not among the recordings any more" in result.document["manifest"]["reason"]
     assert "it lacks 1 of 3 units" in result.document["manifest"]["reason"]
 
 
@@ -136,26 +122,19 @@ def test_more_new_bytes_than_can_be_hashed_at_once_are_unread(checkout, monkeypa
     assert result.code == 1 and unread and all(unit["digest"] == "" for unit in unread)
 
 
-def test_another_action_space_needs_actions_and_no_tokens(checkout):
+def test_actions_that_are_not_there_whole_and_of_these_steps_and_space_must_be_made(checkout):
     result = _status(checkout, "encode.action_space=vpt36")
     (part,) = result.document["parts"]
     assert result.code == 1 and (part["done"], part["without_actions"]) == (3, 3)
-
-
-@pytest.mark.parametrize("harm", ["gone", "cut", "of other steps"])
-def test_actions_that_are_not_there_whole_and_of_these_steps_must_be_made(checkout, harm):
-    path = checkout.actions() / "store.json"
-    if harm == "gone":
-        shutil.rmtree(checkout.actions())
-    elif harm == "cut":
-        (checkout.actions() / "actions/c/0/0").write_bytes(b"")
-    else:
-        document = json.loads(path.read_bytes())
-        document["content"]["card"]["steps_digest"] = "0" * 64
-        write_store_json(path, document)
+    path = checkout.actions(0) / "store.json"
+    document = json.loads(path.read_bytes())
+    document["content"]["card"]["steps_digest"] = "0" * 64
+    write_store_json(path, document)
+    (checkout.actions(1) / "actions/c/0/0").write_bytes(b"")
+    shutil.rmtree(checkout.actions(2))
     result = _status(checkout)
     assert result.code == 1 and not result.document["ready"]
-    assert (result.document["parts"][0]["done"], result.document["parts"][0]["without_actions"]) == (3, 1)
+    assert (result.document["parts"][0]["done"], result.document["parts"][0]["without_actions"]) == (3, 3)
 
 
 def test_controls_that_are_gone_are_told_and_no_reason_to_encode(checkout):
@@ -165,21 +144,17 @@ def test_controls_that_are_gone_are_told_and_no_reason_to_encode(checkout):
     assert "1 units lack their controls" in checkout.run("status", checkout.recordings).out
 
 
-def test_damage_under_another_recipe_hides_nothing(checkout):
-    first = min(checkout.tokens().parent.glob("*.zarr"))
-    (first / "store.json").write_text("{")
-    (part,) = _status(checkout, "encode.fps=4").document["parts"]
-    assert part["stale"] == 3 and part["why"][0]["changes"] == ["sampling.fps: 5.0 -> 4.0"]
-
-
-def test_an_edited_tar_is_stale_only_where_its_earlier_content_was_encoded(checkout):
+def test_an_edited_tar_is_stale_with_both_digests_where_its_earlier_content_was_encoded(checkout):
+    old = [entry.unit_digest for entry in checkout.manifest.entries]
     write_vpt_tar(checkout.recordings / "new.tar", {"n": make_vpt_pair(30, 78)})
     _status(checkout)  # which learns what is in it
     for name in ("b.tar", "new.tar"):
         write_vpt_tar(checkout.recordings / name, {"z": make_vpt_pair(30, 77 + len(name))})
     for overrides in ((), ("encode.fps=4",)):
         units = {unit["name"]: unit for unit in _status(checkout, *overrides).document["parts"][0]["units"]}
-        assert units["b.tar"]["state"] == "stale" and "edited since it was encoded" in units["b.tar"]["reason"]
+        stale, reason = units["b.tar"], units["b.tar"]["reason"]
+        assert stale["state"] == "stale" and "edited since it was encoded: sha256" in reason
+        assert any(digest[:12] in reason for digest in old) and stale["digest"][:12] in reason
         assert (units["new.tar"]["state"], units["new.tar"]["reason"]) == ("missing", "never encoded")
 
 

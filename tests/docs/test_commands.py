@@ -164,7 +164,7 @@ def test_the_commands_of_a_page_run(checkout, page):
         if block.page != page:
             continue
         for command in block.commands:
-            output, code = checkout.shell(command)
+            output, code = checkout.call(["bash", "-c", command])
             assert "Traceback" not in output, f"{block.page}:{block.line}: {command}\n{output[-3000:]}"
             # A transcript may show what a command says of a cache that is not as it should be.
             assert code in ((0, 1) if block.transcript else (0,)), (

@@ -93,7 +93,7 @@ def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_en
     server, machines, recordings, in_a_folder, monkeypatch, tmp_path
 ):
     encode(recordings, machines("a"))
-    (manifest, folder), root, told = in_a_folder, machines("b"), []
+    (manifest, folder), root = in_a_folder, machines("b")
     monkeypatch.setattr(run, "load_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
     server.requests.clear()
     result = encode(recordings, root)
@@ -101,10 +101,9 @@ def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_en
     assert all(".check-" in request for request in server.requests if request.startswith("PUT"))
 
     assert root.refresh() == []
-    export_manifest(manifest, root, tmp_path / "bucket", told.append)
+    export_manifest(manifest, root, tmp_path / "bucket")
     export_manifest(manifest, folder, tmp_path / "folder")
     assert all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
-    assert sum(told) > manifest.num_steps * manifest.num_tokens * manifest.width * 2
 
     # A copy here that is damaged is no damage in the bucket.
     (part,), entry = manifest.parts, manifest.entries[0]

@@ -309,7 +309,7 @@ def test_the_settings_say_which_run_was_measured_on_what_and_compare_finds_it(tr
     assert short.items() >= (expected | {"encoder": "tiny", "normalize_reps": True}).items()
     outcome = compare_runs([str(result), str(cache.folder / "train/run")])
     (pair,) = outcome.document["groups"][0]["paired"]
-    assert outcome.exit_code == 0 and pair["rollout_l1"]["words"] == "no difference shown"
+    assert outcome.fine and pair["rollout_l1"]["words"] == "no difference shown"
     (result / "settings.json").write_text(json.dumps(settings | {"run": "another"}))
     try:
         with pytest.raises(ValueError, match="of another training run"):

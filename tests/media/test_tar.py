@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from jepa_cache.cli.data import pack
+from jepa_cache.cli.preparation import pack
 from jepa_cache.media import tar as tar_module
 from jepa_cache.media.probe import iter_tar_videos, probe_video
 from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples, pack_folder

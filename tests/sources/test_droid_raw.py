@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.cli.data import index_droid
+from jepa_cache.cli.preparation import index_droid
 from jepa_cache.data.filters import NO_FILTER, keep_ticks
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video

@@ -1,15 +1,21 @@
-"""`jepa-cache params` and `jepa-cache add-encoder`: where each setting comes from; a preset for an image encoder."""
+"""`jepa-cache pack`, `index-droid` and `add-encoder`: what is written once before a first encode."""
 
 from __future__ import annotations
 
+import csv
 import re
-from dataclasses import asdict, is_dataclass
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jepa_cache.config.loading import data_base, find_repository, load_config
+from jepa_cache.cli.outcome import NUM_SHOWN
+from jepa_cache.config.loading import data_base, find_repository
+from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
+from jepa_cache.files import atomic_file
+from jepa_cache.media.tar import pack_folder
+from jepa_cache.sources.droid_raw import index_folder
 
 PRESET = """\
 # {model_type} from {reference}, an image encoder of the transformers library; frame mode only.
@@ -37,6 +43,42 @@ random_seed: null
 SIZES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
 
+def pack(
+    folder: Annotated[Path, typer.Argument(help="where the recordings lie, searched recursively")],
+    out: Annotated[Path, typer.Argument(help="where the tar shards go")],
+    *,
+    max_gb: Annotated[float, typer.Option(help="most gigabytes of recordings in one tar shard")] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the tar shards of an earlier pack")] = False,
+) -> None:
+    """Pack a folder of <segment>.mp4 + <segment>.jsonl pairs into tar shards under OUT, and name the skipped files."""
+    tars, num_episodes, size_bytes, skipped = pack_folder(folder, out, max_bytes=int(max_gb * 1e9), overwrite=overwrite)
+    to = f" to {tars[-1].name}" if tars[1:] else ""
+    print(f"packed {num_episodes} recordings ({size_bytes / 1e6:.1f} MB) into {len(tars)} tar shards: {tars[0]}{to}")
+    _print_skipped(skipped, "files")
+    print(f"next: set `dataset: vpt` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")
+
+
+def index_droid(
+    root: Annotated[Path, typer.Argument(help="the raw DROID download, searched recursively")],
+    out: Annotated[Path, typer.Argument(help="the list to write, .csv or .txt")],
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier list")] = False,
+) -> None:
+    """List the complete episodes below ROOT in OUT, one folder a line, and name the skipped folders."""
+    if out.suffix.lower() not in (".csv", ".txt"):
+        raise ValueError(f"a list of episodes ends in .csv or .txt; got {out}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; add --overwrite to replace it")
+    complete, incomplete = index_folder(root)
+    if not complete:
+        raise ValueError(f"none of the {len(incomplete)} episodes below {root} is complete; the first: {incomplete[0]}")
+    with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=" ", lineterminator="\n").writerows([str(folder.resolve())] for folder in complete)
+    print(f"listed {len(complete)} episodes in {out}")
+    _print_skipped(incomplete, "folders")
+    print(f"next: set `dataset: droid_raw` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")
+
+
 def add_encoder(
     source: Annotated[str, typer.Argument(help="folder of a saved model, or hf://owner/repo[@revision]")],
     name: Annotated[str, typer.Argument(help="of the preset: configs/encoder/NAME.yaml")],
@@ -47,18 +89,7 @@ def add_encoder(
 
     Sizes come from the model's config, preprocessing from its preprocessor_config.json. The model is not run, and one that
     needs code of its own is refused.
-
-    Args:
-        source: Folder of a saved model, or hf://owner/repo[@revision].
-        name: Of the preset.
-        resolution: Pixels, in place of the model's own; the short side grows in proportion.
-
-    Raises:
-        ValueError: The model cannot be used, the name is taken, or the resolution is no multiple of the patch.
     """
-    # Not above: transformers' files are of no concern to `params`, which is to be quick.
-    from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
-
     root = find_repository(Path.cwd())
     path = root / "configs/encoder" / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -101,19 +132,7 @@ def add_encoder(
     )
 
 
-def params(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4")] = None,
-) -> None:
-    """Print the resolved settings and where each comes from."""
-    config = load_config(find_repository(Path.cwd()), overrides or [])
-    values: dict[str, Any] = {}
-    for section, settings in vars(config).items():
-        if is_dataclass(settings):
-            for key, value in asdict(settings).items():
-                nested = value.items() if isinstance(value, dict) else ()
-                values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
-    values |= {"cache.root": config.cache_root, "cache.verify_checksums": config.verify_checksums}
-    width = max(map(len, values))
-    for key, value in values.items():
-        shown = repr(value) if isinstance(value, str) else str(value)
-        print(f"{key:<{width}}  {shown:<40}  {config.origins.get(key, '')}")
+def _print_skipped(lines: list[str], what: str) -> None:
+    if lines:
+        more = [f"... and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)
+        print("\n  ".join([f"skipped {len(lines)} {what}:", *lines[:NUM_SHOWN], *more]))
