@@ -236,7 +236,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
-    """The mp4 of a camera; a RecordingError where the metadata name none, no plain file name, or one that is not there.
+    """The mp4 of a camera; a RecordingError where the metadata name none, or one that is not there.
 
     `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by `ext1_mp4_path`
     and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of the episode. Where
@@ -251,8 +251,6 @@ def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
             f"its metadata have no {' or '.join(fields)}; cameras with a serial number: {', '.join(there) or 'none'}"
         )
     stem = named.rpartition("/")[2].removesuffix(".mp4")
-    if not stem or stem in (".", "..") or "\\" in stem or "\0" in stem:
-        raise RecordingError(f"its metadata name {named[:200]!r} as the video, which is no file name")
     serial = stem.removesuffix("-stereo")
     candidates = dict.fromkeys((f"{stem}.mp4", f"{serial}.mp4", f"{serial}-stereo.mp4"))
     found = [path for name in candidates if (path := folder / MP4_FOLDER / name).is_file()]

@@ -263,13 +263,11 @@ def _find_frames(location: EpisodeLocation, info: VideoInfo) -> tuple[int, int]:
         return 0, info.num_frames
     start_s, stop_s = location.span_s
     start, stop = (_find_frame(time_s, info) for time_s in location.span_s)
-    if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop):
-        raise RecordingError(f"meta/episodes places it from {start_s} to {stop_s} s of its video")
-    if abs(start - round(start)) > 0.25:
-        raise RecordingError(f"meta/episodes places its start at {start_s} s, between two frames of its video")
-    if round(start) >= info.num_frames:
-        lasts_s = info.num_frames / info.fps
-        raise RecordingError(f"meta/episodes places it from {start_s:g} s on, but its video lasts {lasts_s:g} s")
+    if not 0 <= start < stop < math.inf or abs(start - round(start)) > 0.25 or round(start) >= info.num_frames:
+        raise RecordingError(
+            f"meta/episodes places it from {start_s:g} to {stop_s:g} s of its video, which lasts {info.num_frames / info.fps:g} s; it "
+            "must begin at one of its frames"
+        )
     return round(start), max(1, min(round(stop), info.num_frames) - round(start))
 
 

@@ -196,11 +196,7 @@ def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
 
 
 def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
-    """Refuse a recording whose yaw does not follow the mouse; what cannot be judged passes.
-
-    Raises:
-        RecordingError: At least 3 breaches, and the law of `measure_yaw_law` holds in less than 60 % of the judged steps.
-    """
+    """Refuse a recording in which `measure_yaw_law` finds 3 breaches or more, in over 40 % of the judged steps."""
     law = measure_yaw_law(controls)
     if law.num_breaches >= MIN_YAW_BREACHES and law.num_breaches > (1 - MIN_YAW_SHARE) * law.num_judged:
         raise RecordingError(

@@ -47,31 +47,27 @@ def make_rows(index: int, num_rows: int, *, start: int = 0) -> dict[str, Any]:
 
 def write_info(root: Path, version: str, **changes: Any) -> None:
     """meta/info.json with the published templates of the version."""
-    packed = version == "v3.0"
-    data = (
-        "chunk-{chunk_index:03d}/file-{file_index:03d}"
-        if packed
-        else "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
+    data, video = (
+        "chunk-{episode_chunk:03d}/episode_{episode_index:06d}",
+        "chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}",
     )
-    video = (
-        "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-        if packed
-        else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-    )
-    features = {
-        CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]},
-        "observation.images.still": {"dtype": "image", "shape": [48, 64, 3], "names": None},
-        "observation.state": {"dtype": "float32", "shape": [3], "names": {"motors": ["pan", "lift", "grip"]}},
-        "action": {"dtype": "float32", "shape": [2], "names": ["pan", "lift"]},
-    }
+    if version == "v3.0":
+        data, video = (
+            "chunk-{chunk_index:03d}/file-{file_index:03d}",
+            "{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}",
+        )
     info = {
         "codebase_version": version,
-        "robot_type": "so100",
         "fps": FPS,
         "chunks_size": 1000,
         "data_path": f"data/{data}.parquet",
-        "video_path": video,
-        "features": features,
+        "video_path": f"videos/{video}.mp4",
+        "features": {
+            CAMERA: {"dtype": "video", "names": ["height", "width", "channels"]},
+            "observation.images.still": {"dtype": "image", "names": None},
+            "observation.state": {"dtype": "float32", "names": {"motors": ["pan", "lift", "grip"]}},
+            "action": {"dtype": "float32", "names": ["pan", "lift"]},
+        },
     }
     (root / "meta").mkdir(parents=True, exist_ok=True)
     (root / "meta" / "info.json").write_text(json.dumps({**info, **changes}))

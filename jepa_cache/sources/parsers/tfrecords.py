@@ -147,8 +147,7 @@ class Features:
             near = difflib.get_close_matches(missing[0], self.names, n=1)
             raise ValueError(
                 f"{path} has no feature {', '.join(map(repr, missing))}{f' (did you mean {near[0]!r}?)' if near else ''}; it has "
-                f"{', '.join(sorted(self.names))}. Name its features in source_options of the data set preset, null or [] where it "
-                "has none"
+                f"{', '.join(sorted(self.names))}. Name its features in source_options, null or [] where it has none"
             )
         wanted = (*wanted, *(name for name in optional if name in self.names))
         specs = dict(_flatten(features.get_serialized_info()))
