@@ -167,9 +167,6 @@ def build_controls(
         joint_velocity_commands: [M, 7] rad/s; `idle` (float32) is 1 where they stay as they were.
         cameras: [M, 6] poses of the chosen camera in the robot's base frame.
         success: Whether the episode reached its goal; the same in every row.
-
-    Raises:
-        RecordingError: Arrays of other shapes, or no rows.
     """
     if len(poses) == 0:
         raise RecordingError("the episode has no rows")

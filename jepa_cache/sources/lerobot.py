@@ -121,10 +121,6 @@ class LerobotSource:
         """Find data sets (folders that hold meta/info.json, at any depth) and `hub:owner/name[@revision]`; list their units.
 
         Listed episodes of which no file is there make one more unit, whose file is the list; it yields them as skipped.
-
-        Raises:
-            ValueError: An input finds no data set, meta/ cannot be used, the camera does not exist, or two data sets have
-                one name.
         """
         units: list[Unit] = []
         names: dict[str, Path] = {}
@@ -136,11 +132,7 @@ class LerobotSource:
         return units
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
-        """Yield the episodes of a unit, one in memory at a time; as skipped, with the reason, those that cannot be used.
-
-        Raises:
-            ValueError: meta/ cannot be used.
-        """
+        """Yield the episodes of a unit, one in memory at a time; a ValueError where meta/ cannot be used."""
         layout = self._open_layout(unit)
         if unit.path in layout.lists:
             for episode in layout.missing:
@@ -310,23 +302,15 @@ class Layout:
     """The listed episodes of one data set by the files they lie in; holds as long as nothing in meta/ changes.
 
     Attributes:
-        root: The data set's folder.
-        stamp: What `_stamp` said of meta/.
         name: Its name in episode keys: the folder's, or owner/name for a snapshot from the hub.
-        info: What info.json says.
         packed: Whether files hold many episodes (v3.0).
         lists: The files that list the episodes.
-        episodes: The episodes, in the order of the lists.
-        missing: Those that no unit of files covers.
+        missing: Listed episodes that no unit of files covers.
         by_file: Parquet file, or video where an episode of v2 has no parquet file, to its episodes.
     """
 
     def __init__(self, root: Path, camera: str) -> None:
-        """Read meta/ of the data set at `root`.
-
-        Raises:
-            ValueError: meta/ cannot be used, lists an index twice or two episodes with the same frames, or has no such camera.
-        """
+        """Read meta/; a ValueError where it lists an index twice or two episodes with the same frames, or has no such camera."""
         self.root, self.stamp, self.name = root, _stamp(root), _find_name(root)
         try:
             hint = ". v2.0, v2.1 and v3.0 are read; convert others with LeRobot's own scripts"

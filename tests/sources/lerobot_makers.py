@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +25,7 @@ def cached_video(num_frames: int, seed: int, fps: int = FPS) -> bytes:
     return make_video(num_frames, seed, fps=fps)
 
 
-def make_rows(index: int, num_rows: int, *, start: int = 0) -> dict[str, Any]:
+def make_rows(index: int, num_rows: int) -> dict[str, Any]:
     """Columns of one episode as LeRobot writes them."""
     rng = np.random.default_rng(index)
     frames = np.arange(num_rows)
@@ -40,8 +38,6 @@ def make_rows(index: int, num_rows: int, *, start: int = 0) -> dict[str, Any]:
         "timestamp": (frames / FPS).astype(np.float32),
         "frame_index": frames,
         "episode_index": np.full(num_rows, index),
-        "index": start + frames,
-        "task_index": np.zeros(num_rows, np.int64),
     }
 
 
@@ -89,27 +85,10 @@ def write_v2(root: Path, lengths: Mapping[int, int], *, version: str = "v2.1", *
     return root
 
 
-def join_videos(videos: Sequence[bytes], codec: str = "libx264") -> bytes:
-    """One mp4 of all frames of these; as a recorder that appends episodes, with its own key frames."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream(codec, rate=FPS, options={"g": "7"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for video in videos:
-            with av.open(io.BytesIO(video)) as container:
-                for frame in container.decode(video=0):
-                    output.mux(
-                        stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24"))
-                    )
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def write_v3(root: Path, files: Sequence[Mapping[int, int]], *, codec: str = "libx264", **info: Any) -> Path:
+def write_v3(root: Path, files: Sequence[Mapping[int, int]], **info: Any) -> Path:
     """A v3 data set; each entry of `files` is one parquet file and one mp4: episode index to number of frames."""
     write_info(root, "v3.0", **info)
     listed: list[dict[str, Any]] = []
-    start = 0
     for number, lengths in enumerate(files):
         data = root / f"data/chunk-000/file-{number:03d}.parquet"
         video = root / f"videos/{CAMERA}/chunk-000/file-{number:03d}.mp4"
@@ -117,35 +96,16 @@ def write_v3(root: Path, files: Sequence[Mapping[int, int]], *, codec: str = "li
             path.parent.mkdir(parents=True, exist_ok=True)
         tables, from_s = [], 0.0
         for index, length in lengths.items():
-            tables.append(pa.table(make_rows(index, length, start=start)))
+            tables.append(pa.table(make_rows(index, length)))
             to_s = from_s + length / FPS
-            listed.append(
-                {
-                    "episode_index": index,
-                    "tasks": ["x"],
-                    "length": length,
-                    "data/chunk_index": 0,
-                    "data/file_index": number,
-                    "dataset_from_index": start,
-                    "dataset_to_index": start + length,
-                    f"videos/{CAMERA}/chunk_index": 0,
-                    f"videos/{CAMERA}/file_index": number,
-                    f"videos/{CAMERA}/from_timestamp": from_s,
-                    f"videos/{CAMERA}/to_timestamp": to_s,
-                    "meta/episodes/chunk_index": 0,
-                    "meta/episodes/file_index": 0,
-                }
-            )
-            from_s, start = to_s, start + length
+            places = {"data/chunk_index": 0, "data/file_index": number, f"videos/{CAMERA}/chunk_index": 0}
+            places |= {f"videos/{CAMERA}/file_index": number, f"videos/{CAMERA}/from_timestamp": from_s}
+            listed.append({"episode_index": index, "length": length, **places, f"videos/{CAMERA}/to_timestamp": to_s})
+            from_s = to_s
         pq.write_table(pa.concat_tables(tables), data)
-        video.write_bytes(_joined(tuple(lengths.items()), codec))
+        video.write_bytes(cached_video(sum(lengths.values()), number % 3))
     write_list(root, listed)
     return root
-
-
-@lru_cache(maxsize=16)
-def _joined(lengths: tuple[tuple[int, int], ...], codec: str) -> bytes:
-    return join_videos([cached_video(length, index % 3) for index, length in lengths], codec)
 
 
 def write_list(root: Path, listed: Sequence[Mapping[str, Any]]) -> None:

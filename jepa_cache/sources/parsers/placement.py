@@ -48,15 +48,13 @@ def place_frames(
     if wrong.any():
         row = int(np.argmax(wrong))
         raise RecordingError(f"the times of the rows must be finite and not go back; row {row} says {times_s[row]:g} s")
-    one_by_one = np.arange(num_frames, dtype=np.int64)
-    drift_s = times_s - times_s[0] - np.arange(len(times_s)) / fps
-    if len(times_s) == num_frames and frame_times_s is None and np.abs(drift_s).max() <= 0.25 / fps:
-        notes = ()
-        if abs(times_s[0]) > 0.25 / fps:
-            notes = (f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one",)
-        return Placement(one_by_one, notes)
-    if measured and len(times_s) == num_frames:
-        return Placement(one_by_one, ("each frame has a time of its own in the rows",), times_s - times_s[0])
+    if len(times_s) == num_frames:
+        one_by_one, since_s = np.arange(num_frames, dtype=np.int64), times_s - times_s[0]
+        if frame_times_s is None and np.abs(since_s - one_by_one / fps).max() <= 0.25 / fps:
+            note = f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one"
+            return Placement(one_by_one, (note,) if abs(times_s[0]) > 0.25 / fps else ())
+        if measured:
+            return Placement(one_by_one, ("each frame has a time of its own in the rows",), since_s)
     placement = place_by_time(times_s, num_frames, fps, frame_times_s)
     rows_s = float(times_s[-1]) + _measure_interval(times_s, fps)
     length_s = num_frames / fps if frame_times_s is None else float(frame_times_s[-1]) + 1 / fps

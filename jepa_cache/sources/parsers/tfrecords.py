@@ -113,15 +113,12 @@ class Features:
     """The features of one TFDS directory (`names` by their paths), of which some are parsed; pictures are never decoded."""
 
     def __init__(self, path: Path | BucketFile, wanted: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> None:
-        """Read features.json at `path`, and dataset_info.json beside it.
+        """Read the features.json at `path`, and dataset_info.json beside it.
 
         Args:
             path: The features.json of a TFDS directory.
-            wanted: Features by their paths, e.g. "steps/observation/cartesian_position".
+            wanted: Features by their paths, e.g. "steps/observation/cartesian_position"; a ValueError names those that are not there.
             optional: The same of features that the directory may lack.
-
-        Raises:
-            ValueError: The directory is none, names foreign classes, or lacks a wanted feature (the nearest is named).
         """
         from tensorflow_datasets.core.example_parser import ExampleParserNp
 
