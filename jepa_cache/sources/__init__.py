@@ -1,7 +1,7 @@
 """Sources: one module per data set, the only place that knows a data set's quirks; found by their file names.
 
-A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share lies in
-`parsers/`; files that begin with an underscore are no sources either.
+A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share
+lies in `parsers/`; files that begin with an underscore are no sources either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jepa_cache.media.remote import BucketFile
 class Unit(NamedTuple):
     """One unit of input, the unit of crash safety: normally one tar shard. `name` is for messages only.
 
-    A source without tar shards makes a unit of files that belong together whatever else is added: an episode's folder, say.
+    Without tar shards, a unit is of files that belong together whatever else is added: an episode's folder, say.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Unit(NamedTuple):
 class Source(Protocol):
     """A data set's reader.
 
-    One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`: what the
-    recording is called now, where a store was made under an earlier name.
+    One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`:
+    what the recording is called now, where a store was made under an earlier name.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.
@@ -64,8 +64,8 @@ class Source(Protocol):
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
 
-        What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each recording that
-        is known to be missing: it is then a property of the content and kept with it.
+        What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each
+        recording that is known to be missing: it is then a property of the content and kept with it.
 
         Raises:
             ValueError, OSError: The unit cannot be read, or not to its end; tried again in every run.

@@ -41,7 +41,7 @@ class RawOptions:
     """Options of the source.
 
     Attributes:
-        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), or one of the others.
+        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), or a named one.
     """
 
     camera: Literal["left", "exterior_1", "exterior_2", "wrist"] = "left"
@@ -162,7 +162,7 @@ def build_controls(
     """Columns [M] of an episode's controls; the names depend on what is there, never on the values.
 
     Args:
-        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 open to 1 closed.
+        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 (open) to 1.
         commands: [M, 7] commanded poses, absolute, in the same form.
         joint_velocity_commands: [M, 7] rad/s; `idle` (float32) is 1 where they stay as they were.
         cameras: [M, 6] poses of the chosen camera in the robot's base frame.
@@ -203,7 +203,8 @@ def find_folders(root: Path) -> Iterator[Path]:
 def read_list(path: Path) -> list[Path]:
     """Folders of episodes from a text or CSV file as the official training takes it: the first column, split at spaces.
 
-    Relative folders start from the file's own. Quoted ones may hold spaces. A ValueError where one holds no episode, or none is listed.
+    Relative folders start from the file's own. Quoted ones may hold spaces. A ValueError where one holds no episode, or
+    none is listed.
     """
     with path.open(newline="", encoding="utf-8") as file:
         try:
@@ -235,9 +236,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
     """The mp4 of a camera; a RecordingError where the metadata name none, or one that is not there.
 
-    `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by `ext1_mp4_path`
-    and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of the episode. Where
-    `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
+    `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by
+    `ext1_mp4_path` and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of
+    the episode. Where `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
     """
     ends = ("mp4_path", "cam_serial")
     fields = ["left_mp4_path"] if camera == "left" else [f"{CAMERA_FIELDS[camera]}_{end}" for end in ends]

@@ -59,8 +59,8 @@ class RldsOptions:
             (rad), gripper.
         command: The same of the commanded absolute pose; empty where there is none.
         joint_velocity_command: Feature of 7 commanded joint velocities (rad/s), for `idle`; null where there is none.
-        success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null where it
-            is not known.
+        success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null
+            where it is not known.
         episode_key: Features that together name an episode.
         gripper_one_is: What a gripper of 1 means: "closed" (DROID) or "open" (BridgeData), which is turned over.
     """
@@ -153,7 +153,8 @@ class DroidRldsSource:
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
 
-        Each record that dataset_info.json lists and the shard lacks, because it is short, damaged or no TFRecord file, is one skipped.
+        Each record that dataset_info.json lists and the shard lacks, because it is short, damaged or no TFRecord file,
+        is one skipped.
         """
         file_name, features = spell_name(unit.path.name), self._open_features(unit.files[1])
         num_records, keys = 0, set[str]()

@@ -47,8 +47,8 @@ class LerobotOptions:
         camera: The video key, e.g. "observation.images.top".
         actions: Selections that together become action_0, action_1, ...
         states: Selections that together become state_0, state_1, ...
-        columns: Control name to selection of one number, e.g. {x_m: "observation.state[0]", ...} for the action space pose7,
-            or {success: is_episode_successful}.
+        columns: Control name to selection of one number, e.g. {x_m: "observation.state[0]", ...} for the action space
+            pose7, or {success: is_episode_successful}.
     """
 
     camera: str
@@ -101,8 +101,8 @@ def build(options: Mapping[str, Any]) -> LerobotSource:
 class LerobotSource:
     """Reads LeRobot data sets. A unit is an episode's two files (v2), or a parquet file and the videos of its episodes (v3).
 
-    Row i is read at the moment of the frame at its `timestamp`, and its action acts from there on. A unit's data set is found
-    again by looking for meta/info.json above its files.
+    Row i is read at the moment of the frame at its `timestamp`, and its action acts from there on. A unit's data set is
+    found again by looking for meta/info.json above its files.
     """
 
     def __init__(self, options: LerobotOptions) -> None:
@@ -343,8 +343,8 @@ class Layout:
     def list_units(self, selections: Sequence[str]) -> list[Unit]:
         """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files.
 
-        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set whose
-        meta/ was corrected has other units, and one that only grew has not.
+        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set
+        whose meta/ was corrected has other units, and one that only grew has not.
         """
         units: list[Unit] = []
         chosen = {text: parse_selection(text) for text in selections}

@@ -48,9 +48,9 @@ def parse_shard_name(name: str) -> ShardName | None:
 def iter_records(path: Path | BucketFile) -> Iterator[Record]:
     """Yield the records of a TFRecord file in order, each with its checksums checked.
 
-    A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
-    length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
-    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all. Compressed files are not read.
+    A record whose content does not match its checksum is a problem of its own; the next one is found by its length.
+    Where a length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the
+    rest of the file is lost: one last problem says so, the only one where the file is no (uncompressed) TFRecord file.
     """
     with path.open("rb") as file:
         size_bytes = file.seek(0, 2)
@@ -117,7 +117,8 @@ class Features:
 
         Args:
             path: The features.json of a TFDS directory.
-            wanted: Features by their paths, e.g. "steps/observation/cartesian_position"; a ValueError names those that are not there.
+            wanted: Features by their paths, e.g. "steps/observation/cartesian_position"; a ValueError names those that
+                are not there.
             optional: The same of features that the directory may lack.
         """
         from tensorflow_datasets.core.example_parser import ExampleParserNp
@@ -168,8 +169,8 @@ class Features:
         """Parse the wanted features of one record; a ValueError where it does not fit them.
 
         Returns:
-            By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and texts are
-            bytes (in an object array [T] where there is one per step).
+            By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and
+            texts are bytes (in an object array [T] where there is one per step).
         """
         try:
             example = dict(self._parser.parse_example(data))
