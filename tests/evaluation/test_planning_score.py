@@ -6,7 +6,7 @@ Claims:
 - what is compared with is right: not moving and the recorded actions are integrated again from the cache's own actions, and the other
   goal is a recorded step of another held-out episode, searched for with the same samples;
 - fewer than six episodes never get a "yes";
-- a run that fails leaves the last one as it was; equal runs leave equal metrics; a space without motion is refused.
+- a run that fails leaves the last one as it was; equal runs leave equal metrics.
 """
 
 import json
@@ -98,29 +98,20 @@ def test_a_predictor_that_knows_the_world_ends_where_the_recorded_actions_did(ca
     assert answers == dict.fromkeys((ZERO, RANDOM, OTHER_GOAL), "yes")
 
 
-@pytest.mark.parametrize(
-    ("interval", "p", "answer"),
-    [
+def test_a_gap_is_judged_by_its_side_of_0_and_by_the_paired_test_and_five_episodes_never_get_a_yes(cache, score):
+    metrics = summarize_plans(score, cache.config)
+    for interval, p, answer in (
         ((0.1, 0.3), 0.01, "yes"),
         ((0.1, 0.3), 0.06, "unclear"),
         ((-0.1, 0.3), 0.01, "unclear"),
         ((0.0, 0.0), 1.0, "unclear"),
         ((-0.3, -0.1), 0.01, "no"),
-    ],
-)
-def test_a_gap_is_judged_by_its_side_of_0_and_by_the_paired_test(cache, score, interval, p, answer):
-    metrics = summarize_plans(score, cache.config)
-    for name, value in (("val_ci", interval), ("p_value", p)):
-        metrics[name] = dict.fromkeys(metrics[name], value)
-    assert {judged["answer"] for judged in judge_plans(metrics, score).values()} == {answer}
-
-
-def test_fewer_than_six_episodes_never_get_a_yes(cache, score):
-    few = score._replace(
-        table={
-            name: of[score.table["episode"] < np.unique(score.table["episode"])[5]] for name, of in score.table.items()
-        }
-    )
+    ):
+        given = {"val_ci": dict.fromkeys(metrics["val_ci"], interval), "p_value": dict.fromkeys(metrics["p_value"], p)}
+        found = {judged["answer"] for judged in judge_plans(metrics | given, score).values()}
+        assert found == {answer}, (interval, p)
+    first = np.isin(score.table["episode"], sorted(set(score.table["episode"]))[:5])
+    few = score._replace(table={name: values[first] for name, values in score.table.items()})
     metrics = summarize_plans(few, cache.config)
     assert metrics["val_ci"][f"camera_deg_gap_{RANDOM}_h1"][0] > 0, "the intervals alone would say yes"
     assert "yes" not in {judged["answer"] for judged in judge_plans(metrics, few).values()}
@@ -173,12 +164,6 @@ def test_equal_runs_leave_equal_metrics_a_table_and_a_picture_and_one_that_fails
     with pytest.raises(ZeroDivisionError):
         plan_run(quick_config(cache), cache.dataset, trained.weights, tmp_path / "a")
     assert len(before) == 4 and all_files(tmp_path / "a") == before
-
-
-def test_a_space_without_motion_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(cache.dataset, "space", get_action_space("vector_sum2x2"))
-    with pytest.raises(ValueError, match="does not say where an action leads"):
-        score_plans(knowing(cache))
 
 
 def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
