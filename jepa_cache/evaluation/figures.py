@@ -75,8 +75,8 @@ def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure
         gaps = per_episode(mean_of_steps(other - model))
         if len(gaps) < 2:
             return
-        whole = per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
-        gain, p = bootstrap_mean(gaps, whole, **resampling), paired_p_value(gaps, seed=settings.seed)
+        gain = bootstrap_mean(gaps, per_episode(mean_of_steps(other)), **resampling)
+        p = paired_p_value(gaps, seed=settings.seed)
         figures.append(Figure(prediction, mode, step, GAP, *bootstrap_mean(gaps, **resampling), p))
         figures.append(Figure(prediction, mode, step, GAIN, *(100 * value for value in gain), p))
         if prediction in RATIOS and step == ALL_STEPS:

@@ -158,6 +158,7 @@ def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):
     assert strip.title.startswith(f"{segment.episode}, steps {start} to {start + num_steps - 1}")
     assert (len(strip.true), len(strip.predicted), len(strip.error)) == (num_steps, 4, 4)
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][7], atol=1e-5)
+    assert not np.isclose(strip.predicted, strip.true[-4:]).all(axis=-1).any(), "what was predicted, not what is true"
 
 
 def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recorded):
@@ -175,7 +176,7 @@ def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recor
 def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     cache, _, errors = recorded
     row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
-    draw_pictures(errors, evaluation_of(cache, a_predictor()), [row], tmp_path)
+    draw_pictures(errors, evaluation_of(cache, a_predictor(), num_context_steps=1, horizon=1), [row], tmp_path)
     expected = ["actions.png", "horizon.png", "rollout1.gif", "strip1.png", "strip2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     for path in tmp_path.iterdir():
