@@ -16,7 +16,7 @@ from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.parsing import parse_dataclass  # noqa: E402
 from jepa_cache.sample.build import build_sample  # noqa: E402
-from jepa_cache.sample.config import SampleConfig  # noqa: E402
+from jepa_cache.sample.player import SampleConfig  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

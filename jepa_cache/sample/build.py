@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.sample.config import FPS_HZ, SampleConfig
 from jepa_cache.sample.episode import Recording, record_episode
+from jepa_cache.sample.player import FPS_HZ, SampleConfig
 
 
 def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
@@ -46,14 +46,8 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
             path = out / f"sample-{len(tars):06d}.tar"
             truths = _pack(path, recordings, size, bar)
             content = path.read_bytes()
-            tars.append(
-                {
-                    "name": path.name,
-                    "sha256": hashlib.sha256(content).hexdigest(),
-                    "num_bytes": len(content),
-                    "episodes": truths,
-                }
-            )
+            digest = hashlib.sha256(content).hexdigest()
+            tars.append({"name": path.name, "sha256": digest, "num_bytes": len(content), "episodes": truths})
     index = {"synthetic": True, "fps_hz": FPS_HZ, "config": asdict(config), "tars": tars}
     with atomic_file(index_path) as part:
         part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
