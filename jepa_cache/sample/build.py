@@ -1,7 +1,4 @@
-"""Builds the synthetic sample data set: renders every episode, packs WebDataset tar shards and tells the truth in an index.
-
-The index holds, outside the tar shards, which quirk was put into which episode.
-"""
+"""Builds the synthetic sample data set: tar shards of rendered episodes, and an index of the quirks that were put into each."""
 
 import hashlib
 import json
@@ -23,12 +20,7 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
     """Render the synthetic data set into `out` as tar shards and an index, and return the index's path.
 
     Every file is published whole, `index.json` last, so its presence means complete; tar shards of an earlier data set
-    in the same folder are removed first. The bytes depend on the settings and library versions only, not on the workers.
-
-    Args:
-        out: folder for `sample-000000.tar`, ... and `index.json`; made if absent.
-        config: what to render.
-        num_workers: processes; 1 renders in this one.
+    in the same folder are removed first. One worker renders in this process. The bytes depend on the settings and library versions only, not on the workers.
 
     Cost: the 19,248 frames of the default settings take 80 to 110 s of CPU time, split among the workers, and 75 MB.
     """
@@ -67,8 +59,7 @@ def _record_all(config: SampleConfig, num_workers: int) -> Iterator[Recording]:
 
 def _pack(path: Path, recordings: Iterator[Recording], num_episodes: int, bar: tqdm) -> list[dict[str, object]]:
     """Write the next episodes into one tar shard, under its name only when whole, and return their truths."""
-    # Here, not above: webdataset imports torch, and every spawned worker would spend seconds on it.
-    import webdataset
+    import webdataset  # Here: it imports torch, on which every spawned worker would spend seconds.
 
     truths = []
     # Fixed time and owner (TarWriter's own default), or the same episodes would give other bytes on every run.

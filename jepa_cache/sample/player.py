@@ -134,9 +134,7 @@ def write_script(rng: np.random.Generator, config: SampleConfig, num_ticks: int,
     dx, dy = _turn(rng, config, num_ticks)
     keys = _walking_keys(rng, config, num_ticks)
     clicks = _clicks(rng, num_ticks)
-    span = _gui_span(rng, num_ticks) if quirks.gui else None
-    if span is not None:
-        _open_gui(rng, span, dx, dy, keys, clicks)
+    span = _open_gui(rng, dx, dy, keys, clicks) if quirks.gui else None
     wheel_ticks = _wheel_ticks(rng, num_ticks, span) if quirks.wheel else []
     notches = {tick: int(rng.choice([-1, 1])) for tick in wheel_ticks}
     first_attack = next((t for t, button in enumerate(clicks) if button == 0), None)
@@ -215,24 +213,15 @@ def _clicks(rng: np.random.Generator, num_ticks: int) -> list[int | None]:
     return clicks
 
 
-def _gui_span(rng: np.random.Generator, num_ticks: int) -> tuple[int, int]:
+def _open_gui(
+    rng: np.random.Generator, dx: np.ndarray, dy: np.ndarray, keys: list[tuple[str, ...]], clicks: list[int | None]
+) -> tuple[int, int]:
+    """Choose a span, press the GUI key before it and on its last tick; within it stand and move only the cursor."""
     length = int(rng.integers(FPS_HZ, FPS_HZ * 5 // 2 + 1))
     # Short episodes hold a shorter span, with a second of play before it and half a second after.
-    length = min(length, num_ticks - FPS_HZ * 3 // 2)
-    start = int(rng.integers(FPS_HZ, num_ticks - length - FPS_HZ // 2 + 1))
-    return start, start + length
-
-
-def _open_gui(
-    rng: np.random.Generator,
-    span: tuple[int, int],
-    dx: np.ndarray,
-    dy: np.ndarray,
-    keys: list[tuple[str, ...]],
-    clicks: list[int | None],
-) -> None:
-    """Press the GUI key before the span and on its last tick; within it stand, move the cursor, release the buttons."""
-    start, end = span
+    length = min(length, len(keys) - FPS_HZ * 3 // 2)
+    start = int(rng.integers(FPS_HZ, len(keys) - length - FPS_HZ // 2 + 1))
+    end = start + length
     keys[start - 1] = (GUI_KEY, *keys[start - 1])
     keys[start:end] = [()] * (end - start)
     keys[start] = (GUI_KEY,)
@@ -245,6 +234,7 @@ def _open_gui(
     path = np.rint(np.stack([np.interp(at, range(4), knots[:, axis]) for axis in (0, 1)], 1))
     dx[start:end], dy[start:end] = 0, 0
     dx[start : end - 1], dy[start : end - 1] = np.diff(path, axis=0).T / 2
+    return start, end
 
 
 def _wheel_ticks(rng: np.random.Generator, num_ticks: int, span: tuple[int, int] | None) -> list[int]:
