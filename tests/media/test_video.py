@@ -23,7 +23,16 @@ from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.video import open_video
 from tests.makers import make_video
 from tests.sources.test_contract import MAX_GROWTH_BYTES, held
-from tests.videos import add_cover, damage_packet, flag_packet, join_streams, make_pixels, record_decoded, turn_video
+from tests.videos import (
+    add_cover,
+    damage_packet,
+    flag_packet,
+    hide_start,
+    join_streams,
+    make_pixels,
+    record_decoded,
+    turn_video,
+)
 
 NUM_FRAMES = 90
 HAS_DECORD = importlib.util.find_spec("decord") is not None
@@ -161,6 +170,11 @@ def test_frames_are_turned_as_they_are_shown_wherever_the_recording_begins(video
         assert np.array_equal(read(turned, first_frame=first_frame), wanted[first_frame:])
 
 
+def test_frames_that_an_edit_list_hides_are_not_counted():
+    video = make_video(30, options={"g": "10", "bf": "0"})
+    assert np.array_equal(read(hide_start(video, 5)), read(video)[5:])
+
+
 def test_a_cover_picture_is_not_taken_for_the_video_nor_a_second_stream_however_large(video):
     other = make_video(NUM_FRAMES, 5, size=(96, 128))
     assert np.array_equal(read(add_cover(video)), read(video))
@@ -228,6 +242,9 @@ def test_packets_that_the_container_calls_corrupt_and_frames_dropped_in_silence_
     assert len(read(video)) == 30
     with pytest.raises(DecodeError, match="corrupt packets: 1"):
         read(flag_packet(video, 12))
+    late = make_video(30, container="mpegts", options={"g": "10", "bf": "2"})
+    for number in (13, 14):  # packets of later frames that the decoder takes before it gives frame 10
+        assert len(read(flag_packet(late, number), num_frames=11)) == 11
     options = {"x265-params": "log-level=none:bframes=0:keyint=10:open-gop=0"}
     damaged = damage_packet(make_video(40, codec="libx265", size=(96, 128), options=options), 15)
     with pytest.raises(DecodeError, match="missing frames: 5; the first at frame 15 of 40"):
