@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.parsing import parse_dataclass  # noqa: E402
 from jepa_cache.sample.build import build_sample  # noqa: E402
-from jepa_cache.sample.config import SampleConfig  # noqa: E402
+from jepa_cache.sample.player import SampleConfig  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

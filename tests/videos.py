@@ -93,9 +93,29 @@ def join_streams(*videos: bytes, dispositions: Sequence[str] = ()) -> bytes:
 
 
 def add_cover(video: bytes) -> bytes:
-    """The video with the picture of a cover as a stream of its own."""
+    """The video with the picture of a cover as its first stream: the box that holds it goes before those of the tracks."""
     picture = make_video(1, 9, size=(96, 128), codec="mjpeg", options={"strict": "unofficial"})
-    return join_streams(picture, video, dispositions=["attached_pic"])
+    both = join_streams(picture, video, dispositions=["attached_pic"])
+    start = both.find(b"moov") + 4
+    boxes, at = [], start
+    while at < len(both):
+        size_bytes = int.from_bytes(both[at : at + 4], "big")
+        boxes.append(both[at : at + size_bytes])
+        at += size_bytes
+    return both[:start] + b"".join(sorted(boxes, key=lambda box: box[4:8] != b"udta"))
+
+
+def hide_start(video: bytes, num_frames: int) -> bytes:
+    """The mp4 with an edit list that hides its first frames."""
+    buffer, options = io.BytesIO(), {"avoid_negative_ts": "disabled"}
+    with av.open(io.BytesIO(video)) as source, av.open(buffer, "w", format="mp4", options=options) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                shift = num_frames * packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                output.mux(packet)
+    return buffer.getvalue()
 
 
 def flag_packet(video: bytes, number: int) -> bytes:

@@ -20,12 +20,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class FrameSequence:
-    """A video as one encoded JPEG or PNG picture per frame; what `probe_video` and `open_video` take beside containers.
-
-    Attributes:
-        frames: The encoded pictures, in order of time.
-        fps: Pictures per second, Hz.
-    """
+    """A video as one encoded JPEG or PNG picture per frame, in order of time, at `fps` Hz."""
 
     frames: tuple[bytes, ...]
     fps: float
@@ -38,11 +33,7 @@ class FrameSequence:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A video whose frames hold the pictures of a stereo camera beside each other; opened, it is the left one alone.
-
-    Attributes:
-        video: The container of the wide frames, or its path.
-    """
+    """A video whose frames hold the pictures of a stereo camera beside each other; opened, it is the left one alone."""
 
     video: bytes | Path
 
@@ -63,14 +54,7 @@ def measure_image(data: bytes) -> tuple[int, int, str]:
 
 
 def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """Decode one picture.
-
-    Args:
-        data: A JPEG or PNG.
-        size: (h, w) that it must have; checked before decoding.
-
-    Returns:
-        [h, w, 3] uint8, RGB; not to be written to.
+    """Decode a JPEG or PNG, which must be of this size (h, w), to [h, w, 3] uint8, RGB; not to be written to.
 
     Raises:
         ImageError: It is damaged, too large or of another size.

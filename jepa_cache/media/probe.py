@@ -7,7 +7,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jepa_cache.media.images import FrameSequence, SideBySide, measure_image
-from jepa_cache.media.tar import describe_stand_in, list_samples
+from jepa_cache.media.tar import SUFFIXES, describe_stand_in, list_samples
 
 VideoData = bytes | Path | FrameSequence | SideBySide
 """An encoded video: a container, its path, a picture per frame, or a stereo container."""
@@ -51,20 +51,20 @@ UPRIGHT = Orientation()
 
 
 class VideoInfo(NamedTuple):
-    """What a container holds: `num_frames` frames of [height, width] pixels at `fps` Hz, as `codec`, as they are shown.
+    """What a container holds, as it is shown.
 
-    `fps`: the average that the container states.
-
-    `open_gop`: frames that follow a key frame in the file are shown before it. decord 0.6 jumps to key frames between the
-    frames requested, and then returns other frames than those, without a word (measured with HEVC and H.264 with open
-    groups of pictures, and with MPEG-4 Part 2 with B-frames, at strides from 4 to 40).
-
-    `times_s`: when each frame is shown, seconds since the first one, where the rate varies; None where frame t is at t / fps. See
-    `find_varying_times`.
-
-    `stream`: number of the video stream that is read, the first one that is no cover picture.
-
-    `decord_fault`: what else decord 0.6 gets wrong in it; empty where nothing is known.
+    Attributes:
+        num_frames: Frames that decoders return.
+        fps: The average rate that the container states, Hz.
+        height, width: Of the shown frames, pixels.
+        codec: FFmpeg's name.
+        open_gop: Frames that follow a key frame in the file are shown before it. decord 0.6 jumps to key frames between the
+            frames requested, and then returns other frames than those, without a word (measured with HEVC and H.264 with
+            open groups of pictures, and with MPEG-4 Part 2 with B-frames, at strides from 4 to 40).
+        times_s: When each frame is shown, seconds since the first, where the rate varies; None where frame t is at t / fps.
+        stream: Number of the video stream that is read.
+        orientation: How decoded frames become those that are shown.
+        decord_fault: What else decord 0.6 gets wrong in it; empty where nothing is known.
     """
 
     num_frames: int
@@ -94,8 +94,7 @@ class PacketIndex(NamedTuple):
 
     Attributes:
         info: What it holds.
-        times: [num_frames] int64, times of all frames, ascending, in the stream's unit; None where they do not tell decoded
-            frames apart.
+        times: [num_frames] int64, times of all frames, ascending, in the stream's unit; None where frames have none.
         key_times: The same of key frames; None where the container cannot be entered at them.
     """
 
@@ -111,8 +110,7 @@ _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
 def header_counts() -> Iterator[None]:
     """Within the block `probe_video` believes the index of a container, where it has one, and reads no packet.
 
-    For estimates: a source then tells how long its recordings are in milliseconds each, without reading their videos. The
-    count may differ by the few frames that an edit list hides.
+    For estimates, in milliseconds a recording; the count may differ by the few frames that an edit list hides.
     """
     token = _headers_only.set(True)
     try:
@@ -125,11 +123,8 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
     """Read size, rate, number and times of frames; one frame is decoded, which tells how the video is turned.
 
     Frames are counted by their packets, because headers may hold no count or a wrong one, and a file that was cut off
-    keeps the header of the whole. Packets that an edit list hides are not counted: no decoder returns them.
-
-    Args:
-        video: The encoded video, or a file open for reading. Of a FrameSequence only the first picture is looked at;
-            `Video.read` checks the others.
+    keeps the header of the whole. Packets that an edit list hides are not counted: no decoder returns them. Of a
+    FrameSequence only the first picture is looked at; `Video.read` checks the others.
 
     Raises:
         DecodeError: Not a video, no video stream, no frame rate, no frames, or a file that ends before its last frame.
@@ -137,8 +132,7 @@ def probe_video(video: VideoData | BinaryIO) -> VideoInfo:
     Cost: one pass over the packets and a frame; 6 ms for 445 frames of 640x360. Of a file, once as long as it does not change.
     """
     if isinstance(video, SideBySide):
-        info = probe_video(video.video)
-        return info._replace(width=info.width // 2)
+        return (info := probe_video(video.video))._replace(width=info.width // 2)
     if not isinstance(video, FrameSequence):
         return index_packets(video).info
     if not video.frames or not video.fps > 0:
@@ -169,15 +163,14 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
     times: list[int] = []
     key_times: list[int] = []
     try:
-        size_bytes = _count_bytes(video)
         with open_container(video) as container:
             number, stream = _choose_stream(container)
             # Indexed containers (mp4) tell where every packet ends. PyAV would return the frames before the cut
             # without a word.
             last_byte = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-            if last_byte > size_bytes:
+            if last_byte > container.size:
                 raise DecodeError(
-                    f"the file is cut off: its last frame ends at byte {last_byte}, the file at {size_bytes}"
+                    f"the file is cut off: its last frame ends at byte {last_byte}, the file at {container.size}"
                 )
             if _headers_only.get():
                 num_frames = len(stream.index_entries)
@@ -190,8 +183,7 @@ def _read_packets(video: bytes | Path | BinaryIO) -> PacketIndex:
                 num_frames += 1
                 if packet.pts is not None and packet.dts is not None:
                     times.append(packet.pts)
-                    if packet.is_keyframe:
-                        key_times.append(packet.pts)
+                    key_times += [packet.pts] if packet.is_keyframe else []
                 if packet.is_keyframe:
                     key_time = packet.pts
                 elif packet.pts is not None and key_time is not None:
@@ -276,11 +268,9 @@ def _find_decord_fault(container: Any, pixels: str | None) -> str:
         return "it holds several video streams, of which decord may take another one"
     if container.format.name == "mpegts":
         return "it is an MPEG transport stream, of which decord returns other frames than requested"
-    return (
-        ""
-        if DECORD_PIXELS.fullmatch(pixels or "")
-        else f"its pixels are {pixels}, which decord turns into other colours"
-    )
+    if DECORD_PIXELS.fullmatch(pixels or ""):
+        return ""
+    return f"its pixels are {pixels}, which decord turns into other colours"
 
 
 def find_varying_times(times_s: np.ndarray, fps: float, time_base_s: float) -> np.ndarray | None:
@@ -332,11 +322,7 @@ def open_container(video: bytes | Path | BinaryIO) -> Any:
     """
     import av
 
-    if isinstance(video, Path):
-        with video.open("rb") as file:
-            head = file.read(TRANSPORT_BYTES + 1)
-    else:
-        file = as_file(video)
+    with video.open("rb") if isinstance(video, Path) else nullcontext(as_file(video)) as file:
         file.seek(0)
         head = file.read(TRANSPORT_BYTES + 1)
         file.seek(0)
@@ -362,12 +348,6 @@ def as_file(video: bytes | Path | BinaryIO) -> BinaryIO | str:
     return str(video.absolute()) if isinstance(video, Path) else video
 
 
-def _count_bytes(video: bytes | Path | BinaryIO) -> int:
-    if isinstance(video, bytes):
-        return len(video)
-    return video.stat().st_size if isinstance(video, Path) else video.seek(0, io.SEEK_END)
-
-
 def explain_failure(error: Exception, what: str, video: bytes | Path | BinaryIO) -> Exception:
     """The error to raise: a file that cannot be read now may be read in the next run, a video that is damaged stays so.
 
@@ -380,29 +360,19 @@ def explain_failure(error: Exception, what: str, video: bytes | Path | BinaryIO)
 
 
 VIDEO_SUFFIXES = ("mp4", "mkv", "webm", "mov", "avi")
-RECORD_SUFFIXES = ("jsonl", "json")
 
 
-class TarVideo(NamedTuple):
-    """One recording of a tar shard: its video's header, or None and why it cannot be used."""
-
-    key: str
-    info: VideoInfo | None
-    problem: str
-
-
-def iter_tar_videos(path: Path) -> Iterator[TarVideo]:
-    """Yield every recording of a tar shard, by its header.
+def iter_tar_videos(path: Path) -> Iterator[tuple[str, VideoInfo | None, str]]:
+    """Yield key and video of every recording of a tar shard, by its header, or None and why it cannot be used.
 
     Cost: the tar's headers, and some 70 kB and a few milliseconds a video.
     """
-    for key, headers, problem in list_samples(path, (*VIDEO_SUFFIXES, *RECORD_SUFFIXES)):
-        video = next((headers[suffix] for suffix in VIDEO_SUFFIXES if suffix in headers), None)
-        if problem is not None or video is None or not set(RECORD_SUFFIXES) & headers.keys():
-            yield TarVideo(key, None, problem or "video or records are missing")
+    for key, headers, problem in list_samples(path, SUFFIXES):
+        if problem is not None or len(headers) < len(SUFFIXES):
+            yield key, None, problem or "video or records are missing"
             continue
         try:
-            with header_counts(), tarfile.open(path, "r:") as tar, tar.extractfile(video) as file:
-                yield TarVideo(key, probe_video(file), "")
+            with header_counts(), tarfile.open(path, "r:") as tar, tar.extractfile(headers["mp4"]) as file:
+                yield key, probe_video(file), ""
         except DecodeError as error:
-            yield TarVideo(key, None, str(error))
+            yield key, None, str(error)

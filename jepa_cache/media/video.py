@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ class Video:
 
     Attributes:
         info: Number of frames, rate, size and codec.
-        decoder: The decoder in use: "pyav" or "decord", whose frames are the same bit for bit, or "pillow" for pictures.
+        decoder: "pyav" or "decord", whose frames are the same bit for bit, or "pillow" for pictures.
         first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
@@ -54,19 +53,15 @@ class Video:
         close: Callable[[], None],
     ) -> None:
         """Hold an opened decoder; use `open_video`."""
-        self.info = info
-        self.decoder = decoder
-        self.first_frame = first_frame
+        self.info, self.decoder, self.first_frame = info, decoder, first_frame
         self._video, self._decode, self._close = video, decode, close
-        self._next_index = 0
-        self._closed = False
+        self._next_index, self._closed = 0, False
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Decode the frames at `indices`, from where the call before ended.
 
         Args:
-            indices: [n] integers, strictly ascending, the first one above the last one of the call before; counted from
-                `first_frame`.
+            indices: [n] integers, strictly ascending over all calls; counted from `first_frame`.
 
         Returns:
             [n, h, w, 3] uint8, RGB, 0 to 255.
@@ -123,7 +118,7 @@ class _Frames:
     def __init__(self, video: bytes | Path, packets: PacketIndex, first: int, stop: int) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self._container, self._packets, self._first, self._stop = open_container(video), packets, first, stop
+        self._container, self._packets, self._first, self.stop = open_container(video), packets, first, stop
         self._damage: list[tuple[int, str]] = []  # number of the frame, what was wrong
         self._iterator = self._iter_frames()
         # One for all frames: VideoFrame.to_ndarray(format=...) makes one for each, a quarter of the work.
@@ -136,7 +131,7 @@ class _Frames:
         info = self._packets.info
         frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
         for row, index in enumerate(indices):
-            frames[row] = self._to_image(int(index), self._decode_to(int(index)))
+            frames[row] = self._to_image(int(index), self.decode_to(int(index)))
         return frames
 
     def _to_image(self, index: int, frame: Any) -> np.ndarray:
@@ -154,11 +149,7 @@ class _Frames:
             image = image.transpose(1, 0, 2)
         return image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
 
-    def check(self) -> None:
-        """Decode everything, for damage alone."""
-        self._decode_to(self._stop - 1)
-
-    def _decode_to(self, index: int) -> Any:
+    def decode_to(self, index: int) -> Any:
         """Frame `index`.
 
         Raises:
@@ -175,7 +166,7 @@ class _Frames:
         first = min((number for number, _ in self._damage), default=index) - self._first
         words = "; ".join(f"{fault}: {count}" for fault, count in counts)
         raise DecodeError(
-            f"its video is damaged ({words}; the first at frame {max(first, 0)} of {self._stop - self._first}): copy or record it "
+            f"its video is damaged ({words}; the first at frame {max(first, 0)} of {self.stop - self._first}): copy or record it "
             "again"
         )
 
@@ -216,9 +207,9 @@ class _Frames:
                     self._note(number, "corrupt frames")
                 yield number, frame
                 expected = number + 1
-                if expected >= self._stop:
+                if expected >= self.stop:
                     return
-        for lost in range(max(expected, 0), self._stop):
+        for lost in range(max(expected, 0), self.stop):
             self._note(lost, "missing frames")
 
     def _find_number(self, pts: int | None, expected: int) -> int:
@@ -229,7 +220,7 @@ class _Frames:
         return number if number < len(times) and times[number] == pts and number >= expected else expected
 
     def _note(self, number: int, *faults: str) -> None:
-        if number < self._stop:
+        if number < self.stop:
             self._damage += [(number, fault) for fault in faults]
 
 
@@ -255,30 +246,32 @@ def open_video(
         raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if isinstance(video, SideBySide):
         whole = open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames)
-        info = whole.info._replace(width=whole.info.width // 2)
+        width = whole.info.width // 2
 
         def decode_left(indices: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(whole._decode(indices)[:, :, : info.width])
+            return np.ascontiguousarray(whole._decode(indices)[:, :, :width])
 
+        info = whole.info._replace(width=width)
         return Video(video.video, info, whole.decoder, first_frame, decode_left, whole.close)
-    packets = None if isinstance(video, FrameSequence) else index_packets(video)
-    info = probe_video(video) if packets is None else packets.info
+    pictures = isinstance(video, FrameSequence)
+    packets = PacketIndex(probe_video(video), None, None) if pictures else index_packets(video)
+    info = packets.info
     if not 0 <= first_frame < info.num_frames:
         raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
-    if packets is None:
-        return Video(video, info, "pillow", first_frame, functools.partial(_decode_pictures, video, info), lambda: None)
+    if pictures:
+
+        def decode_pictures(indices: np.ndarray) -> np.ndarray:
+            return np.stack([decode_image(video.frames[index], (info.height, info.width)) for index in indices])
+
+        return Video(video, info, "pillow", first_frame, decode_pictures, lambda: None)
     if decoder == "decord":
         _check_decord(info)
     frames = _Frames(video, packets, first_frame, min(info.num_frames, first_frame + (num_frames or info.num_frames)))
     if decoder != "decord":
         return Video(video, info, "pyav", first_frame, frames.decode, frames.close)
     with contextlib.closing(frames):
-        frames.check()
+        frames.decode_to(frames.stop - 1)  # for damage alone
     return Video(video, info, "decord", first_frame, _open_decord(video, info), lambda: None)
-
-
-def _decode_pictures(video: FrameSequence, info: VideoInfo, indices: np.ndarray) -> np.ndarray:
-    return np.stack([decode_image(video.frames[index], (info.height, info.width)) for index in indices])
 
 
 def _check_decord(info: VideoInfo) -> None:

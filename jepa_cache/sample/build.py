@@ -1,7 +1,4 @@
-"""Builds the synthetic sample data set: renders every episode, packs WebDataset tar shards and tells the truth in an index.
-
-The index holds, outside the tar shards, which quirk was put into which episode.
-"""
+"""Builds the synthetic sample data set: tar shards of rendered episodes, and an index of the quirks that were put into each."""
 
 import hashlib
 import json
@@ -15,20 +12,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.sample.config import FPS_HZ, SampleConfig
 from jepa_cache.sample.episode import Recording, record_episode
+from jepa_cache.sample.player import FPS_HZ, SampleConfig
 
 
 def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
     """Render the synthetic data set into `out` as tar shards and an index, and return the index's path.
 
     Every file is published whole, `index.json` last, so its presence means complete; tar shards of an earlier data set
-    in the same folder are removed first. The bytes depend on the settings and library versions only, not on the workers.
-
-    Args:
-        out: folder for `sample-000000.tar`, ... and `index.json`; made if absent.
-        config: what to render.
-        num_workers: processes; 1 renders in this one.
+    in the same folder are removed first. One worker renders in this process. The bytes depend on the settings and library versions only, not on the workers.
 
     Cost: the 19,248 frames of the default settings take 80 to 110 s of CPU time, split among the workers, and 75 MB.
     """
@@ -46,14 +38,8 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
             path = out / f"sample-{len(tars):06d}.tar"
             truths = _pack(path, recordings, size, bar)
             content = path.read_bytes()
-            tars.append(
-                {
-                    "name": path.name,
-                    "sha256": hashlib.sha256(content).hexdigest(),
-                    "num_bytes": len(content),
-                    "episodes": truths,
-                }
-            )
+            digest = hashlib.sha256(content).hexdigest()
+            tars.append({"name": path.name, "sha256": digest, "num_bytes": len(content), "episodes": truths})
     index = {"synthetic": True, "fps_hz": FPS_HZ, "config": asdict(config), "tars": tars}
     with atomic_file(index_path) as part:
         part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -73,8 +59,7 @@ def _record_all(config: SampleConfig, num_workers: int) -> Iterator[Recording]:
 
 def _pack(path: Path, recordings: Iterator[Recording], num_episodes: int, bar: tqdm) -> list[dict[str, object]]:
     """Write the next episodes into one tar shard, under its name only when whole, and return their truths."""
-    # Here, not above: webdataset imports torch, and every spawned worker would spend seconds on it.
-    import webdataset
+    import webdataset  # Here: it imports torch, on which every spawned worker would spend seconds.
 
     truths = []
     # Fixed time and owner (TarWriter's own default), or the same episodes would give other bytes on every run.

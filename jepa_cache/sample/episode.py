@@ -2,16 +2,25 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import av
 import numpy as np
 
-from jepa_cache.sample.config import FPS_HZ, SampleConfig
-from jepa_cache.sample.player import KEY_PREFIX, SCREEN_CENTRE, PlayerState, Tick, play, write_script
-from jepa_cache.sample.world import build_scenery, build_world, render
+from jepa_cache.sample.player import (
+    FPS_HZ,
+    KEY_PREFIX,
+    SCREEN_CENTRE,
+    PlayerState,
+    Quirks,
+    SampleConfig,
+    Tick,
+    advance,
+    write_script,
+)
+from jepa_cache.sample.world import Scenery, World, build_scenery, build_world, render
 
 VIDEO_HEIGHT, VIDEO_WIDTH = 360, 640
 
@@ -23,15 +32,6 @@ _COLOURS = ("amber", "cobalt", "crimson", "ivory", "jade", "ochre", "teal", "vio
 _ANIMALS = ("badger", "heron", "ibex", "lynx", "marten", "otter", "plover", "vole")
 # Streams of random numbers, so that a change in one leaves the others as they were.
 _SCENERY, _QUIRKS, _WORLD, _SCRIPT, _NAME = range(5)
-
-
-class Quirks(NamedTuple):
-    """Faults of real recordings that one episode is given on purpose."""
-
-    stuck_attack: bool
-    wheel: bool
-    gui: bool
-    extra_lines: int  # lines minus frames: -1, 0 or 1
 
 
 class Recording(NamedTuple):
@@ -53,9 +53,7 @@ def plan_quirks(config: SampleConfig) -> list[Quirks]:
         place < round(share * config.num_episodes) for place, share in zip(places, shares, strict=True)
     )
     extra_lines = np.where(mismatch, np.where(places[3] % 2 == 0, 1, -1), 0)
-    return [
-        Quirks(bool(s), bool(w), bool(g), int(e)) for s, w, g, e in zip(stuck, wheel, gui, extra_lines, strict=True)
-    ]
+    return [Quirks(*values) for values in zip(*(it.tolist() for it in (stuck, wheel, gui, extra_lines)), strict=True)]
 
 
 def record_episode(config: SampleConfig, index: int) -> Recording:
@@ -65,25 +63,17 @@ def record_episode(config: SampleConfig, index: int) -> Recording:
     """
     quirks = plan_quirks(config)[index]
     world = build_world(_rng(config, _WORLD, index))
-    num_frames, num_lines = config.num_frames, config.num_frames + quirks.extra_lines
-    script = write_script(
-        _rng(config, _SCRIPT, index),
-        config,
-        num_frames + 1,
-        stuck_attack=quirks.stuck_attack,
-        wheel=quirks.wheel,
-        gui=quirks.gui,
-    )
-    states = play(script.ticks, world)
     scenery = build_scenery(_rng(config, _SCENERY, 0), config.contrast)
-
-    def pictures() -> Iterator[np.ndarray]:
-        for state in states[:num_frames]:
-            picture = render(world, scenery, state.x_blocks, state.z_blocks, state.yaw_deg, state.pitch_deg)
-            yield _dim_for_gui(picture) if state.gui else picture
-
+    num_frames, num_lines = config.num_frames, config.num_frames + quirks.extra_lines
+    script = write_script(_rng(config, _SCRIPT, index), config, num_frames + 1, quirks)
+    states = [PlayerState()]  # before every tick
+    for tick in script.ticks:
+        states.append(advance(states[-1], tick, world))
     start = datetime(2025, 1, 1, 8, tzinfo=UTC) + timedelta(seconds=index * (int(config.episode_s) + 5))
-    key = _name(_rng(config, _NAME, index), start)
+    # A segment name in the contractors' form, with an alias that says what it is; the time makes it unique.
+    rng = _rng(config, _NAME, index)
+    alias = f"synthetic-{rng.choice(_COLOURS)}-{rng.choice(_ANIMALS)}"
+    key = f"{alias}-{rng.bytes(6).hex()}-{start:%Y%m%d-%H%M%S}"
     truth = {
         "key": key,
         "num_frames": num_frames,
@@ -94,14 +84,9 @@ def record_episode(config: SampleConfig, index: int) -> Recording:
         "wheel_ticks": script.wheel_ticks,
         "gui_span": script.gui_span,
     }
+    pictures = (_show(state, world, scenery) for state in states[:num_frames])
     lines = _write_lines(states, script.ticks, num_lines, int(start.timestamp() * 1000))
-    return Recording(key, _encode_video(pictures(), config.crf), lines, truth)
-
-
-def _name(rng: np.random.Generator, start: datetime) -> str:
-    """Segment name in the contractors' form, with an alias that says what it is; the time makes it unique."""
-    alias = f"synthetic-{rng.choice(_COLOURS)}-{rng.choice(_ANIMALS)}"
-    return f"{alias}-{rng.bytes(6).hex()}-{start:%Y%m%d-%H%M%S}"
+    return Recording(key, _encode_video(pictures, config.crf), lines, truth)
 
 
 def _rng(config: SampleConfig, stream: int, index: int) -> np.random.Generator:
@@ -122,9 +107,12 @@ def _encode_video(pictures: Iterable[np.ndarray], crf: int) -> bytes:
     return out.getvalue()
 
 
-def _dim_for_gui(picture: np.ndarray) -> np.ndarray:
-    """Show an open inventory: the view goes dark behind a grey panel with slots; no cursor, as in real recordings."""
-    picture = picture * np.float32(0.4)
+def _show(state: PlayerState, world: World, scenery: Scenery) -> np.ndarray:
+    """What the player sees, as `render`: an open inventory darkens the view behind a grey panel with slots, without a cursor."""
+    picture = render(world, scenery, state.x_blocks, state.z_blocks, state.yaw_deg, state.pitch_deg)
+    if not state.gui:
+        return picture
+    picture *= np.float32(0.4)
     picture[1:, 16:74, 46:114] = 0
     panel = picture[0, 16:74, 46:114]
     panel[:] = 170
@@ -141,13 +129,15 @@ def _write_lines(states: list[PlayerState], ticks: list[Tick], num_lines: int, s
         if t:
             moved = np.subtract(states[t][:2], states[t - 1][:2])
             walked_cm += 100 * float(np.hypot(*moved))
-        line = _line(t, states[t], ticks[t], start_milli, walked_cm)
+        line = _line(t, states[t], ticks[t], start_milli + t * 1000 // FPS_HZ, int(walked_cm))
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
     return "".join(lines).encode()
 
 
-def _line(t: int, state: PlayerState, tick: Tick, start_milli: int, walked_cm: float) -> dict[str, object]:
+def _line(t: int, state: PlayerState, tick: Tick, milli: int, walked_cm: int) -> dict[str, object]:
     scale = 0.5 if state.gui else 1.0
+    names = [key.removeprefix(KEY_PREFIX) for key in tick.new_keys]
+    times = ("time_since_rest", "play_one_minute", "time_since_death")
     return {
         "mouse": {
             "x": state.mouse_x,
@@ -160,7 +150,11 @@ def _line(t: int, state: PlayerState, tick: Tick, start_milli: int, walked_cm: f
             "buttons": list(tick.buttons),
             "newButtons": list(tick.new_buttons),
         },
-        "keyboard": {"keys": list(tick.keys), "newKeys": list(tick.new_keys), "chars": _typed(tick.new_keys)},
+        "keyboard": {
+            "keys": list(tick.keys),
+            "newKeys": list(tick.new_keys),
+            "chars": "".join(name for name in names if len(name) == 1),
+        },
         "isGuiOpen": state.gui,
         "isGuiInventory": state.gui,
         "hotbar": state.hotbar,
@@ -170,21 +164,15 @@ def _line(t: int, state: PlayerState, tick: Tick, start_milli: int, walked_cm: f
         "ypos": _GROUND_Y_BLOCKS,
         "zpos": state.z_blocks,
         "tick": t,
-        "milli": start_milli + t * 1000 // FPS_HZ,
+        "milli": milli,
         "inventory": [],
         "serverTick": t + 2,
         "serverTickDurationMs": 12.5,
         "stats": {
-            "minecraft.custom:minecraft.time_since_rest": t + 1,
-            "minecraft.custom:minecraft.play_one_minute": t + 1,
-            "minecraft.custom:minecraft.time_since_death": t + 1,
-            "minecraft.custom:minecraft.walk_one_cm": int(walked_cm),
+            **{f"minecraft.custom:minecraft.{name}": t + 1 for name in times},
+            "minecraft.custom:minecraft.walk_one_cm": walked_cm,
         },
     }
-
-
-def _typed(new_keys: tuple[str, ...]) -> str:
-    return "".join(name for name in (key.removeprefix(KEY_PREFIX) for key in new_keys) if len(name) == 1)
 
 
 def _to_frame(picture: np.ndarray) -> av.VideoFrame:

@@ -6,13 +6,17 @@ per pointer count and pitch likewise, clipped to [-90, 90]; inside the GUI both 
 the 1280x720 screen per count.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
-from jepa_cache.sample.config import FPS_HZ, SampleConfig
+from jepa_cache.config.schema import Count, RateOrZero, Seed, Settings, Share
 from jepa_cache.sample.world import MAP_BLOCKS, World, is_free
+
+FPS_HZ = 20
+"""Video frames and control ticks per second; fixed, as in VPT contractor recordings."""
 
 DEG_PER_COUNT = 0.15
 SCREEN_CENTRE = (640.0, 360.0)
@@ -30,6 +34,45 @@ _MEAN_WALK_S = 1.5
 _MEAN_CLICK_GAP_S = 5.0
 _MEAN_PITCH_DEG = 5.0
 _PITCH_RETURN_S = 1.0  # time in which the mean pitch is sought again; keeps the horizon in view
+
+
+@dataclass(frozen=True)
+class SampleConfig(Settings):
+    """Settings of one synthetic sample data set; the same settings give the same files on the same machine.
+
+    Shares are fractions of the episodes (quirks) or of the ticks (walking). A quirk falls on exactly
+    `round(share * num_episodes)` episodes, chosen by the seed.
+    """
+
+    seed: Seed = 0
+    num_episodes: Count = 48  # fewer than 36 for training cost held-out error: .499 at 36, .547 at 12
+    # Quirks need room: a GUI span and its key presses take up to 3 s of an episode that has one.
+    episode_s: Annotated[float, Field(ge=2, le=3600)] = 20.0
+    episodes_per_tar: Count = 12
+    contrast: Share = 0.3  # of the textures about their mean; low is easier to predict and smaller on disk
+    turn_std_deg_per_s: RateOrZero = 100.0  # with the tau below: 15 deg per step at 5 Hz, lag-1 correlation .4
+    pitch_std_deg_per_s: RateOrZero = 36.0  # 5 deg per step at 5 Hz
+    turn_tau_s: Annotated[float, Field(ge=0.001, le=100)] = 0.12  # correlation time of both turning rates
+    walking_share: Share = 0.4  # of the ticks outside the GUI
+    stuck_attack_share: Share = 0.95  # 63 of 64 real logs begin with attack held
+    wheel_share: Share = 0.25  # episodes in which the mouse wheel moves the hotbar slot
+    gui_share: Share = 0.05  # episodes in which the inventory is open for 1 to 2.5 s
+    line_mismatch_share: Share = 0.1  # episodes with one line more or fewer than frames, in turn
+    crf: Annotated[int, Field(ge=0, le=51)] = 28  # x264 quality: 28 takes half the bytes of 20
+
+    @property
+    def num_frames(self) -> int:
+        """Video frames per episode, both ends included: 20 s at 20 Hz are 401 frames."""
+        return round(self.episode_s * FPS_HZ) + 1
+
+
+class Quirks(NamedTuple):
+    """Faults of real recordings that one episode is given on purpose."""
+
+    stuck_attack: bool  # attack is new on line 0 and held from there until the first true attack click
+    wheel: bool  # the wheel changes the hotbar slot, one to three times, without a key
+    gui: bool  # the inventory is open for 1 to 2.5 s
+    extra_lines: int  # lines minus frames: -1, 0 or 1
 
 
 class Tick(NamedTuple):
@@ -86,35 +129,21 @@ def advance(state: PlayerState, tick: Tick, world: World) -> PlayerState:
     return PlayerState(x, z, yaw, pitch, mouse[0], mouse[1], toggles, hotbar)
 
 
-def play(ticks: Sequence[Tick], world: World) -> list[PlayerState]:
-    """Give the state before every tick, and the one after the last: one more than ticks."""
-    states = [PlayerState()]
-    for tick in ticks:
-        states.append(advance(states[-1], tick, world))
-    return states
-
-
-def write_script(
-    rng: np.random.Generator, config: SampleConfig, num_ticks: int, *, stuck_attack: bool, wheel: bool, gui: bool
-) -> Script:
-    """Make up one episode's input: restless turning, walking in spells, clicks, and the requested quirks.
-
-    `stuck_attack` records attack as new on line 0 and as held from there until the first true attack click; `wheel` changes the hotbar
-    slot by the wheel, one to three times, without a key; `gui` opens the inventory for 1 to 2.5 s.
-    """
+def write_script(rng: np.random.Generator, config: SampleConfig, num_ticks: int, quirks: Quirks) -> Script:
+    """Make up one episode's input: restless turning, walking in spells, clicks, and the quirks."""
     dx, dy = _turn(rng, config, num_ticks)
     keys = _walking_keys(rng, config, num_ticks)
     clicks = _clicks(rng, num_ticks)
-    span = _gui_span(rng, num_ticks) if gui else None
-    if span is not None:
-        _open_gui(rng, span, dx, dy, keys, clicks)
-    wheel_ticks = _wheel_ticks(rng, num_ticks, span) if wheel else []
+    span = _open_gui(rng, dx, dy, keys, clicks) if quirks.gui else None
+    wheel_ticks = _wheel_ticks(rng, num_ticks, span) if quirks.wheel else []
     notches = {tick: int(rng.choice([-1, 1])) for tick in wheel_ticks}
     first_attack = next((t for t, button in enumerate(clicks) if button == 0), None)
     buttons = [() if button is None else (button,) for button in clicks]
     new_buttons = [now if t == 0 or now != buttons[t - 1] else () for t, now in enumerate(buttons)]
-    if stuck_attack:
-        _stick_attack(buttons, new_buttons)
+    if quirks.stuck_attack:
+        new_buttons[0] = (0,)
+        first_new = next((t for t, new in enumerate(new_buttons) if t and 0 in new), num_ticks)
+        buttons[:first_new] = [tuple(sorted({0, *held})) for held in buttons[:first_new]]
     ticks = [
         Tick(
             float(dx[t]),
@@ -184,33 +213,15 @@ def _clicks(rng: np.random.Generator, num_ticks: int) -> list[int | None]:
     return clicks
 
 
-def _stick_attack(buttons: list[tuple[int, ...]], new_buttons: list[tuple[int, ...]]) -> None:
-    """Record attack as held from line 0 until the first true attack click takes over, as real logs do."""
-    new_buttons[0] = (0,)
-    for t in range(len(buttons)):
-        if t and 0 in new_buttons[t]:
-            return
-        buttons[t] = tuple(sorted({0, *buttons[t]}))
-
-
-def _gui_span(rng: np.random.Generator, num_ticks: int) -> tuple[int, int]:
+def _open_gui(
+    rng: np.random.Generator, dx: np.ndarray, dy: np.ndarray, keys: list[tuple[str, ...]], clicks: list[int | None]
+) -> tuple[int, int]:
+    """Choose a span, press the GUI key before it and on its last tick; within it stand and move only the cursor."""
     length = int(rng.integers(FPS_HZ, FPS_HZ * 5 // 2 + 1))
     # Short episodes hold a shorter span, with a second of play before it and half a second after.
-    length = min(length, num_ticks - FPS_HZ * 3 // 2)
-    start = int(rng.integers(FPS_HZ, num_ticks - length - FPS_HZ // 2 + 1))
-    return start, start + length
-
-
-def _open_gui(
-    rng: np.random.Generator,
-    span: tuple[int, int],
-    dx: np.ndarray,
-    dy: np.ndarray,
-    keys: list[tuple[str, ...]],
-    clicks: list[int | None],
-) -> None:
-    """Press the GUI key before the span and on its last tick; within it stand, move the cursor, release the buttons."""
-    start, end = span
+    length = min(length, len(keys) - FPS_HZ * 3 // 2)
+    start = int(rng.integers(FPS_HZ, len(keys) - length - FPS_HZ // 2 + 1))
+    end = start + length
     keys[start - 1] = (GUI_KEY, *keys[start - 1])
     keys[start:end] = [()] * (end - start)
     keys[start] = (GUI_KEY,)
@@ -223,6 +234,7 @@ def _open_gui(
     path = np.rint(np.stack([np.interp(at, range(4), knots[:, axis]) for axis in (0, 1)], 1))
     dx[start:end], dy[start:end] = 0, 0
     dx[start : end - 1], dy[start : end - 1] = np.diff(path, axis=0).T / 2
+    return start, end
 
 
 def _wheel_ticks(rng: np.random.Generator, num_ticks: int, span: tuple[int, int] | None) -> list[int]:

@@ -42,6 +42,7 @@ def test_a_file_arrives_whole_whatever_the_connection_does_and_is_not_asked_for_
         ("{}/gone", "/gone: there is nothing there"),
         ("{}/forbidden", "cannot be fetched .*403.*https_proxy"),
         ("{}/broken", "cannot be fetched .*500"),
+        ("{}/short", "cannot be fetched .*GenericError"),
         ("http://127.0.0.1:9/f", "cannot be fetched .*Is the network reachable"),
         ("file:///etc/passwd", "only http"),
         ("ftp://127.0.0.1/f", "only http"),
@@ -51,8 +52,9 @@ def test_a_file_arrives_whole_whatever_the_connection_does_and_is_not_asked_for_
 def test_what_cannot_be_fetched_is_named_with_the_reason(server, tmp_path, monkeypatch, url, words):
     monkeypatch.setattr(remote, "RETRIES", {"max_retries": 1})
     monkeypatch.setattr(remote, "MAX_FILE_BYTES", 1000)
-    server.files |= {"forbidden": b"", "broken": b""}
+    server.files |= {"forbidden": b"", "broken": b"", "short": bytes(900)}
     server.faults |= {"forbidden": [("status", 403)] * 9, "broken": [("status", 500)] * 9}
+    server.faults["short"] = [("drop", 400)] * 9
     with pytest.raises(DownloadError, match=words):
         fetch_file(url.format(server.url), tmp_path / "f")
     assert not list(tmp_path.iterdir())

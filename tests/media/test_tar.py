@@ -84,12 +84,9 @@ def test_a_member_of_an_unusable_name_is_a_problem_of_its_key_alone(tmp_path, na
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_a_problem(tmp_path, kind):
+def test_links_devices_and_members_too_large_for_memory_are_a_problem(tmp_path, kind, monkeypatch):
     (sample,) = _read(_write_header(tmp_path / "a.tar", kind))
     assert "only plain files are read" in sample.problem and not sample.members
-
-
-def test_a_member_too_large_for_memory_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 1000)
     first, second = _read(write_tar(tmp_path / "x.tar", [("a.mp4", b"v" * 1001), ("b.mp4", b"v" * 1000)]))
     assert "at most 1000 are read" in first.problem and not first.members and second.problem is None
@@ -160,10 +157,10 @@ def test_videos_of_a_tar_are_measured_by_their_headers_and_what_cannot_be_used_s
     video = make_video(20, 1, options={"g": "7"})
     members = [("good.mp4", video), ("good.jsonl", b"{}\n"), ("cut.mp4", video[:-900]), ("cut.jsonl", b"{}\n")]
     members += [("alone.mp4", video), ("text.jsonl", b"{}\n")]
-    found = {it.key: it for it in iter_tar_videos(write_tar(tmp_path / "x.tar", members))}
+    found = {key: (info, problem) for key, info, problem in iter_tar_videos(write_tar(tmp_path / "x.tar", members))}
     # Whether later frames show before key frames is not looked at.
-    assert found.pop("good").info == probe_video(video)._replace(open_gop=False)
-    assert all(it.info is None and it.problem for it in found.values()) and set(found) == {"cut", "alone", "text"}
+    assert found.pop("good") == (probe_video(video)._replace(open_gop=False), "")
+    assert all(info is None and problem for info, problem in found.values()) and set(found) == {"cut", "alone", "text"}
 
 
 @pytest.fixture
@@ -188,11 +185,8 @@ def test_inputs_are_expanded_sorted_and_each_once(inputs, given, expected):
     assert expand_inputs(given, inputs, "*.tar") == [inputs / name for name in expected]
     absolute = [str(inputs / name) for name in given]
     assert expand_inputs(absolute, inputs / "elsewhere", "*.tar") == [inputs / name for name in expected]
-
-
-def test_a_tar_that_two_links_reach_counts_once(inputs):
-    (inputs / "link").symlink_to(inputs / "b", target_is_directory=True)
-    assert len(expand_inputs(["b", "link"], inputs, "*.tar")) == len(expand_inputs(["link"], inputs, "*.tar")) == 2
+    (inputs / "b2").symlink_to(inputs / "b", target_is_directory=True)
+    assert len(expand_inputs(["b", "b2"], inputs, "*.tar")) == 2, "each once, by whichever name"
 
 
 @pytest.mark.parametrize("name", ["absent", "a/notes.txt", "b/*.zip", "absent-{0..3}.tar", "b/x-{000000..000002}.tar"])
@@ -211,10 +205,6 @@ def _write_pairs(folder, names):
             path.write_bytes(os.fsencode(f"{name} {suffix} ") * (50 + index))
 
 
-def _read_all(tars):
-    return [sample for tar in tars for sample in iter_samples(tar, SUFFIXES)]
-
-
 LONG = "/".join(["x" * 90] * 4) + "/segment"
 
 
@@ -224,27 +214,24 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def test_what_is_packed_comes_back_and_the_same_folder_gives_the_same_bytes(folder, tmp_path):
-    tars, num_episodes, _, skipped = pack_folder(folder, tmp_path / "one", max_bytes=4500)
-    samples = _read_all(tars)
-    assert [sample.key for sample in samples] == ["10.0/a", "10.0/b", "c", LONG]
-    for sample in samples:
-        assert sample.problem is None
-        assert sample.members == {suffix: (folder / f"{sample.key}.{suffix}").read_bytes() for suffix in SUFFIXES}
+@pytest.mark.parametrize("max_bytes", [4500, 2500, 1])
+def test_what_is_packed_comes_back_within_the_limit_and_the_same_folder_gives_the_same_bytes(
+    folder, tmp_path, max_bytes
+):
+    tars, num_episodes, _, skipped = pack_folder(folder, tmp_path / "one", max_bytes=max_bytes)
     assert num_episodes == 4 and not skipped and expand_inputs(["one"], tmp_path, "*.tar") == tars
+    keys = []
+    for samples in map(_read, tars):
+        keys += [sample.key for sample in samples]
+        assert len(samples) == 1 or sum(len(part) for it in samples for part in it.members.values()) <= max_bytes
+        assert all(sample.problem is None for sample in samples)
+        for sample in samples:
+            assert sample.members == {suffix: (folder / f"{sample.key}.{suffix}").read_bytes() for suffix in SUFFIXES}
+    assert keys == ["10.0/a", "10.0/b", "c", LONG]
     for path in folder.rglob("*.mp4"):
         os.utime(path, (1, 1))
-    again = pack_folder(folder, tmp_path / "two", max_bytes=4500).tars
+    again = pack_folder(folder, tmp_path / "two", max_bytes=max_bytes).tars
     assert [path.read_bytes() for path in tars] == [path.read_bytes() for path in again]
-
-
-@pytest.mark.parametrize("max_bytes", [2500, 1])
-def test_tars_keep_their_limit_and_lose_nothing(folder, tmp_path, max_bytes):
-    tars = pack_folder(folder, tmp_path / "out", max_bytes=max_bytes).tars
-    assert len(_read_all(tars)) == 4
-    for samples in (_read(tar) for tar in tars):
-        size_bytes = sum(len(part) for sample in samples for part in sample.members.values())
-        assert size_bytes <= max_bytes or len(samples) == 1
 
 
 def test_what_is_not_packed_is_named_and_links_out_of_the_folder_are_not_followed(folder, tmp_path, capsys):
@@ -280,25 +267,21 @@ def test_an_earlier_pack_is_refused_and_overwriting_leaves_no_tar_of_it(folder, 
         pack_folder(folder, tmp_path / "out")
     assert len(before) == 4 and [tar.read_bytes() for tar in earlier] == before
     tars = pack_folder(folder, tmp_path / "out", overwrite=True).tars
-    assert sorted((tmp_path / "out").iterdir()) == tars and len(_read_all(tars)) == 4
+    assert list((tmp_path / "out").iterdir()) == tars and len(_read(tars[0])) == 4
 
 
 def test_a_failure_leaves_whole_tars_only(folder, tmp_path, monkeypatch):
     from webdataset.writer import TarWriter
 
-    write = TarWriter.write
-
-    def fail_on_the_last(self, sample):
-        if sample["__key__"] == LONG:
-            raise OSError("no space left")
-        return write(self, sample)
+    def fail_on_the_last(self, sample, write=TarWriter.write):
+        return write(self, sample) if sample["__key__"] != LONG else 1 / 0
 
     monkeypatch.setattr(TarWriter, "write", fail_on_the_last)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ZeroDivisionError):
         pack_folder(folder, tmp_path / "out", max_bytes=2500)
-    left = sorted((tmp_path / "out").iterdir())
+    left = list((tmp_path / "out").iterdir())
     assert left and all(path.suffix == ".tar" for path in left)
-    assert all(sample.problem is None for sample in _read_all(left))
+    assert all(sample.problem is None for tar in left for sample in _read(tar))
 
 
 def test_nothing_to_pack_is_an_error(tmp_path):
