@@ -228,10 +228,7 @@ class WriterThread:
     """Runs calls one after the other; `write(function, *arguments)` waits only while too many are queued.
 
     After a call that failed none is run any more, so that nothing is published on top of a hole; what it raised is
-    raised by the next `write`, or at the end of the block.
-
-    Attributes:
-        wait_s: Seconds that callers had to wait.
+    raised by the next `write`, or at the end of the block. `wait_s` is how long callers had to wait.
     """
 
     def __init__(self) -> None:
@@ -270,7 +267,7 @@ class WriterThread:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
         if self._failed:
             return
-        self._failed = True
+        self._failed = True  # stays so where the call raises
         function(*arguments)
         self._failed = False
 

@@ -44,23 +44,14 @@ Stores = dict[tuple[str, str], StoreFile]
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What stage one did.
-
-    Attributes:
-        manifest: The manifest.
-        num_units: Units that have stores.
-        num_encoded: Those of them that were encoded in this run.
-        timing: Of these; None where there are none.
-        copies: A sentence on recordings with the same content; empty where there are none.
-        implausible: Values that their units do not allow, by recording.
-    """
+    """What stage one did."""
 
     manifest: Manifest
-    num_units: int
-    num_encoded: int
-    timing: Timing | None
-    copies: str = ""
-    implausible: tuple[str, ...] = ()
+    num_units: int  # that have stores
+    num_encoded: int  # of them in this run
+    timing: Timing | None  # of these; None where there are none
+    copies: str  # a sentence on recordings with the same content; empty where there are none
+    implausible: tuple[str, ...]  # values that their units do not allow, by recording
 
 
 def encode_dataset(
@@ -76,18 +67,11 @@ def encode_dataset(
 
     Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files
     missing or cut short is encoded again, by name. Several encoders may work on one root: each unit is encoded by one
-    of them, and what a dead one left is taken over. Meanwhile `gc` removes nothing, and after a kill it keeps for some
-    days what this encode had made. Until it has ended well, a manifest that was at `output` before counts as out of
-    date.
+    of them, and what a dead one left is taken over. Meanwhile `gc` removes nothing. Until it has ended well, a manifest
+    that was at `output` before counts as out of date.
 
-    Args:
-        config: Resolved settings.
-        inputs: Folders, files, globs, brace ranges; replace the data set preset's list when not empty.
-        base: Folder that relative paths are meant from.
-        root: Cache root.
-        workers: Processes of this machine that encode, one unit each at a time, or the address of a Dask scheduler that
-            has some; None encodes in this process.
-        output: Where stage two looks for the manifest; None writes it into the root alone.
+    `inputs` (folders, files, globs, brace ranges; relative ones start from `base`) replace the preset's list when not
+    empty. `workers` are processes of this machine, or the address of a Dask scheduler; None encodes in this process.
 
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings,
