@@ -95,11 +95,6 @@ class EncodingGroup:
         """Camera and phase in words."""
         return ", ".join(filter(None, [self.camera, f"phase {self.phase}" if self.phase else None])) or "main"
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of its recordings."""
-        return sum(unit.num_bytes for unit in self.units)
-
     @cached_property
     def fingerprint(self) -> str:
         """Names its token stores."""

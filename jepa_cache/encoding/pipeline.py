@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,9 @@ def fill_group(
         Decoders(group, claims.take(), encoder.preprocess) as decoders,
     ):
         for unit, recordings in decoders:
-            store = _OpenUnit(root, group, unit, encoder, write)
-            bytes_left = unit.num_bytes
+            store, bytes_left = _OpenUnit(root, group, unit, encoder, write), 0
+            with suppress(OSError):  # gone meanwhile, as its reader will say
+                bytes_left = unit.num_bytes
             try:
                 for recording in recordings:
                     if isinstance(recording, Skipped):
