@@ -123,8 +123,9 @@ def read_everything(root: CacheRoot, manifest: Manifest) -> dict[str, object]:
             steps = dataset.steps(number)
             numbers |= {f"{number} {name}": steps.column(name).to_numpy() for name in steps.column_names}
             controls = root.controls(part.source_fingerprint, entry.unit_digest)
-            for key, columns in iter_controls(controls):
-                numbers |= {f"{number} {key} {name}": values for name, values in columns.items()}
+            with root.pulled([controls]):
+                for key, columns in iter_controls(controls):
+                    numbers |= {f"{number} {key} {name}": values for name, values in columns.items()}
     finally:
         dataset.close()
     return numbers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,18 +28,17 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
     be decoded under one recipe only, for its episode is then missing in the other.
     """
     store, tokens_store = group.actions(root, unit), group.tokens(root, unit)
-    tokens = tokens or root.find_store(tokens_store)
+    steps_digest = (tokens or root.find_store(tokens_store)).metadata["steps_digest"]
 
-    def current() -> StoreFile | None:
-        found = read_whole(root, store)
-        return found if found and found.metadata.get("steps_digest") == tokens.metadata["steps_digest"] else None
+    def fits(found: StoreFile | None) -> bool:
+        return found is not None and found.metadata.get("steps_digest") == steps_digest
 
-    if (found := current()) is not None:
+    if fits(found := read_whole(root, store)):
         return found
     with root.claimed(store):
-        if remove_damaged(root, store, "making"):
-            if (found := current()) is not None:  # another encoder made them meanwhile
-                return found
+        if fits(found := remove_damaged(root, store, "making")):  # another encoder made them meanwhile
+            return found
+        if found is not None:
             root.remove(store)
         space = group.space
         actions, states, excluded = aggregate_store(tokens_store, ensure_controls(root, group, unit), space)
@@ -49,7 +47,7 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
             "states": [column._asdict() for column in space.states],
             "excluded": excluded,
             "num_steps": len(actions),
-            "steps_digest": tokens.metadata["steps_digest"],
+            "steps_digest": steps_digest,
         }
         write_actions(store, actions, states, metadata)
         root.publish(store)
@@ -88,36 +86,28 @@ def write_controls(
 def aggregate_store(
     tokens_store: Path, controls_file: Path, space: ActionSpace
 ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """Actions and states for every step of one token store.
+    """Actions [n, A] and states [n, S], float32, for the n steps of one token store.
 
-    Returns:
-        actions [n, A] float32 (row i leads to step i+1, the last row of each segment NaN), states [n, S] float32, and
-        for every episode that this action space cannot describe the reason; its rows are NaN.
-
-    Raises:
-        StoreDamagedError: The two are of other units.
+    Row i of the actions leads to step i+1, the last row of each segment is NaN. The last value has the reason for every
+    episode that this action space cannot describe; its rows are NaN. StoreDamagedError where the two are of other units.
     """
     ticks = read_table(tokens_store, layout.STEPS_FILE).column("tick").to_numpy()
-    segments = read_table(tokens_store, layout.SEGMENTS_FILE).to_pylist()
     actions = np.full((len(ticks), len(space.actions)), np.nan, np.float32)
     states = np.full((len(ticks), len(space.states)), np.nan, np.float32)
     excluded: dict[str, str] = {}
-    wanted: dict[str, list[dict[str, Any]]] = {}
-    for segment in segments:
-        wanted.setdefault(segment["episode"], []).append(segment)
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for segment in read_table(tokens_store, layout.SEGMENTS_FILE).to_pylist():
+        wanted.setdefault(segment["episode"], []).append((segment["start"], segment["stop"]))
     for episode, controls in iter_controls(controls_file):
         runs = wanted.pop(episode, [])
         try:
-            for segment in runs:
-                start, stop = segment["start"], segment["stop"]
+            for start, stop in runs:
                 result = space.aggregate(controls, ticks[start:stop])
-                actions[start : stop - 1] = result.actions
-                states[start:stop] = result.states
+                actions[start : stop - 1], states[start:stop] = result.actions, result.states
         except ValueError as error:
             excluded[episode] = f"action space {space.name}: {error}"
-            for segment in runs:
-                actions[segment["start"] : segment["stop"]] = np.nan
-                states[segment["start"] : segment["stop"]] = np.nan
+            for start, stop in runs:
+                actions[start:stop] = states[start:stop] = np.nan
     if wanted:
         raise StoreDamagedError(
             f"{tokens_store} holds {sorted(wanted)[0]!r}, of which the controls of its unit, {controls_file}, know nothing: it is "

@@ -69,10 +69,7 @@ class Decoders:
 
     A feeder thread reads recordings from the source; each gets a decoding task. Queues are bounded, so memory holds a
     few episodes' containers and a few batches however long the run is. Batches never cross episodes, so the tokens of
-    an episode depend on nothing else.
-
-    Attributes:
-        wait_s: Seconds that the consumer waited.
+    an episode depend on nothing else. `wait_s` is how long the consumer waited.
     """
 
     def __init__(
@@ -201,13 +198,9 @@ def video_bytes(video: Any) -> int:
 
 
 def luma_statistics(frames: np.ndarray) -> np.ndarray:
-    """Mean and deviation of each frame's luma, from every fourth pixel in both directions.
+    """Mean and deviation of each frame's luma, [F, 2] float32, 0 to 255, from every fourth pixel in both directions.
 
-    Args:
-        frames: [F, h, w, 3] uint8 RGB.
-
-    Returns:
-        [F, 2] float32, 0 to 255. Source of the weights: ITU-R BT.601.
+    Frames are [F, h, w, 3] uint8 RGB. Source of the weights: ITU-R BT.601.
     """
     sampled = np.empty((*frames[:, ::4, ::4].shape[:3], 3), np.uint8)
     for channel in range(3):  # a third quicker than picking pixels, whose three values numpy copies one by one

@@ -82,12 +82,12 @@ class EncodingGroup:
 
     @property
     def source(self) -> Source:
-        """Reader of its recordings."""
+        """What reads its recordings."""
         return open_source(self.preset, self.camera)
 
     @property
     def space(self) -> ActionSpace:
-        """Of its actions and states."""
+        """What its actions and states are."""
         return get_action_space(self.action_recipe["action_space"])
 
     @property
@@ -95,36 +95,31 @@ class EncodingGroup:
         """Camera and phase in words."""
         return ", ".join(filter(None, [self.camera, f"phase {self.phase}" if self.phase else None])) or "main"
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its recordings."""
-        return sum(unit.num_bytes for unit in self.units)
-
     @cached_property
     def fingerprint(self) -> str:
-        """Of its token stores."""
+        """Names its token stores."""
         return fingerprint(self.recipe)
 
     @cached_property
     def action_fingerprint(self) -> str:
-        """Of its action stores."""
+        """Names its action stores."""
         return fingerprint(self.action_recipe)
 
     @cached_property
     def source_fingerprint(self) -> str:
-        """Of its controls: of the source alone."""
+        """Names its controls, for they depend on the source alone."""
         return fingerprint(self.recipe["source"])
 
     def tokens(self, root: CacheRoot, unit: Unit) -> Path:
-        """Token store of a unit."""
+        """Where the tokens of a unit lie."""
         return root.tokens(self.fingerprint, unit.digest)
 
     def actions(self, root: CacheRoot, unit: Unit) -> Path:
-        """Store of the actions and states of a unit."""
+        """Where the actions and states of a unit lie."""
         return root.actions(self.action_fingerprint, unit.digest)
 
     def controls(self, root: CacheRoot, unit: Unit) -> Path:
-        """File with the controls of a unit."""
+        """Where the controls of a unit lie."""
         return root.controls(self.source_fingerprint, unit.digest)
 
     def plan(self, num_frames: int, fps: float, times_s: np.ndarray | None = None) -> StepPlan:
@@ -147,6 +142,8 @@ def group_units_by_recipe(
     most_bytes: float = math.inf,
 ) -> list[EncodingGroup]:
     """One group for every data set of a mixture, camera and phase; two where some recordings are read otherwise.
+
+    Of new and changed files at most `budget_bytes` are hashed; `most_bytes` as in `find_readings`.
 
     Raises:
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
@@ -202,10 +199,10 @@ _open_source = functools.lru_cache(maxsize=8)(lambda name, options: build_source
 def open_encoder(config: Config, base: Path, *, download: bool = True) -> OpenedEncoder:
     """The encoder that the settings name, with weights that are on this machine afterwards.
 
+    Cost: a download where they are not here, and a digest of a file that is new; minutes for several GB.
+
     Raises:
         ValueError: Weights that cannot be had, or are not those of the preset.
-
-    Cost: a download where they are not here, and a digest of a file that is new; minutes for several GB.
     """
     preset, weights = config.encoder, None
     if config.encode.weights != preset.weights:
@@ -220,11 +217,9 @@ def open_encoder(config: Config, base: Path, *, download: bool = True) -> Opened
 def scan_units(
     config: Config, inputs: Sequence[str], base: Path, *, most_bytes: float | None = None
 ) -> tuple[list[EncodingGroup], list[str]]:
-    """Find groups and units as stage one would, and notes; downloads nothing and reads no recording that was hashed before.
+    """The groups that stage one would encode, and notes; downloads nothing and reads no recording that was hashed before.
 
-    Returns:
-        Groups in which a unit whose content is not known has a digest that `is_unread`, and what the reader should
-        know.
+    A unit whose content is not known has a digest that `is_unread`.
 
     Raises:
         ValueError: As `group_units_by_recipe`; or a weights file that does not exist.
@@ -248,8 +243,7 @@ def scan_units(
 def check_controls(group: EncodingGroup) -> None:
     """Refuse, before anything is encoded, an action space that no recording of a sample allows.
 
-    Looks at the first usable recording and, where that one holds other columns, at some more. Does not look where
-    `encode.max_skipped_share` expects most recordings to be skipped.
+    One recording that fits is enough. Does not look where `encode.max_skipped_share` expects most to be skipped.
 
     Raises:
         ValueError: All those recordings lack columns or hold surplus ones; the spaces that they do allow are named.
@@ -285,11 +279,7 @@ def _phases(config: Config, source: Source, units: Sequence[Unit]) -> tuple[int,
 
 
 def check_inputs(config: Config, inputs: Sequence[str]) -> None:
-    """Refuse inputs in place of the presets' lists where there are several presets.
-
-    Raises:
-        ValueError: The data set is a mixture.
-    """
+    """Refuse positional inputs for a mixture, whose members name their own, with a ValueError."""
     if inputs and len(config.members) > 1:
         raise ValueError(
             f"{config.dataset.name} is a mixture: its members name their own recordings; leave out {inputs[0]!r}"
@@ -301,9 +291,8 @@ def find_readings(
 ) -> list[int | Skipped]:
     """1 for each unit that is read as by the first release, `READING` for the others, or why it cannot be read.
 
-    Cost: the first time one pass over the packets and records of a unit, milliseconds a recording; remembered by its
-    digest.
-    Of units that were not looked at yet up to `most_bytes` are; the rest is taken for 1.
+    Cost: one pass over the packets and records of a unit, milliseconds a recording; remembered by its digest. Of units
+    that were not looked at yet up to `most_bytes` are; the rest is taken for 1.
     """
     recipe = fingerprint({"source": source.recipe, "decoder": decoder, "reading": READING})
     readings, new, saved, table = [], {}, time.monotonic(), DigestTable()

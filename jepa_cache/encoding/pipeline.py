@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,9 @@ def fill_group(
         Decoders(group, claims.take(), encoder.preprocess) as decoders,
     ):
         for unit, recordings in decoders:
-            store = _OpenUnit(root, group, unit, encoder, write)
-            bytes_left = unit.num_bytes
+            store, bytes_left = _OpenUnit(root, group, unit, encoder, write), 0
+            with suppress(OSError):  # gone meanwhile, as its reader will say
+                bytes_left = unit.num_bytes
             try:
                 for recording in recordings:
                     if isinstance(recording, Skipped):
@@ -227,10 +229,7 @@ class WriterThread:
     """Runs calls one after the other; `write(function, *arguments)` waits only while too many are queued.
 
     After a call that failed none is run any more, so that nothing is published on top of a hole; what it raised is
-    raised by the next `write`, or at the end of the block.
-
-    Attributes:
-        wait_s: Seconds that callers had to wait.
+    raised by the next `write`, or at the end of the block. `wait_s` is how long callers had to wait.
     """
 
     def __init__(self) -> None:
@@ -269,7 +268,7 @@ class WriterThread:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
         if self._failed:
             return
-        self._failed = True
+        self._failed = True  # stays so where the call raises
         function(*arguments)
         self._failed = False
 

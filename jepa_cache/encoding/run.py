@@ -44,23 +44,14 @@ Stores = dict[tuple[str, str], StoreFile]
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What stage one did.
-
-    Attributes:
-        manifest: The manifest.
-        num_units: Units that have stores.
-        num_encoded: Those of them that were encoded in this run.
-        timing: Of these; None where there are none.
-        copies: A sentence on recordings with the same content; empty where there are none.
-        implausible: Values that their units do not allow, by recording.
-    """
+    """What stage one did."""
 
     manifest: Manifest
-    num_units: int
-    num_encoded: int
-    timing: Timing | None
-    copies: str = ""
-    implausible: tuple[str, ...] = ()
+    num_units: int  # that have stores
+    num_encoded: int  # of them in this run
+    timing: Timing | None  # of these; None where there are none
+    copies: str  # a sentence on recordings with the same content; empty where there are none
+    implausible: tuple[str, ...]  # values that their units do not allow, by recording
 
 
 def encode_dataset(
@@ -76,18 +67,11 @@ def encode_dataset(
 
     Idempotent: a unit whose store is whole under the recipe is not read again, whoever made it. A store with files
     missing or cut short is encoded again, by name. Several encoders may work on one root: each unit is encoded by one
-    of them, and what a dead one left is taken over. Meanwhile `gc` removes nothing, and after a kill it keeps for some
-    days what this encode had made. Until it has ended well, a manifest that was at `output` before counts as out of
-    date.
+    of them, and what a dead one left is taken over. Meanwhile `gc` removes nothing. Until it has ended well, a manifest
+    that was at `output` before counts as out of date.
 
-    Args:
-        config: Resolved settings.
-        inputs: Folders, files, globs, brace ranges; replace the data set preset's list when not empty.
-        base: Folder that relative paths are meant from.
-        root: Cache root.
-        workers: Processes of this machine that encode, one unit each at a time, or the address of a Dask scheduler that
-            has some; None encodes in this process.
-        output: Where stage two looks for the manifest; None writes it into the root alone.
+    `inputs` (folders, files, globs, brace ranges; relative ones start from `base`) replace the preset's list when not
+    empty. `workers` are processes of this machine, or the address of a Dask scheduler; None encodes in this process.
 
     Raises:
         ValueError: No input, weights that cannot be had, an overflow, too large a share of unusable recordings,
@@ -115,7 +99,7 @@ def bring_up_to_date(
     missing = []
     for group in groups:
         root.prefetch([path(root, unit) for path in (group.tokens, group.actions) for unit in group.units])
-        if units := [unit for unit in group.units if not _look_at(stores, root, group, unit)]:
+        if units := [unit for unit in group.units if _look_at(stores, root, group, unit) is None]:
             missing.append(group.of_units(units))
     for group in missing:
         check_controls(group)
@@ -124,12 +108,6 @@ def bring_up_to_date(
             f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
         )
     filled = encode_missing(missing, root, workers)
-    for group in missing:
-        for unit in group.units:
-            if not _look_at(stores, root, group, unit) and (group.fingerprint, unit.digest) not in filled.unreadable:
-                raise ValueError(
-                    f"{group.tokens(root, unit)} was removed while others were encoded; run the same command again"
-                )
     names: dict[str, str] = {}
     manifest = Manifest(
         dataset=config.dataset.name,
@@ -155,15 +133,14 @@ def bring_up_to_date(
     )
 
 
-def _look_at(stores: Stores, root: CacheRoot, group: EncodingGroup, unit: Unit) -> bool:
-    """Put what the token store of a unit says into `stores`; whether it is whole."""
-    found = read_whole(root, group.tokens(root, unit))
-    if found is None:
-        return False
-    # Each store is read once. Without recipe and file list ten thousand of them take megabytes.
-    metadata = {key: value for key, value in found.metadata.items() if key != "recipe"}
-    stores[group.fingerprint, unit.digest] = found._replace(metadata=metadata, files={}, crc32c={})
-    return True
+def _look_at(stores: Stores, root: CacheRoot, group: EncodingGroup, unit: Unit) -> StoreFile | None:
+    """What the token store of a unit says, from `stores` or put there; None where it is not whole."""
+    key = group.fingerprint, unit.digest
+    if key not in stores and (found := read_whole(root, group.tokens(root, unit))) is not None:
+        # Each store is read once. Without recipe and file list ten thousand of them take megabytes.
+        metadata = {name: value for name, value in found.metadata.items() if name != "recipe"}
+        stores[key] = found._replace(metadata=metadata, files={}, crc32c={})
+    return stores.get(key)
 
 
 def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: int | str | None) -> FillResult:
@@ -177,9 +154,11 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
     if not groups:
         return total
     encode, num_threads = groups[0].encode, groups[0].num_threads
-    num_units, num_bytes = sum(len(group.units) for group in groups), sum(group.num_bytes for group in groups)
+    units = [unit for group in groups for unit in group.units]
+    num_bytes = {unit.digest: unit.num_bytes for unit in units}
+    total_bytes = sum(num_bytes[unit.digest] for unit in units)
     with (
-        tqdm(total=num_bytes, desc="encoding", unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+        tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True, dynamic_ncols=True) as bar,
         nullcontext() if workers is None else connect(workers, encode.device, num_threads) as connection,
     ):
         if connection is None:
@@ -200,7 +179,7 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
                 if result.busy:
                     busy.append(group.of_units(result.busy))
                 elif connection is not None:
-                    bar.update(group.num_bytes)
+                    bar.update(num_bytes[group.units[0].digest])
             groups = busy
             if groups:
                 wait_for_others(
@@ -210,7 +189,7 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
         total.timing.elapsed_s = time.perf_counter() - begun
     if failures:
         raise EncodeFailedError(
-            f"{len(failures)} of {num_units} units could not be encoded; the others are in the cache, and the same command "
+            f"{len(failures)} of {len(units)} units could not be encoded; the others are in the cache, and the same command "
             "tries only these again:" + "".join(f"\n  {failure}" for failure in sorted(failures))
         )
     return total
@@ -227,7 +206,9 @@ def _list_group(
         if (reason := filled.unreadable.get((group.fingerprint, unit.digest))) is not None:
             lost.append(Skipped(unit.name, reason))
             continue
-        tokens = stores[group.fingerprint, unit.digest]
+        if (tokens := _look_at(stores, root, group, unit)) is None:
+            store = group.tokens(root, unit)
+            raise ValueError(f"{store} was removed while others were encoded; run the same command again")
         aggregated = ensure_actions(root, group, unit, tokens)
         excluded = aggregated.metadata["excluded"]
         measured = tokens.metadata.get("reconstruction") or {"max_abs": None, "relative_rmse": None}

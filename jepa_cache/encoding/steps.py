@@ -11,28 +11,19 @@ from jepa_cache.config.schema import EncodeConfig
 
 
 class StepPlan(NamedTuple):
-    """The encoder inputs of one episode and the steps that come out of them.
+    """The encoder inputs of one episode and the steps that come out of them."""
 
-    Attributes:
-        inputs: [I, G] int64, video frames of each encoder input; G frames are encoded together.
-        anchors: [n] int64, the video frame whose moment a step stands for: the last sampled frame its tokens have seen.
-        segments: [X, 2] int64, [start, stop) of the contiguous runs of steps.
-        step_hz: Steps per second.
-    """
-
-    inputs: np.ndarray
-    anchors: np.ndarray
-    segments: np.ndarray
+    inputs: np.ndarray  # [I, G] int64, video frames of each encoder input; G frames are encoded together
+    anchors: np.ndarray  # [n] int64, the frame whose moment a step stands for: the last that its tokens have seen
+    segments: np.ndarray  # [X, 2] int64, [start, stop) of the contiguous runs of steps
     step_hz: float
 
 
 def sampling_stride(video_fps: float, fps: float) -> int:
     """Frames between sampled ones: ceil(video fps / fps), so the true rate is never above the requested one.
 
-    Source: the V-JEPA 2-AC training loader (15 Hz video at 4 fps gives stride 4, truly 3.75 fps).
-
-    Raises:
-        ValueError: When more frames are requested than the video has.
+    Source: the V-JEPA 2-AC training loader (15 Hz video at 4 fps gives stride 4, truly 3.75 fps). ValueError when more
+    frames are requested than the video has.
     """
     if fps > video_fps * (1 + 1e-6):
         raise ValueError(f"encode.fps {fps:g} is above the video's {video_fps:g} frames per second; lower encode.fps")
@@ -48,20 +39,13 @@ def plan_episode(
     phase: int = 0,
     times_s: np.ndarray | None = None,
 ) -> StepPlan:
-    """Lay out the encoder inputs of an episode.
+    """Lay out the encoder inputs of an episode of `num_frames` usable frames.
 
     `frame`: each sampled frame is encoded alone (doubled into a tubelet by the encoder). `tubelet`: consecutive sampled
     frames of one tubelet are encoded together as one step. `clip`: `frames_per_clip` sampled frames are encoded jointly
     into frames_per_clip / tubelet_size steps; early steps see later frames, so each clip is a segment of its own.
-    Sampled frames at the end that fill no input are skipped.
-
-    Args:
-        num_frames: F, usable frames of the video.
-        video_fps: Hz.
-        encode: Mode, requested rate and length of a clip.
-        tubelet_size: Frames of a tubelet.
-        phase: First sampled frame, below the stride.
-        times_s: [F] when each frame was taken, where the rate varies: then see `sample_times`.
+    Sampled frames at the end that fill no input are skipped. `phase` is the first sampled frame; where the rate varies,
+    `times_s` [F] says when each frame was taken, see `sample_times`.
 
     Raises:
         ValueError: When the video is too short for one input, or slower than `encode.fps`.
@@ -97,16 +81,8 @@ def plan_episode(
 def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list[np.ndarray]:
     """Frames evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
 
-    A moment with no frame within a quarter of the interval ends a run: steps of other lengths would tell the predictor
-    another speed.
-
-    Args:
-        times_s: [F] non-decreasing, seconds.
-        interval_s: Between wanted moments.
-        start_s: First wanted moment.
-
-    Returns:
-        Runs of frame numbers, int64, ascending, none empty.
+    `times_s` [F] is non-decreasing; moments lie `interval_s` apart from `start_s` on. One with no frame within a
+    quarter of the interval ends a run: steps of other lengths would tell the predictor another speed.
     """
     moments_s = start_s + interval_s * np.arange(math.floor((times_s[-1] - start_s) / interval_s + 1e-6) + 1)
     after = np.clip(np.searchsorted(times_s, moments_s), 1, len(times_s) - 1) if len(times_s) > 1 else 0 * moments_s

@@ -49,8 +49,7 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process.
 
     Raises:
-        ValueError: The weights that were loaded are others. Their identity was found before recordings were hashed,
-            which may take hours.
+        ValueError: The weights that were loaded are others than those that `opened` was made from, maybe hours ago.
 
     Cost: hashes the files once, right after they were read.
     """
@@ -91,14 +90,10 @@ class Claims:
 
     The lock of a process that dies is let go by the kernel, so its units can be taken at once; what it had not
     published is lost, at most one unit.
-
-    Attributes:
-        busy: Units that another encoder held when it was their turn.
-        num_taken: Units handed out.
     """
 
     def __init__(self, root: CacheRoot, group: EncodingGroup) -> None:
-        self.busy: list[Unit] = []
+        self.busy: list[Unit] = []  # another encoder held them when it was their turn
         self.num_taken = 0
         self._root, self._group = root, group
         self._held: dict[Path, Claim] = {}
@@ -127,7 +122,7 @@ class Claims:
                 self.busy.append(unit)
                 continue
             self._held[store] = claim
-            if not remove_damaged(self._root, store, "encoding"):
+            if remove_damaged(self._root, store, "encoding") is None:
                 self.num_taken += 1
                 yield unit
 
@@ -140,14 +135,14 @@ def read_whole(root: CacheRoot, store: Path) -> StoreFile | None:
         return None
 
 
-def remove_damaged(root: CacheRoot, store: Path, what: str) -> bool:
-    """Whether a store exists and is whole; a damaged one is named and removed. Only for who has claimed it."""
+def remove_damaged(root: CacheRoot, store: Path, what: str) -> StoreFile | None:
+    """As `read_whole`, but a damaged store is named and removed. Only for who has claimed it."""
     try:
-        return root.find_store(store) is not None
+        return root.find_store(store)
     except StoreDamagedError as error:
         print(f"damaged, {what} it again: {error}")
         root.remove(store)
-        return False
+        return None
 
 
 def wait_for_others(root: CacheRoot, groups: Sequence[EncodingGroup], on_wait: Callable[[str], object]) -> None:

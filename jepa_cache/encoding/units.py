@@ -87,17 +87,11 @@ def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:
 
 
 class Digested(NamedTuple):
-    """Units with the digest of their content.
+    """Units with the digest of their content."""
 
-    Attributes:
-        units: One for each content, by digest, so that file names and their order change nothing.
-        copies: Further units with the content of one of them.
-        unreadable: Units of which not every file can be read, by name, and why.
-    """
-
-    units: list[Unit]
-    copies: list[Unit]
-    unreadable: list[Skipped]
+    units: list[Unit]  # one for each content, by digest, so that file names and their order change nothing
+    copies: list[Unit]  # further ones with the content of one of these
+    unreadable: list[Skipped]  # of which not every file can be read, by name, and why
 
 
 class UnitDigester:

@@ -38,23 +38,14 @@ MAX_RELATIVE_ERROR = 0.1
 
 
 class StepResult(NamedTuple):
-    """One step that was encoded again.
-
-    Attributes:
-        unit: Name of its unit.
-        episode: Its key.
-        step: Row in the store.
-        equal: The bits in the store are those that come out now.
-        difference: Largest absolute difference between the stored values and those that would be stored now.
-        relative_error: Root mean square of that difference relative to the values.
-    """
+    """One step that was encoded again."""
 
     unit: str
     episode: str
-    step: int
-    equal: bool
-    difference: float
-    relative_error: float
+    step: int  # row in the store
+    equal: bool  # the bits in the store are those that come out now
+    difference: float  # largest absolute difference between the stored values and those that would be stored now
+    relative_error: float  # root mean square of that difference relative to the values
 
 
 @dataclass
@@ -236,19 +227,12 @@ def _read(store: Path, name: str, row: int | None = None) -> np.ndarray:
 
 @dataclass
 class Repair:
-    """What was made again, and what is still not as the manifest says.
+    """What was made again, and what is still not as the manifest says."""
 
-    Attributes:
-        repaired: Stores, controls and manifests that are whole again.
-        lost: Units whose recordings are not among the inputs, by their sha256.
-        differing: Stores that came out with another digest than the manifest lists, in words.
-        left: What is still damaged, in words.
-    """
-
-    repaired: list[Path] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    repaired: list[Path] = field(default_factory=list)  # stores, controls and manifests that are whole again
+    lost: list[str] = field(default_factory=list)  # sha256 of units whose recordings are not among the inputs
+    differing: list[str] = field(default_factory=list)  # in words, what came out with another digest than is listed
+    left: list[str] = field(default_factory=list)  # in words, what is still damaged
 
     @property
     def complete(self) -> bool:

@@ -31,22 +31,16 @@ RETRIES = 2  # after an error that is not the input's: the disk, the network, a 
 
 
 class Connection(NamedTuple):
-    """A client of a scheduler whose workers can do the work; `resources` are what each task takes of a worker's."""
+    """A client of a scheduler whose workers can do the work, and on which device, "cpu" or "cuda", they do it."""
 
     client: Client
-    address: str
-    num_workers: int
     device: str
-    resources: Mapping[str, float]
 
 
 def connect(workers: int | str, device: str, num_threads: int) -> AbstractContextManager[Connection]:
     """Start so many processes on this machine, or check that the workers of the scheduler at an address can do the work.
 
-    Args:
-        workers: How many processes, or the address.
-        device: As configured: "auto", "cpu" or "cuda".
-        num_threads: Torch threads of every worker.
+    `device` is as configured: "auto", "cpu" or "cuda"; `num_threads` are the torch threads of every worker.
 
     Raises:
         ValueError: No process, or too few GPUs here; or no scheduler or worker answers, or none offers a requested GPU.
@@ -59,15 +53,14 @@ def connect(workers: int | str, device: str, num_threads: int) -> AbstractContex
         return _connect_to_cluster(workers, device)
     if workers < 1:
         raise ValueError(f"the number of workers must be at least 1; got {workers}")
-    return _start_local(workers, device, num_threads)
+    return _start_local(workers, resolve_device(device), num_threads)
 
 
 @contextmanager
-def _start_local(num_workers: int, wanted: str, num_threads: int) -> Iterator[Connection]:
+def _start_local(num_workers: int, device: str, num_threads: int) -> Iterator[Connection]:
     from dask.distributed import Client, Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
 
-    device = resolve_device(wanted)
     environments: list[dict[str, str]] = [{} for _ in range(num_workers)]
     if device == "cuda":
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -96,7 +89,7 @@ def _start_local(num_workers: int, wanted: str, num_threads: int) -> Iterator[Co
             Client(cluster, timeout=START_S) as client,
         ):
             client.wait_for_workers(num_workers, timeout=START_S)
-            yield _check_cluster(client, client.scheduler.address, device)
+            yield Connection(client, device)
 
 
 @contextmanager
@@ -118,28 +111,27 @@ def _connect_to_cluster(address: str, wanted: str) -> Iterator[Connection]:
                 f"the scheduler at {address} has no worker after {CONNECT_S} s; start some with "
                 f"`dask worker {address} --nthreads 1`"
             ) from error
-        yield _check_cluster(client, address, wanted)
+        listed = client.scheduler_info(n_workers=-1)["workers"]
+        yield Connection(client, _choose_device(listed, address, wanted))
 
 
-def _check_cluster(client: Client, address: str, wanted: str) -> Connection:
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+def _choose_device(workers: Mapping[str, Mapping[str, Any]], address: str, wanted: str) -> str:
+    """What the workers of a cluster encode on, from what the scheduler lists of them."""
     several = sorted(name for name, worker in workers.items() if worker["nthreads"] != 1)
     if several:
         raise ValueError(
             f"{len(several)} workers of {address} take several tasks at a time (first: {several[0]}), but one task uses a "
             "worker wholly; start them with `--nthreads 1`"
         )
-    offering = [name for name, worker in workers.items() if worker["resources"].get(GPU, 0) >= 1]
-    if wanted == "cuda" and not offering:
+    offered = any(worker["resources"].get(GPU, 0) >= 1 for worker in workers.values())
+    if wanted == "cuda" and not offered:
         raise ValueError(
             f"encode.device=cuda, but none of the {len(workers)} workers of {address} offers a GPU; start them with "
             f"`--resources {GPU}=1` and one visible GPU each, or set encode.device=cpu"
         )
-    if wanted == "cpu" or not offering:
-        if wanted == "auto":
-            print(f"note: no worker of {address} offers a GPU (`--resources {GPU}=1`): encoding on their CPUs")
-        return Connection(client, address, len(workers), "cpu", {})
-    return Connection(client, address, len(offering), "cuda", {GPU: 1})
+    if wanted == "auto" and not offered:
+        print(f"note: no worker of {address} offers a GPU (`--resources {GPU}=1`): encoding on their CPUs")
+    return "cuda" if offered and wanted != "cpu" else "cpu"
 
 
 class EncodeFailedError(ValueError):
@@ -153,8 +145,7 @@ def encode_on_workers(
 
     A unit whose worker dies goes to another one. What cannot be encoded at all does not stop the rest.
 
-    Yields:
-        A group of one unit as it ends, with what became of it, or why it cannot be encoded.
+    Yields a group of one unit as it ends, with what became of it, or why it cannot be encoded.
 
     Raises:
         ValueError: The scheduler is gone.
@@ -167,7 +158,8 @@ def encode_on_workers(
         for unit in group.units
     ]
     # Impure: under another run's key Dask would hand out what became of the unit then.
-    client, options = connection.client, {"pure": False, "retries": RETRIES, "resources": connection.resources}
+    client, resources = connection.client, {GPU: 1} if connection.device == "cuda" else {}
+    options = {"pure": False, "retries": RETRIES, "resources": resources}
     futures = {client.submit(encode_unit, task, root, **options): task for task in tasks}
     try:
         for future in as_completed(futures):
@@ -177,7 +169,7 @@ def encode_on_workers(
             except (Exception, asyncio.CancelledError) as error:
                 if client.status != "running":
                     raise ValueError(
-                        f"the Dask scheduler {connection.address} is gone ({error}); the same command continues"
+                        f"the Dask scheduler {client.scheduler.address} is gone ({error}); the same command continues"
                     ) from error
                 yield task, _explain(error)
     finally:
@@ -197,12 +189,9 @@ def _explain(error: BaseException) -> str:
 
 
 def encode_unit(task: EncodingGroup, root: CacheRoot) -> FillResult | str:
-    """Encode the one unit of a group and sum up its actions; runs in a worker.
+    """Encode the one unit of a group and sum up its actions, in a worker; what became of it, or why it cannot be encoded.
 
     It may run again after its result was lost with its worker: then it finds the store.
-
-    Returns:
-        What became of it, or why it cannot be encoded.
 
     Raises:
         OSError: The disk or the network failed; Dask tries again.

@@ -18,7 +18,7 @@ import pytest
 from jepa_cache.cli.estimate import estimate_group
 from jepa_cache.cli.inspect import inspect
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoding import decoding
+from jepa_cache.encoding import decoding, run
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import describe_result
 from jepa_cache.sources.vpt import VptSource
@@ -193,44 +193,49 @@ def test_a_unit_that_cannot_be_read_has_no_store_and_is_tried_again_and_the_othe
     assert again.num_encoded == 1 and not again.manifest.skipped
 
 
-@pytest.mark.parametrize(
-    ("space", "words"),
-    [
-        ("pose7", r"'pose7' fits none of the first 2 .* needs the controls x_m.* set encode\.action_space to .*vpt13"),
-        ("vector_last6x7", r"has no column for action_6 .* set encode\.action_space to vector_last7x7 "),
-    ],
-)
-def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encoded(good, tmp_path, space, words):
-    settings, root = ["encoder=tiny", "encode.device=cpu", f"encode.action_space={space}"], tmp_path / "cache"
-    if space == "pose7":
-        config = load_config(SUITE_SETTINGS, ["dataset=vpt", *settings])
-    else:
-        (good / "a.mp4").write_bytes(make_video(60, **SMALL))
-        rows = np.arange(60 * 7).reshape(60, 7).tolist()
-        (good / "a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
-        config = load_config(SUITE_SETTINGS, ["dataset=mp4_json", *settings])
-    with pytest.raises(ValueError, match=words):
-        encode(good, root, config)
-    assert not list(root.glob("tokens/*/*.zarr"))
-    if space == "pose7":
-        with pytest.raises(ValueError, match=r"no usable recording: all 2 were skipped .*pose7"):  # as requested
-            encode(good, root, tiniest_config(action_space="pose7", max_skipped_share=1.0))
-        assert list(root.glob("tokens/*/*.zarr"))
+def test_a_unit_that_is_gone_when_it_would_be_read_is_named_and_the_others_land(good, tmp_path, monkeypatch):
+    real = run.load_encoder
+
+    def load(*given, **options):
+        (good / "good1.tar").unlink()
+        return real(*given, **options)
+
+    monkeypatch.setattr(run, "load_encoder", load)
+    result = encode(good, tmp_path / "cache", tiniest_config(max_skipped_share=0.5))
+    assert reasons(result.manifest) == {"good1.tar": "good1.tar cannot be read: No such file or directory"}
+    assert result.num_encoded == 1
+
+
+def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encoded(good, tmp_path):
+    root = tmp_path / "cache"
+    rows = np.arange(60 * 7).reshape(60, 7).tolist()
+    (good / "a.mp4").write_bytes(make_video(60, **SMALL))
+    (good / "a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
+    for dataset, space, words in (
+        ("vpt", "pose7", "fits none of the first 2 .* needs the controls x_m.* set encode.action_space to .*vpt13"),
+        ("mp4_json", "vector_last6x7", "has no column for action_6 .* encode.action_space to vector_last7x7 "),
+    ):
+        overrides = [f"dataset={dataset}", "encoder=tiny", "encode.device=cpu", f"encode.action_space={space}"]
+        with pytest.raises(ValueError, match=words):
+            encode(good, root, load_config(SUITE_SETTINGS, overrides))
+        assert not list(root.glob("tokens/*/*.zarr"))
+    with pytest.raises(ValueError, match=r"no usable recording: all 2 were skipped .*pose7"):  # as requested
+        encode(good, root, tiniest_config(action_space="pose7", max_skipped_share=1.0))
+    assert list(root.glob("tokens/*/*.zarr"))
 
 
 def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifest_stays(tmp_path, capsys):
-    old, new = tmp_path / "data/old", tmp_path / "data/new"
-    old.mkdir(parents=True)
-    fields = {"fps": 20, "actions": [[0.5, 1.0]] * 12, "states": [[0.0, 1.0]] * 12}
+    folder, fields = tmp_path / "data", {"fps": 20, "actions": [[0.5, 1.0]] * 12, "states": [[0.0, 1.0]] * 12}
+    (folder / "old").mkdir(parents=True)
     for name, text in (("good", json.dumps(fields)), ("bad", "{}")):
-        (old / f"{name}.mp4").write_bytes(make_video(12, **SMALL))
-        (old / f"{name}.json").write_text(text)
+        (folder / f"old/{name}.mp4").write_bytes(make_video(12, **SMALL))
+        (folder / f"old/{name}.json").write_text(text)
     overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
     config = load_config(SUITE_SETTINGS, [*overrides, "encode.max_skipped_share=0.5"])
-    first = encode(tmp_path / "data", tmp_path / "cache", config)
+    first = encode(folder, tmp_path / "cache", config)
     assert "skipped: old/bad: " in capsys.readouterr().out
-    old.rename(new)
-    again = encode(tmp_path / "data", tmp_path / "cache", config)
+    (folder / "old").rename(folder / "new")
+    again = encode(folder, tmp_path / "cache", config)
     assert "skipped: new/bad: " in capsys.readouterr().out
     assert again.manifest.to_bytes() == first.manifest.to_bytes() and again.num_encoded == 0
 
@@ -248,9 +253,8 @@ def test_names_that_are_no_utf8_lose_nothing(good, tmp_path):
 def test_different_recordings_under_one_key_are_refused_and_both_stay_encoded(good, tmp_path):
     pairs = make_vpt_pair(9, 7, **SMALL), make_vpt_pair(9, 8, **SMALL)
     write_vpt_tar(good / "z.tar", dict(zip(("episode-0", "a"), pairs, strict=True)))
-    with pytest.raises(
-        ValueError, match=r"keys that name different .*: 1 \(episode-0 in (good0|z)\.tar and episode-0 in"
-    ) as error:
+    words = r"keys that name different .*: 1 \(episode-0 in (good0|z)\.tar and episode-0 in"
+    with pytest.raises(ValueError, match=words) as error:
         encode(good, tmp_path / "cache", tiniest_config())
     assert "good1" not in str(error.value)
     write_vpt_tar(good / "z.tar", dict(zip(("session2/episode-0", "a"), pairs, strict=True)))
@@ -263,8 +267,8 @@ def test_recordings_with_the_same_content_are_named_whatever_their_keys_and_unit
     write_vpt_tar(good / "y.tar", {"a": pairs[0], "b": pairs[1], "copy": pairs[0], "other rows": other_rows})
     write_vpt_tar(good / "z.tar", {"a": pairs[0], "again": pairs[1]})
     result = encode(good, tmp_path / "cache", tiniest_config())
-    note = result.copies
-    assert note.startswith("recordings that repeat another one: 3 (")
-    groups = [set(group.split(" = ")) for group in note[:-1].partition("(")[2].split("; ")]
+    told = result.copies
+    assert told.startswith("recordings that repeat another one: 3 (")
+    groups = [set(group.split(" = ")) for group in told[:-1].partition("(")[2].split("; ")]
     assert {"a in y.tar", "copy in y.tar", "a in z.tar"} in groups and {"b in y.tar", "again in z.tar"} in groups
-    assert note in describe_result(result, CacheRoot(tmp_path / "cache"))
+    assert told in describe_result(result, CacheRoot(tmp_path / "cache"))

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,14 +21,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jepa_cache.data.cache import CachedDataset
 from jepa_cache.encoding.verification import repair_manifest
-from jepa_cache.store import layout
 from jepa_cache.store.check import Scope, check_units
 from jepa_cache.store.collection import remove_unneeded
-from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import make_tiny_tar, run_stage_one, tiniest_config
+from tests.encoded import make_tiny_tar, read_everything, run_stage_one, same_numbers, tiniest_config
 from tests.faults import FaultyDisk, Killed
 
 NAMES, CONTENTS = "ab", 3
@@ -38,18 +34,6 @@ CONFIGS = {
     "quick": tiniest_config(fps=10.0),
     "other actions": tiniest_config(action_space="vpt36"),
 }
-
-
-def read_unit(dataset, root, number):
-    """All that stage two reads of one unit."""
-    part, entry = dataset.manifest.stores[number]
-    tokens = np.empty((entry.num_steps, dataset.manifest.num_tokens, dataset.manifest.width), np.float16)
-    dataset.read_tokens(number, 0, tokens)
-    actions, states = dataset.controls(number)
-    steps = read_table(root.tokens(part.fingerprint, entry.unit_digest), layout.STEPS_FILE)
-    numbers = {name: steps.column(name).to_numpy() for name in steps.column_names}
-    segments = np.array([(s.start, s.stop) for s in dataset.segments if s.store == number])
-    return {**numbers, "tokens": tokens, "actions": actions, "states": states, "segments": segments}
 
 
 class Undisturbed:
@@ -68,10 +52,7 @@ class Undisturbed:
 
     @functools.cache  # noqa: B019
     def numbers(self, config, contents):
-        dataset = CachedDataset(self.manifest(config, contents), self.root)
-        numbers = [read_unit(dataset, self.root, number) for number in range(len(dataset.manifest.entries))]
-        dataset.close()
-        return numbers
+        return read_everything(self.root, self.manifest(config, contents))
 
 
 class Histories(RuleBasedStateMachine):
@@ -188,19 +169,12 @@ class Histories(RuleBasedStateMachine):
     def _check_numbers(self, allow_errors):
         manifest, config, contents = self.listed
         try:
-            dataset = CachedDataset(manifest, self.root)
+            found = read_everything(self.root, manifest)
         except ValueError as error:
             assert allow_errors and str(self.root.path) in str(error), error
             return
-        for number, expected in enumerate(self.undisturbed.numbers(config, contents)):
-            try:
-                found = read_unit(dataset, self.root, number)
-            except ValueError as error:
-                assert allow_errors and manifest.entries[number].unit_digest[:32] in str(error), error
-                continue
-            for name in expected:
-                assert np.array_equal(found[name], expected[name], equal_nan=expected[name].dtype.kind == "f"), name
-        dataset.close()
+        for name, values in self.undisturbed.numbers(config, contents).items():
+            assert same_numbers(values, found[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,27 @@
 """Claims: recordings that are not found say the way out, from wherever the command was typed: render, pack, or name them in full."""
 
+import dataclasses
+
 import pytest
 
 from jepa_cache.encoding.units import list_units
 from jepa_cache.sources import build_source, suggest_source
 from tests.encoded import tiny_config
 
+VPT = tiny_config().dataset
+PAIR = ["checkout/films/day/a.mp4", "checkout/films/day/a.json"]
+RAW = ["checkout/films/day/trajectory.h5", "checkout/films/day/recordings/MP4/1.mp4"]
+RECORDS = ["checkout/films/1.0.0/features.json", "checkout/films/1.0.0/x.tfrecord-00000"]
+LEROBOT = ["checkout/films/meta/info.json", "checkout/films/videos/a.mp4"]
+
 
 def find(preset, base, *inputs):
     return list_units(build_source(preset.source, preset.source_options), preset, inputs, base)
 
 
-@pytest.fixture
-def vpt():
-    return tiny_config().dataset
-
-
 @pytest.mark.parametrize("folder", ["elsewhere", "shards/sample"])
-def test_a_sample_that_was_never_rendered_names_the_stage_that_renders_it(vpt, tmp_path, folder):
-    sample = vpt.__class__(**{**vpt.__dict__, "name": "sample", "inputs": ("shards/sample",), "sample": {}})
+def test_a_sample_that_was_never_rendered_names_the_stage_that_renders_it(tmp_path, folder):
+    sample = dataclasses.replace(VPT, name="sample", inputs=("shards/sample",), sample={})
     (tmp_path / folder).mkdir(parents=True)  # what the stage leaves when another data set is chosen
     with pytest.raises(ValueError, match=r"not rendered yet: .*shards/sample holds no .*stages/sample\.py"):
         find(sample, tmp_path)
@@ -34,32 +37,23 @@ def test_a_sample_that_was_never_rendered_names_the_stage_that_renders_it(vpt, t
         ("droid_1000", ["checkout/droid_100/a"], "droid_1000 does not exist; did you mean 'droid_100'?"),
         ("films", ["here/films/a.mp4", "checkout/films/a.txt"], None),  # what was meant is there, only without any
         ("films", ["checkout/films/june/a.mp4"], "jepa-cache pack {base}/checkout/films OUT"),
-        ("films", ["checkout/films/day/trajectory.h5", "checkout/films/day/recordings/MP4/1.mp4"], "dataset=droid_raw"),
-        (
-            "films",
-            ["checkout/films/1.0.0/features.json", "checkout/films/1.0.0/x.tfrecord-00000"],
-            "dataset=droid_rlds",
-        ),
-        ("films", ["checkout/films/meta/info.json", "checkout/films/videos/a.mp4"], "configs/dataset/lerobot.yaml"),
-        ("films", ["checkout/films/day/a.mp4", "checkout/films/day/a.json"], "dataset=mp4_json"),
+        ("films", RAW, "dataset=droid_raw"),
+        ("films", RECORDS, "dataset=droid_rlds"),
+        ("films", LEROBOT, "configs/dataset/lerobot.yaml"),
+        ("films", PAIR, "dataset=mp4_json"),
     ],
 )
 def test_inputs_that_find_nothing_say_where_recordings_are_or_what_reads_them(
-    vpt, tmp_path, monkeypatch, named, files, note
+    tmp_path, monkeypatch, named, files, note
 ):
     for file in ("here/.keep", "checkout/.keep", *files):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="finds no") as caught:
-        find(vpt, tmp_path / "checkout", named)
+        find(VPT, tmp_path / "checkout", named)
     notes = getattr(caught.value, "__notes__", [])
-    assert len(notes) == (note is not None)
-    assert note is None or note.format(base=tmp_path) in notes[0]
+    assert len(notes) == (note is not None) and (note is None or note.format(base=tmp_path) in notes[0])
     assert ("pack" in str(notes)) == ("pack" in str(note))
-
-
-def test_a_source_is_not_recommended_to_itself(tmp_path):
-    (tmp_path / "trajectory.h5").touch()
-    assert suggest_source(tmp_path, "droid_raw") is None
-    assert "dataset=droid_raw" in suggest_source(tmp_path, "vpt")
+    if files == RAW:  # a source is not recommended to itself
+        assert suggest_source(tmp_path / "checkout/films", "droid_raw") is None

@@ -16,38 +16,32 @@ from safetensors.torch import save_file
 from jepa_cache.encoder import frozen
 from jepa_cache.encoder.frozen import load_module
 from jepa_cache.encoding import run
-from jepa_cache.encoding.run import encode_dataset
-from jepa_cache.store.root import CacheRoot
-from tests.encoded import all_files, make_tiny_tar, tiniest_config, tiny_config
+from tests.encoded import encode, make_tiny_tar, tiniest_config, tiny_config
 from tests.encoder.image_models import preset_of, save_model
 from tests.makers import make_vpt_pair, write_vpt_tar
 
-
-def save_weights(path, kind, seed):
-    """Weights of that seed; the settings under which they are used."""
-    if kind == "hf":
-        save_model(path, seed=seed)
-        return dataclasses.replace(tiny_config(weights=str(path)), encoder=preset_of(path))
-    preset = dataclasses.replace(tiniest_config().encoder, random_seed=seed)
-    state = load_module(preset, None).state_dict()
-    (save_file if kind == "safetensors" else torch.save)(state, path)
-    preset = dataclasses.replace(preset, random_seed=None, weights=str(path))
-    return dataclasses.replace(tiniest_config(weights=str(path)), encoder=preset)
+OTHERS = "not those that the stores are named by"
 
 
 class Place:
-    """Weights in use, and others that may take their place."""
+    """Weights in use, others that may take their place, and recordings."""
 
     def __init__(self, folder, kind):
         suffix = {"hf": "", "safetensors": ".safetensors", "pt": ".pt"}[kind]
-        self.weights, self.others = folder / f"weights{suffix}", folder / f"others{suffix}"
-        self.config = save_weights(self.weights, kind, 1)
-        save_weights(self.others, kind, 2)
-        self.root, self.recordings = CacheRoot(folder / "cache"), folder / "in"
+        self.folder, self.weights, self.others = folder, folder / f"weights{suffix}", folder / f"others{suffix}"
+        for seed, path in enumerate((self.others, self.weights)):
+            if kind == "hf":
+                save_model(path, seed=seed)
+                preset = preset_of(path)
+            else:
+                preset = dataclasses.replace(tiniest_config().encoder, random_seed=seed)
+                (save_file if kind == "safetensors" else torch.save)(load_module(preset, None).state_dict(), path)
+                preset = dataclasses.replace(preset, random_seed=None, weights=str(path))
+        self.config = dataclasses.replace(tiny_config(weights=str(self.weights)), encoder=preset)
         if kind == "hf":
-            write_vpt_tar(self.recordings / "a.tar", {"a": make_vpt_pair(9, size=(96, 96))})
+            write_vpt_tar(folder / "in/a.tar", {"a": make_vpt_pair(9, size=(96, 96))})
         else:
-            make_tiny_tar(self.recordings, "a")
+            make_tiny_tar(folder / "in", "a")
 
     def swap(self):
         aside = self.weights.with_name("aside")
@@ -55,36 +49,31 @@ class Place:
             source.rename(target)
 
     def encode(self):
-        return encode_dataset(self.config, [str(self.recordings)], base=self.recordings, root=self.root).manifest
+        return encode(self.folder / "in", self.folder / "cache", self.config).manifest
 
-    def stores(self):
-        return [name for name in all_files(self.root.path) if name.startswith("tokens/")]
+    def encode_nothing(self):
+        with pytest.raises(ValueError, match=OTHERS):
+            self.encode()
+        assert not list(self.folder.glob("cache/tokens/*/*.zarr"))
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, request):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def place(tmp_path, request):
     return Place(tmp_path, request.param)
 
 
-@pytest.mark.parametrize("while_loading", [False, True])
 @pytest.mark.parametrize("place", ["pt", "safetensors", "hf"], indirect=True)
-def test_weights_swapped_after_hashing_are_an_error_and_then_used_under_their_own_name(
-    place, monkeypatch, while_loading
-):
+def test_weights_swapped_after_hashing_are_an_error_and_then_used_under_their_own_name(place, monkeypatch):
     def load(*given):
         place.swap()
         module = load_module(*given)
-        place.swap()
+        place.swap()  # and back again
         return module
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not those that the stores are named by"):
-        if while_loading:  # and back again
-            patch.setattr(frozen, "load_module", load)
-        else:
-            patch.setattr(run, "check_controls", lambda _: place.swap())  # after they were hashed, before loading
-        place.encode()
-    assert place.stores() == []
+    for owner, name, value in ((frozen, "load_module", load), (run, "check_controls", lambda _: place.swap())):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            place.encode_nothing()
     first = place.encode()
     place.swap()
     assert place.encode().fingerprint != first.fingerprint
@@ -94,12 +83,12 @@ def test_weights_swapped_after_hashing_are_an_error_and_then_used_under_their_ow
 def test_a_digest_table_that_is_misled_is_found_out_and_put_right(place):
     """As on a file system that knows neither inodes nor change times."""
     honest = place.encode()
-    shutil.rmtree(place.root.path)
-    with sqlite3.connect(os.environ["XDG_STATE_HOME"] + "/jepa-cache/digests.sqlite") as table:
-        table.execute("UPDATE files SET digest = ? WHERE path = ?", ("0" * 64, str(place.weights)))
-    with pytest.raises(ValueError, match="not those that the stores are named by"):
-        place.encode()
-    assert place.stores() == []
+    shutil.rmtree(place.folder / "cache")
+    (table,) = place.folder.rglob("digests.sqlite")
+    with sqlite3.connect(table) as connection:
+        changed = ("0" * 64, os.fspath(place.weights))
+        assert connection.execute("UPDATE files SET digest = ? WHERE path = ?", changed).rowcount == 1
+    place.encode_nothing()
     assert place.encode() == honest
 
 
