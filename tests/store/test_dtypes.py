@@ -1,9 +1,8 @@
 """Claims: every dtype is written whole, the same content always as the same bytes, and other Zarr readers get our numbers.
 
-What is missing never reads as numbers, whatever the dtype; a store says what its dtype cost.
+What changes while it is written is never published; a store says what its dtype cost.
 """
 
-import shutil
 import warnings
 
 import numpy as np
@@ -13,7 +12,7 @@ from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file, write_store_file
 from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
-from jepa_cache.store.writer import TokenWriter
+from jepa_cache.store.writer import STAGING_FILE, TokenWriter
 from tests.encoded import all_files
 from tests.store import plain_reader
 from tests.store.test_token_store import flip, tables
@@ -118,7 +117,7 @@ def test_other_readers_give_the_same_numbers_without_warnings(store, read):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         arrays = read(path)
-    assert sorted(arrays) == sorted(ARRAYS[dtype])
+    assert sorted(arrays) == sorted(ARRAYS[dtype]) and not (path / STAGING_FILE).exists()
     for name, array in arrays.items():
         assert array.dtype == read_all(path, name).dtype and np.array_equal(array, read_all(path, name))
 
@@ -154,29 +153,6 @@ def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
     assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
 
 
-@pytest.mark.parametrize("dtype", CODED)
-def test_nothing_that_waited_is_published_or_left_behind(tmp_path, dtype):
-    path = write(tmp_path / "a.zarr", dtype, [make_tokens()])
-    assert sorted(p.name for p in path.iterdir() if p.is_dir()) == sorted(ARRAYS[dtype])
-    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "b.zarr", num_tokens=N, width=D, dtype=dtype) as opened:
-        opened.append(make_tokens(600))
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-
-
-def test_a_missing_file_and_a_flipped_bit_are_named_in_every_array(store, tmp_path):
-    dtype, path = store[0], tmp_path / "b.zarr"
-    shutil.copytree(store[1], path)
-    for name in ARRAYS[dtype]:
-        shard = next(file for file in sorted((path / name / "c").rglob("0")) if file.is_file())
-        flip(shard, 3)
-        with pytest.raises(StoreDamagedError, match=f"{name}.*checksum"):
-            read_all(path, name)
-        shard.unlink()
-        with pytest.raises(StoreDamagedError, match=f"{name}.*missing"):
-            read_all(path, name)
-
-
 @pytest.mark.parametrize("name", ["tokens", *SCALE_ARRAYS])
 def test_a_store_whose_bytes_changed_while_it_was_written_is_not_published(tmp_path, monkeypatch, name):
     def flipped(folder, *given):
@@ -203,8 +179,6 @@ def test_what_a_dtype_cannot_hold_is_refused(tmp_path):
         TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D, dtype="int2")
     with pytest.raises(ValueError, match="int4 needs a token width that is a multiple of 64; got 96"):
         TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=96, dtype="int4")
-    with (
-        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D, dtype="bfloat16") as opened,
-        pytest.raises(ValueError, match="must be uint16"),
-    ):
-        opened.append(make_tokens(2))
+    bits = TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D, dtype="bfloat16")
+    with bits, pytest.raises(ValueError, match="must be uint16"):
+        bits.append(make_tokens(2))

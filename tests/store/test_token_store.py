@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -55,14 +54,17 @@ def test_rolling_back_forgets_an_episode_wherever_it_began(tmp_path, keep):
     assert np.array_equal(out, np.concatenate([tokens[:keep], later]))
 
 
-def test_non_finite_tokens_are_refused(tmp_path):
+def test_tokens_that_are_not_finite_or_of_another_form_are_refused(tmp_path):
     tokens = make_tokens(4)
     tokens[2, 0, 0] = np.inf
-    with (
-        TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D) as writer,
-        pytest.raises(ValueError, match="non-finite"),
-    ):
-        writer.append(tokens)
+    with TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D) as writer:
+        for given, said in ((tokens, "non-finite"), (tokens[:, :2], r"must be float16 \[T, 3, 5\]")):
+            with pytest.raises(ValueError, match=said):
+                writer.append(given)
+        writer.append(make_tokens(2))
+        with pytest.raises(ValueError, match="has 3 rows, but 2 steps"):
+            writer.publish(*tables(3), {}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def flip(path, offset):
@@ -74,29 +76,28 @@ def flip(path, offset):
 @pytest.mark.parametrize("name", ["steps.parquet", "segments.parquet", "zarr.json", "tokens/zarr.json", "store.json"])
 def test_a_changed_or_missing_small_file_is_named(tmp_path, name):
     write_store(tmp_path / "a.zarr", make_tokens(10))
-    for copy in "bc":
-        shutil.copytree(tmp_path / "a.zarr", tmp_path / f"{copy}.zarr")
-    (tmp_path / "a.zarr" / name).unlink()
-    with pytest.raises(StoreDamagedError, match=name):
+    path = tmp_path / "a.zarr" / name
+    raw = path.read_bytes()
+    for offset in (5, -20):
+        flip(path, offset)
+        with pytest.raises(StoreDamagedError, match=name):
+            check_store(tmp_path / "a.zarr", read_data=True)
+        path.write_bytes(raw)
+    path.unlink()
+    with pytest.raises(StoreDamagedError, match=f"{name} is missing"):
         check_store(tmp_path / "a.zarr")
-    flip(tmp_path / "b.zarr" / name, 5)
-    with pytest.raises(StoreDamagedError, match=name):
-        check_store(tmp_path / "b.zarr", read_data=True)
-    shutil.copy(tmp_path / "c.zarr" / name, tmp_path / "b.zarr" / name)
-    flip(tmp_path / "b.zarr" / name, -20)
-    with pytest.raises(StoreDamagedError, match=rf"{name}.*sha256 differs"):
-        check_store(tmp_path / "b.zarr", read_data=True)
 
 
-@pytest.mark.parametrize("name", ["../b", "/etc/passwd", "tokens/../../b", "a//b"])
-def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path, name):
+def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path):
     write_store(tmp_path / "a.zarr", make_tokens(10))
     path = tmp_path / "a.zarr/store.json"
-    document = json.loads(path.read_bytes())
-    document["content"]["files"][name] = document["content"]["files"]["steps.parquet"]
-    write_store_json(path, document)  # signed again
-    with pytest.raises(StoreDamagedError, match="leads out of the store"):
-        read_store_file(tmp_path / "a.zarr")
+    raw = path.read_bytes()
+    for name in ("../b", "/etc/passwd", "tokens/../../b", "a//b"):
+        document = json.loads(raw)
+        document["content"]["files"][name] = document["content"]["files"]["steps.parquet"]
+        write_store_json(path, document)  # signed again
+        with pytest.raises(StoreDamagedError, match="leads out of the store"):
+            read_store_file(tmp_path / "a.zarr")
 
 
 @pytest.mark.parametrize("end", [b"", b"\n\n", b" "])
