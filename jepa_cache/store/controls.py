@@ -22,6 +22,7 @@ from jepa_cache.store.layout import (
     StoreDamagedError,
     StoreFile,
     changed_error,
+    identity_of,
     read_content,
     read_store_file,
     write_store_file,
@@ -30,7 +31,7 @@ from jepa_cache.store.layout import (
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
-IDENTITY_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that no other unit's file is taken for it
+IDENTITY_KEY = b"place"  # so that no other unit's file is taken for it
 SHA256_KEY = b"file_sha256"  # of the whole file with these 64 digits as 0: of Parquet's own checksums none covers names
 # How the thrift of a Parquet file's footer holds a text of 64 letters under that key.
 SHA256_ENTRY = re.compile(SHA256_KEY + rb"\x18\x40([0-9a-f]{64})")
@@ -55,7 +56,7 @@ def publish_controls(final: Path, episodes: Iterable[tuple[str, Mapping[str, np.
                 writer.write_table(table, row_group_size=max(1, num_ticks))
             schema = pa.schema([pa.field(EPISODE_COLUMN, pa.string())])
             writer = writer or stack.enter_context(pq.ParquetWriter(path, schema))
-            writer.add_key_value_metadata({IDENTITY_KEY: _identity(final), SHA256_KEY: "0" * 64})
+            writer.add_key_value_metadata({IDENTITY_KEY: identity_of(final), SHA256_KEY: "0" * 64})
         _seal(path)
 
 
@@ -69,7 +70,7 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         _check_seal(path, raw)
         with pq.ParquetFile(pa.BufferReader(raw), page_checksum_verification=True) as file:
             identity = (file.metadata.metadata or {}).get(IDENTITY_KEY, b"").decode()
-            if identity != _identity(path):
+            if identity != identity_of(path):
                 raise StoreDamagedError(f"{path} holds the controls of {identity!r}, not its own; {REMEDY}")
             for group in range(file.num_row_groups):
                 # In this thread: one of Arrow's that drops the bytes while Python ends (an error is on its way out) aborts it.
@@ -93,10 +94,6 @@ def is_readable(path: Path) -> bool:
         print(f"damaged, reading the controls from the recordings again: {error}")
         return False
     return path.is_file()
-
-
-def _identity(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
 
 
 def _seal(path: Path) -> None:

@@ -109,7 +109,7 @@ def write_store_file(
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
     }
     content = {"format_version": FORMAT_VERSION, "card": dict(metadata), "files": listing}
-    document = {"content": content, "provenance": dict(provenance), IDENTITY: _identity(final)}
+    document = {"content": content, "provenance": dict(provenance), IDENTITY: identity_of(final)}
     if crc32c is not None:
         document["crc32c"] = {name: list(texts) for name, texts in crc32c.items()}
     digest = hashlib.sha256(canonical_json(document)).hexdigest()
@@ -163,7 +163,7 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     if recipe is not None and _RECIPES.get(folder) != recipe:
         of_recipe = fingerprint(recipe)
         _RECIPES[of_recipe] = recipe
-    name = _identity(store)
+    name = identity_of(store)
     identity = found.published_as or f"{of_recipe}/{store.stem}"
     if identity != name or of_recipe != folder:
         raise StoreDamagedError(
@@ -173,8 +173,9 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     return found
 
 
-def _identity(store: Path) -> str:
-    return f"{store.parent.name}/{store.stem}"
+def identity_of(path: Path) -> str:
+    """<fingerprint>/<unit>, by which a store or file says whose it is, also when it was copied elsewhere."""
+    return f"{path.parent.name}/{path.stem}"
 
 
 def _is_as_written(raw: bytes) -> bool:

@@ -325,28 +325,26 @@ def change_object(root, name, change):
         root.bucket.put(key, change(content))
 
 
-@pytest.mark.parametrize(("name", "change"), [(CHUNKS, None), ("store.json", lambda content: content[:-1])])
-def test_a_missing_or_cut_object_is_found_without_reading(machines, name, change):
-    root = machines("a")
-    publish_tokens(root)
-    change_object(root, name, change)
-    other = machines("b")
-    with pytest.raises(StoreDamagedError, match=rf"{name} is missing, or has not \d+ bytes; run `jepa-cache verify"):
-        other.fetch(place(other))
-
-
 def flip(content, at):
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-@pytest.mark.parametrize("name", ["store.json", CHUNKS])
-def test_a_flipped_bit_in_the_bucket_is_found_when_it_is_pulled_and_when_it_is_verified(machines, name):
+HARMED = {
+    "gone": (CHUNKS, None, r"is missing, or has not \d+ bytes; run `jepa-cache verify"),
+    "cut": ("store.json", lambda content: content[:-1], r"is missing, or has not \d+ bytes"),
+    "flipped": (CHUNKS, lambda content: flip(content, len(content) // 2), r"has changed \(sha256 differs\)"),
+    "store.json flipped": ("store.json", lambda content: flip(content, 99), r"has changed \(sha256 differs\)"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "said"), HARMED.values(), ids=HARMED)
+def test_what_is_harmed_in_the_bucket_is_found_when_it_is_pulled_and_when_it_is_verified(machines, name, change, said):
     root = machines("a")
     store = publish_tokens(root)
-    change_object(root, name, lambda content: flip(content, len(content) // 2))
+    change_object(root, name, change)
     other = machines("b")
     for reader, again in ((other, False), (root, True)):  # who has a whole copy here looks all the same
-        with pytest.raises(StoreDamagedError, match=rf"{name} has changed \(sha256 differs\)"):
+        with pytest.raises(StoreDamagedError, match=f"{name} {said}"):
             pull(reader, [place(reader)], again=again)
     assert np.array_equal(read_all(store), TOKENS), "the whole copy stays"
     assert name not in files_below(place(other))
@@ -448,30 +446,22 @@ def test_chunks_beyond_the_limit_go_those_of_the_least_recently_used_stores_firs
     assert whole_units(root) == [] and not (there / CHUNKS).exists()
 
 
-def test_more_than_the_limit_is_refused_before_anything_is_pulled(machines, monkeypatch):
-    publish_units(machines("a"))
-    root = machines("b")
-    stores = [place(root, unit) for unit in UNITS]
-    with root.pulled(stores[:1]):
-        limit_to(monkeypatch, root, 3)
-        with pytest.raises(ObjectStoreError, match=r"GB of tokens from s3.*set JEPA_CACHE_LOCAL_GB="):
-            pull(root, stores)
-        with pytest.raises(ObjectStoreError, match="this command, and others that run now, read"):
-            pull(root, stores[1:])
-        assert whole_units(root) == ["1"]
-        with root.pulled(stores[:3]):
-            assert whole_units(root) == ["1", "2", "3"], "what two commands read counts once"
-
-
-def test_what_another_running_command_reads_stays_until_it_ends(machines, monkeypatch):
+def test_commands_at_once_share_the_limit_and_lose_nothing_that_they_read(machines, monkeypatch):
     publish_units(machines("a"))
     root, other = machines("b"), machines("b")
     stores = [place(root, unit) for unit in UNITS]
-    with other.pulled(stores[:2]):
+    with other.pulled(stores[:1]):
         limit_to(monkeypatch, root, 3)
-        for store in stores[2:]:
-            with root.pulled([store]):
-                assert whole_units(root) == ["1", "2", store.name[0]]
+        for wanted in (stores, stores[1:]):
+            with pytest.raises(
+                ObjectStoreError, match=r"others that run now, read .* from s3.*set JEPA_CACHE_LOCAL_GB="
+            ):
+                pull(root, wanted)
+        assert whole_units(root) == ["1"], "it is refused before anything is pulled"
+        with root.pulled(stores[:3]):
+            assert whole_units(root) == ["1", "2", "3"], "what both read counts once"
+        with root.pulled(stores[2:]):
+            assert whole_units(root) == ["1", "3", "4"], "what another reads stays"
     (root.path.parent / "holds" / ".jepa-cache-0123456789ab-stores").write_text(f"{stores[0].relative_to(root.path)}")
     with root.pulled(stores[1:]):  # what a dead one held, it holds no more
         assert whole_units(root) == ["2", "3", "4"]
