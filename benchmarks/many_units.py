@@ -46,7 +46,7 @@ from jepa_cache.evaluation.energy import ActionPool  # noqa: E402
 from jepa_cache.predictor.rollout import LatentModel  # noqa: E402
 from jepa_cache.sources import Unit  # noqa: E402
 from jepa_cache.store import layout  # noqa: E402
-from jepa_cache.store.controls import ControlsWriter  # noqa: E402
+from jepa_cache.store.controls import publish_controls  # noqa: E402
 from jepa_cache.store.manifest import read_manifest  # noqa: E402
 from jepa_cache.store.root import CacheRoot  # noqa: E402
 from jepa_cache.store.writer import TokenWriter, table  # noqa: E402
@@ -104,8 +104,7 @@ class Place:
         num_tokens, width = self.config.encode.num_tokens_of(self.config.encoder), self.config.encoder.embed_dim
         ticks = NUM_STEPS * TICKS_PER_STEP
         controls = {f"{kind}_{column}": rng.normal(size=ticks) for kind in ("action", "state") for column in range(2)}
-        with ControlsWriter(group.controls(self.root, unit)) as writer:
-            writer.append(unit.name, controls)
+        publish_controls(group.controls(self.root, unit), [(unit.name, controls)])
         steps = {field.name: np.zeros(NUM_STEPS) for field in layout.STEPS_SCHEMA} | {"gui": np.zeros(NUM_STEPS, bool)}
         steps["frame"] = steps["tick"] = np.arange(NUM_STEPS) * TICKS_PER_STEP
         segments = {"segment": [0], "episode": [unit.name], "start": [0], "stop": [NUM_STEPS], "step_hz": [5.0]}

@@ -24,8 +24,8 @@ from jepa_cache.cli.outcome import (
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.sources import Unit
+from jepa_cache.store.check import recall_copies
 from jepa_cache.store.collection import list_manifests
-from jepa_cache.store.copies import recall_copies
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.layout import StoreDamagedError, StoreFile, read_store_file
 from jepa_cache.store.manifest import Manifest, why_held_back

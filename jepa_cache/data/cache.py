@@ -36,8 +36,8 @@ from jepa_cache.data.filters import (
 )
 from jepa_cache.poses import read_ranges
 from jepa_cache.store import layout
+from jepa_cache.store.check import Recording, find_equal
 from jepa_cache.store.controls import iter_controls, read_actions
-from jepa_cache.store.copies import Recording, find_equal
 from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_codec
@@ -229,7 +229,7 @@ class CachedDataset:
     def find_copies(self) -> dict[str, str]:
         """Episodes that are another's recording once more, and the first of its keys; looked for once, and said on stderr.
 
-        See `store.copies.find_equal`. Of an episode that is there in several views the first is compared.
+        See `store.check.find_equal`. Of an episode that is there in several views the first is compared.
         """
         if self._copies is None:
             recordings: dict[str, Recording] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
-from jepa_cache.store.controls import ControlsWriter, is_readable, iter_controls, write_actions
+from jepa_cache.store.controls import is_readable, iter_controls, publish_controls, write_actions
 from jepa_cache.store.layout import StoreDamagedError, StoreFile
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
@@ -75,11 +75,13 @@ def write_controls(
             return
     except StoreDamagedError:  # in the bucket
         root.remove(path)
-    with ControlsWriter(path) as writer:
-        for episode, columns in controls:
-            writer.append(episode, columns)
-        if unit is not None:
+
+    def checked() -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+        yield from controls
+        if unit is not None:  # before anything is published
             check_unchanged(unit)
+
+    publish_controls(path, checked())
     root.publish(path)
 
 

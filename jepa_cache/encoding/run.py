@@ -28,8 +28,8 @@ from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, w
 from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
+from jepa_cache.store.check import Recording, find_equal, note_copies, recall_copies
 from jepa_cache.store.controls import read_actions
-from jepa_cache.store.copies import Recording, find_equal, note_copies, recall_copies
 from jepa_cache.store.layout import SEGMENTS_FILE, StoreFile
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
 from jepa_cache.store.reader import read_table
@@ -281,7 +281,7 @@ def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGr
     Raises:
         ValueError: Units hold different recordings under one key, which everything later would take for one episode.
 
-    Cost: the first time the tables and actions of every store, see `store.copies`; the state folder remembers the
+    Cost: the first time the tables and actions of every store, see `store.check`; the state folder remembers the
     sentence.
     """
     if (told := recall_copies(manifest)) is not None:

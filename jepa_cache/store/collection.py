@@ -133,13 +133,9 @@ def find_listings(contents: Contents, prefixes: Iterable[str]) -> set[str]:
 def remove_unneeded(
     root: CacheRoot, forgotten: Collection[str] = (), own: Manifest | None = None, *, grace_days: float = GRACE_DAYS
 ) -> Contents:
-    """Remove what no manifest needs, and the temporaries of dead writers; return what the root held before.
+    """Remove what no manifest needs, the manifests `forgotten` and dead writers' temporaries; return what the root held before.
 
-    The manifests of the digests `forgotten` are removed first; the other arguments are those of `list_root`.
-
-    Raises:
-        RootInUseError: An encode is running.
-        RefusedError: A manifest that is not forgotten cannot be read, so it is not known what it needs.
+    RefusedError while an encode is running, or where a manifest cannot be read, so that it is not known what it needs.
     """
     with root.exclusive_lock():
         contents = list_root(root, own, grace_days=grace_days)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from jepa_cache.store.layout import (
     StoreDamagedError,
     StoreFile,
     changed_error,
+    identity_of,
     read_content,
     read_store_file,
     write_store_file,
@@ -31,66 +31,47 @@ from jepa_cache.store.layout import (
 EPISODE_COLUMN = "episode"
 ACTIONS = "actions"
 STATES = "states"
-IDENTITY_KEY = b"place"  # <fingerprint of the source's recipe>/<unit>, so that no other unit's file is taken for it
+IDENTITY_KEY = b"place"  # so that no other unit's file is taken for it
 SHA256_KEY = b"file_sha256"  # of the whole file with these 64 digits as 0: of Parquet's own checksums none covers names
 # How the thrift of a Parquet file's footer holds a text of 64 letters under that key.
 SHA256_ENTRY = re.compile(SHA256_KEY + rb"\x18\x40([0-9a-f]{64})")
 
 
-class ControlsWriter:
-    """Writes the controls of one unit as Parquet, one row group per episode; published when the block ends well."""
+def publish_controls(final: Path, episodes: Iterable[tuple[str, Mapping[str, np.ndarray]]]) -> None:
+    """Publish the controls of one unit as Parquet, one row group per episode, when `episodes` ends well.
 
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> ControlsWriter:
-        remove_stale_temporaries(self._final.parent)
-        self._file = atomic_file(self._final)
-        self._path = self._file.__enter__()
-        return self
-
-    def append(self, episode: str, controls: Mapping[str, np.ndarray]) -> None:
-        """Add one episode by its key: name to [M] array, the same names and dtypes for every episode of a source."""
-        num_ticks = len(next(iter(controls.values())))
-        table = pa.table(
-            {EPISODE_COLUMN: [episode] * num_ticks, **{name: pa.array(it) for name, it in controls.items()}}
-        )
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", write_page_checksum=True)
-        self._writer.write_table(table, row_group_size=max(1, num_ticks))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if self._writer is None and kind is None:
-                self._writer = pq.ParquetWriter(self._path, pa.schema([pa.field(EPISODE_COLUMN, pa.string())]))
-            if self._writer is not None:
-                self._writer.add_key_value_metadata({IDENTITY_KEY: _identity(self._final), SHA256_KEY: "0" * 64})
-                self._writer.close()
-                _seal(self._path)
-        except BaseException:
-            self._file.__exit__(*sys.exc_info())
-            raise
-        self._file.__exit__(kind, error, trace)
+    It gives (key, name to [M] array), the same names and dtypes for every episode of a source.
+    """
+    remove_stale_temporaries(final.parent)
+    with atomic_file(final) as path:
+        with ExitStack() as stack:
+            writer = None
+            for episode, controls in episodes:
+                num_ticks = len(next(iter(controls.values())))
+                columns = {EPISODE_COLUMN: [episode] * num_ticks, **controls}
+                table = pa.table({name: pa.array(values) for name, values in columns.items()})
+                writer = writer or stack.enter_context(
+                    pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
+                )
+                writer.write_table(table, row_group_size=max(1, num_ticks))
+            schema = pa.schema([pa.field(EPISODE_COLUMN, pa.string())])
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, schema))
+            writer.add_key_value_metadata({IDENTITY_KEY: identity_of(final), SHA256_KEY: "0" * 64})
+        _seal(path)
 
 
 def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
 
-    Raises:
-        StoreDamagedError: The file cannot be read, is another unit's, or a byte of it has changed.
+    StoreDamagedError where the file cannot be read, is another unit's, or a byte of it has changed.
     """
     try:
         raw = path.read_bytes()
         _check_seal(path, raw)
         with pq.ParquetFile(pa.BufferReader(raw), page_checksum_verification=True) as file:
-            notes = file.metadata.metadata or {}
-            if notes.get(IDENTITY_KEY, b"").decode() != _identity(path):
-                raise StoreDamagedError(
-                    f"{path} holds the controls of {notes.get(IDENTITY_KEY, b'').decode()!r}, not its own; {REMEDY}"
-                )
+            identity = (file.metadata.metadata or {}).get(IDENTITY_KEY, b"").decode()
+            if identity != identity_of(path):
+                raise StoreDamagedError(f"{path} holds the controls of {identity!r}, not its own; {REMEDY}")
             for group in range(file.num_row_groups):
                 # In this thread: one of Arrow's that drops the bytes while Python ends (an error is on its way out) aborts it.
                 table = file.read_row_group(group, use_threads=False)
@@ -115,10 +96,6 @@ def is_readable(path: Path) -> bool:
     return path.is_file()
 
 
-def _identity(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
-
-
 def _seal(path: Path) -> None:
     """Put the sha256 of a finished file into it, in place of the zeros that it was computed with."""
     raw = path.read_bytes()
@@ -137,13 +114,9 @@ def _check_seal(path: Path, raw: bytes) -> None:
 
 
 def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata: Mapping[str, Any]) -> None:
-    """Publish the actions and states of one unit as a small Zarr group.
+    """Publish the actions [n, A] and states [n, S] of one unit, float32, as a small Zarr group.
 
-    Args:
-        final: Path of the store.
-        actions: [n, A] float32; row i leads from step i to i+1; NaN in the last row of each segment.
-        states: [n, S] float32.
-        metadata: Describes the content; part of the store's digest.
+    Row i of the actions leads from step i to i+1; the last row of each segment is NaN.
     """
     import zarr
     from zarr.codecs import Crc32cCodec

@@ -1,8 +1,6 @@
 """A local table of file digests by path, size, times and inode, so that terabytes are not hashed again.
 
-It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace.
-
-A file that took another's place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or
+It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace. A file that took another's place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or
 change time, which no program sets. Where a file system has no lasting inodes (some network and FUSE mounts) files are
 hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither inodes nor
 change times hides such a replacement.
@@ -71,13 +69,12 @@ class Remembered:
 
     def _resolve(self, path: Path) -> str:
         """`path.resolve()`, but the links of each folder are followed once: of ten thousand files that takes most of the time."""
-        if not isinstance(path, Path):  # in a bucket
+        if not isinstance(path, Path) or path.is_symlink():  # the former in a bucket
             return str(path.resolve())
-        folder, name = os.path.split(path)
+        folder = str(path.parent)
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
-        real = os.path.join(self._folders[folder], name)  # noqa: PTH118
-        return os.path.realpath(real) if os.path.islink(real) else real  # noqa: PTH114
+        return f"{self._folders[folder]}/{path.name}"
 
 
 def join_digests(digests: Sequence[str]) -> str:
@@ -108,10 +105,7 @@ class DigestTable:
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[Sequence[Path]], str]]:
-        """Yield `digest_unit` for many units.
-
-        Cost: the disk is waited for once a second, not for each unit; what a killed run hashed before is not hashed again.
-        """
+        """Yield `digest_unit` for many units; the disk is waited for once a second, not for each of them."""
         with self._open() as connection:
             saved = [time.monotonic()]
 

@@ -65,7 +65,7 @@ class StoreDamagedError(ValueError):
 
 
 class _OtherVersionError(ValueError):
-    pass
+    """Not damage: another version of this program wrote a store, and nobody asked to replace it."""
 
 
 class FileRecord(NamedTuple):
@@ -100,21 +100,16 @@ def write_store_file(
     provenance: Mapping[str, Any],
     crc32c: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write store.json of a finished store: every file with its size and sha256.
+    """Write store.json of a finished store in `folder`, to be published at `final`: every file with its size and sha256.
 
-    Args:
-        folder: The store.
-        final: Where it will be published.
-        metadata: Describes the content; part of the store's digest.
-        provenance: How it was made; recorded, not part of the digest.
-        crc32c: Checksums of the chunks of its sharded arrays, as `reader.list_checksums` gives them; None where it has none.
+    The metadata is part of the store's digest, the provenance is not; `crc32c` is what `reader.list_checksums` gives.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = {
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
     }
     content = {"format_version": FORMAT_VERSION, "card": dict(metadata), "files": listing}
-    document = {"content": content, "provenance": dict(provenance), IDENTITY: _identity(final)}
+    document = {"content": content, "provenance": dict(provenance), IDENTITY: identity_of(final)}
     if crc32c is not None:
         document["crc32c"] = {name: list(texts) for name, texts in crc32c.items()}
     digest = hashlib.sha256(canonical_json(document)).hexdigest()
@@ -134,7 +129,6 @@ def read_store_file(store: Path) -> StoreFile:
         document = orjson.loads(raw)
         content = document["content"]
         if content["format_version"] != FORMAT_VERSION:
-            # Not damaged: another version of this program wrote it, and nobody asked to replace it.
             raise _OtherVersionError(
                 f"{store} has store format {content['format_version']}, this program reads {FORMAT_VERSION}; "
                 "set cache.root to another folder, or delete this one"
@@ -143,7 +137,7 @@ def read_store_file(store: Path) -> StoreFile:
             raise changed_error(path)
         return StoreFile(
             metadata=content["card"],
-            digest=_digest_text(raw) or hashlib.sha256(canonical_json(content)).hexdigest(),
+            digest=_digest_content(raw),
             provenance=document["provenance"],
             files={inner_path(name): FileRecord(**entry) for name, entry in content["files"].items()},
             crc32c=document.get("crc32c", {}),
@@ -158,13 +152,10 @@ def read_store_file(store: Path) -> StoreFile:
 
 
 def check_identity(store: Path, found: StoreFile) -> StoreFile:
-    """Check that a store is the one that its path names, by its recipe and its unit; return what its store.json says.
+    """Raise StoreDamagedError unless a store is the one that its path names, by its recipe and its unit; return `found`.
 
     A store of the first release does not say of which unit it is, and its actions not even of which recipe: there
     `store.check` compares with the controls of the unit, which do.
-
-    Raises:
-        StoreDamagedError: It is another recipe's or unit's store: it was copied, or a folder renamed.
     """
     recipe, folder = found.metadata.get("recipe"), store.parent.name
     of_recipe = folder
@@ -172,7 +163,7 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     if recipe is not None and _RECIPES.get(folder) != recipe:
         of_recipe = fingerprint(recipe)
         _RECIPES[of_recipe] = recipe
-    name = _identity(store)
+    name = identity_of(store)
     identity = found.published_as or f"{of_recipe}/{store.stem}"
     if identity != name or of_recipe != folder:
         raise StoreDamagedError(
@@ -182,8 +173,9 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
     return found
 
 
-def _identity(store: Path) -> str:
-    return f"{store.parent.name}/{store.stem}"
+def identity_of(path: Path) -> str:
+    """<fingerprint>/<unit>, by which a store or file says whose it is, also when it was copied elsewhere."""
+    return f"{path.parent.name}/{path.stem}"
 
 
 def _is_as_written(raw: bytes) -> bool:
@@ -193,24 +185,18 @@ def _is_as_written(raw: bytes) -> bool:
     return raw[end:] == b',\n  "%s": "%s"\n}\n' % (SELF_DIGEST.encode(), digest.encode())
 
 
-def _digest_text(raw: bytes) -> str | None:
-    """The digest without spelling the content anew, which costs ten times as much; None when the file is not as it was written.
+def _digest_content(raw: bytes) -> str:
+    """The store's digest, without spelling the content anew, which costs ten times as much.
 
-    In the canonical spelling the content stands in store.json as it would stand alone, but for two spaces before every line.
+    In a store.json the content stands as it would stand alone, but for two spaces before every line.
     """
-    head = b'{\n  "content": '
+    start = len(b'{\n  "content": ')
     end = max(raw.find(b',\n  "crc32c": '), 0) or raw.find(b',\n  "provenance": ')
-    if not raw.startswith(head) or end < 0:
-        return None
-    return hashlib.sha256(raw[len(head) : end].replace(b"\n  ", b"\n") + b"\n").hexdigest()
+    return hashlib.sha256(raw[start:end].replace(b"\n  ", b"\n") + b"\n").hexdigest()
 
 
 def check_store(store: Path, *, read_data: bool = False) -> StoreFile:
-    """Check that every file of a store has its size (one stat each), and with `read_data` that its bytes are unchanged.
-
-    Raises:
-        StoreDamagedError: Naming the first file that is missing or differs.
-    """
+    """Raise StoreDamagedError unless every file of a store has its size (one stat each), and with `read_data` its bytes."""
     found, folder = read_store_file(store), os.fspath(store)
     for name, file in found.files.items():
         check_size(f"{folder}/{name}", file.num_bytes)
@@ -248,11 +234,10 @@ def read_content(path: Path | str, sha256: str) -> bytes:
 def check_content(path: Path, sha256: str) -> None:
     """Raise StoreDamagedError unless a file holds what was written. Cost: reads it."""
     try:
-        found = file_digest(path)
+        if file_digest(path) != sha256:
+            raise changed_error(path)
     except OSError as error:
         raise StoreDamagedError(f"{path} cannot be read ({error}); {REMEDY}") from error
-    if found != sha256:
-        raise changed_error(path)
 
 
 def changed_error(path: Path | str) -> StoreDamagedError:
@@ -274,7 +259,7 @@ def create_tokens_array(store: Path, num_tokens: int, width: int, dtype: str = "
     shape = (0, num_tokens, width // codec.codes_per_item)
     dimensions = ("step", "token", "channel" if codec.codes_per_item == 1 else "byte")
     attributes = {} if codec.meaning is None else {"scheme": dtype, "meaning": codec.meaning}
-    return _create_array(store, TOKENS, shape, dimensions, codec.dtype, codec.fill_value, attributes)
+    return _create_array(store, TOKENS, shape, dimensions, codec.dtype, codec.fill_value, attributes=attributes)
 
 
 def create_token_scales(store: Path, num_steps: int, num_tokens: int, width: int, dtype: str) -> zarr.Array:
@@ -298,9 +283,9 @@ def _create_array(
     dimensions: tuple[str, ...],
     dtype: str,
     fill_value: float,
-    attributes: Mapping[str, str] | None = None,
     *,
     rows: tuple[int, int] = (CHUNK_STEPS, SHARD_STEPS),
+    attributes: dict[str, str] | None = None,
 ) -> zarr.Array:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
@@ -315,5 +300,5 @@ def _create_array(
         compressors=[Crc32cCodec()],
         fill_value=fill_value,
         dimension_names=dimensions,
-        attributes=dict(attributes or {}),
+        attributes=attributes or {},
     )

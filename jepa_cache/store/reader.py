@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
@@ -56,11 +55,7 @@ class ArrayLayout(NamedTuple):
 
 
 def read_array_layout(store: Path, name: str, sha256: str | None = None) -> ArrayLayout:
-    """Read the metadata of an array, whose sha256 is compared where one is given.
-
-    Raises:
-        StoreDamagedError: It is missing, has changed, or describes another kind of array than this program writes.
-    """
+    """Read the metadata of an array; StoreDamagedError where it has another sha256, or describes no array of ours."""
     path = store / name / "zarr.json"
     try:
         raw = path.read_bytes() if sha256 is None else read_content(path, sha256)
@@ -94,26 +89,18 @@ class OpenShard:
 
     So a thread that reads from it while it is pushed out by others reads on from the same file, never from another one
     that was given the same descriptor.
-
-    Attributes:
-        readv: Fills buffers from an offset on, as `os.preadv` does.
-        index: [offset, length] of every chunk.
-        num_in_order: So many chunks from the first on lie back to back from the beginning of the file.
     """
 
     __slots__ = ("_descriptor", "_mapped", "index", "num_in_order", "readv")
 
     def __init__(self, path: Path, num_chunks: int, stored_bytes: int) -> None:
-        """Open the file and read its index of `num_chunks` chunks, each of `stored_bytes` with its checksum.
-
-        Raises:
-            StoreDamagedError: It is missing, or its index is damaged.
-        """
+        """Read the index of `num_chunks` chunks, each of `stored_bytes` with its checksum; StoreDamagedError names damage."""
         self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreDamagedError(f"{path} is missing; {REMEDY}") from error
+        # Fills buffers from an offset on.
         self.readv: Callable[[Sequence[memoryview], int], int] = functools.partial(os.preadv, self._descriptor)
         num_bytes = os.fstat(self._descriptor).st_size
         raw = bytearray(num_chunks * ENTRY_BYTES + CRC_BYTES)
@@ -130,7 +117,8 @@ class OpenShard:
             raise StoreDamagedError(f"{path} is shorter than its shard index says; {REMEDY}")
         expected = np.arange(num_chunks, dtype=np.uint64) * np.uint64(stored_bytes)
         in_order = (offsets == expected) & (lengths == stored_bytes)
-        self.index: list[list[int]] = index.tolist()
+        self.index: list[list[int]] = index.tolist()  # [offset, length] of every chunk
+        # So many chunks from the first on lie back to back from the beginning of the file.
         self.num_in_order = num_chunks if in_order.all() else int(in_order.argmin())
         self._mapped = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
 
@@ -222,11 +210,7 @@ class ArrayReader:
     """Random access along the first axis of one array [n, ...] of a store; safe to use from several threads."""
 
     def __init__(self, store: Path, name: str = layout.TOKENS, *, verify_checksums: bool = True) -> None:
-        """Read the metadata; files are opened on demand. Without `verify_checksums` those of the shard indexes are checked alone.
-
-        Raises:
-            StoreDamagedError: The metadata is missing, not as it was written, or another format's.
-        """
+        """Read the metadata; files are opened on demand. Without `verify_checksums` those of the shard indexes are checked alone."""
         self.store, self.name = store, name
         stated = read_store_file(store)
         record = stated.files.get(f"{name}/zarr.json")
@@ -246,9 +230,7 @@ class ArrayReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -256,16 +238,11 @@ class ArrayReader:
         OPEN_SHARDS.drop((self._key, shard) for shard in range(-(-self.num_chunks // self._shard_chunks)))
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the rows from `start` on.
-
-        Args:
-            start: First row.
-            out: [T, ...] of the array's dtype, C-contiguous; T may span chunks and shards. Its content is undefined when
-                an error is raised.
+        """Fill `out` [T, ...], C-contiguous and of the array's dtype, with the rows from `start` on.
 
         Raises:
-            IndexError: When the run leaves the array.
-            StoreDamagedError: When a chunk is missing, short or fails its checksum.
+            IndexError: The run leaves the array.
+            StoreDamagedError: A chunk is missing, short or fails its checksum; the content of `out` is undefined then.
         """
         if out.dtype != self.dtype or out.shape[1:] != self.shape[1:] or not out.flags.c_contiguous:
             raise ValueError(
@@ -383,14 +360,7 @@ def read_table(
 ) -> pa.Table:
     """Read the step or segment table of a store, after a check of all its bytes: the checksums of Parquet leave out names.
 
-    Args:
-        store: Folder of the store.
-        name: Of the table in it.
-        stated: What its store.json says, where that was read before.
-        columns: Those that are needed, where not all are.
-
-    Raises:
-        StoreDamagedError: It is missing or damaged.
+    `stated` is what its store.json says, where that was read before. StoreDamagedError where the table is missing or damaged.
     """
     path = store / name
     record = (stated or read_store_file(store)).files.get(name)

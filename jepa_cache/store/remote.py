@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import ObjectStore, from_url
 
 from jepa_cache.files import (
     atomic_file,
@@ -45,11 +48,32 @@ from jepa_cache.store.layout import (
     check_store,
     read_store_file,
 )
-from jepa_cache.store.objects import Bucket, Listing, ObjectStoreError
 from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
 from jepa_cache.store.root import KINDS, MANIFESTS, MARKER, CacheRoot
 
 Result = TypeVar("Result")
+Listing = dict[str, dict[str, Any]]  # what the bucket says of each object: size, e_tag and last_modified, by key
+
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL")
+# Exponential backoff from 0.1 s to 15 s; an outage of three minutes is survived. Longer, and a request's signature may expire.
+RETRIES: dict[str, Any] = {"max_retries": 20, "retry_timeout": timedelta(minutes=3)}
+FIRST_RETRIES = 3
+PAUSES_S = (0.1, 0.4, 1.6, 6.4)  # before asking again for an answer that ended in the middle
+TIMEOUTS = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2)}
+PART_BYTES = 8 << 20  # of an object, in one request: on 1 MB/s four fit into the timeout
+PARTS_AT_ONCE = 4
+CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (profiles: `eval $(aws configure export-credentials --format env)`)",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
+}
+NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist")
+ADVICE = (
+    (NO_BUCKET, "there is no bucket {bucket!r}; make it, or correct cache.root"),
+    (re.compile(r"//169\.254\.|metadata\.google|Missing AccessKeyId"), "no credentials were found; {credentials}"),
+    (re.compile(r"\b(401|403)\b|AccessDenied"), "not permitted; the credentials need list, get, put and delete there"),
+    (re.compile(r"redirect|AuthorizationHeaderMalformed"), "the bucket is in another region; set AWS_REGION"),
+    (re.compile(r"HTTP error"), "the server cannot be reached; check the network, AWS_ENDPOINT_URL and AWS_REGION"),
+)
 
 COMMIT_VERSION = 1
 COMMIT_SUFFIX = ".commit.json"
@@ -59,6 +83,113 @@ OURS = re.compile(r".+?/[0-9a-f]{32}\.\w+\.attempt-[0-9a-f]{16}/")  # an upload,
 ABANDONED_AFTER = timedelta(days=1)
 STORES_AT_ONCE = 16  # a request waits for the network, not for this machine
 DEFAULT_LOCAL_GB = 20.0
+
+
+class ObjectStoreError(ValueError):
+    """A bucket that cannot be used as requested; the message says why and what to change. Never damage of what is stored."""
+
+
+class Bucket:
+    """One prefix of a bucket; keys are relative to it. Requests that fail are repeated, with growing pauses.
+
+    Safe to use from several threads and processes; connects at the first request. Credentials come from the environment.
+    """
+
+    def __init__(self, url: str) -> None:
+        match = re.fullmatch(r"(\w+)://([^/@?#\s]+)(/[^?#\s]*)?", url)
+        if match is None or match[1] not in CREDENTIALS:
+            raise ObjectStoreError(f"an object store is named s3://bucket/prefix or gs://bucket/prefix; got {url!r}")
+        self.scheme, self.name = match[1], match[2]
+        self.url = f"{match[1]}://{match[2]}{(match[3] or '').rstrip('/')}"
+        # Address of the server, where it is not the provider's own.
+        self.endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
+        self._store: ObjectStore | None = None
+
+    def list(self, folder: str) -> Listing:
+        """Every object below a folder. Cost: one request per thousand objects."""
+        parts = self._ask("list", lambda store: list(store.list(folder, chunk_size=1000)))
+        return {entry["path"]: entry for part in parts for entry in part}
+
+    def get(self, key: str) -> tuple[bytes, str | None] | None:
+        """Content and tag of an object; None when there is no such object."""
+
+        def read(store: ObjectStore) -> tuple[bytes, str | None]:
+            result = store.get(key)
+            return bytes(result.bytes()), result.meta["e_tag"]
+
+        try:
+            return self._ask("read", read)
+        except FileNotFoundError:
+            return None
+
+    def download(self, key: str, num_bytes: int, path: Path) -> str:
+        """Write an object to a file, in bounded memory; its sha256 as it came. FileNotFoundError where there is no such object."""
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for begin in range(0, num_bytes, PARTS_AT_ONCE * PART_BYTES):
+                starts = list(range(begin, min(begin + PARTS_AT_ONCE * PART_BYTES, num_bytes), PART_BYTES))
+                ends = [min(start + PART_BYTES, num_bytes) for start in starts]
+                ranges = {"starts": starts, "ends": ends, "coalesce": 0}
+                for part in self._ask("read", lambda store, ranges=ranges: store.get_ranges(key, **ranges)):
+                    digest.update(part)
+                    file.write(part)
+        return digest.hexdigest()
+
+    def put(self, key: str, content: bytes | Path, *, new: bool = False) -> bool:
+        """Write bytes or a file of any size as an object, which appears whole or not at all.
+
+        With `new` only unless there is one; False is returned where there is, even if it is ours, of a request that was repeated.
+        """
+        if isinstance(content, Path) and content.stat().st_size == 0:
+            content = b""  # an empty multipart upload is refused
+        size = {} if isinstance(content, bytes) else {"chunk_size": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}
+        mode = "create" if new else "overwrite"
+        try:
+            self._ask("write", lambda store: store.put(key, content, mode=mode, **size))
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are gone already are no error."""
+        for key in keys:
+            with suppress(FileNotFoundError):
+                self._ask("delete", lambda store, key=key: store.delete(key))
+
+    def _ask(self, action: str, request: Callable[[ObjectStore], Result]) -> Result:
+        """Do a request, also again; FileNotFoundError, FileExistsError or an ObjectStoreError says in a line what to do."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                if self._store is None:
+                    # A wrong address or key is named at once, not after the minutes for which an outage is waited out.
+                    list(self._connect({**RETRIES, "max_retries": FIRST_RETRIES}).list(".check"))
+                    self._store = self._connect(RETRIES)
+                return request(self._store)
+            except AlreadyExistsError as error:
+                raise FileExistsError(str(error)) from error
+            except (BaseError, OSError) as error:
+                if isinstance(error, FileNotFoundError) and action != "write" and not NO_BUCKET.search(str(error)):
+                    raise
+                # obstore 0.12 asks again by itself, but not where the answer to a listing or deletion ends in the middle.
+                if pause_s is None or "response body" not in str(error):
+                    raise ObjectStoreError(self._explain(action, str(error))) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _connect(self, retries: Any) -> ObjectStore:
+        options: Any = {**TIMEOUTS, "allow_http": self.endpoint.startswith("http://")}
+        return from_url(self.url, client_options=options, retry_config=retries)
+
+    def _explain(self, action: str, message: str) -> str:
+        """The error in one line: obstore's message without its debugging part and the server's XML."""
+        code = re.search(r"<Code>(.*?)</Code>", message)
+        reason = re.sub(r":?\s*<\?xml.*", "", message.split("\n\nDebug source:")[0], flags=re.DOTALL).strip()
+        reason = f"{code[1]}: {reason}" if code else reason
+        what = f"cannot {action} in {self.url}"
+        for pattern, advice in ADVICE:
+            if pattern.search(message):
+                return f"{what}: {advice.format(bucket=self.name, credentials=CREDENTIALS[self.scheme])} ({reason})"
+        return f"{what}: {reason}"
 
 
 class Commit(NamedTuple):
@@ -82,17 +213,19 @@ def resolve_cache_root(configured: str | None, base: Path) -> CacheRoot:
     """The root from params (`cache.root`), else $JEPA_CACHE_HOME, else ~/.cache/jepa-cache.
 
     A folder, absolute or relative to `base`, or a URL, whose local folder is $XDG_CACHE_HOME/jepa-cache-remote (default
-    ~/.cache) / BUCKET-HASH / root. ObjectStoreError for a URL that is not s3://bucket/prefix or gs://bucket/prefix.
+    ~/.cache) / BUCKET-HASH / root.
     """
     chosen = configured or os.environ.get("JEPA_CACHE_HOME") or "~/.cache/jepa-cache"
     if not re.match(r"\w+:/", chosen):  # also s3:/bucket, which would be a folder called "s3:"
         return CacheRoot((base / Path(chosen).expanduser()).resolve())
     bucket = Bucket(chosen)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache-remote"
-    identity = hashlib.sha256(f"{bucket.endpoint or ''} {bucket.url}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(f"{bucket.endpoint} {bucket.url}".encode()).hexdigest()[:12]
     for name in ("root", "locks", "holds"):
         make_folder(home / f"{bucket.name}-{identity}" / name)
-    return BucketRoot(home / f"{bucket.name}-{identity}/root", bucket)
+    root = BucketRoot(home / f"{bucket.name}-{identity}/root", bucket)
+    (root.path / MARKER).touch()  # no folder of this name is another program's
+    return root
 
 
 @dataclass(frozen=True)
@@ -121,10 +254,6 @@ class BucketRoot(CacheRoot):
         self.bucket.get(key)
         self.bucket.delete([key])
 
-    def check_ours(self) -> bool:
-        """Whether the marker is missing here; the name of the folder is of this program alone."""
-        return not (self.path / MARKER).is_file()
-
     def fetch(self, path: Path) -> bool:
         """Whether a store or file is published in the bucket; if so, all of it but the chunks of tokens is here afterwards.
 
@@ -138,14 +267,18 @@ class BucketRoot(CacheRoot):
                 self._listings.pop(path.parent, None)  # another machine may have made it again since
                 return self._fetch(path)
 
-    def prefetch(self, paths: Iterable[Path]) -> None:
-        """Fetch many at the same time; `fetch` of each then says what is damaged."""
+    def prefetch(self, paths: Iterable[Path]) -> list[str]:
+        """Fetch many at the same time, so that `fetch` of each is quick afterwards; says what is damaged."""
+        damaged: list[str] = []
 
         def fetch(path: Path) -> None:
-            with suppress(StoreDamagedError):
+            try:
                 self.fetch(path)
+            except StoreDamagedError as error:
+                damaged.append(str(error))
 
         _each(fetch, paths)
+        return damaged
 
     def find_store(self, store: Path) -> StoreFile | None:
         """What store.json of a published store says; the bucket lists all its files with their sizes."""
@@ -155,8 +288,9 @@ class BucketRoot(CacheRoot):
     def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
         """Hold whole stores and files on this machine for the block; other stores make room for them before it begins.
 
-        StoreDamagedError where one is not published, or objects are missing or changed. ObjectStoreError where they do not fit into
-        $JEPA_CACHE_LOCAL_GB; nothing is pulled then.
+        Raises:
+            StoreDamagedError: One is not published, or objects are missing or changed.
+            ObjectStoreError: They do not fit into $JEPA_CACHE_LOCAL_GB; nothing is pulled then.
         """
 
         def pull(path: Path) -> None:
@@ -166,11 +300,9 @@ class BucketRoot(CacheRoot):
                 self._download(path, commit, commit.files, again=again)
                 os.utime(path)  # by which the least recently used store is known
 
-        for path, found in zip(paths, _each(self.fetch, paths), strict=True):
-            if not found:
-                raise StoreDamagedError(f"{self.name}/{self._key(path)} is missing; {REMEDY}")
+        self.prefetch(paths)
         hold = temporary_beside(self._folder("holds") / "stores")
-        with held_file(hold):  # by whose lock others know that this process lives
+        with super().pulled(paths), held_file(hold):  # by whose lock others know that this process lives
             self._make_room(paths, hold)
             _each(pull, paths)
             yield
@@ -207,19 +339,11 @@ class BucketRoot(CacheRoot):
 
     def refresh(self) -> list[str]:
         """Fetch all that is published, and remove here what no longer is; says what is damaged in the bucket."""
-
-        def fetch(key: str) -> str:
-            try:
-                self.fetch(self.path / key)
-            except StoreDamagedError as error:
-                return str(error)
-            return ""
-
         self._listings.clear()
         records = self._folder("records")
-        names = [path.relative_to(records).as_posix() for path in records.rglob(f"*{COMMIT_SUFFIX}")]
-        names += [key for key in self._list_all() if key.endswith(COMMIT_SUFFIX)]
-        return [text for text in _each(fetch, sorted({name.removesuffix(COMMIT_SUFFIX) for name in names})) if text]
+        names = {path.relative_to(records).as_posix() for path in records.rglob(f"*{COMMIT_SUFFIX}")}
+        names |= {key for key in self._list_all() if key.endswith(COMMIT_SUFFIX)}
+        return self.prefetch(self.path / name.removesuffix(COMMIT_SUFFIX) for name in sorted(names))
 
     def find_abandoned(self) -> dict[str, int]:
         """Uploads that no commit names, untouched for a day, with their sizes in bytes."""
@@ -297,20 +421,15 @@ class BucketRoot(CacheRoot):
     def _check_arrived(self, commit: Commit, objects: Listing) -> None:
         for name, file in commit.files.items():
             found, where = objects.get(f"{commit.attempt}/{name}"), f"{self.name}/{commit.attempt}/{name}"
-            if found is None:
-                raise StoreDamagedError(f"{where} is missing; {REMEDY}")
-            if found["size"] != file.num_bytes:
-                raise StoreDamagedError(f"{where} has {found['size']} bytes, not {file.num_bytes}; {REMEDY}")
+            if found is None or found["size"] != file.num_bytes:
+                raise StoreDamagedError(f"{where} is missing, or has not {file.num_bytes} bytes; {REMEDY}")
 
     def _take_over(self, path: Path, commit: Commit) -> None:
         """Have all of a published store here but its chunks; what is here and not of this commit is removed."""
         name = STORE_FILE if STORE_FILE in commit.files else path.name  # store.json lists all other files
         copy, record = _path_in(path, commit, name), self._read_record(path)
         if not copy.is_file() or file_digest(copy) != commit.files[name].sha256:
-            if record == commit:
-                copy.unlink(missing_ok=True)
-            else:
-                self._forget(path)
+            copy.unlink(missing_ok=True) if record == commit else self._forget(path)
         if record != commit:
             with atomic_file(self._record_path(path)) as temporary:  # first: what is here in part is not taken for new
                 temporary.write_bytes(canonical_json({"commit": commit.document(), "tag": commit.tag}))
@@ -367,8 +486,8 @@ class BucketRoot(CacheRoot):
             held, limit = sum(self._chunk_bytes(self.path / key) for key in keys), local_bytes()
             if wanted and held > limit:
                 raise ObjectStoreError(
-                    f"this command, and others that run now, read {held / 1e9:.3g} GB of tokens from {self.name}, which must lie on this "
-                    f"machine; $JEPA_CACHE_LOCAL_GB permits {limit / 1e9:.3g}. If the disk of {self.path} has the room, set "
+                    f"this command, and others that run now, read {held / 1e9:.3g} GB of tokens from {self.name}; here may lie "
+                    f"{limit / 1e9:.3g} ($JEPA_CACHE_LOCAL_GB). If the disk of {self.path} has the room, set "
                     f"JEPA_CACHE_LOCAL_GB={held / 1e9 + 1:.0f}; else use fewer recordings"
                 )
             # What has no record is not pushed yet.
@@ -397,9 +516,7 @@ def local_bytes() -> int:
     with suppress(ValueError):
         if 0 <= float(given) < 1e9:
             return int(float(given) * 1e9)
-    raise ObjectStoreError(
-        f"$JEPA_CACHE_LOCAL_GB must be gigabytes for token chunks kept here, such as 50; got {given!r}"
-    )
+    raise ObjectStoreError(f"$JEPA_CACHE_LOCAL_GB is gigabytes for token chunks kept here, such as 50; got {given!r}")
 
 
 def _parse_commit(content: bytes, tag: str | None, where: str, key: str) -> Commit:

@@ -75,7 +75,7 @@ class CacheRoot:
             ) from error
 
     def check_ours(self) -> bool:
-        """Whether the marker is missing; ValueError for a folder that is not empty, and no root of the first release, which had none."""
+        """Whether a root still has no marker; ValueError for a folder that is not empty, and no root of the first release."""
         names = {path.name for path in self.path.iterdir() if not OURS.fullmatch(path.name)} - SYSTEM_FILES
         if MARKER in names:
             return False
@@ -124,8 +124,9 @@ class CacheRoot:
         """Whether a store or file is published; all of it but the chunks of tokens is here afterwards."""
         return path.exists()
 
-    def prefetch(self, paths: Iterable[Path]) -> None:
+    def prefetch(self, paths: Iterable[Path]) -> list[str]:
         """Fetch many at the same time, so that `fetch` of each is quick afterwards; here there is nothing to do."""
+        return []
 
     def find_store(self, store: Path) -> StoreFile | None:
         """What store.json of a published store says, after a check that all of it lies here; None where there is no store.
@@ -136,13 +137,13 @@ class CacheRoot:
 
     @contextmanager
     def pulled(self, paths: Sequence[Path], *, again: bool = False) -> Iterator[None]:
-        """Hold whole stores and files on this machine for the block, so that they can be read; with `again` pull also what is here.
+        """Hold whole stores and files on this machine for the block; with `again` pull also what is here.
 
         StoreDamagedError where one is not published.
         """
         for path in paths:
-            if not path.exists():
-                raise StoreDamagedError(f"{path} is missing; {REMEDY}")
+            if not self.fetch(path):
+                raise StoreDamagedError(f"{self.name}/{path.relative_to(self.path)} is missing; {REMEDY}")
         yield
 
     def publish(self, path: Path) -> None:
@@ -191,14 +192,11 @@ class CacheRoot:
             yield
 
     def shared_lock(self) -> AbstractContextManager[None]:
-        """Hold the root together with any number of others for the block, so that nothing is cleaned away meanwhile.
-
-        RootInUseError where a clean-up is running.
-        """
+        """Hold the root together with others, so that nothing is cleaned away; RootInUseError where a clean-up is running."""
         return self._locked_root("a `jepa-cache gc --delete` is running on it; wait until it has ended", shared=True)
 
     def exclusive_lock(self) -> AbstractContextManager[None]:
-        """Hold the root alone for the block, for a clean-up; RootInUseError where somebody else holds it."""
+        """Hold the root alone, for a clean-up; RootInUseError where somebody else holds it."""
         return self._locked_root("an encode, repair, export or another clean-up is running on it; wait for its end")
 
     @contextmanager
@@ -214,11 +212,11 @@ class CacheRoot:
 
     def own_folders(self) -> list[Path]:
         """The folders of the root in which our writers put files; links are not followed."""
-        books = [path for path in _real_folders(self.path) if path.name == MANIFESTS]
-        return [self.path, *books, *(folder for kind in KINDS for folder in self.recipe_folders(kind))]
+        manifests = [path for path in _real_folders(self.path) if path.name == MANIFESTS]
+        return [self.path, *manifests, *(folder for kind in KINDS for folder in self.recipe_folders(kind))]
 
     def remove_stale_temporaries(self) -> list[Path]:
-        """Remove what dead writers left in the root; return what is another user's and may not be removed. Cost: lists every folder."""
+        """Remove what dead writers left in the root; return what is another user's. Cost: lists every folder."""
         return [path for folder in self.own_folders() for path in remove_stale_temporaries(folder)]
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ class TokenWriter:
     """
 
     def __init__(self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16") -> None:
-        """Prepare the buffer of one shard of [N, D] tokens; ValueError for an unknown dtype, or a width that it cannot have."""
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
@@ -54,10 +52,8 @@ class TokenWriter:
         self._staging = self._folder / STAGING_FILE if self._codec.max_code is not None else None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     @property
     def num_steps(self) -> int:
@@ -65,11 +61,9 @@ class TokenWriter:
         return self._num_shards * layout.SHARD_STEPS + self._num_pending
 
     def append(self, tokens: np.ndarray, errors: np.ndarray | None = None) -> None:
-        """Add steps at the end; ValueError when the shape or dtype is another, or a value is not finite.
+        """Add steps [T, N, D] at the end: float16, or the bits of bfloat16 as uint16 where that is stored; finite.
 
-        Args:
-            tokens: [T, N, D] float16, or the bits of bfloat16 as uint16 where that is stored; finite.
-            errors: [T, 3] float64 of each step's cast, as `measure_error` gives them. None where nobody measured them.
+        `errors` [T, 3] float64 are those of each step's cast, as `measure_error` gives them; None where nobody measured them.
         """
         expected = (self._num_tokens, self._width)
         if tokens.dtype != self._pending.dtype or tokens.shape[1:] != expected:
@@ -106,16 +100,10 @@ class TokenWriter:
     def publish(
         self, steps: pa.Table, segments: pa.Table, metadata: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> bool:
-        """Write the tables, check every file by reading it back, and rename the store to its final path.
+        """Write the tables, check every chunk by reading it back, and rename the store to its final path.
 
-        Args:
-            steps: One row per step, `layout.STEPS_SCHEMA`.
-            segments: `layout.SEGMENTS_SCHEMA`.
-            metadata: Decides or describes the content (recipe, skipped recordings); part of the store's digest.
-            provenance: How it was made (device, versions, decoders); recorded, not part of the digest.
-
-        Returns:
-            False when another writer had published the same store meanwhile.
+        The metadata (recipe, skipped recordings) is part of the store's digest, the provenance (device, versions) is not.
+        False when another writer had published the same store meanwhile.
         """
         import zarr
 
@@ -204,7 +192,7 @@ def measure_error(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def describe_errors(errors: Sequence[np.ndarray]) -> dict[str, float]:
-    """What a store's metadata says of all steps: error relative to the values, both as root mean squares, and the largest error.
+    """Error relative to the values, both as root mean squares, and the largest error, of all steps.
 
     Three digits, so that the order in which a device adds up cannot change a store's digest.
     """

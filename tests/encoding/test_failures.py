@@ -19,7 +19,7 @@ from jepa_cache.encoding.decoding import Decoders
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.pipeline import WriterThread
 from jepa_cache.files import DiskFullError
-from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.controls import publish_controls
 from tests.encoded import all_files, encode, make_tars, make_tiny_tar, tiniest_config, tiny_config
 from tests.faults import small_disk
 
@@ -138,8 +138,7 @@ def test_streams_come_in_the_order_of_the_recordings_and_the_rest_of_a_unit_can_
 
 def test_controls_are_read_by_no_thread_that_outlives_python(tmp_path):
     """One of Arrow's that dropped the file's bytes while Python ended with an error aborted it: exit code 134 for 1."""
-    with ControlsWriter(tmp_path / "controls.parquet") as writer:
-        writer.append("x", {name: np.arange(100.0) for name in "abcdefgh"})
+    publish_controls(tmp_path / "controls.parquet", [("x", {name: np.arange(100.0) for name in "abcdefgh"})])
     code = (
         "import os, sys; from pathlib import Path; import pyarrow.parquet; from jepa_cache.store.controls import iter_controls\n"
         "count = lambda: len(os.listdir('/proc/self/task')); before = count()\n"

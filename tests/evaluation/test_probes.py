@@ -31,7 +31,7 @@ from jepa_cache.evaluation.probes import (
     tell_label,
     tell_numbers,
 )
-from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.controls import publish_controls
 from jepa_cache.store.recipe import canonical_json
 from tests.caches import make_cache, make_config
 from tests.evaluation.evaluations import evaluation_of, read_rows
@@ -190,10 +190,8 @@ def cache(tmp_path_factory):
     for part, entry in cache.dataset.manifest.stores:
         file = cache.root.controls(part.source_fingerprint, entry.unit_digest)
         store = cache.dataset.manifest.entries.index(entry)
-        with ControlsWriter(file) as writer:
-            for segment in cache.dataset.segments:
-                if segment.store == store:
-                    writer.append(segment.episode, {"success": np.full(4, int(segment.episode[-1]) % 2 == 0)})
+        keys = [segment.episode for segment in cache.dataset.segments if segment.store == store]
+        publish_controls(file, ((key, {"success": np.full(4, int(key[-1]) % 2 == 0)}) for key in keys))
     return cache
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jepa_cache.store import objects
+from jepa_cache.store import remote
 from jepa_cache.store.remote import BucketRoot, resolve_cache_root
 
 BUCKET = "bucket"
@@ -171,8 +171,8 @@ def proxied(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Ser
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
-    monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "backoff": quick})
-    monkeypatch.setattr(objects, "PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr(remote, "RETRIES", {**remote.RETRIES, "backoff": quick})
+    monkeypatch.setattr(remote, "PAUSES_S", (0.001,) * 4)
     yield server
     assert not server.faults, "the test is not about what it says"
 

@@ -91,21 +91,20 @@ ID = "0123456789abcdef" * 2
 STORE = f"tokens/{ID}/{ID}.zarr/store.json"
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["notes.txt"],
-        [".tmp-draft/x", ".tmp-0123456789ab-notes.txt"],
-        ["tokens/mymodel/vocabulary.json", "controls/x/log.parquet"],
-        ["manifests/deployment.json"],
-        [f"tokens/{ID}/x"],
-        [f"tokens/{ID}/{ID}.zarr/zarr.json"],
-        ["README.md", "in-use.lock"],
-    ],
-    ids=lambda names: names[0],
+OF_OTHERS = (
+    "notes.txt",
+    ".tmp-draft/x .tmp-0123456789ab-notes.txt",
+    "tokens/mymodel/vocabulary.json controls/x/log.parquet",
+    "manifests/deployment.json",
+    f"tokens/{ID}/x",
+    f"tokens/{ID}/{ID}.zarr/zarr.json",
+    "README.md in-use.lock",
 )
+
+
+@pytest.mark.parametrize("names", OF_OTHERS)
 def test_a_folder_of_other_things_is_refused_as_a_root_and_stays_as_it_is(tmp_path, names):
-    before = fill(tmp_path, names)
+    before = fill(tmp_path, names.split())
     root = CacheRoot(tmp_path)
     for refused in (root.check_writable, root.check_ours, lambda: remove_unneeded(root)):
         with pytest.raises(ValueError, match=rf"{tmp_path} is no cache root: it holds .*, but not the file {MARKER}"):
@@ -117,38 +116,28 @@ def test_a_folder_of_other_things_is_refused_as_a_root_and_stays_as_it_is(tmp_pa
     assert before.items() <= listing(tmp_path).items(), "and even then all of it stays"
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        [],
-        ["lost+found/", ".DS_Store"],
-        [".jepa-cache-0123456789ab-check"],
-        ["in-use.lock", "tokens/", "unfinished/x"],
-        ["notes.txt", STORE],
-    ],
-    ids=["empty", "new disk", "another encode begins", "first release, no store", "first release"],
-)
+OF_OURS = {
+    "empty": "",
+    "new disk": "lost+found/ .DS_Store",
+    "another encode begins": ".jepa-cache-0123456789ab-check",
+    "first release, no store": "in-use.lock tokens/ unfinished/x",
+    "first release": f"notes.txt {STORE}",
+}
+
+
+@pytest.mark.parametrize("names", OF_OURS.values(), ids=OF_OURS)
 def test_an_empty_folder_and_a_root_of_the_first_release_become_marked_roots(tmp_path, names):
-    before = fill(tmp_path, names)
+    before = fill(tmp_path, names.split())
     CacheRoot(tmp_path).check_writable()
     assert listing(tmp_path) == {**before, MARKER: MARKER_TEXT}
 
 
 def test_what_dead_writers_left_in_the_root_is_removed_and_nothing_else(tmp_path):
     root = CacheRoot(tmp_path)
-    left = [
-        ".jepa-cache-0123456789ab-README.md",
-        f"tokens/{ID}/.jepa-cache-0123456789ab-u.zarr/x",
-        f"controls/{ID}/.jepa-cache-0123456789ab-u.parquet",
-        f"manifests/.tmp-0123456789ab-{ID}.json",
-        f"actions/{ID}/.jepa-cache-000000000000-u.zarr.claim",
-    ]
-    kept = [
-        STORE,
-        f"controls/{ID}/{ID}.parquet",
-        "other/.jepa-cache-0123456789ab-x",
-        "tokens/mine/.jepa-cache-0123456789ab-x",
-    ]
+    ours = ".jepa-cache-0123456789ab"
+    left = [f"{ours}-README.md", f"tokens/{ID}/{ours}-u.zarr/x", f"controls/{ID}/{ours}-u.parquet"]
+    left += [f"manifests/.tmp-0123456789ab-{ID}.json", f"actions/{ID}/.jepa-cache-000000000000-u.zarr.claim"]
+    kept = [STORE, f"controls/{ID}/{ID}.parquet", f"other/{ours}-x", f"tokens/mine/{ours}-x"]
     fill(tmp_path, [*kept, *left])
     (tmp_path / "elsewhere").mkdir()
     fill(tmp_path / "elsewhere", [f"{ID}/.jepa-cache-0123456789ab-x"])

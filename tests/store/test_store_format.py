@@ -12,7 +12,7 @@ import pytest
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.data.cache import CachedDataset
 from jepa_cache.store import layout
-from jepa_cache.store.controls import ControlsWriter
+from jepa_cache.store.controls import publish_controls
 from jepa_cache.store.quantisation import CODECS
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from tests.caches import make_cache
@@ -53,9 +53,8 @@ def test_a_training_set_read_by_the_document_is_the_one_that_we_read(cache):
         assert np.array_equal(states, dataset.controls(number)[1])
         segments += [(number, run["episode"], run["start"], run["stop"]) for run in runs]
         for run in runs:
-            assert (
-                np.isnan(actions[run["stop"] - 1]).all() and np.isfinite(actions[run["start"] : run["stop"] - 1]).all()
-            )
+            assert np.isnan(actions[run["stop"] - 1]).all()
+            assert np.isfinite(actions[run["start"] : run["stop"] - 1]).all()
             assert set(steps["segment"][run["start"] : run["stop"]]) == {run["segment"]}
     assert segments == [tuple(segment) for segment in dataset.segments]
 
@@ -86,15 +85,12 @@ def test_the_table_of_dtypes_is_what_is_written():
         assert np.isnan(scheme.fill_value) if fill == "NaN" else scheme.fill_value == int(fill)
 
 
-@pytest.mark.parametrize(
-    ("heading", "schema"),
-    [("column | type | meaning |\n|---|---|---|\n| segment | int32 | row in", layout.STEPS_SCHEMA),
-     ("column | type | meaning |\n|---|---|---|\n| segment | int32 | 0, 1", layout.SEGMENTS_SCHEMA)],
-    ids=["steps", "segments"],
-)  # fmt: skip
-def test_the_columns_of_the_tables_are_those_that_are_written(heading, schema):
-    written = [(name, kind) for names, kind, _ in rows_of(heading) for name in names.split(", ")]
-    assert written == [(field.name, "float32" if str(field.type) == "float" else str(field.type).replace("double", "float64")) for field in schema]  # fmt: skip
+@pytest.mark.parametrize(("first", "schema"), [("row in", layout.STEPS_SCHEMA), ("0, 1", layout.SEGMENTS_SCHEMA)])
+def test_the_columns_of_the_tables_are_those_that_are_written(first, schema):
+    rows = rows_of(f"column | type | meaning |\n|---|---|---|\n| segment | int32 | {first}")
+    names = {"float": "float32", "double": "float64"}
+    written = [(field.name, names.get(str(field.type), str(field.type))) for field in schema]
+    assert written == [(name, kind) for columns, kind, _ in rows for name in columns.split(", ")]
 
 
 def test_every_key_of_a_manifest_is_in_the_document(cache):
@@ -104,28 +100,32 @@ def test_every_key_of_a_manifest_is_in_the_document(cache):
         assert re.search(rf"[`.]{key}[`\[]", DOCUMENT), f"{key} is not in the document"
 
 
-def test_the_checksum_is_the_one_that_the_document_names():
+def test_checksum_canonical_json_and_fingerprints_are_made_as_the_document_says(cache):
     assert plain_reader.crc32c(b"123456789") == 0xE3069283
-
-
-def test_canonical_json_is_spelled_as_the_document_says():
+    lines = [
+        "{",
+        '  "a": {',
+        '    "c": {},',
+        '    "d": [],',
+        '    "\\u00e4": 1e-05',
+        "  },",
+        '  "b": [',
+        "    1,",
+        "    5.0",
+    ]
     text = canonical_json({"b": [1, 5.0], "a": {"ä": 1e-5, "c": {}, "d": []}}).decode()
-    assert (
-        text
-        == '{\n  "a": {\n    "c": {},\n    "d": [],\n    "\\u00e4": 1e-05\n  },\n  "b": [\n    1,\n    5.0\n  ]\n}\n'
-    )
-
-
-def test_fingerprints_in_paths_are_hashes_of_the_recipes(cache):
+    assert text == "\n".join([*lines, "  ]", "}", ""])
     part = cache.dataset.manifest.parts[0]
     assert part.fingerprint == fingerprint(part.recipe) and part.action_fingerprint == fingerprint(part.action_recipe)
 
 
 def test_the_seal_of_controls_is_made_as_the_document_says(tmp_path):
     rng = np.random.default_rng(0)
-    with ControlsWriter(tmp_path / "source/c.parquet") as writer:
-        for episode, ticks in (("z", 5), ("a", 3)):
-            writer.append(episode, {"yaw": rng.standard_normal(ticks), "on": np.ones(ticks, bool), "slot": np.arange(ticks, dtype=np.int8)})  # fmt: skip
+    controls = [
+        (key, {"yaw": rng.standard_normal(ticks), "on": np.ones(ticks, bool), "slot": np.arange(ticks, dtype=np.int8)})
+        for key, ticks in (("z", 5), ("a", 3))
+    ]
+    publish_controls(tmp_path / "source/c.parquet", controls)
     place, stated, computed = plain_reader.read_controls_seal(tmp_path / "source/c.parquet")
     assert place == "source/c" and stated == computed
     assert pq.ParquetFile(tmp_path / "source/c.parquet").num_row_groups == 2
