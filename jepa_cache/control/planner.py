@@ -105,15 +105,12 @@ def plan_actions(
         goal: [N, E] tokens of the goal frame, as the context's.
         motion: What may move.
         settings: Of the search.
-        scale_actions: The training's scaler, [.., A] to [.., A].
+        scale_actions: Of the training, [.., A] to [.., A].
         scale_states: The same for [.., S].
         base_action: [A] for the columns that are not searched; zeros by default.
         seed: Of the samples.
         noise: [rounds, H, samples, K] standard normal draws in place of the seed's.
         batch_size: Samples in one pass of the predictor; all by default.
-
-    Raises:
-        ValueError: Shapes do not fit, energies are not finite, or a gripper is to close that is not searched.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
@@ -125,13 +122,13 @@ def plan_actions(
         raise ValueError(
             f"noise must be [rounds, horizon, samples, searched columns] = {list(shape)}; got {list(noise.shape)}"
         )
-    tokens, acts, states = context
-    fits = tokens.ndim == 3 and states.ndim == acts.ndim == 2 and len(tokens) == len(states) == len(acts) + 1
+    tokens, taken, states = context
+    fits = tokens.ndim == 3 and states.ndim == taken.ndim == 2 and len(tokens) == len(states) == len(taken) + 1
     if not fits or goal.shape != tokens.shape[1:]:
         raise ValueError(
             "a context of C >= 1 steps is tokens [C, N, E], states [C, S] and actions [C-1, A], and its goal is the tokens [N, E] of one "
             f"step by the same encoder and pooling; got tokens {list(tokens.shape)}, states {list(states.shape)}, actions "
-            f"{list(acts.shape)} and a goal {list(goal.shape)}"
+            f"{list(taken.shape)} and a goal {list(goal.shape)}"
         )
     if settings.close_gripper_from is not None and not motion.gripper.any():
         raise ValueError(

@@ -10,20 +10,27 @@ Ranks among sampled actions are ours.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from torch import Tensor
 
 from jepa_cache.actions import ActionSpace
 from jepa_cache.control.motion import complete_actions
 from jepa_cache.control.planner import Context, Rollout
 from jepa_cache.data.ablations import draw_others, positions_of
 from jepa_cache.data.cache import CachedDataset, Segment
-from jepa_cache.data.windows import WindowIndex, first_cached_rows
-from jepa_cache.evaluation.context import EvaluationContext, Measurement, Picture, choose_windows, spread
+from jepa_cache.data.windows import Window, first_cached_rows
+from jepa_cache.evaluation.context import (
+    ChosenWindows,
+    EvaluationContext,
+    Measurement,
+    Picture,
+    choose_windows,
+    spread,
+)
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, episode_means, write_table
 from jepa_cache.evaluation.pictures import new_figure, save_figure
 
@@ -77,20 +84,26 @@ class ActionPool:
 class OneStep:
     """One held-out window of C + 1 steps: its context is computed once, then the energy of any last action."""
 
-    def __init__(self, evaluation: EvaluationContext, index: WindowIndex, number: int) -> None:
-        """Read one window, whose last step is the one to be foreseen."""
-        window, self._batch_size = index[number], evaluation.config.evaluate.batch_size
-        _, h = evaluation.read_windows(index, [number])
+    def __init__(self, evaluation: EvaluationContext, window: Window, h: Tensor) -> None:
+        """Take a window and its tokens [C+1, N, D], whose last step is the one to be foreseen."""
+        self._batch_size, last = evaluation.config.evaluate.batch_size, window.start + len(h) - 2
         actions, states = evaluation.dataset.controls(window.store)
-        last = window.start + index.num_steps - 2
-        context = Context(h[0, :-1], actions[window.start : last], states[window.start : last + 1])
+        context = Context(h[:-1], actions[window.start : last], states[window.start : last + 1])
         scale = evaluation.scaler.actions.apply, evaluation.scaler.states.apply
-        self._rollout, self._target = Rollout(evaluation.model, context, None, *scale), h[0, -1]
-        self.true, self.segment, self.start = actions[last], index.segments[window.segment], window.start
+        self._rollout, self._target = Rollout(evaluation.model, context, None, *scale), h[-1]
+        self.true, self.window = actions[last], window
 
     def energies(self, actions: np.ndarray) -> np.ndarray:
         """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
         return self._rollout.energies(actions[:, None], self._target, self._batch_size).astype(np.float64)
+
+
+def iter_one_steps(evaluation: EvaluationContext, chosen: ChosenWindows) -> Iterator[tuple[OneStep, int, Segment]]:
+    """Read chosen windows one after the other, each with its number and its segment."""
+    windows, segments = chosen.windows, chosen.segments
+    for rows, batch, h in evaluation.iter_windows(chosen, "energy"):
+        for window, segment, number, tokens in zip(windows[rows], segments[rows], batch.numbers, h, strict=True):
+            yield OneStep(evaluation, window, tokens), int(number), segment
 
 
 def rank_actions(num_better: np.ndarray, num_ties: np.ndarray, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,11 +152,10 @@ def measure_ranks(
     num_steps = settings.num_context_steps + 1
     chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.energy_windows)
     found = []
-    for number in tqdm(chosen.numbers, desc="energy", unit="window", dynamic_ncols=True):
-        window = OneStep(evaluation, chosen.index, number)
+    for step, number, segment in iter_one_steps(evaluation, chosen):
         rng = np.random.default_rng([settings.seed, number])
-        drawn = pool.draw(settings.energy_samples - 1, window.true, window.segment, rng)
-        energies = window.energies(np.concatenate([window.true[None], drawn]))
+        drawn = pool.draw(settings.energy_samples - 1, step.true, segment, rng)
+        energies = step.energies(np.concatenate([step.true[None], drawn]))
         energy, others = energies[0], energies[1:]
         tied = np.abs(others - energy) <= TIE_TOLERANCE * energy
         found.append(((~tied & (others < energy)).sum(), tied.sum(), energy, others.mean()))
@@ -182,8 +194,8 @@ def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[Energy
     positions = positions_of(chosen.episodes)
     episodes = spread(sorted(positions), MAX_MAPS)
     numbers = [chosen.numbers[positions[episode][len(positions[episode]) // 2]] for episode in episodes]
-    segments = [chosen.index.segments[chosen.index[number].segment] for number in numbers]
-    moving = np.all([pool.deviations(segment) > 0 for segment in segments], axis=0)
+    middle = ChosenWindows(chosen.index, numbers)
+    moving = np.all([pool.deviations(segment) > 0 for segment in middle.segments], axis=0)
     axes = choose_axes(space, settings.energy_axes, moving)
     if len(axes) < 2:
         wanted = ", ".join(settings.energy_axes or list_axes(space))
@@ -192,13 +204,13 @@ def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[Energy
     columns = [[column.name for column in space.actions].index(name) for name in axes]
     named = tuple((space.actions[column].name, space.actions[column].unit) for column in columns)
     first_rows, maps = first_cached_rows(dataset.segments), []
-    for number, segment in zip(numbers, segments, strict=True):
-        window, reach = OneStep(evaluation, chosen.index, number), MAP_REACH * pool.deviations(segment)[columns]
+    for step, _, segment in iter_one_steps(evaluation, middle):
+        reach = MAP_REACH * pool.deviations(segment)[columns]
         offsets = np.linspace(-reach, reach, MAP_STEPS, axis=1)  # [2, G]
-        actions = shift_actions(space, window.true, columns, offsets).reshape(-1, len(space.actions))
-        first_step = window.start - first_rows[segment.store, segment.episode]
-        grid = window.true[columns].astype(np.float64)[:, None] + offsets
-        energies = window.energies(actions).reshape(MAP_STEPS, MAP_STEPS)
+        actions = shift_actions(space, step.true, columns, offsets).reshape(-1, len(space.actions))
+        first_step = step.window.start - first_rows[segment.store, segment.episode]
+        grid = step.true[columns].astype(np.float64)[:, None] + offsets
+        energies = step.energies(actions).reshape(MAP_STEPS, MAP_STEPS)
         maps.append(EnergyMap(segment.episode, first_step, named, grid, energies))
     return maps
 

@@ -75,8 +75,8 @@ def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure
         gaps = per_episode(mean_of_steps(other - model))
         if len(gaps) < 2:
             return
-        whole = per_episode(mean_of_steps(np.where(np.isfinite(model), other, np.nan)))
-        gain, p = bootstrap_mean(gaps, whole, **resampling), paired_p_value(gaps, seed=settings.seed)
+        gain = bootstrap_mean(gaps, per_episode(mean_of_steps(other)), **resampling)
+        p = paired_p_value(gaps, seed=settings.seed)
         figures.append(Figure(prediction, mode, step, GAP, *bootstrap_mean(gaps, **resampling), p))
         figures.append(Figure(prediction, mode, step, GAIN, *(100 * value for value in gain), p))
         if prediction in RATIOS and step == ALL_STEPS:
@@ -175,8 +175,7 @@ def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> lis
 def slice_table(facts: Sequence[dict[str, Any]], errors: WindowErrors, settings: EvaluateConfig) -> list[Row]:
     """One row per value of every slice that has several: teacher-forced L1 and the gap to shuffled actions.
 
-    Slices: episode, dataset, camera, phase, gui, and thirds of the windows by how much their tokens change (error of copying
-    the last step) and by the size of their actions. Interval ends are None where a row has fewer than two episodes.
+    Token motion is the error of copying the last step. Interval ends are None where a row has fewer than two episodes.
     """
     one_step = errors.one_step
     figures = {"l1": one_step[MODEL], "gap_shuffled": one_step[SHUFFLED] - one_step[MODEL]}

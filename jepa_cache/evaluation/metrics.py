@@ -60,16 +60,8 @@ def episode_means(values: np.ndarray, episodes: Sequence[str]) -> np.ndarray:
 def bootstrap_mean(values: np.ndarray, wholes: np.ndarray | None = None, *, num_resamples: int, seed: int) -> Estimate:
     """Mean and 95 % percentile interval when whole episodes are drawn again with replacement.
 
-    Windows of one episode resemble each other, so episodes, not windows, are the unit of chance.
-
-    Args:
-        values: [episodes], one number each; for a gap, the paired difference.
-        wholes: [episodes]; where given, the estimate is of the ratio of the two means.
-        num_resamples: Resamples of the episodes.
-        seed: Of the resampling.
-
-    Raises:
-        ValueError: When there are fewer than two episodes.
+    Windows of one episode resemble each other, so episodes, not windows, are the unit of chance. Values are [episodes], for a gap
+    the paired differences; where `wholes` [episodes] are given, the estimate is of the ratio of the two means.
 
     Source: the percentile bootstrap of Efron (1979).
     """
@@ -85,11 +77,7 @@ def bootstrap_mean(values: np.ndarray, wholes: np.ndarray | None = None, *, num_
 
 @functools.lru_cache(maxsize=1)
 def draw_episodes(num_episodes: int, *, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each episode counts in each resample: [resamples, episodes] float64, the same for all figures of an evaluation.
-
-    Raises:
-        ValueError: When there are fewer than two episodes.
-    """
+    """How often each episode counts in each resample: [resamples, episodes] float64, the same for all figures of an evaluation."""
     if num_episodes < 2:
         raise ValueError(f"an interval over episodes needs at least two held-out episodes; got {num_episodes}")
     picks = np.random.default_rng(seed).integers(num_episodes, size=(num_resamples, num_episodes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from torch import Tensor
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
 from jepa_cache.data.cache import CachedDataset
-from jepa_cache.data.loader import Batch
 from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, cosine_similarity, write_table
-from jepa_cache.predictor.rollout import l1_error
+from jepa_cache.predictor.rollout import TeacherForcedAndRollout, l1_error
 from jepa_cache.store.quantisation import (
     Channels,
     check_width,
@@ -46,12 +45,20 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
 
     Cost: one pass of the predictor per dtype, and for a float16 cache one reading of every store that holds a window.
     """
-    settings, dataset = evaluation.config.evaluate, evaluation.dataset
-    num_steps = max(evaluation.window_steps, settings.num_context_steps + settings.horizon)
+    settings, dataset, trained = evaluation.config.evaluate, evaluation.dataset, evaluation.window_steps
+    ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
+    num_steps = max(trained, ahead.stop)
     chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows)
     windows, others = chosen.windows, list_other_dtypes(dataset)
     channels = functools.cache(lambda store: read_channels(dataset, store))
     parts: dict[str, list[np.ndarray]] = {}
+    counts = {"num_forced": trained - 1, "num_context": ahead.start, "horizon": settings.horizon}
+
+    def errors_of(predicted: TeacherForcedAndRollout, target: Tensor) -> dict[str, Tensor]:
+        return {
+            "one_step": l1_error(predicted.teacher_forced, target[:, 1:trained]).mean(dim=1),
+            "rollout": l1_error(predicted.open_loop, target[:, ahead]).mean(dim=1),
+        }
 
     def put(name: str, values: Tensor | np.ndarray) -> None:
         parts.setdefault(name, []).append(values.cpu().numpy() if isinstance(values, Tensor) else values)
@@ -59,7 +66,7 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
     for rows, batch, h in evaluation.iter_windows(chosen, "noise"):
         put("adjacent", l1_error(h[:, 1:], h[:, :-1]))
         put("adjacent_cosine", cosine_similarity(h[:, 1:], h[:, :-1]).mean(dim=1))
-        (as_is,) = _measure_errors(evaluation, batch, h, (h,))
+        as_is = errors_of(evaluation.model.both_ways(h, batch.actions, batch.states, **counts), h)
         for error, values in as_is.items():
             put(f"{error}_l1", values)
         for dtype in others:
@@ -70,32 +77,15 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
             rmse = np.sqrt(((stored - true) ** 2).mean(axis=(1, 2, 3)) / (true**2).mean(axis=(1, 2, 3)))
             put(f"stored_{dtype}_rmse", rmse)
             given = evaluation.model.as_reps(torch.from_numpy(stored).to(evaluation.device))
-            both = _measure_errors(evaluation, batch, given, (h, given))
-            for change, errors in zip(("change", "own_change"), both, strict=True):
-                for error, values in errors.items():
+            predicted = evaluation.model.both_ways(given, batch.actions, batch.states, **counts)
+            for change, target in (("change", h), ("own_change", given)):
+                for error, values in errors_of(predicted, target).items():
                     put(f"{change}_{error}_{dtype}_l1", values - as_is[error])
     found = {name: np.concatenate(values) for name, values in parts.items()}
     adjacent, quietest = found.pop("adjacent"), np.empty(len(windows))
     for rows in positions_of(chosen.episodes).values():
         quietest[rows] = np.percentile(adjacent[rows], QUIET_PERCENTILE)
     return {"adjacent_l1": adjacent.mean(axis=1), "quietest_l1": quietest, **found}, chosen.episodes
-
-
-def _measure_errors(
-    evaluation: EvaluationContext, batch: Batch, given: Tensor, targets: Sequence[Tensor]
-) -> list[dict[str, Tensor]]:
-    """L1 [B] of predictions from `given` [B, T, N, D] against each target: teacher-forced, and mean over the open-loop steps."""
-    settings, trained = evaluation.config.evaluate, evaluation.window_steps
-    context, horizon = settings.num_context_steps, settings.horizon
-    counts = {"num_forced": trained - 1, "num_context": context, "horizon": horizon}
-    both = evaluation.model.both_ways(given, batch.actions, batch.states, **counts)
-    return [
-        {
-            "one_step": l1_error(both.teacher_forced, target[:, 1:trained]).mean(dim=1),
-            "rollout": l1_error(both.open_loop, target[:, context : context + horizon]).mean(dim=1),
-        }
-        for target in targets
-    ]
 
 
 def list_other_dtypes(dataset: CachedDataset) -> list[str]:

@@ -29,12 +29,7 @@ class Table(NamedTuple):
 
 
 def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
-    """Write report.html from the metrics, tables and pictures in an evaluation's folder.
-
-    Args:
-        out: The folder.
-        measurements: All that there are; those that were not requested are named with the command that makes them.
-    """
+    """Write report.html from what lies in an evaluation's folder; measurements that do not are named with their command."""
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     strict = {"autoescape": True, "undefined": StrictUndefined}

@@ -45,7 +45,6 @@ NUM_FOLDS = 3
 PENALTIES = {R2: (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0), QUADRATIC_R2: (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)}
 LOGISTIC_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 MAX_ITERATIONS = 1000
-STILL = "it never changes in the"
 
 
 class Sample(NamedTuple):
@@ -178,7 +177,11 @@ def measure_probe(
     drawn = draw_episodes(len(names), num_resamples=settings.num_bootstrap, seed=settings.seed)
     weights = np.concatenate([np.ones((1, len(names))), drawn])
     told: dict[tuple[str, str], np.ndarray] = {}
-    reasons = {name: f"{STILL} training windows" for name, values in train.targets.items() if not _varies(values)}
+    reasons = {
+        name: "it never changes in the training windows"
+        for name, values in train.targets.items()
+        if not _varies(values)
+    }
     moving = {name: values for name, values in train.targets.items() if name not in reasons}
     numbers = {name: values for name, values in moving.items() if values.ndim == 2}
     for metric in (R2, QUADRATIC_R2) if numbers else ():
@@ -196,7 +199,7 @@ def measure_probe(
     for (name, metric), values in told.items():
         true, known = held_out.targets[name], train.targets[name]
         if not _varies(true):
-            reasons[name] = f"{STILL} held-out windows"
+            reasons[name] = "it never changes in the held-out windows"
         elif metric == BALANCED_ACCURACY:
             scores.append(Score(probe, name, metric, *_measure_balanced_accuracy(true, values, known, owners, weights)))
         else:

@@ -1,7 +1,7 @@
 """Sources: one module per data set, the only place that knows a data set's quirks; found by their file names.
 
-A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share lies in
-`parsers/`; files that begin with an underscore are no sources either.
+A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share
+lies in `parsers/`; files that begin with an underscore are no sources either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jepa_cache.media.remote import BucketFile
 class Unit(NamedTuple):
     """One unit of input, the unit of crash safety: normally one tar shard. `name` is for messages only.
 
-    A source without tar shards makes a unit of files that belong together whatever else is added: an episode's folder, say.
+    Without tar shards, a unit is of files that belong together whatever else is added: an episode's folder, say.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Unit(NamedTuple):
 class Source(Protocol):
     """A data set's reader.
 
-    One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`: what the
-    recording is called now, where a store was made under an earlier name.
+    One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`:
+    what the recording is called now, where a store was made under an earlier name.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.
@@ -64,8 +64,8 @@ class Source(Protocol):
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
 
-        What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each recording that
-        is known to be missing: it is then a property of the content and kept with it.
+        What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each
+        recording that is known to be missing: it is then a property of the content and kept with it.
 
         Raises:
             ValueError, OSError: The unit cannot be read, or not to its end; tried again in every run.
@@ -126,33 +126,34 @@ def build_source(name: str, options: Mapping[str, Any]) -> Source:
 MAX_ENTRIES = 20_000
 """Names that are looked at: a raw release has millions, and what it is shows in the first of them."""
 
-FORMS = (
-    ("trajectory.h5", "droid_raw", "{file} is of the raw DROID release: dataset=droid_raw reads {folder}"),
-    ("*.tfrecord-*", "droid_rlds", "{file} is a tfrecord shard: dataset=droid_rlds reads {folder}, see docs/droid.md"),
-    ("meta/info.json", "lerobot", "{file} is of a LeRobot data set: a copy of configs/dataset/lerobot.yaml reads it"),
-    ("*.tar", "vpt", "{file} is a tar shard: dataset=vpt reads those of .mp4 + .jsonl pairs"),
-    ("*.jsonl", "", "{file} is not packed: `jepa-cache pack {folder} OUT` makes tar shards for dataset=vpt"),
-    ("*.json", "mp4_json", "dataset=mp4_json reads .mp4 + .json pairs such as {file}, see docs/add_a_dataset.md"),
-    (
-        "*.mp4",
-        "",
-        "`jepa-cache pack {folder} OUT` packs videos such as {file} with .jsonl files beside them for dataset=vpt; "
-        "docs/add_a_dataset.md says what others need",
-    ),
+PACKING = (
+    "`jepa-cache pack {folder} OUT` makes tar shards of .mp4 + .jsonl pairs such as {file} for dataset=vpt; "
+    "docs/add_a_dataset.md says what other videos need"
 )
-"""Pattern of a file, the source that reads its form, and what to say; the most telling form first."""
+FORMS = {
+    "trajectory.h5": "droid_raw",
+    "*.tfrecord-*": "droid_rlds",
+    "meta/info.json": "lerobot",
+    "*.tar": "vpt",
+    "*.jsonl": "",
+    "*.json": "mp4_json",
+    "*.mp4": "",
+}
+"""Pattern of a file to the source that reads its form, empty where the files must be packed; the most telling form first."""
 
 
 def suggest_source(folder: Path, source: str) -> str | None:
-    """What in a folder shows that another source reads it, and how; None where nothing does, or it is `source`'s own form.
-
-    Reads names alone.
-    """
+    """What reads the files in a folder, by their names; None where nothing is known to, or it is `source` itself."""
     walked = (Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
     files = list(itertools.islice(walked, MAX_ENTRIES))
     with_videos = any(file.suffix == ".mp4" for file in files)
-    for pattern, reader, words in FORMS:
+    for pattern, reader in FORMS.items():
         file = next((file for file in files if file.match(pattern)), None)
         if file is not None and (with_videos or not pattern.startswith("*.json")):
-            return None if reader == source else words.format(file=file.relative_to(folder), folder=folder)
+            words = (
+                "dataset={reader} (see configs/dataset/{reader}.yaml) reads files such as {file}" if reader else PACKING
+            )
+            return (
+                None if reader == source else words.format(file=file.relative_to(folder), folder=folder, reader=reader)
+            )
     return None

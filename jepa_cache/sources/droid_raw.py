@@ -47,7 +47,7 @@ class RawOptions:
     """Options of the source.
 
     Attributes:
-        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), or one of the others.
+        camera: "left" (the one that the metadata call left_mp4_path, as in the official training), or a named one.
     """
 
     camera: Literal["left", "exterior_1", "exterior_2", "wrist"] = "left"
@@ -168,14 +168,11 @@ def build_controls(
     """Columns [M] of an episode's controls; the names depend on what is there, never on the values.
 
     Args:
-        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 open to 1 closed.
+        poses: [M, 7] measured end-effector poses: x, y, z (m), extrinsic xyz Euler angles (rad), gripper 0 (open) to 1.
         commands: [M, 7] commanded poses, absolute, in the same form.
         joint_velocity_commands: [M, 7] rad/s; `idle` (float32) is 1 where they stay as they were.
         cameras: [M, 6] poses of the chosen camera in the robot's base frame.
         success: Whether the episode reached its goal; the same in every row.
-
-    Raises:
-        RecordingError: Arrays of other shapes, or no rows.
     """
     if len(poses) == 0:
         raise RecordingError("the episode has no rows")
@@ -212,7 +209,8 @@ def find_folders(root: Path) -> Iterator[Path]:
 def read_list(path: Path) -> list[Path]:
     """Folders of episodes from a text or CSV file as the official training takes it: the first column, split at spaces.
 
-    Relative folders start from the file's own. Quoted ones may hold spaces. A ValueError where one holds no episode, or none is listed.
+    Relative folders start from the file's own. Quoted ones may hold spaces. A ValueError where one holds no episode, or
+    none is listed.
     """
     with path.open(newline="", encoding="utf-8") as file:
         try:
@@ -242,11 +240,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
-    """The mp4 of a camera; a RecordingError where the metadata name none, no plain file name, or one that is not there.
+    """The mp4 of a camera; a RecordingError where the metadata name none, or one that is not there.
 
-    `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by `ext1_mp4_path`
-    and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of the episode. Where
-    `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
+    `left` is the one that the metadata call left_mp4_path, as the official loader takes it; the others go by
+    `ext1_mp4_path` and so on, or by the camera's serial number. Only the file's name counts, below recordings/MP4 of
+    the episode. Where `<serial>.mp4` is missing, `<serial>-stereo.mp4` is taken.
     """
     ends = ("mp4_path", "cam_serial")
     fields = ["left_mp4_path"] if camera == "left" else [f"{CAMERA_FIELDS[camera]}_{end}" for end in ends]
@@ -257,8 +255,6 @@ def find_video(folder: Path, metadata: Mapping[str, Any], camera: str) -> Path:
             f"its metadata have no {' or '.join(fields)}; cameras with a serial number: {', '.join(there) or 'none'}"
         )
     stem = named.rpartition("/")[2].removesuffix(".mp4")
-    if not stem or stem in (".", "..") or "\\" in stem or "\0" in stem:
-        raise RecordingError(f"its metadata name {named[:200]!r} as the video, which is no file name")
     serial = stem.removesuffix("-stereo")
     candidates = dict.fromkeys((f"{stem}.mp4", f"{serial}.mp4", f"{serial}-stereo.mp4"))
     found = [path for name in candidates if (path := folder / MP4_FOLDER / name).is_file()]

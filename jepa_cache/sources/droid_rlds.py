@@ -43,6 +43,8 @@ EXTRINSICS = {
 """Camera to the feature of its pose in the base frame (6 numbers, one per episode), used where the directory has it (DROID since 1.0.1).
 None for the wrist camera: it moves, and 1.0.1 holds one pose for the whole episode; droid_raw has its pose in every row."""
 
+SomeFeatures = Annotated[tuple[str, ...], Field(min_length=1)]
+
 
 @dataclass(frozen=True)
 class RldsOptions:
@@ -57,8 +59,8 @@ class RldsOptions:
             (rad), gripper.
         command: The same of the commanded absolute pose; empty where there is none.
         joint_velocity_command: Feature of 7 commanded joint velocities (rad/s), for `idle`; null where there is none.
-        success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null where it
-            is not known.
+        success: Feature of a path or text that contains "success" in successful episodes, or of true and false; null
+            where it is not known.
         episode_key: Features that together name an episode.
         gripper_one_is: What a gripper of 1 means: "closed" (DROID) or "open" (BridgeData), which is turned over.
     """
@@ -73,11 +75,11 @@ class RldsOptions:
             "wrist": "steps/observation/wrist_image_left",
         }
     )
-    pose: tuple[str, ...] = ("steps/observation/cartesian_position", "steps/observation/gripper_position")
+    pose: SomeFeatures = ("steps/observation/cartesian_position", "steps/observation/gripper_position")
     command: tuple[str, ...] = ("steps/action_dict/cartesian_position", "steps/action_dict/gripper_position")
     joint_velocity_command: str | None = "steps/action_dict/joint_velocity"
     success: str | None = "episode_metadata/file_path"
-    episode_key: tuple[str, ...] = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
+    episode_key: SomeFeatures = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
     gripper_one_is: Literal["closed", "open"] = "closed"
 
     def __post_init__(self) -> None:
@@ -85,8 +87,6 @@ class RldsOptions:
             raise ValueError(
                 f"droid_rlds source: there is no camera {self.camera!r}{nearest(self.camera, list(self.cameras))}"
             )
-        if not self.pose or not self.episode_key:
-            raise ValueError("droid_rlds source: pose and episode_key must each name at least one feature")
         per_episode = [name for name in (*self.episode_key, self.success) if name and name.startswith(STEPS)]
         per_step = [name for name in self.cameras.values() if not name.startswith(STEPS)]
         if per_episode or per_step:
@@ -123,9 +123,6 @@ class DroidRldsSource:
         """Find tfrecord shards of the split: TFDS directories (or folders above them), files, globs, brace ranges, gs://.
 
         Shards that are not there are no error: a part of DROID can be used, but a line says how many there are.
-
-        Raises:
-            ValueError: An input finds no shard, or a shard has no features.json beside it.
         """
         folders: dict[str, dict[Path | BucketFile, Path | BucketFile]] = {}
         for given in inputs:
@@ -156,10 +153,8 @@ class DroidRldsSource:
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the episodes of a tfrecord shard in its order, one in memory at a time.
 
-        Each record that dataset_info.json lists and the shard lacks, because it is short, damaged or no TFRecord file, is one skipped.
-
-        Raises:
-            ValueError: The directory lacks a feature that the options name.
+        Each record that dataset_info.json lists and the shard lacks, because it is short, damaged or no TFRecord file,
+        is one skipped.
         """
         file_name, features = spell_name(unit.path.name), self._open_features(unit.files[1])
         num_records, keys = 0, set[str]()

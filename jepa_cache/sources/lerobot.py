@@ -47,8 +47,8 @@ class LerobotOptions:
         camera: The video key, e.g. "observation.images.top".
         actions: Selections that together become action_0, action_1, ...
         states: Selections that together become state_0, state_1, ...
-        columns: Control name to selection of one number, e.g. {x_m: "observation.state[0]", ...} for the action space pose7,
-            or {success: is_episode_successful}.
+        columns: Control name to selection of one number, e.g. {x_m: "observation.state[0]", ...} for the action space
+            pose7, or {success: is_episode_successful}.
     """
 
     camera: str
@@ -101,8 +101,8 @@ def build(options: Mapping[str, Any]) -> LerobotSource:
 class LerobotSource:
     """Reads LeRobot data sets. A unit is an episode's two files (v2), or a parquet file and the videos of its episodes (v3).
 
-    Row i is read at the moment of the frame at its `timestamp`, and its action acts from there on. A unit's data set is found
-    again by looking for meta/info.json above its files.
+    Row i is read at the moment of the frame at its `timestamp`, and its action acts from there on. A unit's data set is
+    found again by looking for meta/info.json above its files.
     """
 
     def __init__(self, options: LerobotOptions) -> None:
@@ -121,10 +121,6 @@ class LerobotSource:
         """Find data sets (folders that hold meta/info.json, at any depth) and `hub:owner/name[@revision]`; list their units.
 
         Listed episodes of which no file is there make one more unit, whose file is the list; it yields them as skipped.
-
-        Raises:
-            ValueError: An input finds no data set, meta/ cannot be used, the camera does not exist, or two data sets have
-                one name.
         """
         units: list[Unit] = []
         names: dict[str, Path] = {}
@@ -136,11 +132,7 @@ class LerobotSource:
         return units
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
-        """Yield the episodes of a unit, one in memory at a time; as skipped, with the reason, those that cannot be used.
-
-        Raises:
-            ValueError: meta/ cannot be used.
-        """
+        """Yield the episodes of a unit, one in memory at a time; a ValueError where meta/ cannot be used."""
         layout = self._open_layout(unit)
         if unit.path in layout.lists:
             for episode in layout.missing:
@@ -263,13 +255,11 @@ def _find_frames(location: EpisodeLocation, info: VideoInfo) -> tuple[int, int]:
         return 0, info.num_frames
     start_s, stop_s = location.span_s
     start, stop = (_find_frame(time_s, info) for time_s in location.span_s)
-    if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop):
-        raise RecordingError(f"meta/episodes places it from {start_s} to {stop_s} s of its video")
-    if abs(start - round(start)) > 0.25:
-        raise RecordingError(f"meta/episodes places its start at {start_s} s, between two frames of its video")
-    if round(start) >= info.num_frames:
-        lasts_s = info.num_frames / info.fps
-        raise RecordingError(f"meta/episodes places it from {start_s:g} s on, but its video lasts {lasts_s:g} s")
+    if not 0 <= start < stop < math.inf or abs(start - round(start)) > 0.25 or round(start) >= info.num_frames:
+        raise RecordingError(
+            f"meta/episodes places it from {start_s:g} to {stop_s:g} s of its video, which lasts {info.num_frames / info.fps:g} s; it "
+            "must begin at one of its frames"
+        )
     return round(start), max(1, min(round(stop), info.num_frames) - round(start))
 
 
@@ -312,23 +302,15 @@ class Layout:
     """The listed episodes of one data set by the files they lie in; holds as long as nothing in meta/ changes.
 
     Attributes:
-        root: The data set's folder.
-        stamp: What `_stamp` said of meta/.
         name: Its name in episode keys: the folder's, or owner/name for a snapshot from the hub.
-        info: What info.json says.
         packed: Whether files hold many episodes (v3.0).
         lists: The files that list the episodes.
-        episodes: The episodes, in the order of the lists.
-        missing: Those that no unit of files covers.
+        missing: Listed episodes that no unit of files covers.
         by_file: Parquet file, or video where an episode of v2 has no parquet file, to its episodes.
     """
 
     def __init__(self, root: Path, camera: str) -> None:
-        """Read meta/ of the data set at `root`.
-
-        Raises:
-            ValueError: meta/ cannot be used, lists an index twice or two episodes with the same frames, or has no such camera.
-        """
+        """Read meta/; a ValueError where it lists an index twice or two episodes with the same frames, or has no such camera."""
         self.root, self.stamp, self.name = root, _stamp(root), _find_name(root)
         try:
             hint = ". v2.0, v2.1 and v3.0 are read; convert others with LeRobot's own scripts"
@@ -361,8 +343,8 @@ class Layout:
     def list_units(self, selections: Sequence[str]) -> list[Unit]:
         """A unit for each parquet file with its videos, and one, made of the lists, for episodes without files.
 
-        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set whose
-        meta/ was corrected has other units, and one that only grew has not.
+        Each also has a file, written on this machine, of what meta/ says of it and its numbers depend on: a data set
+        whose meta/ was corrected has other units, and one that only grew has not.
         """
         units: list[Unit] = []
         chosen = {text: parse_selection(text) for text in selections}

@@ -49,9 +49,10 @@ def build(options: Mapping[str, Any]) -> Mp4JsonSource:
 class Mp4JsonSource:
     """Reads pairs of mp4 and json. A unit is one pair.
 
-    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps seconds, before
-    action i acts), `actions` [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first frame, in place of i / fps; one for
-    each frame says when that frame was taken) and `success` (true or false). Controls are action_0.., state_0.. and success.
+    The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps
+    seconds, before action i acts), `actions` [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first
+    frame, in place of i / fps; one for each frame says when that frame was taken) and `success` (true or false).
+    Controls are action_0.., state_0.. and success.
     """
 
     def __init__(self, options: Mp4JsonOptions) -> None:

@@ -71,8 +71,8 @@ def build(options: Mapping[str, Any]) -> VptSource:
 class VptSource:
     """Reads VPT tar shards. A unit is a tar shard.
 
-    Frame t shows the state before line t (measured by optical flow on two recordings). Where the numbers of frames and lines
-    differ they are aligned at the start, the shorter decides, and the difference goes into `Episode.notes`.
+    Frame t shows the state before line t (measured by optical flow on two recordings). Where the numbers of frames and
+    lines differ they are aligned at the start, the shorter decides, and the difference goes into `Episode.notes`.
     """
 
     def __init__(self, options: VptOptions) -> None:
@@ -89,8 +89,8 @@ class VptSource:
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of a tar shard in its order, one in memory at a time.
 
-        Of a contractor recording with lines that are no JSON the longest run between them is kept, with a note; one in the simple
-        schema is skipped. A file that is no tar, or one without recordings, is one skipped.
+        Of a contractor recording with lines that are no JSON the longest run between them is kept, with a note; one in
+        the simple schema is skipped. A file that is no tar, or one without recordings, is one skipped.
         """
         name = spell_name(unit.path.name)
         alone: Skipped | None = None
@@ -181,8 +181,8 @@ class YawLaw(NamedTuple):
 def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
     """Measure where outside GUIs the player turns by 0.15 degrees per mouse count: `yaw[t+1] - yaw[t] == 0.15 * dx[t]`.
 
-    Judged are the steps with both lines outside a GUI in which the mouse or the yaw moves; the difference is taken on the
-    circle. In a GUI the mouse moves the cursor. Lines without yaw cannot be judged.
+    Judged are the steps with both lines outside a GUI in which the mouse or the yaw moves; the difference is taken on
+    the circle. In a GUI the mouse moves the cursor. Lines without yaw cannot be judged.
     """
     outside = ~controls["gui"][:-1] & ~controls["gui"][1:]
     turned_deg = np.diff(controls["yaw_deg"])
@@ -196,11 +196,7 @@ def measure_yaw_law(controls: Mapping[str, np.ndarray]) -> YawLaw:
 
 
 def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
-    """Refuse a recording whose yaw does not follow the mouse; what cannot be judged passes.
-
-    Raises:
-        RecordingError: At least 3 breaches, and the law of `measure_yaw_law` holds in less than 60 % of the judged steps.
-    """
+    """Refuse a recording in which `measure_yaw_law` finds 3 breaches or more, in over 40 % of the judged steps."""
     law = measure_yaw_law(controls)
     if law.num_breaches >= MIN_YAW_BREACHES and law.num_breaches > (1 - MIN_YAW_SHARE) * law.num_judged:
         raise RecordingError(

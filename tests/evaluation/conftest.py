@@ -1,7 +1,6 @@
 """One small cache and one trained predictor for all tests of this room."""
 
 import hashlib
-from dataclasses import replace
 
 import pytest
 
@@ -26,9 +25,8 @@ def trained(tmp_path_factory) -> Trained:
     }
     split = "split.val_share=0.4"
     cache = make_cache(tmp_path_factory.mktemp("trained"), split, *PLANS, encoder_trained=True, units=units)
-    steps = [f"train.{it}" for it in ("num_steps=250", "batch_size=16", "lr=0.02", "log_every=50", "validate_every=0")]
+    steps = [f"train.{it}" for it in ("num_steps=170", "batch_size=16", "lr=0.03", "log_every=50", "validate_every=0")]
     config = make_config(split, *steps)
-    config = replace(config, predictor=replace(config.predictor, predictor_dim=32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", str(cache.folder / "runs"))
         result = train(config, cache.dataset, cache.scaler, cache.folder / "train/run", base=cache.folder)

@@ -49,9 +49,9 @@ def a_predictor(action_weight: float = 1.0) -> ACPredictor:
     return predictor
 
 
-def evaluation_of(cache: Cache, predictor: torch.nn.Module, *, dataset=None, **evaluate) -> EvaluationContext:
+def evaluation_of(cache: Cache, predictor: torch.nn.Module, **evaluate) -> EvaluationContext:
     config = replace(cache.config, evaluate=replace(cache.config.evaluate, **evaluate))
-    return EvaluationContext(LatentModel(predictor), config, dataset or cache.dataset, cache.scaler, 5)
+    return EvaluationContext(LatentModel(predictor), config, cache.dataset, cache.scaler, 5)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

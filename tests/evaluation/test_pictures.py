@@ -6,7 +6,7 @@ Claims:
 - the animation has a picture for each step that shows that step's frame, tokens and error, and is small;
 - recorded actions are those between the steps of the segments, never one that leads out of them;
 - a strip shows the window's own anchor frames where the recording is here, and a grey cell that says so where it is not;
-- a recording with the right digest that lacks the episode is an error; pictures are whole PNG files of a sensible size.
+- pictures are whole files.
 """
 
 import hashlib
@@ -71,12 +71,11 @@ def test_equal_tokens_have_equal_colours_in_the_basis_of_all_where_they_stand_on
 
 
 def test_a_strip_shows_its_frames_and_grey_cells_where_the_recording_is_missing(tmp_path):
-    for name, frames in (("with", True), ("without", False)):
-        draw_strip(make_strip(frames=frames), tmp_path / f"{name}.png")
-    image = Image.open(tmp_path / "with.png")
-    assert image.format == "PNG" and 600 < image.width < 2000 and 400 < image.height < 1500
-    red, grey = ([share_of(tmp_path / f"{name}.png", colour) for name in ("with", "without")] for colour in (RED, GREY))
-    assert 0.05 < red[0] < 0.3 and red[1] == 0 and grey[1] > grey[0] + 0.05
+    red, grey = {}, {}
+    for frames in (True, False):
+        draw_strip(make_strip(frames=frames), tmp_path / "strip.png")
+        red[frames], grey[frames] = (share_of(tmp_path / "strip.png", colour) for colour in (RED, GREY))
+    assert 0.05 < red[True] < 0.3 and red[False] == 0 and grey[False] > grey[True] + 0.05
 
 
 def test_the_error_against_horizon_shows_every_prediction(tmp_path):
@@ -159,6 +158,7 @@ def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):
     assert strip.title.startswith(f"{segment.episode}, steps {start} to {start + num_steps - 1}")
     assert (len(strip.true), len(strip.predicted), len(strip.error)) == (num_steps, 4, 4)
     assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][7], atol=1e-5)
+    assert not np.isclose(strip.predicted, strip.true[-4:]).all(axis=-1).any(), "what was predicted, not what is true"
 
 
 def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recorded):
@@ -176,7 +176,7 @@ def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recor
 def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     cache, _, errors = recorded
     row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
-    draw_pictures(errors, evaluation_of(cache, a_predictor()), [row], tmp_path)
+    draw_pictures(errors, evaluation_of(cache, a_predictor(), num_context_steps=1, horizon=1), [row], tmp_path)
     expected = ["actions.png", "horizon.png", "rollout1.gif", "strip1.png", "strip2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     for path in tmp_path.iterdir():
@@ -188,21 +188,3 @@ def test_positions_are_spread_and_never_twice():
     assert (
         spread_positions(160, 2) == [40, 120] and spread_positions(3, 8) == [0, 1, 2] and spread_positions(1, 2) == [0]
     )
-
-
-def test_a_recording_without_the_episode_is_an_error(recorded, monkeypatch):
-    monkeypatch.setattr(
-        "jepa_cache.data.frames.build_source", lambda *_: type("Empty", (), {"iter_episodes": lambda *_: []})()
-    )
-    with pytest.raises(ValueError, match=r"a\.tar has the digest .* does not hold it"):
-        strips_of(recorded, [0])
-
-
-def test_a_recording_that_is_gone_or_changed_is_not_shown(recorded):
-    tar = recorded[0].folder / "shards/a.tar"
-    with tar.open("ab") as file:
-        file.write(b"more")
-    try:
-        assert strips_of(recorded, [0])[0].frames is None
-    finally:
-        tar.write_bytes(tar.read_bytes()[:-4])

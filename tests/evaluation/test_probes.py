@@ -36,7 +36,7 @@ from jepa_cache.store.recipe import canonical_json
 from tests.caches import make_cache, make_config
 from tests.evaluation.evaluations import evaluation_of, read_rows
 
-SETTINGS = make_config("evaluate.num_bootstrap=300").evaluate
+SETTINGS = make_config("evaluate.num_bootstrap=100").evaluate
 PER_EPISODE = 30
 
 

@@ -2,16 +2,15 @@
 
 Claims:
 - every figure in metrics.json and the tables equals one recomputed from zarr and the weights with growing contexts;
-- a predictor that ignores its actions has gaps of exactly 0 and the verdict says so; one that copies is no better than copying; one
-  that learned from the actions is better than all;
-- weights of other features, actions or another split are refused, and so are too few episodes and weights that give NaN;
+- a predictor that ignores its actions has gaps of exactly 0 and the verdict says so; one that learned from them is better than all;
+- weights of other features, actions or another split are refused, and so are weights that give NaN;
 - an evaluation that is refused or fails at its end leaves the last one as it was.
 """
 
 import itertools
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,23 +24,28 @@ import zarr
 from jepa_cache.cli.compare import compare_runs
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import MEASUREMENTS, Config
-from jepa_cache.data.ablations import ABLATIONS, choose_donors, draw_rows
+from jepa_cache.data.ablations import ABLATIONS, action_ablations
+from jepa_cache.data.scaler import scaler_from_json
+from jepa_cache.data.windows import Window, WindowIndex
 from jepa_cache.evaluation import run
 from jepa_cache.evaluation.context import Measurement, check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
-from jepa_cache.evaluation.windows import BASELINES, RIDGE
+from jepa_cache.evaluation.windows import BASELINES, fit_baselines
 from jepa_cache.predictor.checkpoints import load_predictor, save_state
+from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import Cache, make_config
 from tests.encoded import all_files
 from tests.evaluation.evaluations import Trained, read_rows
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
     """They take most of the time; test_pictures.py draws them."""
-    for name in ("draw_pictures", "write_page"):
-        monkeypatch.setattr(run, name, lambda *_, **__: None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_pictures", "write_page"):
+            patch.setattr(run, name, lambda *_, **__: None)
+        yield
 
 
 def changed(trained: Trained, path: Path, change) -> Path:
@@ -62,16 +66,6 @@ def evaluate(cache: Cache, weights: Path, out: Path, config: Config | None = Non
 # --- the figures, again ---------------------------------------------------------------------------------------------------
 
 
-def layer_norm(tokens: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
-
-
-def predict_next(predictor, seen: torch.Tensor, actions: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """[B, N, D] prediction after the given steps, all of them computed anew."""
-    num_seen = seen.shape[1]
-    return layer_norm(predictor(seen, actions[:, :num_seen], states[:, :num_seen]).tokens[:, -1])
-
-
 class Again(NamedTuple):
     """Errors computed anew: (prediction, measure) to [windows, T-1 + K], NaN where it does not exist."""
 
@@ -89,91 +83,63 @@ class Again(NamedTuple):
         return np.array([np.nanmean(np.array(means)[episodes == name]) for name in sorted(set(self.episodes))])
 
 
-def read_arrays(cache: Cache, card: dict, segment) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Layer-normed tokens, raw actions and scaled states of a segment, read by zarr-python."""
-    manifest, rows = cache.dataset.manifest, slice(segment.start, segment.stop)
-    digest = manifest.entries[segment.store].unit_digest
-    tokens = zarr.open(cache.root.tokens(manifest.fingerprint, digest))["tokens"][rows].astype(np.float64)
-    controls = zarr.open(cache.root.actions(manifest.action_fingerprint, digest))
-    scale = card["scaler"]["states"]
-    states = (controls["states"][rows].astype(np.float64) - scale["mean"]) / scale["scale"]
-    return layer_norm(torch.from_numpy(tokens)), controls["actions"][rows].astype(np.float64), states
-
-
-def scaled(card: dict, actions: np.ndarray) -> np.ndarray:
-    scale = card["scaler"]["actions"]
-    return (actions - scale["mean"]) / scale["scale"]
-
-
-def spread(segment, num_steps: int, count: int) -> np.ndarray:
-    return np.linspace(0, segment.stop - segment.start - num_steps, count).round().astype(int)
-
-
-def fit_again(cache: Cache, card: dict) -> tuple[torch.Tensor, np.ndarray]:
-    """Mean [N, D] of all training steps, and regression weights by least squares with the penalty as rows of data."""
-    tokens, inputs, changes = [], [], []
-    for segment in cache.dataset.segments_of("train", cache.config.split):
-        h, actions, states = read_arrays(cache, card, segment)
-        tokens.append(h.numpy())
-        inputs.append(np.hstack([scaled(card, actions[:-1]), states[:-1], np.ones((len(h) - 1, 1))]))
-        changes.append(np.diff(h.numpy(), axis=0).reshape(len(h) - 1, -1))
-    x, y = np.concatenate(inputs), np.concatenate(changes)
-    penalty = np.sqrt(RIDGE * len(x)) * np.eye(x.shape[1])
-    penalty[-1] *= 1e-3
-    padded = np.vstack([x, penalty]), np.vstack([y, np.zeros((x.shape[1], y.shape[1]))])
-    return torch.from_numpy(np.concatenate(tokens).mean(axis=0)), np.linalg.lstsq(*padded, rcond=None)[0]
+def layer_norm(tokens: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
 
 
 @torch.no_grad()
 def recompute(cache: Cache, weights: Path) -> Again:
-    """Errors of each held-out window, every prediction from a whole pass over its context; float64 but for the weights."""
+    """Errors of each held-out window, every prediction from a whole pass over its context; float64 but for the weights.
+
+    Ablations and baselines are those of test_baselines.py.
+    """
     predictor, card = load_predictor(weights)
     predictor.double()
-    settings, num_trained = cache.config.evaluate, card["window_steps"]
+    settings, num_trained, dataset = cache.config.evaluate, card["window_steps"], cache.dataset
     context, horizon = settings.num_context_steps, settings.horizon
-    num_steps = max(context + horizon, num_trained)
-    windows, episodes, starts = [], [], []
-    for segment in cache.dataset.segments_of("val", cache.config.split):
-        h, actions, states = read_arrays(cache, card, segment)
-        for start in spread(segment, num_steps, settings.windows_per_episode):
-            rows = [actions[start + shift : start + shift + num_steps - 1] for shift in (0, 1, -1)]
-            inside = start > 0 and start + num_steps < segment.stop - segment.start
-            own = slice(start, start + num_steps)
-            windows.append((h[own], rows, inside, torch.from_numpy(states[own])))
+    num_steps, scaler = max(context + horizon, num_trained), scaler_from_json(card["scaler"])
+    segments = dataset.segments_of("val", cache.config.split)
+    index, windows, episodes, starts = WindowIndex(segments, num_steps), [], [], []
+    number_of = {index[number]: number for number in range(len(index))}
+    for position, segment in enumerate(segments):
+        last = segment.stop - segment.start - num_steps
+        for start in np.linspace(0, last, settings.windows_per_episode).round().astype(int):
+            windows.append(Window(segment.store, segment.start + int(start), position))
             episodes.append(segment.episode)
             starts.append(int(start))
-    mean, change = fit_again(cache, card)
-    donors = choose_donors(episodes, seed=settings.seed)
-    drawn = draw_rows(episodes, num_steps - 1, seed=settings.seed)
-    every_row = np.concatenate([window[1][0] for window in windows])
+    numbers = [number_of[window] for window in windows]
+    ablations = action_ablations(dataset, scaler, index, numbers, seed=settings.seed)
+    training = dataset.segments_of("train", cache.config.split)
+    baselines = fit_baselines(dataset, training, scaler, LatentModel(None, True))
+    mean, change = baselines.mean.double(), baselines.change.double()
     errors: dict[tuple[str, str], list[list[float]]] = {}
-
     measures = {
         "l1": lambda z, h: (z - h).abs().mean(),
         "l2": lambda z, h: ((z - h) ** 2).mean() ** 0.5,
         "cosine": lambda z, h: (z * h).sum(-1).div(z.norm(dim=-1) * h.norm(dim=-1)).mean(),
     }
-    for place, (h, (own, after, before), inside, states) in enumerate(windows):
-        zero = own.copy()
-        zero[:, :4] = 0  # mouse and view; the slot stays
-        given = {"model": own, "shuffled_actions": windows[donors[place]][1][0], "zero_actions": zero}
-        given |= {"permuted_actions": every_row[drawn[place]]}
-        given |= {
-            name: rows if inside else None for name, rows in (("next_actions", after), ("previous_actions", before))
-        }
+    for place, window in enumerate(windows):
+        rows = slice(window.start, window.start + num_steps)
+        digest = dataset.manifest.entries[window.store].unit_digest
+        stored = zarr.open(cache.root.tokens(dataset.manifest.fingerprint, digest))["tokens"][rows]
+        h = layer_norm(torch.from_numpy(stored.astype(np.float64)))
+        actions, states = dataset.controls(window.store)
+        own = torch.from_numpy(scaler.actions.apply(actions[rows][:-1])).double()
+        s = torch.from_numpy(scaler.states.apply(states[rows])).double()
 
-        def foresee(seen, raw, states=states):
+        def foresee(seen, given, s=s):
             """By the predictor, from the tokens of the steps so far."""
-            if raw is None:
+            if not np.isfinite(np.asarray(given)).all():
                 return None
-            a = torch.from_numpy(scaled(card, raw))[None]
-            return predict_next(predictor, torch.stack(seen)[None], a, states[None])[0]
+            count, a = len(seen), torch.as_tensor(given).double()
+            return layer_norm(predictor(torch.stack(seen)[None], a[None, :count], s[None, :count]).tokens[0, -1])
 
-        def regress(seen, own=own, states=states):
-            x = np.hstack([scaled(card, own[len(seen) - 1]), states[len(seen) - 1], 1.0])
-            return layer_norm(seen[-1] + torch.from_numpy(x @ change).reshape(seen[-1].shape))
+        def regress(seen, own=own, s=s):
+            x = torch.cat([own[len(seen) - 1], s[len(seen) - 1], torch.ones(1)])
+            return layer_norm(seen[-1] + torch.einsum("p,pnd->nd", x, change))
 
-        predictions = {name: partial(foresee, raw=raw) for name, raw in given.items()} | {
+        given = {"model": own} | {name: values[place] for name, values in ablations.items()}
+        predictions = {name: partial(foresee, given=actions) for name, actions in given.items()} | {
             "copy_last": lambda seen: seen[-1],
             "mean": lambda seen: mean,
             "extrapolation": lambda seen: layer_norm(2 * seen[-1] - seen[-2]) if len(seen) > 1 else None,
@@ -197,13 +163,10 @@ def again(trained) -> Again:
 
 
 @pytest.fixture(scope="module")
-def result(trained) -> Path:
+def result(trained, no_pictures) -> Path:
     """The folder of one evaluation, where `jepa-cache compare` looks for that of its training run."""
     out = trained.cache.folder / "evaluate"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_pictures", "write_page"):
-            patch.setattr(run, name, lambda *_, **__: None)
-        evaluate(trained.cache, trained.weights, out)
+    evaluate(trained.cache, trained.weights, out)
     return out
 
 
@@ -301,11 +264,11 @@ def test_the_rows_of_episodes_average_to_the_metrics(trained, result):
 
 def test_the_settings_say_which_run_was_measured_on_what_and_compare_finds_it(trained, result):
     cache, settings = trained.cache, json.loads((result / "settings.json").read_text())
-    assert settings["tokens_fingerprint"] == cache.dataset.manifest.fingerprint and settings["train"]["lr"] == 0.02
-    assert settings["measured"]["evaluate"]["horizon"] == 4 and settings["step"] == 250
+    assert settings["tokens_fingerprint"] == cache.dataset.manifest.fingerprint and settings["train"]["lr"] == 0.03
+    assert settings["measured"]["evaluate"]["horizon"] == 4 and settings["step"] == 170
     assert settings["run"] in {path.name for path in (cache.folder / "runs").iterdir()}
     short = json.loads((result / "metrics.json").read_text())["settings"]
-    expected = {"train_steps": 250, "window_steps": 5, "horizon": 4, "num_context_steps": 2, "step_hz": 5.0, "seed": 0}
+    expected = {"train_steps": 170, "window_steps": 5, "horizon": 4, "num_context_steps": 2, "step_hz": 5.0, "seed": 0}
     assert short.items() >= (expected | {"encoder": "tiny", "normalize_reps": True}).items()
     outcome = compare_runs([str(result), str(cache.folder / "train/run")])
     (pair,) = outcome.document["groups"][0]["paired"]
@@ -316,13 +279,6 @@ def test_the_settings_say_which_run_was_measured_on_what_and_compare_finds_it(tr
             compare_runs([str(cache.folder / "train/run")])
     finally:
         (result / "settings.json").write_text(json.dumps(settings))
-
-
-def test_the_batch_size_moves_no_figure(trained, result, tmp_path):
-    other = replace(trained.cache.config, evaluate=replace(trained.cache.config.evaluate, batch_size=7))
-    two = evaluate(trained.cache, trained.weights, tmp_path, other)
-    for name, value in json.loads((result / "metrics.json").read_text())["val"].items():
-        assert two["val"][name] == pytest.approx(value, abs=1e-5), name
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------------
@@ -341,9 +297,14 @@ def test_a_predictor_that_learned_from_its_actions_gets_good_answers(result):
     assert "for 4 open-loop steps (all that were measured; 0.8 s)" in words
 
 
-def test_a_predictor_that_ignores_its_actions_is_told_so(trained, tmp_path):
+def test_a_predictor_that_ignores_its_actions_is_told_so_whatever_the_batch(trained, result, tmp_path):
     deaf = changed(trained, tmp_path / "deaf.safetensors", lambda p: p.action_encoder.weight.zero_())
-    metrics = evaluate(trained.cache, deaf, tmp_path)
+    settings = replace(trained.cache.config.evaluate, batch_size=7)
+    metrics = evaluate(trained.cache, deaf, tmp_path, replace(trained.cache.config, evaluate=settings))
+    before = json.loads((result / "metrics.json").read_text())["val"]
+    for name in BASELINES:
+        for key in (f"{name}_l1", f"rollout_{name}_l1"):
+            assert metrics["val"][key] == pytest.approx(before[key], abs=1e-5), key
     for name in ABLATIONS:
         for where in ("", "_step4"):
             key = f"gap_{name}{where}"
@@ -352,26 +313,6 @@ def test_a_predictor_that_ignores_its_actions_is_told_so(trained, tmp_path):
     for question in ("actions", "actions_rollout", "timing"):
         assert metrics["verdict"][question]["answer"] == "no", metrics["verdict"]
     assert "uses its actions: no, error of true actions 0.0 % lower" in describe_metrics(metrics, 4)
-
-
-def copy_last(predictor: torch.nn.Module) -> None:
-    """Weights that give each token back: blocks that add nothing, and x -> (x, -x, 0) -> x around the norm."""
-    width, inner = predictor.embed_dim, predictor.predictor_embed.out_features
-    for parameter in predictor.parameters():
-        parameter.zero_()
-    both = torch.cat([torch.eye(width), -torch.eye(width)])
-    predictor.predictor_embed.weight[: 2 * width] = both
-    predictor.predictor_norm.weight.fill_(1.0)
-    predictor.predictor_proj.weight[:, : 2 * width] = both.T * (2 * width / inner) ** 0.5 / 2
-
-
-def test_a_predictor_that_copies_is_not_better_than_copying(trained, tmp_path):
-    metrics = evaluate(trained.cache, changed(trained, tmp_path / "copy.safetensors", copy_last), tmp_path)
-    assert metrics["val"]["copy_last_l1"] > 0.1
-    assert all(low <= metrics["val"][name] <= high for name, (low, high) in metrics["val_ci"].items())
-    assert metrics["val"]["teacher_forcing_l1"] == pytest.approx(metrics["val"]["copy_last_l1"], abs=1e-4)
-    answers = {name: verdict["answer"] for name, verdict in metrics["verdict"].items()}
-    assert {answers[name] for name in ("actions", "copying", "baselines", "horizon")} == {"no"}, metrics["verdict"]
 
 
 def test_a_predictor_that_gives_nan_is_no_measurement(trained, tmp_path):
@@ -456,26 +397,16 @@ plan.horizons=[] plan.horizons=[1,1] plan.max_rotation_rad=-1.0 plan.max_step_m=
 """
 
 
-@pytest.mark.parametrize("override", WRONG.split())
-def test_settings_that_cannot_work_are_refused(override):
-    with pytest.raises(ConfigError, match=re.escape(override.split("=")[0])):
-        make_config(override)
-
-
-def test_one_held_out_episode_is_too_few(trained, tmp_path):
-    dataset, path = trained.cache.dataset, tmp_path / "predictor.safetensors"
-    splits = (replace(trained.cache.config.split, val_share=0.06, seed=seed) for seed in range(50))
-    split = next(one for one in splits if len({segment.episode for segment in dataset.segments_of("val", one)}) == 1)
-    predictor, card = load_predictor(trained.weights)
-    save_state(predictor.state_dict(), path, card | {"description": card["description"] | {"split": asdict(split)}})
-    with pytest.raises(ValueError, match="at least two held-out episodes"):
-        evaluate(trained.cache, path, tmp_path, replace(trained.cache.config, split=split))
+def test_settings_that_cannot_work_are_refused():
+    for override in WRONG.split():
+        with pytest.raises(ConfigError, match=re.escape(override.split("=")[0])):
+            make_config(override)
 
 
 def test_weights_of_another_training_are_refused(trained):
     # What an interrupted training leaves: the weights of the run before it.
     config = trained.cache.config
-    with pytest.raises(ValueError, match=r"train\.lr was 0\.02, now it is 0\.003"):
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.03, now it is 0\.003"):
         check_settings(config, trained.weights)
     with pytest.raises(ValueError, match=r"is missing; run .*train_predictor\.py"):
         check_settings(config, trained.weights.with_name("nothing.safetensors"))

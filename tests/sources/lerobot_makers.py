@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +25,7 @@ def cached_video(num_frames: int, seed: int, fps: int = FPS) -> bytes:
     return make_video(num_frames, seed, fps=fps)
 
 
-def make_rows(index: int, num_rows: int, *, start: int = 0) -> dict[str, Any]:
+def make_rows(index: int, num_rows: int) -> dict[str, Any]:
     """Columns of one episode as LeRobot writes them."""
     rng = np.random.default_rng(index)
     frames = np.arange(num_rows)
@@ -40,38 +38,32 @@ def make_rows(index: int, num_rows: int, *, start: int = 0) -> dict[str, Any]:
         "timestamp": (frames / FPS).astype(np.float32),
         "frame_index": frames,
         "episode_index": np.full(num_rows, index),
-        "index": start + frames,
-        "task_index": np.zeros(num_rows, np.int64),
     }
 
 
 def write_info(root: Path, version: str, **changes: Any) -> None:
     """meta/info.json with the published templates of the version."""
-    packed = version == "v3.0"
-    data = (
-        "chunk-{chunk_index:03d}/file-{file_index:03d}"
-        if packed
-        else "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
+    data, video = (
+        "chunk-{episode_chunk:03d}/episode_{episode_index:06d}",
+        "chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}",
     )
-    video = (
-        "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-        if packed
-        else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-    )
-    features = {
-        CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]},
-        "observation.images.still": {"dtype": "image", "shape": [48, 64, 3], "names": None},
-        "observation.state": {"dtype": "float32", "shape": [3], "names": {"motors": ["pan", "lift", "grip"]}},
-        "action": {"dtype": "float32", "shape": [2], "names": ["pan", "lift"]},
-    }
+    if version == "v3.0":
+        data, video = (
+            "chunk-{chunk_index:03d}/file-{file_index:03d}",
+            "{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}",
+        )
     info = {
         "codebase_version": version,
-        "robot_type": "so100",
         "fps": FPS,
         "chunks_size": 1000,
         "data_path": f"data/{data}.parquet",
-        "video_path": video,
-        "features": features,
+        "video_path": f"videos/{video}.mp4",
+        "features": {
+            CAMERA: {"dtype": "video", "names": ["height", "width", "channels"]},
+            "observation.images.still": {"dtype": "image", "names": None},
+            "observation.state": {"dtype": "float32", "names": {"motors": ["pan", "lift", "grip"]}},
+            "action": {"dtype": "float32", "names": ["pan", "lift"]},
+        },
     }
     (root / "meta").mkdir(parents=True, exist_ok=True)
     (root / "meta" / "info.json").write_text(json.dumps({**info, **changes}))
@@ -93,27 +85,10 @@ def write_v2(root: Path, lengths: Mapping[int, int], *, version: str = "v2.1", *
     return root
 
 
-def join_videos(videos: Sequence[bytes], codec: str = "libx264") -> bytes:
-    """One mp4 of all frames of these; as a recorder that appends episodes, with its own key frames."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream(codec, rate=FPS, options={"g": "7"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for video in videos:
-            with av.open(io.BytesIO(video)) as container:
-                for frame in container.decode(video=0):
-                    output.mux(
-                        stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24"))
-                    )
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def write_v3(root: Path, files: Sequence[Mapping[int, int]], *, codec: str = "libx264", **info: Any) -> Path:
+def write_v3(root: Path, files: Sequence[Mapping[int, int]], **info: Any) -> Path:
     """A v3 data set; each entry of `files` is one parquet file and one mp4: episode index to number of frames."""
     write_info(root, "v3.0", **info)
     listed: list[dict[str, Any]] = []
-    start = 0
     for number, lengths in enumerate(files):
         data = root / f"data/chunk-000/file-{number:03d}.parquet"
         video = root / f"videos/{CAMERA}/chunk-000/file-{number:03d}.mp4"
@@ -121,35 +96,16 @@ def write_v3(root: Path, files: Sequence[Mapping[int, int]], *, codec: str = "li
             path.parent.mkdir(parents=True, exist_ok=True)
         tables, from_s = [], 0.0
         for index, length in lengths.items():
-            tables.append(pa.table(make_rows(index, length, start=start)))
+            tables.append(pa.table(make_rows(index, length)))
             to_s = from_s + length / FPS
-            listed.append(
-                {
-                    "episode_index": index,
-                    "tasks": ["x"],
-                    "length": length,
-                    "data/chunk_index": 0,
-                    "data/file_index": number,
-                    "dataset_from_index": start,
-                    "dataset_to_index": start + length,
-                    f"videos/{CAMERA}/chunk_index": 0,
-                    f"videos/{CAMERA}/file_index": number,
-                    f"videos/{CAMERA}/from_timestamp": from_s,
-                    f"videos/{CAMERA}/to_timestamp": to_s,
-                    "meta/episodes/chunk_index": 0,
-                    "meta/episodes/file_index": 0,
-                }
-            )
-            from_s, start = to_s, start + length
+            places = {"data/chunk_index": 0, "data/file_index": number, f"videos/{CAMERA}/chunk_index": 0}
+            places |= {f"videos/{CAMERA}/file_index": number, f"videos/{CAMERA}/from_timestamp": from_s}
+            listed.append({"episode_index": index, "length": length, **places, f"videos/{CAMERA}/to_timestamp": to_s})
+            from_s = to_s
         pq.write_table(pa.concat_tables(tables), data)
-        video.write_bytes(_joined(tuple(lengths.items()), codec))
+        video.write_bytes(cached_video(sum(lengths.values()), number % 3))
     write_list(root, listed)
     return root
-
-
-@lru_cache(maxsize=16)
-def _joined(lengths: tuple[tuple[int, int], ...], codec: str) -> bytes:
-    return join_videos([cached_video(length, index % 3) for index, length in lengths], codec)
 
 
 def write_list(root: Path, listed: Sequence[Mapping[str, Any]]) -> None:

@@ -39,37 +39,23 @@ def installed(tmp_path, monkeypatch):
     return build_source("mp4_csv", example.options), example, tmp_path / "input"
 
 
-def test_the_documented_source_is_found_by_its_name(installed):
-    assert "mp4_csv" in jepa_cache.sources.list_sources()
+def list_tests(argument):
+    return [
+        name
+        for name, function in vars(test_contract).items()
+        if name.startswith("test_") and argument in function.__code__.co_varnames[:1]
+    ]
 
 
-CASES = [
-    name
-    for name, function in vars(test_contract).items()
-    if name.startswith("test_") and "case" in function.__code__.co_varnames[:1]
-]
-FORMS = [
-    name
-    for name, function in vars(test_contract).items()
-    if name.startswith("test_") and "form" in function.__code__.co_varnames[:1]
-]
-
-
-def keep(name, monkeypatch, tmp_path, first):
+@pytest.mark.parametrize("name", [*list_tests("case"), *list_tests("form")])
+def test_the_documented_source_keeps_the_contract(installed, name, monkeypatch, tmp_path):
     """Run a test of the contract on its first argument and the fixtures that it names."""
     function = getattr(test_contract, name)
-    fixtures = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
-    function(first, **{known: fixtures[known] for known in fixtures if known in inspect.signature(function).parameters})
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_documented_source_keeps_the_contract(installed, name, monkeypatch, tmp_path):
-    keep(name, monkeypatch, tmp_path, installed)
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_the_documented_options_keep_the_contract(installed, name, monkeypatch, tmp_path):
-    keep(name, monkeypatch, tmp_path / "many", "mp4_csv-pairs")
+    names, by_form = inspect.signature(function).parameters, name in list_tests("form")
+    fixtures = {"monkeypatch": monkeypatch, "tmp_path": tmp_path / "many" if by_form else tmp_path}
+    function(
+        "mp4_csv-pairs" if by_form else installed, **{known: fixtures[known] for known in fixtures if known in names}
+    )
 
 
 def test_the_documented_json_is_read(tmp_path):

@@ -186,6 +186,10 @@ def test_metadata_cannot_name_a_video_outside_the_episode(tmp_path, folder, name
 def test_the_minimum_that_the_official_loader_needs_is_enough_and_an_episode_keeps_its_name_where_it_is_moved(
     tmp_path, folder
 ):
+    metadata = first_json(folder).read_text()
+    edit_metadata(folder, hdf5_path=None, uuid=None)
+    assert read_one(tmp_path).key == "ILIAD/success/2023-04-21/made-0", "by its folders"
+    first_json(folder).write_text(metadata)
     folder = folder.rename(tmp_path / "elsewhere")
     assert read_one(tmp_path).key == "ILIAD/success/2023-04-21/made-0"
     edit_metadata(folder, hdf5_path=None)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
-from jepa_cache.encoding.decoding import luma_statistics
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
@@ -113,23 +112,20 @@ def test_ticks_and_frames_are_counted_by_line_whatever_the_clocks_say(tmp_path):
         row["yaw"] += 1500
         row["milli"] += 125 * row["tick"] - (400 if row["tick"] > 6 else 0)
     rows[3]["isGuiOpen"] = rows[4]["isGuiOpen"] = rows[4]["isGuiInventory"] = True
-    episode = _read(tmp_path, rows)
-    np.testing.assert_array_equal(episode.frame_ticks, np.arange(NUM_FRAMES))
-    assert episode.notes == () and np.flatnonzero(episode.controls["gui"]).tolist() == [3, 4]
-    assert np.flatnonzero(episode.controls["gui_inventory"]).tolist() == [4]
-    assert episode.controls["yaw_deg"].min() > 1000, "unwrapped as recorded; the state is wrapped"
-    assert np.abs(get_action_space("vpt13").aggregate(episode.controls, np.array([0, 5])).states[:, 0]).max() <= 180
     for row in rows[5:]:
         row["tick"] += 2
     episode = _read(tmp_path, rows)
+    np.testing.assert_array_equal(episode.frame_ticks, np.arange(NUM_FRAMES))
     np.testing.assert_array_equal(episode.controls["tick"], np.arange(NUM_FRAMES))
-    assert "line 6: 4 to 7" in episode.notes[0]
+    assert len(episode.notes) == 1 and "line 6: 4 to 7" in episode.notes[0]
+    assert np.flatnonzero(episode.controls["gui"]).tolist() == [3, 4]
+    assert np.flatnonzero(episode.controls["gui_inventory"]).tolist() == [4]
+    assert episode.controls["yaw_deg"].min() > 1000, "unwrapped as recorded; the state is wrapped"
 
 
 @pytest.mark.parametrize(
     ("num_lines", "num_frames", "fps", "ticks", "rate", "words"),
     [
-        (11, 12, 20, range(11), 20, "12 frames, 11 lines"),
         (40, 12, 20, range(12), 20, "12 frames, 40 lines: the last 28 lines are not used"),
         (1056, 1090, 20, range(1056), 20, "1090 frames, 1056 lines: the last 34 frames are not used"),
         (13, 12, 30, range(12), 20, "header says 30 Hz"),  # but there is a frame per line
@@ -219,11 +215,10 @@ def test_runs_at_the_edges(tmp_path):
     assert (cut.first_frame, cut.num_ticks) == (0, 10) and "line 11 of 11" in cut.notes[0]
     lines[5] = b"{"
     assert _read(tmp_path, b"\n".join(lines)).first_frame == 0, "of equal runs the first is kept"
-    assert "line 1 of 2 is no JSON" in _read(tmp_path, b"{\n[").reason
-    assert "no line" in _read(tmp_path, b"\n\n").reason
     late = to_jsonl(make_rows(3 * NUM_FRAMES)).split(b"\n")
     late[NUM_FRAMES] = b"{"
-    assert "no frame of the video shows" in _read(tmp_path, b"\n".join(late)).reason
+    bad = {b"{\n[": "line 1 of 2 is no JSON", b"\n\n": "no line", b"\n".join(late): "no frame of the video shows"}
+    assert all(words in _read(tmp_path, lines).reason for lines, words in bad.items())
 
 
 def test_attack_is_followed_from_line_0_and_slots_from_the_runs_own_first_line(tmp_path):
@@ -231,12 +226,11 @@ def test_attack_is_followed_from_line_0_and_slots_from_the_runs_own_first_line(t
     for row in rows[4:]:
         row["hotbar"] = 3
     lines = to_jsonl(rows).split(b"\n")
-    lines[3] = b"{"
-    episode = _read(tmp_path, b"\n".join(lines))
-    assert episode.controls["attack"].tolist() == [False] * 5 + [True] * 3, "stuck until line 9 presses it anew"
-    assert not episode.controls["hotbar.4"].any() and (episode.controls["hotbar"] == 3).all()
-    lines[0] = b"{"
-    assert _read(tmp_path, b"\n".join(lines)).controls["attack"].tolist() == [False] * 5 + [True] * 3
+    for number in (3, 0):
+        lines[number] = b"{"
+        controls = _read(tmp_path, b"\n".join(lines)).controls
+        assert controls["attack"].tolist() == [False] * 5 + [True] * 3, "stuck until line 9 presses it anew"
+        assert not controls["hotbar.4"].any() and (controls["hotbar"] == 3).all()
     free = to_jsonl(_with_attack(make_rows(NUM_FRAMES), range(12), [])).split(b"\n")
     free[3] = b"{"
     assert _read(tmp_path, b"\n".join(free)).controls["attack"].all(), "line 0 does not say that it is stuck"
@@ -276,44 +270,31 @@ def test_a_tar_that_was_cut_off_costs_the_recording_that_was_cut_and_counts_once
         assert "cut off" in lost[0].reason and lost[0].key == ("a.tar" if cut < 512 else "b")
 
 
-def _yaw_law(rows, step):
-    yaw = 0.0
-    for row in rows:
-        row["yaw"] = yaw
-        yaw = step(yaw, row["mouse"]["dx"])
-    return rows
-
-
 @pytest.mark.parametrize("step", [lambda yaw, dx: yaw + 0.3 * dx, lambda yaw, dx: 0.15 * dx], ids=["scale", "per step"])
 @pytest.mark.parametrize("movement", ["all", "lone"])
 def test_yaw_on_another_scale_or_per_step_is_no_vpt(tmp_path, step, movement):
-    rows = make_rows(80)
+    rows, yaw = make_rows(80), 0.0
     for index, row in enumerate(rows):
         row["mouse"]["dx"] *= movement == "all" or index % 7 == 0
-    assert "yaw does not follow the mouse" in _read(tmp_path, _yaw_law(rows, step)).reason
+        row["yaw"], yaw = yaw, step(yaw, row["mouse"]["dx"])
+    assert "yaw does not follow the mouse" in _read(tmp_path, rows).reason
 
 
-def _respawn(index, row):
-    row["yaw"] += 77.7 * (index >= 20)
+YAW_CHANGES = {
+    "respawn": lambda index, row: {"yaw": row["yaw"] + 77.7 * (index >= 20)},
+    "wrap": lambda index, row: {"dx": (10.0, -10.0)[index % 2], "yaw": (179.25, -179.25)[index % 2]},
+    "rest": lambda index, row: {"dx": 0.0, "yaw": 5.0 * (index > 30)},
+    "gui": lambda index, row: {"isGuiOpen": True, "yaw": 12.0, "dx": 2.5 * row["mouse"]["dx"]},
+}
 
 
-def _wrap(index, row):
-    row["mouse"]["dx"], row["yaw"] = (10.0, 179.25) if index % 2 == 0 else (-10.0, -179.25)
-
-
-def _rest(index, row):
-    row["mouse"]["dx"], row["yaw"] = 0.0, 5.0 * (index > 30)
-
-
-def _open_gui(index, row):
-    row["isGuiOpen"], row["yaw"], row["mouse"]["dx"] = True, 12.0, 2.5 * row["mouse"]["dx"]
-
-
-@pytest.mark.parametrize("change", [_respawn, _wrap, _rest, _open_gui])
-def test_respawns_wrapped_yaw_rest_and_guis_are_vpt(tmp_path, change):
+@pytest.mark.parametrize("kind", YAW_CHANGES)
+def test_respawns_wrapped_yaw_rest_and_guis_are_vpt(tmp_path, kind):
     rows = make_rows(60)
     for index, row in enumerate(rows):
-        change(index, row)
+        changes = YAW_CHANGES[kind](index, row)
+        row["mouse"]["dx"] = changes.pop("dx", row["mouse"]["dx"])
+        row.update(changes)
     assert isinstance(_read(tmp_path, rows), Episode)
 
 
@@ -336,12 +317,10 @@ def test_the_cursor_is_scaled_by_recorder_version_inside_guis_only(tmp_path, ver
 def test_options_are_checked_with_the_nearest_name_and_enter_the_recipe_when_chosen():
     simple = {"schema": "simple", "camera_unit": "delta_deg"}
     for options, words in (
-        ({"shema": "simple"}, "did you mean 'schema'"),
         ({"schema": "contracter"}, "did you mean 'contractor'"),
         ({"mouse_scale": "by_versions"}, "did you mean 'by_version'"),
         ({"camera_unit": "delta_deg"}, "camera_unit belongs to schema 'simple'"),
         ({"schema": "simple"}, r"needs source_options\.camera_unit, one of delta_deg"),
-        ({"schema": "simple", "camera_unit": "deg"}, "camera_unit is 'deg'"),
         ({**simple, "mouse_scale": "by_version"}, "belongs to schema 'contractor'"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -431,7 +410,7 @@ def test_changes_that_add_up_to_more_than_a_view_holds_are_skipped_by_their_line
     np.testing.assert_allclose(np.diff(_read_simple(tmp_path, rows, "delta_deg").controls["yaw_deg"])[5:], [5, 6])
 
 
-@pytest.mark.parametrize(("fps", "rate"), [(20, 60), (30, 20), (20, 7), (5, 15)])
+@pytest.mark.parametrize(("fps", "rate"), [(20, 60), (20, 7), (5, 15)])
 def test_each_frame_shows_the_row_nearest_in_time_the_earlier_of_two(tmp_path, fps, rate):
     rng = np.random.default_rng(0)
     times = np.sort(np.arange(0, 25 * rate // fps) / rate + rng.uniform(0, 0.3 / rate, 25 * rate // fps))
@@ -501,10 +480,6 @@ def test_the_real_pair_is_read_whole_the_look_alike_refused_and_logs_without_vid
     assert episode.notes == ("445 frames, 446 lines: the last 1 lines are not used",)
     assert "fearless-timber-seeker" in skipped.key
     assert "yaw does not follow the mouse in 4 of 4" in skipped.reason
-    with open_video(episode.video) as opened:
-        deviation = luma_statistics(opened.read(np.arange(60)))[:, 1]
-    # The loading screen lasts one frame here. Night scenes get as flat (11.5): deviation alone does not tell.
-    assert deviation[0] < 16 < 20 < deviation[2:].min()
     members = [(path.name, path.read_bytes()) for path in sorted((REAL_VPT / "logs_only").glob("*.jsonl"))]
     alone = _read_tar(write_tar(tmp_path / "a.tar", members))
     assert len(alone) == 4 and all("holds no" in result.reason and ".mp4" in result.reason for result in alone)
@@ -528,12 +503,8 @@ def test_real_logs_follow_the_measured_laws(log):
     for tick in np.flatnonzero(np.diff(controls["hotbar"])) + 1:
         assert controls[f"hotbar.{controls['hotbar'][tick] + 1}"][tick]
     assert not any(controls[f"hotbar.{slot}"][0] for slot in range(1, 10))
-    space, vpt25 = get_action_space("vpt36"), get_action_space("vpt25")
-    camera = vpt25.aggregate(controls, np.arange(len(lines))).actions
-    x = [column.name for column in vpt25.actions].index("cameraX")
-    np.testing.assert_allclose(camera[:, x], 0.15 * controls["mouse_dx"][:-1], rtol=1e-6)
     anchors = np.arange(0, len(lines), 4)
-    actions = space.aggregate(controls, anchors).actions.astype(np.float64)
+    actions = get_action_space("vpt36").aggregate(controls, anchors).actions.astype(np.float64)
     outside = np.array([not controls["gui"][a : b + 1].any() for a, b in itertools.pairwise(anchors)])
     error = np.abs(actions[:, 2] - 0.15 * actions[:, 0])
     assert np.mean(np.minimum(error, 360 - error)[outside] < 0.02) > 0.99

@@ -27,20 +27,21 @@ def place_frames(
 ) -> Placement:
     """Bring frames and rows together: one to one where there are as many at the same rate, else by nearest time.
 
-    One to one: as many rows as frames, and the rows lie 1 / fps apart within a quarter of a frame. Their first time then does
-    not matter (rows of a real data set begin at one frame's length and still belong to the frames one by one).
+    One to one: as many rows as frames, and the rows lie 1 / fps apart within a quarter of a frame. Their first time
+    then does not matter (rows of a real data set begin at one frame's length and still belong to the frames one by
+    one).
 
     Args:
         times_s: [M] times of the rows, seconds since the first frame.
         num_frames: Frames of the recording.
         fps: Hz.
         frame_times_s: [num_frames] when each frame is shown, seconds since the first; None for t / fps.
-        measured: Whether somebody wrote the times down. Where there is one for each frame they are then the frames' own, whatever
-            the container says.
+        measured: Whether somebody wrote the times down. Where there is one for each frame they are then the frames'
+            own, whatever the container says.
 
     Raises:
-        RecordingError: No row; times that are not finite or go back; a first row more than one interval away from the first
-            frame; or rows that last more than 1.5 times as long as the video, or the reverse.
+        RecordingError: No row; times that are not finite or go back; a first row more than one interval away from the
+            first frame; or rows that last more than 1.5 times as long as the video, or the reverse.
     """
     if len(times_s) == 0:
         raise RecordingError("the recording holds no row")
@@ -48,15 +49,13 @@ def place_frames(
     if wrong.any():
         row = int(np.argmax(wrong))
         raise RecordingError(f"the times of the rows must be finite and not go back; row {row} says {times_s[row]:g} s")
-    one_by_one = np.arange(num_frames, dtype=np.int64)
-    drift_s = times_s - times_s[0] - np.arange(len(times_s)) / fps
-    if len(times_s) == num_frames and frame_times_s is None and np.abs(drift_s).max() <= 0.25 / fps:
-        notes = ()
-        if abs(times_s[0]) > 0.25 / fps:
-            notes = (f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one",)
-        return Placement(one_by_one, notes)
-    if measured and len(times_s) == num_frames:
-        return Placement(one_by_one, ("each frame has a time of its own in the rows",), times_s - times_s[0])
+    if len(times_s) == num_frames:
+        one_by_one, since_s = np.arange(num_frames, dtype=np.int64), times_s - times_s[0]
+        if frame_times_s is None and np.abs(since_s - one_by_one / fps).max() <= 0.25 / fps:
+            note = f"the rows begin at {times_s[0]:g} s, but there is one for each frame: taken one by one"
+            return Placement(one_by_one, (note,) if abs(times_s[0]) > 0.25 / fps else ())
+        if measured:
+            return Placement(one_by_one, ("each frame has a time of its own in the rows",), since_s)
     placement = place_by_time(times_s, num_frames, fps, frame_times_s)
     rows_s = float(times_s[-1]) + _measure_interval(times_s, fps)
     length_s = num_frames / fps if frame_times_s is None else float(frame_times_s[-1]) + 1 / fps
@@ -74,11 +73,12 @@ def place_by_time(
 ) -> Placement:
     """Place each frame on the row that is nearest in time, the earlier one of two equally near; arguments as of `place_frames`.
 
-    Frames that come after the last row by more than half an interval are not used. A note says so, and tells of later rows and gaps.
+    Frames that come after the last row by more than half an interval are not used. A note says so, and tells of later
+    rows and gaps.
 
     Raises:
-        RecordingError: The first row is more than one interval (or frame) away from the first frame, so that the times do not count
-            from the video's start; or no frame shows a row.
+        RecordingError: The first row is more than one interval (or frame) away from the first frame, so that the times
+            do not count from the video's start; or no frame shows a row.
     """
     interval_s = _measure_interval(times_s, fps)
     late_s = max(interval_s, 1 / fps)
@@ -168,9 +168,9 @@ MAX_COUNT_DIFFERENCE = 2
 def align_droid_frames(info: VideoInfo, num_rows: int) -> Placement:
     """Place video frames on rows, from the first of both; the shorter decides. A RecordingError where nothing fits.
 
-    A video of 15 Hz has a frame per row. One of another rate has a frame per row as well where the counts say so (then its
-    rows were thinned with it, or its header is wrong); else each frame is placed on the row nearest to it in time, which is t / fps
-    seconds unless the container says that the rate varies.
+    A video of 15 Hz has a frame per row. One of another rate has a frame per row as well where the counts say so (then
+    its rows were thinned with it, or its header is wrong); else each frame is placed on the row nearest to it in time,
+    which is t / fps seconds unless the container says that the rate varies.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985 (its loader takes row t for frame t whatever the rates are).
     """

@@ -48,9 +48,9 @@ def parse_shard_name(name: str) -> ShardName | None:
 def iter_records(path: Path | BucketFile) -> Iterator[Record]:
     """Yield the records of a TFRecord file in order, each with its checksums checked.
 
-    A record whose content does not match its checksum is a problem of its own; the next one is found by its length. Where a
-    length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the rest of the
-    file is lost: one last problem says so, and is the only one of a file that is no TFRecord file at all. Compressed files are not read.
+    A record whose content does not match its checksum is a problem of its own; the next one is found by its length.
+    Where a length cannot be trusted (its checksum is wrong, it is beyond the file, or beyond what a record can be) the
+    rest of the file is lost: one last problem says so, the only one where the file is no (uncompressed) TFRecord file.
     """
     with path.open("rb") as file:
         size_bytes = file.seek(0, 2)
@@ -113,15 +113,13 @@ class Features:
     """The features of one TFDS directory (`names` by their paths), of which some are parsed; pictures are never decoded."""
 
     def __init__(self, path: Path | BucketFile, wanted: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> None:
-        """Read features.json at `path`, and dataset_info.json beside it.
+        """Read the features.json at `path`, and dataset_info.json beside it.
 
         Args:
             path: The features.json of a TFDS directory.
-            wanted: Features by their paths, e.g. "steps/observation/cartesian_position".
+            wanted: Features by their paths, e.g. "steps/observation/cartesian_position"; a ValueError names those that
+                are not there.
             optional: The same of features that the directory may lack.
-
-        Raises:
-            ValueError: The directory is none, names foreign classes, or lacks a wanted feature (the nearest is named).
         """
         from tensorflow_datasets.core.example_parser import ExampleParserNp
 
@@ -147,8 +145,7 @@ class Features:
             near = difflib.get_close_matches(missing[0], self.names, n=1)
             raise ValueError(
                 f"{path} has no feature {', '.join(map(repr, missing))}{f' (did you mean {near[0]!r}?)' if near else ''}; it has "
-                f"{', '.join(sorted(self.names))}. Name its features in source_options of the data set preset, null or [] where it "
-                "has none"
+                f"{', '.join(sorted(self.names))}. Name its features in source_options, null or [] where it has none"
             )
         wanted = (*wanted, *(name for name in optional if name in self.names))
         specs = dict(_flatten(features.get_serialized_info()))
@@ -172,8 +169,8 @@ class Features:
         """Parse the wanted features of one record; a ValueError where it does not fit them.
 
         Returns:
-            By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and texts are
-            bytes (in an object array [T] where there is one per step).
+            By path: arrays [T, ...] of the features of `steps`, arrays or single values of the others. Pictures and
+            texts are bytes (in an object array [T] where there is one per step).
         """
         try:
             example = dict(self._parser.parse_example(data))

@@ -94,8 +94,8 @@ def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, np.ndarr
     """Yield batches of at most 4096 rows of a Parquet file: column name to [n, W] float64, W = 1 for plain numbers.
 
     Raises:
-        RecordsError: No Parquet file, a column that is missing (the names at hand are listed), not numeric, has nulls, lists of
-            several lengths, or more than MAX_VALUES numbers in a row group.
+        RecordsError: No Parquet file, a column that is missing (the names at hand are listed), not numeric, has nulls,
+            lists of several lengths, or more than MAX_VALUES numbers in a row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -162,7 +162,8 @@ def read_array(file: Any, name: str, width: int) -> np.ndarray | None:
     None where the file has nothing of this name.
 
     Raises:
-        RecordsError: It is no numeric array of this width, its data lie outside the file, it is too large, or cannot be read.
+        RecordsError: It is no numeric array of this width, its data lie outside the file, it is too large, or cannot be
+            read.
     """
     import h5py
 

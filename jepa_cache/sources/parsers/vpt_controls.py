@@ -1,9 +1,10 @@
 """Lines of VPT-like jsonl files to control columns: what the fields mean, and per-tick quirks; knows no video.
 
-Columns, each [M], row t = line t: `tick` int64 (the line's number), `mouse_dx mouse_dy` float64 (mouse counts), `yaw_deg pitch_deg`
-float64 (before the line acts, yaw unwrapped as recorded, NaN where absent), `hotbar` int8 (0 to 8, -1 where absent), `gui
-gui_inventory` bool, `idle` float32 (1 where nothing is pressed or moved), `milli` int64 (-1 where absent), `xpos_blocks
-ypos_blocks zpos_blocks` float64 (NaN where absent), and a bool for each of the 23 VPT buttons.
+Columns, each [M], row t = line t: `tick` int64 (the line's number), `mouse_dx mouse_dy` float64 (mouse counts),
+`yaw_deg pitch_deg` float64 (before the line acts, yaw unwrapped as recorded, NaN where absent), `hotbar` int8 (0 to 8,
+-1 where absent), `gui gui_inventory` bool, `idle` float32 (1 where nothing is pressed or moved), `milli` int64 (-1
+where absent), `xpos_blocks ypos_blocks zpos_blocks` float64 (NaN where absent), and a bool for each of the 23 VPT
+buttons.
 """
 
 from __future__ import annotations
@@ -119,14 +120,16 @@ def read_contractor(data: bytes) -> ContractorControls:
 
     Attack is stuck when line 0 says that it was newly pressed; it then counts as released until a later line says so
     again (63 of 64 measured recordings). A hotbar slot that differs from the line before is a press of its key on this
-    line, starting from the first line's own slot. Optional: everything but mouse movement and buttons, keys and isGuiOpen.
+    line, starting from the first line's own slot. Optional: everything but mouse movement and buttons, keys and
+    isGuiOpen.
 
-    A line that is no JSON object, or above 1 MiB, is a tick of which nothing is known: it ends a run of good ones, and the
-    longest run is kept. Attack is followed from line 0 on for every run; where line 0 itself is bad, it counts as stuck.
-    A RecordsError where a field is missing or of a wrong type (this recorder did not write the file), or no line is good.
+    A line that is no JSON object, or above 1 MiB, is a tick of which nothing is known: it ends a run of good ones, and
+    the longest run is kept. Attack is followed from line 0 on for every run; where line 0 itself is bad, it counts as
+    stuck. A RecordsError where a field is missing or of a wrong type (this recorder did not write the file), or no line
+    is good.
 
-    Source: attack and hotbar rules as in the loader of openai/Video-Pre-Training, except that it starts from slot 0 and so
-        injects a press at the start of recordings that begin on another slot. Rates measured on 64 VPT logs.
+    Source: attack and hotbar rules as in the loader of openai/Video-Pre-Training, except that it starts from slot 0 and
+        so injects a press at the start of recordings that begin on another slot. Rates measured on 64 VPT logs.
     """
     best, run = _Columns(0), _Columns(0)
     faults: list[RecordsError] = []
@@ -168,16 +171,17 @@ def read_contractor(data: bytes) -> ContractorControls:
 def read_simple(data: bytes, camera_unit: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Columns of the simple schema: timestamp, mouse {dx, dy, buttons}, keyboard, camera, hotbar.
 
-    `keyboard` is a list of keys or {keys: [...]}, with or without "key.keyboard."; `camera` is {yaw, pitch} or [yaw, pitch],
-    absolute (before the row acts) or the change that the row makes, as `camera_unit` says. Changes are summed from 0 at the first row,
-    so yaw and pitch are then relative to the start. camera, hotbar, mouse.buttons and isGuiOpen (false) are optional.
+    `keyboard` is a list of keys or {keys: [...]}, with or without "key.keyboard."; `camera` is {yaw, pitch} or [yaw,
+    pitch], absolute (before the row acts) or the change that the row makes, as `camera_unit` says. Changes are summed
+    from 0 at the first row, so yaw and pitch are then relative to the start. camera, hotbar, mouse.buttons and
+    isGuiOpen (false) are optional.
 
     Returns:
         Columns [M], and the rows' times [M] float64, seconds since the video's start.
 
     Raises:
-        RecordsError: A bad line, a field that is missing or of a wrong type, times that go backwards, or changes whose sum is beyond
-            `MAX_ANGLE_DEG`.
+        RecordsError: A bad line, a field that is missing or of a wrong type, times that go backwards, or changes whose
+            sum is beyond `MAX_ANGLE_DEG`.
     """
     columns = _Columns(0)
     times_s: list[float] = []

@@ -33,15 +33,16 @@ class Index(BaseModel):
 def fetch_vpt(index: str, out: Path, *, start: int = 0, num: int = 20, dry_run: bool = False) -> dict[str, str]:
     """Download `num` recordings of an index and pack them into tar shards in `out`, one whenever 1 GiB has arrived.
 
-    Recordings that lie in a tar shard of `out` are not downloaded again, and no tar shard is ever rewritten: what was encoded from
-    it is found again. Downloads wait in `out/.downloads`; they are removed when their shard is complete, and after a crash the
-    same command resumes with them. `dry_run` ends after the estimate of the bytes.
+    Recordings that lie in a tar shard of `out` are not downloaded again, and no tar shard is ever rewritten: what was
+    encoded from it is found again. Downloads wait in `out/.downloads`; they are removed when their shard is complete,
+    and after a crash the same command resumes with them. `dry_run` ends after the estimate of the bytes.
 
     Returns:
         Key to reason of the recordings that could not be fetched; the others were.
 
     Raises:
-        ValueError: No index, a tar shard in `out` that cannot be read, or a disk that is too small. OSError: It cannot be written.
+        ValueError: No index, a tar shard in `out` that cannot be read, or a disk that is too small. OSError: It cannot
+            be written.
     """
     recordings = read_index(index, out / STAGING)
     chosen, present = list(recordings)[start : start + num], _list_packed(out)
@@ -106,7 +107,8 @@ def read_index(location: str, staging: Path) -> dict[str, str]:
 def _check_disk(out: Path, recordings: Mapping[str, str]) -> dict[str, str]:
     """Estimate the bytes by a few recordings, spread evenly, and refuse a disk that cannot hold them.
 
-    The disk holds the tar shards, and one shard's recordings beside them. Returns key to reason of those that cannot be measured.
+    The disk holds the tar shards, and one shard's recordings beside them. Returns key to reason of those that cannot be
+    measured.
     """
     sizes, failures = [], {}
     for key in list(recordings)[:: max(1, len(recordings) // NUM_MEASURED)][:NUM_MEASURED]:

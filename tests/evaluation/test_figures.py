@@ -1,0 +1,230 @@
+"""Figures: errors, what they say about episodes, slices of the held-out windows, and the verdict in words.
+
+Claims:
+- L1, L2 and cosine are means over tokens and channels; windows of one episode count as one;
+- the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
+- the paired test is exact for few episodes, cannot reject with five, and is scipy's for many, to the last bit;
+- every slice in which windows differ has one row for each value, over its own windows, episodes counted once; one episode has no interval;
+- an answer follows from interval, test and number of episodes, and nothing else; a gain that is sure but tiny is no success;
+- few episodes, an untrained encoder and clip mode are said in words; the steps seen ahead end at the first that fails.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import permutation_test
+
+from jepa_cache.data.ablations import SHUFFLED
+from jepa_cache.evaluation.figures import slice_table, worst_table
+from jepa_cache.evaluation.metrics import (
+    bootstrap_mean,
+    cosine_similarity,
+    episode_means,
+    l1_error,
+    l2_error,
+    paired_p_value,
+)
+from jepa_cache.evaluation.verdict import Gain, describe_verdict, explain, judge
+from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
+from tests.caches import make_config
+
+
+def test_errors_are_means_over_tokens_and_channels():
+    target = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5) + 1
+    assert torch.allclose(l1_error(target + 0.5, target), torch.full((2, 3), 0.5))
+    assert torch.allclose(l2_error(target + 0.5, target), torch.full((2, 3), 0.5))
+    half = target.clone()
+    half[..., :2, :] += 3.0
+    assert torch.allclose(l1_error(half, target), torch.full((2, 3), 1.5))
+    assert torch.allclose(l2_error(half, target), torch.full((2, 3), 4.5**0.5))
+    assert torch.allclose(cosine_similarity(2 * target, target), torch.ones(2, 3))
+    assert torch.allclose(cosine_similarity(-target, target), -torch.ones(2, 3))
+
+
+def test_an_episode_counts_once_however_many_windows_it_has():
+    values, episodes = np.array([1.0, 3.0, 10.0]), ["b", "b", "a"]
+    assert episode_means(np.tile(values, 5), episodes * 5).tolist() == [10.0, 2.0]
+    assert episode_means(values, episodes).tolist() == [10.0, 2.0]
+    assert episode_means(np.stack([values, -values], axis=1), episodes).tolist() == [[10.0, -10.0], [2.0, -2.0]]
+    values, episodes = np.array([1.0, np.nan, 3.0, np.nan]), ["a", "a", "b", "c"]  # NaN: a prediction does not exist
+    assert np.array_equal(episode_means(values, episodes), [1.0, 3.0, np.nan], equal_nan=True)
+
+
+def test_the_interval_covers_the_true_mean_at_about_the_stated_rate():
+    rng, covered = np.random.default_rng(0), 0
+    for trial in range(600):
+        low, high = bootstrap_mean(rng.gamma(2.0, 1.5, size=40), num_resamples=400, seed=trial)[1:]
+        covered += low <= 3.0 <= high
+    # 95 % less the known shortfall of percentiles on skewed data of 40; binomial deviation of the count is 1 %.
+    assert 0.90 <= covered / 600 <= 0.97
+
+
+def test_the_interval_is_the_same_by_seed_holds_the_mean_draws_both_parts_of_a_ratio_together_and_needs_two_episodes():
+    values = np.random.default_rng(3).standard_normal(9)
+    first, again, other = (bootstrap_mean(values, num_resamples=500, seed=seed) for seed in (2, 2, 3))
+    assert first == again != other
+    assert first.low < first.mean < first.high and first.mean == pytest.approx(values.mean())
+    assert np.allclose(bootstrap_mean(0.2 * values**2, values**2, num_resamples=100, seed=0), 0.2)
+    for count in (0, 1):
+        with pytest.raises(ValueError, match=f"at least two held-out episodes; got {count}"):
+            bootstrap_mean(np.zeros(count), num_resamples=10, seed=0)
+
+
+def test_the_paired_test_is_exact_for_few_episodes():
+    assert paired_p_value(np.zeros(7), seed=0) == 1
+    assert paired_p_value(np.ones(6), seed=0) == pytest.approx(2 / 2**6)
+    assert paired_p_value(np.array([1.0, 2, 3, -0.5]), seed=0) == pytest.approx(4 / 2**4)
+    assert paired_p_value(np.ones(5), seed=0) > 0.05
+
+
+@pytest.mark.parametrize("count", [14, 90])
+def test_the_paired_test_of_many_episodes_is_scipy_s(count):
+    gaps = np.random.default_rng(count).standard_normal(count).round(1) + 0.1
+    theirs = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=8192, rng=3)
+    assert paired_p_value(gaps, seed=3) == theirs.pvalue
+
+
+# --- slices ---------------------------------------------------------------------------------------------------------------
+
+
+EPISODES = ["a", "a", "a", "b", "b", "c"]
+ERRORS = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 8.0])
+
+
+def make_errors(copied: np.ndarray = 2 * ERRORS) -> WindowErrors:
+    """Six windows of two predicted steps."""
+    errors = {MODEL: ERRORS, SHUFFLED: ERRORS + 1, COPY_LAST: copied}
+    l1 = {name: np.stack([values, values], axis=1) for name, values in errors.items()}
+    return WindowErrors(EPISODES, {"l1": l1}, {"l1": l1}, chosen=None, num_fitted_steps=0)
+
+
+def make_facts() -> list[dict]:
+    columns = {
+        "episode": EPISODES,
+        "dataset": ["vpt"] * 3 + ["other"] * 3,
+        "camera": ["left", "right", "left", "right", "left", "left"],
+        "phase": ["0", "0", "0", "1", "1", "1"],
+        "gui": ["open", *["closed"] * 5],
+        "first_step": [0, 5, 9, 0, 5, 0],
+        "start_s": [0.0, 1.0, 1.8, 0.0, 1.0, 0.0],
+        "action_size": [1.0] * 6,
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[tuple[str, str], dict]:
+    rows = slice_table(make_facts(), make_errors(), make_config().evaluate)
+    return {(row["slice"], row["value"]): row for row in rows}
+
+
+def test_each_value_has_a_row_over_its_own_windows(table):
+    left, right = table["camera", "left"], table["camera", "right"]
+    assert (left["num_windows"], left["num_episodes"], left["l1"]) == (4, 3, pytest.approx((2 + 6 + 8) / 3))
+    assert (right["num_windows"], right["num_episodes"], right["l1"]) == (2, 2, pytest.approx((2 + 4) / 2))
+    assert left["l1_low"] <= left["l1"] <= left["l1_high"] and left["gap_shuffled"] == pytest.approx(1)
+    assert table["phase", "1"]["l1"] == table["dataset", "other"]["l1"] == pytest.approx((5 + 8) / 2)
+    assert [table["token_motion", name]["num_windows"] for name in ("low", "middle", "high")] == [2, 2, 2]
+    assert {key[0] for key in table} == {"episode", "dataset", "camera", "phase", "gui", "token_motion"}, (
+        "not where all are alike"
+    )
+    row = table["gui", "open"]
+    assert row["l1"] == 1 and row["l1_low"] is None and row["gap_shuffled_high"] is None, "one episode has no interval"
+
+
+def test_the_worst_windows_come_first_with_their_camera():
+    rows = worst_table(make_facts(), make_errors())
+    assert [(row["rank"], row["l1"]) for row in rows] == list(enumerate(sorted(ERRORS, reverse=True), start=1))
+    assert (rows[1]["episode"], rows[1]["first_step"], rows[1]["start_s"], rows[1]["camera"]) == ("b", 5, 1.0, "left")
+
+
+def test_a_third_that_no_window_falls_into_has_no_row():
+    # Recordings that are copies of each other: errors repeat, and one third is empty.
+    errors = make_errors(np.array([1.0, 1, 1, 1, 1, 2]))
+    rows = [row for row in slice_table(make_facts(), errors, make_config().evaluate) if row["slice"] == "token_motion"]
+    assert [(row["value"], row["num_windows"]) for row in rows] == [("low", 5), ("high", 1)]
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------------
+
+
+NAMES = ("copy_last", "mean", "extrapolation", "regression", "shuffled_actions", "zero_actions", "permuted_actions")
+SHIFTED = ("next_actions", "previous_actions")
+GOOD = (6.1, 5.2, 7.0, 0.002)
+
+
+@pytest.mark.parametrize(
+    ("gain", "num_episodes", "answer", "words"),
+    [
+        (GOOD, 10, "yes", "yes, error of true actions 6.1 % lower [5.2, 7.0] than that of others (p 0.002)"),
+        ((0.3, 0.2, 0.4, 0.002), 10, "no", "below 0.5 %, as good as none"),
+        ((0.0, 0.0, 0.0, 1.0), 10, "no", "below 0.5 %"),
+        ((-6.1, -7.0, -5.2, 0.002), 10, "no", "error of true actions 6.1 % higher [5.2, 7.0] than that of others"),
+        ((0.8, 0.3, 1.4, 0.01), 10, "unclear", "the interval reaches from below 0.5 % to above it"),
+        ((2.0, -1.0, 5.0, 0.3), 10, "unclear", "the interval reaches"),
+        ((6.1, 5.2, 7.0, 0.06), 10, "unclear", "the paired test does not confirm it (p 0.06)"),
+        ((6.1, 5.2, 7.0, 0.0625), 5, "unclear", "5 held-out episodes are too few to tell (6 are needed)"),
+        ((0.0, 0.0, 0.0, 1.0), 2, "no", "below 0.5 %"),
+        ((-0.01, -0.02, 0.04, 0.5), 9, "no", "0.0 % lower [0.0, 0.0]"),
+        ((-0.1, -0.3, 0.2, 0.5), 9, "no", "0.1 % higher [-0.2, 0.3] than that of others: below"),
+    ],
+)
+def test_an_answer_follows_from_the_figures(gain, num_episodes, answer, words):
+    assert judge(Gain(*gain), num_episodes) == answer
+    told = explain(Gain(*gain), num_episodes, "true actions", "others")
+    assert told.startswith(answer) and words in told, told
+
+
+def make_metrics(num_episodes: int = 10, horizon: int = 3, gains: dict | None = None, **more) -> dict:
+    """Metrics with the same good gain everywhere but where `gains` says otherwise; None leaves a figure out."""
+    keys = [
+        f"{name}{where}" for name in (*NAMES, *SHIFTED) for where in ("", *(f"_step{k}" for k in range(1, horizon + 1)))
+    ]
+    found = {key: value for key in keys if (value := (gains or {}).get(key, GOOD)) is not None}
+    return {
+        "val": {f"gain_{key}_percent": gain[0] for key, gain in found.items()},
+        "val_ci": {f"gain_{key}_percent": list(gain[1:3]) for key, gain in found.items()},
+        "p_value": {f"gap_{key}": gain[3] for key, gain in found.items()},
+        "num_episodes": num_episodes,
+        "encoder_trained": True,
+        "comparable": True,
+        "settings": {"horizon": horizon, "step_hz": 5.0},
+        **more,
+    }
+
+
+def test_good_figures_get_good_answers_and_what_was_not_measured_is_unclear():
+    found = {name: judged["answer"] for name, judged in describe_verdict(make_metrics()).items()}
+    assert found.pop("limits") == "none" and set(found.values()) == {"yes"}
+    timing = describe_verdict(make_metrics(gains=dict.fromkeys(SHIFTED)))["timing"]
+    assert timing["answer"] == "unclear" and "raise evaluate.windows_per_episode" in timing["words"]
+
+
+def test_the_strongest_baseline_and_the_nearer_step_are_those_that_count():
+    tiny, worse = (0.1, 0.0, 0.2, 0.03), (-3.0, -4.0, -2.0, 0.002)
+    verdict = describe_verdict(make_metrics(gains={"regression": worse, "previous_actions": tiny}))
+    assert verdict["baselines"]["answer"] == "no" and "linear regression" in verdict["baselines"]["words"]
+    assert verdict["timing"]["answer"] == "no" and "the previous step's" in verdict["timing"]["words"]
+    assert verdict["copying"]["answer"] == verdict["actions"]["answer"] == "yes"
+
+
+def test_the_steps_seen_ahead_end_at_the_first_that_fails():
+    for failing, answer, words in (
+        ("mean_step3", "yes", "for 2 open-loop steps (of 3 measured; 0.4 s)"),
+        ("copy_last_step2", "yes", "for 1 open-loop steps (of 3 measured; 0.2 s)"),
+        ("mean_step1", "no", "not shown to beat both copying the last step and the training mean at the first"),
+    ):
+        verdict = describe_verdict(make_metrics(gains={failing: (0.0, -1.0, 0.4, 0.9)}))["horizon"]
+        assert verdict["answer"] == answer and words in verdict["words"], verdict
+
+
+def test_few_episodes_an_untrained_encoder_and_clip_mode_are_said():
+    few, untrained, clip = (
+        describe_verdict(make_metrics(**changes))
+        for changes in ({"num_episodes": 5}, {"encoder_trained": False}, {"comparable": False})
+    )
+    assert "yes" not in {verdict["answer"] for verdict in few.values()}
+    assert "only 5 held-out episodes" in few["limits"]["words"]
+    assert all("untrained" in answer["words"] for name, answer in untrained.items() if name != "limits")
+    assert "nothing about the world" in untrained["limits"]["words"]
+    assert clip["limits"]["answer"] == "some" and "not comparable" in clip["limits"]["words"]
