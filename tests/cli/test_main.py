@@ -4,6 +4,7 @@
 """
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import typer
 from jepa_cache.cli.main import COMMANDS, build_app, main
 from jepa_cache.cli.outcome import Outcome, align, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
+from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.config.paths import printable
 from tests.workspace import SUITE_SETTINGS
 
@@ -143,3 +145,10 @@ def test_a_stage_takes_overrides_and_what_it_says_it_takes(capsys):
         with pytest.raises(SystemExit):
             parse(*argv, **given)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sample", "encode", "fit_scaler", "train_predictor", "evaluate", "plan"])
+def test_every_stage_explains_itself(capsys, stage):
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY_ROOT / f"stages/{stage}.py"))["main"](["--help"])
+    assert end.value.code == 0 and f"python stages/{stage}.py" in capsys.readouterr().out
