@@ -131,8 +131,6 @@ class DroidRawSource:
             )
             skipped = read_array(file, "observation/timestamp/skip_action", 1)
         if skipped is not None:
-            if len(skipped) != len(poses):
-                raise RecordingError(f"{TRAJECTORY} has {len(poses)} rows, but {len(skipped)} in skip_action")
             controls["skip_action"] = skipped[:, 0] != 0  # for filter.drop_skipped_actions; no row is dropped here
         frame_ticks, clock_notes, frame_times_s = align_droid_frames(info, len(poses))
         return Episode(

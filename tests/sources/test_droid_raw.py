@@ -212,6 +212,7 @@ def make_layout():
 
 GRIPPER = "observation/robot_state/gripper_position"
 GROUP = "observation/robot_state"
+SKIPS = "observation/timestamp/skip_action"
 HUGE = {"maxshape": (None,), "chunks": (10**8,), "compression": "gzip"}
 
 
@@ -230,6 +231,7 @@ HUGE = {"maxshape": (None,), "chunks": (10**8,), "compression": "gzip"}
         (GRIPPER, lambda file: file.create_group(GRIPPER), "no numeric array"),
         (GRIPPER, lambda file: file.create_dataset(GRIPPER, (23,), "f8"), "24 cartesian positions and 23 gripper"),
         (GRIPPER, lambda file: None, "has no observation/robot_state"),
+        (SKIPS, lambda file: file.create_dataset(SKIPS, (23,), "f8"), "arrays of one length"),
     ],
 )
 def test_arrays_elsewhere_of_monstrous_size_or_of_another_form_are_refused(tmp_path, folder, name, make, reason):

@@ -242,6 +242,10 @@ def without_a_gripper_row(data):
     return frame_record(example.SerializeToString()) + data[first_end(data) :]
 
 
+def flip(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
 def with_length(length):
     """The first record, and a second one of this length."""
     header = struct.pack("<Q", length)
@@ -252,7 +256,8 @@ def with_length(length):
 CUT = {f"cut off by {cut}": (lambda data, cut=cut: data[:-cut], "EES", "cut off") for cut in (1, 4, 1000)}
 LENGTHS = (MAX_RECORD_BYTES + 1, 10_000_000)
 DAMAGE = {
-    "a flipped bit": (lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], "SEE", "record 0 does not match"),
+    "a flipped bit": (lambda data: flip(data, 200), "SEE", "record 0 does not match"),
+    "a flipped length": (lambda data: flip(data, first_end(data)), "ESS", "length of a record does not match"),
     **CUT,
     "one record only": (lambda data: data[: first_end(data)], "ESS", "dataset_info.json lists 3 records"),
     "one record and a bit": (lambda data: data[: first_end(data) + 20], "ESS", "cut off"),

@@ -264,6 +264,7 @@ def test_a_unit_is_another_when_meta_says_something_else_of_its_numbers_and_only
     seen.append(digests())
     if packed:
         (unit, *_) = source.list_units(["."], tmp_path)
+        assert [type(item) for item in source.iter_episodes(unit)] == [Episode, Episode]
         listed = read_list(root)
         listed[1][f"{VIDEO}/from_timestamp"] += 0.1
         write_list(root, listed)

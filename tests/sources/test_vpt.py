@@ -213,7 +213,7 @@ def test_runs_at_the_edges(tmp_path):
     lines = to_jsonl(make_rows(11)).rstrip().split(b"\n")
     cut = _read(tmp_path, b"\n".join(lines)[:-40])
     assert (cut.first_frame, cut.num_ticks) == (0, 10) and "line 11 of 11" in cut.notes[0]
-    lines[5] = b"{"
+    lines[3] = lines[7] = b"{"
     assert _read(tmp_path, b"\n".join(lines)).first_frame == 0, "of equal runs the first is kept"
     late = to_jsonl(make_rows(3 * NUM_FRAMES)).split(b"\n")
     late[NUM_FRAMES] = b"{"
@@ -234,6 +234,9 @@ def test_attack_is_followed_from_line_0_and_slots_from_the_runs_own_first_line(t
     free = to_jsonl(_with_attack(make_rows(NUM_FRAMES), range(12), [])).split(b"\n")
     free[3] = b"{"
     assert _read(tmp_path, b"\n".join(free)).controls["attack"].all(), "line 0 does not say that it is stuck"
+    two = _with_attack(make_rows(NUM_FRAMES), range(12), [])
+    two[0]["mouse"]["newButtons"] = [0, 1]
+    assert _controls(tmp_path, two)["attack"].all(), "nor do two buttons at once"
 
 
 def test_what_cannot_be_used_is_skipped_by_name_and_the_others_go_on(tmp_path):
