@@ -11,6 +11,7 @@ import json
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jepa_cache.evaluation.metrics import write_table
@@ -88,13 +89,18 @@ def write_folder(folder, *, measured=True, **changes):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(tmp_path):
-    page = Page(write_folder(tmp_path))
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return write_folder(tmp_path_factory.mktemp("evaluation"))
+
+
+def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
+    page = Page(text)
     order = ["Verdict", "Figures", "Pictures", "Slices", "Worst windows"]
     assert page.headings[:5] == order and page.headings[-3:] == ["Every figure", "Settings", "Command"]
     places = [page.text.index(f"? yes answer to {name}, ") for name in QUESTIONS]
     assert places == sorted(places)
-    for text in (
+    for part in (
         *("random weights", "Clip mode", "0.4559", "0.4459 to 0.4659", "odd_figure", "0.8 [0.7, 0.9]"),
         *("shuffled actions, open-loop step 4", "0.1489", "24.59 to 24.61", "0.002"),
         *("no label here", "nested.a.b", "[1, 2]"),
@@ -102,7 +108,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(tmp_pa
         f"of {MAX_ROWS + 5} rows",
         "predictor=small evaluate.horizon=4 'evaluate.measure=[\"energy\"]' evaluate.energy_axes=null",
     ):
-        assert text in page.text, text
+        assert part in page.text, part
     assert page.text.count("0.5123 [0.5, 0.53]") == MAX_ROWS, "and no more"
     images = page.all("img")
     assert len(images) == len(PICTURES) and all(image["alt"] for image in images)
@@ -116,8 +122,7 @@ def test_what_was_not_measured_is_said_with_the_way_to_get_it(tmp_path):
     assert "random weights" not in page.text and "Clip mode" not in page.text
 
 
-def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(tmp_path):
-    text = write_folder(tmp_path)
+def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(text):
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "a", "object", "base"}
     assert all(image["src"].startswith("data:image/") for image in page.all("img"))
@@ -128,9 +133,9 @@ def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(tmp_
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
 
 
-def test_a_phone_does_not_scroll_the_page_sideways(tmp_path):
+def test_a_phone_does_not_scroll_the_page_sideways(text, tmp_path):
     too_wide = "<!doctype html><div style='width: 500px'>this one does</div>"
-    *widths, control = measure_widths([write_folder(tmp_path), too_wide], 360, tmp_path)
+    *widths, control = measure_widths([text, too_wide], 360, tmp_path)
     assert control >= 500, "else the measurement would see nothing"
     assert max(widths) <= 360
 

@@ -64,17 +64,11 @@ def score(cache):
     return score_plans(knowing(cache))
 
 
-def test_rotation_angles_are_those_of_scipy_small_and_large_and_at_half_a_turn():
-    rng = np.random.default_rng(0)
-    one, other = rng.uniform(-3, 3, (2, 200, 3))
-    other[:50] = one[:50] + 1e-7 * rng.standard_normal((50, 3))
-    rotations = [Rotation.from_euler("xyz", angles) for angles in (one, other)]
-    expected = (rotations[0] * rotations[1].inv()).magnitude()
-    assert np.allclose(rotation_angle(one, other), expected, atol=1e-9)
-    assert rotation_angle(np.zeros(3), np.array([np.pi, 0, 0])) == pytest.approx(np.pi)
-
-
 def test_ends_are_compared_in_metres_and_radians_or_on_the_circle_and_between_directions():
+    one, other = np.random.default_rng(0).uniform(-3, 3, (2, 200, 3))
+    other[:50] = one[:50] + 1e-7
+    rotations = [Rotation.from_euler("xyz", angles) for angles in (one, other)]
+    assert np.allclose(rotation_angle(one, other), (rotations[0] * rotations[1].inv()).magnitude(), atol=1e-9)
     found = get_action_space("pose7").motion.distances(np.array([0.3, 0.0, 0.4, 0.0, 0.0, 0.2, 0.5]), np.zeros(7))
     assert found == pytest.approx({"position_m": 0.5, "rotation_rad": 0.2, "gripper": 0.5})
     found = get_action_space("vpt13").motion.distances(
