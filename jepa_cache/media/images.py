@@ -14,10 +14,6 @@ FORMATS = ("JPEG", "PNG")
 MAX_FRAME_PIXELS = 2 * 7680 * 4320
 
 
-class ImageError(ValueError):
-    """A picture that cannot be decoded, is too large, or is not of its video's size."""
-
-
 @dataclass(frozen=True)
 class FrameSequence:
     """A video as one encoded JPEG or PNG picture per frame, in order of time, at `fps` Hz."""
@@ -47,7 +43,7 @@ def measure_image(data: bytes) -> tuple[int, int, str]:
     """Height, width and format ("jpeg" or "png") as the header states them; decodes no pixel.
 
     Raises:
-        ImageError: No JPEG or PNG, or more pixels than any camera's frame.
+        ValueError: No JPEG or PNG, or more pixels than any camera's frame.
     """
     with _open_image(data) as image:
         return image.height, image.width, str(image.format).lower()
@@ -57,18 +53,18 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """Decode a JPEG or PNG, which must be of this size (h, w), to [h, w, 3] uint8, RGB; not to be written to.
 
     Raises:
-        ImageError: It is damaged, too large or of another size.
+        ValueError: It is damaged, too large or of another size.
     """
     with _open_image(data) as image:
         if (image.height, image.width) != size:
-            raise ImageError(
+            raise ValueError(
                 f"a picture is {image.width}x{image.height}; the video began with {size[1]}x{size[0]} pixels"
             )
         try:
             # convert copies even where there is nothing to convert.
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others for damaged pictures.
-            raise ImageError(f"a picture cannot be decoded: {type(error).__name__}: {error}") from error
+            raise ValueError(f"a picture cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def _open_image(data: bytes):
@@ -77,9 +73,9 @@ def _open_image(data: bytes):
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:
-        raise ImageError(f"a frame is no {' or '.join(FORMATS)} picture ({len(data)} bytes): {error}") from error
+        raise ValueError(f"a frame is no {' or '.join(FORMATS)} picture ({len(data)} bytes): {error}") from error
     if image.width * image.height > MAX_FRAME_PIXELS:
-        raise ImageError(
+        raise ValueError(
             f"a picture states {image.width}x{image.height} pixels in {len(data)} bytes; at most {MAX_FRAME_PIXELS} are decoded"
         )
     return image

@@ -276,14 +276,9 @@ def _find_decord_fault(container: Any, pixels: str | None) -> str:
 def find_varying_times(times_s: np.ndarray, fps: float, time_base_s: float) -> np.ndarray | None:
     """The times themselves where the rate varies; None where frame t is at t / fps, as far as the times can tell.
 
-    That is: the times are evenly spaced to within what rounding does to them (a unit of the time base or a millisecond, but no
-    more than a quarter of a frame), and nowhere further than half a frame from t / fps. A rate that is right to six digits is half
-    a frame off after hours; more tells that the header is wrong.
-
-    Args:
-        times_s: [F] non-decreasing, the first one 0.
-        fps: Rate that the container states, Hz.
-        time_base_s: Unit of the times.
+    That is: the times [F], which begin with 0 and do not decrease, are evenly spaced to within what rounding does to them (a unit
+    of the time base or a millisecond, but no more than a quarter of a frame), and nowhere further than half a frame from
+    t / fps. A rate that is right to six digits is half a frame off after hours; more tells that the header is wrong.
     """
     count = len(times_s)
     if count < 2:
@@ -312,10 +307,9 @@ def measure_rate(times_s: np.ndarray, stated: float) -> float:
 
 
 def open_container(video: bytes | Path | BinaryIO) -> Any:
-    """Open a container with PyAV.
+    """Open a container with PyAV; what does not begin as one of those that are read is refused first.
 
-    FFmpeg knows a file by its content and opens playlists (ffconcat, m3u8, and others) whatever they are called: these name other
-    files of the machine, and addresses. So what does not begin as one of the containers that are read is refused first.
+    FFmpeg opens playlists (ffconcat, m3u8, and others) whatever they are called: these name other files, and addresses.
 
     Raises:
         DecodeError: Another beginning, or a container that cannot be opened. OSError: The file cannot be read.

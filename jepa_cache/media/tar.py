@@ -43,11 +43,8 @@ def iter_samples(path: Path, suffixes: Container[str]) -> Iterator[TarSample[byt
     other suffixes make no samples. A problem: a suffix that a key has twice, a link or device in a file's place, an
     absolute name or one with `..`, a name with a dot inside (`a.b.mp4`), a member that is cut off or above 4 GiB. A tar
     that ends early, or goes on after its end mark, adds one last sample under the tar's own name that says so; a file that
-    is no uncompressed tar gives that one alone. A name that is no UTF-8 is spelled as `spell_name` does.
-
-    Args:
-        path: The tar shard.
-        suffixes: The suffixes that are wanted, in lower case.
+    is no uncompressed tar gives that one alone. A name that is no UTF-8 is spelled as `spell_name` does. `suffixes` are
+    in lower case.
 
     Cost: memory for one sample and for the headers; the bytes of unwanted members are never read.
     """
@@ -157,13 +154,10 @@ def describe_stand_in(head: bytes) -> str | None:
 def expand_inputs(inputs: Sequence[str], base: Path, *patterns: str) -> list[Path]:
     """Find the files that inputs name: folders (searched recursively), files, globs, `{000000..000123}` brace ranges.
 
-    Args:
-        inputs: Absolute, or relative to `base`; `~` is the home folder. Every name of a brace range must find something.
-        base: The folder that relative inputs start from.
-        patterns: What the names of the wanted files look like, e.g. "*.tar".
+    Relative inputs start from `base`, and `~` is the home folder. `patterns` are of the files' names, e.g. "*.tar".
 
     Returns:
-        The files, sorted by path, each once (a file that is reached by several names or links counts once), no hidden ones.
+        The files, sorted by path, each once, by however many names or links it is reached, and no hidden ones.
 
     Raises:
         ValueError: An input, or a name of its brace range, finds nothing, or is a file of another form.
@@ -254,13 +248,9 @@ def pack_folder(folder: Path, out: Path, *, max_bytes: int = 1 << 30, overwrite:
     """Pack files that belong together (`<segment>.mp4` and `<segment>.jsonl`) into `shard-000000.tar` and so on.
 
     Episodes are written in the order of their names, with fixed times and owners: the same folder gives the same bytes.
-
-    Args:
-        folder: Where the recordings lie; their folders become part of the episode's key.
-        out: The folder for the tars; made if absent.
-        max_bytes: Most bytes of recordings in one tar; a single episode may exceed it. About 1 GB by default: some ten
-            5-minute VPT segments, so a crash loses little and a folder of thousands stays a few hundred files.
-        overwrite: Delete the tars of an earlier pack first.
+    Folders become part of the episode's key. One tar holds at most `max_bytes` of recordings, or a single larger one: 1 GB
+    are some ten 5-minute VPT segments, so a crash loses little and a folder of thousands stays a few hundred files.
+    `overwrite` deletes the tars of an earlier pack first.
 
     Raises:
         ValueError: No complete episode is found, or `out` holds an earlier pack.

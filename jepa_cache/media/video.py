@@ -227,10 +227,10 @@ class _Frames:
 def open_video(
     video: VideoData, decoder: str = "auto", *, first_frame: int = 0, num_frames: int | None = None
 ) -> Video:
-    """Open a video for reading forwards.
+    """Open a video for reading forwards; a FrameSequence is decoded by Pillow, whatever the decoder for containers is.
 
     Args:
-        video: The encoded video. A FrameSequence is decoded by Pillow, whatever the decoder for containers is.
+        video: The encoded video.
         decoder: "pyav"; "decord"; or "auto", which is PyAV: where decord 0.6 is right the two give the same frames bit for bit,
             and decord does not tell damaged frames. Under "decord" files that it gets wrong are refused, and the others
             are decoded by PyAV first, to find damage.
