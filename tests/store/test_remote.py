@@ -284,6 +284,10 @@ def test_what_was_lost_here_is_fetched_again_and_never_published(machines):
         harm(place(there) / layout.SEGMENTS_FILE)
         assert there.fetch(place(there))
         assert read_table(place(there), layout.SEGMENTS_FILE).num_rows == 1
+    (place(there) / layout.SEGMENTS_FILE).unlink()
+    here.remove(place(here))
+    publish_tokens(here)  # meanwhile, under another attempt than b has listed
+    assert there.fetch(place(there)) and commit_of(there) == commit_of(here)
 
 
 def test_what_was_removed_elsewhere_is_gone_here_and_what_was_made_again_is_pulled_again(machines):
@@ -355,9 +359,10 @@ def test_what_is_harmed_in_the_bucket_is_found_when_it_is_pulled_and_when_it_is_
     [
         lambda commit: {},
         lambda commit: {**commit, "attempt": "tokens"},
+        lambda commit: {**commit, "attempt": commit["attempt"].replace(UNIT[:32], "6" * 32)},
         lambda commit: {**commit, "files": {"../../other": commit["files"]["store.json"]}},
     ],
-    ids=["empty", "objects of others", "files of others"],
+    ids=["empty", "objects of others", "another store's objects", "files of others"],
 )
 def test_a_commit_that_is_none_or_names_what_is_not_its_own_is_named_and_nothing_else_is_removed(machines, change):
     root = machines("a")

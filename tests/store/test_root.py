@@ -143,6 +143,9 @@ def test_what_dead_writers_left_in_the_root_is_removed_and_nothing_else(tmp_path
     fill(tmp_path / "elsewhere", [f"{ID}/.jepa-cache-0123456789ab-x"])
     (tmp_path / "manifests/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / f"tokens/{'f' * 32}").symlink_to(tmp_path / "elsewhere" / ID)
+    link = tmp_path / f"tokens/{ID}/{'f' * 32}.zarr"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert list(root.iter_stores("tokens")) == [(tmp_path / STORE).parent], "nor is a link a store"
     with temporary_folder(root.tokens(ID, "v" * 32)) as living, root.claimed(root.actions(ID, "w" * 32)):
         assert root.remove_stale_temporaries() == []
         assert living.is_dir() and root.is_claimed(root.actions(ID, "w" * 32))

@@ -5,6 +5,7 @@ A store is whole or absent, and damage is named; a store says what its dtype cos
 
 import json
 import os
+import shutil
 import warnings
 
 import numpy as np
@@ -14,6 +15,8 @@ from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file, write_store_file
 from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
+from jepa_cache.store.recipe import fingerprint
+from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import STAGING_FILE, TokenWriter, table
 from tests.encoded import all_files, write_store_json
 from tests.store import plain_reader
@@ -178,6 +181,8 @@ def test_the_error_of_a_cast_is_the_one_that_was_measured_and_none_is_invented(t
     errors = np.array([[0.01, 0.09, 0.123456], *[[0.0, 0.0, 0.0]] * 19])
     measured = write(tmp_path / "a.zarr", dtype, [tokens], errors=errors)
     assert read_store_file(measured).metadata["reconstruction"] == {"max_abs": 0.123, "relative_rmse": 0.333}
+    rolled_back = write(tmp_path / "c.zarr", dtype, [tokens, tokens, None], errors=errors)
+    assert read_store_file(rolled_back).metadata == read_store_file(measured).metadata
     assert read_store_file(write(tmp_path / "b.zarr", dtype, [tokens])).metadata["reconstruction"] is None
 
 
@@ -253,6 +258,18 @@ def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path):
         write_store_json(path, document)  # signed again
         with pytest.raises(StoreDamagedError, match="leads out of the store"):
             read_store_file(tmp_path / "a.zarr")
+
+
+def test_a_store_under_another_recipe_or_unit_than_its_own_is_refused(tmp_path):
+    root, recipe = CacheRoot(tmp_path), fingerprint({"dtype": "float16"})
+    own = write(root.tokens(recipe, "a" * 64), "float16", [make_tokens(3)])
+    assert root.find_store(own) == read_store_file(own)
+    copied = (root.tokens(recipe, "b" * 64), root.tokens("0" * 32, "a" * 64))
+    for other in copied:
+        shutil.copytree(own, other)
+    for other in (*copied, write(root.tokens("1" * 32, "a" * 64), "float16", [make_tokens(3)])):
+        with pytest.raises(StoreDamagedError, match=f"{other} is not the store that its path says but that of "):
+            root.find_store(other)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n\n", b" "])
