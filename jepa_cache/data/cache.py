@@ -60,10 +60,7 @@ class Segment(NamedTuple):
 def split_of(episode: str, *, val_share: float, seed: int) -> str:
     """Return the split of one episode, decided by a hash of its key, so that adding recordings never moves one.
 
-    Args:
-        episode: Its key.
-        val_share: Expected share of held-out episodes, in [0, 1].
-        seed: Another seed draws another split.
+    `val_share` is the expected share of held-out episodes, in [0, 1].
     """
     head = hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8]
     return VAL if int.from_bytes(head, "big") / 2**64 < val_share else TRAIN
@@ -136,13 +133,7 @@ class CachedDataset:
     def __init__(
         self, manifest: Manifest, root: CacheRoot, *, base: Path | None = None, verify_checksums: bool = True
     ) -> None:
-        """Open the stores.
-
-        Args:
-            manifest: What to open.
-            root: Where the stores are.
-            base: Folder that files named by filters are meant from; None is that of all data.
-            verify_checksums: Check the crc32c of each chunk of tokens when it is first read.
+        """Open the stores; files that filters name are meant from `base`, None being the folder of all data.
 
         Raises:
             ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do

@@ -103,9 +103,7 @@ def find_first_act(idle: np.ndarray) -> int:
 def join_steps(keep: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     """Return which steps may be followed by the next one, as no tick between the two was dropped: [n] bool, the last False.
 
-    Args:
-        keep: [M] bool, the ticks that are left.
-        anchors: [n] ticks of the steps, non-decreasing.
+    `keep` [M] says which ticks are left; `anchors` [n] are the ticks of the steps, non-decreasing.
     """
     dropped = np.concatenate(([0], np.cumsum(~keep)))[anchors]
     return np.concatenate((np.diff(dropped) == 0, [False]))
@@ -114,12 +112,7 @@ def join_steps(keep: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 def cut_runs(start: int, stop: int, keep: np.ndarray, joined: np.ndarray, min_steps: int) -> list[tuple[int, int]]:
     """Return [start, stop) of the contiguous runs of kept and joined steps in a segment that have at least `min_steps`.
 
-    Args:
-        start: First step of the segment.
-        stop: One past its last.
-        keep: [n] bool over the whole store.
-        joined: [n] bool over the whole store: whether the next step may follow.
-        min_steps: Shorter runs are dropped.
+    `keep` and `joined` [n] bool go over the whole store; `joined` says whether the next step may follow.
     """
     inside = keep[start:stop]
     linked = inside[:-1] & inside[1:] & joined[start:stop][:-1]
@@ -133,10 +126,6 @@ def ranges_path(config: FilterConfig, base: Path) -> Path | None:
     """Return the file that `filter.keep_ranges` names: `PATH`, or `PATH@DIGEST` with the beginning of its sha256.
 
     DVC compares this setting alone, so an edited file would be overlooked there; hence the digest is needed under DVC.
-
-    Args:
-        config: The filters.
-        base: Folder that a relative path is meant from.
 
     Raises:
         ValueError: There is no such file, its content is another, or DVC runs this stage and the digest is missing.

@@ -52,12 +52,9 @@ def clean_name(name: str) -> str:
 
 
 def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, object]) -> None:
-    """Write weights with a card, in one atomic step.
+    """Write weights, by their official names, with a card as a safetensors file, in one atomic step.
 
-    Args:
-        state: By their official names.
-        path: A safetensors file; an existing one is replaced.
-        card: What is needed to build the predictor again (`architecture`) and whatever describes the run; JSON.
+    The card is JSON: what is needed to build the predictor again (`architecture`), and whatever describes the run.
     """
     card = {**card, DIGEST_FIELD: digest_state(state)}
     # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
@@ -129,11 +126,7 @@ def load_start_weights(predictor: nn.Module, path: Path) -> tuple[str, ...]:
     Conditioning encoders whose input width differs are new layers: they keep the weights they were built with, bias
     included, and the log says so. Everything else has to fit, as in `load_predictor_weights`.
 
-    Returns:
-        Names of the new layers, such as ("action_encoder", "extrinsics_encoder"); empty when all came from the file.
-
-    Raises:
-        CheckpointError: As `load_predictor_weights`.
+    Returns the names of the new layers, such as ("action_encoder", "extrinsics_encoder").
     """
     state, own = read_state(path), predictor.state_dict()
     new = []
@@ -246,11 +239,8 @@ def check_encoder(
 
     An official file says which encoder it belongs to by holding it; a file of this project by its card.
 
-    Args:
-        path: Weights as `read_state` takes them.
-        cache_weights: Identity of the encoder in the cache's recipe (`recipe["encoder"]["weights"]`).
-        digest: Gives a file's hex sha256, possibly remembered; called only where the file holds an encoder.
-        allow_other: Combine them all the same; what is returned says so and belongs into the run's record.
+    `cache_weights` is the identity in the cache's recipe; `digest` gives a file's hex sha256 and is called only where the
+    file holds an encoder. With `allow_other` they are combined all the same, and what is returned says so.
 
     Raises:
         CheckpointError: They do not belong together, or the file does not say, and `allow_other` is not set.

@@ -22,14 +22,8 @@ def export_official(
     Entries: `predictor`, `encoder` and `target_encoder` (the same tensors, stored once) where an encoder is given, and
     `jepa_cache` with the card as JSON text. Only what upstream reads to load weights: no optimiser, no counters.
 
-    Args:
-        state: Official name to tensor; written bit for bit in its dtype.
-        card: Of the predictor, with its `architecture`.
-        path: A `.pt` file; an existing one is replaced.
-        encoder: Official name to tensor of the frozen encoder.
-
-    Raises:
-        CheckpointError: The predictor has a residual path, which the official one lacks.
+    Tensors are by official name, and written bit for bit in their dtype. A predictor with a residual path, which the
+    official one lacks, is refused with a CheckpointError.
 
     Source: upstream checkpoint layout (vjepa2-ac-vitg.pt; the trainer's files have target_encoder too).
     """

@@ -53,14 +53,7 @@ def rotary_table(
     Conditioning tokens turn in the time block only. Columns count in units of rows/columns of the grid, rows as they are.
     Angles are float32 whatever the dtype.
 
-    Args:
-        head_width: d.
-        first_step: time position of the first step.
-        num_steps: T.
-        grid: (H, W) rows and columns of the patch grid.
-        num_conditioning: tokens that precede the frame tokens of each step.
-        dtype: of the tables, [T*(num_conditioning + H*W), d]; see `rotate`.
-        device: of the tables.
+    `num_conditioning` tokens precede the frame tokens of each step; the tables are [T*(num_conditioning + H*W), d].
 
     Source: V-JEPA 2-AC, arXiv 2506.09985; the tiling is known upstream as vjepa2 pull request 15.
     """
@@ -131,18 +124,8 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
     One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw
     away is never computed.
 
-    Args:
-        q: [B, heads, T*L, d] queries of the T newest steps.
-        k: [B, heads, (P+T)*L, d] keys of P past steps and of the newest steps.
-        v: [B, heads, (P+T)*L, d] values, as `k`.
-        tokens_per_step: L.
-        num_past_steps: P.
-
-    Returns:
-        [B, heads, T*L, d].
-
-    Raises:
-        ValueError: the lengths are not whole steps, or keys and queries do not hold P+T and T steps.
+    Queries [B, heads, T*L, d] are of the T newest steps, keys and values [B, heads, (P+T)*L, d] of the P past ones too; the
+    result is [B, heads, T*L, d]. A ValueError where the lengths are not such whole steps.
     """
     num_steps, rest = divmod(q.shape[2], tokens_per_step)
     if rest or k.shape[2] != (num_past_steps + num_steps) * tokens_per_step or v.shape[2] != k.shape[2]:

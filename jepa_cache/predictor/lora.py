@@ -43,17 +43,9 @@ def add_lora(
     An adapter adds `scale * B @ A` to its layer's weights. Outputs are the same as before, bit for bit, until the first
     training step: B starts at zero.
 
-    Args:
-        predictor: With its starting weights; changed in place.
-        rank: Rows of A and columns of B.
-        alpha: The scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        dropout: Share of the adapter's inputs set to 0 in training, in [0, 1).
-        rslora: Rank-stabilised scale: the same alpha serves every rank.
-        full: Conditioning encoders to train in full, as `checkpoints.load_start_weights` returns them. An extrinsics
-            encoder that the predictor does not use stays frozen, but is kept with the adapter as well.
-
-    Returns:
-        A module that is called like the predictor; trainable are the adapters and the layers in `full`.
+    The predictor is changed in place; what is returned is called like it. The scale is alpha / rank, or alpha / sqrt(rank)
+    with rsLoRA. Conditioning encoders in `full` (from `checkpoints.load_start_weights`) are trained in full; an extrinsics
+    encoder that the predictor does not use stays frozen, but is kept with the adapter as well.
 
     Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
     """
@@ -113,10 +105,7 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 def save_adapter(model: PeftModel, folder: Path, card: Mapping[str, object]) -> None:
     """Write an adapter as PEFT does, with a card; `peft.PeftModel.from_pretrained` reads it too.
 
-    Args:
-        model: From `add_lora`.
-        folder: Made where absent; each file is replaced in one step.
-        card: As of `checkpoints.save_state`, with the `architecture` of the predictor under the adapter.
+    The card is as of `checkpoints.save_state`, with the `architecture` of the predictor under the adapter.
     """
     with atomic_file(folder / WEIGHTS_FILE) as partial:
         save_file(adapter_state(model), partial, metadata={"format": "pt"})
@@ -139,10 +128,6 @@ def read_adapter_card(folder: Path) -> dict[str, object]:
 
 def load_adapter(predictor: ACPredictor, folder: Path) -> PeftModel:
     """Put the adapter of a folder on the weights that it was trained on, ready to train on or to merge.
-
-    Args:
-        predictor: With the starting weights of that training; changed in place.
-        folder: From `save_adapter`.
 
     Raises:
         CheckpointError: A file is missing or damaged, the adapter was trained on other weights, or it does not fit.

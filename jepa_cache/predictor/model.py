@@ -68,8 +68,7 @@ class ACPredictor(nn.Module):
             use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
             norm_eps: of every LayerNorm.
             activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory.
-            residual: add each step's own tokens to the prediction of the step after it; not official, so such weights
-                cannot be exported to the official layout.
+            residual: not official, so such weights cannot be exported to the official layout.
 
         Raises:
             ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.

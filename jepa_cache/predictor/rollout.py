@@ -129,8 +129,6 @@ class LatentModel(NamedTuple):
         Returns:
             [B, T-1, N, E] float32 predictions of steps 1 to T-1.
 
-        Raises:
-            ValueError: The window has fewer than two steps, or a shape does not fit.
         """
         if h.ndim != 4 or h.shape[1] < 2:
             raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(h.shape)}")
@@ -154,9 +152,6 @@ class LatentModel(NamedTuple):
 
         Returns:
             [B, K, N, E] float32 predictions of steps C to C+K-1.
-
-        Raises:
-            ValueError: `horizon` is below 1, or actions, states or extrinsics do not have C+K-1 rows.
         """
         num_context = h.shape[1]
         num_rows = num_context + horizon - 1

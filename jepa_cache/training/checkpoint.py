@@ -118,15 +118,7 @@ def load_latest(folder: Path, *, run: str | None = None) -> Checkpoint | None:
 
 
 def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
-    """Read one published checkpoint.
-
-    Args:
-        path: Its folder.
-        run: The run that it must be of; any where None, and where the checkpoint does not say.
-
-    Raises:
-        ValueError: When it is damaged or of another run; names the file and the ways out.
-    """
+    """Read one published checkpoint; a ValueError where it is damaged, or says that it is of another run than `run`."""
     try:
         state = json.loads((path / STATE_FILE).read_text())
         if state.pop("digest") != fingerprint(state):

@@ -37,14 +37,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
     """Make the AdamW of the official recipe, as one kernel where the device has it (same numbers, a third of the time).
 
-    Args:
-        model: Its parameters must already lie on the device they are trained on.
-        lr: First learning rate; `set_rates` sets those of each training step.
-        weight_decay: First weight decay.
-        kind: `adamw`, or `adamw8bit` with both moments in 8 bits by blocks (2 bytes a weight instead of 8).
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
+    The model must already lie on the device it is trained on. `adamw8bit` keeps both moments in 8 bits by blocks (2 bytes
+    a weight instead of 8) and needs bitsandbytes, a ValueError where that is not installed.
 
     Source: V-JEPA 2-AC training recipe; 8 bits: Dettmers et al., arXiv 2110.02861, as bitsandbytes has it.
     """

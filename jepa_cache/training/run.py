@@ -105,8 +105,6 @@ def open_run(
 ) -> Iterator[Run]:
     """Find the run that the settings mean; the first process holds it, with its folder of results, for the block.
 
-    Arguments are those of `trainer.train`, with `num_steps` resolved.
-
     Raises:
         ValueError: The initial weights do not fit or would be overwritten, another process holds the run or the output,
             or another process of this training has died or would train another run.

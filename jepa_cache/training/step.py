@@ -47,14 +47,8 @@ def train_step(
 ) -> StepReport:
     """One optimiser update from the next `grad_accumulation` batches; the gradient is the mean over all processes.
 
-    Args:
-        accelerator: The processes.
-        model: An `Objective`, inside DDP where there are several processes.
-        optimizer: Its rates are set.
-        gradient_scaler: Enabled for float16 only.
-        batches: On the device.
-        settings: The training's.
-        step: k, from 1; with the seed it decides everything random here, so that a resume needs no generator's state.
+    `model` is an `Objective`, inside DDP where there are several processes. `step` counts from 1: with the seed it decides
+    everything random here, so that a resume needs no generator's state.
     """
     accumulation = settings.grad_accumulation
     seed = np.random.SeedSequence([settings.seed, step, accelerator.process_index])

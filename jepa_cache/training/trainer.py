@@ -67,13 +67,8 @@ def train(
 ) -> TrainResult:
     """Train the predictor, or resume where the same run stopped.
 
-    Args:
-        config: Resolved settings.
-        dataset: The cached features.
-        scaler: Fitted on the training episodes.
-        output: Folder for the weights and the CSV; DVCLive's files lie beside it.
-        base: Folder that a relative `train.init` is meant from.
-        fresh: Forget earlier checkpoints of this run.
+    `output` is the folder for the weights and the CSV, with DVCLive's files beside it; a relative `train.init` is meant
+    from `base`; `fresh` forgets earlier checkpoints of this run.
 
     Raises:
         ValueError: When no window fits, the loss stops being finite, or the run cannot be opened (see `open_run`).
