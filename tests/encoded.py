@@ -38,15 +38,15 @@ STRIDE = 4  # 20 Hz video at 5 fps
 BATCH = 8
 
 
-def tiny_config(**encode: object) -> Config:
-    """VPT recordings, tiny encoder, batches of 8, CPU; keywords replace fields of the encode section."""
-    config = load_config(SUITE_SETTINGS, ["dataset=vpt", "encoder=tiny", "encode.device=cpu"])
+def tiny_config(dataset: str = "vpt", **encode: object) -> Config:
+    """Tiny encoder, batches of 8, CPU; keywords replace fields of the encode section."""
+    config = load_config(SUITE_SETTINGS, [f"dataset={dataset}", "encoder=tiny", "encode.device=cpu"])
     return dataclasses.replace(config, encode=dataclasses.replace(config.encode, **{"batch_size": BATCH, **encode}))
 
 
-def tiniest_config(**encode: object) -> Config:
+def tiniest_config(dataset: str = "vpt", **encode: object) -> Config:
     """The least work that is still all of stage one: one block, four tokens of sixteen channels."""
-    config = tiny_config(**encode)
+    config = tiny_config(dataset, **encode)
     sizes = {"embed_dim": 16, "depth": 1, "num_heads": 1, "mlp_dim": 16, "resolution": 32}
     return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **sizes))
 

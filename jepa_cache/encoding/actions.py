@@ -69,7 +69,7 @@ def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
 def write_controls(
     root: CacheRoot, path: Path, controls: Iterable[tuple[str, Mapping[str, np.ndarray]]], unit: Unit | None = None
 ) -> None:
-    """Write and publish the controls of a unit unless they are there; those that are damaged in a bucket are replaced."""
+    """Write and publish the controls of a unit unless they are there; damaged ones in a bucket are replaced."""
     try:
         if root.fetch(path):
             return
@@ -91,7 +91,8 @@ def aggregate_store(
     """Actions [n, A] and states [n, S], float32, for the n steps of one token store.
 
     Row i of the actions leads to step i+1, the last row of each segment is NaN. The last value has the reason for every
-    episode that this action space cannot describe; its rows are NaN. StoreDamagedError where the two are of other units.
+    episode that this action space cannot describe; its rows are NaN. StoreDamagedError where the files are of two
+    units.
     """
     ticks = read_table(tokens_store, layout.STEPS_FILE).column("tick").to_numpy()
     actions = np.full((len(ticks), len(space.actions)), np.nan, np.float32)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 BATCHES_AHEAD = 2  # per episode: one being encoded, one ready
-# Decoded at once. A batch of 64 frames of 640x360 is 44 MB: it would have to be fetched from memory again to be resized, and
-# decoding it in such pieces takes a tenth less time.
+# Decoded at once. A batch of 64 frames of 640x360 is 44 MB, which would have to be fetched from memory again to be
+# resized: decoding it in such pieces takes a tenth less time.
 PIECE_FRAMES = 8
 
 

@@ -41,7 +41,7 @@ from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 
 NUM_LOOKED_AT = 8
-"""Recordings with other columns than an action space's before it is taken to be the wrong one: by chance at most 0.5^8."""
+"""Recordings with other columns than an action space's before it is taken to be wrong: by chance at most 0.5^8."""
 MAX_EXPECTED_SHARE = 0.5
 SCAN_BYTES = 256 << 20
 """What `scan_units` hashes of new and changed files: some tenths of a second. Terabytes are left to stage one."""
@@ -217,7 +217,7 @@ def open_encoder(config: Config, base: Path, *, download: bool = True) -> Opened
 def scan_units(
     config: Config, inputs: Sequence[str], base: Path, *, most_bytes: float | None = None
 ) -> tuple[list[EncodingGroup], list[str]]:
-    """The groups that stage one would encode, and notes; downloads nothing and reads no recording that was hashed before.
+    """The groups that stage one would encode, and notes; downloads nothing and reads no recording that is known.
 
     A unit whose content is not known has a digest that `is_unread`.
 

@@ -76,7 +76,7 @@ class FillResult:
 def fill_group(
     group: EncodingGroup, encoder: FrozenEncoder, root: CacheRoot, on_bytes: Callable[[int], object] = lambda _: None
 ) -> FillResult:
-    """Encode the units of a group that no other encoder is working on; publish tokens and controls of one after the other.
+    """Encode the units of a group that no other encoder is working on; publish one after the other.
 
     `on_bytes` is called with the bytes of recordings that were processed since.
 
@@ -136,7 +136,7 @@ class _OpenUnit:
         write.open(self.tokens)
 
     def encode(self, stream: EpisodeStream, timing: Timing) -> Iterator[float]:
-        """Encode one episode; yields each batch's share of it. An unreadable video is taken back and skipped by name."""
+        """Encode one episode; yields each batch's share of it. A bad video is taken back and skipped by name."""
         from jepa_cache.encoder.frozen import TokenOverflowError, measure_cast, to_stored
 
         cast, episode = get_codec(self._dtype).cast, stream.episode

@@ -88,7 +88,7 @@ def encode_dataset(
 def bring_up_to_date(
     config: Config, inputs: Sequence[str], base: Path, root: CacheRoot, workers: int | str | None = None
 ) -> EncodeResult:
-    """What `encode_dataset` does under the lock of the root, which the caller holds; the manifest is written nowhere."""
+    """What `encode_dataset` does under the lock of the root, which the caller holds; writes no manifest."""
     if kept := root.remove_stale_temporaries():
         print(
             f"note: {len(kept)} temporaries of another user's encoder, which died, may not be removed: {kept[0]}, ..."
@@ -198,7 +198,7 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
 def _list_group(
     group: EncodingGroup, root: CacheRoot, stores: Stores, filled: FillResult, names: dict[str, str]
 ) -> ManifestPart:
-    """Sum up missing actions; what the manifest lists of a group. `names` gets what skipped recordings are called now."""
+    """What the manifest lists of a group; sums up missing actions. `names` gets present names of the skipped."""
     name_skipped = getattr(group.source, "name_skipped", lambda unit, key: key)
     entries, skipped, notes, lost = [], [], list(group.notes), list(group.unreadable)
     without_episode: dict[str, list[dict[str, str]]] = {}

@@ -79,7 +79,7 @@ def plan_episode(
 
 
 def sample_times(times_s: np.ndarray, interval_s: float, start_s: float) -> list[np.ndarray]:
-    """Frames evenly spaced in time, in runs: of each wanted moment the nearest frame, the earlier one of two equally near.
+    """Frames evenly spaced in time, in runs: of each moment the nearest frame, the earlier of two equally near.
 
     `times_s` [F] is non-decreasing; moments lie `interval_s` apart from `start_s` on. One with no frame within a
     quarter of the interval ends a run: steps of other lengths would tell the predictor another speed.

@@ -128,7 +128,7 @@ class Claims:
 
 
 def read_whole(root: CacheRoot, store: Path) -> StoreFile | None:
-    """What the store.json of a published store says whose files all have their sizes; else None. Cost: one stat per file."""
+    """What store.json of a store says whose files all have their sizes; else None. Cost: one stat per file."""
     try:
         return root.find_store(store)
     except StoreDamagedError:
@@ -146,7 +146,7 @@ def remove_damaged(root: CacheRoot, store: Path, what: str) -> StoreFile | None:
 
 
 def wait_for_others(root: CacheRoot, groups: Sequence[EncodingGroup], on_wait: Callable[[str], object]) -> None:
-    """Wait until a store that others are making is published or its maker is gone; tells the first unit's name each second."""
+    """Wait until a store that others are making is there or its maker is gone; tells the first unit each second."""
     stores = [group.tokens(root, unit) for group in groups for unit in group.units]
     while all(root.is_claimed(store) and read_whole(root, store) is None for store in stores):
         on_wait(groups[0].units[0].name)

@@ -101,7 +101,7 @@ class UnitDigester:
         self._table, self._budget_bytes = DigestTable(), budget_bytes
 
     def __call__(self, units: Sequence[Unit]) -> Digested:
-        """Digest units; those with the same content count once. A unit beyond the budget gets a digest that `is_unread`."""
+        """Digest units; those with the same content count once. One beyond the budget gets a digest that `is_unread`."""
         first: dict[str, Unit] = {}
         copies, unreadable, remembered = [], [], self._table.remember()
         with self._table.hashing() as digest_files:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-# Root mean square of a step's differences relative to its values. Rounding in bfloat16 gives some 0.01, the tokens of another
-# recording about 1.
+# Root mean square of a step's differences relative to its values. Rounding in bfloat16 gives some 0.01, the tokens of
+# another recording about 1.
 MAX_RELATIVE_ERROR = 0.1
 
 
@@ -120,7 +120,8 @@ def compare_online(
                 f"{store} is of another recording or of other weights than its name says: step {wrong[0].step} is not what "
                 f"the encoder gives (relative error {wrong[0].relative_error:.2g})"
             )
-            # Its actions and controls are of the same recording, and go before the tokens, by which it is known, if a repair is killed.
+            # Its actions and controls are of the same recording; they go before the tokens, by which it is known,
+            # should a repair be killed.
             comparison.stale += [Finding(key, root.store(key), problem, stale=True) for key in reversed(it.keys)]
     return comparison
 
@@ -201,7 +202,7 @@ def _compare_store(
 
 
 def _compare_step(store: Path, step: int, online: Tensor, dtype: str) -> tuple[bool, float, float]:
-    """Whether the stored bits are those that come out now; the largest difference of the values, and the relative error."""
+    """Whether the stored bits are those that come out now; the largest difference, and the relative error."""
     from jepa_cache.encoder.frozen import to_stored
 
     codec, channels = get_codec(dtype), None

@@ -38,7 +38,7 @@ class Connection(NamedTuple):
 
 
 def connect(workers: int | str, device: str, num_threads: int) -> AbstractContextManager[Connection]:
-    """Start so many processes on this machine, or check that the workers of the scheduler at an address can do the work.
+    """Start so many processes on this machine, or check that the workers of a scheduler can do the work.
 
     `device` is as configured: "auto", "cpu" or "cuda"; `num_threads` are the torch threads of every worker.
 
@@ -189,9 +189,9 @@ def _explain(error: BaseException) -> str:
 
 
 def encode_unit(task: EncodingGroup, root: CacheRoot) -> FillResult | str:
-    """Encode the one unit of a group and sum up its actions, in a worker; what became of it, or why it cannot be encoded.
+    """Encode the one unit of a group and sum up its actions; what became of it, or why that cannot be.
 
-    It may run again after its result was lost with its worker: then it finds the store.
+    Runs in a worker, and maybe again, when its result was lost with its worker: then it finds the store.
 
     Raises:
         OSError: The disk or the network failed; Dask tries again.

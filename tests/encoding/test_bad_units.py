@@ -17,7 +17,6 @@ import pytest
 
 from jepa_cache.cli.estimate import estimate_group
 from jepa_cache.cli.inspect import inspect
-from jepa_cache.config.loading import load_config
 from jepa_cache.encoding import decoding, run
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import describe_result
@@ -26,7 +25,6 @@ from jepa_cache.store import digests
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import damage_middle, encode, make_tiny_tar, read_episodes, tiniest_config
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
-from tests.workspace import SUITE_SETTINGS
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 1024\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>404</title></html>"
@@ -215,9 +213,8 @@ def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encod
         ("vpt", "pose7", "fits none of the first 2 .* needs the controls x_m.* set encode.action_space to .*vpt13"),
         ("mp4_json", "vector_last6x7", "has no column for action_6 .* encode.action_space to vector_last7x7 "),
     ):
-        overrides = [f"dataset={dataset}", "encoder=tiny", "encode.device=cpu", f"encode.action_space={space}"]
         with pytest.raises(ValueError, match=words):
-            encode(good, root, load_config(SUITE_SETTINGS, overrides))
+            encode(good, root, tiniest_config(dataset, action_space=space))
         assert not list(root.glob("tokens/*/*.zarr"))
     with pytest.raises(ValueError, match=r"no usable recording: all 2 were skipped .*pose7"):  # as requested
         encode(good, root, tiniest_config(action_space="pose7", max_skipped_share=1.0))
@@ -230,8 +227,7 @@ def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifes
     for name, text in (("good", json.dumps(fields)), ("bad", "{}")):
         (folder / f"old/{name}.mp4").write_bytes(make_video(12, **SMALL))
         (folder / f"old/{name}.json").write_text(text)
-    overrides = ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.action_space=vector_sum2x2"]
-    config = load_config(SUITE_SETTINGS, [*overrides, "encode.max_skipped_share=0.5"])
+    config = tiniest_config("mp4_json", action_space="vector_sum2x2", max_skipped_share=0.5)
     first = encode(folder, tmp_path / "cache", config)
     assert "skipped: old/bad: " in capsys.readouterr().out
     (folder / "old").rename(folder / "new")

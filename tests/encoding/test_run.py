@@ -188,9 +188,7 @@ def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_sto
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.mp4").write_bytes(make_video(30))
     (tmp_path / "in/a.json").write_text(json.dumps({"fps": 20, "actions": rows, "states": rows}))
-    config = load_config(
-        SUITE_SETTINGS, ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.phases=[0, 1]"]
-    )
+    config = tiniest_config("mp4_json", phases=(0, 1))
     for _ in range(2):
         result = encode(tmp_path / "in", tmp_path / "cache", config)
         said = describe_result(result, CacheRoot(tmp_path / "cache"))

@@ -3,7 +3,6 @@
 A step is anchored at the last frame that its tubelet has seen, and in clip mode each clip is a segment of its own.
 """
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -39,9 +38,10 @@ def plan(request):
     """The plan, or None for an episode that is too short, after checking that it is."""
     try:
         return plan_steps(**request)
-    except ValueError:
+    except ValueError as error:
         stride = sampling_stride(request["video_fps"], request["fps"])
         assert len(range(0, request["num_frames"], stride)) < group_of(request)
+        assert f"{request['mode']} mode needs {group_of(request)}; lower encode.frames_per_clip" in str(error)
         return None
 
 
@@ -81,15 +81,3 @@ def test_sampled_frames_are_used_in_order_each_once_and_steps_and_segments_follo
     if len(result.anchors) > 1:
         (distance,) = set(np.diff(result.anchors).tolist())
         assert result.step_hz == pytest.approx(float(Fraction(request["video_fps"]) / distance), rel=1e-12)
-
-
-@pytest.mark.parametrize("mode", ["frame", "tubelet", "clip"])
-@pytest.mark.parametrize("video_fps", [20.0, 60.0])
-def test_an_episode_one_frame_too_short_is_refused_with_the_way_out(mode, video_fps):
-    needed = {"frame": 1, "tubelet": 2, "clip": 8}[mode]
-    stride = math.ceil(video_fps / 5)
-    enough = (needed - 1) * stride + 1
-    settings = {"fps": 5, "mode": mode, "frames_per_clip": 8, "tubelet_size": 2}
-    assert len(plan_steps(enough, video_fps, **settings).inputs) == 1
-    with pytest.raises(ValueError, match=rf"{mode} mode needs {needed}; lower encode\.frames_per_clip"):
-        plan_steps(enough - 1, video_fps, **settings)

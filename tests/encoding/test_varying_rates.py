@@ -4,13 +4,11 @@ Rows tell the time of their frame, also where frames were dropped or the camera 
 frame win over the container's. A recording of one rate is read, sampled and named as ever, whatever its times were rounded to.
 """
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jepa_cache.config.loading import load_config
 from jepa_cache.encoding import groups
 from jepa_cache.episode import Episode
 from jepa_cache.media.probe import find_varying_times, measure_rate, probe_video
@@ -20,7 +18,6 @@ from tests.encoded import encode, plan_steps, tiniest_config
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.sources.lerobot_makers import CAMERA, FPS, write_v3
 from tests.videos import make_pixels, make_timed_video, read_numbers, turn_video
-from tests.workspace import SUITE_SETTINGS
 
 CONSTANT = np.arange(80) / 20
 DROPPED = np.delete(CONSTANT, slice(30, 50))
@@ -83,6 +80,10 @@ def test_a_step_begins_at_the_first_frame_after_a_gap_and_no_frame_is_repeated_f
     plan = plan_steps(60, 20.0, fps=20.0, mode="frame", times_s=SLOWER)
     assert np.all(np.diff(plan.anchors) > 0)
     assert plan.segments[0].tolist() == [0, 41] and np.all(np.diff(plan.segments[1:]) == 1)
+    plan = plan_steps(5, 4.0, fps=4.0, mode="frame", times_s=np.array([0, 0.25, 0.58, 0.75, 1]))
+    assert plan.segments.tolist() == [[0, 2], [2, 4]], "more than a quarter of a step off is a gap"
+    plan = plan_steps(5, 4.0, fps=4.0, mode="frame", times_s=np.array([0, 0.25, 0.45, 0.55, 0.75]))
+    assert plan.anchors.tolist() == [0, 1, 2, 4], "the earlier of two equally near"
 
 
 @pytest.mark.parametrize("container_says", ["the same", "one rate"])
@@ -154,8 +155,7 @@ def test_units_are_named_anew_only_where_the_first_release_read_them_otherwise(m
 
 def test_only_recordings_whose_rate_varies_have_another_name(tmp_path, monkeypatch):
     folder, root = tmp_path / "data", tmp_path / "cache"
-    config = load_config(SUITE_SETTINGS, ["dataset=mp4_json", "encoder=tiny", "encode.device=cpu", "encode.fps=4"])
-    config = dataclasses.replace(config, encoder=tiniest_config().encoder)
+    config = tiniest_config("mp4_json", fps=4.0)
     write_pair(folder, CONSTANT, name="even")
     write_pair(folder, DROPPED, name="dropped")
     with monkeypatch.context() as first_release:  # It named both alike.
