@@ -74,11 +74,14 @@ class FillResult:
 
 
 def fill_group(
-    group: EncodingGroup, encoder: FrozenEncoder, root: CacheRoot, on_bytes: Callable[[int], object] = lambda _: None
+    group: EncodingGroup,
+    encoder: FrozenEncoder,
+    root: CacheRoot,
+    on_progress: Callable[[int, Timing], object] = lambda *_: None,
 ) -> FillResult:
     """Encode the units of a group that no other encoder is working on; publish one after the other.
 
-    `on_bytes` is called with the bytes of recordings that were processed since.
+    `on_progress` is called with the bytes of recordings that were processed since its last call, and the times so far.
 
     Raises:
         ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
@@ -90,6 +93,11 @@ def fill_group(
         WriterThread() as write,
         Decoders(group, claims.take(), encoder.preprocess) as decoders,
     ):
+
+        def advance(num_bytes: int) -> None:
+            result.timing.decode_s, result.timing.write_s = decoders.wait_s, write.wait_s
+            on_progress(num_bytes, result.timing)
+
         for unit, recordings in decoders:
             store, bytes_left = _OpenUnit(root, group, unit, encoder, write), 0
             with suppress(OSError):  # gone meanwhile, as its reader will say
@@ -101,14 +109,14 @@ def fill_group(
                         continue
                     for share in store.encode(recording, result.timing):
                         num_bytes = min(bytes_left, round(share * recording.num_bytes))
-                        on_bytes(num_bytes)
+                        advance(num_bytes)
                         bytes_left -= num_bytes
                 check_unchanged(unit)
                 store.publish(provenance)
             except UnreadableError as error:
                 write.close(store.tokens)
                 result.unreadable[group.fingerprint, unit.digest] = str(error)
-            on_bytes(bytes_left)
+            advance(bytes_left)
     result.timing.decode_s, result.timing.write_s = decoders.wait_s, write.wait_s
     result.num_encoded, result.busy = claims.num_taken - len(result.unreadable), claims.busy
     return result

@@ -165,10 +165,16 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
             device = resolve_device(encode.device)
             encoder = load_encoder(groups[0].encoder, encode, device=device, num_threads=num_threads)
         begun = time.perf_counter()
+
+        def show(num_bytes: int, timing: Timing) -> None:
+            rate = (total.timing.num_frames + timing.num_frames) / (time.perf_counter() - begun)
+            bar.set_postfix_str(f"{rate:.3g} frames/s, limit: {timing.limit}", refresh=False)
+            bar.update(num_bytes)
+
         while groups:
             busy: list[EncodingGroup] = []
             if connection is None:
-                results = ((group, fill_group(group, encoder, root, bar.update)) for group in groups)
+                results = ((group, fill_group(group, encoder, root, show)) for group in groups)
             else:
                 results = encode_on_workers(groups, root, connection)
             for group, result in results:
