@@ -37,10 +37,7 @@ class DiskFullError(OSError):
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn what libraries say of a full disk, often without a path, into one message; other errors pass.
-
-    `path` is what is written in the block, where the error does not name it itself.
-    """
+    """Turn what libraries say of a full disk while they write `path`, often without naming it, into one message; other errors pass."""
     try:
         yield
     except DiskFullError:
@@ -270,11 +267,8 @@ def held_file(path: Path) -> Iterator[None]:
 def lock_file(path: Path, *, create: bool = False, wait: bool = False, shared: bool = False) -> int | None:
     """Open and lock a file, made where it is missing with `create`, together with others who lock it `shared`.
 
-    Returns:
-        The descriptor, to be closed; None when another holds the file and we do not `wait`, or when it is missing and not to be made.
-
-    Raises:
-        OSError: The folder cannot be written, or its file system knows no locks.
+    Gives the descriptor, to be closed; None when another holds the file and we do not `wait`, or it is missing and not to be made.
+    An OSError means that the folder cannot be written, or its file system knows no locks.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:

@@ -29,21 +29,9 @@ def measure_widths(pages: list[str], width: int, folder: Path) -> list[int]:
         encoding="utf-8",
     )
     # A sandbox needs rights that root in a container lacks; a home of its own keeps the user's browser out of it.
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={folder}/browser",
-        "--dump-dom",
-    ]
-    done = subprocess.run(
-        [*command, around.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "HOME": str(folder)},
-    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--dump-dom"]
+    command, env = [browser, *options, around.as_uri()], {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
     found = re.search(r">found ([\d ]+) end<", done.stdout)
     assert found, f"{browser} ended with {done.returncode} and said {done.stderr[-2000:]}"
     return [int(number) for number in found[1].split()]

@@ -47,17 +47,17 @@ def private_folders(tmp_path_factory, monkeypatch):
 
 
 # Minutes long, as whole checkouts run in them: started first, so that no worker waits for another at the end.
-LONG_FILES = (
-    *(
-        "test_pipeline.py",
-        "test_resume.py",
-        "test_trainer.py",
-        "test_remote.py",
-        "test_distribution.py",
-        "test_crashes.py",
-    ),
-    *("test_verify.py", "test_mixtures.py", "test_real_recordings.py"),
-)
+LONG_FILES = [
+    "test_pipeline.py",
+    "test_resume.py",
+    "test_trainer.py",
+    "test_remote.py",
+    "test_distribution.py",
+    "test_crashes.py",
+    "test_verify.py",
+    "test_mixtures.py",
+    "test_real_recordings.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -52,15 +52,8 @@ def make_rows(num_lines: int, seed: int = 0) -> list[dict[str, Any]]:
     yaw, pitch, rows = float(rng.integers(-300, 300)), 0.0, []
     for tick in range(num_lines):
         counts = (float(dx[tick]), float(dy[tick])) if moving[tick] else (0.0, 0.0)
-        mouse = {
-            "x": 640.0,
-            "y": 360.0,
-            "dx": counts[0],
-            "dy": counts[1],
-            "scaledX": 0.0,
-            "scaledY": 0.0,
-            "dwheel": 0.0,
-        }
+        place, wheel = {"x": 640.0, "y": 360.0}, {"scaledX": 0.0, "scaledY": 0.0, "dwheel": 0.0}
+        mouse = {**place, "dx": counts[0], "dy": counts[1], **wheel}
         keys = ["key.keyboard.w"] if forward[tick] else []
         rows.append(
             {

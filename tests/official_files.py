@@ -11,6 +11,15 @@ from torch import Tensor
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder import KINDS
 
+# What every trainer keeps beside the weights.
+_BESIDE = {
+    "opt": {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+        "param_groups": [{"betas": (0.9, 0.999)}],
+    },
+    **{"epoch": 315, "loss": 0.4, "batch_size": 8, "world_size": 32, "lr": 4.25e-4},
+}
+
 
 def write_official_file(
     path: Path, predictor: Mapping[str, Tensor], encoder: Mapping[str, Tensor], *, prefix: str = "module."
@@ -21,17 +30,9 @@ def write_official_file(
         {
             "encoder": frozen,
             "predictor": {f"{prefix}{name}": tensor for name, tensor in predictor.items()},
-            "opt": {
-                "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
-                "param_groups": [{"lr": 1e-4}],
-            },
-            "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
             "target_encoder": frozen,
-            "epoch": 315,
-            "loss": 0.4,
-            "batch_size": 8,
-            "world_size": 32,
-            "lr": 4.25e-4,
+            "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
+            **_BESIDE,
         },
         path,
     )
@@ -46,13 +47,8 @@ def write_v21_file(
             "encoder": without_storage({f"{prefix}{name}": tuple(tensor.shape) for name, tensor in encoder.items()}),
             "predictor": {"module.backbone.mask_tokens.0": torch.zeros(1, 1, 24)},
             entry: {f"{prefix}{name}": tensor for name, tensor in encoder.items()},
-            "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
             "scaler": None,
-            "epoch": 60,
-            "loss": 0.3,
-            "batch_size": 24,
-            "world_size": 128,
-            "lr": 5e-4,
+            **_BESIDE,
         },
         path,
     )

@@ -134,6 +134,7 @@ def check_batches(dataset, scaler, folders):
     dataset.close()
 
 
+@pytest.mark.parametrize("made", ["int4"], indirect=True)  # a batch of the other dtypes holds the same kind of numbers
 def test_stage_two_trains_and_evaluates(made, tmp_path, monkeypatch):
     monkeypatch.setenv("JEPA_RUNS_HOME", str(tmp_path / "runs"))
     AcceleratorState._reset_state(reset_partial_state=True)

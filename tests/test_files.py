@@ -46,16 +46,11 @@ time.sleep(60)
 """
 
 
-def start_holder(path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().strip()
-
-
 def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
     path = claim_path(tmp_path / "store")
-    process, answer = start_holder(path)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert answer == "held"
+        assert process.stdout.readline().strip() == "held"
         assert try_claim(path) is None and is_claimed(path)
         remove_stale_temporaries(tmp_path)
         assert path.is_file()
@@ -86,9 +81,10 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_taken_for_one(tmp_pa
     os.close(descriptor)
 
 
-def test_who_waits_gets_the_file_when_it_is_let_go(tmp_path):
-    path, order = tmp_path / "file", []
+def test_who_waits_gets_the_file_when_it_is_let_go_and_its_file_is_gone_before_the_lock(tmp_path, monkeypatch):
+    path, order, real, seen = tmp_path / "file", [], os.close, []
     claim = try_claim(path)
+    monkeypatch.setattr(os, "close", lambda descriptor: (seen.append(path.exists()), real(descriptor)))
 
     def wait():
         with held_file(path):
@@ -99,16 +95,9 @@ def test_who_waits_gets_the_file_when_it_is_let_go(tmp_path):
     threading.Event().wait(0.05)
     order.append("let go")
     claim.release()
+    assert not seen[0], "else the file of another's lock would be removed"
     thread.join(10)
     assert order == ["let go", "got it"] and not path.exists()
-
-
-def test_a_claim_s_file_is_gone_before_its_lock_so_that_no_other_s_is_removed(tmp_path, monkeypatch):
-    path, real, seen = tmp_path / "claim", os.close, []
-    claim = try_claim(path)
-    monkeypatch.setattr(os, "close", lambda descriptor: (seen.append(path.exists()), real(descriptor)))
-    claim.release()
-    assert seen == [False]
 
 
 def test_another_user_s_file_is_locked_through_reading(tmp_path, monkeypatch):
@@ -222,11 +211,11 @@ def test_a_full_disk_is_told_with_the_place_what_is_free_and_the_way_out(tmp_pat
     with pytest.raises(DiskFullError, match=rf"{place} .*gc.*cache\.root.*same command"), writer(tmp_path / "final"):
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_by_the_error_s_own_path_and_other_errors_pass(tmp_path):
     with pytest.raises(DiskFullError, match=f"device: {tmp_path}/other cannot"), full_disk_named(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "", str(tmp_path / "other"))
-
-
-def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     for error in (OSError(errno.EIO, "bad disk"), ValueError("28"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as raised, atomic_file(tmp_path / "final"):
             raise error
@@ -251,34 +240,25 @@ def test_only_the_temporaries_of_dead_writers_are_removed(tmp_path):
     remove_stale_temporaries(tmp_path / "absent")
 
 
+DIGEST = "0" * 32
 OURS = [
-    ".jepa-cache-0123456789ab-notes.txt",
-    ".jepa-cache-0123456789ab-store.zarr/tokens/x",
+    *(".jepa-cache-0123456789ab-notes.txt", ".jepa-cache-0123456789ab-store.zarr/tokens/x"),
     # of the first release, in its exact form
-    f".tmp-0123456789ab-{'0' * 32}.zarr/tokens/x",
-    f".tmp-0123456789ab-{'0' * 32}.parquet",
-    f".tmp-0123456789ab-{'0' * 32}.json",
-    f".tmp-{'0' * 32}.zarr.claim",
-    ".tmp-0123456789ab-step-00000600/optimizer.pt",
+    *(f".tmp-0123456789ab-{DIGEST}.{ending}" for ending in ("zarr/tokens/x", "parquet", "json")),
+    *(f".tmp-{DIGEST}.zarr.claim", ".tmp-0123456789ab-step-00000600/optimizer.pt"),
 ]
 OTHERS = [
-    ".tmp-draft",
-    ".tmp-0123456789ab-draft.txt",
-    ".tmp-folder/x",
-    f".tmp-{'0' * 32}.zarr/x",
-    ".jepa-cache-notes",
-    ".jepa-cache-0123456789AB-x",
-    ".jepa-cache-0123456789ab",
-    "x.jepa-cache-0123456789ab-x",
+    *(".tmp-draft", ".tmp-0123456789ab-draft.txt", ".tmp-folder/x", f".tmp-{DIGEST}.zarr/x"),
+    *(".jepa-cache-notes", ".jepa-cache-0123456789AB-x", ".jepa-cache-0123456789ab", "x.jepa-cache-0123456789ab-x"),
 ]
 
 
-@pytest.mark.parametrize(("name", "goes"), [(name, True) for name in OURS] + [(name, False) for name in OTHERS])
-def test_a_file_or_folder_goes_only_under_a_name_that_is_ours_alone(tmp_path, name, goes):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text("x")
+def test_a_file_or_folder_goes_only_under_a_name_that_is_ours_alone(tmp_path):
+    for name in OURS + OTHERS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
     assert remove_stale_temporaries(tmp_path) == []
-    assert (tmp_path / name).exists() != goes and len(list(tmp_path.iterdir())) == (0 if goes else 1)
+    assert {path.name for path in tmp_path.iterdir()} == {name.partition("/")[0] for name in OTHERS}
 
 
 def test_links_and_sockets_stay_under_any_name_and_nothing_behind_them_is_touched(tmp_path, monkeypatch):

@@ -52,11 +52,7 @@ OF_ENCODER = ("weights", "single_frame", "compute_dtype", "batch_size")
 
 
 def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> Config:
-    """Read params.yaml and the presets it names, apply `key=value` overrides and check everything.
-
-    Args:
-        root: Folder that holds params.yaml and configs/.
-        overrides: Such as "train.lr=3e-4"; values are YAML.
+    """Read params.yaml and the presets it names from `root`, apply overrides such as "train.lr=3e-4" (YAML) and check everything.
 
     Raises:
         ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
@@ -64,40 +60,38 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     params = _read_yaml(root / "params.yaml")
     typed = {_apply_override(params, override) for override in overrides}
     check_keys(params, [*PRESETS, *SECTIONS], "params.yaml")
-    for key in (*PRESETS, *SECTIONS):
-        if key not in params:
-            raise ConfigError(f"params.yaml lacks the key {key!r}; put it back (git diff params.yaml shows it)")
-        if key in SECTIONS and not isinstance(params[key], Mapping):
-            raise ConfigError(f"params.yaml: {key} must be a mapping; got {params[key]!r}")
+    if lacking := [key for key in (*PRESETS, *SECTIONS) if key not in params]:
+        raise ConfigError(f"params.yaml lacks the key {lacking[0]!r}; put it back (git diff params.yaml shows it)")
+    if wrong := [key for key in SECTIONS if not isinstance(params[key], Mapping)]:
+        raise ConfigError(f"params.yaml: {wrong[0]} must be a mapping; got {params[wrong[0]]!r}")
 
     origins: dict[str, str] = {}
     presets: dict[str, Any] = {}
+    files = {kind: preset_file(kind, params[kind]) for kind in PRESETS}
     for kind, cls in PRESETS.items():
         mapping = _read_preset(root, kind, params[kind])
-        presets[kind] = parse_dataclass(cls, mapping, preset_file(kind, params[kind]))
-        origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), preset_file(kind, params[kind]))
+        presets[kind] = parse_dataclass(cls, mapping, files[kind])
+        origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), files[kind])
         origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
 
     # What a section's key gets where params.yaml holds null, and from which file.
-    train = dict(params["train"])
-    of_train = _read_preset(root, "train", train.pop("preset", None))
-    del of_train["name"]
-    train_file = preset_file("train", params["train"]["preset"])
-    check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
-    defaults = {"train": {key: (value, train_file) for key, value in of_train.items()}, "encode": {}, "scaler": {}}
+    defaults: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in SECTIONS}
     for section, kind, keys in (
         ("encode", "dataset", {key: key for key in OF_DATASET}),
         ("encode", "encoder", {key: key for key in OF_ENCODER}),
         ("scaler", "dataset", {"actions": "scale_actions", "states": "scale_states"}),
     ):
-        file = preset_file(kind, params[kind])
-        defaults[section] |= {key: (getattr(presets[kind], name), file) for key, name in keys.items()}
+        defaults[section] |= {key: (getattr(presets[kind], name), files[kind]) for key, name in keys.items()}
+    given = {name: dict(params[name]) for name in SECTIONS}
+    of_train = _read_preset(root, "train", given["train"].pop("preset", None))
+    train_file = preset_file("train", of_train.pop("name"))
+    check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
+    defaults["train"] = {key: (value, train_file) for key, value in of_train.items()}
 
     sections: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
-        given = {key: (value, "params.yaml") for key, value in (train if name == "train" else params[name]).items()}
-        preset = defaults.get(name, {})
-        resolved = preset | {key: it for key, it in given.items() if it[0] is not None or key not in preset}
+        own = {key: (value, "params.yaml") for key, value in given[name].items()}
+        resolved = defaults[name] | {k: it for k, it in own.items() if it[0] is not None or k not in defaults[name]}
         origins |= {
             f"{name}.{key}": "command line" if f"{name}.{key}" in typed else file for key, (_, file) in resolved.items()
         }
@@ -135,10 +129,7 @@ def data_base(root: Path = REPOSITORY_ROOT) -> Path:
 
 
 def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
-    """Return the folder of relative recordings.
-
-    It is the workspace for the rendered sample, a DVC out that every workspace has of its own; else `data_base`.
-    """
+    """The folder of relative recordings: `root` for the rendered sample, which every workspace has of its own; else `data_base`."""
     return root if config.dataset.sample is not None else data_base(root)
 
 

@@ -40,14 +40,9 @@ class ConfigError(ValueError):
 def parse_dataclass(
     cls: type[T], values: Mapping[str, Any], where: str, *, section: str = "", origins: Mapping[str, str] | None = None
 ) -> T:
-    """Build a dataclass from a mapping; keys, types and bounds must match its fields exactly.
+    """Build a dataclass from a mapping out of YAML; keys, types and bounds must match its fields exactly.
 
-    Args:
-        cls: Any dataclass.
-        values: From YAML, of any keys.
-        where: File or section that messages name.
-        section: Of params.yaml; stands before the keys in messages.
-        origins: Files that values come from in place of `where`, by `section.key`.
+    Messages name `where`, or by `section.key` the file of `origins` that a value comes from.
 
     Raises:
         ConfigError: Keys are unknown or missing, or values break their rules; names every such value.

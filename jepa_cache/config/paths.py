@@ -22,11 +22,7 @@ def default_num_threads() -> int:
 
 
 def resolve_device(key: str, wanted: str, num_gpus: int) -> str:
-    """The device that a setting means on a machine with so many GPUs: "auto" is a GPU where there is one.
-
-    Raises:
-        ConfigError: It names a GPU that is not there.
-    """
+    """The device that a setting means on a machine with so many GPUs; "auto" is a GPU where there is one, a missing one is refused."""
     if wanted == "auto":
         return "cuda" if num_gpus else "cpu"
     if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= num_gpus:

@@ -341,11 +341,7 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Refuse combinations that cannot work, before anything is read or computed.
-
-    Raises:
-        ConfigError: With the rule, the values, and what to change.
-    """
+    """Refuse combinations that cannot work, before anything is read or computed; a ConfigError names them all."""
     broken = [
         f"{what} {value} must be a multiple of {of} {divisor}"
         for what, value, of, divisor in _list_multiples(config)
@@ -359,11 +355,7 @@ def check_config(config: Config) -> None:
 
 
 def check_schedule(train: TrainConfig) -> None:
-    """Refuse a warm-up and a decay that do not fit into the training steps.
-
-    Raises:
-        ConfigError: They do not.
-    """
+    """Refuse a warm-up and a decay that do not fit into the training steps, by a ConfigError."""
     num_anneal = train.num_anneal if train.schedule == "wsd" else 0
     if train.num_warmup + num_anneal > train.num_steps:
         sizes = f"train.num_warmup {train.num_warmup} + train.num_anneal {num_anneal}"

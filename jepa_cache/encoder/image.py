@@ -45,7 +45,7 @@ class ImageKind:
     """A frozen image encoder of the transformers library, such as DINOv2; takes frames one by one."""
 
     def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
-        """Folder of the model."""
+        """Folder of the model, see `resolve_model`."""
         return resolve_model(reference, base=base, download=download)
 
     def files(self, weights: Path) -> list[Path]:

@@ -18,7 +18,6 @@ class ImageEncoder(nn.Module):
     """Owns a frozen transformers model; gives `last_hidden_state` without class, distillation and register tokens."""
 
     def __init__(self, model: nn.Module, *, num_prefix: int, num_tokens: int, width: int) -> None:
-        """Wrap a model from pixel_values [B, 3, R, R] to last_hidden_state [B, num_prefix + num_tokens, width]."""
         super().__init__()
         self.model, self.num_prefix, self.num_tokens, self.width = model, num_prefix, num_tokens, width
 

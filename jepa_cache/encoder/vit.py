@@ -20,7 +20,7 @@ RESCALED_SPAN = 15.0  # rescaled rows and columns run from 0 to this: the last i
 def _rotation_tables(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, pairing: str, positions: str
 ) -> tuple[Tensor, Tensor]:
-    """Give cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
+    """Cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
 
     The head's channels are three blocks (time, row, column) of equal even width and a rest that is not rotated (cosine
     1, sine 0). Within a block of width r there are r/2 frequencies. `tiled` repeats the list of them, so that the two members of
@@ -94,7 +94,6 @@ class MLP(nn.Module):
     """Two-layer perceptron with exact (erf) GELU."""
 
     def __init__(self, embed_dim: int, mlp_dim: int) -> None:
-        """Make both layers."""
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, mlp_dim)
         self.fc2 = nn.Linear(mlp_dim, embed_dim)
@@ -108,7 +107,6 @@ class Block(nn.Module):
     """Pre-norm residual block."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, norm_eps: float) -> None:
-        """Make attention, perceptron and their norms."""
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads)
@@ -159,7 +157,6 @@ class VisionTransformer(nn.Module):
         tubelet_size: int = 2,
         norm_eps: float = 1e-6,
     ) -> None:
-        """Make the modules."""
         super().__init__()
         if embed_dim % num_heads or embed_dim // num_heads < 6:  # two channels turn on each of three axes
             raise ValueError(

@@ -11,14 +11,8 @@ import torch
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder.image import read_preprocessing
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 64,
-    "patch_size": 16,
-}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES |= {"image_size": 64, "patch_size": 16}
 # Class of transformers, its config's class, further settings, and how many tokens come before the patches.
 MODELS = {
     "dinov2": ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2}, 1),
