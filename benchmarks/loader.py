@@ -36,7 +36,7 @@ ALONE_S = 2.0
 def measure(shape: str, predictor: str, num_steps: int, folder: Path) -> str:
     """One line of the table."""
     from jepa_cache.config.loading import load_config
-    from jepa_cache.data.cache import TRAIN
+    from jepa_cache.data.dataset import TRAIN
     from jepa_cache.data.loader import WindowLoader
     from jepa_cache.data.windows import WindowIndex, WindowSampler
     from jepa_cache.training.trainer import train

@@ -35,7 +35,7 @@ from jepa_cache.cli.outcome import Checkout  # noqa: E402
 from jepa_cache.cli.status import collect_status  # noqa: E402
 from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.data.ablations import action_ablations  # noqa: E402
-from jepa_cache.data.cache import TRAIN, CachedDataset  # noqa: E402
+from jepa_cache.data.dataset import TRAIN, CachedDataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, read_scaler, write_scaler  # noqa: E402
 from jepa_cache.encoding.actions import ensure_actions  # noqa: E402
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder  # noqa: E402

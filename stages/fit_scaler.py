@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.data.cache import TRAIN, VAL, open_dataset  # noqa: E402
+from jepa_cache.data.dataset import TRAIN, VAL, open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments = parse_stage_arguments(ROOT, __doc__, argv, fresh=how)
         config = arguments.config
 
-        from jepa_cache.data.cache import open_dataset
+        from jepa_cache.data.dataset import open_dataset
         from jepa_cache.data.scaler import read_scaler
         from jepa_cache.data.windows import find_obstacle
         from jepa_cache.training.trainer import train

@@ -17,7 +17,7 @@ import numpy as np
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
 from jepa_cache.store import layout
 from jepa_cache.store.controls import write_actions

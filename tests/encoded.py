@@ -20,7 +20,7 @@ import pytest
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoding.run import EncodeResult, encode_dataset
 from jepa_cache.encoding.steps import StepPlan, plan_episode
 from jepa_cache.store import layout

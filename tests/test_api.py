@@ -25,7 +25,7 @@ from jepa_cache.cli.export import ExportFormat, export_predictor
 from jepa_cache.config.loading import load_config
 from jepa_cache.control.motion import build_motion
 from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, plan_actions
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps

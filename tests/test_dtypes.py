@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, fit_scaler
 from jepa_cache.data.windows import WindowIndex

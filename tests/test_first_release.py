@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import fit_scaler, read_scaler
 from jepa_cache.encoding import run as encoding_run
 from jepa_cache.predictor.checkpoints import load_predictor

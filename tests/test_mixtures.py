@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.data.cache import TRAIN, CachedDataset
+from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.evaluation.run import evaluate_run

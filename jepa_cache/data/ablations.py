@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jepa_cache.actions import zero_actions
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, build_source

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.quantisation import Codec, scales_dtype, scales_shape

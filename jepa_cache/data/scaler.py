@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from jepa_cache.actions import ActionSpace, Column
 from jepa_cache.config.schema import ScalerConfig
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json, fingerprint
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, Segment
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment
 
 LEAST_HELD_OUT = 2  # episodes: intervals are over them, and a control takes another's actions
 MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, Segment, open_dataset
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows

@@ -21,7 +21,7 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.control.motion import complete_actions
 from jepa_cache.control.planner import Context, Rollout
 from jepa_cache.data.ablations import draw_others, positions_of
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.windows import Window, first_cached_rows
 from jepa_cache.evaluation.context import (
     ChosenWindows,

@@ -11,7 +11,7 @@ import numpy as np
 from jepa_cache.actions import zero_actions
 from jepa_cache.config.schema import EvaluateConfig
 from jepa_cache.data.ablations import SHUFFLED, ZERO, positions_of
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value

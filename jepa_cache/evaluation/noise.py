@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jepa_cache.config.schema import STORED_DTYPES
 from jepa_cache.data.ablations import positions_of
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, cosine_similarity, write_table
 from jepa_cache.predictor.rollout import TeacherForcedAndRollout, l1_error

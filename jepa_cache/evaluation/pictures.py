@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from jepa_cache.actions import Column
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.frames import read_frames
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext

@@ -31,7 +31,7 @@ from jepa_cache.control.planner import (
     plan_actions,
 )
 from jepa_cache.data.ablations import choose_donors
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value, write_json, write_table

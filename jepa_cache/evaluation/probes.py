@@ -28,7 +28,7 @@ from torch import Tensor
 
 from jepa_cache.actions import Column
 from jepa_cache.config.schema import EvaluateConfig
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.windows import Window, count_episodes
 from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, draw_episodes, write_table

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.distances import DISTANCES
 from jepa_cache.evaluation.energy import ENERGY

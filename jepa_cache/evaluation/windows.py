@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
-from jepa_cache.data.cache import CachedDataset, Segment
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex

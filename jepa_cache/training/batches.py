@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.ablations import SHUFFLED, action_ablations
-from jepa_cache.data.cache import TRAIN, VAL, CachedDataset
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows

@@ -23,7 +23,7 @@ import jepa_cache
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.paths import state_folder
 from jepa_cache.config.schema import Config, check_schedule
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.filters import ranges_path
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.files import (

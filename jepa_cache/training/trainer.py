@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
-from jepa_cache.data.cache import TRAIN, CachedDataset
+from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.lora import count_trainable

@@ -61,7 +61,7 @@ def test_cached_tokens_are_the_model_s_own(added):
 
 
 def test_verify_finds_the_same_training_takes_it_and_another_model_is_another_recipe(added, tmp_path, monkeypatch):
-    from jepa_cache.data.cache import open_dataset
+    from jepa_cache.data.dataset import open_dataset
     from jepa_cache.data.scaler import fit_scaler
     from jepa_cache.training.trainer import train
 

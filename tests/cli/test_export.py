@@ -11,7 +11,7 @@ import subprocess
 from jepa_cache import files as ground_floor
 from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
-from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
 from tests.cli.test_verify import flip
 from tests.encoded import all_files, write_store_json

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.dataset import open_dataset
 from jepa_cache.encoding import run
 from jepa_cache.store.manifest import replaced, why_held_back
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.store.manifest import write_manifest
 from tests.encoded import write_store_json
 

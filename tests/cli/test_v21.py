@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncoderPreset
-from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.dataset import open_dataset
 from jepa_cache.encoder.preprocess import ac_transform
 from jepa_cache.encoder.vit import VisionTransformer21
 from jepa_cache.training.run import predictor_arguments

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from jepa_cache.config.schema import SplitConfig
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import encode, make_tars, tiny_config

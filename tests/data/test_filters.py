@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jepa_cache.config.loading import REPOSITORY_ROOT, load_config
 from jepa_cache.config.schema import FilterConfig
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.filters import (
     NO_FILTER,
     cut_runs,

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from jepa_cache.data.cache import Segment
+from jepa_cache.data.dataset import Segment
 from jepa_cache.data.frames import read_frames
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable

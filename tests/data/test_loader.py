@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jepa_cache.config.schema import ScalerConfig
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.loader import Batch, TokenScales, WindowLoader, to_device
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.data.windows import WindowIndex

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jepa_cache.config.schema import ScalerConfig
-from jepa_cache.data.cache import TRAIN, VAL
+from jepa_cache.data.dataset import TRAIN, VAL
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.scaler import ColumnScaler, check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
 from jepa_cache.data.windows import WindowIndex

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cache.config.schema import SplitConfig
-from jepa_cache.data.cache import TRAIN, VAL, CachedDataset, split_of
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, split_of
 from tests import caches
 from tests.caches import make_cache
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cache.config.schema import ScalerConfig
-from jepa_cache.data.cache import Segment
+from jepa_cache.data.dataset import Segment
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.data.windows import (

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jepa_cache.config.loading import REPOSITORY_ROOT
-from jepa_cache.data.cache import CachedDataset
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.store import layout
 from jepa_cache.store.check import Scope, check_units
 from jepa_cache.store.controls import publish_controls

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from jepa_cache.data.cache import open_dataset
+from jepa_cache.data.dataset import open_dataset
 from jepa_cache.data.scaler import read_scaler
 from jepa_cache.training import trainer
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE

@@ -25,7 +25,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from jepa_cache.data.cache import find_differences, open_dataset
+from jepa_cache.data.dataset import find_differences, open_dataset
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
 from jepa_cache.training.optim import warmup_stable_decay
