@@ -66,13 +66,16 @@ def test_a_claim_is_one_process_s_until_that_dies_however_it_dies(tmp_path):
     assert list(tmp_path.iterdir()) == [] and not is_claimed(path) and lock_file(path) is None
 
 
-def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("another", [False, True], ids=["gone", "another in its place"])
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch, another):
     path, real, calls = tmp_path / "claim", fcntl.flock, []
 
     def flock(descriptor, operation):
         calls.append(operation)
         if len(calls) == 1:  # its holder removes the file and lets go, just as we come to lock it
             path.unlink()
+            if another:
+                path.touch()
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)

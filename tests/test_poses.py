@@ -131,3 +131,11 @@ def test_what_is_no_list_of_ranges_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"ranges\.json"):
         read_ranges(path)
+
+
+def test_an_episode_that_a_list_of_ranges_has_under_two_names_is_refused(tmp_path):
+    names = [f"{root}/ILIAD/success/2023-04-21/Fri_Apr_21/recordings/MP4" for root in ("/nfs/r2d2", "/mnt/other")]
+    assert len({find_episode_key(name) for name in names}) == 1
+    (tmp_path / "ranges.json").write_text(json.dumps({name: [[0, 28]] for name in names}))
+    with pytest.raises(ValueError, match=r"ranges\.json lists the episode 'ILIAD/success/2023-04-21/Fri_Apr_21' twice"):
+        read_ranges(tmp_path / "ranges.json")

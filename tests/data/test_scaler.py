@@ -90,6 +90,8 @@ def test_scaled_training_rows_have_mean_zero_and_deviation_one_and_the_rule_none
     assert states.dtype == np.float32
     assert states.mean(axis=0) == pytest.approx(0, abs=1e-5) and states.std(axis=0) == pytest.approx(1, abs=1e-5)
     assert np.array_equal(fit_scaler(dataset, segments, ScalerConfig("none", "none")).states.apply(rows), rows)
+    mixed = fit_scaler(dataset, segments, ScalerConfig("standard", "none"))
+    assert np.array_equal(mixed.states.apply(rows), rows) and max(mixed.actions.scale) > 1
     exact = ColumnScaler(("x",), (1e6,), (1e-3,))  # in double precision
     assert exact.apply(np.array([[1e6 + 0.0625]], np.float32))[0, 0] == np.float32(0.0625 / 1e-3)
 
