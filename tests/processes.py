@@ -115,7 +115,7 @@ class Commands:
     def __exit__(self, *_: Any) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)  # a busy machine takes long to end it
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         """One request and its answer."""
