@@ -149,7 +149,8 @@ def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> lis
 
     @functools.cache
     def recorded(store: int) -> tuple[np.ndarray, np.ndarray, Mapping[str, float]]:
-        gui, frames = (dataset.steps(store).column(name).to_numpy(zero_copy_only=False) for name in ("gui", "frame"))
+        steps = dataset.steps(store)
+        gui, frames = (steps.column(name).to_numpy(zero_copy_only=False) for name in ("gui", "frame"))
         return gui, frames, dataset.step_hz(store)
 
     for window, episode in zip(errors.chosen.windows, errors.episodes, strict=True):
