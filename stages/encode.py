@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))
-    print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py")
+    print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py{arguments.again}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    config = parse_stage_arguments(ROOT, __doc__, argv).config
+    arguments = parse_stage_arguments(ROOT, __doc__, argv)
+    config = arguments.config
     dataset = open_dataset(config, ROOT)
     segments, held_out = (dataset.segments_of(split, config.split, config.filter) for split in (TRAIN, VAL))
     if obstacle := find_obstacle(dataset, config):
@@ -32,10 +33,15 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"filters: {scaler.num_train_steps} of {num_steps} steps are left, in {count_episodes(segments)} of {count_episodes(whole)} episodes"
         )
-    print(
-        f"fitted on {scaler.num_train_steps} steps of {count_episodes(segments)} training episodes; {count_episodes(held_out)} are held out"
-    )
-    print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py")
+    num_training, num_held_out = count_episodes(segments), count_episodes(held_out)
+    print(f"fitted on {scaler.num_train_steps} steps of {num_training} training episodes; {num_held_out} are held out")
+    share = num_held_out / (num_training + num_held_out)
+    if abs(share - config.split.val_share) > 0.1:
+        print(
+            f"held out are {share:.0%} of the episodes, split.val_share is {config.split.val_share:.0%}: each is drawn by a hash of its "
+            "name, which is uneven for few; another split.seed draws others"
+        )
+    print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py{arguments.again}")
 
 
 if __name__ == "__main__":

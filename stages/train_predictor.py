@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     if not dataset.manifest.encoder_trained:
         print("the features come from an encoder with random weights: figures are relative, not results")
     following = (
-        "next: python stages/evaluate.py" if obstacle is None else "no episode is held out, so nothing can be evaluated"
+        f"next: python stages/evaluate.py{arguments.again}"
+        if obstacle is None
+        else "no episode is held out, so nothing can be evaluated"
     )
     print(f"wrote {result.weights.relative_to(ROOT)}; {following}")
 

@@ -201,11 +201,12 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
     ]
     lines += align([["stored as", "tokens", "with actions, controls", ""], *sizes])
     flops, hours, disk, touched = (document[name] for name in ("encoder_flops", "hours", "disk", "break_even"))
+    paid = "within the first run" if touched["runs"] <= 1 else f"after {touched['runs']:.1f} runs"
     lines += [
         f"encoder {document['encoder']}: {flops['to_do']:.3g} operations, {flops['per_frame'] / 1e9:.4g} GFLOP a frame",
         "time: not known; --frames-per-s gives a rate" if hours is None else f"time: {hours:.2f} h at the rate given",
-        f"one training run touches {touched['frames_touched_per_run']} frames, so without the cache {touched['runs']:.3g} "
-        "runs spend as many operations on the encoder as building the cache",
+        f"one training run touches {touched['frames_touched_per_run']} frames: without the cache the encoder would run on each, so "
+        f"the cache pays for itself {paid}",
     ]
     free = "no limit known" if disk["free_bytes"] is None else f"{describe_bytes(disk['free_bytes'])} free"
     lines.append(f"{document['root']}: {free}, {describe_bytes(disk['needed_bytes'])} needed in {document['dtype']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 
 from jepa_cache.config.loading import is_override, load_config
 from jepa_cache.config.paths import printable
-from jepa_cache.files import full_disk_named
+from jepa_cache.files import OURS, full_disk_named
 
 
 def parse_stage_arguments(
@@ -20,7 +21,7 @@ def parse_stage_arguments(
 ) -> argparse.Namespace:
     """Parse a stage's command line into `config`, the settings of the checkout at `root`, `paths`, and the options.
 
-    `paths` is the help for positional paths, None where the stage takes none. Of the options, each with what argparse is told
+    `again` holds the typed settings, to be shown behind the next command. `paths` is the help for positional paths, None where the stage takes none. Of the options, each with what argparse is told
     of it, one may be given.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +39,9 @@ def parse_stage_arguments(
         parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
         parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
-    parsed.config = load_config(root, [argument for argument in parsed.arguments if is_override(argument)])
+    overrides = [argument for argument in parsed.arguments if is_override(argument)]
+    parsed.config = load_config(root, overrides)
+    parsed.again = "".join(f" {shlex.quote(override)}" for override in overrides)
     return parsed
 
 
@@ -69,7 +72,12 @@ def describe_error(error: BaseException) -> str:
 
     A line may only continue indented, as those of our messages do: else a name could end one and begin another.
     """
-    text = "\n  ".join([str(error), *getattr(error, "__notes__", [])])
+    told = str(error)
+    if isinstance(error, OSError) and OURS.fullmatch((path := Path(str(error.filename))).name):
+        told = (
+            f"{path.parent} cannot be written ({error.strerror}); give this user the right to, or name another folder"
+        )
+    text = "\n  ".join([told, *getattr(error, "__notes__", [])])
     return "\n  ".join(printable(line, keep="\t") for line in text.split("\n  "))
 
 

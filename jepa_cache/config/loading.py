@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     presets: dict[str, Any] = {}
     files = {kind: preset_file(kind, params[kind]) for kind in PRESETS}
     for kind, cls in PRESETS.items():
-        mapping = _read_preset(root, kind, params[kind])
+        mapping = _read_preset(root, kind, params[kind], typed)
         presets[kind] = parse_dataclass(cls, mapping, files[kind])
         origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), files[kind])
         origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
@@ -83,7 +83,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     ):
         defaults[section] |= {key: (getattr(presets[kind], name), files[kind]) for key, name in keys.items()}
     given = {name: dict(params[name]) for name in SECTIONS}
-    of_train = _read_preset(root, "train", given["train"].pop("preset", None))
+    of_train = _read_preset(root, "train", given["train"].pop("preset", None), typed)
     train_file = preset_file("train", of_train.pop("name"))
     check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
     defaults["train"] = {key: (value, train_file) for key, value in of_train.items()}
@@ -147,12 +147,13 @@ def _list_members(root: Path, dataset: DatasetPreset) -> tuple[tuple[DatasetPres
     return tuple(members) or ((dataset, 1.0),)
 
 
-def _read_preset(root: Path, kind: str, name: Any) -> dict[str, Any]:
+def _read_preset(root: Path, kind: str, name: Any, typed: Collection[str] = ()) -> dict[str, Any]:
     known = sorted(path.stem for path in (root / "configs" / kind).glob("*.yaml"))
     if name not in known:
         key = "train.preset" if kind == "train" else kind
+        place = "command line" if key in typed else "params.yaml"
         raise ConfigError(
-            f"params.yaml: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
+            f"{place}: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
         )
     return {**_read_yaml(root / preset_file(kind, name)), "name": name}
 

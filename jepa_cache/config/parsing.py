@@ -30,6 +30,7 @@ WORDS = {
     "less than": "below",
     "a valid array": "a list, such as [a, b]",
     "^Field required": "lacks an item",
+    " after validation, not 0$": "",
 }
 
 
@@ -59,8 +60,11 @@ def parse_dataclass(
             place = (origins or {}).get(key, where.removesuffix(f": {section}"))
             if fault["type"] == "missing" and len(fault["loc"]) == 1:
                 refused[name] = f"{where} lacks the key {name!r}"
+            elif fault["type"] == "too_short" and name in refused and fault["input"]:
+                continue  # its items are bad, as another fault says
             elif name:
-                refused[name] = f"{place}: {key} {_explain(fault)}; got {values[name]!r}"
+                got = "" if fault["type"] == "literal_error" else f"; got {values[name]!r}"
+                refused[name] = f"{place}: {key} {_explain(fault)}{got}"
             else:  # a rule of several values
                 refused[name] = str(fault.get("ctx", {}).get("error", fault["msg"]))
         raise ConfigError("\n  ".join(refused.values())) from error

@@ -359,7 +359,8 @@ def check_schedule(train: TrainConfig) -> None:
     num_anneal = train.num_anneal if train.schedule == "wsd" else 0
     if train.num_warmup + num_anneal > train.num_steps:
         sizes = f"train.num_warmup {train.num_warmup} + train.num_anneal {num_anneal}"
-        raise ConfigError(f"{sizes} exceed train.num_steps {train.num_steps}; lower them together with num_steps")
+        fitting = f"train.num_warmup={train.num_steps // 10} train.num_anneal={train.num_steps * 3 // 10}"
+        raise ConfigError(f"{sizes} exceed train.num_steps {train.num_steps}; lower them with it, as by {fitting}")
 
 
 def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:

@@ -36,6 +36,7 @@ from jepa_cache.evaluation.pictures import new_figure, save_figure
 
 MAP_STEPS = 13  # of each axis, odd: the true action lies in the middle
 MIDDLE = MAP_STEPS // 2
+FLAT_SHARE = 0.01  # of the mean energy; a map that differs by less is drawn and called flat
 MAP_REACH = 2.0  # standard deviations of the recorded actions, to each side of the true one
 MAX_MAPS, NUM_DRAWN = 6, 3
 NUM_BINS = 10  # of ranks; the first holds the best tenth
@@ -292,17 +293,23 @@ def draw_maps(maps: Sequence[EnergyMap], path: Path, *, note: str) -> None:
     for single in spread(maps, NUM_DRAWN):
         name = single.episode if len(single.episode) <= 28 else f"...{single.episode[-25:]}"
         pictures.append((f"{name}, step {single.first_step}", "", single.grid, single.energies))
+    least = FLAT_SHARE * float(np.mean([single.energies for single in maps]))
     figure = new_figure(4.2 * len(pictures), 4.4)
     places = figure.subplots(1, len(pictures), squeeze=False)[0]
     for axes, (title, what, grid, energies) in zip(places, pictures, strict=True):
-        image = axes.pcolormesh(grid[0], grid[1], energies.T, cmap="viridis", shading="nearest")
+        middle, span = (energies.max() + energies.min()) / 2, energies.max() - energies.min()
+        if span < least:  # stretched over all colours, rounding would look like a landscape
+            title = f"{title}\nflat: energies differ by {span:.1g}"
+        half = max(span, least) / 2
+        colours = {"cmap": "viridis", "shading": "nearest", "vmin": middle - half, "vmax": middle + half}
+        image = axes.pcolormesh(grid[0], grid[1], energies.T, **colours)
         best = np.unravel_index(energies.argmin(), energies.shape)
         axes.plot(grid[0, best[0]], grid[1, best[1]], "o", mfc="none", mec="white", ms=10, mew=2, label="lowest")
         axes.plot(*grid[:, MIDDLE], "x", color="#ff3b30", ms=10, mew=2.5, label="true action")
         axes.set_title(title, fontsize=9)
         across, up = (f"{what}{name} ({unit})" for name, unit in maps[0].axes)
         axes.set(xlabel=across, ylabel=up)
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="L1").formatter.set_useOffset(False)
     places[0].legend(fontsize=8, loc="upper right")
     figure.suptitle(f"Energy (L1 to the true next step) around the true action; {note}", fontsize=10)
     save_figure(figure, path)

@@ -146,6 +146,6 @@ def list_limits(metrics: Mapping[str, Any]) -> list[str]:
     if metrics["num_episodes"] < MIN_EPISODES:
         limits.append(
             f"only {metrics['num_episodes']} held-out episodes: intervals over so few are too narrow, and no answer is yes; "
-            "raise split.val_share or add recordings"
+            "try another split.seed or add recordings"
         )
     return limits
