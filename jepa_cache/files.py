@@ -133,6 +133,10 @@ def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterat
 
 def replace_link(link: Path, target: str) -> None:
     """Point a symbolic link to a name in its folder, in one step; for one process at a time."""
+    if link.is_dir() and not link.is_symlink():
+        raise ValueError(
+            f"{link} is a folder and not a link: it was copied with links followed. Delete it; {target} stays"
+        )
     temporary = link.with_name(f".{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

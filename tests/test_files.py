@@ -29,6 +29,7 @@ from jepa_cache.files import (
     publish_folder,
     remove_folder,
     remove_stale_temporaries,
+    replace_link,
     replaced_files,
     temporary_folder,
     try_claim,
@@ -324,3 +325,9 @@ def test_results_are_replaced_when_all_new_ones_are_there_and_old_and_new_never_
         ends |= texts if disk.stopped else {"whole"}
         stop_at += 1
     assert ends == {"old", "new", "whole"} and len(list(out.iterdir())) == 4
+
+
+def test_a_link_in_whose_place_a_folder_was_copied_is_named(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(ValueError, match=r"latest is a folder and not a link: .* Delete it; step-1 stays"):
+        replace_link(tmp_path / "latest", "step-1")

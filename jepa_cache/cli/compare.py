@@ -21,7 +21,7 @@ from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
 EVALUATE = "outputs/evaluate"
-WEIGHTS = "predictor.safetensors"
+RUN, WEIGHTS = "outputs/train/run", "predictor.safetensors"
 
 COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""
@@ -232,9 +232,9 @@ def read_run(name: str) -> Evaluated:
     path = Path(name)
     if not path.exists():
         return _read(name, _revision_reader(name))
-    weights = path / WEIGHTS
+    weights = next((it for it in (path / WEIGHTS, path / RUN / WEIGHTS) if it.is_file()), None)
     candidates = [path.parent] if path.name == METRICS_FILE else [path, path / EVALUATE]
-    if weights.is_file():
+    if weights == path / WEIGHTS:
         candidates.append(path.absolute().parent.parent / "evaluate")
     folder = next((folder for folder in candidates if (folder / METRICS_FILE).is_file()), None)
     if folder is None:
@@ -243,7 +243,7 @@ def read_run(name: str) -> Evaluated:
             f"{path} holds no evaluation (looked for {looked}); run `python stages/evaluate.py` there first"
         )
     run = _read(name, lambda file: (folder / file).read_text() if (folder / file).exists() else None)
-    if weights.is_file():
+    if weights is not None:
         card = read_card(weights)
         if run.settings is None or (run.settings["run"], run.settings["step"]) != (card["run"], card["step"]):
             raise ValueError(

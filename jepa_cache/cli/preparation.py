@@ -47,7 +47,7 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="where the recordings lie, searched recursively")],
     out: Annotated[Path, typer.Argument(help="where the tar shards go")],
     *,
-    max_gb: Annotated[float, typer.Option(min=0, help="most gigabytes of recordings in one tar shard")] = 1.0,
+    max_gb: Annotated[float, typer.Option(min=0, max=1e6, help="most gigabytes of recordings in one tar shard")] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the tar shards of an earlier pack")] = False,
 ) -> None:
     """Pack a folder of <segment>.mp4 + <segment>.jsonl pairs into tar shards under OUT, and name the skipped files."""

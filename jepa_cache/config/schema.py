@@ -66,6 +66,8 @@ CountOrZero: TypeAlias = Annotated[int, Field(ge=0, le=10**6)]  # 0 has a meanin
 Steps: TypeAlias = Annotated[int, Field(gt=0, le=10**9)]  # of training
 StepsOrZero: TypeAlias = Annotated[int, Field(ge=0, le=10**9)]
 Rate: TypeAlias = Annotated[float, Field(gt=0, le=1000)]
+FrameRate: TypeAlias = Annotated[float, Field(ge=1e-4, le=1000)]  # Hz
+Deviation: TypeAlias = Annotated[float, Field(ge=1e-4, le=1)]
 RateOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator of numpy and torch takes
@@ -89,7 +91,7 @@ class DatasetPreset(Settings):
     source: str  # module in jepa_cache/sources
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
-    fps: Rate  # Hz of the sampled frames
+    fps: FrameRate  # Hz of the sampled frames
     mode: EncodeMode
     frames_per_clip: Count  # sampled frames encoded jointly in clip mode
     action_space: str  # name in jepa_cache/actions.py
@@ -115,8 +117,8 @@ class EncoderPreset(Settings):
     resolution: Count  # pixels, square
     rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business)
     crop: str  # key of encoder.preprocess.CROP_RULES
-    mean: tuple[float, float, float]  # of pixels in [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[Share, Share, Share]  # of pixels in [0, 1]
+    std: tuple[Deviation, Deviation, Deviation]
     compute_dtype: FloatDtype
     batch_size: Count  # encoder inputs per forward pass
     weights: Text | None  # path, https:// URL or hf://owner/repo/file
@@ -165,7 +167,7 @@ class CacheConfig(Settings):
 class EncodeConfig(Settings):
     """What stage one does, after the presets were filled in."""
 
-    fps: Rate  # Hz
+    fps: FrameRate  # Hz
     mode: EncodeMode
     frames_per_clip: Count
     action_space: str

@@ -115,13 +115,23 @@ def digest_segments(segments: Sequence[Segment]) -> str:
     return fingerprint({"segments": sorted([s.episode, s.store, s.start, s.stop] for s in segments)})
 
 
-def check_scaler(scaler: Scaler, segments: Sequence[Segment]) -> None:
-    """Raise a ValueError where a scaler was fitted on other segments than those to be trained on."""
+def check_scaler(scaler: Scaler, dataset: CachedDataset, segments: Sequence[Segment], config: ScalerConfig) -> None:
+    """Raise a ValueError where a scaler was fitted on other segments than those to be trained on, or by another rule."""
     if scaler.segments_digest != digest_segments(segments):
         raise ValueError(
             "the scaler was fitted on other segments (another split, filter or manifest), so it may have seen held-out "
             "episodes; run `python stages/fit_scaler.py` again with the same settings"
         )
+    pairs = ((scaler.actions, dataset.space.actions), (scaler.states, dataset.space.states))
+    for number, (name, (fitted, columns)) in enumerate(zip(("actions", "states"), pairs, strict=True)):
+        rule, scales = getattr(config, name), set(fitted.mean) != {0.0} or set(fitted.scale) != {1.0}
+        if rule == "standard" and not scales:  # so it should be where every scaled column is 0 all the time
+            continuous = [column.kind == "continuous" for column in columns]
+            scales = not any(dataset.controls_of(run)[number][:, continuous].any() for run in segments)
+        if scales != (rule == "standard"):
+            raise ValueError(
+                f"the scaler was not fitted with scaler.{name}={rule}; run `python stages/fit_scaler.py` again with the same settings"
+            )
 
 
 def write_scaler(scaler: Scaler, path: Path) -> None:

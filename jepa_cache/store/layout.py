@@ -220,6 +220,8 @@ def check_size(path: Path | str, num_bytes: int) -> None:
 def _read_bytes(path: Path | str) -> bytes:
     # Making a Path costs as much as opening the file, and a data set may be ten thousand stores.
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a link to a device would be read without end
+            raise StoreDamagedError(f"{path} is no file; {REMEDY}")
         return file.read()
 
 

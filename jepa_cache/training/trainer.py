@@ -73,7 +73,7 @@ def train(
     Raises:
         ValueError: When no window fits, the loss stops being finite, or the run cannot be opened (see `open_run`).
     """
-    check_scaler(scaler, dataset.segments_of(TRAIN, config.split, config.filter))
+    check_scaler(scaler, dataset, dataset.segments_of(TRAIN, config.split, config.filter), config.scaler)
     accelerator = start_processes(config.train)
     data = TrainingData(config, dataset, scaler, accelerator)
     config = resolve_epochs(config, data.num_windows, accelerator.num_processes)

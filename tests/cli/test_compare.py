@@ -5,7 +5,7 @@ Claims:
   the intervals of the two runs do not, and noise is no difference;
 - runs of other tokens, windows, splits or filters, and runs of which that is not known, are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
-- a run is found by file, folder, checkout, git revision; what is none, or damaged, is one message that names it, exit code 2.
+- a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it, exit code 2.
 """
 
 import csv
@@ -15,11 +15,13 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from jepa_cache.cli.compare import KIND, compare_runs
 from jepa_cache.cli.main import build_app
 from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell, write_table
+from jepa_cache.predictor.checkpoints import save_state
 from jepa_cache.store.recipe import canonical_json
 
 NUM_EPISODES = 12
@@ -91,6 +93,19 @@ def compare(*arguments, fails=0):
         assert result.exit_code == fails, result.output
         texts.append(result)
     return json.loads(texts[1].stdout), texts[0].output
+
+
+def test_an_evaluation_of_other_weights_than_those_beside_it_is_refused(tmp_path):
+    """By the checkout and by the folder of weights; the folder of the evaluation itself may always be compared."""
+    evaluation, weights = write_run(tmp_path / "outputs/evaluate", BASE), tmp_path / "outputs/train/run"
+    weights.mkdir(parents=True)
+    for step in (10, 20):
+        save_state({"weight": torch.zeros(1)}, weights / "predictor.safetensors", {"run": "r", "step": step})
+        for name in (tmp_path, weights) if step == 20 else ():
+            with pytest.raises(ValueError, match="another training run than these weights"):
+                compare_runs([str(name)])
+        for name in (evaluation,) if step == 20 else (tmp_path, weights, evaluation):
+            assert compare_runs([str(name)]).document["groups"]
 
 
 KEYS = ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(A1)", "\tx", "'=quoted", "''-x", "'plain", "plain", "-0.5"]

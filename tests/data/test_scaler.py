@@ -4,7 +4,9 @@ A number that is not finite gives no scaler; its episode is named.
 """
 
 import dataclasses
+import itertools
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -151,10 +153,22 @@ def test_a_scaler_of_other_columns_actions_or_segments_is_refused(dataset):
         WindowLoader(dataset, index, columns)
     with pytest.raises(ValueError, match=r"fitted for action recipe 0{32}.*fit_scaler\.py"):
         WindowLoader(dataset, index, dataclasses.replace(scaler, action_fingerprint="0" * 32))
-    check_scaler(scaler, segments[::-1])
+    check_scaler(scaler, dataset, segments[::-1], STANDARD)
     for others in (segments[1:], [segments[0]._replace(start=segments[0].start + 1), *segments[1:]]):
-        with pytest.raises(ValueError, match=r"fit_scaler\.py"):
-            check_scaler(scaler, others)
+        with pytest.raises(ValueError, match=r"other segments.*fit_scaler\.py"):
+            check_scaler(scaler, dataset, others, STANDARD)
+
+
+@pytest.mark.parametrize(
+    "fitted", [("standard", "standard"), ("standard", "none"), ("none", "standard"), ("none", "none")]
+)
+def test_a_scaler_that_was_fitted_by_another_rule_is_refused(dataset, fitted):
+    segments = dataset.segments_of(TRAIN, SPLIT)
+    scaler = fit_scaler(dataset, segments, ScalerConfig(*fitted))
+    for rules in itertools.product(("standard", "none"), repeat=2):
+        wrong = [name for name, one, other in zip(("actions", "states"), fitted, rules, strict=True) if one != other]
+        with pytest.raises(ValueError, match=rf"scaler\.{wrong[0]}=.*fit_scaler\.py") if wrong else nullcontext():
+            check_scaler(scaler, dataset, segments, ScalerConfig(*rules))
 
 
 def test_no_training_row_is_refused(dataset):

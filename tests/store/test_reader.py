@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from jepa_cache.store import layout, reader
-from jepa_cache.store.layout import write_store_file
+from jepa_cache.store.layout import read_store_file, write_store_file
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import TokenWriter, table
 
@@ -365,3 +365,9 @@ def test_an_array_of_another_format_is_refused_by_name(tmp_path, what):
     list_files(path, {"tokens": []})  # as if it had been written so
     with pytest.raises(StoreDamagedError, match=r"tokens/zarr\.json.* this program's format.*repair"):
         ArrayReader(path)
+
+
+def test_a_device_in_the_place_of_a_small_file_is_damage_and_is_not_read_without_end(tmp_path):
+    (tmp_path / "store.json").symlink_to("/dev/zero")
+    with pytest.raises(StoreDamagedError, match=r"store\.json is no file"):
+        read_store_file(tmp_path)
