@@ -132,6 +132,7 @@ def draw_actions(columns: Sequence[Column], training: np.ndarray, held_out: np.n
         axes.set_yscale("symlog", linthresh=0.01)  # rare and frequent values both show
         axes.set_ylim(0, 1)
         axes.set_yticks([0, 0.01, 0.1, 1], ["0", "1 %", "10 %", "100 %"])
+        axes.set_ylabel("share of steps" if place % 3 == 0 else "", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.set_title(f"{column.name} ({column.unit})" if column.unit else column.name, fontsize=9)
     if switches:

@@ -170,9 +170,10 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         f"{'layer-normed ' if metrics['settings']['normalize_reps'] else ''}tokens, 95 % intervals over episodes",
         f"  teacher forcing {val['teacher_forcing_l1']:.3f}, open loop {val['rollout_l1']:.3f} (mean of steps 1 to {horizon})",
     ]
+    lines.append("  its error below that of every baseline and ablation; negative: above")
     for name in PREDICTIONS[1:]:
         one_step, last = (find_gain(metrics, key) or "not measured" for key in (name, f"{name}_step{horizon}"))
-        lines.append(f"  error below that of {name}: one step {one_step}, open-loop step {horizon} {last}")
+        lines.append(f"    {name}: one step {one_step}, open-loop step {horizon} {last}")
     lines.append(
         f"  mean and regression are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"
     )
