@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.evaluation import energy
 from jepa_cache.evaluation.context import choose_windows
 from jepa_cache.evaluation.energy import (
     MAP_STEPS,
@@ -123,6 +124,20 @@ def test_the_landscape_has_the_true_action_in_its_middle_and_an_oracles_valley_t
         raw = cache.dataset.controls(segment.store)[0]
         assert one.grid[:, MIDDLE] == pytest.approx(raw[segment.start + one.first_step + 1, 2:4]), "after two steps"
         assert 0 <= one.first_step < segment.stop - segment.start
+
+
+@pytest.mark.parametrize(("height", "flat"), [(1e-6, True), (0.2, False)])
+def test_a_map_without_a_landscape_is_drawn_in_one_colour_and_called_flat(tmp_path, monkeypatch, height, flat):
+    figures, line = [], np.linspace(-1, 1, MAP_STEPS)
+    monkeypatch.setattr(energy, "save_figure", lambda figure, path: figures.append(figure))
+    bowl = 0.5 + height / 2 * (line[:, None] ** 2 + line[None] ** 2)
+    axes = (("dyaw", "deg"), ("dpitch", "deg"))
+    energy.draw_maps([energy.EnergyMap("episode", 0, axes, np.stack([line, line]), bowl)], tmp_path / "x", note="")
+    titled = [(axes.get_title(), axes.collections[0]) for axes in figures[0].axes if axes.get_title()]
+    for title, mesh in titled:
+        colours = mesh.to_rgba(mesh.get_array()).reshape(-1, 4)
+        assert ("flat" in title, np.ptp(colours, axis=0).max() < 0.05) == (flat, flat), title
+    assert len(titled) == 2
 
 
 def test_a_turn_takes_its_mouse_counts_along_and_nothing_else_moves():
