@@ -21,8 +21,8 @@ def parse_stage_arguments(
 ) -> argparse.Namespace:
     """Parse a stage's command line into `config`, the settings of the checkout at `root`, `paths`, and the options.
 
-    `again` holds the typed settings, to be shown behind the next command. `paths` is the help for positional paths, None where the stage takes none. Of the options, each with what argparse is told
-    of it, one may be given.
+    `again` holds the typed settings, to be shown behind the next command. `paths` is the help for positional paths, None where
+    the stage takes none. Of the options, each with what argparse is told of it, one may be given.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

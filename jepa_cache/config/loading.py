@@ -167,11 +167,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"
         ) from error
-    except (
-        YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # also no UTF-8, numbers of thousands of digits, deep nesting
+    # Other than YAMLError: no UTF-8 and numbers of thousands of digits, and deep nesting.
+    except (YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a mapping; got {'nothing' if loaded is None else type(loaded).__name__}")
