@@ -171,6 +171,14 @@ def test_a_scaler_that_was_fitted_by_another_rule_is_refused(dataset, fitted):
             check_scaler(scaler, dataset, segments, ScalerConfig(*rules))
 
 
+def test_a_fit_of_columns_that_are_always_0_is_one_by_the_standard_rule(dataset, monkeypatch):
+    segments, read = dataset.segments_of(TRAIN, SPLIT), dataset.controls_of
+    monkeypatch.setattr(dataset, "controls_of", lambda run: tuple(np.zeros_like(rows) for rows in read(run)))
+    scaler = fit_scaler(dataset, segments, STANDARD)
+    assert set(scaler.states.mean) == {0.0} and set(scaler.states.scale) == {1.0}
+    check_scaler(scaler, dataset, segments, STANDARD)
+
+
 def test_no_training_row_is_refused(dataset):
     with pytest.raises(ValueError, match="every one is held out"):
         fit_scaler(dataset, [], STANDARD)
