@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     actions = rng.uniform(-0.05, 0.05, (given.context - 1, 7))
     context, goal = Context(tokens[:-1], actions, rng.uniform(-0.3, 0.3, (given.context, 7))), tokens[-1]
     noise = rng.standard_normal((given.samples, given.horizon, len(motion.names)))
-    samples = motion.actions(np.clip(noise * motion.first_std, -motion.limit, motion.limit), np.zeros(7))
+    samples = motion.actions(np.clip(noise * motion.first_std, motion.low, motion.high), np.zeros(7))
 
     def ours() -> np.ndarray:
-        return Rollout(model, context, motion, np.asarray, np.asarray).energies(samples, goal, given.samples)
+        return Rollout(model, context, motion.integrate).energies(samples, goal)
 
     @torch.no_grad()
     def plain() -> np.ndarray:

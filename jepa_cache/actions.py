@@ -50,11 +50,15 @@ class StepControls(NamedTuple):
     states: np.ndarray
 
 
+RECORDED = "recorded"
+
+
 class Searched(NamedTuple):
     """An action column that a planner searches.
 
-    `limit` is its largest size in one step, or the argument of `control.motion.build_motion` that holds it. What opens or closes a
-    `gripper` has wide first samples and momenta of its own, and small results become 0.
+    `limit` is its largest size in one step, or the argument of `control.motion.build_motion` that holds it, or RECORDED: within the
+    range of recorded actions. What opens or closes a `gripper` has wide first samples and momenta of its own, and small results
+    become 0.
     """
 
     column: str
@@ -68,20 +72,23 @@ class MotionRule:
 
     Attributes:
         searched: The columns to search; one whose limit is set to 0 is not.
-        integrate: States [.., S] and actions [.., A], unscaled, to the states [.., S] after them.
-        bounded: The state's number that ends somewhere, the action column that moves it, and its ends.
+        integrate: States [.., S] and actions [.., A], unscaled, to the states [.., S] after them; None where only the recordings can
+            tell (`data.recorded`).
+        bounded: The state's number that ends somewhere, the action column that moves it, and its ends; None where nothing is known to.
         distances: States [.., S] reached and true to named distances [..], the chief one first.
         follows: Columns that a searched one decides, as column: (searched column, its size per unit of this one).
         holds: Whether columns that are neither searched nor follow stay as they were (keys, slot); else they are 0.
+        adds: Whether actions are changes, so that those of several steps add up to one; else each is a command that replaces the last.
         map_axes: Columns that an energy map shows before any other.
     """
 
     searched: tuple[Searched, ...]
-    integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    bounded: tuple[str, str, float, float]
+    integrate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    bounded: tuple[str, str, float, float] | None
     distances: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
     follows: Mapping[str, tuple[str, float]]
     holds: bool = False
+    adds: bool = True
     map_axes: tuple[str, ...] = ()
 
 
@@ -261,7 +268,21 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
         tuple(Column(column, "as recorded", "continuous") for column in read["states"]),
         (*read["actions"], *read["states"]),
         partial(_aggregate_vector, rule=rule, **read),
+        MotionRule(
+            tuple(Searched(column, RECORDED) for column in read["actions"]),
+            integrate=None,
+            bounded=None,
+            distances=_vector_distances,
+            follows={},
+            holds=rule == "last",
+            adds=rule == "sum",
+        ),
     )
+
+
+def _vector_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """Euclidean distance of the numbers as recorded, whatever their units."""
+    return {"state": np.linalg.norm(np.asarray(reached, np.float64) - true, axis=-1)}
 
 
 VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")

@@ -7,7 +7,9 @@ Letters besides the project's: C steps of a context, G frames of one step (1 in 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,19 @@ from jepa_cache.actions import ActionSpace, Column, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.control.costs import SIMPLE_COSTS, Cost
 from jepa_cache.control.motion import Motion, build_motion
-from jepa_cache.control.planner import MAX_STEP_M, SETTINGS, Context, Plan, PlannerSettings, plan_actions
+from jepa_cache.control.planner import (
+    MAX_STEP_M,
+    REACH,
+    SETTINGS,
+    Context,
+    Plan,
+    PlannerSettings,
+    Rollout,
+    plan_actions,
+)
+from jepa_cache.data.recorded import Recorded, recorded_from_json
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
@@ -36,6 +49,7 @@ log = logging.getLogger(__name__)
 
 RECIPE_FIELD = "tokens_recipe"
 """Of a predictor's card: the recipe of the tokens that it was trained on."""
+MAX_SEEN = 256  # steps whose tokens a world model keeps: goals and contexts are given again and again
 
 
 class Encoder:
@@ -118,6 +132,9 @@ class WorldModel:
         self._scaler.check_columns(self.space)
         self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
         self.window_steps: int = card["window_steps"]
+        # What the training episodes did; None in weights of older versions, which did not write it down.
+        self.recorded: Recorded | None = recorded_from_json(card["recorded"]) if "recorded" in card else None
+        self._seen: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @classmethod
     def load(cls, weights: str | Path, encoder: Encoder) -> WorldModel:
@@ -150,13 +167,14 @@ class WorldModel:
     def plan(
         self,
         frames: np.ndarray,
-        states: np.ndarray,
+        states: np.ndarray | None,
         goal: np.ndarray,
         *,
         actions: np.ndarray | None = None,
         settings: str | PlannerSettings = "notebook",
         motion: Motion | None = None,
         base_action: np.ndarray | None = None,
+        cost: str | Cost = "tokens",
         seed: int = 0,
     ) -> Plan:
         """Search for the actions after which the goal is seen; carry out the first one, look, and plan again.
@@ -164,26 +182,22 @@ class WorldModel:
         Args:
             frames: [C * G, h, w, 3] uint8 RGB: the steps so far, the present one last, at `self.fps` and from the camera of the cache. At
                 most `window_steps` steps were ever seen in training.
-            states: [C, S] of these steps, in the units of the action space (docs/action_spaces.md).
+            states: [C, S] of these steps (None for weights trained without), in the units of the action space (docs/action_spaces.md).
             goal: [h, w, 3] or [G, h, w, 3] uint8 RGB of the step to be reached.
             actions: [C-1, A] between the steps; needed where C is above 1.
             settings: Name in `planner.SETTINGS`, or your own.
             motion: What may move, from `build_motion(self.space, ...)`; by default that of the published settings.
             base_action: [A] for the columns that are not searched (keys, slot); by default the last of `actions` in spaces of views, zeros for
                 poses and where there is no last one.
+            cost: How far predicted steps are from the goal, by its name or a `control.costs.Cost`.
             seed: Of the samples.
 
         Returns:
             Unscaled actions [H, A], states [H+1, S] where they lead, and energies [rounds, samples].
         """
-        named = SETTINGS.get(settings) if isinstance(settings, str) else settings
-        if not isinstance(named, PlannerSettings):
-            raise ValueError(
-                f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}, or give a PlannerSettings of your own"
-            )
+        named = self.choose_settings(settings)
         if motion is None:
-            limit = {"max_step_m": MAX_STEP_M[settings]} if isinstance(settings, str) else {}
-            motion = build_motion(self.space, **limit)
+            motion = self.build_motion(settings)
         goal = goal[None] if isinstance(goal, np.ndarray) and goal.ndim == 3 else goal
         _check_frames("frames", frames)
         _check_frames("goal", goal)
@@ -199,27 +213,167 @@ class WorldModel:
         given = np.zeros((0, len(self.space.actions))) if actions is None else actions
         context = Context(
             self._model.as_reps(self._encoder.tokens(frames)),
-            self._check_values("actions", given, self.space.actions, num_steps - 1),
-            self._check_values("states", states, self.space.states, num_steps),
+            self.check_values("actions", given, self.space.actions, num_steps - 1),
+            self.check_states(states, num_steps),
         )
-        holds = self.space.motion is not None and self.space.motion.holds  # a caller may bring a Motion of its own
-        if base_action is None and holds and len(context.actions):
+        if base_action is None and self.holds and len(context.actions):
             base_action = context.actions[-1]
         if base_action is not None:
-            base_action = self._check_values("base_action", base_action, self.space.actions)
-        return plan_actions(
-            self._model,
-            context,
-            self._model.as_reps(self._encoder.tokens(goal))[0],
-            motion,
-            named,
-            scale_actions=self._scaler.actions.apply,
-            scale_states=self._scaler.states.apply,
-            base_action=base_action,
-            seed=seed,
+            base_action = self.check_values("base_action", base_action, self.space.actions)
+        goal_tokens = self._model.as_reps(self._encoder.tokens(goal))[0]
+        return self.search(
+            context, goal_tokens, named, motion, cost=self.choose_cost(cost), base_action=base_action, seed=seed
         )
 
-    def _check_values(self, name: str, values: np.ndarray, columns: Sequence[Column], *steps: int) -> np.ndarray:
+    def energies(
+        self,
+        frames: np.ndarray,
+        goal: np.ndarray,
+        actions: np.ndarray,
+        states: np.ndarray | None = None,
+        *,
+        taken: np.ndarray | None = None,
+        cost: str | Cost = "tokens",
+        motion: Motion | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Score candidate actions: how far from the goal does the predictor see them end? For searches of your own, in every action space.
+
+        Axes in front (contexts, goals) broadcast against each other: one frame and many goals, or many of both.
+
+        Args:
+            frames: [.., C * G, h, w, 3] uint8 RGB as for `plan`: the steps so far, the present one last.
+            goal: [.., h, w, 3] uint8 RGB, in tubelet mode [.., G, h, w, 3].
+            actions: [.., S, H, A] unscaled: S candidates of H steps. For a predictor of mixed step lengths one step may be the sum of several.
+            states: [.., C, S]; None only for weights that were trained without (`scaler.states=ignore`).
+            taken: [.., C-1, A] between the steps; needed where C is above 1.
+            cost: A name, or a `control.costs.Cost`.
+            motion: By which states follow where H is above 1; by default that of the space. Not needed for H = 1 or without states.
+            batch_size: Candidates of one context that go through the predictor at once; all by default.
+
+        Returns:
+            [.., S] float32, lower is nearer.
+
+        Raises:
+            ValueError: A shape does not fit, a number is not finite, or states are needed and not given.
+        """
+        group, actions = self._encoder.frames_per_step, np.asarray(actions, np.float64)
+        goal = goal[..., None, :, :, :] if group == 1 and isinstance(goal, np.ndarray) else goal
+        tokens, goals = self.see(frames), self.see(goal)
+        if goals.shape[-3] != 1 or tokens.shape[-3] == 0:
+            raise ValueError(
+                f"a goal is one step and a context at least one, of {group} frames each; got {goals.shape[-3]} and {tokens.shape[-3]} steps"
+            )
+        num_steps, width = tokens.shape[-3], len(self.space.actions)
+        lead = tokens.shape[:-3]
+        if actions.ndim < 3:
+            raise ValueError(f"actions must be [.., samples, horizon, {width}]; got {list(actions.shape)}")
+        actions = self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
+        if taken is None and num_steps > 1:
+            raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `taken`")
+        taken = np.zeros((*lead, num_steps - 1, width)) if taken is None else taken
+        context = Context(
+            tokens,
+            self.check_values("taken", taken, self.space.actions, *lead, num_steps - 1),
+            self.check_states(states, *lead, num_steps),
+        )
+        integrate = np.zeros_like  # never called for one step; any states do for a predictor without
+        if actions.shape[-2] > 1 and self.uses_states:
+            integrate = (motion or self.build_motion()).integrate
+        elif actions.shape[-2] > 1:
+            integrate = lambda states, _: states  # noqa: E731
+        rollout = Rollout(self._model, context, integrate, **self._scales)
+        return rollout.energies(actions, goals[..., 0, :, :], self.choose_cost(cost), batch_size)
+
+    def see(self, frames: np.ndarray) -> Tensor:
+        """Tokens [.., T, N, E] of frames [.., T * G, h, w, 3] uint8 RGB as the predictor reads them; steps seen lately are not encoded again."""
+        group = self._encoder.frames_per_step
+        if (
+            not isinstance(frames, np.ndarray)
+            or frames.ndim < 4
+            or frames.dtype != np.uint8
+            or frames.shape[-4] % group
+        ):
+            got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
+            raise ValueError(
+                f"frames must be a numpy array of uint8 RGB, [.., steps * {group}, height, width, 3]; got {got}"
+            )
+        steps = frames.reshape(-1, group, *frames.shape[-3:])
+        keys = [hashlib.sha256(repr(step.shape).encode() + step.tobytes()).digest() for step in steps]
+        for key, step in zip(keys, steps, strict=True):
+            if key not in self._seen:
+                self._seen[key] = self._model.as_reps(self._encoder.tokens(step))[0]
+            self._seen.move_to_end(key)
+        tokens = torch.stack([self._seen[key] for key in keys])
+        while len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return tokens.reshape(*frames.shape[:-4], frames.shape[-4] // group, *tokens.shape[1:])
+
+    def search(
+        self,
+        context: Context,
+        goal: Tensor,
+        settings: PlannerSettings,
+        motion: Motion,
+        *,
+        cost: Cost,
+        base_action: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> Plan:
+        """`control.planner.plan_actions` with this world's predictor and scaler; `goal` is tokens [N, E] of `see`."""
+        options = {"cost": cost, "base_action": base_action, "start": start, "seed": seed}
+        return plan_actions(self._model, context, goal, motion, settings, **self._scales, **options)
+
+    @property
+    def uses_states(self) -> bool:
+        """Whether the predictor was trained with states."""
+        return not self._scaler.states.ignores_all
+
+    @property
+    def holds(self) -> bool:
+        """Whether columns that no plan searches stay as they were (keys, slot), as opposed to 0."""
+        return self.space.motion is not None and self.space.motion.holds
+
+    @property
+    def _scales(self) -> dict[str, Any]:
+        return {"scale_actions": self._scaler.actions.apply, "scale_states": self._scaler.states.apply}
+
+    def choose_settings(self, settings: str | PlannerSettings) -> PlannerSettings:
+        """Settings by their name in `planner.SETTINGS`, or your own."""
+        named = SETTINGS.get(settings) if isinstance(settings, str) else settings
+        if not isinstance(named, PlannerSettings):
+            raise ValueError(
+                f"unknown planner settings {settings!r}; known: {', '.join(SETTINGS)}, or give a PlannerSettings of your own"
+            )
+        return named
+
+    def build_motion(self, settings: str | PlannerSettings | None = None, **changes: Any) -> Motion:
+        """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of named settings."""
+        named = settings if isinstance(settings, str) else None
+        own = {"max_step_m": MAX_STEP_M[named], "reach": REACH[named]} if named in SETTINGS else {}
+        return build_motion(self.space, recorded=self.recorded, **(own | changes))
+
+    def choose_cost(self, cost: str | Cost) -> Cost:
+        """A cost by its name, or your own."""
+        if isinstance(cost, Cost):
+            return cost
+        if cost not in SIMPLE_COSTS:
+            raise ValueError(f"unknown cost {cost!r}; known: {', '.join(SIMPLE_COSTS)}, or give a Cost of your own")
+        return SIMPLE_COSTS[cost]
+
+    def check_states(self, states: np.ndarray | None, *steps: int) -> np.ndarray:
+        """States [*steps, S] as float64; None is allowed, and becomes zeros, for a predictor that was trained without."""
+        if states is None and not self.uses_states:
+            return np.zeros((*steps, len(self.space.states)))
+        if states is None:
+            raise ValueError(
+                f"this predictor reads states ({', '.join(column.name for column in self.space.states)}): give them, or train one that does "
+                "not, with scaler.states=ignore"
+            )
+        return self.check_values("states", states, self.space.states, *steps)
+
+    def check_values(self, name: str, values: np.ndarray, columns: Sequence[Column], *steps: int) -> np.ndarray:
         """Values [*steps, columns] as float64; another shape is refused, and keys and slots that are neither 0 nor 1."""
         values, shape = np.asarray(values, np.float64), [*steps, len(columns)]
         if list(values.shape) != shape:

@@ -224,7 +224,7 @@ class ScalerConfig(Settings):
     """How actions and states are scaled on read."""
 
     actions: ScalingRule
-    states: ScalingRule
+    states: Literal["standard", "none", "ignore"]  # ignore: the predictor is shown zeros, and needs none when it plans
 
 
 @dataclass(frozen=True)
@@ -303,13 +303,16 @@ class EvaluateConfig(Settings):
 class PlanConfig(Settings):
     """How plans to goal frames are searched for and scored on the held-out episodes."""
 
-    settings: Literal["cem", "world_model", "notebook", "paper"]  # published ones; values in control/planner.py
+    settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
     num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
     num_rounds: Count | None  # null: the settings'
     horizons: Annotated[tuple[Count, ...], Field(min_length=1), Once]  # steps to the goal
     starts_per_episode: Count
     num_context_steps: Count  # true steps before a plan
     max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
+    reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
+    cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
+    cost_steps: Literal["last", "sum"]  # predicted steps that count
     # Largest rotations of a step: beyond half a circle a turn is one the other way; 0 rad searches no rotations.
     max_rotation_rad: Annotated[float, Field(ge=0, le=math.pi)]
     max_turn_deg: Annotated[float, Field(gt=0, le=180)]  # of the view

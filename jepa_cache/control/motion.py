@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jepa_cache.actions import ACTION_SPACES, ActionSpace
+from jepa_cache.data.recorded import Recorded
 
 GRIPPER_DEAD_ZONE = 0.25
 
@@ -32,13 +33,22 @@ class Motion:
 
     names: tuple[str, ...]  # of the K numbers
     columns: np.ndarray  # [K] of the action
-    limit: np.ndarray  # [K] float64, largest size of each number
-    first_std: np.ndarray  # [K] float64, of the first samples
+    low: np.ndarray  # [K] float64, ends of what is searched
+    high: np.ndarray
+    step_low: np.ndarray  # [K] float64, ends of what is carried out in one step; narrower where a plan spans several
+    step_high: np.ndarray
+    first_std: np.ndarray  # [K] float64, of the first samples, around the middle
     gripper: np.ndarray  # [K] bool
     dead_zone: np.ndarray  # [K] float64; smaller results of a plan become 0
     complete: Callable[[np.ndarray], np.ndarray]  # actions [.., A] with the searched columns set -> whole actions
     integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]  # states [.., S], actions [.., A] -> states [.., S]
-    bounded: Bound
+    bounded: Bound | None
+    adds: bool  # as of `MotionRule`
+
+    @property
+    def middle(self) -> np.ndarray:
+        """[K] of what is searched; zeros where limits are sizes."""
+        return (self.low + self.high) / 2
 
     def actions(self, searched: np.ndarray, base: np.ndarray) -> np.ndarray:
         """Whole actions [.., A] float64 of searched numbers [.., K]; `base` [A] holds where nothing is searched."""
@@ -48,6 +58,8 @@ class Motion:
 
     def carried_out(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """What is left of actions [.., A] in states [.., S], which end at their bounds; `integrate` leads to the same states."""
+        if self.bounded is None:
+            return actions
         at, column, low, high = self.bounded
         actions, before = actions.copy(), states[..., at]
         after = before + actions[..., column]
@@ -62,45 +74,71 @@ def build_motion(
     max_step_m: float = 0.05,
     max_rotation_rad: float = 0.0,
     max_turn_deg: float = 30.0,
+    reach: float = 1.0,
+    recorded: Recorded | None = None,
     fixed: tuple[str, ...] = (),
 ) -> Motion:
-    """What a plan may move in an action space in one step; `fixed` names columns that stay 0.
+    """What a plan may move in an action space in one step; `fixed` names columns that stay as they are (commands) or 0 (changes).
+
+    With a `reach` above 1 one planned action may span that many steps: for predictors that were trained on mixed step lengths. What is
+    carried out at once stays within the limits of one step. A gripper and commands do not reach further.
 
     Poses: dx, dy, dz and the gripper, each axis up to `max_step_m` (a box) and 0.75; rotations only where
     `max_rotation_rad` is above 0, as the released planner has none. View: dyaw and dpitch, with the mouse counts that they take;
-    keys stay as they were.
+    keys stay as they were. Vectors: all columns, within the quantiles of the actions that are `recorded`, by which states follow too.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
-    if not (0 < max_step_m < np.inf and 0 < max_turn_deg <= 180 and 0 <= max_rotation_rad <= np.pi):
+    if not (
+        0 < max_step_m < np.inf and 0 < max_turn_deg <= 180 and 0 <= max_rotation_rad <= np.pi and 1 <= reach < np.inf
+    ):
         raise ValueError(
-            "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0, turns at most half a circle (180, pi); got "
-            f"{max_step_m}, {max_turn_deg} and {max_rotation_rad}. Name columns in `fixed` to keep them still"
+            "max_step_m and max_turn_deg must be above 0 and max_rotation_rad not below 0, turns at most half a circle (180, pi), and reach at "
+            f"least 1; got {max_step_m}, {max_turn_deg}, {max_rotation_rad} and {reach}. Name columns in `fixed` to keep them still"
         )
     if (rule := space.motion) is None:
         raise ValueError(
             f"action space {space.name!r} does not say where an action leads, so nothing can be planned in it; known are "
-            f"{', '.join(name for name, other in ACTION_SPACES.items() if other.motion)}"
+            f"{', '.join(name for name, other in ACTION_SPACES.items() if other.motion)} and vectors"
+        )
+    if rule.integrate is None and recorded is None:
+        raise ValueError(
+            f"in action space {space.name!r} only the recordings tell how far actions go and where they lead, and these weights do not say it: "
+            "an older version wrote them. Train again (a finished training only writes its outputs anew), or give a `motion` of your own"
         )
     limits = {"max_step_m": max_step_m, "max_rotation_rad": max_rotation_rad, "max_turn_deg": max_turn_deg}
+    most = {"max_rotation_rad": np.pi, "max_turn_deg": 180.0}
     searched = {one.column: one for one in rule.searched if limits.get(one.limit, one.limit)}
     if unknown := [name for name in fixed if name not in searched]:
         raise ValueError(f"only searched columns can be fixed ({', '.join(searched)}); got {', '.join(unknown)}")
     searched = {name: one for name, one in searched.items() if name not in fixed}
-    limit = np.array([limits.get(one.limit, one.limit) for one in searched.values()], np.float64)
-    gripper = np.array([one.gripper for one in searched.values()], bool)
     names = [column.name for column in space.actions]
-    state, action, low, high = rule.bounded
+    columns = np.array([names.index(name) for name in searched], np.int64)
+    gripper = np.array([one.gripper for one in searched.values()], bool)
+    if rule.integrate is None:
+        low, high = np.array(recorded.action_low)[columns], np.array(recorded.action_high)[columns]
+    else:
+        high = np.array([limits.get(one.limit, one.limit) for one in searched.values()], np.float64)
+        low = -high
+    factor = np.where(gripper | (not rule.adds), 1.0, reach)
+    end = np.array([most.get(one.limit, np.inf) for one in searched.values()])
+    widest = np.maximum(np.minimum(low, low * factor), -end), np.minimum(np.maximum(high, high * factor), end)
+    state, action, least, largest = rule.bounded or (None,) * 4
     return Motion(
         names=tuple(searched),
-        columns=np.array([names.index(name) for name in searched], np.int64),
-        limit=limit,
-        first_std=np.where(gripper, 1.0, limit),
+        columns=columns,
+        low=widest[0],
+        high=widest[1],
+        step_low=low,
+        step_high=high,
+        first_std=np.where(gripper, 1.0, (widest[1] - widest[0]) / 2),
         gripper=gripper,
         dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
         complete=partial(complete_actions, space),
-        integrate=rule.integrate,
-        bounded=Bound([column.name for column in space.states].index(state), names.index(action), low, high),
+        integrate=rule.integrate or recorded.follow,
+        bounded=rule.bounded
+        and Bound([column.name for column in space.states].index(state), names.index(action), least, largest),
+        adds=rule.adds,
     )
 
 

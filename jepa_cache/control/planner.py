@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_cache.control.costs import SUM, TOKENS, Cost
 from jepa_cache.control.motion import Motion
 from jepa_cache.predictor.rollout import LatentModel, repeat_past
 
 Scale = Callable[[np.ndarray], np.ndarray]
+Integrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class PlannerSettings:
     gripper_std_momentum: float = 0.15
     # Step of the plan from which the gripper closes (action 1); from the horizon on: never.
     close_gripper_from: int | None = None
+    # Shares of the first deviation (`Motion.first_std`): what the first round has, and what none goes below.
+    first_std: float = 1.0
+    min_std: float = 0.0
+    tries_mean: bool = False  # the first sample of a round is the mean itself
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -41,6 +47,10 @@ class PlannerSettings:
         for name, value in vars(self).items():
             if name.endswith("momentum") and not 0 <= value < 1:
                 raise ValueError(f"{name} is the share of the old value that stays, from 0 to below 1; got {value}")
+        if not 0 <= self.min_std <= self.first_std < np.inf or self.first_std == 0:
+            raise ValueError(
+                f"min_std lies from 0 to first_std, which is above 0; got {self.min_std} and {self.first_std}"
+            )
         if self.close_gripper_from is not None and self.close_gripper_from < 0:
             raise ValueError(
                 f"close_gripper_from counts steps of the plan from 0; got {self.close_gripper_from}. Use None to leave the gripper to the search"
@@ -53,9 +63,13 @@ SETTINGS = {
     "notebook": PlannerSettings(2, 25, 10, 2, 0.15, 0.75),
     # The paper does not give the number of elites and the momenta of its robot runs: those of `world_model`.
     "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15),
+    # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
+    "jump": PlannerSettings(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, tries_mean=True),
 }
-"""Published settings by name. Steps were limited to 0.05 m in the first two and 0.075 m in the others (`build_motion`)."""
-MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075}
+"""Settings by name, published ones but for `jump`; how far a step may go is `build_motion`'s."""
+MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, "jump": 0.06}
+REACH = dict.fromkeys(SETTINGS, 1.0) | {"jump": 4.0}
+"""Of `build_motion`, by the name of settings: largest translation of a step in metres, and the steps that one planned action may span."""
 
 
 class Plan(NamedTuple):
@@ -66,12 +80,13 @@ class Plan(NamedTuple):
 
     actions: np.ndarray  # [H, A] float64, unscaled; the first one is to be carried out
     states: np.ndarray  # [H+1, S] float64, the current state and where the actions lead
-    energies: np.ndarray  # [rounds, samples] float32; of the last predicted step against the goal, lower is nearer
+    energies: np.ndarray  # [rounds, samples] float32; lower is nearer to the goal
     found: np.ndarray  # [H, A] float64, what the search ended with, as the published planner returns it
+    searched: np.ndarray  # [H, K] float64, the numbers of `Motion` that it ended with, to begin the next search from
 
 
 class Context(NamedTuple):
-    """What is known when a plan is made."""
+    """What is known when a plan is made; `Rollout` takes several at once, with their axes in front."""
 
     tokens: Tensor  # [C, N, E] of the steps so far, layer-normed where the predictor was trained so
     actions: np.ndarray  # [C-1, A] between them, unscaled
@@ -88,15 +103,17 @@ def plan_actions(
     *,
     scale_actions: Scale = np.asarray,
     scale_states: Scale = np.asarray,
+    cost: Cost = TOKENS,
     base_action: np.ndarray | None = None,
+    start: np.ndarray | None = None,
     seed: int = 0,
     noise: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> Plan:
     """Search for the actions after which the predictor sees the goal frame.
 
-    The energy of a sample is the mean absolute difference between the tokens of the LAST predicted step and the goal's. Each
-    round samples around a mean, and mean and deviation move towards those of the best samples. Samples are rolled out as one
+    The energy of a sample is its `cost`: by default the mean absolute difference between the tokens of the LAST predicted step and the
+    goal's. Each round samples around a mean, and mean and deviation move towards those of the best samples. Samples are rolled out as one
     batch; the steps before the last one of the context are computed once for all of them.
 
     Args:
@@ -107,7 +124,9 @@ def plan_actions(
         settings: Of the search.
         scale_actions: Of the training, [.., A] to [.., A].
         scale_states: The same for [.., S].
+        cost: How far predicted steps are from the goal.
         base_action: [A] for the columns that are not searched; zeros by default.
+        start: [H, K] numbers around which the first samples are drawn; by default the middle of their limits, which is 0 for changes.
         seed: Of the samples.
         noise: [rounds, H, samples, K] standard normal draws in place of the seed's.
         batch_size: Samples in one pass of the predictor; all by default.
@@ -137,18 +156,24 @@ def plan_actions(
         )
     if base_action is None:
         base_action = np.zeros(context.actions.shape[1])
-    mean = np.zeros((horizon, num_searched))
-    std = np.tile(motion.first_std, (horizon, 1))
+    mean = np.tile(motion.middle, (horizon, 1)) if start is None else np.asarray(start, np.float64)
+    if mean.shape != (horizon, num_searched):
+        raise ValueError(
+            f"start must be [{horizon}, {num_searched}] (horizon, searched columns); got {list(mean.shape)}"
+        )
+    std = np.tile(motion.first_std * settings.first_std, (horizon, 1))
     keep_mean = np.where(motion.gripper, settings.gripper_mean_momentum, settings.mean_momentum)
     keep_std = np.where(motion.gripper, settings.gripper_std_momentum, settings.std_momentum)
-    rollout = Rollout(model, context, motion, scale_actions, scale_states)
+    rollout = Rollout(model, context, motion.integrate, scale_actions=scale_actions, scale_states=scale_states)
     energies = np.empty((settings.num_rounds, settings.num_samples), np.float32)
     for number in range(settings.num_rounds):
-        samples = np.clip(noise[number] * std[:, None] + mean[:, None], -motion.limit, motion.limit)
+        samples = np.clip(noise[number] * std[:, None] + mean[:, None], motion.low, motion.high)
+        if settings.tries_mean:
+            samples[:, 0] = mean
         if settings.close_gripper_from is not None:
             samples[settings.close_gripper_from :, :, motion.gripper] = 1.0
         actions = motion.actions(samples.swapaxes(0, 1), base_action)  # [samples, H, A]
-        energies[number] = rollout.energies(actions, goal, batch_size or settings.num_samples)
+        energies[number] = rollout.energies(actions, goal, cost, batch_size)
         if not np.isfinite(energies[number]).all():
             raise ValueError(
                 f"round {number} has {int((~np.isfinite(energies[number])).sum())} energies of {settings.num_samples} that are not finite, so "
@@ -158,9 +183,10 @@ def plan_actions(
         elite = samples[:, best]
         mean = (1 - keep_mean) * elite.mean(axis=1) + keep_mean * mean
         std = (1 - keep_std) * elite.std(axis=1, ddof=1) + keep_std * std
+        std = np.maximum(std, settings.min_std * motion.first_std)
     found = motion.actions(np.where(np.abs(mean) < motion.dead_zone, 0.0, mean), base_action)
     states = follow_actions(context.states[-1], found, motion)
-    return Plan(motion.carried_out(states[:-1], found), states, energies, found)
+    return Plan(motion.carried_out(states[:-1], found), states, energies, found, mean)
 
 
 def follow_actions(state: np.ndarray, actions: np.ndarray, motion: Motion) -> np.ndarray:
@@ -172,38 +198,69 @@ def follow_actions(state: np.ndarray, actions: np.ndarray, motion: Motion) -> np
 
 
 class Rollout:
-    """Rolls samples out from one context; what all samples share is computed once."""
+    """Foresees where candidate actions lead from given contexts; what all candidates of a context share is computed once."""
 
     @torch.no_grad()
     def __init__(
-        self, model: LatentModel, context: Context, motion: Motion | None, scale_actions: Scale, scale_states: Scale
+        self,
+        model: LatentModel,
+        context: Context,
+        integrate: Integrate | None = None,
+        *,
+        scale_actions: Scale = np.asarray,
+        scale_states: Scale = np.asarray,
     ) -> None:
-        """Compute the steps before the last one of the context; as for `plan_actions`, and without `motion` for one step alone."""
-        self._model, self._motion = model, motion
+        """Compute the steps before the last one of each context, [*contexts, C, ..].
+
+        `integrate` takes states [n, S] and actions [n, A] to the states after them, for candidates of several steps.
+        """
+        self._model, self._integrate = model, integrate
         self._scale_actions, self._scale_states = scale_actions, scale_states
-        self._newest, self._state = context.tokens[-1:], np.asarray(context.states[-1], np.float64)
-        given = (self._tensor(scale_actions(context.actions)), self._tensor(scale_states(context.states)))
-        self._past = model.read_past(context.tokens[None], *(values[None] for values in given))
+        self._lead = context.tokens.shape[:-3]
+        tokens = context.tokens.reshape(-1, *context.tokens.shape[-3:])
+        actions, states = (np.asarray(rows).reshape(len(tokens), *rows.shape[-2:]) for rows in context[1:])
+        self._newest, self._states = tokens[:, -1:], states[:, -1].astype(np.float64)
+        given = (self._tensor(scale_actions(actions)), self._tensor(scale_states(states)))
+        self._past = model.read_past(tokens, *given)
 
     @torch.no_grad()
-    def energies(self, actions: np.ndarray, goal: Tensor, batch_size: int) -> np.ndarray:
-        """Energy [samples] of whole unscaled actions [samples, H, A]: distance of the last predicted step from the goal [N, E]."""
-        starts = range(0, len(actions), batch_size)
-        parts = [self._roll_out(actions[start : start + batch_size], goal) for start in starts]
-        return torch.cat(parts).float().cpu().numpy()
+    def energies(
+        self, actions: np.ndarray, goal: Tensor, cost: Cost = TOKENS, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Energies [.., S] float32 of S candidates of H whole unscaled actions, [.., S, H, A]: their cost for goals [.., N, E].
 
-    def _roll_out(self, actions: np.ndarray, goal: Tensor) -> Tensor:
+        The axes in front are those of the contexts, or broadcast to them and with them. `batch_size` candidates of one context go through
+        the predictor at once, all by default.
+        """
+        lead = np.broadcast_shapes(self._lead, actions.shape[:-3], goal.shape[:-2])
+        numbers = np.broadcast_to(np.arange(len(self._newest)).reshape(self._lead), lead).ravel()
+        actions = np.broadcast_to(actions, (*lead, *actions.shape[-3:])).reshape(-1, *actions.shape[-3:])
+        goals = goal.expand(*lead, *goal.shape[-2:]).reshape(-1, *goal.shape[-2:])
+        size = batch_size or actions.shape[1]
+        parts = [
+            self._cost(number, candidates[start : start + size], aim, cost)
+            for number, candidates, aim in zip(numbers.tolist(), actions, goals, strict=True)
+            for start in range(0, len(candidates), size)
+        ]
+        return torch.cat(parts).float().cpu().numpy().reshape(*lead, -1)
+
+    def _cost(self, number: int, actions: np.ndarray, goal: Tensor, cost: Cost) -> Tensor:
+        """Cost [n] of candidates [n, H, A] of one context."""
         num_samples, horizon = actions.shape[:2]
-        tokens = self._newest.expand(num_samples, *self._newest.shape)
-        states = np.tile(self._state, (num_samples, 1))
-        past = repeat_past(self._past, num_samples)
+        newest = self._newest[number]
+        tokens = newest.expand(num_samples, *newest.shape)
+        states = np.tile(self._states[number], (num_samples, 1))
+        own = self._past and [tuple(part[number : number + 1] for part in block) for block in self._past]
+        past, seen = repeat_past(own, num_samples), []
         for step in range(horizon):
             if step:
-                states = self._motion.integrate(states, actions[:, step - 1])
+                states = self._integrate(states, actions[:, step - 1])
             action = self._tensor(self._scale_actions(actions[:, step : step + 1]))
             out = self._model.predictor(tokens, action, self._tensor(self._scale_states(states[:, None])), None, past)
             tokens, past = self._model.as_reps(out.tokens), out.past
-        return (tokens[:, 0] - goal).abs().mean(dim=(1, 2))
+            if step == horizon - 1 or cost.steps == SUM:
+                seen.append(tokens)
+        return cost(torch.cat(seen, dim=1), goal)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=self._newest.device)
+        return torch.tensor(np.asarray(values), dtype=torch.float32, device=self._newest.device)

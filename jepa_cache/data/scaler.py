@@ -18,6 +18,8 @@ from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.files import atomic_file
 from jepa_cache.store.recipe import canonical_json, fingerprint
 
+IGNORE, IGNORED = "ignore", 1e300
+"""The rule, and the scale of a column, that the predictor is not shown: whatever float32 holds, divided by it, is 0 in float32."""
 MAX_BLOCKS = 1000
 """Blocks of rows that are fitted one after the other: each costs scikit-learn a millisecond, however small it is."""
 
@@ -33,6 +35,11 @@ class ColumnScaler:
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.mean) == len(self.scale):
             raise ValueError(f"{len(self.names)} names, {len(self.mean)} means and {len(self.scale)} scales")
+
+    @property
+    def ignores_all(self) -> bool:
+        """Whether every column becomes 0 (`scaler.states=ignore`)."""
+        return set(self.scale) == {IGNORED}
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Scale [..., columns] float32 values; the arithmetic is float64."""
@@ -128,7 +135,7 @@ def check_scaler(scaler: Scaler, dataset: CachedDataset, segments: Sequence[Segm
         if rule == "standard" and not scales:  # so it should be where every scaled column is 0 all the time
             continuous = [column.kind == "continuous" for column in columns]
             scales = not any(dataset.controls_of(run)[number][:, continuous].any() for run in segments)
-        if scales != (rule == "standard"):
+        if (rule == IGNORE) != fitted.ignores_all or (scales != (rule == "standard") and rule != IGNORE):
             raise ValueError(
                 f"the scaler was not fitted with scaler.{name}={rule}; run `python stages/fit_scaler.py` again with the same settings"
             )
@@ -167,6 +174,8 @@ def _read_rows(dataset: CachedDataset, runs: Sequence[Segment]) -> tuple[np.ndar
 
 
 def _column_scaler(columns: Sequence[Column], fit: object, rule: str) -> ColumnScaler:
+    if rule == IGNORE:
+        return ColumnScaler(tuple(column.name for column in columns), (0.0,) * len(columns), (IGNORED,) * len(columns))
     scaled = [rule == "standard" and column.kind == "continuous" for column in columns]
     return ColumnScaler(
         names=tuple(column.name for column in columns),

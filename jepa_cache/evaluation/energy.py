@@ -90,13 +90,14 @@ class OneStep:
         self._batch_size, last = evaluation.config.evaluate.batch_size, window.start + len(h) - 2
         actions, states = evaluation.dataset.controls(window.store)
         context = Context(h[:-1], actions[window.start : last], states[window.start : last + 1])
-        scale = evaluation.scaler.actions.apply, evaluation.scaler.states.apply
-        self._rollout, self._target = Rollout(evaluation.model, context, None, *scale), h[-1]
+        scaler = evaluation.scaler
+        scale = {"scale_actions": scaler.actions.apply, "scale_states": scaler.states.apply}
+        self._rollout, self._target = Rollout(evaluation.model, context, **scale), h[-1]
         self.true, self.window = actions[last], window
 
     def energies(self, actions: np.ndarray) -> np.ndarray:
         """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
-        return self._rollout.energies(actions[:, None], self._target, self._batch_size).astype(np.float64)
+        return self._rollout.energies(actions[:, None], self._target, batch_size=self._batch_size).astype(np.float64)
 
 
 def iter_one_steps(evaluation: EvaluationContext, chosen: ChosenWindows) -> Iterator[tuple[OneStep, int, Segment]]:

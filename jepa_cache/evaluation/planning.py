@@ -150,7 +150,7 @@ def _plan_once(
     drawn = rng.standard_normal((evaluation.config.plan.num_random, settings.horizon, num_searched)) * motion.first_std
     ends = {
         PLAN: found.states[-1],
-        RANDOM: np.stack([follow(moves) for moves in np.clip(drawn, -motion.limit, motion.limit)]),
+        RANDOM: np.stack([follow(moves) for moves in np.clip(drawn, motion.low, motion.high)]),
         ZERO: follow(np.zeros((settings.horizon, num_searched))),
         OTHER_GOAL: search(goals[1]).states[-1],
     }
@@ -161,7 +161,7 @@ def _plan_once(
         sums = actions[:, motion.columns].sum(axis=0).tolist()
         row |= {f"{what}_{name}": total for name, total in zip(motion.names, sums, strict=True)}
     lowest = found.energies.min(axis=1)
-    of_recorded = Rollout(evaluation.model, context, motion, *scale.values()).energies(recorded[None], goals[0], 1)
+    of_recorded = Rollout(evaluation.model, context, motion.integrate, **scale).energies(recorded[None], goals[0])
     return row | {"energy_plan": float(lowest[-1]), "energy_recorded": float(of_recorded[0])}, lowest, seconds
 
 

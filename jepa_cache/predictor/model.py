@@ -61,7 +61,7 @@ class ACPredictor(nn.Module):
             predictor_dim: inner width; a multiple of `num_heads`.
             depth: number of blocks.
             num_heads: attention heads.
-            action_dim: A, at least 2 (extrinsics have A - 1 columns).
+            action_dim: A; extrinsics have A - 1 columns, or 1 where A is 1.
             state_dim: S.
             grid: (H, W) rows and columns of the patch grid of one step.
             mlp_ratio: hidden width of the MLP / `predictor_dim`.
@@ -74,9 +74,9 @@ class ACPredictor(nn.Module):
             ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
         """
         super().__init__()
-        if min(embed_dim, predictor_dim, depth, num_heads, action_dim - 1, state_dim, *grid) < 1:
+        if min(embed_dim, predictor_dim, depth, num_heads, action_dim, state_dim, *grid) < 1:
             raise ValueError(
-                f"predictor: every size must be at least 1, and action_dim 2 (extrinsics have one less); got embed_dim {embed_dim}, "
+                f"predictor: every size must be at least 1; got embed_dim {embed_dim}, "
                 f"predictor_dim {predictor_dim}, depth {depth}, num_heads {num_heads}, action_dim {action_dim}, state_dim {state_dim}, "
                 f"grid {tuple(grid)}"
             )
@@ -94,7 +94,7 @@ class ACPredictor(nn.Module):
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.action_encoder = nn.Linear(action_dim, predictor_dim)
         self.state_encoder = nn.Linear(state_dim, predictor_dim)
-        self.extrinsics_encoder = nn.Linear(action_dim - 1, predictor_dim).requires_grad_(use_extrinsics)
+        self.extrinsics_encoder = nn.Linear(max(action_dim - 1, 1), predictor_dim).requires_grad_(use_extrinsics)
         self.predictor_blocks = nn.ModuleList(
             Block(predictor_dim, num_heads, int(predictor_dim * mlp_ratio), norm_eps) for _ in range(depth)
         )
@@ -209,7 +209,7 @@ class ACPredictor(nn.Module):
             "states": (states, (self.state_dim,)),
         }
         if extrinsics is not None:
-            expected["extrinsics"] = (extrinsics, (self.action_dim - 1,))
+            expected["extrinsics"] = (extrinsics, (max(self.action_dim - 1, 1),))
         for name, (array, widths) in expected.items():
             if array.shape != (*tokens.shape[:2], *widths) or not tokens.numel():
                 raise ValueError(

@@ -23,8 +23,9 @@ import jepa_cache
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.paths import state_folder
 from jepa_cache.config.schema import Config, check_schedule
-from jepa_cache.data.dataset import CachedDataset
+from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.filters import ranges_path
+from jepa_cache.data.recorded import describe_recorded
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.files import (
     atomic_file,
@@ -314,12 +315,14 @@ def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
     Under LoRA the adapter is written too; an earlier one is removed.
     """
     manifest, settings = run.dataset.manifest, run.config.train
+    train_segments = run.dataset.segments_of(TRAIN, run.config.split, run.config.filter)
     model_card = {
         "run": run.folder.name,
         "step": step,
         "description": run.description,
         "architecture": predictor_arguments(run.config, run.dataset),
         **describe_weights(run),
+        "recorded": describe_recorded(run.dataset, train_segments).to_json(),
         "window_steps": settings.window_steps,
         "normalize_reps": settings.normalize_reps,
         "tokens_fingerprint": manifest.fingerprint,

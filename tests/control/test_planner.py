@@ -46,7 +46,7 @@ def test_energies_are_those_of_one_pass_over_the_context_whatever_the_samples_of
     motion, settings = build_motion(POSE), replace(QUICK, horizon=1, num_rounds=1)
     plans = [plan_actions(model, context, goal, motion, settings, seed=3, batch_size=size) for size in (None, 5)]
     noise = np.random.default_rng(3).standard_normal((1, 1, 12, 4))
-    searched = np.clip(noise[0, 0] * motion.first_std, -motion.limit, motion.limit)
+    searched = np.clip(noise[0, 0] * motion.first_std, motion.low, motion.high)
     for number, action in enumerate(motion.actions(searched, np.zeros(7))):
         rows = torch.tensor(np.concatenate([context.actions, action[None]]), dtype=torch.float32)[None]
         states = torch.tensor(context.states, dtype=torch.float32)[None]

@@ -140,7 +140,7 @@ def test_wrong_inputs_are_named(change, named: str):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_heads": 5}, {"num_heads": 6}, {"action_dim": 1}, {"depth": 0}, {"grid": (0, 2)}]
+    "change", [{"num_heads": 5}, {"num_heads": 6}, {"action_dim": 0}, {"depth": 0}, {"grid": (0, 2)}]
 )
 def test_impossible_sizes_are_refused(change: dict):
     with pytest.raises(ValueError, match="predictor: "):
