@@ -4,14 +4,15 @@ An anchor is the control row that a step's frame shows; frame and state come BEF
 anchors a and b is the aggregate of ALL native rows a to b-1: sums of movement, rotation differences on the circle or in
 SO(3), OR of keys and buttons, the slot at a. Actions and states are raw; scaling happens when the cache is read.
 
-An entry of `ACTION_SPACES` is all that a new space needs: with `motion`, planning works in it too.
+An entry of `ACTION_SPACES` is all that a new space needs: with `motion`, planning works in it too, and with `joined` and
+`inverse`, steps that lie further apart and steps that go back in time.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -19,7 +20,14 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from jepa_cache.config.parsing import nearest
-from jepa_cache.poses import POSE_SPACES, integrate_pose, pose_distances, read_controls
+from jepa_cache.poses import (
+    POSE_SPACES,
+    compose_pose_actions,
+    integrate_pose,
+    invert_pose_actions,
+    pose_distances,
+    read_controls,
+)
 
 VPT_KEYS = (
     *("ESC", "back", "drop", "forward"),
@@ -93,6 +101,7 @@ class MotionRule:
 
 
 Rule: TypeAlias = Callable[[Mapping[str, np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]
+Change: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,10 @@ class ActionSpace:
     required: tuple[str, ...]  # the control columns that the rule reads
     rule: Rule
     motion: MotionRule | None = None  # None where nothing says where an action leads, so that nothing can be planned
+    joined: Change | None = (
+        None  # actions [.., k, A] of k steps in a row to the one [.., A]; None where states decide it too
+    )
+    inverse: Change | None = None  # actions [.., A] to those that lead back; None where there are none
 
     def find_misfit(self, controls: Collection[str]) -> tuple[str, str] | None:
         """Why recordings with these control columns do not fit, and the setting that does; None where they fit.
@@ -132,6 +145,44 @@ class ActionSpace:
             fitting += [f"vector_{rule}{numbered['action']}x{numbered['state']}" for rule in rules]
         wanted = " or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(controls))}"
         return reason, f"set encode.action_space to {wanted} (docs/action_spaces.md)"
+
+    def compose(self, actions: np.ndarray) -> np.ndarray:
+        """The one action [.., A] that leads as far as k actions in a row, unscaled [.., k, A]; float64.
+
+        It is what `aggregate` gives for the first and the last of their k + 1 anchors: sums, rotations one after the other, angles on
+        the circle, keys that any of them holds, the slot of the first; `vector_last`: the last command.
+
+        Raises:
+            ValueError: The space's actions depend on the states between them.
+        """
+        if self.joined is None:
+            raise ValueError(
+                f"actions of {self.name} over several steps do not follow from those of its steps alone (a command is seen from the state at "
+                "its own step); set train.step_lengths and evaluate.step_length to 1, or encode.action_space to a space whose steps add up, "
+                "such as pose7"
+            )
+        return self.joined(self._check_actions(actions))
+
+    def invert(self, actions: np.ndarray) -> np.ndarray:
+        """The actions [.., A] that lead back to where unscaled actions [.., A] began; float64.
+
+        Raises:
+            ValueError: The space has none.
+        """
+        if self.inverse is None:
+            kinds = Counter(column.kind for column in self.actions)
+            what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            raise ValueError(
+                f"actions of {self.name} have no inverse: its columns are {what}, and only changes that add up can be undone (no key, "
+                "slot or command); set train.time_reversal to false"
+            )
+        return self.inverse(self._check_actions(actions))
+
+    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+        actions = np.asarray(actions, np.float64)
+        if actions.shape[-1] != len(self.actions):
+            raise ValueError(f"actions of {self.name} have {len(self.actions)} columns; got shape {actions.shape}")
+        return actions
 
     def aggregate(self, controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> StepControls:
         """Make the actions and states of the steps at some anchors: [n] integer rows of the controls [M], non-decreasing.
@@ -194,6 +245,16 @@ def zero_actions(actions: np.ndarray, space: ActionSpace) -> np.ndarray:
 def wrap_degrees(angles_deg: np.ndarray) -> np.ndarray:
     """Map angles to (-180, 180] degrees; any shape, float64."""
     return angles_deg - 360.0 * np.ceil((angles_deg - 180.0) / 360.0)
+
+
+def _join_columns(actions: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """[.., k, A] to [.., A]: sums of what is continuous, with turns of the view on the circle, keys held at any time, the first slot."""
+    kinds = np.array([column.kind for column in columns])
+    joined = np.where(kinds == "binary", actions.max(axis=-2), actions.sum(axis=-2))
+    joined[..., kinds == "onehot"] = actions[..., 0, kinds == "onehot"]
+    yaw = np.array([column.name == "dyaw" for column in columns])
+    joined[..., yaw] = _to_float32_degrees(joined[..., yaw])
+    return joined
 
 
 def _sum_steps(column: np.ndarray, anchors: np.ndarray) -> np.ndarray:
@@ -277,6 +338,8 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
             holds=rule == "last",
             adds=rule == "sum",
         ),
+        joined=partial(np.sum, axis=-2) if rule == "sum" else partial(np.take, indices=-1, axis=-2),
+        inverse=np.negative if rule == "sum" else None,
     )
 
 
@@ -377,14 +440,21 @@ _POSE_MOTION = MotionRule(
 
 _VPT13_RULE, _VPT36_RULE = (partial(_aggregate_vpt, buttons=buttons) for buttons in ((), VPT_BUTTONS))
 _VPT13_MOTION, _VPT36_MOTION = (_view_motion(columns, "dyaw", "dpitch", _COUNTS) for columns in (_VPT13, _VPT36))
+_VPT13_JOINED, _VPT36_JOINED, _VPT25_JOINED = (
+    partial(_join_columns, columns=columns) for columns in (_VPT13, _VPT36, _VPT25)
+)
 _VPT25_MOTION = _view_motion(_VPT25, "cameraX", "cameraY", {})
 _SPACES = (
-    ActionSpace("vpt13", 1, _VPT13, _VIEW, VPT_REQUIRED, _VPT13_RULE, _VPT13_MOTION),
-    ActionSpace("vpt36", 1, _VPT36, _VIEW, (*VPT_REQUIRED, *VPT_BUTTONS), _VPT36_RULE, _VPT36_MOTION),
-    ActionSpace("vpt25", 1, _VPT25, _VIEW, (*VPT_REQUIRED[:4], *VPT_BUTTONS), _aggregate_vpt25, _VPT25_MOTION),
+    ActionSpace("vpt13", 1, _VPT13, _VIEW, VPT_REQUIRED, _VPT13_RULE, _VPT13_MOTION, _VPT13_JOINED),
+    ActionSpace("vpt36", 1, _VPT36, _VIEW, (*VPT_REQUIRED, *VPT_BUTTONS), _VPT36_RULE, _VPT36_MOTION, _VPT36_JOINED),
+    ActionSpace(
+        "vpt25", 1, _VPT25, _VIEW, (*VPT_REQUIRED[:4], *VPT_BUTTONS), _aggregate_vpt25, _VPT25_MOTION, _VPT25_JOINED
+    ),
     *(
-        ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION)
+        ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION, *changes)
         for name, (describe, required) in POSE_SPACES.items()
+        # A command lies where it lies whatever the arm did before: it does not follow from commands seen from other poses.
+        for changes in ([] if name == "droid_command7" else [compose_pose_actions, invert_pose_actions],)
     ),
 )
 ACTION_SPACES: dict[str, ActionSpace] = {space.name: space for space in _SPACES}

@@ -6,6 +6,7 @@ angles are never subtracted: the first one of a gripper that points down lies at
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,25 @@ def pose_actions(states: np.ndarray) -> np.ndarray:
         # One by one: a stack of products may differ in the last bit, which is what decides between +pi and -pi.
         actions[:, 3:6] = _to_euler(np.stack([after @ before.T for before, after in itertools.pairwise(turns)]))
     return actions
+
+
+def compose_pose_actions(actions: np.ndarray) -> np.ndarray:
+    """One action [.., 7] for k in a row, [.., k, 7]: what `pose_actions` gives for the first and the last of their k + 1 poses."""
+    joined = actions.sum(axis=-2)
+    turns = _to_matrices(actions[..., 3:6].reshape(-1, 3)).reshape(*actions.shape[:-1], 3, 3)
+    turn = functools.reduce(
+        lambda before, step: turns[..., step, :, :] @ before, range(1, turns.shape[-3]), turns[..., 0, :, :]
+    )
+    joined[..., 3:6] = _to_euler(turn.reshape(-1, 3, 3)).reshape(joined[..., 3:6].shape)
+    return joined
+
+
+def invert_pose_actions(actions: np.ndarray) -> np.ndarray:
+    """The actions [.., 7] that lead back: `integrate_pose` with an action and then with its inverse changes no pose."""
+    inverse = -actions
+    turns = _to_matrices(actions[..., 3:6].reshape(-1, 3)).transpose(0, 2, 1)
+    inverse[..., 3:6] = _to_euler(turns).reshape(inverse[..., 3:6].shape)
+    return inverse
 
 
 def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 An action aggregates ALL ticks between two anchors, so splitting a step never changes the total; angles are differences on the
 circle or in SO(3), never of wrapped numbers; a key held on any tick counts; a step has the ticks that are its own and no others,
-whatever numbers stand there; what a recording does not hold is an error and never a zero; a new space is one entry.
+whatever numbers stand there; what a recording does not hold is an error and never a zero; a new space is one entry. Actions of
+several steps compose to the aggregate over all of them, and an inverse leads back; a space without one says why.
 """
 
 import itertools
@@ -35,6 +36,7 @@ from jepa_cache.poses import (
     integrate_pose,
     pose_actions,
     poses_in_camera_frame,
+    rotation_angle,
 )
 
 NUM_TICKS = 60
@@ -212,6 +214,70 @@ def test_zero_actions_keep_the_slot_and_nothing_else():
     assert not zeros[:, :27].any() and actions[:, :27].any() and zeros.dtype == np.float32
     with pytest.raises(ValueError, match="36 columns"):
         zero_actions(actions[:, :13], space)
+
+
+def _same_actions(space, one, other):
+    """Whether actions [n, A] are one: Euler angles as rotations, as a turn by pi has two."""
+    if space.name.startswith("pose7"):
+        assert rotation_angle(one[:, 3:6], other[:, 3:6]).max() < 1e-5
+        one, other = np.delete(one, (3, 4, 5), axis=1), np.delete(other, (3, 4, 5), axis=1)
+    return np.allclose(one, other, rtol=1e-6, atol=2e-4)  # of up to 16 float32 sums of 400 counts
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("name", sorted({*SPACES} - {"droid_command7"}))
+@given(st.integers(1, 16), st.integers(0, 5), st.integers(0, 100))
+def test_actions_of_steps_in_a_row_compose_to_the_aggregate_over_all_of_them(name, apart, first, seed):
+    space, controls = get_action_space(name), _make_controls(seed)
+    steps = space.aggregate(controls, np.arange(first, NUM_TICKS, 3)).actions
+    runs = np.stack([steps[start : start + apart] for start in range(0, len(steps) - apart + 1)])
+    composed = space.compose(runs)
+    assert composed.dtype == np.float64
+    for begin in range(min(apart, len(runs))):
+        expected = space.aggregate(controls, np.arange(first, NUM_TICKS, 3)[begin::apart]).actions
+        assert _same_actions(space, composed[begin::apart], expected.astype(np.float64))
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("name", ["pose7", "pose7_camera", "vector_sum4x2"])
+@given(st.integers(0, 100))
+def test_an_inverse_leads_back_and_that_of_several_actions_is_theirs_in_reversed_order(name, seed):
+    space, rng = get_action_space(name), np.random.default_rng(seed)
+    actions = rng.uniform(-1, 1, (9, 4, len(space.actions)))
+    inverse = space.invert(actions)
+    forth = space.invert(space.compose(actions))
+    back = space.compose(inverse[:, ::-1])
+    assert _same_actions(space, forth, back) and _same_actions(space, space.invert(forth), space.compose(actions))
+    if space.motion is not None:
+        states = rng.uniform(-1, 1, (9, 4, 7))
+        states[..., 6] = 0.5
+        actions[..., 6] /= 2
+        returned = space.motion.integrate(space.motion.integrate(states, actions), space.invert(actions))
+        assert np.allclose(np.delete(returned, (3, 4, 5), -1), np.delete(states, (3, 4, 5), -1))
+        assert rotation_angle(returned[..., 3:6], states[..., 3:6]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vpt36", r"4 continuous, 23 binary, 9 onehot.*time_reversal"),
+        ("vpt13", r"4 continuous, 9 onehot"),
+        ("vpt25", r"23 binary, 2 continuous"),
+        ("vector_last4x2", r"4 continuous.*command"),
+        ("droid_command7", r"no inverse"),
+    ],
+)
+def test_a_space_without_inverse_names_its_kinds_of_columns(name, said):
+    space = get_action_space(name)
+    with pytest.raises(ValueError, match=said):
+        space.invert(np.zeros((2, len(space.actions))))
+
+
+def test_commands_seen_from_measured_poses_do_not_compose_and_other_widths_are_refused():
+    with pytest.raises(ValueError, match=r"droid_command7.*step_lengths.*pose7"):
+        get_action_space("droid_command7").compose(np.zeros((2, 3, 7)))
+    with pytest.raises(ValueError, match="7 columns"):
+        get_action_space("pose7").compose(np.zeros((2, 3, 6)))
 
 
 def _drive(controls, anchors):

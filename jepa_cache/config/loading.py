@@ -16,6 +16,7 @@ from typing import Any
 
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
+    TRAIN_DEFAULTS,
     CacheConfig,
     Config,
     DatasetPreset,
@@ -86,7 +87,8 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     of_train = _read_preset(root, "train", given["train"].pop("preset", None), typed)
     train_file = preset_file("train", of_train.pop("name"))
     check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
-    defaults["train"] = {key: (value, train_file) for key, value in of_train.items()}
+    defaults["train"] = {key: (value, "config/schema.py") for key, value in TRAIN_DEFAULTS.items()}
+    defaults["train"] |= {key: (value, train_file) for key, value in of_train.items()}
 
     sections: dict[str, Any] = {}
     for name, cls in SECTIONS.items():

@@ -237,6 +237,9 @@ class TrainConfig(Settings):
     num_steps: Steps  # training steps
     num_epochs: RateOrZero  # above 0: passes over the training windows, in place of num_steps
     window_steps: Annotated[int, Field(ge=2, le=10**6)]  # T
+    # Steps of the cache from one step of a window to the next; windows of every one of them are drawn.
+    step_lengths: Annotated[tuple[Count, ...], Field(min_length=1), Once]
+    time_reversal: bool  # every window a second time, backwards, with the inverse actions
     batch_size: Count  # windows per forward pass and process
     optimizer: Literal["adamw", "adamw8bit"]
     grad_accumulation: Count  # forward passes per training step
@@ -276,10 +279,15 @@ class TrainConfig(Settings):
     loggers: Annotated[tuple[Logger, ...], Once]  # the CSV is always written
 
 
+TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False}
+"""What training presets and checkpoints mean that do not name a setting: it came after them."""
+
+
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """What is measured on the held-out episodes."""
 
+    step_length: Count  # steps of the cache from one step of a window to the next
     horizon: Count  # K open-loop steps
     num_context_steps: Count  # true steps before the first predicted one
     windows_per_episode: Count
@@ -390,15 +398,23 @@ def _check_windows(config: Config) -> Iterator[str]:
         yield f"train.auto_steps must be below train.window_steps {train.window_steps}; got {train.auto_steps}"
     if not train.validate_every and (train.patience or train.select == "best"):
         yield "train.patience and train.select=best need validations; set train.validate_every above 0"
+    if train.time_reversal and config.encode.mode != "frame":
+        yield f"train.time_reversal needs encode.mode=frame: what moves within a {config.encode.mode} cannot be reversed"
     if config.encode.mode != "clip":
         return
     segment = config.encode.frames_per_clip // config.encoder.tubelet_size
-    for key, steps in (
-        ("train.window_steps", train.window_steps),
-        ("evaluate.num_context_steps + evaluate.horizon", evaluate.num_context_steps + evaluate.horizon),
+    for key, steps, apart, step_length in (
+        ("train.window_steps", train.window_steps, "train.step_lengths", max(train.step_lengths)),
+        (
+            "evaluate.num_context_steps + evaluate.horizon",
+            evaluate.num_context_steps + evaluate.horizon,
+            "evaluate.step_length",
+            evaluate.step_length,
+        ),
     ):
-        if steps > segment:
-            yield f"in clip mode a segment is one clip of {segment} steps, but {key} is {steps}; lower it or raise encode.frames_per_clip"
+        if (steps - 1) * step_length >= segment:
+            far = f" at {apart} {step_length}" if step_length > 1 else ""
+            yield f"in clip mode a segment is one clip of {segment} steps, but {key} is {steps}{far}; lower it or raise encode.frames_per_clip"
 
 
 def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str]:

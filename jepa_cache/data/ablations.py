@@ -23,6 +23,8 @@ def action_ablations(
 ) -> dict[str, np.ndarray]:
     """Scaled actions of every ablation for some windows: [windows, T-1, A] float32 each.
 
+    Windows that go forward only. Other actions are of windows of the same step length.
+
     - `shuffled_actions`: those of a whole window of another episode.
     - `permuted_actions`: for each step another one, of any window of another episode.
     - `zero_actions`: raw zeros before scaling, one-hot columns kept.
@@ -30,7 +32,7 @@ def action_ablations(
       in its segment is NaN in both, so that both are measured on the same windows.
 
     Raises:
-        ValueError: When all windows are of one episode.
+        ValueError: When all windows, or all of one step length, are of one episode.
     """
     windows = [index[number] for number in numbers]
     episodes = [index.segments[window.segment].episode for window in windows]
@@ -38,16 +40,22 @@ def action_ablations(
     shape = len(windows), num_rows, len(dataset.space.actions)
     raw, after, before = (np.full(shape, np.nan, np.float32) for _ in range(3))
     for place, window in enumerate(windows):
-        actions, _ = dataset.controls(window.store)
+        step_length = window.step_length
+        actions, _ = dataset.controls(window.store, step_length)
         segment = index.segments[window.segment]
-        raw[place] = actions[window.start : window.start + num_rows]
+        raw[place] = actions[window.rows(num_rows)]
         # The last row of a segment leads nowhere, so the row after the window's must lie before it.
-        if segment.start < window.start and window.start + num_rows < segment.stop - 1:
-            after[place] = actions[window.start + 1 : window.start + 1 + num_rows]
-            before[place] = actions[window.start - 1 : window.start - 1 + num_rows]
-    donors = choose_donors(episodes, seed=seed)
-    rows = draw_rows(episodes, num_rows, seed=seed)
-    permuted = raw.reshape(-1, shape[-1])[rows]
+        first, last = window.start - step_length, window.start + (num_rows + 1) * step_length
+        if segment.start <= first and last < segment.stop:
+            after[place] = actions[window._replace(start=window.start + step_length).rows(num_rows)]
+            before[place] = actions[window._replace(start=first).rows(num_rows)]
+    lengths = np.array([window.step_length for window in windows])
+    donors, permuted = np.empty(len(windows), np.int64), np.empty_like(raw)
+    for alike in (np.flatnonzero(lengths == step_length) for step_length in dict.fromkeys(lengths.tolist())):
+        # An action that leads further than the window's own would be known by its size.
+        names = [episodes[place] for place in alike]
+        donors[alike] = alike[choose_donors(names, seed=seed)]
+        permuted[alike] = raw[alike].reshape(-1, shape[-1])[draw_rows(names, num_rows, seed=seed)]
     given = {
         SHUFFLED: raw[donors],
         ZERO: zero_actions(raw, dataset.space),

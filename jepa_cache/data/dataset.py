@@ -159,7 +159,7 @@ class CachedDataset:
         self.segments: list[Segment] = []
         self._readers: dict[tuple[int, str], ArrayReader] = {}
         self._channels: dict[int, Channels] = {}
-        self._controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._controls: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
         self._root, self._base = root, base or data_base()
         self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
@@ -317,12 +317,18 @@ class CachedDataset:
             self._channels[store] = Channels(*arrays)
         return self._channels[store]
 
-    def controls(self, store: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return unscaled actions [n, A] and states [n, S] of a store, float32."""
+    def controls(self, store: int, step_length: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return unscaled actions [n, A] and states [n, S] of a store, float32.
+
+        Row i of the actions leads from step i to i + step_length; it is NaN where no segment reaches so far. Worked out once.
+        """
         with self._lock:
-            if store not in self._controls:
-                self._controls[store] = read_actions(self._action_paths[store])
-            return self._controls[store]
+            if (store, 1) not in self._controls:
+                self._controls[store, 1] = read_actions(self._action_paths[store])
+            if (store, step_length) not in self._controls:
+                actions, states = self._controls[store, 1]
+                self._controls[store, step_length] = _compose_rows(actions, step_length, self.space), states
+            return self._controls[store, step_length]
 
     def controls_of(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         """Return unscaled actions [n-1, A], without the last row, which leads nowhere, and states [n, S] of a segment.
@@ -363,6 +369,17 @@ class CachedDataset:
                     self._token_paths[store], name, verify_checksums=self._verify_checksums
                 )
             return self._readers[store, name]
+
+
+def _compose_rows(actions: np.ndarray, step_length: int, space: ActionSpace) -> np.ndarray:
+    """Of actions [n, A] of single steps those [n, A] float32 that lead over `step_length`; NaN where one of them is."""
+    composed = np.full_like(actions, np.nan)
+    if len(actions) >= step_length:
+        runs = np.lib.stride_tricks.sliding_window_view(actions, step_length, axis=0).swapaxes(1, 2)  # [n-k+1, k, A]
+        leads = np.isfinite(runs).all(axis=(1, 2))
+        if leads.any():
+            composed[: len(runs)][leads] = space.compose(runs[leads])
+    return composed
 
 
 def _read_listed(store: Path, digest: str) -> StoreFile:

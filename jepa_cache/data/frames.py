@@ -14,8 +14,10 @@ from jepa_cache.sources import Unit, build_source
 from jepa_cache.store.digests import DigestTable
 
 
-def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment]) -> list[np.ndarray | None]:
-    """Decode the anchor frames of some runs of steps.
+def read_frames(
+    config: Config, dataset: CachedDataset, runs: Sequence[Segment], step_length: int = 1
+) -> list[np.ndarray | None]:
+    """Decode the anchor frames of every `step_length`-th step of some runs.
 
     Returns:
         For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
@@ -41,7 +43,7 @@ def read_frames(config: Config, dataset: CachedDataset, runs: Sequence[Segment])
         for recording in source.iter_episodes(Unit(files[0].name, files)):
             if isinstance(recording, Episode) and recording.key in wanted:
                 positions = wanted.pop(recording.key)
-                spans = [numbers[runs[position].start : runs[position].stop] for position in positions]
+                spans = [numbers[runs[position].start : runs[position].stop : step_length] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
                 with open_video(
                     recording.video,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import WindowIndex
+from jepa_cache.data.windows import Window, WindowIndex
 from jepa_cache.store.quantisation import Codec, scales_dtype, scales_shape
 
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: [B, T, N, D], raw encoder output: as stored (int4 [B, T, N, D / 2]), after `to_device` values.
-        actions: [B, T-1, A] float32, scaled; `actions[:, t]` leads from step t to t+1.
+        actions: [B, T-1, A] float32, scaled; `actions[:, t]` leads from step t to t+1 of the window, however far these lie apart.
         states: [B, T, S] float32, scaled.
         numbers: [B] window numbers in the index.
         scales: Of the tokens, where these are codes.
@@ -105,6 +105,10 @@ class WindowLoader:
                 f"{dataset.manifest.action_fingerprint}; run `python stages/fit_scaler.py` again"
             )
         scaler.check_columns(dataset.space)
+        for step_length in {*index.step_lengths} - {1}:  # What the space has not is refused before any window is read.
+            action = dataset.space.compose(np.zeros((abs(step_length), len(dataset.space.actions))))
+            if step_length < 0:
+                dataset.space.invert(action)
         self._dataset, self._index, self._scaler = dataset, index, scaler
         self._num_threads, self._pin_memory = num_threads, pin_memory
         self.wait_s = 0.0  # time that `iterate` made its caller wait
@@ -165,21 +169,37 @@ class WindowLoader:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
 
+    def _read_steps(self, read: Callable[[int, int, np.ndarray], None], window: Window, out: np.ndarray) -> None:
+        """Fill `out` [T, ...] with the steps of a window, and read no other."""
+        if window.step_length == 1:
+            read(window.store, window.start, out)
+            return
+        for place in range(len(out)):
+            read(window.store, window.start + place * window.step_length, out[place : place + 1])
+
     def _fill(self, buffer: Batch, numbers: np.ndarray) -> Batch:
         # numpy has no bfloat16 and float8: it fills their bits.
         tokens = buffer.tokens.view(torch.uint8).numpy().view(self._dataset.scheme.dtype)
         raw_actions, raw_states, num_steps = buffer.actions.numpy(), buffer.states.numpy(), self._index.num_steps
+        backwards = []
         for row, number in enumerate(numbers):
             window = self._index[int(number)]
-            self._dataset.read_tokens(window.store, window.start, tokens[row])
+            self._read_steps(self._dataset.read_tokens, window, tokens[row])
             if buffer.scales is not None:
-                self._dataset.read_token_scales(window.store, window.start, buffer.scales.tokens[row].numpy())
+                self._read_steps(self._dataset.read_token_scales, window, buffer.scales.tokens[row].numpy())
                 channels = self._dataset.channels(window.store)
                 buffer.scales.channels[row] = torch.from_numpy(channels.scales)
                 buffer.scales.means[row] = torch.from_numpy(channels.means)
-            actions, states = self._dataset.controls(window.store)
-            stop = window.start + num_steps
-            raw_actions[row], raw_states[row] = actions[window.start : stop - 1], states[window.start : stop]
+            actions, states = self._dataset.controls(window.store, abs(window.step_length))
+            rows = window.rows(num_steps)
+            raw_states[row] = states[rows]
+            if window.step_length > 0:
+                raw_actions[row] = actions[rows][:-1]
+            else:  # Backwards, from a step to the one whose action led to it.
+                raw_actions[row] = actions[rows][1:]
+                backwards.append(row)
+        if backwards:
+            raw_actions[backwards] = self._dataset.space.invert(raw_actions[backwards])
         # All windows at once: one by one this took longer than reading the tokens of a small encoder.
         raw_actions[...] = self._scaler.actions.apply(raw_actions)
         raw_states[...] = self._scaler.states.apply(raw_states)

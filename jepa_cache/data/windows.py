@@ -1,8 +1,8 @@
-"""Windows: runs of T steps inside one segment, and the pure rule that says which window is drawn when."""
+"""Windows: T evenly spaced steps inside one segment, and the pure rule that says which window is drawn when."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,41 +29,72 @@ def first_cached_rows(segments: Iterable[Segment]) -> dict[tuple[int, str], int]
 
 
 class Window(NamedTuple):
-    """Steps [start, start + T) of store number `store`."""
+    """Steps start, start + step_length, ... of store number `store`: T of them, backwards in time where the step length is negative."""
 
     store: int
     start: int
     segment: int  # position in the list of segments it was drawn from
+    step_length: int = 1
+
+    def rows(self, num_steps: int) -> slice:
+        """The rows of the store that its T steps are, in the window's order."""
+        stop = self.start + num_steps * self.step_length
+        return slice(self.start, stop if stop >= 0 else None, self.step_length)
 
 
 class WindowIndex:
-    """All windows of T steps in a list of segments, numbered; costs memory per segment, not per window."""
+    """All windows of T steps in a list of segments, numbered; costs memory per segment, not per window.
 
-    def __init__(self, segments: Sequence[Segment], num_steps: int) -> None:
+    Numbers go segment by segment; within one, step length by step length (with time reversal k and then -k), then by place.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        num_steps: int,
+        step_lengths: Sequence[int] = (1,),
+        time_reversal: bool = False,
+    ) -> None:
         """Number the windows.
 
         Args:
             segments: Where windows may lie.
             num_steps: T.
+            step_lengths: Steps of the cache from one step of a window to the next; a segment holds those that fit into it.
+            time_reversal: Whether every window is there a second time, backwards.
 
         Raises:
-            ValueError: When no segment is long enough.
+            ValueError: When no segment is long enough, for one of the step lengths.
         """
         self.segments = list(segments)
         self.num_steps = num_steps
-        counts = np.array([max(0, s.stop - s.start - num_steps + 1) for s in self.segments], np.int64)
-        self._ends = np.cumsum(counts)
-        if len(self) == 0:
-            longest = max((s.stop - s.start for s in self.segments), default=0)
-            raise ValueError(
-                f"no segment holds a window of {num_steps} steps: there are {len(self.segments)} segments, the longest has "
-                f"{longest}; lower train.window_steps (evaluate.num_context_steps and evaluate.horizon, or plan.num_context_steps and plan.horizons, where these ask for more), "
-                "raise encode.fps, or add longer recordings"
-            )
+        self.step_lengths = tuple(sign * k for k in step_lengths for sign in ((1, -1) if time_reversal else (1,)))
+        lengths = np.array([segment.stop - segment.start for segment in self.segments], np.int64)
+        longest = int(lengths.max(initial=0))
+        for step_length in step_lengths:
+            if longest <= (num_steps - 1) * step_length:
+                apart = f", each {step_length} steps of the cache after the one before," if step_length > 1 else ""
+                lower = "train.step_lengths, evaluate.step_length or " if step_length > 1 else ""
+                raise ValueError(
+                    f"no segment holds a window of {num_steps} steps{apart}: there are {len(self.segments)} segments, the longest has "
+                    f"{longest}; lower {lower}train.window_steps (evaluate.num_context_steps and evaluate.horizon, or plan.num_context_steps and plan.horizons, where these ask for more), "
+                    "raise encode.fps, or add longer recordings"
+                )
+        spans = [(num_steps - 1) * abs(step_length) for step_length in self.step_lengths]
+        self._ends = np.cumsum(sum(np.maximum(0, lengths - span) for span in spans))
 
     def counts(self) -> list[int]:
         """Windows of each segment."""
         return np.diff(self._ends, prepend=0).tolist()
+
+    def iter_runs(self) -> Iterator[tuple[int, int, range]]:
+        """Segment, step length and numbers of all windows of one segment and step length, in the order of their numbers."""
+        first = 0
+        for position, segment in enumerate(self.segments):
+            for step_length in self.step_lengths:
+                count = max(0, segment.stop - segment.start - (self.num_steps - 1) * abs(step_length))
+                yield position, step_length, range(first, first + count)
+                first += count
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -78,9 +109,15 @@ class WindowIndex:
             raise IndexError(f"windows are numbered from 0 to {len(self) - 1}; asked for {number}")
         position = int(np.searchsorted(self._ends, number, side="right"))
         segment = self.segments[position]
-        num_windows = segment.stop - segment.start - self.num_steps + 1
-        offset = int(number - (self._ends[position] - num_windows))
-        return Window(segment.store, segment.start + offset, position)
+        offset = int(number - (self._ends[position - 1] if position else 0))
+        for step_length in self.step_lengths:
+            span = (self.num_steps - 1) * abs(step_length)
+            count = max(0, segment.stop - segment.start - span)
+            if offset < count:
+                break
+            offset -= count
+        # Backwards, a window begins at the last of its steps in time.
+        return Window(segment.store, segment.start + offset + (span if step_length < 0 else 0), position, step_length)
 
 
 class WindowGroup(NamedTuple):
@@ -181,14 +218,12 @@ def _block_shares(weights: np.ndarray) -> np.ndarray:
 
 
 def spread_windows(index: WindowIndex, per_episode: int) -> list[int]:
-    """Window numbers for evaluation: up to `per_episode` evenly spread over each episode, in order."""
-    of_episode: dict[str, list[int]] = {}
-    first = 0
-    for segment, count in zip(index.segments, index.counts(), strict=True):
-        of_episode.setdefault(segment.episode, []).extend(range(first, first + count))
-        first += count
+    """Window numbers for evaluation: up to `per_episode` of each step length, evenly spread over each episode, in order."""
+    alike: dict[tuple[str, int], list[int]] = {}
+    for position, step_length, numbers in index.iter_runs():
+        alike.setdefault((index.segments[position].episode, step_length), []).extend(numbers)
     chosen = []
-    for numbers in of_episode.values():
+    for numbers in alike.values():
         picks = np.linspace(0, len(numbers) - 1, min(per_episode, len(numbers))).round().astype(int)
         chosen += [numbers[pick] for pick in np.unique(picks)]
     return chosen
@@ -201,6 +236,7 @@ def find_obstacle(dataset: CachedDataset, config: Config) -> str | None:
     """
     evaluate = config.evaluate
     num_steps = max(config.train.window_steps, evaluate.num_context_steps + evaluate.horizon)
+    num_steps = (num_steps - 1) * evaluate.step_length + 1
     least_train = 2 if "probes" in evaluate.measure else 1
     counts, enough = [], True
     for name, split, least in (("training", TRAIN, least_train), ("held out", VAL, LEAST_HELD_OUT)):
@@ -213,7 +249,7 @@ def find_obstacle(dataset: CachedDataset, config: Config) -> str | None:
         return None
     return (
         f"{', '.join(counts)}; evaluate needs {LEAST_HELD_OUT} held out and {least_train} for training with {num_steps} steps in a row (the most of "
-        "train.window_steps and evaluate.num_context_steps + evaluate.horizon). Add recordings, set another split.val_share or split.seed, or "
+        "train.window_steps and evaluate.num_context_steps + evaluate.horizon, evaluate.step_length apart). Add recordings, set another split.val_share or split.seed, or "
         "lower these steps; to train on every episode and evaluate nothing, set split.val_share=0"
     )
 

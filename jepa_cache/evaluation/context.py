@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_cache.config.paths import resolve_device
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import TRAIN_DEFAULTS, Config
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
@@ -131,10 +131,15 @@ def spread(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def choose_windows(
-    segments: Sequence[Segment], num_steps: int, per_episode: int, *, limit: int | None = None
+    segments: Sequence[Segment],
+    num_steps: int,
+    per_episode: int,
+    *,
+    step_length: int = 1,
+    limit: int | None = None,
 ) -> ChosenWindows:
-    """Choose windows of `num_steps` steps spread evenly over each episode, and over all where `limit` are fewer."""
-    index = WindowIndex(segments, num_steps)
+    """Choose windows of `num_steps` steps, `step_length` apart, evenly spread over each episode, and over all where `limit` are fewer."""
+    index = WindowIndex(segments, num_steps, (step_length,))
     numbers = spread_windows(index, per_episode)
     return ChosenWindows(index, numbers if limit is None else spread(numbers, limit))
 
@@ -169,7 +174,9 @@ def check_settings(config: Config, weights: Path) -> None:
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]
+    description["train"] = {**TRAIN_DEFAULTS, **description["train"]}
     now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
+    now["train"]["step_lengths"] = list(config.train.step_lengths)
     differing = [
         f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
         for section in now

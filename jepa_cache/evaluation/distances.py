@@ -123,7 +123,8 @@ def collect_vectors(evaluation: EvaluationContext) -> dict[str, Vectors]:
     settings = evaluation.config.evaluate
     context, horizon = settings.num_context_steps, settings.horizon
     held_out, per_episode = evaluation.held_out_segments(), settings.windows_per_episode
-    chosen = choose_windows(held_out, context + horizon, per_episode, limit=MAX_VECTORS)
+    apart = {"step_length": settings.step_length}
+    chosen = choose_windows(held_out, context + horizon, per_episode, **apart, limit=MAX_VECTORS)
     num_tokens = evaluation.dataset.manifest.num_tokens
     num_places = min(num_tokens, MAX_VECTORS // len(chosen.numbers))
     rng = np.random.default_rng(settings.seed)

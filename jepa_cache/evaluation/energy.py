@@ -48,15 +48,17 @@ TIE_TOLERANCE = 1e-6
 class ActionPool:
     """The recorded actions of a data set, to draw some of other episodes."""
 
-    def __init__(self, dataset: CachedDataset, segments: Sequence[Segment]) -> None:
-        """Collect the actions inside segments of training and held-out episodes."""
+    def __init__(self, dataset: CachedDataset, segments: Sequence[Segment], step_length: int = 1) -> None:
+        """Collect the actions over `step_length` inside segments of training and held-out episodes."""
         self._one_hot = np.array([column.kind == "onehot" for column in dataset.space.actions])
         self._dataset_of = [part.dataset for part, _ in dataset.manifest.stores]
         rows: dict[str, list[np.ndarray]] = {}
         episodes: dict[str, list[str]] = {}
         for segment in segments:
             name = self._dataset_of[segment.store]
-            own = dataset.controls(segment.store)[0][segment.start : segment.stop - 1]
+            own = dataset.controls(segment.store, step_length)[0][
+                segment.start : max(segment.stop - step_length, segment.start)
+            ]
             rows.setdefault(name, []).append(own)
             episodes.setdefault(name, []).extend([segment.episode] * len(own))
         self._actions = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -87,13 +89,13 @@ class OneStep:
 
     def __init__(self, evaluation: EvaluationContext, window: Window, h: Tensor) -> None:
         """Take a window and its tokens [C+1, N, D], whose last step is the one to be foreseen."""
-        self._batch_size, last = evaluation.config.evaluate.batch_size, window.start + len(h) - 2
-        actions, states = evaluation.dataset.controls(window.store)
-        context = Context(h[:-1], actions[window.start : last], states[window.start : last + 1])
+        self._batch_size, rows = evaluation.config.evaluate.batch_size, window.rows(len(h) - 1)
+        actions, states = (values[rows] for values in evaluation.dataset.controls(window.store, window.step_length))
+        context = Context(h[:-1], actions[:-1], states)
         scaler = evaluation.scaler
         scale = {"scale_actions": scaler.actions.apply, "scale_states": scaler.states.apply}
         self._rollout, self._target = Rollout(evaluation.model, context, **scale), h[-1]
-        self.true, self.window = actions[last], window
+        self.true, self.window = actions[-1], window
 
     def energies(self, actions: np.ndarray) -> np.ndarray:
         """Energies [n] float64 of unscaled actions [n, A]; the state stays as recorded."""
@@ -127,7 +129,8 @@ def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     `energy`: `mean_rank` (chance 0.5) and `top10_rate` (chance 0.1) of the true action, `true_l1` and `others_l1` (energies)
     and `margin_l1`, the others' less the true one's; `energy_ci` their intervals over episodes.
     """
-    pool = ActionPool(evaluation.dataset, evaluation.training_segments() + evaluation.held_out_segments())
+    segments, step_length = evaluation.held_out_segments(), evaluation.config.evaluate.step_length
+    pool = ActionPool(evaluation.dataset, evaluation.training_segments() + segments, step_length)
     maps = measure_maps(evaluation, pool)
     sections, bins, episodes = measure_ranks(evaluation, pool)
     rows = [
@@ -151,8 +154,8 @@ def measure_ranks(
         The sections of metrics.json, the share of each tenth of the ranks [windows, 10], and the windows' episodes.
     """
     settings = evaluation.config.evaluate
-    num_steps = settings.num_context_steps + 1
-    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.energy_windows)
+    num_steps, apart = settings.num_context_steps + 1, settings.step_length
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.energy_windows, step_length=apart)
     found = []
     for step, number, segment in iter_one_steps(evaluation, chosen):
         rng = np.random.default_rng([settings.seed, number])
@@ -192,7 +195,8 @@ def measure_maps(evaluation: EvaluationContext, pool: ActionPool) -> list[Energy
     ever change there are no maps, and that is said on stderr.
     """
     dataset, settings, space = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.space
-    chosen = choose_windows(evaluation.held_out_segments(), settings.num_context_steps + 1, 3)
+    num_steps, apart = settings.num_context_steps + 1, settings.step_length
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, 3, step_length=apart)
     positions = positions_of(chosen.episodes)
     episodes = spread(sorted(positions), MAX_MAPS)
     numbers = [chosen.numbers[positions[episode][len(positions[episode]) // 2]] for episode in episodes]

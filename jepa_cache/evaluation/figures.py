@@ -154,9 +154,10 @@ def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> lis
         return gui, frames, dataset.step_hz(store)
 
     for window, episode in zip(errors.chosen.windows, errors.episodes, strict=True):
-        rows, part = slice(window.start, window.start + errors.chosen.index.num_steps), parts[window.store]
+        rows, part = window.rows(errors.chosen.index.num_steps), parts[window.store]
         gui, frames, rates = recorded(window.store)
-        actions = dataset.controls(window.store)[0][rows][:-1]
+        actions = dataset.controls(window.store, window.step_length)[0][rows][:-1]
+        spacing = np.median(np.diff(frames[rows])) / window.step_length
         facts.append(
             {
                 "episode": episode,
@@ -166,7 +167,7 @@ def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> lis
                 "gui": "open" if gui[rows].any() else "closed",
                 "first_step": window.start - first_rows[window.store, episode],
                 # Steps of a segment are evenly spaced frames, `rate` of them a second: time = frame number / spacing / rate.
-                "start_s": float(frames[window.start] / np.median(np.diff(frames[rows])) / rates[episode]),
+                "start_s": float(frames[window.start] / spacing / rates[episode]),
                 "action_size": np.abs(scale(actions) - scale(zero_actions(actions, dataset.space))).mean(),
             }
         )

@@ -48,7 +48,8 @@ def measure_floor(evaluation: EvaluationContext) -> tuple[dict[str, np.ndarray],
     settings, dataset, trained = evaluation.config.evaluate, evaluation.dataset, evaluation.window_steps
     ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
     num_steps = max(trained, ahead.stop)
-    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows)
+    apart = {"step_length": settings.step_length}
+    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.noise_windows, **apart)
     windows, others = chosen.windows, list_other_dtypes(dataset)
     channels = functools.cache(lambda store: read_channels(dataset, store))
     parts: dict[str, list[np.ndarray]] = {}

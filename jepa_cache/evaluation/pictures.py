@@ -192,7 +192,7 @@ def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: Eva
     colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
     chosen = ChosenWindows(index, [numbers[position] for position in positions])
     runs = [
-        segment._replace(start=window.start, stop=window.start + stop)
+        segment._replace(start=window.start, stop=window.start + (stop - 1) * window.step_length + 1)
         for segment, window in zip(chosen.segments, chosen.windows, strict=True)
     ]
     batch, h = evaluation.read_windows(*chosen)
@@ -200,12 +200,14 @@ def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: Eva
     predicted = evaluation.model.open_loop(*given, settings.horizon).cpu()
     true = h[:, :stop].cpu()
     error = (predicted - true[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
-    first_rows = first_cached_rows(dataset.segments)
+    first_rows, step_length = first_cached_rows(dataset.segments), settings.step_length
     note = "" if manifest.encoder_trained else " (encoder untrained)"
     strips = []
-    for number, (run, frames) in enumerate(zip(runs, read_frames(evaluation.config, dataset, runs), strict=True)):
+    for number, (run, frames) in enumerate(
+        zip(runs, read_frames(evaluation.config, dataset, runs, step_length), strict=True)
+    ):
         first = run.start - first_rows[run.store, run.episode]
-        title = f"{run.episode}, steps {first} to {first + stop - 1}{note}"
+        title = f"{run.episode}, steps {first} to {first + run.stop - run.start - 1}{note}"
         painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (true, predicted))
         strips.append(Strip(title, frames, *painted, error[number]))
     return strips

@@ -87,11 +87,12 @@ def read_sample(evaluation: EvaluationContext, segments: Sequence[Segment], *, n
     """
     dataset, settings = evaluation.dataset, evaluation.config.evaluate
     per_episode = -(-settings.probe_windows // count_episodes(segments))
-    chosen = choose_windows(segments, num_steps, per_episode, limit=settings.probe_windows)
+    step_length = settings.step_length
+    chosen = choose_windows(segments, num_steps, per_episode, step_length=step_length, limit=settings.probe_windows)
     grid, width = dataset.manifest.grid, settings.probe_width
     features = [step_features(h, grid, width=width) for _, _, h in evaluation.iter_windows(chosen, "probing")]
     windows = chosen.windows
-    controls = [[values[w.start : w.start + num_steps] for values in dataset.controls(w.store)] for w in windows]
+    controls = [[values[w.rows(num_steps)] for values in dataset.controls(w.store, step_length)] for w in windows]
     actions, states = (np.stack(values) for values in zip(*controls, strict=True))
     return Sample(np.concatenate(features), actions[:, :-1], states, windows, chosen.episodes)
 
@@ -143,7 +144,7 @@ def window_labels(dataset: CachedDataset, sample: Sample) -> Targets:
     labels = {
         "dataset": [part.dataset for part in parts],
         "camera": [str(part.camera) for part in parts],
-        "gui": [str(bool(gui[w.store][w.start : w.start + num_steps].any())) for w in windows],
+        "gui": [str(bool(gui[w.store][w.rows(num_steps)].any())) for w in windows],
     }
     if all("success" in columns for episodes in native.values() for columns in episodes.values()):
         places = zip(windows, sample.episodes, strict=True)

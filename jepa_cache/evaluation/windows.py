@@ -50,9 +50,10 @@ def fit_baselines(
     scaler: Scaler,
     model: LatentModel,
     *,
+    step_length: int = 1,
     device: torch.device = CPU,
 ) -> Baselines:
-    """Mean over all steps and ridge regression over all pairs of neighbouring steps of the training episodes, in one pass.
+    """Mean over all steps and ridge regression over all pairs of steps `step_length` apart of the training episodes, in one pass.
 
     The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
     from t to t+1, the scaled state at t, and 1. It sees no tokens.
@@ -66,8 +67,10 @@ def fit_baselines(
     total, num_steps = torch.zeros(shape, **exact), 0
     squares = torch.zeros(num_inputs, num_inputs, **exact)
     products = torch.zeros(num_inputs, shape[0] * shape[1], **exact)
-    for length, alike in tqdm(_cut_pieces(segments).items(), desc="fitting baselines", delay=2, dynamic_ncols=True):
-        loader = WindowLoader(dataset, WindowIndex([piece for piece, _ in alike], length), scaler)
+    for length, alike in tqdm(
+        _cut_pieces(segments, step_length).items(), desc="fitting baselines", delay=2, dynamic_ncols=True
+    ):
+        loader = WindowLoader(dataset, WindowIndex([piece for piece, _ in alike], length, (step_length,)), scaler)
         begins = torch.tensor([begins for _, begins in alike], device=device)
         numbers = range(len(alike))
         for batch in loader.iterate([numbers[first : first + BATCH_SIZE] for first in numbers[::BATCH_SIZE]]):
@@ -90,16 +93,20 @@ def fit_baselines(
     return Baselines((total / num_steps).float(), change.float().unflatten(1, shape), num_steps)
 
 
-def _cut_pieces(segments: Sequence[Segment]) -> dict[int, list[tuple[Segment, bool]]]:
-    """Segments in pieces by length, and whether each begins its segment: any other begins with the last step of the one before.
+def _cut_pieces(segments: Sequence[Segment], step_length: int) -> dict[int, list[tuple[Segment, bool]]]:
+    """Segments in pieces by their number of steps, and whether each begins one: any other begins with the last step of the one before.
 
-    So every step is in one piece as another than that first one, and every pair of neighbours in one.
+    Of every `step_length`-th step, from each of the first ones on. So every step is in one piece as another than that first one, and
+    every pair of steps that far apart in one.
     """
     pieces: dict[int, list[tuple[Segment, bool]]] = {}
     for segment in segments:
-        for start in range(segment.start, max(segment.stop - 1, segment.start + 1), PIECE_STEPS):
-            piece = segment._replace(start=start, stop=min(start + PIECE_STEPS + 1, segment.stop))
-            pieces.setdefault(piece.stop - start, []).append((piece, start == segment.start))
+        for begin in range(segment.start, min(segment.start + step_length, segment.stop)):
+            rows = range(begin, segment.stop, step_length)
+            for first in range(0, max(len(rows) - 1, 1), PIECE_STEPS):
+                own = rows[first : first + PIECE_STEPS + 1]
+                piece = segment._replace(start=own[0], stop=own[-1] + 1)
+                pieces.setdefault(len(own), []).append((piece, first == 0))
     return pieces
 
 
@@ -148,10 +155,13 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
     settings, dataset, scaler = evaluation.config.evaluate, evaluation.dataset, evaluation.scaler
     ahead = slice(settings.num_context_steps, settings.num_context_steps + settings.horizon)
     num_steps = max(evaluation.window_steps, ahead.stop)
-    chosen = choose_windows(evaluation.held_out_segments(), num_steps, settings.windows_per_episode)
+    chosen = choose_windows(
+        evaluation.held_out_segments(), num_steps, settings.windows_per_episode, step_length=settings.step_length
+    )
     ablations = action_ablations(dataset, scaler, *chosen, seed=settings.seed)
     training, device = evaluation.training_segments(), evaluation.device
-    baselines = fit_baselines(dataset, training, scaler, evaluation.model, device=device)
+    apart = settings.step_length
+    baselines = fit_baselines(dataset, training, scaler, evaluation.model, step_length=apart, device=device)
     forced, rolled = (
         {measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
         for steps in (evaluation.window_steps - 1, settings.horizon)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import Config, TrainConfig
 from jepa_cache.data.ablations import SHUFFLED, action_ablations
-from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import WindowGroup, WindowIndex, WindowSampler, spread_windows
+from jepa_cache.data.windows import (
+    LEAST_HELD_OUT,
+    WindowGroup,
+    WindowIndex,
+    WindowSampler,
+    count_episodes,
+    spread_windows,
+)
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
 
@@ -36,7 +43,10 @@ class TrainingData:
         self._rank, self._num_processes = accelerator.process_index, accelerator.num_processes
         self.datasets = list(dict.fromkeys(part.dataset for part in dataset.manifest.parts))
         self._index = index = WindowIndex(
-            dataset.segments_of(TRAIN, config.split, config.filter), settings.window_steps
+            dataset.segments_of(TRAIN, config.split, config.filter),
+            settings.window_steps,
+            settings.step_lengths,
+            settings.time_reversal,
         )
         self.num_windows = len(index)
         self.loader = WindowLoader(
@@ -53,10 +63,10 @@ class TrainingData:
         self.validation: list[int] = []
         self.compares = False
         held_out = dataset.segments_of(VAL, config.split, config.filter)
-        if any(segment.stop - segment.start >= settings.window_steps for segment in held_out):
-            self._val_index = index = WindowIndex(held_out, settings.window_steps)
+        if lengths := validation_step_lengths(held_out, settings):
+            self._val_index = index = WindowIndex(held_out, settings.window_steps, lengths)
             self._val_loader = WindowLoader(dataset, index, scaler)
-            self.validation = spread_windows(index, VALIDATION_WINDOWS_PER_EPISODE)
+            self.validation = spread_windows(index, max(1, VALIDATION_WINDOWS_PER_EPISODE // len(lengths)))
             self.compares = len({index.segments[index[n].segment].episode for n in self.validation}) > 1
             if self.compares:
                 others = action_ablations(dataset, scaler, index, self.validation, seed=settings.seed)[SHUFFLED]
@@ -85,7 +95,7 @@ class TrainingData:
         return np.array([self.datasets.index(self._dataset.manifest.stores[store][0].dataset) for store in stores])
 
     def describe(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """Say of training windows [B] their data set, episode, first step and number of steps."""
+        """Say of training windows [B] their data set, episode, first step, number of steps and steps of the cache between them."""
         described = []
         for number in numbers:
             window = self._index[int(number)]
@@ -97,9 +107,25 @@ class TrainingData:
                     "episode": segment.episode,
                     "start": window.start - segment.start,
                     "num_steps": self._index.num_steps,
+                    "step_length": window.step_length,
                 }
             )
         return described
+
+
+def validation_step_lengths(held_out: Sequence[Segment], settings: TrainConfig) -> list[int]:
+    """Step lengths of the validation: those of the training, forward in time, that two held-out episodes hold, else that one does.
+
+    So that every window can be given the actions of another episode over as many steps.
+    """
+    holding = {
+        step_length: count_episodes(
+            [it for it in held_out if it.stop - it.start > (settings.window_steps - 1) * step_length]
+        )
+        for step_length in settings.step_lengths
+    }
+    least = min(LEAST_HELD_OUT, max(holding.values()))
+    return [step_length for step_length, count in holding.items() if count >= max(1, least)]
 
 
 def mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:

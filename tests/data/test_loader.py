@@ -4,14 +4,17 @@ Errors in reading threads reach the caller, and an early end leaves no thread be
 documented formula's numbers bit for bit, per window with its own store's channels; other memory is left alone.
 """
 
+import itertools
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from jepa_cache.actions import get_action_space
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.loader import Batch, TokenScales, WindowLoader, to_device
@@ -70,6 +73,51 @@ def test_batches_are_the_stored_steps_in_the_order_asked_for(parts, num_threads)
         check(batch, expected_batch(parts, numbers))
         seen += 1
     assert seen == len(batches)
+
+
+def moved_by_sums(dataset):
+    """The data set in an action space whose actions add up and have an inverse, and a scaler for it."""
+    dataset.space = get_action_space("vector_sum36x2")
+    return fit_scaler(dataset, dataset.segments, ScalerConfig("standard", "standard"))
+
+
+def test_batches_of_mixed_step_lengths_hold_the_steps_asked_for_and_what_leads_from_each_to_the_next(dataset):
+    scaler, num_steps = moved_by_sums(dataset), 3
+    index = WindowIndex(dataset.segments, num_steps, (1, 2, 5), time_reversal=True)
+    batches, seen = drawn_batches(index, num_batches=8, size=16), set()
+    for batch, numbers in zip(
+        WindowLoader(dataset, index, scaler, num_threads=2).iterate(batches), batches, strict=True
+    ):
+        for row, number in enumerate(numbers):
+            window, token = index[number], np.empty((1, *batch.tokens.shape[2:]), np.float16)
+            actions, states = dataset.controls(window.store)
+            sign = 1 if window.step_length > 0 else -1
+            steps = [window.start + step * window.step_length for step in range(num_steps)]
+            for step, place in enumerate(steps):
+                dataset.read_tokens(window.store, place, token)
+                assert np.array_equal(batch.tokens[row, step].numpy(), token[0])
+                assert np.array_equal(batch.states[row, step].numpy(), scaler.states.apply(states[place]))
+            for step, (one, other) in enumerate(itertools.pairwise(steps)):
+                summed = sign * actions[min(one, other) : max(one, other)].astype(np.float64).sum(axis=0)
+                assert np.allclose(batch.actions[row, step].numpy(), scaler.actions.apply(summed), rtol=1e-6, atol=1e-6)
+            seen.add(window.step_length)
+    assert seen == {1, -1, 2, -2, 5, -5}
+
+
+def test_no_action_beyond_the_end_of_a_segment_enters(dataset):
+    scaler = moved_by_sums(dataset)
+    index = WindowIndex(dataset.segments, 2, (1, 2, 3, 4, 5, 6, 7), time_reversal=True)
+    batch = WindowLoader(dataset, index, scaler).read(range(len(index)))
+    assert torch.isfinite(batch.actions).all() and torch.isfinite(batch.states).all()
+
+
+def test_step_lengths_and_directions_that_the_action_space_has_not_are_refused_before_anything_is_read(parts):
+    dataset, _, scaler = parts
+    with pytest.raises(ValueError, match=r"vpt36 have no inverse.*23 binary.*time_reversal"):
+        WindowLoader(dataset, WindowIndex(dataset.segments, 3, (1,), time_reversal=True), scaler)
+    dataset.space = replace(dataset.space, joined=None)
+    with pytest.raises(ValueError, match=r"do not follow.*train\.step_lengths"):
+        WindowLoader(dataset, WindowIndex(dataset.segments, 3, (2,)), scaler)
 
 
 def test_batches_of_different_sizes_and_none_at_all(parts):

@@ -46,7 +46,7 @@ def index_of(segments, num_steps):
 @given(segment_lists(), st.integers(1, 9))
 def test_the_numbers_name_every_run_of_steps_inside_a_segment_once_and_in_order(segments, num_steps):
     expected = [
-        (segment.store, start, position)
+        (segment.store, start, position, 1)
         for position, segment in enumerate(segments)
         for start in range(segment.start, segment.stop - num_steps + 1)
     ]
@@ -56,6 +56,47 @@ def test_the_numbers_name_every_run_of_steps_inside_a_segment_once_and_in_order(
     for number in (-1, len(index)):
         with pytest.raises(IndexError):
             index[number]
+
+
+@given(segment_lists(), st.integers(2, 5), st.lists(st.integers(1, 9), min_size=1, unique=True), st.booleans())
+def test_windows_of_several_step_lengths_are_every_spaced_run_inside_a_segment_once_in_each_direction(
+    segments, num_steps, step_lengths, time_reversal
+):
+    longest = max(segment.stop - segment.start for segment in segments)
+    if longest <= (num_steps - 1) * max(step_lengths):
+        with pytest.raises(ValueError, match=f"window of {num_steps} steps.*the longest has {longest}; lower"):
+            WindowIndex(segments, num_steps, step_lengths, time_reversal)
+        return
+    index = WindowIndex(segments, num_steps, step_lengths, time_reversal)
+    rows = range(max(segment.stop for segment in segments))
+    found, positions = [], []
+    for number in range(len(index)):
+        window = index[number]
+        found.append((window.store, *rows[window.rows(num_steps)]))
+        positions.append(window.segment)
+        assert np.diff(found[-1][1:]).tolist() == [window.step_length] * (num_steps - 1)
+    expected = []
+    for segment in segments:
+        for step_length in step_lengths:
+            last = segment.stop - (num_steps - 1) * step_length
+            runs = [[start + step * step_length for step in range(num_steps)] for start in range(segment.start, last)]
+            expected += [(segment.store, *run) for run in runs]
+            expected += [(segment.store, *run[::-1]) for run in runs if time_reversal]
+    assert sorted(found) == sorted(expected)
+    assert positions == sorted(positions) and index.counts() == np.bincount(positions, minlength=len(segments)).tolist()
+    runs = list(index.iter_runs())
+    assert [number for _, _, numbers in runs for number in numbers] == list(range(len(index)))
+    for segment, step_length, numbers in runs:
+        assert {(index[n].segment, index[n].step_length) for n in numbers} <= {(segment, step_length)}
+
+
+def test_a_step_length_that_no_segment_holds_is_refused_by_name():
+    segments = [Segment(0, "a", 0, 9), Segment(0, "b", 9, 12)]
+    assert len(WindowIndex(segments, 3, (1, 4))) == 7 + 1 + 1
+    with pytest.raises(
+        ValueError, match=r"3 steps, each 5 steps of the cache after .*longest has 9.*train\.step_lengths"
+    ):
+        WindowIndex(segments, 3, (1, 5))
 
 
 def test_no_segment_long_enough_is_refused_with_the_way_out():

@@ -7,15 +7,21 @@ Claims:
 - mean and regression are those of all training steps, each counted once (test_run.py recomputes what they predict).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
 
 from jepa_cache.data.ablations import ABLATIONS, action_ablations, choose_donors, draw_others, draw_rows, positions_of
+from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.evaluation.windows import RIDGE, fit_baselines
+from jepa_cache.evaluation.context import EvaluationContext
+from jepa_cache.evaluation.energy import ActionPool, iter_one_steps
+from jepa_cache.evaluation.windows import RIDGE, fit_baselines, measure_windows
 from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import make_cache
+from tests.evaluation.evaluations import Oracle
 
 
 def test_donors_are_of_another_episode_and_drawn_as_choice_among_the_others_would():
@@ -38,12 +44,14 @@ def test_one_episode_alone_has_no_donors():
 
 
 # Shorter than a piece, one piece, and with a rest.
-@pytest.mark.parametrize(("num_steps", "normalize"), [(2, True), (17, True), (18, False), (40, True)])
-def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path, num_steps, normalize):
+@pytest.mark.parametrize(
+    ("num_steps", "normalize", "apart"), [(2, True, 1), (17, True, 1), (18, False, 1), (40, True, 1), (61, True, 3)]
+)
+def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path, num_steps, normalize, apart):
     cache = make_cache(tmp_path, num_steps=num_steps)
     segments = cache.dataset.segments_of("train", cache.config.split)
     segments += [segments[0]._replace(stop=segments[0].start + 1)]  # what a filter may leave: a step without a pair
-    found = fit_baselines(cache.dataset, segments, cache.scaler, LatentModel(None, normalize))
+    found = fit_baselines(cache.dataset, segments, cache.scaler, LatentModel(None, normalize), step_length=apart)
     steps, inputs, changes = [], [], []
     for segment in segments:
         entry, manifest = cache.dataset.manifest.entries[segment.store], cache.dataset.manifest
@@ -51,10 +59,12 @@ def test_the_baselines_are_fitted_on_every_training_step_and_pair_once(tmp_path,
         own = np.array(tokens[segment.start : segment.stop], np.float64)
         if normalize:
             own = (own - own.mean(-1, keepdims=True)) / np.sqrt(own.var(-1, keepdims=True) + 1e-5)
-        actions, states = (values[segment.start : segment.stop - 1] for values in cache.dataset.controls(segment.store))
-        scaled = cache.scaler.actions.apply(actions), cache.scaler.states.apply(states), np.ones((len(own) - 1, 1))
+        pairs = max(len(own) - apart, 0)
+        given = cache.dataset.controls(segment.store, apart)
+        actions, states = (values[segment.start : segment.start + pairs] for values in given)
+        scaled = cache.scaler.actions.apply(actions), cache.scaler.states.apply(states), np.ones((pairs, 1))
         steps, inputs = [*steps, *own], [*inputs, *np.hstack(scaled).astype(np.float64)]
-        changes += [*np.diff(own, axis=0).reshape(len(own) - 1, own[0].size)]
+        changes += [*(own[apart:] - own[:pairs]).reshape(pairs, own[0].size)]
     assert found.num_steps == len(steps)
     assert np.allclose(found.mean.numpy(), np.mean(steps, axis=0), atol=1e-5)
     x, y = np.array(inputs), np.array(changes)
@@ -85,3 +95,45 @@ def test_ablations_take_the_place_of_the_true_actions(cache):
     every_row, permuted = (x.reshape(-1, true.shape[-1]) for x in (true, undo(found["permuted_actions"])))
     assert (np.abs(permuted[:, None] - every_row[None]).max(axis=-1).min(axis=1) < 1e-3).all()
     assert all(np.isfinite(found[name]).all() for name in ("shuffled_actions", "zero_actions", "permuted_actions"))
+
+
+def test_ablations_of_steps_that_lie_apart_are_of_windows_alike(cache):
+    num_steps, apart = 4, 3
+    index = WindowIndex(cache.dataset.segments_of("val", cache.config.split), num_steps, (1, apart))
+    numbers = list(range(len(index)))
+    found = action_ablations(cache.dataset, cache.scaler, index, numbers, seed=0)
+    lengths = np.array([index[number].step_length for number in numbers])
+    true = WindowLoader(cache.dataset, index, cache.scaler).read(numbers).actions.numpy()
+    for step_length in (1, apart):
+        alike = np.flatnonzero(lengths == step_length)
+        known = {true[place].tobytes(): index.segments[index[place].segment].episode for place in alike}
+        for place in alike:
+            donor = known[found["shuffled_actions"][place].tobytes()]
+            assert donor != index.segments[index[place].segment].episode
+    after, before = found["next_actions"], found["previous_actions"]
+    for place, number in enumerate(numbers):
+        window = index[number]
+        segment = index.segments[window.segment]
+        rows = [window.start + step * window.step_length for step in range(-1, num_steps + 1)]
+        if rows[0] >= segment.start and rows[-1] < segment.stop:
+            raw = cache.dataset.controls(window.store, window.step_length)[0]
+            assert np.allclose(after[place], cache.scaler.actions.apply(raw[rows[2:-1]]), atol=1e-5)
+            assert np.allclose(before[place], cache.scaler.actions.apply(raw[rows[:-3]]), atol=1e-5)
+        else:
+            assert np.isnan(after[place]).all() and np.isnan(before[place]).all()
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+def test_one_who_knows_what_actions_do_errs_by_rounding_alone_however_far_the_steps_lie_apart(cache, apart):
+    """The tokens follow from the yaw, so tokens, states and composed actions must be those of the same steps."""
+    settings = replace(cache.config.evaluate, step_length=apart, num_context_steps=2, horizon=3)
+    config = replace(cache.config, evaluate=settings)
+    evaluation = EvaluationContext(LatentModel(Oracle(cache.scaler)), config, cache.dataset, cache.scaler, 4)
+    errors = measure_windows(evaluation)
+    assert errors.one_step["model"].max() < 2e-3, "float16"
+    assert errors.one_step["shuffled_actions"].mean() > 0.1 and errors.one_step["zero_actions"].mean() > 0.1
+    assert np.nanmean(errors.one_step["next_actions"]) > 0.1 and errors.one_step["copy_last"].mean() > 0.1
+    pool = ActionPool(cache.dataset, evaluation.held_out_segments(), apart)
+    for step, _, segment in iter_one_steps(evaluation, errors.chosen):
+        assert step.energies(step.true[None])[0] < 2e-3
+        assert step.energies(pool.draw(20, step.true, segment, np.random.default_rng(0))).mean() > 0.1
