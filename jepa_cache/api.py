@@ -39,8 +39,7 @@ from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
-from jepa_cache.predictor.checkpoints import load_predictor
-from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.checkpoints import Predictor, load_predictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
@@ -123,7 +122,7 @@ class Encoder:
 class WorldModel:
     """A trained predictor with the encoder whose tokens it reads: plans from what is seen now to what should be seen."""
 
-    def __init__(self, encoder: Encoder, predictor: ACPredictor, card: Mapping[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, predictor: Predictor, card: Mapping[str, Any]) -> None:
         """Put both together; `WorldModel.load` reads them and checks that they fit."""
         self._encoder = encoder
         self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]))

@@ -48,6 +48,10 @@ OVERRIDES = (
 )
 
 
+# Of predictors of every kind.
+SMALL = {"predictor_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "num_components": 6, "num_products": 4}
+
+
 class Cache(NamedTuple):
     """A workspace: outputs/encode/manifest.json and outputs/scaler/scaler.json under `folder`, the stores under `root`."""
 
@@ -61,8 +65,8 @@ class Cache(NamedTuple):
 def make_config(*overrides: str) -> Config:
     """The released settings, made small, with a predictor of two thousand weights."""
     config = load_config(SUITE_SETTINGS, [*OVERRIDES, *overrides])
-    small = replace(config.predictor, predictor_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
-    return replace(config, predictor=small)
+    small = {name: value for name, value in SMALL.items() if hasattr(config.predictor, name)}
+    return replace(config, predictor=replace(config.predictor, **small))
 
 
 def make_cache(

@@ -235,9 +235,8 @@ def _find_weights(reference: str, argument: str) -> Path:
 
 def _read_predictor(run: Path, base: str | None, *, merge: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The weights under their official names, and the model card; both strictly of one architecture."""
-    from jepa_cache.predictor.checkpoints import find_card, load_predictor, load_start_weights
+    from jepa_cache.predictor.checkpoints import build_predictor, find_card, load_predictor, load_start_weights
     from jepa_cache.predictor.lora import CONFIG_FILE, load_adapter, merged_state, read_adapter_card
-    from jepa_cache.predictor.model import ACPredictor
 
     if merge and base is None:
         raise ValueError("--merge needs --base WEIGHTS: the file that the adapter's training started from (train.init)")
@@ -245,7 +244,7 @@ def _read_predictor(run: Path, base: str | None, *, merge: bool) -> tuple[Mappin
         raise ValueError("--base belongs to --merge: it names the weights under a LoRA adapter")
     if merge:
         card = read_adapter_card(run)
-        predictor = ACPredictor(**card["architecture"])
+        predictor = build_predictor(card["architecture"])
         load_start_weights(predictor, _find_weights(base, "--base"))
         return merged_state(load_adapter(predictor, run)), card
     if (run / CONFIG_FILE).is_file():

@@ -16,6 +16,7 @@ from typing import Any
 
 from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
 from jepa_cache.config.schema import (
+    PREDICTOR_KINDS,
     TRAIN_DEFAULTS,
     CacheConfig,
     Config,
@@ -25,7 +26,6 @@ from jepa_cache.config.schema import (
     EvaluateConfig,
     FilterConfig,
     PlanConfig,
-    PredictorPreset,
     ScalerConfig,
     SplitConfig,
     TrainConfig,
@@ -34,7 +34,7 @@ from jepa_cache.config.schema import (
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 
-PRESETS = {"dataset": DatasetPreset, "encoder": EncoderPreset, "predictor": PredictorPreset}
+PRESETS = ("dataset", "encoder", "predictor")
 SECTIONS = {
     "cache": CacheConfig,
     "encode": EncodeConfig,
@@ -69,9 +69,9 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     origins: dict[str, str] = {}
     presets: dict[str, Any] = {}
     files = {kind: preset_file(kind, params[kind]) for kind in PRESETS}
-    for kind, cls in PRESETS.items():
+    for kind in PRESETS:
         mapping = _read_preset(root, kind, params[kind], typed)
-        presets[kind] = parse_dataclass(cls, mapping, files[kind])
+        presets[kind] = parse_dataclass(_preset_class(kind, mapping, files[kind]), mapping, files[kind])
         origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), files[kind])
         origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
 
@@ -110,6 +110,16 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     )
     check_config(config)
     return config
+
+
+def _preset_class(kind: str, mapping: Mapping[str, Any], file: str) -> type[Any]:
+    """The dataclass of a preset; a predictor says by its kind which of several it has."""
+    if kind != "predictor":
+        return {"dataset": DatasetPreset, "encoder": EncoderPreset}[kind]
+    named = str(mapping.get("kind", "transformer"))  # files of earlier releases name none
+    if named not in PREDICTOR_KINDS:
+        raise ConfigError(f"{file}: kind is {named!r}{nearest(named, list(PREDICTOR_KINDS))}")
+    return PREDICTOR_KINDS[named]
 
 
 def preset_file(kind: str, name: str) -> str:

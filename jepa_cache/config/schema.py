@@ -144,7 +144,7 @@ class EncoderPreset(Settings):
 
 @dataclass(frozen=True)
 class PredictorPreset(Settings):
-    """configs/predictor/*.yaml: size of the action-conditioned predictor."""
+    """configs/predictor/*.yaml: size of the action-conditioned transformer."""
 
     name: str
     predictor_dim: Count
@@ -153,6 +153,44 @@ class PredictorPreset(Settings):
     mlp_ratio: Rate
     activation_checkpointing: bool
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
+    kind: Literal["transformer"] = "transformer"
+    conditioning: Literal["tokens", "adaln"] = (
+        "tokens"  # actions and states as tokens (official), or as shift, scale and gate of each block
+    )
+    use_states: bool = True  # False where states are not to be relied on, or will not be known
+
+
+@dataclass(frozen=True)
+class CompressedPreset(Settings):
+    """The same of kind compressed: an MLP on the principal components of a step's tokens."""
+
+    name: str
+    kind: Literal["compressed"]
+    num_components: CountOrZero  # 0: all numbers of the tokens
+    whitening: Share  # p: components are divided by sd^p
+    use_states: bool
+    predictor_dim: Count
+    depth: Count
+
+
+@dataclass(frozen=True)
+class LinearPreset(Settings):
+    """The same of kind linear: a ridge regression on the principal components."""
+
+    name: str
+    kind: Literal["linear"]
+    num_components: Count
+    whitening: Share
+    use_states: bool
+    num_products: CountOrZero  # components that are multiplied with the actions
+
+
+AnyPredictor: TypeAlias = PredictorPreset | CompressedPreset | LinearPreset
+PREDICTOR_KINDS: Mapping[str, type[AnyPredictor]] = {
+    "transformer": PredictorPreset,
+    "compressed": CompressedPreset,
+    "linear": LinearPreset,
+}
 
 
 @dataclass(frozen=True)
@@ -264,6 +302,9 @@ class TrainConfig(Settings):
     precision: FloatDtype
     compile: bool  # torch.compile
     metric: Literal["val_total", "val_jloss", "val_sloss"]  # lower is better; names the best checkpoint
+    stop_share: Annotated[
+        float, Field(ge=0, lt=1)
+    ]  # of the training episodes, put aside for the validations in place of the held-out ones
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
@@ -334,7 +375,7 @@ class Config:
 
     dataset: DatasetPreset
     encoder: EncoderPreset
-    predictor: PredictorPreset
+    predictor: AnyPredictor
     encode: EncodeConfig
     split: SplitConfig
     filter: FilterConfig
@@ -380,7 +421,8 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
     """What must be a multiple of what."""
     encode, encoder, predictor = config.encode, config.encoder, config.predictor
     named, side = f"encoder {encoder.name!r}:", encoder.resolution // encoder.patch_size
-    yield f"predictor {predictor.name!r}: predictor_dim", predictor.predictor_dim, "num_heads", predictor.num_heads
+    if isinstance(predictor, PredictorPreset):
+        yield f"predictor {predictor.name!r}: predictor_dim", predictor.predictor_dim, "num_heads", predictor.num_heads
     yield f"{named} embed_dim", encoder.embed_dim, "num_heads", encoder.num_heads
     yield f"{named} resolution", encoder.resolution, "patch_size", encoder.patch_size
     yield f"{named} patches on a side,", side, "encode.pool", encode.pool
@@ -400,6 +442,8 @@ def _check_windows(config: Config) -> Iterator[str]:
         yield "train.patience and train.select=best need validations; set train.validate_every above 0"
     if train.time_reversal and config.encode.mode != "frame":
         yield f"train.time_reversal needs encode.mode=frame: what moves within a {config.encode.mode} cannot be reversed"
+    if train.lora_rank and config.predictor.kind != "transformer":
+        yield f"train.lora_rank is for transformers; predictor {config.predictor.name!r} is {config.predictor.kind}. Set it to 0"
     if config.encode.mode != "clip":
         return
     segment = config.encode.frames_per_clip // config.encoder.tubelet_size

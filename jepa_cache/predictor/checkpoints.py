@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jepa_cache.files import atomic_file
+from jepa_cache.predictor.compressed import CompressedPredictor, LinearPredictor
 from jepa_cache.predictor.model import ACPredictor
 
 log = logging.getLogger(__name__)
 
+Predictor: TypeAlias = ACPredictor | CompressedPredictor
+KINDS: Mapping[str, type[Predictor]] = {
+    "transformer": ACPredictor,
+    "compressed": CompressedPredictor,
+    "linear": LinearPredictor,
+}
+"""By `kind` in the preset and in the `architecture` of a card; cards without one are of transformers."""
 OFFICIAL_ENTRY = "predictor"
 CARD_ENTRY = "jepa_cache"
 """Where an official file of ours keeps its card, as JSON; upstream's loaders read their own entries only."""
@@ -94,14 +102,25 @@ def find_card(path: Path) -> dict[str, object] | None:
     return content
 
 
-def load_predictor(path: Path) -> tuple[ACPredictor, dict[str, object]]:
+def build_predictor(architecture: Mapping[str, Any]) -> Predictor:
+    """Build a predictor of any kind with fresh weights from the `architecture` of a card."""
+    sizes = dict(architecture)
+    kind = sizes.pop("kind", "transformer")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"predictors of kind {kind!r} are not known here, only {', '.join(KINDS)}: a newer release wrote them"
+        )
+    return KINDS[kind](**sizes)
+
+
+def load_predictor(path: Path) -> tuple[Predictor, dict[str, object]]:
     """Build the predictor that a file of `save_state` holds, from the `architecture` in its card; returns both."""
     card = read_card(path)
     if "architecture" not in card:
         raise CheckpointError(
             f"predictor weights {path}: the card says nothing of the architecture; found {', '.join(sorted(card))}"
         )
-    predictor = ACPredictor(**card["architecture"])
+    predictor = build_predictor(card["architecture"])
     load_predictor_weights(predictor, path)
     return predictor, card
 

@@ -12,6 +12,8 @@ from jepa_cache.predictor.checkpoints import CARD_ENTRY, ENCODER_ENTRIES, OFFICI
 
 # As upstream's trainer, which wraps everything in DDP, writes and expects it; upstream's hub code takes it off.
 OFFICIAL_PREFIX = "module."
+OFFICIAL = {"kind": "transformer", "residual": False, "conditioning": "tokens", "use_states": True}
+"""What an `architecture` says of a predictor that upstream's class can be built with; absent entries mean the same."""
 
 
 def export_official(
@@ -22,15 +24,20 @@ def export_official(
     Entries: `predictor`, `encoder` and `target_encoder` (the same tensors, stored once) where an encoder is given, and
     `jepa_cache` with the card as JSON text. Only what upstream reads to load weights: no optimiser, no counters.
 
-    Tensors are by official name, and written bit for bit in their dtype. A predictor with a residual path, which the
-    official one lacks, is refused with a CheckpointError.
+    Tensors are by official name, and written bit for bit in their dtype. A predictor that upstream's class cannot be (another kind,
+    a residual path, adaptive layer norms, no states) is refused with a CheckpointError.
 
     Source: upstream checkpoint layout (vjepa2-ac-vitg.pt; the trainer's files have target_encoder too).
     """
-    if card.get("architecture", {}).get("residual"):
+    architecture = card.get("architecture", {})
+    if other := [
+        f"{name}: {json.dumps(architecture[name])}"
+        for name, official in OFFICIAL.items()
+        if architecture.get(name, official) != official
+    ]:
         raise CheckpointError(
-            "this predictor was trained with residual: true; the official one adds nothing to its output, so the same weights would predict "
-            "something else there. Export it as safetensors, or train with predictor.residual false"
+            f"this predictor was trained with {', '.join(other)}; the official one is another function, so the same weights would predict something "
+            "else there or not load. Export it as safetensors, or train an official one (predictor=tiny, small, base or ac300m)"
         )
     content: dict[str, object] = {OFFICIAL_ENTRY: _prefixed(state), CARD_ENTRY: json.dumps(card, sort_keys=True)}
     if encoder is not None:

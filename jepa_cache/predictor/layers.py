@@ -269,12 +269,29 @@ class Block(nn.Module):
         self.mlp = MLP(width, hidden)
 
     def forward(
-        self, x: Tensor, table: RotaryTable, tokens_per_step: int, num_kept: int, past: KeysValues | None
+        self,
+        x: Tensor,
+        table: RotaryTable,
+        tokens_per_step: int,
+        num_kept: int,
+        past: KeysValues | None,
+        modulation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far."""
-        attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
-        x = x + attended
-        x = x + self.mlp(self.norm2(x))
+        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far.
+
+        A modulation [B, T, 6, P] shifts and scales the inputs of attention and MLP and gates their outputs, by step; zeros change nothing.
+        """
+        if modulation is None:
+            attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
+            x = x + attended
+            x = x + self.mlp(self.norm2(x))
+        else:
+            by_token = modulation.repeat_interleave(tokens_per_step, dim=1).unbind(2)
+            shift1, scale1, gate1, shift2, scale2, gate2 = by_token
+            modulated = self.norm1(x) * (1 + scale1) + shift1
+            attended, (k, v) = self.attn(modulated, table, tokens_per_step, past)
+            x = x + (1 + gate1) * attended
+            x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         if num_kept < k.shape[2]:
             # Copies: a view would keep the whole window alive, which activation checkpointing is there to avoid.
             k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()

@@ -1,14 +1,16 @@
 """The V-JEPA 2-AC predictor: next-step tokens from past tokens, actions and states.
 
-Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens;
+Every step is a group of K conditioning tokens (action, state, and extrinsics where used) followed by its N frame tokens, or, with
+adaptive layer norms (`conditioning: adaln`, not official), its N frame tokens alone;
 attention is block-causal over steps. Parameter names are those of the released checkpoint, which loads strictly.
 Letters besides the project's: P predictor width, always called `predictor_dim`; L = K + N tokens per step.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +32,7 @@ class ACPredictor(nn.Module):
     Owns the official parameters under their official names, and nothing else: no buffers, no mask, no optimiser state.
     Positions are rotary; the output is not layer-normed (see `rollout.normalize_tokens`). The official predictor has no
     residual from input to output; `residual` adds one, which helps where few recordings are at hand: what does not move
-    need not be rebuilt.
+    need not be rebuilt. Nor does it have adaptive layer norms (AdaLN): there action and state shift, scale and gate every block.
 
     `extrinsics_encoder` is always present, as in the released file; where unused it is frozen, so that DDP does not wait
     for it.
@@ -53,6 +55,8 @@ class ACPredictor(nn.Module):
         norm_eps: float = 1e-6,
         activation_checkpointing: bool = False,
         residual: bool = False,
+        conditioning: Literal["tokens", "adaln"] = "tokens",
+        use_states: bool = True,
     ) -> None:
         """Build the predictor with the official initialisation.
 
@@ -69,6 +73,8 @@ class ACPredictor(nn.Module):
             norm_eps: of every LayerNorm.
             activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory.
             residual: not official, so such weights cannot be exported to the official layout.
+            conditioning: `adaln` in place of the conditioning tokens; not official either.
+            use_states: whether states are read; without, any may be given.
 
         Raises:
             ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
@@ -89,7 +95,7 @@ class ACPredictor(nn.Module):
         self.grid = (int(grid[0]), int(grid[1]))
         self.use_extrinsics = use_extrinsics
         self.activation_checkpointing = activation_checkpointing
-        self.residual = residual
+        self.residual, self.conditioning, self.use_states = residual, conditioning, use_states
         self.head_width = predictor_dim // num_heads
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.action_encoder = nn.Linear(action_dim, predictor_dim)
@@ -98,13 +104,17 @@ class ACPredictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(
             Block(predictor_dim, num_heads, int(predictor_dim * mlp_ratio), norm_eps) for _ in range(depth)
         )
+        if conditioning == "adaln":
+            self.modulations = nn.ModuleList(nn.Linear(predictor_dim, 6 * predictor_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
         self.reset_parameters()
 
     @property
     def num_conditioning_tokens(self) -> int:
-        """Return K, the conditioning tokens of each step: action, state, and extrinsics where used."""
+        """Return K, the conditioning tokens of each step: action, state, and extrinsics where used; with adaptive layer norms none."""
+        if self.conditioning == "adaln":
+            return 0
         return 3 if self.use_extrinsics else 2
 
     @property
@@ -128,6 +138,9 @@ class ACPredictor(nn.Module):
             for number, block in enumerate(self.predictor_blocks, start=1):
                 block.attn.proj.weight.div_((2.0 * number) ** 0.5)
                 block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
+        if self.conditioning == "adaln":
+            for modulation in self.modulations:  # every block begins as one without
+                nn.init.zeros_(modulation.weight)
 
     def forward(
         self,
@@ -161,11 +174,18 @@ class ACPredictor(nn.Module):
         batch, num_steps = tokens.shape[:2]
         length, num_conditioning = self.tokens_per_step, self.num_conditioning_tokens
         first_step = past[0][0].shape[2] // length if past else 0
-        conditioning = [self.action_encoder(actions), self.state_encoder(states)]
+        given = states if self.use_states else torch.zeros_like(states)
+        conditions = [self.action_encoder(actions), self.state_encoder(given)]
         if extrinsics is not None:
-            conditioning.append(self.extrinsics_encoder(extrinsics))
+            conditions.append(self.extrinsics_encoder(extrinsics))
         frame = self.predictor_embed(tokens)
-        x = torch.cat([torch.stack(conditioning, dim=2).to(frame.dtype), frame], dim=2).flatten(1, 2)
+        by_block: list[Tensor | None] = [None] * len(self.predictor_blocks)
+        if self.conditioning == "adaln":
+            condition = F.silu(torch.stack(conditions).sum(dim=0))
+            by_block = [modulation(condition).unflatten(-1, (6, -1)) for modulation in self.modulations]
+            x = frame.flatten(1, 2)
+        else:
+            x = torch.cat([torch.stack(conditions, dim=2).to(frame.dtype), frame], dim=2).flatten(1, 2)
         # Under autocast x is already in the low dtype of the queries; elsewhere it has the weights' dtype.
         table = rotary_table(
             self.head_width,
@@ -180,7 +200,7 @@ class ACPredictor(nn.Module):
         num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
         kept: list[KeysValues] = []
         for i, block in enumerate(self.predictor_blocks):
-            arguments = (x, table, length, num_kept, past[i] if past else None)
+            arguments = (x, table, length, num_kept, past[i] if past else None, by_block[i])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False)
             else:

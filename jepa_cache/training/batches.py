@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from jepa_cache.config.schema import Config, TrainConfig
 from jepa_cache.data.ablations import SHUFFLED, action_ablations
-from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, split_of
 from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import (
@@ -22,8 +23,13 @@ from jepa_cache.data.windows import (
     count_episodes,
     spread_windows,
 )
+from jepa_cache.predictor.compressed import CompressedPredictor
+from jepa_cache.training.latents import LatentDataset, TokenReader, fit_compressor
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
+STOP_STREAM = (
+    2**32
+)  # beyond the seeds of splits: which training episodes are put aside must not depend on which are held out
 
 
 class TrainingData:
@@ -32,26 +38,21 @@ class TrainingData:
     Attributes:
         num_windows: Training windows.
         datasets: Names of the members of a mixture, else the one data set.
-        validation: Numbers of the held-out windows; empty where no held-out episode is long enough.
+        validation: Numbers of the held-out windows, or of those put aside by `stop_share`; empty where no such episode is long enough.
         compares: Whether there are held-out episodes enough to give windows the actions of another one.
     """
 
     def __init__(self, config: Config, dataset: CachedDataset, scaler: Scaler, accelerator: Accelerator) -> None:
         """Index the windows of both splits; a ValueError where no training segment holds one."""
         settings, device = config.train, accelerator.device
-        self._settings, self._device, self._dataset = settings, device, dataset
+        self._settings, self._device, self._dataset, self._scaler = settings, device, dataset, scaler
         self._rank, self._num_processes = accelerator.process_index, accelerator.num_processes
         self.datasets = list(dict.fromkeys(part.dataset for part in dataset.manifest.parts))
+        segments, held_out = _split(dataset, config)
         self._index = index = WindowIndex(
-            dataset.segments_of(TRAIN, config.split, config.filter),
-            settings.window_steps,
-            settings.step_lengths,
-            settings.time_reversal,
+            segments, settings.window_steps, settings.step_lengths, settings.time_reversal
         )
         self.num_windows = len(index)
-        self.loader = WindowLoader(
-            dataset, index, scaler, num_threads=settings.num_loader_threads, pin_memory=device.type == "cuda"
-        )
         self.sampler = WindowSampler(
             len(index),
             settings.batch_size,
@@ -62,15 +63,36 @@ class TrainingData:
         )
         self.validation: list[int] = []
         self.compares = False
-        held_out = dataset.segments_of(VAL, config.split, config.filter)
+        self._val_index: WindowIndex | None = None
         if lengths := validation_step_lengths(held_out, settings):
             self._val_index = index = WindowIndex(held_out, settings.window_steps, lengths)
-            self._val_loader = WindowLoader(dataset, index, scaler)
             self.validation = spread_windows(index, max(1, VALIDATION_WINDOWS_PER_EPISODE // len(lengths)))
             self.compares = len({index.segments[index[n].segment].episode for n in self.validation}) > 1
             if self.compares:
                 others = action_ablations(dataset, scaler, index, self.validation, seed=settings.seed)[SHUFFLED]
                 self._shuffled = dict(zip(self.validation, others, strict=True))
+        self._open(dataset)
+
+    def _open(self, dataset: CachedDataset | LatentDataset) -> None:
+        """Read windows from `dataset` from now on."""
+        self.loader = WindowLoader(
+            dataset,
+            self._index,
+            self._scaler,
+            num_threads=self._settings.num_loader_threads,
+            pin_memory=self._device.type == "cuda",
+        )
+        if self._val_index is not None:
+            self._val_loader = WindowLoader(dataset, self._val_index, self._scaler)
+
+    def compress(self, predictor: CompressedPredictor, *, fit: bool) -> None:
+        """Read latents from now on, which are computed here, once; `fit` fits the compressor to the training steps first."""
+        how = {"normalize_reps": self._settings.normalize_reps, "device": self._device}
+        read = partial(TokenReader, self._dataset, self._scaler, **how)
+        training, held_out = self._index.segments, self._val_index.segments if self._val_index else []
+        if fit:
+            fit_compressor(predictor, read(WindowIndex(training, 1)), read(self._index))
+        self._open(LatentDataset(self._dataset, predictor.compressor, read(WindowIndex([*training, *held_out], 1))))
 
     def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:
         """Return for validation windows [B] the scaled actions [B, T-1, A] of another episode, the same every time."""
@@ -81,6 +103,16 @@ class TrainingData:
         per_step = self._settings.grad_accumulation
         turns = range(first_step * per_step, num_steps * per_step)
         return self.loader.iterate(map(self.sampler.numbers, turns), self._device)
+
+    def batches_in_order(self) -> Iterator[Batch]:
+        """Return every training window once, in the order of their numbers."""
+        size = self._settings.batch_size
+        chunks = (range(start, min(start + size, self.num_windows)) for start in range(0, self.num_windows, size))
+        return self.loader.iterate(chunks, self._device)
+
+    def episodes_of(self, numbers: np.ndarray) -> list[str]:
+        """Return the key of the episode that each training window [n] lies in."""
+        return [self._index.segments[self._index[int(number)].segment].episode for number in numbers]
 
     def validation_batches(self) -> Iterator[Batch]:
         """Return this process's share of the validation windows; over all processes each window once."""
@@ -126,6 +158,29 @@ def validation_step_lengths(held_out: Sequence[Segment], settings: TrainConfig) 
     }
     least = min(LEAST_HELD_OUT, max(holding.values()))
     return [step_length for step_length, count in holding.items() if count >= max(1, least)]
+
+
+def _split(dataset: CachedDataset, config: Config) -> tuple[list[Segment], list[Segment]]:
+    """Segments to train on, and those to validate on: the held-out ones, or under `stop_share` some training episodes."""
+    segments = dataset.segments_of(TRAIN, config.split, config.filter)
+    share = config.train.stop_share
+    if not share:
+        return segments, dataset.segments_of(VAL, config.split, config.filter)
+    copies = dataset.find_copies()
+    aside = {
+        segment.episode: split_of(
+            copies.get(segment.episode, segment.episode), val_share=share, seed=config.split.seed + STOP_STREAM
+        )
+        for segment in segments
+    }
+    parts = {split: [segment for segment in segments if aside[segment.episode] == split] for split in (TRAIN, VAL)}
+    for split, segments in parts.items():
+        if not segments:
+            raise ValueError(
+                f"train.stop_share {share:g} of the {len(aside)} training episodes leaves {'none to train on' if split == TRAIN else 'none aside'}; "
+                "set it between, add recordings, or set it to 0 to validate on the held-out episodes"
+            )
+    return parts[TRAIN], parts[VAL]
 
 
 def mixture_groups(dataset: CachedDataset, index: WindowIndex) -> list[WindowGroup]:

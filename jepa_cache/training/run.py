@@ -38,11 +38,13 @@ from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
     OFFICIAL_SUFFIXES,
     EncoderMatch,
+    build_predictor,
     check_encoder,
     find_card,
     load_start_weights,
     save_state,
 )
+from jepa_cache.predictor.compressed import CompressedPredictor
 from jepa_cache.predictor.lora import (
     adapter_state,
     add_lora,
@@ -50,7 +52,6 @@ from jepa_cache.predictor.lora import (
     merged_state,
     save_adapter,
 )
-from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
@@ -182,8 +183,9 @@ def describe_run(
 ) -> dict[str, Any]:
     """Collect everything that decides a run, as plain JSON; of starting weights and kept ranges the content, not the name."""
     ranges = ranges_path(config.filter, base)
-    # Under num_epochs the training steps follow from the windows.
-    passive = (*RESUME_SAFE_SETTINGS, "num_steps") if config.train.num_epochs else RESUME_SAFE_SETTINGS
+    # Under num_epochs the training steps follow from the windows; a linear predictor has one, whatever is set.
+    counted = config.train.num_epochs or config.predictor.kind == "linear"
+    passive = (*RESUME_SAFE_SETTINGS, "num_steps") if counted else RESUME_SAFE_SETTINGS
     return {
         "code": code_digest(),
         "init": DigestTable().digest(init) if init is not None else None,
@@ -230,9 +232,10 @@ def code_digest() -> str:
 
 
 class TrainableModel:
-    """The predictor as it is trained: in full, or frozen under LoRA adapters.
+    """The predictor as it is trained: in full, frozen under LoRA adapters, or its core alone, on latents.
 
     Attributes:
+        predictor: As it will be used.
         module: Called like an `ACPredictor`; what the loss sees.
         new_layers: Conditioning encoders that the starting weights did not have in this width.
     """
@@ -240,9 +243,10 @@ class TrainableModel:
     def __init__(self, run: Run) -> None:
         """Build it with its starting weights, those of the run's `init` if there is one."""
         settings, init = run.config.train, run.init
-        predictor = ACPredictor(**predictor_arguments(run.config, run.dataset))
+        self.predictor = predictor = build_predictor(predictor_arguments(run.config, run.dataset))
         self.new_layers: tuple[str, ...] = load_start_weights(predictor, init) if init is not None else ()
-        self.module: nn.Module = predictor
+        self.compressed = isinstance(predictor, CompressedPredictor)
+        self.module: nn.Module = predictor.core if self.compressed else predictor
         self.lora = settings.lora_rank > 0
         if self.lora and init is None:
             raise ConfigError(
@@ -261,7 +265,7 @@ class TrainableModel:
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold: all weights, or the adapters and new layers alone; on the CPU."""
-        state = adapter_state(self.module) if self.lora else self.module.state_dict()
+        state = adapter_state(self.module) if self.lora else self.predictor.state_dict()
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -269,15 +273,15 @@ class TrainableModel:
         if self.lora:
             load_adapter_state(self.module, state)
         else:
-            self.module.load_state_dict(state)
+            self.predictor.load_state_dict(state)
 
     def predictor_state(self) -> dict[str, Tensor]:
         """Return the weights of a plain predictor that computes the same; adapters are merged in float32."""
-        return merged_state(self.module) if self.lora else self.module.state_dict()
+        return merged_state(self.module) if self.lora else self.predictor.state_dict()
 
 
 def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """Return the arguments of an `ACPredictor` of the preset's size that fits the data set."""
+    """Return what `build_predictor` makes a predictor of the preset's kind and size from that fits the data set."""
     return {
         **{name: value for name, value in asdict(config.predictor).items() if name != "name"},
         "embed_dim": dataset.manifest.width,
@@ -288,8 +292,13 @@ def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any
 
 
 def resolve_epochs(config: Config, num_windows: int, num_processes: int) -> Config:
-    """Return the settings with `num_epochs` turned into training steps, rounded up; unchanged where it is 0."""
+    """Return the settings with `num_epochs` turned into training steps, rounded up; unchanged where it is 0.
+
+    A linear predictor has one training step, its fit.
+    """
     train = config.train
+    if config.predictor.kind == "linear":
+        return replace(config, train=replace(train, num_steps=1))
     if not train.num_epochs:
         return config
     per_step = train.batch_size * train.grad_accumulation * num_processes

@@ -110,11 +110,13 @@ class StepStatistics:
 
     def _start(self, step: int) -> None:
         self._step, self._begun, self._waited = step, time.perf_counter(), self._data.loader.wait_s
+        self._num_windows = 0
         self._windows: list[np.ndarray] = []
         self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
-        """Keep the windows of a training step and their losses, on the device, where data sets are reported apart."""
+        """Count the windows of a training step; keep them with their losses, on the device, where data sets are reported apart."""
+        self._num_windows += len(report.windows)
         if len(self._data.datasets) > 1:
             self._windows.append(report.windows)
             self._losses.append(report.jloss_by_window)
@@ -123,7 +125,6 @@ class StepStatistics:
         """Return the row of training step `step`, the same on every process, and begin to count anew."""
         data, settings, accelerator = self._data, self._settings, self._accelerator
         elapsed = time.perf_counter() - self._begun
-        windows_per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
         losses = accelerator.reduce(torch.stack(list(report.losses.values())), reduction="mean")
         row = {
             "step": step,
@@ -131,7 +132,7 @@ class StepStatistics:
             **dict(zip(report.losses, losses.tolist(), strict=True)),
             "lr": lr,
             "grad_norm": float(report.grad_norm),
-            "samples_per_s": (step - self._step) * windows_per_step / elapsed,
+            "samples_per_s": self._num_windows * accelerator.num_processes / elapsed,
             "loader_wait_share": (data.loader.wait_s - self._waited) / elapsed,
             **_dataset_means("jloss", data, accelerator, self._windows, self._losses),
         }

@@ -1,6 +1,7 @@
 """Stage two: the loop that trains the predictor from cached tokens. Read this file first.
 
 batches      training windows and held-out windows, on the device
+latents      the same, compressed once, for compressed predictors; ridge: the fit of the linear one
 step         one training step, its statistics, and a validation
 losses       the loss, as scalars that are logged under their names
 optim        AdamW and the rates of each training step
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
 from jepa_cache.files import atomic_file
+from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.lora import count_trainable
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.checkpoint import (
@@ -46,6 +48,7 @@ from jepa_cache.training.distributed import agree_to_stop, check_same, end_proce
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
+from jepa_cache.training.ridge import fit_step
 from jepa_cache.training.run import Run, TrainableModel, describe_weights, open_run, resolve_epochs, write_outputs
 from jepa_cache.training.signals import stop_request
 from jepa_cache.training.step import StepReport, StepStatistics, check_finite, train_step, validate
@@ -75,24 +78,35 @@ def train(
     """
     check_scaler(scaler, dataset, dataset.segments_of(TRAIN, config.split, config.filter), config.scaler)
     accelerator = start_processes(config.train)
+    if config.predictor.kind != "transformer" and accelerator.num_processes > 1:
+        raise ValueError(
+            f"predictor {config.predictor.name!r} is trained by one process, in seconds to minutes; {accelerator.num_processes} were started. "
+            "Start it without torchrun or accelerate launch"
+        )
     data = TrainingData(config, dataset, scaler, accelerator)
     config = resolve_epochs(config, data.num_windows, accelerator.num_processes)
     settings = config.train
     with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
         state = TrainingState(run, accelerator)
+        if state.trained.compressed and not state.is_complete():
+            data.compress(state.trained.predictor, fit=state.step == 0 and run.init is None)
         first_step, stopped_by, weights = state.step, None, None
         with (
             stop_request() as stop,
             closing(data.batches(state.step, settings.num_steps)) as batches,
             closing(_Writer(state, data)) as writer,
         ):
+            fits = isinstance(state.trained.module, LatentRidge)
             statistics = StepStatistics(data, settings, state.step, accelerator)
             while not state.is_complete():
                 step = state.step + 1
                 set_rates(state.optimizer, *rates_at(step, settings))
-                report = train_step(
-                    accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
-                )
+                if fits:
+                    report = fit_step(state.trained.module, state.objective, data)
+                else:
+                    report = train_step(
+                        accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
+                    )
                 _refuse_not_finite(report, state, data, step)
                 state.step = step
                 statistics.add(report)
@@ -101,6 +115,7 @@ def train(
                 validating = bool(data.validation) and state.is_due(settings.validate_every)
                 if validating or state.is_due(settings.log_every):
                     row = statistics.row(report, step, state.optimizer.param_groups[0]["lr"])
+                    row |= {"epoch": 1.0, "lr": 0.0} if fits else {}
                 if validating:
                     row |= validate(state.objective, data, accelerator)
                     improved = state.note(row[settings.metric])
@@ -134,7 +149,9 @@ class TrainingState:
         self.trained = TrainableModel(run)
         if checkpoint:
             self.trained.load_state(checkpoint.weights)
-        self.objective = Objective(self.trained.module, settings, accelerator.device)
+        # Latents are of normed tokens; of their own they have no norm.
+        norm = settings.normalize_reps and not self.trained.compressed
+        self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
             self.trained.module.compile()
         self.model = accelerator.prepare_model(self.objective)

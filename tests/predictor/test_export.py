@@ -4,7 +4,7 @@ Claims:
 - a predictor written to the official layout and read back is the same bit for bit, and so is one written as safetensors;
 - the official file has upstream's entries and prefixes, with the encoder where its file is given and is the right one;
 - a LoRA adapter is merged into its base;
-- a predictor with a residual path is refused there; other widths of actions and states are pointed out;
+- a predictor with a residual path, adaptive layer norms, no states, or of another kind is refused there; other widths of actions and states are pointed out;
 - contradicting arguments are named before anything is written.
 """
 
@@ -17,11 +17,18 @@ import pytest
 import torch
 
 from jepa_cache.cli.main import main
-from jepa_cache.predictor.checkpoints import check_encoder, load_predictor, load_predictor_weights, read_card
+from jepa_cache.predictor.checkpoints import (
+    build_predictor,
+    check_encoder,
+    load_predictor,
+    load_predictor_weights,
+    read_card,
+)
 from jepa_cache.predictor.lora import add_lora, merged_state, save_adapter
 from jepa_cache.store.recipe import file_digest
 from tests.official_files import write_official_file
 from tests.predictor.makers import SIZES, build, same, save
+from tests.predictor.test_compressed import KINDS
 
 
 @pytest.fixture
@@ -88,6 +95,27 @@ def test_another_encoder_is_not_added(tmp_path: Path, export, card: dict[str, st
     with pytest.raises(ValueError, match=message):
         export(run, tmp_path / "ac.pt", "--encoder", tmp_path / "vitg.pt")
     assert not (tmp_path / "ac.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conditioning": "adaln"}, 'conditioning: "adaln"'),
+        ({"use_states": False}, "use_states: false"),
+        (KINDS["linear"], 'kind: "linear"'),
+    ],
+)
+def test_other_predictors_have_no_official_layout_but_are_exported_as_safetensors(
+    tmp_path: Path, export, change, message
+):
+    architecture = change if "kind" in change else SIZES | change
+    predictor = build_predictor(architecture)
+    run = save(tmp_path / "p.safetensors", predictor, architecture=architecture)
+    with pytest.raises(ValueError, match=message):
+        export(run, tmp_path / "ac.pt")
+    assert not (tmp_path / "ac.pt").exists()
+    export(run, tmp_path / "ac.safetensors", "--format", "safetensors")
+    assert same(load_predictor(tmp_path / "ac.safetensors")[0], predictor)
 
 
 def test_a_residual_predictor_has_no_official_layout_and_other_widths_are_pointed_out(tmp_path: Path, export):

@@ -6,12 +6,14 @@ Claims:
 - keys and values of earlier steps give what one full pass gives, gradients included, with activation checkpointing too;
 - an unused extrinsics encoder is frozen, a used one matters;
 - a residual predictor adds the newest known step to its prediction, in every kind of pass;
+- adaptive layer norms begin without effect, leave the official names alone, are causal, and work in every kind of pass;
 - a wrong shape is named.
 """
 
 import pytest
 import torch
 
+from jepa_cache.predictor.layers import rotary_table
 from jepa_cache.predictor.model import ACPredictor
 from tests.predictor.makers import build_lively
 
@@ -155,3 +157,57 @@ def test_residual_adds_each_steps_own_tokens_in_every_kind_of_pass():
     first = residual(*(x[:, :3] for x in given))
     last = residual(*(x[:, 3:] for x in given), past=first.past)
     torch.testing.assert_close(last.tokens, residual(*given).tokens[:, 3:], atol=1e-10, rtol=0)
+
+
+# --- adaptive layer norms ---------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_layer_norms_begin_without_effect_and_add_only_their_own_weights():
+    plain, adaptive = build(), build(conditioning="adaln")
+    extra = set(adaptive.state_dict()) - set(plain.state_dict())
+    assert extra and all(name.startswith("modulations.") for name in extra)
+    assert list(plain.state_dict()) == [name for name in adaptive.state_dict() if name not in extra]
+    with torch.no_grad():
+        for modulation in adaptive.modulations:  # as it starts: `build` makes everything lively
+            modulation.weight.zero_()
+            modulation.bias.zero_()
+    tokens, actions, states = inputs(3)
+    x = adaptive.predictor_embed(tokens).flatten(1, 2)
+    table = rotary_table(
+        adaptive.head_width, first_step=0, num_steps=3, grid=GRID, num_conditioning=0, dtype=x.dtype, device=x.device
+    )
+    for block in adaptive.predictor_blocks:
+        x, _, _ = block(x, table, 6, 0, None)
+    expected = adaptive.predictor_proj(adaptive.predictor_norm(x)).view_as(tokens)
+    assert torch.equal(adaptive(tokens, actions, states).tokens, expected)
+    fresh = ACPredictor(**SIZES, conditioning="adaln")
+    assert not any(tensor.any() for tensor in fresh.modulations.state_dict().values())
+
+
+def test_adaptive_layer_norms_see_each_step_s_action_and_state_and_no_later_one():
+    predictor = build(conditioning="adaln")
+    tokens, actions, states = inputs()
+    before = predictor(tokens, actions, states).tokens
+    for place, given in enumerate((actions, states)):
+        changed = given.clone()
+        changed[:, 2] += 1
+        after = predictor(tokens, *((changed, states) if place == 0 else (actions, changed))).tokens
+        assert torch.equal(after[:, :2], before[:, :2])
+        assert not torch.allclose(after[:, 2], before[:, 2], atol=1e-3)
+
+
+def test_adaptive_layer_norms_continue_from_a_past_and_under_activation_checkpointing():
+    predictor = build(conditioning="adaln")
+    tokens, actions, states = inputs()
+    whole = predictor(tokens, actions, states).tokens
+    first = predictor(tokens[:, :2], actions[:, :2], states[:, :2])
+    rest = predictor(tokens[:, 2:], actions[:, 2:], states[:, 2:], None, first.past)
+    torch.testing.assert_close(torch.cat([first.tokens, rest.tokens], dim=1), whole)
+    gradients = []
+    for recompute in (False, True):
+        predictor.activation_checkpointing = recompute
+        predictor.zero_grad()
+        predictor(tokens, actions, states).tokens.square().sum().backward()
+        gradients.append([parameter.grad for parameter in predictor.parameters() if parameter.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
