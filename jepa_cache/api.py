@@ -39,7 +39,7 @@ from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
-from jepa_cache.predictor.checkpoints import Predictor, load_predictor
+from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
@@ -160,6 +160,11 @@ class WorldModel:
             raise ValueError(
                 f"{weights} was trained in clip mode, where the tokens of a step have seen later frames; there are none of those when a plan is "
                 "made. Train on a cache of encode.mode=frame or tubelet"
+            )
+        if card.get(CAMERAS_FIELD):
+            raise ValueError(
+                f"{weights} was trained on steps of joined cameras ({', '.join(card[CAMERAS_FIELD])}); a world model sees one camera. Train with "
+                "cache.join_cameras=false for it, or measure these with stages/evaluate.py and stages/plan.py"
             )
         return cls(encoder, predictor, card)
 
