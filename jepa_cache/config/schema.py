@@ -305,6 +305,9 @@ class TrainConfig(Settings):
     stop_share: Annotated[
         float, Field(ge=0, lt=1)
     ]  # of the training episodes, put aside for the validations in place of the held-out ones
+    costs: Annotated[
+        tuple[Literal["readout", "time"], ...], Once
+    ]  # of plans, whose heads are fitted at the end; they move no weight
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
