@@ -20,7 +20,6 @@ import importlib.machinery
 import importlib.util
 import io
 import json
-import math
 import os
 import resource
 import shutil
@@ -44,6 +43,7 @@ import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from jepa_cache.control.closed_loop import wilson  # noqa: E402
 from jepa_cache.files import atomic_file, measure_bytes, publish_folder, temporary_folder  # noqa: E402
 
 CAMERA = "observation.images.pixels"
@@ -254,14 +254,6 @@ class StartsAndGoals:
         return [{**pair, "pixels": pair["pixels"].permute(0, 3, 1, 2)} for pair in chosen]
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, in percent."""
-    share, size = successes / trials, 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / size
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / size
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
 class ExactRooms:
     """The dynamics of TwoRoom themselves and the distance of positions: a cost model that says what solver, budget and goals allow."""
 
@@ -300,7 +292,7 @@ class Line(NamedTuple):
     cpu_s: float
 
     def __str__(self) -> str:
-        low, high = wilson(self.successes, self.starts)
+        low, high = (100 * end for end in wilson(self.successes, self.starts))
         share = f"{self.successes}/{self.starts} = {100 * self.successes / self.starts:.0f} %"
         return f"{self.goals:6} {self.name:44} {share:14} [{low:.0f}, {high:.0f}]  {self.wall_s:.0f} s, {self.cpu_s:.0f} CPU s"
 
