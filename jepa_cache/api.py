@@ -76,7 +76,7 @@ class Encoder:
         root = find_repository(Path.cwd())
         config = load_config(root, [f"encoder={name}", *overrides])
         opened = open_encoder(config, data_base(root))
-        if not opened.preset.trained:
+        if opened.preset.random_seed is not None:
             log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
         device = resolve_device(config.encode.device)
         frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
