@@ -46,6 +46,7 @@ from jepa_cache.predictor.checkpoints import (
     save_state,
 )
 from jepa_cache.predictor.compressed import CompressedPredictor
+from jepa_cache.predictor.heads import head_path
 from jepa_cache.predictor.lora import (
     adapter_state,
     add_lora,
@@ -62,6 +63,7 @@ from jepa_cache.training.distributed import check_same, watched_processes
 # A run resumes under other values of these, on another machine too: they move no number.
 RESUME_SAFE_SETTINGS = (
     "checkpoint_every",
+    "costs",
     "init",  # its content counts, not its name
     "keep_every",
     "keep_last",
@@ -321,10 +323,10 @@ def describe_weights(run: Run) -> dict[str, Any]:
     }
 
 
-def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
-    """Write the selected weights, with what evaluation must know in their model card, and a copy of train.csv.
+def write_outputs(model: TrainableModel, step: int, run: Run, heads: Mapping[str, Path]) -> Path:
+    """Write the selected weights, with what evaluation must know in their model card, the heads of costs, and a copy of train.csv.
 
-    Under LoRA the adapter is written too; an earlier one is removed.
+    Under LoRA the adapter is written too; an earlier one is removed, and so are heads of earlier runs.
     """
     manifest, settings = run.dataset.manifest, run.config.train
     train_segments = run.dataset.segments_of(TRAIN, run.config.split, run.config.filter)
@@ -344,7 +346,9 @@ def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
     }
-    with replaced_files(run.output, WEIGHTS_FILE, ["adapter"]) as folder:
+    with replaced_files(run.output, WEIGHTS_FILE, ["adapter", "predictor-*.safetensors"]) as folder:
+        for name, path in heads.items():
+            shutil.copyfile(path, head_path(folder / WEIGHTS_FILE, name))
         save_state(model.predictor_state(), folder / WEIGHTS_FILE, model_card)
         if model.lora:
             save_adapter(model.module, folder / "adapter", model_card)
