@@ -58,9 +58,8 @@ def compare(gain: Gain) -> str:
 
 
 def weakest(gains: Mapping[str, Gain], num_episodes: int) -> str:
-    """The one that says no, else leaves it open, else is smallest: a yes is of all of them."""
-    order = (NO, UNCLEAR, YES)
-    return min(gains, key=lambda name: (order.index(judge(gains[name], num_episodes)), gains[name].percent))
+    """The first that says no, else that leaves it open, else the first: a yes is of all of them."""
+    return min(gains, key=lambda name: (NO, UNCLEAR, YES).index(judge(gains[name], num_episodes)))
 
 
 def judge(gain: Gain, num_episodes: int) -> str:
