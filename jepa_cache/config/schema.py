@@ -133,6 +133,9 @@ class EncoderPreset(Settings):
     single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: Count | None = None
+    origin: Text | None = (
+        None  # whose weights these are, under which licence; recorded with what is made of them, never hashed
+    )
 
     @property
     def num_tokens(self) -> int:
