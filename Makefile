@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # dvc and jepa-cache start `python`; it must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-quick test-long bench bench-peers lint format clean
+.PHONY: install install-sim demo test test-quick test-long bench bench-peers lint format clean
 
 install: $(INSTALLED)
 
@@ -18,6 +18,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv: some minutes; 2.6 GB with a torch for CPUs, 6.3 GB with that for CUDA"
 	@$(PYTHON) -m venv $(BIN)/..
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The models of the simulated robot: files of gym-hil, whose own requirements (pygame and more) nothing here needs. MuJoCo itself comes
+# with `install`. It draws with a system library, which `jepa-cache doctor` names where it is missing.
+install-sim: .venv/.installed-sim
+
+.venv/.installed-sim: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gym-hil==0.1.14
+	@$(BIN)/python -c 'from jepa_cache.cli.doctor import check_robot; print(*check_robot(needed=True))'
 	@touch $@
 
 demo: install

@@ -22,6 +22,7 @@ from jepa_cache.actions import ActionSpace, Column, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, EncodeConfig
+from jepa_cache.control.cost_model import CostModel
 from jepa_cache.control.costs import SIMPLE_COSTS, Cost
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
@@ -290,6 +291,31 @@ class WorldModel:
         rollout = Rollout(self._model, context, integrate, **self._scales)
         return rollout.energies(actions, goals[..., 0, :, :], self.choose_cost(cost), batch_size)
 
+    def cost_model(
+        self,
+        block: int,
+        low: float | np.ndarray,
+        high: float | np.ndarray,
+        cost: str | Cost = "tokens",
+        *,
+        process: Any = None,
+        state: str | None = None,
+        batch_size: int | None = None,
+    ) -> CostModel:
+        """This world model as a `Costable` of stable-worldmodel, whose solvers call `get_cost(info_dict, action_candidates)`.
+
+        Args:
+            block: Rows (steps of the environment) that one step of the cache spans: their `action_block`.
+            low: Least actions that the environment carries out, a number or [A]: it clips, most solvers do not.
+            high: The largest.
+            cost: A name, or a `control.costs.Cost`.
+            process: The policy's scaler of actions, whose `inverse_transform` [n, A] gives the environment's actions; None where it has none.
+            state: Entry of info that holds the states, for a predictor that reads them.
+            batch_size: Candidates of one environment that go through the predictor at once; all by default.
+        """
+        options = {"process": process, "state": state, "batch_size": batch_size}
+        return CostModel(self, block, low, high, cost, **options)
+
     def see(self, frames: np.ndarray) -> Tensor:
         """Tokens [.., T, N, E] of frames [.., T * G, h, w, 3] uint8 RGB as the predictor reads them; steps seen lately are not encoded again."""
         group = self._encoder.frames_per_step
@@ -343,6 +369,11 @@ class WorldModel:
         """`control.planner.plan_actions` with this world's predictor and scaler; `goal` is tokens [N, E] of `see`."""
         options = {"cost": cost, "base_action": base_action, "start": start, "seed": seed}
         return plan_actions(self._model, context, goal, motion, settings, **self._scales, **options)
+
+    @property
+    def frames_per_step(self) -> int:
+        """G: frames that one step is made of."""
+        return self._encoder.frames_per_step
 
     @property
     def uses_states(self) -> bool:

@@ -225,7 +225,7 @@ def _same_actions(space, one, other):
     return np.allclose(one, other, rtol=1e-6, atol=2e-4)  # of up to 16 float32 sums of 400 counts
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("name", sorted({*SPACES} - {"droid_command7"}))
 @given(st.integers(1, 16), st.integers(0, 5), st.integers(0, 100))
 def test_actions_of_steps_in_a_row_compose_to_the_aggregate_over_all_of_them(name, apart, first, seed):
@@ -239,7 +239,7 @@ def test_actions_of_steps_in_a_row_compose_to_the_aggregate_over_all_of_them(nam
         assert _same_actions(space, composed[begin::apart], expected.astype(np.float64))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("name", ["pose7", "pose7_camera", "vector_sum4x2"])
 @given(st.integers(0, 100))
 def test_an_inverse_leads_back_and_that_of_several_actions_is_theirs_in_reversed_order(name, seed):
