@@ -80,7 +80,7 @@ class Encoder:
     def open(cls, config: Config, base: Path) -> Encoder:
         """The same for settings that are loaded; relative weights are meant from `base`."""
         opened = open_encoder(config, base)
-        if not opened.preset.trained:
+        if opened.preset.random_seed is not None:
             log.warning(
                 "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
             )

@@ -143,7 +143,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     ]
     notes, metrics = [], group[0].metrics
     if not metrics["encoder_trained"]:
-        notes.append("the encoder has random weights: figures are relative")
+        notes.append("the encoder has random weights, or is plain pixels: figures are relative")
     if not metrics["comparable"]:
         notes.append("clip mode: early steps have seen later frames")
     return {"runs": runs, "paired": paired, "notes": notes}

@@ -197,7 +197,7 @@ def _check(path: Path, digest: str | None) -> dict[Path, str]:
 def _write_readme(manifest: Manifest) -> str:
     recipe, trained = manifest.recipe, manifest.encoder_trained
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED, random weights"})
+    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED"})
 
 A cache root of jepa-cache, exported from another one.
 
@@ -208,7 +208,7 @@ A cache root of jepa-cache, exported from another one.
 | mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz |
 | action space | {manifest.action_space} |
 | encoder weights | {recipe["encoder"]["weights"] if "encoder" in recipe else UNKNOWN} |
-| licence of the encoder weights | {f"{UNKNOWN}: fill in" if trained else "none: seeded random weights"} |
+| licence of the encoder weights | {f"{UNKNOWN}: fill in" if trained else "none: seeded random weights, or plain pixels"} |
 | licence and origin of the recordings | {UNKNOWN}: fill in before you pass this on |
 
 `manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256

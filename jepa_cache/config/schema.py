@@ -27,15 +27,18 @@ class EncoderRules(NamedTuple):
     seeded: bool = False  # whether it may have seeded random weights
     image_path: bool = False  # whether a single frame may be given as an image
     videos: bool = True  # whether it takes several frames at once
+    weightless: bool = False  # whether it is the pixels themselves
 
 
-# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own.
+# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own;
+# pixels: the control, the resized frame itself.
 ENCODER_RULES = {
     "vjepa2": EncoderRules("tiled", {"positions": ("grid",)}, seeded=True),
     "vjepa2_1": EncoderRules(
         "paired", {"positions": ("grid", "rescaled"), "depth": tuple(LEVEL_LAYERS)}, image_path=True
     ),
     "hf": EncoderRules("own", {"tubelet_size": (1,), "weights_entry": (None,)}, videos=False),
+    "pixels": EncoderRules("none", {"tubelet_size": (1,)}, videos=False, weightless=True),
 }
 EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-type]
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
@@ -115,7 +118,7 @@ class EncoderPreset(Settings):
     patch_size: Count  # pixels
     tubelet_size: Count  # frames
     resolution: Count  # pixels, square
-    rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business)
+    rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business), or "none" (pixels)
     crop: str  # key of encoder.preprocess.CROP_RULES
     mean: tuple[Share, Share, Share]  # of pixels in [0, 1]
     std: tuple[Deviation, Deviation, Deviation]
@@ -138,8 +141,8 @@ class EncoderPreset(Settings):
 
     @property
     def trained(self) -> bool:
-        """Whether the weights were learned, as opposed to drawn at random."""
-        return self.random_seed is None
+        """Whether there are weights that were learned, as opposed to drawn at random."""
+        return self.weights is not None
 
 
 @dataclass(frozen=True)
@@ -494,7 +497,12 @@ def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str
     """Say where a preset contradicts itself or its weights, and which settings of stage one the encoder refuses."""
     named, seeded, kind = f"encoder {encoder.name!r}", encoder.random_seed is not None, encoder.kind
     rules = ENCODER_RULES[kind]
-    if (encoder.weights is not None) == seeded:
+    if rules.weightless:
+        if seeded or encoder.weights is not None or encode.weights is not None:
+            yield f"{named}, kind {kind}, has no weights; set weights and random_seed to null, and encode.weights too"
+        if encoder.embed_dim != (size := 3 * encoder.patch_size**2):
+            yield f"{named}: embed_dim of kind {kind} is 3 * patch_size * patch_size, {size}; got {encoder.embed_dim}"
+    elif (encoder.weights is not None) == seeded:
         yield f"{named} must set exactly one of weights and random_seed; got {encoder.weights!r}, {encoder.random_seed!r}"
     if seeded and not rules.seeded:
         yield f"{named}: kind {kind} has no seeded random weights; set random_seed to null and name weights"

@@ -103,7 +103,7 @@ def bring_up_to_date(
             missing.append(group.of_units(units))
     for group in missing:
         check_controls(group)
-    if missing and not encoder.preset.trained:
+    if missing and encoder.preset.random_seed is not None:
         print(
             f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
         )

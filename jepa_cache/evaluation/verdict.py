@@ -20,7 +20,7 @@ BASELINE_WORDS = {
     "regression": "a linear regression on actions and states",
 }
 SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
-UNTRAINED = "the encoder has random weights, so these figures show that the path works, nothing about the world"
+UNTRAINED = "the encoder is untrained (random weights, or plain pixels), so these figures say nothing of a trained one"
 NOT_MEASURED = (
     "unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
     "raise evaluate.windows_per_episode, or add recordings"
