@@ -107,6 +107,8 @@ def act_run(
     """
     torch.set_num_threads(default_num_threads())
     settings, task = config.act, TASKS[config.act.task]
+    if "other_goal" in settings.controls and settings.num_starts < 2:
+        raise ValueError("act.controls has other_goal, the goal of the next start; set act.num_starts above 1")
     worlds = {seed: WorldModel.load(path, encoder) for seed, path in weights.items()}
     first = next(iter(weights))
     width = len(worlds[first].space.actions)
