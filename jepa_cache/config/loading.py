@@ -107,6 +107,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         **sections,
         cache_root=cache.root,
         verify_checksums=cache.verify_checksums,
+        join_cameras=cache.join_cameras,
         members=_list_members(root, presets["dataset"]),
         origins=origins,
     )

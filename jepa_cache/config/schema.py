@@ -202,6 +202,7 @@ class CacheConfig(Settings):
 
     root: Text | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,9 @@ class TrainConfig(Settings):
     stop_share: Annotated[
         float, Field(ge=0, lt=1)
     ]  # of the training episodes, put aside for the validations in place of the held-out ones
+    costs: Annotated[
+        tuple[Literal["readout", "time"], ...], Once
+    ]  # of plans, whose heads are fitted at the end; they move no weight
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
@@ -417,6 +421,7 @@ class Config:
     act: ActConfig
     cache_root: str | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -466,6 +471,11 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
+    if config.join_cameras and len(config.encode.cameras) < 2:
+        named = f"[{', '.join(config.encode.cameras)}]"
+        yield f"cache.join_cameras needs two cameras or more, as in encode.cameras=[exterior_1, exterior_2]; got {named}"
+    if config.join_cameras and "noise" in evaluate.measure:
+        yield "evaluate.measure: noise looks at single stores, not at joined cameras; leave it out, or set cache.join_cameras=false"
     if filters.idle_cut_end and not filters.drop_idle:
         yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"
     if train.auto_steps >= train.window_steps:

@@ -2,6 +2,7 @@
 
 batches      training windows and held-out windows, on the device
 latents      the same, compressed once, for compressed predictors; ridge: the fit of the linear one
+heads        small heads by which a plan measures how far its goal is
 step         one training step, its statistics, and a validation
 losses       the loss, as scalars that are logged under their names
 optim        AdamW and the rates of each training step
@@ -45,6 +46,7 @@ from jepa_cache.training.checkpoint import (
     tidy,
 )
 from jepa_cache.training.distributed import agree_to_stop, check_same, end_processes, start_processes
+from jepa_cache.training.heads import fit_heads
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
@@ -128,7 +130,7 @@ def train(
                     stopped_by = stop.name or "a signal to another process"
                     break
         if accelerator.is_main_process and stopped_by is None:
-            weights = write_outputs(state.trained, state.select_weights(), run)
+            weights = write_outputs(state.trained, state.select_weights(), run, fit_heads(run, accelerator.device))
         end_processes(accelerator)
     return TrainResult(weights, run.folder, state.step, state.step - first_step, settings.num_steps, stopped_by)
 
