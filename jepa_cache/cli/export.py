@@ -86,6 +86,8 @@ def export_predictor(
             held = f"predictor, and {export_safetensors(state, card, out)}"
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
         raise ValueError(f"{out} cannot be written: {error}") from error
+    heads = _copy_heads(Path(run).parent / "predictor.safetensors" if merge else _find_weights(run, "RUN"), out)
+    held += f", and its costs {', '.join(heads)}" if heads else ""
     num_weights = sum(tensor.numel() for tensor in state.values())
     print(f"wrote {out}: {held} ({len(state)} tensors, {num_weights:,} weights in the predictor)")
     for line in differs_from_official_class(card["architecture"]) if official else ():
@@ -222,6 +224,22 @@ Use it in a checkout of jepa-cache whose settings (`dataset`, `encoder`, `encode
     python stages/fit_scaler.py cache.root=THIS_FOLDER
     python stages/train_predictor.py cache.root=THIS_FOLDER
 """
+
+
+def _copy_heads(weights: Path, out: Path) -> list[str]:
+    """Copy the heads of costs that lie beside given weights beside the exported ones; their names. Others of that name go."""
+    from jepa_cache.predictor.heads import HEADS, head_path
+
+    copied = []
+    for name in HEADS:
+        source, target = head_path(weights, name), head_path(out, name)
+        if source.is_file() and source.resolve() != target.resolve():
+            with atomic_file(target) as partial:
+                shutil.copyfile(source, partial)
+            copied.append(name)
+        elif not source.is_file():
+            target.unlink(missing_ok=True)
+    return copied
 
 
 def _find_weights(reference: str, argument: str) -> Path:
