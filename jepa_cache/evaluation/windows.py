@@ -170,9 +170,9 @@ class NoActionsFit:
 
         def solve(gram: Tensor, ridge: float) -> Tensor:
             """[1 + features, P] of the sums of products of [1, features, changes]; the constant is hardly shrunk."""
-            scale = gram.diagonal()[:size].clamp(min=1e-12)
-            penalty = torch.cat([scale[:1] * 1e-9, scale[1:] * ridge])
-            return torch.linalg.solve(gram[:size, :size] + penalty.diag(), gram[:size, size:])
+            penalty = torch.full((size,), ridge, dtype=gram.dtype, device=gram.device)
+            penalty[0] = 1e-9
+            return torch.linalg.solve(gram[:size, :size] + gram[0, 0] * penalty.diag(), gram[:size, size:])
 
         def error(gram: Tensor, weights: Tensor) -> float:
             return float((weights * (gram[:size, :size] @ weights - 2 * gram[:size, size:])).sum())
