@@ -21,7 +21,7 @@ from torch import Tensor
 from jepa_cache.actions import ActionSpace, Column, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import default_num_threads
-from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.control.cost_model import CostModel
 from jepa_cache.control.costs import LAST, SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
@@ -41,7 +41,7 @@ from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
-from jepa_cache.predictor.checkpoints import Predictor, load_predictor
+from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
@@ -75,10 +75,16 @@ class Encoder:
         if isinstance(overrides, str):
             raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd())
-        config = load_config(root, [f"encoder={name}", *overrides])
-        opened = open_encoder(config, data_base(root))
+        return cls.open(load_config(root, [f"encoder={name}", *overrides]), data_base(root))
+
+    @classmethod
+    def open(cls, config: Config, base: Path) -> Encoder:
+        """The same for settings that are loaded; relative weights are meant from `base`."""
+        opened = open_encoder(config, base)
         if opened.preset.random_seed is not None:
-            log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
+            log.warning(
+                "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
+            )
         device = resolve_device(config.encode.device)
         frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
         return cls(frozen, config.encode, opened.identity)
@@ -165,6 +171,11 @@ class WorldModel:
             raise ValueError(
                 f"{weights} was trained in clip mode, where the tokens of a step have seen later frames; there are none of those when a plan is "
                 "made. Train on a cache of encode.mode=frame or tubelet"
+            )
+        if card.get(CAMERAS_FIELD):
+            raise ValueError(
+                f"{weights} was trained on steps of joined cameras ({', '.join(card[CAMERAS_FIELD])}); a world model sees one camera. Train with "
+                "cache.join_cameras=false for it, or measure these with stages/evaluate.py and stages/plan.py"
             )
         return cls(encoder, predictor, card, load_costs(Path(weights), card, predictor, encoder.device))
 
@@ -337,6 +348,20 @@ class WorldModel:
         while len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
         return tokens.reshape(*frames.shape[:-4], frames.shape[-4] // group, *tokens.shape[1:])
+
+    def foresee(self, frames: np.ndarray, states: np.ndarray | None, actions: np.ndarray) -> Tensor:
+        """Tokens [H, N, E] that are predicted after each of actions [H, A], from frames [G, h, w, 3] of one step.
+
+        `states` [H, S] are those at which each action begins, as a plan's `states[:-1]`; None for weights trained without.
+        """
+        actions = self.check_values("actions", actions, self.space.actions, len(actions))
+        states = self.check_states(states, len(actions))
+        given = (
+            torch.tensor(scale(values)[None], dtype=torch.float32, device=self._encoder.device)
+            for scale, values in zip(self._scales.values(), (actions, states), strict=True)
+        )
+        with torch.no_grad():
+            return self._model.open_loop(self.see(frames)[None], *given, len(actions))[0]
 
     def search(
         self,

@@ -38,7 +38,12 @@ KIND = (
     *("measured.window_steps", "measured.normalize_reps"),
 )
 FILTERS = "measured.filter."
-NO_SETTINGS = ("run", "encoder_trained", "tokens_fingerprint")  # names of other things, or follow from them
+NO_SETTINGS = (
+    "run",
+    "encoder_trained",
+    "encoder_origin",
+    "tokens_fingerprint",
+)  # names of other things, or follow from them
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ A cache root of jepa-cache, exported from another one.
 | mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz |
 | action space | {manifest.action_space} |
 | encoder weights | {recipe["encoder"]["weights"] if "encoder" in recipe else UNKNOWN} |
-| licence of the encoder weights | {f"{UNKNOWN}: fill in" if trained else "none: seeded random weights, or plain pixels"} |
+| licence of the encoder weights | {manifest.encoder_origin or f"{UNKNOWN}: fill in" if trained else "none: seeded random weights, or plain pixels"} |
 | licence and origin of the recordings | {UNKNOWN}: fill in before you pass this on |
 
 `manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256

@@ -133,6 +133,9 @@ class EncoderPreset(Settings):
     single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: Count | None = None
+    origin: Text | None = (
+        None  # whose weights these are, under which licence; recorded with what is made of them, never hashed
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -202,6 +205,7 @@ class CacheConfig(Settings):
 
     root: Text | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
 
 
 @dataclass(frozen=True)
@@ -376,6 +380,34 @@ class PlanConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ActConfig(Settings):
+    """What is asked of a world model in the simulator."""
+
+    task: Literal["reach", "push"]
+    look: Literal["plain", "unseen"]  # unseen: of each start another one, that was never recorded
+    goal_look: Literal["same", "other"]  # other: the goal picture is in an unseen look that is not the live one
+    num_starts: Count  # of each training seed, which all have their own
+    start_seed: Seed  # of the set of starts
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Once]  # of trainings
+    controls: Annotated[
+        tuple[
+            Literal["random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks"],
+            ...,
+        ],
+        Once,
+    ]
+    settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
+    num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
+    num_rounds: Count | None  # null: the settings'
+    max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
+    reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
+    cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
+    num_context_steps: Count  # the present one included
+    replan_every: Count  # steps
+    num_filmed: CountOrZero  # episodes in the film
+
+
+@dataclass(frozen=True)
 class Config:
     """The resolved settings of one run, and where each value came from."""
 
@@ -389,8 +421,10 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     plan: PlanConfig
+    act: ActConfig
     cache_root: str | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -440,6 +474,11 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
+    if config.join_cameras and len(config.encode.cameras) < 2:
+        named = f"[{', '.join(config.encode.cameras)}]"
+        yield f"cache.join_cameras needs two cameras or more, as in encode.cameras=[exterior_1, exterior_2]; got {named}"
+    if config.join_cameras and "noise" in evaluate.measure:
+        yield "evaluate.measure: noise looks at single stores, not at joined cameras; leave it out, or set cache.join_cameras=false"
     if filters.idle_cut_end and not filters.drop_idle:
         yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"
     if train.auto_steps >= train.window_steps:

@@ -118,6 +118,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         "dataset": manifest.dataset,
         "encoder": manifest.encoder,
         "encoder_trained": manifest.encoder_trained,
+        **({"encoder_origin": manifest.encoder_origin} if manifest.encoder_origin else {}),
         "mode": manifest.mode,
         "dtype": evaluation.dataset.dtype,
         "tokens_fingerprint": manifest.fingerprint,

@@ -35,6 +35,7 @@ from jepa_cache.files import (
     try_claim,
 )
 from jepa_cache.predictor.checkpoints import (
+    CAMERAS_FIELD,
     ENCODER_FIELD,
     OFFICIAL_SUFFIXES,
     EncoderMatch,
@@ -164,7 +165,8 @@ def _prepare_folder(run: Run, *, fresh: bool) -> None:
         # Fine-tuning on other actions and states is what starting weights are for, so it is said and not refused.
         here, there = json.loads(canonical_json(describe_weights(run))), find_card(run.init) or {}
         names = [name for name in ("action_space", "scaler") if name in there]
-        for change in recipe_changes({name: there[name] for name in names}, {name: here[name] for name in names}):
+        names += [CAMERAS_FIELD] if there else []
+        for change in recipe_changes(*({name: of.get(name) for name in names} for of in (there, here))):
             print(f"the starting weights were trained with other inputs: {change}")
 
 
@@ -317,6 +319,7 @@ def describe_weights(run: Run) -> dict[str, Any]:
         "action_space": run.dataset.space.name,
         "scaler": run.scaler.to_json(),
         ENCODER_FIELD: run.dataset.manifest.recipe["encoder"]["weights"],
+        **({CAMERAS_FIELD: list(run.dataset.cameras)} if run.dataset.cameras else {}),
     }
 
 

@@ -67,7 +67,13 @@ def write_folder(folder, *, measured=True, **changes):
         metrics |= {name: {f"{name}_figure": 0.25}, f"{name}_ci": {f"{name}_figure": [0.2, 0.3]}}
     if measured:
         metrics["probe_notes"] = {EVIL: "no label here"}
-    settings = {"dataset": EVIL, "encoder": "tiny", "predictor": {"name": "small"}, "nested": {"a": {"b": [1, 2]}}}
+    settings = {
+        "dataset": EVIL,
+        "encoder": "tiny",
+        "encoder_origin": "its maker",
+        "predictor": {"name": "small"},
+        "nested": {"a": {"b": [1, 2]}},
+    }
     settings["measured"] = {"evaluate": {"horizon": 4, "measure": ["energy"], "energy_axes": None}}
     for name, content in (("metrics", metrics), ("settings", settings)):
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -101,7 +107,15 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
     places = [page.text.index(f"? yes answer to {name}, ") for name in QUESTIONS]
     assert places == sorted(places)
     for part in (
-        *("random weights", "Clip mode", "0.4559", "0.4459 to 0.4659", "odd_figure", "0.8 [0.7, 0.9]"),
+        *(
+            "random weights",
+            "Encoder: its maker.",
+            "Clip mode",
+            "0.4559",
+            "0.4459 to 0.4659",
+            "odd_figure",
+            "0.8 [0.7, 0.9]",
+        ),
         *("shuffled actions, open-loop step 4", "0.1489", "24.59 to 24.61", "0.002"),
         *("no label here", "nested.a.b", "[1, 2]"),
         *(f"{name}_figure" for name in ("energy", "distance", "noise", "probe")),
