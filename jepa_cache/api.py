@@ -34,6 +34,7 @@ from jepa_cache.control.planner import (
     PlannerSettings,
     Rollout,
     plan_actions,
+    warn_of_reach,
 )
 from jepa_cache.data.recorded import Recorded, recorded_from_json
 from jepa_cache.data.scaler import scaler_from_json
@@ -133,7 +134,7 @@ class WorldModel:
         self, encoder: Encoder, predictor: Predictor, card: Mapping[str, Any], costs: Mapping[str, Cost] = SIMPLE_COSTS
     ) -> None:
         """Put all together; `WorldModel.load` reads them and checks that they fit."""
-        self.costs = dict(costs)  # by name
+        self.costs, self._card = dict(costs), card
         self._encoder = encoder
         self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]))
         self._scaler = scaler_from_json(card["scaler"])
@@ -410,7 +411,9 @@ class WorldModel:
         """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of named settings."""
         named = settings if isinstance(settings, str) else None
         own = {"max_step_m": MAX_STEP_M[named], "reach": REACH[named]} if named in SETTINGS else {}
-        return build_motion(self.space, recorded=self.recorded, **(own | changes))
+        limits = own | changes
+        warn_of_reach(limits.get("reach", 1.0), self._card)
+        return build_motion(self.space, recorded=self.recorded, **limits)
 
     def choose_cost(self, cost: str | Cost, steps: str = LAST) -> Cost:
         """A cost by its name, of the last predicted step or as the sum over all (`steps="sum"`); or your own, as it is."""

@@ -367,7 +367,7 @@ class PlanConfig(Settings):
     num_rounds: Count | None  # null: the settings'
     horizons: Annotated[tuple[Count, ...], Field(min_length=1), Once]  # steps to the goal
     starts_per_episode: Count
-    num_context_steps: Count  # true steps before a plan
+    num_context_steps: Count | None  # true steps before a plan; null: 3, of the settings jump 1
     max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
     reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
     cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
