@@ -1,8 +1,10 @@
-"""Render the synthetic sample recordings: first-person walks in the VPT contractor form, packed as tar shards.
+"""Render the synthetic sample recordings: walks in the VPT contractor form, or episodes of a simulated robot in DROID's raw form.
 
     python stages/sample.py
+    python stages/sample.py dataset=sample_robot
 
-Writes shards/sample/*.tar and shards/sample/index.json. With another data set chosen it writes an empty index and ends.
+Writes shards/sample/ or shards/sample_robot/, each with an index.json, and leaves the other as it is. With another data set
+chosen it renders nothing and ends.
 """
 
 import os
@@ -13,24 +15,38 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.parsing import parse_dataclass  # noqa: E402
+from jepa_cache.config.parsing import ConfigError, parse_dataclass  # noqa: E402
 from jepa_cache.sample.build import build_sample  # noqa: E402
 from jepa_cache.sample.player import SampleConfig  # noqa: E402
+from jepa_cache.sample.robot_episodes import RobotSampleConfig, build_robot_sample  # noqa: E402
+
+# By the source that reads them.
+SAMPLES = {
+    "vpt": (ROOT / "shards/sample", SampleConfig, build_sample),
+    "droid_raw": (ROOT / "shards/sample_robot", RobotSampleConfig, build_robot_sample),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    config = parse_stage_arguments(ROOT, __doc__, argv).config
-    out = ROOT / "shards/sample"
-    if config.dataset.sample is None:
+    arguments = parse_stage_arguments(ROOT, __doc__, argv)
+    dataset = arguments.config.dataset
+    for out, _, _ in SAMPLES.values():
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "index.json").exists():  # DVC wants the out to be there
-            (out / "index.json").write_text('{"synthetic": true, "tars": []}\n')
-        print(f"dataset is {config.dataset.name!r}: no sample to render; next: python stages/encode.py")
+        if not (out / "index.json").exists():  # DVC wants the outs to be there
+            (out / "index.json").write_text('{"synthetic": true, "tars": [], "episodes": []}\n')
+    if dataset.sample is None:
+        print(f"dataset is {dataset.name!r}: no sample to render; next: python stages/encode.py{arguments.again}")
         return
-    sample = parse_dataclass(SampleConfig, config.dataset.sample, f"configs/dataset/{config.dataset.name}.yaml: sample")
-    index = build_sample(out, sample, num_workers=min(2, os.cpu_count() or 1))
-    print(f"wrote {index.relative_to(ROOT)}; next: python stages/encode.py")
+    if dataset.source not in SAMPLES:
+        known = " or ".join(SAMPLES)
+        raise ConfigError(
+            f"configs/dataset/{dataset.name}.yaml: sample needs source {known}; set it to null for {dataset.source}"
+        )
+    out, kind, build = SAMPLES[dataset.source]
+    settings = parse_dataclass(kind, dataset.sample, f"configs/dataset/{dataset.name}.yaml: sample")
+    index = build(out, settings, num_workers=min(2, os.cpu_count() or 1))
+    print(f"wrote {index.relative_to(ROOT)}; next: python stages/encode.py{arguments.again}")
 
 
 if __name__ == "__main__":

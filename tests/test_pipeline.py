@@ -88,8 +88,8 @@ def test_synthetic_and_other_recordings_are_never_mixed(workspace, capsys):
     (workspace.root / "shards/mine.tar").write_bytes(sample + b"\0" * 512)
     source = build_source("vpt", {})
     with pytest.raises(
-        ValueError, match=r"the synthetic sample and 1 other tar shards .* choose dataset=vpt for yours"
+        ValueError, match=r"the synthetic sample and 1 other recordings .* choose dataset=vpt for yours"
     ):
         list_units(source, load_config(workspace.root).dataset, ["shards"], workspace.root)
     (unit,) = list_units(source, load_config(workspace.root, ["dataset=vpt"]).dataset, ["shards"], workspace.root)
-    assert unit.path.name == "mine.tar" and "skipped: 2 synthetic tar shards" in capsys.readouterr().out
+    assert unit.path.name == "mine.tar" and "skipped: 2 synthetic recordings" in capsys.readouterr().out

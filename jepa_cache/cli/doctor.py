@@ -18,6 +18,7 @@ import typer
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import existing_folder
 from jepa_cache.media.video import open_video
+from jepa_cache.sample.robot import find_assets, import_mujoco
 from jepa_cache.store.remote import resolve_cache_root
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -58,6 +59,7 @@ def check_everything(root: Path) -> dict[str, Finding]:
         "gpu": check_gpu,
         "decoder": check_decoders,
         "cache root": lambda: check_disk(root),
+        "simulated robot": lambda: check_robot(needed=load_config(root).dataset.name == "sample_robot"),
         "DROID bucket": lambda: check_server(DROID_URL, "copy the data and name the folder as input"),
         "Hugging Face hub": lambda: check_server(
             hub, "set HF_ENDPOINT to a mirror, or name a file with encode.weights=PATH"
@@ -130,6 +132,18 @@ def check_disk(root: Path) -> Finding:
     if free_bytes < LOW_FREE_BYTES:
         return Finding(NOTE, f"{found}: about {free_bytes / 9 / 2**30:.0f} h of ViT-L tokens", todo)
     return Finding(OK, found)
+
+
+def check_robot(*, needed: bool) -> Finding:
+    """Whether the simulated robot can be drawn: MuJoCo, the model files and an OpenGL library; a note where the data set is another."""
+    try:
+        mujoco = import_mujoco()
+        find_assets()
+        mujoco.GLContext(16, 16).free()
+    except Exception as error:  # What a missing or broken OpenGL library raises depends on the library.
+        state = MISSING if needed else NOTE
+        return Finding(state, f"{error}"[:200], "make install-sim; docs/robot.md names the system libraries")
+    return Finding(OK, f"MuJoCo {mujoco.__version__} draws by {os.environ['MUJOCO_GL']}, the models are there")
 
 
 def check_server(url: str, way_out: str) -> Finding:

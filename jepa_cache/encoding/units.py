@@ -18,7 +18,8 @@ from jepa_cache.media.tar import real_path
 from jepa_cache.sources import Source, Unit, describe_unreadable, find_obstacle, suggest_source
 from jepa_cache.store.digests import DigestTable, join_digests
 
-SAMPLE_FOLDER = Path("shards/sample")
+# What stages/sample.py renders; index.json comes last.
+SAMPLE_FOLDERS = (Path("shards/sample"), Path("shards/sample_robot"))
 UNREAD = "unread:"
 
 
@@ -29,10 +30,10 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
         ValueError: Nothing is found, the sample was never rendered, or it and other recordings would be mixed.
     """
     named = tuple(inputs) or preset.inputs
-    if preset.sample is not None and not inputs and not any((base / SAMPLE_FOLDER).glob("*.tar")):
+    if preset.sample is not None and not inputs and not _is_rendered(base / preset.inputs[0]):
         raise ValueError(
-            f"the sample recordings are not rendered yet: {base / SAMPLE_FOLDER} holds no *.tar; `python stages/sample.py` "
-            "renders them in seconds. For recordings of yours set `dataset` in params.yaml"
+            f"the sample recordings are not rendered yet: {base / preset.inputs[0]} holds no whole set of them; "
+            f"`python stages/sample.py dataset={preset.name}` renders them in minutes. For recordings of yours set `dataset` in params.yaml"
         )
     try:
         units = source.list_units(named, base)
@@ -45,30 +46,38 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
     if preset.sample is None:
         if sample and not others:
             raise ValueError(
-                f"{', '.join(named)} holds only the synthetic sample recordings, but dataset is {preset.name!r}; "
-                "name your own tar shards, or choose dataset=sample"
+                f"{', '.join(named)} holds only synthetic sample recordings, but dataset is {preset.name!r}; "
+                "name your own recordings, or choose dataset=sample or dataset=sample_robot"
             )
         if sample:
-            print(f"skipped: {len(sample)} synthetic tar shards under {SAMPLE_FOLDER} (dataset is {preset.name!r})")
+            print(
+                f"skipped: {len(sample)} synthetic recordings under {' and '.join(map(str, SAMPLE_FOLDERS))} (dataset is {preset.name!r})"
+            )
         return others
     if sample and others:
         raise ValueError(
-            f"{', '.join(named)} holds the synthetic sample and {len(others)} other tar shards (first: {others[0].path}); "
-            f"choose dataset=vpt for yours, or name {SAMPLE_FOLDER} alone"
+            f"{', '.join(named)} holds the synthetic sample and {len(others)} other recordings (first: {others[0].path}); "
+            f"choose dataset={preset.source} for yours, or name {preset.inputs[0]} alone"
         )
     if others:
         print(
-            "note: dataset is 'sample', but these are other recordings; set dataset: vpt in params.yaml to name them so"
+            f"note: dataset is {preset.name!r}, but these are other recordings; set dataset: {preset.source} in params.yaml "
+            "to name them so"
         )
     return units
 
 
+def _is_rendered(folder: Path) -> bool:
+    """Whether a sample's folder holds recordings, all of them."""
+    return (folder / "index.json").is_file() and any(path.name != "index.json" for path in folder.iterdir())
+
+
 def _find_sample(units: Sequence[Unit], base: Path) -> list[Unit]:
-    """Those units that lie in the sample's folder, whatever links lead there."""
-    folder = (base / SAMPLE_FOLDER).resolve()
-    if not folder.is_dir():  # else ten thousand units would follow their links for nothing
+    """Those units that lie in a sample's folder, whatever links lead there."""
+    folders = {(base / folder).resolve() for folder in SAMPLE_FOLDERS if (base / folder).is_dir()}
+    if not folders:  # else ten thousand units would follow their links for nothing
         return []
-    return [unit for unit in units if folder in real_path(unit.path).parents]
+    return [unit for unit in units if not folders.isdisjoint(real_path(unit.path).parents)]
 
 
 def _hints(source: Source, named: Sequence[str], base: Path) -> list[str]:

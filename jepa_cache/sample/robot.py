@@ -42,7 +42,7 @@ _DOWN = Rotation.from_euler("xyz", DOWN_RAD)
 _SUBSTEPS, _TORQUE_EVERY = 30, 5  # of physics a row: 2.2 ms each; the controller runs at 90 Hz
 _STIFFNESS, _POSTURE_STIFFNESS = 1000.0, 0.5  # 1/s^2, critically damped
 _RAMP_S = 0.19  # of each fifth of a second the commanded pose moves: steps end within 3 mm of it
-_CELL_M = 0.005  # finer parts of the visual meshes are merged: at 256 pixels not seen, frames take half the time
+_CELL_M = 0.008  # finer parts of the visual meshes are merged: at 256 pixels not seen, frames take half the time
 # Eye, target and field of view; the exterior ones as DROID's stand, left and right of the table.
 _EYES = {"exterior_1": ((1.0, 0.62, 0.62), 48.0), "exterior_2": ((1.0, -0.62, 0.62), 48.0)}
 _TARGET_M = (0.45, 0.0, 0.17)
@@ -299,8 +299,14 @@ class RobotWorld:
 
     def _error(self, place_m: np.ndarray) -> np.ndarray:
         """[6]: what is missing to a place (m) and to the commanded attitude (rotation vector, rad)."""
-        turn = self._attitude * self._measured_attitude().inv()
-        return np.concatenate((place_m - self._data.site_xpos[self._site], turn.as_rotvec()))
+        # MuJoCo's own functions: scipy's took as long as the physics.
+        mujoco, measured, turn, missing = self._mujoco, np.zeros(4), np.zeros(4), np.zeros(6)
+        mujoco.mju_mat2Quat(measured, self._data.site_xmat[self._site])
+        measured[1:] *= -1
+        mujoco.mju_mulQuat(turn, np.roll(self._attitude.as_quat(), 1), measured)
+        mujoco.mju_quat2Vel(missing[3:], turn, 1.0)
+        missing[:3] = place_m - self._data.site_xpos[self._site]
+        return missing
 
 
 def _build_model(mujoco: Any, size: int) -> Any:
@@ -314,6 +320,7 @@ def _build_model(mujoco: Any, size: int) -> Any:
     world, kinds = spec.worldbody, mujoco.mjtGeom
     world.add_light(name="lamp", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False)
     spec.geom("floor").pos = (0, 0, -0.6)
+    spec.geom("floor").size[2] = 0.25  # of the squares it is drawn in; gym-hil's 1 cm takes half of a picture's time
     world.add_geom(name="table", type=kinds.mjGEOM_BOX, size=(0.6, 0.55, 0.02), pos=(0.3, 0, -0.02))
     spec.geom("block").size = [BLOCK_SIDE_M / 2] * 3
     spec.geom("block").rgba = (0.85, 0.1, 0.1, 1)
@@ -329,7 +336,7 @@ def _build_model(mujoco: Any, size: int) -> Any:
 
 
 def _merge_small_faces(model: Any) -> None:
-    """Draw the arm with fewer faces: vertices in one cell of 5 mm become one, faces that vanish are dropped. Physics keeps all."""
+    """Draw the arm with fewer faces: vertices in one cell of 8 mm become one, faces that vanish are dropped. Physics keeps all."""
     for mesh in range(model.nmesh):
         first, num_faces = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
         start = model.mesh_vertadr[mesh]

@@ -18,7 +18,7 @@ from jepa_cache.media.video import Video
 from tests.media.fake_bucket import serve
 from tests.workspace import copy_settings
 
-NAMES = ["gpu", "decoder", "cache root", "DROID bucket", "Hugging Face hub"]
+NAMES = ["gpu", "decoder", "cache root", "simulated robot", "DROID bucket", "Hugging Face hub"]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_c
     findings, result = check_everything(checkout), run()
     assert list(findings) == NAMES and findings["decoder"][:2] == (MISSING, "RuntimeError: first line")
     assert findings["gpu"].state == MISSING and "torch" in findings["gpu"].found
-    assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 3 missing" in result.stdout
+    assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 4 missing" in result.stdout
 
 
 def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed(monkeypatch):

@@ -1,0 +1,265 @@
+"""Episodes of the simulated robot in the form of DROID's raw release, read by the source droid_raw as it is.
+
+A folder an episode: trajectory.h5 with rows at 15 Hz (measured and commanded poses), metadata, and an mp4 of 5 Hz per camera; frame t
+shows row 3 t. What is done in an episode is a script, drawn from the seed alone and without the simulator. Three kinds:
+
+- `random`: correlated random displacements, gripper open;
+- `reach`: straight from one drawn place to the next, gripper open;
+- `push`: the closed gripper starts beside the block, pushes it roughly straight, then moves about at random.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import av
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.schema import Count, CountOrZero, Once, Seed, Settings, Share
+from jepa_cache.files import replaced_files
+from jepa_cache.sample.robot import (
+    BLOCK_AREA_M,
+    ROWS_PER_STEP,
+    STEP_HZ,
+    WORKSPACE_M,
+    RobotWorld,
+    find_assets,
+    import_mujoco,
+)
+
+LAB = "SIMULATED"
+"""The lab's name in keys, and the folder of all episodes."""
+MAX_COMMAND_M = 0.06
+"""Largest displacement along an axis of one step of a script."""
+NUM_RECORDED_LOOKS = 2**31
+"""Seeds of recorded looks lie below: a look of this seed or a higher one was never recorded."""
+
+_PUSH_START_M = (0.09, 0.12)  # from the block's centre to the closed fingers: 8 cm may touch it
+_PUSH_HEIGHT_M = (0.03, 0.05)
+_SCRIPT, _LOOK = range(2)  # streams of random numbers, so that a change in one leaves the other as it was
+_SHORT = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist"}  # in names of DROID's metadata
+
+
+@dataclass(frozen=True)
+class RobotSampleConfig(Settings):
+    """Settings of one set of simulated episodes; the same settings give the same files on the same machine."""
+
+    seed: Seed
+    num_random: CountOrZero  # episodes of each kind
+    num_reach: CountOrZero
+    num_push: CountOrZero
+    num_steps: Count  # of 0.2 s in a random or reach episode
+    num_push_steps: Count
+    random_looks: Share  # of the episodes have a look of their own; the others have the plain one
+    cameras: Annotated[tuple[Literal["exterior_1", "exterior_2", "wrist"], ...], Field(min_length=1), Once]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=2)]  # pixels, square
+    crf: Annotated[int, Field(ge=0, le=51)]  # x264 quality
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of every episode."""
+        return ["random"] * self.num_random + ["reach"] * self.num_reach + ["push"] * self.num_push
+
+
+class Script(NamedTuple):
+    """What happens in one episode."""
+
+    name: str
+    kind: str
+    look: int | None  # seed of a look; None: the plain one
+    seed: int  # of what the options leave open
+    start: dict[str, Any]  # options of `RobotWorld.reset`
+    actions: np.ndarray  # [K, 7]
+
+
+def draw_script(config: RobotSampleConfig, index: int) -> Script:
+    """The script of an episode: a pure function of the settings and the episode's number."""
+    kind = config.kinds[index]
+    rng = np.random.default_rng([config.seed, _SCRIPT, index])
+    if kind == "push":
+        start, moves = draw_push(rng, config.num_push_steps)
+    else:
+        start = {"position": rng.uniform(*WORKSPACE_M), "gripper": 0.0}
+        draw = _wander if kind == "random" else _visit
+        moves = draw(rng, start["position"], config.num_steps)
+    actions, place_m = np.zeros((len(moves), 7)), start["position"]
+    for step, move in enumerate(np.clip(moves, -MAX_COMMAND_M, MAX_COMMAND_M)):
+        after_m = np.clip(place_m + move, *WORKSPACE_M)
+        actions[step, :3], place_m = after_m - place_m, after_m
+    looks = np.random.default_rng([config.seed, _LOOK, index])
+    own = looks.random() < config.random_looks
+    look = int(looks.integers(NUM_RECORDED_LOOKS)) if own else None
+    return Script(f"{kind}-{index:05d}", kind, look, int(rng.integers(2**31)), start, actions)
+
+
+def draw_push(rng: np.random.Generator, num_steps: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Options of `reset` that put the closed gripper beside a block, and displacements [K, 3] m that push it and then wander."""
+    while True:
+        block = rng.uniform(*BLOCK_AREA_M)
+        angle = rng.uniform(0, 2 * np.pi)
+        ahead = np.array([np.cos(angle), np.sin(angle)])
+        way_m = rng.uniform(0.10, 0.24)
+        start = block - rng.uniform(*_PUSH_START_M) * ahead + rng.normal(0, 0.008) * np.array([-ahead[1], ahead[0]])
+        ends = np.stack((start, start + way_m * ahead))
+        if np.all((ends > WORKSPACE_M[0, :2]) & (ends < WORKSPACE_M[1, :2])):
+            break
+    position = np.array([*start, rng.uniform(*_PUSH_HEIGHT_M)])
+    pace_m = rng.uniform(0.02, 0.05)
+    num_pushing = min(num_steps, round(way_m / pace_m))
+    moves = np.zeros((num_steps, 3))
+    moves[:num_pushing, :2] = pace_m * ahead + rng.normal(0, 0.006, (num_pushing, 2))
+    moves[:num_pushing, 2] = rng.normal(0, 0.002, num_pushing)
+    moves[num_pushing:] = _wander(rng, position + moves[:num_pushing].sum(axis=0), num_steps - num_pushing)
+    return {"position": position, "block": block, "gripper": 1.0}, moves
+
+
+def _wander(rng: np.random.Generator, place_m: np.ndarray, num_steps: int) -> np.ndarray:
+    """Correlated random displacements [K, 3] m, turned back where they would leave the workspace."""
+    moves, speed = np.zeros((num_steps, 3)), np.zeros(3)
+    for step in range(num_steps):
+        speed = np.clip(0.6 * speed + rng.normal(0, 0.03, 3), -MAX_COMMAND_M, MAX_COMMAND_M)
+        outside = (place_m + speed < WORKSPACE_M[0]) | (place_m + speed > WORKSPACE_M[1])
+        speed = np.where(outside, -speed, speed)
+        moves[step], place_m = speed, place_m + speed
+    return moves
+
+
+def _visit(rng: np.random.Generator, place_m: np.ndarray, num_steps: int) -> np.ndarray:
+    """Displacements [K, 3] m straight to places drawn one after the other, with a little noise."""
+    moves, goal_m = np.zeros((num_steps, 3)), rng.uniform(*WORKSPACE_M)
+    for step in range(num_steps):
+        if np.abs(goal_m - place_m).max() < 0.01:
+            goal_m = rng.uniform(*WORKSPACE_M)
+        way_m = goal_m - place_m
+        moves[step] = way_m * min(1.0, 0.05 / np.abs(way_m).max()) + rng.normal(0, 0.003, 3)
+        place_m = place_m + moves[step]
+    return moves
+
+
+def build_robot_sample(out: Path, config: RobotSampleConfig, *, num_workers: int) -> Path:
+    """Record the episodes into `out` with an index, and return the index's path.
+
+    All episodes are published at once in place of earlier ones, `index.json` last, so its presence means complete. The bytes depend on the settings and library versions only, not on the workers.
+
+    Cost: see configs/dataset/sample_robot.yaml.
+
+    Raises:
+        ValueError: MuJoCo, the model files or an OpenGL library are missing, or no episode is asked for.
+        RuntimeError: The physics became unstable.
+    """
+    if not config.kinds:
+        raise ConfigError("num_random, num_reach and num_push are all 0; at least one episode is needed")
+    import_mujoco()  # what is missing is said here, before workers start
+    find_assets()
+    with replaced_files(out, last="index.json") as fresh:
+        recorded = _record_all(config, fresh / LAB, min(num_workers, len(config.kinds)))
+        truths = list(tqdm(recorded, total=len(config.kinds), desc="sample (simulated robot)", unit="episode"))
+        index = {"synthetic": True, "fps_hz": STEP_HZ, "config": asdict(config), "episodes": truths}
+        (fresh / "index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return out / "index.json"
+
+
+def _record_all(config: RobotSampleConfig, folder: Path, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Record all episodes below `folder`, and give what is true of them in order."""
+    record, numbers = functools.partial(_record, config, folder), range(len(config.kinds))
+    if num_workers == 1:
+        yield from map(record, numbers)
+        _open_world(config.size).close()  # else its renderer complains when the interpreter ends
+        _open_world.cache_clear()
+        return
+    # Spawned, not forked: the caller may hold threads and an OpenGL context.
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(record, numbers)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_world(size: int) -> RobotWorld:
+    """The world of this process: making one takes 2 s, and what an episode leaves behind ends with the next reset."""
+    return RobotWorld(size)
+
+
+def _record(config: RobotSampleConfig, folder: Path, index: int) -> dict[str, Any]:
+    """Play one script and write its episode below `folder`; gives what is true of it."""
+    script, world = draw_script(config, index), _open_world(config.size)
+    info = world.reset(seed=script.seed, options={**script.start, "look": script.look})[1]
+    first_block, rows, commands = info["block"], [], []
+    pictures: dict[str, list[np.ndarray]] = {camera: [world.render(camera)] for camera in config.cameras}
+    for action in script.actions:
+        info = world.step(action)[-1]
+        rows.append(info["rows"])
+        commands.append(np.repeat(info["target"][None], ROWS_PER_STEP, axis=0))
+        for camera, taken in pictures.items():
+            taken.append(world.render(camera))
+    poses = np.concatenate((*rows, world.state()[None]))
+    commanded = np.concatenate((*commands, info["target"][None]))
+    moved_m = float(np.linalg.norm((info["block"] - first_block)[:2]))
+    outcome = "failure" if script.kind == "push" and moved_m < 0.02 else "success"
+    inside = f"{outcome}/2025-01-01/{script.name}"
+    truth = {
+        "key": f"{LAB}/{inside}",
+        "kind": script.kind,
+        "look": script.look,
+        "num_steps": len(script.actions),
+        "block_first_m": first_block.tolist(),
+        "block_last_m": info["block"].tolist(),
+        "block_moved_m": moved_m,
+    }
+    _write_episode(
+        folder / inside, truth, poses, commanded, {it: encode_video(pictures[it], config.crf) for it in pictures}
+    )
+    return truth
+
+
+def _write_episode(
+    folder: Path, truth: dict[str, Any], poses: np.ndarray, commands: np.ndarray, videos: dict[str, bytes]
+) -> None:
+    """Write an episode's folder as DROID's raw release has it; poses and commands are [M, 7]."""
+    import h5py
+
+    (folder / "recordings/MP4").mkdir(parents=True)
+    inside = truth["key"].removeprefix(f"{LAB}/")
+    metadata = {
+        "uuid": f"{LAB}+{folder.name}",
+        "lab": LAB,
+        "success": inside.startswith("success"),
+        "hdf5_path": f"{inside}/trajectory.h5",
+        "trajectory_length": len(poses),
+        "current_task": f"simulated robot: {truth['kind']}",
+        "synthetic": True,
+    }
+    for camera, video in videos.items():
+        serial = f"sim-{camera}"
+        path = f"{inside}/recordings/MP4/{serial}.mp4"
+        (folder / f"recordings/MP4/{serial}.mp4").write_bytes(video)
+        metadata |= {f"{_SHORT[camera]}_cam_serial": serial, f"{_SHORT[camera]}_mp4_path": path}
+        metadata.setdefault("left_mp4_path", path)
+    (folder / f"metadata_{metadata['uuid']}.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    with h5py.File(folder / "trajectory.h5", "w") as file:
+        for group, values in (("observation/robot_state", poses), ("action", commands)):
+            file[f"{group}/cartesian_position"] = values[:, :6]
+            file[f"{group}/gripper_position"] = values[:, 6]
+
+
+def encode_video(pictures: list[np.ndarray], crf: int) -> bytes:
+    """An h264 mp4 of uint8 pictures [h, w, 3] at STEP_HZ."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        # One thread: x264's threads change the bits, and the workers share the cores anyway.
+        options = {"preset": "veryfast", "crf": str(crf), "threads": "1"}
+        stream = container.add_stream("libx264", rate=STEP_HZ, options=options)
+        (stream.height, stream.width), stream.pix_fmt, stream.thread_count = pictures[0].shape[:2], "yuv420p", 1
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return out.getvalue()
