@@ -123,6 +123,7 @@ class ActionSpace:
         None  # actions [.., k, A] of k steps in a row to the one [.., A]; None where states decide it too
     )
     inverse: Change | None = None  # actions [.., A] to those that lead back; None where there are none
+    positions: tuple[str, ...] = ()  # states that say where the body or the view is, and that its pictures may show
 
     def find_misfit(self, controls: Collection[str]) -> tuple[str, str] | None:
         """Why recordings with these control columns do not fit, and the setting that does; None where they fit.
@@ -340,6 +341,7 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
         ),
         joined=partial(np.sum, axis=-2) if rule == "sum" else partial(np.take, indices=-1, axis=-2),
         inverse=np.negative if rule == "sum" else None,
+        positions=read["states"],
     )
 
 
@@ -445,13 +447,18 @@ _VPT13_JOINED, _VPT36_JOINED, _VPT25_JOINED = (
 )
 _VPT25_MOTION = _view_motion(_VPT25, "cameraX", "cameraY", {})
 _SPACES = (
-    ActionSpace("vpt13", 1, _VPT13, _VIEW, VPT_REQUIRED, _VPT13_RULE, _VPT13_MOTION, _VPT13_JOINED),
-    ActionSpace("vpt36", 1, _VPT36, _VIEW, (*VPT_REQUIRED, *VPT_BUTTONS), _VPT36_RULE, _VPT36_MOTION, _VPT36_JOINED),
-    ActionSpace(
-        "vpt25", 1, _VPT25, _VIEW, (*VPT_REQUIRED[:4], *VPT_BUTTONS), _aggregate_vpt25, _VPT25_MOTION, _VPT25_JOINED
+    *(  # Which way is yaw 0 no picture shows.
+        ActionSpace(name, 1, columns, _VIEW, required, rule, motion, joined, positions=("pitch",))
+        for name, columns, required, rule, motion, joined in (
+            ("vpt13", _VPT13, VPT_REQUIRED, _VPT13_RULE, _VPT13_MOTION, _VPT13_JOINED),
+            ("vpt36", _VPT36, (*VPT_REQUIRED, *VPT_BUTTONS), _VPT36_RULE, _VPT36_MOTION, _VPT36_JOINED),
+            ("vpt25", _VPT25, (*VPT_REQUIRED[:4], *VPT_BUTTONS), _aggregate_vpt25, _VPT25_MOTION, _VPT25_JOINED),
+        )
     ),
     *(
-        ActionSpace(name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION, *changes)
+        ActionSpace(
+            name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION, *changes, positions=tuple("xyz")
+        )
         for name, (describe, required) in POSE_SPACES.items()
         # A command lies where it lies whatever the arm did before: it does not follow from commands seen from other poses.
         for changes in ([] if name == "droid_command7" else [compose_pose_actions, invert_pose_actions],)

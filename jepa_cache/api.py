@@ -21,9 +21,9 @@ from torch import Tensor
 from jepa_cache.actions import ActionSpace, Column, get_action_space
 from jepa_cache.config.loading import data_base, find_repository, load_config
 from jepa_cache.config.paths import default_num_threads
-from jepa_cache.config.schema import EncodeConfig
+from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.control.cost_model import CostModel
-from jepa_cache.control.costs import SIMPLE_COSTS, Cost
+from jepa_cache.control.costs import LAST, SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
     MAX_STEP_M,
@@ -34,13 +34,14 @@ from jepa_cache.control.planner import (
     PlannerSettings,
     Rollout,
     plan_actions,
+    warn_of_reach,
 )
 from jepa_cache.data.recorded import Recorded, recorded_from_json
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
-from jepa_cache.predictor.checkpoints import Predictor, load_predictor
+from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
@@ -74,10 +75,16 @@ class Encoder:
         if isinstance(overrides, str):
             raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd())
-        config = load_config(root, [f"encoder={name}", *overrides])
-        opened = open_encoder(config, data_base(root))
-        if not opened.preset.trained:
-            log.warning("encoder %r has seeded random weights: for trying things out, not for results", name)
+        return cls.open(load_config(root, [f"encoder={name}", *overrides]), data_base(root))
+
+    @classmethod
+    def open(cls, config: Config, base: Path) -> Encoder:
+        """The same for settings that are loaded; relative weights are meant from `base`."""
+        opened = open_encoder(config, base)
+        if opened.preset.random_seed is not None:
+            log.warning(
+                "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
+            )
         device = resolve_device(config.encode.device)
         frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
         return cls(frozen, config.encode, opened.identity)
@@ -123,8 +130,11 @@ class Encoder:
 class WorldModel:
     """A trained predictor with the encoder whose tokens it reads: plans from what is seen now to what should be seen."""
 
-    def __init__(self, encoder: Encoder, predictor: Predictor, card: Mapping[str, Any]) -> None:
-        """Put both together; `WorldModel.load` reads them and checks that they fit."""
+    def __init__(
+        self, encoder: Encoder, predictor: Predictor, card: Mapping[str, Any], costs: Mapping[str, Cost] = SIMPLE_COSTS
+    ) -> None:
+        """Put all together; `WorldModel.load` reads them and checks that they fit."""
+        self.costs, self._card = dict(costs), card
         self._encoder = encoder
         self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]))
         self._scaler = scaler_from_json(card["scaler"])
@@ -162,7 +172,12 @@ class WorldModel:
                 f"{weights} was trained in clip mode, where the tokens of a step have seen later frames; there are none of those when a plan is "
                 "made. Train on a cache of encode.mode=frame or tubelet"
             )
-        return cls(encoder, predictor, card)
+        if card.get(CAMERAS_FIELD):
+            raise ValueError(
+                f"{weights} was trained on steps of joined cameras ({', '.join(card[CAMERAS_FIELD])}); a world model sees one camera. Train with "
+                "cache.join_cameras=false for it, or measure these with stages/evaluate.py and stages/plan.py"
+            )
+        return cls(encoder, predictor, card, load_costs(Path(weights), card, predictor, encoder.device))
 
     def plan(
         self,
@@ -334,6 +349,20 @@ class WorldModel:
             self._seen.popitem(last=False)
         return tokens.reshape(*frames.shape[:-4], frames.shape[-4] // group, *tokens.shape[1:])
 
+    def foresee(self, frames: np.ndarray, states: np.ndarray | None, actions: np.ndarray) -> Tensor:
+        """Tokens [H, N, E] that are predicted after each of actions [H, A], from frames [G, h, w, 3] of one step.
+
+        `states` [H, S] are those at which each action begins, as a plan's `states[:-1]`; None for weights trained without.
+        """
+        actions = self.check_values("actions", actions, self.space.actions, len(actions))
+        states = self.check_states(states, len(actions))
+        given = (
+            torch.tensor(scale(values)[None], dtype=torch.float32, device=self._encoder.device)
+            for scale, values in zip(self._scales.values(), (actions, states), strict=True)
+        )
+        with torch.no_grad():
+            return self._model.open_loop(self.see(frames)[None], *given, len(actions))[0]
+
     def search(
         self,
         context: Context,
@@ -382,15 +411,13 @@ class WorldModel:
         """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of named settings."""
         named = settings if isinstance(settings, str) else None
         own = {"max_step_m": MAX_STEP_M[named], "reach": REACH[named]} if named in SETTINGS else {}
-        return build_motion(self.space, recorded=self.recorded, **(own | changes))
+        limits = own | changes
+        warn_of_reach(limits.get("reach", 1.0), self._card)
+        return build_motion(self.space, recorded=self.recorded, **limits)
 
-    def choose_cost(self, cost: str | Cost) -> Cost:
-        """A cost by its name, or your own."""
-        if isinstance(cost, Cost):
-            return cost
-        if cost not in SIMPLE_COSTS:
-            raise ValueError(f"unknown cost {cost!r}; known: {', '.join(SIMPLE_COSTS)}, or give a Cost of your own")
-        return SIMPLE_COSTS[cost]
+    def choose_cost(self, cost: str | Cost, steps: str = LAST) -> Cost:
+        """A cost by its name, of the last predicted step or as the sum over all (`steps="sum"`); or your own, as it is."""
+        return choose_cost(self.costs, cost, steps)
 
     def check_states(self, states: np.ndarray | None, *steps: int) -> np.ndarray:
         """States [*steps, S] as float64; None is allowed, and becomes zeros, for a predictor that was trained without."""

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         return  # another process than the first
     print(f"trained {result.num_trained} of {result.num_steps} training steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
-        print("the features come from an encoder with random weights: figures are relative, not results")
+        print("the encoder is untrained (random weights, or plain pixels): figures are relative, not results")
     following = (
         f"next: python stages/evaluate.py{arguments.again}"
         if obstacle is None

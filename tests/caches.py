@@ -1,7 +1,9 @@
 """Maker of a tiny cached data set, written with the store's own writers: no video, no encoder, and actions that move the tokens.
 
 Each episode turns its view at random; the tokens of a step are waves of its yaw. So a predictor that sees the actions can know
-the next step, and one that does not can only copy.
+the next step, and one that does not can only copy. In spaces of poses the yaw is the place x, a metre every 1,000 degrees, and all
+else stands still; in spaces of vectors state_0 is the yaw, action_0 its change (`sum`) or where it will be (`last`; its
+waves are five times as long, so that no two places look alike), and any further column stands still.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepa_cache.actions import VPT_BUTTONS, get_action_space
+from jepa_cache.actions import VPT_BUTTONS, ActionSpace, get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
+from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.store import layout
 from jepa_cache.store.controls import write_actions
 from jepa_cache.store.layout import read_store_file
@@ -113,9 +116,10 @@ def make_cache(
     for digest, episodes in sorted(units.items()):
         tokens, actions, states = [], [], []
         for _ in episodes:
-            controls = make_controls(num_steps, rng)
+            controls = as_recorded_in(space, make_controls(num_steps, rng))
             result = space.aggregate(controls, np.arange(num_steps) * TICKS_PER_STEP)
-            tokens.append(make_tokens(result.states[:, 0]))
+            scale = 1000.0 if "x_m" in space.required else 0.2 if "last" in space.name else 1.0
+            tokens.append(make_tokens(result.states[:, 0] * scale))
             actions.append(np.vstack([result.actions, np.full(result.actions.shape[1], np.nan)]))
             states.append(result.states)
         entries.append(_write_unit(root, recipe, action_recipe, digest, episodes, tokens, actions, states))
@@ -166,6 +170,18 @@ def make_controls(num_steps: int, rng: np.random.Generator) -> dict[str, np.ndar
         "pitch_deg": before(pitch),
         "hotbar": np.repeat(rng.integers(0, 9, num_steps), TICKS_PER_STEP).astype(np.int8),
     }
+
+
+def as_recorded_in(space: ActionSpace, controls: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same movements with the columns that a space of poses or vectors reads."""
+    if space.name.startswith("vpt"):
+        return controls
+    yaw, still = controls["yaw_deg"], np.full(len(controls["yaw_deg"]), 0.25)
+    if "x_m" in space.required:
+        return dict.fromkeys(POSE_CONTROLS, still) | {"x_m": yaw / 1000}
+    turn = 0.15 * controls["mouse_dx"]
+    moves = turn if "sum" in space.name else yaw + turn
+    return dict.fromkeys(space.required, still) | {"action_0": moves, "state_0": yaw}
 
 
 def make_tokens(yaw_deg: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "jepa_cache"
 # Highest first. Rooms on one floor do not know each other.
 FLOORS = (
     {"stages", "cli"},
+    {"acting"},
     {"api"},
     {"training", "evaluation"},
     {"control"},
@@ -37,7 +38,7 @@ FLOORS = (
 SAME_FLOOR = {("stages", "cli")}
 WITHOUT_TORCH = ("sources", "store", "media", "sample", "episode", "actions", "poses", "config", "files")
 STAGE_TWO = {"training", "predictor", "data", "evaluation", "control"}
-STAGES = {name: name for name in ("sample", "encode", "fit_scaler", "evaluate")} | {"train": "train_predictor"}
+STAGES = {name: name for name in ("sample", "encode", "fit_scaler", "evaluate", "act")} | {"train": "train_predictor"}
 
 
 def floor_of(room):

@@ -38,7 +38,12 @@ KIND = (
     *("measured.window_steps", "measured.normalize_reps"),
 )
 FILTERS = "measured.filter."
-NO_SETTINGS = ("run", "encoder_trained", "tokens_fingerprint")  # names of other things, or follow from them
+NO_SETTINGS = (
+    "run",
+    "encoder_trained",
+    "encoder_origin",
+    "tokens_fingerprint",
+)  # names of other things, or follow from them
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     ]
     notes, metrics = [], group[0].metrics
     if not metrics["encoder_trained"]:
-        notes.append("the encoder has random weights: figures are relative")
+        notes.append("the encoder has random weights, or is plain pixels: figures are relative")
     if not metrics["comparable"]:
         notes.append("clip mode: early steps have seen later frames")
     return {"runs": runs, "paired": paired, "notes": notes}

@@ -27,7 +27,7 @@ from jepa_cache.cli.outcome import (
     shorten,
 )
 from jepa_cache.config.paths import existing_folder
-from jepa_cache.config.schema import EncodeConfig, EncoderPreset
+from jepa_cache.config.schema import ENCODER_RULES, EncodeConfig, EncoderPreset
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.task import read_whole
 from jepa_cache.encoding.units import is_unread
@@ -220,6 +220,8 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
 
 def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> float:
     """Operations per sampled frame of one encoder input under these settings."""
+    if ENCODER_RULES[encoder.kind].weightless:
+        return 0.0
     num_frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
     tokens, width = max(1, num_frames // encoder.tubelet_size) * encoder.num_tokens, encoder.embed_dim
     as_image = encode.mode == "frame" and encode.single_frame == "image"

@@ -86,6 +86,8 @@ def export_predictor(
             held = f"predictor, and {export_safetensors(state, card, out)}"
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
         raise ValueError(f"{out} cannot be written: {error}") from error
+    heads = _copy_heads(Path(run).parent / "predictor.safetensors" if merge else _find_weights(run, "RUN"), out)
+    held += f", and its costs {', '.join(heads)}" if heads else ""
     num_weights = sum(tensor.numel() for tensor in state.values())
     print(f"wrote {out}: {held} ({len(state)} tensors, {num_weights:,} weights in the predictor)")
     for line in differs_from_official_class(card["architecture"]) if official else ():
@@ -197,7 +199,7 @@ def _check(path: Path, digest: str | None) -> dict[Path, str]:
 def _write_readme(manifest: Manifest) -> str:
     recipe, trained = manifest.recipe, manifest.encoder_trained
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED, random weights"})
+    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED"})
 
 A cache root of jepa-cache, exported from another one.
 
@@ -208,7 +210,7 @@ A cache root of jepa-cache, exported from another one.
 | mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz |
 | action space | {manifest.action_space} |
 | encoder weights | {recipe["encoder"]["weights"] if "encoder" in recipe else UNKNOWN} |
-| licence of the encoder weights | {f"{UNKNOWN}: fill in" if trained else "none: seeded random weights"} |
+| licence of the encoder weights | {manifest.encoder_origin or f"{UNKNOWN}: fill in" if trained else "none: seeded random weights, or plain pixels"} |
 | licence and origin of the recordings | {UNKNOWN}: fill in before you pass this on |
 
 `manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256
@@ -222,6 +224,22 @@ Use it in a checkout of jepa-cache whose settings (`dataset`, `encoder`, `encode
     python stages/fit_scaler.py cache.root=THIS_FOLDER
     python stages/train_predictor.py cache.root=THIS_FOLDER
 """
+
+
+def _copy_heads(weights: Path, out: Path) -> list[str]:
+    """Copy the heads of costs that lie beside given weights beside the exported ones; their names. Others of that name go."""
+    from jepa_cache.predictor.heads import HEADS, head_path
+
+    copied = []
+    for name in HEADS:
+        source, target = head_path(weights, name), head_path(out, name)
+        if source.is_file() and source.resolve() != target.resolve():
+            with atomic_file(target) as partial:
+                shutil.copyfile(source, partial)
+            copied.append(name)
+        elif not source.is_file():
+            target.unlink(missing_ok=True)
+    return copied
 
 
 def _find_weights(reference: str, argument: str) -> Path:

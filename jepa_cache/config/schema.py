@@ -27,15 +27,18 @@ class EncoderRules(NamedTuple):
     seeded: bool = False  # whether it may have seeded random weights
     image_path: bool = False  # whether a single frame may be given as an image
     videos: bool = True  # whether it takes several frames at once
+    weightless: bool = False  # whether it is the pixels themselves
 
 
-# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own.
+# By kind; `encoder.KINDS` loads them. hf: image encoders of the transformers library, which have positions of their own;
+# pixels: the control, the resized frame itself.
 ENCODER_RULES = {
     "vjepa2": EncoderRules("tiled", {"positions": ("grid",)}, seeded=True),
     "vjepa2_1": EncoderRules(
         "paired", {"positions": ("grid", "rescaled"), "depth": tuple(LEVEL_LAYERS)}, image_path=True
     ),
     "hf": EncoderRules("own", {"tubelet_size": (1,), "weights_entry": (None,)}, videos=False),
+    "pixels": EncoderRules("none", {"tubelet_size": (1,)}, videos=False, weightless=True),
 }
 EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-type]
 # How frame mode gives a frame to the encoder: as a video of equal frames that fill a tubelet, or as an image.
@@ -115,7 +118,7 @@ class EncoderPreset(Settings):
     patch_size: Count  # pixels
     tubelet_size: Count  # frames
     resolution: Count  # pixels, square
-    rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business)
+    rope: str  # "tiled" (V-JEPA 2), "paired" (V-JEPA 2.1) or "own" (hf: the model's business), or "none" (pixels)
     crop: str  # key of encoder.preprocess.CROP_RULES
     mean: tuple[Share, Share, Share]  # of pixels in [0, 1]
     std: tuple[Deviation, Deviation, Deviation]
@@ -130,6 +133,9 @@ class EncoderPreset(Settings):
     single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: Count | None = None
+    origin: Text | None = (
+        None  # whose weights these are, under which licence; recorded with what is made of them, never hashed
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -138,8 +144,8 @@ class EncoderPreset(Settings):
 
     @property
     def trained(self) -> bool:
-        """Whether the weights were learned, as opposed to drawn at random."""
-        return self.random_seed is None
+        """Whether there are weights that were learned, as opposed to drawn at random."""
+        return self.weights is not None
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ class CacheConfig(Settings):
 
     root: Text | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
 
 
 @dataclass(frozen=True)
@@ -305,6 +312,9 @@ class TrainConfig(Settings):
     stop_share: Annotated[
         float, Field(ge=0, lt=1)
     ]  # of the training episodes, put aside for the validations in place of the held-out ones
+    costs: Annotated[
+        tuple[Literal["readout", "time"], ...], Once
+    ]  # of plans, whose heads are fitted at the end; they move no weight
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
@@ -357,7 +367,7 @@ class PlanConfig(Settings):
     num_rounds: Count | None  # null: the settings'
     horizons: Annotated[tuple[Count, ...], Field(min_length=1), Once]  # steps to the goal
     starts_per_episode: Count
-    num_context_steps: Count  # true steps before a plan
+    num_context_steps: Count | None  # true steps before a plan; null: 3, of the settings jump 1
     max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
     reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
     cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
@@ -367,6 +377,34 @@ class PlanConfig(Settings):
     max_turn_deg: Annotated[float, Field(gt=0, le=180)]  # of the view
     num_random: Count  # random plans that a plan is compared with
     seed: Seed
+
+
+@dataclass(frozen=True)
+class ActConfig(Settings):
+    """What is asked of a world model in the simulator."""
+
+    task: Literal["reach", "push"]
+    look: Literal["plain", "unseen"]  # unseen: of each start another one, that was never recorded
+    goal_look: Literal["same", "other"]  # other: the goal picture is in an unseen look that is not the live one
+    num_starts: Count  # of each training seed, which all have their own
+    start_seed: Seed  # of the set of starts
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Once]  # of trainings
+    controls: Annotated[
+        tuple[
+            Literal["random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks"],
+            ...,
+        ],
+        Once,
+    ]
+    settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
+    num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
+    num_rounds: Count | None  # null: the settings'
+    max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
+    reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
+    cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
+    num_context_steps: Count  # the present one included
+    replan_every: Count  # steps
+    num_filmed: CountOrZero  # episodes in the film
 
 
 @dataclass(frozen=True)
@@ -383,8 +421,10 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     plan: PlanConfig
+    act: ActConfig
     cache_root: str | None
     verify_checksums: bool  # of every chunk of the cache when a process first reads it
+    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -434,6 +474,11 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
+    if config.join_cameras and len(config.encode.cameras) < 2:
+        named = f"[{', '.join(config.encode.cameras)}]"
+        yield f"cache.join_cameras needs two cameras or more, as in encode.cameras=[exterior_1, exterior_2]; got {named}"
+    if config.join_cameras and "noise" in evaluate.measure:
+        yield "evaluate.measure: noise looks at single stores, not at joined cameras; leave it out, or set cache.join_cameras=false"
     if filters.idle_cut_end and not filters.drop_idle:
         yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"
     if train.auto_steps >= train.window_steps:
@@ -465,7 +510,12 @@ def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str
     """Say where a preset contradicts itself or its weights, and which settings of stage one the encoder refuses."""
     named, seeded, kind = f"encoder {encoder.name!r}", encoder.random_seed is not None, encoder.kind
     rules = ENCODER_RULES[kind]
-    if (encoder.weights is not None) == seeded:
+    if rules.weightless:
+        if seeded or encoder.weights is not None or encode.weights is not None:
+            yield f"{named}, kind {kind}, has no weights; set weights and random_seed to null, and encode.weights too"
+        if encoder.embed_dim != (size := 3 * encoder.patch_size**2):
+            yield f"{named}: embed_dim of kind {kind} is 3 * patch_size * patch_size, {size}; got {encoder.embed_dim}"
+    elif (encoder.weights is not None) == seeded:
         yield f"{named} must set exactly one of weights and random_seed; got {encoder.weights!r}, {encoder.random_seed!r}"
     if seeded and not rules.seeded:
         yield f"{named}: kind {kind} has no seeded random weights; set random_seed to null and name weights"

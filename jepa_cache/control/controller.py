@@ -68,7 +68,7 @@ class Controller:
             cost: A name, or a `control.costs.Cost`.
             num_context_steps: Steps that the predictor is shown, the present one included; 1 for those of mixed step lengths.
             replan_every: Steps between searches; in between the last plan goes on.
-            base_action: [A] for columns that no plan searches (keys, slot); zeros by default.
+            base_action: [A] for columns that no plan searches (keys, slot); by default zeros, of vectors what was recorded.
             seed: Of the samples.
         """
         if num_context_steps < 1 or replan_every < 1:
@@ -78,8 +78,7 @@ class Controller:
         self._world, self._settings = world, world.choose_settings(settings)
         self._motion, self._cost = motion or world.build_motion(settings), world.choose_cost(cost)
         self._num_context, self._replan_every, self._seed = num_context_steps, replan_every, seed
-        width = len(world.space.actions)
-        base = np.zeros(width) if base_action is None else base_action
+        base = self._motion.still if base_action is None else base_action
         self._base = world.check_values("base_action", base, world.space.actions)
         self.reset(goal_frames)
 

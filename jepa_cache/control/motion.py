@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepa_cache.actions import ACTION_SPACES, ActionSpace
+from jepa_cache.actions import ACTION_SPACES, RECORDED, ActionSpace
 from jepa_cache.data.recorded import Recorded
 
 GRIPPER_DEAD_ZONE = 0.25
+STILL_SHARE = (
+    0.005  # of its limit: a column whose deviation in training was smaller hardly moved, so nobody knows what it does
+)
 
 
 class Bound(NamedTuple):
@@ -44,6 +47,7 @@ class Motion:
     integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]  # states [.., S], actions [.., A] -> states [.., S]
     bounded: Bound | None
     adds: bool  # as of `MotionRule`
+    still: np.ndarray  # [A] float64, of columns that are not searched, where nothing else is said
 
     @property
     def middle(self) -> np.ndarray:
@@ -83,9 +87,15 @@ def build_motion(
     With a `reach` above 1 one planned action may span that many steps: for predictors that were trained on mixed step lengths. What is
     carried out at once stays within the limits of one step. A gripper and commands do not reach further.
 
+    Columns that hardly moved in the training episodes (`recorded`) are not searched: what the predictor says of them is a guess.
+
     Poses: dx, dy, dz and the gripper, each axis up to `max_step_m` (a box) and 0.75; rotations only where
     `max_rotation_rad` is above 0, as the released planner has none. View: dyaw and dpitch, with the mouse counts that they take;
     keys stay as they were. Vectors: all columns, within the quantiles of the actions that are `recorded`, by which states follow too.
+
+    Raises:
+        ValueError: A limit is out of range, `fixed` names a column that nothing searches, the space or the weights do not say where an
+            action leads, or nothing is left to search.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
@@ -111,8 +121,18 @@ def build_motion(
     searched = {one.column: one for one in rule.searched if limits.get(one.limit, one.limit)}
     if unknown := [name for name in fixed if name not in searched]:
         raise ValueError(f"only searched columns can be fixed ({', '.join(searched)}); got {', '.join(unknown)}")
-    searched = {name: one for name, one in searched.items() if name not in fixed}
     names = [column.name for column in space.actions]
+    moved = {
+        name: _has_moved(names.index(name), limits.get(one.limit, one.limit), recorded)
+        for name, one in searched.items()
+    }
+    searched = {name: one for name, one in searched.items() if name not in fixed and moved[name]}
+    if not searched:
+        hardly = ", ".join(name for name, one in moved.items() if not one)
+        raise ValueError(
+            f"nothing is left to search: {', '.join(fixed) or 'nothing'} is fixed, and in the training episodes {hardly or 'nothing'} hardly "
+            "moved. Record episodes in which the actions move, or fix less"
+        )
     columns = np.array([names.index(name) for name in searched], np.int64)
     gripper = np.array([one.gripper for one in searched.values()], bool)
     if rule.integrate is None:
@@ -123,6 +143,14 @@ def build_motion(
     factor = np.where(gripper | (not rule.adds), 1.0, reach)
     end = np.array([most.get(one.limit, np.inf) for one in searched.values()])
     widest = np.maximum(np.minimum(low, low * factor), -end), np.minimum(np.maximum(high, high * factor), end)
+    still = np.zeros(len(names))
+    if (
+        rule.integrate is None
+    ):  # a command stays in the middle of what was recorded, a change that is always the same goes on
+        for name, one in moved.items():
+            column = names.index(name)
+            if not one or not rule.adds:
+                still[column] = (recorded.action_low[column] + recorded.action_high[column]) / 2
     state, action, least, largest = rule.bounded or (None,) * 4
     return Motion(
         names=tuple(searched),
@@ -139,7 +167,18 @@ def build_motion(
         bounded=rule.bounded
         and Bound([column.name for column in space.states].index(state), names.index(action), least, largest),
         adds=rule.adds,
+        still=still,
     )
+
+
+def _has_moved(column: int, limit: str | float, recorded: Recorded | None) -> bool:
+    """Whether training saw an action column move, by its limit in one step or, for `RECORDED` ones, by its own range."""
+    if recorded is None:
+        return True
+    if limit == RECORDED:
+        low, high = recorded.action_low[column], recorded.action_high[column]
+        return high - low > 1e-6 * max(abs(low), abs(high))
+    return not recorded.action_std or recorded.action_std[column] > STILL_SHARE * limit
 
 
 def complete_actions(space: ActionSpace, actions: np.ndarray) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from jepa_cache.control.costs import SUM, TOKENS, Cost
 from jepa_cache.control.motion import Motion
 from jepa_cache.predictor.rollout import LatentModel, repeat_past
+
+log = logging.getLogger(__name__)
 
 Scale = Callable[[np.ndarray], np.ndarray]
 Integrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -57,6 +60,7 @@ class PlannerSettings:
             )
 
 
+JUMP = "jump"
 SETTINGS = {
     "cem": PlannerSettings(1, 100, 10, 100, 0.25, 0.95),
     "world_model": PlannerSettings(2, 400, 10, 10, 0.15, 0.15),
@@ -64,12 +68,23 @@ SETTINGS = {
     # The paper does not give the number of elites and the momenta of its robot runs: those of `world_model`.
     "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15),
     # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
-    "jump": PlannerSettings(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, tries_mean=True),
+    JUMP: PlannerSettings(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, tries_mean=True),
 }
 """Settings by name, published ones but for `jump`; how far a step may go is `build_motion`'s."""
-MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, "jump": 0.06}
-REACH = dict.fromkeys(SETTINGS, 1.0) | {"jump": 4.0}
+MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, JUMP: 0.06}
+REACH = dict.fromkeys(SETTINGS, 1.0) | {JUMP: 4.0}
 """Of `build_motion`, by the name of settings: largest translation of a step in metres, and the steps that one planned action may span."""
+
+
+def warn_of_reach(reach: float, card: Mapping[str, Any]) -> None:
+    """Say where one planned action may span steps of a predictor whose card says that it never saw several at once."""
+    longest = max(card.get("description", {}).get("train", {}).get("step_lengths", [1]))
+    if reach > 1 and longest == 1:
+        log.warning(
+            "one planned action may span %g steps, but this predictor was trained on single steps only: train with train.preset=jump (or "
+            "train.step_lengths), or plan with a reach of 1",
+            reach,
+        )
 
 
 class Plan(NamedTuple):
@@ -125,7 +140,7 @@ def plan_actions(
         scale_actions: Of the training, [.., A] to [.., A].
         scale_states: The same for [.., S].
         cost: How far predicted steps are from the goal.
-        base_action: [A] for the columns that are not searched; zeros by default.
+        base_action: [A] for the columns that are not searched; by default zeros, of vectors what was recorded (`Motion.still`).
         start: [H, K] numbers around which the first samples are drawn; by default the middle of their limits, which is 0 for changes.
         seed: Of the samples.
         noise: [rounds, H, samples, K] standard normal draws in place of the seed's.
@@ -154,8 +169,7 @@ def plan_actions(
             f"close_gripper_from is {settings.close_gripper_from}, but no gripper is searched ({', '.join(motion.names)}); set it to None, or "
             "leave the gripper's column out of `fixed`"
         )
-    if base_action is None:
-        base_action = np.zeros(context.actions.shape[1])
+    base_action = motion.still if base_action is None else base_action
     mean = np.tile(motion.middle, (horizon, 1)) if start is None else np.asarray(start, np.float64)
     if mean.shape != (horizon, num_searched):
         raise ValueError(

@@ -4,6 +4,7 @@ windows    runs of T steps inside a segment, and which is drawn when
 filters    which steps windows may hold
 scaler     standardisation of actions and states
 loader     batches of windows, read ahead
+cameras    steps that several cameras see as one
 ablations  the same windows with other actions
 frames     the video frames of cached steps
 """
@@ -15,9 +16,10 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ import pyarrow as pa
 from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
+from jepa_cache.data.cameras import Segment, join_cameras
 from jepa_cache.data.filters import (
     NO_FILTER,
     cut_runs,
@@ -46,15 +49,6 @@ from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
 TRAIN, VAL = "train", "val"
-
-
-class Segment(NamedTuple):
-    """Steps [start, stop) of store number `store`, all of one episode."""
-
-    store: int
-    episode: str
-    start: int
-    stop: int
 
 
 def split_of(episode: str, *, val_share: float, seed: int) -> str:
@@ -84,7 +78,8 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
         )
     base = data_base(repository)
     root = resolve_cache_root(config.cache_root, base)
-    return CachedDataset(manifest, root, base=base, verify_checksums=config.verify_checksums)
+    how = {"verify_checksums": config.verify_checksums, "joins_cameras": config.join_cameras}
+    return CachedDataset(manifest, root, base=base, **how)
 
 
 def find_differences(config: Config, manifest: Manifest) -> list[str]:
@@ -132,13 +127,22 @@ class CachedDataset:
     """
 
     def __init__(
-        self, manifest: Manifest, root: CacheRoot, *, base: Path | None = None, verify_checksums: bool = True
+        self,
+        manifest: Manifest,
+        root: CacheRoot,
+        *,
+        base: Path | None = None,
+        verify_checksums: bool = True,
+        joins_cameras: bool = False,
     ) -> None:
         """Open the stores; files that filters name are meant from `base`, None being the folder of all data.
 
+        Under `joins_cameras` a step has the tokens of all cameras, one below the other in the grid; numbers of stores and all but the
+        tokens are those of the first camera.
+
         Raises:
-            ValueError: When a store that the manifest lists is gone or is another one now, or the tokens in a bucket do
-                not fit onto this machine.
+            ValueError: When a store that the manifest lists is gone or is another one now, the tokens in a bucket do
+                not fit onto this machine, or cameras cannot be joined.
         """
         keys = [part.keys(entry) for part, entry in manifest.stores]
         self._token_paths: list[Path] = [root.store(tokens) for tokens, _, _ in keys]
@@ -172,6 +176,15 @@ class CachedDataset:
             table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
+        self.cameras: tuple[str, ...] = ()  # that a step has the tokens of, where they are joined
+        self._others: dict[int, np.ndarray] = {}
+        if joins_cameras:
+            ticks = lambda store: self.steps(store).column("tick").to_numpy()  # noqa: E731
+            self.cameras, self.segments, self._others = join_cameras(manifest, self.segments, ticks)
+            (rows, columns), num_views = manifest.grid, len(self.cameras)
+            self.manifest = replace(
+                manifest, num_tokens=num_views * manifest.num_tokens, grid=(num_views * rows, columns)
+            )
 
     def segments_of(self, split: str, config: SplitConfig, filters: FilterConfig = NO_FILTER) -> list[Segment]:
         """Return the segments of the episodes in one split ("train" or "val"), cut by the filters; worked out once.
@@ -301,20 +314,34 @@ class CachedDataset:
         Raises:
             StoreDamagedError: Naming the chunk, its episodes and the way out; so do the next two.
         """
-        self._reader(store, layout.TOKENS).read(start, out)
+        self._read(layout.TOKENS, store, start, out)
 
     def read_token_scales(self, store: int, start: int, out: np.ndarray) -> None:
         """Fill `out` [T, N] float32 with the scales of the same steps, where codes are stored; int4 [T, N, D / 64] float16."""
-        self._reader(store, layout.TOKEN_SCALES).read(start, out)
+        self._read(layout.TOKEN_SCALES, store, start, out)
 
-    def channels(self, store: int) -> Channels:
-        """Return the channels' scales and means of a store, where codes are stored: [D] float32 each."""
-        if store not in self._channels:
-            arrays = []
-            for name in (layout.CHANNEL_SCALES, layout.CHANNEL_MEANS):
-                arrays.append(np.empty(self.manifest.width, np.float32))
-                self._reader(store, name).read(0, arrays[-1])
-            self._channels[store] = Channels(*arrays)
+    def _read(self, name: str, store: int, start: int, out: np.ndarray) -> None:
+        if not self.cameras:
+            self._reader(store, name).read(start, out)
+            return
+        num_tokens = out.shape[1] // len(self.cameras)
+        piece = np.empty((len(out), num_tokens, *out.shape[2:]), out.dtype)
+        for view, (of, row) in enumerate([(store, start), *self._others[store][start].tolist()]):
+            self._reader(of, name).read(row, piece)
+            out[:, view * num_tokens : (view + 1) * num_tokens] = piece
+
+    def channels(self, store: int, start: int = 0) -> Channels:
+        """Return the channels' scales and means of a store, where codes are stored: [D] float32 each; of joined cameras [cameras, D], at a step."""
+        views = [store, *(self._others[store][start, :, 0].tolist() if self.cameras else ())]
+        found = [self._channels.get(view) or self._read_channels(view) for view in views]
+        return Channels(*map(np.stack, zip(*found, strict=True))) if self.cameras else found[0]
+
+    def _read_channels(self, store: int) -> Channels:
+        arrays = []
+        for name in (layout.CHANNEL_SCALES, layout.CHANNEL_MEANS):
+            arrays.append(np.empty(self.manifest.width, np.float32))
+            self._reader(store, name).read(0, arrays[-1])
+        self._channels[store] = Channels(*arrays)
         return self._channels[store]
 
     def controls(self, store: int, step_length: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ class TokenScales(NamedTuple):
 
     Attributes:
         tokens: [B, T, N] float32, or [B, T, N, D / 64] float16 for int4.
-        channels: [B, D] float32, of the store that each window is from.
+        channels: [B, D] float32, of the store that each window is from; of joined cameras [B, cameras, D].
         means: [B, D] float32, likewise.
         codec: By which the codes are stored.
     """
@@ -45,7 +45,9 @@ def dequantise(tokens: Tensor, scales: TokenScales | None) -> Tensor:
     num_groups = scales.tokens.shape[3] if scales.tokens.ndim == 4 else 1
     codes.unflatten(-1, (num_groups, -1)).mul_(scales.tokens.float().reshape(*codes.shape[:3], num_groups, 1))
     # Two roundings, as the formula has: a fused multiply-add would have one.
-    return codes.mul_(scales.channels[:, None, None]).add_(scales.means[:, None, None])
+    channels, means = (part.view(len(codes), 1, -1, 1, codes.shape[-1]) for part in (scales.channels, scales.means))
+    codes.unflatten(2, (channels.shape[2], -1)).mul_(channels).add_(means)
+    return codes
 
 
 class Batch(NamedTuple):
@@ -151,10 +153,11 @@ class WindowLoader:
         scales = None
         if scheme.max_code is not None:
             rows = scales_shape(dtype, batch_size * num_steps, manifest.num_tokens, width)[1:]
+            views = [len(self._dataset.cameras)] if self._dataset.cameras else []
             scales = TokenScales(
                 tokens=self._empty((batch_size, num_steps, *rows), getattr(torch, scales_dtype(dtype).name)),
-                channels=self._empty((batch_size, width)),
-                means=self._empty((batch_size, width)),
+                channels=self._empty((batch_size, *views, width)),
+                means=self._empty((batch_size, *views, width)),
                 codec=scheme,
             )
         shape = (batch_size, num_steps, manifest.num_tokens, width // scheme.codes_per_item)
@@ -187,7 +190,7 @@ class WindowLoader:
             self._read_steps(self._dataset.read_tokens, window, tokens[row])
             if buffer.scales is not None:
                 self._read_steps(self._dataset.read_token_scales, window, buffer.scales.tokens[row].numpy())
-                channels = self._dataset.channels(window.store)
+                channels = self._dataset.channels(window.store, window.start)
                 buffer.scales.channels[row] = torch.from_numpy(channels.scales)
                 buffer.scales.means[row] = torch.from_numpy(channels.means)
             actions, states = self._dataset.controls(window.store, abs(window.step_length))

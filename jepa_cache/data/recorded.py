@@ -33,6 +33,7 @@ class Recorded:
     # Of spaces that do not say where an action leads: [1 + A + S, S], the change of the state is [1, action, state] times it.
     change: tuple[Row, ...] = ()
     change_r2: Row = ()  # [S] of the change on these rows; 0 where the state never changes
+    action_std: Row = ()  # [A]; empty in cards that came before it
 
     def follow(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """States [.., S] that actions [.., A] lead to from states [.., S] by the fitted map, float64."""
@@ -65,7 +66,7 @@ def describe_recorded(dataset: CachedDataset, segments: Sequence[Segment]) -> Re
     ends = (values.tolist() for values in (low, high, both.min(axis=0), both.max(axis=0)))
     rule = dataset.space.motion
     fitted = fit_change(actions, states, after) if rule and rule.integrate is None else ((), ())
-    return Recorded(*map(tuple, ends), *fitted)
+    return Recorded(*map(tuple, ends), *fitted, tuple(actions.std(axis=0).tolist()))
 
 
 def fit_change(actions: np.ndarray, states: np.ndarray, after: np.ndarray) -> tuple[tuple[Row, ...], Row]:

@@ -1,6 +1,6 @@
 """Frozen encoders: uint8 frames in, tokens out, under the official weights' names.
 
-Reading order: `frozen` (pixels to tokens), `KINDS` below with their files (`vjepa2`, `image`) and modules (`vit`, `image_model`),
+Reading order: `frozen` (pixels to tokens), `KINDS` below with their files (`vjepa2`, `image`, `pixels`) and modules (`vit`, `image_model`),
 `checkpoints` (official files), `weights` (what identifies them), `preprocess` (crop rules).
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jepa_cache.encoder.image import ImageKind
+from jepa_cache.encoder.pixels import PixelsKind
 from jepa_cache.encoder.vjepa2 import VJepa2, VJepa21
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class EncoderKind(Protocol):
         """The files that the encoder is loaded from and that its identity covers."""
         ...
 
-    def identity(self, preset: EncoderPreset, weights: Path, digest: Callable[[Path], str]) -> str:
+    def identity(self, preset: EncoderPreset, weights: Path | None, digest: Callable[[Path], str]) -> str:
         """`form:sha256` of the content, with `#entry` where files have entries; `digest` gives a file's hex sha256."""
         ...
 
@@ -43,5 +44,10 @@ class EncoderKind(Protocol):
         ...
 
 
-KINDS: Mapping[str, EncoderKind] = {"vjepa2": VJepa2(), "vjepa2_1": VJepa21(), "hf": ImageKind()}
+KINDS: Mapping[str, EncoderKind] = {
+    "vjepa2": VJepa2(),
+    "vjepa2_1": VJepa21(),
+    "hf": ImageKind(),
+    "pixels": PixelsKind(),
+}
 """By the preset's `kind`; `config.schema.ENCODER_RULES` says what presets of a kind may hold."""

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from jepa_cache.encoder.shipped import CONFIG, PREFIX, PREPROCESSING, SHIPPED, WEIGHTS, find_shipped
+
 if TYPE_CHECKING:
     from torch import nn
 
     from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 
-CONFIG, PREPROCESSING = "config.json", "preprocessor_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 CLASS_TOKENS = {
     "beit": 1,
     "clip_vision_model": 1,
@@ -84,17 +85,20 @@ class ImageKind:
 
 
 def resolve_model(reference: str, *, base: Path, download: bool = True) -> Path | None:
-    """The folder of a model: one on disk (relative to `base`), or the local copy of hf://owner/repo[@revision].
+    """The folder of a model: one on disk (relative to `base`), or the local copy of hf://owner/repo[@revision] or shipped:NAME.
 
-    None where `download` is off and the hub's copy is not on this machine.
+    None where `download` is off and the copy is not on this machine.
     """
+    if reference.startswith(PREFIX):
+        return find_shipped(reference.removeprefix(PREFIX), download=download)
     repo, _, revision = reference.removeprefix("hf://").partition("@")
     is_remote, folder = reference.startswith("hf://"), base / Path(reference).expanduser()
     usable = repo.count("/") == 1 and all(repo.split("/")) if is_remote else folder.is_dir()
     if not usable:
         raise ImageModelError(
             f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
-            f"hf://owner/repo[@revision]; got '{reference}'" + ("" if is_remote else f", and {folder} is no folder")
+            f"hf://owner/repo[@revision], or shipped by a package ({', '.join(SHIPPED)}); got '{reference}'"
+            + ("" if is_remote else f", and {folder} is no folder")
         )
     if not is_remote:
         return folder

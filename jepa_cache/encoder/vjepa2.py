@@ -5,7 +5,6 @@ Imports torch where weights are loaded only. A missing file is always an error; 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from jepa_cache.config.paths import weights_folder
 from jepa_cache.files import atomic_file
 
 if TYPE_CHECKING:
@@ -179,8 +179,7 @@ def _find_download(url: str, download: bool) -> Path | None:
     parts = urlparse(url)
     if parts.path.startswith("/jepa/") and parts.hostname == "dl.fbaipublicfiles.com":
         raise ValueError(f"{url} is a V-JEPA 1 file; only V-JEPA 2 encoders can be loaded. {_WAY_OUT}")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa-cache/weights"
-    target = folder / str(parts.hostname) / parts.path.lstrip("/")
+    target = weights_folder() / str(parts.hostname) / parts.path.lstrip("/")
     if target.is_file() or not download:
         return target if target.is_file() else None
     try:

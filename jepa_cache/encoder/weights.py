@@ -18,16 +18,16 @@ def weights_identity(preset: EncoderPreset, path: Path | None, *, digest: Callab
     """Name the weights by their content, for the recipe: equal strings mean equal weights.
 
     Covers weights only; what else decides the tokens (num_heads, rope, crop, dtype) belongs into the recipe beside it. `path` is
-    from the kind's `find`, None for a preset with a seed; `digest` gives a file's hex sha256, possibly remembered from an earlier run.
+    from the kind's `find`, None for a preset without a file; `digest` gives a file's hex sha256, possibly remembered from an earlier run.
 
     Returns:
         `random:<sha256 over names, shapes and bytes>`, or `file:<sha256 of the file>` followed by `#<entry>` for
-        checkpoints that have entries, or `hf:<sha256 over config and weights>` for an image encoder.
+        checkpoints that have entries, or `hf:<sha256 over config and weights>` for an image encoder, or `pixels:1` where there are none.
 
     Raises:
         ValueError: the digest is not the one that the preset gives, or the preset names no seed and no file.
     """
-    if path is None:
+    if path is None and preset.random_seed is not None:
         total = hashlib.sha256()
         for name, array in random_state(preset).items():
             total.update(f"{name} {list(array.shape)} {array.dtype.str}\n".encode())

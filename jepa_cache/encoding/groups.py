@@ -206,7 +206,7 @@ def open_encoder(config: Config, base: Path, *, download: bool = True) -> Opened
     """
     preset, weights = config.encoder, None
     if config.encode.weights != preset.weights:
-        preset = replace(preset, weights=config.encode.weights, weights_sha256=None)
+        preset = replace(preset, weights=config.encode.weights, weights_sha256=None, origin=None)
     if preset.weights is not None:
         weights = KINDS[preset.kind].find(preset.weights, base=base, download=download)
         if weights is None:

@@ -87,6 +87,8 @@ def fill_group(
         ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
     """
     provenance, result = describe_machine(encoder, group.encode.batch_size, group.num_threads), FillResult()
+    if encoder.preset.origin is not None:
+        provenance["encoder_origin"] = encoder.preset.origin
     with (
         Claims(root, group) as claims,
         full_disk_named(root.path / "tokens" / group.fingerprint),

@@ -103,7 +103,7 @@ def bring_up_to_date(
             missing.append(group.of_units(units))
     for group in missing:
         check_controls(group)
-    if missing and not encoder.preset.trained:
+    if missing and encoder.preset.random_seed is not None:
         print(
             f"encoder {encoder.preset.name!r} has seeded random weights: its features are for trying things out, not for results"
         )
@@ -120,6 +120,7 @@ def bring_up_to_date(
         comparable=config.encode.mode != "clip",
         action_space=config.encode.action_space,
         parts=tuple(_list_group(group, root, stores, filled, names) for group in groups),
+        encoder_origin=encoder.preset.origin,
     )
     _check_skipped(manifest, config.encode.max_skipped_share, names)
     implausible = [text for found in stores.values() for text in found.provenance.get("implausible", ())]

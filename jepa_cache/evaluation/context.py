@@ -18,7 +18,7 @@ from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dat
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows
-from jepa_cache.predictor.checkpoints import load_predictor, read_card
+from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read_card
 from jepa_cache.predictor.rollout import LatentModel
 
 # They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
@@ -157,6 +157,7 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
     predictor, card = load_predictor(weights)
     for name, then, now in (
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
+        ("cameras joined into a step (cache.join_cameras)", card.get(CAMERAS_FIELD), list(dataset.cameras) or None),
         ("action space", card["action_space"], dataset.space.name),
         ("split, which decides what was held out,", card["description"]["split"], asdict(config.split)),
     ):

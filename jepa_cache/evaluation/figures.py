@@ -14,14 +14,31 @@ from jepa_cache.data.ablations import SHUFFLED, ZERO, positions_of
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext
-from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value
-from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, WindowErrors, mean_of_steps
+from jepa_cache.evaluation.metrics import MEASURES, bootstrap_mean, episode_means, paired_p_value
+from jepa_cache.evaluation.windows import (
+    COPY_LAST,
+    MEAN,
+    MODEL,
+    NO_ACTIONS,
+    PREDICTIONS,
+    READOUT,
+    WindowErrors,
+    mean_of_steps,
+)
 
 RATIOS = (COPY_LAST, SHUFFLED, ZERO)
 EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
 TEACHER_FORCING, OPEN_LOOP = "teacher_forcing", "open_loop"
 GAP, GAIN, RATIO = "gap_l1", "gain_percent", "ratio_l1"
 ALL_STEPS = 0
+OTHERS = {
+    SHUFFLED: "another episode's actions",
+    ZERO: "zero actions",
+    NO_ACTIONS: "a model without actions",
+    COPY_LAST: "copying",
+}
+"""What the error with the true actions is held against, above all."""
+TOKENS = "tokens"
 
 Row = dict[str, str | int | float | None]
 
@@ -83,7 +100,8 @@ def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure
             figures.append(Figure(prediction, mode, step, RATIO, 1 - gain.mean, None, None))
 
     for mode, by_measure in ((TEACHER_FORCING, errors.teacher_forced), (OPEN_LOOP, errors.open_loop)):
-        for measure, by_prediction in by_measure.items():
+        for measure in MEASURES:
+            by_prediction = by_measure.get(measure, {})
             for name, values in by_prediction.items():
                 if not np.isfinite(values).any():
                     continue
@@ -99,6 +117,59 @@ def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure
                 at = slice(step, step + 1)
                 compare(name, OPEN_LOOP, step + 1, rolled[name][:, at], rolled[MODEL][:, at])
     return figures
+
+
+class Above(NamedTuple):
+    """By how many per cent another prediction's error one step ahead lies above that with the true actions, and its 95 % interval."""
+
+    percent: float
+    low: float
+    high: float
+    p: float  # of the paired test
+    num_above: int  # episodes in which it does
+    num_episodes: int
+
+
+def measure_above(errors: WindowErrors, settings: EvaluateConfig) -> dict[tuple[str, str], Above]:
+    """Prediction in `OTHERS` and TOKENS (L1) or READOUT (squared) to how far its error lies above the true actions'."""
+    found = {}
+    for through, measure in ((TOKENS, "l1"), (READOUT, READOUT)):
+        by_prediction = errors.teacher_forced.get(measure, {})
+        for name in OTHERS if by_prediction else ():
+            other, true = by_prediction[name], by_prediction[MODEL]
+            per_episode = (episode_means(mean_of_steps(values), errors.episodes) for values in (other - true, true))
+            gaps, wholes = (values[np.isfinite(values)] for values in per_episode)
+            if len(gaps) < 2 or not wholes.mean() > 0:
+                continue
+            resampling = {"num_resamples": settings.num_bootstrap, "seed": settings.seed}
+            percents = (100 * value for value in bootstrap_mean(gaps, wholes, **resampling))
+            p = paired_p_value(gaps, seed=settings.seed)
+            found[name, through] = Above(*percents, p, int((gaps > 0).sum()), len(gaps))
+    return found
+
+
+def above_sections(above: Mapping[tuple[str, str], Above]) -> dict[str, dict[str, Any]]:
+    """Sections of metrics.json: `above`, `above_ci`, `above_p` and `above_episodes` (how many, of how many)."""
+    named = {f"{through}_{name}_percent": found for (name, through), found in above.items()}
+    return {
+        "above": {name: found.percent for name, found in named.items()},
+        "above_ci": {name: [found.low, found.high] for name, found in named.items()},
+        "above_p": {name: found.p for name, found in named.items()},
+        "above_episodes": {name: [found.num_above, found.num_episodes] for name, found in named.items()},
+    }
+
+
+def above_table(above: Mapping[tuple[str, str], Above]) -> list[Row]:
+    """One row for each in `OTHERS`: its error above the true actions' in tokens and through the readout, in how many episodes; None where not measured."""
+    rows: list[Row] = []
+    for name, words in OTHERS.items():
+        row: Row = {"against": words}
+        for through in (TOKENS, READOUT):
+            found, column = above.get((name, through)), f"{through}_percent"
+            row |= dict(zip((column, f"{column}_low", f"{column}_high"), found or (None,) * 3, strict=False))
+            row[f"{through}_episodes_above"] = f"{found.num_above} of {found.num_episodes}" if found else None
+        rows.append(row)
+    return rows
 
 
 def summarize(figures: Sequence[Figure], errors: WindowErrors, dataset: CachedDataset) -> dict[str, Any]:

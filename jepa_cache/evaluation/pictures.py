@@ -34,6 +34,7 @@ LABELS = {
     "previous_actions": ("predictor, previous step's actions", "#8c564b"),
     "extrapolation": ("straight line", "#17becf"),
     "regression": ("linear regression on actions", "#2ca02c"),
+    "no_actions": ("linear model without actions", "#bcbd22"),
 }
 TRAINING, HELD_OUT = "#7f7f7f", "#1f77b4"
 NUM_BINS = 40

@@ -1,7 +1,8 @@
 """An offline score of plans, without a robot or a game: from a recorded step to a later one, where do planned actions end?
 
 For every start the goal is a later recorded step. Where the planned actions lead is compared with where the recorded ones led, and so
-are no movement, random movements, and what the same search finds when it is given a goal of another held-out episode.
+are no movement, random movements, and what the same search finds when it is given a goal of another held-out episode. In spaces of
+vectors, where only a fit to the recordings says where an action leads, the actions themselves are compared first.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from jepa_cache.actions import ActionSpace
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, PlanConfig
+from jepa_cache.control.costs import SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
+    JUMP,
     MAX_STEP_M,
+    REACH,
     SETTINGS,
     Context,
     Plan,
@@ -29,17 +34,24 @@ from jepa_cache.control.planner import (
     Rollout,
     follow_actions,
     plan_actions,
+    warn_of_reach,
 )
 from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.dataset import CachedDataset
+from jepa_cache.data.recorded import Recorded, recorded_from_json
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value, write_json, write_table
 from jepa_cache.evaluation.pictures import new_figure, save_figure
 from jepa_cache.evaluation.verdict import NO, SIGNIFICANCE, UNCLEAR, YES, list_limits
 from jepa_cache.files import replaced_files
+from jepa_cache.predictor.checkpoints import read_card
 
+ACTION_SCORE_PER_M, ACTION_SCORE_END_M = 800.0, 0.1
 PLAN, RANDOM, ZERO, OTHER_GOAL = "plan", "random", "zero", "other_goal"
+MOVED, RECORDED_END = "moved", "recorded"
+ACTION = "action"  # distance of actions, composed over all steps, in halves of the recorded range of one step: root mean square of columns
+CONTEXT_STEPS = 3  # true steps before a plan, where nothing else is said; 1 where one displacement is planned
 # Ends that are compared, with their colours; those of the plan first.
 KINDS = {
     PLAN: ("plan", "#1f77b4"),
@@ -54,7 +66,8 @@ class Score(NamedTuple):
 
     The table is that of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
     `<distance>_<kind>` between the end of each kind of plan and of the recorded actions (of random plans the mean), and
-    `<distance>_moved` of the recorded ones from the start; `planned_<number>` and `recorded_<number>`, sums over the steps;
+    `<distance>_moved` of the recorded ones from the start; in spaces of vectors the end is the recorded state, and `<distance>_recorded`
+    is where the recorded actions lead by the fit; `planned_<number>` and `recorded_<number>`, sums over the steps;
     `energy_plan` and `energy_recorded`.
     """
 
@@ -78,10 +91,13 @@ def choose_settings(config: PlanConfig) -> PlannerSettings:
 
 
 @torch.no_grad()
-def score_plans(evaluation: EvaluationContext) -> Score:
+def score_plans(
+    evaluation: EvaluationContext, *, recorded: Recorded | None = None, costs: Mapping[str, Cost] = SIMPLE_COSTS
+) -> Score:
     """Plan from starts spread over the held-out episodes to the recorded steps 1, 2, ... later, as `config.plan` says.
 
-    Columns that are not searched stay as in the action before the start (keys, slot), or 0 in spaces of poses.
+    Columns that are not searched stay as in the action before the start (keys, slot, commands), or as `Motion.still` has them. Settings
+    `jump` plan one action that spans all steps to the goal. `recorded` and `costs` are those of the weights.
     """
     torch.set_num_threads(default_num_threads())
     config, dataset = evaluation.config.plan, evaluation.dataset
@@ -90,9 +106,15 @@ def score_plans(evaluation: EvaluationContext) -> Score:
         max_step_m=config.max_step_m or MAX_STEP_M[config.settings],
         max_rotation_rad=config.max_rotation_rad,
         max_turn_deg=config.max_turn_deg,
+        reach=config.reach or REACH[config.settings],
+        recorded=recorded,
     )
-    num_context = config.num_context_steps
-    num_steps, now = num_context + max(config.horizons), num_context - 1
+    cost, jumps = choose_cost(costs, config.cost, config.cost_steps), config.settings == JUMP
+    if jumps:  # refused here where actions of several steps are not one
+        dataset.space.compose(np.zeros((1, len(dataset.space.actions))))
+    num_context = config.num_context_steps or (1 if jumps else CONTEXT_STEPS)
+    now = max(num_context - 1, int(dataset.space.motion.holds))  # what holds is in the action before
+    num_steps = now + 1 + max(config.horizons)
     index, numbers = chosen = choose_windows(evaluation.held_out_segments(), num_steps, config.starts_per_episode)
     donors = choose_donors(chosen.episodes, seed=config.seed)
     first_rows = first_cached_rows(dataset.segments)
@@ -102,20 +124,22 @@ def score_plans(evaluation: EvaluationContext) -> Score:
             _, (h, other_h) = evaluation.read_windows(index, [numbers[position], numbers[donors[position]]])
             own = slice(window.start, window.start + num_steps)
             actions, states = (values[own].astype(np.float64) for values in dataset.controls(window.store))
-            context = Context(h[:num_context], actions[:now], states[:num_context])
-            keeps_keys = now and dataset.space.motion.holds
-            base = actions[now - 1] if keeps_keys else np.zeros(actions.shape[1])
+            seen = slice(now + 1 - num_context, now + 1)
+            context = Context(h[seen], actions[seen.start : now], states[seen])
+            base = actions[now - 1] if dataset.space.motion.holds else motion.still
             first_step = window.start - first_rows[segment.store, segment.episode] + now
             for horizon in config.horizons:
-                settings = replace(choose_settings(config), horizon=horizon)
+                settings = replace(choose_settings(config), horizon=1 if jumps else horizon)
                 rng = np.random.default_rng([config.seed, position, horizon])
-                goals, recorded = (h[now + horizon], other_h[now + horizon]), actions[now : now + horizon]
+                goals = h[now + horizon], other_h[now + horizon]
+                done = actions[now : now + horizon], states[now + horizon]
                 began = {"episode": segment.episode, "first_step": first_step, "horizon": horizon}
-                row, *searched = _plan_once(evaluation, motion, settings, context, base, goals, recorded, rng)
+                row, *searched = _plan_once(evaluation, motion, settings, cost, context, base, goals, done, rng)
                 rows.append(began | row)
                 searches.append(searched)
                 bar.update()
     names = tuple(dataset.space.motion.distances(states[0], states[0]))
+    names = names if dataset.space.motion.integrate else (ACTION, *names)
     energies, seconds = (np.array(values) for values in zip(*searches, strict=True))
     table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return Score(table, energies, seconds, names, motion.names)
@@ -125,44 +149,68 @@ def _plan_once(
     evaluation: EvaluationContext,
     motion: Motion,
     settings: PlannerSettings,
+    cost: Cost,
     context: Context,
     base: np.ndarray,
     goals: tuple[Tensor, Tensor],
-    recorded: np.ndarray,
+    done: tuple[np.ndarray, np.ndarray],
     rng: np.random.Generator,
 ) -> tuple[dict[str, float], np.ndarray, float]:
-    """Search for a plan to the first goal: columns of plans.csv, the lowest energy of each round, and the seconds of the search."""
-    rule, num_searched, now = evaluation.dataset.space.motion, len(motion.names), context.states[-1]
+    """Search for a plan to the first goal: columns of plans.csv, the lowest energy of each round, and the seconds of the search.
+
+    `done` is what was recorded from the start to the goal: actions [h, A], and the state [S] at the goal.
+    """
+    space, num_searched, now = evaluation.dataset.space, len(motion.names), context.states[-1]
+    recorded, end = done
     scale = {"scale_actions": evaluation.scaler.actions.apply, "scale_states": evaluation.scaler.states.apply}
     noise = rng.standard_normal((settings.num_rounds, settings.horizon, settings.num_samples, num_searched))
     batch_size = evaluation.config.evaluate.batch_size
 
     def search(goal: Tensor) -> Plan:
-        options = {"base_action": base, "noise": noise, "batch_size": batch_size}
+        options = {"base_action": base, "noise": noise, "batch_size": batch_size, "cost": cost}
         return plan_actions(evaluation.model, context, goal, motion, settings, **scale, **options)
-
-    def follow(searched: np.ndarray) -> np.ndarray:
-        return follow_actions(now, motion.actions(searched, base), motion)[-1]
 
     began = time.perf_counter()
     found = search(goals[0])
     seconds = time.perf_counter() - began
-    drawn = rng.standard_normal((evaluation.config.plan.num_random, settings.horizon, num_searched)) * motion.first_std
-    ends = {
-        PLAN: found.states[-1],
-        RANDOM: np.stack([follow(moves) for moves in np.clip(drawn, motion.low, motion.high)]),
-        ZERO: follow(np.zeros((settings.horizon, num_searched))),
-        OTHER_GOAL: search(goals[1]).states[-1],
+    drawn = rng.standard_normal((evaluation.config.plan.num_random, settings.horizon, num_searched))
+    drawn = np.clip(motion.middle + drawn * motion.first_std * settings.first_std, motion.low, motion.high)
+    nothing = np.zeros(num_searched) if motion.adds else base[motion.columns]  # the last command holds
+    plans = {
+        PLAN: found.actions[None],
+        RANDOM: motion.actions(drawn, base),
+        ZERO: motion.actions(np.tile(nothing, (1, settings.horizon, 1)), base),
+        OTHER_GOAL: search(goals[1]).actions[None],
     }
-    end = follow_actions(now, recorded, motion)[-1]
-    distances = {kind: rule.distances(reached, end) for kind, reached in (ends | {"moved": now}).items()}
+    if space.motion.integrate is not None:
+        end = follow_actions(now, recorded, motion)[-1]
+    else:
+        plans[RECORDED_END] = recorded[None]
+    distances = {kind: _distances(space, motion, now, plan, (recorded, end)) for kind, plan in plans.items()}
+    distances[MOVED] = distances[ZERO] | space.motion.distances(now, end)
     row = {f"{name}_{kind}": float(np.mean(distances[kind][name])) for name in distances[PLAN] for kind in distances}
     for what, actions in (("planned", found.actions), ("recorded", recorded)):
         sums = actions[:, motion.columns].sum(axis=0).tolist()
         row |= {f"{what}_{name}": total for name, total in zip(motion.names, sums, strict=True)}
     lowest = found.energies.min(axis=1)
-    of_recorded = Rollout(evaluation.model, context, motion.integrate, **scale).energies(recorded[None], goals[0])
+    if len(recorded) > settings.horizon:
+        recorded = space.compose(recorded)[None]
+    of_recorded = Rollout(evaluation.model, context, motion.integrate, **scale).energies(recorded[None], goals[0], cost)
     return row | {"energy_plan": float(lowest[-1]), "energy_recorded": float(of_recorded[0])}, lowest, seconds
+
+
+def _distances(
+    space: ActionSpace, motion: Motion, now: np.ndarray, plans: np.ndarray, done: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Distances [n] of the ends of plans [n, H, A] from a state [S]; `done` are the recorded actions [h, A] and the end [S]."""
+    recorded, end = done
+    ends = np.stack([follow_actions(now, plan, motion)[-1] for plan in plans])
+    distances = space.motion.distances(ends, end)
+    if space.motion.integrate is not None:
+        return distances
+    apart = (space.compose(plans) - space.compose(recorded))[:, motion.columns]
+    share = 2 * apart / (motion.step_high - motion.step_low)
+    return {ACTION: np.sqrt(np.mean(share**2, axis=1)), **distances}
 
 
 def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
@@ -171,9 +219,17 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
     Raises:
         ValueError: The weights do not fit, the space says nothing of where an action leads, or too few episodes are held out.
     """
-    evaluation = open_evaluation(config, dataset, weights)
-    score = score_plans(evaluation)
+    evaluation, card = open_evaluation(config, dataset, weights), read_card(weights)
+    warn_of_reach(config.plan.reach or REACH[config.plan.settings], card)
+    recorded = recorded_from_json(card["recorded"]) if "recorded" in card else None
+    costs = load_costs(weights, card, evaluation.model.predictor, evaluation.device)
+    score = score_plans(evaluation, recorded=recorded, costs=costs)
     metrics = summarize_plans(score, config) | {
+        "cost": config.plan.cost,
+        "searched": list(score.searched),
+        "change_r2": dict(zip((column.name for column in dataset.space.states), recorded.change_r2, strict=True))
+        if recorded and recorded.change_r2
+        else {},
         "encoder_trained": dataset.manifest.encoder_trained,
         "comparable": dataset.manifest.comparable,
         "mode": dataset.manifest.mode,
@@ -201,8 +257,11 @@ def summarize_plans(score: Score, config: Config) -> dict[str, Any]:
         for name in score.distances
         for kind in (ZERO, RANDOM, OTHER_GOAL)
     }
-    ends = [f"{name}_{kind}" for name in score.distances for kind in (*KINDS, "moved")]
-    values = {name: table[name] for name in (*ends, "energy_plan", "energy_recorded")} | gaps
+    ends = [f"{name}_{kind}" for name in score.distances for kind in (*KINDS, MOVED, RECORDED_END)]
+    ends = [name for name in ends if name in table]
+    values = (
+        {name: table[name] for name in (*ends, "energy_plan", "energy_recorded")} | gaps | score_translations(table)
+    )
     for horizon in np.unique(table["horizon"]):
         chosen = table["horizon"] == horizon
         for name, of_plans in values.items():
@@ -211,6 +270,19 @@ def summarize_plans(score: Score, config: Config) -> dict[str, Any]:
             if name in gaps:
                 metrics["p_value"][key] = paired_p_value(means, seed=config.evaluate.seed)
     return {"num_episodes": len(set(table["episode"])), "num_plans": len(score.seconds), **metrics}
+
+
+def score_translations(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of plans [n] in spaces of poses: `action_l1_m`, mean over x, y, z of |planned - recorded| summed over the steps, and `action_score`.
+
+    Source: 800 * (0.1 - d), the offline score of jepa-wms on DROID (arXiv 2512.24497). Whether its d is the mean or the sum over the axes
+    is not said there; ours is the mean.
+    """
+    axes = ("dx", "dy", "dz")
+    if not all(f"planned_{axis}" in table for axis in axes):
+        return {}
+    distance = np.mean([np.abs(table[f"planned_{axis}"] - table[f"recorded_{axis}"]) for axis in axes], axis=0)
+    return {"action_l1_m": distance, "action_score": ACTION_SCORE_PER_M * (ACTION_SCORE_END_M - distance)}
 
 
 def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str, str]]:
@@ -244,10 +316,19 @@ def describe_plans(metrics: Mapping[str, Any]) -> str:
         [
             f"{metrics['num_plans']} plans in {metrics['num_episodes']} held-out episodes, 95 % intervals over episodes",
             *(f"  {judged['words']}" for judged in metrics["verdict"].values()),
+            *_describe_follow(metrics["change_r2"]),
             f"  a plan takes: {seconds}; {timing['samples_per_s']:.0f} samples/s",
             *(f"  {limit}" for limit in list_limits(metrics)),
         ]
     )
+
+
+def _describe_follow(change_r2: Mapping[str, float]) -> list[str]:
+    """How states follow actions in a space that does not say it; nothing elsewhere."""
+    if not change_r2:
+        return []
+    told = ", ".join(f"{name} {r2:.2f}" for name, r2 in change_r2.items())
+    return [f"  states follow actions by a linear fit to the training episodes; R2 of their change in one step: {told}"]
 
 
 def draw_plans(score: Score, metrics: Mapping[str, Any], path: Path, *, note: str) -> None:

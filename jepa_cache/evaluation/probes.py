@@ -204,7 +204,7 @@ def measure_probe(
         elif metric == BALANCED_ACCURACY:
             scores.append(Score(probe, name, metric, *_measure_balanced_accuracy(true, values, known, owners, weights)))
         else:
-            scores.append(Score(probe, name, metric, _measure_r2(true, values, known, owners, weights), 0.0))
+            scores.append(Score(probe, name, metric, measure_r2(true, values, known, owners, weights), 0.0))
     return scores, reasons
 
 
@@ -277,7 +277,7 @@ def _varies(values: np.ndarray) -> bool:
     return bool((values != values[0]).any())
 
 
-def _measure_r2(
+def measure_r2(
     true: np.ndarray, predicted: np.ndarray, known: np.ndarray, owners: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     """R2 [R] when episode e counts weights[r, e] times: one minus squared error over that of the training mean, whose R2 is 0.

@@ -21,10 +21,14 @@ from jepa_cache.evaluation.distances import DISTANCES
 from jepa_cache.evaluation.energy import ENERGY
 from jepa_cache.evaluation.figures import (
     OPEN_LOOP,
+    OTHERS,
     TEACHER_FORCING,
     Row,
+    above_sections,
+    above_table,
     build_figures,
     describe_windows,
+    measure_above,
     slice_table,
     step_table,
     summarize,
@@ -35,6 +39,7 @@ from jepa_cache.evaluation.noise import NOISE
 from jepa_cache.evaluation.page import write_page
 from jepa_cache.evaluation.pictures import draw_pictures
 from jepa_cache.evaluation.probes import PROBES
+from jepa_cache.evaluation.readout import describe_readout
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
 from jepa_cache.files import replaced_files
@@ -45,6 +50,7 @@ DECISIVE = {
         *("teacher_forcing_l1", "rollout_l1", "ratio_copy_last"),
         *("gain_copy_last_percent", "gain_regression_percent", "gain_shuffled_actions_percent"),
     ),
+    "above": tuple(f"{through}_{name}_percent" for through in ("tokens", "readout") for name in OTHERS),
     "energy": ("mean_rank", "top10_rate"),
 }
 """Figures of metrics.json that stand in summary.json too, by section; the answers of the verdict join them."""
@@ -74,7 +80,8 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         errors = measure_windows(evaluation)
         figures = build_figures(errors, settings)
         described = describe_evaluation(evaluation, weights)
-        metrics = summarize(figures, errors, dataset)
+        above = measure_above(errors, settings)
+        metrics = summarize(figures, errors, dataset) | above_sections(above) | describe_readout(errors.readout)
         metrics["settings"] = {  # those without which the figures say nothing
             **{name: described[name] for name in ("dataset", "encoder")},
             **{
@@ -93,6 +100,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         write_json(described, folder / "settings.json")
         rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
         tables = {
+            "above": above_table(above),
             "episodes": episode_table(errors),
             "horizon": rows,
             "horizon_l2": step_table(figures, OPEN_LOOP, "l2"),
@@ -118,6 +126,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         "dataset": manifest.dataset,
         "encoder": manifest.encoder,
         "encoder_trained": manifest.encoder_trained,
+        **({"encoder_origin": manifest.encoder_origin} if manifest.encoder_origin else {}),
         "mode": manifest.mode,
         "dtype": evaluation.dataset.dtype,
         "tokens_fingerprint": manifest.fingerprint,
@@ -175,6 +184,6 @@ def describe_metrics(metrics: Mapping[str, Any], horizon: int) -> str:
         one_step, last = (find_gain(metrics, key) or "not measured" for key in (name, f"{name}_step{horizon}"))
         lines.append(f"    {name}: one step {one_step}, open-loop step {horizon} {last}")
     lines.append(
-        f"  mean and regression are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"
+        f"  mean, regression and no_actions are fitted on all {metrics['num_fitted_steps']} steps of the training episodes"
     )
     return "\n".join([*lines, *(f"  {answer['words']}" for answer in metrics["verdict"].values())])

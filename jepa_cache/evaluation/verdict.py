@@ -18,9 +18,10 @@ BASELINE_WORDS = {
     "mean": "the training mean",
     "extrapolation": "a straight line through the last two steps",
     "regression": "a linear regression on actions and states",
+    "no_actions": "a linear model without actions",
 }
 SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
-UNTRAINED = "the encoder has random weights, so these figures show that the path works, nothing about the world"
+UNTRAINED = "the encoder is untrained (random weights, or plain pixels), so these figures say nothing of a trained one"
 NOT_MEASURED = (
     "unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
     "raise evaluate.windows_per_episode, or add recordings"
@@ -49,6 +50,18 @@ def find_gain(metrics: Mapping[str, Any], name: str) -> Gain | None:
     return Gain(metrics["val"][key], *metrics["val_ci"][key], metrics["p_value"][f"gap_{name}"])
 
 
+def compare(gain: Gain) -> str:
+    """The gain in words: its size and `lower`, or for a loss `higher`."""
+    if round(gain.percent, 1) < 0:
+        return f"{Gain(-gain.percent, -gain.high, -gain.low, gain.p): higher}"
+    return f"{gain: lower}"
+
+
+def weakest(gains: Mapping[str, Gain], num_episodes: int) -> str:
+    """The first that says no, else that leaves it open, else the first: a yes is of all of them."""
+    return min(gains, key=lambda name: (NO, UNCLEAR, YES).index(judge(gains[name], num_episodes)))
+
+
 def judge(gain: Gain, num_episodes: int) -> str:
     """`yes`, `no` or `unclear`: is the gain above the margin?
 
@@ -64,10 +77,8 @@ def judge(gain: Gain, num_episodes: int) -> str:
 
 def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
     """The answer with its reason; `better` is better than `other` if the gain is above 0."""
-    answer, size = judge(gain, num_episodes), f"{gain: lower}"
-    if round(gain.percent, 1) < 0:
-        size = f"{Gain(-gain.percent, -gain.high, -gain.low, gain.p): higher}"
-    told = f"{answer}, error of {better} {size} than that of {other}"
+    answer = judge(gain, num_episodes)
+    told = f"{answer}, error of {better} {compare(gain)} than that of {other}"
     if answer == YES:
         return f"{told} (p {gain.p:.2g})"
     if answer == NO:
@@ -84,9 +95,10 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     Each rests on one comparison that is named beforehand, so no correction for several tests is made:
 
-    `actions` and `actions_rollout` (the last open-loop step) against another episode's actions, `timing` against the neighbouring
-    steps' (the nearer of the two), `copying`, `baselines` against the strongest, `horizon`: how many open-loop steps it beats both
-    copying and the training mean, and `limits`: what the figures cannot say, `none` or `some`.
+    `actions` and `actions_rollout` (the last open-loop step) against another episode's actions and against zero actions, the weaker
+    of the two; `readout` the same for errors read out as positions; `timing` against the neighbouring steps' (the nearer of the two),
+    `copying`, `baselines` against the strongest, `horizon`: how many open-loop steps it beats both copying and the training mean, and
+    `limits`: what the figures cannot say, `none` or `some`. What is worse than copying is told so wherever it is asked about actions.
     """
     last, count = metrics["settings"]["horizon"], metrics["num_episodes"]
     relative = "" if metrics["encoder_trained"] else " (relative: the encoder is untrained)"
@@ -95,25 +107,65 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     def put(question: str, answer: str, words: str) -> None:
         verdict[question] = {"answer": answer, "words": words + relative}
 
-    other, copying = "another episode's", {"copy_last": BASELINE_WORDS["copy_last"]}
-    for question, title, others in (
-        ("actions", "uses its actions", {"shuffled_actions": other}),
-        ("actions_rollout", f"uses its actions in open loop, step {last}", {f"shuffled_actions_step{last}": other}),
-        ("timing", "uses those of the right step", SHIFT_WORDS),
-        ("copying", "better than copying", copying),
-        ("baselines", "better than every baseline", BASELINE_WORDS),
+    at_last = f"_step{last}"
+    wrong, copying = (
+        {"shuffled_actions": "another episode's", "zero_actions": "zero actions"},
+        {"copy_last": BASELINE_WORDS["copy_last"]},
+    )
+    for question, title, others, step in (
+        ("actions", "uses its actions", wrong, ""),
+        ("actions_rollout", f"uses its actions in open loop, step {last}", wrong, at_last),
+        ("timing", "uses those of the right step", SHIFT_WORDS, ""),
+        ("copying", "better than copying", copying, ""),
+        ("baselines", "better than every baseline", BASELINE_WORDS, ""),
     ):
-        gains = {words: gain for name, words in others.items() if (gain := find_gain(metrics, name))}
+        gains = {words: gain for name, words in others.items() if (gain := find_gain(metrics, name + step))}
         answer, why = UNCLEAR, NOT_MEASURED
+        about_actions = "copy_last" not in others
         if gains:
-            words, gain = min(gains.items(), key=lambda item: item[1].percent)  # against the strongest
-            better = "the predictor" if "copy_last" in others else "true actions"
+            words = weakest(gains, count) if others is wrong else min(gains, key=lambda words: gains[words].percent)
+            gain, better = gains.pop(words), "true actions" if about_actions else "the predictor"
             answer, why = judge(gain, count), explain(gain, count, better, words)
+            if others is wrong:
+                why += "".join(f"; {compare(gain)} than that of {words}" for words, gain in gains.items())
+        copied = find_gain(metrics, f"copy_last{step}")
+        if about_actions and copied is not None and copied.percent < 0:
+            why += f"; but worse than copying the last step, its error is {compare(copied)}"
         put(question, answer, f"{title}: {why}")
+        if question == "actions" and "readout" in metrics:
+            put("readout", *_describe_readout(metrics, count))
     put("horizon", *_describe_horizon(metrics))
     limits = list_limits(metrics)
     words = "limits: " + ("; ".join(limits) or "none that this report knows")
     return verdict | {"limits": {"answer": "some" if limits else "none", "words": words}}
+
+
+def _describe_readout(metrics: Mapping[str, Any], count: int) -> tuple[str, str]:
+    """The answer through the readout: by how much the error with wrong actions lies above that with the true ones."""
+    title = "uses its actions, read out as positions"
+    names = {
+        "shuffled_actions": "another episode's",
+        "zero_actions": "zero actions",
+        "no_actions": "a linear model without actions",
+        "copy_last": "copying",
+    }
+    found = {
+        words: Gain(metrics["above"][key], *metrics["above_ci"][key], metrics["above_p"][key])
+        for name, words in names.items()
+        if (key := f"readout_{name}_percent") in metrics["above"]
+    }
+    if not found:
+        return UNCLEAR, f"{title}: unclear, {metrics['readout_notes']['columns']}"
+    wrong = {words: gain for words, gain in found.items() if words in ("another episode's", "zero actions")}
+    answer = judge(wrong[weakest(wrong, count)], count)
+    read = ", ".join(f"{name.removeprefix('r2_')} {value:.2f}" for name, value in metrics["readout"].items())
+    sizes = ", ".join(f"of {words} {gain}" for words, gain in found.items())
+    words = f"{title} (held-out R2 {read}): {answer}, above the error of true actions lies that {sizes}"
+    if found["copying"].percent < 0:
+        words += "; so it is worse than copying the last step"
+    if answer != YES and count < MIN_EPISODES:
+        words += f"; {count} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"
+    return answer, words
 
 
 def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:

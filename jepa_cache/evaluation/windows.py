@@ -1,12 +1,13 @@
 """Held-out windows through the predictor, the baselines and the action ablations: the error of every predicted step.
 
-The baselines need no predictor: the last step, the training mean, a straight line, and a regression on actions.
+The baselines need no predictor: the last step, the training mean, a straight line, a regression on actions, and the preset `linear`
+fitted without actions: what can be foretold from the tokens and states alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,20 +21,32 @@ from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import WindowIndex
+from jepa_cache.data.windows import WindowIndex, count_episodes
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
 from jepa_cache.evaluation.metrics import MEASURES
+from jepa_cache.evaluation.readout import Readout, fit_readout
+from jepa_cache.predictor.compressed import CompressedPredictor, LinearPredictor
 from jepa_cache.predictor.rollout import LatentModel
 
 MODEL = "model"
 COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
-BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION)
+NO_ACTIONS = "no_actions"
+BASELINES = (COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION, NO_ACTIONS)
 PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
 
 PIECE_STEPS = 16
 BATCH_SIZE = 8
 RIDGE = 1e-3  # penalty for each training row, of inputs with deviations near 1
+NUM_COMPONENTS = (
+    64  # of the model without actions, as of the preset `linear`; a compressed predictor's own number where it has one
+)
+COMPONENT_STEPS = 2048  # of the training episodes, that its components are fitted to
+STEPS_PER_COMPONENT = 4  # at least
+RIDGES = tuple(
+    10.0**power for power in range(-6, 2)
+)  # of the model without actions, in units of each feature's variance
 CPU = torch.device("cpu")
+READOUT = "readout"
 
 
 class Baselines(NamedTuple):
@@ -42,6 +55,7 @@ class Baselines(NamedTuple):
     mean: Tensor  # [N, D] float32, of the tokens at each position
     change: Tensor  # [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change
     num_steps: int  # that they were fitted on
+    no_actions: LatentModel | None = None  # of a `LinearPredictor` that is given actions [B, T, 0]
 
 
 def fit_baselines(
@@ -52,6 +66,7 @@ def fit_baselines(
     *,
     step_length: int = 1,
     device: torch.device = CPU,
+    no_actions: NoActionsFit | None = None,
 ) -> Baselines:
     """Mean over all steps and ridge regression over all pairs of steps `step_length` apart of the training episodes, in one pass.
 
@@ -82,6 +97,8 @@ def fit_baselines(
             inputs = _inputs(batch.actions, batch.states[:, :-1]).flatten(0, 1)
             squares += inputs.T.double() @ inputs.double()
             products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
+            if no_actions is not None:
+                no_actions.add(reps, batch.states, [alike[number][0].episode for number in batch.numbers])
     num_pairs = float(squares[-1, -1])
     if not num_pairs:
         raise ValueError(
@@ -90,7 +107,84 @@ def fit_baselines(
     penalty = torch.full((num_inputs,), RIDGE * num_pairs, **exact)
     penalty[-1] = 1e-9 * num_pairs  # the constant is not shrunk
     change = torch.linalg.solve(squares + penalty.diag(), products)
-    return Baselines((total / num_steps).float(), change.float().unflatten(1, shape), num_steps)
+    mean, fitted = (total / num_steps).float(), None
+    if no_actions is not None:
+        fitted = LatentModel(no_actions.solve(), model.normalize_reps)
+    return Baselines(mean, change.float().unflatten(1, shape), num_steps, fitted)
+
+
+class NoActionsFit:
+    """Fits the preset `linear` without actions: components of a step's tokens, moved on by a ridge regression on [z, state].
+
+    Components are fitted to every second training episode; the ridge and the kept share are chosen on the others, as tokens that the
+    components were fitted to look easier to foretell than they are. The regression itself is of all pairs of steps.
+    """
+
+    def __init__(self, evaluation: EvaluationContext, segments: Sequence[Segment]) -> None:
+        """Fit the components, by reading up to `COMPONENT_STEPS` steps a few times."""
+        names = sorted({segment.episode for segment in segments})
+        self._half = {name: place % 2 for place, name in enumerate(names)}
+        manifest, given = evaluation.dataset.manifest, evaluation.model.predictor
+        own = given.compressor.latent_dim if isinstance(given, CompressedPredictor) else NUM_COMPONENTS
+        first = [segment for segment in segments if not self._half[segment.episode]]
+        chosen = choose_windows(first, 1, COMPONENT_STEPS, limit=COMPONENT_STEPS)
+        num_components = min(
+            own, max(1, len(chosen.numbers) // STEPS_PER_COMPONENT), manifest.num_tokens * manifest.width
+        )
+        self._predictor = LinearPredictor(
+            embed_dim=manifest.width,
+            action_dim=0,
+            state_dim=len(evaluation.dataset.space.states),
+            grid=manifest.grid,
+            num_components=num_components,
+            whitening=0.0,
+            use_states=getattr(given, "use_states", True),
+            num_products=0,
+        ).to(evaluation.device)
+        title = "components without actions"
+        self._predictor.compressor.fit(lambda: (h[:, 0] for _, _, h in evaluation.iter_windows(chosen, title)), 0.0)
+        size = 1 + self._predictor.core.weight.shape[1] + num_components
+        self._grams = torch.zeros(2, size, size, dtype=torch.float64, device=evaluation.device)
+        self._residuals = [0.0, 0.0]
+
+    @torch.no_grad()
+    def add(self, h: Tensor, states: Tensor, episodes: Sequence[str]) -> None:
+        """Take pairs of neighbouring steps in: h [B, T, N, D], states [B, T, S] and their episodes [B]."""
+        compressor, core = self._predictor.compressor, self._predictor.core
+        z = compressor.compress(h)
+        features = core.features(z[:, :-1], states[:, :-1, :0], states[:, :-1])
+        rows = torch.cat([torch.ones_like(features[..., :1]), features, z.diff(dim=1)], dim=-1).double()
+        half = torch.tensor([self._half[name] for name in episodes], device=h.device)
+        for number in (0, 1):
+            own = rows[half == number].flatten(0, 1)
+            self._grams[number] += own.T @ own
+        rest = (h - compressor.expand(z))[half == 1]
+        self._residuals[0] += float((rest[:, :-1] * rest[:, 1:]).sum(dtype=torch.float64))
+        self._residuals[1] += float(rest[:, :-1].square().sum(dtype=torch.float64))
+
+    @torch.no_grad()
+    def solve(self) -> LinearPredictor:
+        """The model that was fitted, on its device."""
+        core = self._predictor.core
+        size = 1 + core.weight.shape[1]
+
+        def solve(gram: Tensor, ridge: float) -> Tensor:
+            """[1 + features, P] of the sums of products of [1, features, changes]; the constant is hardly shrunk."""
+            penalty = torch.full((size,), ridge, dtype=gram.dtype, device=gram.device)
+            penalty[0] = 1e-9
+            return torch.linalg.solve(gram[:size, :size] + gram[0, 0] * penalty.diag(), gram[:size, size:])
+
+        def error(gram: Tensor, weights: Tensor) -> float:
+            return float((weights * (gram[:size, :size] @ weights - 2 * gram[:size, size:])).sum())
+
+        first, second = self._grams
+        ridge = min(RIDGES, key=lambda ridge: error(second, solve(first, ridge)))
+        weights = solve(first + second, ridge).float()
+        core.bias.copy_(weights[0])
+        core.weight.copy_(weights[1:].T)
+        products, squares = self._residuals
+        self._predictor.kept_share.fill_(products / squares if squares else 0.0)
+        return self._predictor.eval()
 
 
 def _cut_pieces(segments: Sequence[Segment], step_length: int) -> dict[int, list[tuple[Segment, bool]]]:
@@ -120,11 +214,12 @@ class WindowErrors:
     """Errors of every held-out window; NaN where a prediction does not exist, never for another reason."""
 
     episodes: list[str]  # key of each window's episode
-    # Measure (`metrics.MEASURES`) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
+    # Measure (`metrics.MEASURES`, and READOUT where something is read) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
     teacher_forced: dict[str, dict[str, np.ndarray]]
     open_loop: dict[str, dict[str, np.ndarray]]  # the same to [windows, K], of the K steps after the context
     chosen: ChosenWindows
     num_fitted_steps: int  # training steps that the baselines `mean` and `regression` were fitted on: all there are
+    readout: Readout = field(default_factory=Readout)
 
     @cached_property
     def one_step(self) -> dict[str, np.ndarray]:
@@ -161,9 +256,13 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
     ablations = action_ablations(dataset, scaler, *chosen, seed=settings.seed)
     training, device = evaluation.training_segments(), evaluation.device
     apart = settings.step_length
-    baselines = fit_baselines(dataset, training, scaler, evaluation.model, step_length=apart, device=device)
+    without = NoActionsFit(evaluation, training) if count_episodes(training) > 1 else None
+    fitting = {"step_length": apart, "device": device, "no_actions": without}
+    baselines = fit_baselines(dataset, training, scaler, evaluation.model, **fitting)
+    readout = fit_readout(evaluation)
+    measures = MEASURES | ({READOUT: readout.error} if readout.columns else {})
     forced, rolled = (
-        {measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS} for measure in MEASURES}
+        {measure: {name: np.full((len(chosen.numbers), steps), np.nan) for name in PREDICTIONS} for measure in measures}
         for steps in (evaluation.window_steps - 1, settings.horizon)
     )
 
@@ -172,7 +271,7 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
         for name, exists, one_step, open_loop in _predictions(evaluation, baselines, batch, h, replaced):
             true, rows = h[exists], np.arange(measured.start, measured.stop)[exists.cpu().numpy()]
             behind = slice(evaluation.window_steps - one_step.shape[1], evaluation.window_steps)
-            for measure, error in MEASURES.items():
+            for measure, error in measures.items():
                 for into, predicted, steps in ((forced, one_step, behind), (rolled, open_loop, ahead)):
                     if predicted is None:
                         continue
@@ -184,7 +283,7 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
                         )
                     found = into[measure][name]
                     found[rows, found.shape[1] - values.shape[1] :] = values.cpu().numpy()
-    return WindowErrors(chosen.episodes, forced, rolled, chosen=chosen, num_fitted_steps=baselines.num_steps)
+    return WindowErrors(chosen.episodes, forced, rolled, chosen, baselines.num_steps, readout)
 
 
 def _predictions(
@@ -214,6 +313,9 @@ def _predictions(
     yield EXTRAPOLATION, everything, model.as_reps(2 * past[:, 1:] - past[:, :-1]), rolled
     yield REGRESSION, everything, model.as_reps(past + changes[:, :num_forced]), torch.stack(regressed[1:], dim=1)
     counts = {"num_forced": num_forced, "num_context": context, "horizon": horizon}
+    if baselines.no_actions is not None:
+        both = baselines.no_actions.both_ways(h, batch.actions[..., :0], batch.states, **counts)
+        yield NO_ACTIONS, everything, both.teacher_forced, both.open_loop
     for name, actions in {MODEL: batch.actions, **replaced}.items():
         exists = everything
         if name in SHIFTED:  # windows without a neighbour have no such actions

@@ -66,14 +66,15 @@ def read_members(wheel: Path, prefix: str) -> dict[str, bytes]:
         return {name.removeprefix(prefix): archive.read(name) for name in names}
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_wheel(folder: Path, sha256: str) -> Path | None:
     for path in sorted(folder.glob("*.whl")):
-        if (digest := _digest(path)) == sha256:
+        if (digest := digest_of(path)) == sha256:
             return path
         print(f"{path} is not taken: its sha256 is {digest}, not {sha256}")
     return None
@@ -102,7 +103,7 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
         if ran.returncode:
             raise _explain(ran.stderr, name, version, folder)
         (wheel,) = fresh.glob("*.whl")
-        if (digest := _digest(wheel)) != sha256:
+        if (digest := digest_of(wheel)) != sha256:
             raise DownloadError(
                 f"the index gave {wheel.name} ({wheel.stat().st_size} bytes) with sha256 {digest}, but {sha256} is the one that is known: "
                 "it was damaged, or is another file. Nothing of it is used. Try again, or ask pypi.org itself (PIP_INDEX_URL="

@@ -49,6 +49,9 @@ ENCODER_ENTRIES = ("encoder", "target_encoder")
 ENCODER_FIELD = "encoder_weights"
 """Of a card: the identity of the encoder in the recipe of the cache that the predictor was trained on."""
 
+CAMERAS_FIELD = "joined_cameras"
+"""Of a card: the cameras whose tokens are one step's, in their order; absent where a step is of one camera."""
+
 
 class CheckpointError(ValueError):
     """A weight file that cannot be used for this predictor; the message lists every difference."""

@@ -82,6 +82,7 @@ class Manifest:
     comparable: bool  # False in clip mode: early steps have seen later frames
     action_space: str
     parts: tuple[ManifestPart, ...]
+    encoder_origin: str | None = None  # whose weights the encoder has, where its preset says so
 
     @property
     def num_steps(self) -> int:
@@ -131,6 +132,8 @@ class Manifest:
     def _spelled(self) -> bytes:
         parts = [{**vars(part), "entries": [vars(entry) for entry in part.entries]} for part in self.parts]
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.encoder_origin is None:  # absent, as in manifests from before it
+            del fields["encoder_origin"]
         # Spelled once, with a stand-in for the hash: of ten thousand stores it takes a quarter of a second.
         document = {"manifest_version": MANIFEST_VERSION, **fields, "parts": parts, SELF_DIGEST: STAND_IN}
         spelled = canonical_json(document)

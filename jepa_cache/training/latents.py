@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.data.dataset import CachedDataset
+from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import Window, WindowIndex
-from jepa_cache.predictor.compressed import CompressedPredictor, Compressor
+from jepa_cache.predictor.compressed import Compressor
 from jepa_cache.predictor.rollout import as_reps
 from jepa_cache.store.quantisation import Codec
 
@@ -43,10 +43,13 @@ class TokenReader:
             yield [self.index[int(number)] for number in batch.numbers], as_reps(batch.tokens, self._normalize_reps)
 
 
-def fit_compressor(predictor: CompressedPredictor, steps: TokenReader, windows: TokenReader) -> None:
-    """Fit a predictor's compressor to training steps, and the share of the rest that it keeps to training windows."""
-    predictor.compressor.fit(lambda: (tokens for _, tokens in steps.read(FIT_STEPS)), predictor.whitening)
-    predictor.fit_share(tokens for _, tokens in windows.read(FIT_WINDOWS))
+def halve(segments: Sequence[Segment], copies: Mapping[str, str]) -> tuple[list[Segment], list[Segment]]:
+    """Segments of every other episode, and of the others, by name; copies of one recording go together."""
+    first = [copies.get(segment.episode, segment.episode) for segment in segments]
+    odd = set(sorted(set(first))[1::2])
+    return tuple(
+        [it for it, name in zip(segments, first, strict=True) if (name in odd) == side] for side in (False, True)
+    )
 
 
 class LatentDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from jepa_cache.training.losses import Objective
 from jepa_cache.training.step import StepReport
 
 NUM_FOLDS = 5
-RIDGES = tuple(10.0**power for power in range(-6, 2))
-"""Candidates, in units of each feature's own variance: at 1 a lone feature's weight is halved."""
+RIDGES = tuple(10.0**power for power in range(-6, 4))
+"""Candidates, in units of each feature's own variance: at 1 a lone feature's weight is halved. Ten episodes of a robot took 10."""
 
 
 class Solution(NamedTuple):
@@ -26,38 +27,54 @@ class Solution(NamedTuple):
 
 
 @torch.no_grad()
-def fit_step(core: LatentRidge, objective: Objective, data: TrainingData) -> StepReport:
-    """Set the weights to those of the ridge regression over all steps of all training windows, and report their losses.
+def choose_ridge(core: LatentRidge, data: TrainingData, apart: Collection[str] | None = None) -> float:
+    """The ridge of `RIDGES` with the least squared error on training episodes that it was not fitted to, in five folds.
 
-    The ridge is that of `RIDGES` with the least squared error on episodes that it was not fitted to: five folds of the training episodes.
-    Sums of products are float64; memory does not grow with the windows.
+    `apart` names the episodes that errors are measured on, all by default; fitted is to all others of a fold.
 
     Raises:
         ValueError: There is one training episode only.
     """
-    episodes = data.episodes_of(np.arange(data.num_windows))
-    names = sorted(set(episodes))
+    names = sorted(set(data.episodes_of(np.arange(data.num_windows))))
     if len(names) < 2:
         raise ValueError(
             f"predictor linear chooses its ridge by episodes that it was not fitted to, and there is one training episode only ({names[0]}); "
             "add recordings, or take predictor=compressed"
         )
-    fold_of = {name: place % NUM_FOLDS for place, name in enumerate(names)}
-    grams: list[Tensor | float] = [0.0] * min(NUM_FOLDS, len(names))
+    judged = [name for name in names if apart is None or name in apart] or names
+    fold_of = {name: place % NUM_FOLDS for place, name in enumerate(judged)}
+    grams = _sum_products(core, data, fold_of)
+    total, size = sum(grams.values()), 1 + core.weight.shape[1]
+    folds = [gram for fold, gram in grams.items() if fold is not None]
+    errors = [sum(_squared_error(_solve(total - gram, size, ridge), gram, size) for gram in folds) for ridge in RIDGES]
+    return RIDGES[int(np.argmin(errors))]
+
+
+@torch.no_grad()
+def fit_step(core: LatentRidge, objective: Objective, data: TrainingData, ridge: float) -> StepReport:
+    """Set the weights to those of the ridge regression over all steps of all training windows, and report their losses.
+
+    Sums of products are float64; memory does not grow with the windows.
+    """
+    (total,) = _sum_products(core, data, {}).values()
+    solution = _solve(total, 1 + core.weight.shape[1], ridge)
+    core.weight.copy_(solution.weight)
+    core.bias.copy_(solution.bias)
+    return _report(objective, data)
+
+
+def _sum_products(core: LatentRidge, data: TrainingData, fold_of: Mapping[str, int]) -> dict[int | None, Tensor]:
+    """By fold of the episodes, None for those without: sums of products of [1, features, changes] over all steps of their windows."""
+    grams: dict[int | None, Tensor] = {}
     for batch in data.batches_in_order():
         z = batch.tokens[:, :, 0]
         features = core.features(z[:, :-1], batch.actions, batch.states[:, :-1])
         joint = torch.cat([torch.ones_like(features[..., :1]), features, z.diff(dim=1)], dim=-1).double()
-        folds = np.array([fold_of[episodes[number]] for number in batch.numbers])
-        for fold in np.unique(folds):
-            rows = joint[torch.from_numpy(folds == fold)].flatten(0, 1)
-            grams[fold] += rows.T @ rows
-    total, size = sum(grams), 1 + core.weight.shape[1]
-    errors = [sum(_squared_error(_solve(total - gram, size, ridge), gram, size) for gram in grams) for ridge in RIDGES]
-    solution = _solve(total, size, RIDGES[int(np.argmin(errors))])
-    core.weight.copy_(solution.weight)
-    core.bias.copy_(solution.bias)
-    return _report(objective, data)
+        folds = [fold_of.get(episode) for episode in data.episodes_of(batch.numbers)]
+        for fold in dict.fromkeys(folds):
+            rows = joint[[other == fold for other in folds]].flatten(0, 1)
+            grams[fold] = grams.get(fold, 0.0) + rows.T @ rows
+    return grams
 
 
 def _solve(gram: Tensor, size: int, ridge: float) -> Solution:

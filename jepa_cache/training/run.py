@@ -35,6 +35,7 @@ from jepa_cache.files import (
     try_claim,
 )
 from jepa_cache.predictor.checkpoints import (
+    CAMERAS_FIELD,
     ENCODER_FIELD,
     OFFICIAL_SUFFIXES,
     EncoderMatch,
@@ -45,6 +46,7 @@ from jepa_cache.predictor.checkpoints import (
     save_state,
 )
 from jepa_cache.predictor.compressed import CompressedPredictor
+from jepa_cache.predictor.heads import head_path
 from jepa_cache.predictor.lora import (
     adapter_state,
     add_lora,
@@ -61,6 +63,7 @@ from jepa_cache.training.distributed import check_same, watched_processes
 # A run resumes under other values of these, on another machine too: they move no number.
 RESUME_SAFE_SETTINGS = (
     "checkpoint_every",
+    "costs",
     "init",  # its content counts, not its name
     "keep_every",
     "keep_last",
@@ -162,7 +165,8 @@ def _prepare_folder(run: Run, *, fresh: bool) -> None:
         # Fine-tuning on other actions and states is what starting weights are for, so it is said and not refused.
         here, there = json.loads(canonical_json(describe_weights(run))), find_card(run.init) or {}
         names = [name for name in ("action_space", "scaler") if name in there]
-        for change in recipe_changes({name: there[name] for name in names}, {name: here[name] for name in names}):
+        names += [CAMERAS_FIELD] if there else []
+        for change in recipe_changes(*({name: of.get(name) for name in names} for of in (there, here))):
             print(f"the starting weights were trained with other inputs: {change}")
 
 
@@ -315,13 +319,14 @@ def describe_weights(run: Run) -> dict[str, Any]:
         "action_space": run.dataset.space.name,
         "scaler": run.scaler.to_json(),
         ENCODER_FIELD: run.dataset.manifest.recipe["encoder"]["weights"],
+        **({CAMERAS_FIELD: list(run.dataset.cameras)} if run.dataset.cameras else {}),
     }
 
 
-def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
-    """Write the selected weights, with what evaluation must know in their model card, and a copy of train.csv.
+def write_outputs(model: TrainableModel, step: int, run: Run, heads: Mapping[str, Path]) -> Path:
+    """Write the selected weights, with what evaluation must know in their model card, the heads of costs, and a copy of train.csv.
 
-    Under LoRA the adapter is written too; an earlier one is removed.
+    Under LoRA the adapter is written too; an earlier one is removed, and so are heads of earlier runs.
     """
     manifest, settings = run.dataset.manifest, run.config.train
     train_segments = run.dataset.segments_of(TRAIN, run.config.split, run.config.filter)
@@ -341,7 +346,9 @@ def write_outputs(model: TrainableModel, step: int, run: Run) -> Path:
         "encoder_trained": manifest.encoder_trained,
         "mode": manifest.mode,
     }
-    with replaced_files(run.output, WEIGHTS_FILE, ["adapter"]) as folder:
+    with replaced_files(run.output, WEIGHTS_FILE, ["adapter", "predictor-*.safetensors"]) as folder:
+        for name, path in heads.items():
+            shutil.copyfile(path, head_path(folder / WEIGHTS_FILE, name))
         save_state(model.predictor_state(), folder / WEIGHTS_FILE, model_card)
         if model.lora:
             save_adapter(model.module, folder / "adapter", model_card)

@@ -2,6 +2,7 @@
 
 batches      training windows and held-out windows, on the device
 latents      the same, compressed once, for compressed predictors; ridge: the fit of the linear one
+heads        small heads by which a plan measures how far its goal is
 step         one training step, its statistics, and a validation
 losses       the loss, as scalars that are logged under their names
 optim        AdamW and the rates of each training step
@@ -19,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -45,13 +47,16 @@ from jepa_cache.training.checkpoint import (
     tidy,
 )
 from jepa_cache.training.distributed import agree_to_stop, check_same, end_processes, start_processes
+from jepa_cache.training.heads import fit_heads
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
-from jepa_cache.training.ridge import fit_step
+from jepa_cache.training.ridge import choose_ridge, fit_step
 from jepa_cache.training.run import Run, TrainableModel, describe_weights, open_run, resolve_epochs, write_outputs
 from jepa_cache.training.signals import stop_request
 from jepa_cache.training.step import StepReport, StepStatistics, check_finite, train_step, validate
+
+FEW_EPISODES = 3
 
 
 class TrainResult(NamedTuple):
@@ -88,8 +93,7 @@ def train(
     settings = config.train
     with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
         state = TrainingState(run, accelerator)
-        if state.trained.compressed and not state.is_complete():
-            data.compress(state.trained.predictor, fit=state.step == 0 and run.init is None)
+        ridge = _compress(state, data) if state.trained.compressed and not state.is_complete() else None
         first_step, stopped_by, weights = state.step, None, None
         with (
             stop_request() as stop,
@@ -102,7 +106,7 @@ def train(
                 step = state.step + 1
                 set_rates(state.optimizer, *rates_at(step, settings))
                 if fits:
-                    report = fit_step(state.trained.module, state.objective, data)
+                    report = fit_step(state.trained.module, state.objective, data, ridge)
                 else:
                     report = train_step(
                         accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
@@ -128,9 +132,32 @@ def train(
                     stopped_by = stop.name or "a signal to another process"
                     break
         if accelerator.is_main_process and stopped_by is None:
-            weights = write_outputs(state.trained, state.select_weights(), run)
+            weights = write_outputs(state.trained, state.select_weights(), run, fit_heads(run, accelerator.device))
         end_processes(accelerator)
     return TrainResult(weights, run.folder, state.step, state.step - first_step, settings.num_steps, stopped_by)
+
+
+def _compress(state: TrainingState, data: TrainingData) -> float | None:
+    """Turn the data into latents, and say what a new predictor's kept share is; return the ridge of a linear one."""
+    predictor, core = state.trained.predictor, state.trained.module
+    new, ridge, apart = state.step == 0 and state.run.init is None, None, None
+    if new:
+        apart = data.compress_half(predictor)
+        said = f"kept share {float(predictor.kept_share):.2g}"
+    else:
+        data.compress(predictor, fit=False)
+    if isinstance(core, LatentRidge):
+        ridge = choose_ridge(core, data, apart)
+    if new:
+        num_all = len(set(data.episodes_of(np.arange(data.num_windows))))
+        how = f"{len(apart)} of {num_all} training episodes, to which the components were not fitted for this"
+        if len(apart) == num_all:
+            how = "the training episodes that the components are fitted to, for want of others: expect less of it on new ones"
+        elif len(apart) < FEW_EPISODES:
+            how += "; with so few it may be another one on new ones"
+        print(f"{said}{'' if ridge is None else f', ridge {ridge:g}'}: chosen on {how}")
+        data.compress(predictor, fit=True)
+    return ridge
 
 
 class TrainingState:

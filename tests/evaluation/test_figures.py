@@ -6,6 +6,7 @@ Claims:
 - the paired test is exact for few episodes, cannot reject with five, and is scipy's for many, to the last bit;
 - every slice in which windows differ has one row for each value, over its own windows, episodes counted once; one episode has no interval;
 - an answer follows from interval, test and number of episodes, and nothing else; a gain that is sure but tiny is no success;
+- actions are used only where another episode's and zero ones both do worse, and what is worse than copying is told so beside it;
 - few episodes, an untrained encoder and clip mode are said in words; the steps seen ahead end at the first that fails.
 """
 
@@ -15,7 +16,7 @@ import torch
 from scipy.stats import permutation_test
 
 from jepa_cache.data.ablations import SHUFFLED
-from jepa_cache.evaluation.figures import slice_table, worst_table
+from jepa_cache.evaluation.figures import OTHERS, slice_table, worst_table
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
     cosine_similarity,
@@ -148,7 +149,16 @@ def test_a_third_that_no_window_falls_into_has_no_row():
 # --- the verdict ----------------------------------------------------------------------------------------------------------
 
 
-NAMES = ("copy_last", "mean", "extrapolation", "regression", "shuffled_actions", "zero_actions", "permuted_actions")
+NAMES = (
+    "copy_last",
+    "mean",
+    "extrapolation",
+    "regression",
+    "no_actions",
+    "shuffled_actions",
+    "zero_actions",
+    "permuted_actions",
+)
 SHIFTED = ("next_actions", "previous_actions")
 GOOD = (6.1, 5.2, 7.0, 0.002)
 
@@ -206,6 +216,53 @@ def test_the_strongest_baseline_and_the_nearer_step_are_those_that_count():
     assert verdict["baselines"]["answer"] == "no" and "linear regression" in verdict["baselines"]["words"]
     assert verdict["timing"]["answer"] == "no" and "the previous step's" in verdict["timing"]["words"]
     assert verdict["copying"]["answer"] == verdict["actions"]["answer"] == "yes"
+
+
+READ = {f"readout_{name}_percent": (80.0, 55.0, 104.0, 0.002) for name in OTHERS}
+
+
+def read_out(above: dict | None = None) -> dict:
+    """Sections of an evaluation whose readout tells x; `above` as `READ` where it says otherwise."""
+    found = READ | (above or {})
+    return {
+        "readout": {"r2_x": 0.7},
+        "readout_notes": {"columns": "nothing is read: R2 is about 0"},
+        "above": {name: gain[0] for name, gain in found.items() if gain},
+        "above_ci": {name: list(gain[1:3]) for name, gain in found.items() if gain},
+        "above_p": {name: gain[3] for name, gain in found.items() if gain},
+    }
+
+
+@pytest.mark.parametrize("other", ["shuffled_actions", "zero_actions"])
+@pytest.mark.parametrize(
+    ("gain", "answer"),
+    [((0.2, 0.1, 0.3, 0.01), "no"), ((4.0, -1.0, 9.0, 0.2), "unclear"), ((-3.0, -4.0, -2.0, 0.002), "no")],
+)
+def test_actions_are_used_only_where_another_episode_s_and_zero_actions_both_do_worse(other, gain, answer):
+    verdict = describe_verdict(
+        make_metrics(gains={other: gain, f"{other}_step3": gain}, **read_out({f"readout_{other}_percent": gain}))
+    )
+    for question in ("actions", "actions_rollout", "readout"):
+        assert verdict[question]["answer"] == answer, verdict[question]
+        assert "another episode's" in verdict[question]["words"] and "zero actions" in verdict[question]["words"]
+    assert verdict["timing"]["answer"] == "yes"
+
+
+def test_what_is_worse_than_copying_is_told_so_wherever_it_is_asked_about_actions():
+    worse = (-7.3, -9.0, -5.0, 0.002)
+    gains = {"copy_last": worse, "copy_last_step3": worse}
+    verdict = describe_verdict(make_metrics(gains=gains, **read_out({"readout_copy_last_percent": worse})))
+    for question in ("actions", "actions_rollout", "timing", "readout"):
+        assert verdict[question]["answer"] == "yes" and "worse than copying the last step" in verdict[question]["words"]
+    assert "its error is 7.3 % higher [5.0, 9.0]" in verdict["actions"]["words"]
+    good = describe_verdict(make_metrics(**read_out()))
+    assert not any("worse than copying" in judged["words"] for judged in good.values())
+    assert "x 0.70" in good["readout"]["words"] and "zero actions 80.0 % [55.0, 104.0]" in good["readout"]["words"]
+
+
+def test_where_nothing_can_be_read_the_reason_stands_in_place_of_a_gap():
+    found = describe_verdict(make_metrics(**read_out(dict.fromkeys(READ))))["readout"]
+    assert found["answer"] == "unclear" and "nothing is read: R2 is about 0" in found["words"]
 
 
 def test_the_steps_seen_ahead_end_at_the_first_that_fails():

@@ -21,7 +21,7 @@ from tests.browser import measure_widths
 
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil>"
 FIGURES = {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "teacher_forcing_cosine": 0.9, "rollout_cosine": 0.8}
-QUESTIONS = ("actions", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
+QUESTIONS = ("actions", "readout", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
 GAP = {"gap_shuffled_actions_step4": 0.14891, "gain_shuffled_actions_step4_percent": 24.6, "odd_figure": 7.0}
 DRAWN = ("horizon", "actions", "strip1", "strip2", "energy_ranks", "energy_maps")
 PICTURES = (*(f"{name}.png" for name in DRAWN), "rollout1.gif")
@@ -66,8 +66,15 @@ def write_folder(folder, *, measured=True, **changes):
     for name in ("energy", "distance", "noise", "probe") if measured else ():
         metrics |= {name: {f"{name}_figure": 0.25}, f"{name}_ci": {f"{name}_figure": [0.2, 0.3]}}
     if measured:
+        metrics |= {"readout": {"r2_x": 0.7}, "readout_ci": {"r2_x": [0.6, 0.8]}, "readout_notes": {"columns": EVIL}}
         metrics["probe_notes"] = {EVIL: "no label here"}
-    settings = {"dataset": EVIL, "encoder": "tiny", "predictor": {"name": "small"}, "nested": {"a": {"b": [1, 2]}}}
+    settings = {
+        "dataset": EVIL,
+        "encoder": "tiny",
+        "encoder_origin": "its maker",
+        "predictor": {"name": "small"},
+        "nested": {"a": {"b": [1, 2]}},
+    }
     settings["measured"] = {"evaluate": {"horizon": 4, "measure": ["energy"], "energy_axes": None}}
     for name, content in (("metrics", metrics), ("settings", settings)):
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -76,6 +83,9 @@ def write_folder(folder, *, measured=True, **changes):
     worst = [{"rank": 1, "episode": f"{EVIL} {'x' * 400}", "camera": EVIL, "l1": 0.9}]
     probes = [{"probe": EVIL, "value": 0.8, "low": 0.7, "high": 0.9, "baseline": 0.0}]
     tables = {"slices": slices, "worst": worst, "horizon": [{"horizon": 1, "model": 0.5}]}
+    tables["above"] = [
+        {"against": EVIL, "tokens_percent": 0.57, "tokens_percent_low": 0.42, "tokens_percent_high": 0.72}
+    ]
     tables |= {
         "measurements/noise": [{f"column_{number}": 0.123456 for number in range(40)}],
         "measurements/probes": probes,
@@ -101,8 +111,17 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
     places = [page.text.index(f"? yes answer to {name}, ") for name in QUESTIONS]
     assert places == sorted(places)
     for part in (
-        *("random weights", "Clip mode", "0.4559", "0.4459 to 0.4659", "odd_figure", "0.8 [0.7, 0.9]"),
+        *(
+            "random weights",
+            "Encoder: its maker.",
+            "Clip mode",
+            "0.4559",
+            "0.4459 to 0.4659",
+            "odd_figure",
+            "0.8 [0.7, 0.9]",
+        ),
         *("shuffled actions, open-loop step 4", "0.1489", "24.59 to 24.61", "0.002"),
+        *("0.57 [0.42, 0.72]", "r2_x", "0.6 to 0.8"),
         *("no label here", "nested.a.b", "[1, 2]"),
         *(f"{name}_figure" for name in ("energy", "distance", "noise", "probe")),
         f"of {MAX_ROWS + 5} rows",

@@ -31,12 +31,12 @@ from jepa_cache.evaluation import run
 from jepa_cache.evaluation.context import Measurement, check_settings
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
-from jepa_cache.evaluation.windows import BASELINES, fit_baselines
+from jepa_cache.evaluation.windows import BASELINES, NoActionsFit, fit_baselines
 from jepa_cache.predictor.checkpoints import load_predictor, save_state
 from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import Cache, make_config
 from tests.encoded import all_files
-from tests.evaluation.evaluations import Trained, read_rows
+from tests.evaluation.evaluations import Trained, evaluation_of, read_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,7 +110,10 @@ def recompute(cache: Cache, weights: Path) -> Again:
     numbers = [number_of[window] for window in windows]
     ablations = action_ablations(dataset, scaler, index, numbers, seed=settings.seed)
     training = dataset.segments_of("train", cache.config.split)
-    baselines = fit_baselines(dataset, training, scaler, LatentModel(None, True))
+    evaluation = evaluation_of(cache, predictor)
+    without = NoActionsFit(evaluation, training)
+    baselines = fit_baselines(dataset, training, scaler, LatentModel(None, True), no_actions=without)
+    linear = baselines.no_actions.predictor.double()
     mean, change = baselines.mean.double(), baselines.change.double()
     errors: dict[tuple[str, str], list[list[float]]] = {}
     measures = {
@@ -138,12 +141,19 @@ def recompute(cache: Cache, weights: Path) -> Again:
             x = torch.cat([own[len(seen) - 1], s[len(seen) - 1], torch.ones(1)])
             return layer_norm(seen[-1] + torch.einsum("p,pnd->nd", x, change))
 
+        def foresee_alone(seen, s=s):
+            """Without actions, from the last step."""
+            return layer_norm(
+                linear(seen[-1][None, None], torch.empty(1, 1, 0), s[None, len(seen) - 1 :][:, :1]).tokens[0, 0]
+            )
+
         given = {"model": own} | {name: values[place] for name, values in ablations.items()}
         predictions = {name: partial(foresee, given=actions) for name, actions in given.items()} | {
             "copy_last": lambda seen: seen[-1],
             "mean": lambda seen: mean,
             "extrapolation": lambda seen: layer_norm(2 * seen[-1] - seen[-2]) if len(seen) > 1 else None,
             "regression": regress,
+            "no_actions": foresee_alone,
         }
         for name, predict in predictions.items():
             found, rolled = [predict(list(h[: t + 1])) for t in range(num_trained - 1)], list(h[:context])
@@ -202,8 +212,9 @@ def test_every_figure_equals_one_recomputed_from_the_files(trained, again, resul
     assert set(expected) | set(gains) == set(metrics["val_ci"])
     for name, values in expected.items():
         estimate = bootstrap_mean(values, num_resamples=settings.num_bootstrap, seed=settings.seed)
-        assert metrics["val"][name] == pytest.approx(values.mean(), abs=1e-5), name
-        assert metrics["val_ci"][name] == pytest.approx(estimate[1:], abs=1e-5), name
+        close = 5e-5 if "no_actions" in name else 1e-5  # its components are found in float32, by iteration
+        assert metrics["val"][name] == pytest.approx(values.mean(), abs=close), name
+        assert metrics["val_ci"][name] == pytest.approx(estimate[1:], abs=close), name
     for name, (gaps, errors) in gains.items():
         assert metrics["val"][name] == pytest.approx(100 * gaps.mean() / errors.mean(), abs=1e-2), name
         low, high = metrics["val_ci"][name]
@@ -230,7 +241,7 @@ def test_every_table_equals_one_recomputed_from_the_files(again, result):
                     assert row[name] == row[f"{name}_low"] == ""
                     continue
                 values = again.per_episode(name, slice(first + place, first + place + 1), measure)
-                assert float(row[name]) == pytest.approx(values.mean(), abs=1e-5), (table, name, place)
+                assert float(row[name]) == pytest.approx(values.mean(), abs=5e-5), (table, name, place)
                 assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
 
 
@@ -288,6 +299,8 @@ def test_a_predictor_that_learned_from_its_actions_gets_good_answers(result):
     metrics = json.loads((result / "metrics.json").read_text())
     answers = {name: verdict["answer"] for name, verdict in metrics["verdict"].items()}
     assert answers.pop("limits") == "none"
+    assert answers.pop("readout") == "unclear", "the tokens are waves of the yaw, and hold no pitch"
+    assert "nothing to read" in metrics["verdict"]["readout"]["words"]
     assert set(answers.values()) == {"yes"}, metrics["verdict"]
     words = describe_metrics(metrics, 4)
     for verdict in metrics["verdict"].values():

@@ -3,6 +3,7 @@
 Claims:
 - a compressed predictor resumes bit for bit, starts from given weights with their compressor, and is refused LoRA and several processes;
 - latents are compressed once: no token is read after the training has begun, and they are those of the steps they stand for;
+- the kept share and the ridge are chosen on every other training episode, under components that were fitted to the rest alone;
 - the linear predictor is one training step, found again by the same command; it fits a linear world exactly, whatever the scale, and
   takes a ridge that errs least on episodes it was not fitted to;
 - `stop_share` validates and stops by training episodes put aside: held-out ones change nothing of a training, nor do those put aside
@@ -10,6 +11,7 @@ Claims:
 - evaluation takes all of them, and their card names their kind.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +72,26 @@ def test_latents_are_those_of_their_steps(cache, tmp_path):
         latents.read_tokens(segment.store, segment.start, z)
         expected = predictor.compressor.compress(normalize_tokens(torch.from_numpy(tokens)))
         torch.testing.assert_close(torch.from_numpy(z[:, 0]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [COMPRESSED, LINEAR])
+def test_the_kept_share_is_that_of_episodes_to_which_its_components_were_not_fitted(cache, tmp_path, kind, capsys):
+    predictor, _ = load_predictor(run(cache, tmp_path, *kind).weights)
+    segments = sorted(cache.dataset.segments_of(TRAIN, cache.config.split), key=lambda segment: segment.episode)
+    assert len(segments) == 5
+    tokens = np.empty((5, 30, 4, 8), np.float16)
+    for segment, out in zip(segments, tokens, strict=True):
+        cache.dataset.read_tokens(segment.store, segment.start, out)
+    h = normalize_tokens(torch.from_numpy(tokens))
+    by_hand = deepcopy(predictor)
+    by_hand.compressor.fit(lambda: [h[::2]], predictor.whitening)
+    windows = h[1::2].unfold(1, 5, 1).flatten(0, 1).movedim(-1, 1)
+    by_hand.fit_share([windows])
+    assert float(predictor.kept_share) == pytest.approx(float(by_hand.kept_share), rel=1e-3)
+    by_hand.compressor.fit(lambda: [h], predictor.whitening)
+    torch.testing.assert_close(predictor.compressor.scale, by_hand.compressor.scale, rtol=1e-3, atol=0)
+    said = capsys.readouterr().out
+    assert "chosen on 2 of 5 training episodes" in said and "with so few" in said
 
 
 @pytest.mark.parametrize("kind", [COMPRESSED, LINEAR])
@@ -141,7 +163,9 @@ class LinearWorld:
 def fit(world: LinearWorld) -> LatentRidge:
     core = LatentRidge(6, 3, 2, num_products=4)
     settings = replace(make_config("train.window_steps=2", "train.auto_steps=1").train, normalize_reps=False)
-    report = ridge.fit_step(core, Objective(core, settings, torch.device("cpu")), world)
+    report = ridge.fit_step(
+        core, Objective(core, settings, torch.device("cpu")), world, ridge.choose_ridge(core, world)
+    )
     assert len(report.windows) == len(report.jloss_by_window) == world.num_windows
     return core
 
@@ -177,6 +201,21 @@ def test_the_ridge_grows_with_the_noise_and_beats_none(monkeypatch):
         chosen[noise] = next(key for key, value in by_ridge.items() if value == best)
     assert chosen[1e-3] < chosen[1.0]
     assert by_ridge[chosen[1.0]] < 0.5 * by_ridge[min(by_ridge)]
+
+
+def test_the_ridge_is_judged_by_the_episodes_that_are_set_apart_alone():
+    class Contrary(LinearWorld):
+        def batches_in_order(self):
+            for batch in super().batches_in_order():
+                contrary = torch.from_numpy(batch.numbers < 40)
+                before, after = batch.tokens[contrary].unbind(dim=1)
+                batch.tokens[contrary, 1] = 2 * before - after
+                yield batch
+
+    contrary, others = {"episode-0", "episode-1"}, {f"episode-{number}" for number in range(2, 8)}
+    world = Contrary(random_core(), num_episodes=8, noise=0.1)
+    assert ridge.choose_ridge(random_core(), world, contrary) == max(ridge.RIDGES)
+    assert ridge.choose_ridge(random_core(), world, others) <= 1
 
 
 def test_one_training_episode_is_refused_by_the_linear_predictor():

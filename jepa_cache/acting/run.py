@@ -1,0 +1,366 @@
+"""The experiment of stages/act.py: several trainings act from starts of their own, beside controls; figures, tables, a film.
+
+Read first. `control.closed_loop` says what an episode is and when it is a success; `film.py` draws one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from jepa_cache.acting.film import Film, write_film
+from jepa_cache.api import Encoder, WorldModel
+from jepa_cache.config.parsing import parse_dataclass
+from jepa_cache.config.paths import default_num_threads
+from jepa_cache.config.schema import ActConfig, Config
+from jepa_cache.control.closed_loop import (
+    TASKS,
+    Episode,
+    EpisodeError,
+    Goal,
+    Policy,
+    Simulator,
+    Start,
+    Task,
+    build_no_motion,
+    build_oracle,
+    build_random_actions,
+    build_readout_servo,
+    draw_starts,
+    find_goal,
+    run_episode,
+    summarize,
+)
+from jepa_cache.control.controller import Controller
+from jepa_cache.data.dataset import CachedDataset
+from jepa_cache.data.scaler import Scaler
+from jepa_cache.data.windows import count_episodes
+from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
+from jepa_cache.evaluation.metrics import write_json, write_table
+from jepa_cache.evaluation.planning import choose_settings
+from jepa_cache.files import replaced_files
+from jepa_cache.predictor.heads import HEADS
+from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
+from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig
+from jepa_cache.training.trainer import train
+
+BuildPolicy = Callable[[Goal], Policy]
+
+PLAN = "plan"
+CONTROLS = ("random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks")
+PICKING_SEED = 0
+"""`act.start_seed` of the starts on which settings were picked; figures are those of another set."""
+MAX_READOUT_STEPS = 2000  # that the readout is fitted to, spread over the training episodes
+READOUT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the number of steps, on standardised numbers of tokens
+
+
+class Looks(NamedTuple):
+    """Which looks a simulator has: seeds from `unseen` on were never recorded, None is the plain one."""
+
+    unseen: int
+
+    def draw(self, kind: str, number: int) -> int | None:
+        """The look of start `number`."""
+        return None if kind == "plain" else self.unseen + number
+
+
+def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: Path, *, base: Path) -> dict[int, Path]:
+    """Weights of `act.seeds`: the settings of stage two with each as `train.seed`, from the same cache; what is trained already is taken.
+
+    Raises:
+        ValueError: A training was stopped; the same command resumes it.
+    """
+    weights = {}
+    costs = tuple(dict.fromkeys((*config.train.costs, *({config.act.cost} & set(HEADS)))))
+    for seed in config.act.seeds:
+        # No logger: the trackers are for the training that the user asked for.
+        own = replace(config, train=replace(config.train, seed=seed, loggers=(), costs=costs))
+        result = train(own, dataset, scaler, folder / f"seed-{seed}/run", base=base)
+        if result.weights is None:
+            raise ValueError(
+                f"the training of seed {seed} was stopped by {result.stopped_by}; the same command resumes it"
+            )
+        weights[seed] = result.weights
+    return weights
+
+
+def act_run(
+    config: Config,
+    dataset: CachedDataset,
+    encoder: Encoder,
+    weights: Mapping[int, Path],
+    simulator: Simulator,
+    looks: Looks,
+    out: Path,
+) -> dict[str, Any]:
+    """Act with the weights of each training seed, and with the controls that `act.controls` names; write figures, tables and a film to `out`.
+
+    Each training seed has `act.num_starts` starts of its own, so that all episodes of a figure are of different starts; policies without
+    a world model act from those of the first. What is written: metrics.json, and in run/ episodes.csv, report.html, film.gif, film.mp4, film.png.
+
+    Raises:
+        ValueError: The weights do not fit, or no episode of the planner came to its end.
+    """
+    torch.set_num_threads(default_num_threads())
+    settings, task = config.act, TASKS[config.act.task]
+    if "other_goal" in settings.controls and settings.num_starts < 2:
+        raise ValueError("act.controls has other_goal, the goal of the next start; set act.num_starts above 1")
+    worlds = {seed: WorldModel.load(path, encoder) for seed, path in weights.items()}
+    first = next(iter(weights))
+    width = len(worlds[first].space.actions)
+    loop = Loop(simulator, task, settings, looks)
+    figures, names = {}, [name for name in settings.controls if name != "unseen_looks" or settings.look == "plain"]
+    for name in (PLAN, *names):
+        look = "unseen" if name == "unseen_looks" else settings.look
+        if name in (PLAN, "other_goal", "unseen_looks"):
+            for place, (seed, world) in enumerate(worlds.items()):
+                build = build_planner(world, settings, seed)
+                loop.run(name, seed, place, build, look=look, other_goal=name == "other_goal")
+        else:
+            without = {
+                "random_actions": lambda: build_random_actions(width, settings.start_seed),
+                "no_motion": lambda: build_no_motion(width),
+                "oracle": lambda: build_oracle(width),
+                "readout_servo": lambda: build_readout_servo(
+                    fit_readout(open_evaluation(config, dataset, weights[first]), worlds[first]), width
+                ),
+            }
+            loop.run(name, None, 0, without[name](), look=look)
+        figures[name] = summarize(loop.episodes[name])
+        if name == PLAN and figures[PLAN]["num_failures"] == figures[PLAN]["num_starts"]:
+            raise ValueError(f"no episode came to its end: {'; '.join(figures[PLAN]['failures'])}")
+    by_seed = {str(seed): summarize(loop.episodes_of(PLAN, seed)) for seed in worlds}
+    metrics = {
+        **figures[PLAN],
+        **{name: figures[name] for name in names},
+        "by_seed": by_seed,
+        "seeds": list(weights),
+        "task": task.name,
+        "rule": task.rule,
+        "look": settings.look,
+        "goal_look": settings.goal_look,
+        "start_seed": settings.start_seed,
+        "settings_picked_on": f"starts of act.start_seed={PICKING_SEED}",
+        "picked_on_these_starts": settings.start_seed == PICKING_SEED,
+        "encoder_trained": dataset.manifest.encoder_trained,
+        "dataset": config.dataset.name,
+        "encoder": config.encoder.name,
+        "predictor": config.predictor.name,
+        "settings": asdict(settings),
+    }
+    films = [film_start(loop, worlds[first], number, first) for number in range(settings.num_filmed)]
+    with replaced_files(out / "run", "episodes.csv") as folder:
+        write_film([film for film in films if film is not None], metrics, folder)
+        write_table(loop.rows, folder / "episodes.csv")
+    write_json(metrics, out / "metrics.json")
+    return metrics
+
+
+class Loop:
+    """Runs policies from the starts of an experiment, and keeps what happened."""
+
+    def __init__(self, simulator: Simulator, task: Task, settings: ActConfig, looks: Looks) -> None:
+        """Nothing is drawn yet."""
+        self.simulator, self.task, self.settings, self.looks = simulator, task, settings, looks
+        self.episodes: dict[str, list[Episode]] = {}
+        self.rows: list[dict[str, Any]] = []
+        self._goals: dict[str, Goal | EpisodeError] = {}
+
+    def run(
+        self, name: str, seed: int | None, place: int, build: BuildPolicy, *, look: str, other_goal: bool = False
+    ) -> None:
+        """Act from the starts of the training seed at `place`; with `other_goal` the policy is shown that of the next start."""
+        starts = self.starts(place, look)
+        title = name if seed is None else f"{name}, seed {seed}"
+        for number, start in enumerate(tqdm(starts, desc=title, unit="episode", dynamic_ncols=True)):
+            episode = self.act(start, build, shown=starts[(number + 1) % len(starts)] if other_goal else None)
+            self.episodes.setdefault(name, []).append(episode)
+            self.rows.append(
+                {
+                    "policy": name,
+                    "seed": seed,
+                    "start": place * self.settings.num_starts + number,
+                    "look": start.options["look"],
+                    "start_m": episode.start_m,
+                    "final_m": episode.final_m,
+                    "success": int(episode.success),
+                    "closer_than_half": int(episode.closer_than_half),
+                    "failure": episode.failure,
+                }
+            )
+
+    def episodes_of(self, name: str, seed: int) -> list[Episode]:
+        """Those of one training seed."""
+        policies = [row for row in self.rows if row["policy"] == name]
+        return [one for one, row in zip(self.episodes[name], policies, strict=True) if row["seed"] == seed]
+
+    def starts(self, place: int, look: str) -> list[Start]:
+        """The starts of the training seed at `place`, with their looks."""
+        settings, first = self.settings, place * self.settings.num_starts
+        drawn = draw_starts(self.task, settings.num_starts, settings.start_seed, first=first)
+        starts = []
+        for number, start in enumerate(drawn, start=first):
+            live = self.looks.draw(look, number)
+            # Another one for the goal: far beyond the numbers of starts.
+            shown = live if settings.goal_look == "same" else self.looks.draw("unseen", 10**6 + number)
+            starts.append(start._replace(options=start.options | {"look": live}, goal=start.goal | {"look": shown}))
+        return starts
+
+    def act(
+        self, start: Start, build: BuildPolicy, *, shown: Start | None = None, keep_frames: bool = False
+    ) -> Episode:
+        """One episode; judged by the start's own goal, whatever is shown."""
+        goal = self.find_goal(start)
+        if shown is not None and isinstance(goal, Goal):
+            other = self.find_goal(shown._replace(goal=shown.goal | {"look": start.goal["look"]}))
+            goal = goal._replace(frame=other.frame) if isinstance(other, Goal) else other
+        if isinstance(goal, EpisodeError):
+            return Episode(failure=str(goal))
+        return run_episode(self.simulator, self.task, start, goal, build, keep_frames=keep_frames)
+
+    def find_goal(self, start: Start) -> Goal | EpisodeError:
+        """The goal of a start, looked up once, or why there is none."""
+        key = repr((start.goal, start.way.tolist()))
+        if key not in self._goals:
+            try:
+                self._goals[key] = find_goal(self.simulator, self.task, start)
+            except EpisodeError as error:
+                self._goals[key] = error
+        return self._goals[key]
+
+
+def build_controller(world: WorldModel, settings: ActConfig, goal: np.ndarray, seed: int) -> Controller:
+    """The controller that `act` asks for."""
+    limits = {name: getattr(settings, name) for name in ("max_step_m", "reach") if getattr(settings, name) is not None}
+    return Controller(
+        world,
+        goal,
+        choose_settings(settings),
+        motion=world.build_motion(settings.settings, **limits),
+        cost=settings.cost,
+        num_context_steps=settings.num_context_steps,
+        replan_every=settings.replan_every,
+        seed=seed,
+    )
+
+
+def build_planner(world: WorldModel, settings: ActConfig, seed: int) -> BuildPolicy:
+    """The policy that is to be proven: a controller for each goal."""
+
+    def build(goal: Goal) -> Policy:
+        controller = build_controller(world, settings, goal.frame, seed)
+        return lambda observation: controller.act(observation["frame"], observation["state"])
+
+    return build
+
+
+def fit_readout(evaluation: EvaluationContext, world: WorldModel) -> Callable[[np.ndarray], np.ndarray]:
+    """A ridge regression from all tokens of a frame [h, w, 3] to the end effector's place [3] m, fitted on training episodes.
+
+    Its strength is chosen by folds of whole episodes.
+    """
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    segments = evaluation.training_segments()
+    per_episode = -(-MAX_READOUT_STEPS // count_episodes(segments))
+    chosen = choose_windows(segments, 1, per_episode, limit=MAX_READOUT_STEPS)
+    tokens = [h.flatten(1).cpu().numpy() for _, _, h in evaluation.iter_windows(chosen, "fitting the readout")]
+    places = np.array([evaluation.dataset.controls(one.store)[1][one.start, :3] for one in chosen.windows])
+    model = make_pipeline(StandardScaler(), Ridge())
+    strengths = {"ridge__alpha": [len(places) * ridge for ridge in READOUT_RIDGES]}
+    folds = GroupKFold(min(4, len(set(chosen.episodes))))
+    fitted = GridSearchCV(model, strengths, cv=folds).fit(np.concatenate(tokens), places, groups=chosen.episodes)
+    return lambda frame: fitted.predict(world.see(frame[None]).flatten(1).cpu().numpy())[0].astype(np.float64)
+
+
+def film_start(loop: Loop, world: WorldModel, number: int, seed: int) -> Film | None:
+    """The planner's episode from one of the first seed's starts once more, with what it foresaw; None where it failed."""
+    start = loop.starts(0, loop.settings.look)[number]
+    goal = loop.find_goal(start)
+    foreseen: list[torch.Tensor] = []
+
+    def build(goal: Goal) -> Policy:
+        controller = build_controller(world, loop.settings, goal.frame, seed)
+
+        def policy(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+            action = controller.act(observation["frame"], observation["state"])
+            plan = controller.plan
+            foreseen.append(world.foresee(observation["frame"][None], plan.states[:-1], plan.found)[-1])
+            return action
+
+        return policy
+
+    episode = loop.act(start, build, keep_frames=True)
+    if episode.failure:
+        return None
+    seen = world.see(np.stack(episode.frames)).cpu().numpy()
+    aim = world.see(goal.frame[None])[0].cpu().numpy()
+    return Film(episode, goal.frame, seen, torch.stack(foreseen).cpu().numpy(), aim, loop.task)
+
+
+def describe_acting(metrics: Mapping[str, Any]) -> str:
+    """The figures in a few lines."""
+    lines = [f"{metrics['task']}: {metrics['rule']}"]
+    for name, words in (
+        ("", f"planner, {len(metrics['seeds'])} training seeds"),
+        *((name, name.replace("_", " ")) for name in CONTROLS),
+    ):
+        if name and name not in metrics:
+            continue
+        one = metrics[name] if name else metrics
+        low, high = one["success_ci"]
+        end = "" if one["final_distance_m"] is None else f", ends {100 * one['final_distance_m']:.1f} cm away"
+        failed = f"; {one['num_failures']} failed ({'; '.join(one['failures'])})" if one["num_failures"] else ""
+        lines.append(
+            f"  {words}: {one['success']:.2f} [{low:.2f}, {high:.2f}] of {one['num_starts']} starts, closer than half "
+            f"{one['closer_than_half']:.2f}{end}{failed}"
+        )
+    lines.append(f"  a plan takes {metrics['seconds_per_plan']:.3f} s; 95 % intervals over starts (Wilson)")
+    if metrics["picked_on_these_starts"]:
+        lines.append("  settings were picked on these starts: take figures from another act.start_seed")
+    if not metrics["encoder_trained"]:
+        lines.append("  the features come from an encoder with random weights")
+    return "\n".join(lines)
+
+
+def write_nothing(out: Path, reason: str) -> None:
+    """Say in metrics.json why nothing was done, for DVC, which wants its outs."""
+    with replaced_files(out / "run", "episodes.csv") as folder:
+        (folder / "episodes.csv").write_text("policy\n", encoding="utf-8")
+    write_json({"nothing_done": reason}, out / "metrics.json")
+
+
+def open_simulator(config: Config) -> tuple[Simulator | None, Looks, str]:
+    """The simulator that a data set was recorded in with its looks; None and the reason where there is none.
+
+    Raises:
+        ValueError: The cache does not fit it (every setting is named), or something that it needs is not installed.
+    """
+    looks, dataset, encode = Looks(NUM_RECORDED_LOOKS), config.dataset, config.encode
+    if dataset.sample is None or dataset.source != "droid_raw":
+        return None, looks, f"dataset {dataset.name!r} has no simulator"
+    obstacles = [
+        message
+        for wrong, message in (
+            (encode.mode != "frame", f"encode.mode must be frame, one picture a step; it is {encode.mode}"),
+            (encode.fps != STEP_HZ, f"encode.fps must be {STEP_HZ:g}, the simulator's steps; it is {encode.fps:g}"),
+            (
+                len(encode.cameras) != 1 or encode.cameras[0] not in CAMERAS,
+                f"encode.cameras must name one of {', '.join(CAMERAS)}; got {', '.join(encode.cameras) or 'none'}",
+            ),
+        )
+        if wrong
+    ]
+    if obstacles:
+        raise ValueError(f"nothing can be acted with this cache: {'; '.join(obstacles)}")
+    sample = parse_dataclass(RobotSampleConfig, dataset.sample, f"configs/dataset/{dataset.name}.yaml: sample")
+    return RobotWorld(sample.size, camera=encode.cameras[0]), looks, ""
