@@ -25,8 +25,9 @@ CLOSER_SHARE = 0.5  # of the distance at the start
 MARGIN_M = 0.05  # by which a place may lie outside a task's box: what the arm overshoots, and no more
 Z = 1.96  # of a 95 % interval
 
-# Of a push, m: behind the block's middle, over the table, how far the closed gripper goes, of which the last 8 cm move the block.
-BEHIND_M, HEIGHT_M, PUSH_M, PUSH_STEPS = 0.07, 0.04, 0.125, 3
+# Of a push, m: behind the middle of the block (nearer, the fingers may touch it), over the table, how far the closed gripper goes: the block
+# moves by some 8 cm of it.
+BEHIND_M, HEIGHT_M, PUSH_M, PUSH_STEPS = 0.10, 0.04, 0.135, 3
 
 
 class Simulator(Protocol):
@@ -99,11 +100,11 @@ def draw_reach(rng: np.random.Generator, task: Task) -> Start:
 
 
 def draw_push(rng: np.random.Generator, task: Task) -> Start:
-    """A closed gripper low behind a block, which a straight way pushes by 8 cm, at most 30 degrees from the normal of one of its faces."""
+    """A closed gripper low behind a block, which a straight way pushes by some 8 cm, at most 15 degrees from the normal of one of its faces."""
     low, high = np.array(task.box_m)[:, :2] + np.array([[0.01], [-0.01]])
     while True:
         block = rng.uniform((0.38, -0.20), (0.60, 0.20))
-        angle = rng.integers(4) * np.pi / 2 + rng.uniform(-np.pi / 6, np.pi / 6)
+        angle = rng.integers(4) * np.pi / 2 + rng.uniform(-np.pi / 12, np.pi / 12)
         direction = np.array([np.cos(angle), np.sin(angle)])
         begin = block - BEHIND_M * direction
         ends = np.array([begin, begin + PUSH_M * direction])
