@@ -266,14 +266,32 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
     assert set(MAX_STEP_M) == set(SETTINGS)
 
 
+class Game:
+    """A recorded episode as an environment that takes any action."""
+
+    def __init__(self, frames, states):
+        self._seen = [{"frame": frame, "state": state} for frame, state in zip(frames, states, strict=True)]
+        self.actions = []
+
+    def reset(self):
+        self.actions.clear()
+        return self._seen[0], {}
+
+    def step(self, action):
+        self.actions.append(action)
+        return self._seen[len(self.actions)], 0.0, False, len(self.actions) == 4, {}
+
+
 def test_the_examples_of_the_manual_run(trained, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
-    assert len(blocks) == 2
     monkeypatch.chdir(trained.folder)
+    game = Game(trained.frames, trained.states)
+    names = {"frames": trained.frames, "states": trained.states, "actions": trained.actions, "env": game}
+    names |= {"np": np, "torch": torch}
     for block in blocks:
-        names = {"frames": trained.frames, "states": trained.states, "actions": trained.actions}
         exec(block, names)
-        if "plan" in names:
-            assert names["plan"].actions.shape == (2, 13) and np.isfinite(names["plan"].actions).all()
-        else:
-            assert torch.equal(names["tokens"], trained.tokens)
+    assert torch.equal(names["tokens"], trained.tokens)
+    assert names["plan"].actions.shape == (2, 13) and np.isfinite(names["plan"].actions).all()
+    assert names["energies"].shape == (3,) and names["best"].shape == (2, 13)
+    assert len(game.actions) == 4 and all(action.shape == (13,) for action in game.actions)
+    assert names["costs"].shape == (1, 5) and len(set(names["costs"][0].tolist())) == 1

@@ -45,6 +45,7 @@ from jepa_cache.evaluation.context import EvaluationContext, choose_windows, ope
 from jepa_cache.evaluation.metrics import write_json, write_table
 from jepa_cache.evaluation.planning import choose_settings
 from jepa_cache.files import replaced_files
+from jepa_cache.predictor.heads import HEADS
 from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
 from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig
 from jepa_cache.training.trainer import train
@@ -76,9 +77,10 @@ def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: 
         ValueError: A training was stopped; the same command resumes it.
     """
     weights = {}
+    costs = tuple(dict.fromkeys((*config.train.costs, *({config.act.cost} & set(HEADS)))))
     for seed in config.act.seeds:
         # No logger: the trackers are for the training that the user asked for.
-        own = replace(config, train=replace(config.train, seed=seed, loggers=()))
+        own = replace(config, train=replace(config.train, seed=seed, loggers=(), costs=costs))
         result = train(own, dataset, scaler, folder / f"seed-{seed}/run", base=base)
         if result.weights is None:
             raise ValueError(
@@ -240,7 +242,7 @@ def build_controller(world: WorldModel, settings: ActConfig, goal: np.ndarray, s
         world,
         goal,
         choose_settings(settings),
-        motion=world.build_motion(settings.settings, fixed=find_still(world), **limits),
+        motion=world.build_motion(settings.settings, **limits),
         cost=settings.cost,
         num_context_steps=settings.num_context_steps,
         replan_every=settings.replan_every,
@@ -256,15 +258,6 @@ def build_planner(world: WorldModel, settings: ActConfig, seed: int) -> BuildPol
         return lambda observation: controller.act(observation["frame"], observation["state"])
 
     return build
-
-
-def find_still(world: WorldModel) -> tuple[str, ...]:
-    """Searched columns that hardly moved in the training episodes: a predictor knows nothing of them, and says anything."""
-    recorded, motion = world.recorded, world.build_motion()
-    if recorded is None:
-        return ()
-    moved = np.subtract(recorded.action_high, recorded.action_low)[motion.columns]
-    return tuple(name for name, size, high in zip(motion.names, moved, motion.high, strict=True) if size < 0.05 * high)
 
 
 def fit_readout(evaluation: EvaluationContext, world: WorldModel) -> Callable[[np.ndarray], np.ndarray]:

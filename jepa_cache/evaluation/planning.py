@@ -47,6 +47,7 @@ from jepa_cache.evaluation.verdict import NO, SIGNIFICANCE, UNCLEAR, YES, list_l
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card
 
+ACTION_SCORE_PER_M, ACTION_SCORE_END_M = 800.0, 0.1
 PLAN, RANDOM, ZERO, OTHER_GOAL = "plan", "random", "zero", "other_goal"
 MOVED, RECORDED_END = "moved", "recorded"
 ACTION = "action"  # distance of actions, composed over all steps, in halves of the recorded range of one step: root mean square of columns
@@ -258,7 +259,9 @@ def summarize_plans(score: Score, config: Config) -> dict[str, Any]:
     }
     ends = [f"{name}_{kind}" for name in score.distances for kind in (*KINDS, MOVED, RECORDED_END)]
     ends = [name for name in ends if name in table]
-    values = {name: table[name] for name in (*ends, "energy_plan", "energy_recorded")} | gaps
+    values = (
+        {name: table[name] for name in (*ends, "energy_plan", "energy_recorded")} | gaps | score_translations(table)
+    )
     for horizon in np.unique(table["horizon"]):
         chosen = table["horizon"] == horizon
         for name, of_plans in values.items():
@@ -267,6 +270,19 @@ def summarize_plans(score: Score, config: Config) -> dict[str, Any]:
             if name in gaps:
                 metrics["p_value"][key] = paired_p_value(means, seed=config.evaluate.seed)
     return {"num_episodes": len(set(table["episode"])), "num_plans": len(score.seconds), **metrics}
+
+
+def score_translations(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of plans [n] in spaces of poses: `action_l1_m`, mean over x, y, z of |planned - recorded| summed over the steps, and `action_score`.
+
+    Source: 800 * (0.1 - d), the offline score of jepa-wms on DROID (arXiv 2512.24497). Whether its d is the mean or the sum over the axes
+    is not said there; ours is the mean.
+    """
+    axes = ("dx", "dy", "dz")
+    if not all(f"planned_{axis}" in table for axis in axes):
+        return {}
+    distance = np.mean([np.abs(table[f"planned_{axis}"] - table[f"recorded_{axis}"]) for axis in axes], axis=0)
+    return {"action_l1_m": distance, "action_score": ACTION_SCORE_PER_M * (ACTION_SCORE_END_M - distance)}
 
 
 def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str, str]]:

@@ -45,7 +45,8 @@ MAX_COMMAND_M = 0.06
 NUM_RECORDED_LOOKS = 2**31
 """Seeds of recorded looks lie below: a look of this seed or a higher one was never recorded."""
 
-_PUSH_START_M = (0.09, 0.12)  # from the block's centre to the closed fingers: 8 cm may touch it
+# From the block's centre to the closed fingers at the start. The gripper is wide along y: there it touches the block at 9 cm, along x at 4.
+_PUSH_START_M, _MORE_ALONG_Y_M, _PUSH_START_RANGE_M = 0.05, 0.045, 0.04
 _PUSH_HEIGHT_M = (0.03, 0.05)
 _SCRIPT, _LOOK = range(2)  # streams of random numbers, so that a change in one leaves the other as it was
 _SHORT = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist"}  # in names of DROID's metadata
@@ -107,15 +108,16 @@ def draw_push(rng: np.random.Generator, num_steps: int) -> tuple[dict[str, Any],
     """Options of `reset` that put the closed gripper beside a block, and displacements [K, 3] m that push it and then wander."""
     while True:
         block = rng.uniform(*BLOCK_AREA_M)
-        angle = rng.uniform(0, 2 * np.pi)
+        angle = rng.integers(4) * np.pi / 2 + rng.uniform(-0.7, 0.7)  # against a face: at an edge the block slips away
         ahead = np.array([np.cos(angle), np.sin(angle)])
-        way_m = rng.uniform(0.10, 0.24)
-        start = block - rng.uniform(*_PUSH_START_M) * ahead + rng.normal(0, 0.008) * np.array([-ahead[1], ahead[0]])
+        away_m = _PUSH_START_M + _MORE_ALONG_Y_M * ahead[1] ** 2 + rng.uniform(0, _PUSH_START_RANGE_M)
+        way_m = away_m + rng.uniform(0, 0.10)
+        start = block - away_m * ahead + rng.normal(0, 0.008) * np.array([-ahead[1], ahead[0]])
         ends = np.stack((start, start + way_m * ahead))
         if np.all((ends > WORKSPACE_M[0, :2]) & (ends < WORKSPACE_M[1, :2])):
             break
     position = np.array([*start, rng.uniform(*_PUSH_HEIGHT_M)])
-    pace_m = rng.uniform(0.02, 0.05)
+    pace_m = rng.uniform(0.02, 0.055)
     num_pushing = min(num_steps, round(way_m / pace_m))
     moves = np.zeros((num_steps, 3))
     moves[:num_pushing, :2] = pace_m * ahead + rng.normal(0, 0.006, (num_pushing, 2))

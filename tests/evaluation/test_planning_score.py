@@ -31,6 +31,7 @@ from jepa_cache.evaluation.planning import (
     judge_plans,
     plan_run,
     score_plans,
+    score_translations,
     summarize_plans,
 )
 from jepa_cache.poses import rotation_angle
@@ -153,6 +154,17 @@ def test_equal_runs_leave_equal_metrics_a_table_and_a_picture_and_one_that_fails
     with pytest.raises(ZeroDivisionError):
         plan_run(quick_config(cache), cache.dataset, trained.weights, tmp_path)
     assert again == [written] and len(before) == 4 and all_files(tmp_path) == before
+
+
+def test_the_action_score_is_80_for_recorded_translations_and_falls_by_8_a_centimetre_of_mean_error():
+    plans = {
+        f"{what}_{axis}": np.zeros(2) for what in ("planned", "recorded") for axis in ("dx", "dy", "dz", "dgripper")
+    }
+    plans["planned_dy"] = np.array([0.0, -0.06])
+    plans["recorded_dgripper"] += 1
+    score = score_translations(plans)
+    assert np.allclose(score["action_l1_m"], [0, 0.02]) and np.allclose(score["action_score"], [80, 64])
+    assert score_translations({"planned_dyaw": np.zeros(2)}) == {}
 
 
 def test_own_numbers_of_samples_keep_the_share_of_elites(cache):

@@ -19,6 +19,7 @@ from jepa_cache.config.parsing import ConfigError, parse_dataclass
 from jepa_cache.sample import robot_episodes
 from jepa_cache.sample.robot import BLOCK_AREA_M, WORKSPACE_M, RobotWorld
 from jepa_cache.sample.robot_episodes import (
+    LAB,
     MAX_COMMAND_M,
     NUM_RECORDED_LOOKS,
     RobotSampleConfig,
@@ -26,6 +27,7 @@ from jepa_cache.sample.robot_episodes import (
     draw_script,
 )
 from jepa_cache.sources import build_source
+from jepa_cache.sources.droid_raw import TRAJECTORY
 from tests.droid_makers import decode
 from tests.encoded import all_files
 from tests.robot_worlds import needs_robot
@@ -137,9 +139,8 @@ def test_pushes_move_the_block_and_the_index_says_how_far(folder):
 @needs_robot
 def test_the_bytes_depend_on_the_settings_alone_and_a_failed_run_leaves_the_earlier_set(folder, tmp_path, monkeypatch):
     out = tmp_path / "again"
-    build_robot_sample(
-        out, dataclasses.replace(SMALL, num_reach=0, num_random=0, num_push=1, num_push_steps=1), num_workers=1
-    )
+    (out / LAB / "success").mkdir(parents=True)
+    (out / LAB / "success" / TRAJECTORY).write_bytes(b"of an earlier set")
     build_robot_sample(out, SMALL, num_workers=2)
     assert all_files(out) == all_files(folder)
     monkeypatch.setattr(robot_episodes, "_record", lambda *_: 1 / 0)
