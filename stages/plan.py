@@ -2,6 +2,7 @@
 
     python stages/plan.py
     python stages/plan.py plan.settings=world_model plan.num_samples=null plan.num_rounds=null
+    python stages/plan.py plan.settings=jump plan.num_samples=null plan.num_rounds=null 'plan.horizons=[2,4,8]'
 
 Writes outputs/plan/metrics.json, timing.json, plans.csv and plans.png.
 """

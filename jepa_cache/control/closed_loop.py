@@ -25,9 +25,9 @@ CLOSER_SHARE = 0.5  # of the distance at the start
 MARGIN_M = 0.05  # by which a place may lie outside a task's box: what the arm overshoots, and no more
 Z = 1.96  # of a 95 % interval
 
-# Of a push, m: behind the middle of the block (nearer, the fingers may touch it), over the table, how far the closed gripper goes: the block
-# moves by some 8 cm of it.
-BEHIND_M, HEIGHT_M, PUSH_M, PUSH_STEPS = 0.10, 0.04, 0.135, 3
+# Of a push, m: behind the middle of the block, over the table, and how far the closed gripper goes, so that the block moves by some 8 cm; the first
+# and last are more where the gripper is wide (along y).
+BEHIND_M, WIDER_M, HEIGHT_M, PUSH_M, PUSH_STEPS = 0.065, 0.045, 0.04, 0.105, 3
 
 
 class Simulator(Protocol):
@@ -106,12 +106,13 @@ def draw_push(rng: np.random.Generator, task: Task) -> Start:
         block = rng.uniform((0.38, -0.20), (0.60, 0.20))
         angle = rng.integers(4) * np.pi / 2 + rng.uniform(-np.pi / 12, np.pi / 12)
         direction = np.array([np.cos(angle), np.sin(angle)])
-        begin = block - BEHIND_M * direction
-        ends = np.array([begin, begin + PUSH_M * direction])
+        wider_m = WIDER_M * direction[1] ** 2
+        begin, push_m = block - (BEHIND_M + wider_m) * direction, PUSH_M + wider_m
+        ends = np.array([begin, begin + push_m * direction])
         if (ends > low).all() and (ends < high).all():
             break
     options = {"position": np.array([*begin, HEIGHT_M]), "block": block, "gripper": 1.0}
-    return Start(options, options, np.tile(np.array([*direction, 0.0]) * PUSH_M / PUSH_STEPS, (PUSH_STEPS, 1)))
+    return Start(options, options, np.tile(np.array([*direction, 0.0]) * push_m / PUSH_STEPS, (PUSH_STEPS, 1)))
 
 
 TASKS = {

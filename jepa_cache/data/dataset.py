@@ -349,6 +349,8 @@ class CachedDataset:
 
         Row i of the actions leads from step i to i + step_length; it is NaN where no segment reaches so far. Worked out once.
         """
+        if (known := self._controls.get((store, step_length))) is not None:
+            return known
         with self._lock:
             if (store, 1) not in self._controls:
                 self._controls[store, 1] = read_actions(self._action_paths[store])
@@ -390,6 +392,9 @@ class CachedDataset:
         self._held.close()
 
     def _reader(self, store: int, name: str) -> ArrayReader:
+        # Without the lock where it is open already: a window of a small encoder is read in 10 microseconds.
+        if (reader := self._readers.get((store, name))) is not None:
+            return reader
         with self._lock:
             if (store, name) not in self._readers:
                 self._readers[store, name] = ArrayReader(

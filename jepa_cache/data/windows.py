@@ -80,19 +80,19 @@ class WindowIndex:
                     f"{longest}; lower {lower}train.window_steps (evaluate.num_context_steps and evaluate.horizon, or plan.num_context_steps and plan.horizons, where these ask for more), "
                     "raise encode.fps, or add longer recordings"
                 )
-        spans = [(num_steps - 1) * abs(step_length) for step_length in self.step_lengths]
-        self._ends = np.cumsum(sum(np.maximum(0, lengths - span) for span in spans))
+        spans = (num_steps - 1) * np.abs(np.array(self.step_lengths, np.int64))
+        self._counts = np.maximum(0, lengths[:, None] - spans)  # [segments, step lengths]
+        self._ends = np.cumsum(self._counts)
 
     def counts(self) -> list[int]:
         """Windows of each segment."""
-        return np.diff(self._ends, prepend=0).tolist()
+        return self._counts.sum(axis=1).tolist()
 
     def iter_runs(self) -> Iterator[tuple[int, int, range]]:
         """Segment, step length and numbers of all windows of one segment and step length, in the order of their numbers."""
         first = 0
-        for position, segment in enumerate(self.segments):
-            for step_length in self.step_lengths:
-                count = max(0, segment.stop - segment.start - (self.num_steps - 1) * abs(step_length))
+        for position, counts in enumerate(self._counts.tolist()):
+            for step_length, count in zip(self.step_lengths, counts, strict=True):
                 yield position, step_length, range(first, first + count)
                 first += count
 
@@ -107,17 +107,12 @@ class WindowIndex:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"windows are numbered from 0 to {len(self) - 1}; asked for {number}")
-        position = int(np.searchsorted(self._ends, number, side="right"))
-        segment = self.segments[position]
-        offset = int(number - (self._ends[position - 1] if position else 0))
-        for step_length in self.step_lengths:
-            span = (self.num_steps - 1) * abs(step_length)
-            count = max(0, segment.stop - segment.start - span)
-            if offset < count:
-                break
-            offset -= count
+        place = int(self._ends.searchsorted(number, side="right"))
+        position, turn = divmod(place, len(self.step_lengths))
+        segment, step_length = self.segments[position], self.step_lengths[turn]
+        start = segment.start + number - (int(self._ends[place - 1]) if place else 0)
         # Backwards, a window begins at the last of its steps in time.
-        return Window(segment.store, segment.start + offset + (span if step_length < 0 else 0), position, step_length)
+        return Window(segment.store, start - min(0, step_length) * (self.num_steps - 1), position, step_length)
 
 
 class WindowGroup(NamedTuple):

@@ -177,7 +177,9 @@ def check_settings(config: Config, weights: Path) -> None:
     description = read_card(weights)["description"]
     description["train"] = {**TRAIN_DEFAULTS, **description["train"]}
     now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
-    now["train"]["step_lengths"] = list(config.train.step_lengths)
+    now = {
+        name: {key: list(it) if isinstance(it, tuple) else it for key, it in part.items()} for name, part in now.items()
+    }
     differing = [
         f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
         for section in now

@@ -185,17 +185,31 @@ class LatentMLP(LatentCore):
 class LatentRidge(LatentCore):
     """z' = z + W [z, state, action, action x state, action x the first latents] + b; `training.ridge` finds W and b in closed form."""
 
-    def __init__(self, latent_dim: int, action_dim: int, state_dim: int, *, num_products: int) -> None:
-        """Start as a copy; `num_products` latents are multiplied with the action, `state_dim` 0 takes no states."""
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        state_dim: int,
+        *,
+        num_products: int,
+        columns: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        """Start as a copy; `num_products` latents are multiplied with the action, `state_dim` 0 takes no states.
+
+        `columns` are those of actions and states that are looked at, all by default.
+        """
         super().__init__()
-        self.state_dim, self.num_products = state_dim, min(num_products, latent_dim)
-        num_features = latent_dim + state_dim + action_dim * (1 + state_dim + self.num_products)
+        actions, states = columns or (range(action_dim), range(state_dim))
+        self._actions, self._states = list(actions), list(states) if state_dim else []
+        self.num_products = min(num_products, latent_dim)
+        num_features = latent_dim + len(self._states)
+        num_features += len(self._actions) * (1 + len(self._states) + self.num_products)
         self.weight = nn.Parameter(torch.zeros(latent_dim, num_features))
         self.bias = nn.Parameter(torch.zeros(latent_dim))
 
     def features(self, z: Tensor, actions: Tensor, states: Tensor) -> Tensor:
         """What W multiplies: [..., features], the constant aside."""
-        states = states[..., : self.state_dim]
+        actions, states = actions[..., self._actions], states[..., self._states]
         factors = torch.cat([states, z[..., : self.num_products]], dim=-1)
         products = (actions[..., :, None] * factors[..., None, :]).flatten(-2)
         return torch.cat([z, states, actions, products], dim=-1)
@@ -295,12 +309,31 @@ class CompressedPredictor(nn.Module):
                 raise ValueError(
                     f"predictor: {name} must be [B, T, {', '.join(map(str, widths))}] for tokens {list(tokens.shape)}, got {list(array.shape)}"
                 )
-        z, share = self.compressor.compress(tokens), self.kept_share
+        z = self.compressor.compress(tokens)
         moved = self.core(z[:, :, None], actions, states).tokens[:, :, 0]
-        # expand(moved) + share * (tokens - expand(z)), by one product with the components.
+        return PredictorOutput(self._expand(moved, z, tokens, self.kept_share), [])
+
+    def roll(self, tokens: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+        """Predict the last of H steps after one given step, moved on as a latent throughout: tokens are made of the last one alone.
+
+        Args:
+            tokens: [1, N, E] of the step that all candidates begin with.
+            actions: [B, H, A].
+            states: [B, H, S].
+
+        Returns:
+            [B, N, E]; for H = 1 what `forward` gives.
+        """
+        first = self.compressor.compress(tokens)
+        z = first[:, None, None].expand(len(actions), 1, 1, -1)
+        for step in range(actions.shape[1]):
+            z = self.core(z, actions[:, step : step + 1], states[:, step : step + 1]).tokens
+        return self._expand(z[:, 0, 0], first, tokens, self.kept_share ** actions.shape[1])
+
+    def _expand(self, moved: Tensor, z: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
+        """expand(moved) + share * (tokens - expand(z)), by one product with the components."""
         flat = share * tokens.flatten(-2) + (1 - share) * self.compressor.mean
-        flat = flat + self.compressor.directions(moved - share * z)
-        return PredictorOutput(flat.view_as(tokens), [])
+        return (flat + self.compressor.directions(moved - share * z)).unflatten(-1, tokens.shape[-2:])
 
 
 class LinearPredictor(CompressedPredictor):

@@ -35,7 +35,7 @@ from jepa_cache.training.run import Run
 
 NUM_FOLDS = 5  # of training episodes, by name; the first is put aside
 READOUT_STEPS, READOUT_BYTES = 4096, 2**31  # that a readout is fitted to, and their tokens in memory, at most
-RIDGES = tuple(10.0**power for power in range(-5, 3))  # in units of the mean variance of a number of the tokens
+RIDGES = tuple(10.0**power for power in range(-4, 2))  # in units of the mean variance of a number of the tokens
 TIME_STEPS = 2**16  # that a time head is fitted to, at most
 TIME_UPDATES, TIME_BATCH, TIME_LR, TIME_CHECK_EVERY = 800, 256, 2e-3, 100
 CHECK_PAIRS = 2048
@@ -90,10 +90,11 @@ def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
         )
     y = torch.from_numpy((targets - targets.mean(axis=0)) / targets.std(axis=0)).to(device)
     fitted, aside = (torch.from_numpy(chosen).to(device) for chosen in (~steps.aside, steps.aside))
-    errors = []
-    for ridge in RIDGES:
-        weight, bias = solve_ridge(x[fitted], y[fitted], ridge)
-        errors.append((x[aside] @ weight + bias - y[aside]).square().mean(dim=0))
+    seen = x[aside]
+    errors = [
+        (seen @ weight + bias - y[aside]).square().mean(dim=0)
+        for weight, bias in solve_ridge(x[fitted], y[fitted], RIDGES)
+    ]
     best = int(torch.stack(errors).sum(dim=1).argmin())
     r2 = 1 - errors[best] / y[aside].var(dim=0, correction=0).clamp(min=1e-12)
     if not r2.max() > 0:
@@ -101,7 +102,7 @@ def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
             f"no state can be read from the tokens of training episodes put aside (best R2 {float(r2.max()):.2g}); take another cost than "
             "readout, or another encoder"
         )
-    weight, bias = solve_ridge(x, y, RIDGES[best])
+    ((weight, bias),) = solve_ridge(x, y, [RIDGES[best]])
     share = r2.clamp(min=0).sqrt()
     head = StateReadout(*shape, len(names))
     head.load_state_dict({"linear.weight": (weight * share).T.float(), "linear.bias": (bias * share).float()})
@@ -130,22 +131,23 @@ def list_targets(states: np.ndarray, columns: Sequence[Column]) -> tuple[list[st
     return names, np.stack(targets, axis=1) if targets else np.zeros((len(states), 0))
 
 
-def solve_ridge(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weights [D, K] and constants [K] of the ridge regression from x [n, D] to y [n, K]; the smaller of both systems is solved."""
+def solve_ridge(x: Tensor, y: Tensor, ridges: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """Weights [D, K] and constants [K] of the ridge regressions from x [n, D] to y [n, K]; the smaller of both systems is solved.
+
+    The products, which cost the most, are computed once for all ridges.
+    """
     mean, centre = x.mean(dim=0), y.mean(dim=0)
-    centred = x - mean
+    x, y = x - mean, y - centre
     few = len(x) < x.shape[1]
-    gram = (centred @ centred.T if few else centred.T @ centred).double()
-    size = float(gram.diagonal().sum()) / min(x.shape)
-    gram.diagonal().add_(ridge * max(size, 1e-12))
-    goal = y - centre
-    weight = (
-        centred.T @ torch.linalg.solve(gram, goal).float()
-        if few
-        else torch.linalg.solve(gram, centred.T.double() @ goal)
-    )
-    weight = weight.float()
-    return weight, centre.float() - mean @ weight
+    gram = (x @ x.T if few else x.T @ x).double()
+    unit = max(float(gram.diagonal().sum()) / min(x.shape), 1e-12)
+    goal, solutions = y if few else x.T.double() @ y, []
+    for ridge in ridges:
+        ridged = gram + ridge * unit * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        found = torch.cholesky_solve(goal, torch.linalg.cholesky(ridged))
+        weight = x.T @ found.float() if few else found.float()
+        solutions.append((weight, centre.float() - mean @ weight))
+    return solutions
 
 
 def fit_time(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import jepa_cache
-from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.parsing import ConfigError, nearest
 from jepa_cache.config.paths import state_folder
 from jepa_cache.config.schema import Config, check_schedule
 from jepa_cache.data.dataset import TRAIN, CachedDataset
@@ -285,9 +285,24 @@ class TrainableModel:
 
 
 def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
-    """Return what `build_predictor` makes a predictor of the preset's kind and size from that fits the data set."""
+    """Return what `build_predictor` makes a predictor of the preset's kind and size from that fits the data set.
+
+    Raises:
+        ValueError: The preset names a column that the action space has not.
+    """
+    preset = {
+        name: value for name, value in asdict(config.predictor).items() if name not in ("name", "ridge", "columns")
+    }
+    if (chosen := getattr(config.predictor, "columns", None)) is not None:
+        known = [[column.name for column in columns] for columns in (dataset.space.actions, dataset.space.states)]
+        if unknown := [name for name in chosen if name not in known[0] + known[1]]:
+            hint = nearest(unknown[0], known[0] + known[1])
+            raise ValueError(
+                f"columns of predictor {config.predictor.name!r}: action space {dataset.space.name} has none called {unknown[0]!r}{hint}"
+            )
+        preset["columns"] = [[names.index(name) for name in chosen if name in names] for names in known]
     return {
-        **{name: value for name, value in asdict(config.predictor).items() if name != "name"},
+        **preset,
         "embed_dim": dataset.manifest.width,
         "action_dim": len(dataset.space.actions),
         "state_dim": len(dataset.space.states),

@@ -147,7 +147,8 @@ def _compress(state: TrainingState, data: TrainingData) -> float | None:
     else:
         data.compress(predictor, fit=False)
     if isinstance(core, LatentRidge):
-        ridge = choose_ridge(core, data, apart)
+        given = state.run.config.predictor.ridge
+        ridge = choose_ridge(core, data, apart) if given is None else given
     if new:
         num_all = len(set(data.episodes_of(np.arange(data.num_windows))))
         how = f"{len(apart)} of {num_all} training episodes, to which the components were not fitted for this"

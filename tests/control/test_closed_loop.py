@@ -188,7 +188,7 @@ def test_starts_follow_from_their_seed_and_number_and_lie_in_the_box(task):
     for start in many:
         ends = np.array([start.options["position"], start.goal["position"] + start.way.sum(axis=0)])
         assert ((low <= ends) & (ends <= high)).all()
-        assert np.linalg.norm(ends[1] - ends[0]) > 0.12
+        assert np.linalg.norm(ends[1] - ends[0]) > 0.1
 
 
 @pytest.mark.parametrize(

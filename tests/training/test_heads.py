@@ -41,7 +41,7 @@ def test_a_ridge_is_that_of_scikit_learn_whichever_system_is_solved(num_rows):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(num_rows, 50)) @ rng.normal(size=(50, 50)) + 3).astype(np.float32)
     y = x[:, :2] @ rng.normal(size=(2, 3)) + rng.normal(size=(num_rows, 3))
-    weight, bias = heads.solve_ridge(torch.from_numpy(x), torch.from_numpy(y), 0.1)
+    weight, bias = heads.solve_ridge(torch.from_numpy(x), torch.from_numpy(y), [1.0, 0.1])[1]
     strength = 0.1 * ((x - x.mean(axis=0)) ** 2).sum() / min(x.shape)
     expected = Ridge(alpha=strength).fit(x.astype(np.float64), y)
     np.testing.assert_allclose(x @ weight.numpy() + bias.numpy(), expected.predict(x), atol=2e-3)

@@ -23,7 +23,7 @@ from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
 from jepa_cache.data.loader import Batch
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.context import open_evaluation
-from jepa_cache.predictor.checkpoints import CheckpointError, load_predictor
+from jepa_cache.predictor.checkpoints import CheckpointError, build_predictor, load_predictor
 from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.rollout import normalize_tokens
 from jepa_cache.training import ridge, trainer
@@ -31,6 +31,7 @@ from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.distributed import start_processes
 from jepa_cache.training.latents import LatentDataset, TokenReader
 from jepa_cache.training.losses import Objective
+from jepa_cache.training.run import predictor_arguments
 from tests.caches import make_config
 from tests.training.runs import bits, rows, run
 from tests.training.test_options import assert_resumes_bit_for_bit
@@ -216,6 +217,26 @@ def test_the_ridge_is_judged_by_the_episodes_that_are_set_apart_alone():
     world = Contrary(random_core(), num_episodes=8, noise=0.1)
     assert ridge.choose_ridge(random_core(), world, contrary) == max(ridge.RIDGES)
     assert ridge.choose_ridge(random_core(), world, others) <= 1
+
+
+def test_columns_that_are_not_named_change_nothing_and_unknown_ones_are_refused(cache, tmp_path):
+    names = [column.name for column in (*cache.dataset.space.actions, *cache.dataset.space.states)]
+    chosen = [names[0], names[-1]]
+    config = make_config(*LINEAR)
+    named = replace(config, predictor=replace(config.predictor, columns=tuple(chosen), ridge=0.5))
+    predictor = build_predictor(predictor_arguments(named, cache.dataset))
+    torch.nn.init.normal_(predictor.core.weight)
+    num_actions, num_states = len(cache.dataset.space.actions), len(cache.dataset.space.states)
+    z, actions, states = torch.randn(3, 6), torch.randn(3, num_actions), torch.randn(3, num_states)
+    before = predictor.core.change(z, actions, states)
+    actions[:, 1:] += 1
+    states[:, :-1] += 1
+    assert torch.equal(predictor.core.change(z, actions, states), before)
+    actions[:, 0] += 1
+    assert not torch.equal(predictor.core.change(z, actions, states), before)
+    wrong = replace(named, predictor=replace(named.predictor, columns=("dxx",)))
+    with pytest.raises(ValueError, match=r"columns of predictor 'linear': action space vpt13 has none called 'dxx'"):
+        predictor_arguments(wrong, cache.dataset)
 
 
 def test_one_training_episode_is_refused_by_the_linear_predictor():
