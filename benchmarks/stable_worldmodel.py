@@ -2,7 +2,7 @@
 
     python benchmarks/stable_worldmodel.py FOLDER                         # TwoRoom, `tiny`: a first look
     python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --costs readout time --predictors compressed linear
-    python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --starts choose     # 50 starts to pick settings on, others than reported
+    python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --starts choose  # 50 other starts, to pick settings on
     python benchmarks/stable_worldmodel.py FOLDER --goal-seed 5           # other goals
     python benchmarks/stable_worldmodel.py FOLDER --task push_t           # their weak policy's episodes; hours on a CPU
 
@@ -21,6 +21,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -53,12 +54,10 @@ STARTS = {"choose": 50, "report": 100}
 PUBLISHED = {"two_room": "DINO-WM 100, PLDM 97, LeWM 87", "push_t": "DINO-WM 74, PLDM 78, LeWM 96"}
 SOLVERS = {"cem": "CEMSolver", "icem": "ICEMSolver", "mppi": "MPPISolver"}
 DEFAULTS = (
-    "scaler.states=ignore",
-    "split.val_share=0.1",
-    "train.preset=jump",
-    "train.step_lengths=[1]",
-    "train.time_reversal=false",
+    *("scaler.states=ignore", "split.val_share=0.1", "train.preset=jump", "train.step_lengths=[1, 2]"),
+    *("train.window_steps=4", "train.auto_steps=3", "train.num_steps=600", "train.num_warmup=60"),
 )
+HEADS = ("readout", "time")  # costs whose heads training fits
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def import_peer() -> types.ModuleType:
 
 
 class LerobotWriter:
-    """A writer of theirs (`World.collect(writer=...)`) that leaves a LeRobot v3.0 data set: two files of rows and pictures for all episodes.
+    """A writer of theirs (`World.collect(writer=...)`) that leaves a LeRobot v3.0 data set: two files for all episodes.
 
     One store of the cache is made of it, whatever the number of episodes. Pictures are kept without loss.
     """
@@ -354,12 +353,21 @@ class Bench:
         trained = []
         for predictor in self.given.predictors:
             for seed in self.given.seeds:
-                settings = [*self.overrides, f"predictor={predictor}", f"train.seed={seed}"]
+                settings = [*self.overrides, f"predictor={self.preset(predictor)}", f"train.seed={seed}"]
+                settings.append(f"train.costs=[{', '.join(name for name in HEADS if name in self.given.costs)}]")
                 self.stage("train", "train_predictor", *settings)
                 trained.append((f"{predictor} seed {seed}", self.weights / f"{predictor}-{seed}"))
                 shutil.rmtree(trained[-1][1], ignore_errors=True)
                 shutil.copytree(self.project / "outputs/train", trained[-1][1])
         return trained
+
+    def preset(self, predictor: str) -> str:
+        """A preset like `predictor` with as many components as were asked for."""
+        text = (self.project / f"configs/predictor/{predictor}.yaml").read_text()
+        name = f"{predictor}-{self.given.components}"
+        sized = re.sub(r"(?m)^num_components: \d+", f"num_components: {self.given.components}", text)
+        (self.project / f"configs/predictor/{name}.yaml").write_text(sized)
+        return name
 
     def stage(self, what: str, name: str, *overrides: str) -> None:
         """Run a stage script in the checkout."""
@@ -482,7 +490,11 @@ def cpu_s() -> float:
 
 def convert(source: str, folder: Path, state: str) -> None:
     """Write any data set that their `load_dataset` opens (video, folder, hdf5, lance) as a LeRobot data set."""
-    dataset = import_peer().data.load_dataset(str(Path(source).resolve()))
+    path = Path(source).resolve()
+    videos = {
+        video.parent.name for video in path.glob("*/ep_0.mp4")
+    }  # their reader of this format does not look itself
+    dataset = import_peer().data.load_dataset(str(path), **({"video_keys": sorted(videos)} if videos else {}))
     with LerobotWriter(folder, {"action": "action", "observation.state": state}) as writer:
         for number in tqdm(range(len(dataset.lengths)), "episodes", disable=None):
             rows = {
@@ -505,6 +517,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=300, help="of training")
     parser.add_argument("--predictors", nargs="+", default=["compressed"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--components", type=int, default=256, help="of predictors: 64 lose where the agent is")
     parser.add_argument("--costs", nargs="+", default=["tokens_l2"], help="of plan.cost")
     parser.add_argument(
         "--starts", choices=STARTS, default="report", help="50 to pick settings on, or 100 others to report"
@@ -512,8 +525,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-starts", type=int)
     parser.add_argument("--goal-seed", type=int, default=0, help="of the goals' episodes")
     parser.add_argument("--solver", choices=SOLVERS, default="cem")
-    parser.add_argument("--samples", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--horizon", type=int, default=5, help=f"steps of {BLOCK} rows that are planned")
     parser.add_argument("--replan", type=int, default=1, help="of them carried out before the next plan")
     parser.add_argument("--convert", metavar="DATASET", help="only write this data set of theirs to FOLDER as LeRobot")

@@ -27,11 +27,15 @@ COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""
 
 GAPS = {"gap_copy_last": "copying", "gap_shuffled_actions": "shuffled", "gap_zero_actions": "zero actions"}
+READ_OUT = {f"readout_{name}_actions_percent": f"readout, {name}" for name in ("shuffled", "zero")}
+"""Per cent above the error of the true actions; of evaluations that read positions out."""
 NUM_RESAMPLES = 10_000
 NUM_DIGITS = 4  # of a difference in words; one below the last digit is none: another batch size moves the eighth
 
 # Errors are of one kind only where all of these are equal: other tokens, windows or episodes give other numbers for the same predictor.
+STEP_LENGTH = "measured.evaluate.step_length"
 KIND = (
+    STEP_LENGTH,
     *("dataset", "encoder", "tokens_fingerprint", "mode"),
     *("measured.split.val_share", "measured.split.seed"),
     *("measured.evaluate.horizon", "measured.evaluate.num_context_steps", "measured.evaluate.windows_per_episode"),
@@ -100,7 +104,8 @@ def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
 
 def kind_of(run: Evaluated) -> dict[str, Any]:
     """What decides whether a run's errors may be compared with another's."""
-    return {name: value for name, value in (run.settings or {}).items() if name in KIND or name.startswith(FILTERS)}
+    settings = {STEP_LENGTH: 1, **(run.settings or {})}  # older ones know no other
+    return {name: value for name, value in settings.items() if name in KIND or name.startswith(FILTERS)}
 
 
 def why_apart(one: Evaluated, other: Evaluated) -> str:
@@ -135,6 +140,11 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
                 name: {"mean": run.metrics["val"][name], "interval": run.metrics["val_ci"][name]}
                 for name in (*COMPARED, *GAPS)
                 if name in run.metrics["val"]
+            }
+            | {
+                name: {"mean": run.metrics["above"][name], "interval": run.metrics["above_ci"][name]}
+                for name in READ_OUT
+                if name in run.metrics.get("above", ())
             },
             "uses_its_actions": run.metrics.get("verdict", {}).get("actions", {}).get("answer"),
             "settings": {name: values[position] for name, values in differing.items()},
@@ -200,9 +210,13 @@ def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -
 
 def list_group(document: dict[str, Any]) -> list[str]:
     """A group in words: a table, the settings that differ, and the paired differences."""
-    rows = [["run", *COMPARED.values(), *(f"gap to {name}" for name in GAPS.values()), "uses its actions", "episodes"]]
+    read_out = {
+        name: words for name, words in READ_OUT.items() if any(name in run["figures"] for run in document["runs"])
+    }
+    gaps = [f"gap to {name}" for name in GAPS.values()] + [f"{words}, % above" for words in read_out.values()]
+    rows = [["run", *COMPARED.values(), *gaps, "uses its actions", "episodes"]]
     for run in document["runs"]:
-        figures = [run["figures"].get(name) for name in (*COMPARED, *GAPS)]
+        figures = [run["figures"].get(name) for name in (*COMPARED, *GAPS, *read_out)]
         cells = ["-" if figure is None else _with_interval(figure["mean"], *figure["interval"]) for figure in figures]
         rows.append([run["run"], *cells, run["uses_its_actions"] or "-", str(run["num_episodes"])])
     lines = align(rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jepa_cache.control.costs import SUM, TOKENS, Cost
 from jepa_cache.control.motion import Motion
+from jepa_cache.predictor.compressed import CompressedPredictor
 from jepa_cache.predictor.rollout import LatentModel, repeat_past
 
 log = logging.getLogger(__name__)
@@ -262,15 +263,19 @@ class Rollout:
         """Cost [n] of candidates [n, H, A] of one context."""
         num_samples, horizon = actions.shape[:2]
         newest = self._newest[number]
+        rows = [np.tile(self._states[number], (num_samples, 1))]
+        for step in range(horizon - 1):
+            rows.append(self._integrate(rows[-1], actions[:, step]))
+        states = self._tensor(self._scale_states(np.stack(rows, axis=1)))
+        scaled = self._tensor(self._scale_actions(actions))
+        if isinstance(self._model.predictor, CompressedPredictor) and cost.steps != SUM:
+            return cost(self._model.as_reps(self._model.predictor.roll(newest, scaled, states))[:, None], goal)
         tokens = newest.expand(num_samples, *newest.shape)
-        states = np.tile(self._states[number], (num_samples, 1))
         own = self._past and [tuple(part[number : number + 1] for part in block) for block in self._past]
         past, seen = repeat_past(own, num_samples), []
         for step in range(horizon):
-            if step:
-                states = self._integrate(states, actions[:, step - 1])
-            action = self._tensor(self._scale_actions(actions[:, step : step + 1]))
-            out = self._model.predictor(tokens, action, self._tensor(self._scale_states(states[:, None])), None, past)
+            now = slice(step, step + 1)
+            out = self._model.predictor(tokens, scaled[:, now], states[:, now], None, past)
             tokens, past = self._model.as_reps(out.tokens), out.past
             if step == horizon - 1 or cost.steps == SUM:
                 seen.append(tokens)

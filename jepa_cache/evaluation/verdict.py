@@ -20,6 +20,13 @@ BASELINE_WORDS = {
     "regression": "a linear regression on actions and states",
     "no_actions": "a linear model without actions",
 }
+COPYING = "copying"
+READ_OUT = {  # the answer rests on the first two
+    "another episode's actions": "shuffled_actions",
+    "zero actions": "zero_actions",
+    "a linear model without actions": "no_actions",
+    COPYING: "copy_last",
+}
 SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
 UNTRAINED = "the encoder is untrained (random weights, or plain pixels), so these figures say nothing of a trained one"
 NOT_MEASURED = (
@@ -141,31 +148,25 @@ def describe_verdict(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _describe_readout(metrics: Mapping[str, Any], count: int) -> tuple[str, str]:
-    """The answer through the readout: by how much the error with wrong actions lies above that with the true ones."""
-    title = "uses its actions, read out as positions"
-    names = {
-        "shuffled_actions": "another episode's",
-        "zero_actions": "zero actions",
-        "no_actions": "a linear model without actions",
-        "copy_last": "copying",
-    }
+    """By how many per cent errors lie above that with the true actions, in what a linear readout tells of the tokens."""
     found = {
         words: Gain(metrics["above"][key], *metrics["above_ci"][key], metrics["above_p"][key])
-        for name, words in names.items()
+        for words, name in READ_OUT.items()
         if (key := f"readout_{name}_percent") in metrics["above"]
     }
+    scores = ", ".join(f"{name.removeprefix('r2_')} {value:.2f}" for name, value in metrics["readout"].items())
+    title = "uses its actions, through a linear readout of positions"
     if not found:
         return UNCLEAR, f"{title}: unclear, {metrics['readout_notes']['columns']}"
-    wrong = {words: gain for words, gain in found.items() if words in ("another episode's", "zero actions")}
+    wrong = dict(list(found.items())[:2])
     answer = judge(wrong[weakest(wrong, count)], count)
-    read = ", ".join(f"{name.removeprefix('r2_')} {value:.2f}" for name, value in metrics["readout"].items())
-    sizes = ", ".join(f"of {words} {gain}" for words, gain in found.items())
-    words = f"{title} (held-out R2 {read}): {answer}, above the error of true actions lies that {sizes}"
-    if found["copying"].percent < 0:
+    first, *others = (f"{words} {gain}" for words, gain in found.items())
+    words = f"{title}: {answer}, error of {', '.join([f'{first} above that of true actions', *others])}"
+    if found[COPYING].percent < 0:
         words += "; so it is worse than copying the last step"
     if answer != YES and count < MIN_EPISODES:
         words += f"; {count} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"
-    return answer, words
+    return answer, f"{words} (it {metrics['readout_notes']['columns']}; R2 on held-out episodes {scores})"
 
 
 def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:

@@ -309,12 +309,31 @@ class CompressedPredictor(nn.Module):
                 raise ValueError(
                     f"predictor: {name} must be [B, T, {', '.join(map(str, widths))}] for tokens {list(tokens.shape)}, got {list(array.shape)}"
                 )
-        z, share = self.compressor.compress(tokens), self.kept_share
+        z = self.compressor.compress(tokens)
         moved = self.core(z[:, :, None], actions, states).tokens[:, :, 0]
-        # expand(moved) + share * (tokens - expand(z)), by one product with the components.
+        return PredictorOutput(self._expand(moved, z, tokens, self.kept_share), [])
+
+    def roll(self, tokens: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+        """Predict the last of H steps after one given step, moved on as a latent throughout: tokens are made of the last one alone.
+
+        Args:
+            tokens: [1, N, E] of the step that all candidates begin with.
+            actions: [B, H, A].
+            states: [B, H, S].
+
+        Returns:
+            [B, N, E]; for H = 1 what `forward` gives.
+        """
+        first = self.compressor.compress(tokens)
+        z = first[:, None, None].expand(len(actions), 1, 1, -1)
+        for step in range(actions.shape[1]):
+            z = self.core(z, actions[:, step : step + 1], states[:, step : step + 1]).tokens
+        return self._expand(z[:, 0, 0], first, tokens, self.kept_share ** actions.shape[1])
+
+    def _expand(self, moved: Tensor, z: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
+        """expand(moved) + share * (tokens - expand(z)), by one product with the components."""
         flat = share * tokens.flatten(-2) + (1 - share) * self.compressor.mean
-        flat = flat + self.compressor.directions(moved - share * z)
-        return PredictorOutput(flat.view_as(tokens), [])
+        return (flat + self.compressor.directions(moved - share * z)).unflatten(-1, tokens.shape[-2:])
 
 
 class LinearPredictor(CompressedPredictor):

@@ -147,6 +147,27 @@ def test_pairs_show_a_difference_that_intervals_do_not_and_noise_is_none(tmp_pat
     assert pair["low"] > 0 and pair["words"] == "no difference shown"
 
 
+def test_errors_read_out_are_shown_where_a_run_has_them_and_other_step_lengths_are_another_kind(tmp_path):
+    older, newer, apart = (
+        write_run(tmp_path / name, BASE, **changes)
+        for name, changes in (
+            ("older", {}),
+            ("newer", {"measured__evaluate__step_length": 1}),
+            ("apart", {"measured__evaluate__step_length": 4}),
+        )
+    )
+    assert "readout" not in compare(older)[1]
+    for folder in (newer, apart):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        above = "readout_zero_actions_percent"
+        metrics |= {"above": {above: 82.0}, "above_ci": {above: [59.0, 104.0]}}
+        (folder / "metrics.json").write_bytes(canonical_json(metrics))
+    document, text = compare(older, newer)
+    assert [run["figures"].get(above, {}).get("mean") for run in document["groups"][0]["runs"]] == [None, 82.0]
+    assert "readout, zero, % above" in text and "82.000 [59.000, 104.000]" in text and "readout, shuffled" not in text
+    assert "step_length: 1 in" in compare(newer, apart, fails=1)[0]["groups"][1]["apart"]
+
+
 def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):
     one = write_run(tmp_path / "one", BASE)
     later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)

@@ -21,6 +21,7 @@ from jepa_cache.control.controller import Controller
 from jepa_cache.control.motion import build_motion
 from jepa_cache.control.planner import warn_of_reach
 from jepa_cache.data.recorded import Recorded
+from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.planning import describe_plans, plan_run
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.training.trainer import train
@@ -74,8 +75,18 @@ def assert_reaches(metrics, name, least="zero"):
         assert plan < 0.6 * min(least_of, other), f"{name}, {horizon} steps: {plan:.3g}, {least_of:.3g}, {other:.3g}"
 
 
-def test_one_displacement_is_planned_to_goals_several_steps_ahead_in_metres(tmp_path, caplog):
-    metrics = planned(tmp_path, "encode.action_space=pose7", "plan.max_step_m=0.04")[1]
+def test_one_displacement_is_planned_to_goals_several_steps_ahead_in_metres(tmp_path, caplog, monkeypatch):
+    searches, real = [], planning.plan_actions
+
+    def spy(model, context, goal, motion, settings, **options):
+        searches.append((len(context.tokens), settings.horizon, *(motion.high / motion.step_high), options["cost"]))
+        return real(model, context, goal, motion, settings, **options)
+
+    monkeypatch.setattr(planning, "plan_actions", spy)
+    changes = ("plan.max_step_m=0.04", "plan.cost=latents", "plan.cost_steps=sum")
+    metrics = planned(tmp_path, "encode.action_space=pose7", *changes)[1]
+    assert {search[:-1] for search in searches} == {(1, 1, 4.0)}, "one step is seen, one action planned, as far as four"
+    assert {(search[-1].view is not None, search[-1].steps) for search in searches} == {(True, "sum")}
     assert_reaches(metrics, "position_m")
     assert metrics["searched"] == ["dx"], "all else stood still"
     assert metrics["val"]["position_m_moved_h3"] > metrics["val"]["position_m_moved_h1"] > 0.005

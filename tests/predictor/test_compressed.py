@@ -3,8 +3,8 @@
 Claims:
 - the compressor finds the principal components, gives back what lies in their span, and whitens as far as it is told, the same in every
   run and in blocks of any size;
-- predictors start as copies, see no more than they say, roll out as repeated single steps, keep the share of the residual that fits, and
-  come back from a file with their card;
+- predictors start as copies, see no more than they say, roll out as repeated single steps (as latents: as those without a norm between),
+  keep the share of the residual that fits, and come back from a file with their card;
 - cards without a kind are of transformers.
 """
 
@@ -193,3 +193,15 @@ def test_other_shapes_and_extrinsics_are_refused(kind):
         predictor(tokens, actions[..., :2], states)
     with pytest.raises(ValueError, match="no extrinsics"):
         predictor(tokens, actions, states, actions[..., :2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rolled_latents_give_the_tokens_of_repeated_predictions_without_a_norm_between(kind):
+    predictor = build(kind)
+    predictor.kept_share.fill_(0.5)
+    tokens, actions, states = inputs()
+    single = tokens[:1, :1].expand(2, 1, N, E)
+    for step in range(4):
+        rolled = predictor.roll(tokens[0, :1], actions[:, : step + 1], states[:, : step + 1])
+        single = predictor(single, actions[:, step : step + 1], states[:, step : step + 1]).tokens
+        torch.testing.assert_close(rolled, single[:, 0], atol=1e-4, rtol=1e-4)
