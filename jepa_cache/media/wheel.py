@@ -30,7 +30,8 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
         The wheel in the folder of downloads, `wheels/<16 digits of the digest>/*.whl`.
 
     Raises:
-        DownloadError: The index is not reached or has no such wheel, it has another digest, the folder has no room or cannot be written.
+        DownloadError: The index is not reached or has no such wheel, it has another digest, or the folder cannot be written.
+        DiskFullError: There is no room for it.
     """
     folder = downloads_folder() / "wheels" / sha256[:16]
     if found := _find_wheel(folder, sha256):
@@ -40,8 +41,10 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
         with held_file(folder / ".lock"):  # two processes must not fetch it both
             return _find_wheel(folder, sha256) or _download(name, version, sha256, folder)
     except OSError as error:
-        reason = "the disk is full" if isinstance(error, DiskFullError) else error.strerror
-        raise DownloadError(
+        # A full disk as what it is: it passes the guard of a whole command, which else names the folder of temporary files.
+        is_full = isinstance(error, DiskFullError) or error.errno in FULL
+        reason = "the disk is full" if is_full else error.strerror
+        raise (DiskFullError if is_full else DownloadError)(
             f"{name} {version} cannot be kept in {folder}: {reason}. Make room there, or set {FOLDER_VARIABLE} to a "
             "folder that can be written and has room"
         ) from error

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder.image import read_preprocessing
-from jepa_cache.encoder.shipped import LINEAR, ShippedModel, model_digest, read_state, write_model
+from jepa_cache.encoder.shipped import ShippedModel, model_digest, read_state, write_model
 from jepa_cache.media.wheel import digest_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -53,6 +53,10 @@ SQUEEZED = {
     "resample": 2,
     "size": {"height": 64, "width": 64},
 }
+
+# The matrices of a block in the order of the real file, of which the exporter lost the names.
+EXPORTED = [f"attention.attention.{name}" for name in ("key", "value", "query")]
+EXPORTED += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
 
 
 def make_model(model_type: str, *, seed: int = 0, **settings: object) -> torch.nn.Module:
@@ -143,7 +147,7 @@ def ship_model(folder: Path, *, seed: int = 0) -> tuple[Path, torch.nn.Module, S
     matrices = [
         (f"onnx::MatMul_{block}_{number}", state.pop(f"encoder.layer.{block}.{linear}.weight").T)
         for block in range(2)
-        for number, linear in enumerate(LINEAR)
+        for number, linear in enumerate(EXPORTED)
     ]
     weights = [(f"backbone.{name}", array) for name, array in state.items()] + [
         ("decoder.bias", np.ones(3, np.float32))

