@@ -49,7 +49,9 @@ class Motion:
     bounded: Bound | None
     adds: bool  # as of `MotionRule`
     still: np.ndarray  # [A] float64, of columns that are not searched, where nothing else is said
-    places: dict[int, tuple[int, float, float]]  # searched number that moves a place: that state's column, and where the place may end
+    places: dict[
+        int, tuple[int, float, float]
+    ]  # searched number that moves a place: that state's column, and where the place may end
 
     @property
     def middle(self) -> np.ndarray:
@@ -187,8 +189,7 @@ def build_motion(
         dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
         complete=partial(complete_actions, space),
         integrate=rule.integrate or recorded.follow,
-        bounded=rule.bounded
-        and Bound(states.index(state), names.index(action), least, largest),
+        bounded=rule.bounded and Bound(states.index(state), names.index(action), least, largest),
         adds=rule.adds,
         still=still,
         places=places,

@@ -72,7 +72,9 @@ SETTINGS = {
     # The paper does not give the number of elites and the momenta of its robot runs: those of `world_model`.
     "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15),
     # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
-    JUMP: PlannerSettings(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, keeps_best=True, spread_first=0.5),
+    JUMP: PlannerSettings(
+        1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, keeps_best=True, spread_first=0.5
+    ),
 }
 """Settings by name, published ones but for `jump`; how far a step may go is `build_motion`'s."""
 MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, JUMP: 0.06}
