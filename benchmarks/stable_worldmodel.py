@@ -2,7 +2,7 @@
 
     python benchmarks/stable_worldmodel.py FOLDER                         # TwoRoom, `tiny`: a first look
     python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --costs readout time --predictors compressed linear
-    python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --starts choose     # 50 starts to pick settings on, others than reported
+    python benchmarks/stable_worldmodel.py FOLDER encoder=dino_small --starts choose  # 50 other starts, to pick settings on
     python benchmarks/stable_worldmodel.py FOLDER --goal-seed 5           # other goals
     python benchmarks/stable_worldmodel.py FOLDER --task push_t           # their weak policy's episodes; hours on a CPU
 
@@ -133,7 +133,7 @@ def import_peer() -> types.ModuleType:
 
 
 class LerobotWriter:
-    """A writer of theirs (`World.collect(writer=...)`) that leaves a LeRobot v3.0 data set: two files of rows and pictures for all episodes.
+    """A writer of theirs (`World.collect(writer=...)`) that leaves a LeRobot v3.0 data set: two files for all episodes.
 
     One store of the cache is made of it, whatever the number of episodes. Pictures are kept without loss.
     """
@@ -490,7 +490,11 @@ def cpu_s() -> float:
 
 def convert(source: str, folder: Path, state: str) -> None:
     """Write any data set that their `load_dataset` opens (video, folder, hdf5, lance) as a LeRobot data set."""
-    dataset = import_peer().data.load_dataset(str(Path(source).resolve()))
+    path = Path(source).resolve()
+    videos = {
+        video.parent.name for video in path.glob("*/ep_0.mp4")
+    }  # their reader of this format does not look itself
+    dataset = import_peer().data.load_dataset(str(path), **({"video_keys": sorted(videos)} if videos else {}))
     with LerobotWriter(folder, {"action": "action", "observation.state": state}) as writer:
         for number in tqdm(range(len(dataset.lengths)), "episodes", disable=None):
             rows = {

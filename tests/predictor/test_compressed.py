@@ -3,8 +3,8 @@
 Claims:
 - the compressor finds the principal components, gives back what lies in their span, and whitens as far as it is told, the same in every
   run and in blocks of any size;
-- predictors start as copies, see no more than they say, roll out as repeated single steps (as latents, those without a norm between), keep the share of the residual that fits, and
-  come back from a file with their card;
+- predictors start as copies, see no more than they say, roll out as repeated single steps (as latents: as those without a norm between),
+  keep the share of the residual that fits, and come back from a file with their card;
 - cards without a kind are of transformers.
 """
 
