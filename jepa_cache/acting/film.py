@@ -73,7 +73,8 @@ def draw_still(film: Film, colours: TokenColours) -> np.ndarray:
     """One picture uint8 [h, w, 3] of a whole episode: what is seen and foreseen at some of its moments, the goal, the distance."""
     last = len(film.seen) - 1
     moments = sorted({min(step % len(film.seen), last) for step in STILL_STEPS})
-    figure = new_figure(9.4, 3.5)
+    figure = new_figure(10.4, 3.0)
+    figure.set_dpi(120)
     grid = figure.add_gridspec(2, len(moments) + 3)
     for column, moment in enumerate([*moments, None]):
         if moment is None:

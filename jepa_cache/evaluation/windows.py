@@ -158,7 +158,8 @@ class NoActionsFit:
         for number in (0, 1):
             own = rows[half == number].flatten(0, 1)
             self._grams[number] += own.T @ own
-        rest = (h - compressor.expand(z))[half == 1]
+        own = half == 1
+        rest = h[own] - compressor.expand(z[own])
         self._residuals[0] += float((rest[:, :-1] * rest[:, 1:]).sum(dtype=torch.float64))
         self._residuals[1] += float(rest[:, :-1].square().sum(dtype=torch.float64))
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.units import list_units
 from jepa_cache.sources import build_source, suggest_source
 from tests.encoded import tiny_config
+from tests.workspace import SUITE_SETTINGS
 
 VPT = tiny_config().dataset
 PAIR = ["checkout/films/day/a.mp4", "checkout/films/day/a.json"]
@@ -27,6 +29,23 @@ def test_a_sample_that_was_never_rendered_names_the_stage_that_renders_it(tmp_pa
         find(sample, tmp_path)
     with pytest.raises(ValueError, match="finds no"):
         find(sample, tmp_path, "elsewhere")
+
+
+def test_a_simulated_robots_recordings_count_when_they_are_whole_and_never_among_real_ones(tmp_path, capsys):
+    robot, raw = (load_config(SUITE_SETTINGS, [f"dataset={name}"]).dataset for name in ("sample_robot", "droid_raw"))
+    for folder in ("sample_robot/SIMULATED/success/2025-01-01/push-0", "mine"):
+        (tmp_path / "shards" / folder).mkdir(parents=True)
+        (tmp_path / "shards" / folder / "trajectory.h5").touch()
+    with pytest.raises(ValueError, match=r"not rendered yet: .*stages/sample\.py dataset=sample_robot"):
+        find(robot, tmp_path)  # the index comes last
+    (tmp_path / "shards/sample_robot/index.json").touch()
+    (made,), (real,) = find(robot, tmp_path), find(raw, tmp_path, "shards")
+    assert made.path.parent.name == "push-0" and real.path.parent.name == "mine"
+    assert "skipped: 1 synthetic recordings" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="only synthetic sample recordings, but dataset is 'droid_raw'"):
+        find(raw, tmp_path, "shards/sample_robot")
+    with pytest.raises(ValueError, match=r"1 other recordings .* choose dataset=droid_raw for yours"):
+        find(robot, tmp_path, "shards")
 
 
 @pytest.mark.parametrize(

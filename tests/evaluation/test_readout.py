@@ -90,6 +90,17 @@ def test_positions_that_tokens_do_not_hold_give_no_figure_but_the_reason(cache, 
     assert "say of no position" in describe_readout(fit_readout(evaluation))["readout_notes"]["columns"]
 
 
+def test_the_strength_is_chosen_on_episodes_that_the_readout_was_not_fitted_to():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(60, 500, generator=generator), torch.randn(60, 1, generator=generator).double()
+    episodes = [f"episode {row // 10}" for row in range(60)]
+    x[:, 0] *= 20
+    for y, least, most in ((noise - noise.mean(), -0.1, 0.5), (x[:, :1].double() - x[:, 0].mean(), 0.9, 1.0)):
+        weight, bias = readout.solve_readout(x, y, episodes)
+        explained = 1 - ((x @ weight + bias - y) ** 2).sum() / (y**2).sum()
+        assert least < explained < most, "with more numbers than steps any positions can be told of the steps fitted to"
+
+
 def test_of_many_tokens_the_means_of_neighbours_are_read(cache, monkeypatch):
     monkeypatch.setattr(readout, "MAX_NUMBERS", 20)
     tokens = torch.arange(2 * 3 * 4 * 8, dtype=torch.float32).reshape(2, 3, 4, 8)
