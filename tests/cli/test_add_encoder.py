@@ -135,6 +135,8 @@ def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_record
     assert fresh.run("add-encoder", "tiny_dino", "--resolution", "96").code == 0
     assert load_config(fresh.folder, ["encoder=tiny_dino96"]).encoder.num_tokens == 36
     path = fresh.folder / "configs/encoder/tiny_dino.yaml"
+    with pytest.raises(ValueError, match=r"tiny_dino\.yaml exists and is another preset"):
+        fresh.run("add-encoder", "tiny_dino", "tiny_dino", "--resolution", "96")
     manifests = []
     for origin in (f"origin: {shipped.SHIPPED['tiny_dino'].origin}\n", ""):
         path.write_text(path.read_text().partition("origin: ")[0] + origin)
@@ -146,6 +148,9 @@ def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_record
     )
     assert without.encoder_origin is None and b"encoder_origin" not in without.to_bytes()
     assert with_origin.fingerprint == without.fingerprint, "found again, not encoded again"
+    path.write_text(f"{path.read_text()}origin: of other weights\n")
+    fresh.encode("encoder=tiny_dino", f"encode.weights={shipped.fetch_shipped('tiny_dino')}")
+    assert read_manifest(fresh.manifest_path).encoder_origin is None
     (store, *_) = (fresh.root.path / "tokens").rglob("store.json")
     assert json.loads(store.read_text())["provenance"]["encoder_origin"] == with_origin.encoder_origin
 
