@@ -13,6 +13,7 @@ from jepa_cache.actions import ACTION_SPACES, RECORDED, ActionSpace
 from jepa_cache.data.recorded import Recorded
 
 GRIPPER_DEAD_ZONE = 0.25
+OUTSIDE_SHARE = 0.05  # of the recorded range of a place, by which a plan may lead out of it
 # Of its limit: a column whose deviation in training was smaller hardly moved, so nobody knows what it does. A closed gripper that settles
 # while it pushes has half a hundredth of its limit, one that grasps a tenth.
 STILL_SHARE = 0.02
@@ -48,11 +49,25 @@ class Motion:
     bounded: Bound | None
     adds: bool  # as of `MotionRule`
     still: np.ndarray  # [A] float64, of columns that are not searched, where nothing else is said
+    places: dict[
+        int, tuple[int, float, float]
+    ]  # searched number that moves a place: that state's column, and where the place may end
 
     @property
     def middle(self) -> np.ndarray:
         """[K] of what is searched; zeros where limits are sizes."""
         return (self.low + self.high) / 2
+
+    def find_limits(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends [K] of what is searched from a state [S] by one action: `low` and `high`, less what leads to places that training never saw.
+
+        There a predictor guesses, and a search finds the guess that pleases it best.
+        """
+        low, high = self.low.copy(), self.high.copy()
+        for number, (column, least, largest) in self.places.items():
+            ends = np.clip((least - state[column], largest - state[column]), self.low[number], self.high[number])
+            low[number], high[number] = ends
+        return low, high
 
     def actions(self, searched: np.ndarray, base: np.ndarray) -> np.ndarray:
         """Whole actions [.., A] float64 of searched numbers [.., K]; `base` [A] holds where nothing is searched."""
@@ -86,6 +101,8 @@ def build_motion(
 
     With a `reach` above 1 one planned action may span that many steps: for predictors that were trained on mixed step lengths. What is
     carried out at once stays within the limits of one step. A gripper and commands do not reach further.
+
+    With such a reach, and where training is known (`recorded`), one action leads to no place outside of those seen in training.
 
     Columns that hardly moved in the training episodes (`recorded`) are not searched: what the predictor says of them is a guess.
 
@@ -152,6 +169,14 @@ def build_motion(
             if not one or not rule.adds:
                 still[column] = (recorded.action_low[column] + recorded.action_high[column]) / 2
     state, action, least, largest = rule.bounded or (None,) * 4
+    states, places = [column.name for column in space.states], {}
+    if recorded is not None and rule.adds and reach > 1:
+        for number, name in enumerate(searched):
+            if name.removeprefix("d") in space.positions:
+                column = states.index(name.removeprefix("d"))
+                lowest, highest = recorded.state_low[column], recorded.state_high[column]
+                margin = OUTSIDE_SHARE * (highest - lowest)
+                places[number] = column, lowest - margin, highest + margin
     return Motion(
         names=tuple(searched),
         columns=columns,
@@ -164,10 +189,10 @@ def build_motion(
         dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
         complete=partial(complete_actions, space),
         integrate=rule.integrate or recorded.follow,
-        bounded=rule.bounded
-        and Bound([column.name for column in space.states].index(state), names.index(action), least, largest),
+        bounded=rule.bounded and Bound(states.index(state), names.index(action), least, largest),
         adds=rule.adds,
         still=still,
+        places=places,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 from torch import Tensor
 
 from jepa_cache.control.costs import SUM, TOKENS, Cost
@@ -39,7 +40,9 @@ class PlannerSettings:
     # Shares of the first deviation (`Motion.first_std`): what the first round has, and what none goes below.
     first_std: float = 1.0
     min_std: float = 0.0
-    tries_mean: bool = False  # the first sample of a round is the mean itself
+    # Whether each round tries the mean and the best sample so far as well, and the best of all is the result: a mean may leave its basin.
+    keeps_best: bool = False
+    spread_first: float = 0.0  # share of the first round's samples that is drawn evenly over all that is searched
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -69,7 +72,9 @@ SETTINGS = {
     # The paper does not give the number of elites and the momenta of its robot runs: those of `world_model`.
     "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15),
     # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
-    JUMP: PlannerSettings(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, tries_mean=True),
+    JUMP: PlannerSettings(
+        1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, keeps_best=True, spread_first=0.5
+    ),
 }
 """Settings by name, published ones but for `jump`; how far a step may go is `build_motion`'s."""
 MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, JUMP: 0.06}
@@ -181,10 +186,15 @@ def plan_actions(
     keep_std = np.where(motion.gripper, settings.gripper_std_momentum, settings.std_momentum)
     rollout = Rollout(model, context, motion.integrate, scale_actions=scale_actions, scale_states=scale_states)
     energies = np.empty((settings.num_rounds, settings.num_samples), np.float32)
+    low, high = motion.find_limits(context.states[-1]) if horizon == 1 else (motion.low, motion.high)
+    mean = np.clip(mean, low, high)
+    best_sample, least = mean, np.inf
     for number in range(settings.num_rounds):
-        samples = np.clip(noise[number] * std[:, None] + mean[:, None], motion.low, motion.high)
-        if settings.tries_mean:
-            samples[:, 0] = mean
+        samples = np.clip(noise[number] * std[:, None] + mean[:, None], low, high)
+        if number == 0 and (num_spread := round(settings.spread_first * settings.num_samples)):
+            samples[:, -num_spread:] = low + (high - low) * ndtr(noise[0, :, -num_spread:])
+        if settings.keeps_best:
+            samples[:, 0], samples[:, 1] = mean, best_sample
         if settings.close_gripper_from is not None:
             samples[settings.close_gripper_from :, :, motion.gripper] = 1.0
         actions = motion.actions(samples.swapaxes(0, 1), base_action)  # [samples, H, A]
@@ -196,9 +206,13 @@ def plan_actions(
             )
         best = np.argsort(energies[number], kind="stable")[: settings.num_elites]
         elite = samples[:, best]
+        if energies[number, best[0]] < least:
+            best_sample, least = elite[:, 0].copy(), energies[number, best[0]]
         mean = (1 - keep_mean) * elite.mean(axis=1) + keep_mean * mean
         std = (1 - keep_std) * elite.std(axis=1, ddof=1) + keep_std * std
         std = np.maximum(std, settings.min_std * motion.first_std)
+    if settings.keeps_best and rollout.energies(motion.actions(mean[None], base_action), goal, cost)[0] > least:
+        mean = best_sample
     found = motion.actions(np.where(np.abs(mean) < motion.dead_zone, 0.0, mean), base_action)
     states = follow_actions(context.states[-1], found, motion)
     return Plan(motion.carried_out(states[:-1], found), states, energies, found, mean)

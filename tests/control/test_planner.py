@@ -3,6 +3,8 @@
 Claims:
 - energies are those of one pass over the whole context, and the samples of a pass do not change them;
 - the search finds the action after which a world that is known sees its goal;
+- a search that keeps its best sample ends where the energy is least, past a wide basin that is less deep;
+- one large displacement leads to no place that training never saw, and back from outside;
 - fixed columns stay 0, limits hold, the gripper closes when asked to, and the returned states are where the actions lead;
 - the actions of a plan are what is carried out: they end where the state does, and lead where the search's own lead;
 - views: the mouse follows the turn, yaw wraps and pitch stops at straight up and down;
@@ -18,7 +20,8 @@ import torch
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.control.motion import build_motion
-from jepa_cache.control.planner import Context, PlannerSettings, plan_actions
+from jepa_cache.control.planner import SETTINGS, Context, PlannerSettings, plan_actions
+from jepa_cache.data.recorded import Recorded
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps
 
@@ -71,6 +74,52 @@ def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
     )
     np.testing.assert_allclose(plan.actions[0, :3], target, atol=2e-3)
     assert not plan.actions[0, 3:6].any() and plan.energies[-1].mean() < plan.energies[0].mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_that_keeps_its_best_ends_in_the_deepest_basin_however_narrow(seed):
+    def landscape(tokens, actions, states, extrinsics, past):
+        """A wide basin at a corner and a narrow, deeper one about where the search begins."""
+        wide = 0.5 + (actions[..., :3] - 0.2).norm(dim=-1)
+        narrow = 60 * actions[..., :3].norm(dim=-1)
+        depth = torch.minimum(wide, narrow)[..., None, None].expand(*tokens.shape)
+        return SimpleNamespace(tokens=depth, past=past)
+
+    context = Context(torch.zeros(1, 1, 1), np.zeros((0, 7)), np.zeros((1, 7)))
+    found = {
+        keeps: plan_actions(
+            LatentModel(landscape, False),
+            context,
+            torch.zeros(1, 1),
+            build_motion(POSE, max_step_m=0.06, reach=4.0, fixed=("dgripper",)),
+            replace(SETTINGS["jump"], keeps_best=keeps),
+            seed=seed,
+        )
+        for keeps in (True, False)
+    }
+    assert np.linalg.norm(found[True].found[0, :3]) < 0.005
+    assert np.linalg.norm(found[False].found[0, :3]) > 0.3, "the landscape misleads a mean"
+    assert found[True].energies.min() <= found[False].energies.min()
+
+
+@pytest.mark.parametrize("place", [[0.5, 0.0, 0.2], [0.61, 0.24, 0.04], [0.9, -0.5, 0.2]])
+def test_one_large_displacement_leads_to_no_place_that_training_never_saw(place):
+    low, high = (0.3, -0.25, 0.0, 3.0, 0.0, 0.0, 0.0), (0.6, 0.25, 0.4, 3.1, 0.1, 0.1, 1.0)
+    recorded = Recorded((-0.05,) * 7, (0.05,) * 7, low, high)
+    motion = build_motion(POSE, max_step_m=0.06, reach=4.0, recorded=recorded)
+    state = np.array([*place, 3.05, 0.0, 0.0, 0.5])
+    least, largest = motion.find_limits(state)
+    assert (least <= largest).all() and (motion.low <= least).all() and (largest <= motion.high).all()
+    margin = 0.05 * np.subtract(high, low)[:3]
+    bounds = np.subtract(low[:3], margin), np.add(high[:3], margin)
+    for ends in (least, largest):
+        inside = (bounds[0] - 1e-9 <= state[:3] + ends[:3]) & (state[:3] + ends[:3] <= bounds[1] + 1e-9)
+        nearer = np.abs(state[:3] + ends[:3] - np.clip(state[:3], *bounds)) <= np.abs(
+            state[:3] - np.clip(state[:3], *bounds)
+        )
+        assert (inside | nearer).all()
+    one_step = build_motion(POSE, max_step_m=0.06, recorded=recorded)
+    np.testing.assert_array_equal(one_step.find_limits(state), [one_step.low, one_step.high], "published searches stay")
 
 
 def test_limits_hold_fixed_columns_stay_and_the_gripper_closes_when_asked_to():
