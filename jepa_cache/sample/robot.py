@@ -49,6 +49,10 @@ _TARGET_M = (0.45, 0.0, 0.17)
 _INSTALL_GL = "apt-get install libosmesa6 (or libegl1 libgl1-mesa-dri)"
 
 
+class BlockedError(ValueError):
+    """A block was to lie where the gripper is."""
+
+
 def import_mujoco() -> Any:
     """The mujoco module, with a software renderer chosen where $MUJOCO_GL names none; a ValueError says what to install."""
     if not os.environ.get("MUJOCO_GL"):
@@ -124,7 +128,7 @@ class RobotWorld:
                 absent is drawn (position, block), open (gripper) or the class's (look).
 
         Raises:
-            ValueError: An unknown option, a position outside the workspace or out of reach, or a block inside the gripper.
+            ValueError: An unknown option, a position outside the workspace or out of reach, or a block inside the gripper (`BlockedError`).
         """
         options = dict(options or {})
         if unknown := set(options) - {"position", "block", "gripper", "look"}:
@@ -145,7 +149,7 @@ class RobotWorld:
             if self._settle(arm_rad, _check_place("block", block, _TABLE_M)):
                 break
             if "block" in options:
-                raise ValueError(
+                raise BlockedError(
                     f"a block at {np.round(block, 3).tolist()} m would lie in the gripper at {position.tolist()} m"
                 )
         self._num_steps = 0

@@ -33,6 +33,7 @@ from jepa_cache.sample.robot import (
     ROWS_PER_STEP,
     STEP_HZ,
     WORKSPACE_M,
+    BlockedError,
     RobotWorld,
     find_assets,
     import_mujoco,
@@ -48,6 +49,7 @@ NUM_RECORDED_LOOKS = 2**31
 # From the block's centre to the closed fingers at the start. The gripper is wide along y: there it touches the block at 9 cm, along x at 4.
 _PUSH_START_M, _MORE_ALONG_Y_M, _PUSH_START_RANGE_M = 0.05, 0.045, 0.04
 _PUSH_HEIGHT_M = (0.03, 0.05)
+MAX_ATTEMPTS = 20  # to draw a push that begins clear of the block; about one in a hundred does not at once
 _SCRIPT, _LOOK = range(2)  # streams of random numbers, so that a change in one leaves the other as it was
 _SHORT = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist"}  # in names of DROID's metadata
 
@@ -84,10 +86,10 @@ class Script(NamedTuple):
     actions: np.ndarray  # [K, 7]
 
 
-def draw_script(config: RobotSampleConfig, index: int) -> Script:
-    """The script of an episode: a pure function of the settings and the episode's number."""
+def draw_script(config: RobotSampleConfig, index: int, attempt: int = 0) -> Script:
+    """The script of an episode: a pure function of the settings, the episode's number and, where one could not be played, the attempt."""
     kind = config.kinds[index]
-    rng = np.random.default_rng([config.seed, _SCRIPT, index])
+    rng = np.random.default_rng([config.seed, _SCRIPT, index, *([attempt] if attempt else [])])
     if kind == "push":
         start, moves = draw_push(rng, config.num_push_steps)
     else:
@@ -193,8 +195,16 @@ def _open_world(size: int) -> RobotWorld:
 
 def _record(config: RobotSampleConfig, folder: Path, index: int) -> dict[str, Any]:
     """Play one script and write its episode below `folder`; gives what is true of it."""
-    script, world = draw_script(config, index), _open_world(config.size)
-    info = world.reset(seed=script.seed, options={**script.start, "look": script.look})[1]
+    world = _open_world(config.size)
+    for attempt in range(MAX_ATTEMPTS):
+        script = draw_script(config, index, attempt)
+        try:
+            info = world.reset(seed=script.seed, options={**script.start, "look": script.look})[1]
+            break
+        except BlockedError as error:  # of a push that was to begin close to the block
+            blocked = error
+    else:
+        raise blocked
     first_block, rows, commands = info["block"], [], []
     pictures: dict[str, list[np.ndarray]] = {camera: [world.render(camera)] for camera in config.cameras}
     for action in script.actions:

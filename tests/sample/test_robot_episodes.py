@@ -153,3 +153,23 @@ def test_no_episode_at_all_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="num_random, num_reach and num_push are all 0"):
         build_robot_sample(tmp_path, dataclasses.replace(DEFAULT, num_random=0, num_reach=0, num_push=0), num_workers=1)
     assert not any(tmp_path.iterdir())
+
+
+@needs_robot
+def test_a_push_that_would_begin_in_the_block_is_drawn_again(tmp_path, monkeypatch):
+    reset, tried = RobotWorld.reset, []
+
+    def blocked_twice(world, **options):
+        tried.append(options["options"]["block"].tolist())
+        if len(tried) <= 2:
+            raise robot_episodes.BlockedError("a block would lie in the gripper")
+        return reset(world, **options)
+
+    monkeypatch.setattr(RobotWorld, "reset", blocked_twice)
+    truth = robot_episodes._record(SMALL, tmp_path, 2)
+    assert len(tried) == 3 and len({tuple(block) for block in tried}) == 3
+    assert np.allclose(truth["block_first_m"][:2], tried[-1], atol=1e-3)
+    tried[:] = []
+    monkeypatch.setattr(robot_episodes, "MAX_ATTEMPTS", 2)
+    with pytest.raises(robot_episodes.BlockedError):
+        robot_episodes._record(SMALL, tmp_path / "second", 2)
