@@ -328,7 +328,7 @@ def describe_acting(metrics: Mapping[str, Any]) -> str:
     if metrics["picked_on_these_starts"]:
         lines.append("  settings were picked on these starts: take figures from another act.start_seed")
     if not metrics["encoder_trained"]:
-        lines.append("  the features come from an encoder with random weights")
+        lines.append("  the encoder is untrained (random weights, or plain pixels)")
     return "\n".join(lines)
 
 
