@@ -91,8 +91,8 @@ class TrainingData:
         held_out = self._val_index.segments if self._val_index else []
         self._open_latents(predictor, [*self._index.segments, *held_out])
 
-    def compress_half(self, predictor: CompressedPredictor) -> set[str]:
-        """Fit the components to half of the training episodes and the kept share to the others, and read latents of these components.
+    def compress_half(self, predictor: CompressedPredictor, *, read: bool) -> set[str]:
+        """Fit the components to half of the training episodes and the kept share to the others; `read` latents of these components then.
 
         On steps that components were fitted to, what they do not hold is the noise that they were not fitted to: of ten episodes the
         share that stays seemed to be -0.1 of it, and on others it was 0.8. So whatever is chosen beside the components is chosen here.
@@ -110,7 +110,8 @@ class TrainingData:
         predictor.compressor.fit(self._blocks(fitted), predictor.whitening)
         windows = self._reader(WindowIndex(apart, settings.window_steps, lengths, settings.time_reversal))
         predictor.fit_share(tokens for _, tokens in windows.read(FIT_WINDOWS))
-        self._open_latents(predictor, segments)
+        if read:
+            self._open_latents(predictor, segments)
         return {segment.episode for segment in apart}
 
     def _reader(self, index: WindowIndex) -> TokenReader:

@@ -140,15 +140,16 @@ def train(
 def _compress(state: TrainingState, data: TrainingData) -> float | None:
     """Turn the data into latents, and say what a new predictor's kept share is; return the ridge of a linear one."""
     predictor, core = state.trained.predictor, state.trained.module
-    new, ridge, apart = state.step == 0 and state.run.init is None, None, None
+    new, apart = state.step == 0 and state.run.init is None, None
+    ridge = state.run.config.predictor.ridge if isinstance(core, LatentRidge) else None
+    chooses = isinstance(core, LatentRidge) and ridge is None
     if new:
-        apart = data.compress_half(predictor)
+        apart = data.compress_half(predictor, read=chooses)
         said = f"kept share {float(predictor.kept_share):.2g}"
     else:
         data.compress(predictor, fit=False)
-    if isinstance(core, LatentRidge):
-        given = state.run.config.predictor.ridge
-        ridge = choose_ridge(core, data, apart) if given is None else given
+    if chooses:
+        ridge = choose_ridge(core, data, apart)
     if new:
         num_all = len(set(data.episodes_of(np.arange(data.num_windows))))
         how = f"{len(apart)} of {num_all} training episodes, to which the components were not fitted for this"
