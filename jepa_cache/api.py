@@ -36,7 +36,7 @@ from jepa_cache.control.planner import (
     plan_actions,
     warn_of_reach,
 )
-from jepa_cache.data.recorded import Recorded, recorded_from_json
+from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
@@ -142,8 +142,7 @@ class WorldModel:
         self._scaler.check_columns(self.space)
         self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
         self.window_steps: int = card["window_steps"]
-        # What the training episodes did; None in weights of older versions, which did not write it down.
-        self.recorded: Recorded | None = recorded_from_json(card["recorded"]) if "recorded" in card else None
+        self.recorded: Recorded | None = find_recorded(card)
         self._seen: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @classmethod

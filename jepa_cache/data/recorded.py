@@ -5,7 +5,7 @@ A planner in a space of any robot's vectors searches within that range, and lets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -48,9 +48,9 @@ class Recorded:
         return asdict(self)
 
 
-def recorded_from_json(document: dict[str, Any]) -> Recorded:
-    """Read what `Recorded.to_json` gave."""
-    return TypeAdapter(Recorded).validate_python(document)
+def find_recorded(card: Mapping[str, Any]) -> Recorded | None:
+    """What a card of weights says of the recordings; None in cards of older versions, which did not write it down."""
+    return TypeAdapter(Recorded).validate_python(card["recorded"]) if "recorded" in card else None
 
 
 def describe_recorded(dataset: CachedDataset, segments: Sequence[Segment]) -> Recorded:

@@ -38,7 +38,7 @@ from jepa_cache.control.planner import (
 )
 from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.dataset import CachedDataset
-from jepa_cache.data.recorded import Recorded, recorded_from_json
+from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
 from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value, write_json, write_table
@@ -221,7 +221,7 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
     """
     evaluation, card = open_evaluation(config, dataset, weights), read_card(weights)
     warn_of_reach(config.plan.reach or REACH[config.plan.settings], card)
-    recorded = recorded_from_json(card["recorded"]) if "recorded" in card else None
+    recorded = find_recorded(card)
     costs = load_costs(weights, card, evaluation.model.predictor, evaluation.device)
     score = score_plans(evaluation, recorded=recorded, costs=costs)
     metrics = summarize_plans(score, config) | {
