@@ -23,7 +23,6 @@ NUM_STILL = 2  # steps without a command at the end of an episode, and of the wa
 STEP_M = 0.06  # largest translation of a step along each axis, of the policies without a world model
 CLOSER_SHARE = 0.5  # of the distance at the start
 MARGIN_M = 0.05  # by which a place may lie outside a task's box: what the arm overshoots, and no more
-Z = 1.96  # of a 95 % interval
 
 # Of a push, m: behind the middle of the block, over the table, and how far the closed gripper goes, so that the block moves by some 8 cm; the first
 # and last are more where the gripper is wide (along y).
@@ -283,18 +282,14 @@ def build_readout_servo(read: Callable[[np.ndarray], np.ndarray], width: int) ->
 
 
 def wilson(num_successes: int, num_trials: int) -> list[float]:
-    """95 % interval [low, high] of a share.
+    """95 % interval [low, high] of a share, Wilson's."""
+    from scipy.stats import binomtest  # here: half a second
 
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
     if not 0 <= num_successes <= num_trials or num_trials < 1:
         raise ValueError(
             f"a share needs 0 <= successes <= trials, and at least one; got {num_successes} of {num_trials}"
         )
-    share, spread = num_successes / num_trials, Z**2 / num_trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / num_trials + spread / (4 * num_trials))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return [float(end) for end in binomtest(num_successes, num_trials).proportion_ci(method="wilson")]
 
 
 def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
