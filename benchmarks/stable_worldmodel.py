@@ -46,6 +46,7 @@ from tqdm import tqdm  # noqa: E402
 
 from jepa_cache.control.closed_loop import wilson  # noqa: E402
 from jepa_cache.files import atomic_file, measure_bytes, publish_folder, temporary_folder  # noqa: E402
+from jepa_cache.predictor.heads import HEADS  # noqa: E402
 
 CAMERA = "observation.images.pixels"
 FPS, BLOCK = 25, 5  # rows a second as their video writer has it, and rows of one step of the cache: their action_block
@@ -57,7 +58,6 @@ DEFAULTS = (
     *("scaler.states=ignore", "split.val_share=0.1", "train.preset=jump", "train.step_lengths=[1, 2]"),
     *("train.window_steps=4", "train.auto_steps=3", "train.num_steps=600", "train.num_warmup=60"),
 )
-HEADS = ("readout", "time")  # costs whose heads training fits
 
 
 @dataclass(frozen=True)

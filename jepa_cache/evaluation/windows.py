@@ -44,7 +44,7 @@ COMPONENT_STEPS = 2048  # of the training episodes, that its components are fitt
 STEPS_PER_COMPONENT = 4  # at least
 RIDGES = tuple(
     10.0**power for power in range(-6, 2)
-)  # of the model without actions, in units of each feature's variance
+)  # of the model without actions, for each pair of steps; one for all components, as that of each one's own variance was unstable
 CPU = torch.device("cpu")
 READOUT = "readout"
 
