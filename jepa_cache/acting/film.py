@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from jepa_cache.config.schema import CONTROLS
 from jepa_cache.control.closed_loop import Episode, Task
 from jepa_cache.evaluation.pictures import LAST_MS, TokenColours, new_figure
+from jepa_cache.evaluation.verdict import UNTRAINED
 from jepa_cache.sample.robot_episodes import encode_video
 
 STEP_MS = 400
@@ -50,18 +52,18 @@ def write_film(films: Sequence[Film], metrics: Mapping[str, Any], folder: Path) 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     gif = base64.b64encode((folder / "film.gif").read_bytes()).decode() if films else ""
-    page = environment.get_template("report.html.j2").render(metrics=metrics, film=gif)
+    page = environment.get_template("report.html.j2").render(
+        metrics=metrics, controls=CONTROLS, untrained=UNTRAINED, film=gif
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def draw_moment(film: Film, colours: TokenColours, moment: int, title: str) -> np.ndarray:
     """One picture uint8 [h, w, 3], of even height and width: four panels above the curve of the distance."""
     figure = new_figure(8.0, 4.0)
-    panels, curve = figure.add_gridspec(2, 4, height_ratios=(2.2, 1)), None
+    panels = figure.add_gridspec(2, 4, height_ratios=(2.2, 1))
     for place, (name, picture) in enumerate(_list_panels(film, colours, moment).items()):
-        axes = figure.add_subplot(panels[0, place])
-        axes.imshow(picture, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
+        axes = _show(figure.add_subplot(panels[0, place]), picture)
         axes.set_title(name, fontsize=9)
     curve = figure.add_subplot(panels[1, :])
     draw_distance(film, curve, moment)
@@ -83,9 +85,7 @@ def draw_still(film: Film, colours: TokenColours) -> np.ndarray:
             shown = _list_panels(film, colours, moment)
             tops = "at the end" if moment == last else f"step {moment}", shown["camera"], shown["foreseen"]
         for row, picture in enumerate(tops[1:]):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
+            axes = _show(figure.add_subplot(grid[row, column]), picture)
             if row == 0:
                 axes.set_title(tops[0], fontsize=9)
             if column == 0:
@@ -115,6 +115,12 @@ def _list_panels(film: Film, colours: TokenColours, moment: int) -> dict[str, np
         "goal's tokens": _paint(film.aim, colours),
         "goal picture": film.goal,
     }
+
+
+def _show(axes: Any, picture: np.ndarray) -> Any:
+    axes.imshow(picture, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    return axes
 
 
 def _paint(tokens: np.ndarray, colours: TokenColours) -> np.ndarray:

@@ -18,7 +18,7 @@ from jepa_cache.acting.film import Film, write_film
 from jepa_cache.api import Encoder, WorldModel
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import default_num_threads
-from jepa_cache.config.schema import ActConfig, Config
+from jepa_cache.config.schema import CONTROLS, ActConfig, Config
 from jepa_cache.control.closed_loop import (
     TASKS,
     Episode,
@@ -44,6 +44,7 @@ from jepa_cache.data.windows import count_episodes
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
 from jepa_cache.evaluation.metrics import write_json, write_table
 from jepa_cache.evaluation.planning import choose_settings
+from jepa_cache.evaluation.verdict import UNTRAINED
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.heads import HEADS
 from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
@@ -53,7 +54,6 @@ from jepa_cache.training.trainer import train
 BuildPolicy = Callable[[Goal], Policy]
 
 PLAN = "plan"
-CONTROLS = ("random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks")
 PICKING_SEED = 0
 """`act.start_seed` of the starts on which settings were picked; figures are those of another set."""
 MAX_READOUT_STEPS = 2000  # that the readout is fitted to, spread over the training episodes
@@ -132,10 +132,10 @@ def act_run(
                 ),
             }
             loop.run(name, None, 0, without[name](), look=look)
-        figures[name] = summarize(loop.episodes[name])
+        figures[name] = summarize(loop.episodes_of(name))
         if name == PLAN and figures[PLAN]["num_failures"] == figures[PLAN]["num_starts"]:
             raise ValueError(f"no episode came to its end: {'; '.join(figures[PLAN]['failures'])}")
-    by_seed = {str(seed): summarize(loop.episodes_of(PLAN, seed)) for seed in worlds}
+    by_seed = {str(seed): summarize(loop.episodes[PLAN, seed]) for seed in worlds}
     metrics = {
         **figures[PLAN],
         **{name: figures[name] for name in names},
@@ -168,7 +168,7 @@ class Loop:
     def __init__(self, simulator: Simulator, task: Task, settings: ActConfig, looks: Looks) -> None:
         """Nothing is drawn yet."""
         self.simulator, self.task, self.settings, self.looks = simulator, task, settings, looks
-        self.episodes: dict[str, list[Episode]] = {}
+        self.episodes: dict[tuple[str, int | None], list[Episode]] = {}  # by policy and training seed
         self.rows: list[dict[str, Any]] = []
         self._goals: dict[str, Goal | EpisodeError] = {}
 
@@ -180,7 +180,7 @@ class Loop:
         title = name if seed is None else f"{name}, seed {seed}"
         for number, start in enumerate(tqdm(starts, desc=title, unit="episode", dynamic_ncols=True)):
             episode = self.act(start, build, shown=starts[(number + 1) % len(starts)] if other_goal else None)
-            self.episodes.setdefault(name, []).append(episode)
+            self.episodes.setdefault((name, seed), []).append(episode)
             self.rows.append(
                 {
                     "policy": name,
@@ -195,10 +195,9 @@ class Loop:
                 }
             )
 
-    def episodes_of(self, name: str, seed: int) -> list[Episode]:
-        """Those of one training seed."""
-        policies = [row for row in self.rows if row["policy"] == name]
-        return [one for one, row in zip(self.episodes[name], policies, strict=True) if row["seed"] == seed]
+    def episodes_of(self, name: str) -> list[Episode]:
+        """Those of one policy, of all training seeds."""
+        return [episode for (policy, _), some in self.episodes.items() if policy == name for episode in some]
 
     def starts(self, place: int, look: str) -> list[Start]:
         """The starts of the training seed at `place`, with their looks."""
@@ -328,7 +327,7 @@ def describe_acting(metrics: Mapping[str, Any]) -> str:
     if metrics["picked_on_these_starts"]:
         lines.append("  settings were picked on these starts: take figures from another act.start_seed")
     if not metrics["encoder_trained"]:
-        lines.append("  the encoder is untrained (random weights, or plain pixels)")
+        lines.append(f"  {UNTRAINED}")
     return "\n".join(lines)
 
 

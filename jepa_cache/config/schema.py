@@ -382,6 +382,10 @@ class PlanConfig(Settings):
     seed: Seed
 
 
+CONTROLS = ("random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks")
+"""What acts beside the planner, or as it under other conditions."""
+
+
 @dataclass(frozen=True)
 class ActConfig(Settings):
     """What is asked of a world model in the simulator."""
@@ -392,13 +396,7 @@ class ActConfig(Settings):
     num_starts: Count  # of each training seed, which all have their own
     start_seed: Seed  # of the set of starts
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Once]  # of trainings
-    controls: Annotated[
-        tuple[
-            Literal["random_actions", "no_motion", "other_goal", "readout_servo", "oracle", "unseen_looks"],
-            ...,
-        ],
-        Once,
-    ]
+    controls: Annotated[tuple[Literal[CONTROLS], ...], Once]  # type: ignore[valid-type]
     settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
     num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
     num_rounds: Count | None  # null: the settings'

@@ -164,7 +164,7 @@ def test_another_goal_is_shown_and_the_own_one_judges():
     own = [loop.find_goal(start) for start in loop.starts(0, "plain")]
     for goal, mine, next_one in zip(shown, own, [*own[1:], own[0]], strict=True):
         assert np.array_equal(goal.frame, next_one.frame) and np.array_equal(goal.place, mine.place)
-    assert all(episode.success for episode in loop.episodes["other_goal"]), "the oracle reads the place"
+    assert all(episode.success for episode in loop.episodes["other_goal", 0]), "the oracle reads the place"
 
 
 @pytest.mark.parametrize(("goal_look", "same"), [("same", True), ("other", False)])
