@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             f"the sample recordings are not rendered yet: {base / preset.inputs[0]} holds no whole set of them; "
             f"`python stages/sample.py dataset={preset.name}` renders them in minutes. For recordings of yours set `dataset` in params.yaml"
         )
+    if preset.sample is not None and not inputs:
+        _check_settings(base / preset.inputs[0], preset)
     try:
         units = source.list_units(named, base)
     except ValueError as error:
@@ -70,6 +73,19 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
 def _is_rendered(folder: Path) -> bool:
     """Whether a sample's folder holds recordings, all of them."""
     return (folder / "index.json").is_file() and any(path.name != "index.json" for path in folder.iterdir())
+
+
+def _check_settings(folder: Path, preset: DatasetPreset) -> None:
+    """Refuse a sample that was rendered by other settings: presets share folders, and their settings are edited."""
+    rendered = json.loads((folder / "index.json").read_text(encoding="utf-8") or "{}").get("config")
+    if rendered is None:
+        return
+    if differing := [name for name, value in preset.sample.items() if rendered.get(name) != value]:
+        told = ", ".join(f"{name} {rendered.get(name)!r}, now {preset.sample[name]!r}" for name in differing)
+        raise ValueError(
+            f"{folder} was rendered by other settings than those of configs/dataset/{preset.name}.yaml ({told}); "
+            f"`python stages/sample.py dataset={preset.name}` renders it anew, or name the folder to encode it as it is"
+        )
 
 
 def _find_sample(units: Sequence[Unit], base: Path) -> list[Unit]:

@@ -59,7 +59,7 @@ def acted(tmp_path_factory):
     small = {"num_random": 4, "num_reach": 0, "num_push": 0, "num_steps": 8, "random_looks": 0.0, "size": 64}
     dataset = dataclasses.replace(config.dataset, sample=config.dataset.sample | small)
     predictor = dataclasses.replace(config.predictor, num_components=8, predictor_dim=16)
-    config = dataclasses.replace(config, dataset=dataset, predictor=predictor)
+    config = dataclasses.replace(config, dataset=dataset, predictor=predictor, members=((dataset, 1.0),))
     build_robot_sample(folder / "shards/sample_robot", RobotSampleConfig(**dataset.sample), num_workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))

@@ -1,6 +1,7 @@
 """Claims: recordings that are not found say the way out, from wherever the command was typed: render, pack, or name them in full."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_a_simulated_robots_recordings_count_when_they_are_whole_and_never_among
     (made,), (real,) = find(robot, tmp_path), find(raw, tmp_path, "shards")
     assert made.path.parent.name == "push-0" and real.path.parent.name == "mine"
     assert "skipped: 1 synthetic recordings" in capsys.readouterr().out
+    index = tmp_path / "shards/sample_robot/index.json"
+    index.write_text(json.dumps({"config": robot.sample}))
+    assert find(robot, tmp_path) == [made]
+    index.write_text(json.dumps({"config": robot.sample | {"random_looks": 0.0}}))
+    with pytest.raises(ValueError, match=r"random_looks 0\.0, now 1\.0.*stages/sample\.py dataset=sample_robot"):
+        find(robot, tmp_path)
+    assert find(robot, tmp_path, "shards/sample_robot") == [made], "named, it is taken as it is"
     with pytest.raises(ValueError, match="only synthetic sample recordings, but dataset is 'droid_raw'"):
         find(raw, tmp_path, "shards/sample_robot")
     with pytest.raises(ValueError, match=r"1 other recordings .* choose dataset=droid_raw for yours"):
