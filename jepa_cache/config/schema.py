@@ -362,18 +362,24 @@ class EvaluateConfig(Settings):
 
 
 @dataclass(frozen=True)
-class PlanConfig(Settings):
-    """How plans to goal frames are searched for and scored on the held-out episodes."""
+class SearchConfig(Settings):
+    """How a planner searches, wherever it is asked to."""
 
     settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
     num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
     num_rounds: Count | None  # null: the settings'
-    horizons: Annotated[tuple[Count, ...], Field(min_length=1), Once]  # steps to the goal
-    starts_per_episode: Count
-    num_context_steps: Count | None  # true steps before a plan; null: 3, of the settings jump 1
     max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
     reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
     cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
+
+
+@dataclass(frozen=True)
+class PlanConfig(SearchConfig):
+    """How plans to goal frames are searched for and scored on the held-out episodes."""
+
+    horizons: Annotated[tuple[Count, ...], Field(min_length=1), Once]  # steps to the goal
+    starts_per_episode: Count
+    num_context_steps: Count | None  # true steps before a plan; null: 3, of the settings jump 1
     cost_steps: Literal["last", "sum"]  # predicted steps that count
     # Largest rotations of a step: beyond half a circle a turn is one the other way; 0 rad searches no rotations.
     max_rotation_rad: Annotated[float, Field(ge=0, le=math.pi)]
@@ -387,7 +393,7 @@ CONTROLS = ("random_actions", "no_motion", "other_goal", "readout_servo", "oracl
 
 
 @dataclass(frozen=True)
-class ActConfig(Settings):
+class ActConfig(SearchConfig):
     """What is asked of a world model in the simulator."""
 
     task: Literal["reach", "push"]
@@ -397,12 +403,6 @@ class ActConfig(Settings):
     start_seed: Seed  # of the set of starts
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Once]  # of trainings
     controls: Annotated[tuple[Literal[CONTROLS], ...], Once]  # type: ignore[valid-type]
-    settings: Literal["cem", "world_model", "notebook", "paper", "jump"]  # values in control/planner.py
-    num_samples: Annotated[int, Field(ge=2, le=10**6)] | None  # a round; null: the settings'
-    num_rounds: Count | None  # null: the settings'
-    max_step_m: Rate | None  # largest translation of a step along each axis; null: the settings'
-    reach: Annotated[float, Field(ge=1, le=1000)] | None  # steps that one planned action may span; null: the settings'
-    cost: Literal["tokens", "tokens_l2", "latents", "readout", "time"]
     num_context_steps: Count  # the present one included
     replan_every: Count  # steps
     num_filmed: CountOrZero  # episodes in the film

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jepa_cache.actions import ActionSpace
 from jepa_cache.config.paths import default_num_threads
-from jepa_cache.config.schema import Config, PlanConfig
+from jepa_cache.config.schema import Config, SearchConfig
 from jepa_cache.control.costs import SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
@@ -78,7 +78,7 @@ class Score(NamedTuple):
     searched: tuple[str, ...]  # names of the numbers of an action that are searched
 
 
-def choose_settings(config: PlanConfig) -> PlannerSettings:
+def choose_settings(config: SearchConfig) -> PlannerSettings:
     """The published settings that a configuration names, with its own samples and rounds; elites keep their share."""
     published = SETTINGS[config.settings]
     num_samples = config.num_samples or published.num_samples
