@@ -10,6 +10,7 @@ rotation as in `poses.integrate_pose`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from ctypes.util import find_library
@@ -61,6 +62,10 @@ def import_mujoco() -> Any:
         if found is None:
             raise ValueError(f"no OpenGL library to render with was found; {_INSTALL_GL}")
         os.environ["MUJOCO_GL"] = found
+    # torch for GPUs loads triton when an optimiser is made. Its LLVM and that of Mesa, which draws, live together only in this order:
+    # after Mesa's the process ends with a segmentation fault.
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
     try:
         import mujoco
     except ImportError as error:

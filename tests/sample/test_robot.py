@@ -5,7 +5,12 @@
 3. What is cut is named, what cannot be done is refused, and a scene that blows up is an error.
 4. Seeds and looks decide states and pixels; a look does not outlast its episode.
 5. What is not installed is named with what to type.
+6. torch for GPUs may be used after a picture was drawn.
 """
+
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -221,3 +226,13 @@ def test_missing_models_and_graphics_are_named_with_what_to_type(monkeypatch):
     monkeypatch.setattr(robot, "find_library", lambda name: None)
     with pytest.raises(ValueError, match=r"no OpenGL library .* apt-get install libosmesa6"):
         robot.import_mujoco()
+
+
+# 6. Beside torch
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed; it comes with torch for GPUs")
+def test_triton_which_torch_loads_late_does_not_end_a_process_that_has_drawn_a_picture():
+    script = "from jepa_cache.sample.robot import RobotWorld; w = RobotWorld(32); w.reset(seed=0); import triton; w.close(); print('ended')"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "ended\n"), ran.stderr[-500:]
