@@ -9,12 +9,14 @@ waves are five times as long, so that no two places look alike), and any further
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from jepa_cache.actions import VPT_BUTTONS, ActionSpace, get_action_space
 from jepa_cache.config.loading import load_config
@@ -53,6 +55,15 @@ OVERRIDES = (
 
 # Of predictors of every kind.
 SMALL = {"predictor_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "num_components": 6, "num_products": 4}
+
+
+@contextmanager
+def no_pictures() -> Iterator[None]:
+    """Evaluations draw nothing, which takes most of their time: test_pictures.py, test_cameras.py and test_pipeline.py let them draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_pictures", "write_page"):
+            patch.setattr(f"jepa_cache.evaluation.run.{name}", lambda *_: None)
+        yield
 
 
 class Cache(NamedTuple):

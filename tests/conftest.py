@@ -56,7 +56,6 @@ LONG_FILES = [
     "test_crashes.py",
     "test_verify.py",
     "test_mixtures.py",
-    "test_real_recordings.py",
 ]
 
 

@@ -1,10 +1,16 @@
 """Claims: cameras, phases and data sets of a mixture are parts of one manifest, with stores that are found again alone.
 
-DROID goes the whole way from raw folders to metrics, the real recordings where the optional folder of them is there.
+Real recordings of VPT and DROID, where the optional folder of them is there, go the whole way from files to metrics. Of VPT it holds
+one pair, of which shorter and shorter beginnings are packed: that proves the way and the formats, and nothing about learning.
 """
 
 import csv
+import itertools
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
+import av
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -13,15 +19,18 @@ from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.evaluation.run import evaluate_run
+from jepa_cache.media.tar import pack_folder
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.training.trainer import train
-from tests.caches import OVERRIDES
+from tests.caches import OVERRIDES, no_pictures
 from tests.droid_makers import REAL_DROID, make_episode, read_real, write_raw
-from tests.makers import make_vpt_pair, write_vpt_tar
+from tests.makers import REAL_VPT, make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS, copy_settings
 
 TINY = ("encoder=tiny", "predictor=tiny", "encode.device=cpu", *OVERRIDES)
 DROID = ("dataset=droid_raw", "encode.fps=5")
+PAIR = REAL_VPT / "trimmed_shabby-viridian-beaver-b064d8e1dc68-20220417-011815.mp4"
+needs_vpt = pytest.mark.skipif(not PAIR.is_file(), reason=f"no real recordings in {REAL_VPT}")
 
 
 class Checkout:
@@ -37,7 +46,7 @@ class Checkout:
         config = self.config(*changes)
         return encode_dataset(config, config.dataset.inputs, base=self.folder, root=self.root)
 
-    def train_and_evaluate(self, *changes):
+    def train_and_evaluate(self, *changes, pictures=False):
         """Rows of train.csv, and the metrics."""
         config = self.config(*changes)
         dataset = CachedDataset(self.encode(*changes).manifest, self.root)
@@ -45,7 +54,8 @@ class Checkout:
         scaler = fit_scaler(dataset, segments, config.scaler)
         AcceleratorState._reset_state(reset_partial_state=True)
         result = train(config, dataset, scaler, self.folder / "outputs/train/run", base=self.folder)
-        metrics = evaluate_run(config, dataset, result.weights, self.folder / "outputs/evaluate")
+        with nullcontext() if pictures else no_pictures():
+            metrics = evaluate_run(config, dataset, result.weights, self.folder / "outputs/evaluate")
         dataset.close()
         with (result.run / "train.csv").open(newline="") as file:
             return list(csv.DictReader(file)), metrics
@@ -103,3 +113,53 @@ def test_real_droid_episodes_go_from_raw_folders_to_metrics_with_idle_steps_cut(
     assert sum(entry.num_episodes for entry in result.manifest.entries) == 9 and result.manifest.num_steps == 700
     _, metrics = checkout.train_and_evaluate(*DROID, "filter.drop_idle=true", "split.val_share=0.5", "split.seed=0")
     assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
+
+
+def cut_pair(folder, name, num_frames):
+    """The first frames of the pair and their lines; nothing is encoded again."""
+    lines = PAIR.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+    (folder / f"{name}.jsonl").write_text("".join(lines[: num_frames + 1]))
+    with av.open(str(PAIR)) as source, av.open(str(folder / f"{name}.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in itertools.islice(source.demux(video=0), num_frames):
+            packet.stream = stream
+            target.mux(packet)
+
+
+@needs_vpt
+def test_real_pairs_are_packed_encoded_trained_on_and_evaluated_and_too_many_look_alikes_stop_it(
+    checkout, tmp_path, capsys
+):
+    (tmp_path / "in").mkdir()
+    for number, num_frames in enumerate((445, 85, 65)):
+        cut_pair(tmp_path / "in", f"pair-{number}", num_frames)
+    look_alike = next((REAL_VPT / "counter_example").glob("*.mp4"))
+    for path in (look_alike, look_alike.with_suffix(".jsonl"), next((REAL_VPT / "logs_only").glob("*.jsonl"))):
+        shutil.copy(path, tmp_path / "in")
+    report = pack_folder(tmp_path / "in", checkout.folder / "shards/vpt")
+    assert report.num_episodes == 4 and len(report.skipped) == 1
+    with pytest.raises(ValueError, match=r"1 of 4 recordings were skipped \(25%\)"):
+        checkout.encode("dataset=vpt")
+    said = capsys.readouterr()
+    assert f"skipped: {look_alike.stem}" in said.out + said.err and not list(checkout.root.path.glob("manifests/*"))
+    changes = "dataset=vpt", "encode.max_skipped_share=0.5", "split.val_share=0.5"
+    manifest = checkout.encode(*changes).manifest
+    assert [it["key"] for it in manifest.skipped] == [look_alike.stem] and manifest.num_steps == 112 + 22 + 17
+    assert "445 frames, 446 lines" in str(manifest.notes)
+    _, metrics = checkout.train_and_evaluate(*changes, pictures=True)
+    assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
+    assert (checkout.folder / "outputs/evaluate/pictures/strip1.png").is_file()
+
+
+@needs_vpt
+def test_an_encoder_of_full_width_and_resolution_gives_full_size_steps_of_a_real_pair(checkout):
+    shards = checkout.folder / "shards/vpt"
+    shards.mkdir(parents=True)
+    cut_pair(shards, "pair", 85)
+    pack_folder(shards, shards)
+    # At 20 Hz and stride 28, 85 frames give 4 sampled ones.
+    config = checkout.config("dataset=vpt", "encode.fps=0.72")
+    vitl = {"embed_dim": 1024, "depth": 1, "num_heads": 16, "mlp_dim": 4096, "resolution": 256}
+    config = replace(config, encoder=replace(config.encoder, **vitl))
+    manifest = encode_dataset(config, ["shards/vpt"], base=checkout.folder, root=checkout.root).manifest
+    assert (manifest.num_tokens, manifest.width, manifest.grid, manifest.num_steps) == (256, 1024, (16, 16), 4)

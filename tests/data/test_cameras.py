@@ -29,9 +29,9 @@ CAMERAS = ("exterior_1", "exterior_2")
 NAMES = [f"ILIAD/success/2023-04-21/made-{seed}" for seed in range(6)]
 
 
-@pytest.fixture(scope="module", params=["float16", "int8"])
-def recorded(request, tmp_path_factory):
-    """Six episodes from two cameras: of made-4 one is missing, that of made-5 ends before the other one."""
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Encodes, as a dtype, six episodes from two cameras: of made-4 one is missing, that of made-5 ends before the other one."""
     folder = tmp_path_factory.mktemp("cameras")
     for seed in range(6):
         path = write_raw(folder / "raw", make_episode(seed, 45))
@@ -41,16 +41,26 @@ def recorded(request, tmp_path_factory):
         if seed == 5:
             shorter = make_episode(9, 45, num_frames=30).videos["exterior_2"]
             video.write_bytes(shorter)
-    config = tiniest_config("droid_raw", cameras=CAMERAS, fps=5.0, dtype=request.param, max_skipped_share=1.0)
-    return encode(folder / "raw", folder / "cache", config).manifest, CacheRoot(folder / "cache")
+
+    def encode_as(dtype):
+        config = tiniest_config("droid_raw", cameras=CAMERAS, fps=5.0, dtype=dtype, max_skipped_share=1.0)
+        return encode(folder / "raw", folder / "cache", config).manifest, CacheRoot(folder / "cache")
+
+    return encode_as
+
+
+@pytest.fixture(scope="module")
+def recorded(record):
+    return record("float16")
 
 
 def open_both(recorded):
     return CachedDataset(*recorded, joins_cameras=True), CachedDataset(*recorded)
 
 
-def test_a_joined_step_has_every_cameras_tokens_at_its_row_and_the_rest_is_named(recorded, capsys):
-    joined, apart = open_both(recorded)
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_joined_step_has_every_cameras_tokens_at_its_row_and_the_rest_is_named(record, dtype, capsys):
+    joined, apart = open_both(record(dtype))
     said = capsys.readouterr().err
     assert "1 episodes were not seen by all" in said and "made-4, by exterior_1 alone" in said
     assert "5 of 75 steps of exterior_1" in said

@@ -34,17 +34,14 @@ from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 from jepa_cache.evaluation.windows import BASELINES, NoActionsFit, fit_baselines
 from jepa_cache.predictor.checkpoints import load_predictor, save_state
 from jepa_cache.predictor.rollout import LatentModel
-from tests.caches import Cache, make_config
+from tests.caches import Cache, make_config, no_pictures
 from tests.encoded import all_files
 from tests.evaluation.evaluations import Trained, evaluation_of, read_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_pictures():
-    """They take most of the time; test_pictures.py draws them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_pictures", "write_page"):
-            patch.setattr(run, name, lambda *_, **__: None)
+def undrawn():
+    with no_pictures():
         yield
 
 
@@ -173,7 +170,7 @@ def again(trained) -> Again:
 
 
 @pytest.fixture(scope="module")
-def result(trained, no_pictures) -> Path:
+def result(trained, undrawn) -> Path:
     """The folder of one evaluation, where `jepa-cache compare` looks for that of its training run."""
     out = trained.cache.folder / "evaluate"
     evaluate(trained.cache, trained.weights, out)
