@@ -179,7 +179,6 @@ def _record_all(config: RobotSampleConfig, folder: Path, num_workers: int) -> It
     record, numbers = functools.partial(_record, config, folder), range(len(config.kinds))
     if num_workers == 1:
         yield from map(record, numbers)
-        _open_world(config.size).close()  # else its renderer complains when the interpreter ends
         _open_world.cache_clear()
         return
     # Spawned, not forked: the caller may hold threads and an OpenGL context.
