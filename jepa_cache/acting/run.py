@@ -40,13 +40,14 @@ from jepa_cache.control.closed_loop import (
 from jepa_cache.control.controller import Controller
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler
-from jepa_cache.data.windows import count_episodes
-from jepa_cache.evaluation.context import EvaluationContext, choose_windows, open_evaluation
+from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.metrics import write_json, write_table
 from jepa_cache.evaluation.planning import choose_settings
+from jepa_cache.evaluation.readout import pool_tokens, read_steps
 from jepa_cache.evaluation.verdict import UNTRAINED
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.heads import HEADS
+from jepa_cache.ridge import fit_rows
 from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
 from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig
 from jepa_cache.training.trainer import train
@@ -56,8 +57,6 @@ BuildPolicy = Callable[[Goal], Policy]
 PLAN = "plan"
 PICKING_SEED = 0
 """`act.start_seed` of the starts on which settings were picked; figures are those of another set."""
-MAX_READOUT_STEPS = 2000  # that the readout is fitted to, spread over the training episodes
-READOUT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the number of steps, on standardised numbers of tokens
 
 
 class Looks(NamedTuple):
@@ -260,25 +259,11 @@ def build_planner(world: WorldModel, settings: ActConfig, seed: int) -> BuildPol
 
 
 def fit_readout(evaluation: EvaluationContext, world: WorldModel) -> Callable[[np.ndarray], np.ndarray]:
-    """A ridge regression from all tokens of a frame [h, w, 3] to the end effector's place [3] m, fitted on training episodes.
-
-    Its strength is chosen by folds of whole episodes.
-    """
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GridSearchCV, GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    segments = evaluation.training_segments()
-    per_episode = -(-MAX_READOUT_STEPS // count_episodes(segments))
-    chosen = choose_windows(segments, 1, per_episode, limit=MAX_READOUT_STEPS)
-    tokens = [h.flatten(1).cpu().numpy() for _, _, h in evaluation.iter_windows(chosen, "fitting the readout")]
-    places = np.array([evaluation.dataset.controls(one.store)[1][one.start, :3] for one in chosen.windows])
-    model = make_pipeline(StandardScaler(), Ridge())
-    strengths = {"ridge__alpha": [len(places) * ridge for ridge in READOUT_RIDGES]}
-    folds = GroupKFold(min(4, len(set(chosen.episodes))))
-    fitted = GridSearchCV(model, strengths, cv=folds).fit(np.concatenate(tokens), places, groups=chosen.episodes)
-    return lambda frame: fitted.predict(world.see(frame[None]).flatten(1).cpu().numpy())[0].astype(np.float64)
+    """A ridge regression from the tokens of a frame [h, w, 3] to the end effector's place [3] m, fitted on training episodes."""
+    x, places, episodes = read_steps(evaluation, evaluation.training_segments(), range(3))
+    weight, bias, _ = fit_rows(x, torch.from_numpy(places), episodes)
+    grid = evaluation.dataset.manifest.grid
+    return lambda frame: (pool_tokens(world.see(frame[None]), grid)[0] @ weight + bias).double().cpu().numpy()
 
 
 def film_start(loop: Loop, world: WorldModel, number: int, seed: int) -> Film | None:

@@ -20,11 +20,10 @@ from jepa_cache.data.windows import count_episodes
 from jepa_cache.evaluation.context import EvaluationContext, choose_windows
 from jepa_cache.evaluation.metrics import draw_episodes
 from jepa_cache.evaluation.probes import estimate, measure_r2
+from jepa_cache.ridge import fit_rows
 
 MAX_STEPS = 4096  # of the training and of the held-out episodes each, evenly spread: the regression's memory is 8 bytes times its square
 MAX_NUMBERS = 16384  # of a step that are read; of more tokens the means of 2 x 2 neighbours, until they fit
-RIDGES = tuple(10.0**power for power in range(-6, 1))  # times the tokens' sum of squares
-CHOSEN_ON = 3  # each third training episode chooses the ridge
 LEAST_R2 = 0.1
 """On held-out episodes. A column that is told worse is not read: it would add noise that is the same whatever the actions."""
 
@@ -72,13 +71,13 @@ def fit_readout(evaluation: EvaluationContext) -> Readout:
         return Readout(
             words="its strength is chosen on training episodes that it was not fitted to, and there is one only"
         )
-    x, positions, episodes = _read_steps(evaluation, segments, columns)
+    x, positions, episodes = read_steps(evaluation, segments, columns)
     known = np.flatnonzero(positions.std(axis=0) > 0)
     if not len(known):
         return Readout(words=f"{', '.join(space.positions)} never change in the training episodes")
     mean, spread = positions[:, known].mean(axis=0), positions[:, known].std(axis=0)
-    weight, bias = solve_readout(x, torch.from_numpy((positions[:, known] - mean) / spread), episodes)
-    x, positions, episodes = _read_steps(evaluation, evaluation.held_out_segments(), columns)
+    weight, bias, _ = fit_rows(x, torch.from_numpy((positions[:, known] - mean) / spread), episodes)
+    x, positions, episodes = read_steps(evaluation, evaluation.held_out_segments(), columns)
     told, true = (x @ weight + bias).cpu().double().numpy(), (positions[:, known] - mean) / spread
     episode_names, owners = np.unique(np.array(episodes), return_inverse=True)
     settings = evaluation.config.evaluate
@@ -97,7 +96,7 @@ def fit_readout(evaluation: EvaluationContext) -> Readout:
     return Readout(tuple(space.positions[known[place]] for place in read), "", r2, grid, weight[:, read])
 
 
-def _read_steps(
+def read_steps(
     evaluation: EvaluationContext, segments: Sequence[Segment], columns: Sequence[int]
 ) -> tuple[Tensor, np.ndarray, list[str]]:
     """Up to `MAX_STEPS` steps of some segments: numbers [n, P] on the device, positions [n, k] float64 as recorded, and episodes."""
@@ -106,38 +105,6 @@ def _read_steps(
     rows = [pool_tokens(h[:, 0], grid) for _, _, h in evaluation.iter_windows(chosen, "readout")]
     states = [dataset.controls(window.store)[1][window.start][list(columns)] for window in chosen.windows]
     return torch.cat(rows), np.array(states, np.float64), chosen.episodes
-
-
-def solve_readout(x: Tensor, y: Tensor, episodes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ridge regression of y [n, k] on x [n, P], each column's strength chosen on some of the episodes [n]: weights [P, k], constants [k].
-
-    In its dual form, so that the cost is of the number of steps: with few recordings they are fewer than a step's numbers.
-    """
-    mean, y = x.mean(dim=0), y.to(x.device)
-    centred = x - mean
-    kernel = (centred @ centred.T).double()
-    names = {name: place for place, name in enumerate(sorted(set(episodes)))}
-    aside = torch.tensor([names[name] % CHOSEN_ON == 0 for name in episodes], device=x.device)
-    chosen = torch.stack(
-        [
-            ((kernel[aside][:, ~aside] @ _solve(kernel[~aside][:, ~aside], y[~aside], ridge) - y[aside]) ** 2).sum(
-                dim=0
-            )
-            for ridge in RIDGES
-        ]
-    ).argmin(dim=0)
-    dual = torch.empty_like(y)
-    for place in chosen.unique():
-        dual[:, chosen == place] = _solve(kernel, y[:, chosen == place], RIDGES[place])
-    weight = centred.T @ dual.to(x.dtype)
-    return weight, (y.mean(dim=0) - mean.double() @ weight.double()).to(x.dtype)
-
-
-def _solve(kernel: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """Dual weights [n, k] of centred rows."""
-    strength = ridge * float(kernel.diagonal().sum()) or 1.0
-    damped = kernel + strength * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    return torch.cholesky_solve(y, torch.linalg.cholesky(damped))
 
 
 def describe_readout(readout: Readout) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jepa_cache.evaluation.metrics import MEASURES
 from jepa_cache.evaluation.readout import Readout, fit_readout
 from jepa_cache.predictor.compressed import CompressedPredictor, LinearPredictor
 from jepa_cache.predictor.rollout import LatentModel
+from jepa_cache.ridge import solve_sums, squared_error, sum_products
 
 MODEL = "model"
 COPY_LAST, MEAN, EXTRAPOLATION, REGRESSION = "copy_last", "mean", "extrapolation", "regression"
@@ -53,7 +54,7 @@ class Baselines(NamedTuple):
     """What was learned from the training episodes."""
 
     mean: Tensor  # [N, D] float32, of the tokens at each position
-    change: Tensor  # [A+S+1, N, D] float32: the change of each token in one step is [actions, states, 1] @ change
+    change: Tensor  # [1+A+S, N, D] float32: the change of each token in one step is [1, actions, states] @ change
     num_steps: int  # that they were fitted on
     no_actions: LatentModel | None = None  # of a `LinearPredictor` that is given actions [B, T, 0]
 
@@ -73,7 +74,7 @@ def fit_baselines(
     The regression has weights of its own for every channel of every token: h[t+1] - h[t] from the scaled action that leads
     from t to t+1, the scaled state at t, and 1. It sees no tokens.
 
-    Cost: reads all tokens of the training episodes once (docs/evaluation_report.md has figures); memory [A+S+1, N, D] float64 (150 MB
+    Cost: reads all tokens of the training episodes once (docs/evaluation_report.md has figures); memory [1+A+S, N, D] float64 (150 MB
     for 50 inputs at N=256, D=1408) and a batch of 136 steps, however many there are.
     """
     num_inputs = len(dataset.space.actions) + len(dataset.space.states) + 1
@@ -99,14 +100,11 @@ def fit_baselines(
             products += inputs.T @ (reps[:, 1:] - reps[:, :-1]).flatten(0, 1).flatten(1)
             if no_actions is not None:
                 no_actions.add(reps, batch.states, [alike[number][0].episode for number in batch.numbers])
-    num_pairs = float(squares[-1, -1])
-    if not num_pairs:
+    if not squares[0, 0]:
         raise ValueError(
             f"none of the {len(segments)} training segments has two steps, so there is nothing to fit baselines on"
         )
-    penalty = torch.full((num_inputs,), RIDGE * num_pairs, **exact)
-    penalty[-1] = 1e-9 * num_pairs  # the constant is not shrunk
-    change = torch.linalg.solve(squares + penalty.diag(), products)
+    change = solve_sums(torch.cat([squares, products], dim=1), RIDGE)
     mean, fitted = (total / num_steps).float(), None
     if no_actions is not None:
         fitted = LatentModel(no_actions.solve(), model.normalize_reps)
@@ -143,21 +141,17 @@ class NoActionsFit:
         ).to(evaluation.device)
         title = "components without actions"
         self._predictor.compressor.fit(lambda: (h[:, 0] for _, _, h in evaluation.iter_windows(chosen, title)), 0.0)
-        size = 1 + self._predictor.core.weight.shape[1] + num_components
-        self._grams = torch.zeros(2, size, size, dtype=torch.float64, device=evaluation.device)
-        self._residuals = [0.0, 0.0]
+        self._sums, self._residuals = [0.0, 0.0], [0.0, 0.0]  # by half
 
     @torch.no_grad()
     def add(self, h: Tensor, states: Tensor, episodes: Sequence[str]) -> None:
         """Take pairs of neighbouring steps in: h [B, T, N, D], states [B, T, S] and their episodes [B]."""
         compressor, core = self._predictor.compressor, self._predictor.core
         z = compressor.compress(h)
-        features = core.features(z[:, :-1], states[:, :-1, :0], states[:, :-1])
-        rows = torch.cat([torch.ones_like(features[..., :1]), features, z.diff(dim=1)], dim=-1).double()
+        rows = core.rows(z, states[:, :-1, :0], states)
         half = torch.tensor([self._half[name] for name in episodes], device=h.device)
         for number in (0, 1):
-            own = rows[half == number].flatten(0, 1)
-            self._grams[number] += own.T @ own
+            self._sums[number] += sum_products(rows[half == number], z.shape[-1])
         own = half == 1
         rest = h[own] - compressor.expand(z[own])
         self._residuals[0] += float((rest[:, :-1] * rest[:, 1:]).sum(dtype=torch.float64))
@@ -166,23 +160,9 @@ class NoActionsFit:
     @torch.no_grad()
     def solve(self) -> LinearPredictor:
         """The model that was fitted, on its device."""
-        core = self._predictor.core
-        size = 1 + core.weight.shape[1]
-
-        def solve(gram: Tensor, ridge: float) -> Tensor:
-            """[1 + features, P] of the sums of products of [1, features, changes]; the constant is hardly shrunk."""
-            penalty = torch.full((size,), ridge, dtype=gram.dtype, device=gram.device)
-            penalty[0] = 1e-9
-            return torch.linalg.solve(gram[:size, :size] + gram[0, 0] * penalty.diag(), gram[:size, size:])
-
-        def error(gram: Tensor, weights: Tensor) -> float:
-            return float((weights * (gram[:size, :size] @ weights - 2 * gram[:size, size:])).sum())
-
-        first, second = self._grams
-        ridge = min(RIDGES, key=lambda ridge: error(second, solve(first, ridge)))
-        weights = solve(first + second, ridge).float()
-        core.bias.copy_(weights[0])
-        core.weight.copy_(weights[1:].T)
+        first, second = self._sums
+        ridge = min(RIDGES, key=lambda ridge: squared_error(solve_sums(first, ridge), second))
+        self._predictor.core.set_weights(solve_sums(first + second, ridge))
         products, squares = self._residuals
         self._predictor.kept_share.fill_(products / squares if squares else 0.0)
         return self._predictor.eval()
@@ -206,8 +186,8 @@ def _cut_pieces(segments: Sequence[Segment], step_length: int) -> dict[int, list
 
 
 def _inputs(actions: Tensor, states: Tensor) -> Tensor:
-    """[B, T, A] and [B, T, S] to [B, T, A+S+1]."""
-    return torch.cat([actions, states, torch.ones(*actions.shape[:2], 1, device=actions.device)], dim=-1)
+    """[B, T, A] and [B, T, S] to [B, T, 1+A+S]."""
+    return torch.cat([torch.ones_like(actions[..., :1]), actions, states], dim=-1)
 
 
 @dataclass(frozen=True)

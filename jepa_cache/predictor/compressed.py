@@ -218,6 +218,16 @@ class LatentRidge(LatentCore):
         """Predict z' - z, as `LatentCore.change` says."""
         return F.linear(self.features(z, actions, states), self.weight, self.bias)
 
+    def rows(self, z: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+        """What it is fitted to, of steps z [B, T, P] with states [B, T, S]: [1, features, z' - z] [B, T-1, 1 + features + P] float64."""
+        features = self.features(z[:, :-1], actions, states[:, :-1])
+        return torch.cat([torch.ones_like(features[..., :1]), features, z.diff(dim=1)], dim=-1).double()
+
+    def set_weights(self, weights: Tensor) -> None:
+        """Take b and W from weights [1 + features, P]."""
+        self.bias.copy_(weights[0])
+        self.weight.copy_(weights[1:].T)
+
 
 class CompressedPredictor(nn.Module):
     """Predicts the tokens of the next step through a few numbers of the present one.

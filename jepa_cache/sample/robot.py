@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import weakref
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ class RobotWorld:
         self._model = model = _build_model(mujoco, size)
         self._data = mujoco.MjData(model)
         self._renderer = mujoco.Renderer(model, size, size)
+        self._close = weakref.finalize(self, self._renderer.close)  # also at exit, while OpenGL is still there
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0  # twice as quick
         joints = [model.joint(f"joint{number}") for number in range(1, 8)]
@@ -218,7 +220,7 @@ class RobotWorld:
 
     def close(self) -> None:
         """Give the renderer's memory back."""
-        self._renderer.close()
+        self._close()
 
     def _observe(self) -> dict[str, np.ndarray]:
         return {"frame": self.render(), "state": self.state()}

@@ -1,7 +1,7 @@
 """Fits the heads that `train.costs` names (`predictor.heads`): once for a run, in seconds, from cached tokens of training episodes.
 
-A fifth of the training episodes is put aside: by them the strength of the ridge is chosen and the best weights are picked, and of them
-are the figures in a head's card. Held-out episodes are never read.
+The strength of the ridge is chosen by folds of training episodes, the best weights of the other by a fifth of them put aside; of those
+left out are the figures in a head's card. Held-out episodes are never read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jepa_cache.predictor.heads import (
     TimeHead,
     load_head,
 )
+from jepa_cache.ridge import fit_rows
 from jepa_cache.training.latents import FIT_STEPS, TokenReader
 from jepa_cache.training.run import Run
 
 NUM_FOLDS = 5  # of training episodes, by name; the first is put aside
 READOUT_STEPS, READOUT_BYTES = 4096, 2**31  # that a readout is fitted to, and their tokens in memory, at most
-RIDGES = tuple(10.0**power for power in range(-4, 2))  # in units of the mean variance of a number of the tokens
 TIME_STEPS = 2**16  # that a time head is fitted to, at most
 TIME_UPDATES, TIME_BATCH, TIME_LR, TIME_CHECK_EVERY = 800, 256, 2e-3, 100
 CHECK_PAIRS = 2048
@@ -71,7 +71,7 @@ def fit_heads(run: Run, device: torch.device) -> dict[str, Path]:
 
 
 def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
-    """Ridge regression from all tokens of a step to its state, with a strength chosen by the episodes put aside."""
+    """Ridge regression from all tokens of a step to its state."""
     reader, index = _reader(run, device)
     shape = run.dataset.manifest.num_tokens, run.dataset.manifest.width
     limit = min(READOUT_STEPS, READOUT_BYTES // (4 * shape[0] * shape[1]))
@@ -79,7 +79,7 @@ def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
     for windows, tokens in tqdm(reader.read(limit), desc="readout of states", unit="block", dynamic_ncols=True):
         blocks.append(tokens.flatten(1))
         rows += windows
-    steps, x = _describe(index, rows), torch.cat(blocks)
+    x = torch.cat(blocks)
     del blocks
     controls = [run.dataset.controls(store)[1] for store in range(len(run.dataset.manifest.entries))]
     states = np.stack([controls[window.store][window.start] for window in rows]).astype(np.float64)
@@ -88,26 +88,18 @@ def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
         raise ValueError(
             "train.costs names readout, but no state ever changes in the training episodes; take train.costs=[time], which needs none"
         )
-    y = torch.from_numpy((targets - targets.mean(axis=0)) / targets.std(axis=0)).to(device)
-    fitted, aside = (torch.from_numpy(chosen).to(device) for chosen in (~steps.aside, steps.aside))
-    seen = x[aside]
-    errors = [
-        (seen @ weight + bias - y[aside]).square().mean(dim=0)
-        for weight, bias in solve_ridge(x[fitted], y[fitted], RIDGES)
-    ]
-    best = int(torch.stack(errors).sum(dim=1).argmin())
-    r2 = 1 - errors[best] / y[aside].var(dim=0, correction=0).clamp(min=1e-12)
+    y = torch.from_numpy((targets - targets.mean(axis=0)) / targets.std(axis=0))
+    weight, bias, r2 = fit_rows(x, y, [index.segments[window.segment].episode for window in rows])
     if not r2.max() > 0:
         raise ValueError(
-            f"no state can be read from the tokens of training episodes put aside (best R2 {float(r2.max()):.2g}); take another cost than "
+            f"no state can be read from the tokens of left-out training episodes (best R2 {float(r2.max()):.2g}); take another cost than "
             "readout, or another encoder"
         )
-    ((weight, bias),) = solve_ridge(x, y, [RIDGES[best]])
     share = r2.clamp(min=0).sqrt()
     head = StateReadout(*shape, len(names))
     head.load_state_dict({"linear.weight": (weight * share).T.float(), "linear.bias": (bias * share).float()})
     told = dict(zip(names, r2.tolist(), strict=True))
-    print("cost readout: R2 on training episodes put aside " + ", ".join(f"{k} {v:.2f}" for k, v in told.items()))
+    print("cost readout: R2 on left-out training episodes " + ", ".join(f"{k} {v:.2f}" for k, v in told.items()))
     return head, {
         "architecture": {"num_tokens": shape[0], "embed_dim": shape[1], "num_outputs": len(names)},
         "r2": told,
@@ -129,25 +121,6 @@ def list_targets(states: np.ndarray, columns: Sequence[Column]) -> tuple[list[st
                 names.append(name)
                 targets.append(numbers)
     return names, np.stack(targets, axis=1) if targets else np.zeros((len(states), 0))
-
-
-def solve_ridge(x: Tensor, y: Tensor, ridges: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    """Weights [D, K] and constants [K] of the ridge regressions from x [n, D] to y [n, K]; the smaller of both systems is solved.
-
-    The products, which cost the most, are computed once for all ridges.
-    """
-    mean, centre = x.mean(dim=0), y.mean(dim=0)
-    x, y = x - mean, y - centre
-    few = len(x) < x.shape[1]
-    gram = (x @ x.T if few else x.T @ x).double()
-    unit = max(float(gram.diagonal().sum()) / min(x.shape), 1e-12)
-    goal, solutions = y if few else x.T.double() @ y, []
-    for ridge in ridges:
-        ridged = gram + ridge * unit * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        found = torch.cholesky_solve(goal, torch.linalg.cholesky(ridged))
-        weight = x.T @ found.float() if few else found.float()
-        solutions.append((weight, centre.float() - mean @ weight))
-    return solutions
 
 
 def fit_time(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_cache.predictor.compressed import LatentRidge
+from jepa_cache.ridge import solve_sums, squared_error, sum_products, variances
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.step import StepReport
@@ -17,13 +17,6 @@ from jepa_cache.training.step import StepReport
 NUM_FOLDS = 5
 RIDGES = tuple(10.0**power for power in range(-6, 4))
 """Candidates, in units of each feature's own variance: at 1 a lone feature's weight is halved. Ten episodes of a robot took 10."""
-
-
-class Solution(NamedTuple):
-    """W [P, features] and b [P], float64."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 @torch.no_grad()
@@ -43,10 +36,9 @@ def choose_ridge(core: LatentRidge, data: TrainingData, apart: Collection[str] |
         )
     judged = [name for name in names if apart is None or name in apart] or names
     fold_of = {name: place % NUM_FOLDS for place, name in enumerate(judged)}
-    grams = _sum_products(core, data, fold_of)
-    total, size = sum(grams.values()), 1 + core.weight.shape[1]
-    folds = [gram for fold, gram in grams.items() if fold is not None]
-    errors = [sum(_squared_error(_solve(total - gram, size, ridge), gram, size) for gram in folds) for ridge in RIDGES]
+    sums = _sum_products(core, data, fold_of)
+    total, folds = sum(sums.values()), [own for fold, own in sums.items() if fold is not None]
+    errors = [sum(squared_error(_solve(total - own, ridge), own) for own in folds) for ridge in RIDGES]
     return RIDGES[int(np.argmin(errors))]
 
 
@@ -57,51 +49,24 @@ def fit_step(core: LatentRidge, objective: Objective, data: TrainingData, ridge:
     Sums of products are float64; memory does not grow with the windows.
     """
     (total,) = _sum_products(core, data, {}).values()
-    solution = _solve(total, 1 + core.weight.shape[1], ridge)
-    core.weight.copy_(solution.weight)
-    core.bias.copy_(solution.bias)
+    core.set_weights(_solve(total, ridge))
     return _report(objective, data)
 
 
 def _sum_products(core: LatentRidge, data: TrainingData, fold_of: Mapping[str, int]) -> dict[int | None, Tensor]:
-    """By fold of the episodes, None for those without: sums of products of [1, features, changes] over all steps of their windows."""
-    grams: dict[int | None, Tensor] = {}
+    """By fold of the episodes, None for those without: sums of products over all steps of their windows."""
+    sums: dict[int | None, Tensor] = {}
     for batch in data.batches_in_order():
-        z = batch.tokens[:, :, 0]
-        features = core.features(z[:, :-1], batch.actions, batch.states[:, :-1])
-        joint = torch.cat([torch.ones_like(features[..., :1]), features, z.diff(dim=1)], dim=-1).double()
+        rows = core.rows(batch.tokens[:, :, 0], batch.actions, batch.states)
         folds = [fold_of.get(episode) for episode in data.episodes_of(batch.numbers)]
         for fold in dict.fromkeys(folds):
-            rows = joint[[other == fold for other in folds]].flatten(0, 1)
-            grams[fold] = grams.get(fold, 0.0) + rows.T @ rows
-    return grams
+            own = sum_products(rows[[other == fold for other in folds]], len(core.bias))
+            sums[fold] = sums.get(fold, 0.0) + own
+    return sums
 
 
-def _solve(gram: Tensor, size: int, ridge: float) -> Solution:
-    """Ridge regression from the sums of products of [1, features, targets], `size` being 1 + features; the constant is not shrunk."""
-    count, means = gram[0, 0], gram[0] / gram[0, 0]
-    covariance = gram / count - means[:, None] * means[None]
-    deviation = covariance.diagonal()[1:size].clamp(min=0).sqrt()
-    deviation = torch.where(
-        deviation > 1e-6, deviation, torch.ones_like(deviation)
-    )  # columns that never change get no weight
-    inner = covariance[1:size, 1:size] / (deviation[:, None] * deviation)
-    inner += ridge * torch.eye(size - 1, dtype=inner.dtype, device=inner.device)
-    weight = (torch.linalg.solve(inner, covariance[1:size, size:] / deviation[:, None]) / deviation[:, None]).T
-    return Solution(weight, means[size:] - weight @ means[1:size])
-
-
-def _squared_error(solution: Solution, gram: Tensor, size: int) -> float:
-    """Sum of squared errors over the rows that a matrix of sums of products is of."""
-    columns = torch.cat(
-        [
-            -solution.bias[:, None],
-            -solution.weight,
-            torch.eye(len(solution.bias), dtype=gram.dtype, device=gram.device),
-        ],
-        dim=1,
-    )
-    return float(((columns @ gram) * columns).sum())
+def _solve(sums: Tensor, ridge: float) -> Tensor:
+    return solve_sums(sums, ridge * variances(sums))
 
 
 def _report(objective: Objective, data: TrainingData) -> StepReport:

@@ -135,7 +135,7 @@ def recompute(cache: Cache, weights: Path) -> Again:
             return layer_norm(predictor(torch.stack(seen)[None], a[None, :count], s[None, :count]).tokens[0, -1])
 
         def regress(seen, own=own, s=s):
-            x = torch.cat([own[len(seen) - 1], s[len(seen) - 1], torch.ones(1)])
+            x = torch.cat([torch.ones(1), own[len(seen) - 1], s[len(seen) - 1]])
             return layer_norm(seen[-1] + torch.einsum("p,pnd->nd", x, change))
 
         def foresee_alone(seen, s=s):
