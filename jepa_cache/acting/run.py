@@ -222,12 +222,10 @@ class Loop:
 
 def build_controller(world: WorldModel, settings: ActConfig, goal: np.ndarray, seed: int) -> Controller:
     """The controller that `act` asks for."""
-    limits = {name: getattr(settings, name) for name in ("max_step_m", "reach") if getattr(settings, name) is not None}
     return Controller(
         world,
         goal,
         choose_settings(settings),
-        motion=world.build_motion(settings.settings, **limits),
         cost=settings.cost,
         num_context_steps=settings.num_context_steps,
         replan_every=settings.replan_every,
