@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # One thread per process: two threads on a busy two-core machine are many times slower.
 export OMP_NUM_THREADS ?= 1
+# Else every process compiles the package again, and pytest the tests: a fifth of a short process.
+unexport PYTHONDONTWRITEBYTECODE
 # dvc and jepa-cache start `python`; it must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

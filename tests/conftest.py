@@ -56,6 +56,10 @@ LONG_FILES = [
     "test_crashes.py",
     "test_verify.py",
     "test_mixtures.py",
+    "test_cameras.py",
+    "test_acting.py",
+    "test_dtypes.py",
+    "test_pictures.py",
 ]
 
 

@@ -60,9 +60,9 @@ def test_an_evaluation_or_training_that_dvc_runs_in_vain_leaves_the_last_results
     before = [all_files(folder) for folder in kept]
     workspace.edit("params.yaml", "windows_per_episode: 4", "windows_per_episode: 0")
     workspace.edit("params.yaml", "  weight_decay: null", "  weight_decay: -1.0")
-    for stage in ("evaluate", "train"):
-        output = workspace.run("dvc", "repro", "--single-item", stage, fails=True)
-        assert "train.weight_decay must be at least 0" in output and "Traceback" not in output
+    output = workspace.run("dvc", "repro", "--single-item", "--keep-going", "evaluate", "train", fails=True)
+    assert output.count("train.weight_decay must be at least 0") == 2 and "Traceback" not in output
+    assert "failed to reproduce stages: 'evaluate' and 'train'" in output
     assert [all_files(folder) for folder in kept] == before
     workspace.run("git", "checkout", "-q", "--", ".")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -173,11 +174,19 @@ def _read_preset(root: Path, kind: str, name: Any, typed: Collection[str] = ()) 
     return {**_read_yaml(root / preset_file(kind, name)), "name": name}
 
 
+@functools.cache
+def _parse_yaml(text: str) -> Any:
+    """What a text says, parsed once a process: 40 ms for params.yaml and its presets. The caller copies what it changes."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     try:
-        loaded = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        loaded = copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"
@@ -191,7 +200,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply_override(params: dict[str, Any], override: str) -> str:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     key, equals, text = override.partition("=")
     if not equals:
@@ -202,7 +211,7 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
     *parents, last = key.split(".")
     section = functools.reduce(operator.getitem, parents, params)
     try:
-        section[last] = YAML(typ="safe", pure=True).load(text)
+        section[last] = copy.deepcopy(_parse_yaml(text))
     except YAMLError as error:
         raise ConfigError(
             f"the value of {override!r} is no valid YAML; put it in quotes, or close its brackets"

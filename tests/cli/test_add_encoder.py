@@ -12,7 +12,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BitImageProcessorPil
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
@@ -46,6 +45,8 @@ def test_the_preset_says_what_the_model_says_and_takes_frames_one_by_one(added):
 
 
 def test_cached_tokens_are_the_model_s_own(added):
+    from transformers import BitImageProcessorPil
+
     manifest = encode(added)
     assert (manifest.num_tokens, manifest.width, manifest.grid, manifest.encoder_trained) == (16, 32, (4, 4), True)
     model, processor = make_model("dinov2"), BitImageProcessorPil(**CENTRE_CROP)

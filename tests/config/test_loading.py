@@ -50,7 +50,7 @@ def test_null_means_as_the_preset_says_and_a_value_overrides_it(root):
         ("params.yaml", "encoder: tiny", "encoder: vitll", r"no such preset; did you mean 'vitl'"),
         ("params.yaml", "dataset: sample", "datset: sample", r"unknown key 'datset'; did you mean 'dataset'"),
         ("params.yaml", "dataset: sample", "dataset: \xff", r"params\.yaml is no valid YAML"),
-        ("params.yaml", "dataset: sample", f"dataset: {'[' * 9999}", r"params\.yaml is no valid YAML"),
+        ("params.yaml", "dataset: sample", f"dataset: {'[' * 999}", r"params\.yaml is no valid YAML"),
         ("params.yaml", "  seed: 0\n  init", f"  seed: {'9' * 5000}\n  init", r"params\.yaml is no valid YAML"),
         ("configs/predictor/tiny.yaml", "depth: 2", "dept: 2", "tiny.yaml has .* key 'dept'; did you mean 'depth'"),
         ("configs/predictor/tiny.yaml", "depth: 2\n", "", r"predictor/tiny\.yaml lacks the key 'depth'"),

@@ -61,7 +61,7 @@ def outcome(folder: Path) -> tuple[tuple, list[dict[str, str]]]:
 
 @pytest.mark.parametrize(
     ("words", "moments"),
-    [((), range(3, 124, 10)), (("train.grad_accumulation=2", "train.checkpoint_every=3"), range(20, 131, 36))],
+    [((), range(3, 124, 15)), (("train.grad_accumulation=2", "train.checkpoint_every=3"), range(20, 131, 36))],
     ids=["plain", "accumulating"],
 )
 def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupted_run(
