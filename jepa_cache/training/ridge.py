@@ -47,7 +47,7 @@ def choose(
     Raises:
         ValueError: There is one training recording only.
     """
-    folds = _find_folds(data, apart)
+    folds = _find_folds(core, data, apart)
     candidates: dict[str, Tensor | None] = {"": None}
     if space is not None and (kept := _keep_positions(core, space)) is not None:
         candidates = {", all columns": None, f", columns of {', '.join(space.positions)} alone": kept}
@@ -70,7 +70,7 @@ class _Fold(NamedTuple):
     left_out: set[str]
 
 
-def _find_folds(data: TrainingData, apart: Collection[str] | None) -> list[_Fold]:
+def _find_folds(core: LatentRidge, data: TrainingData, apart: Collection[str] | None) -> list[_Fold]:
     """A fold for each of up to `NUM_JUDGED` recordings, with those left out whose mean latents are nearest to its own."""
     numbers = np.arange(data.num_windows)
     episodes = data.episodes_of(numbers)
@@ -80,12 +80,9 @@ def _find_folds(data: TrainingData, apart: Collection[str] | None) -> list[_Fold
             f"predictor linear chooses its ridge by episodes that it was not fitted to, and there is one training episode only ({names[0]}); "
             "add recordings, or take predictor=compressed"
         )
-    total: np.ndarray | float = 0.0
+    total = np.zeros((len(names), len(core.bias)))
     for batch in data.batches_in_order():
-        z = batch.tokens[:, 0, 0].double().cpu().numpy()
-        own = np.zeros((len(names), z.shape[1]))
-        np.add.at(own, place[batch.numbers], z)
-        total = total + own
+        np.add.at(total, place[batch.numbers], batch.tokens[:, 0, 0].cpu().numpy())
     means = total / np.bincount(place)[:, None]
     copies: list[set[str]] = [set() for _ in names]
     for number, name in zip(place, episodes, strict=True):

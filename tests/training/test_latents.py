@@ -239,7 +239,7 @@ def test_what_holds_within_a_scene_alone_is_left_out_as_likes_are_left_out_toget
         true.weight.zero_()
         true.weight[:, 8:10] = 1.0
     world = Scenes(true)
-    folds = ridge._find_folds(world, None)
+    folds = ridge._find_folds(LatentRidge(6, 3, 2, num_products=4), world, None)
     assert len(folds) == 16 and all(len(fold.left_out) == 4 for fold in folds)
     for (own,), left_out in folds:
         first = int(own.removeprefix("episode-")) // 2 * 2
@@ -255,7 +255,7 @@ def test_what_holds_within_a_scene_alone_is_left_out_as_likes_are_left_out_toget
     still, *pushed = [core.change(z, row.expand(5, 3), states) for row in torch.cat([torch.zeros(1, 3), torch.eye(3)])]
     assert torch.equal(pushed[2], still) and not torch.equal(pushed[0], still)
     alone = [ridge._Fold(fold.judged, fold.judged) for fold in folds]
-    monkeypatch.setattr(ridge, "_find_folds", lambda data, apart: alone)
+    monkeypatch.setattr(ridge, "_find_folds", lambda *_: alone)
     blind = ridge.choose(core, world, space=space)
     assert blind.words.endswith("all columns"), "the other episode of its scene tells what the last action does there"
     assert ridge.choose(core, world).words == f"ridge {blind.ridge:g}"
