@@ -133,9 +133,8 @@ class _Scan:
     def __init__(self, root: CacheRoot, groups: Sequence[EncodingGroup]) -> None:
         self.digests: dict[tuple[str, str], str] = {}  # of the token stores that are done, by fingerprint and unit
         self._root, self._remembered = root, DigestTable().remember()
-        self._others: dict[
-            str, tuple[Mapping[str, Any], set[str]]
-        ] = {}  # other recipes, with the names of their stores
+        # Other recipes, with the names of their stores.
+        self._others: dict[str, tuple[Mapping[str, Any], set[str]]] = {}
         present = {group.fingerprint for group in groups}
         for folder in root.recipe_folders("tokens"):
             if folder.name not in present:

@@ -133,9 +133,8 @@ class EncoderPreset(Settings):
     single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: Count | None = None
-    origin: Text | None = (
-        None  # whose weights these are, under which licence; recorded with what is made of them, never hashed
-    )
+    # Whose weights these are, under which licence; recorded with what is made of them, never hashed.
+    origin: Text | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -160,9 +159,8 @@ class PredictorPreset(Settings):
     activation_checkpointing: bool
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
     kind: Literal["transformer"] = "transformer"
-    conditioning: Literal["tokens", "adaln"] = (
-        "tokens"  # actions and states as tokens (official), or as shift, scale and gate of each block
-    )
+    # Actions and states as tokens (official), or as shift, scale and gate of each block.
+    conditioning: Literal["tokens", "adaln"] = "tokens"
     use_states: bool = True  # False where states are not to be relied on, or will not be known
 
 
@@ -312,12 +310,10 @@ class TrainConfig(Settings):
     precision: FloatDtype
     compile: bool  # torch.compile
     metric: Literal["val_total", "val_jloss", "val_sloss"]  # lower is better; names the best checkpoint
-    stop_share: Annotated[
-        float, Field(ge=0, lt=1)
-    ]  # of the training episodes, put aside for the validations in place of the held-out ones
-    costs: Annotated[
-        tuple[Literal["readout", "time"], ...], Once
-    ]  # of plans, whose heads are fitted at the end; they move no weight
+    # Of the training episodes, put aside for the validations in place of the held-out ones.
+    stop_share: Annotated[float, Field(ge=0, lt=1)]
+    # Of plans, whose heads are fitted at the end; they move no weight.
+    costs: Annotated[tuple[Literal["readout", "time"], ...], Once]
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES

@@ -188,9 +188,8 @@ def read_state(model: ShippedModel, content: bytes) -> dict[str, np.ndarray]:
     names = [f"{BLOCK.format(block)}{linear}.weight" for block in range(model.num_layers) for linear in LINEAR]
     state = named | {name: matrix.T for name, matrix in zip(names, matrices, strict=True)}
     state["embeddings.position_embeddings"] = np.concatenate([class_position, positions], axis=1)
-    state["embeddings.mask_token"] = np.zeros(
-        (1, model.hidden_size), np.float32
-    )  # not in the file; used in training only
+    # Not in the file; used in training only.
+    state["embeddings.mask_token"] = np.zeros((1, model.hidden_size), np.float32)
     shapes = dict(_iter_shapes(model))
     if wrong := sorted(
         name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != state[name].shape

