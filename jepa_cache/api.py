@@ -25,15 +25,7 @@ from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.control.cost_model import CostModel
 from jepa_cache.control.costs import LAST, SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
-from jepa_cache.control.planner import (
-    SETTINGS,
-    Context,
-    Plan,
-    PlannerSettings,
-    Rollout,
-    plan_actions,
-    warn_of_reach,
-)
+from jepa_cache.control.planner import SETTINGS, Context, Plan, PlannerSettings, Rollout, plan_actions, warn_of_reach
 from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
@@ -266,12 +258,7 @@ class WorldModel:
         return rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
 
     def _look(
-        self,
-        frames: np.ndarray,
-        goal: np.ndarray,
-        states: np.ndarray | None,
-        taken: np.ndarray | None,
-        name: str,
+        self, frames: np.ndarray, goal: np.ndarray, states: np.ndarray | None, taken: np.ndarray | None, name: str
     ) -> tuple[Context, Tensor]:
         """What is known from frames [.., C * G, h, w, 3], and the goal's tokens [.., N, E]; `name` is that of the actions `taken`."""
         _check_frames("frames", frames)

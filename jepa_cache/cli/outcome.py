@@ -78,11 +78,7 @@ def open_checkout(arguments: Sequence[str] | None) -> Checkout:
     for damage in root.refresh():
         print(f"damaged: {damage}", file=sys.stderr)
     return Checkout(
-        repository,
-        config,
-        [text for text in given if not is_override(text)],
-        recordings_base(config, repository),
-        root,
+        repository, config, [text for text in given if not is_override(text)], recordings_base(config, repository), root
     )
 
 

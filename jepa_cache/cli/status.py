@@ -36,11 +36,7 @@ DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
 
 
-def status(
-    arguments: Recordings = None,
-    *,
-    as_json: AsJson = False,
-) -> None:
+def status(arguments: Recordings = None, *, as_json: AsJson = False) -> None:
     """Say what is done, missing, stale or damaged under the present settings, and which field of the recipe changed.
 
     Reads no tokens, loads no encoder and hashes at most 256 MiB of recordings that are new or changed.

@@ -237,12 +237,7 @@ class Rollout:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: LatentModel,
-        context: Context,
-        integrate: Integrate | None = None,
-        *,
-        scaler: Scaler | None = None,
+        self, model: LatentModel, context: Context, integrate: Integrate | None = None, *, scaler: Scaler | None = None
     ) -> None:
         """Compute the steps before the last one of each context, [*contexts, C, ..].
 

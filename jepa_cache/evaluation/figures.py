@@ -16,15 +16,7 @@ from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.metrics import MEASURES, bootstrap_mean, episode_means, paired_p_value
 from jepa_cache.evaluation.verdict import OTHERS
-from jepa_cache.evaluation.windows import (
-    COPY_LAST,
-    MEAN,
-    MODEL,
-    PREDICTIONS,
-    READOUT,
-    WindowErrors,
-    mean_of_steps,
-)
+from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, READOUT, WindowErrors, mean_of_steps
 
 RATIOS = (COPY_LAST, SHUFFLED, ZERO)
 EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
