@@ -249,11 +249,9 @@ class WorldModel:
         actions = self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
         goal = goal[..., None, :, :, :] if self.frames_per_step == 1 and isinstance(goal, np.ndarray) else goal
         context, goals = self._look(frames, goal, states, taken, "taken")
-        integrate = np.zeros_like  # never called for one step; any states do for a predictor without
-        if actions.shape[-2] > 1 and self.uses_states:
-            integrate = (motion or self.build_motion()).integrate
-        elif actions.shape[-2] > 1:
-            integrate = lambda states, _: states  # noqa: E731
+        integrate = None  # one step needs no states after it
+        if actions.shape[-2] > 1:  # any states do for a predictor without
+            integrate = (motion or self.build_motion()).integrate if self.uses_states else (lambda states, _: states)
         rollout = Rollout(self._model, context, integrate, scaler=self._scaler)
         return rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
 
