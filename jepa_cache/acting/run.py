@@ -152,7 +152,6 @@ class Loop:
     """Runs policies from the starts of an experiment, and keeps what happened."""
 
     def __init__(self, simulator: Simulator, task: Task, settings: ActConfig) -> None:
-        """Nothing is drawn yet."""
         self.simulator, self.task, self.settings = simulator, task, settings
         self.episodes: dict[tuple[str, int | None], list[Episode]] = {}  # by policy and training seed
         self.rows: list[dict[str, Any]] = []

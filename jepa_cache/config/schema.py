@@ -419,9 +419,7 @@ class Config:
     evaluate: EvaluateConfig
     plan: PlanConfig
     act: ActConfig
-    cache_root: str | None
-    verify_checksums: bool  # of every chunk of the cache when a process first reads it
-    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
+    cache: CacheConfig
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -471,10 +469,10 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
-    if config.join_cameras and len(config.encode.cameras) < 2:
+    if config.cache.join_cameras and len(config.encode.cameras) < 2:
         named = f"[{', '.join(config.encode.cameras)}]"
         yield f"cache.join_cameras needs two cameras or more, as in encode.cameras=[exterior_1, exterior_2]; got {named}"
-    if config.join_cameras and "noise" in evaluate.measure:
+    if config.cache.join_cameras and "noise" in evaluate.measure:
         yield "evaluate.measure: noise looks at single stores, not at joined cameras; leave it out, or set cache.join_cameras=false"
     if filters.idle_cut_end and not filters.drop_idle:
         yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"

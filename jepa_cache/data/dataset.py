@@ -69,8 +69,8 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
             "`python stages/encode.py` again with the present ones"
         )
     base = data_base(repository)
-    root = resolve_cache_root(config.cache_root, base)
-    how = {"verify_checksums": config.verify_checksums, "joins_cameras": config.join_cameras}
+    root = resolve_cache_root(config.cache.root, base)
+    how = {"verify_checksums": config.cache.verify_checksums, "joins_cameras": config.cache.join_cameras}
     return CachedDataset(manifest, root, base=base, **how)
 
 

@@ -211,7 +211,6 @@ class Attention(nn.Module):
     """Multi-head attention of one block with a fused projection; owns weights only, masking and kernels are `attention`'s."""
 
     def __init__(self, width: int, num_heads: int) -> None:
-        """Make the two projections of `width` channels."""
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -236,7 +235,6 @@ class MLP(nn.Module):
     """Two linear layers with the exact (erf) GELU between; the tanh form moves outputs by 1e-3."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        """Make both layers."""
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -250,7 +248,6 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to its input."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float) -> None:
-        """Make the block's four parts."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads)
