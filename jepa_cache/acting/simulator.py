@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.schema import Config
 from jepa_cache.files import atomic_file, replaced_files
-from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
-from jepa_cache.sample.robot_episodes import RobotSampleConfig
 from jepa_cache.store.recipe import canonical_json
+
+if TYPE_CHECKING:
+    from jepa_cache.sample.robot import RobotWorld
 
 
 def open_simulator(config: Config) -> RobotWorld | None:
@@ -21,6 +23,10 @@ def open_simulator(config: Config) -> RobotWorld | None:
     dataset, encode = config.dataset, config.encode
     if dataset.sample is None or dataset.source != "droid_raw":
         return None
+
+    from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
+    from jepa_cache.sample.robot_episodes import RobotSampleConfig
+
     obstacles = []
     if encode.mode != "frame":
         obstacles.append(f"encode.mode must be frame, one picture a step; it is {encode.mode}")
