@@ -26,8 +26,6 @@ from jepa_cache.control.cost_model import CostModel
 from jepa_cache.control.costs import LAST, SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
-    MAX_STEP_M,
-    REACH,
     SETTINGS,
     Context,
     Plan,
@@ -209,35 +207,15 @@ class WorldModel:
         Returns:
             Unscaled actions [H, A], states [H+1, S] where they lead, and energies [rounds, samples].
         """
-        named = self.choose_settings(settings)
-        if motion is None:
-            motion = self.build_motion(settings)
+        named, motion = self.choose_settings(settings), motion or self.build_motion(settings)
         goal = goal[None] if isinstance(goal, np.ndarray) and goal.ndim == 3 else goal
-        _check_frames("frames", frames)
-        _check_frames("goal", goal)
-        per_step = self._encoder.frames_per_step
-        num_steps = len(frames) // per_step
-        if num_steps == 0 or len(goal) != per_step:
-            raise ValueError(
-                f"a plan begins with at least one step and a goal is one, hence {per_step} frames each; got {len(frames)} frames and "
-                f"{len(goal)} of the goal. Give the present frame last"
-            )
-        if actions is None and num_steps > 1:
-            raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `actions`")
-        given = np.zeros((0, len(self.space.actions))) if actions is None else actions
-        context = Context(
-            self._model.as_reps(self._encoder.tokens(frames)),
-            self.check_values("actions", given, self.space.actions, num_steps - 1),
-            self.check_states(states, num_steps),
-        )
+        context, aim = self._look(frames, goal, states, actions, "actions")
         if base_action is None and self.holds and len(context.actions):
             base_action = context.actions[-1]
         if base_action is not None:
             base_action = self.check_values("base_action", base_action, self.space.actions)
-        goal_tokens = self._model.as_reps(self._encoder.tokens(goal))[0]
-        return self.search(
-            context, goal_tokens, named, motion, cost=self.choose_cost(cost), base_action=base_action, seed=seed
-        )
+        cost = self.choose_cost(cost)
+        return self.search(context, aim, named, motion, cost=cost, base_action=base_action, seed=seed)
 
     def energies(
         self,
@@ -271,72 +249,62 @@ class WorldModel:
         Raises:
             ValueError: A shape does not fit, a number is not finite, or states are needed and not given.
         """
-        group, actions = self._encoder.frames_per_step, np.asarray(actions, np.float64)
-        goal = goal[..., None, :, :, :] if group == 1 and isinstance(goal, np.ndarray) else goal
-        tokens, goals = self.see(frames), self.see(goal)
-        if goals.shape[-3] != 1 or tokens.shape[-3] == 0:
-            raise ValueError(
-                f"a goal is one step and a context at least one, of {group} frames each; got {goals.shape[-3]} and {tokens.shape[-3]} steps"
-            )
-        num_steps, width = tokens.shape[-3], len(self.space.actions)
-        lead = tokens.shape[:-3]
+        actions = np.asarray(actions, np.float64)
         if actions.ndim < 3:
-            raise ValueError(f"actions must be [.., samples, horizon, {width}]; got {list(actions.shape)}")
+            raise ValueError(
+                f"actions must be [.., samples, horizon, {len(self.space.actions)}]; got {list(actions.shape)}"
+            )
         actions = self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
-        if taken is None and num_steps > 1:
-            raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `taken`")
-        taken = np.zeros((*lead, num_steps - 1, width)) if taken is None else taken
-        context = Context(
-            tokens,
-            self.check_values("taken", taken, self.space.actions, *lead, num_steps - 1),
-            self.check_states(states, *lead, num_steps),
-        )
+        goal = goal[..., None, :, :, :] if self.frames_per_step == 1 and isinstance(goal, np.ndarray) else goal
+        context, goals = self._look(frames, goal, states, taken, "taken")
         integrate = np.zeros_like  # never called for one step; any states do for a predictor without
         if actions.shape[-2] > 1 and self.uses_states:
             integrate = (motion or self.build_motion()).integrate
         elif actions.shape[-2] > 1:
             integrate = lambda states, _: states  # noqa: E731
-        rollout = Rollout(self._model, context, integrate, **self._scales)
-        return rollout.energies(actions, goals[..., 0, :, :], self.choose_cost(cost), batch_size)
+        rollout = Rollout(self._model, context, integrate, scaler=self._scaler)
+        return rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
+
+    def _look(
+        self,
+        frames: np.ndarray,
+        goal: np.ndarray,
+        states: np.ndarray | None,
+        taken: np.ndarray | None,
+        name: str,
+    ) -> tuple[Context, Tensor]:
+        """What is known from frames [.., C * G, h, w, 3], and the goal's tokens [.., N, E]; `name` is that of the actions `taken`."""
+        _check_frames("frames", frames)
+        _check_frames("goal", goal)
+        group = self.frames_per_step
+        if frames.shape[-4] < group or goal.shape[-4] != group:
+            raise ValueError(
+                f"a context is at least one step and a goal is one, hence {group} frames each; got {frames.shape[-4]} frames and "
+                f"{goal.shape[-4]} of the goal. Give the present frame last"
+            )
+        tokens = self.see(frames)
+        *lead, num_steps = tokens.shape[:-2]
+        if taken is None and num_steps > 1:
+            raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `{name}`")
+        taken = np.zeros((*lead, num_steps - 1, len(self.space.actions))) if taken is None else taken
+        taken = self.check_values(name, taken, self.space.actions, *lead, num_steps - 1)
+        return Context(tokens, taken, self.check_states(states, *lead, num_steps)), self.see(goal)[..., 0, :, :]
 
     def cost_model(
-        self,
-        block: int,
-        low: float | np.ndarray,
-        high: float | np.ndarray,
-        cost: str | Cost = "tokens",
-        *,
-        process: Any = None,
-        state: str | None = None,
-        batch_size: int | None = None,
+        self, block: int, low: float | np.ndarray, high: float | np.ndarray, cost: str | Cost = "tokens", **options: Any
     ) -> CostModel:
         """This world model as a `Costable` of stable-worldmodel, whose solvers call `get_cost(info_dict, action_candidates)`.
 
-        Args:
-            block: Rows (steps of the environment) that one step of the cache spans: their `action_block`.
-            low: Least actions that the environment carries out, a number or [A]: it clips, most solvers do not.
-            high: The largest.
-            cost: A name, or a `control.costs.Cost`.
-            process: The policy's scaler of actions, whose `inverse_transform` [n, A] gives the environment's actions; None where it has none.
-            state: Entry of info that holds the states, for a predictor that reads them.
-            batch_size: Candidates of one environment that go through the predictor at once; all by default.
+        The arguments and options are those of `control.cost_model.CostModel`.
         """
-        options = {"process": process, "state": state, "batch_size": batch_size}
         return CostModel(self, block, low, high, cost, **options)
 
     def see(self, frames: np.ndarray) -> Tensor:
         """Tokens [.., T, N, E] of frames [.., T * G, h, w, 3] uint8 RGB as the predictor reads them; steps seen lately are not encoded again."""
-        group = self._encoder.frames_per_step
-        if (
-            not isinstance(frames, np.ndarray)
-            or frames.ndim < 4
-            or frames.dtype != np.uint8
-            or frames.shape[-4] % group
-        ):
-            got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
-            raise ValueError(
-                f"frames must be a numpy array of uint8 RGB, [.., steps * {group}, height, width, 3]; got {got}"
-            )
+        _check_frames("frames", frames)
+        group = self.frames_per_step
+        if frames.shape[-4] % group:
+            raise ValueError(f"steps are {group} frames each; got {frames.shape[-4]} frames")
         steps = frames.reshape(-1, group, *frames.shape[-3:])
         keys = [hashlib.sha256(repr(step.shape).encode() + step.tobytes()).digest() for step in steps]
         for key, step in zip(keys, steps, strict=True):
@@ -355,28 +323,14 @@ class WorldModel:
         """
         actions = self.check_values("actions", actions, self.space.actions, len(actions))
         states = self.check_states(states, len(actions))
-        given = (
-            torch.tensor(scale(values)[None], dtype=torch.float32, device=self._encoder.device)
-            for scale, values in zip(self._scales.values(), (actions, states), strict=True)
-        )
+        scaled = self._scaler.actions.apply(actions), self._scaler.states.apply(states)
+        given = (torch.tensor(rows[None], dtype=torch.float32, device=self._encoder.device) for rows in scaled)
         with torch.no_grad():
             return self._model.open_loop(self.see(frames)[None], *given, len(actions))[0]
 
-    def search(
-        self,
-        context: Context,
-        goal: Tensor,
-        settings: PlannerSettings,
-        motion: Motion,
-        *,
-        cost: Cost,
-        base_action: np.ndarray | None = None,
-        start: np.ndarray | None = None,
-        seed: int = 0,
-    ) -> Plan:
+    def search(self, context: Context, goal: Tensor, settings: PlannerSettings, motion: Motion, **options: Any) -> Plan:
         """`control.planner.plan_actions` with this world's predictor and scaler; `goal` is tokens [N, E] of `see`."""
-        options = {"cost": cost, "base_action": base_action, "start": start, "seed": seed}
-        return plan_actions(self._model, context, goal, motion, settings, **self._scales, **options)
+        return plan_actions(self._model, context, goal, motion, settings, scaler=self._scaler, **options)
 
     @property
     def frames_per_step(self) -> int:
@@ -393,10 +347,6 @@ class WorldModel:
         """Whether columns that no plan searches stay as they were (keys, slot), as opposed to 0."""
         return self.space.motion is not None and self.space.motion.holds
 
-    @property
-    def _scales(self) -> dict[str, Any]:
-        return {"scale_actions": self._scaler.actions.apply, "scale_states": self._scaler.states.apply}
-
     def choose_settings(self, settings: str | PlannerSettings) -> PlannerSettings:
         """Settings by their name in `planner.SETTINGS`, or your own."""
         named = SETTINGS.get(settings) if isinstance(settings, str) else settings
@@ -407,10 +357,9 @@ class WorldModel:
         return named
 
     def build_motion(self, settings: str | PlannerSettings | None = None, **changes: Any) -> Motion:
-        """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of named settings."""
-        named = settings if isinstance(settings, str) else None
-        own = {"max_step_m": MAX_STEP_M[named], "reach": REACH[named]} if named in SETTINGS else {}
-        limits = own | changes
+        """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of settings."""
+        named = None if settings is None else self.choose_settings(settings)
+        limits = ({} if named is None else {"max_step_m": named.max_step_m, "reach": named.reach}) | changes
         warn_of_reach(limits.get("reach", 1.0), self._card)
         return build_motion(self.space, recorded=self.recorded, **limits)
 
@@ -447,8 +396,8 @@ class WorldModel:
 
 
 def _check_frames(name: str, frames: np.ndarray) -> None:
-    if not isinstance(frames, np.ndarray) or frames.ndim != 4:
-        got = list(frames.shape) if isinstance(frames, np.ndarray) else type(frames).__name__
+    if not isinstance(frames, np.ndarray) or frames.ndim < 4 or frames.dtype != np.uint8:
+        got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
         raise ValueError(
             f"{name} must be a numpy array of uint8 RGB frames, [frames, height, width, 3]; got {got}. Of a list take np.stack(...), of a "
             "torch tensor on any device .cpu().numpy(), of a single frame frame[None]"

@@ -22,21 +22,25 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
     config, out = parse_stage_arguments(ROOT, __doc__, argv).config, ROOT / "outputs/act"
 
-    from jepa_cache.acting.run import act_run, describe_acting, open_simulator, train_seeds, write_nothing
+    from jepa_cache.acting.simulator import open_simulator, write_nothing
+
+    simulator = open_simulator(config)
+    if simulator is None:
+        reason = f"dataset {config.dataset.name!r} has no simulator"
+        write_nothing(out, reason)
+        print(f"{reason}: nothing to act in; dataset=sample_robot has a simulator")
+        return
+
+    from jepa_cache.acting.run import act_run, describe_acting, train_seeds
     from jepa_cache.api import Encoder
     from jepa_cache.data.dataset import open_dataset
     from jepa_cache.data.scaler import read_scaler
 
-    simulator, looks, reason = open_simulator(config)
-    if simulator is None:
-        write_nothing(out, reason)
-        print(f"{reason}: nothing to act in; dataset=sample_robot has a simulator")
-        return
     dataset, scaler = open_dataset(config, ROOT), read_scaler(ROOT / "outputs/scaler/scaler.json")
     with full_disk_named(out):
         weights = train_seeds(config, dataset, scaler, out / "seeds", base=data_base(ROOT))
         encoder = Encoder.open(config, data_base(ROOT))
-        metrics = act_run(config, dataset, encoder, weights, simulator, looks, out)
+        metrics = act_run(config, dataset, encoder, weights, simulator, out)
     print(describe_acting(metrics))
     print(
         f"wrote {out.relative_to(ROOT)}/metrics.json, run/episodes.csv, film; next: open {out.relative_to(ROOT)}/run/report.html"

@@ -47,7 +47,8 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: the traceback of a write that failed may still hold its file open.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class FaultyDisk:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from jepa_cache.acting.film import Film, write_film
 from jepa_cache.api import Encoder, WorldModel
-from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import CONTROLS, ActConfig, Config
 from jepa_cache.control.closed_loop import (
@@ -48,8 +47,7 @@ from jepa_cache.evaluation.verdict import UNTRAINED
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.heads import HEADS
 from jepa_cache.ridge import fit_rows
-from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
-from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig
+from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS
 from jepa_cache.training.trainer import train
 
 BuildPolicy = Callable[[Goal], Policy]
@@ -57,16 +55,6 @@ BuildPolicy = Callable[[Goal], Policy]
 PLAN = "plan"
 PICKING_SEED = 0
 """`act.start_seed` of the starts on which settings were picked; figures are those of another set."""
-
-
-class Looks(NamedTuple):
-    """Which looks a simulator has: seeds from `unseen` on were never recorded, None is the plain one."""
-
-    unseen: int
-
-    def draw(self, kind: str, number: int) -> int | None:
-        """The look of start `number`."""
-        return None if kind == "plain" else self.unseen + number
 
 
 def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: Path, *, base: Path) -> dict[int, Path]:
@@ -95,7 +83,6 @@ def act_run(
     encoder: Encoder,
     weights: Mapping[int, Path],
     simulator: Simulator,
-    looks: Looks,
     out: Path,
 ) -> dict[str, Any]:
     """Act with the weights of each training seed, and with the controls that `act.controls` names; write figures, tables and a film to `out`.
@@ -113,7 +100,7 @@ def act_run(
     worlds = {seed: WorldModel.load(path, encoder) for seed, path in weights.items()}
     first = next(iter(weights))
     width = len(worlds[first].space.actions)
-    loop = Loop(simulator, task, settings, looks)
+    loop = Loop(simulator, task, settings)
     figures, names = {}, [name for name in settings.controls if name != "unseen_looks" or settings.look == "plain"]
     for name in (PLAN, *names):
         look = "unseen" if name == "unseen_looks" else settings.look
@@ -164,9 +151,9 @@ def act_run(
 class Loop:
     """Runs policies from the starts of an experiment, and keeps what happened."""
 
-    def __init__(self, simulator: Simulator, task: Task, settings: ActConfig, looks: Looks) -> None:
+    def __init__(self, simulator: Simulator, task: Task, settings: ActConfig) -> None:
         """Nothing is drawn yet."""
-        self.simulator, self.task, self.settings, self.looks = simulator, task, settings, looks
+        self.simulator, self.task, self.settings = simulator, task, settings
         self.episodes: dict[tuple[str, int | None], list[Episode]] = {}  # by policy and training seed
         self.rows: list[dict[str, Any]] = []
         self._goals: dict[str, Goal | EpisodeError] = {}
@@ -204,9 +191,9 @@ class Loop:
         drawn = draw_starts(self.task, settings.num_starts, settings.start_seed, first=first)
         starts = []
         for number, start in enumerate(drawn, start=first):
-            live = self.looks.draw(look, number)
-            # Another one for the goal: far beyond the numbers of starts.
-            shown = live if settings.goal_look == "same" else self.looks.draw("unseen", 10**6 + number)
+            # None is the plain look; another one for the goal: far beyond the numbers of starts.
+            live = None if look == "plain" else NUM_RECORDED_LOOKS + number
+            shown = live if settings.goal_look == "same" else NUM_RECORDED_LOOKS + 10**6 + number
             starts.append(start._replace(options=start.options | {"look": live}, goal=start.goal | {"look": shown}))
         return starts
 
@@ -235,12 +222,10 @@ class Loop:
 
 def build_controller(world: WorldModel, settings: ActConfig, goal: np.ndarray, seed: int) -> Controller:
     """The controller that `act` asks for."""
-    limits = {name: getattr(settings, name) for name in ("max_step_m", "reach") if getattr(settings, name) is not None}
     return Controller(
         world,
         goal,
         choose_settings(settings),
-        motion=world.build_motion(settings.settings, **limits),
         cost=settings.cost,
         num_context_steps=settings.num_context_steps,
         replan_every=settings.replan_every,
@@ -314,37 +299,3 @@ def describe_acting(metrics: Mapping[str, Any]) -> str:
     if not metrics["encoder_trained"]:
         lines.append(f"  {UNTRAINED}")
     return "\n".join(lines)
-
-
-def write_nothing(out: Path, reason: str) -> None:
-    """Say in metrics.json why nothing was done, for DVC, which wants its outs."""
-    with replaced_files(out / "run", "episodes.csv") as folder:
-        (folder / "episodes.csv").write_text("policy\n", encoding="utf-8")
-    write_json({"nothing_done": reason}, out / "metrics.json")
-
-
-def open_simulator(config: Config) -> tuple[Simulator | None, Looks, str]:
-    """The simulator that a data set was recorded in with its looks; None and the reason where there is none.
-
-    Raises:
-        ValueError: The cache does not fit it (every setting is named), or something that it needs is not installed.
-    """
-    looks, dataset, encode = Looks(NUM_RECORDED_LOOKS), config.dataset, config.encode
-    if dataset.sample is None or dataset.source != "droid_raw":
-        return None, looks, f"dataset {dataset.name!r} has no simulator"
-    obstacles = [
-        message
-        for wrong, message in (
-            (encode.mode != "frame", f"encode.mode must be frame, one picture a step; it is {encode.mode}"),
-            (encode.fps != STEP_HZ, f"encode.fps must be {STEP_HZ:g}, the simulator's steps; it is {encode.fps:g}"),
-            (
-                len(encode.cameras) != 1 or encode.cameras[0] not in CAMERAS,
-                f"encode.cameras must name one of {', '.join(CAMERAS)}; got {', '.join(encode.cameras) or 'none'}",
-            ),
-        )
-        if wrong
-    ]
-    if obstacles:
-        raise ValueError(f"nothing can be acted with this cache: {'; '.join(obstacles)}")
-    sample = parse_dataclass(RobotSampleConfig, dataset.sample, f"configs/dataset/{dataset.name}.yaml: sample")
-    return RobotWorld(sample.size, camera=encode.cameras[0]), looks, ""

@@ -190,8 +190,8 @@ class LinearPreset(Settings):
     whitening: Share
     use_states: bool
     num_products: CountOrZero  # components that are multiplied with the actions
-    ridge: RateOrZero | None = None  # null: chosen by training episodes that it was not fitted to
-    # Of actions and states, by name, that are looked at; null: all. With few recordings the others only add noise.
+    ridge: RateOrZero | None = None  # null: chosen, as are columns that are not named; see training.ridge
+    # Of actions and states, by name, that are looked at; null: all, or those of positions. With few recordings the others only add noise.
     columns: Annotated[tuple[str, ...], Field(min_length=1), Once] | None = None
 
 

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.actions import ActionSpace
 from jepa_cache.control.costs import Cost
 from jepa_cache.control.motion import Motion
 from jepa_cache.control.planner import Context, Plan, PlannerSettings
-from jepa_cache.data.recorded import Recorded
 
 log = logging.getLogger(__name__)
 
 # Of a subgoal: reached when its cost is below this share of what it was at first, or has set no new low for so many steps.
 REACHED_SHARE, PATIENCE = 0.25, 3
-OUTSIDE_SHARE = 0.1  # of the recorded range of a state, beyond which a state is new to the predictor
-
-
-class World(Protocol):
-    """What a controller asks of a world model; `api.WorldModel` has it."""
-
-    space: ActionSpace
-    recorded: Recorded | None
-    holds: bool
-
-    def see(self, frames: np.ndarray) -> Tensor:
-        """Tokens of frames."""
-
-    def search(self, context: Context, goal: Tensor, settings: PlannerSettings, motion: Motion, **options: Any) -> Plan:
-        """Plan from tokens to tokens."""
+NEW_STATE_SHARE = 0.1  # of the recorded range of a state, beyond which a state is new to the predictor
 
 
 class Controller:
@@ -46,7 +30,7 @@ class Controller:
 
     def __init__(
         self,
-        world: World,
+        world: Any,
         goal_frames: np.ndarray | Sequence[np.ndarray],
         settings: str | PlannerSettings = "jump",
         *,
@@ -180,7 +164,7 @@ class Controller:
         if recorded is None:
             return
         low, high = np.array(recorded.state_low), np.array(recorded.state_high)
-        margin = OUTSIDE_SHARE * (high - low)
+        margin = NEW_STATE_SHARE * (high - low)
         for column in np.flatnonzero((state < low - margin) | (state > high + margin)):
             if column not in self._told:
                 self._told.add(column)

@@ -7,34 +7,13 @@ imported. Letters besides the project's: K environments, R rows (environment ste
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.actions import ActionSpace
 from jepa_cache.control.costs import Cost
-
-
-class Scorer(Protocol):
-    """What is asked of a world model; `api.WorldModel` has it."""
-
-    space: ActionSpace
-
-    @property
-    def frames_per_step(self) -> int:
-        """Frames of one step."""
-
-    @property
-    def uses_states(self) -> bool:
-        """Whether states must be given."""
-
-    def choose_cost(self, cost: str | Cost) -> Cost:
-        """A cost by its name."""
-
-    def energies(self, frames: np.ndarray, goal: np.ndarray, actions: np.ndarray, **options: Any) -> np.ndarray:
-        """Energies [K, S] of candidates."""
 
 
 class CostModel:
@@ -42,7 +21,7 @@ class CostModel:
 
     def __init__(
         self,
-        world: Scorer,
+        world: Any,
         block: int,
         low: float | np.ndarray,
         high: float | np.ndarray,
@@ -52,7 +31,18 @@ class CostModel:
         state: str | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """Wrap a world model; `api.WorldModel.cost_model` describes the arguments."""
+        """Wrap a world model.
+
+        Args:
+            world: An `api.WorldModel`.
+            block: Rows (steps of the environment) that one step of the cache spans: their `action_block`.
+            low: Least actions that the environment carries out, a number or [A]: it clips, most solvers do not.
+            high: The largest.
+            cost: A name, or a `control.costs.Cost`.
+            process: The policy's scaler of actions, whose `inverse_transform` [n, A] gives the environment's actions; None where it has none.
+            state: Entry of info that holds the states, for a predictor that reads them.
+            batch_size: Candidates of one environment that go through the predictor at once; all by default.
+        """
         if block < 1 or not np.all(np.asarray(low) < high):
             raise ValueError(
                 f"a block has at least 1 row and actions lie between low < high; got block {block}, {low}, {high}"

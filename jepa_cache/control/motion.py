@@ -13,7 +13,7 @@ from jepa_cache.actions import ACTION_SPACES, RECORDED, ActionSpace
 from jepa_cache.data.recorded import Recorded
 
 GRIPPER_DEAD_ZONE = 0.25
-OUTSIDE_SHARE = 0.05  # of the recorded range of a place, by which a plan may lead out of it
+BEYOND_SHARE = 0.05  # of the recorded range of a place, by which a plan may lead out of it
 # Of its limit: a column whose deviation in training was smaller hardly moved, so nobody knows what it does. A closed gripper that settles
 # while it pushes has half a hundredth of its limit, one that grasps a tenth.
 STILL_SHARE = 0.02
@@ -175,7 +175,7 @@ def build_motion(
             if name.removeprefix("d") in space.positions:
                 column = states.index(name.removeprefix("d"))
                 lowest, highest = recorded.state_low[column], recorded.state_high[column]
-                margin = OUTSIDE_SHARE * (highest - lowest)
+                margin = BEYOND_SHARE * (highest - lowest)
                 places[number] = column, lowest - margin, highest + margin
     return Motion(
         names=tuple(searched),

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from jepa_cache.control.costs import SUM, TOKENS, Cost
 from jepa_cache.control.motion import Motion
+from jepa_cache.data.scaler import Scaler
 from jepa_cache.predictor.compressed import CompressedPredictor
 from jepa_cache.predictor.rollout import LatentModel, repeat_past
 
 log = logging.getLogger(__name__)
 
-Scale = Callable[[np.ndarray], np.ndarray]
 Integrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -43,6 +43,9 @@ class PlannerSettings:
     # Whether each round tries the mean and the best sample so far as well, and the best of all is the result: a mean may leave its basin.
     keeps_best: bool = False
     spread_first: float = 0.0  # share of the first round's samples that is drawn evenly over all that is searched
+    # Of `build_motion`: the largest translation of a step, and the steps that one planned action may span.
+    max_step_m: float = 0.05
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -68,18 +71,23 @@ JUMP = "jump"
 SETTINGS = {
     "cem": PlannerSettings(1, 100, 10, 100, 0.25, 0.95),
     "world_model": PlannerSettings(2, 400, 10, 10, 0.15, 0.15),
-    "notebook": PlannerSettings(2, 25, 10, 2, 0.15, 0.75),
+    "notebook": PlannerSettings(2, 25, 10, 2, 0.15, 0.75, max_step_m=0.075),
     # The paper does not give the number of elites and the momenta of its robot runs: those of `world_model`.
-    "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15),
+    "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15, max_step_m=0.075),
     # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
     JUMP: PlannerSettings(
-        1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0, first_std=0.4, min_std=0.02, keeps_best=True, spread_first=0.5
+        *(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0),
+        **{
+            "first_std": 0.4,
+            "min_std": 0.02,
+            "keeps_best": True,
+            "spread_first": 0.5,
+            "max_step_m": 0.06,
+            "reach": 4.0,
+        },
     ),
 }
-"""Settings by name, published ones but for `jump`; how far a step may go is `build_motion`'s."""
-MAX_STEP_M = {"cem": 0.05, "world_model": 0.05, "notebook": 0.075, "paper": 0.075, JUMP: 0.06}
-REACH = dict.fromkeys(SETTINGS, 1.0) | {JUMP: 4.0}
-"""Of `build_motion`, by the name of settings: largest translation of a step in metres, and the steps that one planned action may span."""
+"""Settings by name, published ones but for `jump`."""
 
 
 def warn_of_reach(reach: float, card: Mapping[str, Any]) -> None:
@@ -122,8 +130,7 @@ def plan_actions(
     motion: Motion,
     settings: PlannerSettings,
     *,
-    scale_actions: Scale = np.asarray,
-    scale_states: Scale = np.asarray,
+    scaler: Scaler | None = None,
     cost: Cost = TOKENS,
     base_action: np.ndarray | None = None,
     start: np.ndarray | None = None,
@@ -143,8 +150,7 @@ def plan_actions(
         goal: [N, E] tokens of the goal frame, as the context's.
         motion: What may move.
         settings: Of the search.
-        scale_actions: Of the training, [.., A] to [.., A].
-        scale_states: The same for [.., S].
+        scaler: Of the training; None for a predictor of unscaled actions and states.
         cost: How far predicted steps are from the goal.
         base_action: [A] for the columns that are not searched; by default zeros, of vectors what was recorded (`Motion.still`).
         start: [H, K] numbers around which the first samples are drawn; by default the middle of their limits, which is 0 for changes.
@@ -184,7 +190,7 @@ def plan_actions(
     std = np.tile(motion.first_std * settings.first_std, (horizon, 1))
     keep_mean = np.where(motion.gripper, settings.gripper_mean_momentum, settings.mean_momentum)
     keep_std = np.where(motion.gripper, settings.gripper_std_momentum, settings.std_momentum)
-    rollout = Rollout(model, context, motion.integrate, scale_actions=scale_actions, scale_states=scale_states)
+    rollout = Rollout(model, context, motion.integrate, scaler=scaler)
     energies = np.empty((settings.num_rounds, settings.num_samples), np.float32)
     low, high = motion.find_limits(context.states[-1]) if horizon == 1 else (motion.low, motion.high)
     mean = np.clip(mean, low, high)
@@ -236,21 +242,18 @@ class Rollout:
         context: Context,
         integrate: Integrate | None = None,
         *,
-        scale_actions: Scale = np.asarray,
-        scale_states: Scale = np.asarray,
+        scaler: Scaler | None = None,
     ) -> None:
         """Compute the steps before the last one of each context, [*contexts, C, ..].
 
         `integrate` takes states [n, S] and actions [n, A] to the states after them, for candidates of several steps.
         """
-        self._model, self._integrate = model, integrate
-        self._scale_actions, self._scale_states = scale_actions, scale_states
+        self._model, self._integrate, self._scaler = model, integrate, scaler
         self._lead = context.tokens.shape[:-3]
         tokens = context.tokens.reshape(-1, *context.tokens.shape[-3:])
         actions, states = (np.asarray(rows).reshape(len(tokens), *rows.shape[-2:]) for rows in context[1:])
         self._newest, self._states = tokens[:, -1:], states[:, -1].astype(np.float64)
-        given = (self._tensor(scale_actions(actions)), self._tensor(scale_states(states)))
-        self._past = model.read_past(tokens, *given)
+        self._past = model.read_past(tokens, *self._scaled(actions, states))
 
     @torch.no_grad()
     def energies(
@@ -280,8 +283,7 @@ class Rollout:
         rows = [np.tile(self._states[number], (num_samples, 1))]
         for step in range(horizon - 1):
             rows.append(self._integrate(rows[-1], actions[:, step]))
-        states = self._tensor(self._scale_states(np.stack(rows, axis=1)))
-        scaled = self._tensor(self._scale_actions(actions))
+        scaled, states = self._scaled(actions, np.stack(rows, axis=1))
         if isinstance(self._model.predictor, CompressedPredictor) and cost.steps != SUM:
             return cost(self._model.as_reps(self._model.predictor.roll(newest, scaled, states))[:, None], goal)
         tokens = newest.expand(num_samples, *newest.shape)
@@ -295,5 +297,8 @@ class Rollout:
                 seen.append(tokens)
         return cost(torch.cat(seen, dim=1), goal)
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.tensor(np.asarray(values), dtype=torch.float32, device=self._newest.device)
+    def _scaled(self, actions: np.ndarray, states: np.ndarray) -> list[Tensor]:
+        if self._scaler is not None:
+            actions, states = self._scaler.actions.apply(actions), self._scaler.states.apply(states)
+        device = self._newest.device
+        return [torch.tensor(np.asarray(rows), dtype=torch.float32, device=device) for rows in (actions, states)]

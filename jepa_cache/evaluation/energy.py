@@ -92,9 +92,7 @@ class OneStep:
         self._batch_size, rows = evaluation.config.evaluate.batch_size, window.rows(len(h) - 1)
         actions, states = (values[rows] for values in evaluation.dataset.controls(window.store, window.step_length))
         context = Context(h[:-1], actions[:-1], states)
-        scaler = evaluation.scaler
-        scale = {"scale_actions": scaler.actions.apply, "scale_states": scaler.states.apply}
-        self._rollout, self._target = Rollout(evaluation.model, context, **scale), h[-1]
+        self._rollout, self._target = Rollout(evaluation.model, context, scaler=evaluation.scaler), h[-1]
         self.true, self.window = actions[-1], window
 
     def energies(self, actions: np.ndarray) -> np.ndarray:

@@ -25,8 +25,6 @@ from jepa_cache.control.costs import SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
 from jepa_cache.control.planner import (
     JUMP,
-    MAX_STEP_M,
-    REACH,
     SETTINGS,
     Context,
     Plan,
@@ -79,7 +77,7 @@ class Score(NamedTuple):
 
 
 def choose_settings(config: SearchConfig) -> PlannerSettings:
-    """The published settings that a configuration names, with its own samples and rounds; elites keep their share."""
+    """The published settings that a configuration names, with what it says otherwise; elites keep their share."""
     published = SETTINGS[config.settings]
     num_samples = config.num_samples or published.num_samples
     return replace(
@@ -87,6 +85,8 @@ def choose_settings(config: SearchConfig) -> PlannerSettings:
         num_samples=num_samples,
         num_elites=max(2, round(published.num_elites * num_samples / published.num_samples)),
         num_rounds=config.num_rounds or published.num_rounds,
+        max_step_m=config.max_step_m or published.max_step_m,
+        reach=config.reach or published.reach,
     )
 
 
@@ -101,14 +101,9 @@ def score_plans(
     """
     torch.set_num_threads(default_num_threads())
     config, dataset = evaluation.config.plan, evaluation.dataset
-    motion = build_motion(
-        dataset.space,
-        max_step_m=config.max_step_m or MAX_STEP_M[config.settings],
-        max_rotation_rad=config.max_rotation_rad,
-        max_turn_deg=config.max_turn_deg,
-        reach=config.reach or REACH[config.settings],
-        recorded=recorded,
-    )
+    search = choose_settings(config)
+    limits = {"max_step_m": search.max_step_m, "reach": search.reach, "max_turn_deg": config.max_turn_deg}
+    motion = build_motion(dataset.space, **limits, max_rotation_rad=config.max_rotation_rad, recorded=recorded)
     cost, jumps = choose_cost(costs, config.cost, config.cost_steps), config.settings == JUMP
     if jumps:  # refused here where actions of several steps are not one
         dataset.space.compose(np.zeros((1, len(dataset.space.actions))))
@@ -129,7 +124,7 @@ def score_plans(
             base = actions[now - 1] if dataset.space.motion.holds else motion.still
             first_step = window.start - first_rows[segment.store, segment.episode] + now
             for horizon in config.horizons:
-                settings = replace(choose_settings(config), horizon=1 if jumps else horizon)
+                settings = replace(search, horizon=1 if jumps else horizon)
                 rng = np.random.default_rng([config.seed, position, horizon])
                 goals = h[now + horizon], other_h[now + horizon]
                 done = actions[now : now + horizon], states[now + horizon]
@@ -162,13 +157,12 @@ def _plan_once(
     """
     space, num_searched, now = evaluation.dataset.space, len(motion.names), context.states[-1]
     recorded, end = done
-    scale = {"scale_actions": evaluation.scaler.actions.apply, "scale_states": evaluation.scaler.states.apply}
     noise = rng.standard_normal((settings.num_rounds, settings.horizon, settings.num_samples, num_searched))
     batch_size = evaluation.config.evaluate.batch_size
 
     def search(goal: Tensor) -> Plan:
         options = {"base_action": base, "noise": noise, "batch_size": batch_size, "cost": cost}
-        return plan_actions(evaluation.model, context, goal, motion, settings, **scale, **options)
+        return plan_actions(evaluation.model, context, goal, motion, settings, scaler=evaluation.scaler, **options)
 
     began = time.perf_counter()
     found = search(goals[0])
@@ -195,7 +189,8 @@ def _plan_once(
     lowest = found.energies.min(axis=1)
     if len(recorded) > settings.horizon:
         recorded = space.compose(recorded)[None]
-    of_recorded = Rollout(evaluation.model, context, motion.integrate, **scale).energies(recorded[None], goals[0], cost)
+    rollout = Rollout(evaluation.model, context, motion.integrate, scaler=evaluation.scaler)
+    of_recorded = rollout.energies(recorded[None], goals[0], cost)
     return row | {"energy_plan": float(lowest[-1]), "energy_recorded": float(of_recorded[0])}, lowest, seconds
 
 
@@ -220,7 +215,8 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         ValueError: The weights do not fit, the space says nothing of where an action leads, or too few episodes are held out.
     """
     evaluation, card = open_evaluation(config, dataset, weights), read_card(weights)
-    warn_of_reach(config.plan.reach or REACH[config.plan.settings], card)
+    settings = choose_settings(config.plan)
+    warn_of_reach(settings.reach, card)
     recorded = find_recorded(card)
     costs = load_costs(weights, card, evaluation.model.predictor, evaluation.device)
     score = score_plans(evaluation, recorded=recorded, costs=costs)
@@ -235,7 +231,6 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
         "mode": dataset.manifest.mode,
     }
     metrics["verdict"] = judge_plans(metrics, score)
-    settings = choose_settings(config.plan)
     num_sampled, horizons = settings.num_samples * settings.num_rounds * len(score.seconds), score.table["horizon"]
     took = {f"h{horizon}": float(score.seconds[horizons == horizon].mean()) for horizon in np.unique(horizons)}
     timing = {"seconds_per_plan": took, "samples_per_s": num_sampled / float(score.seconds.sum())}

@@ -147,6 +147,11 @@ class TrainingData:
         """Return the key of the episode that each training window [n] lies in."""
         return [self._index.segments[self._index[int(number)].segment].episode for number in numbers]
 
+    def recordings_of(self, numbers: np.ndarray) -> list[str]:
+        """Return the same, where episodes that are copies of one recording have one key."""
+        copies = self._dataset.find_copies()
+        return [copies.get(name, name) for name in self.episodes_of(numbers)]
+
     def validation_batches(self) -> Iterator[Batch]:
         """Return this process's share of the validation windows; over all processes each window once."""
         size = self._settings.batch_size

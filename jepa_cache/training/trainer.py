@@ -51,7 +51,7 @@ from jepa_cache.training.heads import fit_heads
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
-from jepa_cache.training.ridge import choose_ridge, fit_step
+from jepa_cache.training.ridge import Choice, choose, fit_step
 from jepa_cache.training.run import Run, TrainableModel, describe_weights, open_run, resolve_epochs, write_outputs
 from jepa_cache.training.signals import stop_request
 from jepa_cache.training.step import StepReport, StepStatistics, check_finite, train_step, validate
@@ -93,7 +93,7 @@ def train(
     settings = config.train
     with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
         state = TrainingState(run, accelerator)
-        ridge = _compress(state, data) if state.trained.compressed and not state.is_complete() else None
+        choice = _compress(state, data) if state.trained.compressed and not state.is_complete() else None
         first_step, stopped_by, weights = state.step, None, None
         with (
             stop_request() as stop,
@@ -106,7 +106,7 @@ def train(
                 step = state.step + 1
                 set_rates(state.optimizer, *rates_at(step, settings))
                 if fits:
-                    report = fit_step(state.trained.module, state.objective, data, ridge)
+                    report = fit_step(state.trained.module, state.objective, data, choice)
                 else:
                     report = train_step(
                         accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
@@ -137,19 +137,21 @@ def train(
     return TrainResult(weights, run.folder, state.step, state.step - first_step, settings.num_steps, stopped_by)
 
 
-def _compress(state: TrainingState, data: TrainingData) -> float | None:
-    """Turn the data into latents, and say what a new predictor's kept share is; return the ridge of a linear one."""
+def _compress(state: TrainingState, data: TrainingData) -> Choice | None:
+    """Turn the data into latents, and say what a new predictor's kept share is; return what a linear one is fitted with."""
     predictor, core = state.trained.predictor, state.trained.module
     new, apart = state.step == 0 and state.run.init is None, None
-    ridge = state.run.config.predictor.ridge if isinstance(core, LatentRidge) else None
-    chooses = isinstance(core, LatentRidge) and ridge is None
+    preset, choice = state.run.config.predictor, None
+    chooses = isinstance(core, LatentRidge) and preset.ridge is None
+    if isinstance(core, LatentRidge) and not chooses:
+        choice = Choice(preset.ridge, words=f"ridge {preset.ridge:g}")
     if new:
         apart = data.compress_half(predictor, read=chooses)
         said = f"kept share {float(predictor.kept_share):.2g}"
     else:
         data.compress(predictor, fit=False)
     if chooses:
-        ridge = choose_ridge(core, data, apart)
+        choice = choose(core, data, apart, state.run.dataset.space if preset.columns is None else None)
     if new:
         num_all = len(set(data.episodes_of(np.arange(data.num_windows))))
         how = f"{len(apart)} of {num_all} training episodes, to which the components were not fitted for this"
@@ -157,9 +159,9 @@ def _compress(state: TrainingState, data: TrainingData) -> float | None:
             how = "the training episodes that the components are fitted to, for want of others: expect less of it on new ones"
         elif len(apart) < FEW_EPISODES:
             how += "; with so few it may be another one on new ones"
-        print(f"{said}{'' if ridge is None else f', ridge {ridge:g}'}: chosen on {how}")
+        print(f"{said}{f', {choice.words}' if choice else ''}: chosen on {how}")
         data.compress(predictor, fit=True)
-    return ridge
+    return choice
 
 
 class TrainingState:

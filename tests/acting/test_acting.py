@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_cache.acting.run import (
-    CONTROLS,
-    Looks,
-    Loop,
-    act_run,
-    build_planner,
-    open_simulator,
-    train_seeds,
-    write_nothing,
-)
+from jepa_cache.acting.run import CONTROLS, Loop, act_run, build_planner, train_seeds
+from jepa_cache.acting.simulator import open_simulator, write_nothing
 from jepa_cache.api import Encoder, WorldModel
 from jepa_cache.config.loading import load_config
 from jepa_cache.control.closed_loop import TASKS, EpisodeError, Goal, build_no_motion, build_oracle
@@ -71,8 +63,8 @@ def acted(tmp_path_factory):
         scaler = fit_scaler(cached, cached.segments_of(TRAIN, config.split, config.filter), config.scaler)
         weights = train_seeds(config, cached, scaler, folder / "seeds", base=folder)
         encoder = Encoder.open(config, folder)
-        simulator, looks, _ = open_simulator(config)
-        metrics = act_run(config, cached, encoder, weights, simulator, looks, folder / "act")
+        simulator = open_simulator(config)
+        metrics = act_run(config, cached, encoder, weights, simulator, folder / "act")
     world = WorldModel.load(weights[0], encoder)
     yield SimpleNamespace(out=folder / "act", metrics=metrics, world=world, config=config, simulator=simulator)
     simulator.close()
@@ -141,16 +133,15 @@ def test_a_cache_that_does_not_fit_the_simulator_is_refused_before_anything_is_t
 
 
 def test_other_data_sets_have_no_simulator_and_leave_what_dvc_asks_for(tmp_path):
-    simulator, _, reason = open_simulator(load_config(SUITE_SETTINGS))
-    assert simulator is None and reason == "dataset 'sample' has no simulator"
-    write_nothing(tmp_path, reason)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"nothing_done": reason}
+    assert open_simulator(load_config(SUITE_SETTINGS)) is None
+    write_nothing(tmp_path, "none")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"nothing_done": "none"}
     assert (tmp_path / "run").is_dir()
 
 
 def a_loop(*overrides, **faults):
     settings = load_config(SUITE_SETTINGS, ["act.num_starts=6", *overrides]).act
-    return Loop(Point(**faults), TASKS["reach"], settings, Looks(100))
+    return Loop(Point(**faults), TASKS["reach"], settings)
 
 
 def test_another_goal_is_shown_and_the_own_one_judges():
@@ -172,7 +163,10 @@ def test_looks_are_those_that_were_asked_for(goal_look, same):
     loop = a_loop(f"act.goal_look={goal_look}")
     starts = [start for look in ("unseen", "plain") for place in (0, 1) for start in loop.starts(place, look)]
     assert all((start.options["look"] == start.goal["look"]) is same for start in starts)
-    assert [start.options["look"] for start in starts] == [*range(100, 112), *[None] * 12]
+    assert [start.options["look"] for start in starts] == [
+        *range(NUM_RECORDED_LOOKS, NUM_RECORDED_LOOKS + 12),
+        *[None] * 12,
+    ]
 
 
 def test_a_goal_that_cannot_be_had_is_a_failed_episode_and_no_success():

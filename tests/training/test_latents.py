@@ -6,7 +6,7 @@ Claims:
 - the kept share and the ridge are chosen on every other training episode, under components that were fitted to the rest alone;
 - with `readout_components` a readout of what the components hold tells what one of all tokens does, and where none can be read it is refused;
 - the linear predictor is one training step, found again by the same command; it fits a linear world exactly, whatever the scale, and
-  takes a ridge that errs least on episodes it was not fitted to;
+  takes the ridge and the columns that err least on episodes that were left out together with those most like them;
 - `stop_share` validates and stops by training episodes put aside: held-out ones change nothing of a training, nor do those put aside
   decide more than when it stops;
 - evaluation takes all of them, and their card names their kind.
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_cache.actions import Column, get_action_space
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
 from jepa_cache.data.loader import Batch
@@ -102,7 +103,8 @@ def test_training_learns_what_the_actions_do_and_evaluation_takes_it(cache, tmp_
     steps = () if kind is LINEAR else ("train.num_steps=150", "train.lr=0.01")
     result = run(cache, tmp_path, *kind, *steps)
     last = {name: float(value) for name, value in rows(result)[-1].items() if value}
-    assert last["val_gap_copy_last"] > 0.1 and last["val_gap_shuffled_actions"] > 0.1
+    least = 0.1 if kind is COMPRESSED else 0.03  # a strong ridge: it is chosen with two of five episodes left out
+    assert min(last["val_gap_copy_last"], last["val_gap_shuffled_actions"]) > least
     predictor, card = load_predictor(result.weights)
     assert card["architecture"]["kind"] == kind[0].partition("=")[2]
     context = open_evaluation(make_config(*kind), cache.dataset, result.weights)
@@ -179,6 +181,8 @@ class LinearWorld:
     def episodes_of(self, numbers):
         return [f"episode-{number // self._per_episode}" for number in numbers]
 
+    recordings_of = episodes_of
+
     def batches_in_order(self):
         for numbers in np.array_split(np.arange(self.num_windows), 7):
             yield Batch(*(part[torch.from_numpy(numbers)] for part in self._batch), numbers)
@@ -187,9 +191,7 @@ class LinearWorld:
 def fit(world: LinearWorld) -> LatentRidge:
     core = LatentRidge(6, 3, 2, num_products=4)
     settings = replace(make_config("train.window_steps=2", "train.auto_steps=1").train, normalize_reps=False)
-    report = ridge.fit_step(
-        core, Objective(core, settings, torch.device("cpu")), world, ridge.choose_ridge(core, world)
-    )
+    report = ridge.fit_step(core, Objective(core, settings, torch.device("cpu")), world, ridge.choose(core, world))
     assert len(report.windows) == len(report.jloss_by_window) == world.num_windows
     return core
 
@@ -238,8 +240,48 @@ def test_the_ridge_is_judged_by_the_episodes_that_are_set_apart_alone():
 
     contrary, others = {"episode-0", "episode-1"}, {f"episode-{number}" for number in range(2, 8)}
     world = Contrary(random_core(), num_episodes=8, noise=0.1)
-    assert ridge.choose_ridge(random_core(), world, contrary) == max(ridge.RIDGES)
-    assert ridge.choose_ridge(random_core(), world, others) <= 1
+    assert ridge.choose(random_core(), world, contrary).ridge == max(ridge.RIDGES)
+    assert ridge.choose(random_core(), world, others).ridge <= 1
+
+
+def test_what_holds_within_a_scene_alone_is_left_out_as_likes_are_left_out_together(monkeypatch):
+    """Eight scenes with latents of their own, two episodes each: what the last action does differs from one scene to another."""
+
+    class Scenes(LinearWorld):
+        def __init__(self, core):
+            super().__init__(core, num_episodes=16, noise=0.1)
+            draw = torch.Generator().manual_seed(2)
+            scene = torch.arange(self.num_windows) // 40
+            tokens, actions, _ = self._batch
+            looks, turned = torch.randn(2, 8, 1, 6, generator=draw)[:, scene]
+            tokens += 3 * looks[:, None]
+            tokens[:, 1] += actions[:, :, 2:] * turned
+
+    true = random_core()
+    with torch.no_grad():
+        true.weight.zero_()
+        true.weight[:, 8:10] = 1.0
+    world = Scenes(true)
+    folds = ridge._find_folds(LatentRidge(6, 3, 2, num_products=4), world, None)
+    assert len(folds) == 16 and all(len(fold.left_out) == 4 for fold in folds)
+    for (own,), left_out in folds:
+        first = int(own.removeprefix("episode-")) // 2 * 2
+        assert {f"episode-{first}", f"episode-{first + 1}"} <= left_out
+    names = [Column(name, "m", "continuous") for name in ("dx", "dy", "droll", "x", "y")]
+    space = replace(get_action_space("pose7"), actions=names[:3], states=names[3:], positions=("x", "y"))
+    core = LatentRidge(6, 3, 2, num_products=4)
+    choice = ridge.choose(core, world, space=space)
+    assert choice.words == f"ridge {choice.ridge:g}, columns of x, y alone"
+    settings = replace(make_config("train.window_steps=2", "train.auto_steps=1").train, normalize_reps=False)
+    ridge.fit_step(core, Objective(core, settings, torch.device("cpu")), world, choice)
+    z, states = torch.randn(5, 6), torch.randn(5, 2)
+    still, *pushed = [core.change(z, row.expand(5, 3), states) for row in torch.cat([torch.zeros(1, 3), torch.eye(3)])]
+    assert torch.equal(pushed[2], still) and not torch.equal(pushed[0], still)
+    alone = [ridge._Fold(fold.judged, fold.judged) for fold in folds]
+    monkeypatch.setattr(ridge, "_find_folds", lambda *_: alone)
+    blind = ridge.choose(core, world, space=space)
+    assert blind.words.endswith("all columns"), "the other episode of its scene tells what the last action does there"
+    assert ridge.choose(core, world).words == f"ridge {blind.ridge:g}"
 
 
 def test_columns_that_are_not_named_change_nothing_and_unknown_ones_are_refused(cache, tmp_path):
