@@ -119,9 +119,8 @@ class ActionSpace:
     required: tuple[str, ...]  # the control columns that the rule reads
     rule: Rule
     motion: MotionRule | None = None  # None where nothing says where an action leads, so that nothing can be planned
-    joined: Change | None = (
-        None  # actions [.., k, A] of k steps in a row to the one [.., A]; None where states decide it too
-    )
+    # Actions [.., k, A] of k steps in a row to the one [.., A]; None where states decide it too.
+    joined: Change | None = None
     inverse: Change | None = None  # actions [.., A] to those that lead back; None where there are none
     positions: tuple[str, ...] = ()  # states that say where the body or the view is, and that its pictures may show
 

@@ -25,15 +25,7 @@ from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.control.cost_model import CostModel
 from jepa_cache.control.costs import LAST, SIMPLE_COSTS, Cost, choose_cost, load_costs
 from jepa_cache.control.motion import Motion, build_motion
-from jepa_cache.control.planner import (
-    SETTINGS,
-    Context,
-    Plan,
-    PlannerSettings,
-    Rollout,
-    plan_actions,
-    warn_of_reach,
-)
+from jepa_cache.control.planner import SETTINGS, Context, Plan, PlannerSettings, Rollout, plan_actions, warn_of_reach
 from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
@@ -257,21 +249,14 @@ class WorldModel:
         actions = self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
         goal = goal[..., None, :, :, :] if self.frames_per_step == 1 and isinstance(goal, np.ndarray) else goal
         context, goals = self._look(frames, goal, states, taken, "taken")
-        integrate = np.zeros_like  # never called for one step; any states do for a predictor without
-        if actions.shape[-2] > 1 and self.uses_states:
-            integrate = (motion or self.build_motion()).integrate
-        elif actions.shape[-2] > 1:
-            integrate = lambda states, _: states  # noqa: E731
+        integrate = None  # one step needs no states after it
+        if actions.shape[-2] > 1:  # any states do for a predictor without
+            integrate = (motion or self.build_motion()).integrate if self.uses_states else (lambda states, _: states)
         rollout = Rollout(self._model, context, integrate, scaler=self._scaler)
         return rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
 
     def _look(
-        self,
-        frames: np.ndarray,
-        goal: np.ndarray,
-        states: np.ndarray | None,
-        taken: np.ndarray | None,
-        name: str,
+        self, frames: np.ndarray, goal: np.ndarray, states: np.ndarray | None, taken: np.ndarray | None, name: str
     ) -> tuple[Context, Tensor]:
         """What is known from frames [.., C * G, h, w, 3], and the goal's tokens [.., N, E]; `name` is that of the actions `taken`."""
         _check_frames("frames", frames)

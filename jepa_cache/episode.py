@@ -83,7 +83,6 @@ class Episode:
     frame_times_s: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes, ranges and order."""
         if not self.key:
             raise ValueError("an episode needs a key; got an empty one")
         if not (math.isfinite(self.fps) and self.fps > 0):

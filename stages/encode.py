@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     output = ROOT / "outputs/encode/manifest.json"
     config, base = arguments.config, recordings_base(arguments.config, ROOT)
-    root = resolve_cache_root(config.cache_root, data_base(ROOT))
+    root = resolve_cache_root(config.cache.root, data_base(ROOT))
     workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))

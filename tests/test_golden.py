@@ -25,7 +25,6 @@ from jepa_cache.control.planner import Context, PlannerSettings, plan_actions
 from jepa_cache.encoder.preprocess import ac_transform, eval_transform
 from jepa_cache.encoder.vit import VisionTransformer, VisionTransformer21
 from jepa_cache.poses import integrate_pose, pose_actions, poses_in_camera_frame
-from jepa_cache.predictor.layers import block_causal_mask
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
 from jepa_cache.training.losses import world_model_loss
@@ -36,6 +35,7 @@ from jepa_cache.training.optim import (
     warmup_cosine,
     warmup_stable_decay,
 )
+from tests.predictor.makers import block_causal_mask
 
 FOLDER = Path(os.environ.get("JEPA_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FILES = sorted(FOLDER.rglob("*.safetensors"))

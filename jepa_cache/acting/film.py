@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jepa_cache.config.schema import CONTROLS
 from jepa_cache.control.closed_loop import Episode, Task
+from jepa_cache.evaluation.page import read_picture, render
 from jepa_cache.evaluation.pictures import LAST_MS, TokenColours, new_figure
 from jepa_cache.evaluation.verdict import UNTRAINED
-from jepa_cache.sample.robot_episodes import encode_video
+from jepa_cache.sample.robot_episodes import encode_pictures
 
 STEP_MS = 400
 STILL_STEPS = (0, 1, 2, 4, -1)  # of the first episode, that the still shows
@@ -47,14 +46,11 @@ def write_film(films: Sequence[Film], metrics: Mapping[str, Any], folder: Path) 
         images = [Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE) for picture in pictures]
         images[0].save(folder / "film.gif", save_all=True, append_images=images[1:], duration=durations, loop=0)
         shown = [picture for picture in pictures for _ in range(MP4_COPIES)]
-        (folder / "film.mp4").write_bytes(encode_video(shown, 23))
+        (folder / "film.mp4").write_bytes(encode_pictures(shown, 23))
         Image.fromarray(draw_still(films[0], colours)).quantize(192).save(folder / "film.png", optimize=True)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    gif = base64.b64encode((folder / "film.gif").read_bytes()).decode() if films else ""
-    page = environment.get_template("report.html.j2").render(
-        metrics=metrics, controls=CONTROLS, untrained=UNTRAINED, film=gif
-    )
+    gif = read_picture(folder / "film.gif")
+    named = {"metrics": metrics, "controls": CONTROLS, "untrained": UNTRAINED, "film": gif}
+    page = render(Path(__file__).parent / "report.html.j2", {}, **named)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -152,7 +152,6 @@ class Loop:
     """Runs policies from the starts of an experiment, and keeps what happened."""
 
     def __init__(self, simulator: Simulator, task: Task, settings: ActConfig) -> None:
-        """Nothing is drawn yet."""
         self.simulator, self.task, self.settings = simulator, task, settings
         self.episodes: dict[tuple[str, int | None], list[Episode]] = {}  # by policy and training seed
         self.rows: list[dict[str, Any]] = []
@@ -220,25 +219,29 @@ class Loop:
         return self._goals[key]
 
 
-def build_controller(world: WorldModel, settings: ActConfig, goal: np.ndarray, seed: int) -> Controller:
-    """The controller that `act` asks for."""
-    return Controller(
-        world,
-        goal,
-        choose_settings(settings),
-        cost=settings.cost,
-        num_context_steps=settings.num_context_steps,
-        replan_every=settings.replan_every,
-        seed=seed,
-    )
-
-
-def build_planner(world: WorldModel, settings: ActConfig, seed: int) -> BuildPolicy:
-    """The policy that is to be proven: a controller for each goal."""
+def build_planner(
+    world: WorldModel, settings: ActConfig, seed: int, foreseen: list[torch.Tensor] | None = None
+) -> BuildPolicy:
+    """The policy that is to be proven: a controller for each goal; `foreseen` takes the tokens [N, E] at the end of each plan."""
 
     def build(goal: Goal) -> Policy:
-        controller = build_controller(world, settings, goal.frame, seed)
-        return lambda observation: controller.act(observation["frame"], observation["state"])
+        controller = Controller(
+            world,
+            goal.frame,
+            choose_settings(settings),
+            cost=settings.cost,
+            num_context_steps=settings.num_context_steps,
+            replan_every=settings.replan_every,
+            seed=seed,
+        )
+
+        def policy(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+            action, plan = controller.act(observation["frame"], observation["state"]), controller.plan
+            if foreseen is not None:
+                foreseen.append(world.foresee(observation["frame"][None], plan.states[:-1], plan.found)[-1])
+            return action
+
+        return policy
 
     return build
 
@@ -254,21 +257,8 @@ def fit_readout(evaluation: EvaluationContext, world: WorldModel) -> Callable[[n
 def film_start(loop: Loop, world: WorldModel, number: int, seed: int) -> Film | None:
     """The planner's episode from one of the first seed's starts once more, with what it foresaw; None where it failed."""
     start = loop.starts(0, loop.settings.look)[number]
-    goal = loop.find_goal(start)
-    foreseen: list[torch.Tensor] = []
-
-    def build(goal: Goal) -> Policy:
-        controller = build_controller(world, loop.settings, goal.frame, seed)
-
-        def policy(observation: Mapping[str, np.ndarray]) -> np.ndarray:
-            action = controller.act(observation["frame"], observation["state"])
-            plan = controller.plan
-            foreseen.append(world.foresee(observation["frame"][None], plan.states[:-1], plan.found)[-1])
-            return action
-
-        return policy
-
-    episode = loop.act(start, build, keep_frames=True)
+    goal, foreseen = loop.find_goal(start), []
+    episode = loop.act(start, build_planner(world, loop.settings, seed, foreseen), keep_frames=True)
     if episode.failure:
         return None
     seen = world.see(np.stack(episode.frames)).cpu().numpy()

@@ -116,7 +116,7 @@ def check_decoders() -> Finding:
 
 def check_disk(root: Path) -> Finding:
     """Free and writable space at the cache root, which need not exist yet; params.yaml names it."""
-    cache = resolve_cache_root(load_config(root).cache_root, data_base(root))
+    cache = resolve_cache_root(load_config(root).cache.root, data_base(root))
     existing = existing_folder(cache.path)
     free_bytes = shutil.disk_usage(existing).free
     found = f"{free_bytes / 2**30:.0f} GiB free at {cache.path}"

@@ -58,9 +58,8 @@ MAX_UNUSED_S = 1.0
 
 MAX_SHOWN = 10  # recordings, and of each kind of remark
 MAX_KINDS = 20  # of remarks
-VARYING = re.compile(
-    r"'[^']*'|[+-]?\d[\d.,:]*(e[+-]?\d+)?"
-)  # names and numbers: what differs between remarks of one kind
+# Names and numbers: what differs between remarks of one kind.
+VARYING = re.compile(r"'[^']*'|[+-]?\d[\d.,:]*(e[+-]?\d+)?")
 
 
 def inspect(

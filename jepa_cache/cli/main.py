@@ -79,8 +79,6 @@ def params(
             for key, value in asdict(settings).items():
                 nested = value.items() if isinstance(value, dict) else ()
                 values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
-    values |= {"cache.root": config.cache_root, "cache.verify_checksums": config.verify_checksums}
-    values["cache.join_cameras"] = config.join_cameras
     width = max(map(len, values))
     for key, value in values.items():
         shown = repr(value) if isinstance(value, str) else str(value)

@@ -74,15 +74,11 @@ def open_checkout(arguments: Sequence[str] | None) -> Checkout:
     given = list(arguments or [])
     repository = find_repository(Path.cwd())
     config = load_config(repository, [text for text in given if is_override(text)])
-    root = resolve_cache_root(config.cache_root, data_base(repository))
+    root = resolve_cache_root(config.cache.root, data_base(repository))
     for damage in root.refresh():
         print(f"damaged: {damage}", file=sys.stderr)
     return Checkout(
-        repository,
-        config,
-        [text for text in given if not is_override(text)],
-        recordings_base(config, repository),
-        root,
+        repository, config, [text for text in given if not is_override(text)], recordings_base(config, repository), root
     )
 
 

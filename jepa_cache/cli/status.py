@@ -36,11 +36,7 @@ DONE, MISSING, STALE, DAMAGED, UNREAD = "done", "missing", "stale", "damaged", "
 STATES = (DONE, MISSING, STALE, DAMAGED, UNREAD)
 
 
-def status(
-    arguments: Recordings = None,
-    *,
-    as_json: AsJson = False,
-) -> None:
+def status(arguments: Recordings = None, *, as_json: AsJson = False) -> None:
     """Say what is done, missing, stale or damaged under the present settings, and which field of the recipe changed.
 
     Reads no tokens, loads no encoder and hashes at most 256 MiB of recordings that are new or changed.
@@ -133,9 +129,8 @@ class _Scan:
     def __init__(self, root: CacheRoot, groups: Sequence[EncodingGroup]) -> None:
         self.digests: dict[tuple[str, str], str] = {}  # of the token stores that are done, by fingerprint and unit
         self._root, self._remembered = root, DigestTable().remember()
-        self._others: dict[
-            str, tuple[Mapping[str, Any], set[str]]
-        ] = {}  # other recipes, with the names of their stores
+        # Other recipes, with the names of their stores.
+        self._others: dict[str, tuple[Mapping[str, Any], set[str]]] = {}
         present = {group.fingerprint for group in groups}
         for folder in root.recipe_folders("tokens"):
             if folder.name not in present:

@@ -102,16 +102,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         }
         values = {key: value for key, (value, _) in resolved.items()}
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
-    cache = sections.pop("cache")
-    config = Config(
-        **presets,
-        **sections,
-        cache_root=cache.root,
-        verify_checksums=cache.verify_checksums,
-        join_cameras=cache.join_cameras,
-        members=_list_members(root, presets["dataset"]),
-        origins=origins,
-    )
+    config = Config(**presets, **sections, members=_list_members(root, presets["dataset"]), origins=origins)
     check_config(config)
     return config
 

@@ -133,9 +133,8 @@ class EncoderPreset(Settings):
     single_frame: SingleFrame = "doubled"  # "image" in V-JEPA 2.1 only
     # Pixels before the centre is cut out, by the pillow_* crop rules; null: the frame is squeezed.
     short_side: Count | None = None
-    origin: Text | None = (
-        None  # whose weights these are, under which licence; recorded with what is made of them, never hashed
-    )
+    # Whose weights these are, under which licence; recorded with what is made of them, never hashed.
+    origin: Text | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -160,9 +159,8 @@ class PredictorPreset(Settings):
     activation_checkpointing: bool
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
     kind: Literal["transformer"] = "transformer"
-    conditioning: Literal["tokens", "adaln"] = (
-        "tokens"  # actions and states as tokens (official), or as shift, scale and gate of each block
-    )
+    # Actions and states as tokens (official), or as shift, scale and gate of each block.
+    conditioning: Literal["tokens", "adaln"] = "tokens"
     use_states: bool = True  # False where states are not to be relied on, or will not be known
 
 
@@ -313,12 +311,10 @@ class TrainConfig(Settings):
     precision: FloatDtype
     compile: bool  # torch.compile
     metric: Literal["val_total", "val_jloss", "val_sloss"]  # lower is better; names the best checkpoint
-    stop_share: Annotated[
-        float, Field(ge=0, lt=1)
-    ]  # of the training episodes, put aside for the validations in place of the held-out ones
-    costs: Annotated[
-        tuple[Literal["readout", "time"], ...], Once
-    ]  # of plans, whose heads are fitted at the end; they move no weight
+    # Of the training episodes, put aside for the validations in place of the held-out ones.
+    stop_share: Annotated[float, Field(ge=0, lt=1)]
+    # Of plans, whose heads are fitted at the end; they move no weight.
+    costs: Annotated[tuple[Literal["readout", "time"], ...], Once]
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
@@ -424,9 +420,7 @@ class Config:
     evaluate: EvaluateConfig
     plan: PlanConfig
     act: ActConfig
-    cache_root: str | None
-    verify_checksums: bool  # of every chunk of the cache when a process first reads it
-    join_cameras: bool  # the tokens of all `encode.cameras` of a recording are one step's
+    cache: CacheConfig
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -476,10 +470,10 @@ def _list_multiples(config: Config) -> Iterator[tuple[str, int, str, int]]:
 
 def _check_windows(config: Config) -> Iterator[str]:
     filters, train, evaluate = config.filter, config.train, config.evaluate
-    if config.join_cameras and len(config.encode.cameras) < 2:
+    if config.cache.join_cameras and len(config.encode.cameras) < 2:
         named = f"[{', '.join(config.encode.cameras)}]"
         yield f"cache.join_cameras needs two cameras or more, as in encode.cameras=[exterior_1, exterior_2]; got {named}"
-    if config.join_cameras and "noise" in evaluate.measure:
+    if config.cache.join_cameras and "noise" in evaluate.measure:
         yield "evaluate.measure: noise looks at single stores, not at joined cameras; leave it out, or set cache.join_cameras=false"
     if filters.idle_cut_end and not filters.drop_idle:
         yield f"filter.idle_cut_end may be above 0 only with filter.drop_idle true; got {filters.idle_cut_end} without"

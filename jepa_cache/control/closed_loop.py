@@ -241,12 +241,12 @@ def _carry_out(call: Callable[..., Any], *arguments: Any, what: str = "simulator
 # Policies that need no world model.
 
 
-def go_straight(find_way: Callable[[Observation], np.ndarray], width: int, *, max_step_m: float = STEP_M) -> Policy:
-    """Go the way [3] m that is left, on a straight line, its longest axis cut to `max_step_m`."""
+def go_straight(find_way: Callable[[Observation], np.ndarray], width: int) -> Policy:
+    """Go the way [3] m that is left, on a straight line, its longest axis cut to STEP_M."""
 
     def policy(observation: Observation) -> np.ndarray:
         way = find_way(observation)
-        return np.array([*way * min(1.0, max_step_m / max(np.abs(way).max(), 1e-9)), *np.zeros(width - 3)])
+        return np.array([*way * min(1.0, STEP_M / max(np.abs(way).max(), 1e-9)), *np.zeros(width - 3)])
 
     return policy
 

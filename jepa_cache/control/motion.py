@@ -49,9 +49,8 @@ class Motion:
     bounded: Bound | None
     adds: bool  # as of `MotionRule`
     still: np.ndarray  # [A] float64, of columns that are not searched, where nothing else is said
-    places: dict[
-        int, tuple[int, float, float]
-    ]  # searched number that moves a place: that state's column, and where the place may end
+    # Searched number that moves a place: that state's column, and where the place may end.
+    places: dict[int, tuple[int, float, float]]
 
     @property
     def middle(self) -> np.ndarray:
@@ -161,9 +160,8 @@ def build_motion(
     end = np.array([most.get(one.limit, np.inf) for one in searched.values()])
     widest = np.maximum(np.minimum(low, low * factor), -end), np.minimum(np.maximum(high, high * factor), end)
     still = np.zeros(len(names))
-    if (
-        rule.integrate is None
-    ):  # a command stays in the middle of what was recorded, a change that is always the same goes on
+    # A command stays in the middle of what was recorded, a change that is always the same goes on.
+    if rule.integrate is None:
         for name, one in moved.items():
             column = names.index(name)
             if not one or not rule.adds:

@@ -48,7 +48,6 @@ class PlannerSettings:
     reach: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
         if not 2 <= self.num_elites <= self.num_samples or self.horizon < 1 or self.num_rounds < 1:
             raise ValueError(
                 "a plan needs a horizon and rounds of at least 1, and 2 to num_samples elites; got "
@@ -237,12 +236,7 @@ class Rollout:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: LatentModel,
-        context: Context,
-        integrate: Integrate | None = None,
-        *,
-        scaler: Scaler | None = None,
+        self, model: LatentModel, context: Context, integrate: Integrate | None = None, *, scaler: Scaler | None = None
     ) -> None:
         """Compute the steps before the last one of each context, [*contexts, C, ..].
 

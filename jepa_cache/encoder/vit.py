@@ -50,12 +50,7 @@ def _rotation_tables(
 
 
 def rotation_tables(
-    grid: tuple[int, int, int],
-    head_dim: int,
-    device: torch.device,
-    *,
-    pairing: str = "tiled",
-    positions: str = "grid",
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, *, pairing: str = "tiled", positions: str = "grid"
 ) -> tuple[Tensor, Tensor]:
     """Cached tables for a token grid (T, H, W); see `_rotation_tables`.
 

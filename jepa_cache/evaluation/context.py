@@ -131,12 +131,7 @@ def spread(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def choose_windows(
-    segments: Sequence[Segment],
-    num_steps: int,
-    per_episode: int,
-    *,
-    step_length: int = 1,
-    limit: int | None = None,
+    segments: Sequence[Segment], num_steps: int, per_episode: int, *, step_length: int = 1, limit: int | None = None
 ) -> ChosenWindows:
     """Choose windows of `num_steps` steps, `step_length` apart, evenly spread over each episode, and over all where `limit` are fewer."""
     index = WindowIndex(segments, num_steps, (step_length,))

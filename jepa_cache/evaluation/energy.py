@@ -23,14 +23,7 @@ from jepa_cache.control.planner import Context, Rollout
 from jepa_cache.data.ablations import draw_others, positions_of
 from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.windows import Window, first_cached_rows
-from jepa_cache.evaluation.context import (
-    ChosenWindows,
-    EvaluationContext,
-    Measurement,
-    Picture,
-    choose_windows,
-    spread,
-)
+from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, Measurement, Picture, choose_windows, spread
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, episode_means, write_table
 from jepa_cache.evaluation.pictures import new_figure, save_figure
 

@@ -15,29 +15,14 @@ from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.windows import first_cached_rows
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.metrics import MEASURES, bootstrap_mean, episode_means, paired_p_value
-from jepa_cache.evaluation.windows import (
-    COPY_LAST,
-    MEAN,
-    MODEL,
-    NO_ACTIONS,
-    PREDICTIONS,
-    READOUT,
-    WindowErrors,
-    mean_of_steps,
-)
+from jepa_cache.evaluation.verdict import OTHERS
+from jepa_cache.evaluation.windows import COPY_LAST, MEAN, MODEL, PREDICTIONS, READOUT, WindowErrors, mean_of_steps
 
 RATIOS = (COPY_LAST, SHUFFLED, ZERO)
 EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loop step, not at the last one alone
 TEACHER_FORCING, OPEN_LOOP = "teacher_forcing", "open_loop"
 GAP, GAIN, RATIO = "gap_l1", "gain_percent", "ratio_l1"
 ALL_STEPS = 0
-OTHERS = {
-    SHUFFLED: "another episode's actions",
-    ZERO: "zero actions",
-    NO_ACTIONS: "a model without actions",
-    COPY_LAST: "copying",
-}
-"""What the error with the true actions is held against, above all."""
 TOKENS = "tokens"
 
 Row = dict[str, str | int | float | None]

@@ -23,15 +23,7 @@ from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.evaluation.context import EvaluationContext, Measurement, choose_windows
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, cosine_similarity, write_table
 from jepa_cache.predictor.rollout import TeacherForcedAndRollout, l1_error
-from jepa_cache.store.quantisation import (
-    Channels,
-    check_width,
-    decode,
-    encode,
-    get_codec,
-    measure_channels,
-    step_bytes,
-)
+from jepa_cache.store.quantisation import Channels, check_width, decode, encode, get_codec, measure_channels, step_bytes
 
 QUIET_PERCENTILE = 10
 READ_STEPS = 32  # at once, for a store's channels

@@ -6,7 +6,7 @@ import base64
 import csv
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +31,14 @@ class Table(NamedTuple):
 def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
     """Write report.html from what lies in an evaluation's folder; measurements that do not are named with their command."""
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    strict = {"autoescape": True, "undefined": StrictUndefined}
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-    environment.filters |= {
+    filters = {
         "number": shorten,
         "read_table": lambda name: read_table(out / name),
         "url": lambda name: read_picture(out / "pictures" / name),
     }
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).parent / "templates/report.html.j2",
+        filters,
         metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
         settings=flatten(settings),
         command=format_command(settings),
@@ -48,6 +47,14 @@ def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
     )
     with atomic_file(out / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A page that loads nothing; the template escapes every text that comes from the data, and an unknown name is an error."""
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(template.parent), **options)
+    environment.filters |= filters
+    return environment.get_template(template.name).render(**values)
 
 
 def shorten(value: Any) -> str:

@@ -305,25 +305,21 @@ def judge_plans(metrics: Mapping[str, Any], score: Score) -> dict[str, dict[str,
 
 def describe_plans(metrics: Mapping[str, Any]) -> str:
     """The verdict and the times in a few lines."""
-    timing = metrics["timing"]
+    timing, lines = metrics["timing"], [f"  {judged['words']}" for judged in metrics["verdict"].values()]
+    if metrics["change_r2"]:  # a space that does not say how states follow actions
+        told = ", ".join(f"{name} {r2:.2f}" for name, r2 in metrics["change_r2"].items())
+        lines.append(
+            f"  states follow actions by a linear fit to the training episodes; R2 of their change in one step: {told}"
+        )
     seconds = ", ".join(f"{key[1:]} steps {value:.2f} s" for key, value in timing["seconds_per_plan"].items())
     return "\n".join(
         [
             f"{metrics['num_plans']} plans in {metrics['num_episodes']} held-out episodes, 95 % intervals over episodes",
-            *(f"  {judged['words']}" for judged in metrics["verdict"].values()),
-            *_describe_follow(metrics["change_r2"]),
+            *lines,
             f"  a plan takes: {seconds}; {timing['samples_per_s']:.0f} samples/s",
             *(f"  {limit}" for limit in list_limits(metrics)),
         ]
     )
-
-
-def _describe_follow(change_r2: Mapping[str, float]) -> list[str]:
-    """How states follow actions in a space that does not say it; nothing elsewhere."""
-    if not change_r2:
-        return []
-    told = ", ".join(f"{name} {r2:.2f}" for name, r2 in change_r2.items())
-    return [f"  states follow actions by a linear fit to the training episodes; R2 of their change in one step: {told}"]
 
 
 def draw_plans(score: Score, metrics: Mapping[str, Any], path: Path, *, note: str) -> None:

@@ -21,7 +21,6 @@ from jepa_cache.evaluation.distances import DISTANCES
 from jepa_cache.evaluation.energy import ENERGY
 from jepa_cache.evaluation.figures import (
     OPEN_LOOP,
-    OTHERS,
     TEACHER_FORCING,
     Row,
     above_sections,
@@ -40,7 +39,7 @@ from jepa_cache.evaluation.page import write_page
 from jepa_cache.evaluation.pictures import draw_pictures
 from jepa_cache.evaluation.probes import PROBES
 from jepa_cache.evaluation.readout import describe_readout
-from jepa_cache.evaluation.verdict import describe_verdict, find_gain
+from jepa_cache.evaluation.verdict import OTHERS, describe_verdict, find_gain
 from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card

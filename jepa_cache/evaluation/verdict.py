@@ -20,13 +20,13 @@ BASELINE_WORDS = {
     "regression": "a linear regression on actions and states",
     "no_actions": "a linear model without actions",
 }
-COPYING = "copying"
-READ_OUT = {  # the answer rests on the first two
-    "another episode's actions": "shuffled_actions",
-    "zero actions": "zero_actions",
-    "a linear model without actions": "no_actions",
-    COPYING: "copy_last",
+OTHERS = {
+    "shuffled_actions": "another episode's actions",
+    "zero_actions": "zero actions",
+    "no_actions": BASELINE_WORDS["no_actions"],
+    "copy_last": "copying",
 }
+"""What the error with the true actions is held against, above all; an answer rests on the first two."""
 SHIFT_WORDS = {"next_actions": "the next step's", "previous_actions": "the previous step's"}
 UNTRAINED = "the encoder is untrained (random weights, or plain pixels), so these figures say nothing of a trained one"
 NOT_MEASURED = (
@@ -151,7 +151,7 @@ def _describe_readout(metrics: Mapping[str, Any], count: int) -> tuple[str, str]
     """By how many per cent errors lie above that with the true actions, in what a linear readout tells of the tokens."""
     found = {
         words: Gain(metrics["above"][key], *metrics["above_ci"][key], metrics["above_p"][key])
-        for words, name in READ_OUT.items()
+        for name, words in OTHERS.items()
         if (key := f"readout_{name}_percent") in metrics["above"]
     }
     scores = ", ".join(f"{name.removeprefix('r2_')} {value:.2f}" for name, value in metrics["readout"].items())
@@ -162,7 +162,7 @@ def _describe_readout(metrics: Mapping[str, Any], count: int) -> tuple[str, str]
     answer = judge(wrong[weakest(wrong, count)], count)
     first, *others = (f"{words} {gain}" for words, gain in found.items())
     words = f"{title}: {answer}, error of {', '.join([f'{first} above that of true actions', *others])}"
-    if found[COPYING].percent < 0:
+    if found[OTHERS["copy_last"]].percent < 0:
         words += "; so it is worse than copying the last step"
     if answer != YES and count < MIN_EPISODES:
         words += f"; {count} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"

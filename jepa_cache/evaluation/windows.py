@@ -38,14 +38,12 @@ PREDICTIONS = (MODEL, *BASELINES, *ABLATIONS)
 PIECE_STEPS = 16
 BATCH_SIZE = 8
 RIDGE = 1e-3  # penalty for each training row, of inputs with deviations near 1
-NUM_COMPONENTS = (
-    64  # of the model without actions, as of the preset `linear`; a compressed predictor's own number where it has one
-)
+# Of the model without actions, as of the preset `linear`; a compressed predictor's own number where it has one.
+NUM_COMPONENTS = 64
 COMPONENT_STEPS = 2048  # of the training episodes, that its components are fitted to
 STEPS_PER_COMPONENT = 4  # at least
-RIDGES = tuple(
-    10.0**power for power in range(-6, 2)
-)  # of the model without actions, for each pair of steps; one for all components, as that of each one's own variance was unstable
+# Of the model without actions, for each pair of steps; one for all components, as that of each one's own variance was unstable.
+RIDGES = tuple(10.0**power for power in range(-6, 2))
 CPU = torch.device("cpu")
 READOUT = "readout"
 

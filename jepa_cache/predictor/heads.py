@@ -42,7 +42,6 @@ class TimeHead(nn.Module):
     def __init__(
         self, num_tokens: int, embed_dim: int, num_components: int, width: int = 128, out_dim: int = 32
     ) -> None:
-        """Make it with fresh weights and an empty compressor."""
         super().__init__()
         self.compressor = Compressor(num_tokens, embed_dim, num_components)
         self.enter, self.hidden = nn.Linear(num_components, width), nn.Linear(width, width)

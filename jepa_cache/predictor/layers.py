@@ -107,17 +107,6 @@ def _partner(x: Tensor) -> Tensor:
     return partner if paired == x.shape[-1] else torch.cat([partner, x[..., paired:]], dim=-1)
 
 
-def block_causal_mask(num_steps: int, tokens_per_step: int, *, device: torch.device | None = None) -> Tensor:
-    """Say which token may attend to which, all of its own step and of earlier steps: [T*L, T*L] bool, rows are queries.
-
-    The definition that `block_causal_attention` keeps to without ever building it; for tests.
-
-    Source: V-JEPA 2-AC, arXiv 2506.09985 (block-causal attention).
-    """
-    step = torch.arange(num_steps * tokens_per_step, device=device) // tokens_per_step
-    return step[:, None] >= step[None, :]
-
-
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0) -> Tensor:
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
@@ -222,7 +211,6 @@ class Attention(nn.Module):
     """Multi-head attention of one block with a fused projection; owns weights only, masking and kernels are `attention`'s."""
 
     def __init__(self, width: int, num_heads: int) -> None:
-        """Make the two projections of `width` channels."""
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -247,7 +235,6 @@ class MLP(nn.Module):
     """Two linear layers with the exact (erf) GELU between; the tanh form moves outputs by 1e-3."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        """Make both layers."""
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -261,7 +248,6 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to its input."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float) -> None:
-        """Make the block's four parts."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads)

@@ -115,16 +115,13 @@ class LatentModel(NamedTuple):
         """Turn tokens [..., D] as they are stored or predicted into what is compared and fed back."""
         return as_reps(tokens, self.normalize_reps)
 
-    def teacher_forcing(
-        self, h: Tensor, actions: Tensor, states: Tensor, *, extrinsics: Tensor | None = None
-    ) -> Tensor:
+    def teacher_forcing(self, h: Tensor, actions: Tensor, states: Tensor) -> Tensor:
         """Predict every step of a window from the true steps before it.
 
         Args:
             h: [B, T, N, E] true tokens; the last step is a target only.
             actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
             states: [B, T, S] or [B, T-1, S].
-            extrinsics: [B, T, A-1] or [B, T-1, A-1], for a predictor that uses it.
 
         Returns:
             [B, T-1, N, E] float32 predictions of steps 1 to T-1.
@@ -133,12 +130,9 @@ class LatentModel(NamedTuple):
         if h.ndim != 4 or h.shape[1] < 2:
             raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(h.shape)}")
         num_steps = h.shape[1] - 1
-        camera = None if extrinsics is None else extrinsics[:, :num_steps]
-        return self.as_reps(self.predictor(h[:, :num_steps], actions, states[:, :num_steps], camera, None, 0).tokens)
+        return self.as_reps(self.predictor(h[:, :num_steps], actions, states[:, :num_steps], None, None, 0).tokens)
 
-    def open_loop(
-        self, h: Tensor, actions: Tensor, states: Tensor, horizon: int, *, extrinsics: Tensor | None = None
-    ) -> Tensor:
+    def open_loop(self, h: Tensor, actions: Tensor, states: Tensor, horizon: int) -> Tensor:
         """Predict K steps after a true context, each from the predictions before it.
 
         The context is computed once; every further step costs one step, as keys and values of earlier ones are kept.
@@ -148,7 +142,6 @@ class LatentModel(NamedTuple):
             actions: [B, C+K-1, A]; `actions[t]` leads from step t to t+1.
             states: [B, C+K-1, S]; true or assumed states, also of the predicted steps.
             horizon: K >= 1.
-            extrinsics: [B, C+K-1, A-1], for a predictor that uses it.
 
         Returns:
             [B, K, N, E] float32 predictions of steps C to C+K-1.
@@ -157,23 +150,14 @@ class LatentModel(NamedTuple):
         num_rows = num_context + horizon - 1
         if horizon < 1:
             raise ValueError(f"rollout: horizon must be at least 1, got {horizon}")
-        for name, rows in (("actions", actions), ("states", states), ("extrinsics", extrinsics)):
-            if rows is not None and rows.shape[1] != num_rows:
+        for name, rows in (("actions", actions), ("states", states)):
+            if rows.shape[1] != num_rows:
                 raise ValueError(
                     f"rollout: {name} must have {num_rows} rows ({num_context} context steps + horizon {horizon} - 1), "
                     f"got {rows.shape[1]}"
                 )
-        camera = None if extrinsics is None else extrinsics[:, :num_context]
-        out = self.predictor(h, actions[:, :num_context], states[:, :num_context], camera)
-        return continue_rollout(
-            self.predictor,
-            self.as_reps(out.tokens[:, -1:]),
-            actions[:, num_context:],
-            states[:, num_context:],
-            past=out.past,
-            extrinsics=None if extrinsics is None else extrinsics[:, num_context:],
-            normalize_reps=self.normalize_reps,
-        )
+        counts = {"num_forced": 1, "num_context": num_context, "horizon": horizon}
+        return self.both_ways(h, actions, states, **counts).open_loop
 
     def both_ways(
         self, h: Tensor, actions: Tensor, states: Tensor, *, num_forced: int, num_context: int, horizon: int

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from jepa_cache.files import atomic_file, remove_stale_temporaries
 from jepa_cache.sample.episode import Recording, record_episode
 from jepa_cache.sample.player import FPS_HZ, SampleConfig
+
+Recorded = TypeVar("Recorded")
 
 
 def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
@@ -31,7 +34,8 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
     for stale in out.glob("sample-*.tar"):
         stale.unlink()
     tars = []
-    recordings = _record_all(config, min(num_workers, config.num_episodes))
+    record = partial(record_episode, config)
+    recordings = record_all(record, config.num_episodes, min(num_workers, config.num_episodes))
     with tqdm(total=config.num_episodes, desc="sample (synthetic)", unit="episode") as bar:
         for first in range(0, config.num_episodes, config.episodes_per_tar):
             size = min(config.episodes_per_tar, config.num_episodes - first)
@@ -46,13 +50,13 @@ def build_sample(out: Path, config: SampleConfig, *, num_workers: int) -> Path:
     return index_path
 
 
-def _record_all(config: SampleConfig, num_workers: int) -> Iterator[Recording]:
-    """All episodes in order."""
-    record, numbers = partial(record_episode, config), range(config.num_episodes)
+def record_all(record: Callable[[int], Recorded], num_episodes: int, num_workers: int) -> Iterator[Recorded]:
+    """Episodes 0 and on in order, as `record` makes them: in this process, or in several workers, which must be able to import it."""
+    numbers = range(num_episodes)
     if num_workers == 1:
         yield from map(record, numbers)
         return
-    # Spawned, not forked: the caller may hold threads (tqdm, torch) that a fork would leave in an unknown state.
+    # Spawned, not forked: the caller may hold threads (tqdm, torch) or an OpenGL context.
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(record, numbers)
 

@@ -84,25 +84,25 @@ def record_episode(config: SampleConfig, index: int) -> Recording:
         "wheel_ticks": script.wheel_ticks,
         "gui_span": script.gui_span,
     }
-    pictures = (_show(state, world, scenery) for state in states[:num_frames])
+    frames = (_to_frame(_show(state, world, scenery)) for state in states[:num_frames])
+    video = encode_video(frames, VIDEO_WIDTH, VIDEO_HEIGHT, FPS_HZ, preset="ultrafast", crf=str(config.crf), g="60")
     lines = _write_lines(states, script.ticks, num_lines, int(start.timestamp() * 1000))
-    return Recording(key, _encode_video(pictures, config.crf), lines, truth)
+    return Recording(key, video, lines, truth)
 
 
 def _rng(config: SampleConfig, stream: int, index: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, stream, index])
 
 
-def _encode_video(pictures: Iterable[np.ndarray], crf: int) -> bytes:
-    """Encode planes of `world.render` as a 640x360 h264 mp4 at 20 fps, every pixel repeated four times both ways."""
+def encode_video(frames: Iterable[av.VideoFrame], width: int, height: int, fps_hz: int, **options: str) -> bytes:
+    """Encode frames as an h264 mp4; the options are x264's."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         # One thread: x264's threads change the bits, and the workers share the cores anyway.
-        options = {"preset": "ultrafast", "crf": str(crf), "g": "60", "threads": "1"}
-        stream = container.add_stream("libx264", rate=FPS_HZ, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = VIDEO_WIDTH, VIDEO_HEIGHT, "yuv420p", 1
-        for picture in pictures:
-            container.mux(stream.encode(_to_frame(picture)))
+        stream = container.add_stream("libx264", rate=fps_hz, options=options | {"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
+        for frame in frames:
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return out.getvalue()
 
@@ -176,7 +176,7 @@ def _line(t: int, state: PlayerState, tick: Tick, milli: int, walked_cm: int) ->
 
 
 def _to_frame(picture: np.ndarray) -> av.VideoFrame:
-    """Fill a frame: luma repeated four times both ways, chroma twice, as it is half as wide and high in yuv420p."""
+    """Fill a 640x360 frame: luma repeated four times both ways, chroma twice, as it is half as wide and high in yuv420p."""
     frame = av.VideoFrame(VIDEO_WIDTH, VIDEO_HEIGHT, "yuv420p")
     planes = np.clip(np.rint(picture + _YUV_OFFSETS), 0, 255).astype(np.uint8)
     for plane, target in zip(planes, frame.planes, strict=True):

@@ -194,9 +194,8 @@ class RobotWorld:
                 self._drive(before + share * move[:3], speed * move, acceleration * move)
                 self._data.ctrl[self._fingers] = 255 * (grip + share * (self._grip - grip))
             self._mujoco.mj_step(self._model, self._data)
-        if (
-            self._data.warning.number > 0
-        ).any():  # MuJoCo puts a scene that has blown up back to its start, and says no more
+        # MuJoCo puts a scene that has blown up back to its start, and says no more.
+        if (self._data.warning.number > 0).any():
             raise RuntimeError(
                 f"the physics became unstable in step {self._num_steps}, action {action.tolist()}; reset the world"
             )

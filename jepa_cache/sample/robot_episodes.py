@@ -11,11 +11,8 @@ shows row 3 t. What is done in an episode is a script, drawn from the seed alone
 from __future__ import annotations
 
 import functools
-import io
 import json
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -28,6 +25,8 @@ from tqdm import tqdm
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import Count, CountOrZero, Once, Seed, Settings, Share
 from jepa_cache.files import replaced_files
+from jepa_cache.sample.build import record_all
+from jepa_cache.sample.episode import encode_video
 from jepa_cache.sample.robot import (
     BLOCK_AREA_M,
     ROWS_PER_STEP,
@@ -167,23 +166,13 @@ def build_robot_sample(out: Path, config: RobotSampleConfig, *, num_workers: int
     import_mujoco()  # what is missing is said here, before workers start
     find_assets()
     with replaced_files(out, last="index.json") as fresh:
-        recorded = _record_all(config, fresh / LAB, min(num_workers, len(config.kinds)))
-        truths = list(tqdm(recorded, total=len(config.kinds), desc="sample (simulated robot)", unit="episode"))
+        record, num_episodes = functools.partial(_record, config, fresh / LAB), len(config.kinds)
+        recorded = record_all(record, num_episodes, min(num_workers, num_episodes))
+        truths = list(tqdm(recorded, total=num_episodes, desc="sample (simulated robot)", unit="episode"))
+        _open_world.cache_clear()
         index = {"synthetic": True, "fps_hz": STEP_HZ, "config": asdict(config), "episodes": truths}
         (fresh / "index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return out / "index.json"
-
-
-def _record_all(config: RobotSampleConfig, folder: Path, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Record all episodes below `folder`, and give what is true of them in order."""
-    record, numbers = functools.partial(_record, config, folder), range(len(config.kinds))
-    if num_workers == 1:
-        yield from map(record, numbers)
-        _open_world.cache_clear()
-        return
-    # Spawned, not forked: the caller may hold threads and an OpenGL context.
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(record, numbers)
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,7 +220,7 @@ def _record(config: RobotSampleConfig, folder: Path, index: int) -> dict[str, An
         "block_moved_m": moved_m,
     }
     _write_episode(
-        folder / inside, truth, poses, commanded, {it: encode_video(pictures[it], config.crf) for it in pictures}
+        folder / inside, truth, poses, commanded, {it: encode_pictures(pictures[it], config.crf) for it in pictures}
     )
     return truth
 
@@ -266,15 +255,8 @@ def _write_episode(
             file[f"{group}/gripper_position"] = values[:, 6]
 
 
-def encode_video(pictures: list[np.ndarray], crf: int) -> bytes:
+def encode_pictures(pictures: Sequence[np.ndarray], crf: int) -> bytes:
     """An h264 mp4 of uint8 pictures [h, w, 3] at STEP_HZ."""
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        # One thread: x264's threads change the bits, and the workers share the cores anyway.
-        options = {"preset": "veryfast", "crf": str(crf), "threads": "1"}
-        stream = container.add_stream("libx264", rate=STEP_HZ, options=options)
-        (stream.height, stream.width), stream.pix_fmt, stream.thread_count = pictures[0].shape[:2], "yuv420p", 1
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return out.getvalue()
+    height, width = pictures[0].shape[:2]
+    frames = (av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures)
+    return encode_video(frames, width, height, STEP_HZ, preset="veryfast", crf=str(crf))

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import permutation_test
 
 from jepa_cache.data.ablations import SHUFFLED
-from jepa_cache.evaluation.figures import OTHERS, slice_table, worst_table
+from jepa_cache.evaluation.figures import slice_table, worst_table
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
     cosine_similarity,
@@ -25,7 +25,7 @@ from jepa_cache.evaluation.metrics import (
     l2_error,
     paired_p_value,
 )
-from jepa_cache.evaluation.verdict import Gain, describe_verdict, explain, judge
+from jepa_cache.evaluation.verdict import OTHERS, Gain, describe_verdict, explain, judge
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
 

@@ -45,3 +45,9 @@ def save(path: Path, predictor: ACPredictor, **card: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_state(predictor.state_dict(), path, {"architecture": SIZES} | card)
     return path
+
+
+def block_causal_mask(num_steps, tokens_per_step):
+    """The definition that `block_causal_attention` keeps to without building it: [T*L, T*L] bool, rows are queries."""
+    step = torch.arange(num_steps * tokens_per_step) // tokens_per_step
+    return step[:, None] >= step[None, :]

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from jepa_cache.predictor import layers
-from jepa_cache.predictor.layers import block_causal_attention, block_causal_mask, rotary_table, rotate
+from jepa_cache.predictor.layers import block_causal_attention, rotary_table, rotate
+from tests.predictor.makers import block_causal_mask
 
 
 def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import LatentModel, as_reps, normalize_tokens
+from jepa_cache.predictor.rollout import LatentModel, as_reps, continue_rollout, normalize_tokens
 from tests.predictor.makers import build_lively, draw
 
 
@@ -34,7 +34,14 @@ def test_open_loop_equals_a_growing_context_from_scratch(use_extrinsics: bool, n
         n = seen.shape[1]
         out = predictor(seen, actions[:, :n], states[:, :n], None if camera is None else camera[:, :n]).tokens[:, -1:]
         seen = torch.cat([seen, F.layer_norm(out, (10,), eps=1e-5) if normalize_reps else out], dim=1)
-    ours = LatentModel(predictor, normalize_reps).open_loop(tokens, actions, states, horizon, extrinsics=camera)
+    model = LatentModel(predictor, normalize_reps)
+    if camera is None:
+        ours = model.open_loop(tokens, actions, states, horizon)
+    else:
+        out = predictor(tokens, *(rows[:, :context] for rows in (actions, states, camera)))
+        later = [rows[:, context:] for rows in (actions, states)]
+        options = {"past": out.past, "extrinsics": camera[:, context:], "normalize_reps": normalize_reps}
+        ours = continue_rollout(predictor, model.as_reps(out.tokens[:, -1:]), *later, **options)
     torch.testing.assert_close(ours, seen[:, context:], atol=1e-10, rtol=1e-10)
 
 
