@@ -175,7 +175,6 @@ class CompressedPreset(Settings):
     use_states: bool
     predictor_dim: Count
     depth: Count
-    readout_components: bool = False  # the first components are those in which the states are read
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,8 @@ class Compressor(nn.Module):
         return scaled if self.components is None else scaled @ self.components
 
     @torch.no_grad()
-    def fit(self, blocks: Blocks, whitening: float, first: Tensor | None = None) -> None:
+    def fit(self, blocks: Blocks, whitening: float) -> None:
         """Fit mean, components and scale to steps that are read several times, block by block.
-
-        `first` [K, D] are directions that the first K components span, each of them divided by its whole deviation; the others are
-        principal ones of what these leave.
 
         Randomised subspace iteration with a seed of its own, so that equal steps give equal numbers. Memory: some five times
         (P + 16) * D float32, 0.6 GB for 64 components of 256 tokens of ViT-g, whatever the number of steps.
@@ -90,34 +87,29 @@ class Compressor(nn.Module):
         if self.components is None:
             deviation = (sum(self._centred(block).square().sum(dim=0) for block in blocks()) / count).sqrt()
         else:
-            given = torch.linalg.qr(first.T).Q if first is not None else self.components[:0].T
-            num_found = num_components - given.shape[1]
-            size = min(num_found + OVERSAMPLING, width - given.shape[1], count)
-            if num_components > width or num_found < 1:
+            size = min(num_components + OVERSAMPLING, width, count)
+            if num_components > width:
                 raise ValueError(
-                    f"tokens of {width} numbers a step have at most that many components, and at least one beside the {given.shape[1]} of "
-                    f"states; num_components of the predictor's preset is {num_components}"
+                    f"tokens of {width} numbers a step have no {num_components} components; set num_components lower"
                 )
             product = torch.randn(width, size, generator=torch.Generator().manual_seed(0)).to(self.mean.device)
             for _ in range(NUM_PASSES):
                 basis = torch.linalg.qr(product).Q
-                product, told = torch.zeros_like(basis), self.mean.new_zeros(given.shape[1])
+                product = torch.zeros_like(basis)
                 for block in blocks():
                     centred = self._centred(block)
-                    along = centred @ given
-                    told += along.square().sum(dim=0)
-                    centred = centred - along @ given.T
                     product += centred.T @ (centred @ basis)
             variances, rotation = torch.linalg.eigh(basis.T @ product / count)
-            self.components.copy_(torch.cat([given, basis @ rotation[:, -num_found:].flip(1)], dim=1).T)
-            deviation = variances[-num_found:].flip(0).clamp(min=0).sqrt()
+            self.components.copy_((basis @ rotation[:, -num_components:].flip(1)).T)
+            deviation = variances[-num_components:].flip(0).clamp(min=0).sqrt()
         if not deviation.max() > 0:
             raise ValueError(
                 "all training steps have equal tokens, which nothing can be learnt from; look at them with `jepa-cache inspect`"
             )
         overall = deviation.square().mean().sqrt()
-        scale = deviation.clamp(min=LEAST_DEVIATION * float(deviation.max())) ** whitening * overall ** (1 - whitening)
-        self.scale.copy_(scale if self.components is None else torch.cat([(told / count).sqrt(), scale]))
+        self.scale.copy_(
+            deviation.clamp(min=LEAST_DEVIATION * float(deviation.max())) ** whitening * overall ** (1 - whitening)
+        )
 
     def _rows(self, block: Tensor) -> Tensor:
         return block.reshape(-1, len(self.mean))
@@ -258,7 +250,6 @@ class CompressedPredictor(nn.Module):
         num_components: int,
         whitening: float,
         use_states: bool,
-        readout_components: bool = False,
         **sizes: int,
     ) -> None:
         """Build it with fresh weights and an empty compressor.
@@ -271,18 +262,12 @@ class CompressedPredictor(nn.Module):
             num_components: P; 0 takes all numbers of a step's tokens.
             whitening: See `Compressor`; used when it is fitted.
             use_states: Whether the core sees the states.
-            readout_components: Whether the first components are the directions in which the recorded states are read from tokens, so
-                that a readout of predicted tokens tells what one of true tokens does; used when the compressor is fitted.
             sizes: Of the core.
         """
         super().__init__()
         self.embed_dim, self.action_dim, self.state_dim = embed_dim, action_dim, state_dim
         self.grid = (int(grid[0]), int(grid[1]))
-        self.whitening, self.use_states, self.readout_components = whitening, use_states, readout_components
-        if readout_components and not num_components:
-            raise ValueError(
-                "readout_components puts directions before num_components others; set num_components above 0"
-            )
+        self.whitening, self.use_states = whitening, use_states
         self.compressor = Compressor(self.grid[0] * self.grid[1], embed_dim, num_components)
         self.register_buffer("kept_share", torch.zeros(()))
         self.core = self.CORE(self.compressor.latent_dim, action_dim, state_dim if use_states else 0, **sizes)

@@ -22,9 +22,8 @@ from jepa_cache.data.windows import (
     count_episodes,
     spread_windows,
 )
-from jepa_cache.predictor.compressed import CompressedPredictor
+from jepa_cache.predictor.compressed import Blocks, CompressedPredictor
 from jepa_cache.training.latents import FIT_STEPS, FIT_WINDOWS, LatentDataset, TokenReader, halve
-from jepa_cache.training.readout import find_read_directions
 
 VALIDATION_WINDOWS_PER_EPISODE = 4
 STOP_STREAM = (
@@ -88,7 +87,7 @@ class TrainingData:
     def compress(self, predictor: CompressedPredictor, *, fit: bool) -> None:
         """Read latents from now on, which are computed here, once; `fit` fits the components to all training steps first."""
         if fit:
-            self._fit_components(predictor, self._index.segments)
+            predictor.compressor.fit(self._blocks(self._index.segments), predictor.whitening)
         held_out = self._val_index.segments if self._val_index else []
         self._open_latents(predictor, [*self._index.segments, *held_out])
 
@@ -108,7 +107,7 @@ class TrainingData:
         lengths = [step_length for step_length in settings.step_lengths if span * step_length < longest]
         if not lengths:
             fitted, apart, lengths = segments, segments, settings.step_lengths
-        self._fit_components(predictor, fitted)
+        predictor.compressor.fit(self._blocks(fitted), predictor.whitening)
         windows = self._reader(WindowIndex(apart, settings.window_steps, lengths, settings.time_reversal))
         predictor.fit_share(tokens for _, tokens in windows.read(FIT_WINDOWS))
         if read:
@@ -119,10 +118,9 @@ class TrainingData:
         how = {"normalize_reps": self._settings.normalize_reps, "device": self._device}
         return TokenReader(self._dataset, self._scaler, index, **how)
 
-    def _fit_components(self, predictor: CompressedPredictor, segments: Sequence[Segment]) -> None:
+    def _blocks(self, segments: Sequence[Segment]) -> Blocks:
         steps = self._reader(WindowIndex(segments, 1))
-        first = find_read_directions(steps) if predictor.readout_components else None
-        predictor.compressor.fit(lambda: (tokens for _, tokens in steps.read(FIT_STEPS)), predictor.whitening, first)
+        return lambda: (tokens for _, tokens in steps.read(FIT_STEPS))
 
     def _open_latents(self, predictor: CompressedPredictor, segments: Sequence[Segment]) -> None:
         self._open(LatentDataset(self._dataset, predictor.compressor, self._reader(WindowIndex(segments, 1))))

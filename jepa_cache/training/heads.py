@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from jepa_cache.actions import Column
 from jepa_cache.data.dataset import TRAIN
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.predictor.checkpoints import CheckpointError, save_state
@@ -29,11 +30,12 @@ from jepa_cache.predictor.heads import (
     TimeHead,
     load_head,
 )
+from jepa_cache.ridge import fit_rows
 from jepa_cache.training.latents import FIT_STEPS, TokenReader
-from jepa_cache.training.readout import fit_states
 from jepa_cache.training.run import Run
 
 NUM_FOLDS = 5  # of training episodes, by name; the first is put aside
+READOUT_STEPS, READOUT_BYTES = 4096, 2**31  # that a readout is fitted to, and their tokens in memory, at most
 TIME_STEPS = 2**16  # that a time head is fitted to, at most
 TIME_UPDATES, TIME_BATCH, TIME_LR, TIME_CHECK_EVERY = 800, 256, 2e-3, 100
 CHECK_PAIRS = 2048
@@ -69,26 +71,56 @@ def fit_heads(run: Run, device: torch.device) -> dict[str, Path]:
 
 
 def fit_readout(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
-    """The readout of the states from all tokens of a step, each number weighted by how well it is read."""
-    reader, _ = _reader(run, device)
-    names, (weight, bias, r2) = fit_states(reader)
+    """Ridge regression from all tokens of a step to its state."""
+    reader, index = _reader(run, device)
+    shape = run.dataset.manifest.num_tokens, run.dataset.manifest.width
+    limit = min(READOUT_STEPS, READOUT_BYTES // (4 * shape[0] * shape[1]))
+    blocks, rows = [], []
+    for windows, tokens in tqdm(reader.read(limit), desc="readout of states", unit="block", dynamic_ncols=True):
+        blocks.append(tokens.flatten(1))
+        rows += windows
+    x = torch.cat(blocks)
+    del blocks
+    controls = [run.dataset.controls(store)[1] for store in range(len(run.dataset.manifest.entries))]
+    states = np.stack([controls[window.store][window.start] for window in rows]).astype(np.float64)
+    names, targets = list_targets(states, run.dataset.space.states)
     if not names:
         raise ValueError(
             "train.costs names readout, but no state ever changes in the training episodes; take train.costs=[time], which needs none"
         )
+    y = torch.from_numpy((targets - targets.mean(axis=0)) / targets.std(axis=0))
+    weight, bias, r2 = fit_rows(x, y, [index.segments[window.segment].episode for window in rows])
     if not r2.max() > 0:
         raise ValueError(
             f"no state can be read from the tokens of left-out training episodes (best R2 {float(r2.max()):.2g}); take another cost than "
             "readout, or another encoder"
         )
     share = r2.clamp(min=0).sqrt()
-    manifest = run.dataset.manifest
-    card = {"num_tokens": manifest.num_tokens, "embed_dim": manifest.width, "num_outputs": len(names)}
-    head = StateReadout(**card)
+    head = StateReadout(*shape, len(names))
     head.load_state_dict({"linear.weight": (weight * share).T.float(), "linear.bias": (bias * share).float()})
     told = dict(zip(names, r2.tolist(), strict=True))
     print("cost readout: R2 on left-out training episodes " + ", ".join(f"{k} {v:.2f}" for k, v in told.items()))
-    return head, {"architecture": card, "r2": told}
+    return head, {
+        "architecture": {"num_tokens": shape[0], "embed_dim": shape[1], "num_outputs": len(names)},
+        "r2": told,
+    }
+
+
+def list_targets(states: np.ndarray, columns: Sequence[Column]) -> tuple[list[str], np.ndarray]:
+    """Names and numbers [n, K] that a readout is to tell of states [n, S]: angles as sine and cosine; none that never changes."""
+    names, targets = [], []
+    for column, values in zip(columns, states.T, strict=True):
+        turns = {"deg": np.radians(values), "rad": values}.get(column.unit[:3])
+        parts = (
+            {column.name: values}
+            if turns is None
+            else {f"sin {column.name}": np.sin(turns), f"cos {column.name}": np.cos(turns)}
+        )
+        for name, numbers in parts.items():
+            if numbers.std() > 1e-6 * max(1.0, float(np.abs(numbers).max())):
+                names.append(name)
+                targets.append(numbers)
+    return names, np.stack(targets, axis=1) if targets else np.zeros((len(states), 0))
 
 
 def fit_time(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:

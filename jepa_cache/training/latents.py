@@ -28,7 +28,7 @@ class TokenReader:
     def __init__(
         self, dataset: CachedDataset, scaler: Scaler, index: WindowIndex, *, normalize_reps: bool, device: torch.device
     ) -> None:
-        self.dataset, self.index = dataset, index
+        self.index = index
         self._loader = WindowLoader(dataset, index, scaler)
         self._normalize_reps, self._device = normalize_reps, device
         numbers = 4 * index.num_steps * dataset.manifest.num_tokens * dataset.manifest.width

@@ -2,7 +2,7 @@
 
 Claims:
 - the compressor finds the principal components, gives back what lies in their span, and whitens as far as it is told, the same in every
-  run and in blocks of any size; directions that it is given are kept whole;
+  run and in blocks of any size;
 - predictors start as copies, see no more than they say, roll out as repeated single steps (as latents: as those without a norm between),
   keep the share of the residual that fits, and come back from a file with their card;
 - cards without a kind are of transformers.
@@ -92,25 +92,6 @@ def test_compress_and_expand_are_inverse_on_the_span_and_whitening_divides_by_a_
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=0, rtol=1e-3)
     if whitening != 0.5:
         torch.testing.assert_close(deviation.square().mean(), torch.tensor(1.0), atol=0, rtol=1e-3)
-
-
-def test_given_directions_come_first_whole_and_the_others_are_principal_ones_of_what_they_leave():
-    steps, first = draw_steps(), 0.01 * draw(2, N * E, seed=7)
-    compressor = Compressor(N, E, P)
-    compressor.fit(lambda: steps.split(64), 0.5, first)
-    torch.testing.assert_close(compressor.components @ compressor.components.T, torch.eye(P), atol=1e-4, rtol=0)
-    z = compressor.compress(steps)
-    torch.testing.assert_close(
-        (compressor.expand(z) - steps).flatten(1) @ first.T, torch.zeros(300, 2), atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(z[:, :2].std(dim=0, unbiased=False), torch.ones(2), atol=1e-3, rtol=0)
-    basis = torch.linalg.qr(first.T).Q
-    rest = steps.flatten(1) - steps.flatten(1) @ basis @ basis.T
-    reference = PCA(P - 2, svd_solver="full").fit(rest.numpy())
-    along = np.abs((compressor.components[2:].numpy() * reference.components_).sum(axis=1))
-    np.testing.assert_allclose(along, 1, atol=1e-3)
-    with pytest.raises(ValueError, match="at least one beside the 5 of states"):
-        compressor.fit(lambda: [steps], 0.5, draw(P, N * E))
 
 
 def test_a_fit_repeats_bit_for_bit_and_blocks_change_it_by_rounding_alone():

@@ -22,7 +22,7 @@ from jepa_cache.control.costs import COSTS, choose_cost, load_costs
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.predictor.checkpoints import CheckpointError, load_predictor, read_card, save_state
 from jepa_cache.predictor.heads import head_path, load_head
-from jepa_cache.training import heads, readout
+from jepa_cache.training import heads
 from tests.training.runs import bits, run
 
 pytestmark = pytest.mark.usefixtures("runs")
@@ -38,7 +38,7 @@ def test_angles_are_told_as_sine_and_cosine_and_what_never_changes_is_not():
     columns = [Column("yaw", "deg in (-180, 180]", "continuous"), Column("x", "m", "continuous")]
     columns += [Column("rx", "rad", "continuous"), Column("gripper", "0 open, 1 closed", "continuous")]
     states = np.array([[180.0, 1.0, 0.5, 1.0], [-180.0, 2.0, 0.5, 1.0], [0.0, 3.0, 0.5, 1.0]])
-    names, targets = readout.list_targets(states, columns)
+    names, targets = heads.list_targets(states, columns)
     assert names == ["cos yaw", "x"]  # the sine of these yaws is 0
     np.testing.assert_allclose(targets, [[-1, 1], [-1, 2], [1, 3]], atol=1e-12)
 

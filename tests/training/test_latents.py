@@ -4,7 +4,6 @@ Claims:
 - a compressed predictor resumes bit for bit, starts from given weights with their compressor, and is refused LoRA and several processes;
 - latents are compressed once: no token is read after the training has begun, and they are those of the steps they stand for;
 - the kept share and the ridge are chosen on every other training episode, under components that were fitted to the rest alone;
-- with `readout_components` a readout of what the components hold tells what one of all tokens does, and where none can be read it is refused;
 - the linear predictor is one training step, found again by the same command; it fits a linear world exactly, whatever the scale, and
   takes the ridge and the columns that err least on episodes that were left out together with those most like them;
 - `stop_share` validates and stops by training episodes put aside: held-out ones change nothing of a training, nor do those put aside
@@ -25,11 +24,10 @@ from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
 from jepa_cache.data.loader import Batch
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.context import open_evaluation
-from jepa_cache.predictor.checkpoints import CheckpointError, build_predictor, load_predictor, read_card
+from jepa_cache.predictor.checkpoints import CheckpointError, build_predictor, load_predictor
 from jepa_cache.predictor.compressed import LatentRidge
-from jepa_cache.predictor.heads import head_path, load_head
 from jepa_cache.predictor.rollout import normalize_tokens
-from jepa_cache.training import readout, ridge, trainer
+from jepa_cache.training import ridge, trainer
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.distributed import start_processes
 from jepa_cache.training.latents import LatentDataset, TokenReader
@@ -109,27 +107,6 @@ def test_training_learns_what_the_actions_do_and_evaluation_takes_it(cache, tmp_
     assert card["architecture"]["kind"] == kind[0].partition("=")[2]
     context = open_evaluation(make_config(*kind), cache.dataset, result.weights)
     assert context.device.type == "cpu" and type(context.model.predictor) is type(predictor)
-
-
-def test_of_components_in_which_states_are_read_a_readout_tells_what_it_tells_of_all_tokens(
-    cache, tmp_path, monkeypatch
-):
-    config = make_config(*COMPRESSED, "train.costs=[readout]")
-    config = replace(config, predictor=replace(config.predictor, readout_components=True))
-    result = trainer.train(config, cache.dataset, cache.scaler, tmp_path / "run", base=tmp_path)
-    predictor, _ = load_predictor(result.weights)
-    head = load_head(head_path(result.weights, "readout"), "readout")
-    steps = WindowIndex(cache.dataset.segments_of(VAL, config.split), 1)
-    how = {"normalize_reps": True, "device": torch.device("cpu")}
-    reader = TokenReader(cache.dataset, cache.scaler, steps, **how)
-    h = torch.cat([tokens for _, tokens in reader.read()])
-    r2 = np.array(list(read_card(head_path(result.weights, "readout"))["r2"].values()))
-    seen = predictor.compressor.expand(predictor.compressor.compress(h))
-    told, kept = head(h)[..., r2 > readout.LEAST_R2], head(seen)[..., r2 > readout.LEAST_R2]
-    assert told.shape[-1] and (told - kept).abs().max() < 1e-2 * told.std()
-    monkeypatch.setattr(readout, "LEAST_R2", 1.0)
-    with pytest.raises(ValueError, match=r"none can be read from left-out training episodes \(R2: .*set it to false"):
-        trainer.train(config, cache.dataset, cache.scaler, tmp_path / "other", base=tmp_path, fresh=True)
 
 
 def test_starting_weights_bring_their_compressor(cache, tmp_path):
