@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from jepa_cache.acting.film import Film, write_film
+from jepa_cache.acting.simulator import FILM_FILES
 from jepa_cache.api import Encoder, WorldModel
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import CONTROLS, ActConfig, Config
@@ -140,8 +141,11 @@ def act_run(
         "predictor": config.predictor.name,
         "settings": asdict(settings),
     }
-    films = [film_start(loop, worlds[first], number, first) for number in range(settings.num_filmed)]
-    with replaced_files(out / "run", "episodes.csv") as folder:
+    films = [
+        film_start(loop, worlds[first], number, first)
+        for number in range(min(settings.num_filmed, settings.num_starts))
+    ]
+    with replaced_files(out / "run", "episodes.csv", stale=FILM_FILES) as folder:
         write_film([film for film in films if film is not None], metrics, folder)
         write_table(loop.rows, folder / "episodes.csv")
     write_json(metrics, out / "metrics.json")
@@ -223,12 +227,15 @@ def build_planner(
     world: WorldModel, settings: ActConfig, seed: int, foreseen: list[torch.Tensor] | None = None
 ) -> BuildPolicy:
     """The policy that is to be proven: a controller for each goal; `foreseen` takes the tokens [N, E] at the end of each plan."""
+    named = choose_settings(settings)
+    motion = world.build_motion(named)  # here: what it warns of is said once and not for each goal
 
     def build(goal: Goal) -> Policy:
         controller = Controller(
             world,
             goal.frame,
-            choose_settings(settings),
+            named,
+            motion=motion,
             cost=settings.cost,
             num_context_steps=settings.num_context_steps,
             replan_every=settings.replan_every,
@@ -283,7 +290,7 @@ def describe_acting(metrics: Mapping[str, Any]) -> str:
             f"  {words}: {one['success']:.2f} [{low:.2f}, {high:.2f}] of {one['num_starts']} starts, closer than half "
             f"{one['closer_than_half']:.2f}{end}{failed}"
         )
-    lines.append(f"  a plan takes {metrics['seconds_per_plan']:.3f} s; 95 % intervals over starts (Wilson)")
+    lines.append(f"  an action takes {metrics['seconds_per_action']:.3f} s; 95 % intervals over starts (Wilson)")
     if metrics["picked_on_these_starts"]:
         lines.append("  settings were picked on these starts: take figures from another act.start_seed")
     if not metrics["encoder_trained"]:

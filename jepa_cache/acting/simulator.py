@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from jepa_cache.sample.robot import RobotWorld
 
 
+FILM_FILES = ("film.*", "report.html")
+"""Written beside episodes.csv where something was filmed; those of an earlier experiment go."""
+
+
 def open_simulator(config: Config) -> RobotWorld | None:
     """The simulator of a data set, with the camera of the cache; None for a data set without.
 
@@ -43,7 +47,7 @@ def open_simulator(config: Config) -> RobotWorld | None:
 
 def write_nothing(out: Path, reason: str) -> None:
     """Say in metrics.json why nothing was done, for DVC, which wants its outs."""
-    with replaced_files(out / "run", "episodes.csv") as folder:
+    with replaced_files(out / "run", "episodes.csv", stale=FILM_FILES) as folder:
         (folder / "episodes.csv").write_text("policy\n", encoding="utf-8")
     with atomic_file(out / "metrics.json") as temporary:
         temporary.write_bytes(canonical_json({"nothing_done": reason}))

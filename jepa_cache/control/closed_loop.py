@@ -307,5 +307,5 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
         "num_starts": count,
         "num_failures": count - len(ended),
         "failures": sorted({episode.failure for episode in episodes if episode.failure})[:5],
-        "seconds_per_plan": float(np.mean(seconds)) if seconds else None,
+        "seconds_per_action": float(np.mean(seconds)) if seconds else None,
     }

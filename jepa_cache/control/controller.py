@@ -72,8 +72,10 @@ class Controller:
             listed = [goal_frames] if isinstance(goal_frames, np.ndarray) else list(goal_frames)
             if not listed:
                 raise ValueError("a controller needs at least one goal frame; got an empty list")
+            self._shape, *others = dict.fromkeys(map(np.shape, listed))
+            if others:
+                raise ValueError(f"goal frames must be of one camera and size; got {[self._shape, *others]}")
             self._goals = [self._see("goal frame", goal) for goal in listed]
-            self._shape = np.shape(listed[0])
         self._steps: list[tuple[Tensor, np.ndarray]] = []  # tokens [N, E] and state [S] of the last steps
         self._taken: list[np.ndarray] = []  # actions [A] between them, and the one after
         self._rest: np.ndarray | None = None  # [H, K] of the last plan, less what was carried out

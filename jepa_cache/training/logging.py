@@ -99,9 +99,10 @@ def open_trackers(
     run's id, on W&B too, whose environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...) decide the rest.
 
     Raises:
-        ValueError: A package is not installed, or DVC runs this stage and DVCLive is not among them.
+        ValueError: A package is not installed, or DVC runs the stage train and DVCLive is not among them.
     """
-    if os.environ.get("DVC_STAGE") and "dvclive" not in loggers:
+    # Of the stage train alone: act trains as well, and has no such outputs. From another folder DVC calls it "../dvc.yaml:train".
+    if os.environ.get("DVC_STAGE", "").rpartition(":")[2] == "train" and "dvclive" not in loggers:
         raise ValueError(
             f"train.loggers is {list(loggers)}, but under DVC it must name dvclive, whose files are outputs of this stage; add it"
         )

@@ -29,7 +29,7 @@ from tests.robot_worlds import needs_robot
 from tests.workspace import SUITE_SETTINGS
 
 NUM_STEPS = 3  # of an episode; the oracle is then within 12 cm
-FEW = ("act.num_starts=2", "act.seeds=[0, 3]", "act.num_samples=8", "act.num_rounds=2", "act.num_filmed=1")
+FEW = ("act.num_starts=2", "act.seeds=[0, 3]", "act.num_samples=8", "act.num_rounds=2", "act.num_filmed=3")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def acted(tmp_path_factory):
 @needs_robot
 def test_figures_of_every_policy_are_those_of_the_table(acted):
     metrics = json.loads((acted.out / "metrics.json").read_text())
-    names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_plan"}
+    names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_action"}
     assert names <= set(metrics) and metrics["seeds"] == [0, 3] and set(CONTROLS) <= set(metrics)
     assert metrics["settings_picked_on"] == "starts of act.start_seed=0" and not metrics["picked_on_these_starts"]
     with (acted.out / "run/episodes.csv").open(newline="") as file:
@@ -100,10 +100,11 @@ def test_figures_of_every_policy_are_those_of_the_table(acted):
 def test_the_film_shows_every_moment_and_the_page_holds_it(acted):
     gif = Image.open(acted.out / "run/film.gif")
     moments = 1 + NUM_STEPS + 2
-    assert gif.n_frames == moments and Image.open(acted.out / "run/film.png").width > 700
+    assert gif.n_frames == 2 * moments, "more are to be filmed than there are starts"
+    assert Image.open(acted.out / "run/film.png").width > 700
     assert (acted.out / "run/film.png").stat().st_size < 200_000
     with av.open(str(acted.out / "run/film.mp4")) as container:
-        assert len(list(container.decode(video=0))) == 2 * moments
+        assert len(list(container.decode(video=0))) == 4 * moments
     page = (acted.out / "run/report.html").read_text()
     assert base64.b64encode((acted.out / "run/film.gif").read_bytes()).decode() in page and "readout servo" in page
 
@@ -134,9 +135,11 @@ def test_a_cache_that_does_not_fit_the_simulator_is_refused_before_anything_is_t
 
 def test_other_data_sets_have_no_simulator_and_leave_what_dvc_asks_for(tmp_path):
     assert open_simulator(load_config(SUITE_SETTINGS)) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/film.gif").write_text("of an earlier experiment")
     write_nothing(tmp_path, "none")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"nothing_done": "none"}
-    assert (tmp_path / "run").is_dir()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["episodes.csv"]
 
 
 def a_loop(*overrides, **faults):

@@ -126,6 +126,8 @@ def test_vectors_plan_within_what_was_recorded(tmp_path, space, states):
     assert costs.shape == (1, 1) and float(costs) == pytest.approx(given[0], abs=1e-6)
     action = Controller(world, goal).act(frame, None if state is None else state[0])
     assert low <= action[0] <= high and (action[0] > 3 or "last" in space)
+    with pytest.raises(ValueError, match="goal frames must be of one camera and size"):
+        Controller(world, [goal, goal[1:]])
 
 
 def test_what_only_recordings_tell_is_asked_of_them():

@@ -98,6 +98,8 @@ def test_under_dvc_the_mirrors_must_name_dvclive(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
     with pytest.raises(ValueError, match=r"train\.loggers is \[\], but under DVC it must name dvclive"):
         open_trackers([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={})
+    monkeypatch.setenv("DVC_STAGE", "act")  # which trains for each of its seeds
+    assert open_trackers([], live_folder=tmp_path / "live", run_folder=tmp_path / "run", settings={}) == []
 
 
 def test_a_user_without_a_name_trains_in_a_repository_of_dvc(tmp_path, monkeypatch):
