@@ -73,7 +73,7 @@ class WindowIndex:
         longest = int(lengths.max(initial=0))
         for step_length in step_lengths:
             if longest <= (num_steps - 1) * step_length:
-                apart = f", each {step_length} steps of the cache after the one before," if step_length > 1 else ""
+                apart = f", each {step_length} steps of the cache after the one before" if step_length > 1 else ""
                 lower = "train.step_lengths, evaluate.step_length or " if step_length > 1 else ""
                 raise ValueError(
                     f"no segment holds a window of {num_steps} steps{apart}: there are {len(self.segments)} segments, the longest has "
