@@ -119,10 +119,10 @@ def act_run(
                 ),
             }
             loop.run(name, None, 0, without[name](), look=look)
-        figures[name] = summarize(loop.episodes_of(name))
+        figures[name] = summarize(loop.episodes_of(name), settings.replan_every)
         if name == PLAN and figures[PLAN]["num_failures"] == figures[PLAN]["num_starts"]:
             raise ValueError(f"no episode came to its end: {'; '.join(figures[PLAN]['failures'])}")
-    by_seed = {str(seed): summarize(loop.episodes[PLAN, seed]) for seed in worlds}
+    by_seed = {str(seed): summarize(loop.episodes[PLAN, seed], settings.replan_every) for seed in worlds}
     metrics = {
         **figures[PLAN],
         **{name: figures[name] for name in names},
@@ -290,7 +290,7 @@ def describe_acting(metrics: Mapping[str, Any]) -> str:
             f"  {words}: {one['success']:.2f} [{low:.2f}, {high:.2f}] of {one['num_starts']} starts, closer than half "
             f"{one['closer_than_half']:.2f}{end}{failed}"
         )
-    lines.append(f"  an action takes {metrics['seconds_per_action']:.3f} s; 95 % intervals over starts (Wilson)")
+    lines.append(f"  a plan takes {metrics['seconds_per_plan']:.3f} s; 95 % intervals over starts (Wilson)")
     if metrics["picked_on_these_starts"]:
         lines.append("  settings were picked on these starts: take figures from another act.start_seed")
     if not metrics["encoder_trained"]:

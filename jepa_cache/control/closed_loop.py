@@ -292,10 +292,16 @@ def wilson(num_successes: int, num_trials: int) -> list[float]:
     return [float(end) for end in binomtest(num_successes, num_trials).proportion_ci(method="wilson")]
 
 
-def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """The figures of some episodes; failures count as no success, and are left out of the distances alone."""
+def summarize(episodes: Sequence[Episode], replan_every: int = 1) -> dict[str, Any]:
+    """The figures of some episodes; failures count as no success, and are left out of the distances alone.
+
+    `seconds_per_plan` is of the calls of the policy that plan, each `replan_every`-th.
+    """
     count, ended = len(episodes), [episode for episode in episodes if not episode.failure]
-    successes, seconds = sum(episode.success for episode in episodes), [t for one in episodes for t in one.seconds]
+    successes, seconds = (
+        sum(episode.success for episode in episodes),
+        [t for one in episodes for t in one.seconds[::replan_every]],
+    )
     finals = [episode.final_m for episode in ended]
     return {
         "success": successes / count,
@@ -307,5 +313,5 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
         "num_starts": count,
         "num_failures": count - len(ended),
         "failures": sorted({episode.failure for episode in episodes if episode.failure})[:5],
-        "seconds_per_action": float(np.mean(seconds)) if seconds else None,
+        "seconds_per_plan": float(np.mean(seconds)) if seconds else None,
     }

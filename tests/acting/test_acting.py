@@ -73,7 +73,7 @@ def acted(tmp_path_factory):
 @needs_robot
 def test_figures_of_every_policy_are_those_of_the_table(acted):
     metrics = json.loads((acted.out / "metrics.json").read_text())
-    names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_action"}
+    names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_plan"}
     assert names <= set(metrics) and metrics["seeds"] == [0, 3] and set(CONTROLS) <= set(metrics)
     assert metrics["settings_picked_on"] == "starts of act.start_seed=0" and not metrics["picked_on_these_starts"]
     with (acted.out / "run/episodes.csv").open(newline="") as file:

@@ -126,6 +126,11 @@ def test_the_rule_in_words_has_its_numbers():
     assert "block less than 3 cm" in PUSH.rule and "below 50% of where it was at the start" in PUSH.rule
 
 
+def test_seconds_are_those_of_the_calls_that_plan():
+    timed = replace(run(REACH, build_no_motion(WIDTH))[0], seconds=[1.0, 0.0, 0.0, 3.0, 0.0])
+    assert summarize([timed], replan_every=3)["seconds_per_plan"] == 2 and summarize([timed])["seconds_per_plan"] == 0.8
+
+
 # 2. What goes wrong
 
 
