@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         encoder = Encoder.open(config, data_base(ROOT))
         metrics = act_run(config, dataset, encoder, weights, simulator, out)
     print(describe_acting(metrics))
+    film = ", film" if config.act.num_filmed else ""
     print(
-        f"wrote {out.relative_to(ROOT)}/metrics.json, run/episodes.csv, film; next: open {out.relative_to(ROOT)}/run/report.html"
+        f"wrote {out.relative_to(ROOT)}/metrics.json, run/episodes.csv{film}; next: open {out.relative_to(ROOT)}/run/report.html"
     )
 
 

@@ -38,6 +38,7 @@ from jepa_cache.control.closed_loop import (
     summarize,
 )
 from jepa_cache.control.controller import Controller
+from jepa_cache.control.costs import LATENTS
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
@@ -62,8 +63,16 @@ def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: 
     """Weights of `act.seeds`: the settings of stage two with each as `train.seed`, from the same cache; what is trained already is taken.
 
     Raises:
-        ValueError: A training was stopped; the same command resumes it.
+        ValueError: The settings of `act` do not go together, said before anything is trained; or a training was stopped, and the same command
+            resumes it.
     """
+    if "other_goal" in config.act.controls and config.act.num_starts < 2:
+        raise ValueError("act.controls has other_goal, the goal of the next start; set act.num_starts above 1")
+    if config.act.cost == LATENTS and config.predictor.kind == "transformer":
+        raise ValueError(
+            f"act.cost is {LATENTS}, the distance of components, which predictor {config.predictor.name!r} does not have; take "
+            "predictor=compressed, compressed256 or linear, or another act.cost"
+        )
     weights = {}
     costs = tuple(dict.fromkeys((*config.train.costs, *({config.act.cost} & set(HEADS)))))
     for seed in config.act.seeds:
@@ -96,8 +105,6 @@ def act_run(
     """
     torch.set_num_threads(default_num_threads())
     settings, task = config.act, TASKS[config.act.task]
-    if "other_goal" in settings.controls and settings.num_starts < 2:
-        raise ValueError("act.controls has other_goal, the goal of the next start; set act.num_starts above 1")
     worlds = {seed: WorldModel.load(path, encoder) for seed, path in weights.items()}
     first = next(iter(weights))
     width = len(worlds[first].space.actions)

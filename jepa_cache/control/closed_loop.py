@@ -68,6 +68,11 @@ class Task:
     # Lowest and highest x, y, z (m) of the end effector; a state outside ends the episode.
     box_m: tuple[tuple[float, float, float], ...] = ((0.32, -0.25, 0.03), (0.62, 0.25, 0.35))
 
+    def __post_init__(self) -> None:
+        """Refuse a task without steps."""
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps of a task is at least 1; got {self.num_steps}")
+
     @property
     def rule(self) -> str:
         """When an episode counts as a success, in words."""
@@ -151,17 +156,24 @@ class Episode:
         return self.final_m < CLOSER_SHARE * self.start_m
 
 
+class Seen(NamedTuple):
+    """What a simulator shows, once it can be judged."""
+
+    observation: Observation
+    info: Mapping[str, Any]
+    place: np.ndarray  # [3] m, of what the task measures
+    ended: bool  # whether the simulator ended the episode
+
+
 def find_goal(simulator: Simulator, task: Task, start: Start) -> Goal:
     """Carry out the way to a start's goal and look; raises `EpisodeError` where the simulator fails or the picture is damaged."""
-    observation, info = _carry_out(simulator.reset, options=dict(start.goal))
-    width = len(info["target"]) if "target" in info else 7
-    for move in (*start.way, *np.zeros((NUM_STILL, 3))):
-        observation, _, _, _, info = _carry_out(simulator.step, np.array([*move, *np.zeros(width - 3)]))
-    check_frame("goal picture", observation["frame"])
-    place = task.find_place(observation, info)
-    if not np.isfinite(place).all():
-        raise EpisodeError(f"goal: the {task.thing} is at {place.tolist()}")
-    return Goal(observation["frame"], np.array(observation["state"][:3], np.float64), place)
+    seen = _look(task, "goal picture", simulator.reset, options=dict(start.goal))
+    width = len(seen.info["target"]) if "target" in seen.info else 7
+    moves = [*start.way, *np.zeros((NUM_STILL, 3))]
+    for number, move in enumerate(moves, start=1):
+        seen = _look(task, "goal picture", simulator.step, np.array([*move, *np.zeros(width - 3)]))
+        _check_end(seen, number, len(moves))
+    return Goal(seen.observation["frame"], np.array(seen.observation["state"][:3], np.float64), seen.place)
 
 
 def run_episode(
@@ -181,24 +193,20 @@ def run_episode(
     episode = Episode()
     try:
         check_frame("goal picture", goal.frame)
-        observation, info = _carry_out(simulator.reset, options=dict(start.options))
-        if observation["frame"].shape != goal.frame.shape:
-            raise EpisodeError(
-                f"goal picture: {list(goal.frame.shape)}, the camera gives {list(observation['frame'].shape)}"
-            )
-        _note(episode, task, goal, observation, info, keep_frames)
+        seen = _look(task, "live picture", simulator.reset, options=dict(start.options))
+        _note(episode, goal, seen, keep_frames)
         policy = _carry_out(build_policy, goal, what="policy")
-        for number in range(task.num_steps + NUM_STILL):
+        num_steps, action = task.num_steps + NUM_STILL, np.zeros(0)
+        for number in range(num_steps):
             if number < task.num_steps:
-                began = time.perf_counter()
-                action = np.asarray(_carry_out(policy, observation, what="policy"), np.float64)
+                began, observation = time.perf_counter(), seen.observation
+                action = _carry_out(lambda: np.asarray(policy(observation), np.float64), what="policy")  # noqa: B023
                 episode.seconds.append(time.perf_counter() - began)
             else:
                 action = np.zeros_like(action)
-            observation, _, terminated, truncated, info = _carry_out(simulator.step, action)
-            _note(episode, task, goal, observation, info, keep_frames)
-            if (terminated or truncated) and number + 1 < task.num_steps + NUM_STILL:
-                raise EpisodeError(f"simulator: it ended the episode after {number + 1} steps")
+            seen = _look(task, "live picture", simulator.step, action)
+            _note(episode, goal, seen, keep_frames)
+            _check_end(seen, number + 1, num_steps)
     except EpisodeError as failure:
         return replace(episode, failure=str(failure))
     start_m, final_m = episode.distances_m[0], episode.distances_m[-1]
@@ -214,20 +222,42 @@ def check_frame(name: str, frame: Any) -> None:
         raise EpisodeError(f"{name}: one colour throughout, {frame[0, 0].tolist()}")
 
 
-def _note(
-    episode: Episode, task: Task, goal: Goal, observation: Observation, info: Mapping[str, Any], keep: bool
-) -> None:
+def _note(episode: Episode, goal: Goal, seen: Seen, keep: bool) -> None:
+    """Take the distance from the goal down."""
+    frame = seen.observation["frame"]
+    if frame.shape != goal.frame.shape:
+        raise EpisodeError(f"goal picture: {list(goal.frame.shape)}, the camera gives {list(frame.shape)}")
+    episode.distances_m.append(float(np.linalg.norm(seen.place - goal.place)))
+    if keep:
+        episode.frames.append(frame)
+
+
+def _check_end(seen: Seen, number: int, num_steps: int) -> None:
+    if seen.ended and number < num_steps:
+        raise EpisodeError(f"simulator: it ended the episode after {number} steps")
+
+
+def _look(task: Task, picture: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Seen:
+    """What a simulator shows after `reset` or `step`; an `EpisodeError` where it fails, or shows what cannot be judged."""
+    given = _carry_out(call, *arguments, **options)
+    try:
+        observation, *rest, info = given
+        if len(rest) not in (0, 3):
+            raise ValueError(f"reset gives 2 values and step 5, not {len(rest) + 2}")
+        frame, state = observation["frame"], np.asarray(observation["state"], np.float64)
+        place = np.asarray(task.find_place(observation, info), np.float64)
+        if state.ndim != 1 or len(state) < 3 or place.shape != (3,):
+            raise ValueError(f"a state is [3 or more] and a place [3], not {list(state.shape)} and {list(place.shape)}")
+    except Exception as error:
+        raise EpisodeError(f"simulator: what it gives cannot be read, {type(error).__name__}: {error}") from error
     low, high = np.array(task.box_m)
-    state = np.asarray(observation["state"], np.float64)
     # Negated, so that a NaN lies outside.
     if not np.isfinite(state).all() or not ((low - MARGIN_M <= state[:3]) & (state[:3] <= high + MARGIN_M)).all():
         raise EpisodeError(f"state outside the workspace: {np.round(state, 3).tolist()}")
-    distance = float(np.linalg.norm(task.find_place(observation, info) - goal.place))
-    if not math.isfinite(distance):
-        raise EpisodeError(f"simulator: the {task.thing} is at {task.find_place(observation, info).tolist()}")
-    episode.distances_m.append(distance)
-    if keep:
-        episode.frames.append(observation["frame"])
+    if not np.isfinite(place).all():
+        raise EpisodeError(f"simulator: the {task.thing} is at {place.tolist()}")
+    check_frame(picture, frame)
+    return Seen(observation, info, place, any(map(bool, rest[1:])))
 
 
 def _carry_out(call: Callable[..., Any], *arguments: Any, what: str = "simulator", **options: Any) -> Any:

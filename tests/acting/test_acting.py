@@ -177,3 +177,17 @@ def test_a_goal_that_cannot_be_had_is_a_failed_episode_and_no_success():
     loop.run("plan", 0, 0, build_no_motion(WIDTH), look="plain")
     assert isinstance(loop.find_goal(loop.starts(0, "plain")[0]), EpisodeError)
     assert all("unstable" in row["failure"] and not row["success"] for row in loop.rows) and len(loop.rows) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("act.num_starts=1",), "set act.num_starts above 1"),
+        (("act.cost=latents",), "predictor 'tiny' does not have; take predictor="),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_trained(tmp_path, overrides, said):
+    config = load_config(SUITE_SETTINGS, ["dataset=sample_robot", "predictor=tiny", *overrides])
+    with pytest.raises(ValueError, match=said):
+        train_seeds(config, None, None, tmp_path, base=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import pytest
 from jepa_cache.control import closed_loop
 from jepa_cache.control.closed_loop import (
     TASKS,
+    EpisodeError,
     Goal,
     build_no_motion,
     build_oracle,
@@ -62,6 +63,8 @@ class Point:
             self.place = self.place * np.nan
         if self.faults.get("outside") == self.number:
             self.place = self.place + np.array([0, 0.5, 0])
+        if spoil := self.faults.get("spoils"):
+            return spoil((self.see(), 0.0, False, False, {"block": self.block}))
         return self.see(), 0.0, self.faults.get("ends") == self.number, False, {"block": self.block}
 
 
@@ -124,6 +127,36 @@ def test_success_is_what_the_rule_says(task, start_m, final_m, expected):
 def test_the_rule_in_words_has_its_numbers():
     assert "end effector less than 5 cm" in REACH.rule and "after 8 actions and 2 still steps" in REACH.rule
     assert "block less than 3 cm" in PUSH.rule and "below 50% of where it was at the start" in PUSH.rule
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda given: given[:3] + given[4:], "reset gives 2 values and step 5, not 4"),
+        (lambda given: None, "what it gives cannot be read, TypeError"),
+        (lambda given: ({"frame": given[0]["frame"]}, *given[1:]), "KeyError: 'state'"),
+        (lambda given: ({**given[0], "state": np.zeros((1, 7))}, *given[1:]), r"a state is [3 or more]"),
+        (lambda given: ({**given[0], "frame": np.zeros((8, 8, 3), np.uint8)}, *given[1:]), "one colour throughout"),
+        (lambda given: ({**given[0], "frame": np.ones((4, 4, 3))}, *given[1:]), "not uint8"),
+        (lambda given: (*given[:4], {}), "KeyError: 'block'"),
+        (lambda given: ({**given[0], "state": given[0]["state"] + 3}, *given[1:]), "state outside the workspace"),
+        (lambda given: (*given[:2], True, *given[3:]), "it ended the episode after 1 steps"),
+    ],
+)
+def test_what_a_simulator_shows_amiss_is_the_failure_of_an_episode_and_no_goal(spoil, named):
+    (start,) = draw_starts(PUSH, 1, seed=1)
+    with pytest.raises(EpisodeError) as error:
+        find_goal(Point(spoils=spoil), PUSH, start)
+    assert named in str(error.value)
+    episode = run_episode(Point(spoils=spoil), PUSH, start, find_goal(Point(), PUSH, start), build_no_motion(WIDTH))
+    assert named in episode.failure and not episode.success
+
+
+def test_a_policy_that_gives_no_numbers_is_named_and_a_task_without_steps_refused():
+    (episode,) = run(REACH, lambda goal: lambda observation: "left", num_starts=1)
+    assert "policy: ValueError" in episode.failure
+    with pytest.raises(ValueError, match="num_steps of a task is at least 1; got 0"):
+        replace(REACH, num_steps=0)
 
 
 def test_seconds_are_those_of_the_calls_that_plan():
