@@ -253,7 +253,13 @@ class WorldModel:
         if actions.shape[-2] > 1:  # any states do for a predictor without
             integrate = (motion or self.build_motion()).integrate if self.uses_states else (lambda states, _: states)
         rollout = Rollout(self._model, context, integrate, scaler=self._scaler)
-        return rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
+        energies = rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
+        if not np.isfinite(energies).all():
+            raise ValueError(
+                f"{int((~np.isfinite(energies)).sum())} of {energies.size} energies are not finite, so nothing can be ranked; the largest action is "
+                f"{np.abs(actions).max():g}: give actions on the scale of the recorded ones, or look for NaN in the weights"
+            )
+        return energies
 
     def _look(
         self, frames: np.ndarray, goal: np.ndarray, states: np.ndarray | None, taken: np.ndarray | None, name: str
@@ -266,6 +272,14 @@ class WorldModel:
             raise ValueError(
                 f"a context is at least one step and a goal is one, hence {group} frames each; got {frames.shape[-4]} frames and "
                 f"{goal.shape[-4]} of the goal. Give the present frame last"
+            )
+        if frames.shape[-3:] != goal.shape[-3:]:
+            raise ValueError(
+                f"a goal is a picture of the same camera and size: frames are {list(frames.shape[-3:])}, the goal is {list(goal.shape[-3:])}"
+            )
+        if (goal == goal[..., :1, :1, :]).all():
+            raise ValueError(
+                f"the goal is one colour throughout, {goal[..., 0, 0, :].ravel()[:3].tolist()}: no picture of a scene"
             )
         tokens = self.see(frames)
         *lead, num_steps = tokens.shape[:-2]

@@ -252,10 +252,16 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         (rf"frames {array} Tensor.*\.cpu\(\)\.numpy\(\)", {"frames": torch.from_numpy(frame)}),
         (rf"frames {array} uint8 \[\d+, \d+, 3\].* frame\[None\]", {"frames": frame[0]}),
         (f"goal {array} NoneType", {"goal": None}),
+        (r"the same camera and size: frames are \[\d+, \d+, 3\], the goal is \[8, 8, 3\]", {"goal": goal[:8, :8]}),
+        (r"the goal is one colour throughout, \[7, 7, 7\]", {"goal": np.full_like(goal, 7)}),
     ):
         given = {"frames": frame, "states": state, "goal": goal, "settings": QUICK, **changes}
         with pytest.raises(ValueError, match=said):
             world.plan(**given)
+    far = np.zeros((1, 3, 1, 13))
+    far[..., [column.name for column in world.space.actions].index("dyaw")] = 1e38
+    with pytest.raises(ValueError, match=r"3 of 3 energies are not finite.* largest action is 1e\+38"):
+        world.energies(frame, goal, far[0], state)
     with pytest.raises(
         ValueError, match=r"second argument is an Encoder; got 'tiny'. Load one: Encoder.load\(\"tiny\"\)"
     ):

@@ -128,6 +128,10 @@ def test_vectors_plan_within_what_was_recorded(tmp_path, space, states):
     assert low <= action[0] <= high and (action[0] > 3 or "last" in space)
     with pytest.raises(ValueError, match="goal frames must be of one camera and size"):
         Controller(world, [goal, goal[1:]])
+    with pytest.raises(ValueError, match="one colour throughout"):
+        Controller(world, [goal, np.full_like(goal, 9)])
+    with pytest.raises(ValueError, match="a goal frame must be a numpy array .* got NoneType"):
+        Controller(world, [None])
 
 
 def test_what_only_recordings_tell_is_asked_of_them():
