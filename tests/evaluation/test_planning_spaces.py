@@ -130,7 +130,7 @@ def test_vectors_plan_within_what_was_recorded(tmp_path, space, states):
         Controller(world, [goal, goal[1:]])
     with pytest.raises(ValueError, match="one colour throughout"):
         Controller(world, [goal, np.full_like(goal, 9)])
-    with pytest.raises(ValueError, match="a goal frame must be a numpy array .* got NoneType"):
+    with pytest.raises(ValueError, match=r"a goal frame must be a numpy array .* got NoneType"):
         Controller(world, [None])
 
 
