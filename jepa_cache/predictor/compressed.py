@@ -80,8 +80,8 @@ class Compressor(nn.Module):
         width, num_components = len(self.mean), len(self.scale)
         if count <= (num_components if self.components is not None else 1):
             raise ValueError(
-                f"{num_components} principal components need more steps than that to be fitted to; the training episodes have {count}. Set "
-                "num_components of the predictor's preset lower, or add recordings"
+                f"{num_components} principal components need more steps than that to be fitted to; there are {count} (at first in half of the "
+                "training episodes, as the others judge them). Set num_components of the predictor's preset lower, or add recordings"
             )
         self.mean.copy_(total / count)
         if self.components is None:
