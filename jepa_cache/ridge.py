@@ -1,11 +1,12 @@
-"""Ridge regressions in closed form: from rows that are fewer than their numbers, and from sums of products over any number of rows.
+"""Ridge regressions in closed form: from rows that memory holds, and from sums of products over any number of rows.
 
 The constant is never shrunk. A strength is judged by squared errors on episodes that the regression was not fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class RowsFit(NamedTuple):
 def fit_rows(x: Tensor, y: Tensor, episodes: Sequence[str]) -> RowsFit:
     """Ridge regression of y [n, K] on x [n, P]; each target's strength is the best in folds of whole episodes [n].
 
-    In its dual form: time grows with the cube of n. Memory: x once more, and some 32 bytes times the square of n.
+    The smaller of both systems is solved, of rows or of numbers: time grows with the cube of that. Memory: x once more, in float64 where its
+    numbers are fewer than its rows, and some 32 bytes times the square of the smaller.
 
     Raises:
         ValueError: There is one episode only.
@@ -40,28 +42,59 @@ def fit_rows(x: Tensor, y: Tensor, episodes: Sequence[str]) -> RowsFit:
     fold = torch.tensor([names[name] % NUM_FOLDS for name in episodes], device=x.device)
     mean, y = x.mean(dim=0), y.to(x.device).double()
     x = x - mean
-    kernel = (x @ x.T).double()
-    unit = float(kernel.diagonal().sum()) / min(x.shape) or 1.0
-    errors = y.new_zeros(len(RIDGES), y.shape[1])
+    unit = float(x.square().sum(dtype=torch.float64)) / min(x.shape) or 1.0
+    if len(x) <= x.shape[1]:
+        kernel = (x @ x.T).double()
+        tell, fit = partial(_tell_by_kernel, kernel), partial(_fit_by_kernel, x, kernel)
+    else:
+        x = x.double()
+        tell, fit = partial(_tell_by_numbers, x), partial(_fit_by_numbers, x)
+    strengths, errors = [ridge * unit for ridge in RIDGES], y.new_zeros(len(RIDGES), y.shape[1])
     for number in fold.unique():
-        rows, aside = fold != number, fold == number
-        for place, ridge in enumerate(RIDGES):
-            told = kernel[:, rows] @ _solve_dual(kernel[rows][:, rows], y[rows], ridge * unit)
-            errors[place] += (y - told - (y - told)[rows].mean(dim=0))[aside].square().sum(dim=0)
+        aside = fold == number
+        for place, told in enumerate(tell(y, ~aside, strengths)):
+            errors[place] += (y - told)[aside].square().sum(dim=0)
     least, best = errors.min(dim=0)
-    dual = torch.empty_like(y)
+    weight = mean.new_empty(len(mean), y.shape[1])
     for place in best.unique():
-        dual[:, best == place] = _solve_dual(kernel, y[:, best == place], RIDGES[place] * unit)
-    weight = x.T @ dual.to(x.dtype)
+        weight[:, best == place] = fit(y[:, best == place], strengths[place]).to(mean.dtype)
     bias = y.mean(dim=0) - mean.double() @ weight.double()
-    return RowsFit(weight, bias.to(x.dtype), 1 - least / (y - y.mean(dim=0)).square().sum(dim=0).clamp(min=1e-12))
+    return RowsFit(weight, bias.to(mean.dtype), 1 - least / (y - y.mean(dim=0)).square().sum(dim=0).clamp(min=1e-12))
 
 
-def _solve_dual(kernel: Tensor, y: Tensor, strength: float) -> Tensor:
+def _tell_by_kernel(kernel: Tensor, y: Tensor, rows: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
+    """What is told of all rows [n, K] by regressions that are fitted to some of them, from the products of all [n, n]."""
+    for dual in _solve_dual(kernel[rows][:, rows], y[rows], strengths):
+        told = kernel[:, rows] @ dual
+        yield told + (y - told)[rows].mean(dim=0)
+
+
+def _fit_by_kernel(x: Tensor, kernel: Tensor, y: Tensor, strength: float) -> Tensor:
+    (dual,) = _solve_dual(kernel, y, [strength])
+    return x.T @ dual.to(x.dtype)
+
+
+def _solve_dual(kernel: Tensor, y: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
     """Dual weights [n, K] of rows with products `kernel`, once they and y are centred; they sum to 0."""
     kernel = kernel - kernel.mean(dim=0)
-    kernel = kernel - kernel.mean(dim=1, keepdim=True) + strength * torch.eye(len(kernel), device=y.device)
-    return torch.cholesky_solve(y - y.mean(dim=0), torch.linalg.cholesky(kernel))
+    kernel, y = kernel - kernel.mean(dim=1, keepdim=True), y - y.mean(dim=0)
+    for strength in strengths:
+        yield torch.cholesky_solve(
+            y, torch.linalg.cholesky(kernel + strength * torch.eye(len(kernel), device=y.device))
+        )
+
+
+def _tell_by_numbers(x: Tensor, y: Tensor, rows: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
+    """As `_tell_by_kernel`, from the rows themselves."""
+    sums = sum_products(torch.cat([torch.ones_like(y[:, :1]), x, y], dim=1)[rows], y.shape[1])
+    for strength in strengths:
+        weight = solve_sums(sums, strength / float(sums[0, 0]))
+        yield x @ weight[1:] + weight[0]
+
+
+def _fit_by_numbers(x: Tensor, y: Tensor, strength: float) -> Tensor:
+    sums = sum_products(torch.cat([torch.ones_like(y[:, :1]), x, y], dim=1), y.shape[1])
+    return solve_sums(sums, strength / len(x))[1:]
 
 
 def sum_products(rows: Tensor, num_targets: int) -> Tensor:

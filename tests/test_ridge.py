@@ -16,8 +16,14 @@ def test_both_forms_are_those_of_scikit_learn(num_rows, monkeypatch):
     strength = 0.1 * ((x - x.mean(axis=0)) ** 2).sum() / min(x.shape)
     expected = Ridge(alpha=strength).fit(x, y).predict(x)
     monkeypatch.setattr(ridge, "RIDGES", (0.1,))
-    weight, bias, _ = ridge.fit_rows(*map(torch.from_numpy, (x, y)), ["a", "b"] * (num_rows // 2))
+    weight, bias, r2 = ridge.fit_rows(*map(torch.from_numpy, (x, y)), ["a", "b"] * (num_rows // 2))
     np.testing.assert_allclose(x @ weight.numpy() + bias.numpy(), expected, atol=1e-6)
+    told = np.empty_like(y)
+    for first in (0, 1):  # each episode is told by the other
+        told[first::2] = Ridge(alpha=strength).fit(x[1 - first :: 2], y[1 - first :: 2]).predict(x[first::2])
+    np.testing.assert_allclose(
+        r2, 1 - ((y - told) ** 2).sum(axis=0) / ((y - y.mean(axis=0)) ** 2).sum(axis=0), atol=1e-6
+    )
     rows = torch.from_numpy(np.hstack([np.ones((num_rows, 1)), x, y]))
     sums = ridge.sum_products(rows.unflatten(0, (4, -1)), 3)
     weights = ridge.solve_sums(sums, strength / num_rows)
