@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 FILM_FILES = ("film.*", "report.html")
-"""Written beside episodes.csv where something was filmed; those of an earlier experiment go."""
+"""Beside episodes.csv; where an experiment makes none, those of an earlier one go."""
 
 
 def open_simulator(config: Config) -> RobotWorld | None:

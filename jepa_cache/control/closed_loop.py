@@ -196,7 +196,7 @@ def run_episode(
         seen = _look(task, "live picture", simulator.reset, options=dict(start.options))
         _note(episode, goal, seen, keep_frames)
         policy = _carry_out(build_policy, goal, what="policy")
-        num_steps, action = task.num_steps + NUM_STILL, np.zeros(0)
+        num_steps = task.num_steps + NUM_STILL
         for number in range(num_steps):
             if number < task.num_steps:
                 began, observation = time.perf_counter(), seen.observation

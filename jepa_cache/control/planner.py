@@ -75,15 +75,20 @@ SETTINGS = {
     "paper": PlannerSettings(1, 800, 10, 10, 0.15, 0.15, max_step_m=0.075),
     # Ours, for predictors that were trained on mixed step lengths: one displacement, larger than what is carried out, and replanned.
     JUMP: PlannerSettings(
-        *(1, 128, 13, 8, 0.0, 0.0, 0.0, 0.0),
-        **{
-            "first_std": 0.4,
-            "min_std": 0.02,
-            "keeps_best": True,
-            "spread_first": 0.5,
-            "max_step_m": 0.06,
-            "reach": 4.0,
-        },
+        1,
+        128,
+        13,
+        8,
+        mean_momentum=0.0,
+        std_momentum=0.0,
+        gripper_mean_momentum=0.0,
+        gripper_std_momentum=0.0,
+        first_std=0.4,
+        min_std=0.02,
+        keeps_best=True,
+        spread_first=0.5,
+        max_step_m=0.06,
+        reach=4.0,
     ),
 }
 """Settings by name, published ones but for `jump`."""
