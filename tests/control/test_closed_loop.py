@@ -136,6 +136,7 @@ def test_the_rule_in_words_has_its_numbers():
         (lambda given: None, "what it gives cannot be read, TypeError"),
         (lambda given: ({"frame": given[0]["frame"]}, *given[1:]), "KeyError: 'state'"),
         (lambda given: ({**given[0], "state": np.zeros((1, 7))}, *given[1:]), r"a state is [3 or more]"),
+        (lambda given: ({**given[0], "state": np.zeros((7, 1))}, *given[1:]), r"a state is [3 or more]"),
         (lambda given: ({**given[0], "frame": np.zeros((8, 8, 3), np.uint8)}, *given[1:]), "one colour throughout"),
         (lambda given: ({**given[0], "frame": np.ones((4, 4, 3))}, *given[1:]), "not uint8"),
         (lambda given: (*given[:4], {}), "KeyError: 'block'"),
