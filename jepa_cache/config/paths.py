@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 
 from jepa_cache.config.parsing import ConfigError
@@ -30,6 +33,18 @@ def resolve_device(key: str, wanted: str, num_gpus: int) -> str:
             f"{key} is {wanted!r}, but torch finds {num_gpus} GPUs here; set it to auto or cpu, or see with `jepa-cache doctor` what is missing"
         )
     return wanted
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Refuse, with what to type, where a library is missing that an extra of pyproject.toml brings; `what` is the one that needs it."""
+    if find_spec(module) is None:
+        needs = (text.partition(";") for text in requires("jepa-cache") or ())
+        packages = " ".join(
+            shlex.quote(name.strip()) for name, _, marker in needs if re.search(rf"extra == .{extra}\b", marker)
+        )
+        raise ConfigError(
+            f"{what} needs the library {module}, which is not installed: python -m pip install {packages}"
+        )
 
 
 def existing_folder(path: Path) -> Path:
