@@ -24,7 +24,6 @@ COMMANDS = {
     "inspect": "inspect",
     "pack": "preparation",
     "add-encoder": "preparation",
-    "index-droid": "preparation",
     "compare": "compare",
     "params": "main",
     "doctor": "doctor",
@@ -32,6 +31,7 @@ COMMANDS = {
 INSTEAD = {
     "plan": "jepa-cache estimate",
     "repair": "jepa-cache verify --repair",
+    "index-droid": "jepa-cache inspect dataset=droid_raw FOLDER",
     **{stage: f"python stages/{stage}.py" for stage in ("sample", "encode", "fit_scaler", "evaluate")},
     "train": "python stages/train_predictor.py",
 }
