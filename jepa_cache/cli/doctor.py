@@ -1,4 +1,4 @@
-"""`jepa-cache doctor`: what this machine has and lacks: GPU, decoders, cache root, reach of the servers; `pip check` tells of libraries."""
+"""`jepa-cache doctor`: what this machine has and lacks: GPU, decoders, cache root, simulated robot; `pip check` tells of libraries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import io
 import json
 import os
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -22,10 +20,7 @@ from jepa_cache.sample.robot import find_assets, import_mujoco
 from jepa_cache.store.remote import resolve_cache_root
 
 OK, NOTE, MISSING = "ok", "note", "missing"
-TIMEOUT_S = 5.0
 MIN_FREE_BYTES, LOW_FREE_BYTES = 1 << 30, 50 << 30  # ViT-L tokens of one hour at 5 steps/s take 9 GiB.
-DROID_URL = "https://storage.googleapis.com/gresearch/robotics/droid/1.0.1/dataset_info.json"
-HUB_URL = "https://huggingface.co"
 
 
 class Finding(NamedTuple):
@@ -54,16 +49,11 @@ def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")
 
 def check_everything(root: Path) -> dict[str, Finding]:
     """Run every check; one that itself fails is a finding too, so that the table is always whole."""
-    hub = os.environ.get("HF_ENDPOINT") or HUB_URL
     checks: dict[str, Callable[[], Finding]] = {
         "gpu": check_gpu,
         "decoder": check_decoders,
         "cache root": lambda: check_disk(root),
         "simulated robot": lambda: check_robot(needed=load_config(root).dataset.name == "sample_robot"),
-        "DROID bucket": lambda: check_server(DROID_URL, "copy the data and name the folder as input"),
-        "Hugging Face hub": lambda: check_server(
-            hub, "set HF_ENDPOINT to a mirror, or name a file with encode.weights=PATH"
-        ),
     }
     findings = {}
     for name, check in checks.items():
@@ -79,13 +69,20 @@ def check_gpu() -> Finding:
     """Whether torch sees a CUDA device; everything works without one, slowly."""
     import torch
 
+    from jepa_cache.devices import has_bfloat16
+
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__} sees no CUDA device; the CPU works, tens of times slower"
         todo = "nvidia-smi; if it lists a GPU, install a CUDA build of torch: https://pytorch.org/get-started/locally"
         return Finding(NOTE, found, todo)
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices]
-    return Finding(OK, f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    found = f"{', '.join(names)}; CUDA {torch.version.cuda}"
+    if not has_bfloat16():
+        return Finding(
+            NOTE, f"{found}; it only imitates bfloat16", "set encode.compute_dtype and train.precision to float16"
+        )
+    return Finding(OK, found)
 
 
 def check_decoders() -> Finding:
@@ -144,17 +141,3 @@ def check_robot(*, needed: bool) -> Finding:
         state = MISSING if needed else NOTE
         return Finding(state, f"{error}"[:200], "make install-sim; docs/robot.md names the system libraries")
     return Finding(OK, f"MuJoCo {mujoco.__version__} draws by {os.environ['MUJOCO_GL']}, the models are there")
-
-
-def check_server(url: str, way_out: str) -> Finding:
-    """Ask a server for a header; what is not reached is a note."""
-    try:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "jepa-cache-doctor"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S):
-            return Finding(OK, "reached")
-    except urllib.error.HTTPError as error:
-        error.close()
-        trouble = f"answers {error.code}"
-    except Exception as error:  # URLError, timeouts, TLS, bad proxies and bad URLs share no base class.
-        trouble = f"not reached ({type(error).__name__}: {getattr(error, 'reason', error)})"[:160]
-    return Finding(NOTE, trouble, f"check the network or proxy (https_proxy), or {way_out}")

@@ -1,15 +1,13 @@
 """`jepa-cache inspect`: what recordings hold and what looks wrong in them, before anything is encoded.
 
 Reading order: `inspect`, `inspect_units` (a data set), `inspect_recording`. A report is a dictionary of JSON types, which
-is printed, dumped, or shown as a page by templates/inspect.html.j2; only the page has pictures, as data URLs.
+is printed or dumped.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import io
 import json
 import math
 import re
@@ -20,7 +18,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from jepa_cache.actions import Column, get_action_space
@@ -42,8 +39,7 @@ Report = dict[str, Any]
 NUM_FIRST_DECODED, DECODED_EVERY = 100, 50
 NUM_DECODED = 200  # frames of a recording, from its start: 10 s of VPT
 BATCH_FRAMES = 20
-NUM_STRIPS, STRIP_STEPS = 8, 8  # recordings with pictures on a page, and steps shown of each
-PICTURE_WIDTH = 160  # pixels
+SMALL_WIDTH = 160  # pixels that frames are measured at, or some more
 
 # Thresholds of what is called suspicious. The real recordings at hand stay clear of all of them.
 MAX_YAW_BREACHES = 0.01  # 0.1 % in 64 VPT logs
@@ -69,31 +65,20 @@ def inspect(
     ] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    html: Annotated[Path | None, typer.Option(help="write a page with pictures to this file")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="look at the first recordings only")] = None,
 ) -> None:
     """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them."""
     overrides = [text for text in inputs or () if is_override(text)]
     paths = [text for text in inputs or () if not is_override(text)]
-    if html is not None and not html.parent.is_dir():  # Said before the work, not after.
-        raise ValueError(f"--html {html}: there is no folder {html.parent}")
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        reports = list(inspect_data_sets(overrides, paths, limit=limit, pictures=html is not None))
-    if html is not None:
-        html.write_text(render_page(reports), encoding="utf-8")
-    for recording in (recording for report in reports for recording in report["recordings"]):
-        del recording["strip"]
+        reports = list(inspect_data_sets(overrides, paths, limit=limit))
     if as_json:
         print(json.dumps({"data_sets": reports}, indent=2, allow_nan=False))
-        return
-    print("\n".join(line for report in reports for line in list_report(report)))
-    if html is not None:
-        print(f"wrote {html}")
+    else:
+        print("\n".join(line for report in reports for line in list_report(report)))
 
 
-def inspect_data_sets(
-    overrides: Sequence[str], paths: Sequence[str], *, limit: int | None, pictures: bool
-) -> Iterator[Report]:
+def inspect_data_sets(overrides: Sequence[str], paths: Sequence[str], *, limit: int | None) -> Iterator[Report]:
     """Report on each data set of a mixture, or the one data set, seen by each camera."""
     root = find_repository(Path.cwd())
     config = load_config(root, overrides)
@@ -106,22 +91,15 @@ def inspect_data_sets(
             bar = tqdm(
                 list_units(source, preset, paths, base), desc=f"inspect {preset.name}", unit="unit", disable=None
             )
-            yield inspect_units(config, source, bar, name=name, limit=limit, pictures=pictures)
+            yield inspect_units(config, source, bar, name=name, limit=limit)
 
 
 def inspect_units(
-    config: Config,
-    source: Source,
-    units: Iterable[Unit],
-    *,
-    name: str,
-    limit: int | None = None,
-    pictures: bool = False,
+    config: Config, source: Source, units: Iterable[Unit], *, name: str, limit: int | None = None
 ) -> Report:
     """Report on every recording of some units, or the first `limit`: its records, and its video's header; nothing is encoded.
 
-    200 frames are decoded of the first hundred recordings and of every fiftieth after them. With `pictures` the first eight
-    recordings have the frames of eight steps, and the actions between them.
+    200 frames are decoded of the first hundred recordings and of every fiftieth after them.
 
     Cost: linear; a recording's records, a few milliseconds for its video's header, half a second where frames are decoded.
     """
@@ -139,24 +117,17 @@ def inspect_units(
                 if isinstance(result, Skipped):
                     skipped.append({"unit": unit.name, **result._asdict()})
                     continue
-                doubts, anchors, actions = [], np.empty(0, int), np.empty((0, len(space.actions)))
+                doubts = []
                 try:
                     anchors = _find_anchors(config, result)
-                    actions = space.aggregate(result.controls, result.frame_ticks[anchors]).actions
-                    statistics.add(actions)
+                    statistics.add(space.aggregate(result.controls, result.frame_ticks[anchors]).actions)
                 except ValueError as error:
                     doubts.append(f"stage one cannot use it: {error}")
                 first = same_controls.setdefault(_digest_controls(result), result.key)
                 if first != result.key:
                     doubts.append(f"its rows are those of {first}: a copy?")
-                middle = slice(len(anchors) // 2, len(anchors) // 2 + STRIP_STEPS)
-                shown = anchors[middle] if pictures and len(recordings) < NUM_STRIPS else anchors[:0]
-                report = inspect_recording(result, unit.name, decode=decode, shown=shown)
+                report = inspect_recording(result, unit.name, decode=decode)
             report["suspicions"] += doubts
-            if pictures:
-                names = [column.name for column in space.actions]
-                for frame, row in zip(report["strip"], actions[middle], strict=False):
-                    frame["actions"] = {name: float(value) for name, value in zip(names, row, strict=True) if value}
             recordings.append(report)
         if number == limit:
             break
@@ -191,19 +162,19 @@ def _digest_controls(episode: Episode) -> bytes:
     return digest.digest()
 
 
-def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Sequence[int] = ()) -> Report:
+def inspect_recording(episode: Episode, unit: str, *, decode: bool) -> Report:
     """Measure one recording of a unit and say what is suspicious in it; a video that cannot be decoded is a suspicion, no error.
 
-    With `decode` its first 200 frames are decoded, else only its header is read; `shown` are the frames that `strip` has.
+    With `decode` its first 200 frames are decoded, else only its header is read.
 
     Returns:
         Shares lie in [0, 1] and are None where they cannot be known. `equal_share` is that of decoded frames that equal the
         one before although something moves, `tick_hz` the rate of the rows by their own clock, `missing` the controls that
         the recording does not hold.
     """
-    info, frames, strip, doubts = VideoInfo(0, episode.fps, 0, 0, "unknown"), None, list[Report](), list[str]()
+    info, frames, doubts = VideoInfo(0, episode.fps, 0, 0, "unknown"), None, list[str]()
     try:
-        info, frames, strip = _look_at_video(episode, shown) if decode else (probe_video(episode.video), None, [])
+        info, frames = _look_at_video(episode) if decode else (probe_video(episode.video), None)
     except DecodeError as error:
         doubts.append(f"its video cannot be decoded: {error}")
     except OSError as error:
@@ -264,24 +235,17 @@ def inspect_recording(episode: Episode, unit: str, *, decode: bool, shown: Seque
         "missing": missing,
         "notes": list(episode.notes),
         "suspicions": [*doubts, *find_implausible(controls), *(text for found, text in checks if found)],
-        "strip": strip,
     }
 
 
-def _look_at_video(episode: Episode, shown: Sequence[int]) -> tuple[VideoInfo, np.ndarray, list[Report]]:
-    """What the header says, the first 200 frames [F, h, w, 3] made small, and pictures of the `shown` frames."""
-    span = {"first_frame": episode.first_frame, "num_frames": len(episode.frame_ticks)}
-    with open_video(episode.video, **span) as video:
-        info, stride = video.info, max(1, video.info.width // PICTURE_WIDTH)
-        num_decoded = min(NUM_DECODED, len(episode.frame_ticks))
+def _look_at_video(episode: Episode) -> tuple[VideoInfo, np.ndarray]:
+    """What the header says, and the first 200 frames [F, h, w, 3] made small."""
+    num_frames = len(episode.frame_ticks)
+    with open_video(episode.video, first_frame=episode.first_frame, num_frames=num_frames) as video:
+        stride, num_decoded = max(1, video.info.width // SMALL_WIDTH), min(NUM_DECODED, num_frames)
         batches = np.split(np.arange(num_decoded), range(BATCH_FRAMES, num_decoded, BATCH_FRAMES))
         small = np.concatenate([video.read(batch)[:, ::stride, ::stride] for batch in batches])
-    strip = []
-    if len(shown):  # A video is read forwards only, so it is opened again.
-        with open_video(episode.video, **span) as video:
-            for number, frame in zip(shown, video.read(np.asarray(shown)), strict=True):
-                strip.append({"frame": int(number), "picture": _encode_picture(frame[::stride, ::stride])})
-    return info, small.astype(np.int16), strip
+    return video.info, small.astype(np.int16)
 
 
 def _measure_equal(episode: Episode, frames: np.ndarray | None) -> float:
@@ -308,14 +272,6 @@ def _is_absent(column: np.ndarray) -> bool:
     if column.dtype.kind == "f":
         return bool(np.isnan(column).all())
     return column.dtype.kind == "i" and bool((column == -1).all())
-
-
-def _encode_picture(frame: np.ndarray) -> str:
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(frame), format="jpeg", pil_kwargs={"quality": 75})
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 class _Statistics:
@@ -398,15 +354,3 @@ def _list_remarks(title: str, remarks: Iterable[tuple[str, str]]) -> list[str]:
         if len(of_kind) > MAX_SHOWN:
             lines.append(f"{title}: ... and {len(of_kind) - MAX_SHOWN} more like these, see --json")
     return lines + [f"{title}: {len(kinds) - MAX_KINDS} more kinds, see --json"] * (len(kinds) > MAX_KINDS)
-
-
-def render_page(reports: Sequence[Report]) -> str:
-    """Write reports as one HTML file that loads nothing; the template escapes every text that comes from the data."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("inspect.html.j2").render(reports=reports)

@@ -27,7 +27,6 @@ COMMANDS = {
     "inspect": "inspect",
     "pack": "preparation",
     "add-encoder": "preparation",
-    "index-droid": "preparation",
     "compare": "compare",
     "params": "main",
     "doctor": "doctor",
@@ -37,7 +36,12 @@ STAGES = {
     **{"fit-scaler": "fit_scaler", "train": "train_predictor"},
 }
 """Command to the script in stages/ that it runs."""
-INSTEAD = {"repair": "verify --repair", "fit_scaler": "fit-scaler", "train_predictor": "train"}
+INSTEAD = {
+    "repair": "verify --repair",
+    "fit_scaler": "fit-scaler",
+    "train_predictor": "train",
+    "index-droid": "inspect dataset=droid_raw FOLDER",
+}
 
 
 def build_app(only: str | None = None) -> typer.Typer:

@@ -1,8 +1,7 @@
-"""`jepa-cache pack`, `index-droid` and `add-encoder`: what is written once before a first encode."""
+"""`jepa-cache pack` and `add-encoder`: what is written once before a first encode."""
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 from pathlib import Path
@@ -14,9 +13,7 @@ from jepa_cache.cli.outcome import NUM_SHOWN
 from jepa_cache.config.loading import data_base, find_repository
 from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
 from jepa_cache.encoder.shipped import PREFIX, SHIPPED, fetch_shipped
-from jepa_cache.files import atomic_file
 from jepa_cache.media.tar import pack_folder
-from jepa_cache.sources.droid_raw import index_folder
 
 PRESET = """\
 # {title}, an image encoder of the transformers library (pip install 'jepa-cache[hf]'); frame mode only.
@@ -55,29 +52,10 @@ def pack(
     tars, num_episodes, size_bytes, skipped = pack_folder(folder, out, max_bytes=int(max_gb * 1e9), overwrite=overwrite)
     to = f" to {tars[-1].name}" if tars[1:] else ""
     print(f"packed {num_episodes} recordings ({size_bytes / 1e6:.1f} MB) into {len(tars)} tar shards: {tars[0]}{to}")
-    _print_skipped(skipped, "files")
+    if skipped:
+        more = [f"... and {len(skipped) - NUM_SHOWN} more"] * (len(skipped) > NUM_SHOWN)
+        print("\n  ".join([f"skipped {len(skipped)} files:", *skipped[:NUM_SHOWN], *more]))
     print(f"next: set `dataset: vpt` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")
-
-
-def index_droid(
-    root: Annotated[Path, typer.Argument(help="the raw DROID download, searched recursively")],
-    out: Annotated[Path, typer.Argument(help="the list to write, .csv or .txt")],
-    *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier list")] = False,
-) -> None:
-    """List the complete episodes below ROOT in OUT, one folder a line, and name the skipped folders."""
-    if out.suffix.lower() not in (".csv", ".txt"):
-        raise ValueError(f"a list of episodes ends in .csv or .txt; got {out}")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; add --overwrite to replace it")
-    complete, incomplete = index_folder(root)
-    if not complete:
-        raise ValueError(f"none of the {len(incomplete)} episodes below {root} is complete; the first: {incomplete[0]}")
-    with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=" ", lineterminator="\n").writerows([str(folder.resolve())] for folder in complete)
-    print(f"listed {len(complete)} episodes in {out}")
-    _print_skipped(incomplete, "folders")
-    print(f"next: set `dataset: droid_raw` in params.yaml, then python stages/encode.py {shlex.quote(str(out))}")
 
 
 def add_encoder(
@@ -160,9 +138,3 @@ def add_encoder(
     print(
         f"wrote {path.relative_to(root)}; next: jepa-cache estimate encoder={name}, python stages/encode.py encoder={name}"
     )
-
-
-def _print_skipped(lines: list[str], what: str) -> None:
-    if lines:
-        more = [f"... and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)
-        print("\n  ".join([f"skipped {len(lines)} {what}:", *lines[:NUM_SHOWN], *more]))

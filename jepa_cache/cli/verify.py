@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Recordings, describe_bytes, open_checkout, report, shorten
-from jepa_cache.store.check import Scope, check_manifest
+from jepa_cache.store.check import check_manifest
 from jepa_cache.store.quantisation import step_bytes
 
 if TYPE_CHECKING:
@@ -22,14 +22,13 @@ def verify(
     arguments: Recordings = None,
     *,
     repair: Annotated[bool, typer.Option("--repair", help="make what is damaged or missing again")] = False,
-    subset: Annotated[str, typer.Option(metavar="SHARE", help="read this share of the chunks, such as 5%")] = "100%",
     read_data: Annotated[
         bool, typer.Option("--read-data", help="compare every file with its sha256 too; twice the time")
     ] = False,
     against_online: Annotated[
         int, typer.Option(min=0, metavar="N", help="encode N random steps again and compare")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(help="of the random choices; drawn and printed when not given")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the random steps; drawn and printed when not given")] = None,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,32 +45,26 @@ def verify(
         lambda: check_cache(
             open_checkout(arguments),
             manifest,
-            Scope(parse_share(subset), read_data, seed),
+            read_data=read_data,
             num_steps=against_online,
+            seed=seed,
             repair=repair,
         ),
         as_json=as_json,
     )
 
 
-def parse_share(text: str) -> float:
-    """A share such as "5%" or "0.05"."""
-    with suppress(ValueError):
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        if 0 < share <= 1:
-            return share
-    raise ValueError(f"--subset is a share such as 5% or 0.05, above 0 and at most 100%; got {text!r}")
-
-
-def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_steps: int, repair: bool) -> Outcome:
+def check_cache(
+    checkout: Checkout, path: Path | None, *, read_data: bool, num_steps: int, seed: int, repair: bool
+) -> Outcome:
     """Check a manifest's stores, compare steps with the encoder, and repair what was found."""
     manifest, root = checkout.read_manifest(path), checkout.root
     expected = manifest.num_steps * step_bytes(manifest.recipe["dtype"], manifest.num_tokens, manifest.width)
     comparison = repaired = None
     with root.shared_lock() if repair else nullcontext():
         with tqdm(desc="verify", unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5) as bar:
-            bar.total = expected * scope.share * (1 + scope.read_data)
-            findings = check_manifest(manifest, root, scope, bar.update)
+            bar.total = expected * (1 + read_data)
+            findings = check_manifest(manifest, root, read_data=read_data, on_bytes=bar.update)
         if num_steps:
             from jepa_cache.encoding.verification import compare_online
 
@@ -82,7 +75,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
                 root,
                 base=checkout.base,
                 num_steps=num_steps,
-                seed=scope.seed,
+                seed=seed,
                 damaged={finding.key for finding in findings},
             )
             findings += comparison.stale
@@ -99,9 +92,8 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         "root": root.name,
         "num_units": len(manifest.entries),
         "num_bytes": int(bar.n),
-        "share": scope.share,
-        "seed": scope.seed,
-        "read_data": scope.read_data,
+        "seed": seed,
+        "read_data": read_data,
         "findings": [
             {**(key._asdict() if key else {"kind": "manifest"}), "path": str(path), "problem": problem}
             for key, path, problem, _ in findings
@@ -109,8 +101,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         "against_online": comparison.describe() if comparison else None,
         "repair": {**vars(repaired), "repaired": [str(it) for it in repaired.repaired]} if repaired else None,
     }
-    what = f"{scope.share:.3g} of the chunks (seed {scope.seed})" if scope.share < 1 else "every chunk"
-    what += ", every file's sha256" * scope.read_data
+    what = "every chunk" + ", every file's sha256" * read_data
     lines = [
         *shorten([finding.problem for finding in findings]),
         f"read {describe_bytes(document['num_bytes'])} of {len(manifest.entries)} units: {what}",
@@ -120,7 +111,7 @@ def check_cache(checkout: Checkout, path: Path | None, scope: Scope, *, num_step
         lines += _describe_repair(repaired)
     else:
         # What no byte of a store tells is found again by encoding the same steps again.
-        again = f" --against-online {num_steps} --seed {scope.seed}" if any(it.stale for it in findings) else ""
+        again = f" --against-online {num_steps} --seed {seed}" if any(it.stale for it in findings) else ""
         next_step = f"{len(findings)} problems; next: jepa-cache verify --repair{again}"
         lines.append(next_step if findings else "all is as it was written")
     return Outcome(document, lines, fine)

@@ -19,7 +19,7 @@ from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit
 from jepa_cache.store import layout
-from jepa_cache.store.check import Finding, Scope, check_units
+from jepa_cache.store.check import Finding, check_units
 from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.quantisation import Channels, decode, encode, get_codec
@@ -276,7 +276,7 @@ def repair_manifest(
     bring_up_to_date(config, inputs, base, root)
     for it in units:
         ensure_controls(root, it.group, it.unit)  # which stage one does not miss where the actions are there
-    left = {finding.key: finding.problem for finding in check_units([it[:2] for it in units], root, Scope())}
+    left = {finding.key: finding.problem for finding in check_units([it[:2] for it in units], root)}
     for it in units:
         for key, listed in zip(it.keys, (it.entry.tokens_digest, it.entry.actions_digest, None), strict=True):
             found = read_whole(root, root.store(key)) if listed and key in damaged else None
@@ -292,6 +292,6 @@ def repair_manifest(
 def _remove_damaged(root: CacheRoot, listed: _Listed, finding: Finding) -> None:
     """Remove a store under its claim and after another look: its maker may have put it right meanwhile."""
     with root.claimed(finding.path):
-        again = check_units([listed[:2]], root, Scope(read_data=True))
+        again = check_units([listed[:2]], root, read_data=True)
         if finding.stale or any(it.path == finding.path for it in again):
             root.remove(finding.path)

@@ -84,7 +84,7 @@ class DroidRawSource:
             if not found:
                 raise ValueError(
                     f"the input {given!r} finds no {TRAJECTORY}; relative inputs start from {base}. Give a folder of the raw "
-                    f"release or a list of episode folders ({', '.join(LIST_SUFFIXES)}), as jepa-cache index-droid writes it"
+                    f"release or a list of episode folders ({', '.join(LIST_SUFFIXES)}), one a line"
                 )
             for folder in found:
                 folders.setdefault(folder.resolve(), folder)
@@ -219,7 +219,7 @@ def read_list(path: Path) -> list[Path]:
     if absent or not folders:
         raise ValueError(
             f"{path} lists {len(folders)} folders, of which {len(absent)} hold no {TRAJECTORY}"
-            f"{f' (first: {absent[0]})' if absent else ''}; make a new list with: jepa-cache index-droid ROOT OUT.csv"
+            f"{f' (first: {absent[0]})' if absent else ''}; list folders that hold one, or name the folder above them as input"
         )
     return folders
 
@@ -281,20 +281,3 @@ def find_success(key: str, metadata: Mapping[str, Any]) -> bool | None:
     if find_episode_key(f"{key}/") == key:
         return key.split("/")[1] == "success"
     return metadata["success"] if isinstance(metadata.get("success"), bool) else None
-
-
-def index_folder(root: Path) -> tuple[list[Path], list[str]]:
-    """The complete episodes below a folder, and the incomplete ones, each with the reason; a ValueError where there are neither.
-
-    An episode is complete when it has a trajectory, metadata, and the video that the metadata call left_mp4_path.
-    """
-    complete, incomplete = [], []
-    for folder in find_folders(root):
-        try:
-            find_video(folder, read_metadata(folder), "left")
-            complete.append(folder)
-        except ValueError as error:
-            incomplete.append(f"{folder}: {error}")
-    if not complete and not incomplete:
-        raise ValueError(f"no folder below {root} holds a {TRAJECTORY}; name the folder of the raw DROID release")
-    return complete, incomplete

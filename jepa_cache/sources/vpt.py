@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +22,6 @@ from jepa_cache.sources.parsers.vpt_controls import read_contractor, read_simple
 RECIPE_VERSION = 2
 """Raised whenever controls, frame_ticks or fps of an unchanged recording change."""
 
-# Factor of mouse.dx and dy inside GUIs by recorder version; 1 for all others. Source: the table in the loader of
-# openai/Video-Pre-Training, which never applies it; no recording of these versions was at hand to measure it on.
-GUI_MOUSE_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
 YAW_TOLERANCE_DEG = 0.01
 # A recording is no VPT when fewer than this share of its turning steps follow the law. Real logs: 100 % in five of five, 99.9 %
 # of all steps in 64. Where yaw is a per-step change, each lone movement gives one step that follows (0 to dyaw) and one that
@@ -42,24 +38,20 @@ class VptOptions:
     Attributes:
         schema: "contractor", or "simple" for lines of timestamp, mouse, keyboard, camera, hotbar.
         camera_unit: Simple schema only, and needed there: its lines do not say what their camera is.
-        mouse_scale: Contractor schema only. "recorded", or "by_version": mouse movement inside GUIs (the cursor) is
-            brought to one scale by GUI_MOUSE_FACTORS; the recorder version is the folder in the tar member's path
-            (`10.0/<segment>.mp4`), and a recording without one is skipped. Movement outside GUIs is never scaled.
     """
 
     schema: Literal["contractor", "simple"] = "contractor"
     camera_unit: Literal["delta_deg", "delta_rad", "absolute_deg", "absolute_rad"] | None = None
-    mouse_scale: Literal["recorded", "by_version"] = "recorded"
 
     def __post_init__(self) -> None:
         if self.schema == "contractor" and self.camera_unit is not None:
             raise ValueError(
                 "vpt source: camera_unit belongs to schema 'simple'; contractor lines hold absolute degrees"
             )
-        if self.schema == "simple" and (self.camera_unit is None or self.mouse_scale != "recorded"):
+        if self.schema == "simple" and self.camera_unit is None:
             raise ValueError(
                 "vpt source: schema 'simple' needs source_options.camera_unit, one of delta_deg, delta_rad, absolute_deg, "
-                "absolute_rad (its lines do not say which), and no mouse_scale, which belongs to schema 'contractor'"
+                "absolute_rad (its lines do not say which)"
             )
 
 
@@ -77,10 +69,7 @@ class VptSource:
 
     def __init__(self, options: VptOptions) -> None:
         self.options = options
-        chosen = asdict(options)
-        if options.mouse_scale == "recorded":  # It came later: stores made before are found again.
-            del chosen["mouse_scale"]
-        self.recipe: dict[str, object] = {"source": "vpt", "recipe_version": RECIPE_VERSION, **chosen}
+        self.recipe: dict[str, object] = {"source": "vpt", "recipe_version": RECIPE_VERSION, **asdict(options)}
 
     def list_units(self, inputs: Sequence[str], base: Path) -> list[Unit]:
         """Find tar shards: folders, files, globs and brace ranges, relative to `base`; sorted, each once."""
@@ -132,8 +121,6 @@ class VptSource:
         else:
             controls, notes, first_line, num_lines = read_contractor(lines)
             check_yaw_law(controls)
-            if self.options.mouse_scale == "by_version":
-                notes = (*notes, *_scale_gui_mouse(controls, key))
             info = probe_video(video)
             fps, placement = align_vpt_frames(info, num_lines)
             lines_shown = placement.frame_ticks - first_line
@@ -152,20 +139,6 @@ class VptSource:
             first_frame=first_frame,
             frame_times_s=None if placement.frame_times_s is None else placement.frame_times_s[shown],
         )
-
-
-def _scale_gui_mouse(controls: Mapping[str, np.ndarray], key: str) -> tuple[str, ...]:
-    """Bring mouse movement inside GUIs to one scale, in place; a note where that changed anything."""
-    versions = [part for part in key.split("/")[:-1] if re.fullmatch(r"\d+\.\d+", part)]
-    if len(versions) != 1:
-        raise RecordingError(
-            f"the path {key!r} names {'no' if not versions else 'more than one'} recorder version, which mouse_scale "
-            "'by_version' needs: pack the recordings in folders such as 10.0/, or set source_options.mouse_scale: recorded"
-        )
-    factor = GUI_MOUSE_FACTORS.get(versions[0], 1.0)
-    for name in ("mouse_dx", "mouse_dy"):
-        controls[name][controls["gui"]] *= factor
-    return () if factor == 1.0 else (f"recorder {versions[0]}: mouse movement inside GUIs times {factor:g}",)
 
 
 class YawLaw(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,22 +40,18 @@ class Finding(NamedTuple):
     stale: bool = False  # no byte has changed since it was written, but it is not what its encoder gives of its unit
 
 
-class Scope(NamedTuple):
-    """How much is read: metadata and tables always."""
-
-    share: float = 1.0  # of the chunks, chosen at random
-    read_data: bool = False  # compare shards with their sha256, too
-    seed: int = 0  # of the choice
-
-
 def check_manifest(
-    manifest: Manifest, root: CacheRoot, scope: Scope, on_bytes: Callable[[int], object] = lambda _: None
+    manifest: Manifest,
+    root: CacheRoot,
+    *,
+    read_data: bool = False,
+    on_bytes: Callable[[int], object] = lambda _: None,
 ) -> list[Finding]:
     """Check everything that a manifest lists, and that the root has its own copy of it.
 
-    `on_bytes` is called with the bytes of shards that were checked since. ValueError where another version of the program wrote a store.
+    With `read_data` whole shards are compared with their sha256, too, beside the checksum of every chunk. `on_bytes` is called with the bytes of shards that were checked since. ValueError where another version of the program wrote a store.
     """
-    findings = check_units(manifest.stores, root, scope, on_bytes)
+    findings = check_units(manifest.stores, root, read_data=read_data, on_bytes=on_bytes)
     path = root.manifest(manifest.digest)
     if root.fetch(path) and path.read_bytes() == manifest.to_bytes():
         return findings
@@ -67,17 +62,11 @@ def check_manifest(
 def check_units(
     units: Iterable[tuple[ManifestPart, ManifestEntry]],
     root: CacheRoot,
-    scope: Scope,
+    *,
+    read_data: bool = False,
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> list[Finding]:
     """Check the token stores, actions and controls of some units, as `check_manifest` does; of each store the first damage is named."""
-    rng = random.Random(scope.seed)
-
-    def choose(count: int) -> Sequence[int]:
-        """All of so many numbers, or a random share of them, one at least."""
-        if scope.share >= 1 or count == 0:
-            return range(count)
-        return sorted(rng.sample(range(count), max(1, round(count * scope.share))))
 
     def check_store(store: Path, digest: str) -> None:
         found = check_identity(store, read_store_file(store))
@@ -93,9 +82,9 @@ def check_units(
         for array in sorted(arrays):
             num_bytes = sum(found.files[name].num_bytes for name in shards if name.startswith(f"{array}/"))
             with ArrayReader(store, array) as reader:
-                for _ in pool.map(reader.check_chunk, choose(reader.num_chunks)):
+                for _ in pool.map(reader.check_chunk, range(reader.num_chunks)):
                     on_bytes(num_bytes // reader.num_chunks)
-        for name in (shards[index] for index in choose(len(shards))) if scope.read_data else ():
+        for name in shards if read_data else ():
             check_content(store / name, found.files[name].sha256)
             on_bytes(found.files[name].num_bytes)
 

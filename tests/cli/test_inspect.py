@@ -1,13 +1,11 @@
 """Claims of cli/inspect.py: a data set is described without encoding, and what is wrong in it is named.
 
-Statistics are exact; a sound recording is not suspected, each fault is, also what stage one would skip; a page is self-contained and
-cannot be hijacked by names in the data; any source will do. Of many recordings most give their headers only, and ten of each kind are
-printed.
+Statistics are exact; a sound recording is not suspected, each fault is, also what stage one would skip; any source will do. Of many
+recordings most give their headers only, and ten of each kind are printed.
 """
 
 import io
 import json
-from html.parser import HTMLParser
 
 import av
 import numpy as np
@@ -23,7 +21,6 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import Unit, build_source
-from tests.browser import measure_widths
 from tests.droid_makers import make_episode, write_raw
 from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS, copy_settings
@@ -252,46 +249,12 @@ def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(checkout):
     assert any("12 suspicious; 15 skipped" in line for line in lines)
 
 
-class Tags(HTMLParser):
-    def __init__(self, page):
-        super().__init__()
-        self.found = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-
-def test_the_page_shows_steps_loads_nothing_and_no_name_in_the_data_can_write_into_it(checkout):
-    evil = "<script>alert(1)<script>\"'><img src=evil>"
-    rows = follow(changed(mouse=lambda row: {**row["mouse"], "dx": float(row["tick"])}))
-    write(checkout, {evil: (VIDEO, rows), "long-" * 60: (VIDEO, moving_rows(seed=2)), "b<b>": (VIDEO, b"{")})
-    result = run("dataset=vpt", "encode.fps=20", checkout / "a.tar", "--html", checkout / "page.html")
-    assert result.exit_code == 0 and "skipped: b<b>: line 1 of 1 is no JSON" in result.output, result.output
-    assert "2 recordings of vpt (source vpt)" in result.output and "mouse_dx" in result.output
-    page = (checkout / "page.html").read_text()
-    tags = Tags(page).found
-    images = [attrs["src"] for tag, attrs in tags if tag == "img"]
-    assert len(images) == 2 * 8 and len(set(images)) == 8, "eight steps of each recording"
-    assert all(image.startswith("data:image/jpeg;base64,") for image in images)
-    for frame in range(25, 33):  # with the action that leads from it to the next one
-        assert f'alt="frame {frame}">{frame}\n<br>mouse_dx {frame}' in page
-    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
-    assert "&lt;b&gt;" in page and "http:" not in page and "https:" not in page
-    (width,) = measure_widths([page], 360, checkout)
-    assert width <= 360, "a phone does not scroll the page sideways"
-
-
 def test_what_cannot_be_inspected_is_refused_before_the_work_with_the_way_out(checkout):
     (checkout / "loose").mkdir()
     for name in ("a.mp4", "a.jsonl"):
         (checkout / "loose" / name).write_bytes(b"1")
-    for argv, words in (
-        (("dataset=vpt", checkout / "loose"), "jepa-cache pack"),
-        (("--html", checkout / "a/b.html"), "there is no folder"),
-    ):
-        error = run(*argv).exception
-        assert isinstance(error, ValueError) and words in f"{error} {getattr(error, '__notes__', '')}"
+    error = run("dataset=vpt", checkout / "loose").exception
+    assert isinstance(error, ValueError) and "jepa-cache pack" in f"{error} {getattr(error, '__notes__', '')}"
 
 
 def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):

@@ -1,6 +1,6 @@
 """Claims of `jepa-cache verify`: whatever byte of what a manifest lists is missing or flipped is found and named.
 
-The message names store, chunk and episode and says what to type; a subset says so; steps that are encoded again are bit-equal,
+The message names store, chunk and episode and says what to type; steps that are encoded again are bit-equal,
 and stores of other pixels are not. `--repair` makes what is damaged or missing again with the bytes that it had, and touches nothing
 else; what cannot be made again, or comes out with another digest, is said loudly.
 """
@@ -248,16 +248,6 @@ def test_the_files_of_another_unit_are_found(checkout, kind):
         assert "is not the store that its path says" in checkout.run("verify").out
 
 
-def test_a_subset_reads_so_much_and_says_so_and_tables_are_always_read(checkout):
-    result = checkout.run("verify", "--subset", "10%", "--seed", "3", "--json")
-    whole = checkout.run("verify", "--json").document["num_bytes"]
-    assert result.code == 0 and 0 < result.document["num_bytes"] < whole
-    assert (result.document["share"], result.document["seed"]) == (0.1, 3)
-    assert checkout.run("verify", "--subset", "0.1", "--seed", "3", "--json").document == result.document
-    flip(checkout.tokens(2) / "steps.parquet", 200)
-    assert checkout.run("verify", "--subset", "1%").code == 1
-
-
 def test_random_steps_encoded_again_are_bit_equal_each_in_the_batch_that_it_was_in(checkout, monkeypatch):
     """Episodes of 12, 10, 11 and 15 steps in batches of 8; another batch size may round otherwise."""
     sizes, encode = [], FrozenEncoder.encode
@@ -305,7 +295,6 @@ def test_what_cannot_be_compared_is_wrong_usage(checkout, tmp_path, monkeypatch)
     for options, said in (
         (("--against-online", "2", checkout.recordings, "encode.fps=4"), "sampling.fps: 5.0 -> 4.0"),
         (("--against-online", "2", other), "none of the recordings"),
-        *(((f"--subset={text}",), "--subset is a share") for text in ("0%", "101%", "-5%", "all", "nan")),
     ):
         result = checkout.run("verify", *options)
         assert result.code == 2 and said in result.err

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from jepa_cache.encoding.verification import repair_manifest
-from jepa_cache.store.check import Scope, check_units
+from jepa_cache.store.check import check_units
 from jepa_cache.store.collection import remove_unneeded
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import make_tiny_tar, read_everything, run_stage_one, same_numbers, tiniest_config
@@ -154,7 +154,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def repair(self):
         manifest, config, contents = self.listed
-        findings = check_units(manifest.stores, self.root, Scope(read_data=True))
+        findings = check_units(manifest.stores, self.root, read_data=True)
         assert not findings or self.harmed
         if contents <= set(self.tars.values()):
             given = {"base": self.folder, "root": self.root}

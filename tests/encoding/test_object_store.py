@@ -13,7 +13,7 @@ from jepa_cache.cli.export import export_manifest
 from jepa_cache.encoding import run
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.verification import repair_manifest
-from jepa_cache.store.check import Finding, Scope, check_manifest
+from jepa_cache.store.check import Finding, check_manifest
 from jepa_cache.store.collection import list_root, remove_unneeded
 from jepa_cache.store.recipe import StoreKey
 from jepa_cache.store.root import CacheRoot
@@ -98,7 +98,7 @@ def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_en
     before = root.bucket.list("")
     repaired = repair_manifest(manifest, findings, tiniest_config(), [str(recordings)], base=recordings, root=root)
     assert {*repaired.repaired} == {finding.path for finding in findings} and repaired.complete and len(whole) == 3
-    assert check_manifest(manifest, root, Scope()) == []
+    assert check_manifest(manifest, root) == []
     assert root.bucket.list("") == before and all(path.read_bytes() == content for path, content in whole.items())
 
 

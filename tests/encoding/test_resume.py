@@ -13,7 +13,7 @@ from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.verification import repair_manifest
 from jepa_cache.media.probe import DecodeError
 from jepa_cache.store import layout
-from jepa_cache.store.check import Scope, check_units
+from jepa_cache.store.check import check_units
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, encode, make_tars, make_tiny_tar, read_episodes, tiniest_config
 from tests.makers import make_vpt_pair, write_vpt_tar
@@ -202,6 +202,6 @@ def test_a_repair_finds_the_units_of_all_members_of_a_mixture_that_share_a_recip
     manifest = encode_dataset(config, [], base=base, root=root).manifest
     for part, entry in manifest.stores:
         shutil.rmtree(root.store(part.keys(entry)[0]))
-    findings = check_units(manifest.stores, root, Scope())
+    findings = check_units(manifest.stores, root)
     repair = repair_manifest(manifest, findings, config, [], base=base, root=root)
-    assert repair.complete and len(repair.repaired) == 2 and not check_units(manifest.stores, root, Scope())
+    assert repair.complete and len(repair.repaired) == 2 and not check_units(manifest.stores, root)

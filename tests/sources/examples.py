@@ -54,7 +54,7 @@ def vpt() -> dict[str, Example]:
 
     simple = {"schema": "simple", "camera_unit": "delta_deg"}
     contractor = {"schema": "contractor"}
-    changes = [simple, {**simple, "camera_unit": "absolute_rad"}, {**contractor, "mouse_scale": "by_version"}]
+    changes = [simple, {**simple, "camera_unit": "absolute_rad"}]
     return {"contractor": Example(contractor, "vpt36", write, damage, 20.0, changes)}
 
 

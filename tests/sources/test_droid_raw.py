@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.cli.preparation import index_droid
 from jepa_cache.data.filters import NO_FILTER, keep_ticks
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
@@ -255,26 +254,15 @@ def test_a_unit_is_the_files_of_one_episode_and_camera_and_circles_are_searched_
     assert before[0] in after and len(after) == 2
 
 
-def test_the_index_lists_complete_episodes_and_the_source_reads_it(tmp_path, capsys):
+def test_a_list_of_episode_folders_is_read_as_the_official_training_takes_it(tmp_path):
     root = tmp_path / "with a space"
     folders = [write_raw(root, make_episode(seed, 12)) for seed in range(3)]
-    first_json(folders[1]).unlink()
-    out = tmp_path / "lists" / "episodes.csv"
-    index_droid(root, out)
-    printed = capsys.readouterr().out
-    assert "listed 2 episodes" in printed and f"skipped 1 folders:\n  {folders[1]}: it has no metadata" in printed
-    assert [episode.key[-6:] for episode in read(out)] == ["made-0", "made-2"]
-    with pytest.raises(ValueError, match="--overwrite"):
-        index_droid(root, out)
-    index_droid(root, out, overwrite=True)
-    with pytest.raises(ValueError, match="none of the 1 episodes"):
-        index_droid(folders[1], tmp_path / "other.csv")
-    official = root / "list.txt"  # as the official training takes it
-    official.write_text(f'"{folders[0]}" 0\n\n{folders[2].relative_to(root)} 1\n')
-    assert [episode.key[-6:] for episode in read(official)] == ["made-0", "made-2"]
-    official.write_text(f'"{folders[0]}"\n{tmp_path / "nowhere"}\n')
+    listed = root / "list.txt"
+    listed.write_text(f'"{folders[0]}" 0\n\n{folders[2].relative_to(root)} 1\n')
+    assert [episode.key[-6:] for episode in read(listed)] == ["made-0", "made-2"]
+    listed.write_text(f'"{folders[0]}"\n{tmp_path / "nowhere"}\n')
     with pytest.raises(ValueError, match=r"1 hold no trajectory\.h5 \(first: .*nowhere"):
-        read(official)
+        read(listed)
 
 
 @pytest.mark.parametrize("given", ["nowhere", "empty", "file.tar"])
