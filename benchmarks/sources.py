@@ -120,7 +120,7 @@ def run_pass(case: Case) -> tuple[Clock, Clock, str, int, int]:
             if isinstance(recording.video, Path):
                 shared.add(recording.video)
             else:
-                alone.num_frames += alone.run(lambda: decode_alone(recording.video))  # noqa: B023
+                alone.num_frames += alone.run(lambda: decode_alone(recording.video))
         for path in shared:
             alone.num_frames += alone.run(lambda: decode_alone(path))  # noqa: B023
     return reader, alone, what, num_recordings, num_skipped

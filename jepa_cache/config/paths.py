@@ -1,12 +1,10 @@
-"""What this machine decides: threads, devices and folders; and names from other people's files as safe text."""
+"""What this machine decides: threads and folders; and names from other people's files as safe text."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-
-from jepa_cache.config.parsing import ConfigError
 
 # C0 and C1 controls, what turns the direction of writing around, and the surrogates of names that are not UTF-8: in a
 # name from other people's files such a character can move the cursor or forge a line.
@@ -19,17 +17,6 @@ def default_num_threads() -> int:
     On a busy two-core machine two threads were 6 to 20 times slower than one: they spin at every barrier.
     """
     return max(1, (os.cpu_count() or 1) // 2)
-
-
-def resolve_device(key: str, wanted: str, num_gpus: int) -> str:
-    """The device that a setting means on a machine with so many GPUs; "auto" is a GPU where there is one, a missing one is refused."""
-    if wanted == "auto":
-        return "cuda" if num_gpus else "cpu"
-    if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= num_gpus:
-        raise ConfigError(
-            f"{key} is {wanted!r}, but torch finds {num_gpus} GPUs here; set it to auto or cpu, or see with `jepa-cache doctor` what is missing"
-        )
-    return wanted
 
 
 def existing_folder(path: Path) -> Path:

@@ -62,6 +62,13 @@ def _name_once(values: Any) -> Any:
     return values
 
 
+def _name_device(value: str) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise ValueError("must be auto, cpu or cuda (which of several GPUs: CUDA_VISIBLE_DEVICES=1 before the command)")
+    return value
+
+
+Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0, le=10**6)]  # 0 has a meaning of its own
@@ -224,7 +231,7 @@ class EncodeConfig(Settings):
     compute_dtype: FloatDtype
     batch_size: Count
     dtype: StoredDtype
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+    device: Device
     decoder: Decoder
     num_decoders: Count  # threads
     max_skipped_share: Share  # of the recordings
@@ -315,7 +322,7 @@ class TrainConfig(Settings):
     costs: Annotated[tuple[Literal["readout", "time"], ...], Once]
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
-    device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
+    device: Device  # of training, evaluation and plans
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps
