@@ -250,10 +250,16 @@ class EncodeConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`; or by name, or exactly so many of few.
+
+    What files of earlier versions do not name is off.
+    """
 
     val_share: Share
     seed: Seed
+    held_out: tuple[Text, ...] = ()  # patterns of keys, such as val/*; then share and seed decide nothing
+    # Of fewer episodes exactly round(share x number), at least 2, are held out: those of the lowest hashes. 0: never.
+    exact_below: CountOrZero = 0
 
 
 @dataclass(frozen=True)
