@@ -52,7 +52,7 @@ def named_cases(arguments: list[str]) -> list[Case]:
     return cases
 
 
-def decode_alone(video: object, decoder: str) -> int:
+def decode_alone(video: object) -> int:
     """Decode all frames with the library itself; their number."""
     if isinstance(video, FrameSequence):
         import io
@@ -63,13 +63,6 @@ def decode_alone(video: object, decoder: str) -> int:
             np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         return len(video.frames)
     container = video.video if isinstance(video, SideBySide) else video
-    if decoder == "decord":
-        import decord
-
-        reader = decord.VideoReader(as_file(container), ctx=decord.cpu(0), num_threads=1)
-        for first in range(0, len(reader), BATCH_FRAMES):
-            reader.get_batch(range(first, min(first + BATCH_FRAMES, len(reader)))).asnumpy()
-        return len(reader)
     import av
 
     num_frames = 0
@@ -115,7 +108,7 @@ def run_pass(case: Case) -> tuple[Clock, Clock, str, int, int]:
     units = reader.run(lambda: source.list_units([case.given], Path.cwd()))
     what, num_recordings, num_skipped = "", 0, 0
     for unit in units:
-        recordings, shared = source.iter_episodes(unit), {}
+        recordings, shared = source.iter_episodes(unit), set()
         while (recording := reader.run(lambda: next(recordings, None))) is not None:  # noqa: B023
             if not isinstance(recording, Episode):
                 num_skipped += 1
@@ -125,11 +118,11 @@ def run_pass(case: Case) -> tuple[Clock, Clock, str, int, int]:
             num_recordings += 1
             what = f"{decoder} {size}"
             if isinstance(recording.video, Path):
-                shared[recording.video] = decoder  # That of the last recording in it.
+                shared.add(recording.video)
             else:
-                alone.num_frames += alone.run(lambda: decode_alone(recording.video, decoder))  # noqa: B023
-        for path, decoder in shared.items():
-            alone.num_frames += alone.run(lambda: decode_alone(path, decoder))  # noqa: B023
+                alone.num_frames += alone.run(lambda: decode_alone(recording.video))
+        for path in shared:
+            alone.num_frames += alone.run(lambda: decode_alone(path))  # noqa: B023
     return reader, alone, what, num_recordings, num_skipped
 
 

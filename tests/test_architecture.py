@@ -31,7 +31,7 @@ FLOORS = (
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
-    {"actions"},
+    {"actions", "devices"},
     {"config", "files", "poses", "ridge"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.

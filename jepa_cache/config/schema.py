@@ -45,8 +45,7 @@ EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-typ
 SingleFrame: TypeAlias = Literal["doubled", "image"]
 EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-Decoder: TypeAlias = Literal["auto", "decord", "pyav"]
-DECODERS = get_args(Decoder)
+Decoder: TypeAlias = Literal["auto", "pyav"]  # one and the same, under two names of recipes
 StoredDtype: TypeAlias = Literal["float16", "bfloat16", "int8", "float8_e4m3", "int4"]  # docs/store_format.md
 STORED_DTYPES = get_args(StoredDtype)
 INT4_GROUP = 64  # channels of a token that share an int4 scale; 32 would lower the error by a tenth for 6 % more bytes
@@ -63,6 +62,13 @@ def _name_once(values: Any) -> Any:
     return values
 
 
+def _name_device(value: str) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise ValueError("must be auto, cpu or cuda (which of several GPUs: CUDA_VISIBLE_DEVICES=1 before the command)")
+    return value
+
+
+Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0, le=10**6)]  # 0 has a meaning of its own
@@ -91,7 +97,7 @@ class DatasetPreset(Settings):
     """configs/dataset/*.yaml: where recordings come from and how they are sampled by default."""
 
     name: str
-    source: str  # module in jepa_cache/sources
+    source: str  # module in jepa_cache/sources, or the path of a file.py from the project
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
     fps: FrameRate  # Hz of the sampled frames
@@ -225,7 +231,7 @@ class EncodeConfig(Settings):
     compute_dtype: FloatDtype
     batch_size: Count
     dtype: StoredDtype
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+    device: Device
     decoder: Decoder
     num_decoders: Count  # threads
     max_skipped_share: Share  # of the recordings
@@ -316,7 +322,7 @@ class TrainConfig(Settings):
     costs: Annotated[tuple[Literal["readout", "time"], ...], Once]
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
-    device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
+    device: Device  # of training, evaluation and plans
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps

@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cache.config import paths
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity
@@ -29,7 +27,7 @@ from jepa_cache.store.root import CacheRoot
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be had for every machine
+LIBRARIES = ("torch", "numpy", "zarr", "av")
 POLL_S = 1.0
 
 
@@ -41,8 +39,10 @@ def count_gpus() -> int:
 
 
 def resolve_device(wanted: str) -> str:
-    """The device that `encode.device` means on this machine, see `config.paths.resolve_device`."""
-    return paths.resolve_device("encode.device", wanted, count_gpus())
+    """The device that `encode.device` means on this machine, see `devices.resolve_device`."""
+    from jepa_cache import devices
+
+    return devices.resolve_device("encode.device", wanted)
 
 
 def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, num_threads: int) -> FrozenEncoder:
@@ -58,6 +58,7 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 
     preset, weights, identity = opened
+    device = resolve_device(device)
     torch.set_num_threads(num_threads)
     files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]
@@ -80,8 +81,7 @@ def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) 
         "batch_size": batch_size,
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "num_threads": num_threads,
-        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}
-        | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
 
 

@@ -58,7 +58,7 @@ from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
 from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run
-from jepa_cache.training.distributed import check_same, watched_processes
+from jepa_cache.training.distributed import check_same, wait_for_first, watched_processes
 
 # A run resumes under other values of these, on another machine too: they move no number.
 RESUME_SAFE_SETTINGS = (
@@ -126,7 +126,7 @@ def open_run(
             stack.enter_context(held(output, OUTPUT_TAKEN.format(output.parent)))
             stack.enter_context(held(run.folder, RUN_TAKEN.format(run.folder.name)))
             _prepare_folder(run, fresh=fresh)
-        accelerator.wait_for_everyone()
+        wait_for_first(accelerator)
         yield run
 
 

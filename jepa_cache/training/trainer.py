@@ -29,6 +29,7 @@ from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
+from jepa_cache.devices import has_bfloat16, name_device
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.lora import count_trainable
@@ -299,6 +300,10 @@ def _refuse_not_finite(report: StepReport, state: TrainingState, data: TrainingD
 
 def _print_start(state: TrainingState, data: TrainingData) -> None:
     settings, processes = state.settings, state.accelerator.num_processes
+    if state.accelerator.device.type == "cuda" and settings.precision == "bfloat16" and not has_bfloat16():
+        print(
+            f"{name_device('cuda')} only imitates bfloat16, slowly and with far more memory for attention: set train.precision=float16"
+        )
     for layer in state.trained.new_layers:
         print(f"{layer} is a new layer: the starting weights have it in another width")
     print(
