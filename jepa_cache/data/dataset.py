@@ -120,7 +120,7 @@ def find_differences(config: Config, manifest: Manifest) -> list[str]:
         "encode.mode": (encode.mode, manifest.mode),
         "encode.fps": (encode.fps, sampling["fps"]),
         "encode.action_space": (encode.action_space, manifest.action_space),
-        **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype")},
+        **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype", "decoder")},
         "encode.pool": (encode.pool, recipe.get("pool", 1)),  # absent where off
         "encode.cameras": (list(encode.cameras), _unique(part.camera for part in parts if part.camera)),
     }
