@@ -137,8 +137,8 @@ def test_a_batch_in_use_is_not_overwritten_while_the_next_ones_are_read(parts, n
     loader, filled = WindowLoader(*parts, num_threads=num_threads), []
     fill = loader._fill
 
-    def counted(buffer, numbers):
-        result = fill(buffer, numbers)
+    def counted(*arguments):
+        result = fill(*arguments)
         filled.append(1)
         return result
 
