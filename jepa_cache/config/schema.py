@@ -97,7 +97,7 @@ class DatasetPreset(Settings):
     """configs/dataset/*.yaml: where recordings come from and how they are sampled by default."""
 
     name: str
-    source: str  # module in jepa_cache/sources
+    source: str  # module in jepa_cache/sources, or the path of a file.py from the project
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
     fps: FrameRate  # Hz of the sampled frames
