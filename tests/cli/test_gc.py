@@ -45,7 +45,9 @@ def test_an_encoded_root_holds_nothing_that_is_not_needed(checkout):
 
 def test_what_no_manifest_needs_is_listed_and_removed_on_request_alone(checkout):
     before = checkout.files()
-    store = _orphan(checkout)
+    store, dead = _orphan(checkout), checkout.tokens().parent / ".jepa-cache-0123456789ab-dead.zarr"
+    dead.mkdir()
+    (dead / "x").write_bytes(b"12345")  # of a writer that died
     num_bytes = _bytes(store)
     listed = checkout.run("gc", *NOW, "--json").document
     (entry,) = listed["unneeded"]
@@ -54,7 +56,8 @@ def test_what_no_manifest_needs_is_listed_and_removed_on_request_alone(checkout)
     assert store.is_dir() and f"not needed: {store}" in checkout.run("gc", *NOW).out
     assert "nothing was changed" in checkout.run("gc", *NOW).out
     removed = checkout.run("gc", *NOW, "--delete", "--json").document
-    assert removed["deleted"] and removed["num_bytes"] == num_bytes
+    assert removed["deleted"] and removed["num_bytes"] == num_bytes + 5
+    assert removed["temporaries"] == listed["temporaries"] == [{"path": str(dead), "num_bytes": 5}]
     assert not store.parent.exists() and checkout.files() == before
 
 
