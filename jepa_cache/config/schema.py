@@ -45,7 +45,8 @@ EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-typ
 SingleFrame: TypeAlias = Literal["doubled", "image"]
 EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-Decoder: TypeAlias = Literal["auto", "pyav"]  # one and the same, under two names of recipes
+Decoder: TypeAlias = Literal["auto", "decord", "pyav"]
+DECODERS = get_args(Decoder)
 StoredDtype: TypeAlias = Literal["float16", "bfloat16", "int8", "float8_e4m3", "int4"]  # docs/store_format.md
 STORED_DTYPES = get_args(StoredDtype)
 INT4_GROUP = 64  # channels of a token that share an int4 scale; 32 would lower the error by a tenth for 6 % more bytes
@@ -250,10 +251,16 @@ class EncodeConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`; or by name, or exactly so many of few.
+
+    What files of earlier versions do not name is off.
+    """
 
     val_share: Share
     seed: Seed
+    held_out: tuple[Text, ...] = ()  # patterns of keys, such as val/*; then share and seed decide nothing
+    # Of fewer episodes exactly round(share x number), at least 2, are held out: those of the lowest hashes. 0: never.
+    exact_below: CountOrZero = 0
 
 
 @dataclass(frozen=True)

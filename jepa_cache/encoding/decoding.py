@@ -148,7 +148,9 @@ class Decoders:
         try:
             stream.plan = self._plan(episode)
             inputs = stream.plan.inputs
-            with open_video(episode.video, first_frame=episode.first_frame, num_frames=num_frames) as video:
+            with open_video(
+                episode.video, encode.decoder, first_frame=episode.first_frame, num_frames=num_frames
+            ) as video:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), encode.batch_size):
                     if self._stop.is_set() or stream.dropped:

@@ -115,6 +115,18 @@ def test_a_project_asks_for_no_file_of_the_package_and_means_what_the_checkout_m
     assert "with a first commit" in capsys.readouterr().out
 
 
+def test_an_experiment_changes_one_line_of_a_projects_settings(tmp_path):
+    """`dvc exp run -S` writes params.yaml anew; it has the form already in which DVC writes."""
+    serialize = pytest.importorskip("dvc.utils.serialize", reason="DVC is not installed")
+    init(tmp_path / "new")
+    path = tmp_path / "new/params.yaml"
+    before = path.read_text().splitlines()
+    with serialize.modify_yaml(str(path)) as params:
+        params["split"]["seed"] += 1
+    after = path.read_text().splitlines()
+    assert len(before) == len(after) and sum(map(str.__ne__, before, after)) == 1
+
+
 def test_a_source_file_that_is_missing_or_no_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no source file"):
         build_source(str(tmp_path / "gone.py"), {})
