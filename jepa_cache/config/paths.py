@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
+
+from jepa_cache.config.parsing import ConfigError
 
 # C0 and C1 controls, what turns the direction of writing around, and the surrogates of names that are not UTF-8: in a
 # name from other people's files such a character can move the cursor or forge a line.
@@ -17,6 +22,18 @@ def default_num_threads() -> int:
     On a busy two-core machine two threads were 6 to 20 times slower than one: they spin at every barrier.
     """
     return max(1, (os.cpu_count() or 1) // 2)
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Refuse, with what to type, where a library is missing that an extra of pyproject.toml brings; `what` is the one that needs it."""
+    if find_spec(module) is None:
+        needs = (text.partition(";") for text in requires("jepa-cache") or ())
+        packages = " ".join(
+            shlex.quote(name.strip()) for name, _, marker in needs if re.search(rf"extra == .{extra}\b", marker)
+        )
+        raise ConfigError(
+            f"{what} needs the library {module}, which is not installed: python -m pip install {packages}"
+        )
 
 
 def existing_folder(path: Path) -> Path:

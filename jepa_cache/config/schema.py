@@ -105,7 +105,7 @@ class DatasetPreset(Settings):
     """configs/dataset/*.yaml: where recordings come from and how they are sampled by default."""
 
     name: str
-    source: str  # module in jepa_cache/sources
+    source: str  # module in jepa_cache/sources, or the path of a file.py from the project
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
     fps: FrameRate  # Hz of the sampled frames
@@ -258,10 +258,16 @@ class EncodeConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`; or by name, or exactly so many of few.
+
+    What files of earlier versions do not name is off.
+    """
 
     val_share: Share
     seed: Seed
+    held_out: tuple[Text, ...] = ()  # patterns of keys, such as val/*; then share and seed decide nothing
+    # Of fewer episodes exactly round(share x number), at least 2, are held out: those of the lowest hashes. 0: never.
+    exact_below: CountOrZero = 0
 
 
 @dataclass(frozen=True)

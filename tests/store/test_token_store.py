@@ -155,6 +155,18 @@ def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     assert all_files(whole) == all_files(pieces)
 
 
+@pytest.mark.parametrize("num_steps", [1, 8, 10, 512, 700])
+def test_arrays_are_byte_for_byte_what_zarr_writes(tmp_path, num_steps):
+    written = write(tmp_path / "a.zarr", "int8", [make_tokens(num_steps)])
+    array = layout.create_tokens_array(tmp_path / "b.zarr", N, D, "int8")
+    scales = layout.create_token_scales(tmp_path / "b.zarr", N, D, "int8")
+    for it, name in ((array, "tokens"), (scales, "token_scales")):
+        it.resize((num_steps, *it.shape[1:]))
+        it[:] = read_all(written, name)
+        assert all_files(tmp_path / "b.zarr" / name) == all_files(written / name)
+    check_store(written, read_data=True)
+
+
 @pytest.mark.parametrize("dtype", CODECS)
 def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
     assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
