@@ -69,6 +69,13 @@ def _name_device(value: str) -> str:
     return value
 
 
+def _name_switch(value: Any) -> Any:
+    if value not in ("auto", True, False):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
+Switch: TypeAlias = Annotated[str | bool, AfterValidator(_name_switch)]
 Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
@@ -330,6 +337,7 @@ class TrainConfig(Settings):
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Device  # of training, evaluation and plans
+    deterministic: Switch  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps
@@ -342,7 +350,7 @@ class TrainConfig(Settings):
     loggers: Annotated[tuple[Logger, ...], Once]  # the CSV is always written
 
 
-TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False}
+TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False, "deterministic": "auto"}
 """What training presets and checkpoints mean that do not name a setting: it came after them."""
 
 

@@ -267,9 +267,8 @@ class TrainableModel:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must hold: all weights, or the adapters and new layers alone; on the CPU."""
-        state = adapter_state(self.module) if self.lora else self.predictor.state_dict()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        """Return what a checkpoint must hold: all weights, or the adapters and new layers alone, as they are trained, not copied."""
+        return adapter_state(self.module) if self.lora else self.predictor.state_dict()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` returned."""

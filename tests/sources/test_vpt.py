@@ -8,7 +8,6 @@ in the simple schema rows are placed on frames by time and nothing is guessed; e
 import hashlib
 import itertools
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -245,19 +244,12 @@ def test_what_cannot_be_used_is_skipped_by_name_and_the_others_go_on(tmp_path):
         *(("lonely.mp4", good), ("half.jsonl", lines), ("first.mp4", good), ("first-options.json", b"{}")),
         *(("broken.mp4", good[:300]), ("broken.jsonl", lines), ("first.jsonl", lines), ("first.zip", b"zip")),
         *(("badline.mp4", good), ("badline.jsonl", b"{"), ("10.0/last..mp4", good), ("10.0/last..jsonl", lines)),
-        *(("twice.mp4", good), ("twice.jsonl", lines), ("twice.mp4", good), ("README.txt", b"")),
+        ("README.txt", b""),
     ]
-    path = write_tar(tmp_path / "x.tar", members)
-    with tarfile.open(path, "a") as tar:  # a hard link gives no recording the video of another
-        for suffix in ("mp4", "jsonl"):
-            link = tarfile.TarInfo(f"link.{suffix}")
-            link.type, link.linkname = tarfile.LNKTYPE, f"first.{suffix}"
-            tar.addfile(link)
-    results = _read_tar(path)
+    results = _read_tar(write_tar(tmp_path / "x.tar", members))
     assert [result.key for result in results if isinstance(result, Episode)] == ["first", "10.0/last"]
     reasons = {result.key: result.reason for result in results if isinstance(result, Skipped)}
     words = {"lonely": "no lonely.jsonl", "half": "no half.mp4", "broken": "cannot be opened", "badline": "line 1 of 1"}
-    words |= {"twice": "more than one member 'mp4'", "link": "is a link"}
     assert reasons.keys() == words.keys() and all(words[key] in reason for key, reason in reasons.items())
 
 
