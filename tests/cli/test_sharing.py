@@ -80,7 +80,13 @@ def test_what_is_no_exported_cache_is_refused(checkout, tmp_path, shared):
     ):
         result = checkout.run("pull", *arguments)
         assert result.code == 2 and words in result.err and "Traceback" not in result.err
-    for line in ("x", f"{'0' * 64}  ../x", f"{'0' * 64}  /etc/x", f"{'0' * 64}  tokens/../../x", f"{'0' * 64}  other/x"):
+    for line in (
+        "x",
+        f"{'0' * 64}  ../x",
+        f"{'0' * 64}  /etc/x",
+        f"{'0' * 64}  tokens/../../x",
+        f"{'0' * 64}  other/x",
+    ):
         (tmp_path / CHECKSUMS).write_text(f"{line}\n")
         with pytest.raises(ValueError, match="is no list of an exported cache"):
             read_sums(tmp_path / CHECKSUMS)
