@@ -29,6 +29,7 @@ COMMANDS = {
     "pack": "preparation",
     "add-encoder": "preparation",
     "compare": "compare",
+    "view": "view",
     "params": "main",
     "doctor": "doctor",
 }

@@ -65,10 +65,15 @@ class Dataset:
         Raises:
             ValueError: There is no such episode.
         """
-        segments = [segment for some in self._segments.values() for segment in some if segment.episode == key]
-        if not segments:
-            raise ValueError(f"there is no episode {key!r} of {len(self.keys())}; `keys()` lists them")
-        return [self._read(segment) for segment in segments]
+        return [self._read(segment) for segment in self.segments(key)]
+
+    def segments(self, key: str) -> list[Segment]:
+        """Where the runs of an episode lie; a ValueError where there is no such episode."""
+        found = [segment for some in self._segments.values() for segment in some if segment.episode == key]
+        if not found:
+            keys = self.keys()
+            raise ValueError(f"there is no episode {key!r}; there are {len(keys)}, such as {', '.join(keys[:3])}")
+        return found
 
     def _read(self, segment: Segment) -> Run:
         num_steps = segment.stop - segment.start

@@ -39,7 +39,7 @@ def test_an_episode_is_what_the_cache_holds_of_it(cache):
         assert run.tokens.dtype == torch.float32 and np.array_equal(run.tokens, stored(cache, segment))
         for ours, theirs in zip(run[1:], cache.dataset.controls_of(segment), strict=True):
             assert np.array_equal(ours, theirs)
-    with pytest.raises(ValueError, match="there is no episode 'other' of 8"):
+    with pytest.raises(ValueError, match="there is no episode 'other'; there are 8, such as episode-0"):
         dataset.episode("other")
 
 
