@@ -19,6 +19,7 @@ from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import STAGING_FILE, TokenWriter, table
 from tests.encoded import all_files, write_store_json
+from tests.makers import flip
 from tests.store import plain_reader
 
 N, D, STEPS = 3, 64, 530
@@ -237,12 +238,6 @@ def test_rolling_back_forgets_an_episode_wherever_it_began(tmp_path, keep):
         writer.append(later)
         writer.publish(*tables(keep + 40), {}, {})
     assert np.array_equal(read_all(tmp_path / "a.zarr"), np.concatenate([tokens[:keep], later]))
-
-
-def flip(path, offset):
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 0x10
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["steps.parquet", "segments.parquet", "zarr.json", "tokens/zarr.json", "store.json"])
