@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "verify",
     "gc": "gc",
     "export": "export",
+    "pull": "sharing",
     "inspect": "inspect",
     "pack": "preparation",
     "add-encoder": "preparation",
