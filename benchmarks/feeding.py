@@ -30,8 +30,8 @@ from jepa_cache.store import layout
 from jepa_cache.store.quantisation import CODECS
 from jepa_cache.store.writer import TokenWriter, table
 
-PIECE_S = 0.03  # to "decode" 8 frames
-EPISODES_PER_THREAD = 4
+PIECE_S = 0.02  # to "decode" 8 frames
+EPISODES_PER_THREAD = 6
 SIDE = 256
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("what", choices=["decoders", "writer"])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--frames", type=int, nargs="+", default=[100, 384, 1500], help="of an episode")
-    parser.add_argument("--budget-mib", type=int, default=2048)
+    parser.add_argument("--budget-mib", type=int, default=2560)
     parser.add_argument("--steps", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -46,8 +46,8 @@ class Budget:
 
     The earliest episode may always hold one batch, so the consumer, which takes them in order, never waits in vain; room for that
     batch is kept free of the others. Of the room that finished episodes leave, each one that is being decoded has the larger a
-    share the earlier it comes. Without such shares all are decoded to the same point when memory is full, and then one thread works
-    alone until the first is done (5-minute recordings, 16 threads: 6 of them worked on average).
+    share the earlier it comes, the first of them that of nearly a whole one. Without shares all get to the same point before memory
+    is full, and then one thread works alone until the first is done.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -69,6 +69,11 @@ class Budget:
             self._episodes[number] = num_bytes
             self._add(num_bytes)
 
+    def wait_for_consumer(self, number: int) -> None:
+        """Wait until the earliest episode that is not done with has this number or a later one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._first >= number)
+
     @contextmanager
     def decoding(self, number: int) -> Iterator[None]:
         """While the block runs, an episode has a share."""
@@ -81,22 +86,25 @@ class Budget:
                 self._decoding.discard(number)
                 self._changed.notify_all()
 
-    def take_batch(self, number: int, num_bytes: int) -> None:
-        """Wait for room for a batch of an episode that is being decoded."""
+    def take_batch(self, number: int, num_bytes: int, whole_bytes: int) -> None:
+        """Wait for room for a batch of an episode that is being decoded and will have `whole_bytes` in all."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._may_take(number, num_bytes))
+            self._changed.wait_for(lambda: self._closed or self._may_take(number, num_bytes, whole_bytes))
             self._batches[number] += num_bytes
             self._add(num_bytes)
 
-    def _may_take(self, number: int, num_bytes: int) -> bool:
+    def _may_take(self, number: int, num_bytes: int, whole_bytes: int) -> bool:
         if number == self._first:
             return not self._batches[number] or self.held_bytes + num_bytes <= self.limit_bytes
-        # The earliest one that is not taken yet needs no share: its batches go as they come.
+        if self.held_bytes + 2 * num_bytes > self.limit_bytes:
+            return False
+        # The earliest of all needs no share: its batches go as they come.
         sharing = sorted(it for it in self._decoding if it != self._first)
         shared_bytes = self.limit_bytes - num_bytes - self.held_bytes + sum(self._batches[it] for it in sharing)
-        place, count = sharing.index(number), len(sharing)
-        share = shared_bytes * 2 * (count - place) / (count * (count + 1))
-        return self.held_bytes + 2 * num_bytes <= self.limit_bytes and self._batches[number] + num_bytes <= share
+        # Threads that are one behind the other all the way hold half an episode each.
+        count = max(1, min(len(sharing), int(2 * shared_bytes / whole_bytes)))
+        share = shared_bytes * 2 * (count - sharing.index(number)) / (count * (count + 1))
+        return self._batches[number] < share
 
     def give_back(self, number: int, num_bytes: int) -> None:
         """A batch is not needed any more."""
@@ -167,12 +175,12 @@ class Decoders:
         # Of each unit itself, its recordings, then None or why it cannot be read to its end; a last None.
         self._items: queue.Queue[Unit | EpisodeStream | Skipped | Exception | None] = queue.Queue()
         self.budget = Budget(group.encode.decode_ahead_mib << 20)
+        self._num_threads = group.encode.num_decoders or default_num_decoders()
         self._num_episodes = 0
         self._stop = threading.Event()
 
     def __enter__(self) -> Decoders:
-        num_threads = self._group.encode.num_decoders or default_num_decoders()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
         return self
@@ -207,10 +215,13 @@ class Decoders:
         return item
 
     def _feed(self) -> None:
+        units = iter(self._units)
         try:
-            for unit in self._units:
-                if self._stop.is_set():
-                    return
+            while not self._stop.is_set():
+                # A unit that is asked for is claimed: what no thread would decode soon is left to other encoders.
+                self.budget.wait_for_consumer(self._num_episodes - 2 * self._num_threads)
+                if (unit := next(units, None)) is None:
+                    break
                 self._items.put(unit)
                 self._items.put(self._feed_unit(unit))
             self._items.put(None)
@@ -270,7 +281,8 @@ class Decoders:
             piece = video.read(frames[start : start + PIECE_FRAMES])
             ready = self._preprocess(piece)
             if pixels is None:
-                self.budget.take_batch(stream.number, ready[0].nbytes * len(frames))
+                whole_bytes = ready[0].nbytes * stream.plan.inputs.size
+                self.budget.take_batch(stream.number, ready[0].nbytes * len(frames), whole_bytes)
                 pixels = ready.new_empty((len(frames), *ready.shape[1:]))
             pixels[start : start + len(ready)] = ready
             luma.append(luma_statistics(piece))

@@ -111,7 +111,7 @@ def test_a_budget_below_one_batch_holds_one_batch(monkeypatch):
 def test_read_episodes_count_until_they_are_done_with():
     budget = Budget(100)
     budget.take_episode(0, 90)
-    budget.take_batch(0, 30)  # the earliest may always hold one
+    budget.take_batch(0, 30, 30)  # the earliest may always hold one
     assert budget.held_bytes == 120
     taken = threading.Thread(target=budget.take_episode, args=(1, 50))
     taken.start()
