@@ -5,8 +5,8 @@
     python benchmarks/encode.py tiny --recording FOLDER  # mp4 + jsonl pairs of your own
 
 In every round, one after the other: stage one as a whole into an empty root (read, decode, encode, write, check, publish; the
-disk's fsync included), the decoder alone on the same frames with as many threads, as stage one
-reads them, and the bare encoder on batches of the same sizes. Rates are in sampled frames a second by the clock; a ratio is the median
+disk's fsync included), the decoder alone on the same frames with as many threads (decord by its own batch call, else as stage one
+reads), and the bare encoder on batches of the same sizes. Rates are in sampled frames a second by the clock; a ratio is the median
 over the rounds, so that a busy machine hits both. "by CPU" compares the processor time of the decoder alone with all that stage one
 takes. "cores" is what stage one used: where that is all there are, more decoder threads would be no quicker. vits, vitb and vitl
 have random weights, for measuring only.
@@ -35,6 +35,7 @@ from jepa_cache.config.loading import load_config  # noqa: E402
 from jepa_cache.config.schema import Config  # noqa: E402
 from jepa_cache.encoding.steps import plan_episode  # noqa: E402
 from jepa_cache.episode import Episode  # noqa: E402
+from jepa_cache.media.probe import as_file  # noqa: E402
 from jepa_cache.media.tar import pack_folder  # noqa: E402
 from jepa_cache.media.video import open_video  # noqa: E402
 from jepa_cache.sources import build_source  # noqa: E402
@@ -100,10 +101,16 @@ def decode(episode: Episode, config: Config, keep: bool) -> list[np.ndarray]:
     encode, batches = config.encode, []
     tubelet_size = config.encoder.tubelet_size
     plan = plan_episode(len(episode.frame_ticks), episode.fps, encode, tubelet_size=tubelet_size, phase=0)
-    with open_video(episode.video, first_frame=episode.first_frame) as video:
+    with open_video(episode.video, encode.decoder, first_frame=episode.first_frame) as video:
         frames = plan.inputs.reshape(-1)
+        read = video.read
+        if video.decoder == "decord":
+            import decord
+
+            reader = decord.VideoReader(as_file(episode.video), ctx=decord.cpu(0), num_threads=1)
+            read = lambda indices: reader.get_batch(indices).asnumpy()  # noqa: E731
         for start in range(0, len(frames), BATCH_FRAMES):
-            batch = video.read(frames[start : start + BATCH_FRAMES])
+            batch = read(frames[start : start + BATCH_FRAMES])
             batches += [batch] if keep else []
     return batches
 

@@ -52,7 +52,7 @@ def named_cases(arguments: list[str]) -> list[Case]:
     return cases
 
 
-def decode_alone(video: object) -> int:
+def decode_alone(video: object, decoder: str) -> int:
     """Decode all frames with the library itself; their number."""
     if isinstance(video, FrameSequence):
         import io
@@ -63,6 +63,13 @@ def decode_alone(video: object) -> int:
             np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         return len(video.frames)
     container = video.video if isinstance(video, SideBySide) else video
+    if decoder == "decord":
+        import decord
+
+        reader = decord.VideoReader(as_file(container), ctx=decord.cpu(0), num_threads=1)
+        for first in range(0, len(reader), BATCH_FRAMES):
+            reader.get_batch(range(first, min(first + BATCH_FRAMES, len(reader)))).asnumpy()
+        return len(reader)
     import av
 
     num_frames = 0
@@ -108,7 +115,7 @@ def run_pass(case: Case) -> tuple[Clock, Clock, str, int, int]:
     units = reader.run(lambda: source.list_units([case.given], Path.cwd()))
     what, num_recordings, num_skipped = "", 0, 0
     for unit in units:
-        recordings, shared = source.iter_episodes(unit), set()
+        recordings, shared = source.iter_episodes(unit), {}
         while (recording := reader.run(lambda: next(recordings, None))) is not None:  # noqa: B023
             if not isinstance(recording, Episode):
                 num_skipped += 1
@@ -118,11 +125,11 @@ def run_pass(case: Case) -> tuple[Clock, Clock, str, int, int]:
             num_recordings += 1
             what = f"{decoder} {size}"
             if isinstance(recording.video, Path):
-                shared.add(recording.video)
+                shared[recording.video] = decoder  # That of the last recording in it.
             else:
-                alone.num_frames += alone.run(lambda: decode_alone(recording.video))
-        for path in shared:
-            alone.num_frames += alone.run(lambda: decode_alone(path))  # noqa: B023
+                alone.num_frames += alone.run(lambda: decode_alone(recording.video, decoder))  # noqa: B023
+        for path, decoder in shared.items():
+            alone.num_frames += alone.run(lambda: decode_alone(path, decoder))  # noqa: B023
     return reader, alone, what, num_recordings, num_skipped
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 from jepa_cache.config.parsing import ConfigError
 
@@ -15,6 +20,9 @@ def resolve_device(key: str, wanted: str) -> str:
     Raises:
         ConfigError: torch finds no GPU, but one is asked for.
     """
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # else cuBLAS may sum in another order each time; read when CUDA starts
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     found = torch.cuda.is_available() and torch.cuda.device_count() > 0
@@ -28,6 +36,54 @@ def resolve_device(key: str, wanted: str) -> str:
 def name_device(device: str) -> str:
     """A device of `resolve_device` as people know it: "cpu", or the model of the GPU."""
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What may change the last bits of a training: the kind of device with its model, and the version of torch."""
+    return {"device": name_device(device.type), "torch": torch.__version__}
+
+
+@contextmanager
+def repeatable(device: torch.device, wanted: bool | str) -> Iterator[None]:
+    """Take only kernels that give equal bits for equal input in the block; "auto" means on a GPU, as on a CPU they all do.
+
+    An operator that has no such kernel raises a RuntimeError that names it.
+    """
+    if not (device.type == "cuda" if wanted == "auto" else wanted):
+        yield
+        return
+    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # would write all memory twice; nothing here reads it unwritten
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+class Copies:
+    """Copies of tensors on the CPU: from a GPU begun and not waited for, into page-locked memory, in the order of its kernels."""
+
+    def __init__(self) -> None:
+        self._done: torch.cuda.Event | None = None
+
+    def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """Begin a copy, into `out` if that is of the same shape; it has the values once `wait` has returned."""
+        if out is None or out.shape != tensor.shape:
+            out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        out.copy_(tensor.detach(), non_blocking=True)
+        if tensor.device.type == "cuda":
+            self._done = self._done or torch.cuda.Event()
+            self._done.record()
+        return out
+
+    def wait(self) -> None:
+        """Wait until all that was begun has ended; from any thread."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 def has_bfloat16() -> bool:

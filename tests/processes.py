@@ -19,7 +19,7 @@ SERVER = """
 import json, os, runpy, sys, time
 import av, distributed, numpy, obstore, pyarrow.dataset, pyarrow.parquet, torch, webdataset, zarr
 import jepa_cache.cli.main, jepa_cache.encoding.run, jepa_cache.encoding.verification
-import jepa_cache.cli.export, jepa_cache.store.collection, jepa_cache.store.check, jepa_cache.data.dataset
+import jepa_cache.cli.export, jepa_cache.store.collection, jepa_cache.store.check, jepa_cache.data.dataset, decord
 
 def run(request):
     os.setsid()

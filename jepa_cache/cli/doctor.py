@@ -1,4 +1,4 @@
-"""`jepa-cache doctor`: what this machine has and lacks: GPU, decoder, cache root, simulated robot; `pip check` tells of libraries."""
+"""`jepa-cache doctor`: what this machine has and lacks: GPU, decoders, cache root, simulated robot; `pip check` tells of libraries."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_everything(root: Path) -> dict[str, Finding]:
     """Run every check; one that itself fails is a finding too, so that the table is always whole."""
     checks: dict[str, Callable[[], Finding]] = {
         "gpu": check_gpu,
-        "decoder": check_decoder,
+        "decoder": check_decoders,
         "cache root": lambda: check_disk(root),
         "simulated robot": lambda: check_robot(needed=load_config(root).dataset.name == "sample_robot"),
     }
@@ -85,11 +85,11 @@ def check_gpu() -> Finding:
     return Finding(OK, found)
 
 
-def check_decoder() -> Finding:
-    """Encode a tiny clip, which every build of FFmpeg can, and decode it."""
+def check_decoders() -> Finding:
+    """Encode a tiny clip, which every build of FFmpeg can, and decode it with each decoder: one must work."""
     import av
 
-    buffer = io.BytesIO()
+    buffer, working, faults = io.BytesIO(), [], []
     with av.open(buffer, "w", format="mp4") as output:
         stream = output.add_stream("mpeg4", rate=20)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -97,13 +97,18 @@ def check_decoder() -> Finding:
             image = np.full((48, 64, 3), 30 * index, np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         output.mux(stream.encode(None))
-    with open_video(buffer.getvalue()) as video:
-        frames = video.read(np.arange(video.info.num_frames))
-    if len(frames) != 8 or np.any(np.diff(frames.mean(axis=(1, 2, 3))) <= 0):
-        return Finding(
-            MISSING, f"PyAV returned {len(frames)} frames of 8, or not in order", "python -m pip install 'av>=13'"
-        )
-    return Finding(OK, f"PyAV {av.__version__} decodes a clip made here")
+    for decoder in ("pyav", "decord"):
+        try:
+            with open_video(buffer.getvalue(), decoder) as video:
+                frames = video.read(np.arange(video.info.num_frames))
+            if len(frames) != 8 or np.any(np.diff(frames.mean(axis=(1, 2, 3))) <= 0):
+                raise ValueError(f"it returned {len(frames)} frames of 8, or not in order")
+            working.append(decoder)
+        except ValueError as error:  # Also of decord requested where it is not installed.
+            faults.append(f"{decoder}: {error}")
+    if not working:
+        return Finding(MISSING, "; ".join(faults), "python -m pip install 'av>=13'")
+    return Finding(OK, "; ".join((f"{' and '.join(working)} decode a clip made here", *faults)))
 
 
 def check_disk(root: Path) -> Finding:
@@ -134,5 +139,5 @@ def check_robot(*, needed: bool) -> Finding:
         mujoco.GLContext(16, 16).free()
     except Exception as error:  # What a missing or broken OpenGL library raises depends on the library.
         state = MISSING if needed else NOTE
-        return Finding(state, f"{error}"[:200], "make install-sim; docs/robot.md names the system libraries")
+        return Finding(state, f"{error}"[:200], "docs/robot.md says what it needs; in a checkout `make install-sim`")
     return Finding(OK, f"MuJoCo {mujoco.__version__} draws by {os.environ['MUJOCO_GL']}, the models are there")

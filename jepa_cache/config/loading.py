@@ -107,10 +107,20 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
             f"{name}.{key}": "command line" if f"{name}.{key}" in typed else file for key, (_, file) in resolved.items()
         }
         values = {key: value for key, (value, _) in resolved.items()}
+        if name == "train":
+            _scale_schedule(values, of_train, {key for key, (_, file) in resolved.items() if file == train_file})
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
     config = Config(**presets, **sections, members=_list_members(root, presets["dataset"]), origins=origins)
     check_config(config)
     return config
+
+
+def _scale_schedule(values: dict[str, Any], preset: Mapping[str, Any], untouched: Collection[str]) -> None:
+    """Keep warm-up and anneal the preset's shares of the training where its length is set and they are not."""
+    steps = values["num_steps"], preset.get("num_steps")
+    if steps[0] != steps[1] and all(isinstance(count, int) and count > 0 for count in steps):
+        for key in {"num_warmup", "num_anneal"} & {*untouched}:
+            values[key] = round(values[key] * steps[0] / steps[1])
 
 
 def _preset_class(kind: str, mapping: Mapping[str, Any], file: str) -> type[Any]:

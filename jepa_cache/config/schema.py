@@ -45,7 +45,8 @@ EncoderKind: TypeAlias = Literal[tuple(ENCODER_RULES)]  # type: ignore[valid-typ
 SingleFrame: TypeAlias = Literal["doubled", "image"]
 EncodeMode: TypeAlias = Literal["frame", "tubelet", "clip"]
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-Decoder: TypeAlias = Literal["auto", "pyav"]  # one and the same, under two names of recipes
+Decoder: TypeAlias = Literal["auto", "decord", "pyav"]
+DECODERS = get_args(Decoder)
 StoredDtype: TypeAlias = Literal["float16", "bfloat16", "int8", "float8_e4m3", "int4"]  # docs/store_format.md
 STORED_DTYPES = get_args(StoredDtype)
 INT4_GROUP = 64  # channels of a token that share an int4 scale; 32 would lower the error by a tenth for 6 % more bytes
@@ -68,6 +69,13 @@ def _name_device(value: str) -> str:
     return value
 
 
+def _name_switch(value: Any) -> Any:
+    if value not in ("auto", True, False):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
+Switch: TypeAlias = Annotated[str | bool, AfterValidator(_name_switch)]
 Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
@@ -251,10 +259,16 @@ class EncodeConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`; or by name, or exactly so many of few.
+
+    What files of earlier versions do not name is off.
+    """
 
     val_share: Share
     seed: Seed
+    held_out: tuple[Text, ...] = ()  # patterns of keys, such as val/*; then share and seed decide nothing
+    # Of fewer episodes exactly round(share x number), at least 2, are held out: those of the lowest hashes. 0: never.
+    exact_below: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -324,6 +338,7 @@ class TrainConfig(Settings):
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Device  # of training, evaluation and plans
+    deterministic: Switch  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps
@@ -336,7 +351,7 @@ class TrainConfig(Settings):
     loggers: Annotated[tuple[Logger, ...], Once]  # the CSV is always written
 
 
-TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False}
+TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False, "deterministic": "auto"}
 """What training presets and checkpoints mean that do not name a setting: it came after them."""
 
 

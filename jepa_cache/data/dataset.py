@@ -11,6 +11,7 @@ frames     the video frames of cached steps
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import sys
 import threading
@@ -33,10 +34,10 @@ from jepa_cache.poses import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.check import Recording, find_equal
 from jepa_cache.store.controls import iter_controls, read_actions
-from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
+from jepa_cache.store.layout import check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_codec
-from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
+from jepa_cache.store.reader import ArrayReader, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
@@ -48,8 +49,39 @@ def split_of(episode: str, *, val_share: float, seed: int) -> str:
 
     `val_share` is the expected share of held-out episodes, in [0, 1].
     """
-    head = hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8]
-    return VAL if int.from_bytes(head, "big") / 2**64 < val_share else TRAIN
+    return VAL if _draw(episode, seed) < val_share else TRAIN
+
+
+def _draw(episode: str, seed: int) -> float:
+    """A number in [0, 1) that is an episode's own."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8], "big") / 2**64
+
+
+def choose_held_out(episodes: Iterable[str], config: SplitConfig) -> set[str]:
+    """The held-out ones of a data set's episodes.
+
+    Raises:
+        ValueError: `held_out` has a pattern that fits no key, or fits all of them.
+    """
+    keys = sorted(set(episodes))
+    if config.held_out:
+        found = {pattern: set(fnmatch.filter(keys, pattern)) for pattern in config.held_out}
+        held_out = set().union(*found.values())
+        if empty := [pattern for pattern, some in found.items() if not some]:
+            raise ValueError(
+                f"split.held_out: {empty[0]!r} fits no episode; their keys are such as {', '.join(keys[:3])}"
+            )
+        if len(held_out) == len(keys):
+            raise ValueError(f"split.held_out fits all {len(keys)} episodes, so none is left to train on")
+        return held_out
+    if _is_exact(len(keys), config):
+        number = min(max(2, round(config.val_share * len(keys))), len(keys) - 1)
+        return set(sorted(keys, key=lambda key: _draw(key, config.seed))[:number])
+    return {key for key in keys if split_of(key, val_share=config.val_share, seed=config.seed) == VAL}
+
+
+def _is_exact(num_episodes: int, config: SplitConfig) -> bool:
+    return 0 < num_episodes < config.exact_below and 0 < config.val_share < 1 and not config.held_out
 
 
 def open_dataset(config: Config, repository: Path) -> CachedDataset:
@@ -88,7 +120,7 @@ def find_differences(config: Config, manifest: Manifest) -> list[str]:
         "encode.mode": (encode.mode, manifest.mode),
         "encode.fps": (encode.fps, sampling["fps"]),
         "encode.action_space": (encode.action_space, manifest.action_space),
-        **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype")},
+        **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype", "decoder")},
         "encode.pool": (encode.pool, recipe.get("pool", 1)),  # absent where off
         "encode.cameras": (list(encode.cameras), _unique(part.camera for part in parts if part.camera)),
     }
@@ -163,8 +195,9 @@ class CachedDataset:
         self._copies: dict[str, str] | None = None
         for number, entry in enumerate(manifest.entries):
             tokens = self._token_paths[number]
-            stated = _read_listed(tokens, entry.tokens_digest)
-            excluded = _read_listed(self._action_paths[number], entry.actions_digest).metadata["excluded"]
+            stated = check_identity(tokens, read_store_file(tokens), entry.tokens_digest)
+            actions = self._action_paths[number]
+            excluded = check_identity(actions, read_store_file(actions), entry.actions_digest).metadata["excluded"]
             table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
@@ -190,15 +223,26 @@ class CachedDataset:
         """
         key = split, config, filters
         if key not in self._cut:
-            copies, share = self.find_copies(), {"val_share": config.val_share, "seed": config.seed}
+            copies = self.find_copies()
+            held_out = choose_held_out(self._originals(), config)
             chosen = [
                 segment
                 for segment in self.segments
-                if split_of(copies.get(segment.episode, segment.episode), **share) == split
+                if (copies.get(segment.episode, segment.episode) in held_out) == (split == VAL)
                 and (split == TRAIN or segment.episode not in copies)
             ]
             self._cut[key] = chosen if filters == NO_FILTER else self._cut_segments(split, chosen, filters)
         return list(self._cut[key])
+
+    def _originals(self) -> set[str]:
+        copies = self.find_copies()
+        return {copies.get(segment.episode, segment.episode) for segment in self.segments}
+
+    def describe_split(self, config: SplitConfig) -> dict[str, Any]:
+        """What of a split's settings decides which episodes of this data set are held out, for a run's description."""
+        exact = {"exact_below": config.exact_below} if _is_exact(len(self._originals()), config) else {}
+        named = {"held_out": list(config.held_out)} if config.held_out else {}
+        return {"val_share": config.val_share, "seed": config.seed, **named, **exact}
 
     def _cut_segments(self, split: str, chosen: Sequence[Segment], filters: FilterConfig) -> list[Segment]:
         ranges = self._read_ranges(split, filters, sorted({segment.episode for segment in chosen}))
@@ -404,13 +448,3 @@ def _compose_rows(actions: np.ndarray, step_length: int, space: ActionSpace) -> 
         if leads.any():
             composed[: len(runs)][leads] = space.compose(runs[leads])
     return composed
-
-
-def _read_listed(store: Path, digest: str) -> StoreFile:
-    """What store.json says of a store that must be the one of this digest."""
-    stated = check_identity(store, read_store_file(store))
-    if stated.digest != digest:
-        raise StoreDamagedError(
-            f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
-        )
-    return stated

@@ -45,8 +45,12 @@ def read_frames(
                 positions = wanted.pop(recording.key)
                 spans = [numbers[runs[position].start : runs[position].stop : step_length] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
-                num_frames = len(recording.frame_ticks)
-                with open_video(recording.video, first_frame=recording.first_frame, num_frames=num_frames) as video:
+                with open_video(
+                    recording.video,
+                    config.encode.decoder,
+                    first_frame=recording.first_frame,
+                    num_frames=len(recording.frame_ticks),
+                ) as video:
                     decoded = video.read(needed)
                 for position, span in zip(positions, spans, strict=True):
                     frames[position] = decoded[np.searchsorted(needed, span)]

@@ -219,7 +219,7 @@ class Decoders:
         try:
             while not self._stop.is_set():
                 # A unit that is asked for is claimed: what no thread would decode soon is left to other encoders.
-                self.budget.wait_for_consumer(self._num_episodes - 2 * self._num_threads)
+                self.budget.wait_for_consumer(self._num_episodes - self._num_threads + 1)
                 if (unit := next(units, None)) is None:
                     break
                 self._items.put(unit)
@@ -252,10 +252,8 @@ class Decoders:
         try:
             stream.plan = self._plan(episode)
             inputs = stream.plan.inputs
-            with (
-                self.budget.decoding(stream.number),
-                open_video(episode.video, first_frame=episode.first_frame, num_frames=num_frames) as video,
-            ):
+            options = {"first_frame": episode.first_frame, "num_frames": num_frames}
+            with self.budget.decoding(stream.number), open_video(episode.video, encode.decoder, **options) as video:
                 stream.decoder = video.decoder
                 for start in range(0, len(inputs), encode.batch_size):
                     if self._stop.is_set() or stream.dropped:

@@ -343,7 +343,7 @@ def _reads_otherwise(episode: Episode, decoder: str) -> bool:
         episode.frame_times_s is not None
         or info.stream > 0
         or info.orientation != UPRIGHT
-        or (by_decord and info.otherwise_by_decord)
+        or (by_decord and info.decord_fault != "")
     )
 
 

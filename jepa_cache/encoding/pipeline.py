@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
 
 # What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frames
-# that were requested when it broke.
+# that were requested when it broke (decord decodes ahead in a thread of its own, so that is a race).
 CLOCK_TIME = re.compile(r"\[\d\d:\d\d:\d\d\] ?")
 FRAMES_REQUESTED = re.compile(r"^frames \d+ to \d+ of (\d+) cannot")
 WRITES_AHEAD = 4  # calls that may wait for the disk

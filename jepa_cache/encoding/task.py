@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from jepa_cache.store.root import CacheRoot
 if TYPE_CHECKING:
     from jepa_cache.encoder.frozen import FrozenEncoder
 
-LIBRARIES = ("torch", "numpy", "zarr", "av")
+LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be had for every machine
 POLL_S = 1.0
 
 
@@ -81,7 +82,8 @@ def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) 
         "batch_size": batch_size,
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "num_threads": num_threads,
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}
+        | {"python": platform.python_version()},
     }
 
 

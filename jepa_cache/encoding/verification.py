@@ -186,7 +186,9 @@ def _compare_store(
         batches: dict[int, list[int]] = {}
         for step in steps:
             batches.setdefault((step - starts[episode.key]) // steps_per_batch, []).append(step)
-        with open_video(episode.video, first_frame=episode.first_frame, num_frames=num_frames) as video:
+        with open_video(
+            episode.video, group.encode.decoder, first_frame=episode.first_frame, num_frames=num_frames
+        ) as video:
             for batch, members in batches.items():
                 inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]
                 pixels = encoder.preprocess(video.read(inputs.reshape(-1)))

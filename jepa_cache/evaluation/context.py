@@ -154,7 +154,7 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
         ("cameras joined into a step (cache.join_cameras)", card.get(CAMERAS_FIELD), list(dataset.cameras) or None),
         ("action space", card["action_space"], dataset.space.name),
-        ("split, which decides what was held out,", card["description"]["split"], asdict(config.split)),
+        ("split, which decides what was held out,", card["description"]["split"], dataset.describe_split(config.split)),
     ):
         if then != now:
             message = f"{weights} was trained with {name} {then}, but now it is {now}; train again, or set it as then"

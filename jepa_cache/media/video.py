@@ -1,7 +1,9 @@
-"""Encoded videos to RGB frames, in order, by PyAV; what is damaged or cannot be decoded is an error that says so."""
+"""Encoded videos to RGB frames, in order, by PyAV or decord; what is damaged or cannot be decoded is an error that says so."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cache.config.schema import DECODERS
 from jepa_cache.media.images import FrameSequence, SideBySide, decode_image
 from jepa_cache.media.probe import (
+    UPRIGHT,
     DecodeError,
     PacketIndex,
     VideoData,
     VideoInfo,
+    as_file,
     explain_failure,
     index_packets,
     open_container,
@@ -34,7 +39,7 @@ class Video:
 
     Attributes:
         info: Number of frames, rate, size and codec.
-        decoder: "pyav", or "pillow" for pictures.
+        decoder: "pyav" or "decord", whose frames are the same bit for bit, or "pillow" for pictures.
         first_frame: The frame of the container that is frame 0 here; 0 unless recordings share the container.
     """
 
@@ -82,7 +87,7 @@ class Video:
             raise ValueError(f"frame {indices[-1]} was requested, but the video has {self.info.num_frames} frames")
         try:
             frames = self._decode(indices)
-        except Exception as error:  # PyAV raises a family of its own.
+        except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
             span = f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames}"
             raise explain_failure(error, f"{span} cannot be decoded by {self.decoder}", self._video) from error
         self._next_index = int(indices[-1]) + 1
@@ -219,19 +224,28 @@ class _Frames:
             self._damage += [(number, fault) for fault in faults]
 
 
-def open_video(video: VideoData, *, first_frame: int = 0, num_frames: int | None = None) -> Video:
-    """Open a video for reading forwards; a FrameSequence is decoded by Pillow.
+def open_video(
+    video: VideoData, decoder: str = "auto", *, first_frame: int = 0, num_frames: int | None = None
+) -> Video:
+    """Open a video for reading forwards; a FrameSequence is decoded by Pillow, whatever the decoder for containers is.
 
     Args:
         video: The encoded video.
+        decoder: "pyav"; "decord"; or "auto", which is PyAV: where decord 0.6 is right the two give the same frames bit for bit,
+            and decord does not tell damaged frames. Under "decord" files that it gets wrong are refused, and the others
+            are decoded by PyAV first, to find damage.
         first_frame: Where the recording begins in a container that several share; indices count from there.
         num_frames: Frames of the recording; damage behind them does not matter. None: up to the end of the container.
 
     Raises:
-        ValueError: A first frame that the video does not have. DecodeError: The video cannot be opened.
+        ValueError: An unknown decoder, decord requested by name where it is not installed, or a first frame that the
+            video does not have.
+        DecodeError: The video cannot be opened.
     """
+    if decoder not in DECODERS:
+        raise ValueError(f"the decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if isinstance(video, SideBySide):
-        whole = open_video(video.video, first_frame=first_frame, num_frames=num_frames)
+        whole = open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames)
         width = whole.info.width // 2
 
         def decode_left(indices: np.ndarray) -> np.ndarray:
@@ -250,5 +264,36 @@ def open_video(video: VideoData, *, first_frame: int = 0, num_frames: int | None
             return np.stack([decode_image(video.frames[index], (info.height, info.width)) for index in indices])
 
         return Video(video, info, "pillow", first_frame, decode_pictures, lambda: None)
+    if decoder == "decord":
+        _check_decord(info)
     frames = _Frames(video, packets, first_frame, min(info.num_frames, first_frame + (num_frames or info.num_frames)))
-    return Video(video, info, "pyav", first_frame, frames.decode, frames.close)
+    if decoder != "decord":
+        return Video(video, info, "pyav", first_frame, frames.decode, frames.close)
+    with contextlib.closing(frames):
+        frames.decode_to(frames.stop - 1)  # for damage alone
+    return Video(video, info, "decord", first_frame, _open_decord(video, info), lambda: None)
+
+
+def _check_decord(info: VideoInfo) -> None:
+    """Refuse what decord 0.6 gets wrong without a word."""
+    if importlib.util.find_spec("decord") is None:
+        raise ValueError("decord is not installed on this machine; use the decoder 'auto' or 'pyav'")
+    fault = info.decord_fault
+    if info.open_gop:
+        fault = "it has open groups of pictures, in which decord returns other frames than requested"
+    if info.orientation != UPRIGHT:
+        fault = "it is turned or mirrored, which decord does in part only"
+    if fault:
+        raise DecodeError(f"the video cannot be read by decord: {fault}; use the decoder 'auto' or 'pyav'")
+
+
+def _open_decord(video: bytes | Path, info: VideoInfo) -> Decode:
+    import decord
+
+    try:
+        reader = decord.VideoReader(as_file(video), ctx=decord.cpu(0), num_threads=1)
+    except Exception as error:  # RuntimeError or decord's own DECORDError.
+        raise explain_failure(error, "decord cannot open the video", b"") from error
+    if len(reader) != info.num_frames:
+        raise DecodeError(f"decord counts {len(reader)} frames where the container holds {info.num_frames}")
+    return lambda indices: reader.get_batch(indices).asnumpy()

@@ -19,7 +19,6 @@ from jepa_cache.config.schema import TrainConfig
 from jepa_cache.devices import resolve_device
 from jepa_cache.store.recipe import canonical_json, recipe_changes
 from jepa_cache.training.checkpoint import FOLDER, describe_last
-from jepa_cache.training.signals import StopRequest
 
 # What `accelerate config` and `accelerate launch` may set, and would wrap or shard the model.
 REFUSED = tuple(
@@ -45,9 +44,9 @@ def start_processes(settings: TrainConfig) -> Accelerator:
             "for multi-GPU without FSDP or DeepSpeed, or start by torchrun"
         )
     group = InitProcessGroupKwargs(timeout=TIMEOUT)
-    if device == "cuda":
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", -1)) >= 0:
         group.backend = "cpu:gloo,cuda:nccl"
-        if torch.cuda.device_count() == 1 and "LOCAL_RANK" in os.environ:
+        if torch.cuda.device_count() == 1:
             os.environ["LOCAL_RANK"] = "0"  # where every process is shown one GPU, this is its number
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -60,7 +59,7 @@ def start_processes(settings: TrainConfig) -> Accelerator:
             f"train.device is {settings.device!r}, here {device}, but Accelerate's environment asks for {accelerator.device.type}; unset "
             "ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and set train.device"
         )
-    if device == "cuda":
+    if device == "cuda" and accelerator.num_processes > 1:
         uuid = str(torch.cuda.get_device_properties(accelerator.device).uuid)
         check_own_gpus(_gather(accelerator, f"{platform.node()} {uuid}"))
     return accelerator
@@ -88,18 +87,16 @@ def end_processes(accelerator: Accelerator) -> None:
         torch.distributed.destroy_process_group()
 
 
-def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
-    """Return whether any process got a signal; the same answer in all, so that all stop at the same training step."""
-    return agree(accelerator, request.name is not None)
+def agree(accelerator: Accelerator, *here: bool) -> list[bool]:
+    """Return of each whether it holds in any process; the same answers in all, so that all act alike at one training step.
 
-
-def agree(accelerator: Accelerator, here: bool) -> bool:
-    """Return whether it holds in any process; the same answer in all. By the CPUs alone: waits for no GPU, and fails at once where one died."""
+    By the CPUs alone, so that it waits for no GPU, and fails at once where a process has died.
+    """
     if accelerator.num_processes == 1:
-        return here
-    anywhere = torch.tensor(float(here))
-    torch.distributed.all_reduce(anywhere)
-    return bool(anywhere)
+        return list(here)
+    anywhere = torch.tensor(here, dtype=torch.uint8)
+    torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+    return anywhere.bool().tolist()
 
 
 def wait_for_first(accelerator: Accelerator) -> None:

@@ -31,7 +31,7 @@ def columns_for(num_rollout_steps: int, datasets: Sequence[str], *, on_gpu: bool
     extra = [f"sloss_h{step}" for step in range(1, num_rollout_steps + 1)]
     if len(datasets) > 1:
         extra += [f"{prefix}jloss.{name}" for prefix in ("", "val_") for name in datasets]
-    return (*COLUMNS, *extra, *(["gpu_memory_mb"] if on_gpu else []))
+    return (*COLUMNS, *extra, *(["copy_wait_share", "gpu_memory_mb"] if on_gpu else []))
 
 
 class Recorder:

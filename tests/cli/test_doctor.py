@@ -47,7 +47,7 @@ def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_c
     def fail(*_):
         raise RuntimeError("first line\nstack trace")
 
-    monkeypatch.setattr(command, "check_decoder", fail)
+    monkeypatch.setattr(command, "check_decoders", fail)
     monkeypatch.setitem(sys.modules, "torch", None)
     (checkout / "params.yaml").write_text("dataset: [")
     findings, result = check_everything(checkout), run()
@@ -56,10 +56,19 @@ def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_c
     assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 4 missing" in result.stdout
 
 
-def test_a_decoder_that_returns_wrong_frames_is_not_believed(monkeypatch):
-    assert command.check_decoder().state == OK
+def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed(monkeypatch):
+    real = command.open_video
+
+    def without_decord(video, decoder):
+        if decoder == "decord":
+            raise ValueError("decord is not installed on this machine")
+        return real(video, decoder)
+
+    monkeypatch.setattr(command, "open_video", without_decord)
+    finding = command.check_decoders()
+    assert finding.state == OK and "pyav decode" in finding.found and "decord is not installed" in finding.found
     monkeypatch.setattr(Video, "read", lambda self, indices: np.zeros((8, 48, 64, 3)))
-    assert command.check_decoder().state == MISSING
+    assert command.check_decoders().state == MISSING
 
 
 def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(checkout, monkeypatch):

@@ -13,8 +13,8 @@ from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
-from tests.cli.test_verify import flip
 from tests.encoded import all_files, write_store_json
+from tests.makers import flip
 
 
 def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_alone_by_clean_ups_beside(
@@ -63,6 +63,7 @@ def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_neve
         remake(store, notes=["x"])
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
+        assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out
         assert not (tmp_path / f"{number}/manifests").exists()
         shutil.rmtree(store)
         shutil.copytree(out / store.relative_to(checkout.root.path), store)

@@ -1,4 +1,4 @@
-"""Claims of cli/init.py and setup.py: what is installed without a checkout brings presets and stages with it, and `init` writes a project.
+"""Claims of `jepa-cache init` and setup.py: what is installed without a checkout brings presets and stages with it, and `init` writes a project.
 
 A project works with a source of its own beside its params.yaml.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from jepa_cache.cli.init import PROJECT, init
+from jepa_cache.cli.main import PROJECT, init
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.sources import build_source
 from tests.sources.lerobot_makers import cached_video
@@ -113,6 +113,18 @@ def test_a_project_asks_for_no_file_of_the_package_and_means_what_the_checkout_m
     for name in sorted({*PROJECT} - {"dvc.yaml", "configs", "stages"}):
         assert (tmp_path / "new" / name).read_bytes() == (REPOSITORY_ROOT / name).read_bytes()
     assert "with a first commit" in capsys.readouterr().out
+
+
+def test_an_experiment_changes_one_line_of_a_projects_settings(tmp_path):
+    """`dvc exp run -S` writes params.yaml anew; it has the form already in which DVC writes."""
+    serialize = pytest.importorskip("dvc.utils.serialize", reason="DVC is not installed")
+    init(tmp_path / "new")
+    path = tmp_path / "new/params.yaml"
+    before = path.read_text().splitlines()
+    with serialize.modify_yaml(str(path)) as params:
+        params["split"]["seed"] += 1
+    after = path.read_text().splitlines()
+    assert len(before) == len(after) and sum(map(str.__ne__, before, after)) == 1
 
 
 def test_a_source_file_that_is_missing_or_no_source_is_refused(tmp_path):

@@ -44,6 +44,18 @@ def test_null_means_as_the_preset_says_and_a_value_overrides_it(root):
     )
 
 
+def test_warm_up_and_anneal_keep_their_shares_of_a_training_whose_length_is_set(root):
+    def told(*overrides):
+        train = load_config(root, overrides).train
+        return [train.num_warmup, train.num_anneal]
+
+    assert told() == told("train.num_steps=600") == [50, 180]
+    assert told("train.num_steps=100") == [8, 30]
+    assert told("train.num_steps=1200", "train.num_warmup=7") == [7, 360]
+    edit(root, "  num_steps: null", "  num_steps: 60")
+    assert told() == [5, 18]
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
@@ -88,7 +100,6 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
     ("overrides", "words"),
     [
         ("train.auto_steps=8", "train.auto_steps must be below train.window_steps 8; got 8"),
-        ("train.num_steps=100", "exceed train.num_steps 100"),
         ("train.window_steps=1", "at least 2"),
         ("filter.idle_cut_end=10", "above 0 only with filter.drop_idle true; got 10 without"),
         ("filter.min_steps=0", "filter.min_steps must be above 0"),
@@ -99,6 +110,9 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("evaluate.measure=[energy,noise,energy]", r"evaluate\.measure names 'energy' more than once"),
         ("train.loggers=[dvclive,dvclive]", r"train\.loggers names 'dvclive' more than once"),
         ("plan.horizons=2", r"horizons must be a list.*; got 2"),
+        *((f"plan.horizons={it}", r"plan\.horizons .*; got|plan\.horizons names 1") for it in ("[]", "[1, 1]")),
+        ("plan.settings=notebok", "did you mean 'notebook'"),
+        ("evaluate.probes=[inverse_dynamic]", "did you mean 'inverse_dynamics'"),
         ("plan.max_turn_deg=400.0", r"plan\.max_turn_deg must be at most 180; got 400\.0"),
         ("plan.max_rotation_rad=3.2", r"plan\.max_rotation_rad must be at most 3\.14159.*; got 3\.2"),
         ("plan.num_timed=2", r"'plan\.num_timed', which was removed: benchmarks/planner\.py times"),

@@ -40,7 +40,7 @@ def test_recorded_episodes_are_read_as_they_were_given(tmp_path):
         for name in ("action", "state"):
             columns = np.stack([episode.controls[f"{name}_{number}"] for number in range(2)], axis=1)
             assert np.array_equal(columns.astype(np.float32), np.stack(given[name]))
-        with open_video(episode.video, first_frame=episode.first_frame) as video:
+        with open_video(episode.video, "pyav", first_frame=episode.first_frame) as video:
             assert np.array_equal(video.read(np.arange(episode.num_ticks)), np.stack(given["pixels"]))
 
 

@@ -36,7 +36,10 @@ def reasons(manifest):
     return {recording["key"]: recording["reason"] for recording in manifest.skipped}
 
 
-def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_others_rows_stay_right(tmp_path):
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_others_rows_stay_right(tmp_path, decoder):
+    if decoder == "decord":
+        pytest.importorskip("decord")
     pairs = {key: make_vpt_pair(60, seed, **SMALL) for seed, key in enumerate("abc")}
     short_rows, old_rows = make_rows(60, 7), make_rows(60, 8)
     for row in old_rows[20:]:
@@ -60,7 +63,7 @@ def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_others_row
     write_tar(tmp_path / "in/x.tar", [("alone.mp4", pairs["b"][0]), *members])
     write_vpt_tar(tmp_path / "whole/x.tar", good)
     # Batches of one clip: some of the broken recording's tokens have been written when it breaks.
-    encoding = {"mode": "clip", "frames_per_clip": 4, "max_skipped_share": 0.7}
+    encoding = {"mode": "clip", "frames_per_clip": 4, "decoder": decoder, "max_skipped_share": 0.7}
     result = encode(tmp_path / "in", tmp_path / "cache", tiniest_config(batch_size=1, **encoding))
     expected = encode(tmp_path / "whole", tmp_path / "other", tiniest_config(batch_size=1, **encoding))
     words = {
@@ -73,7 +76,8 @@ def test_every_kind_of_bad_recording_is_named_with_its_reason_and_the_others_row
     named = reasons(result.manifest)
     assert named.keys() == words.keys() and all(words[key] in named[key] for key in words)
     assert any("badline" in note and "line 1" in note for note in result.manifest.notes), "its good lines are used"
-    assert result.timing.num_frames > expected.timing.num_frames + 12, "more than the recording without actions"
+    if decoder == "pyav":  # decord decodes ahead, and may report the damage before its first frames
+        assert result.timing.num_frames > expected.timing.num_frames + 12, "more than the recording without actions"
     # The reason is the same in every run: it holds no time, no place and nothing of the batches.
     again = encode(tmp_path / "in", tmp_path / "cache8", tiniest_config(batch_size=8, **encoding))
     assert again.manifest.skipped == result.manifest.skipped
@@ -159,7 +163,11 @@ def test_a_unit_that_cannot_be_read_has_no_store_and_is_tried_again_and_the_othe
         "hashing": (digests, "file_digest", lambda path: path.name == "x.tar"),
         "listing": (VptSource, "iter_episodes", lambda _, unit: unit.name == "x.tar"),
         "opening": (decoding, "open_video", lambda video, *_: video == pairs["v"][0]),
-        "decoding": (decoding.Decoders, "_read_batch", lambda _, stream, video, inputs: inputs.max() > 16),  # of x.tar alone
+        "decoding": (
+            decoding.Decoders,
+            "_read_batch",
+            lambda _, stream, video, inputs: inputs.max() > 16,
+        ),  # of x.tar alone
     }[place]
     real = getattr(owner, name)
 

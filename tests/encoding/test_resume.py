@@ -178,11 +178,11 @@ def test_a_recording_that_one_recipe_cannot_use_is_there_for_another(tmp_path):
 def test_actions_made_for_other_steps_are_made_again(folder, complete, tmp_path, monkeypatch):
     root, real, opened = tmp_path / "cache", decoding.open_video, []
 
-    def open_second_only(video, **options):
+    def open_second_only(video, decoder, **options):
         opened.append(video)
         if len(opened) == 1:
             raise DecodeError("nothing of it on this machine")
-        return real(video, **options)
+        return real(video, decoder, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "open_video", open_second_only)

@@ -1,11 +1,12 @@
 """Claims of media/video.py, probe.py and images.py.
 
-Frames are the ones requested, in order, as a player shows them, at every stride and division into calls, also of a recording inside a
-longer video.
+Frames are the ones requested, in order, as a player shows them, the same bit for bit from every decoder that takes the video, at every
+stride and division into calls, also of a recording inside a longer video. What decord gets wrong is refused under its name.
 Whatever is cut off, damaged or missing is a DecodeError that says so, at opening where the container shows it, counted the
 same at every stride; damage outside of the recording does not matter. Pictures and stereo videos are opened as any video.
 """
 
+import importlib.util
 import io
 import re
 import struct
@@ -28,15 +29,19 @@ from tests.videos import (
     flag_packet,
     hide_start,
     join_streams,
+    make_pixels,
     record_decoded,
     turn_video,
 )
 
 NUM_FRAMES = 90
+HAS_DECORD = importlib.util.find_spec("decord") is not None
+DECODERS = ["pyav", *(["decord"] if HAS_DECORD else [])]
+needs_decord = pytest.mark.skipif(not HAS_DECORD, reason="decord is not installed")
 
 
-def read(video, indices=None, *, first_frame=0, num_frames=None):
-    with open_video(video, first_frame=first_frame, num_frames=num_frames) as opened:
+def read(video, decoder="auto", indices=None, *, first_frame=0, num_frames=None):
+    with open_video(video, decoder, first_frame=first_frame, num_frames=num_frames) as opened:
         stop = opened.info.num_frames - first_frame if num_frames is None else num_frames
         return opened.read(np.arange(stop) if indices is None else np.asarray(indices))
 
@@ -58,22 +63,34 @@ CODECS = {
 
 @pytest.fixture(scope="module", params=CODECS)
 def coded(request):
-    """(container, all frames decoded one after the other)."""
+    """(name, container, all frames decoded one after the other by PyAV)."""
     codec, options = CODECS[request.param]
     content = make_video(NUM_FRAMES, 3, codec=codec, options=options)
-    return content, read(content)
+    return request.param, content, read(content, "pyav")
 
 
 @pytest.mark.parametrize(
     ("first_frame", "stride"), [(0, 4), (0, 9), (0, 40), (1, 3), (63, 3), (64, 3), (70, 5), (89, 1)]
 )
 def test_every_stride_from_every_first_frame_gives_the_frames_requested(coded, first_frame, stride):
-    content, everything = coded
+    _, content, everything = coded
     wanted = everything[first_frame::stride]
     indices = stride * np.arange(len(wanted))
     with open_video(content, first_frame=first_frame) as opened:
         frames = np.concatenate([opened.read(indices[:2]), opened.read(indices[2:])])
     np.testing.assert_array_equal(frames, wanted)
+
+
+@needs_decord
+def test_decord_gives_the_same_frames_or_refuses_open_groups_of_pictures(coded):
+    name, content, everything = coded
+    assert probe_video(content).open_gop == name.endswith("-open")
+    if name.endswith("-open"):
+        with pytest.raises(DecodeError, match=r"open groups .* use the decoder 'auto' or 'pyav'"):
+            open_video(content, "decord")
+    elif name != "av1":
+        indices = np.array([0, 3, 4, 11, 40, 89])
+        np.testing.assert_array_equal(read(content, "decord", indices), everything[indices])
 
 
 def test_a_path_reads_like_its_bytes_and_probe_tells_count_rate_size_and_codec(video, tmp_path):
@@ -108,9 +125,10 @@ def test_a_container_of_many_recordings_is_read_through_once_and_again_when_it_c
     assert probe_video(path).num_frames == 20 and len(reads) == 2
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("indices", [[4, 3], [4, 4], [-1], [NUM_FRAMES]])
-def test_indices_out_of_order_or_range_are_refused_and_none_gives_none(video, indices):
-    with open_video(video) as opened:
+def test_indices_out_of_order_or_range_are_refused_and_none_gives_none(video, decoder, indices):
+    with open_video(video, decoder) as opened:
         assert opened.read(np.array([], np.int64)).shape == (0, 48, 64, 3)
         with pytest.raises(ValueError, match="frame"):
             opened.read(np.array(indices))
@@ -121,7 +139,9 @@ def test_indices_out_of_order_or_range_are_refused_and_none_gives_none(video, in
         opened.read(np.array([20]))
 
 
-def test_a_first_frame_that_does_not_exist_is_refused(video):
+def test_a_decoder_or_first_frame_that_does_not_exist_is_refused(video):
+    with pytest.raises(ValueError, match="auto, decord, pyav"):
+        open_video(video, "ffmpeg")
     for first_frame in (-1, NUM_FRAMES):
         with pytest.raises(ValueError, match="video of 90 frames"):
             open_video(video, first_frame=first_frame)
@@ -162,20 +182,43 @@ def test_a_cover_picture_is_not_taken_for_the_video_nor_a_second_stream_however_
         assert np.array_equal(read(join_streams(first, second)), read(first))
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda video: turn_video(video, TURNS["clockwise"][0]), "turned or mirrored"),
+        (lambda video: join_streams(video, video), "several video streams"),
+        (lambda video: make_video(30, container="mpegts"), "transport stream"),
+        *((lambda video, pixels=pixels: make_pixels(pixels), pixels) for pixels in ("yuv420p10le", "yuv422p10le")),
+    ],
+)
+@needs_decord
+def test_decord_refuses_by_name_what_it_gets_wrong(video, make, words):
+    with pytest.raises(DecodeError, match=rf"{words}.*'auto' or 'pyav'"):
+        open_video(make(video), "decord")
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "gray"])
+@needs_decord
+def test_pixels_are_the_same_from_both_decoders(pixels):
+    video = make_pixels(pixels)
+    assert np.array_equal(read(video, "decord"), read(video, "pyav"))
+
+
 def test_a_video_turned_by_other_than_quarter_turns_is_refused(video):
     with pytest.raises(DecodeError, match="quarter turns"):
         probe_video(turn_video(video, (0.7, 0.7, -0.7, 0.7)))
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video", "mjpeg"])
-def test_damaged_frames_are_counted_the_same_at_every_stride(codec):
+def test_damaged_frames_are_counted_the_same_at_every_stride(codec, decoder):
     options = {"strict": "unofficial"} if codec == "mjpeg" else {"g": "12", "bf": "0"}
     video = make_video(40, codec=codec, size=(96, 128), options=options)
     damaged = damage_packet(damage_packet(video, 17), 25)
     reasons = set()
     for stride in (1, 4):
         with pytest.raises(DecodeError) as caught:
-            read(damaged, np.arange(0, 40, stride))
+            read(damaged, decoder, np.arange(0, 40, stride))
         reasons.add(str(caught.value))
     assert len(reasons) == 1
     assert re.search(
@@ -183,14 +226,15 @@ def test_damaged_frames_are_counted_the_same_at_every_stride(codec):
     )
 
 
-def test_damage_outside_the_recording_does_not_matter():
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_damage_outside_the_recording_does_not_matter(decoder):
     video = make_video(NUM_FRAMES, size=(96, 128), options={"g": "20", "bf": "0"})
     damaged = damage_packet(damage_packet(video, 5), 85)
     inside = {"first_frame": 45, "num_frames": 30}
-    assert np.array_equal(read(damaged, **inside), read(video, **inside))
+    assert np.array_equal(read(damaged, decoder, **inside), read(video, decoder, **inside))
     for first_frame in (4, 15, 70):  # Frame 15 is predicted from frame 5.
         with pytest.raises(DecodeError, match=r"corrupt frames: 1; the first at frame [0-9]+ of 20"):
-            read(damaged, first_frame=first_frame, num_frames=20)
+            read(damaged, decoder, first_frame=first_frame, num_frames=20)
 
 
 def test_packets_that_the_container_calls_corrupt_and_frames_dropped_in_silence_are_counted():
@@ -230,8 +274,9 @@ def test_a_file_that_is_cut_off_or_no_video_is_a_decode_error_at_opening(video, 
         with pytest.raises(DecodeError, match="cut off"):
             open_video(whole[: start + int((len(whole) - start) * share)])
     for broken in (video[: video.find(b"moov")], b"", b"this is text", b"\0" * 5000):
-        with pytest.raises(DecodeError, match="cannot be opened"):
-            open_video(broken)
+        for decoder in (*DECODERS, "auto"):
+            with pytest.raises(DecodeError, match="cannot be opened"):
+                open_video(broken, decoder)
 
 
 def test_a_file_that_cannot_be_read_is_an_oserror_for_it_may_be_read_in_the_next_run(video, tmp_path, monkeypatch):
@@ -275,13 +320,15 @@ def make_bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_pictures_come_back_bit_for_bit():
+def test_pictures_come_back_bit_for_bit_whatever_the_decoder_for_containers_is():
     frames = make_frames(9)
     video = FrameSequence(tuple(to_picture(frame, "PNG") for frame in frames), 15.0)
     assert probe_video(video)[:5] == (9, 15.0, 16, 24, "png")
-    with open_video(video) as opened:
-        for indices in ([0, 3], [4, 8]):
-            np.testing.assert_array_equal(opened.read(np.array(indices)), frames[indices])
+    for decoder in ("auto", "pyav"):
+        with open_video(video, decoder) as opened:
+            assert opened.decoder == "pillow"
+            for indices in ([0, 3], [4, 8]):
+                np.testing.assert_array_equal(opened.read(np.array(indices)), frames[indices])
     grey = frames[0, :, :, 0]
     assert np.array_equal(
         read(FrameSequence((to_picture(grey, "PNG"),), 1.0))[0], np.repeat(grey[..., None], 3, axis=2)
@@ -308,21 +355,23 @@ def test_what_is_no_picture_of_the_videos_size_is_refused_by_its_header(pictures
         read(FrameSequence(tuple(pictures), 1.0))
 
 
-def test_a_stereo_video_is_its_left_half(tmp_path):
+@pytest.mark.parametrize("decoder", ["auto", *DECODERS])
+def test_a_stereo_video_is_its_left_half(decoder, tmp_path):
     data = make_video(6, size=(32, 96))
     (tmp_path / "a.mp4").write_bytes(data)
-    expected = read(data, [0, 2, 5])[:, :, :48]
+    expected = read(data, decoder, [0, 2, 5])[:, :, :48]
     for video in (SideBySide(data), SideBySide(tmp_path / "a.mp4")):
         assert probe_video(video)[:4] == (6, 20.0, 32, 48) and video.size_bytes == len(data)
-        np.testing.assert_array_equal(read(video, [0, 2, 5]), expected)
+        np.testing.assert_array_equal(read(video, decoder, [0, 2, 5]), expected)
 
 
-def test_a_hundred_opened_videos_leave_nothing_behind(tmp_path, video):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_hundred_opened_videos_leave_nothing_behind(decoder, tmp_path, video):
     (tmp_path / "shared.mp4").write_bytes(video)
     marks = []
     for number in range(1, 151):
         given, first_frame = (video, 0) if number % 2 else (tmp_path / "shared.mp4", 70)
-        with open_video(given, first_frame=first_frame, num_frames=2) as opened:
+        with open_video(given, decoder, first_frame=first_frame, num_frames=2) as opened:
             opened.read(np.arange(2))
         if number in (50, 150):
             marks.append(held(tmp_path))

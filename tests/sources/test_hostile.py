@@ -49,8 +49,9 @@ def test_a_playlist_that_is_called_mp4_leads_nowhere(tmp_path, kind, monkeypatch
     (tmp_path / "secret.mp4").write_bytes(make_video(6))
     (tmp_path / "a.mp4").write_bytes(PLAYLISTS[kind])
     for given in (tmp_path / "a.mp4", PLAYLISTS[kind]):
-        with pytest.raises(DecodeError, match="the video cannot be opened"):
-            open_video(given)
+        for decoder in ("auto", "decord"):
+            with pytest.raises(DecodeError, match="the video cannot be opened"):
+                open_video(given, decoder)
     if kind != "disguised":  # Other builds of FFmpeg open more forms than the one at hand.
         monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("PyAV was called"))
         with pytest.raises(DecodeError, match=r"which is no mp4, mov, mkv, webm, avi or ts file"):
@@ -66,7 +67,7 @@ def test_ffmpeg_may_open_only_plain_files_of_four_forms(tmp_path, monkeypatch):
     opened, real = [], av.open
     monkeypatch.setattr("av.open", lambda file, **options: opened.append((file, options)) or real(file, **options))
     for name in ("a.mp4", "concat:b.mp4"):
-        with open_video(Path(name)) as video:
+        with open_video(Path(name), "pyav") as video:
             assert video.info.num_frames == 6
     options = {"format_whitelist": "mov,matroska,avi,mpegts", "protocol_whitelist": "file"}
     assert {file for file, _ in opened} == {str(tmp_path / "a.mp4"), str(tmp_path / "concat:b.mp4")}

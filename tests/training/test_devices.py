@@ -3,6 +3,7 @@
 Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
 - FSDP, DeepSpeed and the like, another device than the settings', and two processes with one GPU are refused in words;
+- `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
 
@@ -11,8 +12,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from jepa_cache.cli.stage import run_stage
+from jepa_cache.devices import repeatable
+from jepa_cache.training import trainer
 from jepa_cache.training.distributed import check_own_gpus
-from tests.training.runs import content, rows, run
+from tests.training.runs import bits, content, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
 
@@ -59,6 +62,25 @@ def test_two_processes_with_one_gpu_are_refused_by_their_numbers():
         ValueError, match=r"processes 1, 3 have one GPU \(a GPU-2\).*--nproc-per-node.*--gpus-per-task=1"
     ):
         check_own_gpus(["a GPU-1", "a GPU-2", "b GPU-1", "a GPU-2"])
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true", "false"])
+def test_deterministic_kernels_are_for_the_training_alone_and_move_no_bit_on_a_cpu(
+    cache, tmp_path, monkeypatch, wanted
+):
+    plain, seen, step = run(cache, tmp_path / "auto"), [], trainer.train_step
+
+    def watched(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    again = run(cache, tmp_path / "wanted", f"train.deterministic={wanted}", fresh=True)
+    assert set(seen) == {wanted == "true"} and not torch.are_deterministic_algorithms_enabled()
+    assert bits(plain.weights) == bits(again.weights)
+    for wanted, device, on in (("auto", "cuda", True), ("auto", "cpu", False), (False, "cuda", False)):
+        with repeatable(torch.device(device), wanted):
+            assert torch.are_deterministic_algorithms_enabled() == on
 
 
 @pytest.mark.parametrize(
