@@ -32,7 +32,7 @@ FLOORS = (
     {"episode"},
     {"media"},
     {"actions"},
-    {"config", "files", "poses", "ridge"},
+    {"attention", "config", "files", "poses", "ridge"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}

@@ -74,7 +74,7 @@ RESUME_SAFE_SETTINGS = (
     "upload_to",
 )
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
-CODE = ("actions.py", "data", "poses.py", "predictor", "store", "training")
+CODE = ("actions.py", "attention.py", "data", "poses.py", "predictor", "store", "training")
 OUTPUT_TAKEN = (
     "another training writes to {}, and the rows of two would mix. Wait for it or stop it; to train two at once use another "
     "checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one"
