@@ -1,8 +1,9 @@
 # make demo: everything from nothing to figures; demo-robot: to a robot that reaches its goals. make test: the test suite.
-# make test-quick: its heart, within a minute. make test-long: the campaigns beside it. All install into .venv first.
+# make test-quick: its heart, within a minute. make test-long: the campaigns beside it. All install into .venv first what they need.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEMO := .venv/.installed-demo
 # One thread per process: two threads on a busy two-core machine are many times slower.
 export OMP_NUM_THREADS ?= 1
 # Else every process compiles the package again, and pytest the tests: a fifth of a short process.
@@ -15,26 +16,30 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 install: $(INSTALLED)
 
 # Made again only when pyproject.toml or the tried versions changed. constraints.txt holds versions that were seen to work together.
-$(INSTALLED): pyproject.toml constraints.txt
+# The demos need dvc and the simulator, tests and lint much more.
+$(INSTALLED): EXTRAS := dev
+$(DEMO): EXTRAS := dvc,sim
+$(INSTALLED) $(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
-	@echo "installing into .venv: some minutes; 2.6 GB with a torch for CPUs, 6.3 GB with that for CUDA"
+	@echo "installing into .venv: some minutes; a torch for CPUs needs 2.6 GB, that for CUDA 6.3 GB"
 	@$(PYTHON) -m venv $(BIN)/..
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # The models of the simulated robot: files of gym-hil, whose own requirements (pygame and more) nothing here needs. MuJoCo itself comes
-# with `install`. It draws with a system library, which `jepa-cache doctor` names where it is missing.
+# with the demos. It draws with a system library, which `jepa-cache doctor` names where it is missing.
 install-sim: .venv/.installed-sim
 
-.venv/.installed-sim: $(INSTALLED)
+.venv/.installed-sim: $(DEMO)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gym-hil==0.1.14
 	@$(BIN)/python -c 'from jepa_cache.cli.doctor import check_robot; print(*check_robot(needed=True))'
 	@touch $@
 
-demo: install
+demo: $(DEMO)
 	$(BIN)/dvc repro
 	@echo
-	@echo "figures: outputs/evaluate/metrics.json, pictures: outputs/evaluate/pictures/"; echo "next: source .venv/bin/activate, then docs/quickstart.md, A first experiment"
+	@echo "page: outputs/evaluate/report.html, figures: outputs/evaluate/metrics.json"
+	@echo "next: source .venv/bin/activate, then docs/quickstart.md, A first experiment"
 
 # params.yaml stays the Minecraft sample's; these are the settings of the robot's, for every stage. Run again, it renders again and takes the rest as it is.
 ROBOT := dataset=sample_robot predictor=compressed256 train.preset=jump split.val_share=0.1 act.cost=latents

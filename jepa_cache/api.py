@@ -64,7 +64,7 @@ class Encoder:
         """
         if isinstance(overrides, str):
             raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
-        root = find_repository(Path.cwd())
+        root = find_repository(Path.cwd(), read_only=True)
         return cls.open(load_config(root, [f"encoder={name}", *overrides]), data_base(root))
 
     @classmethod

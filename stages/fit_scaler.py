@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.data.dataset import TRAIN, VAL, open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
-from jepa_cache.data.windows import count_episodes, find_obstacle  # noqa: E402
+from jepa_cache.data.windows import LEAST_FOR_YES, count_episodes, find_obstacle  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> None:
             f"filters: {scaler.num_train_steps} of {num_steps} steps are left, in {count_episodes(segments)} of {count_episodes(whole)} episodes"
         )
     num_training, num_held_out = count_episodes(segments), count_episodes(held_out)
-    print(f"fitted on {scaler.num_train_steps} steps of {num_training} training episodes; {num_held_out} are held out")
+    needs = f": evaluate needs 2, a verdict of yes {LEAST_FOR_YES}" if num_held_out < LEAST_FOR_YES else ""
+    print(
+        f"fitted on {scaler.num_train_steps} steps of {num_training} training episodes; {num_held_out} are held out{needs}"
+    )
     share = num_held_out / (num_training + num_held_out)
     if abs(share - config.split.val_share) > 0.1:
         print(

@@ -79,6 +79,13 @@ def make_rows(num_lines: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def flip(path: Path, offset: int, bit: int = 2) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1 << bit
+    path.write_bytes(content)
+
+
 def to_jsonl(rows: Sequence[Any]) -> bytes:
     """Rows as a jsonl file."""
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()

@@ -31,8 +31,8 @@ FLOORS = (
     {"sources", "store", "predictor", "encoder", "sample"},
     {"episode"},
     {"media"},
-    {"actions"},
-    {"attention", "config", "files", "poses", "ridge"},
+    {"actions", "devices"},
+    {"config", "files", "poses", "ridge"},
 )
 # Where the code asks for it: stage scripts share cli/stage.py.
 SAME_FLOOR = {("stages", "cli")}

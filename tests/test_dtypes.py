@@ -22,8 +22,8 @@ from jepa_cache.store.quantisation import CODECS, Codec, decode, encode, measure
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.training.trainer import train
 from tests.caches import make_cache, make_config
-from tests.encoded import all_files, make_tars, tiny_config
 from tests.encoded import encode as encode_recordings
+from tests.encoded import make_tars, tiny_config
 from tests.store import plain_reader
 
 EPISODES = {"a": {"e0": 60, "e1": 45, "e2": 40, "e3": 45}, "b": {"e4": 52, "e5": 40}}
@@ -144,12 +144,6 @@ def test_stage_two_trains_and_evaluates(made, tmp_path, monkeypatch):
     assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
     assert (tmp_path / "evaluate/pictures/strip1.png").is_file()
     dataset.close()
-
-
-def test_a_dtype_is_part_of_the_recipe_and_is_made_again_alike(made, recordings, tmp_path):
-    assert made.manifest.recipe["dtype"] == made.config.encode.dtype
-    again = make(recordings, tmp_path, made.config.encode.dtype)
-    assert [all_files(store) for store in again.stores] == [all_files(store) for store in made.stores]
 
 
 def test_a_new_dtype_is_one_entry_that_is_written_read_and_decoded_anywhere(tmp_path, monkeypatch):

@@ -469,28 +469,3 @@ def test_reference_results_are_reproduced(path: Path):
 
 def test_the_folder_holds_files():
     assert FILES, f"no *.safetensors in {FOLDER}"
-
-
-@pytest.mark.parametrize("other", [{}, {"momentum_mean": 0.4, "momentum_std_gripper": 0.6, "normalize_reps": False}])
-def test_a_planner_file_with_other_settings_and_a_fixed_column_is_read_by_its_own_settings(other):
-    """A search with a fixed column is made here and read back as a file with noise for all four columns gives it."""
-    golden = next((it for it in map(Golden, FILES) if it.metadata.get("kind") == "planner"), None)
-    if golden is None:
-        pytest.skip(f"no file of a planner in {FOLDER}")
-    search = read_planner_settings(golden.config) | {"fixed": ["y"], "close_gripper": None} | other
-    motion = build_motion(get_action_space("pose7"), max_step_m=search["maxnorm"], fixed=("dy",))
-    given = golden.group("in")
-    noise = np.random.default_rng(0).standard_normal((*given["noise"].shape[:3], 4))
-    context, goal = read_planner_context(given)
-    model = LatentModel(build_golden_predictor(golden).eval(), bool(search["normalize_reps"]))
-    settings = build_planner_settings(search, noise)
-    plan = plan_actions(model, context, goal, motion, settings, noise=noise[..., [0, 2, 3]])
-    assert not plan.actions[:, 1].any()
-    said = {
-        name: value for name, value in golden.config.items() if name not in ("planner", "axis", "axes", "fixed_axes")
-    }
-    golden.config = said | search
-    golden.groups["in"] = given | {"noise": torch.from_numpy(noise)}
-    golden.groups["out"] = {"energies": torch.from_numpy(plan.energies), "actions": torch.from_numpy(plan.found)}
-    check_planner(golden)
-    golden.check_nothing_is_left()

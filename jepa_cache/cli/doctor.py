@@ -69,13 +69,20 @@ def check_gpu() -> Finding:
     """Whether torch sees a CUDA device; everything works without one, slowly."""
     import torch
 
+    from jepa_cache.devices import has_bfloat16
+
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__} sees no CUDA device; the CPU works, tens of times slower"
         todo = "nvidia-smi; if it lists a GPU, install a CUDA build of torch: https://pytorch.org/get-started/locally"
         return Finding(NOTE, found, todo)
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices]
-    return Finding(OK, f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    found = f"{', '.join(names)}; CUDA {torch.version.cuda}"
+    if not has_bfloat16():
+        return Finding(
+            NOTE, f"{found}; it only imitates bfloat16", "set encode.compute_dtype and train.precision to float16"
+        )
+    return Finding(OK, found)
 
 
 def check_decoders() -> Finding:

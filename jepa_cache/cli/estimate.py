@@ -1,7 +1,6 @@
 """`jepa-cache estimate`: what encoding would cost, before anything is spent.
 
-Episodes, frames and steps come from the headers of recordings; bytes follow from the steps, within 5 %; operations of
-the encoder from its products of matrices, of which a multiplication and an addition count 2.
+Episodes, frames and steps come from the headers of recordings; bytes follow from the steps, within 5 %.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from jepa_cache.cli.outcome import (
     shorten,
 )
 from jepa_cache.config.paths import existing_folder
-from jepa_cache.config.schema import ENCODER_RULES, EncodeConfig, EncoderPreset
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.task import read_whole
 from jepa_cache.encoding.units import is_unread
@@ -57,7 +56,7 @@ def estimate(
     frames_per_s: Annotated[float | None, typer.Option(min=1e-9, help="rate for the hours")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what encoding would take: episodes, frames, steps, bytes per stored dtype, files, operations, hours, disk.
+    """Say what encoding would take: episodes, frames, steps, bytes per stored dtype, files, hours, disk.
 
     Reads the headers of recordings, no videos, and downloads nothing. Hours are given only at the rate of
     --frames-per-s; stage one prints the one that it reaches.
@@ -68,7 +67,7 @@ def estimate(
 
 
 def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> Outcome:
-    """Count recordings, bytes, operations and time, and compare with the disk."""
+    """Count recordings, bytes and time, and compare with the disk."""
     config, encode, root = checkout.config, checkout.config.encode, checkout.root
     groups, notes = scan_units(config, checkout.paths, checkout.base, most_bytes=0)  # headers tell all that it needs
     encoder, space = groups[0].encoder.preset, groups[0].space
@@ -91,7 +90,7 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> 
         needed += round(to_do["largest"] * step_bytes("float16", encode.num_tokens_of(encoder), encoder.embed_dim))
     in_bucket = root.name != str(root.path)  # which has no end
     free = None if in_bucket else shutil.disk_usage(existing_folder(root.path)).free
-    counts, per_frame = {"all": total, "done": done, "to_do": to_do}, count_encoder(encoder, encode)
+    counts = {"all": total, "done": done, "to_do": to_do}
     frames_per_step = 1 if encode.mode == "frame" else encoder.tubelet_size
     train = config.train
     num_windows = train.num_steps * train.batch_size * train.grad_accumulation
@@ -106,7 +105,6 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> 
         "dtype": encode.dtype,
         "bytes": {name: _size(total, name, encode, encoder, num_columns) for name in _list_codecs(encoder.embed_dim)},
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "encoder_flops": {"per_frame": per_frame, "to_do": to_do["frames"] * per_frame},
         "hours": to_do["frames"] / frames_per_s / 3600 if frames_per_s else None,
         "break_even": {"frames_touched_per_run": num_touched, "runs": total["frames"] / num_touched},
         "unusable": [recording._asdict() for recording in unusable],
@@ -200,10 +198,9 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
         for dtype, size in document["bytes"].items()
     ]
     lines += align([["stored as", "tokens", "with actions, controls", ""], *sizes])
-    flops, hours, disk, touched = (document[name] for name in ("encoder_flops", "hours", "disk", "break_even"))
+    hours, disk, touched = (document[name] for name in ("hours", "disk", "break_even"))
     paid = "within the first run" if touched["runs"] <= 1 else f"after {touched['runs']:.1f} runs"
     lines += [
-        f"encoder {document['encoder']}: {flops['to_do']:.3g} operations, {flops['per_frame'] / 1e9:.4g} GFLOP a frame",
         "time: not known; --frames-per-s gives a rate" if hours is None else f"time: {hours:.2f} h at the rate given",
         f"one training run touches {touched['frames_touched_per_run']} frames: without the cache the encoder would run on each, so "
         f"the cache pays for itself {paid}",
@@ -216,15 +213,3 @@ def _list_lines(document: dict[str, Any]) -> list[str]:
             "needed (jepa-cache gc), or encode fewer recordings"
         )
     return lines
-
-
-def count_encoder(encoder: EncoderPreset, encode: EncodeConfig) -> float:
-    """Operations per sampled frame of one encoder input under these settings."""
-    if ENCODER_RULES[encoder.kind].weightless:
-        return 0.0
-    num_frames = {"frame": 1, "tubelet": encoder.tubelet_size, "clip": encode.frames_per_clip}[encode.mode]
-    tokens, width = max(1, num_frames // encoder.tubelet_size) * encoder.num_tokens, encoder.embed_dim
-    as_image = encode.mode == "frame" and encode.single_frame == "image"
-    patch = 3 * (1 if as_image else encoder.tubelet_size) * encoder.patch_size**2
-    block = 2 * tokens * (4 * width**2 + 2 * width * encoder.mlp_dim) + 4 * tokens**2 * width
-    return (2 * tokens * patch * width + encoder.depth * block) / num_frames

@@ -12,14 +12,13 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import MANIFEST, AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
+from jepa_cache.cli.sharing import CHECKSUMS, README, check_arrived, upload
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
-from jepa_cache.store.controls import iter_controls
-from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, check_store
+from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
 from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import KINDS, MARKER, CacheRoot, RefusedError
 
-README, CHECKSUMS = "README.md", "SHA256SUMS"
 UNKNOWN = "unknown"
 
 export = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take something out, to carry elsewhere.")
@@ -31,16 +30,21 @@ def export_cache(
     overrides: Overrides = None,
     *,
     manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="URL that gets a copy of OUT: hf://datasets/OWNER/NAME, s3://, gs://, file://")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy everything that a manifest lists into OUT as a root of its own, with the manifest, a README and checksums.
+
+    With --to URL it is sent there too, for `jepa-cache pull URL`: others then train from it without encoding.
 
     Every byte of the copy is compared with its checksum; an interrupted export is finished by the same command. Use the
     result with cache.root=OUT; its README.md says how. To export less, encode less: the stores are found again.
 
     Exit code 0: exported; 1: refused (OUT holds something else); 2: wrong usage, or a store is missing or damaged.
     """
-    report(lambda: _export(open_checkout(overrides), out, manifest), as_json=as_json)
+    report(lambda: _export(open_checkout(overrides), out, manifest, to), as_json=as_json)
 
 
 class ExportFormat(StrEnum):
@@ -94,7 +98,7 @@ def export_predictor(
         print(f"note: {line}")
 
 
-def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
+def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -> Outcome:
     if checkout.paths:
         raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
     if path is None and (reason := why_held_back(checkout.repository / MANIFEST)) is not None:
@@ -102,6 +106,8 @@ def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
     manifest, root = checkout.read_manifest(path), checkout.root
     with root.shared_lock():
         files = export_manifest(manifest, root, out)
+    if url is not None:
+        upload(out, url)
     document = {
         "out": str(out),
         "manifest": manifest.digest,
@@ -117,6 +123,7 @@ def _export(checkout: Checkout, out: Path, path: Path | None) -> Outcome:
             "exported {num_units} units to {out}: {num_episodes} episodes, {num_steps} steps, ".format(**document)
             + f"{describe_bytes(document['num_bytes'])}, every byte checked",
             f"{out / README} says how to use it; fill in the licence of the recordings before you pass it on",
+            *([f"uploaded to {url}; next: jepa-cache pull {url} FOLDER on another machine"] if url is not None else []),
         ],
     )
 
@@ -135,7 +142,7 @@ def export_manifest(manifest: Manifest, root: CacheRoot, out: Path) -> dict[Path
         for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
             final = target.store(key)
             try:
-                found = _check(final, digest)  # of an export that was interrupted
+                found = check_arrived(final, digest)  # of an export that was interrupted
             except StoreDamagedError:
                 target.remove(final)
                 with root.pulled([root.store(key)]):
@@ -176,30 +183,22 @@ def _copy(source: Path, final: Path, digest: str | None) -> dict[Path, str]:
                 shutil.copyfile(source / name, folder / name)
             publish_folder(folder, final)
     try:
-        return _check(final, digest)
+        return check_arrived(final, digest)
     except StoreDamagedError as error:
         CacheRoot(final.parents[2]).remove(final)
-        _check(source, digest)  # names what is damaged there
+        check_arrived(source, digest)  # names what is damaged there
         raise OSError(f"{final} was not written as {source} was read; try again, or another disk") from error
-
-
-def _check(path: Path, digest: str | None) -> dict[Path, str]:
-    """The sha256 of every file of a store of this digest, or of a file of controls, after a comparison with what it says itself."""
-    if digest is None:
-        for _ in iter_controls(path):
-            pass
-        return {path: file_digest(path)}
-    found = check_store(path, read_data=True)
-    if found.digest != digest:
-        raise StoreDamagedError(f"{path} is not the store that the manifest lists: its digest differs; {REMEDY}")
-    sums = {path / name: file.sha256 for name, file in found.files.items()}
-    return {**sums, path / STORE_FILE: file_digest(path / STORE_FILE)}
 
 
 def _write_readme(manifest: Manifest) -> str:
     recipe, trained = manifest.recipe, manifest.encoder_trained
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    return f"""# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED"})
+    return f"""---
+license: unknown
+tags: [jepa-cache, world-model, {manifest.dataset}]
+---
+
+# Tokens of data set {manifest.dataset}, encoder {manifest.encoder} ({"trained" if trained else "UNTRAINED"})
 
 A cache root of jepa-cache, exported from another one.
 
@@ -216,13 +215,13 @@ A cache root of jepa-cache, exported from another one.
 `manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256
 of every file (`sha256sum -c {CHECKSUMS}`). The stores are Zarr v3 with Parquet tables beside; they open without jepa-cache.
 
-Use it in a checkout of jepa-cache whose settings (`dataset`, `encoder`, `encode.*`) are those of the recipe:
+Use it in a checkout or project (`jepa-cache init`) whose settings (`dataset`, `encoder`, `encode.*`) are those of the recipe. From a URL:
 
-    mkdir -p CHECKOUT/outputs/encode
-    cp manifests/{manifest.digest}.json CHECKOUT/outputs/encode/manifest.json
-    cd CHECKOUT
-    python stages/fit_scaler.py cache.root=THIS_FOLDER
-    python stages/train_predictor.py cache.root=THIS_FOLDER
+    jepa-cache pull URL FOLDER
+    python stages/fit_scaler.py cache.root=FOLDER
+    python stages/train_predictor.py cache.root=FOLDER
+
+Of a copy, `manifests/{manifest.digest}.json` is outputs/encode/manifest.json of the checkout, and FOLDER is the copy itself.
 """
 
 

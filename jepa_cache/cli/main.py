@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import ast
 import importlib
+import runpy
 import sys
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from jepa_cache.cli.stage import run_stage
-from jepa_cache.config.loading import find_repository, load_config
+from jepa_cache.config.loading import REPOSITORY_ROOT, find_repository, load_config
 
 # Command to its file, in which its function has the command's name; `export` is a group of its own.
 COMMANDS = {
+    "init": "init",
     "estimate": "estimate",
     "status": "status",
     "verify": "verify",
     "gc": "gc",
     "export": "export",
+    "pull": "sharing",
     "inspect": "inspect",
     "pack": "preparation",
     "add-encoder": "preparation",
@@ -28,12 +32,16 @@ COMMANDS = {
     "params": "main",
     "doctor": "doctor",
 }
+STAGES = {
+    **{name: name for name in ("sample", "encode", "evaluate", "plan", "act")},
+    **{"fit-scaler": "fit_scaler", "train": "train_predictor"},
+}
+"""Command to the script in stages/ that it runs."""
 INSTEAD = {
-    "plan": "jepa-cache estimate",
-    "repair": "jepa-cache verify --repair",
-    "index-droid": "jepa-cache inspect dataset=droid_raw FOLDER",
-    **{stage: f"python stages/{stage}.py" for stage in ("sample", "encode", "fit_scaler", "evaluate")},
-    "train": "python stages/train_predictor.py",
+    "repair": "verify --repair",
+    "fit_scaler": "fit-scaler",
+    "train_predictor": "train",
+    "index-droid": "inspect dataset=droid_raw FOLDER",
 }
 
 
@@ -43,9 +51,12 @@ def build_app(only: str | None = None) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
-        help="Work on recordings and on the feature cache.",
+        help="Run the stages of a project, and work on recordings and on the feature cache. --version prints the version.",
     )
     app.callback()(lambda: None)  # with one command alone typer would take its name for an argument
+    for name, stage in STAGES.items():
+        text = ast.get_docstring(ast.parse((REPOSITORY_ROOT / f"stages/{stage}.py").read_text(encoding="utf-8"))) or ""
+        app.command(name, help=f"{text.partition(chr(10))[0]} (stages/{stage}.py)")(lambda: None)
     for name, module in COMMANDS.items():
         function = name.replace("-", "_")
         if name != only:
@@ -89,6 +100,20 @@ def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     typed = next(iter(sys.argv[1:]), None)
     if typed in INSTEAD:
-        print(f"error: there is no command `jepa-cache {typed}`; type `{INSTEAD[typed]}`", file=sys.stderr)
+        print(f"error: there is no command `jepa-cache {typed}`; type `jepa-cache {INSTEAD[typed]}`", file=sys.stderr)
         sys.exit(2)
-    run_stage(build_app(typed))
+    if typed == "--version":
+        print(version("jepa-cache"))
+    elif typed in STAGES:
+        run_stage(lambda: run_script(STAGES[typed], sys.argv[2:]))
+    else:
+        run_stage(build_app(typed))
+
+
+def run_script(stage: str, arguments: list[str]) -> None:
+    """Run a stage's script of the project around the present folder, as `python stages/NAME.py` does."""
+    script = find_repository(Path.cwd()) / f"stages/{stage}.py"
+    if not script.is_file():
+        raise ValueError(f"{script} is missing; `jepa-cache init FOLDER` writes a project with it")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import tempfile
@@ -14,6 +15,10 @@ from typing import Any, TextIO
 from jepa_cache.config.loading import is_override, load_config
 from jepa_cache.config.paths import printable
 from jepa_cache.files import OURS, full_disk_named
+
+FULL_GPU = re.compile(
+    "CUDA.*(out of memory|ALLOC_FAILED)"
+)  # torch.OutOfMemoryError, and what CUDA and cuBLAS say by themselves
 
 
 def parse_stage_arguments(
@@ -81,6 +86,16 @@ def describe_error(error: BaseException) -> str:
     return "\n  ".join(printable(line, keep="\t") for line in text.split("\n  "))
 
 
+def describe_full_gpu(error: RuntimeError) -> str:
+    """What to lower when a GPU's memory is full, whichever stage it was: the error names none of our settings."""
+    return (
+        f"the GPU's memory is full ({str(error).splitlines()[0]})\n"
+        "  train: lower train.batch_size and raise train.grad_accumulation as much, or set activation_checkpointing: true in the predictor's preset\n"
+        "  encode: lower encode.batch_size; evaluate: lower evaluate.batch_size; plan and act: lower num_samples\n"
+        "  nvidia-smi lists what else is on this GPU; CUDA_VISIBLE_DEVICES=1 before the command takes another one"
+    )
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage or command; an error that a user can cause is one message without a traceback, exit code 1."""
     try:
@@ -88,5 +103,9 @@ def run_stage(main: Callable[[], None]) -> None:
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         sys.exit(f"error: {describe_error(error)}")
+    except RuntimeError as error:
+        if not FULL_GPU.search(str(error)):
+            raise
+        sys.exit(f"error: {describe_full_gpu(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted; type the same command again: encode and train resume, the others start over")

@@ -12,6 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ from jepa_cache.config.schema import (
     check_config,
 )
 
-REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+TEMPLATE = PACKAGE / "template"
+"""What `jepa-cache init` writes; only an installed package has it (setup.py)."""
+REPOSITORY_ROOT = TEMPLATE if TEMPLATE.is_dir() else PACKAGE.parent
+"""Where settings come from outside every project: the checkout of this package, or what came with it."""
 
 PRESETS = ("dataset", "encoder", "predictor")
 SECTIONS = {
@@ -91,6 +96,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     train_file = preset_file("train", of_train.pop("name"))
     check_keys(of_train, [field.name for field in dataclasses.fields(TrainConfig)], train_file)
     defaults["train"] = {key: (value, "config/schema.py") for key, value in TRAIN_DEFAULTS.items()}
+    defaults["train"]["loggers"] = (["dvclive"] if find_spec("dvclive") else [], "what is installed")
     defaults["train"] |= {key: (value, train_file) for key, value in of_train.items()}
 
     sections: dict[str, Any] = {}
@@ -101,10 +107,20 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
             f"{name}.{key}": "command line" if f"{name}.{key}" in typed else file for key, (_, file) in resolved.items()
         }
         values = {key: value for key, (value, _) in resolved.items()}
+        if name == "train":
+            _scale_schedule(values, of_train, {key for key, (_, file) in resolved.items() if file == train_file})
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
     config = Config(**presets, **sections, members=_list_members(root, presets["dataset"]), origins=origins)
     check_config(config)
     return config
+
+
+def _scale_schedule(values: dict[str, Any], preset: Mapping[str, Any], untouched: Collection[str]) -> None:
+    """Keep warm-up and anneal the preset's shares of the training where its length is set and they are not."""
+    steps = values["num_steps"], preset.get("num_steps")
+    if steps[0] != steps[1] and all(isinstance(count, int) and count > 0 for count in steps):
+        for key in {"num_warmup", "num_anneal"} & {*untouched}:
+            values[key] = round(values[key] * steps[0] / steps[1])
 
 
 def _preset_class(kind: str, mapping: Mapping[str, Any], file: str) -> type[Any]:
@@ -122,11 +138,19 @@ def preset_file(kind: str, name: str) -> str:
     return f"configs/{kind}/{name}.yaml"
 
 
-def find_repository(folder: Path) -> Path:
-    """The checkout that `folder` lies in, known by its params.yaml and configs/; else the one this package lies in."""
+def find_repository(folder: Path, *, read_only: bool = False) -> Path:
+    """The checkout or project that `folder` lies in, known by its params.yaml and configs/; else the checkout this package lies in.
+
+    Raises:
+        ConfigError: There is none, as the package is installed without a checkout. `read_only` takes the settings that came with it.
+    """
     for candidate in (folder, *folder.parents):
         if (candidate / "params.yaml").is_file() and (candidate / "configs").is_dir():
             return candidate
+    if REPOSITORY_ROOT == TEMPLATE and not read_only:
+        raise ConfigError(
+            f"{folder} lies in no project (params.yaml and configs/); `jepa-cache init FOLDER` makes one, then work in it"
+        )
     return REPOSITORY_ROOT
 
 
@@ -162,7 +186,10 @@ def _read_preset(root: Path, kind: str, name: Any, typed: Collection[str] = ()) 
         raise ConfigError(
             f"{place}: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
         )
-    return {**_read_yaml(root / preset_file(kind, name)), "name": name}
+    preset = {**_read_yaml(root / preset_file(kind, name)), "name": name}
+    if kind == "dataset" and str(preset.get("source")).endswith(".py"):  # a file of the project's own
+        preset["source"] = str((root / preset["source"]).resolve())
+    return preset
 
 
 @functools.cache
@@ -198,7 +225,8 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
         raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
     known = _flatten(params)
     if key not in known:
-        raise ConfigError(f"unknown parameter {key!r}{nearest(key, known)}")
+        in_section = [name for name in known if name.endswith(f".{key}")]
+        raise ConfigError(f"unknown parameter {key!r}{nearest(in_section[0] if in_section else key, known)}")
     *parents, last = key.split(".")
     section = functools.reduce(operator.getitem, parents, params)
     try:

@@ -1,9 +1,12 @@
-"""What this machine decides: threads, devices and folders; and names from other people's files as safe text."""
+"""What this machine decides: threads and folders; and names from other people's files as safe text."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 
 from jepa_cache.config.parsing import ConfigError
@@ -21,15 +24,16 @@ def default_num_threads() -> int:
     return max(1, (os.cpu_count() or 1) // 2)
 
 
-def resolve_device(key: str, wanted: str, num_gpus: int) -> str:
-    """The device that a setting means on a machine with so many GPUs; "auto" is a GPU where there is one, a missing one is refused."""
-    if wanted == "auto":
-        return "cuda" if num_gpus else "cpu"
-    if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= num_gpus:
-        raise ConfigError(
-            f"{key} is {wanted!r}, but torch finds {num_gpus} GPUs here; set it to auto or cpu, or see with `jepa-cache doctor` what is missing"
+def require(module: str, extra: str, what: str) -> None:
+    """Refuse, with what to type, where a library is missing that an extra of pyproject.toml brings; `what` is the one that needs it."""
+    if find_spec(module) is None:
+        needs = (text.partition(";") for text in requires("jepa-cache") or ())
+        packages = " ".join(
+            shlex.quote(name.strip()) for name, _, marker in needs if re.search(rf"extra == .{extra}\b", marker)
         )
-    return wanted
+        raise ConfigError(
+            f"{what} needs the library {module}, which is not installed: python -m pip install {packages}"
+        )
 
 
 def existing_folder(path: Path) -> Path:

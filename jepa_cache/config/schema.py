@@ -63,6 +63,20 @@ def _name_once(values: Any) -> Any:
     return values
 
 
+def _name_device(value: str) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise ValueError("must be auto, cpu or cuda (which of several GPUs: CUDA_VISIBLE_DEVICES=1 before the command)")
+    return value
+
+
+def _name_switch(value: Any) -> Any:
+    if value not in ("auto", True, False):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
+Switch: TypeAlias = Annotated[str | bool, AfterValidator(_name_switch)]
+Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0, le=10**6)]  # 0 has a meaning of its own
@@ -91,7 +105,7 @@ class DatasetPreset(Settings):
     """configs/dataset/*.yaml: where recordings come from and how they are sampled by default."""
 
     name: str
-    source: str  # module in jepa_cache/sources
+    source: str  # module in jepa_cache/sources, or the path of a file.py from the project
     source_options: dict[str, Any]  # checked by that module
     inputs: tuple[str, ...]  # folders, files, globs, {000..123} ranges
     fps: FrameRate  # Hz of the sampled frames
@@ -227,7 +241,7 @@ class EncodeConfig(Settings):
     compute_dtype: FloatDtype
     batch_size: Count
     dtype: StoredDtype
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+    device: Device
     decoder: Decoder
     num_decoders: Count  # threads
     max_skipped_share: Share  # of the recordings
@@ -246,10 +260,16 @@ class EncodeConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`."""
+    """Which episodes are held out: a hash of the episode key and `seed` below `val_share`; or by name, or exactly so many of few.
+
+    What files of earlier versions do not name is off.
+    """
 
     val_share: Share
     seed: Seed
+    held_out: tuple[Text, ...] = ()  # patterns of keys, such as val/*; then share and seed decide nothing
+    # Of fewer episodes exactly round(share x number), at least 2, are held out: those of the lowest hashes. 0: never.
+    exact_below: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -318,7 +338,8 @@ class TrainConfig(Settings):
     costs: Annotated[tuple[Literal["readout", "time"], ...], Once]
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
-    device: Literal["auto", "cpu", "cuda"]  # one of several GPUs: CUDA_VISIBLE_DEVICES
+    device: Device  # of training, evaluation and plans
+    deterministic: Switch  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps
@@ -331,7 +352,7 @@ class TrainConfig(Settings):
     loggers: Annotated[tuple[Logger, ...], Once]  # the CSV is always written
 
 
-TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False}
+TRAIN_DEFAULTS: Mapping[str, Any] = {"step_lengths": [1], "time_reversal": False, "deterministic": "auto"}
 """What training presets and checkpoints mean that do not name a setting: it came after them."""
 
 

@@ -11,6 +11,7 @@ frames     the video frames of cached steps
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import sys
 import threading
@@ -48,8 +49,39 @@ def split_of(episode: str, *, val_share: float, seed: int) -> str:
 
     `val_share` is the expected share of held-out episodes, in [0, 1].
     """
-    head = hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8]
-    return VAL if int.from_bytes(head, "big") / 2**64 < val_share else TRAIN
+    return VAL if _draw(episode, seed) < val_share else TRAIN
+
+
+def _draw(episode: str, seed: int) -> float:
+    """A number in [0, 1) that is an episode's own."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:8], "big") / 2**64
+
+
+def choose_held_out(episodes: Iterable[str], config: SplitConfig) -> set[str]:
+    """The held-out ones of a data set's episodes.
+
+    Raises:
+        ValueError: `held_out` has a pattern that fits no key, or fits all of them.
+    """
+    keys = sorted(set(episodes))
+    if config.held_out:
+        found = {pattern: set(fnmatch.filter(keys, pattern)) for pattern in config.held_out}
+        held_out = set().union(*found.values())
+        if empty := [pattern for pattern, some in found.items() if not some]:
+            raise ValueError(
+                f"split.held_out: {empty[0]!r} fits no episode; their keys are such as {', '.join(keys[:3])}"
+            )
+        if len(held_out) == len(keys):
+            raise ValueError(f"split.held_out fits all {len(keys)} episodes, so none is left to train on")
+        return held_out
+    if _is_exact(len(keys), config):
+        number = min(max(2, round(config.val_share * len(keys))), len(keys) - 1)
+        return set(sorted(keys, key=lambda key: _draw(key, config.seed))[:number])
+    return {key for key in keys if split_of(key, val_share=config.val_share, seed=config.seed) == VAL}
+
+
+def _is_exact(num_episodes: int, config: SplitConfig) -> bool:
+    return 0 < num_episodes < config.exact_below and 0 < config.val_share < 1 and not config.held_out
 
 
 def open_dataset(config: Config, repository: Path) -> CachedDataset:
@@ -190,15 +222,26 @@ class CachedDataset:
         """
         key = split, config, filters
         if key not in self._cut:
-            copies, share = self.find_copies(), {"val_share": config.val_share, "seed": config.seed}
+            copies = self.find_copies()
+            held_out = choose_held_out(self._originals(), config)
             chosen = [
                 segment
                 for segment in self.segments
-                if split_of(copies.get(segment.episode, segment.episode), **share) == split
+                if (copies.get(segment.episode, segment.episode) in held_out) == (split == VAL)
                 and (split == TRAIN or segment.episode not in copies)
             ]
             self._cut[key] = chosen if filters == NO_FILTER else self._cut_segments(split, chosen, filters)
         return list(self._cut[key])
+
+    def _originals(self) -> set[str]:
+        copies = self.find_copies()
+        return {copies.get(segment.episode, segment.episode) for segment in self.segments}
+
+    def describe_split(self, config: SplitConfig) -> dict[str, Any]:
+        """What of a split's settings decides which episodes of this data set are held out, for a run's description."""
+        exact = {"exact_below": config.exact_below} if _is_exact(len(self._originals()), config) else {}
+        named = {"held_out": list(config.held_out)} if config.held_out else {}
+        return {"val_share": config.val_share, "seed": config.seed, **named, **exact}
 
     def _cut_segments(self, split: str, chosen: Sequence[Segment], filters: FilterConfig) -> list[Segment]:
         ranges = self._read_ranges(split, filters, sorted({segment.episode for segment in chosen}))

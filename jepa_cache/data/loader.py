@@ -73,11 +73,27 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     Tensors that are on the device already and values that need no formula stay the same memory.
     """
+    return _as_values(_move(batch, device))
+
+
+def _move(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
+    """Copy a batch as it is stored."""
+    tokens, actions, states = (part.to(device, non_blocking=non_blocking) for part in batch[:3])
     scales = batch.scales
     if scales is not None:
-        scales = TokenScales(*(part.to(device) for part in scales[:3]), scales.codec)
-    tokens = dequantise(batch.tokens.to(device), scales)
-    return Batch(tokens, batch.actions.to(device), batch.states.to(device), batch.numbers)
+        scales = TokenScales(*(part.to(device, non_blocking=non_blocking) for part in scales[:3]), scales.codec)
+    return Batch(tokens, actions, states, batch.numbers, scales)
+
+
+def _as_values(batch: Batch) -> Batch:
+    return batch._replace(tokens=dequantise(batch.tokens, batch.scales), scales=None)
+
+
+class _Sent(NamedTuple):
+    """A batch that is on its way to a GPU, or there (None)."""
+
+    batch: Batch
+    copied: torch.cuda.Event | None
 
 
 class WindowLoader:
@@ -114,32 +130,82 @@ class WindowLoader:
         self._dataset, self._index, self._scaler = dataset, index, scaler
         self._num_threads, self._pin_memory = num_threads, pin_memory
         self.wait_s = 0.0  # time that `iterate` made its caller wait
+        self._copying: torch.cuda.Stream | None = None  # of batches to a GPU, beside its kernels
+        self._arrivals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def take_copy_wait_s(self) -> float:
+        """Return for how long kernels waited for copies of batches to the GPU since the last call; the GPU must be done with them."""
+        waited = sum(began.elapsed_time(ended) for began, ended in self._arrivals) / 1000
+        self._arrivals = []
+        return waited
 
     def iterate(
         self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]], device: torch.device | None = None
     ) -> Iterator[Batch]:
-        """Yield a batch for every list of window numbers: as it is stored, or as values on a device where one is given."""
+        """Yield a batch for every list of window numbers: as it is stored, or as values on a device where one is given.
+
+        To a GPU batches are copied on a stream of their own, the next one while kernels work on this one, where it has been read.
+        """
         numbers = iter(batches)
-        pending: list[Future[Batch]] = []
+        ahead = device is not None and device.type == "cuda" and self._pin_memory
+        pending: list[tuple[int, Future[Batch]]] = []  # with the numbers of their buffers
+        sent: list[_Sent] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
             buffers: list[Batch | None] = [None] * (self._num_threads + 2)
+            copied: list[torch.cuda.Event | None] = [None] * len(buffers)  # a buffer may be filled again then
             turn = 0
+
+            def send() -> None:
+                slot, future = pending.pop(0)
+                begun = time.perf_counter()
+                batch = future.result()
+                self.wait_s += time.perf_counter() - begun
+                sent.append(self._send(batch, device) if ahead else _Sent(batch, None))
+                copied[slot] = sent[-1].copied
+
             try:
                 while True:
                     while len(pending) <= self._num_threads and (chosen := next(numbers, None)) is not None:
                         slot = turn % len(buffers)
                         buffers[slot] = self._buffer(len(chosen), buffers[slot])
-                        pending.append(pool.submit(self._fill, buffers[slot], np.asarray(chosen)))
+                        filling = pool.submit(self._fill, buffers[slot], np.asarray(chosen), copied[slot])
+                        pending.append((slot, filling))
                         turn += 1
-                    if not pending:
+                    if not sent and not pending:
                         return
-                    begun = time.perf_counter()
-                    batch = pending.pop(0).result()
-                    self.wait_s += time.perf_counter() - begun
-                    yield batch if device is None else to_device(batch, device)
+                    if not sent:
+                        send()
+                    if ahead and pending and pending[0][1].done():
+                        send()
+                    batch = sent.pop(0)
+                    yield (
+                        self._receive(batch)
+                        if ahead
+                        else batch.batch
+                        if device is None
+                        else to_device(batch.batch, device)
+                    )
             finally:
-                for future in pending:
+                for _, future in pending:
                     future.cancel()
+
+    def _send(self, batch: Batch, device: torch.device) -> _Sent:
+        """Begin to copy a batch out of its page-locked buffer, as it is stored."""
+        self._copying = self._copying or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._copying):
+            return _Sent(_move(batch, device, non_blocking=True), self._copying.record_event())
+
+    def _receive(self, sent: _Sent) -> Batch:
+        """Let the kernels that follow wait for a copy, and turn it into values by them."""
+        batch, copied = sent
+        stream, began, ended = torch.cuda.current_stream(), *(torch.cuda.Event(enable_timing=True) for _ in "be")
+        began.record(stream)
+        stream.wait_event(copied)
+        ended.record(stream)
+        self._arrivals.append((began, ended))
+        for tensor in (batch.tokens, batch.actions, batch.states, *(batch.scales or ())[:3]):
+            tensor.record_stream(stream)  # its memory was taken for the other stream
+        return _as_values(batch)
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """Return one batch, read now, in buffers of its own."""
@@ -180,7 +246,9 @@ class WindowLoader:
         for place in range(len(out)):
             read(window.store, window.start + place * window.step_length, out[place : place + 1])
 
-    def _fill(self, buffer: Batch, numbers: np.ndarray) -> Batch:
+    def _fill(self, buffer: Batch, numbers: np.ndarray, free: torch.cuda.Event | None = None) -> Batch:
+        if free is not None:  # its last batch may be on its way still
+            free.synchronize()
         # numpy has no bfloat16 and float8: it fills their bits.
         tokens = buffer.tokens.view(torch.uint8).numpy().view(self._dataset.scheme.dtype)
         raw_actions, raw_states, num_steps = buffer.actions.numpy(), buffer.states.numpy(), self._index.num_steps

@@ -11,6 +11,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment
 
 LEAST_HELD_OUT = 2  # episodes: intervals are over them, and a control takes another's actions
+LEAST_FOR_YES = 6  # with fewer no paired test can reach 0.05, so no answer of an evaluation is `yes`
 MIXTURE_BLOCK = 1024  # draws in which a mixture keeps its shares exactly
 GROUP_STRIDE = 1 << 32  # keeps the streams of a mixture's groups apart
 

@@ -14,8 +14,7 @@ from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.preprocess import crop_rule
 
 if TYPE_CHECKING:
-    from jepa_cache.attention import pin_attention
-from jepa_cache.config.schema import EncoderPreset
+    from jepa_cache.config.schema import EncoderPreset
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,7 +103,6 @@ class FrozenEncoder:
         clips = groups.to(self.device, non_blocking=True).transpose(1, 2)
         if num_frames == 1:
             clips = clips.expand(-1, -1, self.frames_of_one, -1, -1)
-        pin_attention()
         autocast = nullcontext()
         if self.compute_dtype != torch.float32:
             autocast = torch.autocast(self.device.type, dtype=self.compute_dtype)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from jepa_cache.config.paths import require
+
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
@@ -39,12 +41,9 @@ def load_image_model(preset: EncoderPreset, folder: Path, *, num_prefix: int) ->
     Raises:
         ValueError: the folder does not hold the whole model, or it does not take the preset's resolution.
     """
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError as error:
-        raise ValueError(
-            f"encoder preset '{preset.name}' is a model of the transformers library; pip install 'jepa-cache[hf]'"
-        ) from error
+    require("transformers", "hf", f"encoder preset {preset.name!r}")
+    from transformers import AutoConfig, AutoModel
+
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         model, found = AutoModel.from_pretrained(

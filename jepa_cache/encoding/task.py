@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cache.config import paths
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity
@@ -41,8 +40,10 @@ def count_gpus() -> int:
 
 
 def resolve_device(wanted: str) -> str:
-    """The device that `encode.device` means on this machine, see `config.paths.resolve_device`."""
-    return paths.resolve_device("encode.device", wanted, count_gpus())
+    """The device that `encode.device` means on this machine, see `devices.resolve_device`."""
+    from jepa_cache import devices
+
+    return devices.resolve_device("encode.device", wanted)
 
 
 def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, num_threads: int) -> FrozenEncoder:
@@ -58,6 +59,7 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 
     preset, weights, identity = opened
+    device = resolve_device(device)
     torch.set_num_threads(num_threads)
     files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]

@@ -45,10 +45,6 @@ def connect(workers: int | str, device: str, num_threads: int) -> AbstractContex
     Raises:
         ValueError: No process, or too few GPUs here; or no scheduler or worker answers, or none offers a requested GPU.
     """
-    if device.startswith("cuda:"):
-        raise ValueError(
-            f"encode.device={device} names one GPU, but every worker takes one of its own; set encode.device=cuda"
-        )
     if isinstance(workers, str):
         return _connect_to_cluster(workers, device)
     if workers < 1:

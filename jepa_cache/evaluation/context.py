@@ -12,17 +12,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import TRAIN_DEFAULTS, Config
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows
+from jepa_cache.devices import name_device, resolve_device
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read_card
 from jepa_cache.predictor.rollout import LatentModel
 
 # They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
-OF_THE_MACHINE = ("activation_checkpointing", "device", "keep_ranges", "log_every", "num_threads", "validate_every")
+OF_THE_MACHINE = (
+    "activation_checkpointing",
+    "deterministic",
+    "device",
+    "keep_ranges",
+    "log_every",
+    "num_threads",
+    "validate_every",
+)
 
 
 @dataclass(frozen=True)
@@ -154,13 +162,13 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
         ("tokens recipe", card["tokens_fingerprint"], dataset.manifest.fingerprint),
         ("cameras joined into a step (cache.join_cameras)", card.get(CAMERAS_FIELD), list(dataset.cameras) or None),
         ("action space", card["action_space"], dataset.space.name),
-        ("split, which decides what was held out,", card["description"]["split"], asdict(config.split)),
+        ("split, which decides what was held out,", card["description"]["split"], dataset.describe_split(config.split)),
     ):
         if then != now:
             message = f"{weights} was trained with {name} {then}, but now it is {now}; train again, or set it as then"
             raise ValueError(message)
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = resolve_device("train.device", config.train.device, num_gpus)
+    device = resolve_device("train.device", config.train.device)
+    print(f"predictor of training step {card['step']} on {name_device(device)}")
     model = LatentModel(predictor.to(device).eval(), card["normalize_reps"])
     return EvaluationContext(model, config, dataset, scaler_from_json(card["scaler"]), card["window_steps"])
 

@@ -134,7 +134,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
         "measured": {
             "filter": asdict(config.filter),
-            "split": asdict(config.split),
+            "split": evaluation.dataset.describe_split(config.split),
             "evaluate": asdict(config.evaluate),
             "window_steps": evaluation.window_steps,
             "normalize_reps": evaluation.model.normalize_reps,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jepa_cache.data.windows import LEAST_FOR_YES
+
 MARGIN_PERCENT = 0.5
 """Gains below this are treated as no gain, even when significant."""
 
 SIGNIFICANCE = 0.05
-MIN_EPISODES = 6
-"""With fewer no paired test can reach 0.05, so no answer is `yes`."""
 
 YES, NO, UNCLEAR = "yes", "no", "unclear"
 BASELINE_WORDS = {
@@ -77,7 +77,7 @@ def judge(gain: Gain, num_episodes: int) -> str:
     """
     if gain.high < MARGIN_PERCENT:
         return NO
-    if gain.low > MARGIN_PERCENT and num_episodes >= MIN_EPISODES and gain.p < SIGNIFICANCE:
+    if gain.low > MARGIN_PERCENT and num_episodes >= LEAST_FOR_YES and gain.p < SIGNIFICANCE:
         return YES
     return UNCLEAR
 
@@ -90,8 +90,8 @@ def explain(gain: Gain, num_episodes: int, better: str, other: str) -> str:
         return f"{told} (p {gain.p:.2g})"
     if answer == NO:
         return told if gain.high < 0 else f"{told}: below {MARGIN_PERCENT} %, as good as none"
-    if num_episodes < MIN_EPISODES:
-        return f"{told}, but {num_episodes} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"
+    if num_episodes < LEAST_FOR_YES:
+        return f"{told}, but {num_episodes} held-out episodes are too few to tell ({LEAST_FOR_YES} are needed)"
     if gain.low > MARGIN_PERCENT:
         return f"{told}, but the paired test does not confirm it (p {gain.p:.2g})"
     return f"{told}: the interval reaches from below {MARGIN_PERCENT} % to above it"
@@ -164,8 +164,8 @@ def _describe_readout(metrics: Mapping[str, Any], count: int) -> tuple[str, str]
     words = f"{title}: {answer}, error of {', '.join([f'{first} above that of true actions', *others])}"
     if found[OTHERS["copy_last"]].percent < 0:
         words += "; so it is worse than copying the last step"
-    if answer != YES and count < MIN_EPISODES:
-        words += f"; {count} held-out episodes are too few to tell ({MIN_EPISODES} are needed)"
+    if answer != YES and count < LEAST_FOR_YES:
+        words += f"; {count} held-out episodes are too few to tell ({LEAST_FOR_YES} are needed)"
     return answer, f"{words} (it {metrics['readout_notes']['columns']}; R2 on held-out episodes {scores})"
 
 
@@ -182,7 +182,7 @@ def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
             break
         reached = step
     if not reached:
-        few = f"; {count} held-out episodes are too few ({MIN_EPISODES} are needed)" if count < MIN_EPISODES else ""
+        few = f"; {count} held-out episodes are too few ({LEAST_FOR_YES} are needed)" if count < LEAST_FOR_YES else ""
         return answer, f"{title}: {answer}, it is not shown to beat {both} at the first open-loop step{few}"
     seconds = f"{reached / settings['step_hz']:.2g} s"
     end = "all that were measured" if reached == settings["horizon"] else f"of {settings['horizon']} measured"
@@ -196,7 +196,7 @@ def list_limits(metrics: Mapping[str, Any]) -> list[str]:
         limits.append(UNTRAINED)
     if not metrics["comparable"]:
         limits.append(f"{CLIP}, and an advantage of true actions may be seen in the tokens already")
-    if metrics["num_episodes"] < MIN_EPISODES:
+    if metrics["num_episodes"] < LEAST_FOR_YES:
         limits.append(
             f"only {metrics['num_episodes']} held-out episodes: intervals over so few are too narrow, and no answer is yes; "
             "try another split.seed or add recordings"

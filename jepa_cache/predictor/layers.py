@@ -5,7 +5,7 @@ its own step and of earlier steps, never to a later one. Parameter names are tho
 
 Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal
 machines give equal numbers: `F.scaled_dot_product_attention` per step over its prefix (on a GPU the kernels that
-`jepa_cache.attention` admits: flash in half precision, memory-efficient in float32), but `_PrefixAttention` for bfloat16 on CPUs
+`devices.pin_attention` admits: flash in half precision, memory-efficient in float32), but `_PrefixAttention` for bfloat16 on CPUs
 that multiply such matrices in hardware.
 
 Letters of this file besides the project's: P predictor width; L tokens per step, conditioning included; d head width.

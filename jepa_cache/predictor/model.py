@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.attention import pin_attention
 from jepa_cache.predictor.layers import Block, KeysValues, rotary_table
 
 
@@ -178,7 +177,6 @@ class ACPredictor(nn.Module):
             ValueError: an input has the wrong shape, or `extrinsics` or `past` does not fit this predictor.
         """
         self._check_shapes(tokens, actions, states, extrinsics, past)
-        pin_attention()
         batch, num_steps = tokens.shape[:2]
         length, num_conditioning = self.tokens_per_step, self.num_conditioning_tokens
         first_step = past[0][0].shape[2] // length if past else 0

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from jepa_cache.config.paths import require
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sample.looks import NUM_DISTRACTORS, PLAIN, Look, draw_look
 
@@ -67,10 +68,9 @@ def import_mujoco() -> Any:
     # after Mesa's the process ends with a segmentation fault.
     if importlib.util.find_spec("triton"):
         importlib.import_module("triton")
-    try:
-        import mujoco
-    except ImportError as error:
-        raise ValueError("the simulated robot needs MuJoCo; python -m pip install 'jepa-cache[sim]'") from error
+    require("mujoco", "sim", "the simulated robot")
+    import mujoco
+
     return mujoco
 
 

@@ -1,7 +1,7 @@
 """Sources: one module per data set, the only place that knows a data set's quirks; found by their file names.
 
-A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`. What several of them share
-lies in `parsers/`; files that begin with an underscore are no sources either.
+A module `jepa_cache/sources/<name>.py` is a source when it has `build(options) -> Source`, and so is a file of a user's own that a preset
+names by its path. What several of them share lies in `parsers/`; files that begin with an underscore are no sources either.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import importlib
 import itertools
 import os
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from jepa_cache.config.parsing import nearest
@@ -112,15 +114,31 @@ def list_sources() -> list[str]:
 
 
 def build_source(name: str, options: Mapping[str, Any]) -> Source:
-    """Make the source of the module `name` with the options of a data set preset.
+    """Make the source of the module `name`, or of the file `name` where it ends in .py, with the options of a data set preset.
 
     Raises:
         ValueError: An unknown source or option (the nearest known one is named), or a wrong value.
     """
+    if name.endswith(".py"):
+        return _import_file(Path(name)).build(dict(options))
     known = list_sources()
     if name not in known:
         raise ValueError(f"there is no source called {name!r}{nearest(name, known)}")
     return importlib.import_module(f"{__name__}.{name}").build(dict(options))
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file by its own name, so that worker processes, which have the same search path, find what it defines."""
+    if not path.is_file():
+        raise ValueError(f"there is no source file {path}; a path is meant from the folder of params.yaml")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.import_module(path.stem)
+    if module.__file__ != str(path):
+        raise ValueError(f"another module is called {path.stem!r} ({module.__file__}); give {path} a name of its own")
+    if not hasattr(module, "build"):
+        raise ValueError(f"{path} has no function build(options), which makes the source")
+    return module
 
 
 MAX_ENTRIES = 20_000

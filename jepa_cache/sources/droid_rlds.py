@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from jepa_cache.config.parsing import nearest, parse_dataclass
-from jepa_cache.config.paths import spell_name
+from jepa_cache.config.paths import require, spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.images import FrameSequence
 from jepa_cache.media.probe import probe_video
@@ -124,6 +124,7 @@ class DroidRldsSource:
 
         Shards that are not there are no error: a part of DROID can be used, but a line says how many there are.
         """
+        require("tensorflow_datasets", "droid-rlds", "source droid_rlds")
         folders: dict[str, dict[Path | BucketFile, Path | BucketFile]] = {}
         for given in inputs:
             paths = list_bucket(given) if "://" in given else expand_inputs([given], base, "*.tfrecord-*")

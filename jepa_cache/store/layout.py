@@ -99,14 +99,18 @@ def write_store_file(
     metadata: Mapping[str, Any],
     provenance: Mapping[str, Any],
     crc32c: Mapping[str, Sequence[str]] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> None:
     """Write store.json of a finished store in `folder`, to be published at `final`: every file with its size and sha256.
 
-    The metadata is part of the store's digest, the provenance is not; `crc32c` is what `reader.list_checksums` gives.
+    The metadata is part of the store's digest, the provenance is not; `crc32c` is what `reader.list_checksums` gives. `digests` are the
+    sha256 that are known already, by path in the store; the other files are read.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    known = digests or {}
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     listing = {
-        str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
+        name: {"num_bytes": path.stat().st_size, "sha256": known.get(name) or file_digest(path)}
+        for name, path in files.items()
     }
     content = {"format_version": FORMAT_VERSION, "card": dict(metadata), "files": listing}
     document = {"content": content, "provenance": dict(provenance), IDENTITY: identity_of(final)}
@@ -264,9 +268,9 @@ def create_tokens_array(store: Path, num_tokens: int, width: int, dtype: str = "
     return _create_array(store, TOKENS, shape, dimensions, codec.dtype, codec.fill_value, attributes=attributes)
 
 
-def create_token_scales(store: Path, num_steps: int, num_tokens: int, width: int, dtype: str) -> zarr.Array:
-    """The array of token scales beside the tokens."""
-    shape = scales_shape(dtype, num_steps, num_tokens, width)
+def create_token_scales(store: Path, num_tokens: int, width: int, dtype: str) -> zarr.Array:
+    """An empty array of token scales beside the tokens."""
+    shape = scales_shape(dtype, 0, num_tokens, width)
     dimensions = ("step", "token", "group")[: len(shape)]
     return _create_array(store, TOKEN_SCALES, shape, dimensions, scales_dtype(dtype).name, float("nan"))
 

@@ -143,6 +143,15 @@ class OpenShard:
             close(self._descriptor)
 
 
+def crc32c_of(*parts: memoryview) -> int:
+    """The crc32c of buffers one behind the other."""
+    value = 0
+    for part in parts:
+        for begin in range(0, len(part), CRC_PIECE_BYTES):
+            value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
+    return value
+
+
 def list_checksums(store: Path, name: str) -> list[str]:
     """What store.json lists of an array: of each shard the crc32c of its chunks, 8 hexadecimal digits each, in their order."""
     array = read_array_layout(store, name)
@@ -224,6 +233,7 @@ class ArrayReader:
         self._step_bytes = self._chunk_bytes // self._chunk_steps
         self._stored_bytes = self._chunk_bytes + CRC_BYTES
         self.num_chunks = -(-self.shape[0] // self._chunk_steps)
+        self.num_bytes = self.num_chunks * self._chunk_bytes
         self._checked = bytearray(self.num_chunks) if verify_checksums else b"\1" * self.num_chunks
         self._key = object()  # of this reader's shards among the open ones
 
@@ -306,11 +316,7 @@ class ArrayReader:
         beside = _take_scratch(self._stored_bytes - len(target))
         parts = [beside[:skip], target, beside[skip:-CRC_BYTES], beside[-CRC_BYTES:]]
         self._fill(shard, chunk, parts, self._offset(shard, chunk))
-        value = 0
-        for part in parts[:3]:
-            for begin in range(0, len(part), CRC_PIECE_BYTES):
-                value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
-        if value != int.from_bytes(parts[3], "little"):
+        if crc32c_of(*parts[:3]) != int.from_bytes(parts[3], "little"):
             raise self._damaged(chunk, "its checksum does not match")
         number, inner = divmod(chunk, self._shard_chunks)
         listed = self._listed[number : number + 1]  # of the shard's chunks, 8 digits each

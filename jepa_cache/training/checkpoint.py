@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from fsspec import AbstractFileSystem
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jepa_cache.devices import Copies
 from jepa_cache.files import (
     publish_folder,
     remove_folder,
@@ -63,6 +64,7 @@ class Checkpoint(NamedTuple):
     model_card: Mapping[str, Any] = MappingProxyType({})  # for trainings that start from these weights
     run: str | None = None  # whose it is; None in those of the first release
     rows: str | None = None  # the CSV so far; None in those of the first release
+    machine: Mapping[str, str] = MappingProxyType({})  # `devices.describe_machine`; empty in those of the first release
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2, keep_every: int = 0) -> Path:
@@ -83,6 +85,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2,
             "step": checkpoint.step,
             "run": checkpoint.run,
             "num_threads": checkpoint.num_threads,
+            "machine": dict(checkpoint.machine),
             "best": checkpoint.best._asdict() if checkpoint.best.step else None,
             "sha256": {path.name: file_digest(path) for path in sorted(temporary.iterdir())},
         }
@@ -90,6 +93,55 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2,
         publish_folder(temporary, final)
     tidy(folder, keep_last, keep_every)
     return final
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread, one at a time, from copies that training cannot change.
+
+    Memory: one copy of weights and moments on the CPU, kept from checkpoint to checkpoint; page-locked where they are on a GPU.
+    """
+
+    def __init__(self, write: Callable[[Checkpoint], object]) -> None:
+        self._write, self._copies, self._kept = write, Copies(), {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[object] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint and begin to write it; waits for the one before, and raises what went wrong there.
+
+        Cost: copies at the speed of memory; from a GPU they are begun and not waited for.
+        """
+        self.join()
+        tensors = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer}
+        self._kept = self._copy(tensors, self._kept)
+        self._running = self._pool.submit(self._wait_and_write, checkpoint._replace(**self._kept))
+
+    def _copy(self, value: Any, kept: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copies.take(value, kept)
+        if isinstance(value, dict):
+            return {name: self._copy(it, kept.get(name) if kept else None) for name, it in value.items()}
+        return value
+
+    def _wait_and_write(self, checkpoint: Checkpoint) -> None:
+        self._copies.wait()
+        self._write(checkpoint)
+
+    def check(self) -> None:
+        """Raise what went wrong in a write that has ended."""
+        if self._running is not None and self._running.done():
+            self.join()
+
+    def join(self) -> None:
+        """Wait until what was saved is written; raises what went wrong."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait until what was saved is written, and end the thread; raises what went wrong."""
+        self._pool.shutdown()
+        self.join()
 
 
 def tidy(folder: Path, keep_last: int, keep_every: int) -> None:
@@ -137,6 +189,7 @@ def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
             num_threads=state["num_threads"],
             best=Best(**state["best"] or {}),
             run=state.get("run"),
+            machine=state.get("machine", {}),
             rows=(path / CSV_FILE).read_bytes().decode() if CSV_FILE in state["sha256"] else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,26 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.devices import resolve_device
 from jepa_cache.store.recipe import canonical_json, recipe_changes
 from jepa_cache.training.checkpoint import FOLDER, describe_last
-from jepa_cache.training.signals import StopRequest
+
+# What `accelerate config` and `accelerate launch` may set, and would wrap or shard the model.
+REFUSED = tuple(
+    f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+)
+# Compiling may keep one process waiting for another. A process that died is mostly noticed at once, see `agree`.
+TIMEOUT = timedelta(minutes=4)
+PATIENCE = timedelta(days=1)  # while the first process fetches a run
 
 
 def start_processes(settings: TrainConfig) -> Accelerator:
-    """Join the processes that RANK and WORLD_SIZE tell of; gloo between CPUs, NCCL between GPUs."""
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    resolve_device("train.device", settings.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[ddp])
+    """Join the processes that RANK and WORLD_SIZE tell of: gloo between CPUs, NCCL between GPUs with gloo for what CPUs agree on.
+
+    Of Accelerate's environment only what says which processes there are is heeded: precision and compilation are those of the settings.
+
+    Raises:
+        ValueError: The environment asks for what is not there, such as FSDP, or two processes have one GPU.
+    """
+    device = resolve_device("train.device", settings.device)
+    if asked := [name for name in REFUSED if os.environ.get(name, "false").lower() not in ("", "0", "false", "no")]:
+        raise ValueError(
+            f"{asked[0]} is set, but training is data-parallel (DDP) only: every GPU holds the whole predictor. Run `accelerate config` again "
+            "for multi-GPU without FSDP or DeepSpeed, or start by torchrun"
+        )
+    group = InitProcessGroupKwargs(timeout=TIMEOUT)
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", -1)) >= 0:
+        group.backend = "cpu:gloo,cuda:nccl"
+        if torch.cuda.device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # where every process is shown one GPU, this is its number
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no",
+        dynamo_backend="no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), group],
+    )
+    if accelerator.device.type != device:
+        raise ValueError(
+            f"train.device is {settings.device!r}, here {device}, but Accelerate's environment asks for {accelerator.device.type}; unset "
+            "ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and set train.device"
+        )
+    if device == "cuda" and accelerator.num_processes > 1:
+        uuid = str(torch.cuda.get_device_properties(accelerator.device).uuid)
+        check_own_gpus(_gather(accelerator, f"{platform.node()} {uuid}"))
+    return accelerator
+
+
+def check_own_gpus(gpus: Sequence[str]) -> None:
+    """Refuse a launch in which two processes have one GPU, which NCCL would fail or hang on; `gpus` are host and uuid of each."""
+    owners = defaultdict(list)
+    for number, gpu in enumerate(gpus):
+        owners[gpu].append(number)
+    if shared := [(gpu, numbers) for gpu, numbers in owners.items() if len(numbers) > 1]:
+        raise ValueError(
+            f"processes {', '.join(map(str, shared[0][1]))} have one GPU ({shared[0][0]}), but each needs its own: start as many processes as "
+            "there are GPUs (torchrun --nproc-per-node), or show every task another one (srun --gpus-per-task=1)"
+        )
 
 
 def end_processes(accelerator: Accelerator) -> None:
@@ -35,20 +87,35 @@ def end_processes(accelerator: Accelerator) -> None:
         torch.distributed.destroy_process_group()
 
 
-def agree_to_stop(accelerator: Accelerator, request: StopRequest) -> bool:
-    """Return whether any process got a signal; the same answer in all, so that all stop at the same training step."""
+def agree(accelerator: Accelerator, *here: bool) -> list[bool]:
+    """Return of each whether it holds in any process; the same answers in all, so that all act alike at one training step.
+
+    By the CPUs alone, so that it waits for no GPU, and fails at once where a process has died.
+    """
     if accelerator.num_processes == 1:
-        return request.name is not None
-    stopping = torch.tensor(float(request.name is not None), device=accelerator.device)
-    return bool(accelerator.reduce(stopping, reduction="sum") > 0)
+        return list(here)
+    anywhere = torch.tensor(here, dtype=torch.uint8)
+    torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+    return anywhere.bool().tolist()
+
+
+def wait_for_first(accelerator: Accelerator) -> None:
+    """Wait until all have come here, a day if need be, as the first one may have a run to fetch."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    values = [value] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
     """Raise a ValueError in every process that lists what differs in one: settings, manifest, code, or training step."""
-    if accelerator.num_processes == 1:
-        return
-    others: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(others, json.loads(canonical_json(what)))
+    others = _gather(accelerator, json.loads(canonical_json(what)))
     for number, other in enumerate(others):
         if changes := recipe_changes(others[0], other):
             raise ValueError(

@@ -13,10 +13,13 @@ from typing import Any
 
 from accelerate.tracking import DVCLiveTracker, GeneralTracker, TensorBoardTracker, WandBTracker
 
+from jepa_cache.config.paths import require
 from jepa_cache.files import atomic_file, full_disk_named
 from jepa_cache.training.losses import TERMS
 from jepa_cache.training.step import GAPS
 
+LIBRARIES = {"dvclive": ("dvclive", "dvc"), "tensorboard": ("tensorboard", "loggers"), "wandb": ("wandb", "loggers")}
+"""Library and extra of each tracker."""
 COLUMNS = (
     *("step", "epoch", *TERMS, "lr", "grad_norm", "samples_per_s", "loader_wait_share"),
     *(f"val_{name}" for name in (*TERMS, *GAPS)),
@@ -28,7 +31,7 @@ def columns_for(num_rollout_steps: int, datasets: Sequence[str], *, on_gpu: bool
     extra = [f"sloss_h{step}" for step in range(1, num_rollout_steps + 1)]
     if len(datasets) > 1:
         extra += [f"{prefix}jloss.{name}" for prefix in ("", "val_") for name in datasets]
-    return (*COLUMNS, *extra, *(["gpu_memory_mb"] if on_gpu else []))
+    return (*COLUMNS, *extra, *(["copy_wait_share", "gpu_memory_mb"] if on_gpu else []))
 
 
 class Recorder:
@@ -113,10 +116,17 @@ def open_trackers(
     logging.getLogger("dvclive").setLevel(logging.ERROR)
     trackers: list[GeneralTracker] = []
     for name in loggers:
+        require(*LIBRARIES[name], f"train.loggers={name}")
         if name == "dvclive":
+            from dvc.scm import SCMError
             from dvclive import Live
 
-            live = Live(str(live_folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+            try:
+                live = Live(str(live_folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+            except SCMError as error:  # before the first commit
+                raise ValueError(
+                    f"DVCLive cannot use the git repository here ({error}); commit, or set train.loggers=[]"
+                ) from error
             trackers.append(DVCLiveTracker(live=live))
         elif name == "tensorboard":
             for old in (run_folder / name).glob("events.out.tfevents.*"):  # its rows are replayed into a new file
@@ -126,10 +136,5 @@ def open_trackers(
             (run_folder / name).mkdir(parents=True, exist_ok=True)
             run = {"id": run_folder.name, "name": run_folder.name[:8], "resume": "allow"}
             trackers.append(WandBTracker("jepa-cache", dir=str(run_folder / name), config=dict(settings), **run))
-        try:
-            trackers[-1].start()
-        except ImportError as error:
-            raise ValueError(
-                f"train.loggers names {name}, but it is not installed; pip install 'jepa-cache[loggers]', or remove it from train.loggers"
-            ) from error
+        trackers[-1].start()
     return trackers

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 
+from jepa_cache.config.paths import require
 from jepa_cache.config.schema import TrainConfig
 
 BETAS = (0.9, 0.999)
@@ -44,13 +45,9 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, kind: s
     """
     groups = parameter_groups(model, weight_decay)
     if kind == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(
-                "train.optimizer is adamw8bit, but bitsandbytes is not installed; pip install 'jepa-cache[adamw8bit]', or set "
-                "train.optimizer to adamw"
-            ) from error
+        require("bitsandbytes", "adamw8bit", "train.optimizer=adamw8bit")
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(groups, lr=lr, betas=BETAS, eps=EPS)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=devices <= _FUSED_DEVICES)

@@ -157,4 +157,4 @@ def _report(objective: Objective, data: TrainingData) -> StepReport:
         numbers.append(batch.numbers)
         by_window.append(losses.jloss_by_window)
     means = {name: (value / data.num_windows).float() for name, value in sums.items()}
-    return StepReport(means, torch.zeros(()), np.concatenate(numbers), torch.cat(by_window))
+    return StepReport(means, torch.zeros_like(means["total"]), np.concatenate(numbers), torch.cat(by_window))

@@ -55,10 +55,9 @@ from jepa_cache.predictor.lora import (
     save_adapter,
 )
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.store.manifest import Manifest
 from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
 from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run
-from jepa_cache.training.distributed import check_same, watched_processes
+from jepa_cache.training.distributed import check_same, wait_for_first, watched_processes
 
 # A run resumes under other values of these, on another machine too: they move no number.
 RESUME_SAFE_SETTINGS = (
@@ -74,7 +73,7 @@ RESUME_SAFE_SETTINGS = (
     "upload_to",
 )
 # Whose code decides what a training computes; an edit there is another run, never a silent reuse of old weights.
-CODE = ("actions.py", "attention.py", "data", "poses.py", "predictor", "store", "training")
+CODE = ("actions.py", "data", "poses.py", "predictor", "store", "training")
 OUTPUT_TAKEN = (
     "another training writes to {}, and the rows of two would mix. Wait for it or stop it; to train two at once use another "
     "checkout (git worktree add), or `dvc exp run --temp` or --queue, which make one"
@@ -115,7 +114,7 @@ def open_run(
             or another process of this training has died or would train another run.
     """
     init = resolve_init(config.train.init, base)
-    description = describe_run(config, dataset.manifest, scaler, init, base, num_processes=accelerator.num_processes)
+    description = describe_run(config, dataset, scaler, init, base, num_processes=accelerator.num_processes)
     if init is not None:
         description["origin"] = _check_init(init, config, dataset, output)._asdict()
     run = Run(config, dataset, scaler, init, description, run_folder(description), output)
@@ -126,7 +125,7 @@ def open_run(
             stack.enter_context(held(output, OUTPUT_TAKEN.format(output.parent)))
             stack.enter_context(held(run.folder, RUN_TAKEN.format(run.folder.name)))
             _prepare_folder(run, fresh=fresh)
-        accelerator.wait_for_everyone()
+        wait_for_first(accelerator)
         yield run
 
 
@@ -183,7 +182,7 @@ def _check_init(init: Path, config: Config, dataset: CachedDataset, output: Path
 
 
 def describe_run(
-    config: Config, manifest: Manifest, scaler: Scaler, init: Path | None, base: Path, *, num_processes: int = 1
+    config: Config, dataset: CachedDataset, scaler: Scaler, init: Path | None, base: Path, *, num_processes: int = 1
 ) -> dict[str, Any]:
     """Collect everything that decides a run, as plain JSON; of starting weights and kept ranges the content, not the name."""
     ranges = ranges_path(config.filter, base)
@@ -193,12 +192,12 @@ def describe_run(
     return {
         "code": code_digest(),
         "init": DigestTable().digest(init) if init is not None else None,
-        "manifest": manifest.digest,
+        "manifest": dataset.manifest.digest,
         "num_processes": num_processes,
         "predictor": asdict(config.predictor),
         "scaler": scaler.to_json(),
         "filter": {**asdict(config.filter), "keep_ranges": file_digest(ranges) if ranges is not None else None},
-        "split": asdict(config.split),
+        "split": dataset.describe_split(config.split),
         "train": {name: value for name, value in asdict(config.train).items() if name not in passive},
     }
 
@@ -268,9 +267,8 @@ class TrainableModel:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must hold: all weights, or the adapters and new layers alone; on the CPU."""
-        state = adapter_state(self.module) if self.lora else self.predictor.state_dict()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        """Return what a checkpoint must hold: all weights, or the adapters and new layers alone, as they are trained, not copied."""
+        return adapter_state(self.module) if self.lora else self.predictor.state_dict()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` returned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.data.loader import Batch
+from jepa_cache.devices import Copies
 from jepa_cache.predictor.rollout import l1_error
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.losses import TERMS, Losses, Objective
@@ -87,20 +89,51 @@ def draw_rollout_start(settings: TrainConfig, turn: int) -> int:
     return int(generator.integers(0, max(latest, 0) + 1))
 
 
-def check_finite(report: StepReport, gradient_scaler: torch.amp.GradScaler) -> str | None:
-    """Say what is wrong with a training step that must not be kept, None when nothing is.
+class Failure(NamedTuple):
+    """A training step that must not be kept."""
 
-    On a GPU this waits for the training step to end, once. In float16 a gradient that overflowed is no failure: the
-    scaler skips the update and tries a smaller scale.
+    step: int
+    reason: str
+    windows: np.ndarray  # numbers of the windows of this process
+
+
+class FiniteChecks:
+    """Whether training steps may be kept; read while later ones run, so that a GPU never waits for the CPU.
+
+    In float16 a gradient that overflowed is no failure: the scaler skips the update and tries a smaller scale.
+
+    Attributes:
+        failure: The first training step of this process that must not be kept, of those that were read.
     """
-    total = report.losses["total"]
-    if gradient_scaler.is_enabled():
-        if gradient_scaler.get_scale() < SMALLEST_SCALE:
-            return f"the gradient overflows float16 at every scale down to {SMALLEST_SCALE:g}"
-        return None if torch.isfinite(total) else f"the loss is {float(total)}"
-    if torch.isfinite(total + report.grad_norm):
-        return None
-    return f"the loss is {float(total)} and the norm of its gradient {float(report.grad_norm)}"
+
+    def __init__(self, gradient_scaler: torch.amp.GradScaler) -> None:
+        self.failure: Failure | None = None
+        self._scaler = gradient_scaler
+        self._unread: list[tuple[int, np.ndarray, Tensor, Copies]] = []
+
+    def add(self, step: int, report: StepReport) -> None:
+        """Begin to copy what decides over a training step."""
+        total, copies = report.losses["total"], Copies()
+        values = torch.stack([total, report.grad_norm, self._scaler.scale(torch.ones_like(total))])
+        self._unread.append((step, report.windows, copies.take(values), copies))
+
+    def read(self, *, late: int = 0) -> None:
+        """Read all but the newest `late` training steps; on a GPU this waits for these to end."""
+        while len(self._unread) > late:
+            step, windows, values, copies = self._unread.pop(0)
+            copies.wait()
+            reason = self._judge(*values.tolist())
+            if reason is not None and self.failure is None:
+                self.failure = Failure(step, reason, windows)
+
+    def _judge(self, total: float, grad_norm: float, scale: float) -> str | None:
+        if self._scaler.is_enabled():
+            if scale < SMALLEST_SCALE:
+                return f"the gradient overflows float16 at every scale down to {SMALLEST_SCALE:g}"
+            return None if math.isfinite(total) else f"the loss is {total}"
+        if math.isfinite(total) and math.isfinite(grad_norm):
+            return None
+        return f"the loss is {total} and the norm of its gradient {grad_norm}"
 
 
 class StepStatistics:
@@ -139,6 +172,7 @@ class StepStatistics:
             **_dataset_means("jloss", data, accelerator, self._windows, self._losses),
         }
         if accelerator.device.type == "cuda":
+            row["copy_wait_share"] = data.loader.take_copy_wait_s() / elapsed
             row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self._start(step)

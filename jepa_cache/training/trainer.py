@@ -29,14 +29,17 @@ from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
+from jepa_cache.devices import describe_machine, has_bfloat16, name_device, repeatable
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.lora import count_trainable
+from jepa_cache.store.recipe import recipe_changes
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.checkpoint import (
     BEST,
     CSV_FILE,
     FOLDER,
+    BackgroundWriter,
     Best,
     Checkpoint,
     Uploader,
@@ -46,7 +49,7 @@ from jepa_cache.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from jepa_cache.training.distributed import agree_to_stop, check_same, end_processes, start_processes
+from jepa_cache.training.distributed import agree, check_same, end_processes, start_processes
 from jepa_cache.training.heads import fit_heads
 from jepa_cache.training.logging import Recorder, columns_for, open_trackers
 from jepa_cache.training.losses import Objective
@@ -54,7 +57,7 @@ from jepa_cache.training.optim import build_optimizer, rates_at, set_rates
 from jepa_cache.training.ridge import Choice, choose, fit_step
 from jepa_cache.training.run import Run, TrainableModel, describe_weights, open_run, resolve_epochs, write_outputs
 from jepa_cache.training.signals import stop_request
-from jepa_cache.training.step import StepReport, StepStatistics, check_finite, train_step, validate
+from jepa_cache.training.step import Failure, FiniteChecks, StepStatistics, train_step, validate
 
 FEW_EPISODES = 3
 
@@ -91,7 +94,10 @@ def train(
     data = TrainingData(config, dataset, scaler, accelerator)
     config = resolve_epochs(config, data.num_windows, accelerator.num_processes)
     settings = config.train
-    with open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run:
+    with (
+        repeatable(accelerator.device, settings.deterministic),
+        open_run(config, dataset, scaler, accelerator, output, base=base, fresh=fresh) as run,
+    ):
         state = TrainingState(run, accelerator)
         choice = _compress(state, data) if state.trained.compressed and not state.is_complete() else None
         first_step, stopped_by, weights = state.step, None, None
@@ -102,6 +108,7 @@ def train(
         ):
             fits = isinstance(state.trained.module, LatentRidge)
             statistics = StepStatistics(data, settings, state.step, accelerator)
+            checks = FiniteChecks(state.gradient_scaler)
             while not state.is_complete():
                 step = state.step + 1
                 set_rates(state.optimizer, *rates_at(step, settings))
@@ -111,13 +118,22 @@ def train(
                     report = train_step(
                         accelerator, state.model, state.optimizer, state.gradient_scaler, batches, settings, step
                     )
-                _refuse_not_finite(report, state, data, step)
                 state.step = step
+                checks.add(step, report)
                 statistics.add(report)
 
                 row, improved = None, False
                 validating = bool(data.validation) and state.is_due(settings.validate_every)
-                if validating or state.is_due(settings.log_every):
+                logging, saving = state.is_due(settings.log_every), step % settings.checkpoint_every == 0
+                stopping, failed = agree(accelerator, stop.name is not None, checks.failure is not None)
+                if validating or logging or saving or stopping:  # Nothing is kept before all of it was checked.
+                    checks.read()
+                    (failed,) = agree(accelerator, checks.failure is not None)
+                else:
+                    checks.read(late=1)
+                if failed:
+                    raise ValueError(_describe_failure(checks.failure, state, data, writer))
+                if validating or logging:
                     row = statistics.row(report, step, state.optimizer.param_groups[0]["lr"])
                     row |= {"epoch": 1.0, "lr": 0.0} if fits else {}
                 if validating:
@@ -125,8 +141,8 @@ def train(
                     improved = state.note(row[settings.metric])
                 writer.log(row)
 
-                stopping, complete = agree_to_stop(accelerator, stop), state.is_complete()
-                if step % settings.checkpoint_every == 0 or improved or stopping or complete:
+                complete = state.is_complete()
+                if saving or improved or stopping or complete:
                     writer.save()
                 if stopping and not complete:
                     stopped_by = stop.name or "a signal to another process"
@@ -190,8 +206,10 @@ class TrainingState:
             self.trained.module, lr=settings.lr, weight_decay=settings.weight_decay, kind=settings.optimizer
         )
         self.gradient_scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
-        self.step, self.best, self.rows = 0, Best(), None
+        self.step, self.best, self.rows, self.moved = 0, Best(), None, []
         if checkpoint:
+            here = describe_machine(accelerator.device)
+            self.moved = recipe_changes(checkpoint.machine, here) if checkpoint.machine else []
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.gradient_scaler.load_state_dict(checkpoint.gradient_scaler)
             self.step, self.best, self.rows = checkpoint.step, checkpoint.best, checkpoint.rows
@@ -244,25 +262,27 @@ class _Writer:
         if settings.upload_to is not None:
             uploader = Uploader(run.folder, settings.upload_to, settings.upload_every_min * 60)
             self._uploader = self._opened.enter_context(closing(uploader))
+        self._checkpoints = self._opened.enter_context(closing(BackgroundWriter(self._publish)))
         self._bar = self._opened.enter_context(
             tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
         )
 
     def close(self) -> None:
-        """Upload the rest, and let the trackers write what is pending."""
+        """Finish the last checkpoint, upload the rest, and let the trackers write what is pending."""
         self._opened.close()
 
     def log(self, row: dict[str, float] | None) -> None:
-        """Move the bar on, and record the row of a training step that has one."""
+        """Move the bar on, and record the row of a training step that has one; raises what went wrong with a checkpoint."""
         if self._silent:
             return
+        self._checkpoints.check()
         self._bar.update()
         if row is not None:
             self._recorder.log(row)
             self._bar.set_postfix_str(f"loss {row['total']:.4f}, loader wait {row['loader_wait_share']:.0%}")
 
     def save(self) -> None:
-        """Write a checkpoint of the present state, and upload when that is due."""
+        """Copy the present state, and write it in the background as a checkpoint."""
         if self._silent:
             return
         state = self._state
@@ -276,29 +296,45 @@ class _Writer:
             describe_weights(state.run),
             state.run.folder.name,
             self._recorder.text,
+            describe_machine(state.accelerator.device),
         )
-        settings = state.settings
-        save_checkpoint(state.checkpoints, checkpoint, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        self._checkpoints.save(checkpoint)
+
+    def join(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if not self._silent:
+            self._checkpoints.join()
+
+    def _publish(self, checkpoint: Checkpoint) -> None:
+        settings = self._state.settings
+        save_checkpoint(
+            self._state.checkpoints, checkpoint, keep_last=settings.keep_last, keep_every=settings.keep_every
+        )
         if self._uploader is not None:
             self._uploader.maybe_upload()
 
 
-def _refuse_not_finite(report: StepReport, state: TrainingState, data: TrainingData, step: int) -> None:
-    """Stop before anything of a training step is kept that spoiled the weights."""
-    reason = check_finite(report, state.gradient_scaler)
-    if reason is None:
-        return
-    windows = state.run.folder / f"failed-step-{step:08d}-process-{state.accelerator.process_index}.json"
+def _describe_failure(failure: Failure | None, state: TrainingState, data: TrainingData, writer: _Writer) -> str:
+    """Name the windows of a training step that spoiled the weights, in a file, and say all that is known of it."""
+    writer.join()
+    kept = f"nothing was overwritten, {describe_last(state.checkpoints)}"
+    if failure is None:
+        return f"a training step of another process was not finite, see its message; {kept}"
+    windows = state.run.folder / f"failed-step-{failure.step:08d}-process-{state.accelerator.process_index}.json"
     with atomic_file(windows) as temporary:
-        temporary.write_text(json.dumps(data.describe(report.windows), indent=2) + "\n")
-    raise ValueError(
-        f"at training step {step} {reason}; nothing was overwritten, {describe_last(state.checkpoints)}, and the "
-        f"windows of this training step are named in {windows}. Look at them, lower train.lr, or set train.clip_norm"
+        temporary.write_text(json.dumps(data.describe(failure.windows), indent=2) + "\n")
+    return (
+        f"at training step {failure.step} {failure.reason}; {kept}, and the windows of this training step are named in {windows}. Look at "
+        "them, lower train.lr, or set train.clip_norm"
     )
 
 
 def _print_start(state: TrainingState, data: TrainingData) -> None:
     settings, processes = state.settings, state.accelerator.num_processes
+    if state.accelerator.device.type == "cuda" and settings.precision == "bfloat16" and not has_bfloat16():
+        print(
+            f"{name_device('cuda')} only imitates bfloat16, slowly and with far more memory for attention: set train.precision=float16"
+        )
     for layer in state.trained.new_layers:
         print(f"{layer} is a new layer: the starting weights have it in another width")
     print(
@@ -309,6 +345,7 @@ def _print_start(state: TrainingState, data: TrainingData) -> None:
     if state.is_complete():
         print(f"run {state.run.folder.name} is complete; --fresh starts over")
     elif state.step:
+        elsewhere = f" on another machine ({'; '.join(state.moved)}), so not bit for bit" if state.moved else ""
         print(
-            f"run {state.run.folder.name} resumes at training step {state.step} of {settings.num_steps}; --fresh starts over"
+            f"run {state.run.folder.name} resumes at training step {state.step} of {settings.num_steps}{elsewhere}; --fresh starts over"
         )

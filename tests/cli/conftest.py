@@ -21,7 +21,7 @@ EPISODES = {"a": {"x": 45, "y": 38}, "b": {"z": 41}, "c": {"w": 60}}
 CHANGES = {
     "dataset: sample": "dataset: vpt",
     "batch_size: null     # encoder": "batch_size: 8     # encoder",
-    "device: auto         # auto | cpu | cuda | cuda:1": "device: cpu",
+    "device: auto         # auto | cpu | cuda; which GPU: CUDA_VISIBLE_DEVICES=1 before the command": "device: cpu",
 }
 
 

@@ -168,14 +168,17 @@ def test_errors_read_out_are_shown_where_a_run_has_them_and_other_step_lengths_a
     assert "step_length: 1 in" in compare(newer, apart, fails=1)[0]["groups"][1]["apart"]
 
 
-def test_only_shared_episodes_are_paired_and_one_is_too_few(tmp_path):
+def test_only_shared_episodes_are_paired_one_is_too_few_and_an_empty_cell_is_no_figure(tmp_path):
     one = write_run(tmp_path / "one", BASE)
     later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)
     last = write_run(tmp_path / "last", BASE[:3], first=NUM_EPISODES - 1)
-    document, _ = compare(one, later, last)
-    pairs = [pair["rollout_l1"] for pair in document["groups"][0]["paired"]]
+    pairs = [pair["rollout_l1"] for pair in compare(one, later, last)[0]["groups"][0]["paired"]]
     assert pairs[0]["num_episodes"] == NUM_EPISODES - 4 and pairs[0]["mean"] == pytest.approx(-0.05)
     assert pairs[1]["num_episodes"] == 1 and "cannot be told" in pairs[1]["words"] and "mean" not in pairs[1]
+    lines = (later / "episodes.csv").read_text().splitlines()
+    lines[1] = lines[1].rpartition(",")[0] + ","
+    (later / "episodes.csv").write_text("\n".join(lines) + "\n")
+    assert f"paired over {NUM_EPISODES - 5} episodes" in compare(one, later)[1]
 
 
 def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path):
@@ -188,6 +191,9 @@ def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path):
         assert document["groups"][1]["apart"].endswith(f"another in {other}") and name in document["groups"][1]["apart"]
     _, text = compare(one, other, same, fails=1)
     assert "not comparable with" in text and "another" in text
+    for name in ("settings.json", "episodes.csv"):  # an evaluation of an older version
+        (other / name).unlink()
+    assert "not known what was measured" in compare(one, other, fails=1)[0]["groups"][1]["apart"]
 
 
 def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tmp_path):
@@ -212,17 +218,6 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
     assert not re.search(r"None|True|'", shown), "settings are shown as YAML has them, not as Python has"
     assert "random weights" not in text
     assert "random weights" in compare(other)[1]
-
-
-def test_an_empty_cell_is_no_figure_and_what_is_older_than_settings_json_is_shown_apart(tmp_path):
-    one, other = (write_run(tmp_path / name, BASE + number) for number, name in enumerate(("one", "other")))
-    lines = (other / "episodes.csv").read_text().splitlines()
-    lines[1] = lines[1].rpartition(",")[0] + ","
-    (other / "episodes.csv").write_text("\n".join(lines) + "\n")
-    assert f"paired over {len(BASE) - 1} episodes" in compare(one, other)[1]
-    for name in ("settings.json", "episodes.csv"):
-        (other / name).unlink()
-    assert "not known what was measured" in compare(one, other, fails=1)[0]["groups"][1]["apart"]
 
 
 @pytest.mark.parametrize(

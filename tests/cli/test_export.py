@@ -13,8 +13,8 @@ from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
-from tests.cli.test_verify import flip
 from tests.encoded import all_files, write_store_json
+from tests.makers import flip
 
 
 def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_alone_by_clean_ups_beside(

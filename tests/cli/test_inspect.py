@@ -249,14 +249,6 @@ def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(checkout):
     assert any("12 suspicious; 15 skipped" in line for line in lines)
 
 
-def test_what_cannot_be_inspected_is_refused_before_the_work_with_the_way_out(checkout):
-    (checkout / "loose").mkdir()
-    for name in ("a.mp4", "a.jsonl"):
-        (checkout / "loose" / name).write_bytes(b"1")
-    error = run("dataset=vpt", checkout / "loose").exception
-    assert isinstance(error, ValueError) and "jepa-cache pack" in f"{error} {getattr(error, '__notes__', '')}"
-
-
 def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
     preset = (checkout / "configs/dataset/vpt.yaml").read_text()
     for name in ("a", "b"):

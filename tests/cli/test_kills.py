@@ -154,26 +154,6 @@ def is_group_alive(pid):
     return True
 
 
-def test_killed_clean_ups_are_finished_by_the_next_one(place, rng, tmp_path):
-    both = tmp_path / "both"
-    shutil.copytree(place.base / "whole-0/float16", both)
-    place.run(both, "encode", *RECIPES["int8"])
-    place.run(both, "encode")
-    num_killed, expected = 0, place.roots["float16"]
-    for trial in range(2 * TRIALS):
-        root = tmp_path / f"{trial}"
-        shutil.copytree(both, root)
-        for path in root.glob("manifests/*.json"):
-            if f"manifests/{path.name}" not in expected:
-                path.unlink()
-        for _ in range(2):
-            num_killed += kill_sometime(place, rng, 0.6, root, "gc", "--delete", "--grace-days", "0")
-            place.run(root, "verify")  # what the manifest lists was never touched
-        place.run(root, "gc", "--delete", "--grace-days", "0")
-        place.check(root, expected, "float16")
-    print(f"gc: {num_killed} killed")
-
-
 def repair(place):
     return ["verify", "--repair", "--read-data", place.checkout / "recordings"]
 
@@ -191,33 +171,42 @@ def damage(root, rng, kinds=("tokens", "actions", "controls", "manifests")):
             path.write_bytes(content)
 
 
-def test_killed_repairs_are_finished_by_the_next_one(place, rng, tmp_path):
-    num_killed = 0
-    place.run(tmp_path / "own", "encode")  # the manifest of the checkout
-    for trial in range(TRIALS):
-        root = tmp_path / f"{trial}"
-        shutil.copytree(place.base / "whole-0/float16", root)
-        damage(root, rng)
-        for _ in range(rng.randint(1, 2)):
-            num_killed += kill_sometime(place, rng, 1.5, root, *repair(place))
-        place.run(root, *repair(place))
-        place.check(root, place.roots["float16"], "float16")
-    print(f"repair: {num_killed} killed")
+def forget(root, kept):
+    """Take every other manifest out of a root, so that a clean-up has something to remove."""
+    for path in root.glob("manifests/*.json"):
+        if f"manifests/{path.name}" not in kept:
+            path.unlink()
 
 
-def test_killed_exports_are_finished_by_the_next_one(place, rng, tmp_path):
-    root = tmp_path / "root"
-    place.run(root, "encode")
-    place.run(root, "export", "cache", tmp_path / "whole")
-    expected, num_killed = all_files(tmp_path / "whole"), 0
+@pytest.mark.parametrize("what", ["gc", "repair", "export"])
+def test_killed_clean_ups_repairs_and_exports_are_finished_by_the_next_one(place, rng, tmp_path, what):
+    whole, expected, num_killed = tmp_path / "whole", place.roots["float16"], 0
+    shutil.copytree(place.base / "whole-0/float16", whole)
+    for recipe in ("int8", "float16") if what == "gc" else ("float16",):
+        place.run(whole, "encode", *RECIPES[recipe])
+    if what == "export":
+        place.run(whole, "export", "cache", tmp_path / "exported")
     for trial in range(TRIALS):
-        out = tmp_path / f"out-{trial}"
+        root, out = whole if what == "export" else tmp_path / f"{trial}", tmp_path / f"out-{trial}"
+        if root != whole:
+            shutil.copytree(whole, root)
+        if what == "gc":
+            command, longest_s = ["gc", "--delete", "--grace-days", "0"], 0.6
+            forget(root, expected)
+        elif what == "repair":
+            command, longest_s = repair(place), 1.5
+            damage(root, rng)
+        else:
+            command, longest_s = ["export", "cache", out], 0.8
         for _ in range(rng.randint(1, 3)):
-            num_killed += kill_sometime(place, rng, 0.8, root, "export", "cache", out)
-        place.run(root, "export", "cache", out)
-        assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
-    place.check(root, place.roots["float16"], "float16")
-    print(f"export: {num_killed} killed")
+            num_killed += kill_sometime(place, rng, longest_s, root, *command)
+            if what == "gc":
+                place.run(root, "verify")  # what the manifest lists was never touched
+        place.run(root, *command)
+        if what == "export":
+            assert all_files(out) == all_files(tmp_path / "exported") and not list(out.rglob(".jepa-cache-*"))
+        place.check(root, expected, "float16")
+    print(f"{what}: {num_killed} killed")
 
 
 def num_encoded(text):
@@ -278,70 +267,3 @@ def test_a_clean_up_beside_running_encodes_takes_nothing_away(place, checkouts, 
         place.check(root, place.roots[recipe], recipe, checkout)
     print(f"refused: {refused}")
     assert refused["gc"]
-
-
-def test_an_export_beside_an_encode_or_a_clean_up_is_whole_or_refused(place, checkouts, rng, tmp_path):
-    place.run(tmp_path / "own", "encode")  # the manifest of the checkout
-    place.run(tmp_path / "own", "export", "cache", tmp_path / "whole")
-    expected, ends = all_files(tmp_path / "whole"), {}
-    for trial in range(2 * TRIALS):
-        root, out = tmp_path / f"{trial}", tmp_path / f"out-{trial}"
-        shutil.copytree(place.base / "whole-0/float16", root)
-        kind = ("gc", "mend", "add")[trial % 3]
-        shutil.rmtree(checkouts[0] / "outputs", ignore_errors=True)
-        shutil.copytree(place.checkout / "outputs", checkouts[0] / "outputs")
-        if kind == "gc":  # which may take all of it, as no manifest of the root lists it
-            shutil.rmtree(root / "manifests")
-        elif kind == "mend":
-            damage(root, rng, ("tokens", "actions"))
-        other = {
-            "gc": ["gc", "--delete", "--grace-days", "0"],
-            "mend": repair(place),
-            "add": ["encode", *RECIPES["int8"]],
-        }[kind]
-        longest_s = 0.15 if kind == "gc" else place.seconds["float16"]  # the other one takes
-        export = place.start(root, "export", "cache", out) if kind == "gc" and rng.random() < 0.5 else None
-        if export is not None:
-            wait_until(rng.uniform(0, longest_s), export)
-        running = place.start(root, *other, checkout=checkouts[0])
-        if export is None:
-            wait_until(rng.uniform(0, longest_s), running)
-            export = place.start(root, "export", "cache", out)
-        code, other_code = export.wait(), running.wait()
-        ends[kind, code, other_code] = ends.get((kind, code, other_code), 0) + 1
-        assert "Traceback" not in export.text + running.text, export.text + running.text
-        assert other_code == 0 or (kind == "gc" and "in use" in running.text), running.text
-        if code == 0:
-            assert all_files(out) == expected
-        else:
-            assert not (out / "manifests").exists(), export.text
-            assert kind != "add" and (kind == "mend" or not out.exists()), export.text
-        place.run(root, *(repair(place) if kind == "mend" else ["encode"]))
-        place.run(root, "export", "cache", out)
-        assert all_files(out) == expected and not list(out.rglob(".jepa-cache-*"))
-        assert place.roots["float16"].items() <= files_of(root).items()
-        place.run(root, "verify", "--read-data")
-    print(f"export: {ends}")
-    assert TRIALS < 12 or {0} < {code for kind, code, _ in ends if kind == "gc"}, "it was never refused"
-
-
-def test_encodes_repairs_and_exports_side_by_side_leave_a_whole_root(place, checkouts, rng, tmp_path):
-    made = []
-    for trial in range(TRIALS):
-        root = tmp_path / f"{trial}"
-        place.run(root, "encode")
-        for checkout in checkouts:
-            shutil.rmtree(checkout / "outputs", ignore_errors=True)
-            shutil.copytree(place.checkout / "outputs", checkout / "outputs")
-        damage(root, rng)
-        running = []
-        for checkout in checkouts:
-            kind = ["encode"] if rng.random() < 0.4 else repair(place)
-            running.append((kind[0], place.start(root, *kind, checkout=checkout)))
-            time.sleep(rng.choice([0, 0.2]))
-        made.append([(kind, process.wait(), num_encoded(process.text)) for kind, process in running])
-        # An encode may name damage that it met; it never ends as if all were well.
-        assert not [process.text for _, process in running if "Traceback" in process.text]
-        place.run(root, *repair(place))
-        place.check(root, place.roots["float16"], "float16")
-    print(made)

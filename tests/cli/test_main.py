@@ -11,7 +11,7 @@ import sys
 import pytest
 import typer
 
-from jepa_cache.cli.main import COMMANDS, build_app, main
+from jepa_cache.cli.main import COMMANDS, STAGES, build_app, main
 from jepa_cache.cli.outcome import Outcome, align, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
 from jepa_cache.config.loading import REPOSITORY_ROOT
@@ -53,7 +53,7 @@ def test_help_says_the_exit_codes_and_an_unknown_setting_is_one_message_and_code
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("repair", "jepa-cache verify --repair"), ("plan", "jepa-cache estimate"), ("encode", "python stages/encode.py")],
+    [("repair", "jepa-cache verify --repair"), ("train_predictor", "jepa-cache train")],
 )
 def test_a_command_that_has_another_name_says_which(monkeypatch, capsys, old, new):
     monkeypatch.setattr(sys, "argv", ["jepa-cache", old, "shards"])
@@ -73,10 +73,10 @@ def test_every_command_has_its_function_and_its_help_whichever_is_typed(checkout
     words = checkout.run("--help").out
     for name in COMMANDS:
         group = typer.main.get_command(build_app(name))
-        assert set(group.commands) == set(COMMANDS) and len(
-            group.commands[name].params or group.commands[name].commands
-        )
+        assert set(group.commands) == {*COMMANDS, *STAGES}
+        assert group.commands[name].params or group.commands[name].commands
         assert f"\n  {name} " in words
+    assert all(f"\n  {name} " in words for name in STAGES)
     assert checkout.run("stauts").code == 2
 
 

@@ -54,29 +54,6 @@ def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkou
     assert changes == {checkout.manifest.fingerprint: (2, 2), "f" * 32: (1, 1)}, "the nearest recipe explains a unit"
 
 
-def test_another_weights_file_under_the_same_name_is_named_as_the_change(checkout, tmp_path):
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"first")
-    preset = checkout.folder / "configs/encoder/tiny.yaml"
-    text = (
-        preset.read_text()
-        .replace("weights: null", f"weights: {weights}")
-        .replace("random_seed: 0", "random_seed: null")
-    )
-    preset.write_text(text)
-    first = _status(checkout).document["parts"][0]
-    # A store of the first file, as far as its card says.
-    old, new = checkout.tokens(), checkout.root.tokens(first["fingerprint"], checkout.manifest.entries[0].unit_digest)
-    shutil.copytree(old, new)
-    document = json.loads((new / "store.json").read_bytes())
-    document["content"]["card"]["recipe"] = first["recipe"]
-    write_store_json(new / "store.json", document)
-    weights.write_bytes(b"another")
-    (part,) = _status(checkout).document["parts"]
-    (change,) = next(why["changes"] for why in part["why"] if why["fingerprint"] == first["fingerprint"])
-    assert change.startswith("encoder.weights: 'file:") and change.count("file:") == 2
-
-
 def test_weights_that_are_not_here_are_not_downloaded(checkout, monkeypatch):
     monkeypatch.setattr("jepa_cache.encoder.vjepa2.urlopen", lambda *_: pytest.fail("a download was begun"))
     result = _status(checkout, "encoder=vitl")

@@ -89,13 +89,3 @@ def test_another_way_or_pool_is_another_recipe_that_status_and_stage_two_name(ma
         assert change in text and "another recipe" in text
         with pytest.raises(ValueError, match=words):
             open_dataset(load_config(checkout.folder, [*overrides, other]), checkout.folder)
-
-
-def test_the_wrong_entry_and_the_wrong_kind_stop_stage_one_by_name(made):
-    checkout, _, overrides = made
-    with pytest.raises(ValueError, match=r"no entry 'target_encoder'.*V-JEPA 2\.1.*vitl384_v21"):
-        checkout.encode("encoder=vitl", overrides[1])
-    preset = checkout.folder / "configs/encoder/small_v21.yaml"
-    preset.write_text(preset.read_text().replace("weights_entry: ema_encoder", "weights_entry: target_encoder"))
-    with pytest.raises(ValueError, match=r"no entry 'target_encoder'; it has: .*ema_encoder"):
-        checkout.encode(*overrides)

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
 from jepa_cache.config.parsing import ConfigError, parse_dataclass
-from jepa_cache.config.paths import resolve_device
 from jepa_cache.config.schema import TrainConfig
+from jepa_cache.devices import resolve_device
 from tests.workspace import SUITE_SETTINGS, copy_settings
 
 
@@ -41,6 +42,18 @@ def test_null_means_as_the_preset_says_and_a_value_overrides_it(root):
     assert (type(config.train.lr), config.plan.horizons) == (float, (1, 4)), (
         "an int passes for a float, a list for a tuple"
     )
+
+
+def test_warm_up_and_anneal_keep_their_shares_of_a_training_whose_length_is_set(root):
+    def told(*overrides):
+        train = load_config(root, overrides).train
+        return [train.num_warmup, train.num_anneal]
+
+    assert told() == told("train.num_steps=600") == [50, 180]
+    assert told("train.num_steps=100") == [8, 30]
+    assert told("train.num_steps=1200", "train.num_warmup=7") == [7, 360]
+    edit(root, "  num_steps: null", "  num_steps: 60")
+    assert told() == [5, 18]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +100,6 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
     ("overrides", "words"),
     [
         ("train.auto_steps=8", "train.auto_steps must be below train.window_steps 8; got 8"),
-        ("train.num_steps=100", "exceed train.num_steps 100"),
         ("train.window_steps=1", "at least 2"),
         ("filter.idle_cut_end=10", "above 0 only with filter.drop_idle true; got 10 without"),
         ("filter.min_steps=0", "filter.min_steps must be above 0"),
@@ -98,13 +110,17 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("evaluate.measure=[energy,noise,energy]", r"evaluate\.measure names 'energy' more than once"),
         ("train.loggers=[dvclive,dvclive]", r"train\.loggers names 'dvclive' more than once"),
         ("plan.horizons=2", r"horizons must be a list.*; got 2"),
+        *((f"plan.horizons={it}", r"plan\.horizons .*; got|plan\.horizons names 1") for it in ("[]", "[1, 1]")),
+        ("plan.settings=notebok", "did you mean 'notebook'"),
+        ("evaluate.probes=[inverse_dynamic]", "did you mean 'inverse_dynamics'"),
         ("plan.max_turn_deg=400.0", r"plan\.max_turn_deg must be at most 180; got 400\.0"),
         ("plan.max_rotation_rad=3.2", r"plan\.max_rotation_rad must be at most 3\.14159.*; got 3\.2"),
         ("plan.num_timed=2", r"'plan\.num_timed', which was removed: benchmarks/planner\.py times"),
         ("plan.max_turn_deg=.nan", r"max_turn_deg must be a finite number; got nan"),
-        ("train.device=foo", r"train\.device is 'foo'; known: auto, cpu, cuda"),
-        ("train.device=cuda:1", r"train\.device is 'cuda:1'; did you mean 'cuda'"),
-        ("encode.device=gpu", r"encode\.device must match .*auto\|cpu\|cuda.*; got 'gpu'"),
+        ("train.device=foo", r"train\.device must be auto, cpu or cuda .*; got 'foo'"),
+        ("train.device=cuda:1", r"train\.device must .*CUDA_VISIBLE_DEVICES=1.*; got 'cuda:1'"),
+        ("encode.device=gpu", r"encode\.device must be auto, cpu or cuda .*; got 'gpu'"),
+        ("encode.device=cuda:1", r"encode\.device must .*CUDA_VISIBLE_DEVICES=1.*; got 'cuda:1'"),
         *((f"encode.phases={it}", r"encode\.phases .*; got") for it in ("[0, 0]", "[-1]", "[]", "every")),
         ("encode.cameras=[wrist, wrist]", r"encode\.cameras names 'wrist' more than once"),
         ("encode.dtype=fp8", "encode.dtype is 'fp8'; known: bfloat16, float16, float8_e4m3, int4, int8"),
@@ -154,13 +170,34 @@ def test_a_preset_that_fits_no_released_weights_is_refused(root, line, other, wo
         load_config(root, ["encoder=vitl384_v21"])
 
 
-def test_a_gpu_that_is_not_there_is_refused_by_the_name_of_its_setting():
-    assert [resolve_device("train.device", "auto", number) for number in (0, 1)] == ["cpu", "cuda"]
-    assert resolve_device("encode.device", "cuda:1", 2) == "cuda:1"
-    assert resolve_device("train.device", "cpu", 0) == "cpu"
-    for key, wanted, number in (("train.device", "cuda", 0), ("encode.device", "cuda:2", 2)):
-        with pytest.raises(ConfigError, match=rf"{key} is '{wanted}', but torch finds {number} GPUs here"):
-            resolve_device(key, wanted, number)
+def test_a_gpu_that_is_not_there_is_refused_by_the_name_of_its_setting(monkeypatch):
+    for num_gpus, meant in ((0, ["cpu", "cpu"]), (2, ["cuda", "cpu"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=num_gpus: there > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=num_gpus: there)
+        assert [resolve_device("train.device", wanted) for wanted in ("auto", "cpu")] == meant
+    assert resolve_device("encode.device", "cuda") == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for key in ("train.device", "encode.device"):
+        with pytest.raises(ConfigError, match=rf"{key} is 'cuda', but torch finds no GPU here"):
+            resolve_device(key, "cuda")
+
+
+def test_a_device_is_used_without_the_tf32_that_a_container_switched_on(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    resolve_device("train.device", "cpu")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
+def test_cudnn_attention_is_admitted_by_the_environment_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", (admitted := []).append)
+    resolve_device("train.device", "cpu")
+    monkeypatch.setenv("JEPA_ATTENTION", "cudnn")
+    resolve_device("train.device", "cpu")
+    monkeypatch.setenv("JEPA_ATTENTION", "fastest")
+    with pytest.raises(ConfigError, match="JEPA_ATTENTION is flash or cudnn; got 'fastest'"):
+        resolve_device("train.device", "cpu")
+    assert admitted == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "encoder", "predictor", "train.preset"])

@@ -1,9 +1,11 @@
 """Claims: an episode's split depends on its own key, the seed and the share alone; the share is about met.
 
 Recordings of one content are on one side of the split and count once among the held-out; no other episode moves for it.
+Of few episodes exactly the share is held out, and patterns of keys decide alone.
 """
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cache.config.schema import SplitConfig
-from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, split_of
+from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, choose_held_out, split_of
 from tests import caches
 from tests.caches import make_cache
 
@@ -45,6 +47,29 @@ def test_the_split_is_the_same_on_every_machine_and_in_every_version():
     assert "".join({TRAIN: "T", VAL: "V"}[split] for split in splits) == "VTVTVTVVTVVTVVTVVVVTVVTV"
 
 
+@pytest.mark.parametrize(
+    ("number", "share", "held"), [(2, 0.1, 1), (5, 0.1, 2), (5, 0.5, 2), (39, 0.25, 10), (3, 0.9, 2)]
+)
+def test_of_few_episodes_exactly_the_share_is_held_out_and_at_least_two(number, share, held):
+    split = SplitConfig(val_share=share, seed=3, exact_below=40)
+    assert len(choose_held_out(KEYS[:number], split)) == held
+    drawn = replace(split, exact_below=0)
+    chosen, alone = choose_held_out(KEYS[:number], split), choose_held_out(KEYS[:number], drawn)
+    assert chosen <= alone or alone <= chosen  # by the same draws
+    assert choose_held_out(KEYS, split) == choose_held_out(KEYS, drawn) == held_out(KEYS, val_share=share, seed=3)
+    assert not choose_held_out(KEYS[:number], replace(split, val_share=0.0))
+
+
+def test_patterns_of_keys_hold_out_what_they_fit_and_nothing_else():
+    keys = ["train/a", "train/b", "val/c", "val/d"]
+    split = SplitConfig(val_share=0.9, seed=0, held_out=("val/*", "train/b"), exact_below=40)
+    assert choose_held_out(keys, split) == {"val/c", "val/d", "train/b"}
+    with pytest.raises(ValueError, match=r"'test/\*' fits no episode; their keys are such as train/a, train/b, val/c"):
+        choose_held_out(keys, replace(split, held_out=("val/*", "test/*")))
+    with pytest.raises(ValueError, match="fits all 4 episodes"):
+        choose_held_out(keys, replace(split, held_out=("*",)))
+
+
 @pytest.fixture(scope="module", params=["float16", "int8"])
 def copied(request, tmp_path_factory):
     """Twelve episodes, of which b0 and c2 are a1 once more, in other stores; c3 has its actions, but shows something else."""
@@ -70,3 +95,15 @@ def test_copies_are_found_by_what_they_do_and_show_and_follow_the_first(copied, 
             side = split_of("a1" if episode in ("b0", "c2") else episode, val_share=0.5, seed=seed)
             assert (episode in train) == (side == TRAIN)
             assert (episode in val) == (side == VAL and episode not in ("b0", "c2"))
+
+
+def test_a_run_is_described_by_what_decides_its_split_and_no_more(copied):
+    """Weights of earlier versions, which know no other rule, are then of the same split wherever the episodes are many."""
+    plain = SplitConfig(val_share=0.25, seed=0)
+    assert copied.dataset.describe_split(replace(plain, exact_below=2)) == {"val_share": 0.25, "seed": 0}
+    assert copied.dataset.describe_split(replace(plain, exact_below=40)) == {
+        "val_share": 0.25,
+        "seed": 0,
+        "exact_below": 40,
+    }
+    assert copied.dataset.describe_split(replace(plain, held_out=("a*",)))["held_out"] == ["a*"]

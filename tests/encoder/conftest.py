@@ -1,9 +1,6 @@
 """Small presets and states for the encoder's tests."""
 
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,28 +75,3 @@ def preset_21(preset):
 def state_21(preset_21):
     """Its weights."""
     return draw_state(encoder_shapes(preset_21))
-
-
-@pytest.fixture
-def http_folder(tmp_path):
-    """A folder served on the loopback interface; files end after `break_off_after` bytes where that is set."""
-    served = SimpleNamespace(path=tmp_path / "served", break_off_after=None)
-    served.path.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(served.path))
-
-        def copyfile(self, source, outputfile):
-            outputfile.write(source.read(served.break_off_after))
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        served.url = f"http://127.0.0.1:{server.server_port}"
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield served
-        server.shutdown()
-        thread.join()

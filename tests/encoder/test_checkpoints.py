@@ -22,6 +22,7 @@ from jepa_cache.encoder.checkpoints import CheckpointError, load_state
 from jepa_cache.encoder.vjepa2 import random_state
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.store.recipe import file_digest
+from tests.media.fake_bucket import serve
 from tests.official_files import encoder_shapes, without_storage, write_v21_file
 from tests.workspace import SUITE_SETTINGS
 
@@ -241,28 +242,26 @@ def test_paths_start_at_the_base_and_a_missing_file_says_how_to_get_it(tmp_path)
         find("w/vith.pt", base=tmp_path)
 
 
-def test_a_url_is_downloaded_once_whole_and_kept_by_host_and_path(tmp_path, monkeypatch, http_folder):
+def test_a_url_is_downloaded_once_whole_and_kept_by_host_and_path(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for folder in ("a", "b"):
-        (http_folder.path / folder).mkdir()
-        (http_folder.path / folder / "vitl.pt").write_text(folder)
-    url = f"{http_folder.url}/a/vitl.pt"
-    http_folder.break_off_after = 0
-    for address, words in (
-        (url, "1 bytes early, after 0"),
-        ("http://127.0.0.1:9/vitl.pt", r":9/vitl\.pt.*weights=PATH"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            find(address, base=tmp_path)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    http_folder.break_off_after = None
-    assert find(url, base=tmp_path, download=False) is None
-    first = find(url, base=tmp_path)
-    assert first.is_relative_to(tmp_path / "cache/jepa-cache/weights")
-    assert find(f"{http_folder.url}/b/vitl.pt", base=tmp_path).read_text() == "b"
-    (http_folder.path / "a/vitl.pt").write_text("other host")
-    assert find(url.replace("127.0.0.1", "localhost"), base=tmp_path).read_text() == "other host"
-    assert find(url, base=tmp_path) == first and first.read_text() == "a"
+    with serve() as server:
+        server.files |= {f"{folder}/vitl.pt": folder.encode() for folder in "ab"}
+        url = f"{server.url}/a/vitl.pt"
+        server.faults["a/vitl.pt"] = [("drop", 0)]
+        for address, words in (
+            (url, "1 bytes early, after 0"),
+            ("http://127.0.0.1:9/vitl.pt", r":9/vitl\.pt.*weights=PATH"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                find(address, base=tmp_path)
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        assert find(url, base=tmp_path, download=False) is None
+        first = find(url, base=tmp_path)
+        assert first.is_relative_to(tmp_path / "cache/jepa-cache/weights")
+        assert find(f"{server.url}/b/vitl.pt", base=tmp_path).read_text() == "b"
+        server.files["a/vitl.pt"] = b"other host"
+        assert find(url.replace("127.0.0.1", "localhost"), base=tmp_path).read_text() == "other host"
+        assert find(url, base=tmp_path) == first and first.read_text() == "a"
     assert [path.name for path in first.parent.iterdir()] == ["vitl.pt"]
 
 

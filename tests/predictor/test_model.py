@@ -8,7 +8,6 @@ Claims:
 - a residual predictor adds the newest known step to its prediction, in every kind of pass;
 - adaptive layer norms begin without effect, leave the official names alone, are causal, and work in every kind of pass;
 - compiled by blocks, all blocks and all rollout starts share a few graphs, with the values of the uncompiled one;
-- cuDNN's attention is admitted by the environment alone;
 - a wrong shape is named.
 """
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from jepa_cache.attention import SETTING
 from jepa_cache.predictor.layers import rotary_table
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.training.losses import world_model_loss
@@ -237,15 +235,3 @@ def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(checkpoint
                 torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9, msg=name)
         # The whole window, one step after a past of one step, and of any number of steps.
         assert counter.frame_count == (2 if turn == 0 else 3)
-
-
-def test_cudnn_attention_is_admitted_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", (admitted := []).append)
-    predictor = build()
-    predictor(*inputs())
-    monkeypatch.setenv(SETTING, "cudnn")
-    predictor(*inputs())
-    monkeypatch.setenv(SETTING, "fastest")
-    with pytest.raises(ValueError, match="JEPA_ATTENTION is flash or cudnn; got 'fastest'"):
-        predictor(*inputs())
-    assert admitted == [False, True]

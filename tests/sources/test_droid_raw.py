@@ -263,13 +263,3 @@ def test_a_list_of_episode_folders_is_read_as_the_official_training_takes_it(tmp
     listed.write_text(f'"{folders[0]}"\n{tmp_path / "nowhere"}\n')
     with pytest.raises(ValueError, match=r"1 hold no trajectory\.h5 \(first: .*nowhere"):
         read(listed)
-
-
-@pytest.mark.parametrize("given", ["nowhere", "empty", "file.tar"])
-def test_inputs_without_episodes_and_unknown_cameras_are_refused(tmp_path, given):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file.tar").touch()
-    with pytest.raises(ValueError, match=r"finds no trajectory\.h5"):
-        build_source("droid_raw", {}).list_units([given], tmp_path)
-    with pytest.raises(ValueError, match="did you mean 'wrist'"):
-        build_source("droid_raw", {"camera": "rist"})

@@ -6,9 +6,7 @@ in the simple schema rows are placed on frames by time and nothing is guessed; e
 """
 
 import hashlib
-import itertools
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -245,19 +243,12 @@ def test_what_cannot_be_used_is_skipped_by_name_and_the_others_go_on(tmp_path):
         *(("lonely.mp4", good), ("half.jsonl", lines), ("first.mp4", good), ("first-options.json", b"{}")),
         *(("broken.mp4", good[:300]), ("broken.jsonl", lines), ("first.jsonl", lines), ("first.zip", b"zip")),
         *(("badline.mp4", good), ("badline.jsonl", b"{"), ("10.0/last..mp4", good), ("10.0/last..jsonl", lines)),
-        *(("twice.mp4", good), ("twice.jsonl", lines), ("twice.mp4", good), ("README.txt", b"")),
+        ("README.txt", b""),
     ]
-    path = write_tar(tmp_path / "x.tar", members)
-    with tarfile.open(path, "a") as tar:  # a hard link gives no recording the video of another
-        for suffix in ("mp4", "jsonl"):
-            link = tarfile.TarInfo(f"link.{suffix}")
-            link.type, link.linkname = tarfile.LNKTYPE, f"first.{suffix}"
-            tar.addfile(link)
-    results = _read_tar(path)
+    results = _read_tar(write_tar(tmp_path / "x.tar", members))
     assert [result.key for result in results if isinstance(result, Episode)] == ["first", "10.0/last"]
     reasons = {result.key: result.reason for result in results if isinstance(result, Skipped)}
     words = {"lonely": "no lonely.jsonl", "half": "no half.mp4", "broken": "cannot be opened", "badline": "line 1 of 1"}
-    words |= {"twice": "more than one member 'mp4'", "link": "is a link"}
     assert reasons.keys() == words.keys() and all(words[key] in reason for key, reason in reasons.items())
 
 
@@ -273,32 +264,29 @@ def test_a_tar_that_was_cut_off_costs_the_recording_that_was_cut_and_counts_once
         assert "cut off" in lost[0].reason and lost[0].key == ("a.tar" if cut < 512 else "b")
 
 
-@pytest.mark.parametrize("step", [lambda yaw, dx: yaw + 0.3 * dx, lambda yaw, dx: 0.15 * dx], ids=["scale", "per step"])
-@pytest.mark.parametrize("movement", ["all", "lone"])
-def test_yaw_on_another_scale_or_per_step_is_no_vpt(tmp_path, step, movement):
-    rows, yaw = make_rows(80), 0.0
-    for index, row in enumerate(rows):
-        row["mouse"]["dx"] *= movement == "all" or index % 7 == 0
-        row["yaw"], yaw = yaw, step(yaw, row["mouse"]["dx"])
-    assert "yaw does not follow the mouse" in _read(tmp_path, rows).reason
-
-
 YAW_CHANGES = {
     "respawn": lambda index, row: {"yaw": row["yaw"] + 77.7 * (index >= 20)},
     "wrap": lambda index, row: {"dx": (10.0, -10.0)[index % 2], "yaw": (179.25, -179.25)[index % 2]},
     "rest": lambda index, row: {"dx": 0.0, "yaw": 5.0 * (index > 30)},
     "gui": lambda index, row: {"isGuiOpen": True, "yaw": 12.0, "dx": 2.5 * row["mouse"]["dx"]},
+    "other scale": lambda index, row: {"dx": 0.5 * row["mouse"]["dx"]},
+    "change per step": lambda index, row: {"yaw": 0.15 * row["mouse"]["dx"]},
+    "lone changes per step": lambda index, row: {"dx": 8.0 * (index % 7 == 0), "yaw": 1.2 * (index % 7 == 1)},
 }
 
 
 @pytest.mark.parametrize("kind", YAW_CHANGES)
-def test_respawns_wrapped_yaw_rest_and_guis_are_vpt(tmp_path, kind):
-    rows = make_rows(60)
+def test_respawns_wrapped_yaw_rest_and_guis_are_vpt_and_yaw_on_another_scale_or_per_step_is_none(tmp_path, kind):
+    rows = make_rows(80)
     for index, row in enumerate(rows):
         changes = YAW_CHANGES[kind](index, row)
         row["mouse"]["dx"] = changes.pop("dx", row["mouse"]["dx"])
         row.update(changes)
-    assert isinstance(_read(tmp_path, rows), Episode)
+    result = _read(tmp_path, rows)
+    if kind in ("respawn", "wrap", "rest", "gui"):
+        assert isinstance(result, Episode)
+    else:
+        assert "yaw does not follow the mouse" in result.reason
 
 
 def test_options_are_checked_with_the_nearest_name_and_enter_the_recipe_when_chosen():
@@ -411,31 +399,26 @@ def test_each_frame_shows_the_row_nearest_in_time_the_earlier_of_two(tmp_path, f
 
 
 @pytest.mark.parametrize(
-    ("times", "num_used", "note"),
+    ("times", "num_used", "words"),
     [
         (np.arange(12) / 20, 12, "the last 8 frames come after the last row"),
         (np.arange(30) / 20, 20, "the last 10 rows"),
         (np.concatenate((np.arange(8) / 20, 0.8 + np.arange(4) / 20)), 20, "gap of 0.45 s"),
         (np.array([0.0]), 1, "the last 19 frames"),
+        (1650147496.5 + np.arange(20) / 20, None, "seconds since its first frame"),
+        (-3.0 + np.arange(20) / 20, None, "seconds since its first frame"),
+        ([-0.05], None, "no frame shows a row"),
+        ([0.0, 0.05, 0.1, 0.07], None, "line 4: the timestamp goes back"),
     ],
 )
-def test_frames_or_rows_without_the_other_and_gaps_are_noted(tmp_path, times, num_used, note):
-    episode = _read_simple(tmp_path, _make_simple(times))
-    assert len(episode.frame_ticks) == num_used and any(note in text for text in episode.notes)
-
-
-@pytest.mark.parametrize(
-    ("times", "words"),
-    [
-        (1650147496.5 + np.arange(20) / 20, "seconds since its first frame"),
-        (-3.0 + np.arange(20) / 20, "seconds since its first frame"),
-        ([-0.05], "no frame shows a row"),
-        ([0.0, 0.05, 0.1, 0.07], "line 4: the timestamp goes back"),
-    ],
-)
-def test_times_that_do_not_count_from_the_videos_start_are_skipped(tmp_path, times, words):
-    skipped = _read_simple(tmp_path, _make_simple(times))
-    assert isinstance(skipped, Skipped) and words in skipped.reason
+def test_frames_or_rows_without_the_other_and_gaps_are_noted_and_times_from_elsewhere_skipped(
+    tmp_path, times, num_used, words
+):
+    found = _read_simple(tmp_path, _make_simple(times))
+    if num_used is None:
+        assert words in found.reason
+    else:
+        assert len(found.frame_ticks) == num_used and any(words in text for text in found.notes)
 
 
 def test_a_missing_camera_is_unknown_and_not_zero_and_a_wrong_field_is_skipped_with_its_line(tmp_path):
@@ -482,14 +465,4 @@ def test_real_logs_follow_the_measured_laws(log):
     outside, inside = ~controls["gui"][:-1], controls["gui"][:-1] & controls["gui"][1:]
     assert np.mean(np.abs(turns - 0.15 * controls["mouse_dx"][:-1])[outside] < 0.01) > 0.99
     assert np.abs(turns[inside]).sum() == 0, "the view stands still while a GUI is open though the mouse moves"
-    moved = np.array([bool(row["mouse"]["dx"] or row["mouse"]["dy"]) for row in lines])
-    held = np.any([controls[name] for name in VPT_BUTTONS], axis=0)
-    np.testing.assert_array_equal(controls["idle"] == 1, ~moved & ~held)
-    for tick in np.flatnonzero(np.diff(controls["hotbar"])) + 1:
-        assert controls[f"hotbar.{controls['hotbar'][tick] + 1}"][tick]
-    assert not any(controls[f"hotbar.{slot}"][0] for slot in range(1, 10))
-    anchors = np.arange(0, len(lines), 4)
-    actions = get_action_space("vpt36").aggregate(controls, anchors).actions.astype(np.float64)
-    outside = np.array([not controls["gui"][a : b + 1].any() for a, b in itertools.pairwise(anchors)])
-    error = np.abs(actions[:, 2] - 0.15 * actions[:, 0])
-    assert np.mean(np.minimum(error, 360 - error)[outside] < 0.02) > 0.99
+    assert not any(controls[f"hotbar.{slot}"][0] for slot in range(1, 10)), "the first line's slot is no press"

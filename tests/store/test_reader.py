@@ -22,6 +22,7 @@ from jepa_cache.store import layout, reader
 from jepa_cache.store.layout import read_store_file, write_store_file
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import TokenWriter, table
+from tests.makers import flip
 
 CHUNK, SHARD_CHUNKS = 3, 4
 DTYPES = ("uint8", "int8", "uint16", "float16", "float32")
@@ -185,16 +186,10 @@ def make_store(path, num_steps=40):
     return tokens
 
 
-def flip_bit(path, offset):
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 4
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(("chunk", "episodes"), [(0, "episode early"), (2, "episode early, late"), (4, "episode late")])
 def test_damage_names_store_chunk_episode_and_what_to_type(tmp_path, chunk, episodes):
     make_store(tmp_path / "a.zarr")
-    flip_bit(layout.shard_path(tmp_path / "a.zarr", 0), chunk * (8 * 30 + 4) + 77)
+    flip(layout.shard_path(tmp_path / "a.zarr", 0), chunk * (8 * 30 + 4) + 77)
     first, last = chunk * 8, chunk * 8 + 8
     expected = (
         rf"chunk {chunk} \(steps {first} to {last}, {episodes}\) in .*a\.zarr.*checksum.*`jepa-cache verify --repair`"
@@ -218,7 +213,7 @@ def test_each_chunk_is_checked_once(tmp_path, monkeypatch):
 def test_without_checksums_no_chunk_is_checked_unless_requested(tmp_path):
     values = make_values("uint8", (SHARD, 6))
     path = write_array(tmp_path, values)
-    flip_bit(path / "tokens/c/0/0", 0)
+    flip(path / "tokens/c/0/0", 0)
     with ArrayReader(path, verify_checksums=False) as array:
         assert not same_bits(read_window(array, 0, SHARD), values)
         with pytest.raises(StoreDamagedError, match="checksum"):

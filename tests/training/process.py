@@ -1,7 +1,8 @@
 """One training in a process of its own, started by `tests.processes.Commands`; it may be slowed down, die, or kill itself.
 
-argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K) and
-`kill_at=N` (at the N-th file operation in the runs folder). Leaves `home/out/run`, and `home/count` of file operations.
+argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K), `nan_at=K` (its loss
+there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two
+training steps more were done). Leaves `home/out/run`, and `home/count` of file operations.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.data.scaler import read_scaler
-from jepa_cache.training import trainer
+from jepa_cache.training import checkpoint, trainer
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE
 from tests.caches import make_config
 
@@ -23,13 +24,28 @@ def main(workspace: str, home: str, *words: str) -> None:
     options = {name: int(value) for name, _, value in (word.partition("=") for word in words) if name.endswith("_at")}
     config = make_config(*(word for word in words if word.startswith(("train.", "cache."))))
     dataset, scaler = open_dataset(config, Path(workspace)), read_scaler(Path(workspace) / "outputs/scaler/scaler.json")
-    step, count = trainer.train_step, 0
+    step, save, count, num_steps, num_writes = trainer.train_step, checkpoint.save_file, 0, 0, 0
 
     def slowed(*arguments):
+        nonlocal num_steps
         if arguments[-1] == options.get("die_at") and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1 * ("pause" in words))
-        return step(*arguments)
+        report = step(*arguments)
+        num_steps += 1
+        if arguments[-1] == options.get("nan_at") and os.environ["RANK"] == "1":
+            return report._replace(losses=report.losses | {"total": report.losses["total"] * float("nan")})
+        return report
+
+    def save_slowly(*arguments, **metadata):
+        nonlocal num_writes
+        save(*arguments, **metadata)
+        num_writes += 1
+        if num_writes == options.get("kill_in_write_at"):
+            begun, deadline = num_steps, time.monotonic() + 60
+            while num_steps < begun + 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL if num_steps >= begun + 2 else signal.SIGABRT)
 
     def watch(event: str, arguments: tuple) -> None:
         """Count file operations below the runs folder, or on names relative to an open folder (what rmtree does)."""
@@ -43,7 +59,7 @@ def main(workspace: str, home: str, *words: str) -> None:
             if count == options.get("kill_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.train_step = slowed
+    trainer.train_step, checkpoint.save_file = slowed, save_slowly
     sys.addaudithook(watch)
     try:
         result = trainer.train(config, dataset, scaler, Path(home) / "out/run", base=Path(home), fresh="fresh" in words)

@@ -5,6 +5,7 @@ Claims:
 - the id is the same in another workspace; runs lie in $JEPA_RUNS_HOME or the state folder.
 """
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -22,8 +23,9 @@ def run_of(cache):
     """The id of the run that the tiny cache's settings mean, with changes to one section or to other parts."""
 
     def identify(section: str = "train", *, start: Path | None = None, base: Path = Path(), **changes) -> str:
-        parts = {"config": cache.config, "manifest": cache.dataset.manifest, "scaler": cache.scaler}
-        parts |= {name: changes.pop(name) for name in tuple(changes) if name in parts}
+        dataset = copy.copy(cache.dataset)
+        dataset.manifest = changes.pop("manifest", dataset.manifest)
+        parts = {"config": cache.config, "dataset": dataset, "scaler": changes.pop("scaler", cache.scaler)}
         changed = dataclasses.replace(getattr(cache.config, section), **changes)
         parts["config"] = dataclasses.replace(parts["config"], **{section: changed})
         return run_folder(describe_run(**parts, init=start, base=base)).name
@@ -87,7 +89,7 @@ def test_an_edit_of_the_code_that_trains_is_another_run_and_of_other_code_is_not
 
 
 def test_runs_lie_in_the_folder_of_the_environment_or_beside_the_digest_table(cache, tmp_path, monkeypatch):
-    description = describe_run(cache.config, cache.dataset.manifest, cache.scaler, None, tmp_path)
+    description = describe_run(cache.config, cache.dataset, cache.scaler, None, tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     default = run_folder(description)
     assert default.parent == tmp_path / "state/jepa-cache/runs"

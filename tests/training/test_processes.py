@@ -5,6 +5,7 @@ Claims:
 - one process writes; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
   command ends as if nothing had happened;
 - when one dies, the other says so and names the checkpoint;
+- where the loss of one alone is not finite, in float16 too, both stop at one training step, and none waits for the other;
 - processes with other settings than the first one are refused before the first training step.
 """
 
@@ -81,6 +82,17 @@ def test_when_one_process_dies_the_other_says_so(start, tmp_path):
     assert codes == [1, -signal.SIGKILL]
     assert "one of them has died" in first and "Traceback" not in first, first
     assert (next(tmp_path.glob("runs/*/checkpoints")) / "latest").readlink() == Path("step-00000004")
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_loss_that_is_not_finite_in_one_process_ends_both(start, tmp_path, precision):
+    words = (f"train.precision={precision}", "train.checkpoint_every=3", "nan_at=6")
+    codes, (first, second) = finish(start(tmp_path, *words))
+    assert codes == [1, 1] and "Traceback" not in first + second
+    assert (
+        "a training step of another process was not finite" in first and "at training step 6 the loss is nan" in second
+    )
+    assert (next(tmp_path.glob("runs/*/checkpoints")) / "latest").readlink() == Path("step-00000003")
 
 
 def test_processes_with_other_settings_train_nothing_and_name_what_differs(start, tmp_path):

@@ -1,9 +1,12 @@
 """What a training promises, with the true parts on a tiny cache.
 
 Claims:
-- killed by SIGKILL at any file operation, the same command ends with the weights and the CSV of an uninterrupted run, bit for bit;
+- killed by SIGKILL at any file operation, the same command ends with the weights and the CSV of an uninterrupted run, bit for bit; so
+  does it after a kill half-way through a checkpoint that is written while training goes on;
 - a finished run is not trained again; --fresh starts over, also after a kill half-way through forgetting;
-- a loss or gradient that is not finite stops the training and overwrites nothing;
+- a loss or gradient that is not finite stops the training and overwrites nothing, and reaches no checkpoint, though it is read later;
+- a disk that is full while a checkpoint is written in the background ends the training with that message;
+- going on with another torch or on another device is said, and checkpoints that do not know where they were made are read;
 - other settings, scaler, manifest or code are another run; reader threads and checkpoint spacing are not, and move no number;
 - a run or an output folder that another process holds is refused, and free again when that process is gone, however it ended;
 - a checkpoint of another run is refused, and one of the first release, which does not say whose it is, is read;
@@ -17,6 +20,7 @@ Claims:
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +81,21 @@ def test_killed_at_any_file_operation_the_same_command_ends_like_an_uninterrupte
         (folder,) = (tmp_path / name).glob("runs/*/checkpoints")
         left = sorted(path.name for path in folder.iterdir())
         assert left[:2] == ["best", "latest"] and len(left) in (4, 5), f"{left} are left after file operation {moment}"
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_killed_half_way_through_a_checkpoint_while_training_goes_on_it_ends_like_an_uninterrupted_run(
+    train_at, tmp_path, write
+):
+    words = ("train.checkpoint_every=4", "train.validate_every=0", "train.log_every=6")
+    for name, more in (("whole", ()), ("killed", (f"kill_in_write_at={write}",)), ("killed", ())):
+        code = train_at(name, *words, *more)
+        assert code == (-signal.SIGKILL if more else 0)
+        if more:
+            (folder,) = (tmp_path / name).glob("runs/*/checkpoints")
+            published = sorted(path.name for path in folder.glob("step-*"))
+            assert published == ["step-00000004"][: write - 1], "of a checkpoint that is half written nothing is seen"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
@@ -187,6 +206,77 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_
     (latest,) = runs.glob("*/checkpoints/latest")
     assert latest.readlink() == Path("step-00000002")
     assert all(bool(t.isfinite().all()) for t in load_file(latest / "predictor.safetensors").values())
+
+
+@pytest.mark.parametrize("spoiled", [2, 3, 4])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_that_is_not_finite_reaches_no_checkpoint_and_is_the_one_that_is_named(
+    cache, tmp_path, runs, monkeypatch, spoiled, every
+):
+    step = trainer.train_step
+
+    def planted(accelerator, model, optimizer, *rest):
+        report = step(accelerator, model, optimizer, *rest)
+        if rest[-1] < spoiled:
+            return report
+        for group in optimizer.param_groups:
+            group["params"][0].data.fill_(float("nan"))
+        return report._replace(grad_norm=report.grad_norm * float("nan"))
+
+    monkeypatch.setattr(trainer, "train_step", planted)
+    with pytest.raises(ValueError, match=rf"at training step {spoiled} .* norm of its gradient nan"):
+        run(cache, tmp_path, f"train.checkpoint_every={every}", "train.log_every=12", "train.validate_every=0")
+    published = [path for path in runs.glob("*/checkpoints/step-*") if path.is_dir()]
+    assert (
+        max((int(path.name.removeprefix("step-")) for path in published), default=0) == (spoiled - 1) // every * every
+    )
+    for path in published:
+        assert all(bool(t.isfinite().all()) for t in load_file(path / "predictor.safetensors").values())
+    assert not (tmp_path / "run/predictor.safetensors").exists()
+
+
+def test_a_full_disk_in_the_background_ends_the_training_at_the_next_step(cache, tmp_path, monkeypatch):
+    done, step = [], trainer.train_step
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def counted(*arguments):
+        done.append(arguments[-1])
+        time.sleep(0.2 * (len(done) > 2))  # so that the write of step 2 has ended by then
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(trainer, "train_step", counted)
+    with pytest.raises(OSError, match="No space left"):
+        run(cache, tmp_path, "train.checkpoint_every=2", "train.log_every=1")
+    assert done == [1, 2, 3]
+
+
+def test_going_on_elsewhere_is_said_once(cache, tmp_path, capsys):
+    kept = ("train.checkpoint_every=6", "train.keep_every=6")
+    whole = run(cache, tmp_path, *kept)
+    here = json.loads((whole.run / "checkpoints/step-00000012/state.json").read_text())["machine"]
+    assert here == {"device": "cpu", "torch": torch.__version__}
+    for machine, said in (
+        (
+            {**here, "torch": "2.6.0"},
+            f"on another machine (torch: '2.6.0' -> '{torch.__version__}'), so not bit for bit",
+        ),
+        ({**here, "device": "NVIDIA H100"}, "on another machine (device: 'NVIDIA H100' -> 'cpu'), so not bit for bit"),
+        (here, "resumes at training step 6 of 12; --fresh"),
+        (None, "resumes at training step 6 of 12; --fresh"),
+    ):
+        for path in (whole.run / "checkpoints").glob("step-*"):
+            if path.name > "step-00000006":
+                shutil.rmtree(path)
+        path = whole.run / "checkpoints/step-00000006/state.json"
+        state = {name: it for name, it in json.loads(path.read_text()).items() if name not in ("digest", "machine")}
+        state |= {"machine": machine} if machine else {}
+        path.write_bytes(canonical_json({**state, "digest": fingerprint(state)}))
+        capsys.readouterr()
+        run(cache, tmp_path, *kept)
+        assert said in capsys.readouterr().out
 
 
 # --- train.init ----------------------------------------------------------------------------------------------------------

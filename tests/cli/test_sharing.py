@@ -1,0 +1,92 @@
+"""Claims of cli/sharing.py: an exported cache goes through a URL and back, every byte checked, and stage two reads it without an encoder."""
+
+import shutil
+
+import pytest
+
+from jepa_cache.cli.sharing import CHECKSUMS, read_sums
+from jepa_cache.config.loading import load_config
+from jepa_cache.data.dataset import open_dataset
+from tests.cli.test_verify import flip
+from tests.encoded import all_files
+from tests.store.s3_server import BUCKET
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request, tmp_path, monkeypatch):
+    """A place to share at: a folder, or a bucket of a server on loopback."""
+    if request.param == "file":
+        return f"file://{tmp_path}/shared"
+    pytest.importorskip("s3fs", reason="s3fs (extra `objects`) is not installed")
+    server = request.getfixturevalue("proxied")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.direct_url)
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture
+def shared(checkout, tmp_path):
+    """A checkout whose cache was shared in a folder, and is gone; the folder and its URL."""
+    url = f"file://{tmp_path}/shared"
+    assert checkout.run("export", "cache", tmp_path / "out", "--to", url).code == 0
+    shutil.rmtree(checkout.root.path)
+    checkout.manifest_path.unlink()
+    return tmp_path / "shared", url
+
+
+def test_what_was_shared_arrives_whole_and_stage_two_reads_it(checkout, tmp_path, url):
+    result = checkout.run("export", "cache", tmp_path / "out", "--to", url)
+    assert result.code == 0 and f"next: jepa-cache pull {url} FOLDER" in result.out
+    sent = all_files(tmp_path / "out")
+    shutil.rmtree(checkout.root.path)
+    checkout.manifest_path.unlink()
+    result = checkout.run("pull", url, tmp_path / "mine", "--json")
+    assert result.code == 0 and result.document["num_units"] == 3 and result.document["differences"] == []
+    assert all_files(tmp_path / "mine") == sent
+    dataset = open_dataset(load_config(checkout.folder, [f"cache.root={tmp_path / 'mine'}"]), checkout.folder)
+    assert sorted(segment.episode for segment in dataset.segments) == ["w", "x", "y", "z"]
+    assert (tmp_path / "out/README.md").read_text().startswith("---\nlicense: unknown\n")
+
+
+def test_a_pull_goes_on_and_takes_no_damaged_file(checkout, tmp_path, shared):
+    folder, url = shared
+    stored = next(path for path in sorted(folder.rglob("*")) if "/c/" in str(path) and path.is_file())
+    flip(stored, 0)
+    result = checkout.run("pull", url, tmp_path / "mine")
+    assert result.code == 2 and f"{stored.relative_to(folder)} is damaged" in result.err
+    assert not (tmp_path / "mine" / stored.relative_to(folder)).exists() and not checkout.manifest_path.exists()
+    flip(stored, 0)
+    assert checkout.run("pull", url, tmp_path / "mine").code == 0
+    (stored.parent / "gone").touch()
+    stored.unlink()
+    assert checkout.run("pull", url, tmp_path / "mine").code == 0  # it is here already
+    result = checkout.run("pull", url, tmp_path / "other")
+    assert result.code == 2 and "cannot be read (FileNotFoundError" in result.err
+
+
+def test_settings_that_differ_from_the_cache_are_named(checkout, tmp_path, shared):
+    settings = checkout.folder / "params.yaml"
+    settings.write_text(settings.read_text().replace("dtype: float16", "dtype: int8"))
+    result = checkout.run("pull", shared[1], tmp_path / "mine")
+    assert result.code == 0 and "set as in the cache: encode.dtype is 'int8', the manifest has 'float16'" in result.out
+
+
+def test_what_is_no_exported_cache_is_refused(checkout, tmp_path, shared):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    for arguments, words in (
+        ((shared[1], tmp_path / "full"), "holds something else than a pulled cache"),
+        ((f"file://{tmp_path}/nowhere", tmp_path / "a"), "lacks SHA256SUMS, or cannot be read"),
+        (("nonsense://x", tmp_path / "a"), "cannot be used"),
+    ):
+        result = checkout.run("pull", *arguments)
+        assert result.code == 2 and words in result.err and "Traceback" not in result.err
+    for line in (
+        "x",
+        f"{'0' * 64}  ../x",
+        f"{'0' * 64}  /etc/x",
+        f"{'0' * 64}  tokens/../../x",
+        f"{'0' * 64}  other/x",
+    ):
+        (tmp_path / CHECKSUMS).write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="is no list of an exported cache"):
+            read_sums(tmp_path / CHECKSUMS)

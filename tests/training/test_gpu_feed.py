@@ -1,0 +1,105 @@
+"""What a training does on a GPU, shown on an emulated one (see tests/emulated_cuda.py).
+
+Claims:
+- batches arrive whole, of plain and of coded tokens, though copies are late and their buffers are filled again;
+- training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
+- a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
+- losses are those of the CPU.
+"""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_cuda import emulated_cuda, on_emulated_cuda
+
+
+@on_emulated_cuda
+def test_batches_arrive_whole_though_their_copies_are_late():
+    import torch
+
+    from jepa_cache.data.loader import WindowLoader, to_device
+    from jepa_cache.data.windows import WindowIndex
+    from tests.caches import make_cache
+
+    for dtype in ("float16", "int8", "float8_e4m3"):
+        with tempfile.TemporaryDirectory() as folder:
+            cache = make_cache(Path(folder), f"encode.dtype={dtype}")
+            index = WindowIndex(cache.dataset.segments_of("train", cache.config.split), 5)
+            parts, numbers = (cache.dataset, index, cache.scaler), [[4 * n, 1, 7, n] for n in range(12)]
+            expected = [to_device(WindowLoader(*parts).read(few), torch.device("cpu")) for few in numbers]
+            for num_threads in (1, 3):
+                with emulated_cuda() as counts, pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+                    loader = WindowLoader(*parts, num_threads=num_threads, pin_memory=True)
+                    got = [
+                        tuple(part + 0 for part in batch[:3])
+                        for batch in loader.iterate(numbers, torch.device("cuda:0"))
+                    ]
+                    assert not counts.pageable
+                    assert {thread.split("_")[0] for _, thread in counts.synchronisations} == {"load"}
+                    got = [tuple(part.cpu() for part in parts) for parts in got]
+                for batch, other in zip(expected, got, strict=True):
+                    for part, name in zip(other, ("tokens", "actions", "states"), strict=True):
+                        assert torch.equal(part, getattr(batch, name).to(part.dtype)), (dtype, num_threads, name)
+
+
+@on_emulated_cuda
+def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_are_those_of_their_steps():
+    import safetensors.torch
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from jepa_cache.predictor import checkpoints
+    from jepa_cache.training import trainer
+    from tests import emulated_cuda as emulation
+    from tests.caches import make_cache, make_config
+    from tests.training.runs import rows
+
+    train_step, waits, during, weights = trainer.train_step, [], [], {}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
+        cache = make_cache(Path(folder))
+
+        def train(device: str) -> trainer.TrainResult:
+            words = ("train.num_steps=18", "train.log_every=9", "train.checkpoint_every=4", "train.validate_every=0")
+            config = make_config(*words, f"train.device={device}", "train.keep_last=9", "train.loggers=[]")
+            AcceleratorState._reset_state(reset_partial_state=True)
+            out = Path(folder, device)
+            return trainer.train(config, cache.dataset, cache.scaler, out / "run", base=out)
+
+        on_cpu = train("cpu")
+        with emulated_cuda() as counts:
+
+            def watched(accelerator, model, *rest):
+                waits.append(Counter(name for name, thread in counts.synchronisations if thread == "MainThread"))
+                during.extend(counts.pageable if rest[-1] > 1 else ())
+                counts.reset()
+                report = train_step(accelerator, model, *rest)
+                named = model.predictor.named_parameters()
+                weights[rest[-1]] = {name: it.detach().inner.clone() for name, it in named}
+                return report
+
+            save = safetensors.torch.save_file
+            unwrapped = lambda tensors, *rest, **options: save(  # noqa: E731
+                {name: emulation._inner(it.detach()) for name, it in tensors.items()}, *rest, **options
+            )
+            patch.setattr(checkpoints, "save_file", unwrapped)  # at the end, from the GPU
+            patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+            patch.setattr(trainer, "train_step", watched)
+            on_gpu = train("cuda")
+        assert not during
+        for step, waited in enumerate(waits[2:], start=2):  # before step + 1
+            assert waited["event.synchronize"] <= 1 + (step % 4 == 0 or step % 9 == 0), (step, waited)
+            assert set(waited) <= {
+                "event.synchronize",
+                *(("tolist", "_local_scalar_dense") if step % 9 == 0 else ()),
+            }, step
+        for step in (4, 8, 12, 16):
+            kept = safetensors.torch.load_file(on_gpu.run / f"checkpoints/step-{step:08d}/predictor.safetensors")
+            assert all(torch.equal(kept[name], it) for name, it in weights[step].items()), step
+        for one, other in zip(rows(on_cpu), rows(on_gpu), strict=True):
+            assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-5)  # another attention
+        assert [row["copy_wait_share"] for row in rows(on_gpu)] == ["0.0", "0.0"]
