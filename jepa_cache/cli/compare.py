@@ -15,6 +15,7 @@ import typer
 
 from jepa_cache.cli.outcome import AsJson, Outcome, align, report
 from jepa_cache.config.loading import find_repository
+from jepa_cache.config.paths import require
 from jepa_cache.evaluation.context import OF_THE_MACHINE
 from jepa_cache.evaluation.metrics import bootstrap_mean, flatten, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
@@ -273,6 +274,7 @@ def read_run(name: str) -> Evaluated:
 
 def _revision_reader(revision: str) -> Callable[[str], str | None]:
     """Reads files of outputs/evaluate as DVC has them under a revision; None for one that the evaluation did not write."""
+    require("dvc", "dvc", f"a revision such as {revision}")
     import dvc.api
     from dvc.exceptions import DvcException, OutputNotFoundError, PathMissingError
     from dvc.repo import Repo
