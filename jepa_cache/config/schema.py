@@ -170,7 +170,9 @@ class PredictorPreset(Settings):
     depth: Count
     num_heads: Count
     mlp_ratio: Rate
-    activation_checkpointing: bool
+    activation_checkpointing: (
+        bool | Literal["auto"]
+    )  # auto: on a CPU, and on a GPU where a pass without it would not fit
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
     kind: Literal["transformer"] = "transformer"
     # Actions and states as tokens (official), or as shift, scale and gate of each block.
