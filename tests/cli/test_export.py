@@ -63,6 +63,7 @@ def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_neve
         remake(store, notes=["x"])
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
+        assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out
         assert not (tmp_path / f"{number}/manifests").exists()
         shutil.rmtree(store)
         shutil.copytree(out / store.relative_to(checkout.root.path), store)
