@@ -15,9 +15,10 @@ import typer
 
 from jepa_cache.cli.outcome import AsJson, Outcome, align, report
 from jepa_cache.config.loading import find_repository
+from jepa_cache.config.parsing import flatten
 from jepa_cache.config.paths import require
 from jepa_cache.evaluation.context import OF_THE_MACHINE
-from jepa_cache.evaluation.metrics import bootstrap_mean, flatten, unguard_cell
+from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
