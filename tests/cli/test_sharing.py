@@ -6,8 +6,8 @@ import pytest
 
 from jepa_cache.cli.sharing import CHECKSUMS, read_sums
 from jepa_cache.data.episodes import Dataset
-from tests.cli.test_verify import flip
 from tests.encoded import all_files
+from tests.makers import flip
 from tests.store.s3_server import BUCKET
 
 
@@ -43,6 +43,9 @@ def test_what_was_shared_arrives_whole_and_stage_two_reads_it(checkout, tmp_path
     assert all_files(tmp_path / "mine") == sent
     monkeypatch.chdir(checkout.folder)
     assert Dataset.open([f"cache.root={tmp_path / 'mine'}"]).keys() == ["w", "x", "y", "z"]
+    assert checkout.run("verify", f"cache.root={tmp_path / 'mine'}").code == 0
+    document = checkout.run("gc", f"cache.root={tmp_path / 'mine'}", "--json").document
+    assert document["unneeded"] == document["unknown"] == []
     assert (tmp_path / "out/README.md").read_text().startswith("---\nlicense: unknown\n")
 
 
