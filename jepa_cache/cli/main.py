@@ -12,12 +12,13 @@ import sys
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from jepa_cache.cli.stage import run_stage
 from jepa_cache.config.loading import REPOSITORY_ROOT, find_repository, load_config
+from jepa_cache.config.parsing import flatten
 
 # Command to its file, in which its function has the command's name; `export` is a group of its own.
 COMMANDS = {
@@ -90,12 +91,7 @@ def params(
 ) -> None:
     """Print the resolved settings and where each comes from."""
     config = load_config(find_repository(Path.cwd()), overrides or [])
-    values: dict[str, Any] = {}
-    for section, settings in vars(config).items():
-        if is_dataclass(settings):
-            for key, value in asdict(settings).items():
-                nested = value.items() if isinstance(value, dict) else ()
-                values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
+    values = flatten({section: asdict(it) for section, it in vars(config).items() if is_dataclass(it)})
     width = max(map(len, values))
     for key, value in values.items():
         shown = repr(value) if isinstance(value, str) else str(value)

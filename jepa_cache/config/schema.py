@@ -243,7 +243,8 @@ class EncodeConfig(Settings):
     dtype: StoredDtype
     device: Device
     decoder: Decoder
-    num_decoders: Count  # threads
+    num_decoders: CountOrZero  # threads; 0 means one for each core
+    decode_ahead_mib: Count  # of recordings and decoded batches that wait for the encoder
     max_skipped_share: Share  # of the recordings
     max_units: Count | None  # only the first units of each data set; the rest is not read
 

@@ -1,4 +1,4 @@
-"""Claims of `jepa-cache export cache`: a root of its own that stage two reads, every byte checked where it arrived.
+"""Claims of `jepa-cache export cache`: a root of its own, every byte checked where it arrived; that stage two reads it, test_sharing.py holds.
 
 It holds the manifest, a README with weights and licences (unknown where they are), and checksums of every file.
 """
@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import subprocess
+
+import pytest
 
 from jepa_cache import files as ground_floor
 from jepa_cache.cli.export import CHECKSUMS
@@ -53,7 +55,9 @@ def remake(store, **card):
     write_store_json(store / "store.json", document)
 
 
-def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_never_left(checkout, tmp_path):
+def test_a_store_that_is_whole_but_not_the_listed_one_is_named_everywhere_never_exported_and_never_left(
+    checkout, tmp_path
+):
     out = tmp_path / "out"
     checkout.run("export", "cache", out)
     before = all_files(out)
@@ -64,23 +68,11 @@ def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_neve
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
         assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out
+        with pytest.raises(ValueError, match=f"{store} is not the store that the manifest lists"):
+            open_dataset(load_config(checkout.folder), checkout.folder)
         assert not (tmp_path / f"{number}/manifests").exists()
         shutil.rmtree(store)
         shutil.copytree(out / store.relative_to(checkout.root.path), store)
-
-
-def test_stage_two_reads_an_exported_root(checkout, tmp_path):
-    out = tmp_path / "out"
-    checkout.run("export", "cache", out)
-    shutil.copy(next((out / "manifests").iterdir()), checkout.manifest_path)
-    shutil.rmtree(checkout.root.path)
-    dataset = open_dataset(load_config(checkout.folder, [f"cache.root={out}"]), checkout.folder)
-    assert sorted(segment.episode for segment in dataset.segments) == ["w", "x", "y", "z"]
-    actions, states = dataset.controls(0)
-    assert len(actions) == len(states) == dataset.manifest.entries[0].num_steps
-    assert checkout.run("verify", f"cache.root={out}").code == 0
-    document = checkout.run("gc", f"cache.root={out}", "--json").document
-    assert document["unneeded"] == document["unknown"] == []
 
 
 def test_a_damaged_store_is_never_exported_and_an_interrupted_export_is_finished(checkout, tmp_path):
