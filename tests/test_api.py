@@ -314,7 +314,9 @@ def cached(trained, monkeypatch):
     """`Dataset.open` gives the cache of `trained`, and its folder is the present one."""
     config = load_config(SUITE_SETTINGS, [*SMALL, "split.exact_below=40"])
     monkeypatch.chdir(trained.folder)
-    monkeypatch.setenv("XDG_STATE_HOME", str(trained.folder / "cache-state"))  # where it is noted which file is which unit
+    monkeypatch.setenv(
+        "XDG_STATE_HOME", str(trained.folder / "cache-state")
+    )  # where it is noted which file is which unit
     monkeypatch.setattr(Dataset, "open", lambda: Dataset(trained.dataset, config))
 
 
