@@ -66,6 +66,8 @@ class Source(Protocol):
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
 
+        What it yields follows from the unit's files alone: who looks at frames later knows no name of the unit.
+
         What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each
         recording that is known to be missing: it is then a property of the content and kept with it.
 

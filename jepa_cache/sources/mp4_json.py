@@ -82,13 +82,18 @@ class Mp4JsonSource:
             for suffix in (".mp4", ".json"):
                 if suffix not in files:
                     raise RecordingError(f"there is no {unit.path.stem}{suffix} beside {unit.path.name}")
-            yield _read_episode(unit.name, files[".mp4"], files[".json"])
+            yield _read_episode(_find_key(unit.path), files[".mp4"], files[".json"])
         except (RecordingError, DecodeError) as error:
-            yield Skipped(unit.name, str(error))
+            yield Skipped(_find_key(unit.path), str(error))
 
     def name_skipped(self, unit: Unit, key: str) -> str:
         """The pair's present name; see `Source`."""
         return unit.name
+
+
+def _find_key(path: Path) -> str:
+    """The key of the pair that a file belongs to: its folder and its name without suffix."""
+    return spell_name(f"{path.parent.resolve().name}/{path.stem}")
 
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:
