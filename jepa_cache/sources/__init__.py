@@ -47,7 +47,8 @@ class Source(Protocol):
     """A data set's reader.
 
     One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`:
-    what the recording is called now, where a store was made under an earlier name.
+    what the recording is called now, where a store was made under an earlier name. One whose units are the files of one recording may
+    have `split_files(files) -> list`, the files of each recording of a unit that `encode.episodes_per_unit` has joined.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.
