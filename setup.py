@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PROJECT = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "configs", "stages")
-"""As in jepa_cache/cli/init.py, which cannot be imported before what it needs is installed."""
+"""As in jepa_cache/cli/main.py, which cannot be imported before what it needs is installed."""
 
 
 class BuildWithTemplate(build_py):

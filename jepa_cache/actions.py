@@ -365,7 +365,7 @@ VPT25_NAMES = (
 def _aggregate_vpt25(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 25 columns of Oasis in its order: keys as in `vpt36`, the camera in degrees, 0.15 times the summed mouse counts.
 
-    Other code gives these names other meanings: Oasis clips to 20 degrees, scales to [-1, 1], and in its published files takes
+    Other code gives these names other meanings: Oasis takes degrees through a mu-law to [-1, 1], and in its published files takes
     cameraX for pitch; Solaris puts the camera last, with cameraX for yaw in degrees, as here. Nothing is clipped here. Inside a GUI
     they are the cursor's movement on the same scale. No hotbar slot is needed, which recorders before 6.11 do not write.
 

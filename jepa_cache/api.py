@@ -241,18 +241,10 @@ class WorldModel:
         Raises:
             ValueError: A shape does not fit, a number is not finite, or states are needed and not given.
         """
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim < 3:
-            raise ValueError(
-                f"actions must be [.., samples, horizon, {len(self.space.actions)}]; got {list(actions.shape)}"
-            )
-        actions = self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
+        actions = self._check_candidates(actions)
         goal = goal[..., None, :, :, :] if self.frames_per_step == 1 and isinstance(goal, np.ndarray) else goal
         context, goals = self._look(frames, goal, states, taken, "taken")
-        integrate = None  # one step needs no states after it
-        if actions.shape[-2] > 1:  # any states do for a predictor without
-            integrate = (motion or self.build_motion()).integrate if self.uses_states else (lambda states, _: states)
-        rollout = Rollout(self._model, context, integrate, scaler=self._scaler)
+        rollout = self._roll(context, actions, motion)
         energies = rollout.energies(actions, goals, self.choose_cost(cost), batch_size)
         if not np.isfinite(energies).all():
             raise ValueError(
@@ -261,25 +253,71 @@ class WorldModel:
             )
         return energies
 
+    def predict(
+        self,
+        frames: np.ndarray,
+        states: np.ndarray | None,
+        actions: np.ndarray,
+        *,
+        taken: np.ndarray | None = None,
+        motion: Motion | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Tokens that are foreseen after each of some actions, normalised as the predictor reads them; arguments as for `energies`.
+
+        Args:
+            frames: [.., C * G, h, w, 3] uint8 RGB: the steps so far, the present one last.
+            states: [.., C, S]; None only for weights that were trained without.
+            actions: [.., S, H, A] unscaled: S candidates of H steps. Or of one context [H, A], one candidate.
+            taken: [.., C-1, A] between the steps; needed where C is above 1.
+            motion: By which states follow where H is above 1; by default that of the space.
+            batch_size: Candidates of one context that go through the predictor at once; all by default.
+
+        Returns:
+            [.., S, H, N, E] float32 on the encoder's device, or [H, N, E].
+        """
+        alone = np.ndim(actions) == 2
+        actions = self._check_candidates(np.asarray(actions)[None] if alone else actions)
+        context = self._read_context(frames, states, taken, "taken")
+        tokens = self._roll(context, actions, motion).predict(actions, batch_size)
+        return tokens[0] if alone else tokens
+
+    def _check_candidates(self, actions: np.ndarray) -> np.ndarray:
+        actions = np.asarray(actions, np.float64)
+        if actions.ndim < 3:
+            raise ValueError(
+                f"actions must be [.., samples, horizon, {len(self.space.actions)}]; got {list(actions.shape)}"
+            )
+        return self.check_values("actions", actions, self.space.actions, *actions.shape[:-1])
+
+    def _roll(self, context: Context, actions: np.ndarray, motion: Motion | None) -> Rollout:
+        """The rollouts of candidates [.., S, H, A] from a context."""
+        integrate = None  # one step needs no states after it
+        if actions.shape[-2] > 1:  # any states do for a predictor without
+            integrate = (motion or self.build_motion()).integrate if self.uses_states else (lambda states, _: states)
+        return Rollout(self._model, context, integrate, scaler=self._scaler)
+
     def _look(
         self, frames: np.ndarray, goal: np.ndarray, states: np.ndarray | None, taken: np.ndarray | None, name: str
     ) -> tuple[Context, Tensor]:
         """What is known from frames [.., C * G, h, w, 3], and the goal's tokens [.., N, E]; `name` is that of the actions `taken`."""
         _check_frames("frames", frames)
         _check_frames("goal", goal)
-        group = self.frames_per_step
-        if frames.shape[-4] < group or goal.shape[-4] != group:
-            raise ValueError(
-                f"a context is at least one step and a goal is one, hence {group} frames each; got {frames.shape[-4]} frames and "
-                f"{goal.shape[-4]} of the goal. Give the present frame last"
-            )
+        if goal.shape[-4] != self.frames_per_step:
+            raise ValueError(f"a goal is one step, hence {self.frames_per_step} frames; got {goal.shape[-4]}")
         if frames.shape[-3:] != goal.shape[-3:]:
             raise ValueError(
                 f"a goal is a picture of the same camera and size: frames are {list(frames.shape[-3:])}, the goal is {list(goal.shape[-3:])}"
             )
-        if (goal == goal[..., :1, :1, :]).all():
+        return self._read_context(frames, states, taken, name), self.see_goal(goal)
+
+    def _read_context(
+        self, frames: np.ndarray, states: np.ndarray | None, taken: np.ndarray | None, name: str
+    ) -> Context:
+        _check_frames("frames", frames)
+        if frames.shape[-4] < self.frames_per_step:
             raise ValueError(
-                f"the goal is one colour throughout, {goal[..., 0, 0, :].ravel()[:3].tolist()}: no picture of a scene"
+                f"a context is at least one step, hence {self.frames_per_step} frames; got {frames.shape[-4]}. Give the present frame last"
             )
         tokens = self.see(frames)
         *lead, num_steps = tokens.shape[:-2]
@@ -287,7 +325,15 @@ class WorldModel:
             raise ValueError(f"{num_steps} steps have {num_steps - 1} actions between them; give them as `{name}`")
         taken = np.zeros((*lead, num_steps - 1, len(self.space.actions))) if taken is None else taken
         taken = self.check_values(name, taken, self.space.actions, *lead, num_steps - 1)
-        return Context(tokens, taken, self.check_states(states, *lead, num_steps)), self.see(goal)[..., 0, :, :]
+        return Context(tokens, taken, self.check_states(states, *lead, num_steps))
+
+    def see_goal(self, goal: np.ndarray) -> Tensor:
+        """Tokens [.., N, E] of goals [.., G, h, w, 3], one step each; one colour throughout is refused, as no picture of a scene."""
+        if (goal == goal[..., :1, :1, :]).all():
+            raise ValueError(
+                f"the goal is one colour throughout, {goal[..., 0, 0, :].ravel()[:3].tolist()}: no picture of a scene"
+            )
+        return self.see(goal)[..., 0, :, :]
 
     def cost_model(
         self, block: int, low: float | np.ndarray, high: float | np.ndarray, cost: str | Cost = "tokens", **options: Any
@@ -314,18 +360,6 @@ class WorldModel:
         while len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
         return tokens.reshape(*frames.shape[:-4], frames.shape[-4] // group, *tokens.shape[1:])
-
-    def foresee(self, frames: np.ndarray, states: np.ndarray | None, actions: np.ndarray) -> Tensor:
-        """Tokens [H, N, E] that are predicted after each of actions [H, A], from frames [G, h, w, 3] of one step.
-
-        `states` [H, S] are those at which each action begins, as a plan's `states[:-1]`; None for weights trained without.
-        """
-        actions = self.check_values("actions", actions, self.space.actions, len(actions))
-        states = self.check_states(states, len(actions))
-        scaled = self._scaler.actions.apply(actions), self._scaler.states.apply(states)
-        given = (torch.tensor(rows[None], dtype=torch.float32, device=self._encoder.device) for rows in scaled)
-        with torch.no_grad():
-            return self._model.open_loop(self.see(frames)[None], *given, len(actions))[0]
 
     def search(self, context: Context, goal: Tensor, settings: PlannerSettings, motion: Motion, **options: Any) -> Plan:
         """`control.planner.plan_actions` with this world's predictor and scaler; `goal` is tokens [N, E] of `see`."""

@@ -15,7 +15,8 @@ from jepa_cache.config.parsing import ConfigError
 def resolve_device(key: str, wanted: str) -> str:
     """The device, "cpu" or "cuda", that a setting (auto, cpu or cuda) means on this machine; "auto" is a GPU where there is one.
 
-    From now on float32 products of this process are float32 on a GPU too, and not TF32, which containers may switch on.
+    From now on float32 products of this process are float32 on a GPU too, and not TF32, which containers may switch on, and attention
+    takes the kernels of `pin_attention`.
 
     Raises:
         ConfigError: torch finds no GPU, but one is asked for.
@@ -25,12 +26,28 @@ def resolve_device(key: str, wanted: str) -> str:
     )  # else cuBLAS may sum in another order each time; read when CUDA starts
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    pin_attention()
     found = torch.cuda.is_available() and torch.cuda.device_count() > 0
     if wanted == "cuda" and not found:
         raise ConfigError(
             f"{key} is 'cuda', but torch finds no GPU here; set it to auto or cpu, or see with `jepa-cache doctor` what is missing"
         )
     return "cuda" if found and wanted != "cpu" else "cpu"
+
+
+def pin_attention() -> None:
+    """Let attention on a GPU take torch's flash kernel, else the memory-efficient one, else plain products, in this process.
+
+    From torch 2.11 on cuDNN's kernel would come first on Hopper and Blackwell: other numbers than on other cards, no deterministic backward
+    pass, a plan of 23 to 37 ms for each new shape, and open reports of NaN (pytorch issues 169849, 193893). $JEPA_ATTENTION=cudnn admits it.
+
+    Raises:
+        ConfigError: $JEPA_ATTENTION is something else than flash or cudnn.
+    """
+    wanted = os.environ.get("JEPA_ATTENTION", "flash")
+    if wanted not in ("flash", "cudnn"):
+        raise ConfigError(f"$JEPA_ATTENTION is flash or cudnn; got {wanted!r}. Unset it for flash")
+    torch.backends.cuda.enable_cudnn_sdp(wanted == "cudnn")
 
 
 def name_device(device: str) -> str:

@@ -5,7 +5,8 @@ Claims:
 - a plan from frames is the plan from the cached tokens; an exported predictor plans the same;
 - a predictor of another encoder, pooling or dtype, of clip mode, or without a word of its tokens is refused, naming the difference;
 - frames, states, actions, goals and settings that do not fit are refused;
-- the examples of docs/planning.md run as they stand there.
+- what is foreseen of candidates is what the rollout makes of each of them alone;
+- the examples of README.md and docs/planning.md run as they stand there.
 """
 
 import json
@@ -26,6 +27,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.control.motion import build_motion
 from jepa_cache.control.planner import SETTINGS, Context, plan_actions
 from jepa_cache.data.dataset import CachedDataset
+from jepa_cache.data.episodes import Dataset
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.predictor.checkpoints import load_predictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps
@@ -34,7 +36,8 @@ from jepa_cache.training.trainer import train
 from tests.encoded import STRIDE, decode_all, encode, make_tars, read_video
 from tests.workspace import SUITE_SETTINGS
 
-DOC = Path(__file__).resolve().parents[1] / "docs/planning.md"
+ROOT = Path(__file__).resolve().parents[1]
+DOC = ROOT / "docs/planning.md"
 SMALL = [
     "dataset=vpt",
     "encoder=tiny",
@@ -241,8 +244,8 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         (r"states must be \[1, 2\].*got \[2, 2\]", {"states": trained.states[:2]}),
         (r"actions must be \[1, 13\].*got \[2, 13\]", {**pair, "actions": trained.actions[:2]}),
         ("states: column yaw .* a finite number; got nan", {"states": state * np.nan}),
-        ("hence 1 frames each; got 1 frames and 2 of the goal", {"goal": trained.frames[2:4]}),
-        ("hence 1 frames each; got 0 frames", {"frames": frame[:0], "states": state[:0]}),
+        ("a goal is one step, hence 1 frames; got 2", {"goal": trained.frames[2:4]}),
+        ("at least one step, hence 1 frames; got 0", {"frames": frame[:0], "states": state[:0]}),
         (r"base_action must be \[13\].*got \[2\]", {"base_action": np.zeros(2)}),
         ("base_action: column .* holds 0 or 1; got 9", {"base_action": np.full(13, 9.0)}),
         ("base_action: column .* got nan. Columns that are not searched", {"base_action": np.full(13, np.nan)}),
@@ -286,6 +289,36 @@ class Game:
     def step(self, action):
         self.actions.append(action)
         return self._seen[len(self.actions)], 0.0, False, len(self.actions) == 4, {}
+
+
+def test_what_is_foreseen_of_candidates_is_what_the_rollout_makes_of_each(trained, world):
+    frames, states, taken = trained.frames[:3], trained.states[:3], trained.actions[:2]
+    candidates = np.stack([trained.actions[2:4], trained.actions[4:6]])
+    seen = world.predict(frames, states, candidates, taken=taken, batch_size=1)
+    assert seen.shape == (2, 2, 16, 64)
+    for one, actions in zip(seen, candidates, strict=True):
+        torch.testing.assert_close(world.predict(frames, states, actions, taken=taken), one)
+    energies = world.energies(frames, trained.frames[6], candidates, states, taken=taken)
+    aim = world.see(trained.frames[6:7])[0]
+    np.testing.assert_allclose((seen[:, -1] - aim).abs().mean(dim=(1, 2)), energies, rtol=1e-5)
+    many = world.predict(
+        np.stack([frames, frames]), np.stack([states, states]), candidates, taken=np.stack([taken, taken])
+    )
+    torch.testing.assert_close(many, torch.stack([seen, seen]))
+    with pytest.raises(ValueError, match=r"actions must be \[.., samples, horizon, 13\]; got \[13\]"):
+        world.predict(frames, states, trained.actions[0], taken=taken)
+
+
+def test_the_example_of_the_first_page_runs(trained, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(trained.folder)
+    split = load_config(SUITE_SETTINGS, SMALL).split
+    monkeypatch.setattr(Dataset, "open", lambda: Dataset(trained.dataset, replace(split, exact_below=40)))
+    names = {"frame": trained.frames[0], "state": trained.states[0], "goal": trained.frames[5]}
+    names["candidates"] = np.stack([trained.actions[:2]] * 5)
+    exec(block, names)
+    assert names["tokens"].shape == (5, 2, 16, 64) and names["batch"].actions.shape[1:] == (3, 13)
+    assert names["run"].tokens.shape[1:] == (16, 64) and names["plan"].actions.shape[1:] == (13,)
 
 
 def test_the_examples_of_the_manual_run(trained, monkeypatch):

@@ -252,7 +252,8 @@ def build_planner(
         def policy(observation: Mapping[str, np.ndarray]) -> np.ndarray:
             action, plan = controller.act(observation["frame"], observation["state"]), controller.plan
             if foreseen is not None:
-                foreseen.append(world.foresee(observation["frame"][None], plan.states[:-1], plan.found)[-1])
+                now = observation["frame"][None], observation["state"][None]
+                foreseen.append(world.predict(*now, plan.found, motion=motion)[-1])
             return action
 
         return policy

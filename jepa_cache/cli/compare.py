@@ -15,8 +15,10 @@ import typer
 
 from jepa_cache.cli.outcome import AsJson, Outcome, align, report
 from jepa_cache.config.loading import find_repository
+from jepa_cache.config.parsing import flatten
+from jepa_cache.config.paths import require
 from jepa_cache.evaluation.context import OF_THE_MACHINE
-from jepa_cache.evaluation.metrics import bootstrap_mean, flatten, unguard_cell
+from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
@@ -273,14 +275,14 @@ def read_run(name: str) -> Evaluated:
 
 def _revision_reader(revision: str) -> Callable[[str], str | None]:
     """Reads files of outputs/evaluate as DVC has them under a revision; None for one that the evaluation did not write."""
-    import dvc.api
-    from dvc.exceptions import DvcException, OutputNotFoundError, PathMissingError
-    from dvc.repo import Repo
+    require("dvc", "dvc", f"a revision such as {revision}")
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
 
     repository = find_repository(Path.cwd())
     try:
-        with Repo(str(repository), rev=revision) as repo:
-            known = {Path(out.fs_path).name for out in repo.index.outs}
+        files = DVCFileSystem(str(repository), rev=revision)
+        there = {Path(path).name for path in files.glob(f"{EVALUATE}/*")}
     except DvcException as error:
         raise ValueError(
             f"{revision} is no file or folder, and DVC knows no experiment or revision of that name in {repository} ({error}); "
@@ -288,15 +290,15 @@ def _revision_reader(revision: str) -> Callable[[str], str | None]:
         ) from error
 
     def read(file: str) -> str | None:
-        try:
-            return dvc.api.read(f"{EVALUATE}/{file}", repo=str(repository), rev=revision, encoding="utf-8")
-        except (FileNotFoundError, OutputNotFoundError, PathMissingError) as error:
-            if file != METRICS_FILE and file not in known:
+        if file not in there:
+            if file != METRICS_FILE:
                 return None  # older than the file
             raise ValueError(
                 f"revision {revision} has no {EVALUATE}/{file}: it was not evaluated, or its dvc.lock was not committed"
-            ) from error
-        except DvcException as error:
+            )
+        try:
+            return files.read_text(f"{EVALUATE}/{file}", encoding="utf-8")
+        except (DvcException, OSError) as error:
             raise ValueError(
                 f"{EVALUATE}/{file} of revision {revision} is not in the DVC cache ({error}); `dvc pull`, or run it again"
             ) from error

@@ -139,5 +139,5 @@ def check_robot(*, needed: bool) -> Finding:
         mujoco.GLContext(16, 16).free()
     except Exception as error:  # What a missing or broken OpenGL library raises depends on the library.
         state = MISSING if needed else NOTE
-        return Finding(state, f"{error}"[:200], "make install-sim; docs/robot.md names the system libraries")
+        return Finding(state, f"{error}"[:200], "docs/robot.md says what it needs; in a checkout `make install-sim`")
     return Finding(OK, f"MuJoCo {mujoco.__version__} draws by {os.environ['MUJOCO_GL']}, the models are there")

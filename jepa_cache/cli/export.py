@@ -12,12 +12,12 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import MANIFEST, AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
-from jepa_cache.cli.sharing import CHECKSUMS, README, check_arrived, upload
+from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, upload
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
 from jepa_cache.store.recipe import file_digest
-from jepa_cache.store.root import KINDS, MARKER, CacheRoot, RefusedError
+from jepa_cache.store.root import MARKER, CacheRoot, RefusedError
 
 UNKNOWN = "unknown"
 
@@ -139,7 +139,7 @@ def export_manifest(manifest: Manifest, root: CacheRoot, out: Path) -> dict[Path
     target.check_writable()
     target.remove_stale_temporaries()
     for part, entry in tqdm(manifest.stores, desc="export", unit="unit", mininterval=0.5):
-        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
+        for key, digest in part.listed(entry):
             final = target.store(key)
             try:
                 found = check_arrived(final, digest)  # of an export that was interrupted
@@ -164,7 +164,7 @@ def _check_target(out: Path, root: CacheRoot, manifest: Manifest) -> None:
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file; choose a folder")
     names = {path.name for path in out.iterdir() if not OURS.fullmatch(path.name)} if out.is_dir() else set()
-    others = sorted(names - {*KINDS, "manifests", README, CHECKSUMS, MARKER})
+    others = sorted(names - NAMES)
     others += sorted({path.name for path in (out / "manifests").glob("*.json")} - {f"{manifest.digest}.json"})
     if others:
         raise RefusedError(

@@ -1,24 +1,28 @@
-"""The `jepa-cache` console command: one file per command, of which only the one that was typed is imported; and `params`."""
+"""The `jepa-cache` console command: one file per command, of which only the one that was typed is imported; and `init` and `params`."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 import runpy
+import shutil
+import subprocess
 import sys
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from jepa_cache.cli.stage import run_stage
 from jepa_cache.config.loading import REPOSITORY_ROOT, find_repository, load_config
+from jepa_cache.config.parsing import flatten
 
 # Command to its file, in which its function has the command's name; `export` is a group of its own.
 COMMANDS = {
-    "init": "init",
+    "init": "main",
     "estimate": "estimate",
     "status": "status",
     "verify": "verify",
@@ -29,6 +33,7 @@ COMMANDS = {
     "pack": "preparation",
     "add-encoder": "preparation",
     "compare": "compare",
+    "view": "view",
     "params": "main",
     "doctor": "doctor",
 }
@@ -37,6 +42,8 @@ STAGES = {
     **{"fit-scaler": "fit_scaler", "train": "train_predictor"},
 }
 """Command to the script in stages/ that it runs."""
+PROJECT = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "configs", "stages")
+"""What `init` writes: what a checkout has besides the package."""
 INSTEAD = {
     "repair": "verify --repair",
     "fit_scaler": "fit-scaler",
@@ -84,16 +91,42 @@ def params(
 ) -> None:
     """Print the resolved settings and where each comes from."""
     config = load_config(find_repository(Path.cwd()), overrides or [])
-    values: dict[str, Any] = {}
-    for section, settings in vars(config).items():
-        if is_dataclass(settings):
-            for key, value in asdict(settings).items():
-                nested = value.items() if isinstance(value, dict) else ()
-                values |= {f"{section}.{key}.{inner}": it for inner, it in nested} or {f"{section}.{key}": value}
+    values = flatten({section: asdict(it) for section, it in vars(config).items() if is_dataclass(it)})
     width = max(map(len, values))
     for key, value in values.items():
         shown = repr(value) if isinstance(value, str) else str(value)
         print(f"{key:<{width}}  {shown:<40}  {config.origins.get(key, '')}")
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="a new folder, or one that holds none of these files yet")],
+) -> None:
+    """Write a project: params.yaml, dvc.yaml, presets and stages, to change as you like; `dvc repro` works in it.
+
+    Where the folder lies in no git repository one is begun, with a first commit, since experiments need both. Nothing is written over.
+    """
+    if there := [name for name in PROJECT if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {', '.join(there)} already; name a new folder. Nothing was written")
+    for name in PROJECT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (REPOSITORY_ROOT / name).is_dir():
+            shutil.copytree(REPOSITORY_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(REPOSITORY_ROOT / name, folder / name)
+    pipeline = folder / "dvc.yaml"  # the package is no part of the project: a new version of it makes no stage stale
+    pipeline.write_text(re.sub(r"\n +- jepa_cache/.*", "", pipeline.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {folder}: params.yaml, dvc.yaml, configs/, stages/")
+    if shutil.which("git") is None:
+        print("git is not installed; dvc needs a git repository around the project")
+    elif subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True).returncode:
+        known = subprocess.run(["git", "config", "user.email"], cwd=folder, capture_output=True).returncode == 0
+        author = [] if known else ["-c", "user.name=jepa-cache", "-c", "user.email=jepa-cache@localhost"]
+        for command in (["init"], ["add", "--all"], [*author, "commit", "--message", "A project of jepa-cache"]):
+            subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
+        print("began a git repository in it, with a first commit")
+    print(
+        f"next: cd {folder} && dvc repro    (or stage by stage: jepa-cache sample, encode, fit-scaler, train, evaluate)"
+    )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from jepa_cache.encoder.shipped import PREFIX, SHIPPED, fetch_shipped
 from jepa_cache.media.tar import pack_folder
 
 PRESET = """\
-# {title}, an image encoder of the transformers library (pip install 'jepa-cache[hf]'); frame mode only.
+# {title}, an image encoder of the transformers library; frame mode only.
 # {kib:,.0f} KiB per step in float16 ({num_tokens} tokens * {embed_dim} channels * 2 bytes). Written by `jepa-cache add-encoder`.
 kind: hf
 embed_dim: {embed_dim}

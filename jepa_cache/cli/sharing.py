@@ -15,7 +15,7 @@ from jepa_cache.config.loading import find_repository, load_config
 from jepa_cache.data.dataset import find_differences
 from jepa_cache.files import atomic_file
 from jepa_cache.store.controls import iter_controls
-from jepa_cache.store.layout import REMEDY, STORE_FILE, StoreDamagedError, check_store
+from jepa_cache.store.layout import STORE_FILE, check_identity, check_store
 from jepa_cache.store.manifest import read_manifest, write_manifest
 from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import KINDS, MARKER, CacheRoot
@@ -23,6 +23,7 @@ from jepa_cache.store.root import KINDS, MARKER, CacheRoot
 README, CHECKSUMS = "README.md", "SHA256SUMS"
 """Of an exported root: what it is, and the sha256 of every other file."""
 HUB = "hf://datasets/"
+NAMES = {*KINDS, "manifests", README, CHECKSUMS, MARKER}
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -43,9 +44,7 @@ def check_arrived(path: Path, digest: str | None) -> dict[Path, str]:
         for _ in iter_controls(path):
             pass
         return {path: file_digest(path)}
-    found = check_store(path, read_data=True)
-    if found.digest != digest:
-        raise StoreDamagedError(f"{path} is not the store that the manifest lists: its digest differs; {REMEDY}")
+    found = check_identity(path, check_store(path, read_data=True), digest)
     sums = {path / name: file.sha256 for name, file in found.files.items()}
     return {**sums, path / STORE_FILE: file_digest(path / STORE_FILE)}
 
@@ -84,12 +83,7 @@ def read_sums(path: Path) -> list[tuple[str, str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         found = LINE.fullmatch(line)
         parts = PurePosixPath(found[2]).parts if found else ()
-        if (
-            not parts
-            or ".." in parts
-            or "\\" in line
-            or (parts[0] not in (*KINDS, "manifests") and parts not in ((README,), (MARKER,)))
-        ):
+        if not parts or ".." in parts or "\\" in line or parts[0] not in NAMES:
             raise ValueError(f"{path} is no list of an exported cache: {line[:80]!r}")
         listed.append((found[1], found[2]))
     return listed
@@ -118,7 +112,7 @@ def pull(
 
 def _pull(url: str, out: Path) -> Outcome:
     repository = find_repository(Path.cwd())
-    if out.exists() and {path.name for path in out.iterdir()} - {*KINDS, "manifests", README, CHECKSUMS, MARKER}:
+    if out.exists() and {path.name for path in out.iterdir()} - NAMES:
         raise ValueError(f"{out} holds something else than a pulled cache; name a new folder")
     files, path = open_url(url)
     sums = out / CHECKSUMS
@@ -140,7 +134,7 @@ def _pull(url: str, out: Path) -> Outcome:
     manifest = read_manifest(manifests[0])
     root = CacheRoot(out)
     for part, entry in tqdm(manifest.stores, desc="check", unit="unit", mininterval=0.5):
-        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
+        for key, digest in part.listed(entry):
             check_arrived(root.store(key), digest)
     write_manifest(manifest, [repository / MANIFEST])
     told = find_differences(load_config(repository), manifest)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jepa_cache.config.parsing import ConfigError, check_keys, nearest, parse_dataclass
+from jepa_cache.config.parsing import ConfigError, check_keys, flatten, nearest, parse_dataclass
 from jepa_cache.config.schema import (
     PREDICTOR_KINDS,
     TRAIN_DEFAULTS,
@@ -80,7 +80,7 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     for kind in PRESETS:
         mapping = _read_preset(root, kind, params[kind], typed)
         presets[kind] = parse_dataclass(_preset_class(kind, mapping, files[kind]), mapping, files[kind])
-        origins |= dict.fromkeys(_flatten(mapping, f"{kind}."), files[kind])
+        origins |= dict.fromkeys(flatten({kind: mapping}), files[kind])
         origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
 
     # What a section's key gets where params.yaml holds null, and from which file.
@@ -223,7 +223,7 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
-    known = _flatten(params)
+    known = list(flatten(params))
     if key not in known:
         in_section = [name for name in known if name.endswith(f".{key}")]
         raise ConfigError(f"unknown parameter {key!r}{nearest(in_section[0] if in_section else key, known)}")
@@ -241,10 +241,3 @@ def _apply_override(params: dict[str, Any], override: str) -> str:
 def is_override(argument: str) -> bool:
     """Whether a command line argument is a `key=value` override rather than a path."""
     return re.match(r"^[A-Za-z_]\w*(\.\w+)*=", argument) is not None
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in mapping.items():
-        keys += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [f"{prefix}{key}"]
-    return keys

@@ -70,6 +70,15 @@ def parse_dataclass(
         raise ConfigError("\n  ".join(refused.values())) from error
 
 
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names with dots; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
 def check_keys(values: Any, known: Sequence[str], where: str) -> None:
     """Raise a ConfigError that names the first key of `values` that is not `known`, and the nearest that is."""
     if not isinstance(values, Mapping):

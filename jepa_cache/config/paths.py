@@ -24,15 +24,22 @@ def default_num_threads() -> int:
     return max(1, (os.cpu_count() or 1) // 2)
 
 
+def default_num_decoders() -> int:
+    """Decoding threads of one process: the cores that it may run on, at least two so that one decodes while another waits for the disk."""
+    return max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def require(module: str, extra: str, what: str) -> None:
     """Refuse, with what to type, where a library is missing that an extra of pyproject.toml brings; `what` is the one that needs it."""
     if find_spec(module) is None:
         needs = (text.partition(";") for text in requires("jepa-cache") or ())
-        packages = " ".join(
+        packages = [
             shlex.quote(name.strip()) for name, _, marker in needs if re.search(rf"extra == .{extra}\b", marker)
-        )
+        ]
+        # A checkout that is newer than its install lacks it there.
+        packages = packages or [f"--editable '.[{extra}]'"]
         raise ConfigError(
-            f"{what} needs the library {module}, which is not installed: python -m pip install {packages}"
+            f"{what} needs the library {module}, which is not installed: python -m pip install {' '.join(packages)}"
         )
 
 

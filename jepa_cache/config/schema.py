@@ -170,7 +170,9 @@ class PredictorPreset(Settings):
     depth: Count
     num_heads: Count
     mlp_ratio: Rate
-    activation_checkpointing: bool
+    activation_checkpointing: (
+        bool | Literal["auto"]
+    )  # auto: on a CPU, and on a GPU where a pass without it would not fit
     residual: bool  # add each step's own tokens to its prediction; the official predictor does not
     kind: Literal["transformer"] = "transformer"
     # Actions and states as tokens (official), or as shift, scale and gate of each block.
@@ -241,7 +243,8 @@ class EncodeConfig(Settings):
     dtype: StoredDtype
     device: Device
     decoder: Decoder
-    num_decoders: Count  # threads
+    num_decoders: CountOrZero  # threads; 0 means one for each core
+    decode_ahead_mib: Count  # of recordings and decoded batches that wait for the encoder
     max_skipped_share: Share  # of the recordings
     max_units: Count | None  # only the first units of each data set; the rest is not read
 

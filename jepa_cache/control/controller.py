@@ -76,8 +76,8 @@ class Controller:
             if others:
                 raise ValueError(f"goal frames must be of one camera and size; got {[self._shape, *others]}")
             self._goals = [self._see("goal frame", goal) for goal in listed]
-            if any((goal == goal[..., :1, :1, :]).all() for goal in listed):
-                raise ValueError("a goal frame is one colour throughout: no picture of a scene")
+            for goal in listed:  # refuses what is no picture
+                self._world.see_goal(goal if goal.ndim == 4 else goal[None])
         self._steps: list[tuple[Tensor, np.ndarray]] = []  # tokens [N, E] and state [S] of the last steps
         self._taken: list[np.ndarray] = []  # actions [A] between them, and the one after
         self._rest: np.ndarray | None = None  # [H, K] of the last plan, less what was carried out

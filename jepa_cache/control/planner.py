@@ -275,6 +275,18 @@ class Rollout:
         ]
         return torch.cat(parts).float().cpu().numpy().reshape(*lead, -1)
 
+    def predict(self, actions: np.ndarray, batch_size: int | None = None) -> Tensor:
+        """Tokens [.., S, H, N, E] after each action of S candidates of H, [.., S, H, A]; axes in front as for `energies`."""
+        seen: list[Tensor] = []
+
+        def keep(predicted: Tensor, goal: Tensor) -> Tensor:
+            seen.append(predicted)
+            return torch.zeros(predicted.shape[:2])
+
+        lead = np.broadcast_shapes(self._lead, actions.shape[:-3])
+        self.energies(actions, self._newest[0, 0], Cost(keep, steps=SUM), batch_size)
+        return torch.cat(seen).reshape(*lead, *actions.shape[-3:-1], *self._newest.shape[-2:])
+
     def _cost(self, number: int, actions: np.ndarray, goal: Tensor, cost: Cost) -> Tensor:
         """Cost [n] of candidates [n, H, A] of one context."""
         num_samples, horizon = actions.shape[:2]

@@ -34,10 +34,10 @@ from jepa_cache.poses import read_ranges
 from jepa_cache.store import layout
 from jepa_cache.store.check import Recording, find_equal
 from jepa_cache.store.controls import iter_controls, read_actions
-from jepa_cache.store.layout import StoreFile, check_identity, read_store_file
+from jepa_cache.store.layout import check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_codec
-from jepa_cache.store.reader import ArrayReader, StoreDamagedError, read_table
+from jepa_cache.store.reader import ArrayReader, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
@@ -195,8 +195,9 @@ class CachedDataset:
         self._copies: dict[str, str] | None = None
         for number, entry in enumerate(manifest.entries):
             tokens = self._token_paths[number]
-            stated = _read_listed(tokens, entry.tokens_digest)
-            excluded = _read_listed(self._action_paths[number], entry.actions_digest).metadata["excluded"]
+            stated = check_identity(tokens, read_store_file(tokens), entry.tokens_digest)
+            actions = self._action_paths[number]
+            excluded = check_identity(actions, read_store_file(actions), entry.actions_digest).metadata["excluded"]
             table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
@@ -447,13 +448,3 @@ def _compose_rows(actions: np.ndarray, step_length: int, space: ActionSpace) -> 
         if leads.any():
             composed[: len(runs)][leads] = space.compose(runs[leads])
     return composed
-
-
-def _read_listed(store: Path, digest: str) -> StoreFile:
-    """What store.json says of a store that must be the one of this digest."""
-    stated = check_identity(store, read_store_file(store))
-    if stated.digest != digest:
-        raise StoreDamagedError(
-            f"{store} is not the store that the manifest lists (its digest differs); run `python stages/encode.py`"
-        )
-    return stated

@@ -22,7 +22,15 @@ from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read
 from jepa_cache.predictor.rollout import LatentModel
 
 # They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
-OF_THE_MACHINE = ("deterministic", "device", "keep_ranges", "log_every", "num_threads", "validate_every")
+OF_THE_MACHINE = (
+    "activation_checkpointing",
+    "deterministic",
+    "device",
+    "keep_ranges",
+    "log_every",
+    "num_threads",
+    "validate_every",
+)
 
 
 @dataclass(frozen=True)

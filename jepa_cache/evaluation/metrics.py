@@ -163,11 +163,3 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON with sorted keys, atomically: equal content gives equal bytes."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(canonical_json(content))
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

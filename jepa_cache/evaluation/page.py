@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from jepa_cache.config.parsing import flatten
 from jepa_cache.evaluation.context import Measurement
-from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, flatten, unguard_cell
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
 from jepa_cache.files import atomic_file
 
 MAX_ROWS = 40  # of a table; a data set may have thousands of episodes

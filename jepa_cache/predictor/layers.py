@@ -4,8 +4,9 @@ A sequence is T steps of L tokens each, conditioning tokens first: [B, heads, T*
 its own step and of earlier steps, never to a later one. Parameter names are those of the released checkpoint.
 
 Which kernels run follows from device, dtype and what the processor can do, never from a measurement, so that equal
-machines give equal numbers: `F.scaled_dot_product_attention` per step over its prefix (on CUDA the flash kernel, because
-no call has a mask), but `_PrefixAttention` for bfloat16 on CPUs that multiply such matrices in hardware.
+machines give equal numbers: `F.scaled_dot_product_attention` per step over its prefix (on a GPU the kernels that
+`devices.pin_attention` admits: flash in half precision, memory-efficient in float32), but `_PrefixAttention` for bfloat16 on CPUs
+that multiply such matrices in hardware.
 
 Letters of this file besides the project's: P predictor width; L tokens per step, conditioning included; d head width.
 """
@@ -28,10 +29,11 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class RotaryTable(NamedTuple):
-    """Cosine and signed sine of every angle of a run of steps; each [T*L, d], in the dtype of the queries."""
+    """Cosine and signed sine of every angle of a run of steps, and the sine that turns back; each [T*L, d], in the dtype of the queries."""
 
     cos: Tensor
     sin: Tensor
+    back: Tensor
 
 
 @lru_cache(maxsize=64)
@@ -76,27 +78,36 @@ def rotary_table(
         angle = angle.flatten(0, 1)
         sin = angle.sin()
         sin[:, 0 : 3 * block : 2] *= -1.0  # x0 takes minus its partner's part, x1 plus
-        return RotaryTable(angle.cos().to(dtype), sin.to(dtype))
+        sin = sin.to(dtype)
+        return RotaryTable(angle.cos().to(dtype), sin, _partner(sin))
 
 
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys [..., T*L, d] by their positions: `x * cos + partner(x) * sin`, see `_partner`."""
-    return _Rotation.apply(x, table.cos, table.sin)
+    return _partner(x).mul_(sin).addcmul_(x, cos)
 
 
-class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation back, written out: fewer passes over memory than autograd would take."""
+class _SplitRotated(torch.autograd.Function):
+    """Queries, keys and values, each [B, heads, T*L, d], of one projection [B, T*L, 3, heads, d]: the first two rotated, none a view of it.
+
+    A view of the values would keep all three alive. The gradient is the rotation back, written out: fewer passes over memory than
+    autograd would take.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _partner(x).mul_(sin).addcmul_(x, cos)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, back)
+        apart = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(apart[:2], cos, sin).unbind(0)
+        return q, k, apart[2].contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _partner(gradient).mul_(_partner(sin)).addcmul_(gradient, cos), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, back = ctx.saved_tensors
+        q, k, v = gradients
+        rotated = [gradient.transpose(1, 2) for gradient in (rotate(q, cos, back), rotate(k, cos, back), v)]
+        return torch.stack(rotated, dim=2), None, None, None
 
 
 def _partner(x: Tensor) -> Tensor:
@@ -116,7 +127,7 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
     Queries [B, heads, T*L, d] are of the T newest steps, keys and values [B, heads, (P+T)*L, d] of the P past ones too; the
     result is [B, heads, T*L, d]. A ValueError where the lengths are not such whole steps.
     """
-    num_steps, rest = divmod(q.shape[2], tokens_per_step)
+    num_steps, rest = q.shape[2] // tokens_per_step, q.shape[2] % tokens_per_step  # torch.compile takes no divmod
     if rest or k.shape[2] != (num_past_steps + num_steps) * tokens_per_step or v.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention over whole steps of {tokens_per_step} tokens needs queries of T steps and keys and values of "
@@ -139,12 +150,33 @@ def has_bfloat16_products() -> bool:
 
 
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
-    outputs = []
-    # From the last step on, because the gradient of a slice is padded with zeros to the whole that it was cut from.
-    for q_step in reversed(q.split(tokens_per_step, dim=2)):
-        outputs.append(F.scaled_dot_product_attention(q_step, k, v))
-        k, v = k[:, :, :-tokens_per_step], v[:, :, :-tokens_per_step]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=2)
+    steps = q.split(tokens_per_step, dim=2)
+    if len(steps) == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    lengths = [k.shape[2] - tokens_per_step * later for later in reversed(range(len(steps)))]
+    prefixes = _Prefixes.apply(k, lengths), _Prefixes.apply(v, lengths)
+    outputs = [F.scaled_dot_product_attention(*parts) for parts in zip(steps, *prefixes, strict=True)]
+    # Kernels give [B, T*L, heads, d] in memory, which is what the projection after them reads.
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1).transpose(1, 2)
+
+
+class _Prefixes(torch.autograd.Function):
+    """The first tokens of [B, heads, n, d], once for each of growing lengths, the last n.
+
+    Their gradients are added into one: autograd would pad each with zeros to the next, and add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        return tuple(x[:, :, :length] for length in lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[-1].clone()
+        for gradient in gradients[:-1]:
+            total[:, :, : gradient.shape[2]].add_(gradient)
+        return total, None
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -221,8 +253,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, table), rotate(k, table)
+        q, k, v = _SplitRotated.apply(self.qkv(x).view(batch, length, 3, self.num_heads, -1), *table)
         num_past_steps = 0
         if past is not None:
             num_past_steps = past[0].shape[2] // tokens_per_step
@@ -259,11 +290,10 @@ class Block(nn.Module):
         x: Tensor,
         table: RotaryTable,
         tokens_per_step: int,
-        num_kept: int,
         past: KeysValues | None,
         modulation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T*L, P] to the same, with the keys and values of the first `num_kept` tokens of all so far.
+        """x: [B, T*L, P] to the same, with the keys and values of all tokens so far.
 
         A modulation [B, T, 6, P] shifts and scales the inputs of attention and MLP and gates their outputs, by step; zeros change nothing.
         """
@@ -278,7 +308,4 @@ class Block(nn.Module):
             attended, (k, v) = self.attn(modulated, table, tokens_per_step, past)
             x = x + (1 + gate1) * attended
             x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        if num_kept < k.shape[2]:
-            # Copies: a view would keep the whole window alive, which activation checkpointing is there to avoid.
-            k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
         return x, k, v

@@ -7,7 +7,7 @@ Letters besides the project's: P predictor width, always called `predictor_dim`;
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class ACPredictor(nn.Module):
         mlp_ratio: float = 4.0,
         use_extrinsics: bool = False,
         norm_eps: float = 1e-6,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Literal["auto"] = False,
         residual: bool = False,
         conditioning: Literal["tokens", "adaln"] = "tokens",
         use_states: bool = True,
@@ -71,7 +71,8 @@ class ACPredictor(nn.Module):
             mlp_ratio: hidden width of the MLP / `predictor_dim`.
             use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
             norm_eps: of every LayerNorm.
-            activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory.
+            activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory. `auto`: on a CPU,
+                and on a GPU where a pass without it is not expected to fit.
             residual: not official, so such weights cannot be exported to the official layout.
             conditioning: `adaln` in place of the conditioning tokens; not official either.
             use_states: whether states are read; without, any may be given.
@@ -142,6 +143,11 @@ class ACPredictor(nn.Module):
             for modulation in self.modulations:  # every block begins as one without
                 nn.init.zeros_(modulation.weight)
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile each block by `torch.compile`, in place: all share their graphs, one for each kind of pass, wherever a rollout starts."""
+        for block in self.predictor_blocks:
+            block.compile(*arguments, **options)
+
     def forward(
         self,
         tokens: Tensor,
@@ -198,17 +204,34 @@ class ACPredictor(nn.Module):
         )
         num_all_steps = first_step + num_steps
         num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
-        kept: list[KeysValues] = []
+        recomputes, kept = self._recomputes(x), []
+        # Random numbers are restored for the second computation only where some are drawn.
+        draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i, block in enumerate(self.predictor_blocks):
-            arguments = (x, table, length, num_kept, past[i] if past else None, by_block[i])
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(block, *arguments, use_reentrant=False)
+            arguments = (x, table, length, past[i] if past else None, by_block[i])
+            if recomputes:
+                x, k, v = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, k, v = block(*arguments)
+            if num_kept < k.shape[2] or not past:
+                # Copies: a view would keep the whole window alive; and new keys share their memory with the queries.
+                k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
             kept.append((k, v))
         x = x.view(batch, num_steps, length, -1)[:, :, num_conditioning:]
         predicted = self.predictor_proj(self.predictor_norm(x))
         return PredictorOutput(tokens + predicted if self.residual else predicted, kept)
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Say whether a pass over x [B, T*L, P] is to keep no activations inside its blocks."""
+        if self.activation_checkpointing != "auto" or not torch.is_grad_enabled():
+            return bool(self.activation_checkpointing) and torch.is_grad_enabled()
+        if not x.is_cuda:
+            return True
+        size, width, hidden = x.element_size(), x.shape[2], self.predictor_blocks[0].mlp.fc1.out_features
+        states = sum(weight.numel() * (16 if weight.requires_grad else 4) for weight in self.parameters())
+        # Of a token and block, counted in bfloat16 and float32; a fifth more for what surrounds the blocks and for rollout steps.
+        kept = len(self.predictor_blocks) * x.shape[0] * x.shape[1] * (7 * (1 + size) * width + 2 * size * hidden)
+        return states + 1.2 * kept > 0.8 * torch.cuda.get_device_properties(x.device).total_memory
 
     def _check_shapes(
         self,

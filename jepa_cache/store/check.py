@@ -20,8 +20,7 @@ from jepa_cache.store.layout import (
     StoreDamagedError,
     check_content,
     check_identity,
-    check_size,
-    read_store_file,
+    check_store,
 )
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart
 from jepa_cache.store.reader import ArrayReader, read_table
@@ -68,15 +67,11 @@ def check_units(
 ) -> list[Finding]:
     """Check the token stores, actions and controls of some units, as `check_manifest` does; of each store the first damage is named."""
 
-    def check_store(store: Path, digest: str) -> None:
-        found = check_identity(store, read_store_file(store))
-        if found.digest != digest:
-            raise StoreDamagedError(f"{store} is not the store that the manifest lists: its digest differs; {REMEDY}")
+    def check_listed(store: Path, digest: str) -> None:
+        found = check_identity(store, check_store(store), digest)
         arrays = {name.partition("/")[0] for name in found.files if "/" in name} - {ACTIONS, STATES}
         # Zarr shards, whose chunks carry checksums: nearly all bytes, and checked chunk by chunk.
         shards = [name for name in found.files if "/c/" in name and name.partition("/")[0] in arrays]
-        for name, file in found.files.items():
-            check_size(store / name, file.num_bytes)
         for name in found.files.keys() - set(shards):
             check_content(store / name, found.files[name].sha256)
         for array in sorted(arrays):
@@ -90,7 +85,7 @@ def check_units(
 
     def check_unit(part: ManifestPart, entry: ManifestEntry) -> list[Finding]:
         findings, episodes = list[Finding](), set[str]()
-        for key, digest in zip(part.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True):
+        for key, digest in part.listed(entry):
             path = root.store(key)
             try:
                 # Of a store in a bucket everything is read there, so that a damaged copy here never speaks for it.
@@ -98,7 +93,7 @@ def check_units(
                     if digest is None:
                         episodes.update(episode for episode, _ in iter_controls(path))
                     else:
-                        check_store(path, digest)
+                        check_listed(path, digest)
             except StoreDamagedError as error:
                 findings.append(Finding(key, path, str(error)))
         if not findings:  # of a store of the first release nothing else says of which unit it is

@@ -155,8 +155,8 @@ def read_store_file(store: Path) -> StoreFile:
         raise StoreDamagedError(f"{path} is damaged ({error!r}); {REMEDY}") from error
 
 
-def check_identity(store: Path, found: StoreFile) -> StoreFile:
-    """Raise StoreDamagedError unless a store is the one that its path names, by its recipe and its unit; return `found`.
+def check_identity(store: Path, found: StoreFile, digest: str | None = None) -> StoreFile:
+    """Raise StoreDamagedError unless a store is the one that its path names, and of the digest that is listed; return `found`.
 
     A store of the first release does not say of which unit it is, and its actions not even of which recipe: there
     `store.check` compares with the controls of the unit, which do.
@@ -173,6 +173,11 @@ def check_identity(store: Path, found: StoreFile) -> StoreFile:
         raise StoreDamagedError(
             f"{store} is not the store that its path says but that of {identity} (recipe/unit): it was copied, or a folder was renamed. "
             f"Move it back, or {REMEDY}"
+        )
+    if digest not in (None, found.digest):
+        raise StoreDamagedError(
+            f"{store} is not the store that the manifest lists: its digest differs; `python stages/encode.py` lists what is there, or "
+            f"{REMEDY}"
         )
     return found
 

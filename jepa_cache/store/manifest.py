@@ -67,6 +67,10 @@ class ManifestPart:
             StoreKey("controls", self.source_fingerprint, unit),
         )
 
+    def listed(self, entry: ManifestEntry) -> tuple[tuple[StoreKey, str | None], ...]:
+        """The stores of one unit and the digests that are listed; of controls none is."""
+        return tuple(zip(self.keys(entry), (entry.tokens_digest, entry.actions_digest, None), strict=True))
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -59,17 +59,19 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, actions: Tensor, states: Tensor, rollout_start: int = 0) -> Losses:
         """Compute the loss of one batch: tokens [B, T, N, D], actions [B, T-1, A], states [B, T, S]."""
         settings = self._settings
-        return world_model_loss(
-            self._predict,
-            tokens,
-            actions,
-            states,
-            loss_exp=settings.loss_exp,
-            auto_steps=settings.auto_steps,
-            normalize_reps=settings.normalize_reps,
-            rollout=settings.rollout,
-            rollout_start=rollout_start,
-        )
+        # One cast of a weight serves all passes: autocast forgets its casts where the outermost context ends.
+        with torch.autocast(self._device.type, enabled=False):
+            return world_model_loss(
+                self._predict,
+                tokens,
+                actions,
+                states,
+                loss_exp=settings.loss_exp,
+                auto_steps=settings.auto_steps,
+                normalize_reps=settings.normalize_reps,
+                rollout=settings.rollout,
+                rollout_start=rollout_start,
+            )
 
     @property
     def latent(self) -> LatentModel:

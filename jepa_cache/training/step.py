@@ -69,8 +69,10 @@ def train_step(
             gradient_scaler.scale(total / accumulation).backward()
         windows.append(batch.numbers)
     gradient_scaler.unscale_(optimizer)
-    limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    grad_norm = nn.utils.get_total_norm([weight.grad for weight in weights])
+    if settings.clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, grad_norm)
     gradient_scaler.step(optimizer)
     gradient_scaler.update()
     optimizer.zero_grad()

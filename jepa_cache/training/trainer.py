@@ -200,7 +200,7 @@ class TrainingState:
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
-            self.trained.module.compile()
+            (self.trained.module if self.trained.compressed else self.trained.predictor).compile()
         self.model = accelerator.prepare_model(self.objective)
         self.optimizer = build_optimizer(
             self.trained.module, lr=settings.lr, weight_decay=settings.weight_decay, kind=settings.optimizer

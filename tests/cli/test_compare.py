@@ -11,6 +11,7 @@ Claims:
 import csv
 import json
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -278,3 +279,5 @@ def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, mon
     git("rm", "-qf", "--cached", "-r", "dvc.lock", "dvc.yaml")
     git("commit", "-qm", "bare")
     assert "has no outputs/evaluate/metrics.json" in compare("bare", fails=2)[0]["error"]
+    shutil.rmtree(repository / ".dvc/cache")
+    assert "is not in the DVC cache" in compare("one", fails=2)[0]["error"]

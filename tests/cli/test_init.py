@@ -1,4 +1,4 @@
-"""Claims of cli/init.py and setup.py: what is installed without a checkout brings presets and stages with it, and `init` writes a project.
+"""Claims of `jepa-cache init` and setup.py: what is installed without a checkout brings presets and stages with it, and `init` writes a project.
 
 A project works with a source of its own beside its params.yaml.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from jepa_cache.cli.init import PROJECT, init
+from jepa_cache.cli.main import PROJECT, init
 from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.sources import build_source
 from tests.sources.lerobot_makers import cached_video

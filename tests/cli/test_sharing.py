@@ -5,10 +5,9 @@ import shutil
 import pytest
 
 from jepa_cache.cli.sharing import CHECKSUMS, read_sums
-from jepa_cache.config.loading import load_config
-from jepa_cache.data.dataset import open_dataset
-from tests.cli.test_verify import flip
+from jepa_cache.data.episodes import Dataset
 from tests.encoded import all_files
+from tests.makers import flip
 from tests.store.s3_server import BUCKET
 
 
@@ -33,7 +32,7 @@ def shared(checkout, tmp_path):
     return tmp_path / "shared", url
 
 
-def test_what_was_shared_arrives_whole_and_stage_two_reads_it(checkout, tmp_path, url):
+def test_what_was_shared_arrives_whole_and_stage_two_reads_it(checkout, tmp_path, url, monkeypatch):
     result = checkout.run("export", "cache", tmp_path / "out", "--to", url)
     assert result.code == 0 and f"next: jepa-cache pull {url} FOLDER" in result.out
     sent = all_files(tmp_path / "out")
@@ -42,8 +41,11 @@ def test_what_was_shared_arrives_whole_and_stage_two_reads_it(checkout, tmp_path
     result = checkout.run("pull", url, tmp_path / "mine", "--json")
     assert result.code == 0 and result.document["num_units"] == 3 and result.document["differences"] == []
     assert all_files(tmp_path / "mine") == sent
-    dataset = open_dataset(load_config(checkout.folder, [f"cache.root={tmp_path / 'mine'}"]), checkout.folder)
-    assert sorted(segment.episode for segment in dataset.segments) == ["w", "x", "y", "z"]
+    monkeypatch.chdir(checkout.folder)
+    assert Dataset.open([f"cache.root={tmp_path / 'mine'}"]).keys() == ["w", "x", "y", "z"]
+    assert checkout.run("verify", f"cache.root={tmp_path / 'mine'}").code == 0
+    document = checkout.run("gc", f"cache.root={tmp_path / 'mine'}", "--json").document
+    assert document["unneeded"] == document["unknown"] == []
     assert (tmp_path / "out/README.md").read_text().startswith("---\nlicense: unknown\n")
 
 

@@ -189,6 +189,17 @@ def test_a_device_is_used_without_the_tf32_that_a_container_switched_on(monkeypa
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
+def test_cudnn_attention_is_admitted_by_the_environment_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", (admitted := []).append)
+    resolve_device("train.device", "cpu")
+    monkeypatch.setenv("JEPA_ATTENTION", "cudnn")
+    resolve_device("train.device", "cpu")
+    monkeypatch.setenv("JEPA_ATTENTION", "fastest")
+    with pytest.raises(ConfigError, match="JEPA_ATTENTION is flash or cudnn; got 'fastest'"):
+        resolve_device("train.device", "cpu")
+    assert admitted == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["dataset", "encoder", "predictor", "train.preset"])
 def test_every_preset_in_the_repository_loads(kind):
     for path in (REPOSITORY_ROOT / "configs" / kind.partition(".")[0]).glob("*.yaml"):

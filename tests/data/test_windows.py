@@ -43,23 +43,8 @@ def index_of(segments, num_steps):
         return None
 
 
-@given(segment_lists(), st.integers(1, 9))
-def test_the_numbers_name_every_run_of_steps_inside_a_segment_once_and_in_order(segments, num_steps):
-    expected = [
-        (segment.store, start, position, 1)
-        for position, segment in enumerate(segments)
-        for start in range(segment.start, segment.stop - num_steps + 1)
-    ]
-    if (index := index_of(segments, num_steps)) is None:
-        return
-    assert [tuple(index[number]) for number in range(len(index))] == expected
-    for number in (-1, len(index)):
-        with pytest.raises(IndexError):
-            index[number]
-
-
 @settings(deadline=None)  # of time nothing is claimed
-@given(segment_lists(), st.integers(2, 5), st.lists(st.integers(1, 9), min_size=1, unique=True), st.booleans())
+@given(segment_lists(), st.integers(1, 5), st.lists(st.integers(1, 9), min_size=1, unique=True), st.booleans())
 def test_windows_of_several_step_lengths_are_every_spaced_run_inside_a_segment_once_in_each_direction(
     segments, num_steps, step_lengths, time_reversal
 ):
@@ -84,6 +69,10 @@ def test_windows_of_several_step_lengths_are_every_spaced_run_inside_a_segment_o
             expected += [(segment.store, *run) for run in runs]
             expected += [(segment.store, *run[::-1]) for run in runs if time_reversal]
     assert sorted(found) == sorted(expected)
+    assert found == expected or len(step_lengths) > 1 or time_reversal, "in order"
+    for number in (-1, len(index)):
+        with pytest.raises(IndexError):
+            index[number]
     assert positions == sorted(positions) and index.counts() == np.bincount(positions, minlength=len(segments)).tolist()
     runs = list(index.iter_runs())
     assert [number for _, _, numbers in runs for number in numbers] == list(range(len(index)))

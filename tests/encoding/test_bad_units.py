@@ -163,7 +163,11 @@ def test_a_unit_that_cannot_be_read_has_no_store_and_is_tried_again_and_the_othe
         "hashing": (digests, "file_digest", lambda path: path.name == "x.tar"),
         "listing": (VptSource, "iter_episodes", lambda _, unit: unit.name == "x.tar"),
         "opening": (decoding, "open_video", lambda video, *_: video == pairs["v"][0]),
-        "decoding": (decoding.Decoders, "_read_batch", lambda _, video, inputs: inputs.max() > 16),  # of x.tar alone
+        "decoding": (
+            decoding.Decoders,
+            "_read_batch",
+            lambda _, stream, video, inputs: inputs.max() > 16,
+        ),  # of x.tar alone
     }[place]
     real = getattr(owner, name)
 

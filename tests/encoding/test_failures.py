@@ -101,7 +101,7 @@ def decoders_of(tmp_path):
     folder = make_tars(tmp_path / "in", {"a": {"u": 60, "v": 5, "w": 33}, "b": {"x": 8, "y": 60}})
 
     def build(num_decoders):
-        config = tiny_config(batch_size=1, decoder="pyav", num_decoders=num_decoders, fps=20.0)
+        config = tiny_config(batch_size=1, decoder="pyav", num_decoders=num_decoders, decode_ahead_mib=1, fps=20.0)
         (group,), _ = scan_units(config, [str(folder)], folder)
         units = sorted(group.units, key=lambda unit: unit.name)
         return Decoders(group, units, lambda frames: torch.zeros(len(frames), 3, 2, 2))
@@ -119,7 +119,7 @@ def test_a_consumer_that_stops_early_is_never_waited_for_and_memory_is_bounded_u
             if number == stop_after:
                 next(iter(stream))  # one of its batches
                 threading.Event().wait(0.2)
-                assert stream.batches.qsize() <= decoding.BATCHES_AHEAD and units._items.qsize() <= num_decoders
+                assert units.budget.peak_bytes <= units.budget.limit_bytes
                 break
             assert len(list(stream)) == 60
 

@@ -38,6 +38,7 @@ ENCODE_KEEPS = {
     "batch_size": 3,
     "device": "cuda",
     "num_decoders": 7,
+    "decode_ahead_mib": 7,
     "max_skipped_share": 0.5,
     "max_units": 3,  # fewer units, each of which stays what it is
     "cameras": ("wrist",),  # an option of the source, hence in its recipe

@@ -6,7 +6,7 @@ Claims:
 - it is taken for bfloat16 on a CPU that has such products, and nowhere else;
 - the mask lets a token see its own and earlier steps, and nothing else;
 - the rotary table equals the rule written out token by token, on grids that are not square, for odd head widths too;
-- the gradient of a rotation is that of the rule;
+- the gradient of a rotation is that of the rule, and what is rotated does not keep the projection alive;
 - a table first built in inference mode can be trained with.
 """
 
@@ -112,7 +112,7 @@ def test_rotation_equals_the_rule_written_out(head_width: int, grid: tuple[int, 
     torch.manual_seed(0)
     rows, columns = grid
     x = torch.randn(2 * (2 + rows * columns), head_width)
-    ours = rotate(x, table_of(head_width, grid, first_step=3))
+    ours = rotate(x, *table_of(head_width, grid, first_step=3)[:2])
     block = 2 * math.floor(math.floor(head_width / 3) / 2)
     for index, token in enumerate(x):
         step, place = divmod(index, 2 + rows * columns)
@@ -134,13 +134,24 @@ def test_rotation_equals_the_rule_written_out(head_width: int, grid: tuple[int, 
 def test_the_gradient_of_a_rotation_is_that_of_the_rule(head_width: int):
     torch.manual_seed(0)
     table = table_of(head_width, (2, 3), dtype=torch.float64)
-    x = torch.randn(2, len(table.cos), head_width, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, table), (x,))
+    qkv = torch.randn(2, len(table.cos), 3, 2, head_width, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda qkv: layers._SplitRotated.apply(qkv, *table), (qkv,))
+
+
+def test_queries_and_keys_are_rotated_and_none_keeps_the_projection_alive():
+    torch.manual_seed(0)
+    table = table_of(24, (2, 3))
+    qkv = torch.randn(2, len(table.cos), 3, 4, 24)
+    q, k, v = layers._SplitRotated.apply(qkv, *table)
+    for got, part in ((q, 0), (k, 1)):
+        assert torch.equal(got, rotate(qkv[:, :, part].transpose(1, 2), table.cos, table.sin))
+    assert torch.equal(v, qkv[:, :, 2].transpose(1, 2))
+    assert all(it.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr() for it in (q, k, v))
 
 
 def test_table_from_inference_mode_serves_training():
     with torch.inference_mode():
         table = table_of(24, (11, 2))
-    x = torch.randn(len(table.cos), 24, requires_grad=True)
-    rotate(x, table).sum().backward()
+    x = torch.randn(1, len(table.cos), 3, 1, 24, requires_grad=True)
+    layers._SplitRotated.apply(x, *table)[0].sum().backward()
     assert x.grad.abs().sum() > 0

@@ -7,14 +7,17 @@ Claims:
 - an unused extrinsics encoder is frozen, a used one matters;
 - a residual predictor adds the newest known step to its prediction, in every kind of pass;
 - adaptive layer norms begin without effect, leave the official names alone, are causal, and work in every kind of pass;
+- compiled by blocks, all blocks and all rollout starts share a few graphs, with the values of the uncompiled one;
 - a wrong shape is named.
 """
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_cache.predictor.layers import rotary_table
 from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.training.losses import world_model_loss
 from tests.predictor.makers import build_lively
 
 GRID = (2, 3)
@@ -177,7 +180,7 @@ def test_adaptive_layer_norms_begin_without_effect_and_add_only_their_own_weight
         adaptive.head_width, first_step=0, num_steps=3, grid=GRID, num_conditioning=0, dtype=x.dtype, device=x.device
     )
     for block in adaptive.predictor_blocks:
-        x, _, _ = block(x, table, 6, 0, None)
+        x, _, _ = block(x, table, 6, None)
     expected = adaptive.predictor_proj(adaptive.predictor_norm(x)).view_as(tokens)
     assert torch.equal(adaptive(tokens, actions, states).tokens, expected)
     fresh = ACPredictor(**SIZES, conditioning="adaln")
@@ -211,3 +214,24 @@ def test_adaptive_layer_norms_continue_from_a_past_and_under_activation_checkpoi
         gradients.append([parameter.grad for parameter in predictor.parameters() if parameter.grad is not None])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(checkpointing: bool):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    plain, compiled = build(depth=3), build(depth=3, activation_checkpointing=checkpointing)
+    compiled.compile(backend=counter, fullgraph=True)
+    tokens, actions, states = inputs(6)
+    for turn, start in enumerate((0, 3, 1, 2, 0, 3)):
+        totals = []
+        for predictor in (plain, compiled):
+            predictor.zero_grad()
+            totals.append(world_model_loss(predictor, tokens, actions[:, :5], states, rollout_start=start).total)
+            totals[-1].backward()
+        torch.testing.assert_close(totals[1], totals[0], atol=1e-9, rtol=1e-9)
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            if p.requires_grad:
+                torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9, msg=name)
+        # The whole window, one step after a past of one step, and of any number of steps.
+        assert counter.frame_count == (2 if turn == 0 else 3)
