@@ -1,13 +1,17 @@
-"""From decoded frames to normalised square clips: the crop rules of the official pipelines, on the CPU.
+"""From decoded frames to normalised square clips: the crop rules of the official pipelines.
+
+A rule crops and resizes on the CPU; mean and deviation are applied where the encoder is, by single operations that round alike on every
+device. What travels there is uint8 wherever a rule has whole levels.
 
 No torchvision and no cv2: both resizes are torch's own, and both official results are met within one uint8 level.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +29,45 @@ AC_ASPECT_RANGE = (0.75, 1.35)
 EVAL_SHORT_SIDE_RATIO = 256 / 224
 
 
-CropRule: TypeAlias = Callable[..., Tensor]
-"""`(frames, size, mean=, std=)`: uint8 RGB frames [F, h, w, 3] of any size to normalised float32 frames [F, 3, size, size], each frame
-alone; mean and std are those of RGB pixels in [0, 1]."""
+class CropRule(NamedTuple):
+    """How frames become an encoder's pixels, each alone.
+
+    `cut(frames, size, resize_later=)` takes [F, h, w, 3] uint8 RGB of any size and gives pixels from 0 to 255 in one of two forms:
+    uint8 [F, size, size, 3], or with `resize_later` also the crop before it is resized; float32 [F, 3, size, size] where the rule
+    resizes without rounding. `normalise` takes both.
+    """
+
+    cut: Callable[..., Tensor]
+    in_levels: bool  # mean and deviation are taken of 0 to 255, else of 0 to 1: that rounds otherwise
+
+    def __call__(
+        self,
+        frames: np.ndarray,
+        size: int,
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> Tensor:
+        """Frames [F, h, w, 3] uint8 RGB of any size to normalised float32 frames [F, 3, size, size]; mean and std are those of [0, 1]."""
+        return normalise(self.cut(frames, size), size, *self.statistics(mean, std), in_levels=self.in_levels)
+
+    def statistics(self, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Offset and spread [3, 1, 1] float32, as `normalise` takes them."""
+        scale = 255.0 if self.in_levels else 1.0
+        offset, spread = (torch.tensor(it, dtype=torch.float32).view(3, 1, 1) * scale for it in (mean, std))
+        return offset, spread
+
+
+def normalise(pixels: Tensor, size: int, offset: Tensor, spread: Tensor, *, in_levels: bool) -> Tensor:
+    """Pixels of a rule's `cut`, on any device, to normalised float32 [F, 3, size, size]; offset and spread are there too."""
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
+    if not in_levels:
+        # By a tensor: by a number, CUDA multiplies with the reciprocal, which rounds otherwise.
+        pixels = pixels / torch.full_like(offset, 255.0)
+    return pixels.sub(offset).div_(spread)
 
 
 def ac_crop_box(height: int, width: int, aspect_range: tuple[float, float] = AC_ASPECT_RANGE) -> tuple[int, ...]:
@@ -80,41 +120,41 @@ def _rows_looked_at(num_rows: int, num_resized: int) -> np.ndarray | slice:
     return rows if len(rows) < 0.7 * num_rows else slice(None)
 
 
-def _normalised(pixels: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    offset = torch.tensor(mean, dtype=torch.float32) * scale
-    spread = torch.tensor(std, dtype=torch.float32) * scale
-    return pixels.sub_(offset.view(3, 1, 1)).div_(spread.view(3, 1, 1))
+def resizes_exactly(height: int, width: int, size: int) -> bool:
+    """Whether bilinear resizing without antialias to size x size rounds nothing in float32, so that every device and kernel gives the same.
+
+    With sides whose ratio to `size` has a power of two below the line the weights are whole multiples of 1 over twice that; a product of
+    two and a level of 8 bits must fit 24 bits. So it is for 256 px from 640x360, 320x180, 1280x720 and 640x480, cropped.
+    """
+    bits = 8
+    for side in (height, width):
+        below = size // math.gcd(side, size)
+        if below & (below - 1):
+            return False
+        bits += (2 * below - 1).bit_length()
+    return bits <= 24
 
 
-def ac_transform(
-    frames: np.ndarray,
-    size: int,
-    *,
-    aspect_range: tuple[float, float] = AC_ASPECT_RANGE,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+def cut_ac(
+    frames: np.ndarray, size: int, *, aspect_range: tuple[float, float] = AC_ASPECT_RANGE, resize_later: bool = False
 ) -> Tensor:
-    """Prepare frames as the AC trainer does: centred crop, float32 bilinear resize without antialias, mean and std.
+    """Crop as the AC trainer does, in the centre, and resize in float32 without antialias, see `CropRule`.
 
-    The crop is squeezed to a square. An `aspect_range` of (1, 1) takes the centred square, as the planning notebook does.
+    The crop is squeezed to a square. An `aspect_range` of (1, 1) takes the centred square, as the planning notebook does. `resize_later` leaves
+    the resizing to the device where that changes no bit and the crop is no larger than the float32 pixels.
 
     Source: V-JEPA 2-AC, upstream vjepa_droid transforms.
     """
     frames = _checked(frames)
     top, left, height, width = ac_crop_box(frames.shape[1], frames.shape[2], aspect_range)
-    pixels = _resized(frames[:, top : top + height, left : left + width], size, size, antialias=False)
-    return _normalised(pixels, 255.0, mean, std)
+    crop = frames[:, top : top + height, left : left + width]
+    if resize_later and height * width <= 4 * size**2 and resizes_exactly(height, width, size):
+        return torch.from_numpy(np.ascontiguousarray(crop))
+    return _resized(crop, size, size, antialias=False)
 
 
-def eval_transform(
-    frames: np.ndarray,
-    size: int,
-    *,
-    antialias: bool,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> Tensor:
-    """Prepare frames as the official evaluation does: resize the short side to size * 256 / 224, cut the centre.
+def cut_eval(frames: np.ndarray, size: int, *, antialias: bool, resize_later: bool = False) -> Tensor:
+    """Prepare frames as the official evaluation does: resize the short side to size * 256 / 224, round to uint8, cut the centre.
 
     The official pipeline has two forms that differ by up to 0.8 normalised units on noisy images: for arrays (no
     antialias, `antialias=False`) and for tensors (antialias). Both round the resized image to uint8. The array form's
@@ -126,21 +166,15 @@ def eval_transform(
     height, width = frames.shape[1:3]
     short = int(size * EVAL_SHORT_SIDE_RATIO)
     resized = (short * height // min(height, width), short * width // min(height, width))
-    pixels = _resized(frames, *resized, antialias=antialias).round_().clamp_(0, 255)
     top, left = (round((side - size) / 2) for side in resized)
-    return _normalised(pixels[:, :, top : top + size, left : left + size] / 255.0, 1.0, mean, std)
+    pixels = _resized(frames, *resized, antialias=antialias)[:, :, top : top + size, left : left + size]
+    return pixels.round().clamp_(0, 255).to(torch.uint8).movedim(1, -1)
 
 
-def pillow_transform(
-    frames: np.ndarray,
-    size: int,
-    *,
-    resample: str,
-    short_side: int | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+def cut_pillow(
+    frames: np.ndarray, size: int, *, resample: str, short_side: int | None = None, resize_later: bool = False
 ) -> Tensor:
-    """Prepare frames as the image processors of the transformers library do: Pillow's resize to uint8, centre crop, mean and std.
+    """Prepare frames as the image processors of the transformers library do: Pillow's resize to uint8, centre crop.
 
     `resample` is "bilinear", "bicubic" or "lanczos", all with antialias, as Pillow's filters are. The short side is resized to `short_side`
     pixels before the centre is cut out; None squeezes the frame to the square.
@@ -156,21 +190,21 @@ def pillow_transform(
         long_side = int(short_side * max(height, width) / min(height, width))
         resized = (short_side, long_side) if height <= width else (long_side, short_side)
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
-    pixels = torch.empty(len(frames), 3, size, size)
+    pixels = torch.empty(len(frames), size, size, 3, dtype=torch.uint8)
     for target, frame in zip(pixels, frames, strict=True):
         picture = Image.fromarray(frame).resize(resized[::-1], Image.Resampling[resample.upper()])
-        target.copy_(torch.from_numpy(np.array(picture)[top : top + size, left : left + size]).permute(2, 0, 1))
-    return _normalised(pixels / 255.0, 1.0, mean, std)
+        target.copy_(torch.from_numpy(np.array(picture)[top : top + size, left : left + size]))
+    return pixels
 
 
 CROP_RULES: Mapping[str, CropRule] = {
-    "ac": ac_transform,
-    "square": partial(ac_transform, aspect_range=(1.0, 1.0)),
-    "eval_array": partial(eval_transform, antialias=False),
-    "eval_tensor": partial(eval_transform, antialias=True),
-    "pillow_bilinear": partial(pillow_transform, resample="bilinear"),
-    "pillow_bicubic": partial(pillow_transform, resample="bicubic"),
-    "pillow_lanczos": partial(pillow_transform, resample="lanczos"),
+    "ac": CropRule(cut_ac, in_levels=True),
+    "square": CropRule(partial(cut_ac, aspect_range=(1.0, 1.0)), in_levels=True),
+    "eval_array": CropRule(partial(cut_eval, antialias=False), in_levels=False),
+    "eval_tensor": CropRule(partial(cut_eval, antialias=True), in_levels=False),
+    "pillow_bilinear": CropRule(partial(cut_pillow, resample="bilinear"), in_levels=False),
+    "pillow_bicubic": CropRule(partial(cut_pillow, resample="bicubic"), in_levels=False),
+    "pillow_lanczos": CropRule(partial(cut_pillow, resample="lanczos"), in_levels=False),
 }
 
 
@@ -179,4 +213,4 @@ def crop_rule(preset: EncoderPreset) -> CropRule:
     if preset.crop not in CROP_RULES:
         raise ValueError(f"unknown crop '{preset.crop}' for encoder '{preset.name}'; known: {', '.join(CROP_RULES)}")
     rule = CROP_RULES[preset.crop]
-    return rule if preset.short_side is None else partial(rule, short_side=preset.short_side)
+    return rule if preset.short_side is None else rule._replace(cut=partial(rule.cut, short_side=preset.short_side))

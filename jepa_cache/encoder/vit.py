@@ -203,7 +203,9 @@ class VisionTransformer(nn.Module):
         return num_frames // self.tubelet_size
 
     def _last_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        return self.norm(x).to(
+            x.dtype
+        )  # CUDA's autocast norms in float32, the CPU's in the dtype of x: one recipe, one dtype
 
 
 class VisionTransformer21(VisionTransformer):
@@ -242,4 +244,4 @@ class VisionTransformer21(VisionTransformer):
         return x, *rotation_tables(grid, self.head_dim, clip.device, pairing="paired", positions=self.positions)
 
     def _last_norm(self, x: Tensor) -> Tensor:
-        return self.norms_block[-1](x)
+        return self.norms_block[-1](x).to(x.dtype)

@@ -28,7 +28,7 @@ from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
 
 if TYPE_CHECKING:
-    from jepa_cache.encoder.frozen import FrozenEncoder
+    from jepa_cache.encoder.frozen import FrozenEncoder, Overlap, Slot
 
 # What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frames
 # that were requested when it broke (decord decodes ahead in a thread of its own, so that is a race).
@@ -86,6 +86,10 @@ def fill_group(
     Raises:
         ValueError: When the encoder overflows the stored dtype, or a unit changes while it is read.
     """
+    from jepa_cache.encoder.frozen import Overlap
+
+    # Of the calls that are not done at most WRITES_AHEAD wait; one more batch is being launched, one being written.
+    overlap = Overlap(encoder, get_codec(group.encode.dtype).cast, WRITES_AHEAD + 2)
     provenance, result = describe_machine(encoder, group.encode.batch_size, group.num_threads), FillResult()
     if encoder.preset.origin is not None:
         provenance["encoder_origin"] = encoder.preset.origin
@@ -101,7 +105,7 @@ def fill_group(
             on_progress(num_bytes, result.timing)
 
         for unit, recordings in decoders:
-            store, bytes_left = _OpenUnit(root, group, unit, encoder, write), 0
+            store, bytes_left = _OpenUnit(root, group, unit, overlap, write), 0
             with suppress(OSError):  # gone meanwhile, as its reader will say
                 bytes_left = unit.num_bytes
             try:
@@ -128,10 +132,10 @@ class _OpenUnit:
     """The stores of one unit while they are filled; all disk work goes through the writer thread."""
 
     def __init__(
-        self, root: CacheRoot, group: EncodingGroup, unit: Unit, encoder: FrozenEncoder, write: WriterThread
+        self, root: CacheRoot, group: EncodingGroup, unit: Unit, overlap: Overlap, write: WriterThread
     ) -> None:
-        self._root, self._group, self._unit, self._encoder, self._write = root, group, unit, encoder, write
-        self._dtype = group.encode.dtype
+        self._root, self._group, self._unit, self._overlap, self._write = root, group, unit, overlap, write
+        self._dtype, self._encoder = group.encode.dtype, (encoder := overlap.encoder)
         self.tokens = TokenWriter(
             group.tokens(root, unit), num_tokens=encoder.num_tokens, width=encoder.width, dtype=self._dtype
         )
@@ -147,21 +151,20 @@ class _OpenUnit:
 
     def encode(self, stream: EpisodeStream, timing: Timing) -> Iterator[float]:
         """Encode one episode; yields each batch's share of it. A bad video is taken back and skipped by name."""
-        from jepa_cache.encoder.frozen import TokenOverflowError, measure_cast, to_stored
-
-        cast, episode = get_codec(self._dtype).cast, stream.episode
-        start, luma = self._num_steps, []
+        episode, start, luma = stream.episode, self._num_steps, []
         try:
             for batch in stream:
                 begun = time.perf_counter()
-                computed = self._encoder.encode(batch.pixels).flatten(0, 1)
-                tokens, errors = to_stored(computed, cast), measure_cast(computed, cast)
+                slot = self._overlap.submit(batch.pixels)
                 timing.encode_s += time.perf_counter() - begun
                 luma.append(batch.luma)
-                self._num_steps += len(tokens)
-                self._write(self.tokens.append, tokens, errors)
+                num_steps = len(slot.computed)
+                waited_s = self._write.wait_device_s
+                self._write(self._append, slot, episode.key, self._num_steps - start)
+                timing.encode_s += self._write.wait_device_s - waited_s
+                self._num_steps += num_steps
                 timing.num_frames += batch.pixels.shape[0] * batch.pixels.shape[1]
-                timing.num_bytes += len(tokens) * step_bytes(self._dtype, self._encoder.num_tokens, self._encoder.width)
+                timing.num_bytes += num_steps * step_bytes(self._dtype, self._encoder.num_tokens, self._encoder.width)
                 yield len(batch.pixels) / len(stream.plan.inputs)
         except DecodeError as error:
             if self._num_steps > start:
@@ -169,15 +172,24 @@ class _OpenUnit:
                 self._write(self.tokens.roll_back, start)
             reason = FRAMES_REQUESTED.sub(r"some of the \1 frames cannot", CLOCK_TIME.sub("", str(error)))
             self.skipped.append(Skipped(episode.key, reason))
-        except TokenOverflowError as error:
-            raise ValueError(
-                f"episode {episode.key!r}, step {self._num_steps - start + error.step}: {error}"
-            ) from error
         else:
             self._describe(stream, start, np.concatenate(luma))
             timing.num_episodes += 1
         # Those of a skipped episode are kept too: under another recipe it may be usable.
         self._controls.append((episode.key, episode.controls))
+
+    def _append(self, slot: Slot, episode: str, first: int) -> None:
+        """Write what came of a batch; the writer thread waits for it, and finds what its dtype cannot hold."""
+        from jepa_cache.encoder.frozen import TokenOverflowError
+
+        begun = time.perf_counter()
+        try:
+            tokens, errors = slot.result()
+        except TokenOverflowError as error:
+            raise ValueError(f"episode {episode!r}, step {first + error.step}: {error}") from error
+        self._write.device_s += time.perf_counter() - begun
+        self.tokens.append(tokens, errors)
+        slot.release()
 
     def publish(self, provenance: Mapping[str, Any]) -> None:
         """Publish controls first, then tokens: a published token store has its controls."""
@@ -239,11 +251,13 @@ class WriterThread:
     """Runs calls one after the other; `write(function, *arguments)` waits only while too many are queued.
 
     After a call that failed none is run any more, so that nothing is published on top of a hole; what it raised is
-    raised by the next `write`, or at the end of the block. `wait_s` is how long callers had to wait.
+    raised by the next `write`, or at the end of the block. `wait_s` is how long callers had to wait for the
+    disk, `wait_device_s` how long for the encoder's results, which the calls wait for.
     """
 
     def __init__(self) -> None:
-        self.wait_s = 0.0
+        self.wait_s = self.wait_device_s = 0.0
+        self.device_s = 0.0  # that calls waited for the encoder
         self._failed = False
         self._pending: list[Future] = []
         self._open: list[TokenWriter] = []
@@ -287,7 +301,10 @@ class WriterThread:
         self._open.remove(writer)
 
     def _wait_for(self, num_left: int) -> None:
-        begun = time.perf_counter()
+        begun, device_s = time.perf_counter(), self.device_s
         while len(self._pending) > num_left:
             self._pending.pop(0).result()
-        self.wait_s += time.perf_counter() - begun
+        waited_s = time.perf_counter() - begun
+        for_device_s = min(waited_s, self.device_s - device_s)
+        self.wait_s += waited_s - for_device_s
+        self.wait_device_s += for_device_s

@@ -47,7 +47,9 @@ def resolve_device(wanted: str) -> str:
 
 
 def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, num_threads: int) -> FrozenEncoder:
-    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process.
+    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process, with a GPU one.
+
+    Each decoding thread would have so many of its own, for work that one does as quickly.
 
     Raises:
         ValueError: The weights that were loaded are others than those that `opened` was made from, maybe hours ago.
@@ -60,7 +62,7 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
 
     preset, weights, identity = opened
     device = resolve_device(device)
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads if device == "cpu" else 1)
     files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]
     module = load_module(preset, weights)
@@ -81,7 +83,7 @@ def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) 
     return {
         "batch_size": batch_size,
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
-        "num_threads": num_threads,
+        "num_threads": num_threads if encoder.device.type == "cpu" else 1,
         "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}
         | {"python": platform.python_version()},
     }

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jepa_cache.config.paths import default_num_decoders
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
@@ -35,6 +36,7 @@ class Connection(NamedTuple):
 
     client: Client
     device: str
+    num_decoders: int = 0  # of every worker where the settings leave it open; 0: one for each core
 
 
 def connect(workers: int | str, device: str, num_threads: int) -> AbstractContextManager[Connection]:
@@ -43,7 +45,7 @@ def connect(workers: int | str, device: str, num_threads: int) -> AbstractContex
     `device` is as configured: "auto", "cpu" or "cuda"; `num_threads` are the torch threads of every worker.
 
     Raises:
-        ValueError: No process, or too few GPUs here; or no scheduler or worker answers, or none offers a requested GPU.
+        ValueError: No process; or no scheduler or worker answers, or none offers a requested GPU.
     """
     if isinstance(workers, str):
         return _connect_to_cluster(workers, device)
@@ -61,13 +63,8 @@ def _start_local(num_workers: int, device: str, num_threads: int) -> Iterator[Co
     if device == "cuda":
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(number) for number in range(count_gpus())]
-        if num_workers > len(gpus):
-            raise ValueError(
-                f"{num_workers} workers need a GPU each, but this machine shows {len(gpus)}; use --workers {len(gpus)}, or "
-                "set encode.device=cpu"
-            )
         # Set before the worker starts, hence before it imports torch.
-        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:num_workers]]
+        environments = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(num_workers)]
     elif num_workers * num_threads > (os.cpu_count() or 1):
         print(
             f"note: {num_workers} workers of {num_threads} torch threads share {os.cpu_count()} cores; another number of "
@@ -85,7 +82,7 @@ def _start_local(num_workers: int, device: str, num_threads: int) -> Iterator[Co
             Client(cluster, timeout=START_S) as client,
         ):
             client.wait_for_workers(num_workers, timeout=START_S)
-            yield Connection(client, device)
+            yield Connection(client, device, max(1, default_num_decoders() // num_workers))
 
 
 @contextmanager
@@ -148,11 +145,9 @@ def encode_on_workers(
     """
     from dask.distributed import as_completed
 
-    tasks = [
-        replace(group.of_units((unit,)), encode=replace(group.encode, device=connection.device))
-        for group in groups
-        for unit in group.units
-    ]
+    encode = groups[0].encode
+    encode = replace(encode, device=connection.device, num_decoders=encode.num_decoders or connection.num_decoders)
+    tasks = [replace(group.of_units((unit,)), encode=encode) for group in groups for unit in group.units]
     # Impure: under another run's key Dask would hand out what became of the unit then.
     client, resources = connection.client, {GPU: 1} if connection.device == "cuda" else {}
     options = {"pure": False, "retries": RETRIES, "resources": resources}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, measure_cast, pool_tokens, to_stored
+from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, cast_tokens, pool_tokens, to_stored
+from jepa_cache.encoder.preprocess import CROP_RULES, normalise
 
 # Values of order 1 to 4; another batch size orders float32 sums differently.
 BATCH_TOLERANCE = 1e-5
@@ -82,10 +83,12 @@ def test_bfloat16_is_near_float32_and_its_weights_are_computed_in_float32(preset
 @pytest.mark.parametrize("way", ["doubled", "image"])
 def test_a_frame_goes_the_way_that_the_settings_say(preset_21, state_21, frames, way):
     encoder, frozen = KINDS["vjepa2_1"].build(preset_21, state_21), make(preset_21, state_21, single_frame=way)
-    clip = frames[:, :, None] if way == "image" else frames[:, :, None].expand(-1, -1, 2, -1, -1)
+    pixels = normalise(frames, 32, *CROP_RULES["ac"].statistics(preset_21.mean, preset_21.std), in_levels=True)
+    clip = pixels[:, :, None] if way == "image" else pixels[:, :, None].expand(-1, -1, 2, -1, -1)
     assert torch.equal(frozen.encode(frames[:, None])[:, 0], encoder(clip))
     pairs = frames.view(4, 2, 3, 32, 32)
-    assert torch.equal(frozen.encode(pairs)[:, 0], encoder(pairs.transpose(1, 2))), "a pair is a video on either way"
+    pixels = pixels.view_as(pairs)
+    assert torch.equal(frozen.encode(pairs)[:, 0], encoder(pixels.transpose(1, 2))), "a pair is a video on either way"
 
 
 def test_what_is_stored_is_the_plain_cast_and_bfloat16_its_bits():
@@ -118,7 +121,7 @@ def test_the_error_of_a_cast_is_measured_step_by_step(dtype):
     error, truth = cast.double().numpy() - tokens.double().numpy(), tokens.double().numpy()
     expected = [(error**2).sum((1, 2)), (truth**2).sum((1, 2)), np.abs(error).max((1, 2))]
     # Squares are rounded to float32 before they are summed.
-    np.testing.assert_allclose(measure_cast(tokens, dtype), np.stack(expected, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(cast_tokens(tokens, dtype)[1], np.stack(expected, axis=1), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("grid", "pool"), [((4, 6), 2), ((6, 3), 3), ((24, 24), 2)])

@@ -15,8 +15,8 @@ from jepa_cache.encoder.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ac_crop_box,
-    ac_transform,
-    eval_transform,
+    normalise,
+    resizes_exactly,
 )
 
 SIZES = [(360, 640), (640, 360), (90, 90), (20, 30), (7, 200)]
@@ -69,13 +69,30 @@ def test_a_frame_does_not_depend_on_its_neighbours_and_other_forms_are_refused(r
 def test_square_rule_takes_the_centred_square():
     frames = noise(1, 40, 100)
     square = CROP_RULES["square"](frames, 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    assert torch.equal(square, ac_transform(frames[:, :, 30:70], 32))
+    assert torch.equal(square, CROP_RULES["ac"](frames[:, :, 30:70], 32))
 
 
-@pytest.mark.parametrize("antialias", [False, True])
-def test_eval_pixels_are_whole_uint8_levels(antialias):
-    out = eval_transform(noise(1, 100, 120), 48, antialias=antialias, mean=(0, 0, 0), std=(1, 1, 1)) * 255
-    assert (out - out.round()).abs().max() < 1e-3
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 256).map(lambda n: 4 * n) | st.integers(1, 800),
+    width=st.integers(1, 600),
+    size=st.sampled_from([64, 96, 256]),
+)
+def test_what_is_resized_later_has_the_same_bits_and_is_no_larger(height, width, size):
+    frames = noise(1, height, width)
+    later, now = (CROP_RULES["ac"].cut(frames, size, resize_later=later) for later in (True, False))
+    assert later.nbytes <= now.nbytes
+    statistics = CROP_RULES["ac"].statistics(IMAGENET_MEAN, IMAGENET_STD)
+    one, other = (normalise(it, size, *statistics, in_levels=True) for it in (later, now))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [(360, 640), (180, 320), (720, 1280), (480, 640)])
+def test_of_the_usual_videos_uint8_is_what_travels(size):
+    _, _, height, width = ac_crop_box(*size)
+    assert resizes_exactly(height, width, 256) and not resizes_exactly(height, width, 224)
+    travelling = CROP_RULES["ac"].cut(noise(1, *size), 256, resize_later=True)
+    assert travelling.dtype == (torch.uint8 if height * width <= 4 * 256**2 else torch.float32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,4 +103,4 @@ def test_pixels_are_to_the_bit_those_of_torch_resizing_the_whole_crop(height, wi
     crop = torch.from_numpy(frames[:, top : top + crop_height, left : left + crop_width]).permute(0, 3, 1, 2).float()
     expected = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", align_corners=False)
     shift, spread = (torch.tensor(values).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
-    assert torch.equal(ac_transform(frames, size), (expected - shift) / spread)
+    assert torch.equal(CROP_RULES["ac"](frames, size), (expected - shift) / spread)
