@@ -179,10 +179,9 @@ class TrainStep:
         self.model, self.plain, self.device = model.to(bench.device), plain, bench.device
         self.optimizer = build_optimizer(self.model, lr=1e-4, weight_decay=0.04)
         if compiled == "whole":
-            self.model.compile()
+            nn.Module.compile(self.model)
         elif compiled:
-            for block in self.model.predictor_blocks:
-                block.compile()
+            self.model.compile()  # block by block
 
     def loss(self) -> Tensor:
         """The loss of the window, in the precision that is set."""

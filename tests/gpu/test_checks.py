@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_cache.devices import resolve_device
 from tests import caches
 from tests.gpu.checks import CHECKS, Bench
 
@@ -25,7 +26,7 @@ def test_what_is_promised_holds_on_the_gpu(name, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, str(value))
     for size in ("GRID", "WIDTH"):
         monkeypatch.setattr(caches, size, getattr(caches, size))
-    lines = list(CHECKS[name][1](Bench(torch.device("cuda"), tmp_path)))
+    lines = list(CHECKS[name][1](Bench(torch.device(resolve_device("the GPU", "cuda")), tmp_path)))
     assert not [line for line in lines if line[-1] == "WRONG"], lines
 
 
