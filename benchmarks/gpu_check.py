@@ -372,7 +372,7 @@ def evaluation_and_plans(bench: Bench) -> Part:
         model.open_loop(h[:, :3], actions, states[:, :-1], actions.shape[1] - 2)
 
     taken = seconds(evaluate, bench.device, 1, warm=1)
-    yield rate("evaluating 32 windows, float32", taken, "s", more=f"{peak_gib():.1f} GiB, 20.7 predicted")
+    yield rate("evaluating 32 windows, float32", taken, "s", more=f"{peak_gib():.1f} GiB of 6.0")
     free()
     motion = build_motion(get_action_space("pose7"))
     context = Context(model.as_reps(tokens[0, :1]), np.zeros((0, 7)), np.zeros((1, 7)))

@@ -32,7 +32,8 @@ from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, Predictor, load_predictor
-from jepa_cache.predictor.rollout import LatentModel
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import AUTOCAST, LatentModel
 from jepa_cache.store.quantisation import get_codec
 from jepa_cache.store.recipe import recipe_changes
 
@@ -121,12 +122,17 @@ class WorldModel:
     """A trained predictor with the encoder whose tokens it reads: plans from what is seen now to what should be seen."""
 
     def __init__(
-        self, encoder: Encoder, predictor: Predictor, card: Mapping[str, Any], costs: Mapping[str, Cost] = SIMPLE_COSTS
+        self,
+        encoder: Encoder,
+        predictor: Predictor,
+        card: Mapping[str, Any],
+        costs: Mapping[str, Cost] = SIMPLE_COSTS,
+        precision: str = "float32",
     ) -> None:
         """Put all together; `WorldModel.load` reads them and checks that they fit."""
         self.costs, self._card = dict(costs), card
         self._encoder = encoder
-        self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]))
+        self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]), precision)
         self._scaler = scaler_from_json(card["scaler"])
         self.space: ActionSpace = get_action_space(card["action_space"])
         self._scaler.check_columns(self.space)
@@ -136,16 +142,22 @@ class WorldModel:
         self._seen: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @classmethod
-    def load(cls, weights: str | Path, encoder: Encoder) -> WorldModel:
+    def load(cls, weights: str | Path, encoder: Encoder, *, precision: str = "float32") -> WorldModel:
         """Load a trained predictor (outputs/train/run/predictor.safetensors, or what `jepa-cache export predictor` wrote).
 
+        A transformer may run in `precision` bfloat16 or float16: half the memory of a plan, and a few times the speed on a GPU.
+
         Raises:
-            ValueError: The file is missing, damaged or has no card, or the weights were trained on tokens of another encoder or other
+            ValueError: The precision is unknown; the file is missing, damaged or has no card, or the weights were trained on tokens of another encoder or other
                 settings (every difference is named), in clip mode, or by a version that did not write down on which.
         """
         if not isinstance(encoder, Encoder):
             raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')
         predictor, card = load_predictor(Path(weights))
+        if precision not in (AUTOCAST if isinstance(predictor, ACPredictor) else ("float32",)):
+            raise ValueError(
+                f"precision is one of {', '.join(AUTOCAST)}, and float32 where no transformer is loaded; got {precision!r}"
+            )
         if RECIPE_FIELD not in card:
             raise ValueError(
                 f"{weights} does not say on which tokens it was trained (no {RECIPE_FIELD} in its card): an older version wrote it. Train again"
@@ -166,7 +178,8 @@ class WorldModel:
                 f"{weights} was trained on steps of joined cameras ({', '.join(card[CAMERAS_FIELD])}); a world model sees one camera. Train with "
                 "cache.join_cameras=false for it, or measure these with stages/evaluate.py and stages/plan.py"
             )
-        return cls(encoder, predictor, card, load_costs(Path(weights), card, predictor, encoder.device))
+        costs = load_costs(Path(weights), card, predictor, encoder.device)
+        return cls(encoder, predictor, card, costs, precision)
 
     def plan(
         self,
@@ -233,7 +246,7 @@ class WorldModel:
             taken: [.., C-1, A] between the steps; needed where C is above 1.
             cost: A name, or a `control.costs.Cost`.
             motion: By which states follow where H is above 1; by default that of the space. Not needed for H = 1 or without states.
-            batch_size: Candidates of one context that go through the predictor at once; all by default.
+            batch_size: Candidates of one context that go through the predictor at once; by default as many as 4 GiB are enough for.
 
         Returns:
             [.., S] float32, lower is nearer.

@@ -368,6 +368,7 @@ class EvaluateConfig(Settings):
     # Resamples of the episodes, for the ends of 95 % intervals: below 40 a 2.5 % quantile is the smallest value itself. All are held in memory.
     num_bootstrap: Annotated[int, Field(ge=100, le=100_000)]
     batch_size: Count
+    precision: FloatDtype  # of transformers, in evaluation and plans
     seed: Seed
     measure: Annotated[tuple[Measurement, ...], Once]  # beside the errors that are always measured
     probes: Annotated[tuple[Probe, ...], Once]  # where `measure` names probes

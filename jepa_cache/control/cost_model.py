@@ -41,7 +41,7 @@ class CostModel:
             cost: A name, or a `control.costs.Cost`.
             process: The policy's scaler of actions, whose `inverse_transform` [n, A] gives the environment's actions; None where it has none.
             state: Entry of info that holds the states, for a predictor that reads them.
-            batch_size: Candidates of one environment that go through the predictor at once; all by default.
+            batch_size: Candidates of one environment that go through the predictor at once; by default as many as 4 GiB are enough for.
         """
         if block < 1 or not np.all(np.asarray(low) < high):
             raise ValueError(

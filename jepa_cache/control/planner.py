@@ -160,7 +160,7 @@ def plan_actions(
         start: [H, K] numbers around which the first samples are drawn; by default the middle of their limits, which is 0 for changes.
         seed: Of the samples.
         noise: [rounds, H, samples, K] standard normal draws in place of the seed's.
-        batch_size: Samples in one pass of the predictor; all by default.
+        batch_size: Samples in one pass of the predictor; see `Rollout.energies`.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
@@ -261,13 +261,17 @@ class Rollout:
         """Energies [.., S] float32 of S candidates of H whole unscaled actions, [.., S, H, A]: their cost for goals [.., N, E].
 
         The axes in front are those of the contexts, or broadcast to them and with them. `batch_size` candidates of one context go through
-        the predictor at once, all by default.
+        the predictor at once, by default as many as `predictor.rollout.PASS_BYTES` are enough for.
         """
         lead = np.broadcast_shapes(self._lead, actions.shape[:-3], goal.shape[:-2])
         numbers = np.broadcast_to(np.arange(len(self._newest)).reshape(self._lead), lead).ravel()
         actions = np.broadcast_to(actions, (*lead, *actions.shape[-3:])).reshape(-1, *actions.shape[-3:])
         goals = goal.expand(*lead, *goal.shape[-2:]).reshape(-1, *goal.shape[-2:])
-        size = batch_size or actions.shape[1]
+        horizon = actions.shape[2]
+        num_past = (
+            (self._past[0][0].shape[2] // self._model.predictor.tokens_per_step if self._past else 0) + horizon - 1
+        )
+        size = batch_size or self._model.rows_at_once(1, 2 * num_past - 1 if horizon > 1 else 0)
         parts = [
             self._cost(number, candidates[start : start + size], aim, cost)
             for number, candidates, aim in zip(numbers.tolist(), actions, goals, strict=True)
@@ -302,7 +306,9 @@ class Rollout:
         past, seen = repeat_past(own, num_samples), []
         for step in range(horizon):
             now = slice(step, step + 1)
-            out = self._model.predictor(tokens, scaled[:, now], states[:, now], None, past)
+            # Nothing follows the last step: its keys and values would be held for nothing.
+            kept = 0 if step == horizon - 1 else None
+            out = self._model.predict(tokens, scaled[:, now], states[:, now], None, past, kept)
             tokens, past = self._model.as_reps(out.tokens), out.past
             if step == horizon - 1 or cost.steps == SUM:
                 seen.append(tokens)

@@ -25,9 +25,11 @@ from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.writer import TokenWriter, table
+from jepa_cache.store.writer import Quantise, TokenWriter, table
 
 if TYPE_CHECKING:
+    import torch
+
     from jepa_cache.encoder.frozen import FrozenEncoder, Overlap, Slot
 
 # What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frames
@@ -137,7 +139,11 @@ class _OpenUnit:
         self._root, self._group, self._unit, self._overlap, self._write = root, group, unit, overlap, write
         self._dtype, self._encoder = group.encode.dtype, (encoder := overlap.encoder)
         self.tokens = TokenWriter(
-            group.tokens(root, unit), num_tokens=encoder.num_tokens, width=encoder.width, dtype=self._dtype
+            group.tokens(root, unit),
+            num_tokens=encoder.num_tokens,
+            width=encoder.width,
+            dtype=self._dtype,
+            quantise=_quantise_on(encoder.device, self._dtype),
         )
         self.skipped: list[Skipped] = []
         self._steps: list[dict[str, np.ndarray]] = []  # of each episode
@@ -236,6 +242,15 @@ class _OpenUnit:
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
         self._decoders[stream.decoder] += 1
+
+
+def _quantise_on(device: torch.device, dtype: str) -> Quantise | None:
+    """How a GPU makes a dtype's codes; None leaves it to the writer."""
+    from jepa_cache.encoding.quantising import quantise
+
+    if device.type == "cpu":
+        return None
+    return lambda steps, channels: quantise(steps, dtype, channels, device)
 
 
 def _idle_share(idle: np.ndarray | None, ticks: np.ndarray) -> np.ndarray:

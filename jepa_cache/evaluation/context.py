@@ -19,6 +19,7 @@ from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows
 from jepa_cache.devices import name_device, resolve_device
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read_card
+from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
 
 # They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
@@ -169,7 +170,8 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
             raise ValueError(message)
     device = resolve_device("train.device", config.train.device)
     print(f"predictor of training step {card['step']} on {name_device(device)}")
-    model = LatentModel(predictor.to(device).eval(), card["normalize_reps"])
+    precision = config.evaluate.precision if isinstance(predictor, ACPredictor) else "float32"
+    model = LatentModel(predictor.to(device).eval(), card["normalize_reps"], precision)
     return EvaluationContext(model, config, dataset, scaler_from_json(card["scaler"]), card["window_steps"])
 
 

@@ -233,6 +233,17 @@ class ACPredictor(nn.Module):
         kept = len(self.predictor_blocks) * x.shape[0] * x.shape[1] * (7 * (1 + size) * width + 2 * size * hidden)
         return states + 1.2 * kept > 0.8 * torch.cuda.get_device_properties(x.device).total_memory
 
+    def bytes_per_row(self, num_steps: int, num_kept: int, size: int) -> int:
+        """Memory that one window of a pass without gradients takes, in numbers of `size` bytes; keys and values of `num_kept` steps are held."""
+        width, hidden = self.predictor_proj.in_features, self.predictor_blocks[0].mlp.fc1.out_features
+        # One block at a time: input, sum, norm and the MLP's two, or queries, keys and values twice; and a copy of the kept ones.
+        block = num_steps * (5 * width + 2 * hidden) + 2 * num_kept * width
+        kept = 2 * len(self.predictor_blocks) * num_kept * width
+        frames = (
+            4 * num_steps * 4 * self.grid[0] * self.grid[1] * self.embed_dim
+        )  # float32: read, predicted, normed, compared
+        return size * self.tokens_per_step * (block + kept) + frames
+
     def _check_shapes(
         self,
         tokens: Tensor,

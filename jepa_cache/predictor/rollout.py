@@ -4,18 +4,25 @@ Pure functions that training, validation and evaluation share. They only call th
 LoRA) serves as well, and they carry gradients unless the caller switches them off.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_cache.predictor.layers import KeysValues
-from jepa_cache.predictor.model import PredictorOutput
+from jepa_cache.predictor.model import ACPredictor, PredictorOutput
 
 Predictor = Callable[..., PredictorOutput]
 """An `ACPredictor`, or a module that wraps one and is called alike."""
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The low dtype of a precision."""
+PASS_BYTES = 4 * 2**30
+"""What one pass without gradients is given beside the weights: more windows or samples go through a transformer in parts."""
 
 REPS_NORM_EPS = 1e-5
 """Of the parameter-free layer norm on tokens; the blocks' own norms have 1e-6."""
@@ -105,11 +112,26 @@ class LatentModel(NamedTuple):
     """A predictor together with the norm that it was trained under: all that evaluation, planning and the API hold.
 
     Actions and states are scaled as in training; tokens `h` are those that `as_reps` gives. Predictions are float32 and
-    normed before they are returned and fed back.
+    normed before they are returned and fed back; in another `precision` than float32 the predictor alone runs under autocast.
     """
 
     predictor: Predictor
     normalize_reps: bool = True
+    precision: str = "float32"  # of AUTOCAST
+
+    def predict(self, tokens: Tensor, *arguments: Any) -> PredictorOutput:
+        """Call the predictor, which gives predictions that are not normed."""
+        dtype = AUTOCAST[self.precision]
+        with torch.autocast(tokens.device.type, dtype) if dtype is not None else nullcontext():
+            return self.predictor(tokens, *arguments)
+
+    def rows_at_once(self, num_steps: int, num_kept: int) -> int:
+        """How many windows or samples, 1 or more, go through a pass over `num_steps` steps while keys and values of `num_kept` are held."""
+        if not isinstance(self.predictor, ACPredictor):
+            return sys.maxsize
+        return max(
+            1, PASS_BYTES // self.predictor.bytes_per_row(num_steps, num_kept, 4 if self.precision == "float32" else 2)
+        )
 
     def as_reps(self, tokens: Tensor) -> Tensor:
         """Turn tokens [..., D] as they are stored or predicted into what is compared and fed back."""
@@ -130,7 +152,7 @@ class LatentModel(NamedTuple):
         if h.ndim != 4 or h.shape[1] < 2:
             raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(h.shape)}")
         num_steps = h.shape[1] - 1
-        return self.as_reps(self.predictor(h[:, :num_steps], actions, states[:, :num_steps], None, None, 0).tokens)
+        return self.as_reps(self.predict(h[:, :num_steps], actions, states[:, :num_steps], None, None, 0).tokens)
 
     def open_loop(self, h: Tensor, actions: Tensor, states: Tensor, horizon: int) -> Tensor:
         """Predict K steps after a true context, each from the predictions before it.
@@ -164,6 +186,8 @@ class LatentModel(NamedTuple):
     ) -> TeacherForcedAndRollout:
         """Predict by teacher forcing and in open loop, at the cost of one pass and horizon - 1 single steps.
 
+        Windows that together would take more than `PASS_BYTES` go through in parts.
+
         Args:
             h: [B, T, N, E] true tokens; at least the larger of P and C steps are read.
             actions: [B, T-1, A]; `actions[t]` leads from step t to t+1.
@@ -174,10 +198,17 @@ class LatentModel(NamedTuple):
         """
         num_steps, last = max(num_forced, num_context), num_context + horizon - 1
         kept = num_context if horizon > 1 else 0
-        out = self.predictor(h[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
+        # The past of a step is held while that of the next is made.
+        at_once = self.rows_at_once(num_steps, max(kept, 2 * last - 3) if kept else 0)
+        if len(h) > at_once:
+            counts = {"num_forced": num_forced, "num_context": num_context, "horizon": horizon}
+            parts = zip(*(rows.split(at_once) for rows in (h, actions, states)), strict=True)
+            joined = zip(*(self.both_ways(*part, **counts) for part in parts), strict=True)
+            return TeacherForcedAndRollout(*map(torch.cat, joined))
+        out = self.predict(h[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
         forced = self.as_reps(out.tokens)
         rolled = continue_rollout(
-            self.predictor,
+            self.predict,
             forced[:, num_context - 1 : num_context],
             actions[:, num_context:last],
             states[:, num_context:last],
@@ -193,4 +224,4 @@ class LatentModel(NamedTuple):
         """
         if h.shape[1] == 1:
             return None
-        return self.predictor(h[:, :-1], actions, states[:, :-1]).past
+        return self.predict(h[:, :-1], actions, states[:, :-1]).past

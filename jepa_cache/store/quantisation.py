@@ -38,6 +38,8 @@ class Codec(NamedTuple):
     # Codes as they are stored, from float32 [N, D] of magnitude at most `max_code`, which it may overwrite. None for both where the
     # values themselves are stored.
     pack: Callable[[np.ndarray], np.ndarray] | None = None
+    # The same codes as numbers that the torch dtype holds, from a float32 tensor [..., D] of any device.
+    pack_tensor: Callable[[Any], Any] = lambda codes: codes
     max_code: float | None = None
     grouped: bool = False  # scales are for each 64 channels of a token, in float16, and not for the token, in float32
     codes_per_item: int = 1  # codes in one stored number
@@ -192,6 +194,11 @@ def _pack_int4(codes: np.ndarray) -> np.ndarray:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
+def _pack_int4_tensor(codes: Any) -> Any:
+    codes = (codes.round() + 8).byte()
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
 def _unpack_int4(stored: np.ndarray) -> np.ndarray:
     return np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1).astype(np.float32) - 8
 
@@ -219,6 +226,7 @@ CODECS = {
         fill_value=-128,
         meaning=f"{FORMULA}; code = the stored integer",
         pack=lambda codes: np.rint(codes, out=codes).astype(np.int8),
+        pack_tensor=lambda codes: codes.round(),
         max_code=127.0,
     ),
     "float8_e4m3": Codec(
@@ -241,6 +249,7 @@ CODECS = {
         meaning=f"{FORMULA}; channels 2i and 2i + 1 are the lower and upper 4 bits of byte i, code = those bits - 8, "
         f"token_scales of channel c is that of group c // {INT4_GROUP}",
         pack=_pack_int4,
+        pack_tensor=_pack_int4_tensor,
         max_code=7.0,
         grouped=True,
         codes_per_item=2,

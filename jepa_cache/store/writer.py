@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
-from jepa_cache.store.quantisation import check_width, decode, encode, get_codec, is_finite, measure_channels
+from jepa_cache.store.quantisation import Channels, check_width, decode, encode, get_codec, is_finite, measure_channels
 from jepa_cache.store.reader import CRC_BYTES, MISSING, ArrayReader, crc32c_of, list_checksums
 from jepa_cache.store.recipe import canonical_json
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import zarr
 
 STAGING_FILE = "staging.float16"
+Quantise = Callable[[np.ndarray, Channels], tuple[np.ndarray, ...]]
 SHARD_CHUNKS = layout.SHARD_STEPS // layout.CHUNK_STEPS
 STAGED_STEPS = 64  # read back and quantised at once
 SIDE_BY_SIDE_BYTES = 1 << 18  # smaller chunks are written sooner than they are handed to another thread
@@ -149,16 +150,20 @@ class ShardWriter:
 class TokenWriter:
     """Collects the steps of one unit and publishes them as one store; leaves nothing behind unless `publish` ran.
 
-    Where codes are stored, the steps wait in float16 in a file until all are there, and are quantised when published.
+    Where codes are stored, the steps wait in float16 in a file until all are there, and are quantised when published: here, by
+    threads, or by `quantise`, which takes steps [T, N, D] and the channels and gives the same codes and scales, and the errors.
     """
 
-    def __init__(self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16") -> None:
+    def __init__(
+        self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16", quantise: Quantise | None = None
+    ) -> None:
         check_width(dtype, width)
         self.final = final
         self._num_tokens, self._width = num_tokens, width
         self._dtype, self._codec = dtype, get_codec(dtype)
         self._stack = ExitStack()
         self._num_staged = 0
+        self._quantise_run = quantise or self._quantise_by_threads
         self._errors: list[np.ndarray] = []  # rows [3] of every step, as `append` takes them
 
     def __enter__(self) -> TokenWriter:
@@ -273,21 +278,24 @@ class TokenWriter:
         token_scales = ShardWriter(self._folder, array, self._pool)
         self._stack.callback(token_scales.close)
 
-        def quantise(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            codes, scales = encode(step, self._dtype, channels)
-            return codes, scales, measure_error(decode(codes, self._dtype, scales, channels), step)
-
         self._errors = []
         for run in self._iter_staged(staging):
-            codes, scales, errors = zip(*self._pool.map(quantise, run), strict=True)
-            self._tokens.append(np.stack(codes))
-            token_scales.append(np.stack(scales))
-            self._errors += errors
+            codes, scales, errors = self._quantise_run(run, channels)
+            self._tokens.append(codes)
+            token_scales.append(scales)
+            self._errors += list(errors)
         staging.close()
         (self._folder / STAGING_FILE).unlink()
         token_scales.finish()
         layout.write_channels(self._folder, channels)
         return token_scales.digests
+
+    def _quantise_by_threads(self, run: np.ndarray, channels: Channels) -> tuple[np.ndarray, ...]:
+        def quantise(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            codes, scales = encode(step, self._dtype, channels)
+            return codes, scales, measure_error(decode(codes, self._dtype, scales, channels), step)
+
+        return tuple(map(np.stack, zip(*self._pool.map(quantise, run), strict=True)))
 
 
 def write_all(descriptor: int, pieces: list[memoryview], begin: int) -> None:

@@ -12,19 +12,16 @@ In the released recipe s is 0. A new term: compute it in `world_model_loss`, add
 schema, put it into the scalars and its name into `TERMS`: it is averaged over batches and processes, validated, logged.
 """
 
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from jepa_cache.config.schema import TrainConfig
-from jepa_cache.predictor.model import PredictorOutput
 from jepa_cache.predictor.rollout import LatentModel, Predictor, as_reps, continue_rollout
 
 TERMS = ("total", "jloss", "sloss")
 """Scalars that every training and every validation logs, in the order of the columns."""
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Losses(NamedTuple):
@@ -62,7 +59,7 @@ class Objective(nn.Module):
         # One cast of a weight serves all passes: autocast forgets its casts where the outermost context ends.
         with torch.autocast(self._device.type, enabled=False):
             return world_model_loss(
-                self._predict,
+                self.latent.predict,
                 tokens,
                 actions,
                 states,
@@ -76,12 +73,7 @@ class Objective(nn.Module):
     @property
     def latent(self) -> LatentModel:
         """The predictor in the training's precision, with the norm that it is trained under."""
-        return LatentModel(self._predict, self._settings.normalize_reps)
-
-    def _predict(self, *arguments: Any) -> PredictorOutput:
-        dtype = AUTOCAST[self._settings.precision]
-        with torch.autocast(self._device.type, dtype) if dtype is not None else nullcontext():
-            return self.predictor(*arguments)
+        return LatentModel(self.predictor, self._settings.normalize_reps, self._settings.precision)
 
 
 def world_model_loss(

@@ -8,8 +8,12 @@ import re
 import shutil
 import subprocess
 
+import pytest
+
 from jepa_cache import files as ground_floor
 from jepa_cache.cli.export import CHECKSUMS
+from jepa_cache.config.loading import load_config
+from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, write_store_json
 from tests.makers import flip
@@ -51,7 +55,9 @@ def remake(store, **card):
     write_store_json(store / "store.json", document)
 
 
-def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_never_left(checkout, tmp_path):
+def test_a_store_that_is_whole_but_not_the_listed_one_is_named_everywhere_never_exported_and_never_left(
+    checkout, tmp_path
+):
     out = tmp_path / "out"
     checkout.run("export", "cache", out)
     before = all_files(out)
@@ -62,6 +68,8 @@ def test_a_store_that_is_whole_but_not_the_listed_one_is_never_exported_and_neve
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
         assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out
+        with pytest.raises(ValueError, match=f"{store} is not the store that the manifest lists"):
+            open_dataset(load_config(checkout.folder), checkout.folder)
         assert not (tmp_path / f"{number}/manifests").exists()
         shutil.rmtree(store)
         shutil.copytree(out / store.relative_to(checkout.root.path), store)

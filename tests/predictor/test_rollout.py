@@ -3,6 +3,8 @@
 Claims:
 - it equals the plain loop that feeds a growing context from scratch, with and without layer norm, with extrinsics too;
 - it and teacher forcing at once give what each gives alone;
+- windows that together need more memory than a pass is given go through in parts, with the same predictions;
+- another precision changes predictions by its roundings, and nothing else;
 - teacher forcing predicts each step from the true ones before it;
 - tokens are normalised in float32 whatever their dtype; the codes of a store are no tokens.
 """
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from jepa_cache.predictor import rollout
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps, continue_rollout, normalize_tokens
 from tests.predictor.makers import build_lively, draw
@@ -92,3 +95,31 @@ def test_rollout_refuses_rows_that_do_not_fit_the_horizon():
 def test_codes_of_a_store_are_refused(dtype, normalize_reps):
     with pytest.raises(ValueError, match=r"must be values, not the codes of a store"):
         as_reps(torch.zeros(1, 2, 4, 8, dtype=dtype), normalize_reps)
+
+
+@torch.no_grad()
+def test_windows_go_through_in_parts_where_memory_is_short(monkeypatch: pytest.MonkeyPatch):
+    predictor, given = build(), [draw(5, 6, 4, 10), draw(5, 5, 5), draw(5, 6, 3)]
+    model, counts = LatentModel(predictor), {"num_forced": 5, "num_context": 3, "horizon": 3}
+    whole = model.both_ways(*given, **counts)
+    monkeypatch.setattr(rollout, "PASS_BYTES", 2 * predictor.bytes_per_row(5, 7, 4) + 1)
+    assert model.rows_at_once(5, 7) == 2 and LatentModel(lambda: None).rows_at_once(5, 7) > 10**9
+    seen = []
+    predictor.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    parts = model.both_ways(*given, **counts)
+    assert seen == [2] * 6 + [1] * 3
+    for ours, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_another_precision_only_rounds():
+    predictor = build().float()
+    given = [it.float() for it in (draw(2, 6, 4, 10), draw(2, 5, 5), draw(2, 6, 3))]
+    exact, rounded = (
+        LatentModel(predictor, True, it).open_loop(given[0][:, :2], given[1], given[2][:, :5], 4)
+        for it in ("float32", "bfloat16")
+    )
+    assert rounded.dtype == torch.float32 and next(predictor.parameters()).dtype == torch.float32
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.05, f"relative error of bfloat16 {error:.4f}"
