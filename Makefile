@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # dvc and jepa-cache start `python`; it must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-sim demo demo-robot test test-quick test-long bench bench-peers lint format clean
+.PHONY: install install-sim demo demo-robot test test-quick test-long bench bench-peers lint types format clean
 
 install: $(INSTALLED)
 
@@ -80,6 +80,11 @@ bench-peers: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy | $(BIN)/mypy-baseline filter
+
+# After types were mended: takes what is gone out of mypy-baseline.txt.
+types: install
+	$(BIN)/mypy | $(BIN)/mypy-baseline sync
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -309,16 +309,36 @@ def test_what_is_foreseen_of_candidates_is_what_the_rollout_makes_of_each(traine
         world.predict(frames, states, trained.actions[0], taken=taken)
 
 
-def test_the_example_of_the_first_page_runs(trained, monkeypatch):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.fixture
+def cached(trained, monkeypatch):
+    """`Dataset.open` gives the cache of `trained`, and its folder is the present one."""
+    config = load_config(SUITE_SETTINGS, [*SMALL, "split.exact_below=40"])
     monkeypatch.chdir(trained.folder)
-    split = load_config(SUITE_SETTINGS, SMALL).split
-    monkeypatch.setattr(Dataset, "open", lambda: Dataset(trained.dataset, replace(split, exact_below=40)))
+    monkeypatch.setenv(
+        "XDG_STATE_HOME", str(trained.folder / "cache-state")
+    )  # where it is noted which file is which unit
+    monkeypatch.setattr(Dataset, "open", lambda: Dataset(trained.dataset, config))
+
+
+def test_the_example_of_the_first_page_runs(trained, cached):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names = {"frame": trained.frames[0], "state": trained.states[0], "goal": trained.frames[5]}
     names["candidates"] = np.stack([trained.actions[:2]] * 5)
     exec(block, names)
     assert names["tokens"].shape == (5, 2, 16, 64) and names["batch"].actions.shape[1:] == (3, 13)
     assert names["run"].tokens.shape[1:] == (16, 64) and names["plan"].actions.shape[1:] == (13,)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(trained, cached, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "docs/first_steps.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["energies"].shape == (2,) and names["foreseen"].shape[1:] == (16, 64)
+    assert any(frames is not None for frames in names["dataset"].frames(names["key"]))
 
 
 def test_the_examples_of_the_manual_run(trained, monkeypatch):

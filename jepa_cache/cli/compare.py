@@ -39,7 +39,7 @@ STEP_LENGTH = "measured.evaluate.step_length"
 KIND = (
     STEP_LENGTH,
     *("dataset", "encoder", "tokens_fingerprint", "mode"),
-    *("measured.split.val_share", "measured.split.seed"),
+    *(f"measured.split.{name}" for name in ("val_share", "seed", "held_out", "exact_below")),
     *("measured.evaluate.horizon", "measured.evaluate.num_context_steps", "measured.evaluate.windows_per_episode"),
     *("measured.window_steps", "measured.normalize_reps"),
 )

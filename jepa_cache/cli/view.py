@@ -15,7 +15,6 @@ from jepa_cache.config.loading import find_repository, is_override, load_config
 from jepa_cache.config.paths import require
 from jepa_cache.data.dataset import CachedDataset, Segment, open_dataset
 from jepa_cache.data.episodes import Dataset
-from jepa_cache.data.frames import read_frames
 from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.pictures import TokenColours
 
@@ -51,12 +50,12 @@ def view(
     root = find_repository(Path.cwd())
     config = load_config(root, [text for text in given if is_override(text)])
     dataset = open_dataset(config, root)
-    episodes = Dataset(dataset, config.split, config.filter)
+    episodes = Dataset(dataset, config)
     key = keys[0] if keys else (episodes.keys("val") or episodes.keys())[0]
     weights = root / "outputs/train/run/predictor.safetensors"
     evaluation = open_evaluation(config, dataset, weights) if weights.is_file() else None
     segments = episodes.segments(key)
-    frames = read_frames(config, dataset, segments)
+    frames = episodes.frames(key)
 
     import rerun
 

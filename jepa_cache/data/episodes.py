@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_cache.config.loading import find_repository, load_config
-from jepa_cache.config.schema import FilterConfig, SplitConfig
+from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dataset
-from jepa_cache.data.filters import NO_FILTER
+from jepa_cache.data.frames import read_frames
 from jepa_cache.data.loader import WindowLoader, to_device
 from jepa_cache.data.scaler import ColumnScaler, Scaler
 from jepa_cache.data.windows import WindowIndex, WindowSampler
@@ -35,10 +36,10 @@ class Run(NamedTuple):
 class Dataset:
     """What a project has encoded, by episodes and windows. The columns of actions and states are those of `space`."""
 
-    def __init__(self, cached: CachedDataset, split: SplitConfig, filters: FilterConfig = NO_FILTER) -> None:
+    def __init__(self, cached: CachedDataset, config: Config) -> None:
         """Put a cache together with the settings that say what is held out and left out. `Dataset.open` does it all."""
-        self.cached, self.space = cached, cached.space
-        self._segments = {name: cached.segments_of(name, split, filters) for name in (TRAIN, VAL)}
+        self.cached, self.space, self._config = cached, cached.space, config
+        self._segments = {name: cached.segments_of(name, config.split, config.filter) for name in (TRAIN, VAL)}
         columns = (tuple(column.name for column in some) for some in (self.space.actions, self.space.states))
         as_recorded = [ColumnScaler(names, (0.0,) * len(names), (1.0,) * len(names)) for names in columns]
         self._unscaled = Scaler(*as_recorded, 0, "", cached.manifest.action_fingerprint)
@@ -52,7 +53,7 @@ class Dataset:
         """
         root = find_repository(Path.cwd())
         config = load_config(root, overrides)
-        return cls(open_dataset(config, root), config.split, config.filter)
+        return cls(open_dataset(config, root), config)
 
     def keys(self, split: str | None = None) -> list[str]:
         """Keys of the episodes, sorted: of one split ("train" or "val"), or of both."""
@@ -74,6 +75,10 @@ class Dataset:
             keys = self.keys()
             raise ValueError(f"there is no episode {key!r}; there are {len(keys)}, such as {', '.join(keys[:3])}")
         return found
+
+    def frames(self, key: str) -> list[np.ndarray | None]:
+        """The frames uint8 [T, h, w, 3] of an episode's runs; None where the recording is not on this machine any more, or was changed."""
+        return read_frames(self._config, self.cached, self.segments(key))
 
     def _read(self, segment: Segment) -> Run:
         num_steps = segment.stop - segment.start

@@ -5,6 +5,7 @@ Tokens are painted by their first three principal components as red, green and b
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,6 +103,21 @@ def draw_horizon(rows: Sequence[Mapping[str, float | None]], path: Path, *, note
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     figure.suptitle(f"Error against horizon, held-out episodes\n{note}", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_training(history: Path, path: Path) -> None:
+    """Losses and held-out losses against training step, from a run's train.csv."""
+    with history.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = new_figure(7.0, 3.6)
+    axes = figure.subplots()
+    for name, label, style in (("total", "training", {"lw": 1.2}), ("val_total", "held out", {"marker": "o", "ms": 4})):
+        points = np.array([(float(row["step"]), float(row[name])) for row in rows if row.get(name)]).reshape(-1, 2)
+        axes.plot(*points.T, label=label, color=TRAINING if name == "total" else HELD_OUT, **style)
+    axes.set(xlabel="training step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

@@ -36,7 +36,7 @@ from jepa_cache.evaluation.figures import (
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, episode_means, write_json, write_table
 from jepa_cache.evaluation.noise import NOISE
 from jepa_cache.evaluation.page import write_page
-from jepa_cache.evaluation.pictures import draw_pictures
+from jepa_cache.evaluation.pictures import draw_pictures, draw_training
 from jepa_cache.evaluation.probes import PROBES
 from jepa_cache.evaluation.readout import describe_readout
 from jepa_cache.evaluation.verdict import OTHERS, describe_verdict, find_gain
@@ -111,6 +111,8 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         for name, table in tables.items():
             write_table(table, folder / f"{name}.csv")
         draw_pictures(errors, evaluation, rows, folder / "pictures")
+        if (history := weights.parent / "train.csv").is_file():
+            draw_training(history, folder / "pictures/training.png")
         write_page(folder, MEASUREMENTS.values())
     return metrics
 

@@ -1,5 +1,7 @@
 """Claims of data/episodes.py: an episode and every batch hold what the cache holds, unscaled; each window comes once an epoch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def stored(cache, segment):
 
 
 def test_an_episode_is_what_the_cache_holds_of_it(cache):
-    dataset = Dataset(cache.dataset, SPLIT)
+    dataset = Dataset(cache.dataset, replace(cache.config, split=SPLIT))
     assert len(dataset.keys()) == 8 and len(dataset.keys(VAL)) == 2
     assert {*dataset.keys(TRAIN)} | {*dataset.keys(VAL)} == {*dataset.keys()}
     for segment in cache.dataset.segments:
@@ -44,7 +46,7 @@ def test_an_episode_is_what_the_cache_holds_of_it(cache):
 
 
 def test_each_window_of_a_split_comes_once_an_epoch_in_an_order_of_its_own(cache):
-    dataset = Dataset(cache.dataset, SPLIT)
+    dataset = Dataset(cache.dataset, replace(cache.config, split=SPLIT))
     runs = [run for key in dataset.keys(TRAIN) for run in dataset.episode(key)]
     wanted = {
         run.tokens[start : start + 5].numpy().tobytes(): run for run in runs for start in range(len(run.tokens) - 4)

@@ -26,6 +26,7 @@ from jepa_cache.evaluation.pictures import (
     draw_horizon,
     draw_pictures,
     draw_strip,
+    draw_training,
     read_segment_actions,
     spread_positions,
     write_animation,
@@ -188,3 +189,13 @@ def test_positions_are_spread_and_never_twice():
     assert (
         spread_positions(160, 2) == [40, 120] and spread_positions(3, 8) == [0, 1, 2] and spread_positions(1, 2) == [0]
     )
+
+
+def test_the_course_of_a_training_is_drawn_with_held_out_losses_where_there_are_some(tmp_path):
+    """Empty cells are those of training steps without a validation."""
+    sizes = []
+    for number, held_out in enumerate(("", "0.9")):
+        (tmp_path / "train.csv").write_text(f"step,total,val_total\n10,1.5,\n20,1.2,{held_out}\n30,1.0,{held_out}\n")
+        draw_training(tmp_path / "train.csv", tmp_path / f"{number}.png")
+        sizes.append(len((tmp_path / f"{number}.png").read_bytes()))
+    assert 1000 < sizes[0] != sizes[1]
