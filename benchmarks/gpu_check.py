@@ -367,9 +367,8 @@ def evaluation_and_plans(bench: Bench) -> Part:
 
     @torch.no_grad()
     def evaluate() -> None:
-        h = model.as_reps(tokens)
-        model.teacher_forcing(h, actions, states)
-        model.open_loop(h[:, :3], actions, states[:, :-1], actions.shape[1] - 2)
+        horizon = actions.shape[1] - 2
+        model.both_ways(model.as_reps(tokens), actions, states, num_forced=3, num_context=3, horizon=horizon)
 
     taken = seconds(evaluate, bench.device, 1, warm=1)
     yield rate("evaluating 32 windows, float32", taken, "s", more=f"{peak_gib():.1f} GiB of 6.0")

@@ -49,6 +49,7 @@ from jepa_cache.training.optim import build_optimizer
 from jepa_cache.training.trainer import TrainResult
 from tests import caches, test_golden
 from tests.makers import make_rows, make_video, to_jsonl
+from tests.workspace import SUITE_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = {
@@ -155,7 +156,7 @@ class TrainStep:
         lora: bool = False,
         embed_dim: int = 1408,
     ) -> None:
-        preset = load_config(ROOT, [f"predictor={name}"]).predictor
+        preset = load_config(SUITE_SETTINGS, [f"predictor={name}"]).predictor
         side, steps, embed_dim = bench.size(16, 2), bench.size(8, 4), bench.size(embed_dim, 16)
         sizes = {
             "embed_dim": embed_dim,
@@ -212,7 +213,7 @@ def run_training(
     os.environ["JEPA_RUNS_HOME"] = str(bench.folder / name / "runs")
     config = caches.make_config(f"train.device={bench.device.type}", "train.loggers=[]", *overrides)
     if predictor is not None:
-        config = replace(config, predictor=load_config(ROOT, [f"predictor={predictor}"]).predictor)
+        config = replace(config, predictor=load_config(SUITE_SETTINGS, [f"predictor={predictor}"]).predictor)
     out = bench.folder / name / "out"
     with contextlib.redirect_stdout(io.StringIO()):
         return trainer.train(config, cache.dataset, cache.scaler, out / "run", base=out, fresh=fresh)
@@ -254,7 +255,7 @@ def make_stage_one(
         (pairs / f"made-{number}.jsonl").write_bytes(to_jsonl(make_rows(count, number)))
     pack_folder(pairs, bench.folder / name / "tars")
     words = ("dataset=vpt", "encoder=tiny", "encode.fps=20", f"encode.device={bench.device.type}")
-    config = load_config(ROOT, [*words, *overrides])
+    config = load_config(SUITE_SETTINGS, [*words, *overrides])
     if sizes:
         config = replace(config, encoder=replace(config.encoder, name="made", **sizes))
     return config, bench.folder / name / "tars"
