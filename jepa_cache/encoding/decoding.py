@@ -309,4 +309,5 @@ def luma_statistics(frames: np.ndarray) -> np.ndarray:
     for channel in range(3):  # a third quicker than picking pixels, whose three values numpy copies one by one
         sampled[..., channel] = frames[:, ::4, ::4, channel]
     luma = sampled.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return np.stack([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2))], axis=1)
+    mean = luma.mean(axis=(1, 2), keepdims=True)
+    return np.stack([mean[:, 0, 0], luma.std(axis=(1, 2), mean=mean)], axis=1)
