@@ -252,6 +252,7 @@ class Rollout:
         tokens = context.tokens.reshape(-1, *context.tokens.shape[-3:])
         actions, states = (np.asarray(rows).reshape(len(tokens), *rows.shape[-2:]) for rows in context[1:])
         self._newest, self._states = tokens[:, -1:], states[:, -1].astype(np.float64)
+        self._num_past = tokens.shape[1] - 1
         self._past = model.read_past(tokens, *self._scaled(actions, states))
 
     @torch.no_grad()
@@ -267,10 +268,8 @@ class Rollout:
         numbers = np.broadcast_to(np.arange(len(self._newest)).reshape(self._lead), lead).ravel()
         actions = np.broadcast_to(actions, (*lead, *actions.shape[-3:])).reshape(-1, *actions.shape[-3:])
         goals = goal.expand(*lead, *goal.shape[-2:]).reshape(-1, *goal.shape[-2:])
-        horizon = actions.shape[2]
-        num_past = (
-            (self._past[0][0].shape[2] // self._model.predictor.tokens_per_step if self._past else 0) + horizon - 1
-        )
+        # Of several steps the past of one is held while that of the next is made.
+        horizon, num_past = actions.shape[2], self._num_past + actions.shape[2] - 1
         size = batch_size or self._model.rows_at_once(1, 2 * num_past - 1 if horizon > 1 else 0)
         parts = [
             self._cost(number, candidates[start : start + size], aim, cost)
