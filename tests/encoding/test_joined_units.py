@@ -55,7 +55,7 @@ def test_what_cannot_be_read_stays_alone_and_a_bad_recording_takes_no_other_with
 
 
 def test_a_store_of_several_recordings_holds_the_tokens_that_each_has_alone(tmp_path):
-    _, example, _ = write("mp4_json", tmp_path / "in", range(6))
+    write("mp4_json", tmp_path / "in", range(6))
     found = {}
     for size in (1, 64):
         config = load_config(
