@@ -21,9 +21,8 @@ def resolve_device(key: str, wanted: str) -> str:
     Raises:
         ConfigError: torch finds no GPU, but one is asked for.
     """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # else cuBLAS may sum in another order each time; read when CUDA starts
+    # Else cuBLAS may sum in another order each time; it reads this when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     pin_attention()
@@ -71,9 +70,8 @@ def repeatable(device: torch.device, wanted: bool | str) -> Iterator[None]:
         return
     before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # would write all memory twice; nothing here reads it unwritten
-    )
+    # Filling would write all memory twice; nothing here reads it unwritten.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:

@@ -246,7 +246,8 @@ class EncodeConfig(Settings):
     num_decoders: CountOrZero  # threads; 0 means one for each core
     decode_ahead_mib: Count  # of recordings and decoded batches that wait for the encoder
     max_skipped_share: Share  # of the recordings
-    max_units: Count | None  # only the first units of each data set; the rest is not read
+    episodes_per_unit: Count = 1  # about so many in a store, of sources that have files for each recording
+    max_units: Count | None = None  # only the first units of each data set; the rest is not read
 
     def grid_of(self, encoder: EncoderPreset) -> tuple[int, int]:
         """Rows and columns of the stored tokens of a step."""

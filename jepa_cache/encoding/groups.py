@@ -30,7 +30,7 @@ from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, Encode
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.steps import StepPlan, plan_episode, sampling_stride
-from jepa_cache.encoding.units import UnitDigester, is_unread, list_units
+from jepa_cache.encoding.units import UnitDigester, is_unread, join_units, list_units
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.images import FrameSequence, SideBySide
 from jepa_cache.media.probe import UPRIGHT, VIDEO_SUFFIXES, DecodeError, probe_video
@@ -153,7 +153,7 @@ def group_units_by_recipe(
     digest_units, most_units = UnitDigester(budget_bytes), encode.max_units
     for (preset, weight), camera in itertools.product(config.members, encode.cameras or (None,)):
         source = open_source(preset, camera)
-        found, notes = list_units(source, preset, inputs, base), ()
+        found, notes = join_units(source, list_units(source, preset, inputs, base), encode.episodes_per_unit), ()
         if most_units is not None and len(found) > most_units:
             notes = (
                 f"encode.max_units is {most_units}: {len(found) - most_units} of {len(found)} units were not read",

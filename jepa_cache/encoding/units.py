@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +70,33 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
             "to name them so"
         )
     return units
+
+
+def join_units(source: Source, units: Sequence[Unit], size: int) -> list[Unit]:
+    """Units of about `size` recordings, of sources whose units are one recording each and that can split them again.
+
+    A unit ends after a recording whose name's hash says so, hence where it ends follows from its own recordings, and one more recording
+    changes one unit. What cannot be read stays alone, so that it takes no other with it.
+    """
+    if size == 1 or not hasattr(source, "split_files"):
+        return list(units)
+    joined, open_units = [], []
+    for unit in units:
+        if find_obstacle(unit) is not None or not all(os.access(file, os.R_OK) for file in unit.files):
+            joined.append(unit)
+            continue
+        open_units.append(unit)
+        if int.from_bytes(hashlib.sha256(unit.name.encode()).digest()[:8], "big") % size == 0:
+            joined.append(_join(open_units))
+            open_units = []
+    return [*joined, _join(open_units)] if open_units else joined
+
+
+def _join(units: Sequence[Unit]) -> Unit:
+    if len(units) == 1:
+        return units[0]
+    files = tuple(file for unit in units for file in unit.files)
+    return Unit(f"{units[0].name} to {units[-1].name} ({len(units)} recordings)", files)
 
 
 def _is_rendered(folder: Path) -> bool:

@@ -47,7 +47,8 @@ class Source(Protocol):
     """A data set's reader.
 
     One whose keys of skipped recordings hold names of files or folders may also have `name_skipped(unit, key) -> str`:
-    what the recording is called now, where a store was made under an earlier name.
+    what the recording is called now, where a store was made under an earlier name. One whose units are the files of one recording may
+    have `split_files(files) -> list`, the files of each recording of a unit that `encode.episodes_per_unit` has joined.
 
     Attributes:
         recipe: The source's name, its RECIPE_VERSION and every option that changes controls or frames; JSON types only.
@@ -65,6 +66,8 @@ class Source(Protocol):
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
         """Yield the recordings of one unit in its order, one in memory at a time; a bad one as Skipped, others go on.
+
+        What it yields follows from the unit's files alone: who looks at frames later knows no name of the unit.
 
         What its bytes show (no tar, cut off, fewer recordings than are listed) is yielded as Skipped, once for each
         recording that is known to be missing: it is then a property of the content and kept with it.

@@ -58,8 +58,12 @@ def build(options: Mapping[str, Any]) -> DroidRawSource:
     return DroidRawSource(parse_dataclass(RawOptions, options, "source_options of droid_raw"))
 
 
+def _name_folder(folder: Path) -> str:
+    return spell_name("/".join(folder.parts[-4:]))
+
+
 class DroidRawSource:
-    """Reads raw DROID episodes. A unit is the files of one episode and camera.
+    """Reads raw DROID episodes. A unit is the files of one episode and camera, or of several (`encode.episodes_per_unit`).
 
     Frame t shows the state of row t (the official loader's indexing); a video of another rate is placed by time. Where
     there are more frames than rows, or fewer, both begin together and the shorter decides.
@@ -91,22 +95,35 @@ class DroidRawSource:
         return [self._make_unit(folder) for folder in sorted(folders.values())]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
-        """Yield the one episode of a unit; as skipped, with the reason, when it cannot be used."""
-        try:
-            yield self._read_episode(unit.files[0].parent)
-        except ValueError as error:
-            yield Skipped(unit.name, str(error))
+        """Yield the episodes of a unit; as skipped, with the reason, one that cannot be used."""
+        for files in self.split_files(unit.files):
+            folder = files[0].parent
+            try:
+                yield self._read_episode(folder)
+            except ValueError as error:
+                yield Skipped(_name_folder(folder), str(error))
+
+    def split_files(self, files: Sequence[Path]) -> list[list[Path]]:
+        """The files of each episode: the first lies in its folder, the others in or below it."""
+        split: list[list[Path]] = []
+        for file in files:
+            if split and split[-1][0].parent in file.parents:
+                split[-1].append(file)
+            else:
+                split.append([file])
+        return split
 
     def name_skipped(self, unit: Unit, key: str) -> str:
-        """The episode's present folder; see `Source`."""
-        return unit.name
+        """The episode's present folder, where the unit is of one alone; see `Source`."""
+        folders = [_name_folder(files[0].parent) for files in self.split_files(unit.files)]
+        return folders[0] if len(folders) == 1 else key
 
     def _make_unit(self, folder: Path) -> Unit:
         files = [folder / TRAJECTORY] if is_file_name(folder / TRAJECTORY) else []
         files += list_metadata(folder)[:1]
         with contextlib.suppress(ValueError):  # iter_episodes meets the same error and reports it.
             files.append(find_video(folder, read_metadata(folder), self.options.camera))
-        return Unit(spell_name("/".join(folder.parts[-4:])), tuple(files))
+        return Unit(_name_folder(folder), tuple(files))
 
     def _read_episode(self, folder: Path) -> Episode:
         metadata = read_metadata(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def build(options: Mapping[str, Any]) -> Mp4JsonSource:
 
 
 class Mp4JsonSource:
-    """Reads pairs of mp4 and json. A unit is one pair.
+    """Reads pairs of mp4 and json. A unit is one pair, or several (`encode.episodes_per_unit`).
 
     The json is an object: `fps` (rows per second, Hz; not needed beside `times`), `states` [M][S] (row i at i / fps
     seconds, before action i acts), `actions` [M][A] or [M-1][A], and optionally `times` [M] (seconds since the first
@@ -76,19 +77,30 @@ class Mp4JsonSource:
         return [Unit(key, tuple(sorted(pairs[stem]))) for key, stem in keys.items()]
 
     def iter_episodes(self, unit: Unit) -> Iterator[Episode | Skipped]:
-        """Yield the pair; as skipped, with the reason, when it cannot be used."""
-        files = {path.suffix: path for path in unit.files}
-        try:
-            for suffix in (".mp4", ".json"):
-                if suffix not in files:
-                    raise RecordingError(f"there is no {unit.path.stem}{suffix} beside {unit.path.name}")
-            yield _read_episode(unit.name, files[".mp4"], files[".json"])
-        except (RecordingError, DecodeError) as error:
-            yield Skipped(unit.name, str(error))
+        """Yield the pairs of a unit; as skipped, with the reason, one that cannot be used."""
+        for pair in self.split_files(unit.files):
+            first, files = pair[0], {path.suffix: path for path in pair}
+            try:
+                for suffix in (".mp4", ".json"):
+                    if suffix not in files:
+                        raise RecordingError(f"there is no {first.stem}{suffix} beside {first.name}")
+                yield _read_episode(_find_key(first), files[".mp4"], files[".json"])
+            except (RecordingError, DecodeError) as error:
+                yield Skipped(_find_key(first), str(error))
+
+    def split_files(self, files: Sequence[Path]) -> list[list[Path]]:
+        """The files of each pair."""
+        return [list(pair) for _, pair in groupby(files, key=lambda file: file.with_suffix(""))]
 
     def name_skipped(self, unit: Unit, key: str) -> str:
-        """The pair's present name; see `Source`."""
-        return unit.name
+        """The pair's present name, where the unit is of one alone; see `Source`."""
+        names = [_find_key(pair[0]) for pair in self.split_files(unit.files)]
+        return names[0] if len(names) == 1 else key
+
+
+def _find_key(path: Path) -> str:
+    """The key of the pair that a file belongs to: its folder and its name without suffix."""
+    return spell_name(f"{path.parent.resolve().name}/{path.stem}")
 
 
 def _read_episode(key: str, video: Path, records: Path) -> Episode:

@@ -85,6 +85,13 @@ def test_units_are_found_in_one_order_with_files_that_exist(case):
     assert len({unit.files for unit in units}) == len({unit.name for unit in units}) == len(units)
 
 
+def test_a_unit_is_read_by_its_files_whatever_it_is_called(case):
+    source, _, folder = case
+    for unit in source.list_units([str(folder)], folder):
+        told = [recording.key for recording in source.iter_episodes(unit)]
+        assert told == [recording.key for recording in source.iter_episodes(unit._replace(name="other"))]
+
+
 def test_a_folder_that_cannot_be_read_is_refused_by_name(case, monkeypatch):
     """Root reads every folder, so the refusal is the system call's."""
     source, _, folder = case
