@@ -99,12 +99,15 @@ class BackgroundWriter:
     """Writes checkpoints in a thread, one at a time, from copies that training cannot change.
 
     Memory: one copy of weights and moments on the CPU, kept from checkpoint to checkpoint; page-locked where they are on a GPU.
+
+    Attributes:
+        running: The write that was begun last and has not been joined.
     """
 
     def __init__(self, write: Callable[[Checkpoint], object]) -> None:
         self._write, self._copies, self._kept = write, Copies(), {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[object] | None = None
+        self.running: Future[object] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint and begin to write it; waits for the one before, and raises what went wrong there.
@@ -114,7 +117,7 @@ class BackgroundWriter:
         self.join()
         tensors = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer}
         self._kept = self._copy(tensors, self._kept)
-        self._running = self._pool.submit(self._wait_and_write, checkpoint._replace(**self._kept))
+        self.running = self._pool.submit(self._wait_and_write, checkpoint._replace(**self._kept))
 
     def _copy(self, value: Any, kept: Any) -> Any:
         if isinstance(value, Tensor):
@@ -127,14 +130,9 @@ class BackgroundWriter:
         self._copies.wait()
         self._write(checkpoint)
 
-    def check(self) -> None:
-        """Raise what went wrong in a write that has ended."""
-        if self._running is not None and self._running.done():
-            self.join()
-
     def join(self) -> None:
         """Wait until what was saved is written; raises what went wrong."""
-        running, self._running = self._running, None
+        running, self.running = self.running, None
         if running is not None:
             running.result()
 

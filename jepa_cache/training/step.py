@@ -109,19 +109,21 @@ class FiniteChecks:
     def __init__(self, gradient_scaler: torch.amp.GradScaler) -> None:
         self.failure: Failure | None = None
         self._scaler = gradient_scaler
-        self._unread: list[tuple[int, np.ndarray, Tensor, Copies]] = []
+        self._unread: list[tuple[int, np.ndarray, Tensor, Copies | None]] = []
 
     def add(self, step: int, report: StepReport) -> None:
         """Begin to copy what decides over a training step."""
-        total, copies = report.losses["total"], Copies()
+        total = report.losses["total"]
         values = torch.stack([total, report.grad_norm, self._scaler.scale(torch.ones_like(total))])
-        self._unread.append((step, report.windows, copies.take(values), copies))
+        copies = Copies() if total.device.type == "cuda" else None
+        self._unread.append((step, report.windows, copies.take(values) if copies else values, copies))
 
     def read(self, *, late: int = 0) -> None:
         """Read all but the newest `late` training steps; on a GPU this waits for these to end."""
         while len(self._unread) > late:
             step, windows, values, copies = self._unread.pop(0)
-            copies.wait()
+            if copies is not None:
+                copies.wait()
             reason = self._judge(*values.tolist())
             if reason is not None and self.failure is None:
                 self.failure = Failure(step, reason, windows)

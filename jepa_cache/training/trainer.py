@@ -275,7 +275,8 @@ class _Writer:
         """Move the bar on, and record the row of a training step that has one; raises what went wrong with a checkpoint."""
         if self._silent:
             return
-        self._checkpoints.check()
+        if (running := self._checkpoints.running) is not None and running.done():
+            self._checkpoints.join()
         self._bar.update()
         if row is not None:
             self._recorder.log(row)

@@ -89,7 +89,7 @@ def test_a_mixture_has_a_column_for_each_data_set_and_a_single_one_has_none():
     mixed = columns_for(3, ["vpt", "sample"], on_gpu=True)
     assert mixed[len(COLUMNS) :] == (
         *("sloss_h1", "sloss_h2", "sloss_h3", "jloss.vpt", "jloss.sample", "val_jloss.vpt", "val_jloss.sample"),
-        "gpu_memory_mb",
+        *("copy_wait_share", "gpu_memory_mb"),
     )
     assert columns_for(1, ["vpt"], on_gpu=False)[len(COLUMNS) :] == ("sloss_h1",)
 
