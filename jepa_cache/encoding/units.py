@@ -82,7 +82,9 @@ def join_units(source: Source, units: Sequence[Unit], size: int) -> list[Unit]:
         return list(units)
     joined, open_units = [], []
     for unit in units:
-        if find_obstacle(unit) is not None or not all(os.access(file, os.R_OK) for file in unit.files):
+        if find_obstacle(unit) is not None or not all(
+            isinstance(file, Path) and os.access(file, os.R_OK) for file in unit.files
+        ):
             joined.append(unit)
             continue
         open_units.append(unit)

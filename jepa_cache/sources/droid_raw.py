@@ -16,6 +16,7 @@ from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.images import SideBySide
 from jepa_cache.media.probe import probe_video
+from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import is_file_name, walk
 from jepa_cache.poses import (
     CAMERA_CONTROLS,
@@ -103,10 +104,10 @@ class DroidRawSource:
             except ValueError as error:
                 yield Skipped(_name_folder(folder), str(error))
 
-    def split_files(self, files: Sequence[Path]) -> list[list[Path]]:
+    def split_files(self, files: Sequence[Path | BucketFile]) -> list[list[Path]]:
         """The files of each episode: the first lies in its folder, the others in or below it."""
         split: list[list[Path]] = []
-        for file in files:
+        for file in (file for file in files if isinstance(file, Path)):  # all of them: this source reads no bucket
             if split and split[-1][0].parent in file.parents:
                 split[-1].append(file)
             else:

@@ -16,6 +16,7 @@ from jepa_cache.config.parsing import parse_dataclass
 from jepa_cache.config.paths import spell_name
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.media.probe import DecodeError, measure_rate, probe_video
+from jepa_cache.media.remote import BucketFile
 from jepa_cache.media.tar import expand_inputs, is_file_name
 from jepa_cache.sources import Unit
 from jepa_cache.sources.parsers.placement import place_frames
@@ -88,9 +89,10 @@ class Mp4JsonSource:
             except (RecordingError, DecodeError) as error:
                 yield Skipped(_find_key(first), str(error))
 
-    def split_files(self, files: Sequence[Path]) -> list[list[Path]]:
+    def split_files(self, files: Sequence[Path | BucketFile]) -> list[list[Path]]:
         """The files of each pair."""
-        return [list(pair) for _, pair in groupby(files, key=lambda file: file.with_suffix(""))]
+        paths = (file for file in files if isinstance(file, Path))  # all of them: this source reads no bucket
+        return [list(pair) for _, pair in groupby(paths, key=lambda path: path.with_suffix(""))]
 
     def name_skipped(self, unit: Unit, key: str) -> str:
         """The pair's present name, where the unit is of one alone; see `Source`."""
