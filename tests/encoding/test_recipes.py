@@ -40,6 +40,7 @@ ENCODE_KEEPS = {
     "num_decoders": 7,
     "decode_ahead_mib": 7,
     "max_skipped_share": 0.5,
+    "episodes_per_unit": 64,  # other units, of the same episodes
     "max_units": 3,  # fewer units, each of which stays what it is
     "cameras": ("wrist",),  # an option of the source, hence in its recipe
     "phases": (1,),  # each phase has a recipe of its own, tested below

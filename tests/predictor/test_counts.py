@@ -9,8 +9,11 @@ Claims:
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
+
 from tests.emulated_cuda import counted_cuda, on_emulated_cuda
 
+pytestmark = pytest.mark.long  # a minute of counting
 GIB = 2**30
 
 
