@@ -135,7 +135,7 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"there is no source file {path}; a path is meant from the folder of params.yaml")
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+        sys.path.append(str(path.parent))  # last: what lies beside it hides no library
     module = importlib.import_module(path.stem)
     if module.__file__ != str(path):
         raise ValueError(f"another module is called {path.stem!r} ({module.__file__}); give {path} a name of its own")

@@ -127,7 +127,8 @@ def test_an_experiment_changes_one_line_of_a_projects_settings(tmp_path):
     assert len(before) == len(after) and sum(map(str.__ne__, before, after)) == 1
 
 
-def test_a_source_file_that_is_missing_or_no_source_is_refused(tmp_path):
+def test_a_source_file_that_is_missing_or_no_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(ValueError, match="there is no source file"):
         build_source(str(tmp_path / "gone.py"), {})
     (tmp_path / "empty_source.py").touch()
@@ -136,3 +137,5 @@ def test_a_source_file_that_is_missing_or_no_source_is_refused(tmp_path):
     Path(tmp_path / "json.py").touch()
     with pytest.raises(ValueError, match="another module is called 'json'"):
         build_source(str(tmp_path / "json.py"), {})
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import json; json.dumps(1)"]
+    subprocess.run(command, check=True)  # a process of the same search path finds the library
