@@ -52,11 +52,11 @@ def test_each_window_of_a_split_comes_once_an_epoch_in_an_order_of_its_own(cache
         run.tokens[start : start + 5].numpy().tobytes(): run for run in runs for start in range(len(run.tokens) - 4)
     }
     batches = list(
-        dataset.windows(5, batch_size=32, num_threads=2)
+        dataset.windows(5, batch_size=16, num_threads=2)
     )  # kept, so that a buffer that is filled again would show
     seen = [tokens.numpy().tobytes() for batch in batches for tokens in batch.tokens]
     assert len(seen) == len(wanted) == sum(len(run.tokens) - 4 for run in runs) and {*seen} == {*wanted}
-    assert {len(batch.tokens) for batch in batches[:-1]} == {32} and 0 < len(batches[-1].tokens) <= 32
+    assert {len(batch.tokens) for batch in batches[:-1]} == {16} and 0 < len(batches[-1].tokens) <= 16
     first = batches[0]
     source = wanted[first.tokens[0].numpy().tobytes()]
     start = next(at for at in range(len(source.tokens)) if torch.equal(source.tokens[at : at + 5], first.tokens[0]))
