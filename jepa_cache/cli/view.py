@@ -13,8 +13,8 @@ import typer
 
 from jepa_cache.config.loading import find_repository, is_override, load_config
 from jepa_cache.config.paths import require
-from jepa_cache.data.dataset import CachedDataset, Segment, open_dataset
-from jepa_cache.data.episodes import Dataset
+from jepa_cache.data.dataset import CachedDataset, open_dataset
+from jepa_cache.data.episodes import Dataset, Run
 from jepa_cache.evaluation.context import EvaluationContext, open_evaluation
 from jepa_cache.evaluation.pictures import TokenColours
 
@@ -54,8 +54,6 @@ def view(
     key = keys[0] if keys else (episodes.keys("val") or episodes.keys())[0]
     weights = root / "outputs/train/run/predictor.safetensors"
     evaluation = open_evaluation(config, dataset, weights) if weights.is_file() else None
-    segments = episodes.segments(key)
-    frames = episodes.frames(key)
 
     import rerun
 
@@ -63,11 +61,13 @@ def view(
     if save is not None:
         rerun.save(save)
     step = 0
-    for segment, run, pictures in zip(segments, episodes.episode(key), frames, strict=True):
+    runs, frames = episodes.episode(key), episodes.frames(key)
+    for run, pictures in zip(runs, frames, strict=True):
         tokens = run.tokens if evaluation is None else evaluation.model.as_reps(run.tokens.to(evaluation.device)).cpu()
-        _log_run(dataset, step, tokens.numpy(), run.actions.numpy(), run.states.numpy(), pictures)
+        run, colours = run._replace(tokens=tokens), TokenColours(tokens.numpy())
+        _log_run(dataset, step, run, colours, pictures)
         if evaluation is not None:
-            _log_predictions(evaluation, segment, step, tokens)
+            _log_predictions(evaluation, step, run, colours)
         step += len(run.tokens)
     rerun.disconnect()
     told = "" if evaluation is not None else "; no predictor in outputs/train, so nothing is foreseen"
@@ -76,61 +76,47 @@ def view(
         if any(pictures is not None for pictures in frames)
         else "; the recording is not on this machine, so there are no frames"
     )
-    print(f"{key}: {step} steps in {len(segments)} runs{told}{shown}")
+    print(f"{key}: {step} steps in {len(runs)} runs{told}{shown}")
     if save is not None:
         print(f"wrote {save}; next: rerun {save}")
 
 
-def _log_run(
-    dataset: CachedDataset,
-    first: int,
-    tokens: np.ndarray,
-    actions: np.ndarray,
-    states: np.ndarray,
-    frames: np.ndarray | None,
-) -> None:
-    """Log steps in a row: tokens [T, N, D], actions [T-1, A], states [T, S], frames [T, h, w, 3] or None."""
+def _log_run(dataset: CachedDataset, first: int, run: Run, colours: TokenColours, frames: np.ndarray | None) -> None:
+    """Log steps in a row, with their frames [T, h, w, 3] or None."""
     import rerun
 
-    painted = _paint(TokenColours(tokens), tokens, dataset.manifest.grid)
-    for place in range(len(tokens)):
+    painted = _paint(colours, run.tokens, dataset.manifest.grid)
+    for place in range(len(painted)):
         rerun.set_time("step", sequence=first + place)
         rerun.log("tokens/true", rerun.Image(painted[place]))
         if frames is not None:
             rerun.log("camera", rerun.Image(frames[place]).compress(jpeg_quality=90))
         for name, columns, rows in (
-            ("states", dataset.space.states, states),
-            ("actions", dataset.space.actions, actions),
+            ("states", dataset.space.states, run.states),
+            ("actions", dataset.space.actions, run.actions),
         ):
             for column, value in zip(columns, rows[place] if place < len(rows) else (), strict=False):
                 rerun.log(f"{name}/{column.name}", rerun.Scalars(float(value)))
 
 
 @torch.no_grad()
-def _log_predictions(evaluation: EvaluationContext, segment: Segment, first: int, tokens: torch.Tensor) -> None:
+def _log_predictions(evaluation: EvaluationContext, first: int, run: Run, colours: TokenColours) -> None:
     """Log what is foreseen of each step from the true ones before it, in the colours of the true tokens, and how far it is off."""
     import rerun
 
-    context, colours = evaluation.config.evaluate.num_context_steps, TokenColours(tokens.numpy())
-    actions, states = evaluation.dataset.controls_of(segment)
-    scaled = (
-        torch.from_numpy(rows)
-        for rows in (evaluation.scaler.actions.apply(actions), evaluation.scaler.states.apply(states))
-    )
-    actions, states = (rows.to(evaluation.device) for rows in scaled)
+    context, scaler, tokens = evaluation.config.evaluate.num_context_steps, evaluation.scaler, run.tokens
+    scaled = scaler.actions.apply(run.actions.numpy()), scaler.states.apply(run.states.numpy())
+    inputs = [rows.to(evaluation.device) for rows in (tokens, *map(torch.from_numpy, scaled))]
     for place in range(context, len(tokens)):
-        seen = slice(place - context, place)
-        given = (rows[seen][None] for rows in (tokens.to(evaluation.device), actions, states))
+        given = (rows[place - context : place][None] for rows in inputs)
         foreseen = evaluation.model.open_loop(*given, 1)[0].cpu()
         rerun.set_time("step", sequence=first + place)
-        rerun.log(
-            "tokens/foreseen", rerun.Image(_paint(colours, foreseen.numpy(), evaluation.dataset.manifest.grid)[0])
-        )
+        rerun.log("tokens/foreseen", rerun.Image(_paint(colours, foreseen, evaluation.dataset.manifest.grid)[0]))
         for name, guess in (("predictor", foreseen[0]), ("copy_last", tokens[place - 1])):
             rerun.log(f"error/{name}", rerun.Scalars(float((guess - tokens[place]).abs().mean())))
 
 
-def _paint(colours: TokenColours, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _paint(colours: TokenColours, tokens: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Pictures uint8 [T, ZOOM * H, ZOOM * W, 3] of tokens [T, N, D]."""
-    painted = (255 * colours.paint(tokens, grid)).astype(np.uint8)
+    painted = (255 * colours.paint(tokens.numpy(), grid)).astype(np.uint8)
     return painted.repeat(ZOOM, axis=1).repeat(ZOOM, axis=2)
