@@ -46,10 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"trained {result.num_trained} of {result.num_steps} training steps; checkpoints in {result.run}")
     if not dataset.manifest.encoder_trained:
         print("the encoder is untrained (random weights, or plain pixels): figures are relative, not results")
-    acts = config.dataset.sample is not None and config.dataset.source == "droid_raw"
     following = (
         f"next: python stages/evaluate.py{arguments.again}"
-        + (", or stages/act.py with the same settings" if acts else "")
+        + (", or stages/act.py with the same settings" if config.dataset.has_simulator else "")
         if obstacle is None
         else "no episode is held out, so nothing can be evaluated"
     )

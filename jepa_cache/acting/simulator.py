@@ -25,7 +25,7 @@ def open_simulator(config: Config) -> RobotWorld | None:
         ValueError: The cache does not fit it (every setting is named), or something that it needs is not installed.
     """
     dataset, encode = config.dataset, config.encode
-    if dataset.sample is None or dataset.source != "droid_raw":
+    if not dataset.has_simulator:
         return None
 
     from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld

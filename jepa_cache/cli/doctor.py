@@ -53,7 +53,7 @@ def check_everything(root: Path) -> dict[str, Finding]:
         "gpu": check_gpu,
         "decoder": check_decoders,
         "cache root": lambda: check_disk(root),
-        "simulated robot": lambda: check_robot(needed=load_config(root).dataset.name.startswith("sample_robot")),
+        "simulated robot": lambda: check_robot(needed=load_config(root).dataset.has_simulator),
     }
     findings = {}
     for name, check in checks.items():

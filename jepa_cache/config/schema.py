@@ -119,6 +119,11 @@ class DatasetPreset(Settings):
     phases: Phases = (0,)  # starting offsets in video frames, each its own stores; "all" for every one
     mixture: dict[str, Rate] = field(default_factory=dict)  # other presets and the rates at which windows are drawn
 
+    @property
+    def has_simulator(self) -> bool:
+        """Whether its recordings were rendered in a world that can be acted in: the simulated robot, recorded as raw DROID."""
+        return self.sample is not None and self.source == "droid_raw"
+
 
 @dataclass(frozen=True)
 class EncoderPreset(Settings):
