@@ -284,7 +284,7 @@ class WorldModel:
             actions: [.., S, H, A] unscaled: S candidates of H steps. Or of one context [H, A], one candidate.
             taken: [.., C-1, A] between the steps; needed where C is above 1.
             motion: By which states follow where H is above 1; by default that of the space.
-            batch_size: Candidates of one context that go through the predictor at once; all by default.
+            batch_size: Candidates of one context that go through the predictor at once; by default as many as 4 GiB are enough for.
 
         Returns:
             [.., S, H, N, E] float32 on the encoder's device, or [H, N, E].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,41 +265,46 @@ class Rollout:
         the predictor at once, by default as many as `predictor.rollout.PASS_BYTES` are enough for.
         """
         lead = np.broadcast_shapes(self._lead, actions.shape[:-3], goal.shape[:-2])
-        numbers = np.broadcast_to(np.arange(len(self._newest)).reshape(self._lead), lead).ravel()
-        actions = np.broadcast_to(actions, (*lead, *actions.shape[-3:])).reshape(-1, *actions.shape[-3:])
         goals = goal.expand(*lead, *goal.shape[-2:]).reshape(-1, *goal.shape[-2:])
-        # Of several steps the past of one is held while that of the next is made.
-        horizon, num_past = actions.shape[2], self._num_past + actions.shape[2] - 1
-        size = batch_size or self._model.rows_at_once(1, 2 * num_past - 1 if horizon > 1 else 0)
         parts = [
-            self._cost(number, candidates[start : start + size], aim, cost)
-            for number, candidates, aim in zip(numbers.tolist(), actions, goals, strict=True)
-            for start in range(0, len(candidates), size)
+            cost(self._foresee(number, candidates, every_step=cost.steps == SUM), goals[place])
+            for place, number, candidates in self._passes(actions, lead, batch_size)
         ]
         return torch.cat(parts).float().cpu().numpy().reshape(*lead, -1)
 
+    @torch.no_grad()
     def predict(self, actions: np.ndarray, batch_size: int | None = None) -> Tensor:
         """Tokens [.., S, H, N, E] after each action of S candidates of H, [.., S, H, A]; axes in front as for `energies`."""
-        seen: list[Tensor] = []
-
-        def keep(predicted: Tensor, goal: Tensor) -> Tensor:
-            seen.append(predicted)
-            return torch.zeros(predicted.shape[:2])
-
         lead = np.broadcast_shapes(self._lead, actions.shape[:-3])
-        self.energies(actions, self._newest[0, 0], Cost(keep, steps=SUM), batch_size)
-        return torch.cat(seen).reshape(*lead, *actions.shape[-3:-1], *self._newest.shape[-2:])
+        parts = [
+            self._foresee(number, candidates, every_step=True)
+            for _, number, candidates in self._passes(actions, lead, batch_size)
+        ]
+        return torch.cat(parts).reshape(*lead, *actions.shape[-3:-1], *self._newest.shape[-2:])
 
-    def _cost(self, number: int, actions: np.ndarray, goal: Tensor, cost: Cost) -> Tensor:
-        """Cost [n] of candidates [n, H, A] of one context."""
+    def _passes(
+        self, actions: np.ndarray, lead: tuple[int, ...], batch_size: int | None
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """What goes through the predictor at once: a place in `lead`, the number of its context, and candidates [n, H, A]."""
+        numbers = np.broadcast_to(np.arange(len(self._newest)).reshape(self._lead), lead).ravel()
+        actions = np.broadcast_to(actions, (*lead, *actions.shape[-3:])).reshape(-1, *actions.shape[-3:])
+        # Of several steps the past of one is held while that of the next is made.
+        horizon, num_past = actions.shape[2], self._num_past + actions.shape[2] - 1
+        size = batch_size or self._model.rows_at_once(1, 2 * num_past - 1 if horizon > 1 else 0)
+        for place, (number, candidates) in enumerate(zip(numbers.tolist(), actions, strict=True)):
+            for start in range(0, len(candidates), size):
+                yield place, number, candidates[start : start + size]
+
+    def _foresee(self, number: int, actions: np.ndarray, *, every_step: bool) -> Tensor:
+        """Tokens [n, H, N, E] after the actions of candidates [n, H, A] of one context, or [n, 1, N, E] after the last one alone."""
         num_samples, horizon = actions.shape[:2]
         newest = self._newest[number]
         rows = [np.tile(self._states[number], (num_samples, 1))]
         for step in range(horizon - 1):
             rows.append(self._integrate(rows[-1], actions[:, step]))
         scaled, states = self._scaled(actions, np.stack(rows, axis=1))
-        if isinstance(self._model.predictor, CompressedPredictor) and cost.steps != SUM:
-            return cost(self._model.as_reps(self._model.predictor.roll(newest, scaled, states))[:, None], goal)
+        if isinstance(self._model.predictor, CompressedPredictor) and not every_step:
+            return self._model.as_reps(self._model.predictor.roll(newest, scaled, states))[:, None]
         tokens = newest.expand(num_samples, *newest.shape)
         own = self._past and [tuple(part[number : number + 1] for part in block) for block in self._past]
         past, seen = repeat_past(own, num_samples), []
@@ -309,9 +314,9 @@ class Rollout:
             kept = 0 if step == horizon - 1 else None
             out = self._model.predict(tokens, scaled[:, now], states[:, now], None, past, kept)
             tokens, past = self._model.as_reps(out.tokens), out.past
-            if step == horizon - 1 or cost.steps == SUM:
+            if step == horizon - 1 or every_step:
                 seen.append(tokens)
-        return cost(torch.cat(seen, dim=1), goal)
+        return torch.cat(seen, dim=1)
 
     def _scaled(self, actions: np.ndarray, states: np.ndarray) -> list[Tensor]:
         if self._scaler is not None:
