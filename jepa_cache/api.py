@@ -148,8 +148,8 @@ class WorldModel:
         A transformer may run in `precision` bfloat16 or float16: half the memory of a plan, and a few times the speed on a GPU.
 
         Raises:
-            ValueError: The precision is unknown; the file is missing, damaged or has no card, or the weights were trained on tokens of another encoder or other
-                settings (every difference is named), in clip mode, or by a version that did not write down on which.
+            ValueError: The precision is unknown; the file is missing, damaged or has no card, or the weights were trained on tokens of
+                another encoder or other settings (every difference is named), in clip mode, or by a version that did not write down on which.
         """
         if not isinstance(encoder, Encoder):
             raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')

@@ -68,8 +68,9 @@ def upload(folder: Path, url: str) -> None:
             )
             return
         files, path = open_url(url)
+        for parent in sorted({str(PurePosixPath(path, name).parent) for name in names}):
+            files.makedirs(parent, exist_ok=True)
         for name in tqdm([*names, CHECKSUMS], desc="upload", unit="file", mininterval=0.5):
-            files.makedirs(str(PurePosixPath(path, name).parent), exist_ok=True)
             files.put_file(str(folder / name), f"{path}/{name}")
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -55,8 +55,9 @@ class FrozenEncoder:
     ) -> None:
         """Move a preset's encoder, from `load_module`, to a device such as "cuda:1".
 
-        A lower `compute_dtype` is autocast; weights of products, which it would cast at every pass, are cast here once. `single_frame` says how frame mode gives a frame: "doubled" into a
-        tubelet, or as an "image" (V-JEPA 2.1 only). `pool` 2 averages the tokens of each 2 x 2 patches.
+        A lower `compute_dtype` is autocast; weights of products, which it would cast at every pass, are cast here once. `single_frame`
+        says how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only). `pool` 2 averages the tokens of
+        each 2 x 2 patches.
         """
         side = preset.resolution // preset.patch_size
         self.grid, self.pool = (side, side), pool
@@ -94,9 +95,9 @@ class FrozenEncoder:
         """Encode groups of frames, each group on its own.
 
         Args:
-            groups: [B, G, 3, R, R] float32 or [B, G, h, w, 3] uint8, as `preprocess` gives frames, here or on the device. G = 1 is frame mode: the frame is repeated to fill a
-                tubelet, as the AC trainer does, or goes through the image path. G = tubelet is tubelet mode, a larger
-                multiple clip mode, where attention spans the clip in both directions of time.
+            groups: [B, G, 3, R, R] float32 or [B, G, h, w, 3] uint8, as `preprocess` gives frames, here or on the device. G = 1 is frame
+                mode: the frame is repeated to fill a tubelet, as the AC trainer does, or goes through the image path. G = tubelet is
+                tubelet mode, a larger multiple clip mode, where attention spans the clip in both directions of time.
 
         Returns:
             tokens [B, T, N, D] on the device, T = 1 in frame mode, else G / tubelet; after the encoder's final norm,

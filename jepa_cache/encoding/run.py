@@ -25,6 +25,7 @@ from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.pipeline import FillResult, Timing, fill_group
 from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
+from jepa_cache.encoding.units import name_skipped
 from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
@@ -206,7 +207,6 @@ def _list_group(
     group: EncodingGroup, root: CacheRoot, stores: Stores, filled: FillResult, names: dict[str, str]
 ) -> ManifestPart:
     """What the manifest lists of a group; sums up missing actions. `names` gets present names of the skipped."""
-    name_skipped = getattr(group.source, "name_skipped", lambda unit, key: key)
     entries, skipped, notes, lost = [], [], list(group.notes), list(group.unreadable)
     without_episode: dict[str, list[dict[str, str]]] = {}
     for unit in group.units:
@@ -234,7 +234,8 @@ def _list_group(
         skipped += tokens.metadata["skipped"] + [{"key": key, "reason": reason} for key, reason in excluded.items()]
         notes += tokens.metadata["notes"]
         # The manifest keeps the name of the store: a folder that is renamed makes no other training set.
-        names |= {recording["key"]: name_skipped(unit, recording["key"]) for recording in tokens.metadata["skipped"]}
+        keys = [recording["key"] for recording in tokens.metadata["skipped"]]
+        names |= {key: name_skipped(group.source, unit, key) for key in keys}
         if tokens.metadata["num_episodes"] == 0:
             without_episode[unit.digest] = tokens.metadata["skipped"]
     # A page of an error under twenty names is twenty losses.

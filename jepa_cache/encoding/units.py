@@ -94,6 +94,15 @@ def join_units(source: Source, units: Sequence[Unit], size: int) -> list[Unit]:
     return [*joined, _join(open_units)] if open_units else joined
 
 
+def name_skipped(source: Source, unit: Unit, key: str) -> str:
+    """What a skipped recording is called now, where its store was made under an earlier name; of joined units the name that the store has."""
+    if not hasattr(source, "name_skipped") or (
+        hasattr(source, "split_files") and len(source.split_files(unit.files)) > 1
+    ):
+        return key
+    return source.name_skipped(unit, key)
+
+
 def _join(units: Sequence[Unit]) -> Unit:
     if len(units) == 1:
         return units[0]

@@ -115,9 +115,8 @@ class DroidRawSource:
         return split
 
     def name_skipped(self, unit: Unit, key: str) -> str:
-        """The episode's present folder, where the unit is of one alone; see `Source`."""
-        folders = [_name_folder(files[0].parent) for files in self.split_files(unit.files)]
-        return folders[0] if len(folders) == 1 else key
+        """The episode's present folder; see `Source`."""
+        return unit.name
 
     def _make_unit(self, folder: Path) -> Unit:
         files = [folder / TRAJECTORY] if is_file_name(folder / TRAJECTORY) else []

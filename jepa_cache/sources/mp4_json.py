@@ -95,9 +95,8 @@ class Mp4JsonSource:
         return [list(pair) for _, pair in groupby(paths, key=lambda path: path.with_suffix(""))]
 
     def name_skipped(self, unit: Unit, key: str) -> str:
-        """The pair's present name, where the unit is of one alone; see `Source`."""
-        names = [_find_key(pair[0]) for pair in self.split_files(unit.files)]
-        return names[0] if len(names) == 1 else key
+        """The pair's present name; see `Source`."""
+        return unit.name
 
 
 def _find_key(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Claims of cli/view.py: an episode goes into a file with its frames, tokens and actions; without screen or library one message says what to do."""
 
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ def test_an_episode_is_saved_for_a_viewer_elsewhere(checkout, tmp_path):
     assert result.code == 0, result.err
     assert "no predictor in outputs/train" in result.out and f"next: rerun {saved}" in result.out
     command = [sys.executable, "-m", "rerun", "rrd", "print", str(saved)]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # wherever this process has rerun from
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
     assert all(f"/{name}" in shown for name in ("camera", "tokens/true", "actions/", "states/"))
 
 

@@ -9,7 +9,8 @@ import pytest
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoding.run import encode_dataset
-from jepa_cache.encoding.units import join_units
+from jepa_cache.encoding.units import join_units, name_skipped
+from jepa_cache.episode import Skipped
 from jepa_cache.sources import build_source
 from jepa_cache.store.root import CacheRoot
 from tests.sources import examples
@@ -47,6 +48,10 @@ def test_what_cannot_be_read_stays_alone_and_a_bad_recording_takes_no_other_with
     units = source.list_units([str(tmp_path / "in")], tmp_path)
     read = [recording for unit in join_units(source, units, 64) for recording in source.iter_episodes(unit)]
     assert [type(recording).__name__ for recording in read].count("Skipped") == 1 and len(read) == 8
+    (skipped,) = (recording.key for recording in read if isinstance(recording, Skipped))
+    (joined,) = join_units(source, units, 64)[-1:]
+    assert name_skipped(source, units[0], "earlier") == units[0].name
+    assert name_skipped(source, joined, skipped) == skipped
     gone = units[5].files[-1]
     gone.unlink()
     gone.symlink_to(tmp_path / "nowhere")
