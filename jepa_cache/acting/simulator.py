@@ -25,7 +25,8 @@ def open_simulator(config: Config) -> RobotWorld | None:
         ValueError: The cache does not fit it (every setting is named), or something that it needs is not installed.
     """
     dataset, encode = config.dataset, config.encode
-    if not dataset.has_simulator:
+    rendered_by = dataset.sample if dataset.has_simulator else None
+    if rendered_by is None:
         return None
 
     from jepa_cache.sample.robot import CAMERAS, STEP_HZ, RobotWorld
@@ -41,7 +42,7 @@ def open_simulator(config: Config) -> RobotWorld | None:
         obstacles.append(f"encode.cameras must name one of {', '.join(CAMERAS)}; got {got}")
     if obstacles:
         raise ValueError(f"nothing can be acted with this cache: {'; '.join(obstacles)}")
-    sample = parse_dataclass(RobotSampleConfig, dataset.sample, f"configs/dataset/{dataset.name}.yaml: sample")
+    sample = parse_dataclass(RobotSampleConfig, rendered_by, f"configs/dataset/{dataset.name}.yaml: sample")
     return RobotWorld(sample.size, camera=encode.cameras[0])
 
 
