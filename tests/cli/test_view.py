@@ -11,6 +11,7 @@ from jepa_cache.cli.view import view
 
 def test_an_episode_is_saved_for_a_viewer_elsewhere(checkout, tmp_path):
     pytest.importorskip("rerun", reason="rerun-sdk (extra `view`) is not installed")
+    checkout.encode()  # makes nothing, but notes which file is which unit, where frames are looked for
     saved = tmp_path / "x.rrd"
     result = checkout.run("view", "x", "--save", saved)
     assert result.code == 0, result.err
