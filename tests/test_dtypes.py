@@ -142,7 +142,7 @@ def test_stage_two_trains_and_evaluates(made, tmp_path, monkeypatch):
     result = train(made.config, dataset, scaler, tmp_path / "run", base=tmp_path)
     metrics = evaluate_run(made.config, dataset, result.weights, tmp_path / "evaluate")
     assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
-    assert (tmp_path / "evaluate/pictures/strip1.png").is_file()
+    assert (tmp_path / "evaluate/pictures/film1_1_tokens.png").is_file()
     dataset.close()
 
 
