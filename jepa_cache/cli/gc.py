@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from jepa_cache.cli.outcome import (
-    MANIFEST,
     AsJson,
     Checkout,
     Outcome,
@@ -68,7 +67,9 @@ def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days:
     contents = list_root(root, own, grace_days=grace_days)
     forgotten = find_listings(contents, forget)
     if own is not None and own.digest in forgotten:
-        raise RefusedError(f"{own.digest} is the manifest of this checkout ({MANIFEST}); encode something else first")
+        raise RefusedError(
+            f"{own.digest} is the manifest of this checkout ({checkout.manifest_path}); encode something else first"
+        )
     listings = [_describe(root, digest, contents, forgotten, own) for digest in contents.needs]
     if delete:
         contents = remove_unneeded(root, forgotten, own, grace_days=grace_days)

@@ -42,6 +42,7 @@ REPOSITORY_ROOT = TEMPLATE if TEMPLATE.is_dir() else PACKAGE.parent
 """Where settings come from outside every project: the checkout of this package, or what came with it."""
 
 PRESETS = ("dataset", "encoder", "predictor")
+OUTPUTS = "outputs"  # what dvc.yaml declares, and projects of earlier releases have
 SECTIONS = {
     "cache": CacheConfig,
     "encode": EncodeConfig,
@@ -67,14 +68,17 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
     """
     params = _read_yaml(root / "params.yaml")
+    params.setdefault("outputs", OUTPUTS)
     typed = {_apply_override(params, override) for override in overrides}
-    check_keys(params, [*PRESETS, *SECTIONS], "params.yaml")
+    check_keys(params, [*PRESETS, "outputs", *SECTIONS], "params.yaml")
     if lacking := [key for key in (*PRESETS, *SECTIONS) if key not in params]:
         raise ConfigError(f"params.yaml lacks the key {lacking[0]!r}; put it back (git diff params.yaml shows it)")
     if wrong := [key for key in SECTIONS if not isinstance(params[key], Mapping)]:
         raise ConfigError(f"params.yaml: {wrong[0]} must be a mapping; got {params[wrong[0]]!r}")
 
-    origins: dict[str, str] = {}
+    origins = {"outputs": "command line" if "outputs" in typed else "params.yaml"}
+    if not isinstance(outputs := params["outputs"], str) or not outputs.strip():
+        raise ConfigError(f"{origins['outputs']}: outputs must name a folder, such as {OUTPUTS}/b; got {outputs!r}")
     presets: dict[str, Any] = {}
     files = {kind: preset_file(kind, params[kind]) for kind in PRESETS}
     for kind in PRESETS:
@@ -110,7 +114,9 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
         if name == "train":
             _scale_schedule(values, of_train, {key for key, (_, file) in resolved.items() if file == train_file})
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
-    config = Config(**presets, **sections, members=_list_members(root, presets["dataset"]), origins=origins)
+    config = Config(
+        **presets, **sections, outputs=outputs, members=_list_members(root, presets["dataset"]), origins=origins
+    )
     check_config(config)
     return config
 
@@ -157,6 +163,27 @@ def find_repository(folder: Path, *, read_only: bool = False) -> Path:
 def data_base(root: Path = REPOSITORY_ROOT) -> Path:
     """Return the folder of relative data paths: $DVC_ROOT (the main checkout in temporary experiments), else `root`."""
     return Path(os.environ.get("DVC_ROOT") or root)
+
+
+def outputs_folder(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
+    """Where the stages of a project leave and look for their results: `outputs`, relative to the project `root`.
+
+    Raises:
+        ConfigError: DVC runs the stage, and dvc.yaml declares results in another folder.
+    """
+    pipeline, declared = root / "dvc.yaml", rf"(?<![\w/.-])(\$\{{outputs\}}|{re.escape(config.outputs.rstrip('/'))})/"
+    told = pipeline.read_text(encoding="utf-8") if os.environ.get("DVC_STAGE") and pipeline.is_file() else None
+    if told is not None and not re.search(declared, told):
+        raise ConfigError(
+            f"{config.origins['outputs']}: outputs is {config.outputs!r}, but DVC runs this stage, and dvc.yaml declares its results in "
+            f"another folder; set outputs to {OUTPUTS} (dvc keeps experiments apart by itself), or run the stages without dvc"
+        )
+    return root / Path(config.outputs).expanduser()
+
+
+def manifest_path(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
+    """The manifest that stage one leaves, and all later stages read."""
+    return outputs_folder(config, root) / "encode/manifest.json"
 
 
 def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:

@@ -135,6 +135,7 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("train.num_steps=20 train.num_warmup=50", r"exceed train\.num_steps 20; .* train\.num_warmup=2 train\.num_anneal=6"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train.lr=[1", r"train\.lr=\[1"),
+        *((f"outputs={it}", r"command line: outputs must name a folder.*; got") for it in ("", "[a]", "1", "' '")),
         ("train=1", r"unknown parameter 'train'; did you mean 'train\."),
         *((f"cache.root={it}", r"cache\.root must .*; got") for it in ("true", "1e30", "[]", "''", r'"/a\0b"')),
         ("encode.mode=clip encode.frames_per_clip=8", r"a segment is one clip of 4 steps.*train.window_steps is 8"),
