@@ -100,7 +100,7 @@ def export_predictor(
 
 def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -> Outcome:
     if checkout.paths:
-        raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
+        raise ValueError(f"export takes one folder, and key=value or FILE.yaml; got {checkout.paths[0]!r} as well")
     if path is None and (reason := why_held_back(checkout.manifest_path)) is not None:
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root

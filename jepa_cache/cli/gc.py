@@ -56,7 +56,7 @@ def gc(
 def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: float) -> Outcome:
     root, own = checkout.root, None
     if checkout.paths:
-        raise ValueError(f"gc takes key=value overrides only; got {checkout.paths[0]!r}")
+        raise ValueError(f"gc takes key=value or FILE.yaml only; got {checkout.paths[0]!r}")
     if not root.path.is_dir() and root.name == str(root.path):
         raise ValueError(
             f"there is no cache root {root.path}: nothing was encoded into it yet (`python stages/encode.py` does), or "

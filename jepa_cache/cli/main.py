@@ -87,7 +87,9 @@ def read_help(module: str, function: str) -> str:
 
 
 def params(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4, or FILE.yaml")
+    ] = None,
 ) -> None:
     """Print the resolved settings and where each comes from."""
     config = load_config(find_repository(Path.cwd()), overrides or [])

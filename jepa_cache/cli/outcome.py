@@ -35,9 +35,9 @@ NUM_SHOWN = 20
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 Recordings = Annotated[
-    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
+    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value or FILE.yaml")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache, or FILE.yaml")]
 
 
 class Outcome(NamedTuple):

@@ -24,7 +24,8 @@ ZOOM = 16
 
 def view(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="key of the episode (else the first held-out one); key=value")
+        list[str] | None,
+        typer.Argument(help="key of the episode (else the first held-out one); key=value or FILE.yaml"),
     ] = None,
     *,
     save: Annotated[

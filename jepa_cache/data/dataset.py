@@ -97,7 +97,7 @@ def open_dataset(config: Config, repository: Path) -> CachedDataset:
     manifest = read_manifest(path)
     if differing := find_differences(config, manifest):
         raise ValueError(
-            f"{path} was made with other settings ({'; '.join(differing)}); give those here too, as key=value or in params.yaml, or run "
+            f"{path} was made with other settings ({'; '.join(differing)}); give those here too (key=value, a file of settings, params.yaml), or run "
             "`python stages/encode.py` again with the present ones"
         )
     base = data_base(repository)
