@@ -22,8 +22,8 @@ from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
-EVALUATE = "outputs/evaluate"
-RUN, WEIGHTS = "outputs/train/run", "predictor.safetensors"
+EVALUATE = "outputs/evaluate"  # as dvc.yaml has it
+WEIGHTS = "predictor.safetensors"
 
 COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""
@@ -244,8 +244,8 @@ def _with_interval(mean: float, low: float, high: float, num_digits: int = 3) ->
 def read_run(name: str) -> Evaluated:
     """Read one evaluation.
 
-    `name` is metrics.json, a folder that holds it, a checkout, the folder of a training run that was evaluated, or else the
-    name of a DVC experiment, or a git branch, tag or commit.
+    `name` is metrics.json, a folder that holds it, the outputs of a project, a project, the folder of a training run that was
+    evaluated, or else the name of a DVC experiment, or a git branch, tag or commit.
 
     Raises:
         ValueError: There is none, or it is damaged.
@@ -253,8 +253,9 @@ def read_run(name: str) -> Evaluated:
     path = Path(name)
     if not path.exists():
         return _read(name, _revision_reader(name))
-    weights = next((it for it in (path / WEIGHTS, path / RUN / WEIGHTS) if it.is_file()), None)
-    candidates = [path.parent] if path.name == METRICS_FILE else [path, path / EVALUATE]
+    runs = (path, path / "train/run", path / "outputs/train/run")
+    weights = next((run / WEIGHTS for run in runs if (run / WEIGHTS).is_file()), None)
+    candidates = [path.parent] if path.name == METRICS_FILE else [path, path / "evaluate", path / EVALUATE]
     if weights == path / WEIGHTS:
         candidates.append(path.absolute().parent.parent / "evaluate")
     folder = next((folder for folder in candidates if (folder / METRICS_FILE).is_file()), None)

@@ -452,6 +452,7 @@ class Config:
     plan: PlanConfig
     act: ActConfig
     cache: CacheConfig
+    outputs: str  # folder of what the stages leave, relative to the project
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
