@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zarr  # here and not first by a writer's thread: pytest rewrites its asserts, and Python 3.11 parses in one thread at a time
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
@@ -178,8 +179,6 @@ def decode_all(video: bytes) -> np.ndarray:
 
 def read_episodes(result: EncodeResult, root: Path) -> dict[str, dict[str, np.ndarray]]:
     """Per episode: tokens, actions, states and the columns of the step table, in the order of its steps."""
-    import zarr
-
     cache, manifest, episodes = CacheRoot(root), result.manifest, {}
     for entry in manifest.entries:
         store = cache.tokens(manifest.fingerprint, entry.unit_digest)

@@ -61,7 +61,7 @@ VARYING = re.compile(r"'[^']*'|[+-]?\d[\d.,:]*(e[+-]?\d+)?")
 def inspect(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="recordings (the preset's when absent); key=value overrides of params.yaml"),
+        typer.Argument(help="recordings (the preset's when absent); key=value or FILE.yaml"),
     ] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

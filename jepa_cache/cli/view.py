@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import typer
 
-from jepa_cache.config.loading import find_repository, is_override, load_config
+from jepa_cache.config.loading import find_repository, is_override, load_config, outputs_folder
 from jepa_cache.config.paths import require
 from jepa_cache.data.dataset import CachedDataset, open_dataset
 from jepa_cache.data.episodes import Dataset, Run
@@ -24,7 +24,8 @@ ZOOM = 16
 
 def view(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="key of the episode (else the first held-out one); key=value")
+        list[str] | None,
+        typer.Argument(help="key of the episode (else the first held-out one); key=value or FILE.yaml"),
     ] = None,
     *,
     save: Annotated[
@@ -33,7 +34,7 @@ def view(
 ) -> None:
     """Show an episode in Rerun: frames, tokens as colours, actions and states; and what a trained predictor foresees of each next step.
 
-    Frames are shown where the recording is still on this machine, predictions where outputs/train has a predictor of this cache. With
+    Frames are shown where the recording is still on this machine, predictions where train of the outputs has a predictor of this cache. With
     predictions go two curves: their error, and that of copying the last step.
     """
     given = arguments or []
@@ -52,7 +53,7 @@ def view(
     dataset = open_dataset(config, root)
     episodes = Dataset(dataset, config)
     key = keys[0] if keys else (episodes.keys("val") or episodes.keys())[0]
-    weights = root / "outputs/train/run/predictor.safetensors"
+    weights = outputs_folder(config, root) / "train/run/predictor.safetensors"
     evaluation = open_evaluation(config, dataset, weights) if weights.is_file() else None
 
     import rerun
@@ -70,7 +71,7 @@ def view(
             _log_predictions(evaluation, step, run, colours)
         step += len(run.tokens)
     rerun.disconnect()
-    told = "" if evaluation is not None else "; no predictor in outputs/train, so nothing is foreseen"
+    told = "" if evaluation is not None else f"; no predictor in {config.outputs}/train, so nothing is foreseen"
     shown = (
         ""
         if any(pictures is not None for pictures in frames)

@@ -245,6 +245,7 @@ class EncodeConfig(Settings):
     pool: Count  # 1 stores every patch's token, 2 the mean of each 2 x 2 patches' tokens
     compute_dtype: FloatDtype
     batch_size: Count
+    fill_batches: bool  # with frames of several episodes of a unit
     dtype: StoredDtype
     device: Device
     decoder: Decoder
@@ -451,6 +452,7 @@ class Config:
     plan: PlanConfig
     act: ActConfig
     cache: CacheConfig
+    outputs: str  # folder of what the stages leave, relative to the project
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 

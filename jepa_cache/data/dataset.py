@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from jepa_cache.actions import ActionSpace, get_action_space
-from jepa_cache.config.loading import data_base
+from jepa_cache.config.loading import data_base, manifest_path
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
 from jepa_cache.data.cameras import Segment, join_cameras
 from jepa_cache.data.filters import NO_FILTER, cut_runs, join_steps, keep_steps, keep_ticks, needs_controls, ranges_path
@@ -85,19 +85,19 @@ def _is_exact(num_episodes: int, config: SplitConfig) -> bool:
 
 
 def open_dataset(config: Config, repository: Path) -> CachedDataset:
-    """Open the data set that outputs/encode/manifest.json lists, if it is the one that params.yaml asks for.
+    """Open the data set that encode/manifest.json of the project's outputs lists, if it is the one that params.yaml asks for.
 
     Raises:
         ValueError: When the manifest is missing, older than an encode that failed, or made with other settings, or its
             stores are gone.
     """
-    path = repository / "outputs/encode/manifest.json"
+    path = manifest_path(config, repository)
     if (reason := why_held_back(path)) is not None:
         raise ValueError(reason)
     manifest = read_manifest(path)
     if differing := find_differences(config, manifest):
         raise ValueError(
-            f"{path} was made with other settings ({'; '.join(differing)}); give those here too, as key=value or in params.yaml, or run "
+            f"{path} was made with other settings ({'; '.join(differing)}); give those here too (key=value, a file of settings, params.yaml), or run "
             "`python stages/encode.py` again with the present ones"
         )
     base = data_base(repository)

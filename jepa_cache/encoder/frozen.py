@@ -210,13 +210,13 @@ class Overlap:
         for _ in range(num_slots):
             self._free.put(Slot(self))
 
-    def submit(self, groups: Tensor) -> Slot:
-        """Encode and cast a batch as `FrozenEncoder.preprocess` gives it, [B, G, ...], which may be given up afterwards.
+    def submit(self, *parts: Tensor) -> Slot:
+        """Encode and cast a batch as `FrozenEncoder.preprocess` gives it, in parts [B, G, ...], which may be given up afterwards.
 
         Raises:
             queue.Empty: More than `num_slots` batches were not released.
         """
-        slot = self._free.get_nowait()
+        slot, groups = self._free.get_nowait(), parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.upload is None:
             slot.compute(groups)
             slot.tokens, slot.errors = slot.stored, slot.summary

@@ -76,12 +76,13 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     return FrozenEncoder(preset, module, device=device, **options)
 
 
-def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) -> dict[str, object]:
-    """What is recorded of the making of a store, outside its digest."""
+def describe_machine(encoder: FrozenEncoder, encode: EncodeConfig, num_threads: int) -> dict[str, object]:
+    """What is recorded of the making of a store, outside its digest; `fill_batches` where it is on."""
     import torch
 
     return {
-        "batch_size": batch_size,
+        "batch_size": encode.batch_size,
+        **({"fill_batches": True} if encode.fill_batches else {}),
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "num_threads": num_threads if encoder.device.type == "cpu" else 1,
         "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}

@@ -44,6 +44,30 @@ def test_null_means_as_the_preset_says_and_a_value_overrides_it(root):
     )
 
 
+def test_a_file_of_settings_overrides_in_its_place_and_is_named(root):
+    mine = root / "mine.yaml"
+    mine.write_text("predictor: small\ntrain: {lr: 0.5, weight_decay: , step_lengths: [1, 2]}\nplan.horizons: [7]\n")
+    config = load_config(root, ["train.weight_decay=1", str(mine), "train.lr=0.25"])
+    assert (config.predictor.name, config.train.step_lengths, config.plan.horizons) == ("small", (1, 2), (7,))
+    assert config.train.lr == 0.25 and config.train.weight_decay == load_config(root).train.weight_decay
+    names = ("predictor.name", "train.step_lengths", "train.lr", "train.weight_decay", "plan.seed")
+    origins = [str(mine), str(mine), "command line", "configs/train/demo.yaml", "params.yaml"]
+    assert [config.origins[name] for name in names] == origins
+    assert load_config(root, [str(mine), "train.lr=0.25"]).train == config.train, "one run, however it is typed"
+    for text, words in (
+        ("train: {lrr: 1}", r"unknown parameter 'train\.lrr'; did you mean 'train\.lr'"),
+        ("train: {lr: -1}", r"train\.lr must be above 0; got -1"),
+        ("encoder: vitll", r"encoder is 'vitll', .*did you mean 'vitl'"),
+        ("- 1", "must hold a mapping; got list"),
+        ("train: [", "is no valid YAML"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(ConfigError, match=f"{mine}:? {words}"):
+            load_config(root, [str(mine)])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml is missing; name a file of settings by its path from here"):
+        load_config(root, ["nowhere.yaml"])
+
+
 def test_warm_up_and_anneal_keep_their_shares_of_a_training_whose_length_is_set(root):
     def told(*overrides):
         train = load_config(root, overrides).train
@@ -135,6 +159,7 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("train.num_steps=20 train.num_warmup=50", r"exceed train\.num_steps 20; .* train\.num_warmup=2 train\.num_anneal=6"),
         ("train.lrr=1", "unknown parameter 'train.lrr'; did you mean 'train.lr'"),
         ("train.lr=[1", r"train\.lr=\[1"),
+        *((f"outputs={it}", r"command line: outputs must name a folder.*; got") for it in ("", "[a]", "1", "' '")),
         ("train=1", r"unknown parameter 'train'; did you mean 'train\."),
         *((f"cache.root={it}", r"cache\.root must .*; got") for it in ("true", "1e30", "[]", "''", r'"/a\0b"')),
         ("encode.mode=clip encode.frames_per_clip=8", r"a segment is one clip of 4 steps.*train.window_steps is 8"),
@@ -233,7 +258,7 @@ def test_the_suite_loads_settings_of_its_own_with_the_keys_of_the_checkout():
 
 
 def test_paths_are_not_taken_for_overrides():
-    assert is_override("train.lr=3e-4") and is_override("dataset=vpt")
+    assert is_override("train.lr=3e-4") and is_override("dataset=vpt") and is_override("../mine.yaml")
     assert not is_override("shards") and not is_override("/data/date=2020/x.tar") and not is_override("./a=b.tar")
 
 

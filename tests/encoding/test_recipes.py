@@ -31,6 +31,7 @@ ENCODE_CHANGES = {
     "pool": 2,
 }
 ENCODE_KEEPS = {
+    "fill_batches": True,
     "frames_per_clip": 8,  # clip mode only
     "action_space": "vpt36",
     "weights": "elsewhere.pt",  # known by content, not by place
