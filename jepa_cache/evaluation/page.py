@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from jepa_cache.config.parsing import flatten
 from jepa_cache.evaluation.context import Measurement
@@ -101,7 +100,7 @@ def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
         TEMPLATES / "report.html.j2",
         filters,
         reel=json.loads(films.read_text(encoding="utf-8")),
-        script=Markup(script),
+        script=script,
         # The one script that a browser runs in this page: names in the data cannot add another.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
