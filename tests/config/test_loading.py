@@ -129,6 +129,7 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("filter.min_steps=0", "filter.min_steps must be above 0"),
         ("split.val_share=1.5", r"split\.val_share must be at most 1; got 1\.5"),
         ("encode.weights=x.pt", "has seeded random weights"),
+        ("encoder=pixels encode.compile=true", "encode.compile is for V-JEPA's blocks, got kind pixels"),
         ("evaluate.num_bootstrap=99", r"evaluate\.num_bootstrap must be at least 100; got 99"),
         ("evaluate.measure=energy", r"measure must be a list, such as \[a, b\]; got 'energy'"),
         ("evaluate.measure=[energy,noise,energy]", r"evaluate\.measure names 'energy' more than once"),
