@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = evaluate_run(config, dataset, weights, out)
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(
-        f"wrote {config.outputs}/evaluate/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare compares runs"
+        f"wrote {config.outputs}/evaluate/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare --all"
     )
 
 

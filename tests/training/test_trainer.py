@@ -98,14 +98,6 @@ def test_killed_half_way_through_a_checkpoint_while_training_goes_on_it_ends_lik
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
-    ends = [train_at("often", "train.checkpoint_every=1", kill_at=90) for _ in range(7)]
-    assert ends.count(-signal.SIGKILL) > 3
-    for name in ("often", "whole"):
-        train_at(name, "train.checkpoint_every=1")
-    assert outcome(tmp_path / "often") == outcome(tmp_path / "whole")
-
-
 def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(train_at, tmp_path):
     train_at("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again", symlinks=True)
@@ -188,24 +180,6 @@ def test_a_loss_that_is_not_finite_stops_overwrites_nothing_and_names_the_window
     training = {segment.episode for segment in cache.dataset.segments_of("train", cache.config.split)}
     assert len(named) == 4 and {window["episode"] for window in named} <= training
     assert all(0 <= window["start"] <= 25 and window["num_steps"] == 5 for window in named)
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_are_kept(
-    cache, tmp_path, runs, monkeypatch
-):
-    build, calls = trainer.build_optimizer, []
-
-    def spoiled(model, **rates):
-        weight = model.action_encoder.weight
-        weight.register_hook(lambda grad: calls.append(1) or (grad * float("inf") if len(calls) == 3 else grad))
-        return build(model, **rates)
-
-    monkeypatch.setattr(trainer, "build_optimizer", spoiled)
-    with pytest.raises(ValueError, match=r"training step 3 .* norm of its gradient (nan|inf)"):
-        run(cache, tmp_path, "train.checkpoint_every=1")
-    (latest,) = runs.glob("*/checkpoints/latest")
-    assert latest.readlink() == Path("step-00000002")
-    assert all(bool(t.isfinite().all()) for t in load_file(latest / "predictor.safetensors").values())
 
 
 @pytest.mark.parametrize("spoiled", [2, 3, 4])
@@ -385,7 +359,7 @@ def test_a_manifest_made_with_other_settings_is_refused(cache):
     assert len(open_dataset(config, cache.folder).segments) == 8
     for override in (
         *("dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"),
-        *("encode.cameras=[wrist]", "encode.phases=[0,1]"),
+        *("encode.cameras=[wrist]", "encode.phases=[0,1]", "encode.pool=2"),
     ):
         with pytest.raises(ValueError, match=rf"other settings \({override.partition('=')[0]} is .*encode\.py"):
             open_dataset(make_config(root, override), cache.folder)
