@@ -97,7 +97,7 @@ def changed(config, section, field, value):
 
 def test_every_section_and_every_field_that_may_decide_tokens_is_looked_at_here():
     looked_at = "predictor split filter scaler train evaluate plan act encode encoder dataset"
-    others = "cache origins members"
+    others = "cache origins members outputs"
     assert {field.name for field in dataclasses.fields(Config)} == {*looked_at.split(), *others.split()}
     assert {field.name for field in dataclasses.fields(EncodeConfig)} == ENCODE_CHANGES.keys() | ENCODE_KEEPS.keys()
     assert {field.name for field in dataclasses.fields(EncoderPreset)} == ENCODER_CHANGES.keys() | ENCODER_KEEPS.keys()
