@@ -96,14 +96,6 @@ def test_vpt36_has_its_columns_in_the_documented_order():
     assert names[27:] == [f"slot.{slot}" for slot in range(1, 10)]
 
 
-def test_vpt13_is_a_part_of_vpt36():
-    anchors = np.array([0, 7, 9, 30])
-    vpt13 = get_action_space("vpt13").aggregate(_make_controls(), anchors)
-    vpt36 = get_action_space("vpt36").aggregate(_make_controls(), anchors)
-    np.testing.assert_array_equal(vpt13.actions, np.delete(vpt36.actions, np.arange(4, 27), axis=1))
-    np.testing.assert_array_equal(vpt13.states, vpt36.states)
-
-
 def test_an_action_takes_every_tick_from_its_anchor_to_the_one_before_the_next():
     controls, anchors = _make_controls(), np.array([3, 7, 20])
     actions = get_action_space("vpt36").aggregate(controls, anchors).actions
@@ -163,11 +155,6 @@ def test_angles_are_wrapped_to_minus_180_excluded_180_included_in_float32_too():
         assert wrap_degrees(np.array([float(angle)]))[0] == expected
     controls = {**_make_controls(num_ticks=2), "yaw_deg": np.array([-180 + 1e-9, 180 + 1e-9])}
     assert get_action_space("vpt13").aggregate(controls, np.array([0, 1])).states[:, 0].tolist() == [180, 180]
-
-
-def test_two_steps_on_one_tick_have_no_action_between_them():
-    actions = get_action_space("vpt36").aggregate(_make_controls(), np.array([4, 4])).actions
-    assert not actions[:, :27].any() and actions[0, 27:].sum() == 1
 
 
 @pytest.mark.parametrize(

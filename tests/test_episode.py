@@ -29,13 +29,10 @@ GOOD = {
     "wrong",
     [
         {"fps": 0.0},
-        {"fps": float("nan")},
         {"controls": {}},
         {"controls": {"tick": np.arange(5), "gui": np.zeros(4, bool)}},
-        {"controls": {"pose": np.zeros((5, 7))}},
         {"frame_ticks": np.array([0, 2, 1])},
         {"frame_ticks": np.array([0, 5])},
-        {"frame_ticks": np.array([-1, 2])},
         {"frame_ticks": np.array([0.0, 1.0])},
         {"frame_ticks": np.array([], np.int64)},
         {"num_video_frames": 3},

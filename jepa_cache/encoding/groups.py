@@ -428,7 +428,9 @@ def token_recipe(
         "dtype": encode.dtype,
         "decoder": encode.decoder,
         "source": dict(source_recipe),
-        **({} if encode.pool == 1 else {"pool": encode.pool}),  # absent where off, as in recipes from before it
+        # Absent where off, as in recipes from before them.
+        **({} if encode.pool == 1 else {"pool": encode.pool}),
+        **({"compile": True} if encode.compile else {}),
     }
 
 

@@ -26,6 +26,7 @@ ENCODE_CHANGES = {
     "fps": 4.0,
     "mode": "tubelet",
     "compute_dtype": "bfloat16",
+    "compile": True,
     "dtype": "float32",
     "decoder": "pyav",
     "pool": 2,
@@ -187,7 +188,9 @@ def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     v21 = v21_config()
     explained = {name for row in table for name in re.findall(r"`(.+?)`", row)}
     options = {path for path in recipe if path.startswith("source.")} - {"source.source", "source.recipe_version"}
-    recipe = recipe_of(tiny_config(pool=2)) | {"encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]}
+    recipe = recipe_of(tiny_config(pool=2, compile=True)) | {
+        "encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]
+    }
     recipe["source"] = name_reading(recipe["source"], READING)
     assert explained == leaves(recipe).keys() - options | {"source.*"}
 
