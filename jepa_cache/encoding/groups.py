@@ -258,9 +258,9 @@ def find_space(config: Config, source: Source, units: Sequence[Unit]) -> ActionS
     recordings = (recording for unit in units for recording in iter_recordings(source, unit))
     looked_at = [it for it in itertools.islice(recordings, NUM_LOOKED_AT) if isinstance(it, Episode)]
     found = {fit_vector(setting, recording.controls): recording for recording in looked_at}
-    if len(found) == 1 and None not in found:
-        return get_action_space(*found)
     for name, recording in found.items():
+        if name is not None and len(found) == 1:
+            return get_action_space(name)
         if name is None:
             held = ", ".join(sorted(recording.controls))
             raise ValueError(
