@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jepa_cache.actions import ActionSpace, get_action_space
+from jepa_cache.actions import ActionSpace, get_action_space, is_space
 from jepa_cache.config.loading import data_base, manifest_path
 from jepa_cache.config.schema import Config, FilterConfig, SplitConfig
 from jepa_cache.data.cameras import Segment, join_cameras
@@ -119,7 +119,10 @@ def find_differences(config: Config, manifest: Manifest) -> list[str]:
         "encoder": (config.encoder.name, manifest.encoder),
         "encode.mode": (encode.mode, manifest.mode),
         "encode.fps": (encode.fps, sampling["fps"]),
-        "encode.action_space": (encode.action_space, manifest.action_space),
+        "encode.action_space": (
+            manifest.action_space if is_space(encode.action_space, manifest.action_space) else encode.action_space,
+            manifest.action_space,
+        ),
         **{f"encode.{key}": (getattr(encode, key), recipe[key]) for key in ("compute_dtype", "dtype", "decoder")},
         "encode.pool": (encode.pool, recipe.get("pool", 1)),  # absent where off
         "encode.cameras": (list(encode.cameras), _unique(part.camera for part in parts if part.camera)),
