@@ -252,7 +252,7 @@ class LerobotSource:
 
     def _name_columns(self, layout: Layout, rows: Mapping[str, np.ndarray]) -> dict[str, str]:
         """What info.json calls the numbers that became action_0.. and state_0..; nothing of those that it does not name."""
-        found = {}
+        found: dict[str, str] = {}
         for prefix, texts in (("action", self.options.actions), ("state", self.options.states)):
             # Without dollars: pictures would take what lies between two of them for a formula.
             names = [name.replace("$", "") for text in texts for name in layout.select_names(text, rows)]
