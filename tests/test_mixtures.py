@@ -136,4 +136,4 @@ def test_real_pairs_are_packed_encoded_trained_on_and_evaluated_and_too_many_loo
     assert "445 frames, 446 lines" in str(manifest.notes)
     _, metrics = checkout.train_and_evaluate(*changes, pictures=True)
     assert 0 < metrics["val"]["teacher_forcing_l1"] < 2
-    assert (checkout.folder / "outputs/evaluate/pictures/strip1.png").is_file()
+    assert (checkout.folder / "outputs/evaluate/pictures/film1_1_frames.jpg").is_file()

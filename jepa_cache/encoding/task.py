@@ -72,8 +72,15 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
             f"the weights {weights or preset.name} are not those that the stores are named by: {found} now, {identity} then. They were "
             "replaced meanwhile, or are others on this machine. Nothing was encoded; the same command takes those that are there now"
         )
-    options = {"compute_dtype": encode.compute_dtype, "single_frame": encode.single_frame, "pool": encode.pool}
-    return FrozenEncoder(preset, module, device=device, **options)
+    return FrozenEncoder(
+        preset,
+        module,
+        device=device,
+        compute_dtype=encode.compute_dtype,
+        single_frame=encode.single_frame,
+        pool=encode.pool,
+        compiled=encode.compile,
+    )
 
 
 def describe_machine(encoder: FrozenEncoder, encode: EncodeConfig, num_threads: int) -> dict[str, object]:

@@ -84,9 +84,9 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
             **{name: described["measured"][name] for name in ("window_steps", "normalize_reps")},
             **{name: getattr(settings, name) for name in ("step_length", "num_context_steps", "horizon", "seed")},
         }
-        metrics["verdict"] = describe_verdict(metrics)
         for name in settings.measure:
             metrics |= MEASUREMENTS[name].run(evaluation, folder)
+        metrics["verdict"] = describe_verdict(metrics)
         write_json(metrics, folder / "metrics.json")
         write_json(pick_decisive(metrics), folder / "summary.json")
         write_json(described, folder / "settings.json")
@@ -103,7 +103,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         }
         for name, table in tables.items():
             write_table(table, folder / f"{name}.csv")
-        draw_pictures(errors, evaluation, rows, folder / "pictures")
+        draw_pictures(errors, evaluation, rows, facts, folder)
         if (history := weights.parent / "train.csv").is_file():
             draw_training(history, folder / "pictures/training.png")
         write_page(folder, MEASUREMENTS.values())
@@ -126,6 +126,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         "tokens_fingerprint": manifest.fingerprint,
         "manifest": manifest.digest,
         "action_space": manifest.action_space,
+        **({"columns": evaluation.dataset.column_names} if evaluation.dataset.column_names else {}),
         **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
         "measured": {
             "filter": asdict(config.filter),
