@@ -41,10 +41,9 @@ demo: $(DEMO)
 	@echo "page: outputs/evaluate/report.html, figures: outputs/evaluate/metrics.json"
 	@echo "next: source .venv/bin/activate, then docs/quickstart.md, A first experiment"
 
-# params.yaml stays the Minecraft sample's; these are the settings of the robot's, for every stage. Run again, it renders again and takes the rest as it is.
-ROBOT := dataset=sample_robot encode.episodes_per_unit=64 predictor=compressed256 train.preset=jump split.val_share=0.1 act.cost=latents
+# params.yaml stays the Minecraft sample's. Run again, it renders again and takes the rest as it is.
 demo-robot: install-sim
-	for stage in sample encode fit_scaler train_predictor act; do $(BIN)/python stages/$$stage.py $(ROBOT) || exit; done
+	for stage in sample encode fit_scaler train_predictor act; do $(BIN)/python stages/$$stage.py configs/robot.yaml || exit; done
 	@echo "figures: outputs/act/metrics.json, film: outputs/act/run/film.gif, page: outputs/act/run/report.html; docs/acting.md explains them"
 
 test: install

@@ -234,8 +234,7 @@ def bare_encoder(bench: Bench) -> Part:
             yield rate(
                 f"{name}, batch 64, CUDA graph", 64 / seconds(graph.replay, bench.device, 4), "frames/s", low=False
             )
-            for block in encoder.blocks:
-                block.compile()
+            encoder.compile()
             yield rate(
                 f"{name}, batch 64, blocks compiled",
                 64 / seconds(lambda: encoder(frames), bench.device, 4),
@@ -266,13 +265,14 @@ def stage_one(bench: Bench) -> Part:
     for frames in bench.size(([100] * 12, [1500]), ([20] * 2,)):
         words = ("encode.compute_dtype=bfloat16", "encode.batch_size=64")
         config, tars = make_stage_one(bench, f"b4-{len(frames)}", frames, *words, sizes=sizes)
-        for threads in bench.size((2, 8, 14), (2,)):
-            config = replace(config, encode=replace(config.encode, num_decoders=threads))
+        for threads, compiled in bench.size(((2, False), (8, False), (14, False), (14, True)), ((2, False),)):
+            config = replace(config, encode=replace(config.encode, num_decoders=threads, compile=compiled))
             root = CacheRoot(bench.folder / f"b4-{len(frames)}/cache-{threads}")
             with contextlib.redirect_stdout(io.StringIO()):
                 timing = encode_dataset(config, [str(tars)], base=bench.folder, root=root).timing
             name, quick = (
-                f"{len(frames)} episodes of {frames[0]} frames, {threads} decoders",
+                f"{len(frames)} episodes of {frames[0]} frames, {threads} decoders"
+                + (", compiled" if compiled else ""),
                 timing.num_frames / timing.elapsed_s,
             )
             yield rate(name, quick, "frames/s", more=f"limit: {timing.limit}")

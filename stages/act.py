@@ -14,13 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base  # noqa: E402
+from jepa_cache.config.loading import data_base, outputs_folder  # noqa: E402
 from jepa_cache.files import full_disk_named  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    config, out = parse_stage_arguments(ROOT, __doc__, argv).config, ROOT / "outputs/act"
+    config = parse_stage_arguments(ROOT, __doc__, argv).config
+    outputs = outputs_folder(config, ROOT)
+    out = outputs / "act"
 
     from jepa_cache.acting.simulator import open_simulator, write_nothing
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     from jepa_cache.data.dataset import open_dataset
     from jepa_cache.data.scaler import read_scaler
 
-    dataset, scaler = open_dataset(config, ROOT), read_scaler(ROOT / "outputs/scaler/scaler.json")
+    dataset, scaler = open_dataset(config, ROOT), read_scaler(outputs / "scaler/scaler.json")
     with full_disk_named(out):
         weights = train_seeds(config, dataset, scaler, out / "seeds", base=data_base(ROOT))
         encoder = Encoder.open(config, data_base(ROOT))
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe_acting(metrics))
     film = ", film" if config.act.num_filmed else ""
     print(
-        f"wrote {out.relative_to(ROOT)}/metrics.json, run/episodes.csv{film}; next: open {out.relative_to(ROOT)}/run/report.html"
+        f"wrote {config.outputs}/act/metrics.json, run/episodes.csv{film}; next: open {config.outputs}/act/run/report.html"
     )
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base, recordings_base  # noqa: E402
+from jepa_cache.config.loading import data_base, manifest_path, recordings_base  # noqa: E402
 from jepa_cache.encoding.run import describe_result, encode_dataset  # noqa: E402
 from jepa_cache.store.remote import resolve_cache_root  # noqa: E402
 
@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None) -> None:
         workers={"type": int, "metavar": "N", "help": "processes on this machine"},
         scheduler={"metavar": "ADDRESS", "help": "workers of a Dask scheduler, such as tcp://node:8786"},
     )
-    output = ROOT / "outputs/encode/manifest.json"
     config, base = arguments.config, recordings_base(arguments.config, ROOT)
+    output = manifest_path(config, ROOT)
     root = resolve_cache_root(config.cache.root, data_base(ROOT))
     workers = arguments.workers if arguments.scheduler is None else arguments.scheduler
     result = encode_dataset(config, arguments.paths, base=base, root=root, workers=workers, output=output)
     print(describe_result(result, root))
-    print(f"wrote {output.relative_to(ROOT)}; next: python stages/fit_scaler.py{arguments.again}")
+    print(f"wrote {config.outputs}/encode/manifest.json; next: python stages/fit_scaler.py{arguments.again}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
+from jepa_cache.config.loading import outputs_folder  # noqa: E402
 from jepa_cache.data.dataset import TRAIN, VAL, open_dataset  # noqa: E402
 from jepa_cache.data.scaler import fit_scaler, write_scaler  # noqa: E402
 from jepa_cache.data.windows import LEAST_FOR_YES, count_episodes, find_obstacle  # noqa: E402
@@ -26,8 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if obstacle := find_obstacle(dataset, config):
         print(f"episodes: {obstacle}")
     scaler = fit_scaler(dataset, segments, config.scaler)
-    output = ROOT / "outputs/scaler/scaler.json"
-    write_scaler(scaler, output)
+    write_scaler(scaler, outputs_folder(config, ROOT) / "scaler/scaler.json")
     whole = dataset.segments_of(TRAIN, config.split)
     if (num_steps := sum(run.stop - run.start for run in whole)) != scaler.num_train_steps:
         print(
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             f"held out are {share:.0%} of the episodes, split.val_share is {config.split.val_share:.0%}: each is drawn by a hash of its "
             "name, which is uneven for few; another split.seed draws others"
         )
-    print(f"wrote {output.relative_to(ROOT)}; next: python stages/train_predictor.py{arguments.again}")
+    print(f"wrote {config.outputs}/scaler/scaler.json; next: python stages/train_predictor.py{arguments.again}")
 
 
 if __name__ == "__main__":

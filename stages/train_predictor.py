@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
-from jepa_cache.config.loading import data_base  # noqa: E402
+from jepa_cache.config.loading import data_base, outputs_folder  # noqa: E402
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE, requeued_at_once  # noqa: E402
 
 
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         obstacle = find_obstacle(dataset, config)
         if obstacle is not None and config.split.val_share:
             raise ValueError(f"episodes: {obstacle}")
-        scaler, output = read_scaler(ROOT / "outputs/scaler/scaler.json"), ROOT / "outputs/train/run"
-        result = train(config, dataset, scaler, output, base=data_base(ROOT), fresh=arguments.fresh)
+        outputs = outputs_folder(config, ROOT)
+        scaler = read_scaler(outputs / "scaler/scaler.json")
+        result = train(config, dataset, scaler, outputs / "train/run", base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
         print(
             f"stopped by {result.stopped_by} at training step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         if obstacle is None
         else "no episode is held out, so nothing can be evaluated"
     )
-    print(f"wrote {result.weights.relative_to(ROOT)}; {following}")
+    print(f"wrote {config.outputs}/train/run/{result.weights.name}; {following}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ def measure_widths(pages: list[str], width: int, folder: Path) -> list[int]:
     Each page is opened in a frame of its own that is as wide as the screen; a script around them reads the widths, for a page
     itself runs none.
     """
-    browser = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser here to open the page in: none of {', '.join(NAMES)}")
     frames = "".join(f'<iframe width="{width}" height="700" srcdoc="{html.escape(page)}"></iframe>' for page in pages)
     around = folder / "around.html"
     around.write_text(
@@ -28,10 +25,20 @@ def measure_widths(pages: list[str], width: int, folder: Path) -> list[int]:
         "[...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth).join(' ') + ' end' }</script>",
         encoding="utf-8",
     )
+    shown = open_page(around, folder)
+    found = re.search(r">found ([\d ]+) end<", shown)
+    assert found, f"the script around the pages did not run: {shown[-2000:]}"
+    return [int(number) for number in found[1].split()]
+
+
+def open_page(page: Path, folder: Path) -> str:
+    """A page as it is once its scripts have run; `folder` is for the browser's own files."""
+    browser = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser here to open the page in: none of {', '.join(NAMES)}")
     # A sandbox needs rights that root in a container lacks; a home of its own keeps the user's browser out of it.
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--dump-dom"]
-    command, env = [browser, *options, around.as_uri()], {**os.environ, "HOME": str(folder)}
+    command, env = [browser, *options, page.as_uri()], {**os.environ, "HOME": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
-    found = re.search(r">found ([\d ]+) end<", done.stdout)
-    assert found, f"{browser} ended with {done.returncode} and said {done.stderr[-2000:]}"
-    return [int(number) for number in found[1].split()]
+    assert not done.returncode, f"{browser} ended with {done.returncode} and said {done.stderr[-2000:]}"
+    return done.stdout

@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zarr  # here and not first by a writer's thread: pytest rewrites its asserts, and Python 3.11 parses in one thread at a time
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
@@ -154,10 +155,19 @@ def same_numbers(one: object, other: object) -> bool:
 
 
 def forking_context() -> multiprocessing.context.ForkServerContext:
-    """Processes that are forked from one which has imported torch, so that each of them starts at once."""
+    """Processes that are forked from one which has imported what is slow, so that each of them starts at once."""
     context = multiprocessing.get_context("forkserver")
-    slow = ["numpy", "pyarrow", "torch", "webdataset.tariterators", "distributed", "jepa_cache.encoder.frozen"]
-    context.set_forkserver_preload([*slow, "tests.encoded"])
+    slow = [
+        "pyarrow.dataset",
+        "webdataset.tariterators",
+        "distributed",
+        "torch._dynamo",
+        "dvc.repo",
+        "dvclive",
+        "scmrepo.git",
+    ]
+    rooms = ["cli.export", "encoder.frozen", "encoding.verification", "store.collection", "training.trainer"]
+    context.set_forkserver_preload([*slow, *(f"jepa_cache.{it}" for it in rooms), "tests.encoded", "tests.caches"])
     return context
 
 
@@ -178,8 +188,6 @@ def decode_all(video: bytes) -> np.ndarray:
 
 def read_episodes(result: EncodeResult, root: Path) -> dict[str, dict[str, np.ndarray]]:
     """Per episode: tokens, actions, states and the columns of the step table, in the order of its steps."""
-    import zarr
-
     cache, manifest, episodes = CacheRoot(root), result.manifest, {}
     for entry in manifest.entries:
         store = cache.tokens(manifest.fingerprint, entry.unit_digest)

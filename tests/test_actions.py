@@ -96,14 +96,6 @@ def test_vpt36_has_its_columns_in_the_documented_order():
     assert names[27:] == [f"slot.{slot}" for slot in range(1, 10)]
 
 
-def test_vpt13_is_a_part_of_vpt36():
-    anchors = np.array([0, 7, 9, 30])
-    vpt13 = get_action_space("vpt13").aggregate(_make_controls(), anchors)
-    vpt36 = get_action_space("vpt36").aggregate(_make_controls(), anchors)
-    np.testing.assert_array_equal(vpt13.actions, np.delete(vpt36.actions, np.arange(4, 27), axis=1))
-    np.testing.assert_array_equal(vpt13.states, vpt36.states)
-
-
 def test_an_action_takes_every_tick_from_its_anchor_to_the_one_before_the_next():
     controls, anchors = _make_controls(), np.array([3, 7, 20])
     actions = get_action_space("vpt36").aggregate(controls, anchors).actions
@@ -163,19 +155,6 @@ def test_angles_are_wrapped_to_minus_180_excluded_180_included_in_float32_too():
         assert wrap_degrees(np.array([float(angle)]))[0] == expected
     controls = {**_make_controls(num_ticks=2), "yaw_deg": np.array([-180 + 1e-9, 180 + 1e-9])}
     assert get_action_space("vpt13").aggregate(controls, np.array([0, 1])).states[:, 0].tolist() == [180, 180]
-
-
-def test_states_are_read_at_the_anchors():
-    controls, anchors = _make_controls(), np.array([5, 6, 40])
-    for name in ("vpt13", "vpt25"):
-        states = get_action_space(name).aggregate(controls, anchors).states
-        np.testing.assert_allclose(states[:, 0], wrap_degrees(controls["yaw_deg"][anchors]), atol=1e-4)
-        np.testing.assert_allclose(states[:, 1], controls["pitch_deg"][anchors], atol=1e-4)
-
-
-def test_two_steps_on_one_tick_have_no_action_between_them():
-    actions = get_action_space("vpt36").aggregate(_make_controls(), np.array([4, 4])).actions
-    assert not actions[:, :27].any() and actions[0, 27:].sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -394,14 +373,6 @@ def test_controls_of_another_width_are_refused_by_name_with_the_space_that_fits(
         get_action_space(name).aggregate(_make_controls(), np.array([0, 9]))
 
 
-def test_pose7_takes_differences_between_anchors():
-    controls, anchors = _make_controls(), np.array([2, 9, 33])
-    poses = np.stack([controls[name] for name in POSE_CONTROLS], axis=1)
-    actions, states = get_action_space("pose7").aggregate(controls, anchors)
-    np.testing.assert_array_equal(actions, pose_actions(poses[anchors]).astype(np.float32))
-    np.testing.assert_array_equal(states, poses[anchors].astype(np.float32))
-
-
 def _stack(controls, names):
     return np.stack([controls[name] for name in names], axis=1)
 
@@ -424,12 +395,3 @@ def test_droid_command7_leads_from_the_pose_at_a_step_to_the_last_pose_commanded
     turn = commanded_actions(reached, commands[[8, 32]])
     np.testing.assert_allclose(turn[:, :6], 0, atol=1e-5)  # float32
     np.testing.assert_allclose(actions[:, 6], (commands[[8, 32], 6] - poses[anchors[:-1], 6]), atol=1e-6)
-
-
-def test_a_robot_that_follows_its_commands_at_once_has_equal_commanded_and_measured_actions():
-    controls, anchors = _make_controls(), np.array([0, 4, 9, 9, 20])
-    for name, command in zip(POSE_CONTROLS, COMMAND_CONTROLS, strict=True):
-        controls[command] = np.append(controls[name][1:], 0)
-    commanded, measured = (get_action_space(name).aggregate(controls, anchors) for name in ("droid_command7", "pose7"))
-    np.testing.assert_allclose(commanded.actions, measured.actions, atol=1e-6)
-    assert not commanded.actions[2].any(), "two steps on one row have no command between them"

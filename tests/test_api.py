@@ -162,32 +162,6 @@ def test_a_plan_from_frames_is_the_plan_from_cached_tokens(trained, world, num_s
         np.testing.assert_array_equal(plan.actions[:, 4:], np.tile(actions[-1, 4:], (2, 1)))
 
 
-def test_tokens_are_layer_normed_before_a_plan(trained, world, monkeypatch):
-    """This encoder's tokens are nearly normed already; those of others are not."""
-    given = (trained.frames[:3], trained.states[:3], trained.frames[5])
-    plan = world.plan(*given, actions=trained.actions[:2], settings=QUICK)
-    tokens = Encoder.tokens
-    monkeypatch.setattr(Encoder, "tokens", lambda self, frames: 3 * tokens(self, frames) + 1)
-    world._seen.clear()
-    scaled = world.plan(*given, actions=trained.actions[:2], settings=QUICK)
-    world._seen.clear()
-    np.testing.assert_allclose(scaled.energies, plan.energies, atol=1e-3)
-
-
-def test_states_are_scaled_as_in_training(trained, world, tmp_path):
-    """Moving the mean of the scaler and the states alike changes nothing; moving one of them does."""
-    card = json.loads(json.dumps(load_predictor(trained.weights)[1]))
-    card["scaler"]["states"]["mean"] = [mean + 8.0 for mean in card["scaler"]["states"]["mean"]]
-    path = rewrite_card(trained.weights, tmp_path / "moved.safetensors", scaler=card["scaler"])
-    moved = WorldModel.load(path, world._encoder)
-    frame, goal, states = trained.frames[:1], trained.frames[5], np.array([[10.0, 5.0]])
-    plans = [
-        model.plan(frame, states + shift, goal, settings=QUICK) for model, shift in ((world, 0), (moved, 8), (moved, 0))
-    ]
-    np.testing.assert_allclose(plans[0].energies, plans[1].energies, atol=1e-5)
-    assert np.abs(plans[0].energies - plans[2].energies).max() > 1e-4
-
-
 @pytest.mark.parametrize("form", list(ExportFormat))
 def test_an_exported_predictor_plans_the_same(trained, world, tmp_path, form):
     out = tmp_path / ("world.pt" if form is ExportFormat.OFFICIAL else "world.safetensors")
@@ -212,12 +186,6 @@ def test_an_exported_predictor_plans_the_same(trained, world, tmp_path, form):
 def test_an_encoder_of_other_settings_is_refused(trained, override, said):
     with pytest.raises(ValueError, match=said):
         WorldModel.load(trained.weights, Encoder.load("tiny", ["encode.device=cpu", override]))
-
-
-def test_other_weights_of_the_same_size_are_refused(trained, world):
-    other = Encoder(world._encoder._frozen, world._encoder._encode, "random:other")
-    with pytest.raises(ValueError, match=r"noise to it \(encoder.weights: 'random:\w+' -> 'random:other'"):
-        WorldModel.load(trained.weights, other)
 
 
 def test_clip_mode_and_cards_that_do_not_say_enough_are_refused(trained, world, tmp_path):

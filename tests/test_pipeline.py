@@ -32,7 +32,7 @@ def test_dvc_repro_goes_from_nothing_to_figures_and_pictures_and_dvc_shows_them(
         low, high = metrics["val_ci"][name]
         assert low <= metrics["val"][name] <= high
     pictures = workspace.root / "outputs/evaluate/pictures"
-    assert all((pictures / name).read_bytes()[:4] == b"\x89PNG" for name in ("horizon.png", "strip1.png", "strip2.png"))
+    assert all((pictures / name).read_bytes()[:4] == b"\x89PNG" for name in ("horizon.png", "film1_1_tokens.png"))
     for stage in ("fit_scaler", "train_predictor", "evaluate"):
         assert f"next: python stages/{stage}.py" in workspace.first_output
     shown = json.loads(workspace.run("dvc", "metrics", "show", "--json"))[""]["data"]

@@ -46,12 +46,6 @@ def test_integrating_the_actions_gives_the_states_back():
     assert turned.magnitude().max() < 1e-7
 
 
-def test_a_jump_of_an_euler_angle_by_two_pi_is_no_rotation():
-    states = np.zeros((2, 7))
-    states[:, 3] = np.pi - 0.01, -np.pi + 0.01
-    np.testing.assert_allclose(pose_actions(states)[0], [0, 0, 0, 0.02, 0, 0, 0], atol=1e-12)
-
-
 def test_the_gripper_stays_within_its_range():
     state, action = np.zeros(7), np.zeros(7)
     action[6] = 1.7

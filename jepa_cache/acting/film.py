@@ -11,11 +11,11 @@ import numpy as np
 from jepa_cache.config.schema import CONTROLS
 from jepa_cache.control.closed_loop import Episode, Task
 from jepa_cache.evaluation.page import read_picture, render
-from jepa_cache.evaluation.pictures import LAST_MS, TokenColours, new_figure
+from jepa_cache.evaluation.pictures import TokenColours, new_figure
 from jepa_cache.evaluation.verdict import UNTRAINED
 from jepa_cache.sample.robot_episodes import encode_pictures
 
-STEP_MS = 400
+STEP_MS, LAST_MS = 400, 2500  # how long each step and the last one are shown
 STILL_STEPS = (0, 1, 2, 4, -1)  # of the first episode, that the still shows
 MP4_COPIES = 2  # of each picture: the simulator's steps are 0.2 s
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from jepa_cache.cli.outcome import AsJson, Outcome, align, report
-from jepa_cache.config.loading import find_repository
+from jepa_cache.cli.outcome import AsJson, Outcome, align, report, shorten
+from jepa_cache.config.loading import find_repository, load_config, outputs_folder
 from jepa_cache.config.parsing import flatten
 from jepa_cache.config.paths import require
 from jepa_cache.evaluation.context import OF_THE_MACHINE
@@ -22,13 +26,15 @@ from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
 
 METRICS_FILE, EPISODES_FILE, SETTINGS_FILE = "metrics.json", "episodes.csv", "settings.json"
-EVALUATE = "outputs/evaluate"
-RUN, WEIGHTS = "outputs/train/run", "predictor.safetensors"
+EVALUATE = "outputs/evaluate"  # as dvc.yaml has it
+RESULTS = f"evaluate/{METRICS_FILE}"
+WEIGHTS = "predictor.safetensors"
 
 COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""
 
 GAPS = {"gap_copy_last": "copying", "gap_shuffled_actions": "shuffled", "gap_zero_actions": "zero actions"}
+PREDICTOR = "predictor.name"
 READ_OUT = {f"readout_{name}_actions_percent": f"readout, {name}" for name in ("shuffled", "zero")}
 """Per cent above the error of the true actions; of evaluations that read positions out."""
 NUM_RESAMPLES = 10_000
@@ -64,13 +70,14 @@ class Evaluated:
 
 def compare(
     runs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="metrics.json, a folder with one, a training run that was evaluated, a DVC experiment, a git revision; "
             "the others are compared with the first one"
         ),
-    ],
+    ] = None,
     *,
+    everything: Annotated[bool, typer.Option("--all", help="list every run of the project, the best first")] = False,
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -80,28 +87,115 @@ def compare(
     that both have excludes 0. Runs whose errors are not of one kind (other tokens, mode, split, filter or windows) are shown
     in groups of their own.
 
-    Exit code 0: all runs can be compared; 1: some cannot, and are shown apart; 2: wrong usage, or a run cannot be read.
+    --all takes the runs named and those found in the project: in outputs and folders beside them, of the last commit and of
+    DVC's experiments. It is a table by the held-out open-loop error; what cannot be read is named under it.
+
+    Exit code 0: all runs can be compared, or --all; 1: some cannot, and are shown apart; 2: wrong usage, or a run cannot be read.
     """
-    report(lambda: compare_runs(runs, seed=seed), as_json=as_json)
+    if not runs and not everything:
+        raise typer.BadParameter("name runs, or --all for every run of the project")
+    report(lambda: (list_all if everything else compare_runs)(runs or [], seed=seed), as_json=as_json)
 
 
 def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
     """Read the runs and say how they differ."""
     if len(set(names)) < len(names):
         raise ValueError(f"each run is compared once; {next(n for n in names if names.count(n) > 1)!r} was named twice")
-    groups: dict[Any, list[Evaluated]] = {}
-    for position, run in enumerate(map(read_run, names)):
-        # A run of which it is not known what was measured stands alone.
-        groups.setdefault(position if run.settings is None else repr(kind_of(run)), []).append(run)
+    groups = group_runs(map(read_run, names))
     documents, lines = [], []
-    for group in groups.values():
-        document, first = describe_group(group, seed=seed), next(iter(groups.values()))[0]
+    for group in groups:
+        document, first = describe_group(group, seed=seed), groups[0][0]
         if documents:
             document["apart"] = f"not comparable with {first.name}: {why_apart(first, group[0])}"
             lines += ["", document["apart"]]
         documents.append(document)
         lines += list_group(document)
     return Outcome({"groups": documents}, lines, len(groups) == 1)
+
+
+def group_runs(runs: Iterable[Evaluated]) -> list[list[Evaluated]]:
+    """Runs whose errors are of one kind, together; one of which it is not known what was measured stands alone."""
+    groups: dict[Any, list[Evaluated]] = {}
+    for position, run in enumerate(runs):
+        groups.setdefault(position if run.settings is None else repr(kind_of(run)), []).append(run)
+    return list(groups.values())
+
+
+def list_all(names: Sequence[str], *, seed: int = 0) -> Outcome:
+    """Every run of the project, and those named, in a table for each kind of error, the best run first."""
+    repository, runs, unread = find_repository(Path.cwd()), list[Evaluated](), list[str]()
+    for name in dict.fromkeys([*names, *find_runs(repository)]):
+        try:
+            run = read_run(name)
+            runs.append(replace(run, name=name.removesuffix("/evaluate")))
+        except ValueError as error:
+            unread.append(str(error))
+    if not runs:
+        raise ValueError(
+            "\n  ".join([f"no evaluation was found in {repository}; `python stages/evaluate.py` makes one", *unread])
+        )
+    documents, lines = [], list[str]()
+    for group in group_runs(runs):
+        ranked: dict[str, Evaluated] = {}  # an experiment that still lies in the workspace is one run under two names
+        for run in sorted(group, key=lambda run: run.metrics["val"]["rollout_l1"]):
+            same = ranked.get(content := repr((run.metrics, run.settings, run.episodes)))
+            ranked[content] = run if same is None else replace(same, name=f"{same.name}, {run.name}")
+        document, table = rank_group(list(ranked.values()), seed=seed)
+        documents.append(document)
+        lines += [*[""] * bool(lines), *table]
+    return Outcome({"groups": documents, "unread": unread}, lines + [f"not shown: {reason}" for reason in unread])
+
+
+def find_runs(repository: Path) -> list[str]:
+    """Names of a project's runs: of folders with an evaluation, of the last commit and of the experiments that DVC knows."""
+    folders = {path.parents[1] for depth in ("*", "*/*") for path in repository.glob(f"{depth}/{RESULTS}")}
+    if ((outputs := outputs_folder(load_config(repository), repository)) / RESULTS).is_file():
+        folders.add(outputs)
+    names = [os.path.relpath(folder / "evaluate") for folder in sorted(folders)]
+    if find_spec("dvc") is not None and (repository / ".dvc").is_dir():
+        # Not asked of DVC, which would wait for a pipeline that runs.
+        refs = subprocess.run(
+            ["git", "for-each-ref", "--format=%(refname)", "refs/exps"], cwd=repository, capture_output=True, text=True
+        )
+        names += ["HEAD", *re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs.stdout, re.MULTILINE)]
+    return names
+
+
+def rank_group(group: Sequence[Evaluated], *, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Runs of one kind, the best first, as JSON and as a table."""
+    best, differing = group[0], list_differing(group)
+    document = {**describe_group(group[:1], seed=seed), "runs": []}
+    rows = [["run", "open loop", "uses actions", "than the first", "other settings"]]
+    for position, run in enumerate(group):
+        metrics = run.metrics
+        try:
+            words = pair_runs(run, best, "rollout_l1", seed=seed)["words"] if position else "-"
+        except ValueError as error:  # of other windows, say; the others can be told
+            words, document["notes"] = "cannot be told", [*document["notes"], str(error)]
+        of_run: dict[str, Any] = {
+            "run": run.name,
+            "rollout_l1": metrics["val"]["rollout_l1"],
+            "interval": metrics["val_ci"]["rollout_l1"],
+            "uses_its_actions": metrics.get("verdict", {}).get("actions", {}).get("answer"),
+            "than_the_first": words,
+            "settings": {name: of[position] for name, of in differing.items() if of[position] != of[0]},
+        }
+        document["runs"].append(of_run)
+        interval = _with_interval(of_run["rollout_l1"], *of_run["interval"])
+        rows.append([run.name, interval, of_run["uses_its_actions"] or "-", words, _in_short(of_run["settings"])])
+    told = best.settings or {"dataset": "data set not known", "encoder": "-"}
+    head = f"{told['dataset']}, encoder {told['encoder']}, {best.metrics['mode']} mode: {best.metrics['num_episodes']} held-out episodes"
+    table = align(rows)
+    return document, [head, table[0], *shorten(table[1:]), *document["notes"]]
+
+
+def _in_short(settings: Mapping[str, Any]) -> str:
+    """Three settings on a line; of another predictor its name stands for all."""
+    names = [it for it in settings if it == PREDICTOR or PREDICTOR not in settings or not it.startswith("predictor.")]
+    shown = [
+        f"{name.removeprefix('train.').removesuffix('.name')}={show_setting(settings[name])}" for name in names[:3]
+    ]
+    return " ".join([*shown, *[f"and {len(names) - 3} more"] * (len(names) > 3)]) or "-"
 
 
 def kind_of(run: Evaluated) -> dict[str, Any]:
@@ -174,7 +268,9 @@ def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
         name: of_runs
         for name, of_runs in values.items()
         if name not in NO_SETTINGS
-        and not name.startswith("measured.")  # equal where it decides these numbers
+        and not name.startswith(
+            ("measured.", "columns.")
+        )  # equal where it decides these numbers; what joints are called
         and name.rpartition(".")[2] not in OF_THE_MACHINE
         and any(value != of_runs[0] for value in of_runs)
     }
@@ -244,8 +340,8 @@ def _with_interval(mean: float, low: float, high: float, num_digits: int = 3) ->
 def read_run(name: str) -> Evaluated:
     """Read one evaluation.
 
-    `name` is metrics.json, a folder that holds it, a checkout, the folder of a training run that was evaluated, or else the
-    name of a DVC experiment, or a git branch, tag or commit.
+    `name` is metrics.json, a folder that holds it, the outputs of a project, a project, the folder of a training run that was
+    evaluated, or else the name of a DVC experiment, or a git branch, tag or commit.
 
     Raises:
         ValueError: There is none, or it is damaged.
@@ -253,8 +349,9 @@ def read_run(name: str) -> Evaluated:
     path = Path(name)
     if not path.exists():
         return _read(name, _revision_reader(name))
-    weights = next((it for it in (path / WEIGHTS, path / RUN / WEIGHTS) if it.is_file()), None)
-    candidates = [path.parent] if path.name == METRICS_FILE else [path, path / EVALUATE]
+    runs = (path, path / "train/run", path / "outputs/train/run")
+    weights = next((run / WEIGHTS for run in runs if (run / WEIGHTS).is_file()), None)
+    candidates = [path.parent] if path.name == METRICS_FILE else [path, path / "evaluate", path / EVALUATE]
     if weights == path / WEIGHTS:
         candidates.append(path.absolute().parent.parent / "evaluate")
     folder = next((folder for folder in candidates if (folder / METRICS_FILE).is_file()), None)

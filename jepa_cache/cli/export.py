@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import MANIFEST, AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
+from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
 from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, upload
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
@@ -29,7 +29,7 @@ def export_cache(
     out: Annotated[Path, typer.Argument(help="folder of the new root; absent or empty")],
     overrides: Overrides = None,
     *,
-    manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="other than encode/manifest.json of the outputs")] = None,
     to: Annotated[
         str | None, typer.Option(help="URL that gets a copy of OUT: hf://datasets/OWNER/NAME, s3://, gs://, file://")
     ] = None,
@@ -100,8 +100,8 @@ def export_predictor(
 
 def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -> Outcome:
     if checkout.paths:
-        raise ValueError(f"export takes one folder and key=value overrides; got {checkout.paths[0]!r} as well")
-    if path is None and (reason := why_held_back(checkout.repository / MANIFEST)) is not None:
+        raise ValueError(f"export takes one folder, and key=value or FILE.yaml; got {checkout.paths[0]!r} as well")
+    if path is None and (reason := why_held_back(checkout.manifest_path)) is not None:
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
     with root.shared_lock():

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from jepa_cache.cli.outcome import (
-    MANIFEST,
     AsJson,
     Checkout,
     Outcome,
@@ -57,7 +56,7 @@ def gc(
 def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days: float) -> Outcome:
     root, own = checkout.root, None
     if checkout.paths:
-        raise ValueError(f"gc takes key=value overrides only; got {checkout.paths[0]!r}")
+        raise ValueError(f"gc takes key=value or FILE.yaml only; got {checkout.paths[0]!r}")
     if not root.path.is_dir() and root.name == str(root.path):
         raise ValueError(
             f"there is no cache root {root.path}: nothing was encoded into it yet (`python stages/encode.py` does), or "
@@ -68,7 +67,9 @@ def _collect(checkout: Checkout, *, delete: bool, forget: list[str], grace_days:
     contents = list_root(root, own, grace_days=grace_days)
     forgotten = find_listings(contents, forget)
     if own is not None and own.digest in forgotten:
-        raise RefusedError(f"{own.digest} is the manifest of this checkout ({MANIFEST}); encode something else first")
+        raise RefusedError(
+            f"{own.digest} is the manifest of this checkout ({checkout.manifest_path}); encode something else first"
+        )
     listings = [_describe(root, digest, contents, forgotten, own) for digest in contents.needs]
     if delete:
         contents = remove_unneeded(root, forgotten, own, grace_days=grace_days)

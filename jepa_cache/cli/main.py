@@ -87,11 +87,14 @@ def read_help(module: str, function: str) -> str:
 
 
 def params(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as train.lr=3e-4, or FILE.yaml")
+    ] = None,
 ) -> None:
     """Print the resolved settings and where each comes from."""
     config = load_config(find_repository(Path.cwd()), overrides or [])
-    values = flatten({section: asdict(it) for section, it in vars(config).items() if is_dataclass(it)})
+    settings = {name: asdict(it) if is_dataclass(it) else it for name, it in vars(config).items()}
+    values = flatten({name: it for name, it in settings.items() if name not in ("members", "origins")})
     width = max(map(len, values))
     for key, value in values.items():
         shown = repr(value) if isinstance(value, str) else str(value)

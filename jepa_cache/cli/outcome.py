@@ -15,7 +15,14 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from jepa_cache.cli.stage import describe_error, guarded
-from jepa_cache.config.loading import data_base, find_repository, is_override, load_config, recordings_base
+from jepa_cache.config.loading import (
+    data_base,
+    find_repository,
+    is_override,
+    load_config,
+    manifest_path,
+    recordings_base,
+)
 from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import Config
 from jepa_cache.store.manifest import Manifest, read_manifest
@@ -26,14 +33,11 @@ PROBLEM, UNCHECKED = 1, 2
 NUM_SHOWN = 20
 """Lines of a list that may be long."""
 
-MANIFEST = Path("outputs/encode/manifest.json")
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 Recordings = Annotated[
-    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value overrides")
+    list[str] | None, typer.Argument(help="recordings, as encode.py takes them; key=value or FILE.yaml")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as cache.root=/data/cache, or FILE.yaml")]
 
 
 class Outcome(NamedTuple):
@@ -53,13 +57,18 @@ class Checkout(NamedTuple):
     base: Path  # that relative recordings are meant from
     root: CacheRoot
 
+    @property
+    def manifest_path(self) -> Path:
+        """Where stage one leaves its manifest in this checkout."""
+        return manifest_path(self.config, self.repository)
+
     def read_manifest(self, path: Path | None) -> Manifest:
         """The manifest at `path`, else the one that stage one wrote in this checkout.
 
         Raises:
             ValueError: It is missing or damaged.
         """
-        return read_manifest(path or self.repository / MANIFEST)
+        return read_manifest(path or self.manifest_path)
 
 
 def open_checkout(arguments: Sequence[str] | None) -> Checkout:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from jepa_cache.cli.outcome import MANIFEST, AsJson, Outcome, describe_bytes, report
-from jepa_cache.config.loading import find_repository, load_config
+from jepa_cache.cli.outcome import AsJson, Outcome, describe_bytes, report
+from jepa_cache.config.loading import find_repository, load_config, manifest_path
 from jepa_cache.data.dataset import find_differences
 from jepa_cache.files import atomic_file
 from jepa_cache.store.controls import iter_controls
@@ -103,7 +103,7 @@ def pull(
 ) -> None:
     """Get a cache that `jepa-cache export cache --to URL` shared, so that stage two trains from it without any encoder.
 
-    Every byte is compared with its checksum. The manifest becomes outputs/encode/manifest.json of the project around the present
+    Every byte is compared with its checksum. The manifest becomes encode/manifest.json of the outputs of the project around the present
     folder; settings that differ from those of the cache are named.
 
     Exit code 0: pulled; 2: wrong usage, or a file is missing or damaged.
@@ -137,8 +137,9 @@ def _pull(url: str, out: Path) -> Outcome:
     for part, entry in tqdm(manifest.stores, desc="check", unit="unit", mininterval=0.5):
         for key, digest in part.listed(entry):
             check_arrived(root.store(key), digest)
-    write_manifest(manifest, [repository / MANIFEST])
-    told = find_differences(load_config(repository), manifest)
+    config = load_config(repository)
+    write_manifest(manifest, [manifest_path(config, repository)])
+    told = find_differences(config, manifest)
     document = {
         "out": str(out),
         "num_bytes": num_bytes,
@@ -151,7 +152,7 @@ def _pull(url: str, out: Path) -> Outcome:
         [
             f"pulled {len(manifest.entries)} units to {out}: {manifest.num_steps} steps, {describe_bytes(num_bytes)}, every byte checked",
             *(f"set as in the cache: {difference}" for difference in told),
-            f"wrote {MANIFEST}; next: python stages/fit_scaler.py cache.root={out}",
+            f"wrote {config.outputs}/encode/manifest.json; next: python stages/fit_scaler.py cache.root={out}",
         ],
     )
 

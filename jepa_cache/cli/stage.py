@@ -33,8 +33,8 @@ def parse_stage_arguments(
     parser.add_argument(
         "arguments",
         nargs="*",
-        metavar="PATH | key=value" if paths else "key=value",
-        help=f"{paths + '; ' if paths else ''}overrides of params.yaml, such as train.lr=3e-4",
+        metavar="PATH | key=value | FILE.yaml" if paths else "key=value | FILE.yaml",
+        help=f"{paths + '; ' if paths else ''}overrides of params.yaml, such as train.lr=3e-4, or a file of them",
     )
     for name, how in options.items():
         parser.add_argument(f"--{name}", **how)
@@ -43,7 +43,9 @@ def parse_stage_arguments(
     if len(given := [name for name in options if getattr(parsed, name)]) > 1:
         parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
-        parser.error(f"unexpected argument {parsed.paths[0]!r}: this stage takes key=value overrides only")
+        parser.error(
+            f"unexpected argument {parsed.paths[0]!r}: this stage takes overrides only, key=value or a .yaml file of them"
+        )
     overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.config = load_config(root, overrides)
     parsed.again = "".join(f" {shlex.quote(override)}" for override in overrides)

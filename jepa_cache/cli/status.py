@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cache.cli.outcome import (
-    MANIFEST,
     AsJson,
     Checkout,
     Outcome,
@@ -67,7 +66,7 @@ def collect_status(checkout: Checkout) -> Outcome:
     lines = [f"cache root {checkout.root.name}", *(f"note: {note}" for note in notes)]
     lines += [line for group, part in zip(groups, parts, strict=True) for line in _list_lines(group, part)]
     lines += [
-        f"manifest {MANIFEST}: {reason or 'current'}",
+        f"manifest {checkout.config.outputs}/encode/manifest.json: {reason or 'current'}",
         "nothing to do" if ready else "next: python stages/encode.py",
     ]
     return Outcome(document, lines, ready)
@@ -77,7 +76,7 @@ def _compare_manifest(
     checkout: Checkout, groups: Sequence[EncodingGroup], digests: Mapping[tuple[str, str], str]
 ) -> tuple[Manifest | None, str]:
     """The checkout's manifest, and why it does not list what the present settings ask for; empty when it does."""
-    if not (checkout.repository / MANIFEST).exists():
+    if not checkout.manifest_path.exists():
         return None, "absent; stage one writes it"
     try:
         manifest = checkout.read_manifest(None)
@@ -87,7 +86,7 @@ def _compare_manifest(
     expected = {(group.fingerprint, unit.digest) for group in groups for unit in group.units}
     if {fingerprint for fingerprint, _ in listed} != {fingerprint for fingerprint, _ in expected}:
         return manifest, f"it lists stores of another recipe or other cameras and phases ({manifest.fingerprint})"
-    reasons = [reason] if (reason := why_held_back(checkout.repository / MANIFEST)) else []
+    reasons = [reason] if (reason := why_held_back(checkout.manifest_path)) else []
     if {part.action_fingerprint for part in manifest.parts} != {group.action_fingerprint for group in groups}:
         reasons.append(f"it was made for another action space ({manifest.action_space})")
     if gone := listed.keys() - expected:

@@ -29,7 +29,7 @@ def verify(
         int, typer.Option(min=0, metavar="N", help="encode N random steps again and compare")
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="of the random steps; drawn and printed when not given")] = None,
-    manifest: Annotated[Path | None, typer.Option(help="other than outputs/encode/manifest.json")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="other than encode/manifest.json of the outputs")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check structure, digests and the checksum of every chunk of everything that the manifest lists.

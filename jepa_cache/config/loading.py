@@ -1,4 +1,4 @@
-"""params.yaml, the presets it names and `key=value` overrides, read once and resolved into one Config.
+"""params.yaml, the presets it names and what overrides it (`key=value`, files of settings), read once and resolved into one Config.
 
 `null` in a section of params.yaml means "as the preset says". Nothing outside this module reads yaml.
 """
@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jepa_cache.config.parsing import ConfigError, check_keys, flatten, nearest, parse_dataclass
@@ -42,6 +43,7 @@ REPOSITORY_ROOT = TEMPLATE if TEMPLATE.is_dir() else PACKAGE.parent
 """Where settings come from outside every project: the checkout of this package, or what came with it."""
 
 PRESETS = ("dataset", "encoder", "predictor")
+OUTPUTS = "outputs"  # what dvc.yaml declares, and projects of earlier releases have
 SECTIONS = {
     "cache": CacheConfig,
     "encode": EncodeConfig,
@@ -60,28 +62,39 @@ OF_DATASET = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phas
 OF_ENCODER = ("weights", "single_frame", "compute_dtype", "batch_size")
 
 
+IS_ASSIGNMENT, IS_FILE = re.compile(r"^[A-Za-z_]\w*(\.\w+)*="), re.compile(r"\.ya?ml$")
+"""What overrides look like; recordings are no YAML."""
+
+
 def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> Config:
-    """Read params.yaml and the presets it names from `root`, apply overrides such as "train.lr=3e-4" (YAML) and check everything.
+    """Read params.yaml and the presets it names from `root`, apply overrides in their order and check everything.
+
+    An override is `key=value` such as "train.lr=3e-4" (YAML), or the path of a .yaml file that says of some keys what params.yaml would.
 
     Raises:
         ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
     """
     params = _read_yaml(root / "params.yaml")
-    typed = {_apply_override(params, override) for override in overrides}
-    check_keys(params, [*PRESETS, *SECTIONS], "params.yaml")
+    params.setdefault("outputs", OUTPUTS)
+    typed: dict[str, str] = {}  # each key that is overridden, and where
+    for override in overrides:
+        typed |= _apply_override(params, override)
+    check_keys(params, [*PRESETS, "outputs", *SECTIONS], "params.yaml")
     if lacking := [key for key in (*PRESETS, *SECTIONS) if key not in params]:
         raise ConfigError(f"params.yaml lacks the key {lacking[0]!r}; put it back (git diff params.yaml shows it)")
     if wrong := [key for key in SECTIONS if not isinstance(params[key], Mapping)]:
         raise ConfigError(f"params.yaml: {wrong[0]} must be a mapping; got {params[wrong[0]]!r}")
 
-    origins: dict[str, str] = {}
+    origins = {"outputs": typed.get("outputs", "params.yaml")}
+    if not isinstance(outputs := params["outputs"], str) or not outputs.strip():
+        raise ConfigError(f"{origins['outputs']}: outputs must name a folder, such as {OUTPUTS}/b; got {outputs!r}")
     presets: dict[str, Any] = {}
     files = {kind: preset_file(kind, params[kind]) for kind in PRESETS}
     for kind in PRESETS:
         mapping = _read_preset(root, kind, params[kind], typed)
         presets[kind] = parse_dataclass(_preset_class(kind, mapping, files[kind]), mapping, files[kind])
         origins |= dict.fromkeys(flatten({kind: mapping}), files[kind])
-        origins[f"{kind}.name"] = "command line" if kind in typed else "params.yaml"
+        origins[f"{kind}.name"] = typed.get(kind, "params.yaml")
 
     # What a section's key gets where params.yaml holds null, and from which file.
     defaults: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in SECTIONS}
@@ -101,16 +114,16 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
 
     sections: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
-        own = {key: (value, "params.yaml") for key, value in given[name].items()}
+        own = {key: (value, typed.get(f"{name}.{key}", "params.yaml")) for key, value in given[name].items()}
         resolved = defaults[name] | {k: it for k, it in own.items() if it[0] is not None or k not in defaults[name]}
-        origins |= {
-            f"{name}.{key}": "command line" if f"{name}.{key}" in typed else file for key, (_, file) in resolved.items()
-        }
+        origins |= {f"{name}.{key}": file for key, (_, file) in resolved.items()}
         values = {key: value for key, (value, _) in resolved.items()}
         if name == "train":
             _scale_schedule(values, of_train, {key for key, (_, file) in resolved.items() if file == train_file})
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
-    config = Config(**presets, **sections, members=_list_members(root, presets["dataset"]), origins=origins)
+    config = Config(
+        **presets, **sections, outputs=outputs, members=_list_members(root, presets["dataset"]), origins=origins
+    )
     check_config(config)
     return config
 
@@ -159,6 +172,27 @@ def data_base(root: Path = REPOSITORY_ROOT) -> Path:
     return Path(os.environ.get("DVC_ROOT") or root)
 
 
+def outputs_folder(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
+    """Where the stages of a project leave and look for their results: `outputs`, relative to the project `root`.
+
+    Raises:
+        ConfigError: DVC runs the stage, and dvc.yaml declares results in another folder.
+    """
+    pipeline, declared = root / "dvc.yaml", rf"(?<![\w/.-])(\$\{{outputs\}}|{re.escape(config.outputs.rstrip('/'))})/"
+    told = pipeline.read_text(encoding="utf-8") if os.environ.get("DVC_STAGE") and pipeline.is_file() else None
+    if told is not None and not re.search(declared, told):
+        raise ConfigError(
+            f"{config.origins['outputs']}: outputs is {config.outputs!r}, but DVC runs this stage, and dvc.yaml declares its results in "
+            f"another folder; set outputs to {OUTPUTS} (dvc keeps experiments apart by itself), or run the stages without dvc"
+        )
+    return root / Path(config.outputs).expanduser()
+
+
+def manifest_path(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
+    """The manifest that stage one leaves, and all later stages read."""
+    return outputs_folder(config, root) / "encode/manifest.json"
+
+
 def recordings_base(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
     """The folder of relative recordings: `root` for the rendered sample, which every workspace has of its own; else `data_base`."""
     return root if config.dataset.sample is not None else data_base(root)
@@ -178,13 +212,12 @@ def _list_members(root: Path, dataset: DatasetPreset) -> tuple[tuple[DatasetPres
     return tuple(members) or ((dataset, 1.0),)
 
 
-def _read_preset(root: Path, kind: str, name: Any, typed: Collection[str] = ()) -> dict[str, Any]:
+def _read_preset(root: Path, kind: str, name: Any, typed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     known = sorted(path.stem for path in (root / "configs" / kind).glob("*.yaml"))
     if name not in known:
         key = "train.preset" if kind == "train" else kind
-        place = "command line" if key in typed else "params.yaml"
         raise ConfigError(
-            f"{place}: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
+            f"{typed.get(key, 'params.yaml')}: {key} is {name!r}, but configs/{kind} has no such preset{nearest(str(name), known)}"
         )
     preset = {**_read_yaml(root / preset_file(kind, name)), "name": name}
     if kind == "dataset" and str(preset.get("source")).endswith(".py"):  # a file of the project's own
@@ -207,7 +240,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path} is missing; run from a checkout of the repository (git status shows what is gone)"
+            f"{path} is missing; name a file of settings by its path from here, or run from a checkout (git status shows what is gone)"
         ) from error
     # Other than YAMLError: no UTF-8 and numbers of thousands of digits, and deep nesting.
     except (YAMLError, ValueError, RecursionError) as error:
@@ -217,27 +250,33 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _apply_override(params: dict[str, Any], override: str) -> str:
+def _apply_override(params: dict[str, Any], override: str) -> dict[str, str]:
+    """Change `params` as a `key=value` or a file of settings says; each key that it names, and where."""
     from ruamel.yaml import YAMLError
 
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
+    if IS_FILE.search(override) and not IS_ASSIGNMENT.match(override):
+        place, settings = override, flatten(_read_yaml(Path(override)))
+    else:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"an override has the form key=value, such as train.lr=3e-4; got {override!r}")
+        try:
+            place, settings = "command line", {key: copy.deepcopy(_parse_yaml(text))}
+        except YAMLError as error:
+            raise ConfigError(
+                f"the value of {override!r} is no valid YAML; put it in quotes, or close its brackets"
+            ) from error
     known = list(flatten(params))
-    if key not in known:
-        in_section = [name for name in known if name.endswith(f".{key}")]
-        raise ConfigError(f"unknown parameter {key!r}{nearest(in_section[0] if in_section else key, known)}")
-    *parents, last = key.split(".")
-    section = functools.reduce(operator.getitem, parents, params)
-    try:
-        section[last] = copy.deepcopy(_parse_yaml(text))
-    except YAMLError as error:
-        raise ConfigError(
-            f"the value of {override!r} is no valid YAML; put it in quotes, or close its brackets"
-        ) from error
-    return key
+    for key, value in settings.items():
+        if key not in known:
+            in_section = [name for name in known if name.endswith(f".{key}")]
+            hint = nearest(in_section[0] if in_section else key, known)
+            raise ConfigError(f"{place}: unknown parameter {key!r}{hint}")
+        *parents, last = key.split(".")
+        functools.reduce(operator.getitem, parents, params)[last] = value
+    return dict.fromkeys(settings, place)
 
 
 def is_override(argument: str) -> bool:
-    """Whether a command line argument is a `key=value` override rather than a path."""
-    return re.match(r"^[A-Za-z_]\w*(\.\w+)*=", argument) is not None
+    """Whether a command line argument is settings, `key=value` or a .yaml file of them, rather than recordings."""
+    return any(form.search(argument) for form in (IS_ASSIGNMENT, IS_FILE))

@@ -244,7 +244,9 @@ class EncodeConfig(Settings):
     single_frame: SingleFrame  # frame mode only
     pool: Count  # 1 stores every patch's token, 2 the mean of each 2 x 2 patches' tokens
     compute_dtype: FloatDtype
+    compile: bool  # torch.compile
     batch_size: Count
+    fill_batches: bool  # with frames of several episodes of a unit
     dtype: StoredDtype
     device: Device
     decoder: Decoder
@@ -451,6 +453,7 @@ class Config:
     plan: PlanConfig
     act: ActConfig
     cache: CacheConfig
+    outputs: str  # folder of what the stages leave, relative to the project
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
@@ -554,6 +557,8 @@ def _check_encoder(encode: EncodeConfig, encoder: EncoderPreset) -> Iterator[str
         yield f"{named}: rescaled positions are known for patch_size 16 only; got {encoder.patch_size}"
     if encoder.short_side and (not encoder.crop.startswith("pillow_") or encoder.short_side < encoder.resolution):
         yield f"{named}: short_side is for pillow_* crops and at least the resolution; got {encoder.short_side}, {encoder.crop}"
+    if encode.compile and not rules.videos:
+        yield f"{named}: encode.compile is for V-JEPA's blocks, got kind {kind}; set it to false"
     if not rules.videos and encode.mode != "frame":
         yield f"{named} takes frames one by one; encode.mode must be frame, got {encode.mode!r}"
     if encode.single_frame == "image" and (not rules.image_path or encode.mode != "frame"):

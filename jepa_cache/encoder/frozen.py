@@ -52,15 +52,17 @@ class FrozenEncoder:
         compute_dtype: str,
         single_frame: str = "doubled",
         pool: int = 1,
+        compiled: bool = False,
     ) -> None:
         """Move a preset's encoder, from `load_module`, to a device such as "cuda:1".
 
         A lower `compute_dtype` is autocast; weights of products, which it would cast at every pass, are cast here once. `single_frame`
         says how frame mode gives a frame: "doubled" into a tubelet, or as an "image" (V-JEPA 2.1 only). `pool` 2 averages the tokens of
-        each 2 x 2 patches.
+        each 2 x 2 patches. `compiled`: by torch.compile, which fuses what would be rounded between operations, so that other bits
+        come out.
         """
         side = preset.resolution // preset.patch_size
-        self.grid, self.pool = (side, side), pool
+        self.grid, self.pool, self.compiled = (side, side), pool, compiled
         self.frames_of_one = preset.tubelet_size if single_frame == "doubled" else 1
         self.preset = preset
         self.device = torch.device(device)
@@ -72,6 +74,8 @@ class FrozenEncoder:
             for part in self.encoder.modules():
                 if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d):
                     part.to(self.compute_dtype)
+        if compiled:
+            self.encoder.compile()
 
     @property
     def num_tokens(self) -> int:
@@ -112,6 +116,8 @@ class FrozenEncoder:
                 f"a group is 1 frame or a multiple of the tubelet ({tubelet}); got {num_frames} frames. Choose such "
                 f"an encode.frames_per_clip"
             )
+        if self.compiled and len(groups) == 1:  # a size of 1 would be a graph of its own
+            return self.encode(groups.expand(2, *groups.shape[1:]))[:1]
         frames = groups.to(self.device, non_blocking=True).flatten(0, 1)
         resolution = self.preset.resolution
         frames = normalise(frames, resolution, self._offset, self._spread, in_levels=self._crop.in_levels)
@@ -210,13 +216,13 @@ class Overlap:
         for _ in range(num_slots):
             self._free.put(Slot(self))
 
-    def submit(self, groups: Tensor) -> Slot:
-        """Encode and cast a batch as `FrozenEncoder.preprocess` gives it, [B, G, ...], which may be given up afterwards.
+    def submit(self, *parts: Tensor) -> Slot:
+        """Encode and cast a batch as `FrozenEncoder.preprocess` gives it, in parts [B, G, ...], which may be given up afterwards.
 
         Raises:
             queue.Empty: More than `num_slots` batches were not released.
         """
-        slot = self._free.get_nowait()
+        slot, groups = self._free.get_nowait(), parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.upload is None:
             slot.compute(groups)
             slot.tokens, slot.errors = slot.stored, slot.summary

@@ -5,6 +5,7 @@ so another resolution or aspect runs with wrong positions and without a warning.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,13 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.compiled = False
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile each block by `torch.compile`, in place: all share one graph for batches of every size but 1, which would have its own."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(*arguments, **options)
 
     def forward(self, clip: Tensor) -> Tensor:
         """Encode clips of any length and size; attention spans the whole clip in both directions of time.
@@ -183,6 +191,8 @@ class VisionTransformer(nn.Module):
                 f"Choose such a resolution in the encoder preset"
             )
         x, cosine, sine = self._embed(clip, height // self.patch_size, width // self.patch_size)
+        if self.compiled:
+            torch._dynamo.mark_dynamic(x, 0)
         for block in self.blocks:
             x = block(x, cosine, sine)
         return self._last_norm(x)

@@ -163,8 +163,8 @@ class Decoders:
     """Iterates over all units in order, each with its recordings, while threads work ahead of the consumer.
 
     A feeder thread reads recordings from the source; each gets a decoding task. What is read and decoded ahead stays within
-    `encode.decode_ahead_mib`, so that threads do not wait for each other's episodes to be taken. Batches never cross episodes, so the
-    tokens of an episode depend on nothing else. `wait_s` is how long the consumer waited.
+    `encode.decode_ahead_mib`, so that threads do not wait for each other's episodes to be taken. Batches never cross episodes here.
+    `wait_s` is how long the consumer waited.
     """
 
     def __init__(

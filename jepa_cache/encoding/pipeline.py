@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -92,7 +92,7 @@ def fill_group(
 
     # Of the calls that are not done at most WRITES_AHEAD wait; one more batch is being launched, one being written.
     overlap = Overlap(encoder, get_codec(group.encode.dtype).cast, WRITES_AHEAD + 2)
-    provenance, result = describe_machine(encoder, group.encode.batch_size, group.num_threads), FillResult()
+    provenance, result = describe_machine(encoder, group.encode, group.num_threads), FillResult()
     if encoder.preset.origin is not None:
         provenance["encoder_origin"] = encoder.preset.origin
     with (
@@ -107,7 +107,7 @@ def fill_group(
             on_progress(num_bytes, result.timing)
 
         for unit, recordings in decoders:
-            store, bytes_left = _OpenUnit(root, group, unit, overlap, write), 0
+            store, bytes_left = _OpenUnit(root, group, unit, overlap, write, result.timing), 0
             with suppress(OSError):  # gone meanwhile, as its reader will say
                 bytes_left = unit.num_bytes
             try:
@@ -115,7 +115,7 @@ def fill_group(
                     if isinstance(recording, Skipped):
                         store.skipped.append(recording)
                         continue
-                    for share in store.encode(recording, result.timing):
+                    for share in store.encode(recording):
                         num_bytes = min(bytes_left, round(share * recording.num_bytes))
                         advance(num_bytes)
                         bytes_left -= num_bytes
@@ -134,9 +134,10 @@ class _OpenUnit:
     """The stores of one unit while they are filled; all disk work goes through the writer thread."""
 
     def __init__(
-        self, root: CacheRoot, group: EncodingGroup, unit: Unit, overlap: Overlap, write: WriterThread
+        self, root: CacheRoot, group: EncodingGroup, unit: Unit, overlap: Overlap, write: WriterThread, timing: Timing
     ) -> None:
         self._root, self._group, self._unit, self._overlap, self._write = root, group, unit, overlap, write
+        self._timing = timing
         self._dtype, self._encoder = group.encode.dtype, (encoder := overlap.encoder)
         self.tokens = TokenWriter(
             group.tokens(root, unit),
@@ -150,30 +151,31 @@ class _OpenUnit:
         self._segments: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._implausible: list[str] = []
+        self._column_names: Mapping[str, str] = {}
         self._decoders: Counter[str] = Counter()
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
         self._num_steps = 0
+        # Inputs [B, G, ...] that fill no batch yet, and the episode and number of each step that comes of them.
+        self._waiting: list[torch.Tensor] = []
+        self._owners: list[tuple[str, int]] = []
         write.open(self.tokens)
 
-    def encode(self, stream: EpisodeStream, timing: Timing) -> Iterator[float]:
+    def encode(self, stream: EpisodeStream) -> Iterator[float]:
         """Encode one episode; yields each batch's share of it. A bad video is taken back and skipped by name."""
-        episode, start, luma = stream.episode, self._num_steps, []
+        episode, start, luma, timing = stream.episode, self._num_steps, [], self._timing
         try:
             for batch in stream:
-                begun = time.perf_counter()
-                slot = self._overlap.submit(batch.pixels)
-                timing.encode_s += time.perf_counter() - begun
+                num_steps = len(batch.pixels) * len(stream.plan.anchors) // len(stream.plan.inputs)
+                self._owners += [(episode.key, self._num_steps - start + step) for step in range(num_steps)]
+                self._take(batch.pixels)
                 luma.append(batch.luma)
-                num_steps = len(slot.computed)
-                waited_s = self._write.wait_device_s
-                self._write(self._append, slot, episode.key, self._num_steps - start)
-                timing.encode_s += self._write.wait_device_s - waited_s
                 self._num_steps += num_steps
                 timing.num_frames += batch.pixels.shape[0] * batch.pixels.shape[1]
                 timing.num_bytes += num_steps * step_bytes(self._dtype, self._encoder.num_tokens, self._encoder.width)
                 yield len(batch.pixels) / len(stream.plan.inputs)
         except DecodeError as error:
             if self._num_steps > start:
+                self._launch()
                 self._num_steps = start
                 self._write(self.tokens.roll_back, start)
             reason = FRAMES_REQUESTED.sub(r"some of the \1 frames cannot", CLOCK_TIME.sub("", str(error)))
@@ -184,7 +186,35 @@ class _OpenUnit:
         # Those of a skipped episode are kept too: under another recipe it may be usable.
         self._controls.append((episode.key, episode.controls))
 
-    def _append(self, slot: Slot, episode: str, first: int) -> None:
+    def _take(self, pixels: torch.Tensor) -> None:
+        """Launch a batch of an episode; with `encode.fill_batches` what fills none waits for the next episodes of the unit.
+
+        So batches depend on the unit alone, as everything in its store does, whoever encodes it and whenever.
+        """
+        encode, waiting = self._group.encode, self._waiting
+        if waiting and (waiting[0].shape[1:], waiting[0].dtype) != (pixels.shape[1:], pixels.dtype):
+            self._launch()
+        while len(pixels):
+            room = encode.batch_size - sum(map(len, waiting))
+            waiting.append(pixels[:room])
+            if not encode.fill_batches or len(pixels) >= room:
+                self._launch()
+            pixels = pixels[room:]
+
+    def _launch(self) -> None:
+        """Encode what waits, as one batch."""
+        if not self._waiting:
+            return
+        begun = time.perf_counter()
+        slot = self._overlap.submit(*self._waiting)
+        self._timing.encode_s += time.perf_counter() - begun
+        self._waiting.clear()
+        owners, self._owners = self._owners[: len(slot.computed)], self._owners[len(slot.computed) :]
+        waited_s = self._write.wait_device_s
+        self._write(self._append, slot, owners)
+        self._timing.encode_s += self._write.wait_device_s - waited_s
+
+    def _append(self, slot: Slot, owners: Sequence[tuple[str, int]]) -> None:
         """Write what came of a batch; the writer thread waits for it, and finds what its dtype cannot hold."""
         from jepa_cache.encoder.frozen import TokenOverflowError
 
@@ -192,13 +222,15 @@ class _OpenUnit:
         try:
             tokens, errors = slot.result()
         except TokenOverflowError as error:
-            raise ValueError(f"episode {episode!r}, step {first + error.step}: {error}") from error
+            episode, step = owners[error.step]
+            raise ValueError(f"episode {episode!r}, step {step}: {error}") from error
         self._write.device_s += time.perf_counter() - begun
         self.tokens.append(tokens, errors)
         slot.release()
 
     def publish(self, provenance: Mapping[str, Any]) -> None:
         """Publish controls first, then tokens: a published token store has its controls."""
+        self._launch()
         columns = {
             field.name: np.concatenate([part[field.name] for part in self._steps]) if self._steps else []
             for field in layout.STEPS_SCHEMA
@@ -214,6 +246,7 @@ class _OpenUnit:
         # Outside the digest, so that a rule that finds more implausible values later gives the same stores.
         made = {**provenance, "decoders": dict(sorted(self._decoders.items()))}
         made |= {"implausible": self._implausible} if self._implausible else {}
+        made |= {layout.COLUMN_NAMES: dict(self._column_names)} if self._column_names else {}
         steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
         self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
         self._write(self.tokens.publish, steps, segments, metadata, made)
@@ -241,6 +274,7 @@ class _OpenUnit:
             self._segments.append({"segment": number, "start": start + a, "stop": start + b, **of_all})
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
+        self._column_names = episode.column_names
         self._decoders[stream.decoder] += 1
 
 

@@ -72,16 +72,24 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
             f"the weights {weights or preset.name} are not those that the stores are named by: {found} now, {identity} then. They were "
             "replaced meanwhile, or are others on this machine. Nothing was encoded; the same command takes those that are there now"
         )
-    options = {"compute_dtype": encode.compute_dtype, "single_frame": encode.single_frame, "pool": encode.pool}
-    return FrozenEncoder(preset, module, device=device, **options)
+    return FrozenEncoder(
+        preset,
+        module,
+        device=device,
+        compute_dtype=encode.compute_dtype,
+        single_frame=encode.single_frame,
+        pool=encode.pool,
+        compiled=encode.compile,
+    )
 
 
-def describe_machine(encoder: FrozenEncoder, batch_size: int, num_threads: int) -> dict[str, object]:
-    """What is recorded of the making of a store, outside its digest."""
+def describe_machine(encoder: FrozenEncoder, encode: EncodeConfig, num_threads: int) -> dict[str, object]:
+    """What is recorded of the making of a store, outside its digest; `fill_batches` where it is on."""
     import torch
 
     return {
-        "batch_size": batch_size,
+        "batch_size": encode.batch_size,
+        **({"fill_batches": True} if encode.fill_batches else {}),
         "device": "cpu" if encoder.device.type == "cpu" else torch.cuda.get_device_name(encoder.device),
         "num_threads": num_threads if encoder.device.type == "cpu" else 1,
         "versions": {name: version(name) for name in LIBRARIES if find_spec(name)}

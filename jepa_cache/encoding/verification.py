@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jepa_cache.config.schema import Config
+from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.encoding.actions import ensure_controls
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
@@ -110,9 +110,11 @@ def compare_online(
         store = root.store(it.keys[0])
         with root.pulled([store]):
             made = read_store_file(store).provenance
-            now = describe_machine(encoder, int(made["batch_size"]), num_threads)
+            then = {"batch_size": int(made["batch_size"]), "fill_batches": made.get("fill_batches", False)}
+            encode = replace(config.encode, **then)
+            now = describe_machine(encoder, encode, num_threads)
             changes = recipe_changes({name: made.get(name) for name in now}, now)
-            compared = Comparison(seed, list(_compare_store(it, store, rows, encoder, int(made["batch_size"]))))
+            compared = Comparison(seed, list(_compare_store(it, store, rows, encoder, encode)))
         comparison.steps += compared.steps
         comparison.changes += [change for change in changes if change not in comparison.changes]
         if wrong := compared.wrong:
@@ -167,13 +169,14 @@ def _find_units(manifest: Manifest, groups: Sequence[EncodingGroup]) -> list[_Li
 
 
 def _compare_store(
-    listed: _Listed, store: Path, rows: Sequence[int], encoder: FrozenEncoder, batch_size: int
+    listed: _Listed, store: Path, rows: Sequence[int], encoder: FrozenEncoder, encode: EncodeConfig
 ) -> Iterator[StepResult]:
-    """Encode some steps of a store again, in the batches that stage one cuts."""
-    group = listed.group
+    """Encode some steps of a store again, in the batches that stage one cut; for those of other episodes in them stand repeated ones."""
+    group, batch_size = listed.group, encode.batch_size
     starts: dict[str, int] = {}  # of each episode, its first step in the store
     wanted: dict[str, list[int]] = {}
-    for row in read_table(store, layout.SEGMENTS_FILE).to_pylist():
+    segments = read_table(store, layout.SEGMENTS_FILE).to_pylist()
+    for row in segments:
         starts.setdefault(row["episode"], row["start"])
         if steps := [step for step in rows if row["start"] <= step < row["stop"]]:
             wanted.setdefault(row["episode"], []).extend(steps)
@@ -182,19 +185,25 @@ def _compare_store(
             continue
         num_frames = len(episode.frame_ticks)
         plan = group.plan(num_frames, episode.fps, episode.frame_times_s)
-        steps_per_batch = len(plan.anchors) // len(plan.inputs) * batch_size
+        start, per_input = starts[episode.key], len(plan.anchors) // len(plan.inputs)
+        # Of the inputs that batches are cut from: the place of the episode's first, and how many there are.
+        first, count = (
+            (start // per_input, segments[-1]["stop"] // per_input) if encode.fill_batches else (0, len(plan.inputs))
+        )
         batches: dict[int, list[int]] = {}
         for step in steps:
-            batches.setdefault((step - starts[episode.key]) // steps_per_batch, []).append(step)
+            batches.setdefault((first + (step - start) // per_input) // batch_size, []).append(step)
         with open_video(
             episode.video, group.encode.decoder, first_frame=episode.first_frame, num_frames=num_frames
         ) as video:
             for batch, members in batches.items():
-                inputs = plan.inputs[batch * batch_size : (batch + 1) * batch_size]
+                begin, size = max(0, batch * batch_size - first), min(batch_size, count - batch * batch_size)
+                inputs = plan.inputs[begin : (batch + 1) * batch_size - first]
                 pixels = encoder.preprocess(video.read(inputs.reshape(-1)))
-                tokens = encoder.encode(pixels.reshape(*inputs.shape, *pixels.shape[1:])).flatten(0, 1)
+                pixels = pixels.reshape(*inputs.shape, *pixels.shape[1:])[np.arange(size) % len(inputs)]
+                tokens = encoder.encode(pixels).flatten(0, 1)
                 for step in members:
-                    online = tokens[step - starts[episode.key] - batch * steps_per_batch]
+                    online = tokens[step - start - begin * per_input]
                     stored = _compare_step(store, step, online, group.encode.dtype)
                     yield StepResult(listed.unit.name, episode.key, step, *stored)
     if wanted:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from jepa_cache.config.loading import outputs_folder
 from jepa_cache.config.schema import TRAIN_DEFAULTS, Config
 from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
@@ -149,8 +150,8 @@ def choose_windows(
 
 
 def open_training(config: Config, root: Path) -> tuple[CachedDataset, Path]:
-    """The cached features and the weights that earlier stages left below a checkout's root; refuses those of other settings."""
-    weights = root / "outputs/train/run/predictor.safetensors"
+    """The cached features and the weights that earlier stages left in a checkout's outputs; refuses those of other settings."""
+    weights = outputs_folder(config, root) / "train/run/predictor.safetensors"
     dataset = open_dataset(config, root)
     check_settings(config, weights)
     return dataset, weights

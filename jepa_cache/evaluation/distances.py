@@ -1,4 +1,4 @@
-"""Are predicted tokens, taken together, distributed as true ones? Fréchet and MMD distances per horizon, in place of FVD.
+"""Are predicted tokens, taken together, distributed as true ones? A Fréchet distance per horizon, in place of FVD.
 
 There are no pixels here, so the distances are taken on layer-normed tokens themselves: on single tokens, and on the mean token
 of each step. An L1 error tells how far a prediction is from its own future; these tell whether predictions look like futures at
@@ -13,7 +13,6 @@ Letters of the statistics: d dimensions, n and m vectors. They are float64.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +30,8 @@ COMPARED = {MODEL: "", COPY_LAST: "_copy_last", TRUE: "_floor"}  # with the true
 KINDS = ("token", "pooled")
 MAX_DIMS = 64  # of the principal components that the Fréchet distance is taken in
 MIN_VECTORS_PER_DIM = 4  # of a half: a covariance of fewer is mostly noise, and of fewer than one it has no full rank
-MAX_VECTORS = 1024  # of both halves together: MMD's cost is quadratic, and they are held in memory
-MAX_TRAINING_VECTORS = 4096  # that components and bandwidth are fitted on
+MAX_VECTORS = 1024  # of both halves together, which are held in memory
+MAX_TRAINING_VECTORS = 4096  # that components are fitted on
 MAX_GROUPS = 20  # of episodes, left out one after the other
 
 
@@ -66,42 +65,10 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     return max(0.0, float(shift @ shift + np.trace(first) + np.trace(second) - 2 * cross))
 
 
-def gaussian_kernel(one: np.ndarray, other: np.ndarray, bandwidth: float) -> np.ndarray:
-    """exp(-|x - y|^2 / (2 bandwidth^2)) of vectors [n, d] and [m, d]: [n, m]."""
-    from sklearn.metrics.pairwise import rbf_kernel
-
-    return rbf_kernel(one.astype(np.float64), other.astype(np.float64), gamma=1 / (2 * bandwidth**2))
-
-
-def mmd(first: np.ndarray, second: np.ndarray, across: np.ndarray) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy, from kernels within [n, n], [m, m] and across two sets [n, m].
-
-    Its mean is 0 for two independent sets of one distribution, so it may come out below 0.
-
-    Source: Gretton et al. 2012, lemma 6 (the U-statistic).
-    """
-    within = sum((part.sum() - np.trace(part)) / (len(part) * (len(part) - 1)) for part in (first, second))
-    return float(within - 2 * across.mean())
-
-
-def median_distance(vectors: np.ndarray) -> float:
-    """Median distance between different vectors [n, d]: the usual bandwidth (Gretton et al. 2012, section 8)."""
-    from sklearn.metrics.pairwise import euclidean_distances
-
-    distances = euclidean_distances(vectors.astype(np.float64))
-    median = float(np.median(distances[np.triu_indices(len(vectors), 1)]))
-    if median == 0:
-        raise TooFewError(
-            f"more than half of the pairs among {len(vectors)} token vectors are equal, so MMD has no bandwidth: these "
-            "tokens differ in nothing; remove distances from evaluate.measure"
-        )
-    return median
-
-
 def jackknife(statistic: Callable[[np.ndarray], float], groups: np.ndarray) -> Estimate:
     """Value over all windows and its 95 % interval (Student's t), from the values with one of `groups` [windows] left out at a time.
 
-    The bootstrap repeats vectors, and both distances grow where vectors repeat; leaving out does not. `statistic` is told which
+    The bootstrap repeats vectors, and the distance grows where vectors repeat; leaving out does not. `statistic` is told which
     windows are kept, [windows] bool.
 
     Source: the delete-a-group jackknife (Efron and Stein 1981).
@@ -171,15 +138,14 @@ def _training_vectors(evaluation: EvaluationContext, rng: np.random.Generator) -
     return {kind: np.concatenate(found) for kind, found in parts.items()}
 
 
-def measure_distances(vectors: Vectors) -> tuple[dict[str, float], dict[tuple[str, str], list[Estimate]]]:
-    """Both distances of every horizon, with intervals over groups of episodes.
+def measure_distances(vectors: Vectors) -> tuple[dict[str, float], dict[str, list[Estimate]]]:
+    """The distance at every horizon, with intervals over groups of episodes.
 
     Returns:
-        What they were taken with; and for "frechet" and "mmd", with each end in COMPARED, an estimate for each step: the mean of
-        both ways of the halves.
+        What it was taken with; and for each end in COMPARED an estimate for each step: the mean of both ways of the halves.
 
     Raises:
-        TooFewError: A half has too few vectors for a covariance, or they are all alike.
+        TooFewError: A half has too few vectors for a covariance.
     """
     from sklearn.decomposition import PCA
 
@@ -196,41 +162,26 @@ def measure_distances(vectors: Vectors) -> tuple[dict[str, float], dict[tuple[st
             f"windows in {len(kept)} groups and {len(training)} training vectors: raise "
             "evaluate.windows_per_episode, or remove distances from evaluate.measure"
         )
-    bandwidth = median_distance(training[:: -(-len(training) // MAX_VECTORS)])
     basis = PCA(num_dims, svd_solver="covariance_eigh").fit(training.astype(np.float64))
 
-    def rows(step: int, name: str) -> np.ndarray:
-        return values[name][:, step].reshape(-1, width).astype(np.float64)
+    half_of = np.repeat(halves, per_window)
 
-    @functools.lru_cache(maxsize=5)  # the five different ones of a step
-    def kernel(step: int, one: str, other: str) -> np.ndarray:
-        return gaussian_kernel(rows(step, one), rows(step, other), bandwidth)
-
-    def both_ways(distance: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
-        """Of the mean distance between rows of one half and rows of the other, each given as [windows * P] bool."""
-        half_of = np.repeat(halves, per_window)
+    def both_ways(given: np.ndarray, true: np.ndarray) -> Estimate:
+        """Of the mean distance between vectors [windows * P, d] of one half and true ones of the other."""
 
         def statistic(kept: np.ndarray) -> float:
-            keep = np.repeat(kept, per_window)
-            return sum(distance(keep & (half_of == half), keep & (half_of != half)) for half in (0, 1)) / 2
+            of_half = [np.repeat(kept, per_window) & (half_of == half) for half in (0, 1)]
+            return sum(frechet_distance(given[own], true[other]) for own, other in (of_half, of_half[::-1])) / 2
 
-        return jackknife(statistic, groups)
+        distance = jackknife(statistic, groups)
+        return distance._replace(low=max(0.0, distance.low))
 
-    def compare(step: int, name: str) -> tuple[Estimate, Estimate]:
-        given, true = (basis.transform(rows(step, which)) for which in (name, TRUE))
-        first, second, across = kernel(step, name, name), kernel(step, TRUE, TRUE), kernel(step, name, TRUE)
-        frechet = both_ways(lambda own, others: frechet_distance(given[own], true[others]))
-        discrepancy = both_ways(
-            lambda own, others: mmd(first[own][:, own], second[others][:, others], across[own][:, others])
-        )
-        return frechet._replace(low=max(0.0, frechet.low)), discrepancy
-
-    found: dict[tuple[str, str], list[Estimate]] = {}
+    found: dict[str, list[Estimate]] = {end: [] for end in COMPARED.values()}
     for step in range(horizon):
+        at = {name: basis.transform(values[name][:, step].reshape(-1, width).astype(np.float64)) for name in COMPARED}
         for name, end in COMPARED.items():
-            for measure, estimate in zip(("frechet", "mmd"), compare(step, name), strict=True):
-                found.setdefault((measure, end), []).append(estimate)
-    facts = {"num_dims": num_dims, "num_vectors": num_vectors, "bandwidth": bandwidth}
+            found[end].append(both_ways(at[name], at[TRUE]))
+    facts = {"num_dims": num_dims, "num_vectors": num_vectors}
     return facts | {"kept_variance": float(basis.explained_variance_ratio_.sum())}, found
 
 
@@ -252,8 +203,8 @@ def write_distances(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     for kind, (facts, found) in measured.items():
         share = facts.pop("kept_variance")
         section |= {f"{name}_{kind}": value for name, value in facts.items()} | {f"kept_variance_{kind}_share": share}
-        for (measure, end), estimates in found.items():
-            column = f"{measure}_{kind}{end}"
+        for end, estimates in found.items():
+            column = f"frechet_{kind}{end}"
             for row, estimate in zip(rows, estimates, strict=True):
                 row |= {column: estimate.mean, f"{column}_low": estimate.low, f"{column}_high": estimate.high}
                 if row["horizon"] in (1, len(rows)):

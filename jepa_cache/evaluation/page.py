@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,9 +17,64 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jepa_cache.config.parsing import flatten
 from jepa_cache.evaluation.context import Measurement
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, unguard_cell
+from jepa_cache.evaluation.pictures import LABELS
 from jepa_cache.files import atomic_file
 
 MAX_ROWS = 40  # of a table; a data set may have thousands of episodes
+TEMPLATES = Path(__file__).parent / "templates"
+WORDS = {
+    **{name: words for name, (words, _) in LABELS.items()},
+    **{"l1": "L1", "l2": "L2", "r2": "R2", "rmse": "RMSE", "percent": "%", "p": "p"},
+    **{
+        "num_windows": "windows",
+        "num_episodes": "episodes",
+        "num_seen": "true steps seen",
+        "horizon": "open-loop step",
+    },
+    **{
+        "num_dims": "principal components",
+        "num_vectors": "vectors in the smaller half",
+        "num_samples": "actions ranked",
+    },
+    **{
+        "frechet": "Fréchet distance",
+        "floor": "floor (true against true)",
+        "kept_variance": "variance kept",
+        "share": "as a share",
+    },
+    **{"token": "single tokens", "pooled": "mean token of a step"},
+    **{
+        "mean_rank": "mean rank of the true action (0: best, 0.5: chance)",
+        "top10_rate": "true action in the best tenth (chance: 0.1)",
+    },
+    **{"true_l1": "energy of the true action (L1)", "others_l1": "mean energy of the others (L1)"},
+    **{"margin_l1": "energy of the others less that of the true action (L1)"},
+    **{"tokens_percent": "L1 of all tokens, % above", "readout_percent": "through the readout, % above"},
+    **{"tokens_episodes_above": "episodes (tokens)", "readout_episodes_above": "episodes (readout)"},
+    **{
+        "gap_shuffled": "L1 of shuffled actions less the predictor's",
+        "action_size": "size of actions",
+        "gui": "open screen",
+    },
+    **{
+        "token_motion": "motion of tokens",
+        "first_step": "first step",
+        "start_s": "start, s",
+        "step_bytes": "bytes of a step",
+    },
+    **{
+        "adjacent": "neighbouring steps",
+        "quietest": "neighbouring steps, quietest tenth",
+        "one_step": "one step ahead",
+    },
+    **{
+        "own_change": "change, with targets of that dtype",
+        "change": "change",
+        "rollout": "open loop",
+        "stored": "what storing changed",
+    },
+}
+"""What names of figures, or parts of them, mean; the longest that fits is taken."""
 
 
 class Table(NamedTuple):
@@ -34,12 +91,18 @@ def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     filters = {
         "number": shorten,
+        "spell": spell,
         "read_table": lambda name: read_table(out / name),
         "url": lambda name: read_picture(out / "pictures" / name),
     }
+    films, script = out / MEASUREMENTS_FOLDER / "films.json", (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = render(
-        Path(__file__).parent / "templates/report.html.j2",
+        TEMPLATES / "report.html.j2",
         filters,
+        reel=json.loads(films.read_text(encoding="utf-8")),
+        script=script,
+        # The one script that a browser runs in this page: names in the data cannot add another.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
         settings=flatten(settings),
         command=format_command(settings),
@@ -56,6 +119,22 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: 
     environment = Environment(loader=FileSystemLoader(template.parent), **options)
     environment.filters |= filters
     return environment.get_template(template.name).render(**values)
+
+
+def spell(name: str) -> str:
+    """The name of a figure or a column in words; parts that `WORDS` does not have stay as they are."""
+    name, *at_step = re.split(r"_step(?=\d+$)", name)
+    parts, said = name.split("_"), list[str]()
+    while parts:
+        count = next((count for count in range(len(parts), 0, -1) if "_".join(parts[:count]) in WORDS), 0)
+        if count:
+            said.append(WORDS["_".join(parts[:count])])
+        elif said and said[-1] not in WORDS.values():
+            said[-1] += f" {parts[0]}"
+        else:
+            said.append(parts[0])
+        parts = parts[count or 1 :]
+    return ", ".join([*said, *(f"open-loop step {step}" for step in at_step)])
 
 
 def shorten(value: Any) -> str:
@@ -94,7 +173,7 @@ def read_table(path: Path) -> Table | None:
         return f"{value} [{low}, {high}]"
 
     shown = [[show(row, name) for name in kept] for row in rows[:MAX_ROWS]]
-    return Table(path.name, [name.replace("_", " ") for name in kept], shown, len(rows))
+    return Table(path.name, [spell(name) for name in kept], shown, len(rows))
 
 
 def read_picture(path: Path) -> str | None:

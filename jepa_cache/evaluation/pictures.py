@@ -1,27 +1,32 @@
-"""The pictures that every evaluation leaves in pictures/: curves, actions, and rollouts as strips and as an animation.
+"""The pictures that every evaluation leaves in pictures/: curves, actions, and films of a few held-out windows.
 
-Tokens are painted by their first three principal components as red, green and blue, in one basis for everything that is shown.
+A film shows what happened beside what was foreseen with the true actions, with another episode's, and by copying. Tokens are painted by
+their first three principal components as red, green and blue, in one basis for all; as that says little to a human, above foreseen tokens
+stands the recorded frame whose tokens are nearest. film<i>_<what> holds all steps side by side, measurements/films.json the words: the
+page moves them.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jepa_cache.actions import Column
+from jepa_cache.data.ablations import SHUFFLED, action_ablations
 from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.frames import read_frames
-from jepa_cache.data.windows import first_cached_rows
-from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext
-from jepa_cache.evaluation.windows import WindowErrors
+from jepa_cache.data.windows import WindowIndex, count_episodes, first_cached_rows, spread_windows
+from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, spread
+from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, write_json
+from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LABELS = {
@@ -41,31 +46,34 @@ TRAINING, HELD_OUT = "#7f7f7f", "#1f77b4"
 NUM_BINS = 40
 NUM_COLUMNS = 24  # of actions, of a kind, that are drawn
 RANGE = (0.5, 99.5)  # percentiles of the training actions that a histogram spans; what lies outside counts at its ends
-NUM_STRIPS = 2
-STEP_MS, LAST_MS = 900, 2500  # how long each step and the last one of the animation are shown
-NUM_LOOPS = 10  # then it stops: what moves for ever is hard to read beside
 # That colours are fitted on; three components of more are the same to the eye.
 NUM_COLOUR_WINDOWS, MAX_COLOUR_TOKENS = 8, 8192
 PERCENTILES = (1, 99)  # of the fitted tokens, which span each colour's range
+MOVING_SHARE = 0.1  # of the windows, those whose tokens move most, among which a film's is looked for
+NUM_SEARCHED = 1024  # steps spread over the held-out episodes among which the nearest one is looked for, beside those of the films' episodes
+FRAME_WIDTH, TOKEN_WIDTH, MAX_WIDTH = 480, 96, 60_000  # pixels of a step, and of all: a JPEG is at most 65,535 wide
+FRAME_SHAPE = 9 / 16  # height over width of a frame, where the recording is not here
+JPEG_QUALITY = 85
+GREY = (136, 136, 136)  # nothing is foreseen; as far from a light page as from a dark one
+DOWNWARDS = ("dpitch", "cameraY")  # columns that grow when a view turns down
+NUM_WRITTEN = 4  # numbers of an action that are written out
+GONE = "its recording is not on this machine"
 
 
 def draw_pictures(
-    errors: WindowErrors, evaluation: EvaluationContext, rows: Sequence[Mapping[str, float]], folder: Path
+    errors: WindowErrors,
+    evaluation: EvaluationContext,
+    rows: Sequence[Mapping[str, float]],
+    facts: Sequence[Mapping[str, Any]],
+    out: Path,
 ) -> None:
-    """Draw horizon.png (from the rows of horizon.csv), actions.png, strip1.png and so on, and rollout1.gif.
-
-    Cost: decodes the recordings of the windows that are shown, where they are on this machine.
-    """
+    """Draw horizon.png (from the rows of horizon.csv), actions.png and the films; `facts` are those of `figures.describe_windows`."""
     dataset = evaluation.dataset
-    draw_horizon(rows, folder / "horizon.png", note=evaluation.features)
+    draw_horizon(rows, out / "pictures/horizon.png", note=evaluation.features)
     segments = evaluation.training_segments(), evaluation.held_out_segments()
     recorded = (read_segment_actions(dataset, part) for part in segments)
-    draw_actions(dataset.space.actions, *recorded, folder / "actions.png")
-    positions = spread_positions(len(errors.chosen.numbers), NUM_STRIPS)
-    strips = build_strips(positions, errors, evaluation)
-    for number, strip in enumerate(strips, start=1):
-        draw_strip(strip, folder / f"strip{number}.png")
-    write_animation(strips[0], folder / "rollout1.gif")
+    draw_actions(dataset.space.actions, *recorded, out / "pictures/actions.png")
+    write_films(choose_films(errors), errors, facts, evaluation, out)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -189,101 +197,209 @@ class TokenColours:
         return np.clip((components - self._low) / self._span, 0, 1).reshape(-1, *grid, 3)
 
 
-class Strip(NamedTuple):
-    """One held-out window, ready to draw."""
+class Film(NamedTuple):
+    """One of the measured windows, and why it was chosen."""
 
     title: str
-    frames: np.ndarray | None  # [C + K, h, w, 3] uint8; None when the recording is not on this machine
-    true: np.ndarray  # [C + K, H, W, 3] colours of the true tokens, in [0, 1]
-    predicted: np.ndarray  # [K, H, W, 3] colours of the open-loop predictions in the same basis
-    error: np.ndarray  # [K, H, W] L1 per token
+    reason: str
+    position: int
+
+
+def choose_films(errors: WindowErrors) -> list[Film]:
+    """A window that shows what the predictor can do, the median one and the worst, by their open-loop gain over copying; each once."""
+    copied, foreseen = (errors.horizon[name].mean(axis=1) for name in (COPY_LAST, MODEL))
+    gains, count = 1 - foreseen / np.maximum(copied, 1e-12), len(copied)
+    moving = np.argsort(-copied, kind="stable")[: max(1, round(MOVING_SHARE * count))]
+    order = np.argsort(gains, kind="stable")
+    chosen = {
+        int(moving[gains[moving].argmax()]): (
+            "Much motion, foreseen best",
+            f"the largest gain over copying among the {len(moving)} of {count} windows whose tokens move most; picked to show what it can do",
+        ),
+        int(order[count // 2]): (
+            "The median window",
+            f"its gain over copying is the median of {count} windows; picked by that alone",
+        ),
+        int(order[0]): ("Foreseen worst", f"the lowest gain over copying of {count} windows"),
+    }
+    return [Film(*words, position) for position, words in chosen.items()]
 
 
 @torch.no_grad()
-def build_strips(positions: Sequence[int], errors: WindowErrors, evaluation: EvaluationContext) -> list[Strip]:
-    """Everything needed to draw the windows at `positions` of the measured ones, all painted in the same colours."""
-    dataset, settings, manifest = evaluation.dataset, evaluation.config.evaluate, evaluation.dataset.manifest
-    context, stop = settings.num_context_steps, settings.num_context_steps + settings.horizon
-    index, numbers = errors.chosen
-    fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
+def write_films(
+    films: Sequence[Film],
+    errors: WindowErrors,
+    facts: Sequence[Mapping[str, Any]],
+    evaluation: EvaluationContext,
+    out: Path,
+) -> None:
+    """Write pictures and words of the films, each with four panels of T = C + K steps.
+
+    Cost: reads up to `NUM_SEARCHED` steps and those of the films' episodes, and the units of all recordings that are shown.
+    """
+    dataset, settings, (index, numbers) = evaluation.dataset, evaluation.config.evaluate, errors.chosen
+    context, horizon, apart = settings.num_context_steps, settings.horizon, settings.step_length
+    num_steps, positions = context + horizon, [film.position for film in films]
     chosen = ChosenWindows(index, [numbers[position] for position in positions])
+    batch, h = evaluation.read_windows(*chosen)
+    true, states = h[:, :num_steps], batch.states[:, : num_steps - 1]
+    other = action_ablations(dataset, evaluation.scaler, index, numbers, seed=settings.seed)[SHUFFLED][positions]
+    actions = torch.stack([batch.actions, torch.from_numpy(other).to(h.device)], dim=1)[:, :, : num_steps - 1]
+    both = [evaluation.model.open_loop(true[:, :context], given, states, horizon) for given in actions.unbind(1)]
+    foreseen = torch.stack(both, dim=1)  # [films, 2, K, N, D]
     runs = [
-        segment._replace(start=window.start, stop=window.start + (stop - 1) * window.step_length + 1)
+        segment._replace(start=window.start, stop=window.start + (num_steps - 1) * apart + 1)
         for segment, window in zip(chosen.segments, chosen.windows, strict=True)
     ]
-    batch, h = evaluation.read_windows(*chosen)
-    given = (h[:, :context], batch.actions[:, : stop - 1], batch.states[:, : stop - 1])
-    predicted = evaluation.model.open_loop(*given, settings.horizon).cpu()
-    true = h[:, :stop].cpu()
-    error = (predicted - true[:, context:]).abs().mean(dim=-1).unflatten(-1, manifest.grid).numpy()
-    first_rows, step_length = first_cached_rows(dataset.segments), settings.step_length
-    note = "" if manifest.encoder_trained else " (encoder untrained)"
-    strips = []
-    for number, (run, frames) in enumerate(
-        zip(runs, read_frames(evaluation.config, dataset, runs, step_length), strict=True)
-    ):
-        first = run.start - first_rows[run.store, run.episode]
-        title = f"{run.episode}, steps {first} to {first + run.stop - run.start - 1}{note}"
-        painted = (colours.paint(tokens[number].numpy(), manifest.grid) for tokens in (true, predicted))
-        strips.append(Strip(title, frames, *painted, error[number]))
-    return strips
-
-
-def draw_strip(strip: Strip, path: Path) -> None:
-    """Rows: frames, true tokens, predicted tokens, error; columns: context steps, then open-loop steps."""
-    num_steps, token_shape = len(strip.true), strip.true.shape[1] / strip.true.shape[2]
-    frame_shape = token_shape if strip.frames is None else strip.frames.shape[1] / strip.frames.shape[2]
-    shapes = [frame_shape, *[token_shape] * 3]  # height over width
-    figure = new_figure(1.7 * num_steps, 1.55 * sum(shapes) + 1.0)
-    grid = figure.subplots(4, num_steps, squeeze=False, height_ratios=shapes)
-    for step in range(num_steps):
-        names = _draw_step(grid[:, step], strip, step)
-        grid[0, step].set_title(_name_step(strip, step), fontsize=9)
-    for axes, name in zip(grid[:, 0], names, strict=True):
-        axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=9)
-    figure.colorbar(grid[-1, -1].images[0], ax=grid[-1].tolist(), shrink=0.8, label="L1")
-    figure.suptitle(strip.title, fontsize=10)
-    save_figure(figure, path)
-
-
-def write_animation(strip: Strip, path: Path) -> None:
-    """Write one window as a GIF of 2 x 2 panels, a picture for each step, with the step's number above."""
-    from PIL import Image
-
-    pictures = []
-    for step in range(len(strip.true)):
-        figure = new_figure(4.8, 5.2)
-        panels = figure.subplots(2, 2).flatten()
-        for axes, name in zip(panels, _draw_step(panels, strip, step), strict=True):
-            axes.set_title(name, fontsize=9)
-        figure.suptitle(f"{_name_step(strip, step)}   ({step + 1} of {len(strip.true)})", fontsize=10)
-        figure.canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]))
-    durations = [STEP_MS] * (len(pictures) - 1) + [LAST_MS]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=NUM_LOOPS)
-
-
-def _name_step(strip: Strip, step: int) -> str:
-    ahead = step - (len(strip.true) - len(strip.predicted))
-    return f"context {step + 1}" if ahead < 0 else f"open loop +{ahead + 1}"
-
-
-def _draw_step(panels: Sequence[Axes], strip: Strip, step: int) -> list[str]:
-    """Draw one step's four pictures and return what they are; context steps are given, so they have no prediction and no error."""
-    ahead, shape = step - (len(strip.true) - len(strip.predicted)), strip.true.shape[1] / strip.true.shape[2]
-    given = "given,\nnot predicted"
-    pictures = {
-        "recorded frame": (None if strip.frames is None else strip.frames[step], "recording\nnot here"),
-        "true tokens": (strip.true[step], ""),
-        "predicted tokens": (None if ahead < 0 else strip.predicted[ahead], given),
-        "error (L1)": (None if ahead < 0 else strip.error[ahead], given),
+    nearest = find_nearest(evaluation, foreseen.flatten(0, 2), {run.episode for run in runs})
+    frames = read_frames(evaluation.config, dataset, [*runs, *nearest], apart)
+    fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
+    colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
+    moves, first_rows = describe_moves(evaluation, actions.cpu().numpy()), first_cached_rows(dataset.segments)
+    shown = []
+    for number, (film, run) in enumerate(zip(films, runs, strict=True)):
+        mine = slice(2 * horizon * number, 2 * horizon * (number + 1))
+        here = frames[number]
+        shape = FRAME_SHAPE if here is None else here.shape[1] / here.shape[2]
+        camera = [None] * num_steps if here is None else list(here)
+        found = [None if some is None else some[0] for some in frames[len(films) :][mine]]
+        near = [
+            describe_nearest(one, run, run.start + (context + step % horizon) * apart, first_rows)
+            + ("" if picture is not None else f"; {GONE}")
+            for step, (one, picture) in enumerate(zip(nearest[mine], found, strict=True))
+        ]
+        paint = [colours.paint(some.cpu().numpy(), dataset.manifest.grid) for some in (true[number], *foreseen[number])]
+        paint.append(paint[0][[context - 1] * horizon])
+        l1 = [errors.horizon[name][film.position] for name in (MODEL, SHUFFLED, COPY_LAST)]
+        said = [[f"L1 {error:.3f}" for error in each] for each in l1]
+        first, second, own = slice(0, horizon), slice(horizon, None), moves[number]
+        here_words, copied = ["" if here is not None else GONE] * num_steps, [camera[context - 1]] * horizon
+        panels = (
+            Panel("What happened", camera, here_words, paint[0], ["true tokens"] * num_steps, own[0]),
+            Panel("Foreseen with its actions", found[first], near[first], paint[1], said[0], own[0]),
+            Panel("Foreseen with another episode's actions", found[second], near[second], paint[2], said[1], own[1]),
+            Panel("Copying the last step", copied, ["the last step seen"] * horizon, paint[3], said[2], []),
+        )
+        fact = facts[film.position]
+        shown.append(
+            {
+                "title": film.title,
+                "reason": film.reason,
+                "place": f"{run.episode}, from step {fact['first_step']} ({fact['start_s']:.1f} s)",
+                "frame_shape": shape,
+                "l1": [float(each.mean()) for each in l1],
+                "panels": [
+                    panel.save(num_steps, shape, out / "pictures", f"film{number + 1}_{place}")
+                    for place, panel in enumerate(panels, start=1)
+                ],
+            }
+        )
+    counts = {
+        "num_steps": num_steps,
+        "num_context_steps": context,
+        "token_shape": dataset.manifest.grid[0] / dataset.manifest.grid[1],
     }
-    for axes, (picture, without) in zip(panels, pictures.values(), strict=True):
-        axes.set(xticks=[], yticks=[])
-        if picture is None:
-            axes.set(facecolor="#eeeeee", box_aspect=shape)  # as the cells that hold a picture
-            axes.text(0.5, 0.5, without, ha="center", va="center", fontsize=7, transform=axes.transAxes)
-        else:
-            axes.imshow(picture, cmap="magma", vmin=0, vmax=float(strip.error.max()) or 1.0)
-    return list(pictures)
+    write_json({"films": shown, **counts}, out / MEASUREMENTS_FOLDER / "films.json")
+
+
+class Panel(NamedTuple):
+    """One of the four things that a film shows at each step; where rows are fewer than steps, the first ones were given and are empty."""
+
+    title: str
+    frames: Sequence[np.ndarray | None]  # uint8 [h, w, 3]; None where a recording is not here
+    frame_words: Sequence[str]
+    tokens: np.ndarray  # [.., H, W, 3] colours in [0, 1]
+    token_words: Sequence[str]
+    moves: Sequence[Mapping[str, Any]]
+
+    def save(self, num_steps: int, shape: float, folder: Path, name: str) -> dict[str, Any]:
+        """Write its pictures, all steps side by side, and return what films.json holds of it; `frames` is None where none is here."""
+        most, (height, width) = MAX_WIDTH // num_steps, self.tokens.shape[1:3]
+        frame_width, token_width = min(FRAME_WIDTH, most), min(TOKEN_WIDTH, most)
+        tokens, frames = f"{name}_tokens.png", f"{name}_frames.jpg"
+        cells = list((255 * self.tokens).astype(np.uint8))
+        put_side_by_side(cells, num_steps, (token_width, round(token_width * height / width)), folder / tokens)
+        is_here = any(frame is not None for frame in self.frames)
+        if is_here:
+            put_side_by_side(self.frames, num_steps, (frame_width, round(frame_width * shape)), folder / frames)
+        words = {"frame_words": self.frame_words, "token_words": self.token_words, "moves": self.moves}
+        return {
+            "title": self.title,
+            "tokens": tokens,
+            "frames": frames if is_here else None,
+            **{key: [None] * (num_steps - len(rows)) + list(rows) for key, rows in words.items()},
+        }
+
+
+def put_side_by_side(pictures: Sequence[np.ndarray | None], count: int, size: tuple[int, int], path: Path) -> None:
+    """Write pictures uint8 [h, w, 3] as the last of `count` cells of a size (w, h), each as large as fits; the others stay grey."""
+    from PIL import Image, ImageOps
+
+    sheet = Image.new("RGB", (count * size[0], size[1]), GREY)
+    method = Image.Resampling.NEAREST if path.suffix == ".png" else Image.Resampling.BILINEAR
+    for cell, picture in enumerate(pictures, start=count - len(pictures)):
+        if picture is not None:
+            sheet.paste(ImageOps.pad(Image.fromarray(picture), size, method), (cell * size[0], 0))
+    sheet.save(path, quality=JPEG_QUALITY, optimize=True)
+
+
+def find_nearest(evaluation: EvaluationContext, wanted: Tensor, episodes: Collection[str]) -> list[Segment]:
+    """The held-out step whose tokens are nearest (L1) to each of some [n, N, D], as a run of one step.
+
+    Looked for among all steps of the given episodes, and up to `NUM_SEARCHED` spread over all held-out ones.
+    """
+    segments = evaluation.held_out_segments()
+    index = WindowIndex(segments, 1)
+    own = [row for place, _, rows in index.iter_runs() if segments[place].episode in episodes for row in rows]
+    others = spread(spread_windows(index, -(-NUM_SEARCHED // count_episodes(segments))), NUM_SEARCHED)
+    searched, found = ChosenWindows(index, sorted({*own, *others})), []
+    for _, _, h in evaluation.iter_windows(searched, "nearest frames"):
+        found.append(torch.stack([(h[:, 0] - tokens).abs().mean(dim=(-2, -1)) for tokens in wanted]))
+    places = torch.cat(found, dim=1).argmin(dim=1).tolist()
+    runs = [
+        segment._replace(start=window.start, stop=window.start + 1)
+        for segment, window in zip(searched.segments, searched.windows, strict=True)
+    ]
+    return [runs[place] for place in places]
+
+
+def describe_nearest(found: Segment, run: Segment, true: int, first_rows: Mapping[tuple[int, str], int]) -> str:
+    """Where the nearest step lies, beside the true one: row `true` of the store that the film's run lies in."""
+    if (found.store, found.episode) != (run.store, run.episode):
+        return f"nearest: {found.episode}, step {found.start - first_rows[found.store, found.episode]}"
+    if not (apart := abs(found.start - true)):
+        return "nearest: the true step"
+    return f"nearest: {apart} step{'s' if apart > 1 else ''} {'before' if found.start < true else 'after'} the true one"
+
+
+def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[list[list[dict[str, Any]]]]:
+    """Scaled actions [films, 2, T-1, A] as arrows and words: angle (degrees clockwise from the right), length (1: the longest), words.
+
+    An arrow is of the two columns that the energy maps begin with; columns that a view turns down by point down.
+    """
+    space, scaler = evaluation.dataset.space, evaluation.scaler.actions
+    values, columns = (
+        actions * np.array(scaler.scale) + np.array(scaler.mean),
+        [column.name for column in space.actions],
+    )
+    searched = [it.column for it in space.motion.searched if it.limit != "max_rotation_rad"] if space.motion else []
+    numbers = [
+        columns.index(name) for name in searched or columns if space.actions[columns.index(name)].kind == "continuous"
+    ]
+    keys = [number for number, column in enumerate(space.actions) if column.kind == "binary"]
+    order = [columns.index(name) for name in (space.motion.map_axes if space.motion else ())] or numbers
+    arrows = np.zeros((*values.shape[:-1], 2))
+    for place, number in enumerate(order[:2]):
+        arrows[..., place] = values[..., number] * (-1 if place and columns[number] not in DOWNWARDS else 1)
+    lengths = np.hypot(*np.moveaxis(arrows, -1, 0))
+    arrows = np.stack([np.degrees(np.arctan2(arrows[..., 1], arrows[..., 0])), lengths / (lengths.max() or 1)], axis=-1)
+
+    def describe(action: np.ndarray, arrow: np.ndarray) -> dict[str, Any]:
+        said = [f"{columns[number]} {round(float(action[number]), 4) + 0.0:+.3g}" for number in numbers[:NUM_WRITTEN]]
+        held = [columns[number] for number in keys if action[number] > 0]
+        return {"angle": float(arrow[0]), "length": float(arrow[1]), "words": ", ".join(said + held)}
+
+    return [
+        [[describe(*pair) for pair in zip(*rows, strict=True)] for rows in zip(*two, strict=True)]
+        for two in zip(values, arrows, strict=True)
+    ]

@@ -39,20 +39,13 @@ from jepa_cache.evaluation.page import write_page
 from jepa_cache.evaluation.pictures import draw_pictures, draw_training
 from jepa_cache.evaluation.probes import PROBES
 from jepa_cache.evaluation.readout import describe_readout
-from jepa_cache.evaluation.verdict import OTHERS, describe_verdict, find_gain
+from jepa_cache.evaluation.verdict import describe_verdict, find_gain
 from jepa_cache.evaluation.windows import MODEL, PREDICTIONS, WindowErrors, mean_of_steps, measure_windows
 from jepa_cache.files import replaced_files
 from jepa_cache.predictor.checkpoints import read_card
 
-DECISIVE = {
-    "val": (
-        *("teacher_forcing_l1", "rollout_l1", "ratio_copy_last"),
-        *("gain_copy_last_percent", "gain_regression_percent", "gain_shuffled_actions_percent"),
-    ),
-    "above": tuple(f"{through}_{name}_percent" for through in ("tokens", "readout") for name in OTHERS),
-    "energy": ("mean_rank", "top10_rate"),
-}
-"""Figures of metrics.json that stand in summary.json too, by section; the answers of the verdict join them."""
+DECISIVE = ("rollout_l1", "ratio_copy_last")
+"""Held-out figures that stand in summary.json with the answers of the verdict; more are columns of `dvc exp show` that nobody reads."""
 
 RESULTS = ("*.csv", "*.json", "report.html", "pictures", MEASUREMENTS_FOLDER)
 """What an evaluation leaves: an old table of a measurement that is no longer requested would be read as new."""
@@ -91,9 +84,9 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
             **{name: described["measured"][name] for name in ("window_steps", "normalize_reps")},
             **{name: getattr(settings, name) for name in ("step_length", "num_context_steps", "horizon", "seed")},
         }
-        metrics["verdict"] = describe_verdict(metrics)
         for name in settings.measure:
             metrics |= MEASUREMENTS[name].run(evaluation, folder)
+        metrics["verdict"] = describe_verdict(metrics)
         write_json(metrics, folder / "metrics.json")
         write_json(pick_decisive(metrics), folder / "summary.json")
         write_json(described, folder / "settings.json")
@@ -110,7 +103,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         }
         for name, table in tables.items():
             write_table(table, folder / f"{name}.csv")
-        draw_pictures(errors, evaluation, rows, folder / "pictures")
+        draw_pictures(errors, evaluation, rows, facts, folder)
         if (history := weights.parent / "train.csv").is_file():
             draw_training(history, folder / "pictures/training.png")
         write_page(folder, MEASUREMENTS.values())
@@ -133,6 +126,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         "tokens_fingerprint": manifest.fingerprint,
         "manifest": manifest.digest,
         "action_space": manifest.action_space,
+        **({"columns": evaluation.dataset.column_names} if evaluation.dataset.column_names else {}),
         **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
         "measured": {
             "filter": asdict(config.filter),
@@ -146,12 +140,8 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
 
 def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The content of summary.json, which `dvc exp show` lists; what was not measured is absent."""
-    chosen: dict[str, Any] = {
-        section: {name: metrics[section][name] for name in names if name in metrics[section]}
-        for section, names in DECISIVE.items()
-        if section in metrics
-    }
-    return chosen | {
+    return {
+        "val": {name: metrics["val"][name] for name in DECISIVE if name in metrics["val"]},
         "num_episodes": metrics["num_episodes"],
         "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
     }

@@ -33,6 +33,7 @@ NOT_MEASURED = (
     "unclear, fewer than two episodes hold a window to measure it on (another step's actions need a step beside the window); "
     "raise evaluate.windows_per_episode, or add recordings"
 )
+FEW_VECTORS = 256  # of a half: four for each of the 64 components that a Fréchet distance is taken in at most
 CLIP = "clip mode: early steps have seen later frames, so figures are not comparable with frame or tubelet mode"
 
 
@@ -190,7 +191,7 @@ def _describe_horizon(metrics: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def list_limits(metrics: Mapping[str, Any]) -> list[str]:
-    """What figures with `encoder_trained`, `comparable` and `num_episodes` cannot say."""
+    """What figures with `encoder_trained`, `comparable` and `num_episodes` cannot say, and distances where they were measured."""
     limits = []
     if not metrics["encoder_trained"]:
         limits.append(UNTRAINED)
@@ -200,5 +201,11 @@ def list_limits(metrics: Mapping[str, Any]) -> list[str]:
         limits.append(
             f"only {metrics['num_episodes']} held-out episodes: intervals over so few are too narrow, and no answer is yes; "
             "try another split.seed or add recordings"
+        )
+    distance = metrics.get("distance", {})
+    if "num_dims_pooled" in distance and distance["num_vectors_pooled"] < FEW_VECTORS:
+        limits.append(
+            f"Fréchet distances of the mean tokens are of {distance['num_vectors_pooled']} vectors a half, so of {distance['num_dims_pooled']} "
+            "components alone, and far too large: read them beside their floor and that of copying, never alone"
         )
     return limits

@@ -5,6 +5,7 @@ Claims:
   the intervals of the two runs do not, and noise is no difference;
 - runs of other tokens, windows, splits or filters, and runs of which that is not known, are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
+- --all lists what lies in a project, what was committed and DVC's experiments, the best first, in at most six columns; what cannot be read is named;
 - a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it, exit code 2.
 """
 
@@ -24,6 +25,7 @@ from jepa_cache.cli.main import build_app
 from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell, write_table
 from jepa_cache.predictor.checkpoints import save_state
 from jepa_cache.store.recipe import canonical_json
+from tests.workspace import copy_settings
 
 NUM_EPISODES = 12
 BASE = np.linspace(0.3, 0.9, NUM_EPISODES)  # episodes differ far more than runs do
@@ -243,13 +245,44 @@ def test_what_is_no_evaluation_or_cannot_be_paired_is_one_message(tmp_path, file
     assert "holds no evaluation" in compare(one / "episodes.csv", fails=2)[0]["error"]
 
 
+def test_all_runs_of_a_project_are_a_table_the_best_first_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = copy_settings(tmp_path / "project")
+    monkeypatch.chdir(root)
+    assert "no evaluation was found" in compare("--all", fails=2)[0]["error"]
+    write_run(root / "outputs/evaluate", BASE)
+    many = {f"train__{name}": 1 for name in ("lr", "seed", "patience", "clip_norm")}
+    write_run(root / "outputs/better/evaluate", BASE - 0.1, **many)
+    write_run(root / "kept/evaluate", BASE + 0.1, predictor={"name": "small", "depth": 3})
+    write_run(root / "copy/evaluate", BASE)
+    write_run(root / "other/evaluate", BASE - 0.2, encoder="vitg")
+    old = write_run(root / "old/evaluate", BASE + 0.2, num_windows=3)
+    elsewhere = write_run(tmp_path / "elsewhere", BASE + 0.3)
+    (root / "damaged/evaluate").mkdir(parents=True)
+    (root / "damaged/evaluate/metrics.json").write_text("{")
+    document, text = compare("--all", elsewhere)
+    first, second = document["groups"]
+    order = ["outputs/better", "copy, outputs", "kept", "old", str(elsewhere)]
+    assert [run["run"] for run in first["runs"]] == order and [run["run"] for run in second["runs"]] == ["other"]
+    words = [run["than_the_first"] for run in first["runs"]]
+    assert words == ["-", "worse", "worse", "cannot be told", "worse"]
+    assert "has 3 windows in old" in text and first["runs"][1]["interval"][0] < first["runs"][1]["rollout_l1"]
+    assert re.search(r"^not shown: damaged/evaluate is no evaluation", text, re.MULTILINE)
+    table = [re.split(r"  +", line) for line in text.splitlines()[1:7]]
+    assert {len(row) for row in table} == {5}
+    assert "depth" not in text and "predictor=small" in table[3][-1] and "and 1 more" in table[2][-1]
+    (root / "params.yaml").write_text(
+        (root / "params.yaml").read_text().replace("outputs: outputs ", f"outputs: {tmp_path}/far ")
+    )
+    shutil.copytree(old, tmp_path / "far/evaluate")
+    assert "../far, old" in [run["run"] for run in compare("--all")[0]["groups"][0]["runs"]]
+
+
 def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, monkeypatch):
     from dvc.repo import Repo
 
     repository = tmp_path / "checkout"
     write_run(repository / "outputs/evaluate", BASE)
-    (repository / "params.yaml").write_text("train: {}\n")
-    (repository / "configs").mkdir()
+    copy_settings(repository)
     (repository / "dvc.yaml").write_text(
         "stages:\n  evaluate:\n    cmd: 'true'\n    metrics: [outputs/evaluate/metrics.json]\n"
         "    outs: [outputs/evaluate/episodes.csv, outputs/evaluate/settings.json]\n"
@@ -268,6 +301,11 @@ def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, mon
             (repository / "outputs/evaluate" / file).unlink()
         write_run(repository / "outputs/evaluate", BASE - 0.05, train__lr=3e-4)
         repo.commit(force=True)
+        repo.experiments.save(name="saved")
+        write_run(repository / "outputs/evaluate", BASE + 0.05, train__lr=1e-2)
+    (group,) = compare("--all")[0]["groups"]
+    assert [run["run"] for run in group["runs"]] == ["saved", "HEAD", "outputs"]
+    repo.checkout(force=True)
     document, _ = compare("one", ".")
     (group,) = document["groups"]
     assert [run["run"] for run in group["runs"]] == ["one", "."]

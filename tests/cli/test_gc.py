@@ -186,7 +186,7 @@ def test_what_somebody_holds_stays(checkout, monkeypatch):
 def test_what_is_no_root_or_no_setting_is_wrong_usage(checkout):
     for argument, said in (
         (f"cache.root={checkout.folder / 'nowhere'}", "there is no cache root"),
-        (checkout.recordings, "takes key=value overrides only"),
+        (checkout.recordings, "takes key=value or FILE.yaml only"),
         ("--grace-days=-1", "grace-days"),
     ):
         result = checkout.run("gc", argument, "--delete")

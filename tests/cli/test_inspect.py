@@ -22,7 +22,7 @@ from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import Unit, build_source
 from tests.droid_makers import make_episode, write_raw
-from tests.makers import REAL_VPT, make_rows, make_video, to_jsonl, write_vpt_tar
+from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS, copy_settings
 
 NUM_FRAMES = 50
@@ -265,18 +265,3 @@ def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_an
     assert [report["name"] for report in reports] == ["droid_raw, wrist", "droid_raw, exterior_1"]
     assert [entry["suspicions"] for report in reports for entry in report["recordings"]] == [[], []]
     assert ": video at 5 Hz: frames are placed on the 15 Hz rows by time" in run(*given).output
-
-
-@pytest.mark.skipif(not REAL_VPT.exists(), reason="no real recordings in ../shared/data/vpt")
-def test_a_real_recording_is_not_suspected_and_a_real_look_alike_is_flagged_as_no_vpt(checkout):
-    pairs = {}
-    for video in REAL_VPT.rglob("*.mp4"):
-        if (rows := video.with_suffix(".jsonl")).exists():
-            pairs[video.stem] = (video.read_bytes(), rows.read_bytes())
-    (report,) = run_json("dataset=vpt", write(checkout, pairs))
-    (recording,), (skipped,) = report["recordings"], report["skipped"]
-    assert recording["suspicions"] == [] and recording["codec"] == "mpeg4"
-    assert (recording["num_frames"], recording["num_ticks"], recording["yaw_breach_share"]) == (445, 446, 0.0)
-    assert round(recording["gui_share"], 2) == 0.35 and recording["equal_share"] == 0
-    assert "fearless-timber-seeker" in skipped["key"]
-    assert "this is no VPT contractor recording: yaw does not follow the mouse in 4 of 4" in skipped["reason"]

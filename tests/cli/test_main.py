@@ -4,7 +4,6 @@
 """
 
 import json
-import runpy
 import subprocess
 import sys
 
@@ -12,9 +11,8 @@ import pytest
 import typer
 
 from jepa_cache.cli.main import COMMANDS, STAGES, build_app, main
-from jepa_cache.cli.outcome import Outcome, align, report
+from jepa_cache.cli.outcome import Outcome, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
-from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.config.paths import printable
 from tests.workspace import SUITE_SETTINGS
 
@@ -125,10 +123,6 @@ def test_a_report_shows_one_line_for_each_of_its_lines(capsys, as_json):
     assert as_json or out.splitlines()[1] == rf"{SHOWN}\nall is well"
 
 
-def test_a_table_has_words_to_the_left_and_numbers_to_the_right():
-    assert align([["name", "s", "note"], ["a", "-1.5", "b"]]) == ["name     s  note", "a     -1.5  b"]
-
-
 def test_a_stage_takes_overrides_and_what_it_says_it_takes(capsys):
     def parse(*argv, **given):
         return parse_stage_arguments(SUITE_SETTINGS, "A stage.", argv, **given)
@@ -145,10 +139,3 @@ def test_a_stage_takes_overrides_and_what_it_says_it_takes(capsys):
         with pytest.raises(SystemExit):
             parse(*argv, **given)
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage", ["sample", "encode", "fit_scaler", "train_predictor", "evaluate", "plan"])
-def test_every_stage_explains_itself(capsys, stage):
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(REPOSITORY_ROOT / f"stages/{stage}.py"))["main"](["--help"])
-    assert end.value.code == 0 and f"python stages/{stage}.py" in capsys.readouterr().out

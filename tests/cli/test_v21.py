@@ -1,7 +1,7 @@
 """Claims: a V-JEPA 2.1 file of the released structure goes through stage one and every command by naming preset and file.
 
 What is stored is the image path's output, averaged over 2 x 2 patches and cast once; the manifest, plan and predictor have the
-pooled grid; status names the settings that changed, and stage two refuses a manifest made with others.
+pooled grid. Other settings are another recipe: tests/encoding/test_recipes.py.
 """
 
 import numpy as np
@@ -71,21 +71,3 @@ def test_a_released_file_is_encoded_pooled_checked_and_offered_to_the_predictor(
 
 def _bytes_below(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def test_another_way_or_pool_is_another_recipe_that_status_and_stage_two_name(made):
-    checkout, _, overrides = made
-    checkout.encode(*overrides)
-    for other, change, words in (
-        (
-            "encode.single_frame=doubled",
-            "encoder.single_frame: 'image' -> 'doubled'",
-            "encode.single_frame is 'doubled'",
-        ),
-        ("encode.pool=4", "pool: 2 -> 4", "encode.pool is 4, the manifest has 2"),
-        ("encode.pool=1", "pool: 2 -> None", "encode.pool is 1, the manifest has 2"),
-    ):
-        text = checkout.run("status", checkout.recordings, *overrides, other).out
-        assert change in text and "another recipe" in text
-        with pytest.raises(ValueError, match=words):
-            open_dataset(load_config(checkout.folder, [*overrides, other]), checkout.folder)

@@ -26,15 +26,13 @@ from jepa_cache.data.filters import (
     needs_controls,
     ranges_path,
 )
-from jepa_cache.media.video import open_video
 from jepa_cache.poses import JOINT_VELOCITY_CONTROLS
-from jepa_cache.sources import Unit, build_source
 from jepa_cache.store import layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.writer import table
 from tests.data.conftest import SPLIT
-from tests.makers import REAL_VPT, write_vpt_tar
+from tests.makers import REAL_VPT
 from tests.workspace import SUITE_SETTINGS
 
 STRIDE = 4  # ticks from a step to the next in the encoded recordings
@@ -211,19 +209,6 @@ def test_windows_begin_where_somebody_acts_and_the_other_steps_stay(based):
     longest = max(segment.stop - segment.start for segment in expected)
     (kept,) = based.segments_of("train", SPLIT, filters(drop_loading=True, min_steps=longest))
     assert kept.stop - kept.start == longest
-
-
-@needs_real
-def test_the_loading_screen_of_the_real_recording_goes_and_play_stays(tmp_path):
-    pair = tuple(PAIR.with_suffix(suffix).read_bytes() for suffix in (".mp4", ".jsonl"))
-    tar = write_vpt_tar(tmp_path / "real.tar", {"real": pair})
-    (episode,) = build_source("vpt", {}).iter_episodes(Unit("real", (tar,)))
-    # By eye: frame 0 is the loading screen, in 1 to 7 parts of the world are missing, from 17 on the player acts.
-    assert np.flatnonzero(~keep_ticks(episode.controls, filters(drop_loading=True))).tolist() == list(range(17))
-    with open_video(episode.video) as video:
-        frames = video.read(np.array([0, 212])).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    loading, night = frames.std(axis=(1, 2))
-    assert night < loading, "no threshold of luma tells the loading screen from play"
 
 
 def test_every_filter_is_explained_and_can_be_swept():

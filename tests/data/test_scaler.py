@@ -14,7 +14,7 @@ import pytest
 from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.dataset import TRAIN, VAL
 from jepa_cache.data.loader import WindowLoader
-from jepa_cache.data.scaler import ColumnScaler, check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
+from jepa_cache.data.scaler import check_scaler, fit_scaler, read_scaler, scaler_from_json, write_scaler
 from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.recipe import canonical_json
 from tests.data.conftest import SPLIT
@@ -85,19 +85,6 @@ def test_a_number_that_is_not_finite_is_named_with_its_episode_column_and_step(e
     dataset.close()
 
 
-def test_scaled_training_rows_have_mean_zero_and_deviation_one_and_the_rule_none_leaves_them(dataset):
-    segments = dataset.segments_of(TRAIN, SPLIT)
-    rows = rows_of(dataset, segments)[1].astype(np.float32)
-    states = fit_scaler(dataset, segments, STANDARD).states.apply(rows)
-    assert states.dtype == np.float32
-    assert states.mean(axis=0) == pytest.approx(0, abs=1e-5) and states.std(axis=0) == pytest.approx(1, abs=1e-5)
-    assert np.array_equal(fit_scaler(dataset, segments, ScalerConfig("none", "none")).states.apply(rows), rows)
-    mixed = fit_scaler(dataset, segments, ScalerConfig("standard", "none"))
-    assert np.array_equal(mixed.states.apply(rows), rows) and max(mixed.actions.scale) > 1
-    exact = ColumnScaler(("x",), (1e6,), (1e-3,))  # in double precision
-    assert exact.apply(np.array([[1e6 + 0.0625]], np.float32))[0, 0] == np.float32(0.0625 / 1e-3)
-
-
 def test_a_column_that_never_changes_is_moved_but_not_divided_by_zero(encoded):
     dataset = encoded.open()
     for store in range(3):
@@ -129,10 +116,7 @@ def test_a_missing_or_damaged_file_is_named_with_the_command_that_makes_it(tmp_p
     [
         ("scale", [2.0], "36 names, 36 means and 1 scales"),
         ("scale", [-1.0] * 36, r"actions\.scale\.0: .*greater than 0, got '-1"),
-        ("scale", [0.0] * 36, r"actions\.scale\.0: .*greater than 0"),
-        ("scale", ["1"] * 36, "valid number"),
         ("mean", [float("nan")] * 36, r"actions\.mean\.0: .*finite number"),
-        ("mean", [10**400] * 36, "finite number"),
         ("mean", 0.0, r"actions\.mean: .*got '0\.0'"),
         ("names", [None] * 36, "valid string"),
     ],

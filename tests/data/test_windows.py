@@ -89,15 +89,6 @@ def test_a_step_length_that_no_segment_holds_is_refused_by_name():
         WindowIndex(segments, 3, (1, 5))
 
 
-def test_no_segment_long_enough_is_refused_with_the_way_out():
-    with pytest.raises(
-        ValueError, match=r"window of 8 steps: there are 2 segments, the longest has 7; lower train\.window"
-    ):
-        WindowIndex([Segment(0, "a", 0, 7), Segment(0, "b", 7, 9)], 8)
-    with pytest.raises(ValueError, match="0 segments"):
-        WindowIndex([], 8)
-
-
 samplers = st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**31))
 
 
@@ -192,14 +183,6 @@ def test_a_mixture_draws_each_data_set_at_its_rate_and_each_window_equally_often
     assert (drawn < 50).sum() == MIXTURE_BLOCK
     counts = np.bincount(drawn, minlength=57)
     assert np.ptp(counts[:50]) <= 1 and np.ptp(counts[50:]) <= 1
-
-
-def test_a_mixture_is_the_same_for_any_number_of_processes_and_from_any_step():
-    groups = [WindowGroup(50, 1.0), WindowGroup(70, 0.3)]
-    ranks = [WindowSampler(120, 3, seed=3, rank=rank, world_size=4, groups=groups) for rank in range(4)]
-    for step in (200, 0, 90, 91):
-        whole = WindowSampler(120, 12, seed=3, groups=groups)
-        assert np.array_equal(whole.numbers(step), np.concatenate([rank.numbers(step) for rank in ranks]))
 
 
 def test_a_data_set_of_a_mixture_without_windows_is_refused():

@@ -2,14 +2,17 @@
 
 Claims:
 - every command in README.md and docs/ names a script, command, target, option and setting that exists, whether it is run or not;
+- so does every file of settings that a page shows: a yaml block that begins with its name;
 - every link to a file of the repository leads somewhere, and every page is in the list of pages;
 - (long) every block that does not say why not runs, page by page, in a checkout with a smaller sample.
 """
 
 import re
 import shlex
+import tempfile
 from functools import cache
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -49,11 +52,24 @@ def find_blocks():
 
 
 BLOCKS = list(find_blocks())
+SHOWN = tempfile.TemporaryDirectory()
 # Programs that are not ours; what they are given is not checked.
 OTHERS = {"source", "export", "mkdir", "sed", "gsutil", "cd", "dask", "srun", "scontrol", "exit", "git", "pip", "if"}
 OTHERS |= {"unset", "jq"}
 DVC = {"repro", "exp", "queue", "metrics", "plots", "push", "pull", "checkout", "params"}
 STAGE_OPTIONS = {"encode": {"--workers", "--scheduler"}, "train_predictor": {"--fresh"}}
+
+
+@cache
+def settings_file(name: str) -> str:
+    """The path of a file of settings, the repository's or one that a page shows."""
+    path = ROOT / name
+    if not path.is_file():
+        block = re.compile(rf"^```yaml\n(# {name}\b.*?)^```$", re.M | re.S)
+        (text,) = [text for page in PAGES for text in block.findall(page.read_text())]
+        path = Path(SHOWN.name) / name
+        path.write_text(text)
+    return str(path)
 
 
 @cache
@@ -69,8 +85,10 @@ def check_settings(words: list[str], added: set[str]) -> None:
     """Every key exists and its values are of its kind, all of a command together; lists after a comma are grids of single values."""
     grids = []
     for word in words:
-        key, _, value = word.partition("=")
-        if not (key == "encoder" and value in added):
+        key, equals, value = word.partition("=")
+        if not equals:
+            grids.append([settings_file(word)])
+        elif not (key == "encoder" and value in added):
             grids.append([f"{key}={single}" for single in ([value] if value.startswith("[") else value.split(","))])
     for number in range(max(map(len, grids), default=0)):
         load_config(SUITE_SETTINGS, [grid[min(number, len(grid) - 1)] for grid in grids])

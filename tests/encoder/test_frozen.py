@@ -1,12 +1,16 @@
 """What the frozen encoder promises.
 
 Claims: frame mode is the doubled frame, groups are encoded alone, clips jointly; the batch does not matter; nothing
-trains; a value that the stored precision cannot hold stops with the step's index.
+trains; a value that the stored precision cannot hold stops with the step's index. Compiled, all blocks and sizes share a graph.
 """
+
+import functools
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.frozen import FrozenEncoder, TokenOverflowError, cast_tokens, pool_tokens, to_stored
@@ -51,6 +55,23 @@ def test_frame_mode_is_the_doubled_frame_and_larger_groups_see_their_frames_join
     assert (frozen.encode(pair) - frozen.encode(pair.flip(1))).abs().max() > 1e-2
     joint, alone = frozen.encode(frames[None])[0], frozen.encode(frames.view(4, 2, 3, 32, 32))[:, 0]
     assert (joint - alone).abs().amax(dim=(1, 2)).min() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["preset", "preset_21"])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_compiled_blocks_share_one_graph_for_batches_of_every_size(request, monkeypatch, frames, name, compute_dtype):
+    torch.compiler.reset()
+    counter, preset = CompileCounterWithBackend("aot_eager"), request.getfixturevalue(name)
+    compile_block = functools.partialmethod(nn.Module.compile, backend=counter, fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", compile_block)
+    state = KINDS[preset.kind].make(preset).state_dict()
+    plain, compiled = (make(preset, state, compute_dtype=compute_dtype, compiled=it) for it in (False, True))
+    for num_groups, num_frames in ((8, 1), (5, 1), (1, 1), (3, 1), (4, 2)):
+        groups = frames[: num_groups * num_frames].unflatten(0, (num_groups, num_frames))
+        one, other = compiled.encode(groups), plain.encode(groups)
+        assert one.shape == other.shape and one.dtype == other.dtype and counter.frame_count == 1
+        # Without fusion only the order of sums may differ.
+        torch.testing.assert_close(one, other, atol=BATCH_TOLERANCE if compute_dtype == "float32" else 0.1, rtol=0)
 
 
 def test_a_group_does_not_depend_on_its_batch(frozen, frames):

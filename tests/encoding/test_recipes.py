@@ -26,11 +26,13 @@ ENCODE_CHANGES = {
     "fps": 4.0,
     "mode": "tubelet",
     "compute_dtype": "bfloat16",
+    "compile": True,
     "dtype": "float32",
     "decoder": "pyav",
     "pool": 2,
 }
 ENCODE_KEEPS = {
+    "fill_batches": True,
     "frames_per_clip": 8,  # clip mode only
     "action_space": "vpt36",
     "weights": "elsewhere.pt",  # known by content, not by place
@@ -96,7 +98,7 @@ def changed(config, section, field, value):
 
 def test_every_section_and_every_field_that_may_decide_tokens_is_looked_at_here():
     looked_at = "predictor split filter scaler train evaluate plan act encode encoder dataset"
-    others = "cache origins members"
+    others = "cache origins members outputs"
     assert {field.name for field in dataclasses.fields(Config)} == {*looked_at.split(), *others.split()}
     assert {field.name for field in dataclasses.fields(EncodeConfig)} == ENCODE_CHANGES.keys() | ENCODE_KEEPS.keys()
     assert {field.name for field in dataclasses.fields(EncoderPreset)} == ENCODER_CHANGES.keys() | ENCODER_KEEPS.keys()
@@ -186,7 +188,9 @@ def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     v21 = v21_config()
     explained = {name for row in table for name in re.findall(r"`(.+?)`", row)}
     options = {path for path in recipe if path.startswith("source.")} - {"source.source", "source.recipe_version"}
-    recipe = recipe_of(tiny_config(pool=2)) | {"encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]}
+    recipe = recipe_of(tiny_config(pool=2, compile=True)) | {
+        "encoder": token_recipe(v21.encode, v21.encoder, {}, "w")["encoder"]
+    }
     recipe["source"] = name_reading(recipe["source"], READING)
     assert explained == leaves(recipe).keys() - options | {"source.*"}
 

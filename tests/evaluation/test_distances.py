@@ -1,8 +1,7 @@
 """Distances of predicted and true tokens, on sets with a known answer and on a tiny cache.
 
 Claims:
-- the Fréchet distance equals the formula for Gaussians by `sqrtm`; MMD equals a plain double loop and has mean 0 for equal
-  distributions; the jackknife's interval of a mean is Student's;
+- the Fréchet distance equals the formula for Gaussians by `sqrtm`; the jackknife's interval of a mean is Student's;
 - every episode is in both halves, and no more than 20 groups are made;
 - predictions that are the truth lie exactly at the floor; a shift of all adds its square; means in place of tokens are near in mean
   and far in distribution;
@@ -26,11 +25,8 @@ from jepa_cache.evaluation.distances import (
     collect_vectors,
     deal_windows,
     frechet_distance,
-    gaussian_kernel,
     jackknife,
     measure_distances,
-    median_distance,
-    mmd,
     write_distances,
 )
 from tests.caches import GRID, WIDTH
@@ -46,24 +42,6 @@ def test_the_frechet_distance_is_the_formula_for_gaussians():
     assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9), "covariances that do not commute"
     flat = rng.normal(size=(40, 3)) @ np.ones((3, 6))
     assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-6), "without full rank"
-
-
-def kernel_mmd(one: np.ndarray, other: np.ndarray, bandwidth: float) -> float:
-    return mmd(*(gaussian_kernel(x, y, bandwidth) for x, y in ((one, one), (other, other), (one, other))))
-
-
-def test_mmd_is_a_plain_double_loop_with_the_median_distance_and_has_mean_0_for_one_distribution():
-    rng = np.random.default_rng(3)
-    one, other = rng.normal(size=(14, 4)), rng.normal(size=(9, 4)) + 0.5
-    kernel = lambda x, y: np.exp(-((x - y) ** 2).sum() / (2 * 1.3**2))  # noqa: E731
-    within = [np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (one, other)]
-    expected = sum(within) - 2 * np.mean([kernel(x, y) for x in one for y in other])
-    assert kernel_mmd(one, other, 1.3) == pytest.approx(expected)
-    drawn = [kernel_mmd(*rng.normal(size=(2, 20, 2)), 1.0) for _ in range(100)]
-    assert abs(np.mean(drawn)) < 4 * np.std(drawn) / 10 and min(drawn) < 0
-    assert median_distance(np.array([[0.0], [3.0], [4.0]])) == 3.0
-    with pytest.raises(ValueError, match="no bandwidth"):
-        median_distance(np.ones((5, 2)))
 
 
 def test_the_jackknife_of_a_mean_is_students_interval():
@@ -99,15 +77,10 @@ def test_true_predictions_lie_at_the_floor_a_shift_adds_its_square_and_means_are
         measure_distances(made(change)) for change in (lambda z: z, lambda z: z + 2, np.zeros_like)
     )
     for step in range(2):
-        frechet, floor, far = (
-            found["frechet", end][step] for found, end in ((same, ""), (same, "_floor"), (shifted, ""))
-        )
-        assert frechet == floor and 0 <= floor.low <= floor.mean < 0.2
+        distance, floor, far = same[""][step], same["_floor"][step], shifted[""][step]
+        assert distance == floor and 0 <= floor.low <= floor.mean < 0.2
         assert far.mean - floor.mean == pytest.approx(3 * 2**2, abs=1e-3), "linear parts of the shift cancel"
-        assert same["mmd", ""][step] == same["mmd", "_floor"][step]
-        assert same["mmd", "_floor"][step].low < 0 < same["mmd", "_floor"][step].high < shifted["mmd", ""][step].low
-        assert means["frechet", ""][step].low > 2 > 10 * floor.mean
-        assert means["mmd", ""][step].low > same["mmd", "_floor"][step].high
+        assert means[""][step].low > 2 > 10 * floor.mean
     assert facts["num_dims"] == 3 and facts["kept_variance"] == pytest.approx(1)
     few, _ = measure_distances(made(lambda z: z, num_windows=40, width=12))
     assert few["num_dims"] == 20 // 4 and 0 < few["kept_variance"] < 1, "components are fewer where vectors are few"
@@ -141,13 +114,8 @@ def test_the_table_holds_every_step_and_agrees_with_the_metrics(cache, tmp_path)
     rows = read_rows(tmp_path / "measurements/distance.csv")
     assert [row["horizon"] for row in rows] == ["1", "2", "3", "4"]
     section, intervals = sections["distance"], sections["distance_ci"]
-    names = [
-        f"{measure}_{kind}{end}_step{step}"
-        for measure in ("frechet", "mmd")
-        for kind in KINDS
-        for end in ("", "_copy_last", "_floor")
-        for step in (1, 4)
-    ]
+    ends, steps = ("", "_copy_last", "_floor"), (1, 4)
+    names = [f"frechet_{kind}{end}_step{step}" for kind in KINDS for end in ends for step in steps]
     assert set(intervals) == set(names) < set(section)
     for name in names:
         column, row = name[:-6], rows[int(name[-1]) - 1]

@@ -25,7 +25,7 @@ from jepa_cache.evaluation.metrics import (
     l2_error,
     paired_p_value,
 )
-from jepa_cache.evaluation.verdict import OTHERS, Gain, describe_verdict, explain, judge
+from jepa_cache.evaluation.verdict import OTHERS, Gain, describe_verdict, explain, judge, list_limits
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
 
@@ -285,3 +285,13 @@ def test_few_episodes_an_untrained_encoder_and_clip_mode_are_said():
     assert all("untrained" in answer["words"] for name, answer in untrained.items() if name != "limits")
     assert "nothing of a trained one" in untrained["limits"]["words"]
     assert clip["limits"]["answer"] == "some" and "not comparable" in clip["limits"]["words"]
+
+
+def test_frechet_distances_of_few_vectors_are_a_limit_and_those_of_many_are_none():
+    metrics = {"encoder_trained": True, "comparable": True, "num_episodes": 10}
+    told = [
+        list_limits(metrics | {"distance": {"num_vectors_pooled": count, "num_dims_pooled": min(64, count // 4)}})
+        for count in (80, 256)
+    ]
+    assert "80 vectors a half, so of 20 components" in told[0][0] and told[1] == []
+    assert list_limits(metrics | {"distance": {"num_windows": 3}}) == [], "none was measured"

@@ -2,29 +2,33 @@
 
 Claims:
 - it is made from the files in the folder alone; a measurement that was not requested is named with the command that makes it;
-- verdict, figures with their intervals, tables and pictures all arrive, the verdict first;
-- names from the data cannot write into it; it has no script, no link and no address of another place;
-- a browser with a screen of 360 pixels does not scroll it sideways, however wide its tables are.
+- verdict, films, figures with their intervals, tables and pictures all arrive, the verdict first, and names of figures are words;
+- names from the data cannot write into it; it has no script but its own, no link and no address of another place;
+- a browser with a screen of 360 pixels does not scroll it sideways, however wide its tables are;
+- in a browser its own script runs under its policy: a click on a column sorts the table, a second one the other way round.
 """
 
+import base64
+import hashlib
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_cache.evaluation.metrics import write_table
-from jepa_cache.evaluation.page import MAX_ROWS, read_table, shorten, write_page
+from jepa_cache.evaluation.metrics import write_json, write_table
+from jepa_cache.evaluation.page import MAX_ROWS, read_table, shorten, spell, write_page
 from jepa_cache.evaluation.run import MEASUREMENTS
-from tests.browser import measure_widths
+from tests.browser import measure_widths, open_page
 
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil>"
 FIGURES = {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "teacher_forcing_cosine": 0.9, "rollout_cosine": 0.8}
 QUESTIONS = ("actions", "readout", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
 GAP = {"gap_shuffled_actions_step4": 0.14891, "gain_shuffled_actions_step4_percent": 24.6, "odd_figure": 7.0}
-DRAWN = ("horizon", "actions", "strip1", "strip2", "energy_ranks", "energy_maps")
-PICTURES = (*(f"{name}.png" for name in DRAWN), "rollout1.gif")
+SHOWN = ("horizon.png", "actions.png", "energy_ranks.png", "energy_maps.png")
+SPRITES = ("film1_1_tokens.png", "film1_2_tokens.png", "film1_1_frames.jpg")
 
 
 class Page(HTMLParser):
@@ -65,6 +69,27 @@ def write_folder(folder, *, measured=True, **changes):
     } | changes
     for name in ("energy", "distance", "noise", "probe") if measured else ():
         metrics |= {name: {f"{name}_figure": 0.25}, f"{name}_ci": {f"{name}_figure": [0.2, 0.3]}}
+    frames = SPRITES[2], None
+    panels = [
+        {
+            "title": title,
+            "tokens": tokens,
+            "frames": file,
+            "frame_words": [None, EVIL],
+            "token_words": [None, "L1 0.512"],
+        }
+        | {"moves": [None, {"angle": 30.0, "length": 0.5, "words": EVIL}]}
+        for title, tokens, file in zip(("What happened", "Foreseen"), SPRITES, frames, strict=False)
+    ]
+    film = {
+        "title": "The median window",
+        "reason": "as it is",
+        "place": EVIL,
+        "frame_shape": 0.5,
+        "l1": [0.1, 0.2, 0.3],
+    }
+    reel = {"films": [film | {"panels": panels}], "num_steps": 2, "num_context_steps": 1, "token_shape": 1.0}
+    write_json(reel, folder / "measurements/films.json")
     if measured:
         metrics |= {"readout": {"r2_x": 0.7}, "readout_ci": {"r2_x": [0.6, 0.8]}, "readout_notes": {"columns": EVIL}}
         metrics["probe_notes"] = {EVIL: "no label here"}
@@ -92,8 +117,8 @@ def write_folder(folder, *, measured=True, **changes):
     }
     for name, rows in tables.items():
         write_table(rows, folder / f"{name}.csv")
-    (folder / "pictures").mkdir()
-    for name in PICTURES:
+    (folder / "pictures").mkdir(exist_ok=True)
+    for name in (*SHOWN, *SPRITES):
         Image.fromarray(np.zeros((40, 1600, 3), np.uint8)).save(folder / "pictures" / name)
     write_page(folder, MEASUREMENTS.values())
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -106,8 +131,8 @@ def text(tmp_path_factory) -> str:
 
 def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
     page = Page(text)
-    order = ["Verdict", "Pictures", "Figures", "Slices", "Worst windows"]
-    assert page.headings[:5] == order and page.headings[-1] == "Command"
+    assert page.headings[:3] == ["Verdict", "What it foresees", "Curves"]
+    assert page.headings[-2:] == ["Figures", "Command"]
     places = [page.text.index(f"? yes answer to {name}, ") for name in QUESTIONS]
     assert places == sorted(places)
     for part in (
@@ -117,38 +142,45 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
             "Clip mode",
             "0.4559",
             "0.4459 to 0.4659",
-            "odd_figure",
             "0.8 [0.7, 0.9]",
         ),
         *("shuffled actions, open-loop step 4", "0.1489", "24.59 to 24.61", "0.002"),
-        *("0.57 [0.42, 0.72]", "r2_x", "0.6 to 0.8"),
+        *("0.57 [0.42, 0.72]", "R2, x", "0.6 to 0.8"),
+        *("The median window", "0.1 with its actions", "L1 0.512", "nothing is foreseen yet", "seen 1", "foreseen +1"),
         *("no label here", "nested.a.b", "[1, 2]"),
-        *(f"{name}_figure" for name in ("energy", "distance", "noise", "probe")),
+        *(f"{name} figure" for name in ("energy", "distance", "noise", "probe")),
         f"of {MAX_ROWS + 5} rows",
         "predictor=small evaluate.horizon=4 'evaluate.measure=[\"energy\"]' evaluate.energy_axes=null",
     ):
         assert part in page.text, part
     assert page.text.count("0.5123 [0.5, 0.53]") == MAX_ROWS, "and no more"
     images = page.all("img")
-    assert len(images) == len(PICTURES) and all(image["alt"] for image in images)
+    assert len(images) == len(SHOWN) and all(image["alt"] for image in images)
+    assert text.count("url(data:image/") == len(SPRITES), "each once, however often it is shown"
     assert "Not measured" not in page.text
 
 
 def test_what_was_not_measured_is_said_with_the_way_to_get_it(tmp_path):
     page = Page(write_folder(tmp_path, measured=False, encoder_trained=True, comparable=True))
     for name in ("energy", "distances", "noise", "probes"):
-        assert f"Not measured. python stages/evaluate.py 'evaluate.measure=[{name}]' measures it." in page.text
+        assert f" python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
+    assert page.text.count("Not measured: ") == 4
     assert "random weights" not in page.text and "Clip mode" not in page.text
 
 
 def test_names_in_the_data_cannot_write_into_the_page_and_nothing_is_loaded(text):
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "a", "object", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "a", "object", "base"}
+    assert len(page.all("script")) == 1 and page.all("script") == [{}]
     assert all(image["src"].startswith("data:image/") for image in page.all("img"))
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
-    assert page.text.count(EVIL) >= MAX_ROWS and "url(" not in text and "@import" not in text
+    assert page.text.count(EVIL) >= MAX_ROWS and "@import" not in text
+    assert text.count("url(") == text.count("url(data:image/")
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
-    assert policy.startswith("default-src 'none'") and page.all("html")[0]["lang"] == "en"
+    own = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    assert policy.split("; ")[0] == "default-src 'none'" and policy.endswith(f"script-src 'sha256-{digest}'")
+    assert page.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
 
 
@@ -157,6 +189,33 @@ def test_a_phone_does_not_scroll_the_page_sideways(text, tmp_path):
     *widths, control = measure_widths([text, too_wide], 360, tmp_path)
     assert control >= 500, "else the measurement would see nothing"
     assert max(widths) <= 360
+
+
+def test_a_click_sorts_a_table_and_another_turns_it_round(text, tmp_path):
+    """The policy lets no second script in, so the clicks are made by one whose hash is added to it."""
+    click = (
+        "const rows = () => [...document.querySelectorAll('table')].find(t => t.textContent.includes('sorted')).tBodies[0].rows;"
+        "const head = [...document.querySelectorAll('thead th')].find(h => h.textContent === 'sorted');"
+        "const order = () => [...rows()].map(row => row.cells[1].textContent).join(' ');"
+        "const found = [order()]; head.click(); found.push(order()); head.click(); found.push(order());"
+        "document.body.dataset.found = found.join(' | ');"
+    )
+    rows = "".join(f"<tr><th>x</th><td>{value}</td></tr>" for value in ("10", "-", "-2.5", "9 [1, 2]"))
+    table = f"<table><thead><tr><th>name</th><th>sorted</th></tr></thead><tbody>{rows}</tbody></table>"
+    digest = base64.b64encode(hashlib.sha256(click.encode()).digest()).decode()
+    page = text.replace("script-src ", f"script-src 'sha256-{digest}' ").replace("</main>", f"{table}</main>")
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{click}</script></body>"), encoding="utf-8")
+    shown = open_page(tmp_path / "page.html", tmp_path)
+    assert 'data-found="10 - -2.5 9 [1, 2] | -2.5 9 [1, 2] 10 - | 10 9 [1, 2] -2.5 -"' in shown
+
+
+def test_names_of_figures_are_words():
+    assert spell("frechet_pooled_copy_last_step4") == (
+        "Fréchet distance, mean token of a step, copy the last step, open-loop step 4"
+    )
+    assert spell("num_dims_token") == "principal components, single tokens"
+    assert spell("inverse_dynamics_dyaw_r2") == "inverse dynamics dyaw, R2"
+    assert spell("value") == "value" and spell("l1") == "L1"
 
 
 def test_intervals_join_their_value_and_values_are_shown_short(tmp_path):

@@ -1,53 +1,56 @@
 """Pictures of an evaluation.
 
 Claims:
-- true and predicted tokens of all strips are coloured in one basis, fitted on the true ones;
+- true and foreseen tokens of all films are coloured in one basis, fitted on the true ones;
 - every column of horizon.csv that has an interval is drawn, new ones too;
-- the animation has a picture for each step that shows that step's frame, tokens and error, and is small;
+- films are of the windows that their words say; each panel holds every step, and what was given but not foreseen is grey;
+- a film shows the window's own anchor frames, the errors that were measured and the recorded frames nearest to what is foreseen: of a predictor
+  that knows the truth the true ones; where the recording is not here, words say so;
+- an arrow points where the action turns, and is as long as it is large;
 - recorded actions are those between the steps of the segments, never one that leads out of them;
-- a strip shows the window's own anchor frames where the recording is here, and a grey cell that says so where it is not;
 - pictures are whole files.
 """
 
 import hashlib
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jepa_cache.actions import Column
+from jepa_cache.evaluation.figures import describe_windows
 from jepa_cache.evaluation.pictures import (
+    FRAME_WIDTH,
+    GONE,
+    GREY,
     HELD_OUT,
     LABELS,
-    Strip,
+    TOKEN_WIDTH,
+    Film,
     TokenColours,
-    build_strips,
+    choose_films,
+    describe_moves,
     draw_actions,
     draw_horizon,
     draw_pictures,
-    draw_strip,
     draw_training,
+    find_nearest,
+    put_side_by_side,
     read_segment_actions,
     spread_positions,
-    write_animation,
+    write_films,
 )
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
-from tests.caches import TICKS_PER_STEP, Cache, make_cache
-from tests.evaluation.evaluations import a_predictor, evaluation_of
+from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_cache
+from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 RNG = np.random.default_rng(0)
-RED, GREY = (255, 0, 0), (0xEE, 0xEE, 0xEE)
-
-
-def make_strip(frames: bool = True) -> Strip:
-    tokens = RNG.standard_normal((5, 6, 8))
-    colours = TokenColours(tokens)
-    true, predicted = colours.paint(tokens, (2, 3)), colours.paint(RNG.standard_normal((3, 6, 8)), (2, 3))
-    pictures = np.full((5, 48, 64, 3), (255, 0, 0), np.uint8) if frames else None
-    return Strip("an episode, steps 0 to 4", pictures, true, predicted, RNG.random((3, 2, 3)))
 
 
 def share_of(path, colour: tuple[int, int, int]) -> float:
@@ -71,14 +74,6 @@ def test_equal_tokens_have_equal_colours_in_the_basis_of_all_where_they_stand_on
     assert ((far == 0) | (far == 1)).mean() > 0.9, "clipped and not rescaled"
 
 
-def test_a_strip_shows_its_frames_and_grey_cells_where_the_recording_is_missing(tmp_path):
-    red, grey = {}, {}
-    for frames in (True, False):
-        draw_strip(make_strip(frames=frames), tmp_path / "strip.png")
-        red[frames], grey[frames] = (share_of(tmp_path / "strip.png", colour) for colour in (RED, GREY))
-    assert 0.05 < red[True] < 0.3 and red[False] == 0 and grey[False] > grey[True] + 0.05
-
-
 def test_the_error_against_horizon_shows_every_prediction(tmp_path):
     assert set(PREDICTIONS) == set(LABELS)
     rows = [
@@ -98,24 +93,37 @@ def test_the_error_against_horizon_shows_every_prediction(tmp_path):
         assert share_of(tmp_path / "horizon.png", tuple(bytes.fromhex(colour[1:]))) > 0.0003, name
 
 
-def test_the_animation_shows_each_step_with_its_own_panels(tmp_path):
-    frames = np.broadcast_to(50 * np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 32, 48, 3))
-    error = np.stack([np.full((2, 3), level) for level in (0.0, 0.5, 1.0)])
-    strip = make_strip()._replace(frames=frames, error=error)
-    path, brightness = tmp_path / "rollout.gif", []
-    write_animation(strip, path)
-    assert path.stat().st_size < 300_000
-    with Image.open(path) as animation:
-        assert animation.n_frames == 5
-        for step in range(5):
-            animation.seek(step)
-            pixels = np.asarray(animation.convert("RGB")).astype(int)
-            height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
-            centre = lambda row, column: np.median(pixels[row - 9 : row + 9, column - 9 : column + 9])  # noqa: B023, E731
-            assert abs(centre(int(height * 0.6), width // 2) - 50 * step) < 12
-            brightness.append(centre(int(height * 1.55), int(width * 1.4)))
-    assert brightness[0] == brightness[1] > 200, "context steps have no error, their panel is grey"
-    assert brightness[2] < 20 < brightness[3] < brightness[4]
+def test_films_are_the_best_of_those_that_move_most_the_median_and_the_worst_window():
+    copied = np.array([0.1] * 17 + [0.9, 1.0, 0.2])
+    gains = np.array([0.0, *np.linspace(0.05, 0.45, 16), 0.3, 0.2, 0.9])
+    errors = SimpleNamespace(horizon={"copy_last": copied[:, None], "model": (copied * (1 - gains))[:, None]})
+    films = choose_films(errors)
+    best, median, worst = (film.position for film in films)
+    assert best == 17, "of the two that move most, not number 19, whose gain is largest"
+    assert sorted(gains)[10] == gains[median] and worst == 0
+    assert "2 of 20 windows" in films[0].reason and "median of 20" in films[1].reason
+    same = SimpleNamespace(horizon={name: np.ones((1, 4)) for name in ("copy_last", "model")})
+    assert [film.position for film in choose_films(same)] == [0], "one window is one film"
+
+
+def test_pictures_are_the_last_cells_of_a_sheet_whole_and_the_others_are_grey(tmp_path):
+    tall = np.full((40, 20, 3), (255, 0, 0), np.uint8)
+    put_side_by_side([tall, None], 4, (40, 40), tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (40, 160, 3)
+    assert (sheet[:, :80] == GREY).all() and (sheet[:, 120:] == GREY).all()
+    assert (sheet[:, 92:108] == (255, 0, 0)).all() and (sheet[:, 80:88] == 0).all(), "neither stretched nor cut"
+
+
+def test_arrows_point_where_the_view_turns_and_show_how_far(cache):
+    actions = np.zeros((1, 2, 2, 13))
+    actions[0, :, 0, 2:4] = (30, 40), (-25, 0)  # to the right and down; to the left
+    described = describe_moves(evaluation_of(cache, a_predictor()), cache.scaler.actions.apply(actions))
+    first, second = described[0][0][0], described[0][1][0]
+    assert first["angle"] == pytest.approx(np.degrees(np.arctan2(40, 30)), abs=1e-3), "clockwise, as a screen has it"
+    assert (first["length"], second["length"]) == (pytest.approx(1), pytest.approx(0.5, abs=1e-4))
+    assert abs(second["angle"]) == pytest.approx(180, abs=1e-3) and second["words"] == "dyaw -25, dpitch +0"
+    assert described[0][0][1]["length"] < 1e-4
 
 
 def test_actions_of_held_out_and_training_episodes_are_both_drawn(tmp_path):
@@ -140,47 +148,98 @@ def recorded(tmp_path_factory) -> tuple[Cache, dict[str, bytes], WindowErrors]:
     return cache, videos, measure_windows(evaluation_of(cache, a_predictor()))
 
 
-def strips_of(recorded, positions: list[int]) -> list[Strip]:
-    cache, _, errors = recorded
-    DigestTable().digest_unit([cache.folder / "shards/a.tar"])  # as the encode of this machine did
-    return build_strips(positions, errors, evaluation_of(cache, a_predictor()))
+def films_of(cache: Cache, predictor, errors: WindowErrors, positions: list[int], out) -> list[dict]:
+    (out / "pictures").mkdir()
+    evaluation, films = evaluation_of(cache, predictor), [Film("a", "b", position) for position in positions]
+    write_films(films, errors, describe_windows(evaluation, errors), evaluation, out)
+    return json.loads((out / "measurements/films.json").read_text())["films"]
 
 
-def test_a_strip_shows_the_anchor_frames_of_its_own_window(recorded):
+def cells(path, count: int) -> list[np.ndarray]:
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return np.split(sheet, count, axis=1)
+
+
+def test_a_film_shows_its_own_frames_and_the_measured_errors_and_nothing_before_it_is_foreseen(recorded, tmp_path):
     cache, videos, errors = recorded
-    (strip,) = strips_of(recorded, [7])
+    DigestTable().digest_unit([cache.folder / "shards/a.tar"])  # as the encode of this machine did
+    (film,) = films_of(cache, a_predictor(), errors, [7], tmp_path)
     window, segment = errors.chosen.windows[7], errors.chosen.segments[7]
-    start = window.start - segment.start
-    num_steps = cache.config.evaluate.num_context_steps + cache.config.evaluate.horizon
-    video = open_video(videos[segment.episode])
-    expected = video.read((start + np.arange(num_steps)) * TICKS_PER_STEP)
-    video.close()
-    assert start > 0 and np.array_equal(strip.frames, expected)
-    assert strip.title.startswith(f"{segment.episode}, steps {start} to {start + num_steps - 1}")
-    assert (len(strip.true), len(strip.predicted), len(strip.error)) == (num_steps, 4, 4)
-    assert np.allclose(strip.error.mean(axis=(1, 2)), errors.horizon["model"][7], atol=1e-5)
-    assert not np.isclose(strip.predicted, strip.true[-4:]).all(axis=-1).any(), "what was predicted, not what is true"
+    start, context = window.start - segment.start, cache.config.evaluate.num_context_steps
+    num_steps = context + cache.config.evaluate.horizon
+    with open_video(videos[segment.episode]) as video:
+        expected = video.read((start + np.arange(num_steps)) * TICKS_PER_STEP)
+    assert start > 0 and film["place"].startswith(f"{segment.episode}, from step {start} (")
+    happened, foreseen, _, copied = film["panels"]
+    shown = cells(tmp_path / "pictures" / happened["frames"], num_steps)
+    for cell, frame in zip(shown, expected, strict=True):
+        scaled = Image.fromarray(frame).resize((FRAME_WIDTH, cell.shape[0]))
+        assert np.abs(cell - np.asarray(scaled)).mean() < 6, "but for what a JPEG loses"
+    for panel, name in ((foreseen, "model"), (film["panels"][2], "shuffled_actions"), (copied, "copy_last")):
+        assert panel["token_words"] == [None] * context + [f"L1 {error:.3f}" for error in errors.horizon[name][7]]
+        tokens = cells(tmp_path / "pictures" / panel["tokens"], num_steps)
+        assert [bool((cell == GREY).all()) for cell in tokens] == [True] * context + [False] * 4
+        assert tokens[0].shape[1] == TOKEN_WIDTH
+    true = cells(tmp_path / "pictures" / happened["tokens"], num_steps)
+    copies = cells(tmp_path / "pictures" / copied["tokens"], num_steps)[context:]
+    assert all((copy == true[context - 1]).all() for copy in copies)
+    assert all(words.startswith("nearest: ") and GONE not in words for words in foreseen["frame_words"][context:])
+    assert len(happened["moves"]) == num_steps and happened["moves"][0] is None
 
 
-def test_all_strips_share_one_basis_and_actions_stay_inside_their_segments(recorded):
+def test_a_predictor_that_knows_the_truth_foresees_what_is_nearest_to_the_true_frames(recorded, tmp_path):
+    cache, _, _ = recorded
+    oracle = Oracle(cache.scaler)
+    errors = measure_windows(evaluation_of(cache, oracle))
+    DigestTable().digest_unit([cache.folder / "shards/a.tar"])
+    for film in films_of(cache, oracle, errors, [2, 9], tmp_path):
+        context = cache.config.evaluate.num_context_steps
+        happened, foreseen, other, _ = film["panels"]
+        assert foreseen["frame_words"][context:] == ["nearest: the true step"] * 4
+        assert other["frame_words"] != foreseen["frame_words"], "with other actions it foresees something else"
+        pictures = [
+            cells(tmp_path / "pictures" / panel["frames"], context + 4)[context:] for panel in (happened, foreseen)
+        ]
+        assert np.abs(np.subtract(*pictures)).mean() < 3
+
+
+def test_the_nearest_step_is_found_among_all_of_the_given_episodes_and_says_where_it_lies(recorded):
     cache, _, errors = recorded
-    together = strips_of(recorded, [0, 1])
-    assert np.allclose(strips_of(recorded, [1])[0].true, together[1].true, atol=1e-5)
-    overlap = errors.chosen.windows[1].start - errors.chosen.windows[0].start
-    assert 0 < overlap < len(together[0].true)
-    assert np.allclose(together[0].true[overlap:], together[1].true[:-overlap], atol=1e-6), "the same steps, twice"
+    evaluation, segment = evaluation_of(cache, a_predictor()), errors.chosen.segments[7]
+    run = segment._replace(start=segment.start + 2, stop=segment.start + 6)
+    tokens = np.empty((4, GRID[0] * GRID[1], WIDTH), np.float16)
+    cache.dataset.read_tokens(run.store, run.start, tokens)
+    wanted = evaluation.model.as_reps(torch.from_numpy(tokens))
+    found = find_nearest(evaluation, wanted, {run.episode})
+    assert [(one.episode, one.start) for one in found] == [(run.episode, run.start + step) for step in range(4)]
+
+
+def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):
+    errors = measure_windows(evaluation_of(cache, a_predictor()))
+    (film,) = films_of(cache, a_predictor(), errors, [3], tmp_path)
+    happened, foreseen, *_ = film["panels"]
+    assert all(panel["frames"] is None for panel in film["panels"]) and not list(tmp_path.glob("pictures/*.jpg"))
+    assert set(happened["frame_words"]) == {GONE}
+    assert all(words.startswith("nearest: ") and words.endswith(GONE) for words in foreseen["frame_words"][-4:])
+
+
+def test_actions_stay_inside_their_segments(recorded):
+    cache, _, _ = recorded
     segments = cache.dataset.segments_of("val", cache.config.split)
     actions = read_segment_actions(cache.dataset, segments)
     assert len(actions) == sum(segment.stop - segment.start - 1 for segment in segments) and np.isfinite(actions).all()
 
 
 def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
-    cache, _, errors = recorded
+    cache, _, _ = recorded
     row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
-    draw_pictures(errors, evaluation_of(cache, a_predictor(), num_context_steps=1, horizon=1), [row], tmp_path)
-    expected = ["actions.png", "horizon.png", "rollout1.gif", "strip1.png", "strip2.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    for path in tmp_path.iterdir():
+    evaluation = evaluation_of(cache, a_predictor(), num_context_steps=1, horizon=1)
+    errors = measure_windows(evaluation)
+    (tmp_path / "pictures").mkdir()
+    draw_pictures(errors, evaluation, [row], describe_windows(evaluation, errors), tmp_path)
+    names = {path.name for path in tmp_path.glob("pictures/*")}
+    assert {"actions.png", "horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
+    for path in tmp_path.glob("pictures/*"):
         with Image.open(path) as image:
             image.verify()
 

@@ -406,19 +406,30 @@ def places_in_a_batch(bench: Bench) -> Part:
             f"at {sum(map(bool, moved))} of {many} places some differ",
             "",
         )
+        whole = encoder(frames)
         for size in (1, 7, many - 1):
-            differ = sum(bits_differ(a, b) for a, b in zip(encoder(frames)[:size], encoder(frames[:size]), strict=True))
+            differ = sum(bits_differ(a, b) for a, b in zip(whole[:size], encoder(frames[:size]), strict=True))
             yield f"numbers that differ in a batch of {size}", "", f"{differ:,}", ""
-    for dtype in ("float16", "bfloat16", "int8"):
-        config, tars = make_stage_one(
-            bench, f"c4-{dtype}", [40, 70], f"encode.dtype={dtype}", "encode.compute_dtype=bfloat16"
+        others = torch.cat([frames[many // 2 :], torch.randn_like(frames[: many // 2])])  # new places and neighbours
+        differ = bits_differ(encoder(others)[: many - many // 2], whole[many // 2 :])
+        yield (
+            "encode.fill_batches: numbers that differ among others in a full batch",
+            "0",
+            f"{differ:,}: {'leave it off' if differ else 'may be switched on'}",
+            "",
         )
-        root = CacheRoot(bench.folder / f"c4-{dtype}/cache")
+    filled = [] if differ else [("float16", "encode.fill_batches=true")]
+    for dtype, *words in [("float16",), ("bfloat16",), ("int8",), *filled]:
+        name = " ".join([dtype, *words])
+        config, tars = make_stage_one(
+            bench, f"c4-{name}", [40, 70], f"encode.dtype={dtype}", "encode.compute_dtype=bfloat16", *words
+        )
+        root = CacheRoot(bench.folder / f"c4-{name}/cache")
         with contextlib.redirect_stdout(io.StringIO()):
             manifest = encode_dataset(config, [str(tars)], base=bench.folder, root=root).manifest
             found = compare_online(manifest, config, [str(tars)], root, base=bench.folder, num_steps=32, seed=0)
         yield holds(
-            f"stage one against encoding again, {dtype}",
+            f"stage one against encoding again, {name}",
             found.describe()["bit_equal"] and not found.wrong,
             f"{len(found.steps)} steps",
             "bit for bit",

@@ -18,7 +18,6 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.probe import DecodeError, probe_video
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
-from jepa_cache.sources.parsers.untrusted import iter_objects, read_object
 from tests.makers import make_video
 from tests.sources.lerobot_makers import CAMERA, make_rows, read_list, write_info, write_list, write_v2, write_v3
 
@@ -164,13 +163,6 @@ def test_an_attack_is_a_reason_within_bounds_and_others_go_on(tmp_path, monkeypa
         tracemalloc.stop()
     assert len(reasons) == 1 and words in reasons[0]
     assert peak < 36 * MIB and sorted(tmp_path.rglob("*")) == files, f"{peak / MIB:.0f} MiB"
-
-
-@pytest.mark.parametrize("read", [lambda path: read_object(path, MIB), lambda path: list(iter_objects(path))])
-def test_a_pipe_in_place_of_a_json_file_is_never_waited_for(tmp_path, read):
-    os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="is no plain file"):
-        read(tmp_path / "a.json")
 
 
 def test_a_parquet_file_damaged_anywhere_is_skipped_or_reads_as_numbers(tmp_path):

@@ -6,7 +6,6 @@ in the simple schema rows are placed on frames by time and nothing is guessed; e
 """
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source, list_sources
 from jepa_cache.sources import vpt as vpt_module
-from jepa_cache.sources.parsers.vpt_controls import read_contractor
 from tests.makers import REAL_VPT, make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
 
 NUM_FRAMES = 12
@@ -404,9 +402,7 @@ def test_each_frame_shows_the_row_nearest_in_time_the_earlier_of_two(tmp_path, f
         (np.arange(12) / 20, 12, "the last 8 frames come after the last row"),
         (np.arange(30) / 20, 20, "the last 10 rows"),
         (np.concatenate((np.arange(8) / 20, 0.8 + np.arange(4) / 20)), 20, "gap of 0.45 s"),
-        (np.array([0.0]), 1, "the last 19 frames"),
         (1650147496.5 + np.arange(20) / 20, None, "seconds since its first frame"),
-        (-3.0 + np.arange(20) / 20, None, "seconds since its first frame"),
         ([-0.05], None, "no frame shows a row"),
         ([0.0, 0.05, 0.1, 0.07], None, "line 4: the timestamp goes back"),
     ],
@@ -451,18 +447,3 @@ def test_the_real_pair_is_read_whole_the_look_alike_refused_and_logs_without_vid
     members = [(path.name, path.read_bytes()) for path in sorted((REAL_VPT / "logs_only").glob("*.jsonl"))]
     alone = _read_tar(write_tar(tmp_path / "a.tar", members))
     assert len(alone) == 4 and all("holds no" in result.reason and ".mp4" in result.reason for result in alone)
-
-
-@needs_real
-@pytest.mark.parametrize("log", sorted(REAL_VPT.rglob("trimmed_*.jsonl")), ids=lambda path: path.stem[:30])
-def test_real_logs_follow_the_measured_laws(log):
-    controls, notes, *_ = read_contractor(log.read_bytes())
-    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
-    vpt_module.check_yaw_law(controls)
-    assert notes == () and len(controls["tick"]) == len(lines)
-    assert not controls["attack"][0], "all of them are stuck on the first line"
-    turns = np.diff(controls["yaw_deg"])
-    outside, inside = ~controls["gui"][:-1], controls["gui"][:-1] & controls["gui"][1:]
-    assert np.mean(np.abs(turns - 0.15 * controls["mouse_dx"][:-1])[outside] < 0.01) > 0.99
-    assert np.abs(turns[inside]).sum() == 0, "the view stands still while a GUI is open though the mouse moves"
-    assert not any(controls[f"hotbar.{slot}"][0] for slot in range(1, 10)), "the first line's slot is no press"

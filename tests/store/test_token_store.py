@@ -1,11 +1,9 @@
 """Claims: every dtype is written whole, the same content always as the same bytes, and other Zarr readers get our numbers.
 
-A store is whole or absent, and damage is named; a store says what its dtype cost.
+A store is whole or absent, and says what its dtype cost. Damage: test_reader.py, tests/encoding/test_flips.py; places: tests/cli/test_places.py.
 """
 
 import json
-import os
-import shutil
 import warnings
 
 import numpy as np
@@ -15,8 +13,6 @@ from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file, write_store_file
 from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
-from jepa_cache.store.recipe import fingerprint
-from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import STAGING_FILE, TokenWriter, table
 from tests.encoded import all_files, write_store_json
 from tests.makers import flip
@@ -108,12 +104,6 @@ def by_xarray(path):
     return {name: array.values for name, array in pytest.importorskip("xarray").open_zarr(path).items()}
 
 
-def by_dask(path):
-    dask_array = pytest.importorskip("dask.array")
-    names = [folder.name for folder in path.iterdir() if folder.is_dir()]
-    return {name: dask_array.from_zarr(str(path), component=name).compute(scheduler="sync") for name in names}
-
-
 def by_tensorstore(path):
     tensorstore, arrays = pytest.importorskip("tensorstore"), {}
     for folder in (folder for folder in path.iterdir() if folder.is_dir()):
@@ -122,7 +112,7 @@ def by_tensorstore(path):
     return arrays
 
 
-@pytest.mark.parametrize("read", [by_zarr, by_xarray, by_dask, by_tensorstore])
+@pytest.mark.parametrize("read", [by_zarr, by_xarray, by_tensorstore])
 def test_other_readers_give_the_same_numbers_without_warnings(store, read):
     dtype, path, _ = store
     with warnings.catch_warnings():
@@ -151,9 +141,9 @@ def test_the_array_says_how_it_is_to_be_read(store):
 def test_the_same_content_gives_the_same_bytes_however_it_came(tmp_path, dtype):
     tokens, other = make_tokens(), make_tokens(600, seed=1)
     whole = write(tmp_path / "a/0/0.zarr", dtype, [tokens])
-    # An episode that is taken back reaches over a shard's end; so does the one that follows.
-    pieces = write(tmp_path / "b/0/0.zarr", dtype, [tokens[:100], other, None, tokens[100:]])
-    assert all_files(whole) == all_files(pieces)
+    for keep in (1, 100, 511, 512, 513):  # where the episode that is taken back began; it reaches over a shard's end
+        pieces = write(tmp_path / f"{keep}/0/0.zarr", dtype, [tokens[:keep], other, None, tokens[keep:]])
+        assert all_files(whole) == all_files(pieces), keep
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 10, 512, 700])
@@ -229,36 +219,6 @@ def test_what_made_a_store_is_recorded_and_no_part_of_its_digest(tmp_path):
     assert one.digest == other.digest and one.provenance != other.provenance
 
 
-@pytest.mark.parametrize("keep", [0, 5, 511, 512, 513, 1024])
-def test_rolling_back_forgets_an_episode_wherever_it_began(tmp_path, keep):
-    tokens, later = make_tokens(1300), make_tokens(40, seed=1)
-    with TokenWriter(tmp_path / "a.zarr", num_tokens=N, width=D) as writer:
-        writer.append(tokens)
-        writer.roll_back(keep)
-        writer.append(later)
-        writer.publish(*tables(keep + 40), {}, {})
-    assert np.array_equal(read_all(tmp_path / "a.zarr"), np.concatenate([tokens[:keep], later]))
-
-
-@pytest.mark.parametrize("name", ["steps.parquet", "segments.parquet", "zarr.json", "tokens/zarr.json", "store.json"])
-def test_a_changed_or_missing_small_file_is_named(tmp_path, name):
-    write(tmp_path / "a.zarr", "float16", [make_tokens(10)])
-    path = tmp_path / "a.zarr" / name
-    raw = path.read_bytes()
-    for offset in (5, -20):
-        flip(path, offset)
-        with pytest.raises(StoreDamagedError, match=name):
-            check_store(tmp_path / "a.zarr", read_data=True)
-        path.write_bytes(raw)
-    for end in (b"", b"\n\n", b" ") if name == "store.json" else ():
-        path.write_bytes(raw.removesuffix(b"\n") + end)
-        with pytest.raises(StoreDamagedError, match=r"store\.json has changed"):
-            check_store(tmp_path / "a.zarr")
-    path.unlink()
-    with pytest.raises(StoreDamagedError, match=f"{name} is missing"):
-        check_store(tmp_path / "a.zarr")
-
-
 def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path):
     write(tmp_path / "a.zarr", "float16", [make_tokens(10)])
     path = tmp_path / "a.zarr/store.json"
@@ -269,25 +229,3 @@ def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path):
         write_store_json(path, document)  # signed again
         with pytest.raises(StoreDamagedError, match="leads out of the store"):
             read_store_file(tmp_path / "a.zarr")
-
-
-def test_a_store_under_another_recipe_or_unit_than_its_own_is_refused(tmp_path):
-    root, recipe = CacheRoot(tmp_path), fingerprint({"dtype": "float16"})
-    own = write(root.tokens(recipe, "a" * 64), "float16", [make_tokens(3)])
-    assert root.find_store(own) == read_store_file(own)
-    copied = (root.tokens(recipe, "b" * 64), root.tokens("0" * 32, "a" * 64))
-    for other in copied:
-        shutil.copytree(own, other)
-    for other in (*copied, write(root.tokens("1" * 32, "a" * 64), "float16", [make_tokens(3)])):
-        with pytest.raises(StoreDamagedError, match=f"{other} is not the store that its path says but that of "):
-            root.find_store(other)
-
-
-def test_a_shard_that_is_cut_short_or_gone_is_named(tmp_path):
-    write(tmp_path / "a.zarr", "float16", [make_tokens(600)])
-    os.truncate(layout.shard_path(tmp_path / "a.zarr", 1), 100)
-    with pytest.raises(StoreDamagedError, match=r"has 100 bytes"):
-        check_store(tmp_path / "a.zarr")
-    layout.shard_path(tmp_path / "a.zarr", 0).unlink()
-    with pytest.raises(StoreDamagedError, match="missing"):
-        check_store(tmp_path / "a.zarr")

@@ -3,7 +3,7 @@
 Claims:
 - biases and 1-d tensors do not decay, frozen ones are in no group, rates are set group by group;
 - warm-up meets the peak, the plateau is flat, the last training step has exactly the final rate, and later ones keep it;
-- schedules without warm-up or decay work; weight decay moves monotonically between its ends.
+- schedules without warm-up or decay work.
 """
 
 from functools import partial
@@ -14,7 +14,6 @@ import torch
 
 from jepa_cache.training.optim import (
     build_optimizer,
-    cosine_weight_decay,
     parameter_groups,
     set_rates,
     warmup_cosine,
@@ -43,15 +42,6 @@ def test_the_stable_part_is_the_peak_and_schedules_without_warmup_or_decay_work(
     flat = partial(warmup_stable_decay, num_steps=10, num_warmup=0, num_anneal=0, **RATES)
     assert [flat(k) for k in (1, 5, 10, 11)] == [1.0] * 4
     assert warmup_cosine(10, num_steps=10, num_warmup=10, **RATES) == 1.0
-
-
-@pytest.mark.parametrize(("start", "final"), [(0.04, 0.4), (0.4, 0.04), (0.04, 0.04)])
-def test_weight_decay_moves_monotonically_between_its_ends(start: float, final: float):
-    decay = partial(cosine_weight_decay, num_steps=50, start_weight_decay=start, final_weight_decay=final)
-    values = [decay(k) for k in range(1, 51)]
-    assert values[-1] == pytest.approx(final, abs=1e-15)
-    assert values[24] == pytest.approx((start + final) / 2, abs=1e-12)
-    assert sorted(values, reverse=start > final) == values
 
 
 def test_biases_and_norm_scales_do_not_decay_and_frozen_parameters_are_in_no_group():

@@ -46,12 +46,12 @@ pytestmark = pytest.mark.usefixtures("runs")
 
 
 @pytest.fixture
-def train_at(commands, cache, tmp_path):
+def train_at(cache, tmp_path):
     """Train in a process of its own, in a folder of tmp_path; returns how it ended."""
 
     def started(name: str, *words: str, kill_at: int | None = None) -> int:
         words = words if kill_at is None else (*words, f"kill_at={kill_at}")
-        process = other_processes.start(commands, cache, tmp_path / name, *words)
+        process = other_processes.start(cache, tmp_path / name, *words)
         code = process.wait()
         assert code in (0, -signal.SIGKILL), process.text
         return code
@@ -96,14 +96,6 @@ def test_killed_half_way_through_a_checkpoint_while_training_goes_on_it_ends_lik
             published = sorted(path.name for path in folder.glob("step-*"))
             assert published == ["step-00000004"][: write - 1], "of a checkpoint that is half written nothing is seen"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-
-
-def test_a_run_that_is_killed_again_and_again_still_ends_like_an_uninterrupted_one(train_at, tmp_path):
-    ends = [train_at("often", "train.checkpoint_every=1", kill_at=90) for _ in range(7)]
-    assert ends.count(-signal.SIGKILL) > 3
-    for name in ("often", "whole"):
-        train_at(name, "train.checkpoint_every=1")
-    assert outcome(tmp_path / "often") == outcome(tmp_path / "whole")
 
 
 def test_killed_while_it_forgets_a_run_the_next_training_is_still_right(train_at, tmp_path):
@@ -188,24 +180,6 @@ def test_a_loss_that_is_not_finite_stops_overwrites_nothing_and_names_the_window
     training = {segment.episode for segment in cache.dataset.segments_of("train", cache.config.split)}
     assert len(named) == 4 and {window["episode"] for window in named} <= training
     assert all(0 <= window["start"] <= 25 and window["num_steps"] == 5 for window in named)
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_that_it_spoiled_are_kept(
-    cache, tmp_path, runs, monkeypatch
-):
-    build, calls = trainer.build_optimizer, []
-
-    def spoiled(model, **rates):
-        weight = model.action_encoder.weight
-        weight.register_hook(lambda grad: calls.append(1) or (grad * float("inf") if len(calls) == 3 else grad))
-        return build(model, **rates)
-
-    monkeypatch.setattr(trainer, "build_optimizer", spoiled)
-    with pytest.raises(ValueError, match=r"training step 3 .* norm of its gradient (nan|inf)"):
-        run(cache, tmp_path, "train.checkpoint_every=1")
-    (latest,) = runs.glob("*/checkpoints/latest")
-    assert latest.readlink() == Path("step-00000002")
-    assert all(bool(t.isfinite().all()) for t in load_file(latest / "predictor.safetensors").values())
 
 
 @pytest.mark.parametrize("spoiled", [2, 3, 4])
@@ -385,7 +359,7 @@ def test_a_manifest_made_with_other_settings_is_refused(cache):
     assert len(open_dataset(config, cache.folder).segments) == 8
     for override in (
         *("dataset=vpt", "encoder=vitl", "encode.mode=tubelet", "encode.fps=4", "encode.action_space=vpt36"),
-        *("encode.cameras=[wrist]", "encode.phases=[0,1]"),
+        *("encode.cameras=[wrist]", "encode.phases=[0,1]", "encode.pool=2"),
     ):
         with pytest.raises(ValueError, match=rf"other settings \({override.partition('=')[0]} is .*encode\.py"):
             open_dataset(make_config(root, override), cache.folder)
