@@ -12,7 +12,7 @@ Letters of this file besides the project's: P predictor width; L tokens per step
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -325,7 +325,7 @@ class _CastTogether(torch.autograd.Function):
         return None, *_cast_all(gradients, ctx.dtypes)
 
 
-def _cast_all(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     cast = [torch.empty_like(it, dtype=dtype) for it, dtype in zip(tensors, dtypes, strict=True)]
     torch._foreach_copy_(cast, list(tensors))
     return tuple(cast)
