@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -138,11 +138,9 @@ class ActionSpace:
             reason = f"the space has no column for {', '.join(surplus)} of the recording, which would be dropped"
         else:
             return None
-        rules = (vector[1],) if vector else ("last", "sum")
-        numbered = Counter(match[1] for name in controls if (match := NUMBERED.fullmatch(name)))
         fitting = [space.name for space in ACTION_SPACES.values() if set(space.required) <= set(controls)]
-        if len(numbered) == 2:
-            fitting += [f"vector_{rule}{numbered['action']}x{numbered['state']}" for rule in rules]
+        rules = (vector[1],) if vector else VECTOR_RULES
+        fitting += [found for rule in rules if (found := fit_vector(rule, controls)) is not None]
         wanted = " or ".join(fitting) if fitting else f"a space of what they hold: {', '.join(sorted(controls))}"
         return reason, f"set encode.action_space to {wanted} (docs/action_spaces.md)"
 
@@ -177,6 +175,16 @@ class ActionSpace:
                 "slot or command); set train.time_reversal to false"
             )
         return self.inverse(self._check_actions(actions))
+
+    def named(self, names: Mapping[str, str]) -> ActionSpace:
+        """The same space for whoever shows it: in place of a unit a column has what the data set calls it, as in `"gripper.pos" as recorded`."""
+
+        def name(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+            # In quotes, because a unit that begins with deg or rad means an angle.
+            told = {it.name: f'"{names[it.name]}" as recorded' for it in columns if it.name in names}
+            return tuple(it._replace(unit=told.get(it.name, it.unit)) for it in columns)
+
+        return replace(self, actions=name(self.actions), states=name(self.states))
 
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions, np.float64)
@@ -222,16 +230,33 @@ def get_action_space(name: str) -> ActionSpace:
     `vector_last<A>x<S>` and `vector_sum<A>x<S>` (e.g. `vector_last7x14`) are built from their names: the columns action_0 to
     action_<A-1> and state_0 to state_<S-1> of any robot or game. `last`: the command of the last row before the next step, for
     absolute commands (target positions, velocities). `sum`: the sum over all rows of the step, for commands that are changes.
+    A setting without numbers is one that `fit_vector` completes.
 
     Raises:
         ValueError: An unknown name; the nearest known one is named.
     """
     if (match := VECTOR_NAME.fullmatch(name)) is not None:
         return _build_vector(name, match[1], int(match[2]), int(match[3]))
+    if name in VECTOR_RULES:
+        raise ValueError(
+            f"{name} takes its columns from recordings, and here are none; add their numbers, as in {name}7x14"
+        )
     if name not in ACTION_SPACES:
         hint = nearest(name, [*ACTION_SPACES, "vector_last<A>x<S>", "vector_sum<A>x<S>"])
         raise ValueError(f"there is no action space {name!r}{hint}")
     return ACTION_SPACES[name]
+
+
+def fit_vector(rule: str, controls: Collection[str]) -> str | None:
+    """The space of a rule (`vector_last`, `vector_sum`) that has a column for each numbered control; None without actions or states."""
+    numbered = Counter(match[1] for name in controls if (match := NUMBERED.fullmatch(name)))
+    return f"{rule}{numbered['action']}x{numbered['state']}" if len(numbered) == 2 else None
+
+
+def is_space(setting: str, name: str) -> bool:
+    """Whether `encode.action_space` means the space of a cache: by its name, or by the rule of a vector space."""
+    vector = VECTOR_NAME.fullmatch(name)
+    return setting in (name, vector[1] if vector else name)
 
 
 def zero_actions(actions: np.ndarray, space: ActionSpace) -> np.ndarray:
@@ -307,7 +332,7 @@ def _aggregate_vector(
     actions: tuple[str, ...],
     states: tuple[str, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-    if rule == "sum":
+    if rule == "vector_sum":
         columns = [_sum_steps(controls[name], anchors) for name in actions]
     else:
         # Where two steps show the same row (video faster than the rows) the command before it is still in force.
@@ -317,7 +342,7 @@ def _aggregate_vector(
 
 
 def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> ActionSpace:
-    unit = {"sum": "as recorded, summed over the step", "last": "as recorded, last row of the step"}[rule]
+    unit = {"vector_sum": "as recorded, summed over the step", "vector_last": "as recorded, last row of the step"}[rule]
     read = {
         "actions": tuple(f"action_{index}" for index in range(num_actions)),
         "states": tuple(f"state_{index}" for index in range(num_states)),
@@ -335,11 +360,11 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
             bounded=None,
             distances=_vector_distances,
             follows={},
-            holds=rule == "last",
-            adds=rule == "sum",
+            holds=rule == "vector_last",
+            adds=rule == "vector_sum",
         ),
-        joined=partial(np.sum, axis=-2) if rule == "sum" else partial(np.take, indices=-1, axis=-2),
-        inverse=np.negative if rule == "sum" else None,
+        joined=partial(np.sum, axis=-2) if rule == "vector_sum" else partial(np.take, indices=-1, axis=-2),
+        inverse=np.negative if rule == "vector_sum" else None,
         positions=read["states"],
     )
 
@@ -349,7 +374,8 @@ def _vector_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.nda
     return {"state": np.linalg.norm(np.asarray(reached, np.float64) - true, axis=-1)}
 
 
-VECTOR_NAME = re.compile(r"vector_(last|sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")
+VECTOR_RULES = ("vector_last", "vector_sum")
+VECTOR_NAME = re.compile(r"(vector_last|vector_sum)([1-9][0-9]{0,2})x([1-9][0-9]{0,2})")
 NUMBERED = re.compile(r"(action|state)_[0-9]+")
 """Generic spaces are built from their names, so that a manifest's name alone is enough to read a cache."""
 

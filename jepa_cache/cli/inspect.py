@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from jepa_cache.actions import Column, get_action_space
 from jepa_cache.cli.outcome import align
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
-from jepa_cache.encoding.groups import check_inputs, open_source
+from jepa_cache.encoding.groups import check_inputs, find_space, open_source
 from jepa_cache.encoding.steps import plan_episode
 from jepa_cache.encoding.units import list_units
 from jepa_cache.episode import Episode, Skipped, find_implausible
@@ -88,10 +89,11 @@ def inspect_data_sets(overrides: Sequence[str], paths: Sequence[str], *, limit: 
         for camera in config.encode.cameras or (None,):
             source = open_source(preset, camera)
             name = f"{preset.name}, {camera}" if camera else preset.name
-            bar = tqdm(
-                list_units(source, preset, paths, base), desc=f"inspect {preset.name}", unit="unit", disable=None
-            )
-            yield inspect_units(config, source, bar, name=name, limit=limit)
+            units = list_units(source, preset, paths, base)
+            space = find_space(config, source, units).name
+            named = replace(config, encode=replace(config.encode, action_space=space))
+            bar = tqdm(units, desc=f"inspect {preset.name}", unit="unit", disable=None)
+            yield inspect_units(named, source, bar, name=name, limit=limit)
 
 
 def inspect_units(
@@ -117,7 +119,7 @@ def inspect_units(
                 if isinstance(result, Skipped):
                     skipped.append({"unit": unit.name, **result._asdict()})
                     continue
-                doubts = []
+                doubts, space = [], space.named(result.column_names)
                 try:
                     anchors = _find_anchors(config, result)
                     statistics.add(space.aggregate(result.controls, result.frame_ticks[anchors]).actions)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jepa_cache.actions import ActionSpace, get_action_space
+from jepa_cache.actions import VECTOR_RULES, ActionSpace, fit_vector, get_action_space
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
 from jepa_cache.encoder import KINDS
@@ -149,7 +149,7 @@ def group_units_by_recipe(
         ValueError: Positional inputs for a mixture, a camera or option that the source does not know, or no recording.
     """
     check_inputs(config, inputs)
-    encode, space, groups = config.encode, get_action_space(config.encode.action_space), []
+    encode, groups = config.encode, list[EncodingGroup]()
     digest_units, most_units = UnitDigester(budget_bytes), encode.max_units
     for (preset, weight), camera in itertools.product(config.members, encode.cameras or (None,)):
         source = open_source(preset, camera)
@@ -162,6 +162,12 @@ def group_units_by_recipe(
         readings = find_readings(source, digested.units, encode.decoder, most_bytes=most_bytes)
         ways = sorted({reading for reading in readings if isinstance(reading, int)}) or [1]
         unreadable = digested.unreadable + [reason for reason in readings if isinstance(reason, Skipped)]
+        space = find_space(config, source, digested.units)
+        if groups and space.name != groups[0].space.name:
+            raise ValueError(
+                f"the members of {config.dataset.name} are read together and must have equally many columns; {groups[0].preset.name} has "
+                f"{groups[0].space.name}, {preset.name} {space.name}"
+            )
         for phase, reading in itertools.product(_phases(config, source, digested.units), ways):
             recipe = name_reading(source.recipe, reading)
             units = [unit for unit, one in zip(digested.units, readings, strict=True) if one == reading]
@@ -238,6 +244,39 @@ def scan_units(
             "`python stages/encode.py` reads them, and finds those again whose content it knows"
         )
     return groups, notes
+
+
+def find_space(config: Config, source: Source, units: Sequence[Unit]) -> ActionSpace:
+    """The action space; one that is named without numbers has the columns of the first recordings.
+
+    Raises:
+        ValueError: An unknown name; recordings that have no numbered columns or not equally many, or none that says how many.
+    """
+    setting = config.encode.action_space
+    if setting not in VECTOR_RULES:
+        return get_action_space(setting)
+    recordings = (recording for unit in units for recording in iter_recordings(source, unit))
+    looked_at = [it for it in itertools.islice(recordings, NUM_LOOKED_AT) if isinstance(it, Episode)]
+    found = {fit_vector(setting, recording.controls): recording for recording in looked_at}
+    for name, recording in found.items():
+        if name is not None and len(found) == 1:
+            return get_action_space(name)
+        if name is None:
+            held = ", ".join(sorted(recording.controls))
+            raise ValueError(
+                f"encode.action_space is {setting!r}, but {recording.key} has no numbered actions and states; it holds {held}: choose a space "
+                "of these (docs/action_spaces.md)"
+            )
+    if not found:
+        raise ValueError(
+            f"encode.action_space is {setting!r}, and none of the first recordings can be used, so its columns are not known; `jepa-cache "
+            f"inspect encode.action_space={setting}7x14` says why"
+        )
+    told = ", ".join(f"{name} in {recording.key}" for name, recording in found.items())
+    raise ValueError(
+        f"encode.action_space is {setting!r}, but recordings differ in their columns: {told}. Name the one that you want; those of other "
+        "columns are skipped then (encode.max_skipped_share)"
+    )
 
 
 def check_controls(group: EncodingGroup) -> None:

@@ -119,7 +119,7 @@ def bring_up_to_date(
         encoder=encoder.preset.name,
         encoder_trained=encoder.preset.trained,
         comparable=config.encode.mode != "clip",
-        action_space=config.encode.action_space,
+        action_space=groups[0].space.name,
         parts=tuple(_list_group(group, root, stores, filled, names) for group in groups),
         encoder_origin=encoder.preset.origin,
     )

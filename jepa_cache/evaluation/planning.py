@@ -62,7 +62,7 @@ KINDS = {
 class Score(NamedTuple):
     """All plans of an evaluation, one per start and horizon.
 
-    The table is that of plans.csv: `episode`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
+    The table is that of plans.csv: `episode`, `camera`, `phase`, `first_step` (of the plan, counted from the first cached one of the episode), `horizon`;
     `<distance>_<kind>` between the end of each kind of plan and of the recorded actions (of random plans the mean), and
     `<distance>_moved` of the recorded ones from the start; in spaces of vectors the end is the recorded state, and `<distance>_recorded`
     is where the recorded actions lead by the fit; `planned_<number>` and `recorded_<number>`, sums over the steps;
@@ -122,15 +122,16 @@ def score_plans(
             seen = slice(now + 1 - num_context, now + 1)
             context = Context(h[seen], actions[seen.start : now], states[seen])
             base = actions[now - 1] if dataset.space.motion.holds else motion.still
+            part = dataset.manifest.stores[window.store][0]
             first_step = window.start - first_rows[segment.store, segment.episode] + now
             for horizon in config.horizons:
                 settings = replace(search, horizon=1 if jumps else horizon)
                 rng = np.random.default_rng([config.seed, position, horizon])
                 goals = h[now + horizon], other_h[now + horizon]
                 done = actions[now : now + horizon], states[now + horizon]
-                began = {"episode": segment.episode, "first_step": first_step, "horizon": horizon}
+                where = {"episode": segment.episode, "camera": part.camera or "", "phase": str(part.phase)}
                 row, *searched = _plan_once(evaluation, motion, settings, cost, context, base, goals, done, rng)
-                rows.append(began | row)
+                rows.append({**where, "first_step": first_step, "horizon": horizon, **row})
                 searches.append(searched)
                 bar.update()
     names = tuple(dataset.space.motion.distances(states[0], states[0]))
@@ -221,6 +222,7 @@ def plan_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -
     costs = load_costs(weights, card, evaluation.model.predictor, evaluation.device)
     score = score_plans(evaluation, recorded=recorded, costs=costs)
     metrics = summarize_plans(score, config) | {
+        "run": card["run"],
         "cost": config.plan.cost,
         "searched": list(score.searched),
         "change_r2": dict(zip((column.name for column in dataset.space.states), recorded.change_r2, strict=True))

@@ -15,8 +15,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from jepa_cache.actions import get_action_space
 from jepa_cache.cli.estimate import estimate_group
 from jepa_cache.cli.inspect import inspect
+from jepa_cache.data.dataset import find_differences
 from jepa_cache.encoding import decoding, run
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import describe_result
@@ -220,9 +222,47 @@ def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encod
         with pytest.raises(ValueError, match=words):
             encode(good, root, tiniest_config(dataset, action_space=space))
         assert not list(root.glob("tokens/*/*.zarr"))
+    (good / "b.mp4").write_bytes(make_video(60, **SMALL))
+    (good / "b.json").write_text(json.dumps({"fps": 20, "actions": [row[:2] for row in rows], "states": rows}))
+    for dataset, words in (
+        (
+            "mp4_json",
+            r"recordings differ in their columns: vector_sum[27]x7 in \S+/[ab], vector_sum[27]x7 in \S+/[ab]\. Name",
+        ),
+        ("vpt", r"'vector_sum', but \S+ has no numbered actions and states; it holds .*choose a space"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            encode(good, root, tiniest_config(dataset, action_space="vector_sum"))
+    (good / "a.json").write_text("{}")
+    (good / "b.mp4").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"none of the first recordings can be used, so its columns are not known; .*vector_sum7x14"
+    ):
+        encode(good, root, tiniest_config("mp4_json", action_space="vector_sum"))
+    assert not list(root.glob("tokens/*/*.zarr"))
     with pytest.raises(ValueError, match=r"no usable recording: all 2 were skipped .*pose7"):  # as requested
         encode(good, root, tiniest_config(action_space="pose7", max_skipped_share=1.0))
     assert list(root.glob("tokens/*/*.zarr"))
+
+
+def test_a_vector_space_without_numbers_is_that_of_the_recordings_and_finds_the_same_stores(tmp_path):
+    folder, rows = tmp_path / "data", np.arange(12.0)[:, None]
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.mp4").write_bytes(make_video(12, **SMALL))
+        fields = {"fps": 20, "actions": (rows * [1, 2, 3]).tolist(), "states": (rows * [1, 2]).tolist()}
+        (folder / f"{name}.json").write_text(json.dumps(fields))
+    config = tiniest_config("mp4_json", action_space="vector_last")
+    first = encode(folder, tmp_path / "cache", config)
+    assert first.manifest.action_space == "vector_last3x2" and not find_differences(config, first.manifest)
+    named = tiniest_config("mp4_json", action_space="vector_last3x2")
+    again = encode(folder, tmp_path / "cache", named)
+    assert again.num_encoded == 0 and again.manifest.to_bytes() == first.manifest.to_bytes()
+    for other in ("vector_sum", "vector_last2x2", "vector_last3"):
+        differing = find_differences(tiniest_config("mp4_json", action_space=other), first.manifest)
+        assert differing == [f"encode.action_space is {other!r}, the manifest has 'vector_last3x2'"]
+    with pytest.raises(ValueError, match=r"takes its columns from recordings, and here are none; .*vector_last7x14"):
+        get_action_space("vector_last")
 
 
 def test_the_stage_calls_a_skipped_recording_by_its_present_name_and_the_manifest_stays(tmp_path, capsys):
