@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -175,6 +175,16 @@ class ActionSpace:
                 "slot or command); set train.time_reversal to false"
             )
         return self.inverse(self._check_actions(actions))
+
+    def named(self, names: Mapping[str, str]) -> ActionSpace:
+        """The same space for whoever shows it: in place of a unit a column has what the data set calls it, as in `"gripper.pos" as recorded`."""
+
+        def name(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+            # In quotes, because a unit that begins with deg or rad means an angle.
+            told = {it.name: f'"{names[it.name]}" as recorded' for it in columns if it.name in names}
+            return tuple(it._replace(unit=told.get(it.name, it.unit)) for it in columns)
+
+        return replace(self, actions=name(self.actions), states=name(self.states))
 
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions, np.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,6 +70,8 @@ class Episode:
             recordings share a container.
         frame_times_s: [F] float64, non-decreasing: when each usable frame was taken, seconds on any clock, where the rate varies and
             the rows go by time; `fps` is then the typical rate. None where frame t is at t / fps, or the rows are counted.
+        column_names: What the data set calls controls that are only numbered here, such as action_0: joints, as a rule. They are shown
+            and decide nothing.
     """
 
     key: str
@@ -81,6 +83,7 @@ class Episode:
     notes: tuple[str, ...] = ()
     first_frame: int = 0
     frame_times_s: np.ndarray | None = None
+    column_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.key:

@@ -268,7 +268,9 @@ def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
         name: of_runs
         for name, of_runs in values.items()
         if name not in NO_SETTINGS
-        and not name.startswith("measured.")  # equal where it decides these numbers
+        and not name.startswith(
+            ("measured.", "columns.")
+        )  # equal where it decides these numbers; what joints are called
         and name.rpartition(".")[2] not in OF_THE_MACHINE
         and any(value != of_runs[0] for value in of_runs)
     }

@@ -119,7 +119,7 @@ def inspect_units(
                 if isinstance(result, Skipped):
                     skipped.append({"unit": unit.name, **result._asdict()})
                     continue
-                doubts = []
+                doubts, space = [], space.named(result.column_names)
                 try:
                     anchors = _find_anchors(config, result)
                     statistics.add(space.aggregate(result.controls, result.frame_ticks[anchors]).actions)

@@ -196,14 +196,19 @@ class CachedDataset:
         self._cut: dict[tuple[str, SplitConfig, FilterConfig], list[Segment]] = {}
         self._verify_checksums = verify_checksums
         self._copies: dict[str, str] | None = None
+        named: set[tuple[str, str]] | None = None  # columns, as all stores do
         for number, entry in enumerate(manifest.entries):
             tokens = self._token_paths[number]
             stated = check_identity(tokens, read_store_file(tokens), entry.tokens_digest)
+            names = set(stated.provenance.get(layout.COLUMN_NAMES, {}).items())
+            named = names if named is None else named & names
             actions = self._action_paths[number]
             excluded = check_identity(actions, read_store_file(actions), entry.actions_digest).metadata["excluded"]
             table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
+        self.column_names = dict(sorted(named or ()))  # as the data set calls them
+        self.space = self.space.named(self.column_names)
         self.cameras: tuple[str, ...] = ()  # that a step has the tokens of, where they are joined
         self._others: dict[int, np.ndarray] = {}
         if joins_cameras:

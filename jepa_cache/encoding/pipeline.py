@@ -151,6 +151,7 @@ class _OpenUnit:
         self._segments: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._implausible: list[str] = []
+        self._column_names: Mapping[str, str] = {}
         self._decoders: Counter[str] = Counter()
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
         self._num_steps = 0
@@ -245,6 +246,7 @@ class _OpenUnit:
         # Outside the digest, so that a rule that finds more implausible values later gives the same stores.
         made = {**provenance, "decoders": dict(sorted(self._decoders.items()))}
         made |= {"implausible": self._implausible} if self._implausible else {}
+        made |= {layout.COLUMN_NAMES: dict(self._column_names)} if self._column_names else {}
         steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
         self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
         self._write(self.tokens.publish, steps, segments, metadata, made)
@@ -272,6 +274,7 @@ class _OpenUnit:
             self._segments.append({"segment": number, "start": start + a, "stop": start + b, **of_all})
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
+        self._column_names = episode.column_names
         self._decoders[stream.decoder] += 1
 
 

@@ -124,6 +124,7 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
         "tokens_fingerprint": manifest.fingerprint,
         "manifest": manifest.digest,
         "action_space": manifest.action_space,
+        **({"columns": evaluation.dataset.column_names} if evaluation.dataset.column_names else {}),
         **{section: description[section] for section in ("predictor", "train", "filter", "split", "init")},
         "measured": {
             "filter": asdict(config.filter),

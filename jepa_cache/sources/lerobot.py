@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from jepa_cache.config.parsing import nearest, parse_dataclass
-from jepa_cache.config.paths import spell_name, state_folder
+from jepa_cache.config.paths import printable, spell_name, state_folder
 from jepa_cache.episode import Episode, RecordingError, Skipped
 from jepa_cache.files import atomic_file
 from jepa_cache.media.probe import DecodeError, VideoInfo, probe_video
@@ -31,6 +31,7 @@ RECIPE_VERSION = 1
 
 MAX_EPISODE_ROWS = 1 << 20  # ten hours at 30 Hz
 MAX_INFO_BYTES = 16 << 20
+MAX_NAME = 60  # characters of a joint's name that are shown
 # A field of the published templates. str.format itself would let a template read attributes and request a billion digits.
 TEMPLATE_FIELD = re.compile(r"\{(\w+)(?::(0?[0-9]{1,2}d))?\}")
 SELECTION = re.compile(
@@ -232,6 +233,7 @@ class LerobotSource:
             notes=notes,
             first_frame=first_frame,
             frame_times_s=frame_times_s,
+            column_names=self._name_columns(layout, rows),
         )
 
     def _build_controls(self, layout: Layout, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -247,6 +249,15 @@ class LerobotSource:
             kind = bool if name in FLAGS else np.float32 if name == "idle" else np.float64
             controls[name] = values[:, 0].astype(kind)
         return controls
+
+    def _name_columns(self, layout: Layout, rows: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """What info.json calls the numbers that became action_0.. and state_0..; nothing of those that it does not name."""
+        found: dict[str, str] = {}
+        for prefix, texts in (("action", self.options.actions), ("state", self.options.states)):
+            # Without dollars: pictures would take what lies between two of them for a formula.
+            names = [name.replace("$", "") for text in texts for name in layout.select_names(text, rows)]
+            found |= {f"{prefix}_{index}": printable(name)[:MAX_NAME] for index, name in enumerate(names) if name}
+        return found
 
 
 def _find_frames(location: EpisodeLocation, info: VideoInfo) -> tuple[int, int]:
@@ -454,6 +465,14 @@ class Layout:
         if (part.stop or 0) > width or not range(width)[part]:
             raise RecordingError(f"{text}: the column has {width} numbers, counted from 0")
         return values[:, part]
+
+    def select_names(self, text: str, rows: Mapping[str, np.ndarray]) -> list[str]:
+        """The names of the numbers that `select` gives, empty where info.json does not name each number of the column."""
+        selection = parse_selection(text)
+        names, width = self._read_names(selection.column), rows[selection.column].shape[1]
+        if isinstance(selection.part, str):
+            return [selection.part]
+        return (names if len(names) == width else [""] * width)[selection.part]
 
     def _find_index(self, selection: Selection) -> int | None:
         """Which number of the column a selection by name means by info.json; None where it gives no such name."""

@@ -37,6 +37,7 @@ STORE_FILE = "store.json"
 SELF_DIGEST = "sha256"  # of store.json itself, without this entry
 # Sorted behind "provenance", which the first release expects right after the content.
 IDENTITY = "published_as"
+COLUMN_NAMES = "columns"  # in the provenance: what the data set calls actions and states that are only numbered
 REMEDY = "run `jepa-cache verify --repair`, which makes just this again from its recordings"
 
 # One row per step (row of `tokens`). What stage-two filters need, so that they never touch the video again.

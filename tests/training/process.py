@@ -1,4 +1,4 @@
-"""One training in a process of its own, started by `tests.processes.Commands`; it may be slowed down, die, or kill itself.
+"""One training in a process of its own, started by `tests.processes.Started`; it may be slowed down, die, or kill itself.
 
 argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K), `nan_at=K` (its loss
 there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two

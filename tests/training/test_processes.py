@@ -26,7 +26,7 @@ EXACT = 1e-5  # relative; sums of other order in float32
 
 
 @pytest.fixture
-def start(commands, cache):
+def start(cache):
     def started(home: Path, *words: str, others: tuple[str, ...] | None = None):
         """Two processes of one training; the second with other words if there are such."""
         with socket.socket() as free:
@@ -34,7 +34,7 @@ def start(commands, cache):
             port = free.getsockname()[1]
         env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         given = (words, words if others is None else others)
-        return [runs.start(commands, cache, home, *given[n], RANK=n, LOCAL_RANK=n, **env) for n in (0, 1)]
+        return [runs.start(cache, home, *given[n], RANK=n, LOCAL_RANK=n, **env) for n in (0, 1)]
 
     return started
 
@@ -43,8 +43,8 @@ def finish(processes) -> tuple[list[int], list[str]]:
     return [process.wait() for process in processes], [process.text for process in processes]
 
 
-def test_two_processes_with_four_windows_each_train_as_one_with_eight(commands, cache, start, tmp_path):
-    alone = runs.start(commands, cache, tmp_path / "1", "train.batch_size=8", "train.rollout_start=random")
+def test_two_processes_with_four_windows_each_train_as_one_with_eight(cache, start, tmp_path):
+    alone = runs.start(cache, tmp_path / "1", "train.batch_size=8", "train.rollout_start=random")
     codes, texts = finish(start(tmp_path / "2", "train.batch_size=4", "train.rollout_start=random"))
     assert (alone.wait(), codes) == (0, [0, 0]), (alone.text, texts)
     assert "2 processes" in texts[0] and "trainable" not in texts[1], "only the first one talks"

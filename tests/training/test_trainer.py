@@ -46,12 +46,12 @@ pytestmark = pytest.mark.usefixtures("runs")
 
 
 @pytest.fixture
-def train_at(commands, cache, tmp_path):
+def train_at(cache, tmp_path):
     """Train in a process of its own, in a folder of tmp_path; returns how it ended."""
 
     def started(name: str, *words: str, kill_at: int | None = None) -> int:
         words = words if kill_at is None else (*words, f"kill_at={kill_at}")
-        process = other_processes.start(commands, cache, tmp_path / name, *words)
+        process = other_processes.start(cache, tmp_path / name, *words)
         code = process.wait()
         assert code in (0, -signal.SIGKILL), process.text
         return code
