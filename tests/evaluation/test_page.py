@@ -163,7 +163,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
 def test_what_was_not_measured_is_said_with_the_way_to_get_it(tmp_path):
     page = Page(write_folder(tmp_path, measured=False, encoder_trained=True, comparable=True))
     for name in ("energy", "distances", "noise", "probes"):
-        assert f" python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
+        assert f", by python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
     assert page.text.count("Not measured: ") == 4
     assert "random weights" not in page.text and "Clip mode" not in page.text
 
