@@ -27,7 +27,7 @@ EVIL = "<script>alert(1)</script>\"'><img src=http://evil>"
 FIGURES = {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "teacher_forcing_cosine": 0.9, "rollout_cosine": 0.8}
 QUESTIONS = ("actions", "readout", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
 GAP = {"gap_shuffled_actions_step4": 0.14891, "gain_shuffled_actions_step4_percent": 24.6, "odd_figure": 7.0}
-SHOWN = ("horizon.png", "actions.png", "energy_ranks.png", "energy_maps.png")
+SHOWN = ("horizon.png", "training.png", "energy_ranks.png", "energy_maps.png")
 SPRITES = ("film1_1_tokens.png", "film1_2_tokens.png", "film1_1_frames.jpg")
 
 
