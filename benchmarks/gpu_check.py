@@ -157,7 +157,7 @@ def train_steps(bench: Bench) -> Part:
                 f"{name}: launches",
                 launches,
                 "",
-                {"ours": 4278, "ours, blocks compiled": 1600}.get(name, 0),
+                {"ours": 3641, "ours, blocks compiled": 2730}.get(name, 0),
                 more=f"busy {busy:.0%}",
             )
         del step

@@ -155,10 +155,19 @@ def same_numbers(one: object, other: object) -> bool:
 
 
 def forking_context() -> multiprocessing.context.ForkServerContext:
-    """Processes that are forked from one which has imported torch, so that each of them starts at once."""
+    """Processes that are forked from one which has imported what is slow, so that each of them starts at once."""
     context = multiprocessing.get_context("forkserver")
-    slow = ["numpy", "pyarrow", "torch", "webdataset.tariterators", "distributed", "jepa_cache.encoder.frozen"]
-    context.set_forkserver_preload([*slow, "tests.encoded"])
+    slow = [
+        "pyarrow.dataset",
+        "webdataset.tariterators",
+        "distributed",
+        "torch._dynamo",
+        "dvc.repo",
+        "dvclive",
+        "scmrepo.git",
+    ]
+    rooms = ["cli.export", "encoder.frozen", "encoding.verification", "store.collection", "training.trainer"]
+    context.set_forkserver_preload([*slow, *(f"jepa_cache.{it}" for it in rooms), "tests.encoded", "tests.caches"])
     return context
 
 

@@ -50,6 +50,7 @@ def test_a_copy_is_done_when_it_is_waited_for_and_not_before():
         assert early.cpu().tolist() == [0] * 4
 
 
+@pytest.mark.long  # as what is counted so: tests/predictor/test_counts.py
 @on_emulated_cuda
 def test_a_training_step_without_values_is_counted():
     import torch

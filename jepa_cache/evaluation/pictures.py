@@ -373,30 +373,28 @@ def describe_nearest(found: Segment, run: Segment, true: int, first_rows: Mappin
 
 
 def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[list[list[dict[str, Any]]]]:
-    """Scaled actions [films, 2, T-1, A] as arrows and words: angle (degrees clockwise from the right), length (1: the longest), words.
+    """Scaled actions [films, 2, T-1, A] as arrows and words: angle (degrees clockwise from the right), length (1: the film's longest), words.
 
     An arrow is of the two columns that the energy maps begin with; columns that a view turns down by point down.
     """
     space, scaler = evaluation.dataset.space, evaluation.scaler.actions
-    values, columns = (
-        actions * np.array(scaler.scale) + np.array(scaler.mean),
-        [column.name for column in space.actions],
+    values, columns = actions * np.array(scaler.scale) + np.array(scaler.mean), [it.name for it in space.actions]
+    kinds, keys = {it.name: it.kind for it in space.actions}, [it.name for it in space.actions if it.kind == "binary"]
+    searched = (
+        [it.column for it in space.motion.searched if it.limit != "max_rotation_rad"] if space.motion else columns
     )
-    searched = [it.column for it in space.motion.searched if it.limit != "max_rotation_rad"] if space.motion else []
-    numbers = [
-        columns.index(name) for name in searched or columns if space.actions[columns.index(name)].kind == "continuous"
-    ]
-    keys = [number for number, column in enumerate(space.actions) if column.kind == "binary"]
+    numbers = [columns.index(name) for name in searched if kinds[name] == "continuous"]
     order = [columns.index(name) for name in (space.motion.map_axes if space.motion else ())] or numbers
     arrows = np.zeros((*values.shape[:-1], 2))
     for place, number in enumerate(order[:2]):
         arrows[..., place] = values[..., number] * (-1 if place and columns[number] not in DOWNWARDS else 1)
     lengths = np.hypot(*np.moveaxis(arrows, -1, 0))
-    arrows = np.stack([np.degrees(np.arctan2(arrows[..., 1], arrows[..., 0])), lengths / (lengths.max() or 1)], axis=-1)
+    lengths /= np.maximum(lengths.max(axis=(1, 2), keepdims=True), 1e-12)
+    arrows = np.stack([np.degrees(np.arctan2(arrows[..., 1], arrows[..., 0])), lengths], axis=-1)
 
     def describe(action: np.ndarray, arrow: np.ndarray) -> dict[str, Any]:
         said = [f"{columns[number]} {round(float(action[number]), 4) + 0.0:+.3g}" for number in numbers[:NUM_WRITTEN]]
-        held = [columns[number] for number in keys if action[number] > 0]
+        held = [name for name in keys if action[columns.index(name)] > 0]
         return {"angle": float(arrow[0]), "length": float(arrow[1]), "words": ", ".join(said + held)}
 
     return [

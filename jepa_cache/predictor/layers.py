@@ -12,7 +12,7 @@ Letters of this file besides the project's: P predictor width; L tokens per step
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -309,3 +309,38 @@ class Block(nn.Module):
             x = x + (1 + gate1) * attended
             x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x, k, v
+
+
+class _CastTogether(torch.autograd.Function):
+    """Weights in a lower dtype, and their gradients back, by one kernel each on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return _cast_all(weights, [dtype] * len(weights))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_cast_all(gradients, ctx.dtypes)
+
+
+def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    cast = [torch.empty_like(it, dtype=dtype) for it, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(cast, list(tensors))
+    return tuple(cast)
+
+
+def cast_products(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights and biases of a module's linear layers in `dtype`, by name; gradients flow to those that are trained."""
+    linear = [it for it in module.named_modules() if isinstance(it[1], nn.Linear)]
+    weights = {f"{name}.{part}": weight for name, it in linear for part, weight in it.named_parameters(recurse=False)}
+    cast: dict[str, Tensor] = {}
+    for trained in (True, False):
+        some = {name: weight for name, weight in weights.items() if weight.requires_grad is trained}
+        if some:
+            made = (
+                _CastTogether.apply(dtype, *some.values()) if trained else _cast_all(some.values(), [dtype] * len(some))
+            )
+            cast |= zip(some, made, strict=True)
+    return cast

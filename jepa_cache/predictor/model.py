@@ -6,15 +6,17 @@ attention is block-causal over steps. Parameter names are those of the released 
 Letters besides the project's: P predictor width, always called `predictor_dim`; L = K + N tokens per step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.predictor.layers import Block, KeysValues, rotary_table
+from jepa_cache.predictor.layers import Block, KeysValues, cast_products, rotary_table
 
 
 class PredictorOutput(NamedTuple):
@@ -118,6 +120,7 @@ class ACPredictor(nn.Module):
             self.modulations = nn.ModuleList(nn.Linear(predictor_dim, 6 * predictor_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self._low: tuple[torch.dtype, dict[int, dict[str, Tensor]]] | None = None  # of `cast_once`
         self.reset_parameters()
 
     @property
@@ -156,6 +159,30 @@ class ACPredictor(nn.Module):
         """Compile each block by `torch.compile`, in place: all share their graphs, one for each kind of pass, wherever a rollout starts."""
         for block in self.predictor_blocks:
             block.compile(*arguments, **options)
+
+    @contextmanager
+    def cast_once(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Cast the weights of the blocks' products to `dtype` once for all passes in the context, and their gradients back once.
+
+        The numbers are autocast's, bit for bit; it would cast tensor by tensor, and again in every compiled pass and recomputation.
+        """
+        self._low = None if dtype is None else (dtype, {})
+        try:
+            yield
+        finally:
+            self._low = None
+
+    def _run_block(self, number: int, dtype: torch.dtype | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.predictor_blocks[number]
+        if dtype is None:
+            return block(*arguments)
+        # A recomputation comes after the context: all weights held until then would take half a GiB more of `ac300m`.
+        cast = self._low[1].get(number) if self._low else None
+        if cast is None:
+            cast = cast_products(block, dtype)
+            if self._low:
+                self._low[1][number] = cast
+        return functional_call(block, cast, arguments)
 
     def forward(
         self,
@@ -214,12 +241,12 @@ class ACPredictor(nn.Module):
         recomputes, kept = self._recomputes(x), []
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
-        for i, block in enumerate(self.predictor_blocks):
-            arguments = (x, table, length, past[i] if past else None, by_block[i])
+        for i in range(len(self.predictor_blocks)):
+            arguments = (i, self._low and self._low[0], x, table, length, past[i] if past else None, by_block[i])
             if recomputes:
-                x, k, v = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=draws)
+                x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x, k, v = block(*arguments)
+                x, k, v = self._run_block(*arguments)
             if num_kept < k.shape[2] or not past:
                 # Copies: a view would keep the whole window alive; and new keys share their memory with the queries.
                 k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()

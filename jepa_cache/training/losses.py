@@ -12,13 +12,15 @@ In the released recipe s is 0. A new term: compute it in `world_model_loss`, add
 schema, put it into the scalars and its name into `TERMS`: it is averaged over batches and processes, validated, logged.
 """
 
+from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from jepa_cache.config.schema import TrainConfig
-from jepa_cache.predictor.rollout import LatentModel, Predictor, as_reps, continue_rollout
+from jepa_cache.predictor.model import ACPredictor
+from jepa_cache.predictor.rollout import AUTOCAST, LatentModel, Predictor, as_reps, continue_rollout
 
 TERMS = ("total", "jloss", "sloss")
 """Scalars that every training and every validation logs, in the order of the columns."""
@@ -56,8 +58,12 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, actions: Tensor, states: Tensor, rollout_start: int = 0) -> Losses:
         """Compute the loss of one batch: tokens [B, T, N, D], actions [B, T-1, A], states [B, T, S]."""
         settings = self._settings
-        # One cast of a weight serves all passes: autocast forgets its casts where the outermost context ends.
-        with torch.autocast(self._device.type, enabled=False):
+        with ExitStack() as passes:
+            # Around all of them, as autocast forgets its casts of other weights where the outermost context ends.
+            passes.enter_context(torch.autocast(self._device.type, enabled=False))
+            for it in self.predictor.modules():
+                if isinstance(it, ACPredictor):
+                    passes.enter_context(it.cast_once(AUTOCAST[settings.precision]))
             return world_model_loss(
                 self.latent.predict,
                 tokens,

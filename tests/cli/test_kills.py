@@ -10,13 +10,12 @@ import random
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import _write_checkout
 from tests.encoded import all_files, make_tiny_tar
-from tests.processes import Commands, wait_until
+from tests.processes import Started
 
 pytestmark = pytest.mark.long
 
@@ -37,10 +36,10 @@ def files_of(root):
 
 
 class Place:
-    """Checkouts that share recordings, the commands, and what each recipe's undisturbed run makes in how many seconds."""
+    """Checkouts that share recordings, and what each recipe's undisturbed run makes in how many seconds."""
 
-    def __init__(self, base, commands):
-        self.base, self.commands, self.whole, self.seconds = base, commands, {}, {}
+    def __init__(self, base):
+        self.base, self.whole, self.seconds = base, {}, {}
         self.checkouts = [base / f"checkout-{number}" for number in range(4)]
         self.recordings = base / "recordings"
         for checkout in self.checkouts:
@@ -60,8 +59,8 @@ class Place:
         return ["stages/encode.py", *(self.recordings / f"{unit}.tar" for unit in units), *RECIPES[recipe]]
 
     def start(self, root, *argv, checkout=0):
-        state = self.base / "state"
-        return self.commands.start(self.checkouts[checkout], *argv, f"cache.root={root}", XDG_STATE_HOME=state)
+        where, state = self.checkouts[checkout], self.base / "state"
+        return Started(where, *argv, f"cache.root={root}", XDG_STATE_HOME=state)
 
     def run(self, root, *argv, checkout=0):
         started = self.start(root, *argv, checkout=checkout)
@@ -75,10 +74,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    base = tmp_path_factory.mktemp("kills")
-    (base / "out").mkdir()
-    with Commands(base / "out") as commands:
-        yield Place(base, commands)
+    return Place(tmp_path_factory.mktemp("kills"))
 
 
 @pytest.fixture
@@ -115,7 +111,7 @@ def test_what_was_killed_again_and_again_is_finished_by_the_next_one(place, rng,
         others = [place.start(root, *command) for _ in range(trial % 3)] if what in RECIPES else []
         for _ in range(rng.randint(1, 3)):
             started = place.start(root, *command)
-            wait_until(rng.uniform(0, LONGEST_S.get(what, place.seconds[recipe])), started)
+            started.let_run(rng.uniform(0, LONGEST_S.get(what, place.seconds[recipe])))
             started.kill()
             num_killed += started.wait() == -9
         assert [other.wait() for other in others] == [0] * len(others), [other.text for other in others]
@@ -136,10 +132,11 @@ def test_encoders_of_overlapping_sets_and_clean_ups_at_once_make_every_unit_once
         sets = [sorted(rng.sample(UNITS, rng.randint(1, 4))) for _ in range(rng.randint(2, 4))]
         running = [place.start(root, *place.encode(recipe, names), checkout=it) for it, names in enumerate(sets)]
         root.mkdir(exist_ok=True)
-        while trial % 2 and any(Path(f"/proc/{encoder.pid}/exe").exists() for encoder in running):
+        while trial % 2 and any(encoder.runs for encoder in running):
             clean_up = place.start(root, "jepa-cache", "gc", "--delete", "--grace-days", "0")
-            assert clean_up.wait() == 0 or "in use" in clean_up.text, clean_up.text
-            num_refused += clean_up.code
+            code = clean_up.wait()
+            assert code == 0 or "in use" in clean_up.text, clean_up.text
+            num_refused += code
         for number, encoder in enumerate(running):
             while encoder.wait() != 0:
                 assert trial % 2 and "a `jepa-cache gc --delete` is running" in encoder.text, encoder.text

@@ -105,7 +105,6 @@ def test_real_episodes_at_5_hz_lie_on_every_third_15_hz_row_and_thinned_ones_on_
     [
         (25, 15, range(24), "25 frames, 24 rows"),
         (22, 15, range(22), "22 frames, 24 rows"),
-        (60, 15, range(24), "60 frames, 24 rows"),
         (9, 5, range(0, 24, 3), "placed on the 15 Hz rows by time"),
         (25, 5, range(24), "with a frame per row"),
         (48, 30, [row for row in range(24) for _ in range(2)][:47], "placed on the 15 Hz rows by time"),

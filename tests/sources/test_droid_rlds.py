@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.encoding.units import UnitDigester
@@ -24,12 +23,10 @@ from jepa_cache.sources.parsers.tfrecords import MAX_RECORD_BYTES, mask_crc32c
 from tests.droid_makers import (
     CAMERAS,
     REAL_BRIDGE,
-    REAL_DROID,
     decode,
     droid_features,
     frame_record,
     make_episode,
-    read_real,
     to_example,
     to_jpeg,
     write_tfds,
@@ -131,23 +128,6 @@ def test_extrinsics_of_1_0_1_are_optional_and_belong_to_the_camera(tmp_path, fol
     get_action_space("pose7_camera").aggregate(episode.controls, np.arange(0, 20, 4))
     assert "ext_x_m" not in read(newer, camera="wrist")[0].controls
     assert "ext_x_m" not in read(folder)[0].controls
-
-
-@pytest.mark.skipif(not REAL_DROID.exists(), reason="no real recordings in ../shared/data/droid")
-def test_a_real_episode_follows_the_official_action_rule_over_its_jumps_of_2_pi(tmp_path):
-    real = read_real(2)[-1].thin(3)
-    folder = write_tfds(tmp_path / "1.0.0", droid_features((192, 320)), [[to_example(real, to_images(real))]])
-    (episode,) = read(folder, native_hz=5.0)
-    assert (np.abs(np.diff(real.poses[:, 3])) > np.pi).any(), "no jump to test"
-    anchors = np.arange(0, len(real.poses), 2)
-    poses = real.poses[anchors]
-    rotations = Rotation.from_euler("xyz", poses[:, 3:6])
-    expected = np.diff(poses, axis=0)
-    expected[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
-    result = get_action_space("pose7").aggregate(episode.controls, anchors)
-    np.testing.assert_allclose(result.actions, expected, atol=1e-6)  # float32
-    commanded = get_action_space("droid_command7").aggregate(episode.controls, anchors).actions
-    assert np.abs(commanded[:, :6]).max() < 1.0, "commands lead by a fraction of a second, never by a turn"
 
 
 @pytest.mark.skipif(not REAL_BRIDGE.exists(), reason="no real recordings in ../shared/data/other")

@@ -1,25 +1,16 @@
-"""What the tests of whole trainings share: a tiny cache, processes to train in, and runs of each test's own."""
+"""What the tests of whole trainings share: a tiny cache, and runs of each test's own."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
 
 from tests.caches import Cache, make_cache
-from tests.processes import Commands
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory) -> Iterator[Commands]:
-    preload = ("jepa_cache.training.trainer", "tests.caches", "dvc.repo", "dvclive", "scmrepo.git", "torch._dynamo")
-    with Commands(tmp_path_factory.mktemp("commands"), preload=preload) as started:
-        yield started
 
 
 @pytest.fixture

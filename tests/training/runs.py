@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from jepa_cache.predictor.checkpoints import read_card
 from jepa_cache.training.trainer import TrainResult, train
 from tests.caches import Cache, make_config
-from tests.processes import Commands, Started
+from tests.processes import Started
 
 TIMING = ("samples_per_s", "loader_wait_share")
 SCRIPT = Path(__file__).with_name("process.py")
@@ -18,12 +18,12 @@ def run(cache: Cache, output: Path, *overrides: str, fresh: bool = False) -> Tra
     return train(make_config(*overrides), cache.dataset, cache.scaler, output / "run", base=output, fresh=fresh)
 
 
-def start(commands: Commands, cache: Cache, home: Path, *words: str, **env: object) -> Started:
+def start(cache: Cache, home: Path, *words: str, **env: object) -> Started:
     """A training in a process of its own; the environment is what torchrun, accelerate launch and srun set."""
     home.mkdir(exist_ok=True)
     words = (f"cache.root={cache.root.path}", *words)
     # Elsewhere than in the checkout: DVCLive would look the repository up in every process.
-    return commands.start(home, SCRIPT, cache.folder, home, *words, JEPA_RUNS_HOME=home / "runs", **env)
+    return Started(home, SCRIPT, cache.folder, home, *words, JEPA_RUNS_HOME=home / "runs", **env)
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:

@@ -20,9 +20,8 @@ import torch
 
 from jepa_cache.actions import Column, get_action_space
 from jepa_cache.config.parsing import ConfigError
-from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset
+from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.loader import Batch
-from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation.context import open_evaluation
 from jepa_cache.predictor.checkpoints import CheckpointError, build_predictor, load_predictor
 from jepa_cache.predictor.compressed import LatentRidge
@@ -30,7 +29,6 @@ from jepa_cache.predictor.rollout import normalize_tokens
 from jepa_cache.training import ridge, trainer
 from jepa_cache.training.batches import TrainingData
 from jepa_cache.training.distributed import start_processes
-from jepa_cache.training.latents import LatentDataset, TokenReader
 from jepa_cache.training.losses import Objective
 from jepa_cache.training.run import predictor_arguments
 from tests.caches import make_config
@@ -59,21 +57,6 @@ def test_tokens_are_read_before_the_first_training_step_only(cache, tmp_path, mo
     )
     assert run(cache, tmp_path, *COMPRESSED).num_trained == len(begun) == 12
     assert not late
-
-
-def test_latents_are_those_of_their_steps(cache, tmp_path):
-    predictor, _ = load_predictor(run(cache, tmp_path, *COMPRESSED).weights)
-    segments = cache.dataset.segments_of(VAL, cache.config.split)
-    steps = TokenReader(
-        cache.dataset, cache.scaler, WindowIndex(segments, 1), normalize_reps=True, device=torch.device("cpu")
-    )
-    latents = LatentDataset(cache.dataset, predictor.compressor, steps)
-    for segment in segments:
-        tokens, z = np.empty((30, 4, 8), np.float16), np.empty((30, 1, 6), np.float32)
-        cache.dataset.read_tokens(segment.store, segment.start, tokens)
-        latents.read_tokens(segment.store, segment.start, z)
-        expected = predictor.compressor.compress(normalize_tokens(torch.from_numpy(tokens)))
-        torch.testing.assert_close(torch.from_numpy(z[:, 0]), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [COMPRESSED, LINEAR])

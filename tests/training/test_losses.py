@@ -3,15 +3,20 @@
 Claims:
 - it equals the definition computed with whole passes over growing contexts, gradients included, for any settings;
 - auto_steps beyond the window changes nothing; tokens of a cache are taken in their dtype;
-- norms and losses are float32 under autocast; windows that are too short are named.
+- norms and losses are float32 under autocast; windows that are too short are named;
+- weights that are cast once for all passes give autocast's loss and gradients, bit for bit.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from jepa_cache.predictor.lora import add_lora
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.losses import world_model_loss
+from jepa_cache.predictor.rollout import LatentModel
+from jepa_cache.training.losses import Objective, world_model_loss
 from tests.predictor.makers import build_lively
 
 
@@ -86,6 +91,27 @@ def test_norms_and_losses_are_float32_under_autocast():
     assert low.total.item() != full.total.item()  # autocast did act
     torch.testing.assert_close(low.total, full.total, atol=0.05, rtol=0)  # bfloat16: 8 bits on values of order 1
     low.total.backward()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_weights_cast_once_for_all_passes_give_the_bits_of_autocast(recomputes: bool, lora: bool):
+    settings = {"loss_exp": 1.0, "auto_steps": 3, "normalize_reps": True, "rollout": "fixed", "precision": "bfloat16"}
+    predictor = build().float()
+    predictor.activation_checkpointing = recomputes
+    model = add_lora(predictor, rank=2, alpha=2.0, dropout=0.0, rslora=False) if lora else predictor
+    given, found = batch(dtype=torch.float32), []
+    for once in (True, False):
+        model.zero_grad()
+        if once:
+            total = Objective(model, SimpleNamespace(**settings), torch.device("cpu"))(*given).total
+        else:
+            with torch.autocast("cpu", enabled=False):
+                total = world_model_loss(LatentModel(model, precision="bfloat16").predict, *given, auto_steps=3).total
+        total.backward()
+        found.append([total, *(it.grad for it in model.parameters() if it.requires_grad and it.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 16
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

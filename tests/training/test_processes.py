@@ -4,7 +4,7 @@ Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
 - one process writes; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
   command ends as if nothing had happened;
-- when one dies, the other says so and names the checkpoint;
+- when one dies, or hangs for longer than the others wait, the other says so and names the checkpoint;
 - where the loss of one alone is not finite, in float16 too, both stop at one training step, and none waits for the other;
 - processes with other settings than the first one are refused before the first training step.
 """
@@ -26,7 +26,7 @@ EXACT = 1e-5  # relative; sums of other order in float32
 
 
 @pytest.fixture
-def start(commands, cache):
+def start(cache):
     def started(home: Path, *words: str, others: tuple[str, ...] | None = None):
         """Two processes of one training; the second with other words if there are such."""
         with socket.socket() as free:
@@ -34,7 +34,7 @@ def start(commands, cache):
             port = free.getsockname()[1]
         env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         given = (words, words if others is None else others)
-        return [runs.start(commands, cache, home, *given[n], RANK=n, LOCAL_RANK=n, **env) for n in (0, 1)]
+        return [runs.start(cache, home, *given[n], RANK=n, LOCAL_RANK=n, **env) for n in (0, 1)]
 
     return started
 
@@ -43,8 +43,8 @@ def finish(processes) -> tuple[list[int], list[str]]:
     return [process.wait() for process in processes], [process.text for process in processes]
 
 
-def test_two_processes_with_four_windows_each_train_as_one_with_eight(commands, cache, start, tmp_path):
-    alone = runs.start(commands, cache, tmp_path / "1", "train.batch_size=8", "train.rollout_start=random")
+def test_two_processes_with_four_windows_each_train_as_one_with_eight(cache, start, tmp_path):
+    alone = runs.start(cache, tmp_path / "1", "train.batch_size=8", "train.rollout_start=random")
     codes, texts = finish(start(tmp_path / "2", "train.batch_size=4", "train.rollout_start=random"))
     assert (alone.wait(), codes) == (0, [0, 0]), (alone.text, texts)
     assert "2 processes" in texts[0] and "trainable" not in texts[1], "only the first one talks"
@@ -80,8 +80,17 @@ def test_a_signal_to_one_process_ends_both_at_a_step_and_the_same_command_resume
 def test_when_one_process_dies_the_other_says_so(start, tmp_path):
     codes, (first, _) = finish(start(tmp_path, "train.checkpoint_every=2", "die_at=6"))
     assert codes == [1, -signal.SIGKILL]
-    assert "one of them has died" in first and "Traceback" not in first, first
+    assert "one of them has died or hangs" in first and "Traceback" not in first, first
     assert (next(tmp_path.glob("runs/*/checkpoints")) / "latest").readlink() == Path("step-00000004")
+
+
+def test_when_one_process_hangs_the_other_waits_for_a_while_and_says_so(start, tmp_path):
+    first, second = start(tmp_path, "train.checkpoint_every=2", "hang_at=6")
+    code = first.wait()
+    os.kill(second.pid, signal.SIGKILL)
+    assert (code, second.wait()) == (1, -signal.SIGKILL)
+    assert "cannot reach the others: one of them has died or hangs" in first.text, first.text
+    assert "step-00000004" in first.text and "Traceback" not in first.text, first.text
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
