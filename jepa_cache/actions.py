@@ -451,6 +451,7 @@ _COUNTS = {"mouse_dx": ("dyaw", CAMERA_DEG_PER_COUNT), "mouse_dy": ("dpitch", CA
 
 _POSE_UNITS = dict.fromkeys("xyz", "m") | dict.fromkeys(("rx", "ry", "rz"), "rad") | {"gripper": "0 open, 1 closed"}
 _POSE_STATES = tuple(Column(name, unit, "continuous") for name, unit in _POSE_UNITS.items())
+CAMERA_STATES = tuple(column._replace(name=f"camera_{column.name}") for column in _POSE_STATES[:6])
 _POSE_ACTIONS = tuple(Column(f"d{name}", unit, "continuous") for name, unit in _POSE_UNITS.items())
 _POSE_MOTION = MotionRule(
     searched=(
@@ -482,7 +483,15 @@ _SPACES = (
     ),
     *(
         ActionSpace(
-            name, 2, _POSE_ACTIONS, _POSE_STATES, required, describe, _POSE_MOTION, *changes, positions=tuple("xyz")
+            name,
+            2,
+            _POSE_ACTIONS,
+            _POSE_STATES + (CAMERA_STATES if name == "pose7_extrinsics" else ()),
+            required,
+            describe,
+            _POSE_MOTION,
+            *changes,
+            positions=tuple("xyz"),
         )
         for name, (describe, required) in POSE_SPACES.items()
         # A command lies where it lies whatever the arm did before: it does not follow from commands seen from other poses.

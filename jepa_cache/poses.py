@@ -76,12 +76,15 @@ def commanded_actions(states: np.ndarray, commands: np.ndarray) -> np.ndarray:
 def integrate_pose(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """Apply one action [..., 7] to each pose [..., 7]: the inverse of `pose_actions`, with the gripper kept in [0, 1].
 
+    What follows a pose in its row (the camera's, which stands still) stays.
+
     Source: V-JEPA 2-AC, arXiv 2506.09985 (pose update of its planner).
     """
     states, actions = np.asarray(states, np.float64), np.asarray(actions, np.float64)
-    if states.shape != actions.shape or states.shape[-1:] != (7,):
-        raise ValueError(f"states and actions must both be [..., 7]; got {states.shape} and {actions.shape}")
-    after = states + actions
+    if states.shape[:-1] != actions.shape[:-1] or states.shape[-1] < 7 or actions.shape[-1:] != (7,):
+        raise ValueError(f"states must be [..., 7 or more], actions [..., 7]; got {states.shape} and {actions.shape}")
+    after = states.copy()
+    after[..., :7] += actions
     turns = (_to_matrices(poses[..., 3:6].reshape(-1, 3)) for poses in (actions, states))
     after[..., 3:6] = _to_euler(next(turns) @ next(turns)).reshape(after[..., 3:6].shape)
     after[..., 6] = np.clip(after[..., 6], 0.0, 1.0)
@@ -133,6 +136,12 @@ def describe_pose7_camera(controls: Mapping[str, np.ndarray], anchors: np.ndarra
     cameras = _read_poses(controls, CAMERA_CONTROLS, anchors)
     seen = poses_in_camera_frame(_read_poses(controls, POSE_CONTROLS, anchors), cameras)
     return pose_actions(seen), seen
+
+
+def describe_pose7_extrinsics(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `describe_pose7`, with the camera's pose behind the hand's: states [n, 13]; needs CAMERA_CONTROLS as well."""
+    actions, poses = describe_pose7(controls, anchors)
+    return actions, np.concatenate([poses, _read_poses(controls, CAMERA_CONTROLS, anchors)], axis=1)
 
 
 def describe_droid_command7(controls: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,6 +213,7 @@ def _to_transforms(poses: np.ndarray) -> np.ndarray:
 POSE_SPACES: Mapping[str, tuple[Callable, tuple[str, ...]]] = {
     "pose7": (describe_pose7, POSE_CONTROLS),
     "pose7_camera": (describe_pose7_camera, (*POSE_CONTROLS, *CAMERA_CONTROLS)),
+    "pose7_extrinsics": (describe_pose7_extrinsics, (*POSE_CONTROLS, *CAMERA_CONTROLS)),
     "droid_command7": (describe_droid_command7, (*POSE_CONTROLS, *COMMAND_CONTROLS)),
 }
 """The action spaces made of poses: how actions and states come about, and the controls they need."""

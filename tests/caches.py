@@ -23,7 +23,6 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.scaler import Scaler, fit_scaler, write_scaler
-from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.store import layout
 from jepa_cache.store.controls import write_actions
 from jepa_cache.store.layout import read_store_file
@@ -189,7 +188,7 @@ def as_recorded_in(space: ActionSpace, controls: dict[str, np.ndarray]) -> dict[
         return controls
     yaw, still = controls["yaw_deg"], np.full(len(controls["yaw_deg"]), 0.25)
     if "x_m" in space.required:
-        return dict.fromkeys(POSE_CONTROLS, still) | {"x_m": yaw / 1000}
+        return dict.fromkeys(space.required, still) | {"x_m": yaw / 1000, "ext_y_m": np.cumsum(still)}
     turn = 0.15 * controls["mouse_dx"]
     moves = turn if "sum" in space.name else yaw + turn
     return dict.fromkeys(space.required, still) | {"action_0": moves, "state_0": yaw}

@@ -127,7 +127,8 @@ def build_golden_predictor(golden: Golden) -> ACPredictor:
         num_heads=config["num_heads"],
         mlp_ratio=golden.setting("mlp_ratio"),
         action_dim=golden.width("action_dim", "action_encoder"),
-        state_dim=golden.width("state_dim", "state_encoder"),
+        state_dim=golden.width("state_dim", "state_encoder")
+        + uses_extrinsics(golden) * (golden.width("action_dim", "action_encoder") - 1),
         grid=(height // patch, width // patch),
         use_extrinsics=uses_extrinsics(golden),
         norm_eps=golden.setting("norm_eps"),
@@ -146,9 +147,10 @@ def uses_extrinsics(golden: Golden) -> bool:
     return bool(golden.config.get("use_extrinsics", "extrinsics" in golden.group("in")))
 
 
-def camera_of(golden: Golden) -> Tensor | None:
-    """Return the extrinsics, for a predictor that uses them."""
-    return golden.group("in")["extrinsics"] if uses_extrinsics(golden) else None
+def states_of(golden: Golden) -> Tensor:
+    """Return the states, and behind them the extrinsics for a predictor that uses them."""
+    given = golden.group("in")
+    return torch.cat([given["states"], given["extrinsics"]], dim=-1) if uses_extrinsics(golden) else given["states"]
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def check_ac_predictor(golden: Golden) -> None:
     predictor = build_golden_predictor(golden)
     given = golden.group("in")
     tokens = by_step(given["tokens"], given["actions"].shape[1])
-    out = predictor(tokens, given["actions"], given["states"], camera_of(golden)).tokens
+    out = predictor(tokens, given["actions"], states_of(golden)).tokens
     golden.compare("tokens", out.flatten(1, 2), 1e-4)
 
 
@@ -215,7 +217,7 @@ def parse_loss_case(case: str) -> tuple[int, float, bool]:
 def check_loss(golden: Golden) -> None:
     predictor = build_golden_predictor(golden)
     given = golden.group("in")
-    states = given["states"]
+    states = states_of(golden)
     tokens = by_step(given["tokens"], states.shape[1])
     names = sorted(golden.group("out"))
     cases = {name.rpartition("/")[0]: parse_loss_case(name.rpartition("/")[0]) for name in names}
@@ -223,7 +225,6 @@ def check_loss(golden: Golden) -> None:
         assert (auto_steps, float(loss_exp), bool(normalize)) in cases.values(), "a setting without results"
     for case, (auto_steps, loss_exp, normalize) in cases.items():
         options = {"loss_exp": loss_exp, "auto_steps": auto_steps, "normalize_reps": normalize}
-        options["extrinsics"] = camera_of(golden)
         predictor.zero_grad(set_to_none=True)
         losses = world_model_loss(predictor, tokens, given["actions"], states, **options)
         losses.total.backward()
@@ -252,14 +253,12 @@ def check_train_steps(golden: Golden) -> None:
     for index in range(given["tokens"].shape[0]):
         rates = lr_of(index + 1), weight_decay_of(index + 1)
         set_rates(optimizer, *rates)
-        states = given["states"][index]
-        camera = camera_of(golden)
+        states = states_of(golden)[index]
         losses = world_model_loss(
             predictor,
             by_step(given["tokens"][index], states.shape[1]),
             given["actions"][index],
             states,
-            extrinsics=None if camera is None else camera[index],
             **{name: golden.setting(name) for name in names},
         )
         optimizer.zero_grad()

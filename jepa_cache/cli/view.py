@@ -156,7 +156,7 @@ def _log_plans(
         if not 0 <= place < num_steps - ahead:
             continue
         rerun.set_time("step", sequence=first + place)
-        above = f"plans/{ahead} steps"
+        above = f"plans/{ahead}_steps"
         if frames is not None:
             rerun.log(f"{above}/goal", rerun.Image(frames[place + ahead]).compress(jpeg_quality=90))
         for column in (name for name in plan if name not in PLACE_COLUMNS):

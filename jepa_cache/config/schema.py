@@ -183,6 +183,7 @@ class PredictorPreset(Settings):
     # Actions and states as tokens (official), or as shift, scale and gate of each block.
     conditioning: Literal["tokens", "adaln"] = "tokens"
     use_states: bool = True  # False where states are not to be relied on, or will not be known
+    use_extrinsics: bool = False  # a conditioning token for the camera's pose, of encode.action_space pose7_extrinsics
 
 
 @dataclass(frozen=True)

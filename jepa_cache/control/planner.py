@@ -312,7 +312,7 @@ class Rollout:
             now = slice(step, step + 1)
             # Nothing follows the last step: its keys and values would be held for nothing.
             kept = 0 if step == horizon - 1 else None
-            out = self._model.predict(tokens, scaled[:, now], states[:, now], None, past, kept)
+            out = self._model.predict(tokens, scaled[:, now], states[:, now], past, kept)
             tokens, past = self._model.as_reps(out.tokens), out.past
             if step == horizon - 1 or every_step:
                 seen.append(tokens)

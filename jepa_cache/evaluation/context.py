@@ -106,7 +106,7 @@ class Measurement(NamedTuple):
     run: Callable[[EvaluationContext, Path], dict[str, Any]]
     heading: str  # of its part of report.html
     explanation: str  # what its figures show and what to look for
-    tables: tuple[str, ...]  # in measurements/, that the report shows
+    tables: tuple[str, ...] = ()  # in measurements/, that the report shows
     pictures: tuple[Picture, ...] = ()  # in pictures/, that the report shows
     # Refuses settings that cannot work, before anything is measured.
     check: Callable[[EvaluationContext], None] | None = None

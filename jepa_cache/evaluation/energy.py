@@ -24,7 +24,7 @@ from jepa_cache.data.ablations import draw_others, positions_of
 from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.windows import Window, first_cached_rows
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, Measurement, Picture, choose_windows, spread
-from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, build_section, episode_means, write_table
+from jepa_cache.evaluation.metrics import build_section, episode_means
 from jepa_cache.evaluation.pictures import new_figure, save_figure
 
 MAP_STEPS = 13  # of each axis, odd: the true action lies in the middle
@@ -115,7 +115,7 @@ def rank_actions(num_better: np.ndarray, num_ties: np.ndarray, num_samples: int)
 
 
 def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
-    """Write energy_ranks.csv, the energy maps and their pictures; return the sections of metrics.json.
+    """Draw the ranks of the true actions and the energy maps; return the sections of metrics.json.
 
     `energy`: `mean_rank` (chance 0.5) and `top10_rate` (chance 0.1) of the true action, `true_l1` and `others_l1` (energies)
     and `margin_l1`, the others' less the true one's; `energy_ci` their intervals over episodes.
@@ -124,14 +124,8 @@ def write_energy(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
     pool = ActionPool(evaluation.dataset, evaluation.training_segments() + segments, step_length)
     maps = measure_maps(evaluation, pool)
     sections, bins, episodes = measure_ranks(evaluation, pool)
-    rows = [
-        {"rank_bin_low": bin / NUM_BINS, "rank_bin_high": (bin + 1) / NUM_BINS, "share": share, "chance": 1 / NUM_BINS}
-        for bin, share in enumerate(episode_means(bins, episodes).mean(axis=0).tolist())
-    ]
-    write_table(rows, out / MEASUREMENTS_FOLDER / "energy_ranks.csv")
-    draw_ranks(rows, out / "pictures/energy_ranks.png", note=evaluation.features)
+    draw_ranks(episode_means(bins, episodes).mean(axis=0), out / "pictures/energy_ranks.png", note=evaluation.features)
     if maps:
-        write_maps(maps, out / MEASUREMENTS_FOLDER)
         draw_maps(maps, out / "pictures/energy_maps.png", note=evaluation.features)
     return sections
 
@@ -247,29 +241,13 @@ def choose_axes(space: ActionSpace, requested: tuple[str, str] | None, moving: n
     return [name for name in dict.fromkeys(order) if name in changing][:2]
 
 
-def write_maps(maps: Sequence[EnergyMap], folder: Path) -> None:
-    """Write energy_map<i>.csv (x, y, energy) for each map and energy_maps.csv, which says what they show."""
-    listing = []
-    for number, (episode, first_step, (x, y), grid, energies) in enumerate(maps, start=1):
-        cells = np.stack([*np.meshgrid(*grid, indexing="ij"), energies], axis=-1).reshape(-1, 3).tolist()
-        rows = [{"x": one, "y": other, "energy": energy} for one, other, energy in cells]
-        write_table(rows, folder / f"energy_map{number}.csv")
-        listing.append(
-            {"map": number, "episode": episode, "first_step": first_step}
-            | {"x": x[0], "x_unit": x[1], "y": y[0], "y_unit": y[1]}
-            | {"x_true": float(grid[0, MIDDLE]), "y_true": float(grid[1, MIDDLE])}
-            | {"energy_true": float(energies[MIDDLE, MIDDLE])}
-        )
-    write_table(listing, folder / "energy_maps.csv")
-
-
-def draw_ranks(rows: Sequence[dict[str, float]], path: Path, *, note: str) -> None:
-    """How often the true action lies in each tenth of the ranks, against chance; `note` says what the features are."""
+def draw_ranks(shares: np.ndarray, path: Path, *, note: str) -> None:
+    """How often the true action lies in each tenth of the ranks [10], against chance; `note` says what the features are."""
     figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
-    left = np.array([row["rank_bin_low"] for row in rows])
-    axes.bar(left, [row["share"] for row in rows], width=0.09, align="edge", color="#1f77b4", label="true action")
-    axes.axhline(rows[0]["chance"], color="#d62728", linestyle="--", label="chance: actions make no difference")
+    left = np.arange(NUM_BINS) / NUM_BINS
+    axes.bar(left, shares, width=0.09, align="edge", color="#1f77b4", label="true action")
+    axes.axhline(1 / NUM_BINS, color="#d62728", linestyle="--", label="chance: actions make no difference")
     axes.set(
         xlim=(0, 1),
         xlabel="rank of the true action among sampled ones (0: lowest energy, best)",
@@ -317,7 +295,6 @@ ENERGY = Measurement(
     run=write_energy,
     heading="Energy: the true action among others",
     explanation="Rank 0: no sampled action leads nearer to the true next step than the recorded one; 0.5 is chance.",
-    tables=("energy_ranks.csv", "energy_maps.csv"),
     pictures=(
         Picture(
             "energy_ranks.png",

@@ -173,16 +173,14 @@ def summarize(figures: Sequence[Figure], errors: WindowErrors, dataset: CachedDa
     }
 
 
-def step_table(
-    figures: Sequence[Figure], mode: str, measure: str = "l1", *, first_column: str = "horizon"
-) -> list[dict[str, float | None]]:
-    """One row per step with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`.
+def step_table(figures: Sequence[Figure], mode: str, *, first_column: str = "horizon") -> list[dict[str, float | None]]:
+    """L1: one row per step with the columns `<prediction>`, `<prediction>_low`, `<prediction>_high`.
 
     The step of teacher forcing is the number of true steps seen before the predicted one.
     """
     rows: dict[int, dict[str, float | None]] = {}
     for figure in figures:
-        if (figure.mode, figure.measure) == (mode, measure) and figure.step != ALL_STEPS:
+        if (figure.mode, figure.measure) == (mode, "l1") and figure.step != ALL_STEPS:
             row = rows.setdefault(figure.step, {first_column: figure.step})
             name = figure.prediction
             row |= {name: figure.mean, f"{name}_low": figure.low, f"{name}_high": figure.high}

@@ -42,6 +42,8 @@ def cosine_similarity(predicted: Tensor, target: Tensor) -> Tensor:
 
 MEASURES = {"l1": l1_error, "l2": l2_error, "cosine": cosine_similarity}
 """By name: what is measured of every predicted step."""
+BESIDE = ("l2", "cosine")
+"""Measured of the predictor alone, for comparison with other work: whatever is held against something else is L1."""
 
 
 def episode_means(values: np.ndarray, episodes: Sequence[str]) -> np.ndarray:

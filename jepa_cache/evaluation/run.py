@@ -95,8 +95,6 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
             "above": above_table(above),
             "episodes": episode_table(errors),
             "horizon": rows,
-            "horizon_l2": step_table(figures, OPEN_LOOP, "l2"),
-            "horizon_cosine": step_table(figures, OPEN_LOOP, "cosine"),
             "positions": step_table(figures, TEACHER_FORCING, first_column="num_seen"),
             "slices": slice_table(facts, errors, settings),
             "worst": worst_table(facts, errors),

@@ -23,7 +23,7 @@ from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex, count_episodes
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
-from jepa_cache.evaluation.metrics import MEASURES
+from jepa_cache.evaluation.metrics import BESIDE, MEASURES
 from jepa_cache.evaluation.readout import Readout, fit_readout
 from jepa_cache.predictor.compressed import CompressedPredictor, LinearPredictor
 from jepa_cache.predictor.rollout import LatentModel
@@ -193,7 +193,8 @@ class WindowErrors:
     """Errors of every held-out window; NaN where a prediction does not exist, never for another reason."""
 
     episodes: list[str]  # key of each window's episode
-    # Measure (`metrics.MEASURES`, and READOUT where something is read) to prediction (`PREDICTIONS`) to [windows, T-1], of steps 1 to T-1.
+    # Measure (`metrics.MEASURES`, and READOUT where something is read) to prediction (`PREDICTIONS`; of `metrics.BESIDE` the model alone)
+    # to [windows, T-1], of steps 1 to T-1.
     teacher_forced: dict[str, dict[str, np.ndarray]]
     open_loop: dict[str, dict[str, np.ndarray]]  # the same to [windows, K], of the K steps after the context
     chosen: ChosenWindows
@@ -251,6 +252,8 @@ def measure_windows(evaluation: EvaluationContext) -> WindowErrors:
             true, rows = h[exists], np.arange(measured.start, measured.stop)[exists.cpu().numpy()]
             behind = slice(evaluation.window_steps - one_step.shape[1], evaluation.window_steps)
             for measure, error in measures.items():
+                if name != MODEL and measure in BESIDE:
+                    continue
                 for into, predicted, steps in ((forced, one_step, behind), (rolled, open_loop, ahead)):
                     if predicted is None:
                         continue

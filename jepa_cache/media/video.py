@@ -144,7 +144,7 @@ class _Frames:
                 f"frame {index} is {size[1]}x{size[0]}, {read_orientation(frame)}; the video began with "
                 f"{info.width}x{info.height}, {info.orientation}"
             )
-        image = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        image = self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()  # else a thread for each core
         if transposed:
             image = image.transpose(1, 0, 2)
         return image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]

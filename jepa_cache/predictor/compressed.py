@@ -126,7 +126,6 @@ class LatentCore(nn.Module):
         z: Tensor,
         actions: Tensor,
         states: Tensor,
-        extrinsics: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
         num_kept_steps: int | None = None,
     ) -> PredictorOutput:
@@ -287,7 +286,6 @@ class CompressedPredictor(nn.Module):
         tokens: Tensor,
         actions: Tensor,
         states: Tensor,
-        extrinsics: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
         num_kept_steps: int | None = None,
     ) -> PredictorOutput:
@@ -297,7 +295,6 @@ class CompressedPredictor(nn.Module):
             tokens: [B, T, N, E] tokens of the given steps, layer-normed by the caller.
             actions: [B, T, A]; `actions[t]` leads from step t to t+1.
             states: [B, T, S]; not read where `use_states` is off.
-            extrinsics: Only None.
             past: Ignored: every step is predicted from itself alone.
             num_kept_steps: Ignored.
 
@@ -305,15 +302,13 @@ class CompressedPredictor(nn.Module):
             Predictions [B, T, N, E] and no keys and values.
 
         Raises:
-            ValueError: an input has the wrong shape, or extrinsics are given.
+            ValueError: an input has the wrong shape.
         """
         expected = {
             "tokens": (tokens, self.compressor.shape),
             "actions": (actions, (self.action_dim,)),
             "states": (states, (self.state_dim,)),
         }
-        if extrinsics is not None:
-            raise ValueError("predictor: a compressed predictor takes no extrinsics, but some were given")
         for name, (array, widths) in expected.items():
             if array.shape != (*tokens.shape[:2], *widths):
                 raise ValueError(

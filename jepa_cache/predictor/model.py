@@ -67,11 +67,12 @@ class ACPredictor(nn.Module):
             predictor_dim: inner width; a multiple of `num_heads`.
             depth: number of blocks.
             num_heads: attention heads.
-            action_dim: A; extrinsics have A - 1 columns, or 1 where A is 1.
-            state_dim: S.
+            action_dim: A.
+            state_dim: S, the extrinsics included where they are used.
             grid: (H, W) rows and columns of the patch grid of one step.
             mlp_ratio: hidden width of the MLP / `predictor_dim`.
-            use_extrinsics: add one conditioning token with the camera's extrinsics, [B, T, A-1].
+            use_extrinsics: the last A - 1 columns of the states (1 where A is 1) are the camera's extrinsics, and get a conditioning
+                token of their own.
             norm_eps: of every LayerNorm.
             activation_checkpointing: recompute each block in the backward pass: a third more time, far less memory. `auto`: on a CPU,
                 and on a GPU where a pass without it is not expected to fit.
@@ -80,9 +81,16 @@ class ACPredictor(nn.Module):
             use_states: whether states are read; without, any may be given.
 
         Raises:
-            ValueError: a size is not positive, or `predictor_dim` does not split into heads of 6 or more channels.
+            ValueError: a size is not positive, `predictor_dim` does not split into heads of 6 or more channels, or states hold no more than
+                extrinsics.
         """
         super().__init__()
+        num_extrinsics = max(action_dim - 1, 1)
+        if use_extrinsics and state_dim <= num_extrinsics:
+            raise ValueError(
+                f"predictor: with use_extrinsics the last {num_extrinsics} columns of the states are the camera's pose, and there are "
+                f"{state_dim}; set encode.action_space=pose7_extrinsics, or use_extrinsics to false in the preset"
+            )
         if min(embed_dim, predictor_dim, depth, num_heads, action_dim, state_dim, *grid) < 1:
             raise ValueError(
                 f"predictor: every size must be at least 1; got embed_dim {embed_dim}, "
@@ -102,8 +110,9 @@ class ACPredictor(nn.Module):
         self.head_width = predictor_dim // num_heads
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.action_encoder = nn.Linear(action_dim, predictor_dim)
-        self.state_encoder = nn.Linear(state_dim, predictor_dim)
-        self.extrinsics_encoder = nn.Linear(max(action_dim - 1, 1), predictor_dim).requires_grad_(use_extrinsics)
+        self.num_measured = state_dim - num_extrinsics * use_extrinsics
+        self.state_encoder = nn.Linear(self.num_measured, predictor_dim)
+        self.extrinsics_encoder = nn.Linear(num_extrinsics, predictor_dim).requires_grad_(use_extrinsics)
         self.predictor_blocks = nn.ModuleList(
             Block(predictor_dim, num_heads, int(predictor_dim * mlp_ratio), norm_eps) for _ in range(depth)
         )
@@ -180,7 +189,6 @@ class ACPredictor(nn.Module):
         tokens: Tensor,
         actions: Tensor,
         states: Tensor,
-        extrinsics: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
         num_kept_steps: int | None = None,
     ) -> PredictorOutput:
@@ -193,7 +201,6 @@ class ACPredictor(nn.Module):
             tokens: [B, T, N, E] tokens of the given steps, layer-normed by the caller.
             actions: [B, T, A]; `actions[t]` leads from step t to t+1.
             states: [B, T, S].
-            extrinsics: [B, T, A-1] camera pose; given exactly where the predictor uses it.
             past: what an earlier pass returned, or None for a window that begins here.
             num_kept_steps: keep keys and values of this many first steps only (None: of all), to save memory.
 
@@ -201,16 +208,16 @@ class ACPredictor(nn.Module):
             Predictions [B, T, N, E] and the keys and values of the kept steps.
 
         Raises:
-            ValueError: an input has the wrong shape, or `extrinsics` or `past` does not fit this predictor.
+            ValueError: an input has the wrong shape, or `past` does not fit this predictor.
         """
-        self._check_shapes(tokens, actions, states, extrinsics, past)
+        self._check_shapes(tokens, actions, states, past)
         batch, num_steps = tokens.shape[:2]
         length, num_conditioning = self.tokens_per_step, self.num_conditioning_tokens
         first_step = past[0][0].shape[2] // length if past else 0
         given = states if self.use_states else torch.zeros_like(states)
-        conditions = [self.action_encoder(actions), self.state_encoder(given)]
-        if extrinsics is not None:
-            conditions.append(self.extrinsics_encoder(extrinsics))
+        conditions = [self.action_encoder(actions), self.state_encoder(given[..., : self.num_measured])]
+        if self.use_extrinsics:
+            conditions.append(self.extrinsics_encoder(states[..., self.num_measured :]))
         frame = self.predictor_embed(tokens)
         by_block: list[Tensor | None] = [None] * len(self.predictor_blocks)
         if self.conditioning == "adaln":
@@ -276,21 +283,13 @@ class ACPredictor(nn.Module):
         tokens: Tensor,
         actions: Tensor,
         states: Tensor,
-        extrinsics: Tensor | None,
         past: Sequence[KeysValues] | None,
     ) -> None:
-        if (extrinsics is not None) != self.use_extrinsics:
-            raise ValueError(
-                f"predictor: use_extrinsics is {self.use_extrinsics} but extrinsics were "
-                f"{'not ' if extrinsics is None else ''}given"
-            )
         expected = {
             "tokens": (tokens, (self.grid[0] * self.grid[1], self.embed_dim)),
             "actions": (actions, (self.action_dim,)),
             "states": (states, (self.state_dim,)),
         }
-        if extrinsics is not None:
-            expected["extrinsics"] = (extrinsics, (max(self.action_dim - 1, 1),))
         for name, (array, widths) in expected.items():
             if array.shape != (*tokens.shape[:2], *widths) or not tokens.numel():
                 raise ValueError(

@@ -67,7 +67,6 @@ def continue_rollout(
     states: Tensor,
     *,
     past: Sequence[KeysValues],
-    extrinsics: Tensor | None = None,
     normalize_reps: bool = True,
 ) -> Tensor:
     """Feed a predicted step back, again and again: one further prediction for every row of `actions`.
@@ -78,7 +77,6 @@ def continue_rollout(
         actions: [B, R, A] that lead onwards from the first predicted step; R may be 0.
         states: [B, R, S] at the predicted steps.
         past: keys and values of the steps before `first`.
-        extrinsics: [B, R, A-1], for a predictor that uses it.
         normalize_reps: layer-norm each prediction before it is fed back.
 
     Returns:
@@ -88,9 +86,8 @@ def continue_rollout(
     last = actions.shape[1] - 1
     for row in range(last + 1):
         now = slice(row, row + 1)
-        camera = None if extrinsics is None else extrinsics[:, now]
         # Nothing follows the last row: the keys and values of all steps would be held for nothing.
-        out = predictor(predicted[-1], actions[:, now], states[:, now], camera, past, 0 if row == last else None)
+        out = predictor(predicted[-1], actions[:, now], states[:, now], past, 0 if row == last else None)
         past = out.past
         predicted.append(as_reps(out.tokens, normalize_reps))
     return torch.cat(predicted, dim=1)
@@ -152,7 +149,7 @@ class LatentModel(NamedTuple):
         if h.ndim != 4 or h.shape[1] < 2:
             raise ValueError(f"teacher forcing needs tokens [B, T, N, E] of at least two steps, got {list(h.shape)}")
         num_steps = h.shape[1] - 1
-        return self.as_reps(self.predict(h[:, :num_steps], actions, states[:, :num_steps], None, None, 0).tokens)
+        return self.as_reps(self.predict(h[:, :num_steps], actions, states[:, :num_steps], None, 0).tokens)
 
     def open_loop(self, h: Tensor, actions: Tensor, states: Tensor, horizon: int) -> Tensor:
         """Predict K steps after a true context, each from the predictions before it.
@@ -205,7 +202,7 @@ class LatentModel(NamedTuple):
             parts = zip(*(rows.split(at_once) for rows in (h, actions, states)), strict=True)
             joined = zip(*(self.both_ways(*part, **counts) for part in parts), strict=True)
             return TeacherForcedAndRollout(*map(torch.cat, joined))
-        out = self.predict(h[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, None, kept)
+        out = self.predict(h[:, :num_steps], actions[:, :num_steps], states[:, :num_steps], None, kept)
         forced = self.as_reps(out.tokens)
         rolled = continue_rollout(
             self.predict,

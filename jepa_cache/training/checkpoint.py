@@ -107,17 +107,32 @@ class BackgroundWriter:
     def __init__(self, write: Callable[[Checkpoint], object]) -> None:
         self._write, self._copies, self._kept = write, Copies(), {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copying: Future[Checkpoint] | None = None
         self.running: Future[object] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint and begin to write it; waits for the one before, and raises what went wrong there.
+        """Begin to copy a checkpoint, and then to write it; waits for the one before, and raises what went wrong there.
 
-        Cost: copies at the speed of memory; from a GPU they are begun and not waited for.
+        From a CPU it is copied in the thread, and nothing of it may be changed before `settle` has returned. From a GPU the copies are
+        begun here, in the order of its kernels.
         """
         self.join()
+        if any(weight.device.type == "cuda" for weight in checkpoint.weights.values()):
+            checkpoint = self._take(checkpoint)
+        else:
+            self._copying = self._pool.submit(self._take, checkpoint)
+        self.running = self._pool.submit(self._wait_and_write, self._copying or checkpoint)
+
+    def settle(self) -> None:
+        """Wait until what was saved is copied: before anything of it is changed; raises what went wrong."""
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.result()
+
+    def _take(self, checkpoint: Checkpoint) -> Checkpoint:
         tensors = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer}
         self._kept = self._copy(tensors, self._kept)
-        self.running = self._pool.submit(self._wait_and_write, checkpoint._replace(**self._kept))
+        return checkpoint._replace(**self._kept)
 
     def _copy(self, value: Any, kept: Any) -> Any:
         if isinstance(value, Tensor):
@@ -126,13 +141,13 @@ class BackgroundWriter:
             return {name: self._copy(it, kept.get(name) if kept else None) for name, it in value.items()}
         return value
 
-    def _wait_and_write(self, checkpoint: Checkpoint) -> None:
+    def _wait_and_write(self, checkpoint: Checkpoint | Future[Checkpoint]) -> None:
         self._copies.wait()
-        self._write(checkpoint)
+        self._write(checkpoint.result() if isinstance(checkpoint, Future) else checkpoint)
 
     def join(self) -> None:
         """Wait until what was saved is written; raises what went wrong."""
-        running, self.running = self.running, None
+        running, self.running, self._copying = self.running, None, None
         if running is not None:
             running.result()
 

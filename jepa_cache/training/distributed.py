@@ -135,7 +135,7 @@ def watched_processes(accelerator: Accelerator, run: Path) -> Iterator[None]:
         if accelerator.num_processes == 1 or not collective:
             raise
         raise ValueError(
-            f"process {accelerator.process_index} of {accelerator.num_processes} cannot reach the others: one of them has died "
+            f"process {accelerator.process_index} of {accelerator.num_processes} cannot reach the others: one of them has died or hangs "
             f"(its own message is above or in its log). Nothing was overwritten, {describe_last(run / FOLDER)}, and the same "
             f"command resumes. ({str(error).splitlines()[0]})"
         ) from error

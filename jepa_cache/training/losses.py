@@ -93,7 +93,6 @@ def world_model_loss(
     normalize_reps: bool = True,
     rollout: Literal["fixed", "legacy"] = "fixed",
     rollout_start: int = 0,
-    extrinsics: Tensor | None = None,
 ) -> Losses:
     """Compute the loss of one batch of windows.
 
@@ -111,7 +110,6 @@ def world_model_loss(
         rollout: `fixed` feeds the prediction of step 1 as step 1; `legacy` the teacher-forced prediction of step 2
             in its place, the rule before June 2025, under which the released weights were trained (needs T >= 3).
         rollout_start: s, last true step that the rollout has seen; 0 in the released recipe. R is capped at T-1-s.
-        extrinsics: [B, T, A-1], for a predictor that uses it.
 
     Returns:
         The scalars and the predictions; norms and losses are float32 also under autocast.
@@ -130,9 +128,8 @@ def world_model_loss(
     num_predicted = num_steps - 1
     auto_steps = min(auto_steps, num_predicted - rollout_start)
     h = as_reps(tokens, normalize_reps)
-    camera = None if extrinsics is None else extrinsics[:, :num_predicted]
     # Keys and values are wanted up to the start only, and not at all where nothing is fed back.
-    out = predictor(h[:, :-1], actions, states[:, :-1], camera, None, rollout_start + 1 if auto_steps > 1 else 0)
+    out = predictor(h[:, :-1], actions, states[:, :-1], None, rollout_start + 1 if auto_steps > 1 else 0)
     z_tf = as_reps(out.tokens, normalize_reps)
     fed = rollout_start + (0 if rollout == "fixed" else 1)
     later = slice(rollout_start + 1, rollout_start + auto_steps)
@@ -142,7 +139,6 @@ def world_model_loss(
         actions[:, later],
         states[:, later],
         past=out.past,
-        extrinsics=None if extrinsics is None else extrinsics[:, later],
         normalize_reps=normalize_reps,
     )
     forced = _power_errors(z_tf, h[:, 1:], loss_exp)

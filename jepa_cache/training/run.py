@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import jepa_cache
+from jepa_cache.actions import CAMERA_STATES
 from jepa_cache.config.parsing import ConfigError, nearest
 from jepa_cache.config.paths import state_folder
 from jepa_cache.config.schema import Config, check_schedule
@@ -286,7 +287,7 @@ def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any
     """Return what `build_predictor` makes a predictor of the preset's kind and size from that fits the data set.
 
     Raises:
-        ValueError: The preset names a column that the action space has not.
+        ValueError: The preset names a column that the action space has not, or wants the camera's pose of one without.
     """
     preset = {
         name: value for name, value in asdict(config.predictor).items() if name not in ("name", "ridge", "columns")
@@ -299,6 +300,12 @@ def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any
                 f"columns of predictor {config.predictor.name!r}: action space {dataset.space.name} has none called {unknown[0]!r}{hint}"
             )
         preset["columns"] = [[names.index(name) for name in chosen if name in names] for names in known]
+    if preset.get("use_extrinsics") and dataset.space.states[-1] != CAMERA_STATES[-1]:
+        raise ValueError(
+            f"predictor {config.predictor.name!r} has use_extrinsics, and states of action space {dataset.space.name} hold no pose of the "
+            "camera; set encode.action_space=pose7_extrinsics and run `python stages/encode.py` with it (no encoder runs; recordings must hold "
+            "the camera's pose), or use_extrinsics: false in the preset"
+        )
     return {
         **preset,
         "embed_dim": dataset.manifest.width,

@@ -113,6 +113,7 @@ def train(
                 step = state.step + 1
                 set_rates(state.optimizer, *rates_at(step, settings))
                 if fits:
+                    writer.settle()
                     report = fit_step(state.trained.module, state.objective, data, choice)
                 else:
                     report = train_step(
@@ -263,6 +264,8 @@ class _Writer:
             uploader = Uploader(run.folder, settings.upload_to, settings.upload_every_min * 60)
             self._uploader = self._opened.enter_context(closing(uploader))
         self._checkpoints = self._opened.enter_context(closing(BackgroundWriter(self._publish)))
+        hook = state.optimizer.register_step_pre_hook(lambda *_: self.settle())
+        self._opened.callback(hook.remove)
         self._bar = self._opened.enter_context(
             tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
         )
@@ -300,6 +303,11 @@ class _Writer:
             describe_machine(state.accelerator.device),
         )
         self._checkpoints.save(checkpoint)
+
+    def settle(self) -> None:
+        """Wait until weights and moments may be changed again; the optimiser's steps do by themselves."""
+        if not self._silent:
+            self._checkpoints.settle()
 
     def join(self) -> None:
         """Wait until the last checkpoint is written."""

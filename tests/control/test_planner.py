@@ -61,7 +61,7 @@ def test_energies_are_those_of_one_pass_over_the_context_whatever_the_samples_of
 
 
 def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
-    def known(tokens, actions, states, extrinsics, past, num_kept_steps):
+    def known(tokens, actions, states, past, num_kept_steps):
         """Tokens that show where the hand is after the action."""
         place = (states + actions)[..., None, :3].expand(*tokens.shape[:3], 3)
         return SimpleNamespace(tokens=place, past=past)
@@ -78,7 +78,7 @@ def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_search_that_keeps_its_best_ends_in_the_deepest_basin_however_narrow(seed):
-    def landscape(tokens, actions, states, extrinsics, past, num_kept_steps):
+    def landscape(tokens, actions, states, past, num_kept_steps):
         """A wide basin at a corner and a narrow, deeper one about where the search begins."""
         wide = 0.5 + (actions[..., :3] - 0.2).norm(dim=-1)
         narrow = 60 * actions[..., :3].norm(dim=-1)

@@ -121,10 +121,10 @@ def test_a_tar_that_is_changed_while_it_is_encoded_is_named_and_nothing_is_publi
     recordings, root = make_tiny_tar(tmp_path / "in", "a"), tmp_path / "cache"
     real = pipeline._OpenUnit.encode
 
-    def change(self, stream, timing):
+    def change(self, stream):
         with (recordings / "a.tar").open("ab") as file:
             file.write(bytes(10240))
-        return real(self, stream, timing)
+        return real(self, stream)
 
     monkeypatch.setattr(pipeline._OpenUnit, "encode", change)
     with pytest.raises(ValueError, match=r"a\.tar was changed while it was being encoded"):

@@ -28,7 +28,7 @@ class Oracle(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(()))
         self.scaler, self.sign, self.blind = scaler, sign, blind
 
-    def forward(self, tokens, actions, states, extrinsics=None, past=None, num_kept_steps=None) -> PredictorOutput:
+    def forward(self, tokens, actions, states, past=None, num_kept_steps=None) -> PredictorOutput:
         yaw = states[..., 0].double() * self.scaler.states.scale[0] + self.scaler.states.mean[0]
         if not self.blind:
             yaw = yaw + actions[..., 2].double() * self.scaler.actions.scale[2] + self.scaler.actions.mean[2]

@@ -5,7 +5,7 @@ Claims:
 - an oracle ranks the true action first and its landscape is lowest there; one that says the opposite ranks it last; a predictor
   that ignores its actions gets exactly chance;
 - other actions are recorded ones of other episodes, with the true slot; a turn of the view takes its mouse counts along;
-- tables, metrics and pictures agree; axes that cannot be are refused with the way out.
+- metrics and pictures are left; axes that cannot be are refused with the way out.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ from jepa_cache.evaluation.energy import (
 from jepa_cache.evaluation.run import MEASUREMENTS
 from jepa_cache.predictor.rollout import normalize_tokens
 from tests.caches import GRID, WIDTH
-from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of, read_rows
+from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
 
 
 def pool_of(evaluation) -> ActionPool:
@@ -175,21 +175,11 @@ def test_axes_that_cannot_be_are_refused_before_anything_is_measured(cache):
             check_axes(evaluation_of(cache, None, energy_axes=("dyaw", name)))
 
 
-def test_tables_metrics_and_pictures_agree(cache, tmp_path):
+def test_metrics_and_pictures_are_left(cache, tmp_path):
     (tmp_path / "pictures").mkdir()
     evaluation = evaluation_of(cache, a_predictor())
     sections = write_energy(evaluation, tmp_path)
     assert set(sections) == {"energy", "energy_ci"}
     assert sections["energy"]["num_windows"] == 9 and sections["energy"]["num_samples"] == 20
-    rows = read_rows(tmp_path / "measurements/energy_ranks.csv")
-    assert len(rows) == 10 and float(rows[0]["share"]) == pytest.approx(sections["energy"]["top10_rate"])
-    assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
-    listing = read_rows(tmp_path / "measurements/energy_maps.csv")
-    assert len(listing) == 3
-    for row in listing:
-        cells = read_rows(tmp_path / f"measurements/energy_map{row['map']}.csv")
-        energies = {(float(cell["x"]), float(cell["y"])): float(cell["energy"]) for cell in cells}
-        assert len(energies) == MAP_STEPS**2
-        assert energies[float(row["x_true"]), float(row["y_true"])] == float(row["energy_true"])
     for name in ("energy_ranks.png", "energy_maps.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,6 @@ Claims:
 - a film shows the window's own anchor frames, the errors that were measured and the recorded frames nearest to what is foreseen: of a predictor
   that knows the truth the true ones; where the recording is not here, words say so;
 - an arrow points where the action turns, and is as long as it is large;
-- recorded actions are those between the steps of the segments, never one that leads out of them;
 - pictures are whole files.
 """
 
@@ -36,7 +35,6 @@ from jepa_cache.evaluation.pictures import (
     draw_training,
     find_nearest,
     put_side_by_side,
-    read_segment_actions,
     write_films,
 )
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
@@ -212,13 +210,6 @@ def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):
     assert all(words.startswith("nearest: ") and words.endswith(GONE) for words in foreseen["frame_words"][-4:])
 
 
-def test_actions_stay_inside_their_segments(recorded):
-    cache, _, _ = recorded
-    segments = cache.dataset.segments_of("val", cache.config.split)
-    actions = read_segment_actions(cache.dataset, segments)
-    assert len(actions) == sum(segment.stop - segment.start - 1 for segment in segments) and np.isfinite(actions).all()
-
-
 def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     cache, _, _ = recorded
     row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
@@ -227,7 +218,7 @@ def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     (tmp_path / "pictures").mkdir()
     draw_pictures(errors, evaluation, [row], describe_windows(evaluation, errors), tmp_path)
     names = {path.name for path in tmp_path.glob("pictures/*")}
-    assert {"actions.png", "horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
+    assert {"horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
     for path in tmp_path.glob("pictures/*"):
         with Image.open(path) as image:
             image.verify()

@@ -11,6 +11,7 @@ import io
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import av
 import numpy as np
@@ -110,6 +111,15 @@ def test_every_frame_is_decoded_once_and_none_before_the_last_key_frame(video, m
     decoded.clear()
     read(video, indices=[0], first_frame=80)
     assert decoded == list(range(60, 81))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_a_video_is_read_by_the_thread_that_reads_it_and_by_no_other(video):
+    threads = Path("/proc/self/task")
+    with open_video(video) as opened:
+        before = set(threads.iterdir())
+        opened.read(np.arange(8))
+        assert set(threads.iterdir()) <= before
 
 
 def test_a_container_of_many_recordings_is_read_through_once_and_again_when_it_changes(video, tmp_path, monkeypatch):

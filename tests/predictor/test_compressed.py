@@ -187,12 +187,10 @@ def test_a_card_without_a_kind_is_of_a_transformer_and_an_unknown_one_is_named()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_shapes_and_extrinsics_are_refused(kind):
+def test_other_shapes_are_refused(kind):
     predictor, (tokens, actions, states) = build(kind), inputs()
     with pytest.raises(ValueError, match=r"actions must be \[B, T, 3\]"):
         predictor(tokens, actions[..., :2], states)
-    with pytest.raises(ValueError, match="no extrinsics"):
-        predictor(tokens, actions, states, actions[..., :2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

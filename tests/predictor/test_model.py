@@ -120,11 +120,18 @@ def test_continuing_from_kept_steps_forgets_the_others():
 
 def test_unused_extrinsics_encoder_is_frozen_and_a_used_one_matters():
     assert not any(p.requires_grad for p in build().extrinsics_encoder.parameters())
-    predictor, given = build(use_extrinsics=True), inputs()
-    camera = torch.randn(2, 4, 4, dtype=torch.float64)
+    predictor, (tokens, actions, states) = build(use_extrinsics=True, state_dim=7), inputs()
+    assert predictor.state_encoder.in_features == 3, "as without: released weights load"
+    given = tokens, actions, torch.cat([states, torch.randn(2, 4, 4, dtype=torch.float64)], dim=-1)
     assert all(p.requires_grad for p in predictor.extrinsics_encoder.parameters())
-    moved = predictor(*given, camera + 1.0).tokens
-    assert (moved - predictor(*given, camera).tokens).abs().max() > 1e-3
+    moved = (*given[:2], given[2] + torch.tensor([0, 0, 0, 1, 1, 1, 1]))
+    assert (predictor(*moved).tokens - predictor(*given).tokens).abs().max() > 1e-3
+    blind = build(use_extrinsics=True, state_dim=7, use_states=False)
+    assert (blind(*moved).tokens - blind(*given).tokens).abs().max() > 1e-3, "the camera is no state of the arm"
+    with pytest.raises(
+        ValueError, match=r"last 4 columns of the states are the camera's pose, and there are 3; set encode"
+    ):
+        build(use_extrinsics=True)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +140,8 @@ def test_unused_extrinsics_encoder_is_frozen_and_a_used_one_matters():
         (lambda given: given.__setitem__(0, given[0][:, :, :5]), "tokens must be"),
         (lambda given: given.__setitem__(1, given[1][:, :3]), "actions must be"),
         (lambda given: given.__setitem__(2, given[2][..., :1]), "states must be"),
-        (lambda given: given.append(torch.zeros(2, 4, 4)), "use_extrinsics is False"),
-        (lambda given: given.extend([None, []]), "past holds 0 blocks"),
-        (lambda given: given.extend([None, [(torch.zeros(2, 2, 7, 12),) * 2] * 2]), "past must hold"),
+        (lambda given: given.append([]), "past holds 0 blocks"),
+        (lambda given: given.append([(torch.zeros(2, 2, 7, 12),) * 2] * 2), "past must hold"),
     ],
 )
 def test_wrong_inputs_are_named(change, named: str):

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 from jepa_cache.predictor import rollout
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.predictor.rollout import LatentModel, as_reps, continue_rollout, normalize_tokens
+from jepa_cache.predictor.rollout import LatentModel, as_reps, normalize_tokens
 from tests.predictor.makers import build_lively, draw
 
 
 def build(use_extrinsics: bool = False) -> ACPredictor:
-    sizes = {"embed_dim": 10, "predictor_dim": 24, "depth": 2, "action_dim": 5, "state_dim": 3}
+    sizes = {"embed_dim": 10, "predictor_dim": 24, "depth": 2, "action_dim": 5, "state_dim": 3 + 4 * use_extrinsics}
     return build_lively(**sizes, use_extrinsics=use_extrinsics)
 
 
@@ -29,21 +29,13 @@ def build(use_extrinsics: bool = False) -> ACPredictor:
 def test_open_loop_equals_a_growing_context_from_scratch(use_extrinsics: bool, normalize_reps: bool):
     predictor = build(use_extrinsics)
     context, horizon = 3, 4
-    tokens, actions, states = draw(2, context, 4, 10), draw(2, 6, 5), draw(2, 6, 3)
-    camera = draw(2, 6, 4) if use_extrinsics else None
+    tokens, actions, states = draw(2, context, 4, 10), draw(2, 6, 5), draw(2, 6, 3 + 4 * use_extrinsics)
     seen = tokens
     for _ in range(horizon):
         n = seen.shape[1]
-        out = predictor(seen, actions[:, :n], states[:, :n], None if camera is None else camera[:, :n]).tokens[:, -1:]
+        out = predictor(seen, actions[:, :n], states[:, :n]).tokens[:, -1:]
         seen = torch.cat([seen, F.layer_norm(out, (10,), eps=1e-5) if normalize_reps else out], dim=1)
-    model = LatentModel(predictor, normalize_reps)
-    if camera is None:
-        ours = model.open_loop(tokens, actions, states, horizon)
-    else:
-        out = predictor(tokens, *(rows[:, :context] for rows in (actions, states, camera)))
-        later = [rows[:, context:] for rows in (actions, states)]
-        options = {"past": out.past, "extrinsics": camera[:, context:], "normalize_reps": normalize_reps}
-        ours = continue_rollout(predictor, model.as_reps(out.tokens[:, -1:]), *later, **options)
+    ours = LatentModel(predictor, normalize_reps).open_loop(tokens, actions, states, horizon)
     torch.testing.assert_close(ours, seen[:, context:], atol=1e-10, rtol=1e-10)
 
 

@@ -1,7 +1,7 @@
 """One training in a process of its own, started by `tests.processes.Started`; it may be slowed down, die, or kill itself.
 
-argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K), `nan_at=K` (its loss
-there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two
+argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K), `hang_at=K` (the same; the
+others wait 10 s for it in place of minutes), `nan_at=K` (its loss there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two
 training steps more were done). Leaves `home/out/run`, and `home/count` of file operations.
 """
 
@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.data.scaler import read_scaler
-from jepa_cache.training import checkpoint, trainer
+from jepa_cache.training import checkpoint, distributed, trainer
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE
 from tests.caches import make_config
 
@@ -30,6 +31,8 @@ def main(workspace: str, home: str, *words: str) -> None:
         nonlocal num_steps
         if arguments[-1] == options.get("die_at") and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        if arguments[-1] == options.get("hang_at") and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.1 * ("pause" in words))
         report = step(*arguments)
         num_steps += 1
@@ -60,6 +63,8 @@ def main(workspace: str, home: str, *words: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     trainer.train_step, checkpoint.save_file = slowed, save_slowly
+    if "hang_at" in options:
+        distributed.TIMEOUT = timedelta(seconds=10)
     sys.addaudithook(watch)
     try:
         result = trainer.train(config, dataset, scaler, Path(home) / "out/run", base=Path(home), fresh="fresh" in words)

@@ -97,6 +97,7 @@ def test_in_the_background_what_was_handed_over_is_written_while_training_change
                 )
             )
             assert (step == 2) == (tmp_path / "step-00000001").exists(), "not waited for, but by the next one"
+            writer.settle()
             for tensor in training.weights.values():
                 tensor.fill_(-1)
             training.optimizer["state"][0]["exp_avg"].fill_(-1)

@@ -12,7 +12,8 @@ Claims:
 - float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
 - LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
 - weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
-- the preset's `residual` reaches the predictor, its card and what it learns.
+- the preset's `residual` reaches the predictor, its card and what it learns;
+- with `use_extrinsics` the camera's pose decides predictions, in training, evaluation and plans; without one it is refused.
 """
 
 import importlib.util
@@ -31,6 +32,8 @@ from safetensors.torch import load_file
 from jepa_cache.data.ablations import choose_donors
 from jepa_cache.data.loader import WindowLoader
 from jepa_cache.data.windows import WindowIndex, spread_windows
+from jepa_cache.evaluation.planning import plan_run
+from jepa_cache.evaluation.run import evaluate_run
 from jepa_cache.predictor.checkpoints import CheckpointError, load_predictor, read_card
 from jepa_cache.predictor.rollout import LatentModel, normalize_tokens
 from jepa_cache.training import trainer
@@ -38,7 +41,7 @@ from jepa_cache.training.batches import VALIDATION_WINDOWS_PER_EPISODE
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE, stop_request
 from jepa_cache.training.step import draw_rollout_start
 from jepa_cache.training.trainer import TrainResult, train
-from tests.caches import Cache, make_cache, make_config
+from tests.caches import Cache, make_cache, make_config, no_pictures
 from tests.training.runs import bits, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
@@ -305,3 +308,25 @@ def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
     assert [read_card(result.weights)["architecture"]["residual"] for result in results] == [False, True]
     first, second = (float(rows(result)[0]["jloss"]) for result in results)
     assert second < 0.9 * first, "from the first training step it starts near copy-last"
+
+
+def test_the_camera_s_pose_is_a_token_of_its_own_and_is_refused_where_there_is_none(cache, tmp_path):
+    seeing = make_cache(tmp_path / "cache", "encode.action_space=pose7_extrinsics")
+    few = ["plan.num_samples=10", "plan.num_rounds=1", "plan.horizons=[1]", "plan.starts_per_episode=1"]
+    plain = make_config(
+        "encode.action_space=pose7_extrinsics", "train.num_steps=4", "train.num_warmup=0", "train.num_anneal=0", *few
+    )
+    config = replace(plain, predictor=replace(plain.predictor, use_extrinsics=True))
+    with pytest.raises(
+        ValueError, match=r"states of action space vpt13 hold no pose of the camera; set encode\.action_space=pose7_e"
+    ):
+        train(config, cache.dataset, cache.scaler, tmp_path / "refused", base=tmp_path)
+    weights = train(config, seeing.dataset, seeing.scaler, tmp_path / "run", base=tmp_path).weights
+    predictor, card = load_predictor(weights)
+    assert card["architecture"]["use_extrinsics"] and predictor.num_conditioning_tokens == 3
+    assert predictor.extrinsics_encoder.weight.count_nonzero() and predictor.state_encoder.in_features == 7
+    with no_pictures():
+        metrics = evaluate_run(config, seeing.dataset, weights, tmp_path / "evaluate")
+    assert metrics["val"]["rollout_l1"] > 0
+    plans = plan_run(config, seeing.dataset, weights, tmp_path / "plan")
+    assert plans["searched"] == ["dx"] and plans["val"]["position_m_plan_h1"] >= 0

@@ -4,7 +4,7 @@ Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
 - one process writes; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
   command ends as if nothing had happened;
-- when one dies, the other says so and names the checkpoint;
+- when one dies, or hangs for longer than the others wait, the other says so and names the checkpoint;
 - where the loss of one alone is not finite, in float16 too, both stop at one training step, and none waits for the other;
 - processes with other settings than the first one are refused before the first training step.
 """
@@ -80,8 +80,17 @@ def test_a_signal_to_one_process_ends_both_at_a_step_and_the_same_command_resume
 def test_when_one_process_dies_the_other_says_so(start, tmp_path):
     codes, (first, _) = finish(start(tmp_path, "train.checkpoint_every=2", "die_at=6"))
     assert codes == [1, -signal.SIGKILL]
-    assert "one of them has died" in first and "Traceback" not in first, first
+    assert "one of them has died or hangs" in first and "Traceback" not in first, first
     assert (next(tmp_path.glob("runs/*/checkpoints")) / "latest").readlink() == Path("step-00000004")
+
+
+def test_when_one_process_hangs_the_other_waits_for_a_while_and_says_so(start, tmp_path):
+    first, second = start(tmp_path, "train.checkpoint_every=2", "hang_at=6")
+    code = first.wait()
+    os.kill(second.pid, signal.SIGKILL)
+    assert (code, second.wait()) == (1, -signal.SIGKILL)
+    assert "cannot reach the others: one of them has died or hangs" in first.text, first.text
+    assert "step-00000004" in first.text and "Traceback" not in first.text, first.text
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

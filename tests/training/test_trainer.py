@@ -6,6 +6,7 @@ Claims:
 - a finished run is not trained again; --fresh starts over, also after a kill half-way through forgetting;
 - a loss or gradient that is not finite stops the training and overwrites nothing, and reaches no checkpoint, though it is read later;
 - a disk that is full while a checkpoint is written in the background ends the training with that message;
+- checkpoints are those of their steps, though they are copied while the next one is computed;
 - going on with another torch or on another device is said, and checkpoints that do not know where they were made are read;
 - other settings, scaler, manifest or code are another run; reader threads and checkpoint spacing are not, and move no number;
 - a run or an output folder that another process holds is refused, and free again when that process is gone, however it ended;
@@ -20,6 +21,7 @@ Claims:
 import json
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +34,13 @@ from safetensors.torch import load_file
 from jepa_cache.data.dataset import find_differences, open_dataset
 from jepa_cache.store.recipe import canonical_json, fingerprint
 from jepa_cache.training import trainer
+from jepa_cache.training.checkpoint import BackgroundWriter
 from jepa_cache.training.optim import warmup_stable_decay
 from jepa_cache.training.run import held
 from jepa_cache.training.trainer import train
 from tests.caches import make_config
 from tests.training import runs as other_processes
-from tests.training.runs import content, read_csv, rows, run
+from tests.training.runs import bits, content, read_csv, rows, run
 
 pytestmark = pytest.mark.usefixtures("runs")
 
@@ -225,6 +228,25 @@ def test_a_full_disk_in_the_background_ends_the_training_at_the_next_step(cache,
     with pytest.raises(OSError, match="No space left"):
         run(cache, tmp_path, "train.checkpoint_every=2", "train.log_every=1")
     assert done == [1, 2, 3]
+
+
+def test_checkpoints_are_those_of_their_steps_though_they_are_copied_when_the_next_step_wants_to_change_them(
+    cache, tmp_path, monkeypatch
+):
+    def train() -> list[dict[str, bytes]]:
+        result = run(cache, tmp_path, "train.checkpoint_every=3", "train.keep_last=9", fresh=True)
+        return [bits(path) for path in sorted(result.run.glob("checkpoints/step-*/predictor.safetensors"))]
+
+    plain, changing, take, settle = train(), threading.Event(), BackgroundWriter._take, BackgroundWriter.settle
+
+    def settled(writer: BackgroundWriter) -> None:
+        changing.set()
+        settle(writer)
+        changing.clear()
+
+    monkeypatch.setattr(BackgroundWriter, "_take", lambda *given: (changing.wait(2), take(*given))[1])
+    monkeypatch.setattr(BackgroundWriter, "settle", settled)
+    assert len(plain) == 4 and train() == plain
 
 
 def test_going_on_elsewhere_is_said_once(cache, tmp_path, capsys):
