@@ -211,6 +211,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], str | None]:
     """Return weights by name (none unless `weights`) and the card's JSON."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"predictor weights {path} are a folder; name the file in it, as {path}/predictor.safetensors"
+        )
     try:
         with safe_open(path, "pt") as file:
             named = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
