@@ -293,10 +293,12 @@ def find_nearest(evaluation: EvaluationContext, wanted: Tensor, episodes: Collec
     index = WindowIndex(segments, 1)
     own = [row for place, _, rows in index.iter_runs() if segments[place].episode in episodes for row in rows]
     others = spread(spread_windows(index, -(-NUM_SEARCHED // count_episodes(segments))), NUM_SEARCHED)
-    searched, found = ChosenWindows(index, sorted({*own, *others})), []
-    for _, _, h in evaluation.iter_windows(searched, "nearest frames"):
-        found.append(torch.stack([(h[:, 0] - tokens).abs().mean(dim=(-2, -1)) for tokens in wanted]))
-    places = torch.cat(found, dim=1).argmin(dim=1).tolist()
+    searched = ChosenWindows(index, sorted({*own, *others}))
+    apart = [
+        torch.cdist(h.flatten(1), wanted.flatten(1), p=1)
+        for *_, h in evaluation.iter_windows(searched, "nearest frames")
+    ]
+    places = torch.cat(apart).argmin(dim=0).tolist()
     runs = [
         segment._replace(start=window.start, stop=window.start + 1)
         for segment, window in zip(searched.segments, searched.windows, strict=True)
