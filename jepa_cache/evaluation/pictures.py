@@ -52,6 +52,7 @@ FRAME_SHAPE = 9 / 16  # height over width of a frame, where the recording is not
 JPEG_QUALITY = 85
 GREY = (136, 136, 136)  # nothing is foreseen; as far from a light page as from a dark one
 DOWNWARDS = ("dpitch", "cameraY")  # columns that grow when a view turns down
+SHORT_UNITS = ("deg", "rad", "m")
 NUM_WRITTEN = 4  # numbers of an action that are written out
 GONE = "its recording is not on this machine"
 
@@ -292,10 +293,12 @@ def find_nearest(evaluation: EvaluationContext, wanted: Tensor, episodes: Collec
     index = WindowIndex(segments, 1)
     own = [row for place, _, rows in index.iter_runs() if segments[place].episode in episodes for row in rows]
     others = spread(spread_windows(index, -(-NUM_SEARCHED // count_episodes(segments))), NUM_SEARCHED)
-    searched, found = ChosenWindows(index, sorted({*own, *others})), []
-    for _, _, h in evaluation.iter_windows(searched, "nearest frames"):
-        found.append(torch.stack([(h[:, 0] - tokens).abs().mean(dim=(-2, -1)) for tokens in wanted]))
-    places = torch.cat(found, dim=1).argmin(dim=1).tolist()
+    searched = ChosenWindows(index, sorted({*own, *others}))
+    apart = [
+        torch.cdist(h.flatten(1), wanted.flatten(1), p=1)
+        for *_, h in evaluation.iter_windows(searched, "nearest frames")
+    ]
+    places = torch.cat(apart).argmin(dim=0).tolist()
     runs = [
         segment._replace(start=window.start, stop=window.start + 1)
         for segment, window in zip(searched.segments, searched.windows, strict=True)
@@ -324,6 +327,8 @@ def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[l
         [it.column for it in space.motion.searched if it.limit != "max_rotation_rad"] if space.motion else columns
     )
     numbers = [columns.index(name) for name in searched if kinds[name] == "continuous"]
+    written, names = numbers[:NUM_WRITTEN], [evaluation.dataset.column_names.get(name, name) for name in columns]
+    units = [f" {it.unit}" if it.unit in SHORT_UNITS else "" for it in space.actions]
     order = [columns.index(name) for name in (space.motion.map_axes if space.motion else ())] or numbers
     arrows = np.zeros((*values.shape[:-1], 2))
     for place, number in enumerate(order[:2]):
@@ -333,7 +338,7 @@ def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[l
     arrows = np.stack([np.degrees(np.arctan2(arrows[..., 1], arrows[..., 0])), lengths], axis=-1)
 
     def describe(action: np.ndarray, arrow: np.ndarray) -> dict[str, Any]:
-        said = [f"{columns[number]} {round(float(action[number]), 4) + 0.0:+.3g}" for number in numbers[:NUM_WRITTEN]]
+        said = [f"{names[number]} {round(float(action[number]), 4) + 0.0:+.3g}{units[number]}" for number in written]
         held = [name for name in keys if action[columns.index(name)] > 0]
         return {"angle": float(arrow[0]), "length": float(arrow[1]), "words": ", ".join(said + held)}
 

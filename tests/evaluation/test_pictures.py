@@ -116,7 +116,7 @@ def test_arrows_point_where_the_view_turns_and_show_how_far(cache):
     first, second = described[0][0][0], described[0][1][0]
     assert first["angle"] == pytest.approx(np.degrees(np.arctan2(40, 30)), abs=1e-3), "clockwise, as a screen has it"
     assert (first["length"], second["length"]) == (pytest.approx(1), pytest.approx(0.5, abs=1e-4))
-    assert abs(second["angle"]) == pytest.approx(180, abs=1e-3) and second["words"] == "dyaw -25, dpitch +0"
+    assert abs(second["angle"]) == pytest.approx(180, abs=1e-3) and second["words"] == "dyaw -25 deg, dpitch +0 deg"
     assert described[0][0][1]["length"] < 1e-4
 
 
