@@ -1,4 +1,4 @@
-"""Claims: codes that a device makes are those of numpy, bit for bit, and so is a store of them."""
+"""Claims: codes that a device makes, and the channels' means and deviations, are those of numpy, bit for bit, and so is a store of them."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jepa_cache.encoding.quantising import quantise
+from jepa_cache.encoding.quantising import quantise, sum_channels
 from jepa_cache.store.quantisation import CODECS, decode, encode, measure_channels
 from jepa_cache.store.writer import measure_error
 from tests.emulated_cuda import emulated_cuda, on_emulated_cuda
@@ -27,8 +27,10 @@ def expected_of(steps, dtype, channels):
 
 
 def check(steps, dtype, device):
-    channels = measure_channels([steps], D)
-    codes, scales, errors = quantise(steps, dtype, channels, torch.device(device))
+    channels, of = measure_channels([steps], D), torch.device(device)
+    for made, expected in zip(measure_channels([steps], D, lambda *it: sum_channels(*it, of)), channels, strict=True):
+        assert made.tobytes() == expected.tobytes()
+    codes, scales, errors = quantise(steps, dtype, channels, of)
     for made, expected in zip((codes, scales), expected_of(steps, dtype, channels), strict=False):
         assert made.dtype == expected.dtype and made.tobytes() == expected.tobytes()
     np.testing.assert_allclose(errors, expected_of(steps, dtype, channels)[2], rtol=1e-4)
