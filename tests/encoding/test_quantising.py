@@ -46,7 +46,7 @@ def test_any_steps_give_the_codes_of_numpy(dtype, steps):
 @pytest.mark.parametrize("dtype", CODED)
 def test_tokens_with_large_channels_and_equal_ones_give_the_codes_of_numpy(dtype):
     rng = np.random.default_rng(0)
-    steps = (rng.standard_normal((20, 16, D)) * rng.uniform(0.01, 30, D) + rng.uniform(-5, 5, D)).astype(np.float16)
+    steps = (rng.standard_normal((9, 256, D)) * rng.uniform(0.01, 30, D) + rng.uniform(-5, 5, D)).astype(np.float16)
     steps[:, :, 3], steps[4] = 7, 0
     check(steps, dtype, "cpu")
 
