@@ -1,4 +1,4 @@
-"""The pictures that every evaluation leaves in pictures/: curves, actions, and films of a few held-out windows.
+"""The pictures that every evaluation leaves in pictures/: curves, and films of a few held-out windows.
 
 A film shows what happened beside what was foreseen with the true actions, with another episode's, and by copying. Tokens are painted by
 their first three principal components as red, green and blue, in one basis for all; as that says little to a human, above foreseen tokens
@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_cache.actions import Column
 from jepa_cache.data.ablations import SHUFFLED, action_ablations
-from jepa_cache.data.dataset import CachedDataset, Segment
+from jepa_cache.data.dataset import Segment
 from jepa_cache.data.frames import read_frames
 from jepa_cache.data.windows import WindowIndex, count_episodes, first_cached_rows, spread_windows
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, spread
@@ -43,9 +42,6 @@ LABELS = {
     "no_actions": ("linear model without actions", "#bcbd22"),
 }
 TRAINING, HELD_OUT = "#7f7f7f", "#1f77b4"
-NUM_BINS = 40
-NUM_COLUMNS = 24  # of actions, of a kind, that are drawn
-RANGE = (0.5, 99.5)  # percentiles of the training actions that a histogram spans; what lies outside counts at its ends
 # That colours are fitted on; three components of more are the same to the eye.
 NUM_COLOUR_WINDOWS, MAX_COLOUR_TOKENS = 8, 8192
 PERCENTILES = (1, 99)  # of the fitted tokens, which span each colour's range
@@ -56,6 +52,7 @@ FRAME_SHAPE = 9 / 16  # height over width of a frame, where the recording is not
 JPEG_QUALITY = 85
 GREY = (136, 136, 136)  # nothing is foreseen; as far from a light page as from a dark one
 DOWNWARDS = ("dpitch", "cameraY")  # columns that grow when a view turns down
+SHORT_UNITS = ("deg", "rad", "m")
 NUM_WRITTEN = 4  # numbers of an action that are written out
 GONE = "its recording is not on this machine"
 
@@ -67,12 +64,8 @@ def draw_pictures(
     facts: Sequence[Mapping[str, Any]],
     out: Path,
 ) -> None:
-    """Draw horizon.png (from the rows of horizon.csv), actions.png and the films; `facts` are those of `figures.describe_windows`."""
-    dataset = evaluation.dataset
+    """Draw horizon.png (from the rows of horizon.csv) and the films; `facts` are those of `figures.describe_windows`."""
     draw_horizon(rows, out / "pictures/horizon.png", note=evaluation.features)
-    segments = evaluation.training_segments(), evaluation.held_out_segments()
-    recorded = (read_segment_actions(dataset, part) for part in segments)
-    draw_actions(dataset.space.actions, *recorded, out / "pictures/actions.png")
     write_films(choose_films(errors), errors, facts, evaluation, out)
 
 
@@ -89,11 +82,6 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=110)
-
-
-def spread_positions(count: int, num: int) -> list[int]:
-    """Up to `num` positions spread over a list of `count`, away from its ends."""
-    return sorted({(2 * i + 1) * count // (2 * num) for i in range(num)})
 
 
 def draw_horizon(rows: Sequence[Mapping[str, float | None]], path: Path, *, note: str) -> None:
@@ -126,53 +114,6 @@ def draw_training(history: Path, path: Path) -> None:
     axes.set(xlabel="training step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, path)
-
-
-def read_segment_actions(dataset: CachedDataset, segments: Sequence[Segment]) -> np.ndarray:
-    """Unscaled actions [n, A] between the steps of some segments: of each all but its last row, which leads out of it."""
-    return np.concatenate([dataset.controls(s.store)[0][s.start : s.stop - 1] for s in segments])
-
-
-def draw_actions(columns: Sequence[Column], training: np.ndarray, held_out: np.ndarray, path: Path) -> None:
-    """A histogram of unscaled actions [n, A] for each continuous column, and bars for how often each of the others is on."""
-    numbers = range(len(columns))
-    continuous = [number for number in numbers if columns[number].kind == "continuous"][:NUM_COLUMNS]
-    switches = [number for number in numbers if columns[number].kind != "continuous"][:NUM_COLUMNS]
-    heights = [2.1] * -(-len(continuous) // 3) + ([0.28 * len(switches) + 0.9] if switches else [])
-    figure = new_figure(8.0, sum(heights) + 0.7)
-    rows = figure.add_gridspec(len(heights), 3, height_ratios=heights)
-    for place, number in enumerate(continuous):
-        axes, column = figure.add_subplot(rows[place // 3, place % 3]), columns[number]
-        low, high = np.percentile(training[:, number], RANGE)
-        if high - low < 1e-9:
-            low, high = low - 0.5, high + 0.5
-        edges = np.linspace(low, high, NUM_BINS + 1)
-        for values, style in (
-            (training, {"color": TRAINING, "fill": True, "alpha": 0.5}),
-            (held_out, {"color": HELD_OUT}),
-        ):
-            shares = np.histogram(np.clip(values[:, number], low, high), edges)[0] / len(values)
-            axes.stairs(shares, edges, **style)
-        axes.set_yscale("symlog", linthresh=0.01)  # rare and frequent values both show
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0, 0.01, 0.1, 1], ["0", "1 %", "10 %", "100 %"])
-        axes.set_ylabel("share of steps" if place % 3 == 0 else "", fontsize=7)
-        axes.tick_params(labelsize=7)
-        axes.set_title(f"{column.name} ({column.unit})" if column.unit else column.name, fontsize=9)
-    if switches:
-        axes, places = figure.add_subplot(rows[-1, :]), np.arange(len(switches))
-        for offset, values, colour in ((0.2, training, TRAINING), (-0.2, held_out, HELD_OUT)):
-            axes.barh(places - offset, (values[:, switches] != 0).mean(axis=0), height=0.38, color=colour)
-        axes.set_yticks(places, [columns[number].name for number in switches])
-        axes.invert_yaxis()
-        axes.set(xlim=(0, 1), xlabel="share of steps in which it is on")
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3, axis="x")
-    num_more = len(columns) - len(continuous) - len(switches)
-    note = f"; {num_more} more columns are not drawn" if num_more else ""
-    title = f"Recorded actions: {len(held_out)} held out (blue), {len(training)} of training (grey){note}"
-    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
@@ -253,8 +194,8 @@ def write_films(
     ]
     nearest = find_nearest(evaluation, foreseen.flatten(0, 2), {run.episode for run in runs})
     frames = read_frames(evaluation.config, dataset, [*runs, *nearest], apart)
-    fitted = [numbers[position] for position in spread_positions(len(numbers), NUM_COLOUR_WINDOWS)]
-    colours = TokenColours(evaluation.read_windows(index, fitted)[1].flatten(0, 1).cpu().numpy())
+    _, fitted = evaluation.read_windows(index, spread(numbers, NUM_COLOUR_WINDOWS))
+    colours = TokenColours(fitted.flatten(0, 1).cpu().numpy())
     moves, first_rows = describe_moves(evaluation, actions.cpu().numpy()), first_cached_rows(dataset.segments)
     shown = []
     for number, (film, run) in enumerate(zip(films, runs, strict=True)):
@@ -352,10 +293,12 @@ def find_nearest(evaluation: EvaluationContext, wanted: Tensor, episodes: Collec
     index = WindowIndex(segments, 1)
     own = [row for place, _, rows in index.iter_runs() if segments[place].episode in episodes for row in rows]
     others = spread(spread_windows(index, -(-NUM_SEARCHED // count_episodes(segments))), NUM_SEARCHED)
-    searched, found = ChosenWindows(index, sorted({*own, *others})), []
-    for _, _, h in evaluation.iter_windows(searched, "nearest frames"):
-        found.append(torch.stack([(h[:, 0] - tokens).abs().mean(dim=(-2, -1)) for tokens in wanted]))
-    places = torch.cat(found, dim=1).argmin(dim=1).tolist()
+    searched = ChosenWindows(index, sorted({*own, *others}))
+    apart = [
+        torch.cdist(h.flatten(1), wanted.flatten(1), p=1)
+        for *_, h in evaluation.iter_windows(searched, "nearest frames")
+    ]
+    places = torch.cat(apart).argmin(dim=0).tolist()
     runs = [
         segment._replace(start=window.start, stop=window.start + 1)
         for segment, window in zip(searched.segments, searched.windows, strict=True)
@@ -384,6 +327,8 @@ def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[l
         [it.column for it in space.motion.searched if it.limit != "max_rotation_rad"] if space.motion else columns
     )
     numbers = [columns.index(name) for name in searched if kinds[name] == "continuous"]
+    written, names = numbers[:NUM_WRITTEN], [evaluation.dataset.column_names.get(name, name) for name in columns]
+    units = [f" {it.unit}" if it.unit in SHORT_UNITS else "" for it in space.actions]
     order = [columns.index(name) for name in (space.motion.map_axes if space.motion else ())] or numbers
     arrows = np.zeros((*values.shape[:-1], 2))
     for place, number in enumerate(order[:2]):
@@ -393,7 +338,7 @@ def describe_moves(evaluation: EvaluationContext, actions: np.ndarray) -> list[l
     arrows = np.stack([np.degrees(np.arctan2(arrows[..., 1], arrows[..., 0])), lengths], axis=-1)
 
     def describe(action: np.ndarray, arrow: np.ndarray) -> dict[str, Any]:
-        said = [f"{columns[number]} {round(float(action[number]), 4) + 0.0:+.3g}" for number in numbers[:NUM_WRITTEN]]
+        said = [f"{names[number]} {round(float(action[number]), 4) + 0.0:+.3g}{units[number]}" for number in written]
         held = [name for name in keys if action[columns.index(name)] > 0]
         return {"angle": float(arrow[0]), "length": float(arrow[1]), "words": ", ".join(said + held)}
 

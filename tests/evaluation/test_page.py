@@ -27,7 +27,7 @@ EVIL = "<script>alert(1)</script>\"'><img src=http://evil>"
 FIGURES = {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "teacher_forcing_cosine": 0.9, "rollout_cosine": 0.8}
 QUESTIONS = ("actions", "readout", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
 GAP = {"gap_shuffled_actions_step4": 0.14891, "gain_shuffled_actions_step4_percent": 24.6, "odd_figure": 7.0}
-SHOWN = ("horizon.png", "actions.png", "energy_ranks.png", "energy_maps.png")
+SHOWN = ("horizon.png", "training.png", "energy_ranks.png", "energy_maps.png")
 SPRITES = ("film1_1_tokens.png", "film1_2_tokens.png", "film1_1_frames.jpg")
 
 
@@ -163,7 +163,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
 def test_what_was_not_measured_is_said_with_the_way_to_get_it(tmp_path):
     page = Page(write_folder(tmp_path, measured=False, encoder_trained=True, comparable=True))
     for name in ("energy", "distances", "noise", "probes"):
-        assert f" python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
+        assert f", by python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
     assert page.text.count("Not measured: ") == 4
     assert "random weights" not in page.text and "Clip mode" not in page.text
 

@@ -7,7 +7,6 @@ Claims:
 - a film shows the window's own anchor frames, the errors that were measured and the recorded frames nearest to what is foreseen: of a predictor
   that knows the truth the true ones; where the recording is not here, words say so;
 - an arrow points where the action turns, and is as long as it is large;
-- recorded actions are those between the steps of the segments, never one that leads out of them;
 - pictures are whole files.
 """
 
@@ -20,27 +19,22 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa_cache.actions import Column
 from jepa_cache.evaluation.figures import describe_windows
 from jepa_cache.evaluation.pictures import (
     FRAME_WIDTH,
     GONE,
     GREY,
-    HELD_OUT,
     LABELS,
     TOKEN_WIDTH,
     Film,
     TokenColours,
     choose_films,
     describe_moves,
-    draw_actions,
     draw_horizon,
     draw_pictures,
     draw_training,
     find_nearest,
     put_side_by_side,
-    read_segment_actions,
-    spread_positions,
     write_films,
 )
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
@@ -122,15 +116,8 @@ def test_arrows_point_where_the_view_turns_and_show_how_far(cache):
     first, second = described[0][0][0], described[0][1][0]
     assert first["angle"] == pytest.approx(np.degrees(np.arctan2(40, 30)), abs=1e-3), "clockwise, as a screen has it"
     assert (first["length"], second["length"]) == (pytest.approx(1), pytest.approx(0.5, abs=1e-4))
-    assert abs(second["angle"]) == pytest.approx(180, abs=1e-3) and second["words"] == "dyaw -25, dpitch +0"
+    assert abs(second["angle"]) == pytest.approx(180, abs=1e-3) and second["words"] == "dyaw -25 deg, dpitch +0 deg"
     assert described[0][0][1]["length"] < 1e-4
-
-
-def test_actions_of_held_out_and_training_episodes_are_both_drawn(tmp_path):
-    columns = [Column("dyaw", "deg", "continuous"), Column("still", "", "continuous"), Column("jump", "", "binary")]
-    training = np.stack([RNG.standard_normal(500), np.zeros(500), RNG.random(500) < 0.5], axis=1)
-    draw_actions(columns, training, training[:40], tmp_path / "actions.png")
-    assert share_of(tmp_path / "actions.png", tuple(bytes.fromhex(HELD_OUT[1:]))) > 0.005
 
 
 # --- from a recording -----------------------------------------------------------------------------------------------------
@@ -223,13 +210,6 @@ def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):
     assert all(words.startswith("nearest: ") and words.endswith(GONE) for words in foreseen["frame_words"][-4:])
 
 
-def test_actions_stay_inside_their_segments(recorded):
-    cache, _, _ = recorded
-    segments = cache.dataset.segments_of("val", cache.config.split)
-    actions = read_segment_actions(cache.dataset, segments)
-    assert len(actions) == sum(segment.stop - segment.start - 1 for segment in segments) and np.isfinite(actions).all()
-
-
 def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     cache, _, _ = recorded
     row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
@@ -238,16 +218,10 @@ def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
     (tmp_path / "pictures").mkdir()
     draw_pictures(errors, evaluation, [row], describe_windows(evaluation, errors), tmp_path)
     names = {path.name for path in tmp_path.glob("pictures/*")}
-    assert {"actions.png", "horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
+    assert {"horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
     for path in tmp_path.glob("pictures/*"):
         with Image.open(path) as image:
             image.verify()
-
-
-def test_positions_are_spread_and_never_twice():
-    assert (
-        spread_positions(160, 2) == [40, 120] and spread_positions(3, 8) == [0, 1, 2] and spread_positions(1, 2) == [0]
-    )
 
 
 def test_the_course_of_a_training_is_drawn_with_held_out_losses_where_there_are_some(tmp_path):
