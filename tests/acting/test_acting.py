@@ -24,6 +24,8 @@ from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig, build_robot_sample
 from jepa_cache.store.root import CacheRoot
+from jepa_cache.training.signals import REQUEUE_EXIT_CODE
+from jepa_cache.training.trainer import TrainResult
 from tests.control.test_closed_loop import WIDTH, Point
 from tests.robot_worlds import needs_robot
 from tests.workspace import SUITE_SETTINGS
@@ -191,3 +193,16 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_trained
     with pytest.raises(ValueError, match=said):
         train_seeds(config, None, None, tmp_path, base=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_it_trains_ends_with_the_exit_code_for_a_requeue(tmp_path, capsys, monkeypatch):
+    config = load_config(SUITE_SETTINGS, ["dataset=sample_robot", "act.seeds=[3, 4]"])
+    stopped = TrainResult(None, tmp_path, 7, 7, 600, "SIGINT")
+    monkeypatch.setattr("jepa_cache.acting.run.train", lambda *_, **__: stopped)
+    with pytest.raises(SystemExit) as ended:
+        train_seeds(config, None, None, tmp_path, base=tmp_path)
+    assert ended.value.code == REQUEUE_EXIT_CODE
+    assert (
+        "stopped by SIGINT at training step 7 of seed 3; the same command resumes. Exit code 75"
+        in capsys.readouterr().out
+    )
