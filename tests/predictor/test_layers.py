@@ -2,6 +2,7 @@
 
 Claims:
 - prefix attention equals one masked softmax, forward and backward, with and without past steps, by either kernel, however many heads go together;
+- one call of FlexAttention with the mask of steps gives the same, forward and backward (by its definition: its kernels are a GPU's);
 - the kernel of matrix products is as good in bfloat16 as the dtype allows;
 - it is taken for bfloat16 on a CPU that has such products, and nowhere else;
 - the rotary table equals the rule written out token by token, on grids that are not square, for odd head widths too;
@@ -14,9 +15,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from jepa_cache.predictor import layers
-from jepa_cache.predictor.layers import block_causal_attention, rotary_table, rotate
+from jepa_cache.predictor.layers import block_causal_attention, rotary_table, rotate, step_mask
 from tests.predictor.makers import block_causal_mask
 
 
@@ -63,6 +65,19 @@ def test_prefix_attention_equals_masked_softmax_with_gradients(
         strict=True,
     ):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_one_call_of_flex_attention_equals_prefixes_with_gradients(num_steps: int, monkeypatch: pytest.MonkeyPatch):
+    # It refuses gradients on a CPU, where it has no kernels.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    q, k, v, weight = draw(0, num_steps)
+    mask = step_mask(num_steps, 5, torch.device("cpu"))
+    found = [block_causal_attention(q, k, v, tokens_per_step=5, mask=given) for given in (mask, None)]
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
+    for pair in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in found), strict=True):
+        torch.testing.assert_close(*pair, atol=1e-12, rtol=0)
 
 
 def test_matrix_products_in_bfloat16_are_as_good_as_its_eight_bits_allow():

@@ -7,17 +7,21 @@ Claims:
 - an unused extrinsics encoder is frozen, a used one matters;
 - a residual predictor adds the newest known step to its prediction, in every kind of pass;
 - adaptive layer norms begin without effect, leave the official names alone, are causal, and work in every kind of pass;
-- compiled by blocks, all blocks and all rollout starts share a few graphs, with the values of the uncompiled one;
+- compiled by blocks, all blocks and all rollout starts share three graphs without a break, with the values of the uncompiled one;
 - a wrong shape is named.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
+from jepa_cache.predictor import layers
 from jepa_cache.predictor.layers import rotary_table
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.losses import world_model_loss
+from jepa_cache.training.losses import Objective
 from tests.predictor.makers import build_lively
 
 GRID = (2, 3)
@@ -192,22 +196,44 @@ def test_adaptive_layer_norms_begin_without_effect_and_add_only_their_own_weight
     assert not any(tensor.any() for tensor in fresh.modulations.state_dict().values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(checkpointing: bool):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "flex"),
+    [
+        ("float32", False, False),
+        ("float32", True, False),
+        ("bfloat16", False, False),
+        ("bfloat16", True, False),
+        ("float32", True, True),
+    ],
+)
+def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(
+    precision: str, checkpointing: bool, flex: bool, monkeypatch: pytest.MonkeyPatch
+):
+    # It refuses gradients on a CPU, where it has no kernels.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    # The path of a GPU: products unroll a CPU's steps.
+    monkeypatch.setattr(layers, "has_bfloat16_products", lambda: False)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     plain, compiled = build(depth=3), build(depth=3, activation_checkpointing=checkpointing)
-    compiled.compile(backend=counter, fullgraph=True)
-    tokens, actions, states = inputs(6)
+    given, atol = inputs(6), 1e-9
+    if precision == "bfloat16":
+        plain, compiled, given, atol = plain.float(), compiled.float(), [it.float() for it in given], 0
+    compiled.compile(flex=flex, backend=counter, fullgraph=True)
+    settings = SimpleNamespace(loss_exp=1.0, auto_steps=2, normalize_reps=True, rollout="fixed", precision=precision)
     for turn, start in enumerate((0, 3, 1, 2, 0, 3)):
         totals = []
         for predictor in (plain, compiled):
             predictor.zero_grad()
-            totals.append(world_model_loss(predictor, tokens, actions[:, :5], states, rollout_start=start).total)
+            tokens, actions, states = given
+            totals.append(
+                Objective(predictor, settings, torch.device("cpu"))(tokens, actions[:, :5], states, start).total
+            )
             totals[-1].backward()
-        torch.testing.assert_close(totals[1], totals[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(totals[1], totals[0], atol=atol, rtol=atol)
         for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
             if p.requires_grad:
-                torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9, msg=name)
+                torch.testing.assert_close(q.grad, p.grad, atol=atol, rtol=atol, msg=name)
         # The whole window, one step after a past of one step, and of any number of steps.
         assert counter.frame_count == (2 if turn == 0 else 3)

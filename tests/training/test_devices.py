@@ -2,7 +2,7 @@
 
 Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
-- FSDP, DeepSpeed and the like, another device than the settings', and two processes with one GPU are refused in words;
+- FSDP, DeepSpeed and the like, another device than the settings', FlexAttention on a CPU, and two processes with one GPU are refused in words;
 - `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
@@ -54,6 +54,12 @@ def test_another_device_than_the_settings_is_refused(cache, tmp_path, monkeypatc
         ValueError, match=r"train\.device is 'cpu', here cpu, but Accelerate.* meta; unset ACCELERATE_USE"
     ):
         run(cache, tmp_path)
+
+
+def test_flex_attention_is_refused_on_a_cpu_before_anything_is_trained(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.compile=flex needs a GPU: .* Set it to false or true"):
+        run(cache, tmp_path, "train.compile=flex")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_with_one_gpu_are_refused_by_their_numbers():
