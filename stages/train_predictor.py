@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import data_base, outputs_folder  # noqa: E402
-from jepa_cache.training.signals import REQUEUE_EXIT_CODE, requeued_at_once  # noqa: E402
+from jepa_cache.training.signals import end_for_requeue, requeued_at_once  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         scaler = read_scaler(outputs / "scaler/scaler.json")
         result = train(config, dataset, scaler, outputs / "train/run", base=data_base(ROOT), fresh=arguments.fresh)
     if result.stopped_by is not None:
-        print(
-            f"stopped by {result.stopped_by} at training step {result.step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}"
-        )
-        sys.exit(REQUEUE_EXIT_CODE)
+        end_for_requeue(result.stopped_by, str(result.step))
     if result.weights is None:
         return  # another process than the first
     print(f"trained {result.num_trained} of {result.num_steps} training steps; checkpoints in {result.run}")

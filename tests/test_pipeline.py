@@ -13,6 +13,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.encoding.units import list_units
 from jepa_cache.sources import build_source
 from tests.encoded import all_files
+from tests.training.runs import read_csv
 from tests.workspace import Workspace
 
 
@@ -78,9 +79,10 @@ def test_a_queued_grid_of_all_of_stage_two_trains_anew_without_the_encoder_in_co
     assert output.count("nothing to encode") == output.count("TRAINED 6 of 6") == 2
     assert workspace.stores() == stores
     shown = list(csv.DictReader(workspace.run("dvc", "exp", "show", "--csv").splitlines()))
-    rows = [row for row in shown if row["train.lr"] in ("0.002", "0.003")]
-    losses = {tuple(value for name, value in row.items() if "loss" in name) for row in rows}
-    assert len(losses) == 2, "the members of the grid must differ"
+    assert {"0.002", "0.003"} <= {row["train.lr"] for row in shown}
+    runs = (workspace.root.parent / "state/jepa-cache/runs").glob("*/train.csv")
+    losses = {tuple(row["total"] for row in read_csv(path.parent)) for path in runs}
+    assert len(losses) == 3, "the members of the grid must differ, and from the training before them"
 
 
 def test_synthetic_and_other_recordings_are_never_mixed(workspace, capsys):

@@ -50,6 +50,7 @@ from jepa_cache.files import replaced_files
 from jepa_cache.predictor.heads import HEADS
 from jepa_cache.ridge import fit_rows
 from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS
+from jepa_cache.training.signals import end_for_requeue
 from jepa_cache.training.trainer import train
 
 BuildPolicy = Callable[[Goal], Policy]
@@ -63,8 +64,8 @@ def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: 
     """Weights of `act.seeds`: the settings of stage two with each as `train.seed`, from the same cache; what is trained already is taken.
 
     Raises:
-        ValueError: The settings of `act` do not go together, said before anything is trained; or a training was stopped, and the same command
-            resumes it.
+        ValueError: The settings of `act` do not go together, said before anything is trained.
+        SystemExit: A training was stopped, with the exit code for a requeue: the same command resumes it.
     """
     if "other_goal" in config.act.controls and config.act.num_starts < 2:
         raise ValueError("act.controls has other_goal, the goal of the next start; set act.num_starts above 1")
@@ -79,10 +80,9 @@ def train_seeds(config: Config, dataset: CachedDataset, scaler: Scaler, folder: 
         # No logger: the trackers are for the training that the user asked for.
         own = replace(config, train=replace(config.train, seed=seed, loggers=(), costs=costs))
         result = train(own, dataset, scaler, folder / f"seed-{seed}/run", base=base)
-        if result.weights is None:
-            raise ValueError(
-                f"the training of seed {seed} was stopped by {result.stopped_by}; the same command resumes it"
-            )
+        if result.stopped_by is not None:
+            end_for_requeue(result.stopped_by, f"{result.step} of seed {seed}")
+        assert result.weights is not None
         weights[seed] = result.weights
     return weights
 
@@ -156,6 +156,9 @@ def act_run(
         write_film([film for film in films if film is not None], metrics, folder)
         write_table(loop.rows, folder / "episodes.csv")
     write_json(metrics, out / "metrics.json")
+    # What decides, for `dvc exp show`: the planner beside those that it has to beat.
+    beside = {name: figures[name]["success"] for name in names if name in ("readout_servo", "other_goal")}
+    write_json({"act": {"success": metrics["success"], **beside}}, out / "summary.json")
     return metrics
 
 

@@ -11,6 +11,7 @@ import typer
 
 from jepa_cache.cli.outcome import NUM_SHOWN
 from jepa_cache.config.loading import data_base, find_repository
+from jepa_cache.config.parsing import nearest
 from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
 from jepa_cache.encoder.shipped import PREFIX, SHIPPED, fetch_shipped
 from jepa_cache.media.tar import pack_folder
@@ -81,6 +82,15 @@ def add_encoder(
     """
     root = find_repository(Path.cwd())
     shipped = SHIPPED.get(source)
+    if (
+        shipped is None
+        and not source.startswith("hf://")
+        and not (data_base(root) / Path(source).expanduser()).is_dir()
+    ):
+        raise ValueError(
+            f"there is no shipped encoder {source!r}{nearest(source, list(SHIPPED))}, nor a folder of that name; a saved model's folder or "
+            "hf://owner/repo is one"
+        )
     if shipped is None and name is None:
         raise ValueError(
             f"name the preset that {source} becomes; only shipped encoders ({', '.join(SHIPPED)}) have a name of their own"

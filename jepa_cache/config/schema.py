@@ -340,7 +340,7 @@ class TrainConfig(Settings):
     lora_rslora: bool  # scale alpha / sqrt(rank) instead of alpha / rank
     clip_norm: RateOrZero  # 0 switches clipping off
     precision: FloatDtype
-    compile: bool  # torch.compile
+    compile: bool | Literal["flex"]  # torch.compile; flex: with one attention call a pass, on a GPU
     metric: Literal["val_total", "val_jloss", "val_sloss"]  # lower is better; names the best checkpoint
     # Of the training episodes, put aside for the validations in place of the held-out ones.
     stop_share: Annotated[float, Field(ge=0, lt=1)]
@@ -517,6 +517,8 @@ def _check_windows(config: Config) -> Iterator[str]:
         yield "train.patience and train.select=best need validations; set train.validate_every above 0"
     if train.time_reversal and config.encode.mode != "frame":
         yield f"train.time_reversal needs encode.mode=frame: what moves within a {config.encode.mode} cannot be reversed"
+    if train.compile == "flex" and config.predictor.kind != "transformer":
+        yield f"train.compile=flex is for transformers; predictor {config.predictor.name!r} is {config.predictor.kind}. Set it to false"
     if train.lora_rank and config.predictor.kind != "transformer":
         yield f"train.lora_rank is for transformers; predictor {config.predictor.name!r} is {config.predictor.kind}. Set it to 0"
     if config.encode.mode != "clip":

@@ -55,6 +55,8 @@ class VJepa2:
                 f"weights are a path, an https:// URL or hf://owner/repo/file; got '{reference}'. {_WAY_OUT}"
             )
         path = base / Path(reference).expanduser()
+        if path.is_dir():
+            raise ValueError(f"weights {path} are a folder; name the file in it. {_WAY_OUT}")
         if not path.is_file():
             raise ValueError(f"weights file {path} does not exist. {_WAY_OUT}")
         return path

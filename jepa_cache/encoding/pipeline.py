@@ -25,7 +25,7 @@ from jepa_cache.sources import Unit
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
-from jepa_cache.store.writer import Quantise, TokenWriter, table
+from jepa_cache.store.writer import TokenWriter, table
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ class _OpenUnit:
             num_tokens=encoder.num_tokens,
             width=encoder.width,
             dtype=self._dtype,
-            quantise=_quantise_on(encoder.device, self._dtype),
+            **_quantise_on(encoder.device, self._dtype),
         )
         self.skipped: list[Skipped] = []
         self._steps: list[dict[str, np.ndarray]] = []  # of each episode
@@ -278,13 +278,16 @@ class _OpenUnit:
         self._decoders[stream.decoder] += 1
 
 
-def _quantise_on(device: torch.device, dtype: str) -> Quantise | None:
-    """How a GPU makes a dtype's codes; None leaves it to the writer."""
-    from jepa_cache.encoding.quantising import quantise
+def _quantise_on(device: torch.device, dtype: str) -> dict[str, Any]:
+    """How a GPU makes a dtype's codes, as options of the writer; none leaves it to the writer."""
+    from jepa_cache.encoding.quantising import quantise, sum_channels
 
     if device.type == "cpu":
-        return None
-    return lambda steps, channels: quantise(steps, dtype, channels, device)
+        return {}
+    return {
+        "quantise": lambda steps, channels: quantise(steps, dtype, channels, device),
+        "sums": lambda run, origin: sum_channels(run, origin, device),
+    }
 
 
 def _idle_share(idle: np.ndarray | None, ticks: np.ndarray) -> np.ndarray:

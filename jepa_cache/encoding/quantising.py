@@ -1,4 +1,4 @@
-"""Codes of tokens made on a GPU, the same bits as `store.quantisation` makes by numpy, which is the reference."""
+"""Codes of tokens, and sums of their channels, made on a GPU: the same bits as `store.quantisation` makes by numpy, which is the reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import torch
 
 from jepa_cache.config.schema import INT4_GROUP
 from jepa_cache.store.quantisation import Channels, get_codec
+
+
+def sum_channels(run: np.ndarray, origin: np.ndarray, device: torch.device) -> np.ndarray:
+    """`store.quantisation.sum_channels` on a device, bit for bit."""
+    values = torch.from_numpy(run).to(device).float() - torch.from_numpy(origin).to(device)
+    sums = []
+    for rows in (values, values * values):
+        total = rows[:, 0]
+        for number in range(1, rows.shape[1]):
+            total = total + rows[:, number]
+        sums.append(total)
+    return torch.stack(sums).cpu().numpy()
 
 
 def quantise(steps: np.ndarray, dtype: str, channels: Channels, device: torch.device) -> tuple[np.ndarray, ...]:

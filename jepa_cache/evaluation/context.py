@@ -195,5 +195,5 @@ def check_settings(config: Config, weights: Path) -> None:
     if differing:
         raise ValueError(
             f"{weights} is of another training ({'; '.join(differing)}); run `python stages/train_predictor.py` with these "
-            "settings, or evaluate with those"
+            "settings, or evaluate with those (a .yaml file of them, given to every stage, keeps them together)"
         )

@@ -22,59 +22,51 @@ from jepa_cache.files import atomic_file
 
 MAX_ROWS = 40  # of a table; a data set may have thousands of episodes
 TEMPLATES = Path(__file__).parent / "templates"
-WORDS = {
-    **{name: words for name, (words, _) in LABELS.items()},
-    **{"l1": "L1", "l2": "L2", "r2": "R2", "rmse": "RMSE", "percent": "%", "p": "p"},
-    **{
-        "num_windows": "windows",
-        "num_episodes": "episodes",
-        "num_seen": "true steps seen",
-        "horizon": "open-loop step",
-    },
-    **{
-        "num_dims": "principal components",
-        "num_vectors": "vectors in the smaller half",
-        "num_samples": "actions ranked",
-    },
-    **{
-        "frechet": "Fréchet distance",
-        "floor": "floor (true against true)",
-        "kept_variance": "variance kept",
-        "share": "as a share",
-    },
-    **{"token": "single tokens", "pooled": "mean token of a step"},
-    **{
-        "mean_rank": "mean rank of the true action (0: best, 0.5: chance)",
-        "top10_rate": "true action in the best tenth (chance: 0.1)",
-    },
-    **{"true_l1": "energy of the true action (L1)", "others_l1": "mean energy of the others (L1)"},
-    **{"margin_l1": "energy of the others less that of the true action (L1)"},
-    **{"tokens_percent": "L1 of all tokens, % above", "readout_percent": "through the readout, % above"},
-    **{"tokens_episodes_above": "episodes (tokens)", "readout_episodes_above": "episodes (readout)"},
-    **{
-        "gap_shuffled": "L1 of shuffled actions less the predictor's",
-        "action_size": "size of actions",
-        "gui": "open screen",
-    },
-    **{
-        "token_motion": "motion of tokens",
-        "first_step": "first step",
-        "start_s": "start, s",
-        "step_bytes": "bytes of a step",
-    },
-    **{
-        "adjacent": "neighbouring steps",
-        "quietest": "neighbouring steps, quietest tenth",
-        "one_step": "one step ahead",
-    },
-    **{
-        "own_change": "change, with targets of that dtype",
-        "change": "change",
-        "rollout": "open loop",
-        "stored": "what storing changed",
-    },
+WORDS = {name: words for name, (words, _) in LABELS.items()} | {
+    "l1": "L1",
+    "l2": "L2",
+    "r2": "R2",
+    "rmse": "RMSE",
+    "percent": "%",
+    "num_windows": "windows",
+    "num_episodes": "episodes",
+    "num_seen": "true steps seen",
+    "horizon": "open-loop step",
+    "num_dims": "principal components",
+    "num_vectors": "vectors in the smaller half",
+    "num_samples": "actions ranked",
+    "frechet": "Fréchet distance",
+    "floor": "floor (true against true)",
+    "kept_variance": "variance kept",
+    "share": "as a share",
+    "token": "single tokens",
+    "pooled": "mean token of a step",
+    "mean_rank": "mean rank of the true action (0: best, 0.5: chance)",
+    "top10_rate": "true action in the best tenth (chance: 0.1)",
+    "true_l1": "energy of the true action (L1)",
+    "others_l1": "mean energy of the others (L1)",
+    "margin_l1": "energy of the others less that of the true action (L1)",
+    "tokens_percent": "L1 of all tokens, % above",
+    "readout_percent": "through the readout, % above",
+    "tokens_episodes_above": "episodes (tokens)",
+    "readout_episodes_above": "episodes (readout)",
+    "gap_shuffled": "L1 of shuffled actions less the predictor's",
+    "action_size": "size of actions",
+    "gui": "open screen",
+    "token_motion": "motion of tokens",
+    "first_step": "first step",
+    "start_s": "start, s",
+    "step_bytes": "bytes of a step",
+    "adjacent": "neighbouring steps",
+    "quietest": "neighbouring steps, quietest tenth",
+    "one_step": "one step ahead",
+    "own_change": "change, with targets of that dtype",
+    "change": "change",
+    "rollout": "open loop",
+    "stored": "what storing changed",
 }
 """What names of figures, or parts of them, mean; the longest that fits is taken."""
+KNOWN = re.compile(rf"(?:(?<=_)|^)({'|'.join(sorted(WORDS, key=len, reverse=True))})(?=[_,]|$)")
 
 
 class Table(NamedTuple):
@@ -123,18 +115,9 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: 
 
 def spell(name: str) -> str:
     """The name of a figure or a column in words; parts that `WORDS` does not have stay as they are."""
-    name, *at_step = re.split(r"_step(?=\d+$)", name)
-    parts, said = name.split("_"), list[str]()
-    while parts:
-        count = next((count for count in range(len(parts), 0, -1) if "_".join(parts[:count]) in WORDS), 0)
-        if count:
-            said.append(WORDS["_".join(parts[:count])])
-        elif said and said[-1] not in WORDS.values():
-            said[-1] += f" {parts[0]}"
-        else:
-            said.append(parts[0])
-        parts = parts[count or 1 :]
-    return ", ".join([*said, *(f"open-loop step {step}" for step in at_step)])
+    name = re.sub(r"_step(\d+)$", r", open-loop step \1", name)
+    parts = KNOWN.sub(lambda found: f", {WORDS[found[1]]}, ", name).split(", ")
+    return ", ".join(part.strip("_").replace("_", " ") for part in parts if part.strip("_"))
 
 
 def shorten(value: Any) -> str:

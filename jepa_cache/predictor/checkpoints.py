@@ -185,6 +185,7 @@ def refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], w
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read predictor weights by their official names, on the CPU; a CheckpointError where the file does not hold them."""
+    _refuse_folder(path)
     if not path.is_file():
         raise CheckpointError(f"predictor weights {path} do not exist")
     if path.suffix in OFFICIAL_SUFFIXES:
@@ -209,8 +210,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(
+            f"predictor weights {path} are a folder; name the file in it, as {path}/predictor.safetensors"
+        )
+
+
 def _read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], str | None]:
     """Return weights by name (none unless `weights`) and the card's JSON."""
+    _refuse_folder(path)
     try:
         with safe_open(path, "pt") as file:
             named = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 _SCORE_BYTES = 2 * 2**20
 """Scores of heads multiplied together: 2 of 258 rows x 1806 keys in bfloat16; 1 and 6 took 2 to 4 % longer."""
@@ -118,7 +119,21 @@ def _partner(x: Tensor) -> Tensor:
     return partner if paired == x.shape[-1] else torch.cat([partner, x[..., paired:]], dim=-1)
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0) -> Tensor:
+@lru_cache(maxsize=16)
+def step_mask(num_steps: int, tokens_per_step: int, device: torch.device) -> BlockMask:
+    """The mask of FlexAttention over a run of steps: own and earlier ones."""
+
+    def sees(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return row // tokens_per_step >= column // tokens_per_step
+
+    length = num_steps * tokens_per_step
+    with torch.inference_mode(False), torch.no_grad():  # as `rotary_table`
+        return create_block_mask(sees, None, None, length, length, device=str(device))
+
+
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0, mask: BlockMask | None = None
+) -> Tensor:
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
     One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw
@@ -126,6 +141,8 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
 
     Queries [B, heads, T*L, d] are of the T newest steps, keys and values [B, heads, (P+T)*L, d] of the P past ones too; the
     result is [B, heads, T*L, d]. A ValueError where the lengths are not such whole steps.
+
+    With the `step_mask` of steps that have no past it is one call of FlexAttention instead, to be compiled: else it holds all scores.
     """
     num_steps, rest = q.shape[2] // tokens_per_step, q.shape[2] % tokens_per_step  # torch.compile takes no divmod
     if rest or k.shape[2] != (num_past_steps + num_steps) * tokens_per_step or v.shape[2] != k.shape[2]:
@@ -133,12 +150,15 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: 
             f"attention over whole steps of {tokens_per_step} tokens needs queries of T steps and keys and values of "
             f"{num_past_steps} + T steps; got {q.shape[2]} queries, {k.shape[2]} keys and {v.shape[2]} values"
         )
+    if mask is not None:
+        return flex_attention(q, k, v, block_mask=mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and has_bfloat16_products():
         return _PrefixAttention.apply(q, k, v, tokens_per_step)
     return _prefix_attention(q, k, v, tokens_per_step)
 
 
 @cache
+@torch.compiler.assume_constant_result
 def has_bfloat16_products() -> bool:
     """Say whether this CPU multiplies bfloat16 matrices in hardware; elsewhere such products are slower than float32 ones.
 
@@ -249,7 +269,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None
+        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None, mask: BlockMask | None
     ) -> tuple[Tensor, KeysValues]:
         """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
         batch, length, width = x.shape
@@ -258,7 +278,8 @@ class Attention(nn.Module):
         if past is not None:
             num_past_steps = past[0].shape[2] // tokens_per_step
             k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-        out = block_causal_attention(q, k, v, tokens_per_step=tokens_per_step, num_past_steps=num_past_steps)
+        steps = {"tokens_per_step": tokens_per_step, "num_past_steps": num_past_steps}
+        out = block_causal_attention(q, k, v, **steps, mask=mask)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (k, v)
 
 
@@ -292,20 +313,21 @@ class Block(nn.Module):
         tokens_per_step: int,
         past: KeysValues | None,
         modulation: Tensor | None = None,
+        mask: BlockMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, T*L, P] to the same, with the keys and values of all tokens so far.
 
         A modulation [B, T, 6, P] shifts and scales the inputs of attention and MLP and gates their outputs, by step; zeros change nothing.
         """
         if modulation is None:
-            attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past)
+            attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past, mask)
             x = x + attended
             x = x + self.mlp(self.norm2(x))
         else:
             by_token = modulation.repeat_interleave(tokens_per_step, dim=1).unbind(2)
             shift1, scale1, gate1, shift2, scale2, gate2 = by_token
             modulated = self.norm1(x) * (1 + scale1) + shift1
-            attended, (k, v) = self.attn(modulated, table, tokens_per_step, past)
+            attended, (k, v) = self.attn(modulated, table, tokens_per_step, past, mask)
             x = x + (1 + gate1) * attended
             x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x, k, v

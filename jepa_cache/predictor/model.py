@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.predictor.layers import Block, KeysValues, cast_products, rotary_table
+from jepa_cache.predictor.layers import Block, KeysValues, cast_products, rotary_table, step_mask
 
 
 class PredictorOutput(NamedTuple):
@@ -121,6 +121,7 @@ class ACPredictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
         self._low: tuple[torch.dtype, dict[int, dict[str, Tensor]]] | None = None  # of `cast_once`
+        self._flex = False
         self.reset_parameters()
 
     @property
@@ -155,8 +156,12 @@ class ACPredictor(nn.Module):
             for modulation in self.modulations:  # every block begins as one without
                 nn.init.zeros_(modulation.weight)
 
-    def compile(self, *arguments: Any, **options: Any) -> None:
-        """Compile each block by `torch.compile`, in place: all share their graphs, one for each kind of pass, wherever a rollout starts."""
+    def compile(self, *arguments: Any, flex: bool = False, **options: Any) -> None:
+        """Compile each block by `torch.compile`, in place: all share their graphs, one for each kind of pass, wherever a rollout starts.
+
+        `flex`: windows that begin here attend by one call of FlexAttention, on a GPU alone: it has no backward pass on a CPU.
+        """
+        self._flex = flex
         for block in self.predictor_blocks:
             block.compile(*arguments, **options)
 
@@ -238,11 +243,12 @@ class ACPredictor(nn.Module):
         )
         num_all_steps = first_step + num_steps
         num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
+        mask = step_mask(num_steps, length, x.device) if self._flex and not past and num_steps > 1 else None
         recomputes, kept = self._recomputes(x), []
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i in range(len(self.predictor_blocks)):
-            arguments = (i, self._low and self._low[0], x, table, length, past[i] if past else None, by_block[i])
+            arguments = (i, self._low and self._low[0], x, table, length, past[i] if past else None, by_block[i], mask)
             if recomputes:
                 x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:

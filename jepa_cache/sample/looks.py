@@ -44,7 +44,9 @@ PLAIN = Look()
 
 
 def draw_look(seed: int) -> Look:
-    """The random look of a seed."""
+    """The random look of a seed; a ValueError for what is none."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"a look is the seed of one, an integer from 0 up, or None for the plain one; got {seed!r}")
     # A stream of its own: the same seed elsewhere draws other things.
     rng = np.random.default_rng([seed, 0x100C])
     warmth = rng.uniform(-0.12, 0.12)

@@ -35,6 +35,7 @@ MAX_STEP_M, MAX_STEP_RAD = 0.10, 0.5
 """Largest translation along an axis and rotation about an axis that the arm carries out within one step."""
 CAMERAS = ("exterior_1", "exterior_2", "wrist")
 BLOCK_SIDE_M = 0.05
+MAX_SIZE = 4096  # pixels; software renderers draw no larger
 
 _TABLE_M = np.array([[0.30, -0.35], [0.75, 0.35]])  # where a block may be put
 
@@ -104,6 +105,10 @@ class RobotWorld:
         """
         if camera not in CAMERAS:
             raise ValueError(f"camera must be one of {', '.join(CAMERAS)}; got {camera!r}")
+        if not 1 <= size <= MAX_SIZE or seed < 0:
+            raise ValueError(f"size must be 1 to {MAX_SIZE} pixels and seed at least 0; got size {size}, seed {seed}")
+        if not isinstance(look, Look | None):
+            draw_look(look)  # before seconds of work
         self.size, self.camera, self.look = size, camera, look
         self._mujoco = mujoco = import_mujoco()
         self._model = model = _build_model(mujoco, size)
@@ -122,7 +127,7 @@ class RobotWorld:
         self._materials = model.mat_rgba.copy()
         self._rng = np.random.default_rng(seed)
         self._place_m, self._attitude, self._grip = np.zeros(3), _DOWN, 0.0  # the commanded pose
-        self._num_steps = 0
+        self._num_steps: int | None = None  # since the reset; None before the first one
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -169,12 +174,14 @@ class RobotWorld:
         `rows` [3, 7], the poses at 15 Hz from the step's start on, `target` [7], `block` xyz (m), `num_steps` since the reset.
 
         Raises:
-            ValueError: An action of another shape, or with a NaN or infinity.
+            ValueError: An action of another shape, or with a NaN or infinity; or the world was never reset.
             RuntimeError: The physics became unstable.
         """
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"an action must be 7 finite numbers ({', '.join(POSE_CONTROLS)}); got {action.tolist()}")
+        if self._num_steps is None:
+            raise ValueError("the world has no episode yet: call reset() before the first step")
         before, grip, attitude = self._place_m, self._grip, self._attitude
         limits = np.array([MAX_STEP_M] * 3 + [MAX_STEP_RAD] * 3)
         taken = np.clip(action[:6], -limits, limits)

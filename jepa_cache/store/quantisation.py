@@ -91,24 +91,39 @@ def step_bytes(name: str, num_tokens: int, width: int) -> int:
     return stored + int(np.prod(scales_shape(name, 1, num_tokens, width))) * scales_dtype(name).itemsize
 
 
-def measure_channels(runs: Iterable[np.ndarray], width: int) -> Channels:
+def sum_channels(run: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """Sums and sums of squares of each step's channels, less `origin` [D] float32: [T, N, D] float16 to [2, T, D] float32.
+
+    Whole rows are added, one after the other, so that neither numpy nor the processor choose an order that could change a bit.
+    """
+    sums = np.empty((2, len(run), run.shape[2]), np.float32)
+    for step, total, squares in zip(run, *sums, strict=True):
+        rows = step.astype(np.float32)
+        rows -= origin
+        rows.sum(axis=0, out=total)
+        rows *= rows
+        rows.sum(axis=0, out=squares)
+    return sums
+
+
+def measure_channels(
+    runs: Iterable[np.ndarray], width: int, sums: Callable[[np.ndarray, np.ndarray], np.ndarray] = sum_channels
+) -> Channels:
     """Mean and standard deviation of each of `width` channels in [T, N, D] float16 runs; one that never changes has scale 1.
 
-    Sums are taken row after row in float32 and step after step in float64: whole rows are added, so that neither numpy nor
-    the processor choose an order that could change a bit.
+    Steps are added one after the other in float64; `sums` of a run is `sum_channels`, or what gives the same bits.
     """
-    origin, count = None, 0
-    total, squares = np.zeros(width), np.zeros(width)
+    origin: np.ndarray | None = None
+    total, squares, count = np.zeros(width), np.zeros(width), 0
     for run in runs:
-        for step in run:
-            rows = step.astype(np.float32)
-            if origin is None:
-                origin = rows.mean(axis=0)  # a mean far from zero would cost the deviation its digits
-            rows -= origin
-            total += rows.sum(axis=0)
-            rows *= rows
-            squares += rows.sum(axis=0)
-            count += len(rows)
+        if not len(run):
+            continue
+        if origin is None:
+            origin = run[0].astype(np.float32).mean(axis=0)  # a mean far from zero would cost the deviation its digits
+        for of_values, of_squares in zip(*sums(run, origin), strict=True):
+            total += of_values
+            squares += of_squares
+        count += len(run) * run.shape[1]
     if origin is None:
         return Channels(np.ones(width, np.float32), np.zeros(width, np.float32))
     mean = total / count

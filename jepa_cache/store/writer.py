@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.files import publish_folder, remove_stale_temporaries, temporary_folder
 from jepa_cache.store import layout
-from jepa_cache.store.quantisation import Channels, check_width, decode, encode, get_codec, is_finite, measure_channels
+from jepa_cache.store.quantisation import (
+    Channels,
+    check_width,
+    decode,
+    encode,
+    get_codec,
+    is_finite,
+    measure_channels,
+    sum_channels,
+)
 from jepa_cache.store.reader import CRC_BYTES, MISSING, ArrayReader, crc32c_of, list_checksums
 from jepa_cache.store.recipe import canonical_json
 
@@ -151,11 +160,19 @@ class TokenWriter:
     """Collects the steps of one unit and publishes them as one store; leaves nothing behind unless `publish` ran.
 
     Where codes are stored, the steps wait in float16 in a file until all are there, and are quantised when published: here, by
-    threads, or by `quantise`, which takes steps [T, N, D] and the channels and gives the same codes and scales, and the errors.
+    threads, or by `quantise`, which takes steps [T, N, D] and the channels and gives the same codes and scales, and the errors;
+    `sums` is `sum_channels` or gives the same.
     """
 
     def __init__(
-        self, final: Path, *, num_tokens: int, width: int, dtype: str = "float16", quantise: Quantise | None = None
+        self,
+        final: Path,
+        *,
+        num_tokens: int,
+        width: int,
+        dtype: str = "float16",
+        quantise: Quantise | None = None,
+        sums: Callable[[np.ndarray, np.ndarray], np.ndarray] = sum_channels,
     ) -> None:
         check_width(dtype, width)
         self.final = final
@@ -163,7 +180,7 @@ class TokenWriter:
         self._dtype, self._codec = dtype, get_codec(dtype)
         self._stack = ExitStack()
         self._num_staged = 0
-        self._quantise_run = quantise or self._quantise_by_threads
+        self._quantise_run, self._sums = quantise or self._quantise_by_threads, sums
         self._errors: list[np.ndarray] = []  # rows [3] of every step, as `append` takes them
 
     def __enter__(self) -> TokenWriter:
@@ -273,7 +290,7 @@ class TokenWriter:
 
         Gives the sha256 of the scales' shards, as `ShardWriter.digests` does.
         """
-        channels = measure_channels(self._iter_staged(staging), self._width)
+        channels = measure_channels(self._iter_staged(staging), self._width, self._sums)
         array = layout.create_token_scales(self._folder, self._num_tokens, self._width, self._dtype)
         token_scales = ShardWriter(self._folder, array, self._pool)
         self._stack.callback(token_scales.close)

@@ -35,13 +35,17 @@ def start_processes(settings: TrainConfig) -> Accelerator:
     Of Accelerate's environment only what says which processes there are is heeded: precision and compilation are those of the settings.
 
     Raises:
-        ValueError: The environment asks for what is not there, such as FSDP, or two processes have one GPU.
+        ValueError: The environment asks for what is not there, such as FSDP, or two processes have one GPU; or `train.compile=flex` on a CPU.
     """
     device = resolve_device("train.device", settings.device)
     if asked := [name for name in REFUSED if os.environ.get(name, "false").lower() not in ("", "0", "false", "no")]:
         raise ValueError(
             f"{asked[0]} is set, but training is data-parallel (DDP) only: every GPU holds the whole predictor. Run `accelerate config` again "
             "for multi-GPU without FSDP or DeepSpeed, or start by torchrun"
+        )
+    if settings.compile == "flex" and device == "cpu":
+        raise ValueError(
+            "train.compile=flex needs a GPU: FlexAttention has no backward pass on a CPU. Set it to false or true"
         )
     group = InitProcessGroupKwargs(timeout=TIMEOUT)
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", -1)) >= 0:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
@@ -68,6 +69,12 @@ def _handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], 
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def end_for_requeue(stopped_by: str, step: str) -> NoReturn:
+    """End the process after a training that a signal stopped at a training step, so that a scheduler starts the same command again."""
+    print(f"stopped by {stopped_by} at training step {step}; the same command resumes. Exit code {REQUEUE_EXIT_CODE}")
+    raise SystemExit(REQUEUE_EXIT_CODE)
 
 
 def _say(text: str) -> None:

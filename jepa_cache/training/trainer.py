@@ -201,7 +201,8 @@ class TrainingState:
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
-            (self.trained.module if self.trained.compressed else self.trained.predictor).compile()
+            flex = {"flex": True} if settings.compile == "flex" else {}
+            (self.trained.module if self.trained.compressed else self.trained.predictor).compile(**flex)
         self.model = accelerator.prepare_model(self.objective)
         self.optimizer = build_optimizer(
             self.trained.module, lr=settings.lr, weight_decay=settings.weight_decay, kind=settings.optimizer

@@ -24,6 +24,8 @@ from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.sample.robot_episodes import NUM_RECORDED_LOOKS, RobotSampleConfig, build_robot_sample
 from jepa_cache.store.root import CacheRoot
+from jepa_cache.training.signals import REQUEUE_EXIT_CODE
+from jepa_cache.training.trainer import TrainResult
 from tests.control.test_closed_loop import WIDTH, Point
 from tests.robot_worlds import needs_robot
 from tests.workspace import SUITE_SETTINGS
@@ -72,7 +74,9 @@ def acted(tmp_path_factory):
 
 @needs_robot
 def test_figures_of_every_policy_are_those_of_the_table(acted):
-    metrics = json.loads((acted.out / "metrics.json").read_text())
+    metrics, summary = (json.loads((acted.out / name).read_text()) for name in ("metrics.json", "summary.json"))
+    beside = {name: metrics[name]["success"] for name in ("readout_servo", "other_goal") if name in metrics}
+    assert summary == {"act": {"success": metrics["success"], **beside}}, "few columns of `dvc exp show`"
     names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_plan"}
     assert names <= set(metrics) and metrics["seeds"] == [0, 3] and set(CONTROLS) <= set(metrics)
     assert metrics["settings_picked_on"] == "starts of act.start_seed=0" and not metrics["picked_on_these_starts"]
@@ -139,6 +143,7 @@ def test_other_data_sets_have_no_simulator_and_leave_what_dvc_asks_for(tmp_path)
     (tmp_path / "run/film.gif").write_text("of an earlier experiment")
     write_nothing(tmp_path, "none")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"nothing_done": "none"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["episodes.csv"]
 
 
@@ -191,3 +196,16 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_trained
     with pytest.raises(ValueError, match=said):
         train_seeds(config, None, None, tmp_path, base=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_it_trains_ends_with_the_exit_code_for_a_requeue(tmp_path, capsys, monkeypatch):
+    config = load_config(SUITE_SETTINGS, ["dataset=sample_robot", "act.seeds=[3, 4]"])
+    stopped = TrainResult(None, tmp_path, 7, 7, 600, "SIGINT")
+    monkeypatch.setattr("jepa_cache.acting.run.train", lambda *_, **__: stopped)
+    with pytest.raises(SystemExit) as ended:
+        train_seeds(config, None, None, tmp_path, base=tmp_path)
+    assert ended.value.code == REQUEUE_EXIT_CODE
+    assert (
+        "stopped by SIGINT at training step 7 of seed 3; the same command resumes. Exit code 75"
+        in capsys.readouterr().out
+    )

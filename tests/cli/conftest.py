@@ -1,7 +1,7 @@
 """What the tests of the cache commands share: a small encoded data set, made once, of which every test has its own copy."""
 
-import importlib.util
 import json
+import runpy
 import shutil
 from functools import partialmethod
 from pathlib import Path
@@ -68,10 +68,7 @@ class Checkout:
 
     def encode(self, *overrides: str) -> None:
         """Run the true stage one."""
-        spec = importlib.util.spec_from_file_location("encode_stage", self.folder / "stages/encode.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.main([str(self.recordings), *overrides])
+        runpy.run_path(str(self.folder / "stages/encode.py"))["main"]([str(self.recordings), *overrides])
 
     def files(self) -> dict[str, bytes]:
         """Every file of the root but its lock."""

@@ -110,6 +110,8 @@ def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_record
         (("MODEL", "nil", "--resolution", "0"), {}, "must be at least 1; got 16 and 0"),
         (("MODEL", "evil"), {"auto_map": {"AutoModel": "a.B"}}, "names code of its own"),
         (("MODEL",), {}, r"name the preset that .*model becomes; only shipped encoders \(.*tiny_dino\) have a name"),
+        (("tiny_dinos",), {}, "no shipped encoder 'tiny_dinos'; did you mean 'tiny_dino'"),
+        (("dino", "mine"), {}, r"no shipped encoder 'dino'.*, nor a folder of that name; .*hf://owner/repo is one"),
         (("MODEL", "name", "--wheel", "a.whl"), {}, "--wheel is for shipped encoders"),
         (("tiny_dino", "vitl"), {}, "configs/encoder/vitl.yaml exists and is another preset"),
         (("tiny_dino", "--wheel", "README"), {}, "the wheel README cannot be read"),

@@ -143,16 +143,6 @@ def test_a_store_that_was_made_again_with_other_bytes_is_told(checkout):
     assert "1 stores were made again since" in _status(checkout).document["manifest"]["reason"]
 
 
-def test_recordings_that_repeat_another_one_are_named_as_encode_named_them(fresh):
-    assert not _status(fresh).document["notes"]
-    pair = make_vpt_pair(30, 77)
-    write_vpt_tar(fresh.recordings / "twice.tar", {"one": pair, "other": pair})
-    fresh.encode()
-    result = _status(fresh)
-    assert result.code == 0
-    assert result.document["notes"] == ["recordings that repeat another one: 1 (one in twice.tar = other in twice.tar)"]
-
-
 def test_no_manifest_and_a_damaged_one_are_told(checkout):
     checkout.manifest_path.write_text("{")
     assert _status(checkout).document["manifest"]["reason"].startswith("damaged")

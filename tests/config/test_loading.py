@@ -126,6 +126,7 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("train.auto_steps=8", "train.auto_steps must be below train.window_steps 8; got 8"),
         ("filter.idle_cut_end=10", "above 0 only with filter.drop_idle true; got 10 without"),
         ("encode.weights=x.pt", "has seeded random weights"),
+        ("predictor=compressed train.compile=flex", "train.compile=flex is for transformers; predictor 'compressed' is compressed"),
         ("encoder=pixels encode.compile=true", "encode.compile is for V-JEPA's blocks, got kind pixels"),
         ("evaluate.measure=energy", r"measure must be a list, such as \[a, b\]; got 'energy'"),
         ("evaluate.measure=[energy,noise,energy]", r"evaluate\.measure names 'energy' more than once"),

@@ -240,6 +240,8 @@ def test_paths_start_at_the_base_and_a_missing_file_says_how_to_get_it(tmp_path)
         ValueError, match=r"w/vith\.pt does not.*https://dl\.fbaipublicfiles\.com/vjepa2/.*weights=PATH"
     ):
         find("w/vith.pt", base=tmp_path)
+    with pytest.raises(ValueError, match=r"/w are a folder; name the file in it"):
+        find("w", base=tmp_path)
 
 
 def test_a_url_is_downloaded_once_whole_and_kept_by_host_and_path(tmp_path, monkeypatch):

@@ -112,14 +112,6 @@ def test_a_frame_goes_the_way_that_the_settings_say(preset_21, state_21, frames,
     assert torch.equal(frozen.encode(pairs)[:, 0], encoder(pixels.transpose(1, 2))), "a pair is a video on either way"
 
 
-def test_what_is_stored_is_the_plain_cast_and_bfloat16_its_bits():
-    tokens = torch.randn(3, 2, 4, 8) * 100
-    assert np.array_equal(to_stored(tokens, "float16"), tokens.numpy().astype(np.float16))
-    huge = tokens * 1e9
-    assert np.array_equal(to_stored(huge, "bfloat16"), huge.bfloat16().view(torch.uint16).numpy())
-    assert np.array_equal(to_stored(huge, "float32"), huge.numpy())
-
-
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [("float16", value) for value in (70000.0, -70000.0, float("nan"), float("inf"))]
@@ -154,13 +146,3 @@ def test_a_pooled_token_is_the_mean_of_its_square(grid, pool):
     assert pool_tokens(tokens, grid, 1) is tokens
     large = torch.full((1, 4, 2), 60000.0).half()  # in float16 the sum of four would be infinite
     assert torch.equal(pool_tokens(large, (2, 2), 2), large[:, :1].float())
-
-
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_the_encoder_gives_the_means_of_what_it_gives_unpooled(preset, wide_state, frames, compute_dtype):
-    whole, pooled = (make(preset, wide_state, compute_dtype=compute_dtype, pool=pool) for pool in (1, 2))
-    clips = frames.view(2, 4, 3, 32, 32)
-    assert (whole.num_tokens, pooled.num_tokens) == (4, 1)
-    torch.testing.assert_close(
-        pooled.encode(clips), whole.encode(clips).float().mean(-2, keepdim=True), atol=1e-6, rtol=0
-    )

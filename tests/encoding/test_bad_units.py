@@ -19,7 +19,7 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.cli.estimate import estimate_group
 from jepa_cache.cli.inspect import inspect
 from jepa_cache.data.dataset import find_differences
-from jepa_cache.encoding import decoding, run
+from jepa_cache.encoding import decoding
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import describe_result
 from jepa_cache.sources.vpt import VptSource
@@ -195,19 +195,6 @@ def test_a_unit_that_cannot_be_read_has_no_store_and_is_tried_again_and_the_othe
     monkeypatch.undo()
     again = encode(good, tmp_path / "cache", config)
     assert again.num_encoded == 1 and not again.manifest.skipped
-
-
-def test_a_unit_that_is_gone_when_it_would_be_read_is_named_and_the_others_land(good, tmp_path, monkeypatch):
-    real = run.load_encoder
-
-    def load(*given, **options):
-        (good / "good1.tar").unlink()
-        return real(*given, **options)
-
-    monkeypatch.setattr(run, "load_encoder", load)
-    result = encode(good, tmp_path / "cache", tiniest_config(max_skipped_share=0.5))
-    assert reasons(result.manifest) == {"good1.tar": "good1.tar cannot be read: No such file or directory"}
-    assert result.num_encoded == 1
 
 
 def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encoded(good, tmp_path):

@@ -98,16 +98,6 @@ def test_a_fault_is_made_good_by_the_next_run_and_a_disk_that_refuses_is_said(
     disturb(folder, undisturbed, tmp_path, how, points)
 
 
-def test_a_root_that_is_read_only_from_the_start_is_refused_before_any_recording_is_read(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("jepa_cache.sources.vpt.VptSource.iter_episodes", None)
-    (tmp_path / "cache").mkdir()
-    with (
-        FaultyDisk(tmp_path / "cache", 0, "readonly"),
-        pytest.raises(ValueError, match=r"cannot be written.*Read-only file system.*JEPA_CACHE_HOME"),
-    ):
-        fill(folder, tmp_path / "cache")
-
-
 class Durability:
     """What would survive a power cut: written bytes after an fsync of their file, names after one of their folder."""
 

@@ -20,7 +20,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.utils import get_mp_context
 
 from jepa_cache.config.paths import default_num_threads
-from jepa_cache.encoding import groups, run, workers
+from jepa_cache.encoding import groups, workers
 from jepa_cache.encoding.groups import scan_units
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.workers import EncodeFailedError, connect
@@ -78,10 +78,6 @@ class Failing(WorkerPlugin):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def lose_the_disk():
-    raise OSError(5, "the disk is gone")
 
 
 @pytest.fixture(scope="module")
@@ -157,36 +153,11 @@ def test_units_that_fail_are_listed_after_the_others_are_done(place, tmp_path):
     assert again.num_encoded == 0 and again.manifest.to_bytes() == place.manifest
 
 
-def test_units_that_workers_cannot_read_are_skipped_and_tried_again_as_by_one_process(place, tmp_path):
-    config = tiniest_config(max_skipped_share=0.5)
-    with place.failing("b.tar", lose_the_disk):
-        result = place.encode(tmp_path / "cache", config=config)
-    assert result.num_encoded == 2
-    assert result.manifest.skipped == ({"key": "b.tar", "reason": "it cannot be read: the disk is gone"},)
-    assert place.encode(tmp_path / "cache", config=config).num_encoded == 1
-
-
 def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place, tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "ENCODE_VERSION", 0)  # as if this command were older than the workers
     words = r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"
     with pytest.raises(EncodeFailedError, match=words):
         place.encode(tmp_path / "cache")
-
-
-def test_a_unit_that_another_encoder_holds_is_waited_for_and_not_made_twice(place, tmp_path, monkeypatch):
-    root = CacheRoot(tmp_path / "cache")
-    manifest = place.encode(root.path).manifest
-    store = root.tokens(manifest.fingerprint, manifest.entries[0].unit_digest)
-    kept, claim, waited = store.rename(tmp_path / "kept"), root.claim(store), []
-
-    def finish(_, groups, on_wait):
-        waited.extend(groups)
-        kept.rename(store)
-        claim.release()
-
-    monkeypatch.setattr(run, "wait_for_others", finish)
-    result = place.encode(root.path)
-    assert len(waited) == 1 and result.num_encoded == 0 and result.manifest.to_bytes() == place.manifest
 
 
 def test_tasks_are_small(place):

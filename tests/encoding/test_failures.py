@@ -124,18 +124,6 @@ def test_a_consumer_that_stops_early_is_never_waited_for_and_memory_is_bounded_u
             assert len(list(stream)) == 60
 
 
-@pytest.mark.parametrize("num_decoders", [1, 4])
-def test_streams_come_in_the_order_of_the_recordings_and_the_rest_of_a_unit_can_be_dropped(decoders_of, num_decoders):
-    order = []
-    with decoders_of(num_decoders) as units:
-        for unit, streams in units:
-            for stream in streams:
-                order.append((unit.name, stream.episode.key, sum(len(batch.pixels) for batch in stream)))
-                if stream.episode.key == "v":
-                    break
-    assert order == [("a.tar", "u", 60), ("a.tar", "v", 5), ("b.tar", "x", 8), ("b.tar", "y", 60)]
-
-
 def test_controls_are_read_by_no_thread_that_outlives_python(tmp_path):
     """One of Arrow's that dropped the file's bytes while Python ended with an error aborted it: exit code 134 for 1."""
     publish_controls(tmp_path / "controls.parquet", [("x", {name: np.arange(100.0) for name in "abcdefgh"})])

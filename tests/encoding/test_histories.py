@@ -186,7 +186,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     "given",
     [
-        {"max_examples": 12, "stateful_step_count": 12, "derandomize": True},
+        {"max_examples": 10, "stateful_step_count": 12, "derandomize": True},
         pytest.param({"max_examples": 300, "stateful_step_count": 30}, marks=pytest.mark.long),
     ],
     ids=["few", "many"],

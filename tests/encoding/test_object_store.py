@@ -4,8 +4,6 @@ Two caches of this machine stand for two machines: they share nothing but the bu
 """
 
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -100,20 +98,6 @@ def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_en
     assert {*repaired.repaired} == {finding.path for finding in findings} and repaired.complete and len(whole) == 3
     assert check_manifest(manifest, root) == []
     assert root.bucket.list("") == before and all(path.read_bytes() == content for path, content in whole.items())
-
-
-def test_two_encoders_at_once_leave_one_store_of_each_unit(machines, recordings, in_a_folder):
-    roots, barrier = [machines("a"), machines("b")], threading.Barrier(2)
-
-    def work(root):
-        barrier.wait()
-        return encode(recordings, root).manifest.to_bytes()
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(work, roots)) == [in_a_folder[0].to_bytes()] * 2
-    attempts = attempts_of(roots[0])
-    assert len(attempts) == 3 * NUM_UNITS + 1 and all(len(names) == 1 for names in attempts.values())
-    assert not [key for key in roots[0].bucket.list("") if key.endswith(".hint")]
 
 
 def test_what_is_damaged_in_the_bucket_is_made_again_and_nothing_else(machines, recordings, in_a_folder, capsys):

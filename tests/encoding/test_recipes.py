@@ -15,8 +15,8 @@ from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
 from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
 from jepa_cache.sources import build_source
-from jepa_cache.store.recipe import file_digest, fingerprint, recipe_changes
-from tests.encoded import all_files, encode, make_tiny_tar, tiniest_config, tiny_config
+from jepa_cache.store.recipe import file_digest, fingerprint
+from tests.encoded import tiny_config
 from tests.workspace import SUITE_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,13 +175,6 @@ def leaves(recipe, prefix=""):
     return found
 
 
-def test_changes_of_a_recipe_are_named_by_their_path():
-    recipe = recipe_of(tiny_config())
-    encoder = {**recipe["encoder"], "rope": "paired"}
-    assert recipe_changes(recipe, {**recipe, "encoder": encoder}) == ["encoder.rope: 'tiled' -> 'paired'"]
-    assert recipe_changes({**recipe, "gone": 1}, {**recipe, "new": 2}) == ["gone: 1 -> None", "new: None -> 2"]
-
-
 def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     text, recipe = (ROOT / "docs/filling.md").read_text(), leaves(recipe_of(tiny_config()))
     table = re.findall(r"^\| (`.*?) \| .+ \|$", text, re.MULTILINE)
@@ -193,17 +186,6 @@ def test_the_docs_explain_every_field_of_a_recipe_and_no_other():
     }
     recipe["source"] = name_reading(recipe["source"], READING)
     assert explained == leaves(recipe).keys() - options | {"source.*"}
-
-
-def test_another_recipe_leaves_every_store_of_the_others_where_it_is(tmp_path):
-    config, folder, root = tiniest_config(), make_tiny_tar(tmp_path / "in", "a"), tmp_path / "cache"
-    others = [changed(config, "encode", "phases", (1,)), changed(config, "encoder", "random_seed", 1)]
-    before = {}
-    for number, each in enumerate([config, *others], 1):
-        assert encode(folder, root, each).num_encoded == 1
-        assert len(list(root.glob("tokens/*/*.zarr"))) == number and before.items() <= all_files(root).items()
-        before = all_files(root)
-    assert encode(folder, root, config).num_encoded == 0
 
 
 # Caches of these recipes exist: preset and mode, of the vpt data set, with weights "pinned".

@@ -25,7 +25,7 @@ def work(folder, place, name, dies_at):
     """A process that encodes beside another one, and may be killed in a unit, once the other waits for that unit."""
     encode_one, wait, encoded = pipeline._OpenUnit.encode, run.wait_for_others, []
 
-    def watched(self, stream, timing):
+    def watched(self, stream):
         encoded.append(stream.episode.key)
         if len(encoded) == dies_at:
             (place / "dying").write_text(stream.episode.key)
@@ -33,7 +33,7 @@ def work(folder, place, name, dies_at):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
-        return encode_one(self, stream, timing)
+        return encode_one(self, stream)
 
     def waiting(*given):
         (place / "waiting").touch()

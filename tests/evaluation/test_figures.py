@@ -16,7 +16,7 @@ import torch
 from scipy.stats import permutation_test
 
 from jepa_cache.data.ablations import SHUFFLED
-from jepa_cache.evaluation.figures import slice_table, worst_table
+from jepa_cache.evaluation.figures import slice_table
 from jepa_cache.evaluation.metrics import (
     bootstrap_mean,
     cosine_similarity,
@@ -131,12 +131,6 @@ def test_each_value_has_a_row_over_its_own_windows(table):
     )
     row = table["gui", "open"]
     assert row["l1"] == 1 and row["l1_low"] is None and row["gap_shuffled_high"] is None, "one episode has no interval"
-
-
-def test_the_worst_windows_come_first_with_their_camera():
-    rows = worst_table(make_facts(), make_errors())
-    assert [(row["rank"], row["l1"]) for row in rows] == list(enumerate(sorted(ERRORS, reverse=True), start=1))
-    assert (rows[1]["episode"], rows[1]["first_step"], rows[1]["start_s"], rows[1]["camera"]) == ("b", 5, 1.0, "left")
 
 
 def test_a_third_that_no_window_falls_into_has_no_row():

@@ -18,7 +18,6 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import get_action_space
-from jepa_cache.control.planner import SETTINGS
 from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.planning import (
@@ -26,7 +25,6 @@ from jepa_cache.evaluation.planning import (
     PLAN,
     RANDOM,
     ZERO,
-    choose_settings,
     describe_plans,
     judge_plans,
     plan_run,
@@ -165,13 +163,6 @@ def test_the_action_score_is_80_for_recorded_translations_and_falls_by_8_a_centi
     score = score_translations(plans)
     assert np.allclose(score["action_l1_m"], [0, 0.02]) and np.allclose(score["action_score"], [80, 64])
     assert score_translations({"planned_dyaw": np.zeros(2)}) == {}
-
-
-def test_own_numbers_of_samples_keep_the_share_of_elites(cache):
-    plan = replace(cache.config.plan, settings="world_model", num_samples=None, num_rounds=None)
-    assert choose_settings(plan) == SETTINGS["world_model"]
-    own = choose_settings(replace(plan, num_samples=80, num_rounds=3))
-    assert (own.num_samples, own.num_elites, own.num_rounds) == (80, 2, 3)
 
 
 def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_last_action(cache, monkeypatch):

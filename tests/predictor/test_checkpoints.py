@@ -95,6 +95,12 @@ def test_unusable_files_are_refused_and_code_in_one_is_never_run(tmp_path: Path)
     for name in ("broken.pt", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"x" * 100)
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    for read in (read_state, read_card):
+        with pytest.raises(
+            CheckpointError, match=r"run are a folder; name the file in it, as .*/predictor\.safetensors"
+        ):
+            read(tmp_path / "run")
     for change in (b"\x00", b"\xff"):
         path = tmp_path / f"damaged{change[0]}.safetensors"
         content = bytearray(save(path, build()).read_bytes())

@@ -102,6 +102,7 @@ def test_another_encoder_is_not_added(tmp_path: Path, export, card: dict[str, st
     [
         ({"conditioning": "adaln"}, 'conditioning: "adaln"'),
         ({"use_states": False}, "use_states: false"),
+        ({"residual": True}, "residual: true"),
         (KINDS["linear"], 'kind: "linear"'),
     ],
 )
@@ -118,17 +119,16 @@ def test_other_predictors_have_no_official_layout_but_are_exported_as_safetensor
     assert same(load_predictor(tmp_path / "ac.safetensors")[0], predictor)
 
 
-def test_a_residual_predictor_has_no_official_layout_and_other_widths_are_pointed_out(tmp_path: Path, export):
-    run = save(tmp_path / "p.safetensors", build(residual=True), architecture=SIZES | {"residual": True})
-    with pytest.raises(ValueError, match="residual: true"):
-        export(run, tmp_path / "ac.pt")
-    assert not (tmp_path / "ac.pt").exists()
-    export(run, tmp_path / "ac.safetensors", "--format", "safetensors")
-    assert load_predictor(tmp_path / "ac.safetensors")[0].residual
+def test_other_widths_are_pointed_out(tmp_path: Path, export):
     sizes = {"action_dim": 13, "state_dim": 2}
     run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
     assert "ties the state width to the action width" in export(run, tmp_path / "ac.pt")
     assert "note" not in export(save(tmp_path / "p.safetensors", build()), tmp_path / "ac.pt")
+    sizes = {"use_extrinsics": True, "state_dim": 13}
+    run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
+    assert (said := export(run, tmp_path / "ac.pt")).count(
+        "note"
+    ) == 1 and "behind the first 7 columns as extrinsics" in said
 
 
 def test_an_adapter_is_merged_into_its_base(tmp_path: Path, export):

@@ -2,9 +2,9 @@
 
 Claims:
 - prefix attention equals one masked softmax, forward and backward, with and without past steps, by either kernel, however many heads go together;
+- one call of FlexAttention with the mask of steps gives the same, forward and backward (by its definition: its kernels are a GPU's);
 - the kernel of matrix products is as good in bfloat16 as the dtype allows;
 - it is taken for bfloat16 on a CPU that has such products, and nowhere else;
-- the mask lets a token see its own and earlier steps, and nothing else;
 - the rotary table equals the rule written out token by token, on grids that are not square, for odd head widths too;
 - the gradient of a rotation is that of the rule, and what is rotated does not keep the projection alive;
 - a table first built in inference mode can be trained with.
@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from jepa_cache.predictor import layers
-from jepa_cache.predictor.layers import block_causal_attention, rotary_table, rotate
+from jepa_cache.predictor.layers import block_causal_attention, rotary_table, rotate, step_mask
 from tests.predictor.makers import block_causal_mask
 
 
@@ -66,6 +67,19 @@ def test_prefix_attention_equals_masked_softmax_with_gradients(
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_one_call_of_flex_attention_equals_prefixes_with_gradients(num_steps: int, monkeypatch: pytest.MonkeyPatch):
+    # It refuses gradients on a CPU, where it has no kernels.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    q, k, v, weight = draw(0, num_steps)
+    mask = step_mask(num_steps, 5, torch.device("cpu"))
+    found = [block_causal_attention(q, k, v, tokens_per_step=5, mask=given) for given in (mask, None)]
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
+    for pair in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in found), strict=True):
+        torch.testing.assert_close(*pair, atol=1e-12, rtol=0)
+
+
 def test_matrix_products_in_bfloat16_are_as_good_as_its_eight_bits_allow():
     exact = draw(1, 3)
     mask = block_causal_mask(4, 5)[5:]
@@ -94,11 +108,6 @@ def test_the_kernel_follows_from_dtype_and_processor(
     other = block_causal_attention(q, k, v, tokens_per_step=5)
     assert type(other.grad_fn) is not type(out.grad_fn) or dtype != torch.bfloat16
     torch.testing.assert_close(other, out, atol=2**-6, rtol=2**-6)
-
-
-def test_mask_admits_exactly_own_and_earlier_steps():
-    mask = block_causal_mask(4, 3)
-    assert all(mask[q, k].item() == (k // 3 <= q // 3) for q in range(12) for k in range(12))
 
 
 def test_attention_refuses_keys_that_do_not_fit_the_past():
@@ -134,7 +143,7 @@ def test_rotation_equals_the_rule_written_out(head_width: int, grid: tuple[int, 
 def test_the_gradient_of_a_rotation_is_that_of_the_rule(head_width: int):
     torch.manual_seed(0)
     table = table_of(head_width, (2, 3), dtype=torch.float64)
-    qkv = torch.randn(2, len(table.cos), 3, 2, head_width, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(1, len(table.cos), 3, 1, head_width, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda qkv: layers._SplitRotated.apply(qkv, *table), (qkv,))
 
 

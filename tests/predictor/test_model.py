@@ -7,17 +7,21 @@ Claims:
 - an unused extrinsics encoder is frozen, a used one matters;
 - a residual predictor adds the newest known step to its prediction, in every kind of pass;
 - adaptive layer norms begin without effect, leave the official names alone, are causal, and work in every kind of pass;
-- compiled by blocks, all blocks and all rollout starts share a few graphs, with the values of the uncompiled one;
+- compiled by blocks, all blocks and all rollout starts share three graphs without a break, with the values of the uncompiled one;
 - a wrong shape is named.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
+from jepa_cache.predictor import layers
 from jepa_cache.predictor.layers import rotary_table
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.training.losses import world_model_loss
+from jepa_cache.training.losses import Objective
 from tests.predictor.makers import build_lively
 
 GRID = (2, 3)
@@ -78,10 +82,11 @@ def test_fresh_weights_follow_the_official_initialisation():
     assert all((p == 1).all() for name, p in predictor.named_parameters() if p.ndim == 1 and name.endswith("weight"))
 
 
+@pytest.mark.parametrize("conditioning", ["tokens", "adaln"])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["tokens", "actions", "states"])
 @torch.no_grad()
-def test_later_inputs_never_change_earlier_outputs(which: int):
-    predictor, given = build(), inputs()
+def test_later_inputs_never_change_earlier_outputs(which: int, conditioning: str):
+    predictor, given = build(conditioning=conditioning), inputs()
     before = predictor(*given).tokens
     given[which][:, 2] += 1.0
     after = predictor(*given).tokens
@@ -89,10 +94,11 @@ def test_later_inputs_never_change_earlier_outputs(which: int):
     assert ((before - after)[:, 2:].abs().amax(dim=(2, 3)) > 1e-6).all()
 
 
+@pytest.mark.parametrize("conditioning", ["tokens", "adaln"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("num_first", [1, 3])
-def test_continuing_from_the_past_equals_one_full_pass_with_gradients(num_first: int, checkpointing: bool):
-    full, parts = build(), build(activation_checkpointing=checkpointing)
+def test_continuing_from_the_past_equals_one_full_pass_with_gradients(num_first, checkpointing, conditioning):
+    full, parts = (build(conditioning=conditioning, activation_checkpointing=it) for it in (False, checkpointing))
     given = inputs()
     weight = torch.randn(2, 4, 6, 10, dtype=torch.float64)
     expected = full(*given).tokens
@@ -136,7 +142,6 @@ def test_unused_extrinsics_encoder_is_frozen_and_a_used_one_matters():
     ("change", "named"),
     [
         (lambda given: given.__setitem__(0, given[0][:, :, :5]), "tokens must be"),
-        (lambda given: given.__setitem__(0, given[0][..., :9]), "tokens must be"),
         (lambda given: given.__setitem__(1, given[1][:, :3]), "actions must be"),
         (lambda given: given.__setitem__(2, given[2][..., :1]), "states must be"),
         (lambda given: given.append([]), "past holds 0 blocks"),
@@ -150,9 +155,7 @@ def test_wrong_inputs_are_named(change, named: str):
         build()(*given)
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_heads": 5}, {"num_heads": 6}, {"action_dim": 0}, {"depth": 0}, {"grid": (0, 2)}]
-)
+@pytest.mark.parametrize("change", [{"num_heads": 5}, {"action_dim": 0}, {"depth": 0}, {"grid": (0, 2)}])
 def test_impossible_sizes_are_refused(change: dict):
     with pytest.raises(ValueError, match="predictor: "):
         ACPredictor(**(SIZES | change))
@@ -193,51 +196,44 @@ def test_adaptive_layer_norms_begin_without_effect_and_add_only_their_own_weight
     assert not any(tensor.any() for tensor in fresh.modulations.state_dict().values())
 
 
-def test_adaptive_layer_norms_see_each_step_s_action_and_state_and_no_later_one():
-    predictor = build(conditioning="adaln")
-    tokens, actions, states = inputs()
-    before = predictor(tokens, actions, states).tokens
-    for place, given in enumerate((actions, states)):
-        changed = given.clone()
-        changed[:, 2] += 1
-        after = predictor(tokens, *((changed, states) if place == 0 else (actions, changed))).tokens
-        assert torch.equal(after[:, :2], before[:, :2])
-        assert not torch.allclose(after[:, 2], before[:, 2], atol=1e-3)
-
-
-def test_adaptive_layer_norms_continue_from_a_past_and_under_activation_checkpointing():
-    predictor = build(conditioning="adaln")
-    tokens, actions, states = inputs()
-    whole = predictor(tokens, actions, states).tokens
-    first = predictor(tokens[:, :2], actions[:, :2], states[:, :2])
-    rest = predictor(tokens[:, 2:], actions[:, 2:], states[:, 2:], first.past)
-    torch.testing.assert_close(torch.cat([first.tokens, rest.tokens], dim=1), whole)
-    gradients = []
-    for recompute in (False, True):
-        predictor.activation_checkpointing = recompute
-        predictor.zero_grad()
-        predictor(tokens, actions, states).tokens.square().sum().backward()
-        gradients.append([parameter.grad for parameter in predictor.parameters() if parameter.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(checkpointing: bool):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "flex"),
+    [
+        pytest.param("float32", False, False, marks=pytest.mark.long),  # each compiles for 6 s
+        ("float32", True, False),
+        pytest.param("bfloat16", False, False, marks=pytest.mark.long),
+        ("bfloat16", True, False),
+        ("float32", True, True),
+    ],
+)
+def test_compiled_blocks_share_their_graphs_wherever_a_rollout_starts(
+    precision: str, checkpointing: bool, flex: bool, monkeypatch: pytest.MonkeyPatch
+):
+    # It refuses gradients on a CPU, where it has no kernels.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    # The path of a GPU: products unroll a CPU's steps.
+    monkeypatch.setattr(layers, "has_bfloat16_products", lambda: False)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    plain, compiled = build(depth=3), build(depth=3, activation_checkpointing=checkpointing)
-    compiled.compile(backend=counter, fullgraph=True)
-    tokens, actions, states = inputs(6)
+    plain, compiled = build(), build(activation_checkpointing=checkpointing)
+    given, atol = inputs(6), 1e-9
+    if precision == "bfloat16":
+        plain, compiled, given, atol = plain.float(), compiled.float(), [it.float() for it in given], 0
+    compiled.compile(flex=flex, backend=counter, fullgraph=True)
+    settings = SimpleNamespace(loss_exp=1.0, auto_steps=2, normalize_reps=True, rollout="fixed", precision=precision)
     for turn, start in enumerate((0, 3, 1, 2, 0, 3)):
         totals = []
         for predictor in (plain, compiled):
             predictor.zero_grad()
-            totals.append(world_model_loss(predictor, tokens, actions[:, :5], states, rollout_start=start).total)
+            tokens, actions, states = given
+            totals.append(
+                Objective(predictor, settings, torch.device("cpu"))(tokens, actions[:, :5], states, start).total
+            )
             totals[-1].backward()
-        torch.testing.assert_close(totals[1], totals[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(totals[1], totals[0], atol=atol, rtol=atol)
         for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
             if p.requires_grad:
-                torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9, msg=name)
+                torch.testing.assert_close(q.grad, p.grad, atol=atol, rtol=atol, msg=name)
         # The whole window, one step after a past of one step, and of any number of steps.
         assert counter.frame_count == (2 if turn == 0 else 3)

@@ -8,6 +8,7 @@
 6. torch for GPUs may be used after a picture was drawn.
 """
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -150,6 +151,28 @@ def test_an_action_that_is_none_is_refused_and_changes_nothing(world, action):
 def test_a_start_that_cannot_be_is_refused(world, options, message):
     with pytest.raises(ValueError, match=message):
         world.reset(options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be 1 to 4096 pixels and seed at least 0; got size 0, seed 0"),
+        ({"seed": -1}, "got size 256, seed -1"),
+        ({"look": -1}, "a look is the seed of one, an integer from 0 up, or None for the plain one; got -1"),
+        ({"look": 0.5}, "got 0.5"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused_before_it_is_made(options, message, monkeypatch):
+    monkeypatch.setattr(robot, "import_mujoco", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RobotWorld(**options)
+
+
+def test_a_step_before_the_first_reset_is_refused():
+    world = RobotWorld(size=8)
+    with pytest.raises(ValueError, match=r"no episode yet: call reset\(\) before the first step"):
+        world.step(STILL)
+    world.close()
 
 
 def test_physics_that_blows_up_is_an_error(world):

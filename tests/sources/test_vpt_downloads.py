@@ -5,12 +5,12 @@ interrupted command resumes; a tar shard that is there is never downloaded again
 """
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
+import runpy
 
 import pytest
 
+from jepa_cache.config.loading import REPOSITORY_ROOT
 from jepa_cache.media.remote import DownloadError
 from jepa_cache.sources import build_source
 from jepa_cache.sources.parsers import vpt_downloads as command
@@ -37,11 +37,8 @@ def fetch(server, tmp_path):
     """The stage, as it is typed, with the index of the server; fetches into `out`."""
 
     def run(*argv, out=tmp_path / "out"):
-        path = Path(__file__).resolve().parents[2] / "stages/fetch_vpt.py"
-        spec = importlib.util.spec_from_file_location("fetch_vpt", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.main([f"{server.url}/index.json", "--out", str(out), *map(str, argv)])
+        stage = runpy.run_path(str(REPOSITORY_ROOT / "stages/fetch_vpt.py"))
+        stage["main"]([f"{server.url}/index.json", "--out", str(out), *map(str, argv)])
 
     return run
 

@@ -2,7 +2,7 @@
 
 Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
-- FSDP, DeepSpeed and the like, another device than the settings', and two processes with one GPU are refused in words;
+- FSDP, DeepSpeed and the like, another device than the settings', FlexAttention on a CPU, and two processes with one GPU are refused in words;
 - `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
@@ -56,6 +56,12 @@ def test_another_device_than_the_settings_is_refused(cache, tmp_path, monkeypatc
         run(cache, tmp_path)
 
 
+def test_flex_attention_is_refused_on_a_cpu_before_anything_is_trained(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.compile=flex needs a GPU: .* Set it to false or true"):
+        run(cache, tmp_path, "train.compile=flex")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_with_one_gpu_are_refused_by_their_numbers():
     check_own_gpus(["a GPU-1", "a GPU-2", "b GPU-1"])
     with pytest.raises(
@@ -87,26 +93,19 @@ def test_deterministic_kernels_are_for_the_training_alone_and_move_no_bit_on_a_c
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\na second line"),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_a_full_gpu_is_one_message_that_names_the_settings(error):
-    def main():
-        raise error
+def test_a_full_gpu_is_one_message_that_names_the_settings_and_other_errors_keep_their_traceback(error):
+    def fail(with_this):
+        raise with_this
 
+    with pytest.raises(RuntimeError, match="illegal"):
+        run_stage(lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
     with pytest.raises(SystemExit) as ended:
-        run_stage(main)
+        run_stage(lambda: fail(error))
     text = str(ended.value)
     assert text.startswith("error: the GPU's memory is full (CUDA ") and "a second line" not in text
     for setting in ("train.batch_size", "grad_accumulation", "activation_checkpointing", "encode.batch_size"):
         assert setting in text
     assert "evaluate.batch_size" in text
-
-
-def test_other_runtime_errors_keep_their_traceback():
-    def main():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        run_stage(main)

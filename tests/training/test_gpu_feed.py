@@ -24,11 +24,11 @@ def test_batches_arrive_whole_though_their_copies_are_late():
     from jepa_cache.data.windows import WindowIndex
     from tests.caches import make_cache
 
-    for dtype in ("float16", "int8", "float8_e4m3"):
+    for dtype in ("float16", "int8"):
         with tempfile.TemporaryDirectory() as folder:
             cache = make_cache(Path(folder), f"encode.dtype={dtype}")
             index = WindowIndex(cache.dataset.segments_of("train", cache.config.split), 5)
-            parts, numbers = (cache.dataset, index, cache.scaler), [[4 * n, 1, 7, n] for n in range(12)]
+            parts, numbers = (cache.dataset, index, cache.scaler), [[4 * n, 1, 7, n] for n in range(8)]
             expected = [to_device(WindowLoader(*parts).read(few), torch.device("cpu")) for few in numbers]
             for num_threads in (1, 3):
                 with emulated_cuda() as counts, pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
         cache = make_cache(Path(folder))
 
         def train(device: str) -> trainer.TrainResult:
-            words = ("train.num_steps=18", "train.log_every=9", "train.checkpoint_every=4", "train.validate_every=0")
+            words = ("train.num_steps=11", "train.log_every=5", "train.checkpoint_every=4", "train.validate_every=0")
             config = make_config(*words, f"train.device={device}", "train.keep_last=9", "train.loggers=[]")
             AcceleratorState._reset_state(reset_partial_state=True)
             out = Path(folder, device)
@@ -92,14 +92,14 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
             on_gpu = train("cuda")
         assert not during
         for step, waited in enumerate(waits[2:], start=2):  # before step + 1
-            assert waited["event.synchronize"] <= 1 + (step % 4 == 0 or step % 9 == 0), (step, waited)
+            assert waited["event.synchronize"] <= 1 + (step % 4 == 0 or step % 5 == 0), (step, waited)
             assert set(waited) <= {
                 "event.synchronize",
-                *(("tolist", "_local_scalar_dense") if step % 9 == 0 else ()),
+                *(("tolist", "_local_scalar_dense") if step % 5 == 0 else ()),
             }, step
-        for step in (4, 8, 12, 16):
+        for step in (4, 8):
             kept = safetensors.torch.load_file(on_gpu.run / f"checkpoints/step-{step:08d}/predictor.safetensors")
             assert all(torch.equal(kept[name], it) for name, it in weights[step].items()), step
         for one, other in zip(rows(on_cpu), rows(on_gpu), strict=True):
             assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-5)  # another attention
-        assert [row["copy_wait_share"] for row in rows(on_gpu)] == ["0.0", "0.0"]
+        assert [row["copy_wait_share"] for row in rows(on_gpu)] == ["0.0"] * 3

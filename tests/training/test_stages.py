@@ -6,8 +6,8 @@ Claims:
 - `outputs` keeps two experiments apart, stage by stage, and a stage that DVC runs leaves its results where dvc.yaml has them.
 """
 
-import importlib.util
 import re
+import runpy
 import shutil
 
 import pytest
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
 def checkout(folder):
     shutil.copytree(REPOSITORY_ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     cache = make_cache(folder)
-    stages = {}
-    for name in ("fit_scaler", "train_predictor", "evaluate", "plan", "act"):
-        spec = importlib.util.spec_from_file_location(name, folder / f"stages/{name}.py")
-        stages[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(stages[name])
-    return lambda name, *changes: stages[name].main([*OVERRIDES, f"cache.root={cache.root.path}", *changes])
+
+    def run(name, *changes):
+        stage = runpy.run_path(str(folder / f"stages/{name}.py"))
+        return stage["main"]([*OVERRIDES, f"cache.root={cache.root.path}", *changes])
+
+    return run
 
 
 @pytest.mark.parametrize(
