@@ -50,5 +50,6 @@ def write_nothing(out: Path, reason: str) -> None:
     """Say in metrics.json why nothing was done, for DVC, which wants its outs."""
     with replaced_files(out / "run", "episodes.csv", stale=FILM_FILES) as folder:
         (folder / "episodes.csv").write_text("policy\n", encoding="utf-8")
-    with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_bytes(canonical_json({"nothing_done": reason}))
+    for name, content in {"metrics.json": {"nothing_done": reason}, "summary.json": {}}.items():
+        with atomic_file(out / name) as temporary:
+            temporary.write_bytes(canonical_json(content))

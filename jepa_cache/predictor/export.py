@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,15 +57,22 @@ def export_safetensors(state: Mapping[str, Tensor], card: Mapping[str, object], 
     return beside
 
 
-def differs_from_official_class(architecture: Mapping[str, object]) -> list[str]:
+def differs_from_official_class(architecture: Mapping[str, Any]) -> list[str]:
     """Say what upstream's predictor class cannot be built with as it is: one line per difference."""
     actions, states = architecture["action_dim"], architecture["state_dim"]
-    if actions == states:
-        return []
-    return [
-        f"upstream's class ties the state width to the action width; here they are {states} and {actions}: replace its state_encoder by "
-        f"a linear layer that takes {states} numbers before loading"
-    ]
+    differing = []
+    if architecture.get("use_extrinsics"):
+        states -= max(actions - 1, 1)
+        differing.append(
+            f"upstream's class takes the camera's pose apart: build it with use_extrinsics=True, and give it the states behind the first {states} "
+            "columns as extrinsics"
+        )
+    if actions != states:
+        differing.append(
+            f"upstream's class ties the state width to the action width; here they are {states} and {actions}: replace its state_encoder by "
+            f"a linear layer that takes {states} numbers before loading"
+        )
+    return differing
 
 
 def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,13 +44,14 @@ def add_lora(
     training step: B starts at zero.
 
     The predictor is changed in place; what is returned is called like it. The scale is alpha / rank, or alpha / sqrt(rank)
-    with rsLoRA. Conditioning encoders in `full` (from `checkpoints.load_start_weights`) are trained in full; an extrinsics
-    encoder that the predictor does not use stays frozen, but is kept with the adapter as well.
+    with rsLoRA. Conditioning encoders in `full` (from `checkpoints.load_start_weights`) are trained in full, and so is an extrinsics encoder
+    that is used: released weights hold one that was never trained. One that is not used stays frozen, but is kept with the adapter as well.
 
     Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
     """
     from peft import LoraConfig
 
+    full = sorted({*full, *["extrinsics_encoder"] * predictor.use_extrinsics})
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -74,7 +74,9 @@ def acted(tmp_path_factory):
 
 @needs_robot
 def test_figures_of_every_policy_are_those_of_the_table(acted):
-    metrics = json.loads((acted.out / "metrics.json").read_text())
+    metrics, summary = (json.loads((acted.out / name).read_text()) for name in ("metrics.json", "summary.json"))
+    beside = {name: metrics[name]["success"] for name in ("readout_servo", "other_goal") if name in metrics}
+    assert summary == {"act": {"success": metrics["success"], **beside}}, "few columns of `dvc exp show`"
     names = {"success", "success_ci", "closer_than_half", "final_distance_m", "num_starts", "seconds_per_plan"}
     assert names <= set(metrics) and metrics["seeds"] == [0, 3] and set(CONTROLS) <= set(metrics)
     assert metrics["settings_picked_on"] == "starts of act.start_seed=0" and not metrics["picked_on_these_starts"]
@@ -141,6 +143,7 @@ def test_other_data_sets_have_no_simulator_and_leave_what_dvc_asks_for(tmp_path)
     (tmp_path / "run/film.gif").write_text("of an earlier experiment")
     write_nothing(tmp_path, "none")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"nothing_done": "none"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["episodes.csv"]
 
 

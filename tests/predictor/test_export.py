@@ -124,6 +124,11 @@ def test_other_widths_are_pointed_out(tmp_path: Path, export):
     run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
     assert "ties the state width to the action width" in export(run, tmp_path / "ac.pt")
     assert "note" not in export(save(tmp_path / "p.safetensors", build()), tmp_path / "ac.pt")
+    sizes = {"use_extrinsics": True, "state_dim": 13}
+    run = save(tmp_path / "p.safetensors", build(**sizes), architecture=SIZES | sizes)
+    assert (said := export(run, tmp_path / "ac.pt")).count(
+        "note"
+    ) == 1 and "behind the first 7 columns as extrinsics" in said
 
 
 def test_an_adapter_is_merged_into_its_base(tmp_path: Path, export):

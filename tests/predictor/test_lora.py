@@ -83,9 +83,10 @@ def test_adapters_and_full_layers_train_and_nothing_else_moves():
 
 @pytest.mark.parametrize("use_extrinsics", [False, True])
 def test_an_extrinsics_encoder_trains_only_where_it_is_used(use_extrinsics: bool):
+    predictor = build(use_extrinsics=use_extrinsics, state_dim=7 + 6 * use_extrinsics)
     model = add_lora(
-        build(use_extrinsics=use_extrinsics, state_dim=7 + 6 * use_extrinsics), full=("extrinsics_encoder",)
-    )
+        predictor, full=() if use_extrinsics else ("extrinsics_encoder",)
+    )  # used, also without being named
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("extrinsics_encoder" in name for name in trainable) == use_extrinsics
     assert any("extrinsics_encoder" in name for name in adapter_state(model))  # else a fresh one would be lost
