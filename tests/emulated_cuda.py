@@ -7,7 +7,7 @@
   that whoever reads too early gets what was there before.
 
 Speed, kernels, nondeterminism, several devices and a GPU's roundings are not emulated. Both are for one thread that computes; other threads may
-wait for events and read page-locked memory. The device's guard must be there before torch is imported, so tests run in a process of their own:
+wait for events and read page-locked memory. The device's guard must be there before torch is imported, so tests run in processes of their own:
 
     @on_emulated_cuda
     def test_nothing_waits_in_the_loop():
@@ -25,16 +25,21 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -73,23 +78,67 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 def on_emulated_cuda(test: Callable[[], None]) -> Callable[[], None]:
     """Run a test without arguments in a process that has the guard; it fails as the test does there."""
-    code = (
-        "import importlib.util, sys, tests.emulated_cuda; spec = importlib.util.spec_from_file_location('emulated', sys.argv[1]); "
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); getattr(module, sys.argv[2]).__wrapped__()"
-    )
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU needs g++")
     @pytest.mark.skipif(torch.version.cuda is not None, reason="the emulated GPU needs a CPU build of torch")
     @functools.wraps(test)
     def run() -> None:
-        root = Path(__file__).parents[1]
-        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, CHILD: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-c", code, test.__code__.co_filename, test.__name__]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        with tempfile.TemporaryFile("w+") as output:
+            asked = json.dumps([test.__code__.co_filename, test.__name__])
+            server = _server()
+            socket.send_fds(server, [asked.encode()], [output.fileno()])
+            status = server.recv(16)
+            output.seek(0)
+            assert status == b"0", output.read()[-8000:]
 
     return run
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """A process that has the guard and has imported torch once, and forks one for every test that is asked for."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, CHILD: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", f"import tests.emulated_cuda as it; it._serve({theirs.fileno()})"]
+    subprocess.Popen(command, env=environment, cwd=root, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    theirs.close()
+    return ours
+
+
+def _serve(number: int) -> None:
+    """Until whoever asks is gone."""
+    import torch._dynamo  # noqa: F401  as the first operator in a dispatch mode would, for seconds
+
+    asked_by = socket.socket(fileno=number)
+    while True:
+        asked, outputs, _, _ = socket.recv_fds(asked_by, 4096, 1)
+        if not asked:
+            os._exit(0)  # taking all that is imported down takes seconds, here and below
+        if child := os.fork():
+            os.close(outputs[0])
+            asked_by.send(str(os.waitpid(child, 0)[1]).encode())
+            continue
+        signal.alarm(300)
+        os.dup2(outputs[0], 1)
+        os.dup2(outputs[0], 2)
+        path, name = json.loads(asked)
+        failed = True
+        try:
+            getattr(_module_at(path), name).__wrapped__()
+            failed = False
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(failed)
+
+
+def _module_at(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 CUDA = torch.device("cuda:0")
