@@ -14,7 +14,7 @@ import pytest
 from tests.emulated_cuda import counted_cuda, on_emulated_cuda
 
 pytestmark = pytest.mark.long  # a minute of counting
-GIB = 2**30
+GIB, DEPTH = 2**30, 24
 
 
 def build(**changes: object):
@@ -22,9 +22,9 @@ def build(**changes: object):
 
     from jepa_cache.predictor.model import ACPredictor
 
-    sizes = {"embed_dim": 1408, "predictor_dim": 1024, "depth": 24, "num_heads": 16, "action_dim": 7, "state_dim": 7}
+    sizes = {"embed_dim": 1408, "predictor_dim": 1024, "depth": DEPTH, "num_heads": 16, "action_dim": 7, "state_dim": 7}
     with torch.device("cuda"):
-        return ACPredictor(**sizes, grid=(16, 16), **changes)
+        return ACPredictor(**sizes | changes, grid=(16, 16))
 
 
 def card_of(gib: float):
@@ -56,7 +56,7 @@ def test_a_training_step_keeps_within_its_launches_and_bytes_and_recomputes_wher
     with counted_cuda() as counts, card_of(80):
         count_training_step(counts, build(activation_checkpointing="auto"))
         assert sum(counts.launches.values()) <= 3650
-        assert counts.launches["_foreach_copy_"] == 2 * 24, "weights of a block are cast once, and their gradients"
+        assert counts.launches["_foreach_copy_"] == 2 * DEPTH, "weights of a block are cast once, and their gradients"
         assert counts.elementwise_bytes <= 139e9
         assert 15 * GIB < counts.peak_bytes <= 20 * GIB
         with card_of(16):
