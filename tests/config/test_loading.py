@@ -169,7 +169,6 @@ def test_an_impossible_setting_is_refused_before_any_work(overrides, words):
         ("rope: paired", "rope: tiled", r"rope of encoder 'vitl384_v21', kind vjepa2_1, is 'tiled'; .*paired"),
         ("positions: rescaled", "positions: index", r"positions of encoder 'vitl384_v21'.* is 'index'; .*rescaled"),
         ("depth: 24", "depth: 32", r"depth of encoder 'vitl384_v21', kind vjepa2_1, is 32; known: 12, 24, 40, 48"),
-        ("patch_size: 16", "patch_size: 32", r"patch_size 16 only; got 32"),
         ("embed_dim: 1024", "embed_dim: 1000", r"embed_dim 1000 must be a multiple of num_heads 16"),
         ("kind: vjepa2_1", "kind: vjepa21", r"vitl384_v21\.yaml: kind is 'vjepa21'; did you mean 'vjepa2_1'"),
         ("kind: vjepa2_1", "kind: vjepa2", r"rope of encoder 'vitl384_v21', kind vjepa2, is 'paired'; .*tiled"),

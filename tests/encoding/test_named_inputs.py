@@ -60,7 +60,6 @@ def test_a_simulated_robots_recordings_count_when_they_are_whole_and_never_among
     ("named", "files", "note"),
     [
         ("films", ["here/films/a.mp4"], "{base}/here/films is there: name it so, in full"),
-        ("nowhere", [], "{base}/checkout/nowhere does not exist"),
         ("droid_1000", ["checkout/droid_100/a"], "droid_1000 does not exist; did you mean 'droid_100'?"),
         ("films", ["here/films/a.mp4", "checkout/films/a.txt"], None),  # what was meant is there, only without any
         ("films", ["checkout/films/june/a.mp4"], "jepa-cache pack {base}/checkout/films OUT"),

@@ -140,7 +140,6 @@ def test_names_of_joints_are_shown_and_decide_no_store(tmp_path):
     ("actions", "words"),
     [
         ("action[2]", "has 2 numbers"),
-        ("action[0:3]", "has 2 numbers"),
         ("action[1:1]", "has 2 numbers"),
         ("action[lft]", "did you mean 'lift'"),
         ("actoin", "no column 'actoin'; it has observation.state, action"),

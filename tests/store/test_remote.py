@@ -134,7 +134,6 @@ MOVED = DENIED.replace("AccessDenied", "PermanentRedirect")
 PERMISSIONS = "not permitted; the credentials need list, get, put and delete"
 REFUSALS = {
     "no writing": (Fault("PUT", "status", 403, DENIED), PERMISSIONS),
-    "no listing": (Fault("GET", "status", 403, DENIED), PERMISSIONS),
     "region": (Fault("GET", "status", 301, MOVED), "another region; set AWS_REGION"),
     "network": (Fault("GET", "refuse", times=99), "cannot be reached; check the network"),
 }

@@ -95,7 +95,6 @@ OF_OTHERS = (
     "notes.txt",
     ".tmp-draft/x .tmp-0123456789ab-notes.txt",
     "tokens/mymodel/vocabulary.json controls/x/log.parquet",
-    "manifests/deployment.json",
     f"tokens/{ID}/x",
     f"tokens/{ID}/{ID}.zarr/zarr.json",
     "README.md in-use.lock",
