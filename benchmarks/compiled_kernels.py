@@ -143,6 +143,7 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: tuple[int, ...], *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*given)
+        ctx.set_materialize_grads(False)  # a compiled block does not return keys and values that nobody keeps
         return torch.empty_like(given[0]), given[0].new_empty(shape), given[0].new_empty(shape)
 
     @staticmethod

@@ -158,7 +158,7 @@ def train_steps(bench: Bench) -> Part:
                 f"{name}: launches",
                 launches,
                 "",
-                {"ours": 3641, "ours, blocks compiled": 2921, "ours, blocks compiled, FlexAttention": 2537}.get(
+                {"ours": 3593, "ours, blocks compiled": 2777, "ours, blocks compiled, FlexAttention": 2393}.get(
                     name, 0
                 ),
                 more=f"busy {busy:.0%}",

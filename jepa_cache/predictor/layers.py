@@ -314,8 +314,9 @@ class Block(nn.Module):
         past: KeysValues | None,
         modulation: Tensor | None = None,
         mask: BlockMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T*L, P] to the same, with the keys and values of all tokens so far.
+        keeps: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x: [B, T*L, P] to the same, with the keys and values of all tokens so far where `keeps`.
 
         A modulation [B, T, 6, P] shifts and scales the inputs of attention and MLP and gates their outputs, by step; zeros change nothing.
         """
@@ -330,7 +331,8 @@ class Block(nn.Module):
             attended, (k, v) = self.attn(modulated, table, tokens_per_step, past, mask)
             x = x + (1 + gate1) * attended
             x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return x, k, v
+        # Else a compiled block would add gradients of zeros to those of keys and values.
+        return (x, k, v) if keeps else (x, None, None)
 
 
 class _CastTogether(torch.autograd.Function):

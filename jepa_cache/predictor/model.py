@@ -25,7 +25,7 @@ class PredictorOutput(NamedTuple):
     tokens: Tensor
     """[B, T, N, E] prediction of the step after each given one; not layer-normed."""
     past: list[KeysValues]
-    """Per block the keys and values of all steps so far (past ones included)."""
+    """Per block the keys and values of all steps so far (past ones included), or of those that are kept; empty where none are."""
 
 
 class ACPredictor(nn.Module):
@@ -177,7 +177,7 @@ class ACPredictor(nn.Module):
         finally:
             self._low = None
 
-    def _run_block(self, number: int, dtype: torch.dtype | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_block(self, number: int, dtype: torch.dtype | None, *arguments: Any) -> tuple[Tensor, Any, Any]:
         block = self.predictor_blocks[number]
         if dtype is None:
             return block(*arguments)
@@ -248,11 +248,14 @@ class ACPredictor(nn.Module):
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i in range(len(self.predictor_blocks)):
-            arguments = (i, self._low and self._low[0], x, table, length, past[i] if past else None, by_block[i], mask)
+            dtype, before = self._low and self._low[0], past[i] if past else None
+            arguments = (i, dtype, x, table, length, before, by_block[i], mask, num_kept > 0)
             if recomputes:
                 x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, k, v = self._run_block(*arguments)
+            if not num_kept:
+                continue
             if num_kept < k.shape[2] or not past:
                 # Copies: a view would keep the whole window alive; and new keys share their memory with the queries.
                 k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()

@@ -20,11 +20,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import google_crc32c
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numcodecs.checksum32 import CRC32C
 
 from jepa_cache.store import layout
 from jepa_cache.store.layout import REMEDY, StoreDamagedError, StoreFile, read_content, read_store_file
@@ -109,7 +109,7 @@ class OpenShard:
         except OSError as error:
             raise StoreDamagedError(f"{path} cannot be read ({error}); {REMEDY}") from error
         stored, crc = bytes(raw[:-CRC_BYTES]), int.from_bytes(raw[-CRC_BYTES:], "little")
-        if num_read != len(raw) or google_crc32c.value(stored) != crc:
+        if num_read != len(raw) or CRC32C.checksum(stored) != crc:
             raise StoreDamagedError(f"the shard index at the end of {path} is damaged; {REMEDY}")
         index = np.frombuffer(stored, "<u8").reshape(num_chunks, 2)
         offsets, lengths = index[:, 0], index[:, 1]
@@ -148,7 +148,7 @@ def crc32c_of(*parts: memoryview) -> int:
     value = 0
     for part in parts:
         for begin in range(0, len(part), CRC_PIECE_BYTES):
-            value = google_crc32c.extend(value, np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8))
+            value = CRC32C.checksum(np.frombuffer(part[begin : begin + CRC_PIECE_BYTES], np.uint8), value)
     return value
 
 

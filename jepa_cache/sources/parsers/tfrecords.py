@@ -79,9 +79,9 @@ def iter_records(path: Path | BucketFile) -> Iterator[Record]:
 
 def mask_crc32c(data: bytes) -> int:
     """TFRecord's checksum: crc32c, rotated right by 15 bits and moved by a constant, as TensorFlow's record writer does."""
-    import google_crc32c
+    from numcodecs.checksum32 import CRC32C
 
-    crc = google_crc32c.value(data)
+    crc = CRC32C.checksum(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
