@@ -101,13 +101,14 @@ class BackgroundWriter:
     Memory: one copy of weights and moments on the CPU, kept from checkpoint to checkpoint; page-locked where they are on a GPU.
 
     Attributes:
+        copying: The copy that `settle` has to wait for; None between it and the next checkpoint, and always from a GPU.
         running: The write that was begun last and has not been joined.
     """
 
     def __init__(self, write: Callable[[Checkpoint], object]) -> None:
         self._write, self._copies, self._kept = write, Copies(), {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copying: Future[Checkpoint] | None = None
+        self.copying: Future[Checkpoint] | None = None
         self.running: Future[object] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -120,12 +121,12 @@ class BackgroundWriter:
         if any(weight.device.type == "cuda" for weight in checkpoint.weights.values()):
             checkpoint = self._take(checkpoint)
         else:
-            self._copying = self._pool.submit(self._take, checkpoint)
-        self.running = self._pool.submit(self._wait_and_write, self._copying or checkpoint)
+            self.copying = self._pool.submit(self._take, checkpoint)
+        self.running = self._pool.submit(self._wait_and_write, self.copying or checkpoint)
 
     def settle(self) -> None:
         """Wait until what was saved is copied: before anything of it is changed; raises what went wrong."""
-        copying, self._copying = self._copying, None
+        copying, self.copying = self.copying, None
         if copying is not None:
             copying.result()
 
@@ -147,7 +148,7 @@ class BackgroundWriter:
 
     def join(self) -> None:
         """Wait until what was saved is written; raises what went wrong."""
-        running, self.running, self._copying = self.running, None, None
+        running, self.running, self.copying = self.running, None, None
         if running is not None:
             running.result()
 

@@ -307,7 +307,7 @@ class _Writer:
 
     def settle(self) -> None:
         """Wait until weights and moments may be changed again; the optimiser's steps do by themselves."""
-        if not self._silent:
+        if not self._silent and self._checkpoints.copying is not None:  # its file is entered in no other step
             self._checkpoints.settle()
 
     def join(self) -> None:
