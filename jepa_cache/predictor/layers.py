@@ -158,7 +158,6 @@ def block_causal_attention(
 
 
 @cache
-@torch.compiler.assume_constant_result
 def has_bfloat16_products() -> bool:
     """Say whether this CPU multiplies bfloat16 matrices in hardware; elsewhere such products are slower than float32 ones.
 

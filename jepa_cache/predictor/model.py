@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from jepa_cache.predictor.layers import Block, KeysValues, cast_products, rotary_table, step_mask
+from jepa_cache.predictor.layers import (
+    Block,
+    KeysValues,
+    cast_products,
+    has_bfloat16_products,
+    rotary_table,
+    step_mask,
+)
 
 
 class PredictorOutput(NamedTuple):
@@ -162,6 +169,8 @@ class ACPredictor(nn.Module):
         `flex`: windows that begin here attend by one call of FlexAttention, on a GPU alone: it has no backward pass on a CPU.
         """
         self._flex = flex
+        # Tracing the question would break the graph. Marked here, as it imports torch's compiler: 1.6 s.
+        torch.compiler.assume_constant_result(has_bfloat16_products.__wrapped__)
         for block in self.predictor_blocks:
             block.compile(*arguments, **options)
 

@@ -11,6 +11,8 @@ Claims:
 - a wrong shape is named.
 """
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -194,6 +196,13 @@ def test_adaptive_layer_norms_begin_without_effect_and_add_only_their_own_weight
     assert torch.equal(adaptive(tokens, actions, states).tokens, expected)
     fresh = ACPredictor(**SIZES, conditioning="adaln")
     assert not any(tensor.any() for tensor in fresh.modulations.state_dict().values())
+
+
+def test_nothing_imports_the_compiler_of_torch_before_it_compiles():
+    """It takes 1.6 s, in every stage and in programs that deploy."""
+    names = "jepa_cache.api, jepa_cache.training.trainer, jepa_cache.evaluation.run"
+    code = f"import sys, {names}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
