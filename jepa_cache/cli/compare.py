@@ -159,10 +159,12 @@ def find_runs(repository: Path) -> list[str]:
     names = [os.path.relpath(folder / "evaluate") for folder in sorted(folders)]
     if find_spec("dvc") is not None and (repository / ".dvc").is_dir():
         # Not asked of DVC, which would wait for a pipeline that runs.
-        refs = subprocess.run(
-            ["git", "for-each-ref", "--format=%(refname)", "refs/exps"], cwd=repository, capture_output=True, text=True
+        refs, lock = (
+            subprocess.run(["git", *command.split()], cwd=repository, capture_output=True, text=True).stdout
+            for command in ("for-each-ref --format=%(refname) refs/exps", "ls-tree --name-only HEAD dvc.lock")
         )
-        names += ["HEAD", *re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs.stdout, re.MULTILINE)]
+        names += ["HEAD"] * bool(lock)  # of a commit before the first `dvc repro` there is no run
+        names += re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs, re.MULTILINE)
     return names
 
 

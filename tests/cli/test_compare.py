@@ -298,6 +298,10 @@ def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, mon
     git("config", "user.name", "test")
     monkeypatch.chdir(repository)
     with Repo.init(str(repository)) as repo:
+        git("add", "params.yaml", "dvc.yaml")
+        git("commit", "-qm", "before the first run")
+        document, _ = compare("--all")
+        assert document["unread"] == [] and [run["run"] for run in document["groups"][0]["runs"]] == ["outputs"]
         repo.commit(force=True)
         git("add", "-A")
         git("commit", "-qm", "one")
