@@ -160,19 +160,20 @@ def preset_file(kind: str, name: str) -> str:
 
 
 def find_repository(folder: Path, *, read_only: bool = False) -> Path:
-    """The checkout or project that `folder` lies in, known by its params.yaml and configs/; else the checkout this package lies in.
+    """The checkout or project that `folder` lies in, known by its params.yaml and configs/.
 
     Raises:
-        ConfigError: There is none, as the package is installed without a checkout. `read_only` takes the settings that came with it.
+        ConfigError: It lies in none. `read_only` takes the settings of the package then: nobody's outputs may be looked for below those.
     """
     for candidate in (folder, *folder.parents):
         if (candidate / "params.yaml").is_file() and (candidate / "configs").is_dir():
             return candidate
-    if REPOSITORY_ROOT == TEMPLATE and not read_only:
-        raise ConfigError(
-            f"{folder} lies in no project (params.yaml and configs/); `jepa-cache init FOLDER` makes one, then work in it"
-        )
-    return REPOSITORY_ROOT
+    if read_only:
+        return REPOSITORY_ROOT
+    raise ConfigError(
+        f"{folder} lies in no project: neither it nor a folder above it holds params.yaml and configs/; cd into a project, or make one with "
+        "`jepa-cache init FOLDER`"
+    )
 
 
 def data_base(root: Path = REPOSITORY_ROOT) -> Path:
