@@ -421,6 +421,13 @@ class CachedDataset:
                 )
         return rows
 
+    def recordings(self, store: int) -> tuple[list[str], list[str]]:
+        """Keys of the recordings of a store in the order of its unit, and of those that were skipped, as they were called when it was made."""
+        tokens = self._token_paths[store]
+        stated = read_store_file(tokens)
+        episodes = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode",)).column("episode").to_pylist()
+        return list(dict.fromkeys(episodes)), [recording["key"] for recording in stated.metadata["skipped"]]
+
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
         """Return the raw controls of a store, episode to name to [M]; a StoreDamagedError where the file is not whole."""
         part, entry = self.manifest.stores[store]

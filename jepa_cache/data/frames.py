@@ -20,10 +20,11 @@ def read_frames(
     """Decode the anchor frames of every `step_length`-th step of some runs.
 
     Returns:
-        For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
+        For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, was changed, or cannot be told
+        from others of its unit after names changed.
 
     Raises:
-        ValueError: A recording is there, but does not hold the episode, or cannot be decoded.
+        ValueError: A recording is there, but cannot be decoded.
 
     Cost: reads the whole unit (tar shard) of each run, once.
     """
@@ -40,9 +41,11 @@ def read_frames(
         for position, run in enumerate(runs):
             if run.store == store:
                 wanted.setdefault(run.episode, []).append(position)
+        left, skipped = dataset.recordings(store)
         for recording in source.iter_episodes(Unit(files[0].name, files)):
-            if isinstance(recording, Episode) and recording.key in wanted:
-                positions = wanted.pop(recording.key)
+            key = _take_key(recording.key, left, skipped) if isinstance(recording, Episode) else None
+            if key in wanted:
+                positions = wanted.pop(key)
                 spans = [numbers[runs[position].start : runs[position].stop : step_length] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
                 with open_video(
@@ -56,8 +59,25 @@ def read_frames(
                     frames[position] = decoded[np.searchsorted(needed, span)]
                 if not wanted:
                     break
-        if wanted:
-            raise ValueError(
-                f"{files[0]} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
-            )
     return frames
+
+
+def _take_key(key: str, left: list[str], skipped: Sequence[str]) -> str | None:
+    """What the store calls a recording that is called `key` now; None where it holds none such, or that cannot be told.
+
+    A store keeps the first names. Folders may have others since, but a unit of the same digest has its recordings in the same order: of
+    equal last parts, such as `ep00` of two folders, the first is the first that is `left`. Not so where one of them was skipped:
+    then the whole key decides. A unit of one recording leaves no doubt. Removes from `left` what is found and all before it.
+    """
+    last = _last_part(key)
+    alone = len(left) == 1 and not skipped
+    doubtful = last in map(_last_part, skipped)
+    for place, known in enumerate(left):
+        if alone or known == key or (not doubtful and _last_part(known) == last):
+            del left[: place + 1]
+            return known
+    return None
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition("/")[2]
