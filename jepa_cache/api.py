@@ -404,10 +404,9 @@ class WorldModel:
 
     def build_motion(self, settings: str | PlannerSettings | None = None, **changes: Any) -> Motion:
         """What may move: `control.motion.build_motion` of this space and recordings, with the step and reach of settings."""
-        named = None if settings is None else self.choose_settings(settings)
-        limits = ({} if named is None else {"max_step_m": named.max_step_m, "reach": named.reach}) | changes
-        warn_of_reach(limits.get("reach", 1.0), self._card)
-        return build_motion(self.space, recorded=self.recorded, **limits)
+        defaults = {} if settings is None else self.choose_settings(settings).limits
+        warn_of_reach(changes.get("reach") or defaults.get("reach", 1.0), self._card)
+        return build_motion(self.space, recorded=self.recorded, defaults=defaults, **changes)
 
     def choose_cost(self, cost: str | Cost, steps: str = LAST) -> Cost:
         """A cost by its name, of the last predicted step or as the sum over all (`steps="sum"`); or your own, as it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -50,6 +51,10 @@ KIND = (
     *("measured.window_steps", "measured.normalize_reps"),
 )
 FILTERS = "measured.filter."
+COPIED, SAME_STEPS = (
+    "copy_last_l1",
+    0.01,
+)  # a column of episodes.csv, and by which share it may differ on the same steps
 NO_SETTINGS = (
     "run",
     "encoder_trained",
@@ -154,10 +159,12 @@ def find_runs(repository: Path) -> list[str]:
     names = [os.path.relpath(folder / "evaluate") for folder in sorted(folders)]
     if find_spec("dvc") is not None and (repository / ".dvc").is_dir():
         # Not asked of DVC, which would wait for a pipeline that runs.
-        refs = subprocess.run(
-            ["git", "for-each-ref", "--format=%(refname)", "refs/exps"], cwd=repository, capture_output=True, text=True
+        refs, lock = (
+            subprocess.run(["git", *command.split()], cwd=repository, capture_output=True, text=True).stdout
+            for command in ("for-each-ref --format=%(refname) refs/exps", "ls-tree --name-only HEAD dvc.lock")
         )
-        names += ["HEAD", *re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs.stdout, re.MULTILINE)]
+        names += ["HEAD"] * bool(lock)  # of a commit before the first `dvc repro` there is no run
+        names += re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs, re.MULTILINE)
     return names
 
 
@@ -280,7 +287,7 @@ def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -
     """Mean over shared episodes of the run's error less the reference's, with its 95 % interval, and what may be said.
 
     Raises:
-        ValueError: An episode has other numbers of windows in the two, so the pairs would not be pairs.
+        ValueError: An episode has other numbers of windows in the two, or is of other recordings, so the pairs would not be pairs.
     """
     for evaluated in (run, reference):
         if not evaluated.episodes:
@@ -294,6 +301,13 @@ def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -
             raise ValueError(
                 f"episode {name} has {own['num_windows']:.0f} windows in {run.name} and {other['num_windows']:.0f} in {reference.name}; "
                 "evaluate both with the same data and settings"
+            )
+        # Whatever the predictor, it is the same on the same steps, but for the last bits of another machine's encoder.
+        copied = own.get(COPIED, math.nan), other.get(COPIED, math.nan)
+        if abs(copied[0] - copied[1]) > SAME_STEPS * max(copied):
+            raise ValueError(
+                f"episode {name} is another recording in {run.name} than in {reference.name}: copying its last step errs by {copied[0]:.4f} and "
+                f"{copied[1]:.4f}; recordings that lie under one name in two folders are no pair"
             )
         differences.append(own[column] - other[column])
     values = np.array(differences)

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,8 +48,13 @@ def parse_stage_arguments(
         )
     overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.config = load_config(root, overrides)
-    parsed.again = "".join(f" {shlex.quote(override)}" for override in overrides)
+    parsed.again = _type_again(overrides)
     return parsed
+
+
+def _type_again(overrides: Iterable[str]) -> str:
+    """Overrides as one types them behind a command."""
+    return "".join(f" {shlex.quote(override)}" for override in overrides)
 
 
 class PrintableOutput:
@@ -99,12 +104,17 @@ def describe_full_gpu(error: RuntimeError) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage or command; an error that a user can cause is one message without a traceback, exit code 1."""
+    """Run a stage or command; an error that a user can cause is one message without a traceback, exit code 1.
+
+    A stage that the message tells to run is shown with the settings that were typed here.
+    """
     try:
         with guarded(sys.stdout):
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        sys.exit(f"error: {describe_error(error)}")
+        again = _type_again(filter(is_override, sys.argv[1:]))
+        told = re.sub(r"(?<=`)python stages/\w+\.py(?=`)", lambda found: found[0] + again, describe_error(error))
+        sys.exit(f"error: {told}")
     except RuntimeError as error:
         if not FULL_GPU.search(str(error)):
             raise

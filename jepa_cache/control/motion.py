@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,9 @@ BEYOND_SHARE = 0.05  # of the recorded range of a place, by which a plan may lea
 # Of its limit: a column whose deviation in training was smaller hardly moved, so nobody knows what it does. A closed gripper that settles
 # while it pushes has half a hundredth of its limit, one that grasps a tenth.
 STILL_SHARE = 0.02
+LIMITS = {"max_step_m": 0.05, "max_rotation_rad": 0.0, "max_turn_deg": 30.0, "reach": 1.0}
+"""What holds where nothing else is said."""
+WITHOUT = (("max_rotation_rad", 0.0), ("reach", 1.0))  # what every space can do
 
 
 class Bound(NamedTuple):
@@ -89,14 +92,20 @@ class Motion:
 def build_motion(
     space: ActionSpace,
     *,
-    max_step_m: float = 0.05,
-    max_rotation_rad: float = 0.0,
-    max_turn_deg: float = 30.0,
-    reach: float = 1.0,
+    max_step_m: float | None = None,
+    max_rotation_rad: float | None = None,
+    max_turn_deg: float | None = None,
+    reach: float | None = None,
     recorded: Recorded | None = None,
     fixed: tuple[str, ...] = (),
+    within: Mapping[str, tuple[float, float]] | None = None,
+    defaults: Mapping[str, float] | None = None,
 ) -> Motion:
     """What a plan may move in an action space in one step; `fixed` names columns that stay as they are (commands) or 0 (changes).
+
+    `within` narrows searched columns to (low, high) in one step, in every space: the only limits that vectors have beside the recorded
+    range. A limit that is given and that no column obeys is refused; those of `defaults` (of a planner's settings, else `LIMITS`) hold
+    where they can.
 
     With a `reach` above 1 one planned action may span that many steps: for predictors that were trained on mixed step lengths. What is
     carried out at once stays within the limits of one step. A gripper and commands do not reach further.
@@ -110,11 +119,20 @@ def build_motion(
     keys stay as they were. Vectors: all columns, within the quantiles of the actions that are `recorded`, by which states follow too.
 
     Raises:
-        ValueError: A limit is out of range, `fixed` names a column that nothing searches, the space or the weights do not say where an
-            action leads, or nothing is left to search.
+        ValueError: A limit is out of range or limits nothing, `fixed` or `within` names a column that nothing searches, the space or the
+            weights do not say where an action leads, or nothing is left to search.
 
     Source: V-JEPA 2-AC, arXiv 2506.09985, and the planner published with it.
     """
+    asked = {
+        "max_step_m": max_step_m,
+        "max_rotation_rad": max_rotation_rad,
+        "max_turn_deg": max_turn_deg,
+        "reach": reach,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    limits = {**LIMITS, **(defaults or {}), **given}
+    max_step_m, max_rotation_rad, max_turn_deg, reach = (limits[name] for name in asked)
     if not (
         0 < max_step_m < np.inf and 0 < max_turn_deg <= 180 and 0 <= max_rotation_rad <= np.pi and 1 <= reach < np.inf
     ):
@@ -132,7 +150,14 @@ def build_motion(
             f"in action space {space.name!r} only the recordings tell how far actions go and where they lead, and these weights do not say it: "
             "an older version wrote them. Train again (a finished training only writes its outputs anew), or give a `motion` of your own"
         )
-    limits = {"max_step_m": max_step_m, "max_rotation_rad": max_rotation_rad, "max_turn_deg": max_turn_deg}
+    obeyed = {one.limit for one in rule.searched} | ({"reach"} if rule.adds else set())
+    idle = [pair for pair in given.items() if pair[0] not in obeyed and pair not in WITHOUT]
+    if idle:
+        raise ValueError(
+            f"a limit must limit something, but no column of action space {space.name!r} obeys {', '.join(f'{it[0]}={it[1]:g}' for it in idle)} "
+            "(an argument of build_motion, or plan.* in params.yaml). Leave it away; to narrow the search, keep columns still with build_motion's "
+            f"fixed=, or give their range in one step, as in within={{{rule.searched[0].column!r}: (-0.1, 0.1)}}"
+        )
     most = {"max_rotation_rad": np.pi, "max_turn_deg": 180.0}
     searched = {one.column: one for one in rule.searched if limits.get(one.limit, one.limit)}
     if unknown := [name for name in fixed if name not in searched]:
@@ -156,6 +181,17 @@ def build_motion(
     else:
         high = np.array([limits.get(one.limit, one.limit) for one in searched.values()], np.float64)
         low = -high
+    for name, (floor, ceiling) in (within or {}).items():
+        if name not in searched:
+            raise ValueError(f"`within` takes columns that are searched ({', '.join(searched)}); got {name}")
+        number = list(searched).index(name)
+        ends = max(low[number], floor), min(high[number], ceiling)
+        if not (floor < ceiling and ends[0] < ends[1]):
+            raise ValueError(
+                f"`within` is (low, high) and meets what may be searched; got {(floor, ceiling)} for {name}, which goes from "
+                f"{low[number]:g} to {high[number]:g} in one step"
+            )
+        low[number], high[number] = ends
     factor = np.where(gripper | (not rule.adds), 1.0, reach)
     end = np.array([most.get(one.limit, np.inf) for one in searched.values()])
     widest = np.maximum(np.minimum(low, low * factor), -end), np.minimum(np.maximum(high, high * factor), end)

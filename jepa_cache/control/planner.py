@@ -65,6 +65,11 @@ class PlannerSettings:
                 f"close_gripper_from counts steps of the plan from 0; got {self.close_gripper_from}. Use None to leave the gripper to the search"
             )
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The `defaults` of `motion.build_motion`."""
+        return {"max_step_m": self.max_step_m, "reach": self.reach}
+
 
 JUMP = "jump"
 SETTINGS = {

@@ -65,9 +65,14 @@ class WindowIndex:
             time_reversal: Whether every window is there a second time, backwards.
 
         Raises:
-            ValueError: When no segment is long enough, for one of the step lengths.
+            ValueError: When there is no segment, or none that is long enough for one of the step lengths.
         """
         self.segments = list(segments)
+        if not self.segments:
+            raise ValueError(
+                f"there is no episode to take windows of {num_steps} steps from: this side of the split has none, or filters cut all of its "
+                "steps. evaluate and plan need held-out episodes, and split.val_share=0 holds none out; look at split.* and filter.*"
+            )
         self.num_steps = num_steps
         self.step_lengths = tuple(sign * k for k in step_lengths for sign in ((1, -1) if time_reversal else (1,)))
         lengths = np.array([segment.stop - segment.start for segment in self.segments], np.int64)

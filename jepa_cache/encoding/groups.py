@@ -256,8 +256,8 @@ def find_space(config: Config, source: Source, units: Sequence[Unit]) -> ActionS
     if setting not in VECTOR_RULES:
         return get_action_space(setting)
     recordings = (recording for unit in units for recording in iter_recordings(source, unit))
-    looked_at = [it for it in itertools.islice(recordings, NUM_LOOKED_AT) if isinstance(it, Episode)]
-    found = {fit_vector(setting, recording.controls): recording for recording in looked_at}
+    looked_at = list(itertools.islice(recordings, NUM_LOOKED_AT))
+    found = {fit_vector(setting, it.controls): it for it in looked_at if isinstance(it, Episode)}
     for name, recording in found.items():
         if name is not None and len(found) == 1:
             return get_action_space(name)
@@ -268,9 +268,9 @@ def find_space(config: Config, source: Source, units: Sequence[Unit]) -> ActionS
                 "of these (docs/action_spaces.md)"
             )
     if not found:
+        reason = next((f"; {it.key}: {it.reason}" for it in looked_at if isinstance(it, Skipped)), "")
         raise ValueError(
-            f"encode.action_space is {setting!r}, and none of the first recordings can be used, so its columns are not known; `jepa-cache "
-            f"inspect encode.action_space={setting}7x14` says why"
+            f"encode.action_space is {setting!r}, and none of the first recordings can be used, so its columns are not known{reason}"
         )
     told = ", ".join(f"{name} in {recording.key}" for name, recording in found.items())
     raise ValueError(

@@ -22,7 +22,7 @@ from jepa_cache.actions import ActionSpace
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, SearchConfig
 from jepa_cache.control.costs import SIMPLE_COSTS, Cost, choose_cost, load_costs
-from jepa_cache.control.motion import Motion, build_motion
+from jepa_cache.control.motion import LIMITS, Motion, build_motion
 from jepa_cache.control.planner import (
     JUMP,
     SETTINGS,
@@ -102,8 +102,17 @@ def score_plans(
     torch.set_num_threads(default_num_threads())
     config, dataset = evaluation.config.plan, evaluation.dataset
     search = choose_settings(config)
-    limits = {"max_step_m": search.max_step_m, "reach": search.reach, "max_turn_deg": config.max_turn_deg}
-    motion = build_motion(dataset.space, **limits, max_rotation_rad=config.max_rotation_rad, recorded=recorded)
+    motion = build_motion(
+        dataset.space,
+        max_step_m=config.max_step_m,
+        max_rotation_rad=config.max_rotation_rad,
+        max_turn_deg=None
+        if config.max_turn_deg == LIMITS["max_turn_deg"]
+        else config.max_turn_deg,  # params.yaml always has one
+        reach=config.reach,
+        defaults=search.limits,
+        recorded=recorded,
+    )
     cost, jumps = choose_cost(costs, config.cost, config.cost_steps), config.settings == JUMP
     if jumps:  # refused here where actions of several steps are not one
         dataset.space.compose(np.zeros((1, len(dataset.space.actions))))

@@ -381,6 +381,8 @@ class Layout:
         if kinds.get(camera) == "image":
             raise ValueError(f"{camera!r} holds images inside parquet files; only videos are read")
         if camera not in cameras:
+            there = {path.name for depth in ("*", "*/*") for path in (self.root / "videos").glob(depth)}
+            cameras = [name for name in cameras if name in there] or cameras  # a camera may be listed without videos
             raise ValueError(
                 f"there is no video {camera!r} in meta/info.json{nearest(camera, cameras)} "
                 f"(source_options.camera; it lists {', '.join(cameras) or 'no video'})"

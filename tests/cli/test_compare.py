@@ -63,7 +63,7 @@ def write_run(folder, errors, *, first=0, num_windows=2, trained=True, **changes
     """An evaluation of episodes `first`, `first` + 1, ... with these open-loop errors; teacher forcing has half of each."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"episode-{number:02d}" for number in range(first, first + len(errors))]
-    columns = {"teacher_forcing_l1": errors / 2, "rollout_l1": errors}
+    columns = {"copy_last_l1": np.full(len(errors), 0.8), "teacher_forcing_l1": errors / 2, "rollout_l1": errors}
     estimates = {
         name: bootstrap_mean(values, num_resamples=200, seed=0)
         for name, values in {**columns, "gap_copy_last": 0.1 * errors, "gap_zero_actions": 0 * errors}.items()
@@ -233,6 +233,11 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
         ("episodes.csv", "episode,num_windows,rollout_l1\nx,2,0.5.\n", "episodes.csv"),
         ("episodes.csv", None, "has no episodes.csv, without which runs cannot be paired"),
         ("episodes.csv", "episode,num_windows,rollout_l1\nepisode-00,3,1\n", "episode-00 has 3 windows"),
+        (
+            "episodes.csv",
+            "episode,num_windows,rollout_l1,teacher_forcing_l1,copy_last_l1\nepisode-00,2,1,1,9\n",
+            "episode-00 is another recording",
+        ),
     ],
 )
 def test_what_is_no_evaluation_or_cannot_be_paired_is_one_message(tmp_path, file, content, words):
@@ -293,6 +298,10 @@ def test_revisions_are_read_through_dvc_and_missing_ones_are_named(tmp_path, mon
     git("config", "user.name", "test")
     monkeypatch.chdir(repository)
     with Repo.init(str(repository)) as repo:
+        git("add", "params.yaml", "dvc.yaml")
+        git("commit", "-qm", "before the first run")
+        document, _ = compare("--all")
+        assert document["unread"] == [] and [run["run"] for run in document["groups"][0]["runs"]] == ["outputs"]
         repo.commit(force=True)
         git("add", "-A")
         git("commit", "-qm", "one")

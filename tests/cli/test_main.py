@@ -14,6 +14,7 @@ from jepa_cache.cli.main import COMMANDS, STAGES, build_app, main
 from jepa_cache.cli.outcome import Outcome, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
 from jepa_cache.config.paths import printable
+from jepa_cache.store.manifest import read_manifest
 from tests.workspace import SUITE_SETTINGS
 
 HEAVY = ("torch", "zarr", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib", "webdataset", "h5py")
@@ -96,7 +97,7 @@ def test_control_characters_are_written_out_and_nothing_else_is_changed(capsys):
     assert capsys.readouterr().out == f"skipped: {SHOWN}\n\tindented\n" and not hasattr(sys.stdout, "_stream")
 
 
-def test_an_error_is_one_message_whose_lines_continue_indented(monkeypatch, capsys):
+def test_an_error_is_one_message_whose_lines_continue_indented_and_repeats_settings(tmp_path, monkeypatch, capsys):
     def fail():
         error = PermissionError(f"{NAME} is bad\nerror: all is lost:\n  one\n  two")
         error.add_note("while packing")
@@ -106,6 +107,9 @@ def test_an_error_is_one_message_whose_lines_continue_indented(monkeypatch, caps
     with pytest.raises(SystemExit) as raised:
         main()
     assert raised.value.code == rf"error: {SHOWN} is bad\nerror: all is lost:" + "\n  one\n  two\n  while packing"
+    monkeypatch.setattr("sys.argv", ["fit_scaler.py", "mine.yaml", "shards", "train.note=a b"])
+    with pytest.raises(SystemExit, match=r"run `python stages/encode\.py mine\.yaml 'train\.note=a b'` first"):
+        run_stage(lambda: read_manifest(tmp_path / "manifest.json"))
     with pytest.raises(typer.Exit) as ended:
         report(fail, as_json=False)
     assert ended.value.exit_code == 2 and SHOWN in capsys.readouterr().err

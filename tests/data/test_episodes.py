@@ -9,6 +9,7 @@ import torch
 from jepa_cache.config.schema import SplitConfig
 from jepa_cache.data.dataset import TRAIN, VAL
 from jepa_cache.data.episodes import Dataset
+from jepa_cache.data.windows import WindowIndex
 from jepa_cache.store.quantisation import decode
 from tests.caches import make_cache
 
@@ -68,3 +69,7 @@ def test_each_window_of_a_split_comes_once_an_epoch_in_an_order_of_its_own(cache
         next(dataset.windows(5, split="test"))
     with pytest.raises(ValueError, match="no segment holds a window of 99 steps"):
         next(dataset.windows(99))
+    with pytest.raises(
+        ValueError, match=r"evaluate and plan need held-out episodes, and split\.val_share=0 holds none out"
+    ):
+        WindowIndex([], 8)

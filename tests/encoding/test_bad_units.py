@@ -222,9 +222,8 @@ def test_an_action_space_that_no_recording_allows_stops_before_anything_is_encod
             encode(good, root, tiniest_config(dataset, action_space="vector_sum"))
     (good / "a.json").write_text("{}")
     (good / "b.mp4").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"none of the first recordings can be used, so its columns are not known; .*vector_sum7x14"
-    ):
+    reasons = r"are not known; in/(a: .*states is missing|b: the video cannot be opened)"
+    with pytest.raises(ValueError, match=reasons):
         encode(good, root, tiniest_config("mp4_json", action_space="vector_sum"))
     assert not list(root.glob("tokens/*/*.zarr"))
     with pytest.raises(ValueError, match=r"no usable recording: all 2 were skipped .*pose7"):  # as requested

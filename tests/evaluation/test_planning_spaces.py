@@ -6,7 +6,8 @@ Claims:
 - in `vector_sum` and `vector_last`, with one action column and with two, with states and without, plans are searched within the quantiles
   of recorded actions and end nearer than not moving (commands: than random ones) and than for another goal; still columns keep their value; how states follow is said;
 - the world model of such weights plans, scores candidates, is a solver's cost model and controls without states, in metres or any units;
-- weights that do not say what was recorded are refused, and so is a search of nothing.
+- weights that do not say what was recorded are refused, and so is a search of nothing;
+- a limit that no column obeys is refused where it was given, and any searched column can be narrowed.
 """
 
 from dataclasses import replace
@@ -152,3 +153,35 @@ def test_what_only_recordings_tell_is_asked_of_them():
     assert build_motion(pose, recorded=replace(seen, action_std=())).names == ("dx", "dy", "dz", "dgripper"), (
         "older cards"
     )
+
+
+def test_a_limit_that_nothing_obeys_is_refused_and_columns_are_narrowed_within_what_was_recorded():
+    """A limit that was dropped without a word would let an arm of unnamed columns move as far as it ever did."""
+    sums, last, pose = map(get_action_space, ("vector_sum2x1", "vector_last2x1", "pose7"))
+    rows = ((-1.0, 0.2), (1.0, 0.8), (0.0,), (1.0,))
+    seen = Recorded(*rows, change=((0.0,),) * 4, change_r2=(0.0,), action_std=(1.0, 1.0))
+    view = get_action_space("vpt13")
+    for space, limit in (
+        (sums, {"max_step_m": 0.03}),
+        (last, {"max_rotation_rad": 0.1}),
+        (last, {"reach": 4.0}),
+        (pose, {"max_turn_deg": 30.0}),
+        (view, {"max_step_m": 0.05}),
+    ):
+        recorded = seen if space.name.startswith("vector") else None
+        with pytest.raises(ValueError, match=rf"no column of .* obeys {next(iter(limit))}=.*fixed=.*within=\{{'"):
+            build_motion(space, recorded=recorded, **limit)
+        motion = build_motion(space, recorded=recorded, defaults=limit, max_rotation_rad=0.0, reach=1.0)
+        np.testing.assert_array_equal(motion.low, build_motion(space, recorded=recorded).low)
+    motion = build_motion(sums, recorded=seen, within={"action_0": (-0.1, 3.0)}, reach=2.0)
+    assert (motion.step_low.tolist(), motion.step_high.tolist()) == ([-0.1, 0.2], [1.0, 0.8])
+    assert (motion.low.tolist(), motion.high.tolist()) == ([-0.2, 0.2], [2.0, 1.6])
+    assert build_motion(pose, within={"dz": (0.0, 0.01)}).high.tolist() == [0.05, 0.05, 0.01, 0.75]
+    for within, said in (
+        ({"action_7": (0.0, 1.0)}, r"takes columns that are searched \(action_0, action_1\); got action_7"),
+        ({"action_1": (0.9, 1.0)}, r"got \(0.9, 1.0\) for action_1, which goes from 0.2 to 0.8"),
+        ({"action_0": (0.1, -0.1)}, r"is \(low, high\)"),
+        ({"action_0": (np.nan, 0.1)}, r"is \(low, high\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build_motion(sums, recorded=seen, within=within)

@@ -155,7 +155,11 @@ def test_a_selection_that_does_not_fit_is_the_reason_of_the_skip(tmp_path, actio
 def test_a_selection_camera_or_input_that_is_none_is_refused_with_the_way_out(tmp_path):
     write_v2(tmp_path / "arm", {0: 6})
     (tmp_path / "empty").mkdir()
-    near = r"did you mean 'observation\.images\.top'.*source_options\.camera; it lists .*observation\.images\.top"
+    info = tmp_path / "arm/meta/info.json"
+    document = json.loads(info.read_text())
+    document["features"]["observation.images.tobe"] = {"dtype": "video"}  # listed, and without videos
+    info.write_text(json.dumps(document))
+    near = r"did you mean 'observation\.images\.top'\? \(source_options\.camera; it lists (?!.*tobe).*observation\.images\.top"
     for options, words in (
         ({**OPTIONS, "actions": ["action[0"]}, "no selection"),
         ({"camera": CAMERA}, "nothing is selected"),
