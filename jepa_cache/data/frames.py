@@ -8,9 +8,8 @@ import numpy as np
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import CachedDataset, Segment
-from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
-from jepa_cache.sources import Unit, build_source
+from jepa_cache.sources import Unit, build_source, iter_as_stored
 from jepa_cache.store.digests import DigestTable
 
 
@@ -41,11 +40,9 @@ def read_frames(
         for position, run in enumerate(runs):
             if run.store == store:
                 wanted.setdefault(run.episode, []).append(position)
-        left, skipped = dataset.recordings(store)
-        for recording in source.iter_episodes(Unit(files[0].name, files)):
-            key = _take_key(recording.key, left, skipped) if isinstance(recording, Episode) else None
-            if key in wanted:
-                positions = wanted.pop(key)
+        for recording in iter_as_stored(source, Unit(files[0].name, files), *dataset.recordings(store)):
+            if recording.key in wanted:
+                positions = wanted.pop(recording.key)
                 spans = [numbers[runs[position].start : runs[position].stop : step_length] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
                 with open_video(
@@ -60,24 +57,3 @@ def read_frames(
                 if not wanted:
                     break
     return frames
-
-
-def _take_key(key: str, left: list[str], skipped: Sequence[str]) -> str | None:
-    """What the store calls a recording that is called `key` now; None where it holds none such, or that cannot be told.
-
-    A store keeps the first names. Folders may have others since, but a unit of the same digest has its recordings in the same order: of
-    equal last parts, such as `ep00` of two folders, the first is the first that is `left`. Not so where one of them was skipped:
-    then the whole key decides. A unit of one recording leaves no doubt. Removes from `left` what is found and all before it.
-    """
-    last = _last_part(key)
-    alone = len(left) == 1 and not skipped
-    doubtful = last in map(_last_part, skipped)
-    for place, known in enumerate(left):
-        if alone or known == key or (not doubtful and _last_part(known) == last):
-            del left[: place + 1]
-            return known
-    return None
-
-
-def _last_part(key: str) -> str:
-    return key.rpartition("/")[2]

@@ -11,9 +11,10 @@ import pytest
 
 from jepa_cache.data.dataset import CachedDataset, Segment
 from jepa_cache.data.episodes import Dataset
-from jepa_cache.data.frames import _take_key, read_frames
+from jepa_cache.data.frames import read_frames
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.media.video import open_video
+from jepa_cache.sources import take_key
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.root import CacheRoot
 from tests.caches import TICKS_PER_STEP, make_cache
@@ -114,7 +115,7 @@ def test_recordings_of_one_name_in_a_joined_unit_are_told_apart_by_their_order_w
 
 def test_where_a_skipped_recording_has_the_name_the_whole_key_decides_and_nothing_is_guessed():
     left = ["monday/ep00", "monday/ep01"]
-    assert _take_key("tuesday/ep00", left, ["sunday/ep00"]) is None and len(left) == 2
-    assert _take_key("tuesday/ep01", left, ["sunday/ep00"]) == "monday/ep01" and left == []
+    assert take_key("tuesday/ep00", left, ["sunday/ep00"]) is None and len(left) == 2
+    assert take_key("tuesday/ep01", left, ["sunday/ep00"]) == "monday/ep01" and left == []
     left = ["monday/ep00", "monday/ep01"]
-    assert _take_key("monday/ep00", left, ["sunday/ep00"]) == "monday/ep00" and left == ["monday/ep01"]
+    assert take_key("monday/ep00", left, ["sunday/ep00"]) == "monday/ep00" and left == ["monday/ep01"]
