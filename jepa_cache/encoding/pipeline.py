@@ -16,6 +16,7 @@ import numpy as np
 from jepa_cache.encoding.actions import read_first_keys, write_controls
 from jepa_cache.encoding.decoding import Decoders, EpisodeStream, UnreadableError
 from jepa_cache.encoding.groups import EncodingGroup
+from jepa_cache.encoding.steps import find_slower
 from jepa_cache.encoding.task import Claims, describe_machine
 from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Skipped, find_implausible
@@ -151,6 +152,7 @@ class _OpenUnit:
         self._segments: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._implausible: list[str] = []
+        self._slower: set[tuple[float, int]] = set()
         self._column_names: Mapping[str, str] = {}
         self._decoders: Counter[str] = Counter()
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
@@ -249,6 +251,7 @@ class _OpenUnit:
         # Outside the digest, so that a rule that finds more implausible values later gives the same stores.
         made = {**provenance, "decoders": dict(sorted(self._decoders.items()))}
         made |= {"implausible": self._implausible} if self._implausible else {}
+        made |= {layout.SLOWER: sorted(self._slower)} if self._slower else {}
         made |= {layout.COLUMN_NAMES: dict(self._column_names)} if self._column_names else {}
         steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
         self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
@@ -277,6 +280,8 @@ class _OpenUnit:
             self._segments.append({"segment": number, "start": start + a, "stop": start + b, **of_all})
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
+        if (slower := find_slower(episode.fps, self._group.encode.fps)) is not None:
+            self._slower.add(slower)
         self._column_names = episode.column_names
         self._decoders[stream.decoder] += 1
 
