@@ -259,8 +259,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     # Other than YAMLError: no UTF-8 and numbers of thousands of digits, and deep nesting.
     except (YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        told = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else str(error)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        told = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(error)
         raise ConfigError(f"{path} is no valid YAML: {told}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a mapping; got {'nothing' if loaded is None else type(loaded).__name__}")
