@@ -31,7 +31,7 @@ from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
 from jepa_cache.encoding.task import load_encoder, resolve_device
-from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, Predictor, load_predictor
+from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, STEP_HZ_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import AUTOCAST, LatentModel
 from jepa_cache.store.quantisation import get_codec
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 RECIPE_FIELD = "tokens_recipe"
 """Of a predictor's card: the recipe of the tokens that it was trained on."""
+RATES_APART = 0.05  # share by which rates of recordings may differ without a word
 MAX_SEEN = 256  # steps whose tokens a world model keeps: goals and contexts are given again and again
 
 
@@ -63,10 +64,9 @@ class Encoder:
         Raises:
             ValueError: Unknown names, settings that do not fit, or weights that cannot be had or are not those of the preset.
         """
-        if isinstance(overrides, str):
-            raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd(), read_only=True)
-        return cls.open(load_config(root, [f"encoder={name}", *overrides]), data_base(root))
+        chosen = overrides if isinstance(overrides, str) else [f"encoder={name}", *overrides]
+        return cls.open(load_config(root, chosen), data_base(root))
 
     @classmethod
     def open(cls, config: Config, base: Path) -> Encoder:
@@ -98,7 +98,7 @@ class Encoder:
         the values before they were coded.
 
         Args:
-            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the rate of the cache (`encode.fps`). F is a multiple of G; in
+            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the true rate of the cache (`WorldModel.fps`). F is a multiple of G; in
                 clip mode of `encode.frames_per_clip`.
 
         Returns:
@@ -129,14 +129,18 @@ class WorldModel:
         costs: Mapping[str, Cost] = SIMPLE_COSTS,
         precision: str = "float32",
     ) -> None:
-        """Put all together; `WorldModel.load` reads them and checks that they fit."""
+        """Put all together; `WorldModel.load` reads them and checks that they fit.
+
+        `fps` is the rate of frames, Hz, at which most training steps came; `step_hz` the least, middle and greatest rate of steps in the
+        training recordings, None for weights of older versions, of which `fps` is the requested rate.
+        """
         self.costs, self._card = dict(costs), card
         self._encoder = encoder
         self._model = LatentModel(predictor.to(encoder.device).eval(), bool(card["normalize_reps"]), precision)
         self._scaler = scaler_from_json(card["scaler"])
         self.space: ActionSpace = get_action_space(card["action_space"])
         self._scaler.check_columns(self.space)
-        self.fps: float = card[RECIPE_FIELD]["sampling"]["fps"]
+        self.step_hz, self.fps = _find_rates(card, encoder.frames_per_step)
         self.window_steps: int = card["window_steps"]
         self.recorded: Recorded | None = find_recorded(card)
         self._seen: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -447,6 +451,29 @@ def _check_frames(name: str, frames: np.ndarray) -> None:
             f"{name} must be a numpy array of uint8 RGB frames, [frames, height, width, 3]; got {got}. Of a list take np.stack(...), of a "
             "torch tensor on any device .cpu().numpy(), of a single frame frame[None]"
         )
+
+
+def _find_rates(card: Mapping[str, Any], frames_per_step: int) -> tuple[tuple[float, float, float] | None, float]:
+    """`step_hz` and `fps` of a world model; says where one rate is not the whole truth."""
+    if STEP_HZ_FIELD not in card:
+        asked = card[RECIPE_FIELD]["sampling"]["fps"]
+        log.warning(
+            "the weights do not say how often steps came (an older version wrote them), so fps is the requested %g Hz. Every ceil(video rate / %g)-th "
+            "frame was taken, such as 5 Hz for 8 of a 10 Hz video: work out yours from the recordings' rate, or train again",
+            asked,
+            asked,
+        )
+        return None, asked
+    least, middle, greatest = card[STEP_HZ_FIELD]
+    if greatest > (1 + RATES_APART) * least:
+        log.warning(
+            "steps of the training recordings came at %.4g to %.4g Hz, and no rate of frames fits them all; fps is the middle one, %.4g Hz. "
+            "An encode.fps by which all videos' rates can be divided gives one rate",
+            least * frames_per_step,
+            greatest * frames_per_step,
+            middle * frames_per_step,
+        )
+    return (least, middle, greatest), middle * frames_per_step
 
 
 def _comparable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

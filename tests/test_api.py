@@ -4,6 +4,7 @@ Claims:
 - tokens of given frames are those that the cache holds, bit for bit for whole episodes, in frame and in tubelet mode;
 - a plan from frames is the plan from the cached tokens; an exported predictor plans the same;
 - a predictor of another encoder, pooling or dtype, of clip mode, or without a word of its tokens is refused, naming the difference;
+- the rate of frames is that of the recordings; where a card does not say it or rates differ, there is a warning;
 - frames, states, actions, goals and settings that do not fit are refused;
 - what is foreseen of candidates is what the rollout makes of each of them alone;
 - the examples of README.md and docs/planning.md run as they stand there.
@@ -13,6 +14,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -197,6 +199,27 @@ def test_clip_mode_and_cards_that_do_not_say_enough_are_refused(trained, world, 
         WorldModel.load(tmp_path / "nothing.safetensors", world._encoder)
 
 
+def test_the_rate_of_frames_is_that_of_the_recordings_and_not_the_requested_one(trained, world, tmp_path, caplog):
+    card = load_predictor(trained.weights)[1]
+    assert card["step_hz"] == [5.0, 5.0, 5.0] and world.step_hz == (5.0, 5.0, 5.0)
+    asked = {"tokens_recipe": card["tokens_recipe"] | {"sampling": card["tokens_recipe"]["sampling"] | {"fps": 8.0}}}
+
+    def load(**changes):
+        caplog.clear()
+        weights = rewrite_card(trained.weights, tmp_path / "changed.safetensors", **asked, **changes)
+        return WorldModel.load(weights, world._encoder)
+
+    assert load().fps == 5.0 and not caplog.records
+    assert load(step_hz=[3.75, 5.0, 5.0]).fps == 5.0 and "came at 3.75 to 5 Hz" in caplog.text
+    old = load(step_hz=None)
+    assert (old.fps, old.step_hz) == (8.0, None)
+    assert (
+        "fps is the requested 8 Hz. Every ceil(video rate / 8)-th frame" in caplog.text and "train again" in caplog.text
+    )
+    tubelets = SimpleNamespace(frames_per_step=2, device=torch.device("cpu"))
+    assert WorldModel(tubelets, *load_predictor(trained.weights)).fps == 10.0, "two frames a step"
+
+
 def test_what_does_not_fit_a_plan_is_refused(trained, world):
     frame, state, goal, array = (
         trained.frames[:1],
@@ -234,7 +257,7 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         ValueError, match=r"second argument is an Encoder; got 'tiny'. Load one: Encoder.load\(\"tiny\"\)"
     ):
         WorldModel.load(trained.weights, "tiny")
-    with pytest.raises(ValueError, match=r"list of key=value; got 'encode.device=cpu'. Write \['encode.device=cpu'\]"):
+    with pytest.raises(ValueError, match=r"got 'encode.device=cpu'. Write \['encode.device=cpu'\]"):
         Encoder.load("tiny", "encode.device=cpu")
     with pytest.raises(ValueError, match=r"frames must be a numpy array .* got list"):
         world._encoder.tokens(list(frame))

@@ -33,7 +33,8 @@ class Finding(NamedTuple):
 
 def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Say whether this machine is ready, and what to type where it is not; exit code 1 when something is missing."""
-    findings = check_everything(find_repository(Path.cwd()))
+    root = find_repository(Path.cwd(), read_only=True)
+    findings = check_everything(root)
     states = [finding.state for finding in findings.values()]
     if as_json:
         shown = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
@@ -42,7 +43,7 @@ def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")
         for name, (state, found, todo) in findings.items():
             print(f"{name:<18}{state:<9}{found}" + f"\n{'':<27}-> {todo}" * bool(todo))
         ready = "not ready" if MISSING in states else "ready"
-        print(f"{ready}: {states.count(MISSING)} missing, {states.count(NOTE)} to know")
+        print(f"{ready}: {states.count(MISSING)} missing, {states.count(NOTE)} to know; settings of {root}")
     if MISSING in states:
         raise typer.Exit(1)
 

@@ -206,7 +206,7 @@ A cache root of jepa-cache, exported from another one.
 |---|---|
 | units, episodes, steps | {len(manifest.entries)}, {num_episodes}, {manifest.num_steps} |
 | tokens of a step | {manifest.num_tokens} x {manifest.width} |
-| mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz |
+| mode, rate | {manifest.mode}, {recipe.get("sampling", {}).get("fps", UNKNOWN)} Hz at most |
 | action space | {manifest.action_space} |
 | encoder weights | {recipe["encoder"]["weights"] if "encoder" in recipe else UNKNOWN} |
 | licence of the encoder weights | {manifest.encoder_origin or f"{UNKNOWN}: fill in" if trained else "none: seeded random weights, or plain pixels"} |

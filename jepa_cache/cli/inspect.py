@@ -26,7 +26,7 @@ from jepa_cache.cli.outcome import align
 from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, find_space, open_source
-from jepa_cache.encoding.steps import plan_episode
+from jepa_cache.encoding.steps import StepPlan, describe_slower, find_slower, plan_episode
 from jepa_cache.encoding.units import list_units
 from jepa_cache.episode import Episode, Skipped, find_implausible
 from jepa_cache.media.probe import DecodeError, VideoInfo, header_counts, probe_video
@@ -107,6 +107,8 @@ def inspect_units(
     """
     space = get_action_space(config.encode.action_space)
     statistics, recordings, skipped, same_controls, number = _Statistics(len(space.actions)), [], [], {}, 0
+    rates: set[float] = set()
+    slower: set[tuple[float, int] | None] = set()
     for unit in units:
         results = iter_recordings(source, unit)
         while number != limit:
@@ -121,8 +123,10 @@ def inspect_units(
                     continue
                 doubts, space = [], space.named(result.column_names)
                 try:
-                    anchors = _find_anchors(config, result)
-                    statistics.add(space.aggregate(result.controls, result.frame_ticks[anchors]).actions)
+                    plan = _plan_steps(config, result)
+                    statistics.add(space.aggregate(result.controls, result.frame_ticks[plan.anchors]).actions)
+                    rates.add(plan.step_hz)
+                    slower.add(find_slower(result.fps, config.encode.fps))
                 except ValueError as error:
                     doubts.append(f"stage one cannot use it: {error}")
                 first = same_controls.setdefault(_digest_controls(result), result.key)
@@ -137,7 +141,8 @@ def inspect_units(
         "name": name,
         "source": str(source.recipe.get("source", type(source).__name__)),
         "action_space": space.name,
-        "step_hz": config.step_hz,
+        "step_hz": [min(rates), max(rates)] if rates else None,
+        "slower": describe_slower(filter(None, slower), config.encode.fps),
         "num_actions": statistics.count,
         "num_suspicious": sum(bool(recording["suspicions"]) for recording in recordings),
         "recordings": recordings,
@@ -146,15 +151,15 @@ def inspect_units(
     }
 
 
-def _find_anchors(config: Config, episode: Episode) -> np.ndarray:
-    """The frames of the steps that stage one makes of a recording; a ValueError where it makes none in a phase."""
+def _plan_steps(config: Config, episode: Episode) -> StepPlan:
+    """The steps that stage one makes of a recording in the first phase; a ValueError where it makes none in a phase."""
     phases = (0,) if isinstance(config.encode.phases, str) else config.encode.phases
     num_frames, tubelet_size, times_s = len(episode.frame_ticks), config.encoder.tubelet_size, episode.frame_times_s
     plans = [
         plan_episode(num_frames, episode.fps, config.encode, tubelet_size=tubelet_size, phase=phase, times_s=times_s)
         for phase in phases
     ]
-    return plans[0].anchors
+    return plans[0]
 
 
 def _digest_controls(episode: Episode) -> bytes:
@@ -315,9 +320,11 @@ def list_report(report: Report) -> list[str]:
     if len(recordings) > MAX_SHOWN:
         lines.append(f"... and {len(recordings) - MAX_SHOWN} more, see --json")
     if columns:
+        rates = dict.fromkeys(f"{hz:.4g}" for hz in report["step_hz"])
         lines += [
             "",
-            f"{report['num_actions']} actions in {report['action_space']} at {report['step_hz']:g} steps/s or a little below",
+            f"{report['num_actions']} actions in {report['action_space']} at {' to '.join(rates)} steps/s",
+            *([report["slower"]] if report["slower"] else []),
         ]
         names = ("mean", "std", "minimum", "maximum")
         lines += align(

@@ -147,8 +147,8 @@ def main() -> None:
 
 
 def run_script(stage: str, arguments: list[str]) -> None:
-    """Run a stage's script of the project around the present folder, as `python stages/NAME.py` does."""
-    script = find_repository(Path.cwd()) / f"stages/{stage}.py"
+    """Run a stage's script of the project around the present folder, as `python stages/NAME.py` does; its --help works in any folder."""
+    script = find_repository(Path.cwd(), read_only="--help" in arguments) / f"stages/{stage}.py"
     if not script.is_file():
         raise ValueError(f"{script} is missing; `jepa-cache init FOLDER` writes a project with it")
     sys.argv = [str(script), *arguments]

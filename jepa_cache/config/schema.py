@@ -458,11 +458,6 @@ class Config:
     members: tuple[tuple[DatasetPreset, float], ...]  # the data sets of a mixture with their weights, else the one
     origins: Mapping[str, str]  # "train.lr" -> "configs/train/demo.yaml"
 
-    @property
-    def step_hz(self) -> float:
-        """Nominal rate of steps; the true one follows from the video's own rate."""
-        return self.encode.fps / {"frame": 1, "tubelet": 2, "clip": 2}[self.encode.mode]
-
 
 def check_config(config: Config) -> None:
     """Refuse combinations that cannot work, before anything is read or computed; a ConfigError names them all."""

@@ -37,7 +37,7 @@ from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.layout import check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_codec
-from jepa_cache.store.reader import ArrayReader, read_table
+from jepa_cache.store.reader import ArrayReader, read_keys, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
@@ -188,6 +188,7 @@ class CachedDataset:
         self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
+        self._step_hz: list[dict[str, float]] = []  # of each store, by episode
         self._readers: dict[tuple[int, str], ArrayReader] = {}
         self._channels: dict[int, Channels] = {}
         self._controls: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -204,7 +205,9 @@ class CachedDataset:
             named = names if named is None else named & names
             actions = self._action_paths[number]
             excluded = check_identity(actions, read_store_file(actions), entry.actions_digest).metadata["excluded"]
-            table = read_table(tokens, layout.SEGMENTS_FILE, stated, ("episode", "start", "stop")).to_pydict()
+            named_columns = ("episode", "start", "stop", "step_hz")
+            table = read_table(tokens, layout.SEGMENTS_FILE, stated, named_columns).to_pydict()
+            self._step_hz.append(dict(zip(table["episode"], table["step_hz"], strict=True)))
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
         self.column_names = dict(sorted(named or ()))  # as the data set calls them
@@ -349,8 +352,12 @@ class CachedDataset:
 
     def step_hz(self, store: int) -> dict[str, float]:
         """Return the true rate of steps of every episode in a store: its video's frame rate over its stride."""
-        table = read_table(self._token_paths[store], layout.SEGMENTS_FILE)
-        return dict(zip(table.column("episode").to_pylist(), table.column("step_hz").to_pylist(), strict=True))
+        return self._step_hz[store]
+
+    def step_rates(self, segments: Sequence[Segment]) -> tuple[float, float, float]:
+        """The least, the middle and the greatest true rate of steps of some segments, Hz."""
+        rates = sorted(self._step_hz[segment.store][segment.episode] for segment in segments)
+        return rates[0], rates[len(rates) // 2], rates[-1]
 
     def read_tokens(self, store: int, start: int, out: np.ndarray) -> None:
         """Fill `out` [T, N, D] with the tokens of the steps from `start` on as they are stored: int4 [T, N, D / 2].
@@ -420,6 +427,10 @@ class CachedDataset:
                     "without that episode"
                 )
         return rows
+
+    def recordings(self, store: int) -> tuple[list[str], list[str]]:
+        """Keys of the recordings of a store in the order of its unit, and of those that were skipped, as they were called when it was made."""
+        return read_keys(self._token_paths[store])
 
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
         """Return the raw controls of a store, episode to name to [M]; a StoreDamagedError where the file is not whole."""

@@ -8,20 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jepa_cache.encoding.actions import write_controls
+from jepa_cache.encoding.actions import read_first_keys, write_controls
 from jepa_cache.encoding.decoding import Decoders, EpisodeStream, UnreadableError
 from jepa_cache.encoding.groups import EncodingGroup
+from jepa_cache.encoding.steps import find_slower
 from jepa_cache.encoding.task import Claims, describe_machine
 from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Skipped, find_implausible
 from jepa_cache.files import full_disk_named
 from jepa_cache.media.probe import DecodeError
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Unit, take_key
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
@@ -151,9 +152,11 @@ class _OpenUnit:
         self._segments: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._implausible: list[str] = []
+        self._slower: set[tuple[float, int]] = set()
         self._column_names: Mapping[str, str] = {}
         self._decoders: Counter[str] = Counter()
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
+        self._first_keys = read_first_keys(root, group.controls(root, unit))
         self._num_steps = 0
         # Inputs [B, G, ...] that fill no batch yet, and the episode and number of each step that comes of them.
         self._waiting: list[torch.Tensor] = []
@@ -162,6 +165,8 @@ class _OpenUnit:
 
     def encode(self, stream: EpisodeStream) -> Iterator[float]:
         """Encode one episode; yields each batch's share of it. A bad video is taken back and skipped by name."""
+        if (key := take_key(stream.episode.key, self._first_keys, ())) is not None:
+            stream.episode = replace(stream.episode, key=key)
         episode, start, luma, timing = stream.episode, self._num_steps, [], self._timing
         try:
             for batch in stream:
@@ -246,6 +251,7 @@ class _OpenUnit:
         # Outside the digest, so that a rule that finds more implausible values later gives the same stores.
         made = {**provenance, "decoders": dict(sorted(self._decoders.items()))}
         made |= {"implausible": self._implausible} if self._implausible else {}
+        made |= {layout.SLOWER: sorted(self._slower)} if self._slower else {}
         made |= {layout.COLUMN_NAMES: dict(self._column_names)} if self._column_names else {}
         steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
         self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
@@ -274,6 +280,8 @@ class _OpenUnit:
             self._segments.append({"segment": number, "start": start + a, "stop": start + b, **of_all})
         self._notes += [f"{episode.key}: {note}" for note in episode.notes]
         self._implausible += [f"{episode.key}: {text}" for text in find_implausible(episode.controls)]
+        if (slower := find_slower(episode.fps, self._group.encode.fps)) is not None:
+            self._slower.add(slower)
         self._column_names = episode.column_names
         self._decoders[stream.decoder] += 1
 

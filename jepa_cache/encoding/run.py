@@ -24,6 +24,7 @@ from jepa_cache.config.schema import Config
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.pipeline import FillResult, Timing, fill_group
+from jepa_cache.encoding.steps import describe_slower
 from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
 from jepa_cache.encoding.units import name_skipped
 from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
@@ -31,7 +32,7 @@ from jepa_cache.episode import Skipped
 from jepa_cache.sources import Unit
 from jepa_cache.store.check import Recording, find_equal, note_copies, recall_copies
 from jepa_cache.store.controls import read_actions
-from jepa_cache.store.layout import SEGMENTS_FILE, StoreFile
+from jepa_cache.store.layout import SEGMENTS_FILE, SLOWER, StoreFile
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, replaced, write_manifest
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.root import CacheRoot
@@ -52,6 +53,7 @@ class EncodeResult:
     num_encoded: int  # of them in this run
     timing: Timing | None  # of these; None where there are none
     copies: str  # a sentence on recordings with the same content; empty where there are none
+    slower: str  # a sentence on steps that come at another rate than asked; empty where there are none
     implausible: tuple[str, ...]  # values that their units do not allow, by recording
 
 
@@ -125,12 +127,14 @@ def bring_up_to_date(
     )
     _check_skipped(manifest, config.encode.max_skipped_share, names)
     implausible = [text for found in stores.values() for text in found.provenance.get("implausible", ())]
+    slower = (tuple(pair) for found in stores.values() for pair in found.provenance.get(SLOWER, ()))
     return EncodeResult(
         manifest,
         num_units=len(stores),
         num_encoded=filled.num_encoded,
         timing=filled.timing if filled.num_encoded else None,
         copies=find_copies(manifest, root, groups),
+        slower=describe_slower(slower, config.encode.fps),
         implausible=tuple(dict.fromkeys(implausible)),  # each camera and phase finds the same
     )
 
@@ -343,7 +347,7 @@ def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    lines = [f"note: {note}" for note in join_alike([*manifest.notes, result.copies]) if note]
+    lines = [f"note: {note}" for note in join_alike([*manifest.notes, result.copies, result.slower]) if note]
     lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
     if len(result.implausible) > MAX_SHOWN:
         lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from jepa_cache.config.schema import EncodeConfig
+
+MAX_SHOWN = 3  # rates of videos in a sentence
+SLOWER_SHARE = 0.01  # of the requested rate, by which a true one may be lower without a word: 4.995 for 5 of 29.97 Hz
 
 
 class StepPlan(NamedTuple):
@@ -28,6 +32,25 @@ def sampling_stride(video_fps: float, fps: float) -> int:
     if fps > video_fps * (1 + 1e-6):
         raise ValueError(f"encode.fps {fps:g} is above the video's {video_fps:g} frames per second; lower encode.fps")
     return math.ceil(video_fps / fps - 1e-6)
+
+
+def find_slower(video_fps: float, fps: float) -> tuple[float, int] | None:
+    """The rate of a video, Hz, and its stride where frames are sampled at another rate than `fps` asks; else None."""
+    stride = sampling_stride(video_fps, fps)
+    return (round(video_fps, 3), stride) if video_fps / stride < (1 - SLOWER_SHARE) * fps else None
+
+
+def describe_slower(slower: Iterable[tuple[float, int]], fps: float) -> str:
+    """A sentence on what `find_slower` gave of some videos; empty where there are none."""
+    made = [f"{hz / stride:.4g} Hz made (1 of {stride} frames at {hz:g} Hz)" for hz, stride in sorted(set(slower))]
+    if len(made) > MAX_SHOWN:
+        made[MAX_SHOWN:] = [f"{len(made) - MAX_SHOWN} other rates"]
+    if not made:
+        return ""
+    return (
+        f"encode.fps: {fps:g} Hz asked, {', '.join(made)}, as sampled frames lie whole numbers of frames apart, never closer. "
+        "The weights tell programs the true rate; for another one set encode.fps to the video's rate over a whole number"
+    )
 
 
 def plan_episode(

@@ -79,7 +79,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
             **{
                 "predictor": described["predictor"]["name"],
                 "train_steps": described["step"],
-                "step_hz": config.step_hz / settings.step_length,
+                "step_hz": dataset.step_rates(evaluation.held_out_segments())[1] / settings.step_length,
             },
             **{name: described["measured"][name] for name in ("window_steps", "normalize_reps")},
             **{name: getattr(settings, name) for name in ("step_length", "num_context_steps", "horizon", "seed")},

@@ -49,6 +49,9 @@ ENCODER_ENTRIES = ("encoder", "target_encoder")
 ENCODER_FIELD = "encoder_weights"
 """Of a card: the identity of the encoder in the recipe of the cache that the predictor was trained on."""
 
+STEP_HZ_FIELD = "step_hz"
+"""Of a card: the least, middle and greatest true rate of steps of the training segments, Hz; absent in weights of older versions."""
+
 CAMERAS_FIELD = "joined_cameras"
 """Of a card: the cameras whose tokens are one step's, in their order; absent where a step is of one camera."""
 

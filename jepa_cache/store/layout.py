@@ -37,6 +37,7 @@ STORE_FILE = "store.json"
 SELF_DIGEST = "sha256"  # of store.json itself, without this entry
 # Sorted behind "provenance", which the first release expects right after the content.
 IDENTITY = "published_as"
+SLOWER = "slower"  # in the provenance: [rate in Hz, stride] of videos whose frames are sampled more seldom than asked
 COLUMN_NAMES = "columns"  # in the provenance: what the data set calls actions and states that are only numbered
 REMEDY = "run `jepa-cache verify --repair`, which makes just this again from its recordings"
 

@@ -233,6 +233,14 @@ def test_of_many_recordings_most_are_described_by_their_headers_alone(tmp_path, 
         assert {**one, "decoded": True, "equal_share": 0.0} == other
 
 
+def test_the_true_rate_of_steps_is_said_where_the_requested_one_cannot_be_had(checkout):
+    write(checkout, {"one": (VIDEO, moving_rows())})
+    said = run("dataset=vpt", checkout / "a.tar", "encode.fps=8", "encode.mode=tubelet").output
+    assert "at 3.333 steps/s\nencode.fps: 8 Hz asked, 6.667 Hz made (1 of 3 frames at 20 Hz)" in said
+    (report,) = run_json("dataset=vpt", checkout / "a.tar", "encode.fps=5")
+    assert report["step_hz"] == [5.0, 5.0] and not report["slower"]
+
+
 def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(checkout):
     pairs = {f"good{number}": (VIDEO, moving_rows(seed=number)) for number in range(12)}
     pairs |= {f"bad{number}": (VIDEO, b"{" * number) for number in range(1, 15)}

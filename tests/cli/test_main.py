@@ -1,6 +1,6 @@
 """Claims of cli/main.py, outcome.py and stage.py: each command is imported alone and without torch; its help says its exit codes.
 
---json is one document; no name from somebody's files moves the cursor or forges a line of a terminal.
+Outside every project what reads or writes one is refused, though the package lies in a checkout. --json is one document; no name from somebody's files moves the cursor or forges a line of a terminal.
 """
 
 import json
@@ -10,10 +10,12 @@ import sys
 import pytest
 import typer
 
+from jepa_cache.api import Encoder
 from jepa_cache.cli.main import COMMANDS, STAGES, build_app, main
 from jepa_cache.cli.outcome import Outcome, report
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage
 from jepa_cache.config.paths import printable
+from jepa_cache.data.episodes import Dataset
 from jepa_cache.store.manifest import read_manifest
 from tests.workspace import SUITE_SETTINGS
 
@@ -48,6 +50,35 @@ def test_help_says_the_exit_codes_and_an_unknown_setting_is_one_message_and_code
     result = checkout.run(*command.split(), *out, "encode.fpx=4", "--json")
     assert result.code == 2 and "did you mean 'encode.fps'" in result.document["error"]
     assert result.err.count("error: ") == 1 and "Traceback" not in result.err
+
+
+OF_A_PROJECT = [
+    *("params", "status", "estimate", "verify", "gc", "inspect", "compare --all", "add-encoder dino_small"),
+    *("export cache out", "pull file:///nowhere out", *STAGES),
+]
+
+
+@pytest.mark.parametrize("command", OF_A_PROJECT)
+def test_outside_every_project_a_command_is_refused_in_words_and_writes_nothing(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["jepa-cache", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code and not list(tmp_path.iterdir())
+    told = f"{capsys.readouterr().err}{end.value.code}"  # with a text as its code Python prints that, and ends with 1
+    assert f"{tmp_path} lies in no project" in told and "`jepa-cache init FOLDER`" in told and "Traceback" not in told
+
+
+def test_outside_every_project_help_and_what_needs_none_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="lies in no project"):
+        Dataset.open()
+    assert Encoder.load("tiny", ["encode.device=cpu"]).frames_per_step == 1
+    for command, words in (("encode --help", "stages/encode.py"), ("pull --help", "Usage:"), ("doctor", "settings of")):
+        monkeypatch.setattr(sys, "argv", ["jepa-cache", *command.split()])
+        with pytest.raises(SystemExit):
+            main()
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Claims: the cache holds what the encoder gives on the decoded frames, bit for bit, with the right tables, actions and controls.
 
 The same recordings give the same bytes everywhere, whatever files they lie in and however many threads decode them.
+Steps at another rate than asked are said, and the cache has the true one.
 """
 
 import json
@@ -15,9 +16,11 @@ import torch
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 from jepa_cache.encoding import pipeline
 from jepa_cache.encoding.run import describe_result, join_alike
+from jepa_cache.encoding.steps import describe_slower
 from jepa_cache.store import digests, layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import check_store
@@ -181,6 +184,23 @@ def test_the_manifest_lists_whole_stores_by_digest_with_their_recipe_and_native_
     for name, content in all_files(root).items():
         for text in (str(folder), str(root.parent), socket.gethostname(), "a.tar", "b.tar"):
             assert text.encode() not in content, f"{name} holds {text!r}"
+
+
+def test_steps_at_another_rate_than_asked_are_said_and_found_in_the_cache(tmp_path):
+    rows = [[row * 0.1] for row in range(30)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(make_video(30, fps=10))
+    (tmp_path / "in/a.json").write_text(json.dumps({"fps": 10, "actions": rows, "states": rows}))
+    for fps, made_hz, words in ((8, 5, "8 Hz asked, 5 Hz made (1 of 2 frames at 10 Hz)"), (5, 5, ""), (10, 10, "")):
+        for mode, per_step in (("frame", 1), ("tubelet", 2)):
+            for _ in range(2):
+                result = encode(tmp_path / "in", tmp_path / "cache", tiniest_config("mp4_json", fps=fps, mode=mode))
+                said = describe_result(result, CacheRoot(tmp_path / "cache"))
+                assert said.count("asked") == said.count(words or "asked") == bool(words), said
+            dataset = CachedDataset(result.manifest, CacheRoot(tmp_path / "cache"))
+            assert dataset.step_rates(dataset.segments) == (made_hz / per_step,) * 3
+    told = describe_slower([(50.0, 11), (60.0, 13), (10.0, 2), (15.0, 3), (10.0, 2)], 5.0)
+    assert told.count(" made (") == 3 and ", 1 other rates" in told and not describe_slower([], 5.0)
 
 
 def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_stored(tmp_path, monkeypatch):

@@ -306,7 +306,9 @@ def test_a_predictor_that_learned_from_its_actions_gets_good_answers(result):
 def test_a_predictor_that_ignores_its_actions_is_told_so_whatever_the_batch(trained, result, tmp_path):
     deaf = changed(trained, tmp_path / "deaf.safetensors", lambda p: p.action_encoder.weight.zero_())
     settings = replace(trained.cache.config.evaluate, batch_size=7)
-    metrics = evaluate(trained.cache, deaf, tmp_path, replace(trained.cache.config, evaluate=settings))
+    asked = replace(trained.cache.config, evaluate=settings, encode=replace(trained.cache.config.encode, fps=8.0))
+    metrics = evaluate(trained.cache, deaf, tmp_path, asked)
+    assert metrics["settings"]["step_hz"] == 5.0, "the true rate, not the requested one"
     before = json.loads((result / "metrics.json").read_text())["val"]
     for name in BASELINES:
         for key in (f"{name}_l1", f"rollout_{name}_l1"):
