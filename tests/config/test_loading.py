@@ -86,12 +86,7 @@ def test_warm_up_and_anneal_keep_their_shares_of_a_training_whose_length_is_set(
         ("params.yaml", "  seed: 0\n  init", "  sed: 0\n  init", r"unknown key 'sed'; did you mean 'seed'"),
         ("params.yaml", "encoder: tiny", "encoder: vitll", r"no such preset; did you mean 'vitl'"),
         ("params.yaml", "dataset: sample", "datset: sample", r"unknown key 'datset'; did you mean 'dataset'"),
-        (
-            "params.yaml",
-            "dataset: sample",
-            "dataset: sample\ndataset: vpt",
-            r"YAML: line \d+: found duplicate key.*\)$",
-        ),
+        ("params.yaml", "dataset: sample", "dataset: vpt\ndataset: vpt", r"YAML: line \d+, column 1: found dup.*\)$"),
         ("params.yaml", "dataset: sample", "dataset: \xff", r"params\.yaml is no valid YAML"),
         ("params.yaml", "dataset: sample", f"dataset: {'[' * 999}", r"params\.yaml is no valid YAML"),
         ("params.yaml", "  seed: 0\n  init", f"  seed: {'9' * 5000}\n  init", r"params\.yaml is no valid YAML"),
