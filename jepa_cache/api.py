@@ -64,10 +64,9 @@ class Encoder:
         Raises:
             ValueError: Unknown names, settings that do not fit, or weights that cannot be had or are not those of the preset.
         """
-        if isinstance(overrides, str):
-            raise ValueError(f"overrides are a list of key=value; got {overrides!r}. Write [{overrides!r}]")
         root = find_repository(Path.cwd(), read_only=True)
-        return cls.open(load_config(root, [f"encoder={name}", *overrides]), data_base(root))
+        chosen = overrides if isinstance(overrides, str) else [f"encoder={name}", *overrides]
+        return cls.open(load_config(root, chosen), data_base(root))
 
     @classmethod
     def open(cls, config: Config, base: Path) -> Encoder:

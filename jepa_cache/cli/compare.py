@@ -423,14 +423,17 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
         for section in ("val", "val_ci"):
             for column in ("teacher_forcing_l1", "rollout_l1"):
-                metrics[section][column]  # KeyError where this is something else
+                if not np.isfinite(
+                    metrics[section][column]
+                ).all():  # KeyError or TypeError where this is something else
+                    raise TypeError(f"{section}.{column} is {metrics[section][column]}")
         return Evaluated(
             name=name,
             metrics=metrics,
             settings=None if settings is None else flatten(json.loads(settings)),
             episodes=_parse_episodes(episodes or ""),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{name} is no evaluation of this program ({reason}); run `python stages/evaluate.py` again"

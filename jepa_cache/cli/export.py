@@ -136,7 +136,9 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
 def export_manifest(manifest: Manifest, root: CacheRoot, out: Path, repository: Path) -> dict[Path, str]:
     """Copy everything that a manifest lists into a new root, and check every byte of the copy; the manifest comes last.
 
-    The presets that it names go along as far as the project `repository` has them. The caller holds the shared lock of `root`. RefusedError where `out` holds something else than an unfinished export of
+    The presets that it names go along as far as the project `repository` has them.
+
+    The caller holds the shared lock of `root`. RefusedError where `out` holds something else than an unfinished export of
     this manifest. Returns the sha256 of every file.
     """
     _check_target(out, root, manifest)

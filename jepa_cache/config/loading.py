@@ -74,6 +74,10 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: For an unknown key (with the nearest known one), a wrong type or an impossible combination.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(
+            f"overrides are a list of key=value and .yaml files; got {overrides!r}. Write [{overrides!r}]"
+        )
     params = _read_yaml(root / "params.yaml")
     params.setdefault("outputs", OUTPUTS)
     typed: dict[str, str] = {}  # each key that is overridden, and where
@@ -122,7 +126,11 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
             _scale_schedule(values, of_train, {key for key, (_, file) in resolved.items() if file == train_file})
         sections[name] = parse_dataclass(cls, values, f"params.yaml: {name}", section=name, origins=origins)
     config = Config(
-        **presets, **sections, outputs=outputs, members=_list_members(root, presets["dataset"]), origins=origins
+        **presets,
+        **sections,
+        outputs=outputs.rstrip("/") or outputs,
+        members=_list_members(root, presets["dataset"]),
+        origins=origins,
     )
     check_config(config)
     return config
@@ -177,16 +185,22 @@ def outputs_folder(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
     """Where the stages of a project leave and look for their results: `outputs`, relative to the project `root`.
 
     Raises:
-        ConfigError: DVC runs the stage, and dvc.yaml declares results in another folder.
+        ConfigError: It can be no such folder; or DVC runs the stage, and dvc.yaml declares results in another one.
     """
-    pipeline, declared = root / "dvc.yaml", rf"(?<![\w/.-])(\$\{{outputs\}}|{re.escape(config.outputs.rstrip('/'))})/"
+    folder = root / Path(config.outputs).expanduser()
+    if folder.is_file() or folder.resolve() in (root.resolve(), *root.resolve().parents):
+        raise ConfigError(
+            f"{config.origins['outputs']}: outputs is {config.outputs!r}, which is a file, the project itself or a folder around it; name a "
+            f"folder of its own, such as {OUTPUTS}/b"
+        )
+    pipeline, declared = root / "dvc.yaml", rf"(?<![\w/.-])(\$\{{outputs\}}|{re.escape(config.outputs)})/"
     told = pipeline.read_text(encoding="utf-8") if os.environ.get("DVC_STAGE") and pipeline.is_file() else None
     if told is not None and not re.search(declared, told):
         raise ConfigError(
             f"{config.origins['outputs']}: outputs is {config.outputs!r}, but DVC runs this stage, and dvc.yaml declares its results in "
             f"another folder; set outputs to {OUTPUTS} (dvc keeps experiments apart by itself), or run the stages without dvc"
         )
-    return root / Path(config.outputs).expanduser()
+    return folder
 
 
 def manifest_path(config: Config, root: Path = REPOSITORY_ROOT) -> Path:
@@ -245,7 +259,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     # Other than YAMLError: no UTF-8 and numbers of thousands of digits, and deep nesting.
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        told = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(error)
+        raise ConfigError(f"{path} is no valid YAML: {told}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a mapping; got {'nothing' if loaded is None else type(loaded).__name__}")
     return loaded

@@ -54,6 +54,8 @@ def parse_dataclass(
         return _adapter(cls).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         refused = {}
+        # Of a choice beside true and false two rules are broken; the second is told.
+        switches = {fault["loc"][0] for fault in error.errors() if fault["type"] == "bool_type"}
         for fault in error.errors(include_url=False):
             name = fault["loc"][0] if fault["loc"] else ""
             key = f"{section}.{name}" if section else name
@@ -64,7 +66,7 @@ def parse_dataclass(
                 continue  # its items are bad, as another fault says
             elif name:
                 got = "" if fault["type"] == "literal_error" else f"; got {values[name]!r}"
-                refused[name] = f"{place}: {key} {_explain(fault)}{got}"
+                refused[name] = f"{place}: {key} {_explain(fault, ['false', 'true'] if name in switches else [])}{got}"
             else:  # a rule of several values
                 refused[name] = str(fault.get("ctx", {}).get("error", fault["msg"]))
         raise ConfigError("\n  ".join(refused.values())) from error
@@ -104,11 +106,11 @@ def _adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)
 
 
-def _explain(fault: Any) -> str:
-    """The rest of a sentence that begins with the key: the rule that a value breaks."""
+def _explain(fault: Any, others: list[str]) -> str:
+    """The rest of a sentence that begins with the key: the rule that a value breaks; `others` are choices beside those of a literal."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     if fault["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        choices = [*others, *re.findall(r"'([^']*)'", fault["ctx"]["expected"])]
         return f"is {fault['input']!r}{nearest(str(fault['input']), choices)}"
     return functools.reduce(lambda text, pair: re.sub(*pair, text), WORDS.items(), fault["msg"])

@@ -37,7 +37,7 @@ from jepa_cache.store.controls import iter_controls, read_actions
 from jepa_cache.store.layout import check_identity, read_store_file
 from jepa_cache.store.manifest import Manifest, read_manifest, why_held_back
 from jepa_cache.store.quantisation import Channels, get_codec
-from jepa_cache.store.reader import ArrayReader, read_table
+from jepa_cache.store.reader import ArrayReader, read_keys, read_table
 from jepa_cache.store.remote import resolve_cache_root
 from jepa_cache.store.root import CacheRoot
 
@@ -427,6 +427,10 @@ class CachedDataset:
                     "without that episode"
                 )
         return rows
+
+    def recordings(self, store: int) -> tuple[list[str], list[str]]:
+        """Keys of the recordings of a store in the order of its unit, and of those that were skipped, as they were called when it was made."""
+        return read_keys(self._token_paths[store])
 
     def read_native_controls(self, store: int) -> dict[str, dict[str, np.ndarray]]:
         """Return the raw controls of a store, episode to name to [M]; a StoreDamagedError where the file is not whole."""

@@ -8,9 +8,8 @@ import numpy as np
 
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import CachedDataset, Segment
-from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
-from jepa_cache.sources import Unit, build_source
+from jepa_cache.sources import Unit, build_source, iter_as_stored
 from jepa_cache.store.digests import DigestTable
 
 
@@ -20,10 +19,11 @@ def read_frames(
     """Decode the anchor frames of every `step_length`-th step of some runs.
 
     Returns:
-        For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, or was changed.
+        For each run [T, h, w, 3] uint8, or None where its recording is not on this machine any more, was changed, or cannot be told
+        from others of its unit after names changed.
 
     Raises:
-        ValueError: A recording is there, but does not hold the episode, or cannot be decoded.
+        ValueError: A recording is there, but cannot be decoded.
 
     Cost: reads the whole unit (tar shard) of each run, once.
     """
@@ -40,8 +40,8 @@ def read_frames(
         for position, run in enumerate(runs):
             if run.store == store:
                 wanted.setdefault(run.episode, []).append(position)
-        for recording in source.iter_episodes(Unit(files[0].name, files)):
-            if isinstance(recording, Episode) and recording.key in wanted:
+        for recording in iter_as_stored(source, Unit(files[0].name, files), *dataset.recordings(store)):
+            if recording.key in wanted:
                 positions = wanted.pop(recording.key)
                 spans = [numbers[runs[position].start : runs[position].stop : step_length] for position in positions]
                 needed = np.unique(np.concatenate(spans))  # Ascending and each once, as a video is read.
@@ -56,8 +56,4 @@ def read_frames(
                     frames[position] = decoded[np.searchsorted(needed, span)]
                 if not wanted:
                     break
-        if wanted:
-            raise ValueError(
-                f"{files[0]} has the digest of the unit that held episode {min(wanted)!r}, but does not hold it"
-            )
     return frames

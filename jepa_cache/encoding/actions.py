@@ -13,11 +13,11 @@ from jepa_cache.encoding.groups import EncodingGroup
 from jepa_cache.encoding.task import read_whole, remove_damaged
 from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Episode
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Unit, take_key
 from jepa_cache.store import layout
 from jepa_cache.store.controls import is_readable, iter_controls, publish_controls, write_actions
 from jepa_cache.store.layout import StoreDamagedError, StoreFile
-from jepa_cache.store.reader import read_table
+from jepa_cache.store.reader import read_keys, read_table
 from jepa_cache.store.root import CacheRoot
 
 
@@ -54,15 +54,29 @@ def ensure_actions(root: CacheRoot, group: EncodingGroup, unit: Unit, tokens: St
     return root.find_store(store)
 
 
+def read_first_keys(root: CacheRoot, controls: Path) -> list[str]:
+    """What the recordings of a unit were called when its controls were written, in their order; none where there are no whole ones.
+
+    Stores of other recipes take these names, whatever folders are called since: controls and actions are theirs too, and one recording
+    is on one side of the split in all of them.
+    """
+    with suppress(StoreDamagedError):
+        root.fetch(controls)
+    return [key for key, _ in iter_controls(controls)] if is_readable(controls) else []
+
+
 def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
-    """The unit's controls; read from the recordings again where they are missing or damaged. Decodes nothing."""
+    """The unit's controls, beside its tokens; read from the recordings again where they are missing or damaged. Decodes nothing."""
     controls = group.controls(root, unit)
     with suppress(StoreDamagedError):  # in the bucket; a whole copy here is as good
         root.fetch(controls)
     if not is_readable(controls):
         root.remove(controls)
+        tokens = group.tokens(root, unit)
+        left, skipped = read_keys(tokens) if root.fetch(tokens) else ([], [])
         recordings = (it for it in group.source.iter_episodes(unit) if isinstance(it, Episode))
-        write_controls(root, controls, ((it.key, it.controls) for it in recordings), unit)
+        named = ((take_key(it.key, left, skipped) or it.key, it.controls) for it in recordings)
+        write_controls(root, controls, named, unit)
     return controls
 
 

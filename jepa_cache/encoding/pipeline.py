@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jepa_cache.encoding.actions import write_controls
+from jepa_cache.encoding.actions import read_first_keys, write_controls
 from jepa_cache.encoding.decoding import Decoders, EpisodeStream, UnreadableError
 from jepa_cache.encoding.groups import EncodingGroup
 from jepa_cache.encoding.steps import find_slower
@@ -22,7 +22,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Skipped, find_implausible
 from jepa_cache.files import full_disk_named
 from jepa_cache.media.probe import DecodeError
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Unit, take_key
 from jepa_cache.store import layout
 from jepa_cache.store.quantisation import get_codec, step_bytes
 from jepa_cache.store.root import CacheRoot
@@ -156,6 +156,7 @@ class _OpenUnit:
         self._column_names: Mapping[str, str] = {}
         self._decoders: Counter[str] = Counter()
         self._controls: list[tuple[str, Mapping[str, np.ndarray]]] = []
+        self._first_keys = read_first_keys(root, group.controls(root, unit))
         self._num_steps = 0
         # Inputs [B, G, ...] that fill no batch yet, and the episode and number of each step that comes of them.
         self._waiting: list[torch.Tensor] = []
@@ -164,6 +165,8 @@ class _OpenUnit:
 
     def encode(self, stream: EpisodeStream) -> Iterator[float]:
         """Encode one episode; yields each batch's share of it. A bad video is taken back and skipped by name."""
+        if (key := take_key(stream.episode.key, self._first_keys, ())) is not None:
+            stream.episode = replace(stream.episode, key=key)
         episode, start, luma, timing = stream.episode, self._num_steps, [], self._timing
         try:
             for batch in stream:

@@ -15,15 +15,14 @@ from jepa_cache.encoding.actions import ensure_controls
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
 from jepa_cache.encoding.task import describe_machine, load_encoder, read_whole, resolve_device
-from jepa_cache.episode import Episode
 from jepa_cache.media.video import open_video
-from jepa_cache.sources import Unit
+from jepa_cache.sources import Unit, iter_as_stored
 from jepa_cache.store import layout
 from jepa_cache.store.check import Finding, check_units
 from jepa_cache.store.layout import read_store_file
 from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, write_manifest
 from jepa_cache.store.quantisation import Channels, decode, encode, get_codec
-from jepa_cache.store.reader import ArrayReader, read_table
+from jepa_cache.store.reader import ArrayReader, read_keys, read_table
 from jepa_cache.store.recipe import StoreKey, recipe_changes
 from jepa_cache.store.root import CacheRoot
 
@@ -180,8 +179,8 @@ def _compare_store(
         starts.setdefault(row["episode"], row["start"])
         if steps := [step for step in rows if row["start"] <= step < row["stop"]]:
             wanted.setdefault(row["episode"], []).extend(steps)
-    for episode in group.source.iter_episodes(listed.unit):
-        if not isinstance(episode, Episode) or not (steps := wanted.pop(episode.key, None)):
+    for episode in iter_as_stored(group.source, listed.unit, *read_keys(store)):
+        if not (steps := wanted.pop(episode.key, None)):
             continue
         num_frames = len(episode.frame_ticks)
         plan = group.plan(num_frames, episode.fps, episode.frame_times_s)

@@ -12,6 +12,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -107,6 +108,38 @@ def iter_recordings(source: Source, unit: Unit) -> Iterator[Episode | Skipped]:
         yield from source.iter_episodes(unit)
     except (ValueError, OSError) as error:
         yield Skipped(unit.name, describe_unreadable(error))
+
+
+def iter_as_stored(source: Source, unit: Unit, episodes: Sequence[str], skipped: Sequence[str]) -> Iterator[Episode]:
+    """The episodes of a unit under the keys that a store has of them; without those that it lacks, or that cannot be told.
+
+    `episodes` are the keys of the store's recordings in the order of the unit, `skipped` those of what was skipped when it was made.
+    """
+    left = list(episodes)
+    for recording in source.iter_episodes(unit):
+        if isinstance(recording, Episode) and (key := take_key(recording.key, left, skipped)) is not None:
+            yield replace(recording, key=key)
+
+
+def take_key(key: str, left: list[str], skipped: Sequence[str]) -> str | None:
+    """What a store calls a recording that is called `key` now; None where it holds none such, or that cannot be told.
+
+    A store keeps the first names. Folders may have others since, but a unit of the same digest has its recordings in the same order: of
+    equal last parts, such as `ep00` of two folders, the first is the first that is `left`. Not so where one of them was skipped:
+    then the whole key decides. Where one is left and none was skipped, there is no doubt. Removes from `left` what is found and all before it.
+    """
+    last = _last_part(key)
+    alone = len(left) == 1 and not skipped
+    doubtful = last in map(_last_part, skipped)
+    for place, known in enumerate(left):
+        if alone or known == key or (not doubtful and _last_part(known) == last):
+            del left[: place + 1]
+            return known
+    return None
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def list_sources() -> list[str]:

@@ -22,15 +22,17 @@ from jepa_cache.config.paths import spell_name, state_folder
 from jepa_cache.store.recipe import file_digest
 
 # The first release has a table `digests` without inode and change time in the same file. It is left to that release: its
-# rows were not seen with them, so those files are hashed once more.
+# rows were not seen with them, so those files are hashed once more. `units` has one place for each content; it is read, not written.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, modified_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL,
     inode TEXT NOT NULL, digest TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS units (digest TEXT PRIMARY KEY, files TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS places (digest TEXT, files TEXT, PRIMARY KEY (digest, files));
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+PLACES = "SELECT digest, files FROM places {where} UNION SELECT digest, files FROM units {where}"
 SAVE_S = 1.0
 LARGE_BYTES = 16 << 20
 
@@ -112,8 +114,8 @@ class DigestTable:
             def digest_files(files: Sequence[Path]) -> str:
                 digest = join_digests([_digest_file(connection, file) for file in files])
                 row = (digest, json.dumps([str(file.resolve()) for file in files]))
-                if not connection.execute("SELECT 1 FROM units WHERE digest = ? AND files = ?", row).fetchone():
-                    connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?)", row)
+                if not connection.execute("SELECT 1 FROM places WHERE digest = ? AND files = ?", row).fetchone():
+                    connection.execute("INSERT OR IGNORE INTO places VALUES (?, ?)", row)
                 if time.monotonic() - saved[0] > SAVE_S:
                     connection.commit()
                     saved[0] = time.monotonic()
@@ -127,18 +129,19 @@ class DigestTable:
         with self._open() as connection:
             rows = connection.execute("SELECT path, num_bytes, modified_ns, changed_ns, inode, digest FROM files")
             files = {path: (Look(*look), digest) for path, *look, digest in rows}
-            for digest, text in connection.execute("SELECT digest, files FROM units"):
+            for digest, text in connection.execute(PLACES.format(where="")):
                 names.setdefault(text, []).append(digest)
         return Remembered(files, names)
 
     def find_unit(self, digest: str) -> tuple[Path, ...] | None:
-        """The files on this machine that made up this unit when last looked at, if they still do."""
+        """The files on this machine that make up this unit still, at one of the places where it was seen."""
         with self._open() as connection:
-            row = connection.execute("SELECT files FROM units WHERE digest = ?", (digest,)).fetchone()
-        files = tuple(Path(name) for name in json.loads(row[0])) if row else ()
-        if not files or not all(file.is_file() for file in files):
-            return None
-        return files if join_digests([self.digest(file) for file in files]) == digest else None
+            rows = connection.execute(PLACES.format(where="WHERE digest = ?1"), (digest,)).fetchall()
+        for _, names in rows:
+            files = tuple(Path(name) for name in json.loads(names))
+            if all(file.is_file() for file in files) and join_digests([self.digest(file) for file in files]) == digest:
+                return files
+        return None
 
     def note(self, facts: Mapping[str, str]) -> None:
         """Remember what was found out of contents that never change, under names that hold their digests."""

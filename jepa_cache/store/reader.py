@@ -397,3 +397,10 @@ def _describe_episodes(store: Path, start: int, stop: int) -> str:
         return ""
     episodes = sorted({row["episode"] for row in segments if row["start"] < stop and start < row["stop"]})
     return f", episode {', '.join(episodes)}" if episodes else ""
+
+
+def read_keys(store: Path) -> tuple[list[str], list[str]]:
+    """Keys of the recordings of a token store in the order of its unit, and of those that were skipped, as they were called when it was made."""
+    stated = read_store_file(store)
+    episodes = read_table(store, layout.SEGMENTS_FILE, stated, ("episode",)).column("episode").to_pylist()
+    return list(dict.fromkeys(episodes)), [recording["key"] for recording in stated.metadata["skipped"]]

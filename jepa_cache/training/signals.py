@@ -45,7 +45,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 @contextmanager
 def requeued_at_once() -> Iterator[None]:
-    """End with `REQUEUE_EXIT_CODE` on a scheduler's signal while no training step runs and nothing is to be saved."""
+    """End with `REQUEUE_EXIT_CODE` on a signal while no training step runs and nothing is to be saved."""
 
     def end(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -54,7 +54,7 @@ def requeued_at_once() -> Iterator[None]:
         )
         raise SystemExit(REQUEUE_EXIT_CODE)
 
-    with _handled(SCHEDULER, end):
+    with _handled((*SCHEDULER, signal.SIGINT), end):
         yield
 
 

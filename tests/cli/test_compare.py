@@ -229,6 +229,14 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
         ("metrics.json", "{", "no evaluation"),
         ("metrics.json", '{"val": {}}', "no evaluation of this program (it lacks 'teacher_forcing_l1')"),
         ("metrics.json", "[]", "no evaluation"),
+        *(
+            (
+                "metrics.json",
+                f'{{"val": {{"teacher_forcing_l1": 1, "rollout_l1": {bad}}}, "val_ci": {{"teacher_forcing_l1": [0, 1]}}}}',
+                "no evaluation of this program",
+            )
+            for bad in ('"abc"', "NaN")
+        ),
         ("metrics.json", None, "holds no evaluation"),
         ("episodes.csv", "episode,num_windows,rollout_l1\nx,2,0.5.\n", "episodes.csv"),
         ("episodes.csv", None, "has no episodes.csv, without which runs cannot be paired"),

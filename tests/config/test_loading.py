@@ -138,6 +138,7 @@ def test_every_number_in_params_has_bounds_that_stop_a_slip_of_the_keyboard():
         ("train.device=cuda:1", r"train\.device must .*CUDA_VISIBLE_DEVICES=1.*; got 'cuda:1'"),
         ("encode.device=gpu", r"encode\.device must be auto, cpu or cuda .*; got 'gpu'"),
         *((f"encode.phases={it}", r"encode\.phases .*; got") for it in ("[0, 0]", "[-1]", "[]", "every")),
+        ("train.compile=yes", "train.compile is 'yes'; known: false, flex, true"),
         ("encode.dtype=fp8", "encode.dtype is 'fp8'; known: bfloat16, float16, float8_e4m3, int4, int8"),
         ("evaluate.energy_samples=15", r"evaluate\.energy_samples must be a multiple of 10; got 15"),
         *((f"evaluate.energy_axes={it}", r"evaluate\.energy_axes .*; got \['dx'") for it in ("[dx]", "[dx, dx]")),

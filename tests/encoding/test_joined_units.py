@@ -3,6 +3,8 @@
 One more recording changes one unit; one that cannot be read takes no other with it.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,11 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoding.run import encode_dataset
 from jepa_cache.encoding.units import join_units, name_skipped
+from jepa_cache.encoding.verification import compare_online
 from jepa_cache.episode import Skipped
 from jepa_cache.sources import build_source
 from jepa_cache.store.root import CacheRoot
+from tests.encoded import tiniest_config
 from tests.sources import examples
 from tests.workspace import SUITE_SETTINGS
 
@@ -81,3 +85,30 @@ def test_a_store_of_several_recordings_holds_the_tokens_that_each_has_alone(tmp_
         other, *others = found[64][key]
         np.testing.assert_allclose(tokens.astype(np.float32), other.astype(np.float32), atol=4e-3)
         assert all(np.array_equal(mine, its) for mine, its in zip(controls, others, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_another_recipe_and_controls_made_anew_keep_the_first_names_after_a_folder_was_renamed(tmp_path, size):
+    write("mp4_json", tmp_path / "in/monday", range(3))
+    root = CacheRoot(tmp_path / "cache")
+
+    def encode(fps):
+        config = tiniest_config("mp4_json", episodes_per_unit=size, fps=fps)
+        manifest = encode_dataset(config, [str(tmp_path / "in")], base=tmp_path, root=root).manifest
+        dataset = CachedDataset(manifest, root)
+        kept = [dataset.read_native_controls(store) for store in range(len(manifest.entries))]
+        rows = {segment.episode: dataset.controls_of(segment)[0] for segment in dataset.segments}
+        return config, manifest, rows, {key for some in kept for key in some}
+
+    _, _, first, names = encode(5)
+    (tmp_path / "in/monday").rename(tmp_path / "in/tuesday")
+    config, manifest, _, other_names = encode(10)
+    assert other_names == names and {*first} == names == {f"monday/{seed:03d}" for seed in range(3)}
+    compared = compare_online(manifest, config, [str(tmp_path / "in")], root, base=tmp_path, num_steps=8, seed=0)
+    assert len(compared.steps) == 8 and not compared.wrong
+    for file in (root.path / "controls").rglob("*.parquet"):
+        file.unlink()
+    for store in (root.path / "actions").glob("*/*"):
+        shutil.rmtree(store)
+    _, _, again, kept = encode(5)
+    assert kept == names and all(np.array_equal(again[key], first[key]) for key in first)

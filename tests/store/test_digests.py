@@ -4,6 +4,7 @@ So another file in its place is seen though it has size and time of the old one.
 """
 
 import hashlib
+import json
 import os
 import sqlite3
 
@@ -100,6 +101,21 @@ def test_a_unit_is_found_by_its_digest_only_while_its_files_are_unchanged(tmp_pa
     assert table.find_unit(one) is None
 
 
+def test_of_several_places_of_a_unit_one_that_still_holds_it_is_found(tmp_path, table):
+    original, backup = write(tmp_path / "original", b"x"), write(tmp_path / "backup", b"x")
+    digest = table.digest_unit([original])
+    with sqlite3.connect(table.path) as connection:  # as releases left it that knew one place
+        connection.execute("DELETE FROM places")
+        connection.execute("INSERT INTO units VALUES (?, ?)", (digest, json.dumps([str(original)])))
+    assert list(table.remember().earlier([original])) == [digest]
+    table.digest_unit([backup])
+    write(backup, b"changed")
+    assert table.find_unit(digest) == (original,)
+    write(backup, b"x")
+    original.unlink()
+    assert table.find_unit(digest) == (backup,)
+
+
 def test_the_table_lies_in_the_state_folder_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     DigestTable().digest(write(tmp_path / "a", b"x"))
@@ -138,7 +154,7 @@ def test_the_table_is_free_for_others_while_a_large_file_is_hashed(tmp_path, tab
 
     def hash_slowly(path):
         with sqlite3.connect(table.path, timeout=0.1) as other:
-            other.execute("INSERT OR REPLACE INTO units VALUES ('x', '[]')")
+            other.execute("INSERT OR REPLACE INTO places VALUES ('x', '[]')")
         return path.name
 
     monkeypatch.setattr(digests, "file_digest", hash_slowly)

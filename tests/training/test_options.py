@@ -113,16 +113,17 @@ LOADING = f"""
 import os, runpy, signal, sys
 import jepa_cache.config.loading as loading
 load = loading.load_config
-loading.load_config = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or load(*_)
+loading.load_config = lambda *_: os.kill(os.getpid(), signal.NAME) or load(*_)
 sys.argv = [{str(STAGE)!r}]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_sigterm_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_requeue():
-    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_stage_loads_ends_with_words_and_the_exit_code_for_a_requeue(name: str):
+    done = subprocess.run([sys.executable, "-c", LOADING.replace("NAME", name)], capture_output=True, text=True)
     assert done.returncode == REQUEUE_EXIT_CODE and "Traceback" not in done.stderr
-    assert "stopped by SIGTERM while no training step was running; the same command resumes" in done.stderr
+    assert f"stopped by {name} while no training step was running; the same command resumes" in done.stderr
 
 
 def test_a_csv_that_is_gone_or_was_changed_is_named_and_written_again_from_the_checkpoint(

@@ -115,5 +115,8 @@ def test_under_dvc_results_lie_where_dvc_yaml_declares_them(checkout, folder, mo
     checkout("fit_scaler", "outputs=mine/")
     shutil.copyfile(REPOSITORY_ROOT / "dvc.yaml", folder / "dvc.yaml")
     checkout("fit_scaler")
+    for wrong in (".", "..", "dvc.yaml"):
+        with pytest.raises(ValueError, match="name a folder of its own"):
+            checkout("fit_scaler", f"outputs={wrong}")
     with pytest.raises(ValueError, match=r"command line: outputs is 'mine', but DVC runs"):
         checkout("fit_scaler", "outputs=mine")
