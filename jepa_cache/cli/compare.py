@@ -139,15 +139,18 @@ def list_all(names: Sequence[str], *, seed: int = 0) -> Outcome:
         raise ValueError(
             "\n  ".join([f"no evaluation was found in {repository}; `python stages/evaluate.py` makes one", *unread])
         )
-    documents, lines = [], list[str]()
-    for group in group_runs(runs):
+    documents, lines, groups = list[dict[str, Any]](), list[str](), group_runs(runs)
+    for group in groups:
         ranked: dict[str, Evaluated] = {}  # an experiment that still lies in the workspace is one run under two names
         for run in sorted(group, key=lambda run: run.metrics["val"]["rollout_l1"]):
             same = ranked.get(content := repr((run.metrics, run.settings, run.episodes)))
             ranked[content] = run if same is None else replace(same, name=f"{same.name}, {run.name}")
         document, table = rank_group(list(ranked.values()), seed=seed)
+        if documents:
+            document["apart"] = f"not comparable with {groups[0][0].name}: {why_apart(groups[0][0], group[0])}"
+            table = ["", *table, document["apart"]]
         documents.append(document)
-        lines += [*[""] * bool(lines), *table]
+        lines += table
     return Outcome({"groups": documents, "unread": unread}, lines + [f"not shown: {reason}" for reason in unread])
 
 

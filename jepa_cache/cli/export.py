@@ -12,7 +12,7 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
-from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, upload
+from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, preset_files, upload
 from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
@@ -35,7 +35,7 @@ def export_cache(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy everything that a manifest lists into OUT as a root of its own, with the manifest, a README and checksums.
+    """Copy everything that a manifest lists into OUT as a root of its own, with the manifest, presets, a README and checksums.
 
     With --to URL it is sent there too, for `jepa-cache pull URL`: others then train from it without encoding.
 
@@ -105,7 +105,7 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
     with root.shared_lock():
-        files = export_manifest(manifest, root, out)
+        files = export_manifest(manifest, root, out, checkout.repository)
     if url is not None:
         upload(out, url)
     document = {
@@ -123,13 +123,20 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
             "exported {num_units} units to {out}: {num_episodes} episodes, {num_steps} steps, ".format(**document)
             + f"{describe_bytes(document['num_bytes'])}, every byte checked",
             f"{out / README} says how to use it; fill in the licence of the recordings before you pass it on",
+            *(
+                f"{file} is not here, so it is not in {out}: pass it on by hand"
+                for file in preset_files(manifest)
+                if out / file not in files
+            ),
             *([f"uploaded to {url}; next: jepa-cache pull {url} FOLDER on another machine"] if url is not None else []),
         ],
     )
 
 
-def export_manifest(manifest: Manifest, root: CacheRoot, out: Path) -> dict[Path, str]:
+def export_manifest(manifest: Manifest, root: CacheRoot, out: Path, repository: Path) -> dict[Path, str]:
     """Copy everything that a manifest lists into a new root, and check every byte of the copy; the manifest comes last.
+
+    The presets that it names go along as far as the project `repository` has them.
 
     The caller holds the shared lock of `root`. RefusedError where `out` holds something else than an unfinished export of
     this manifest. Returns the sha256 of every file.
@@ -148,6 +155,12 @@ def export_manifest(manifest: Manifest, root: CacheRoot, out: Path) -> dict[Path
                 with root.pulled([root.store(key)]):
                     found = _copy(root.store(key), final, digest)
             sums |= found
+    for source in (repository / file for file in preset_files(manifest)):
+        if source.is_file():
+            final = out / source.relative_to(repository)
+            with atomic_file(final) as path:
+                shutil.copyfile(source, path)
+            sums[final] = file_digest(final)
     with atomic_file(out / README) as path:
         path.write_text(_write_readme(manifest))
     write_manifest(manifest, [target.manifest(manifest.digest)])
@@ -215,11 +228,12 @@ A cache root of jepa-cache, exported from another one.
 `manifests/{manifest.digest}.json` holds the recipes, the `store.json` of each store what it was made with, and `{CHECKSUMS}` the sha256
 of every file (`sha256sum -c {CHECKSUMS}`). The stores are Zarr v3 with Parquet tables beside; they open without jepa-cache.
 
-Use it in a checkout or project (`jepa-cache init`) whose settings (`dataset`, `encoder`, `encode.*`) are those of the recipe. From a URL:
+Use it in a checkout or project (`jepa-cache init`) whose settings (`dataset`, `encoder`, `encode.*`) are those of the recipe; `configs/` holds
+the presets, which `pull` puts into a project that lacks them. From a URL:
 
     jepa-cache pull URL FOLDER
-    python stages/fit_scaler.py cache.root=FOLDER
-    python stages/train_predictor.py cache.root=FOLDER
+    python stages/fit_scaler.py dataset={manifest.dataset} encoder={manifest.encoder} cache.root=FOLDER
+    python stages/train_predictor.py dataset={manifest.dataset} encoder={manifest.encoder} cache.root=FOLDER
 
 Of a copy, `manifests/{manifest.digest}.json` is outputs/encode/manifest.json of the checkout, and FOLDER is the copy itself.
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -11,19 +13,19 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Outcome, describe_bytes, report
-from jepa_cache.config.loading import find_repository, load_config, manifest_path
+from jepa_cache.config.loading import find_repository, load_config, manifest_path, preset_file
 from jepa_cache.data.dataset import find_differences
 from jepa_cache.files import atomic_file
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import STORE_FILE, check_identity, check_store
-from jepa_cache.store.manifest import read_manifest, write_manifest
+from jepa_cache.store.manifest import Manifest, read_manifest, write_manifest
 from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import KINDS, MARKER, CacheRoot
 
 README, CHECKSUMS = "README.md", "SHA256SUMS"
 """Of an exported root: what it is, and the sha256 of every other file."""
 HUB = "hf://datasets/"
-NAMES = {*KINDS, "manifests", README, CHECKSUMS, MARKER}
+NAMES = {*KINDS, "manifests", "configs", README, CHECKSUMS, MARKER}
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -36,6 +38,12 @@ def open_url(url: str) -> tuple[Any, str]:
     except (ImportError, OSError, ValueError) as error:  # no library for the protocol, no such protocol
         raise ValueError(f"{url!r} cannot be used: {error}") from error
     return files, path.rstrip("/")
+
+
+def preset_files(manifest: Manifest) -> list[str]:
+    """The presets that a cache was made with, relative to a project: of its encoder, its data set, and the members of a mixture."""
+    datasets = dict.fromkeys([manifest.dataset, *(part.dataset for part in manifest.parts)])
+    return [preset_file("encoder", manifest.encoder), *(preset_file("dataset", name) for name in datasets)]
 
 
 def check_arrived(path: Path, digest: str | None) -> dict[Path, str]:
@@ -104,7 +112,7 @@ def pull(
     """Get a cache that `jepa-cache export cache --to URL` shared, so that stage two trains from it without any encoder.
 
     Every byte is compared with its checksum. The manifest becomes encode/manifest.json of the outputs of the project around the present
-    folder; settings that differ from those of the cache are named.
+    folder, and presets that the project lacks are put into it; presets and settings that differ from those of the cache are named.
 
     Exit code 0: pulled; 2: wrong usage, or a file is missing or damaged.
     """
@@ -113,6 +121,7 @@ def pull(
 
 def _pull(url: str, out: Path) -> Outcome:
     repository = find_repository(Path.cwd())
+    config = load_config(repository)
     if out.exists() and {path.name for path in out.iterdir()} - NAMES:
         raise ValueError(f"{out} holds something else than a pulled cache; name a new folder")
     files, path = open_url(url)
@@ -137,24 +146,54 @@ def _pull(url: str, out: Path) -> Outcome:
     for part, entry in tqdm(manifest.stores, desc="check", unit="unit", mininterval=0.5):
         for key, digest in part.listed(entry):
             check_arrived(root.store(key), digest)
-    config = load_config(repository)
+    notes = _place_presets(manifest, out, {name for _, name in listed}, repository)
+    names = {"dataset": manifest.dataset, "encoder": manifest.encoder}
+    again = [f"{kind}={name}" for kind, name in names.items() if getattr(config, kind).name != name]
+    lacking = [file for file in preset_files(manifest) if not (repository / file).is_file()]
+    told = find_differences(config if lacking else load_config(repository, again), manifest)
     write_manifest(manifest, [manifest_path(config, repository)])
-    told = find_differences(config, manifest)
+    command = shlex.join(["python", "stages/fit_scaler.py", *again, f"cache.root={out}"])
+    after = (
+        f"when {', '.join(lacking)} of who made the cache {'is' if len(lacking) == 1 else 'are'} here"
+        if lacking
+        else "next"
+    )
     document = {
         "out": str(out),
         "num_bytes": num_bytes,
         "manifest": manifest.digest,
         "num_units": len(manifest.entries),
         "differences": told,
+        "lacking": lacking,
     }
     return Outcome(
         document,
         [
             f"pulled {len(manifest.entries)} units to {out}: {manifest.num_steps} steps, {describe_bytes(num_bytes)}, every byte checked",
             *(f"set as in the cache: {difference}" for difference in told),
-            f"wrote {config.outputs}/encode/manifest.json; next: python stages/fit_scaler.py cache.root={out}",
+            *notes,
+            f"wrote {manifest_path(config, repository)}; {after}: {command}",
         ],
     )
+
+
+def _place_presets(manifest: Manifest, out: Path, listed: Collection[str], repository: Path) -> list[str]:
+    """Put the presets that came with a cache into the project, never over one that is there; what was done, and what differs.
+
+    `listed` are the names of the list of checksums, none of which leaves its folder: a manifest from elsewhere may name any preset.
+    """
+    notes = []
+    for file in preset_files(manifest):
+        source, target = out / file, repository / file
+        if file not in listed:
+            continue
+        if not target.exists():
+            with atomic_file(target) as partial:
+                shutil.copyfile(source, partial)
+            notes.append(f"wrote {target}, which came with the cache")
+        elif source.read_bytes() != target.read_bytes():
+            notes.append(f"kept {target}, which is not as the one that came with the cache: {source}")
+    return notes
 
 
 def _fetch(files: Any, source: str, target: Path, url: str) -> None:

@@ -28,7 +28,7 @@ from jepa_cache.store.root import (
 )
 
 GRACE_DAYS = 14.0  # as git keeps what nothing reaches
-EXPORT_FILES = ("README.md", "provenance.json", "SHA256SUMS")
+EXPORT_FILES = ("README.md", "configs", "provenance.json", "SHA256SUMS")
 KNOWN = (LOCK_FILE, MARKER, OLD_FOLDER, *SYSTEM_FILES, *EXPORT_FILES)
 MIN_PREFIX = 6
 

@@ -276,6 +276,7 @@ def test_all_runs_of_a_project_are_a_table_the_best_first_and_what_cannot_be_rea
     first, second = document["groups"]
     order = ["outputs/better", "copy, outputs", "kept", "old", str(elsewhere)]
     assert [run["run"] for run in first["runs"]] == order and [run["run"] for run in second["runs"]] == ["other"]
+    assert "encoder: " in second["apart"] and second["apart"] in text
     words = [run["than_the_first"] for run in first["runs"]]
     assert words == ["-", "worse", "worse", "cannot be told", "worse"]
     assert "has 3 windows in old" in text and first["runs"][1]["interval"][0] < first["runs"][1]["rollout_l1"]

@@ -38,7 +38,7 @@ def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_
     assert result.code == 0 and result.document["num_units"] == 3
     files = all_files(out)
     assert before.items() <= files.items() and checkout.files() == before
-    assert set(files) - set(before) == {"README.md", CHECKSUMS}
+    assert set(files) - set(before) == {"README.md", CHECKSUMS, "configs/dataset/vpt.yaml", "configs/encoder/tiny.yaml"}
     assert {f"out/{name}" for name in files} < synced
     listed = dict(reversed(line.split("  ", 1)) for line in (out / CHECKSUMS).read_text().splitlines())
     assert set(listed) == set(files) - {CHECKSUMS}

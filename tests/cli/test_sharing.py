@@ -1,5 +1,7 @@
 """Claims of cli/sharing.py: an exported cache goes through a URL and back, every byte checked, and stage two reads it without an encoder."""
 
+import runpy
+import shlex
 import shutil
 
 import pytest
@@ -70,6 +72,42 @@ def test_settings_that_differ_from_the_cache_are_named(checkout, tmp_path, share
     settings.write_text(settings.read_text().replace("dtype: float16", "dtype: int8"))
     result = checkout.run("pull", shared[1], tmp_path / "mine")
     assert result.code == 0 and "set as in the cache: encode.dtype is 'int8', the manifest has 'float16'" in result.out
+
+
+def test_presets_of_ones_own_come_along_and_the_next_command_works_where_they_were_missing(checkout, tmp_path):
+    presets = [checkout.folder / "configs" / name for name in ("dataset/mine.yaml", "encoder/small.yaml")]
+    for preset, model in zip(presets, ("vpt", "tiny"), strict=True):
+        shutil.copyfile(preset.with_name(f"{model}.yaml"), preset)
+    checkout.encode("dataset=mine", "encoder=small")
+    assert checkout.run("export", "cache", tmp_path / "out").code == 0
+    texts, url = [preset.read_text() for preset in presets], f"file://{tmp_path}/out"
+    for preset in presets:
+        preset.unlink()
+    shutil.rmtree(checkout.root.path)
+    result = checkout.run("pull", url, tmp_path / "mine")
+    assert result.code == 0 and [preset.read_text() for preset in presets] == texts
+    assert "set as in the cache" not in result.out and f"wrote {presets[0]}, which came with the cache" in result.out
+    command = shlex.split(result.out.rpartition("next: python ")[2])
+    assert command == ["stages/fit_scaler.py", "dataset=mine", "encoder=small", f"cache.root={tmp_path / 'mine'}"]
+    runpy.run_path(command[0])["main"](command[1:])
+    assert (checkout.folder / "outputs/scaler/scaler.json").is_file()
+    presets[0].write_text(f"{texts[0]}# changed\n")
+    result = checkout.run("pull", url, tmp_path / "mine")
+    assert (
+        f"kept {presets[0]}, which is not as the one that came" in result.out and "# changed" in presets[0].read_text()
+    )
+    # Of an export that lacks it: named, with all that can be said.
+    presets[0].unlink()
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    sums = (tmp_path / "old" / CHECKSUMS).read_text().splitlines(keepends=True)
+    (tmp_path / "old" / CHECKSUMS).write_text("".join(line for line in sums if "configs/" not in line))
+    result = checkout.run("pull", f"file://{tmp_path}/old", tmp_path / "older")
+    assert result.code == 0 and "when configs/dataset/mine.yaml of who made the cache is here: python" in result.out
+    shutil.copyfile(checkout.folder / "configs/dataset/vpt.yaml", presets[0])
+    manifest = ["--manifest", checkout.manifest_path]
+    presets[1].unlink()
+    result = checkout.run("export", "cache", tmp_path / "third", f"cache.root={tmp_path / 'mine'}", *manifest)
+    assert result.code == 0 and "configs/encoder/small.yaml is not here, so it is not in" in result.out
 
 
 def test_what_is_no_exported_cache_is_refused(checkout, tmp_path, shared):

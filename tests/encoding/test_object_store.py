@@ -77,8 +77,8 @@ def test_a_machine_with_an_empty_cache_finds_exports_and_repairs_what_another_en
     assert all(".check-" in request for request in server.requests if request.startswith("PUT"))
 
     assert root.refresh() == []
-    export_manifest(manifest, root, tmp_path / "bucket")
-    export_manifest(manifest, folder, tmp_path / "folder")
+    export_manifest(manifest, root, tmp_path / "bucket", tmp_path)
+    export_manifest(manifest, folder, tmp_path / "folder", tmp_path)
     assert all_files(tmp_path / "bucket") == all_files(tmp_path / "folder")
 
     # A copy here that is damaged is no damage in the bucket.
