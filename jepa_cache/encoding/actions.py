@@ -15,7 +15,7 @@ from jepa_cache.encoding.units import check_unchanged
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit, take_key
 from jepa_cache.store import layout
-from jepa_cache.store.controls import is_readable, iter_controls, publish_controls, write_actions
+from jepa_cache.store.controls import iter_controls, list_episodes, publish_controls, write_actions
 from jepa_cache.store.layout import StoreDamagedError, StoreFile
 from jepa_cache.store.reader import read_keys, read_table
 from jepa_cache.store.root import CacheRoot
@@ -62,7 +62,7 @@ def read_first_keys(root: CacheRoot, controls: Path) -> list[str]:
     """
     with suppress(StoreDamagedError):
         root.fetch(controls)
-    return [key for key, _ in iter_controls(controls)] if is_readable(controls) else []
+    return list_episodes(controls) or []
 
 
 def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
@@ -70,7 +70,7 @@ def ensure_controls(root: CacheRoot, group: EncodingGroup, unit: Unit) -> Path:
     controls = group.controls(root, unit)
     with suppress(StoreDamagedError):  # in the bucket; a whole copy here is as good
         root.fetch(controls)
-    if not is_readable(controls):
+    if list_episodes(controls) is None:
         root.remove(controls)
         tokens = group.tokens(root, unit)
         left, skipped = read_keys(tokens) if root.fetch(tokens) else ([], [])

@@ -85,15 +85,13 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         raise StoreDamagedError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
 
 
-def is_readable(path: Path) -> bool:
-    """Whether a controls file is there and holds what was written; a damaged one is named. Cost: reads it."""
+def list_episodes(path: Path) -> list[str] | None:
+    """The episodes of a controls file, in the order they were written; None where it is not there or damaged, which is named. Cost: reads it."""
     try:
-        for _ in iter_controls(path) if path.is_file() else ():
-            pass
+        return [episode for episode, _ in iter_controls(path)] if path.is_file() else None
     except StoreDamagedError as error:
         print(f"damaged, reading the controls from the recordings again: {error}")
-        return False
-    return path.is_file()
+        return None
 
 
 def _seal(path: Path) -> None:
