@@ -51,10 +51,8 @@ KIND = (
     *("measured.window_steps", "measured.normalize_reps"),
 )
 FILTERS = "measured.filter."
-COPIED, SAME_STEPS = (
-    "copy_last_l1",
-    0.01,
-)  # a column of episodes.csv, and by which share it may differ on the same steps
+# A column of episodes.csv, and by which share it may differ on the same steps.
+COPIED, SAME_STEPS = "copy_last_l1", 0.01
 NO_SETTINGS = (
     "run",
     "encoder_trained",
@@ -111,7 +109,7 @@ def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
     for group in groups:
         document, first = describe_group(group, seed=seed), groups[0][0]
         if documents:
-            document["apart"] = f"not comparable with {first.name}: {why_apart(first, group[0])}"
+            document["apart"] = why_apart(first, group[0])
             lines += ["", document["apart"]]
         documents.append(document)
         lines += list_group(document)
@@ -147,7 +145,7 @@ def list_all(names: Sequence[str], *, seed: int = 0) -> Outcome:
             ranked[content] = run if same is None else replace(same, name=f"{same.name}, {run.name}")
         document, table = rank_group(list(ranked.values()), seed=seed)
         if documents:
-            document["apart"] = f"not comparable with {groups[0][0].name}: {why_apart(groups[0][0], group[0])}"
+            document["apart"] = why_apart(groups[0][0], group[0])
             table = ["", *table, document["apart"]]
         documents.append(document)
         lines += table
@@ -216,11 +214,11 @@ def kind_of(run: Evaluated) -> dict[str, Any]:
 
 def why_apart(one: Evaluated, other: Evaluated) -> str:
     """Why the errors of two runs are no comparison."""
-    unknown = [run.name for run in (one, other) if run.settings is None]
+    told, unknown = f"not comparable with {one.name}: ", [run.name for run in (one, other) if run.settings is None]
     if unknown:
-        return f"of {', '.join(unknown)} it is not known what was measured (no settings.json); run its evaluation again"
+        return f"{told}of {', '.join(unknown)} it is not known what was measured (no settings.json); run its evaluation again"
     mine, its = kind_of(one), kind_of(other)
-    return "; ".join(
+    return told + "; ".join(
         f"{name}: {show_setting(mine.get(name))} in {one.name}, {show_setting(its.get(name))} in {other.name}"
         for name in sorted(mine.keys() | its.keys())
         if mine.get(name) != its.get(name)
@@ -278,9 +276,8 @@ def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
         name: of_runs
         for name, of_runs in values.items()
         if name not in NO_SETTINGS
-        and not name.startswith(
-            ("measured.", "columns.")
-        )  # equal where it decides these numbers; what joints are called
+        # The first is equal where it decides these numbers, the second is what joints are called.
+        and not name.startswith(("measured.", "columns."))
         and name.rpartition(".")[2] not in OF_THE_MACHINE
         and any(value != of_runs[0] for value in of_runs)
     }
@@ -426,9 +423,8 @@ def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
         settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
         for section in ("val", "val_ci"):
             for column in ("teacher_forcing_l1", "rollout_l1"):
-                if not np.isfinite(
-                    metrics[section][column]
-                ).all():  # KeyError or TypeError where this is something else
+                # KeyError or TypeError where this is something else.
+                if not np.isfinite(metrics[section][column]).all():
                     raise TypeError(f"{section}.{column} is {metrics[section][column]}")
         return Evaluated(
             name=name,
