@@ -189,10 +189,12 @@ def _iter_fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     at = 0
     while at < len(message):
         tag, at = _read_varint(message, at)
-        value, at = _read_varint(message, at)
-        if tag & 7 == 2:  # bytes, after their number
-            value, at = message[at : at + value], at + value
-        yield tag >> 3, value
+        number, at = _read_varint(message, at)
+        if tag & 7 == 2:  # so many bytes follow
+            yield tag >> 3, message[at : at + number]
+            at += number
+        else:
+            yield tag >> 3, number
 
 
 def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
