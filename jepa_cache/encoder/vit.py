@@ -18,8 +18,8 @@ RESCALED_SPAN = 15.0  # rescaled rows and columns run from 0 to this: the last i
 
 
 @lru_cache(maxsize=16)
-def _rotation_tables(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, pairing: str, positions: str
+def rotation_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, *, pairing: str = "tiled", positions: str = "grid"
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
 
@@ -48,17 +48,6 @@ def _rotation_tables(
     rest = torch.zeros(angles[0].shape[0], head_dim - 3 * width)
     joined = torch.cat([*angles, rest], dim=1)
     return joined.cos().to(device), joined.sin().to(device)
-
-
-def rotation_tables(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, *, pairing: str = "tiled", positions: str = "grid"
-) -> tuple[Tensor, Tensor]:
-    """Cached tables for a token grid (T, H, W); see `_rotation_tables`.
-
-    Made outside inference mode, whoever asks first: an inference tensor in the cache would break a later backward.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        return _rotation_tables(grid, head_dim, device, pairing, positions)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
