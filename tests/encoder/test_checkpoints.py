@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from jepa_cache.config.loading import load_config
-from jepa_cache.encoder import KINDS, vjepa2
+from jepa_cache.encoder import KINDS, vjepa2, weights_identity
 from jepa_cache.encoder.checkpoints import CheckpointError, load_state
 from jepa_cache.encoder.vjepa2 import random_state
-from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.store.recipe import file_digest
 from tests.media.fake_bucket import serve
 from tests.official_files import encoder_shapes, without_storage, write_v21_file
@@ -85,7 +84,7 @@ def test_tiny_weights_never_change_and_need_no_torch(preset):
     assert weights_identity(read_preset("tiny"), None, digest=file_digest) == TINY_IDENTITY
     assert {name: array.shape for name, array in random_state(preset).items()} == encoder_shapes(preset)
     code = (
-        "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder.weights import weights_identity;"
+        "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder import weights_identity;"
         "p = S(name='t', embed_dim=12, depth=1, num_heads=2, mlp_dim=8, patch_size=4, tubelet_size=2, random_seed=0, kind='vjepa2');"
         "weights_identity(p, None, digest=str); sys.exit('torch' in sys.modules)"
     )
