@@ -40,19 +40,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from jepa_cache.actions import get_action_space  # noqa: E402
-from jepa_cache.control.motion import build_motion  # noqa: E402
-from jepa_cache.control.planner import SETTINGS, Context, plan_actions  # noqa: E402
-from jepa_cache.data.loader import WindowLoader  # noqa: E402
-from jepa_cache.data.windows import WindowIndex, WindowSampler  # noqa: E402
-from jepa_cache.devices import describe_machine, pin_attention, resolve_device  # noqa: E402
-from jepa_cache.encoding.run import encode_dataset  # noqa: E402
-from jepa_cache.predictor.layers import block_causal_attention  # noqa: E402
-from jepa_cache.predictor.rollout import LatentModel  # noqa: E402
-from jepa_cache.store.root import CacheRoot  # noqa: E402
-from jepa_cache.training.checkpoint import BackgroundWriter, Checkpoint, save_checkpoint  # noqa: E402
-from tests import caches  # noqa: E402
-from tests.gpu.checks import (  # noqa: E402
+from benchmarks.gpu_checks import (  # noqa: E402
     CHECKS,
     ENCODERS,
     Bench,
@@ -68,6 +56,18 @@ from tests.gpu.checks import (  # noqa: E402
     run_training,
     seconds,
 )
+from jepa_cache.actions import get_action_space  # noqa: E402
+from jepa_cache.control.motion import build_motion  # noqa: E402
+from jepa_cache.control.planner import SETTINGS, Context, plan_actions  # noqa: E402
+from jepa_cache.data.loader import WindowLoader  # noqa: E402
+from jepa_cache.data.windows import WindowIndex, WindowSampler  # noqa: E402
+from jepa_cache.devices import describe_machine, pin_attention, resolve_device  # noqa: E402
+from jepa_cache.encoding.run import encode_dataset  # noqa: E402
+from jepa_cache.predictor.layers import block_causal_attention  # noqa: E402
+from jepa_cache.predictor.rollout import LatentModel  # noqa: E402
+from jepa_cache.store.root import CacheRoot  # noqa: E402
+from jepa_cache.training.checkpoint import BackgroundWriter, Checkpoint, save_checkpoint  # noqa: E402
+from tests import caches  # noqa: E402
 
 LIMIT_S = 480.0
 GRACE_S = 60.0  # beyond a part's limit, for a kernel or a library that does not return

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jepa_cache.actions import Column, get_action_space
 from jepa_cache.cli.outcome import align
-from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
+from jepa_cache.config.loading import find_repository, load_config, recordings_base, split_arguments
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, find_space, open_source
 from jepa_cache.encoding.steps import StepPlan, describe_slower, find_slower, plan_episode
@@ -69,8 +69,7 @@ def inspect(
     limit: Annotated[int | None, typer.Option(min=1, help="look at the first recordings only")] = None,
 ) -> None:
     """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them."""
-    overrides = [text for text in inputs or () if is_override(text)]
-    paths = [text for text in inputs or () if not is_override(text)]
+    overrides, paths = split_arguments(inputs)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         reports = list(inspect_data_sets(overrides, paths, limit=limit))
     if as_json:

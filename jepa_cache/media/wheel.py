@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
-from zipfile import ZipFile
 
 from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
 from jepa_cache.media.remote import FOLDER_VARIABLE, DownloadError, downloads_folder
@@ -57,16 +55,6 @@ def kept_in(folder: Path, what: str, way_out: str) -> Iterator[None]:
         reason = "the disk is full" if is_full else error.strerror
         kind = DiskFullError if is_full else DownloadError
         raise kind(f"{what} cannot be kept in {folder}: {reason}. {way_out}") from error
-
-
-@contextmanager
-def read_member(wheel: Path, path: str) -> Iterator[IO[bytes]]:
-    """Open a file of a wheel by its path in there, to be read as a stream; its CRC is checked when the end is reached."""
-    with ZipFile(wheel) as archive:
-        if path not in archive.namelist():
-            raise DownloadError(f"{wheel} has no file {path}; it is another package or version")
-        with archive.open(path) as file:
-            yield file
 
 
 def digest_of(path: Path) -> str:

@@ -52,7 +52,7 @@ from tests import caches, test_golden
 from tests.makers import make_rows, make_video, to_jsonl
 from tests.workspace import SUITE_SETTINGS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -143,7 +143,7 @@ def bits_differ(one: Tensor, other: Tensor) -> int:
 
 
 class TrainStep:
-    """A predictor with optimiser and random windows [B, 8, N, E]; a call is one training step, and returns its loss on the device."""
+    """A predictor with optimiser and random windows [B, 8, N, E]."""
 
     def __init__(
         self,
@@ -194,6 +194,7 @@ class TrainStep:
         return self.objective(*self.window).total
 
     def __call__(self) -> Tensor:
+        """One training step; its loss, on the device."""
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.loss()
         self.optimizer.zero_grad()
