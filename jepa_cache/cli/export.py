@@ -104,6 +104,10 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
     if path is None and (reason := why_held_back(checkout.manifest_path)) is not None:
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
+    if lacking := [file for file in preset_files(manifest) if not (checkout.repository / file).is_file()]:
+        raise ValueError(
+            f"{lacking[0]}, with which the cache was made, is not here, and who gets it needs it; put it back"
+        )
     with root.shared_lock():
         files = export_manifest(manifest, root, out, checkout.repository)
     if url is not None:
@@ -123,11 +127,6 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
             "exported {num_units} units to {out}: {num_episodes} episodes, {num_steps} steps, ".format(**document)
             + f"{describe_bytes(document['num_bytes'])}, every byte checked",
             f"{out / README} says how to use it; fill in the licence of the recordings before you pass it on",
-            *(
-                f"{file} is not here, so it is not in {out}: pass it on by hand"
-                for file in preset_files(manifest)
-                if out / file not in files
-            ),
             *([f"uploaded to {url}; next: jepa-cache pull {url} FOLDER on another machine"] if url is not None else []),
         ],
     )

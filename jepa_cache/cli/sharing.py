@@ -149,22 +149,15 @@ def _pull(url: str, out: Path) -> Outcome:
     notes = _place_presets(manifest, out, {name for _, name in listed}, repository)
     names = {"dataset": manifest.dataset, "encoder": manifest.encoder}
     again = [f"{kind}={name}" for kind, name in names.items() if getattr(config, kind).name != name]
-    lacking = [file for file in preset_files(manifest) if not (repository / file).is_file()]
-    told = find_differences(config if lacking else load_config(repository, again), manifest)
+    told = find_differences(load_config(repository, again), manifest)
     write_manifest(manifest, [manifest_path(config, repository)])
     command = shlex.join(["python", "stages/fit_scaler.py", *again, f"cache.root={out}"])
-    after = (
-        f"when {', '.join(lacking)} of who made the cache {'is' if len(lacking) == 1 else 'are'} here"
-        if lacking
-        else "next"
-    )
     document = {
         "out": str(out),
         "num_bytes": num_bytes,
         "manifest": manifest.digest,
         "num_units": len(manifest.entries),
         "differences": told,
-        "lacking": lacking,
     }
     return Outcome(
         document,
@@ -172,7 +165,7 @@ def _pull(url: str, out: Path) -> Outcome:
             f"pulled {len(manifest.entries)} units to {out}: {manifest.num_steps} steps, {describe_bytes(num_bytes)}, every byte checked",
             *(f"set as in the cache: {difference}" for difference in told),
             *notes,
-            f"wrote {manifest_path(config, repository)}; {after}: {command}",
+            f"wrote {manifest_path(config, repository)}; next: {command}",
         ],
     )
 

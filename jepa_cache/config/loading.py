@@ -11,7 +11,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -294,6 +294,9 @@ def _apply_override(params: dict[str, Any], override: str) -> dict[str, str]:
     return dict.fromkeys(settings, place)
 
 
-def is_override(argument: str) -> bool:
-    """Whether a command line argument is settings, `key=value` or a .yaml file of them, rather than recordings."""
-    return any(form.search(argument) for form in (IS_ASSIGNMENT, IS_FILE))
+def split_arguments(arguments: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Command line arguments that are settings, `key=value` or a .yaml file of them; and the others, recordings as a rule."""
+    settings, others = list[str](), list[str]()
+    for argument in arguments or ():
+        (settings if IS_ASSIGNMENT.search(argument) or IS_FILE.search(argument) else others).append(argument)
+    return settings, others

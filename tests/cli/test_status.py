@@ -149,9 +149,3 @@ def test_no_manifest_and_a_damaged_one_are_told(checkout):
     checkout.manifest_path.unlink()
     result = _status(checkout)
     assert result.code == 1 and result.document["manifest"]["reason"].startswith("absent")
-
-
-@pytest.mark.parametrize("command", ["status", "estimate"])
-def test_recordings_that_are_not_found_cannot_be_checked(checkout, command):
-    result = checkout.run(command, "--json", checkout.folder / "nowhere")
-    assert result.code == 2 and "finds no *.tar file" in result.document["error"] and "error: " in result.err

@@ -70,17 +70,6 @@ def test_a_file_that_changed_in_any_way_is_hashed_again_and_once(tmp_path, table
     assert [table.digest(path), table.digest(path)] == [sha256(content)] * 2 and hashed == ["a", "a"]
 
 
-def test_what_the_first_release_remembered_without_inodes_is_hashed_once_more(tmp_path, table, hashed):
-    path = write(tmp_path / "a", b"content")
-    table.path.parent.mkdir()
-    with sqlite3.connect(table.path) as connection:
-        connection.execute(
-            "CREATE TABLE digests (path TEXT PRIMARY KEY, num_bytes INTEGER, modified_ns INTEGER, digest TEXT)"
-        )
-        connection.execute("INSERT INTO digests VALUES (?, ?, ?, ?)", (str(path), 7, 10**18, sha256(b"another")))
-    assert [table.digest(path), table.digest(path)] == [sha256(b"content")] * 2 and hashed == ["a"]
-
-
 def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(tmp_path, table, monkeypatch):
     path, real = write(tmp_path / "a", b"first"), digests.file_digest
     with monkeypatch.context() as patch:

@@ -95,11 +95,6 @@ def test_a_reader_written_from_the_document_gets_the_same_values(store):
     assert np.array_equal(plain_reader.read_tokens(path), read_values(path, dtype))
 
 
-def by_zarr(path):
-    zarr = pytest.importorskip("zarr")
-    return {name: array[...] for name, array in zarr.open_group(path, mode="r").arrays()}
-
-
 def by_xarray(path):
     return {name: array.values for name, array in pytest.importorskip("xarray").open_zarr(path).items()}
 
@@ -112,7 +107,7 @@ def by_tensorstore(path):
     return arrays
 
 
-@pytest.mark.parametrize("read", [by_zarr, by_xarray, by_tensorstore])
+@pytest.mark.parametrize("read", [by_xarray, by_tensorstore])
 def test_other_readers_give_the_same_numbers_without_warnings(store, read):
     dtype, path, _ = store
     with warnings.catch_warnings():
