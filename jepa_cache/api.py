@@ -439,8 +439,9 @@ class WorldModel:
 
 
 def _check_frames(name: str, frames: np.ndarray) -> None:
-    if not isinstance(frames, np.ndarray) or frames.ndim < 4 or frames.dtype != np.uint8:
-        got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
+    is_array = isinstance(frames, np.ndarray)
+    if not is_array or frames.ndim < 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
+        got = f"{frames.dtype} {list(frames.shape)}" if is_array else type(frames).__name__
         raise ValueError(
             f"{name} must be a numpy array of uint8 RGB frames, [frames, height, width, 3]; got {got}. Of a list take np.stack(...), of a "
             "torch tensor on any device .cpu().numpy(), of a single frame frame[None]"
