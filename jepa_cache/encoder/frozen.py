@@ -110,19 +110,13 @@ class FrozenEncoder:
 
         Source: V-JEPA 2-AC, arXiv 2506.09985 (frame mode).
         """
-        tubelet, num_frames = self.preset.tubelet_size, groups.shape[1]
-        if num_frames != 1 and (num_frames == 0 or num_frames % tubelet):
-            raise ValueError(
-                f"a group is 1 frame or a multiple of the tubelet ({tubelet}); got {num_frames} frames. Choose such "
-                f"an encode.frames_per_clip"
-            )
         if self.compiled and len(groups) == 1:  # a size of 1 would be a graph of its own
             return self.encode(groups.expand(2, *groups.shape[1:]))[:1]
         frames = groups.to(self.device, non_blocking=True).flatten(0, 1)
         resolution = self.preset.resolution
         frames = normalise(frames, resolution, self._offset, self._spread, in_levels=self._crop.in_levels)
         clips = frames.unflatten(0, groups.shape[:2]).transpose(1, 2)
-        if num_frames == 1:
+        if groups.shape[1] == 1:
             clips = clips.expand(-1, -1, self.frames_of_one, -1, -1)
         autocast = nullcontext()
         if self.compute_dtype != torch.float32:

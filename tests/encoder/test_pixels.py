@@ -6,9 +6,9 @@ from PIL import Image
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.encoder import weights_identity
 from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 from jepa_cache.encoder.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.groups import token_recipe
 from tests.workspace import SUITE_SETTINGS, copy_settings
 

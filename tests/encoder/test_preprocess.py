@@ -1,7 +1,7 @@
 """What the crop rules promise.
 
 Claims: crops are the official centred ones; every rule keeps a constant picture constant, works for frames smaller and
-larger than the output, treats each frame alone, is torch's own resizing to the bit, and refuses what is not uint8 RGB.
+larger than the output, treats each frame alone, and is torch's own resizing to the bit.
 """
 
 import numpy as np
@@ -55,15 +55,12 @@ def test_a_constant_picture_maps_to_its_normalised_colour(rule, size):
 
 
 @pytest.mark.parametrize("rule", CROP_RULES)
-def test_a_frame_does_not_depend_on_its_neighbours_and_other_forms_are_refused(rule):
+def test_a_frame_does_not_depend_on_its_neighbours(rule):
     def apply(frames):
         return CROP_RULES[rule](frames, 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
     frames = noise(3, 50, 70)
     assert torch.equal(apply(frames)[1:2], apply(frames[1:2]))
-    for other in (np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)):
-        with pytest.raises(ValueError, match="uint8 RGB"):
-            apply(other)
 
 
 def test_square_rule_takes_the_centred_square():
