@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from jepa_cache.config.parsing import ConfigError
-
-FULL = re.compile("CUDA.*(out of memory|ALLOC_FAILED)")
 
 
 def resolve_device(key: str, wanted: str) -> str:
@@ -102,11 +99,6 @@ class Copies:
         """Wait until all that was begun has ended; from any thread."""
         if self._done is not None:
             self._done.synchronize()
-
-
-def is_full(error: RuntimeError) -> bool:
-    """Whether a GPU's memory is full: `torch.OutOfMemoryError`, and what CUDA and cuBLAS say by themselves."""
-    return FULL.search(str(error)) is not None
 
 
 def has_bfloat16() -> bool:
