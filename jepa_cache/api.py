@@ -280,15 +280,9 @@ class WorldModel:
         motion: Motion | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Tokens that are foreseen after each of some actions, normalised as the predictor reads them; arguments as for `energies`.
+        """Tokens that are foreseen after each of some actions, normalised as the predictor reads them.
 
-        Args:
-            frames: [.., C * G, h, w, 3] uint8 RGB: the steps so far, the present one last.
-            states: [.., C, S]; None only for weights that were trained without.
-            actions: [.., S, H, A] unscaled: S candidates of H steps. Or of one context [H, A], one candidate.
-            taken: [.., C-1, A] between the steps; needed where C is above 1.
-            motion: By which states follow where H is above 1; by default that of the space.
-            batch_size: Candidates of one context that go through the predictor at once; by default as many as 4 GiB are enough for.
+        Arguments are those of `energies`; `actions` may also be one candidate [H, A] of one context.
 
         Returns:
             [.., S, H, N, E] float32 on the encoder's device, or [H, N, E].

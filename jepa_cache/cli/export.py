@@ -12,8 +12,8 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
-from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, preset_files, upload
-from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
+from jepa_cache.cli.sharing import CHECKSUMS, README, check_arrived, list_others, preset_files, upload
+from jepa_cache.files import atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
 from jepa_cache.store.recipe import file_digest
@@ -175,8 +175,7 @@ def _check_target(out: Path, root: CacheRoot, manifest: Manifest) -> None:
         raise RefusedError(f"{out} lies in the cache root {root.path} itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file; choose a folder")
-    names = {path.name for path in out.iterdir() if not OURS.fullmatch(path.name)} if out.is_dir() else set()
-    others = sorted(names - NAMES)
+    others = list_others(out) if out.is_dir() else []
     others += sorted({path.name for path in (out / "manifests").glob("*.json")} - {f"{manifest.digest}.json"})
     if others:
         raise RefusedError(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jepa_cache.cli.outcome import AsJson, Outcome, describe_bytes, report
 from jepa_cache.config.loading import find_repository, load_config, manifest_path, preset_file
 from jepa_cache.data.dataset import find_differences
-from jepa_cache.files import atomic_file
+from jepa_cache.files import OURS, atomic_file
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import STORE_FILE, check_identity, check_store
 from jepa_cache.store.manifest import Manifest, read_manifest, write_manifest
@@ -38,6 +38,11 @@ def open_url(url: str) -> tuple[Any, str]:
     except (ImportError, OSError, ValueError) as error:  # no library for the protocol, no such protocol
         raise ValueError(f"{url!r} cannot be used: {error}") from error
     return files, path.rstrip("/")
+
+
+def list_others(folder: Path) -> list[str]:
+    """Names in a folder that are none of an exported root, nor of an export or a pull that was killed in it."""
+    return sorted({path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)} - NAMES)
 
 
 def preset_files(manifest: Manifest) -> list[str]:
@@ -122,7 +127,7 @@ def pull(
 def _pull(url: str, out: Path) -> Outcome:
     repository = find_repository(Path.cwd())
     config = load_config(repository)
-    if out.exists() and {path.name for path in out.iterdir()} - NAMES:
+    if out.exists() and list_others(out):
         raise ValueError(f"{out} holds something else than a pulled cache; name a new folder")
     files, path = open_url(url)
     sums = out / CHECKSUMS

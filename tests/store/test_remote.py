@@ -452,15 +452,3 @@ def test_commands_at_once_share_the_limit_and_lose_nothing_that_they_read(machin
     (root.path.parent / "holds" / ".jepa-cache-0123456789ab-stores").write_text(f"{stores[0].relative_to(root.path)}")
     with root.pulled(stores[1:]):  # what a dead one held, it holds no more
         assert whole_units(root) == ["2", "3", "4"]
-
-
-def test_an_interrupted_pull_goes_on_with_the_files_that_are_missing(machines, server):
-    publish_units(machines("a"))
-    root = machines("b")
-    store = place(root, UNITS[0])
-    pull(root, [store])
-    (store / "tokens/c/1/0/0").unlink()
-    server.requests.clear()
-    with machines("b").pulled([store]):
-        assert np.array_equal(read_all(store), TOKENS)
-    assert [request.split("?")[0][-7:] for request in server.requests if "/c/" in request] == ["c/1/0/0"]

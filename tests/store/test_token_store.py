@@ -154,11 +154,8 @@ def test_arrays_are_byte_for_byte_what_zarr_writes(tmp_path, num_steps):
 
 
 @pytest.mark.parametrize("dtype", CODECS)
-def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
+def test_an_empty_store_is_a_store(tmp_path, dtype):
     assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
-    tokens = make_tokens(1)
-    values = read_values(write(tmp_path / "b.zarr", dtype, [tokens]), dtype)
-    assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
 
 
 @pytest.mark.parametrize("name", ["tokens", *SCALE_ARRAYS])
