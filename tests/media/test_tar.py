@@ -14,9 +14,8 @@ import pytest
 
 from jepa_cache.cli.preparation import pack
 from jepa_cache.media import tar as tar_module
-from jepa_cache.media.probe import iter_tar_videos, probe_video
 from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples, pack_folder
-from tests.makers import make_video, write_tar
+from tests.makers import write_tar
 
 
 def _read(path):
@@ -151,16 +150,6 @@ def test_one_sample_is_in_memory_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * size, f"{peak / size:.1f} samples were in memory at once"
-
-
-def test_videos_of_a_tar_are_measured_by_their_headers_and_what_cannot_be_used_says_why(tmp_path):
-    video = make_video(20, 1, options={"g": "7"})
-    members = [("good.mp4", video), ("good.jsonl", b"{}\n"), ("cut.mp4", video[:-900]), ("cut.jsonl", b"{}\n")]
-    members += [("alone.mp4", video), ("text.jsonl", b"{}\n")]
-    found = {key: (info, problem) for key, info, problem in iter_tar_videos(write_tar(tmp_path / "x.tar", members))}
-    # Whether later frames show before key frames is not looked at.
-    assert found.pop("good") == (probe_video(video)._replace(open_gop=False), "")
-    assert all(info is None and problem for info, problem in found.values()) and set(found) == {"cut", "alone", "text"}
 
 
 @pytest.fixture
