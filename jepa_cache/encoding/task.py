@@ -31,13 +31,6 @@ LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be ha
 POLL_S = 1.0
 
 
-def count_gpus() -> int:
-    """GPUs that torch sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def resolve_device(wanted: str) -> str:
     """The device that `encode.device` means on this machine, see `devices.resolve_device`."""
     from jepa_cache import devices

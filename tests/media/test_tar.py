@@ -124,22 +124,6 @@ def test_a_damaged_header_and_joined_tars_are_a_problem_and_what_was_before_is_r
     assert tail.key == "whole.tar" and "damaged header" in tail.problem
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "it is empty"),
-        (b"no tar at all" * 100, "copy it again"),
-        (b"\x1f\x8b\x08" + b"x" * 600, "compressed with gzip"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (b"\n<HTML><body>Please log in", "HTML page"),
-    ],
-)
-def test_what_is_no_tar_is_one_problem_under_its_name_that_says_what_it_is(tmp_path, content, words):
-    (tmp_path / "a.tar").write_bytes(content)
-    (sample,) = _read(tmp_path / "a.tar")
-    assert sample.key == "a.tar" and "no uncompressed tar" in sample.problem and words in sample.problem
-
-
 def test_one_sample_is_in_memory_at_a_time(tmp_path):
     size = 1 << 20
     tar = write_tar(tmp_path / "a.tar", [(f"{index}.mp4", bytes(size)) for index in range(8)])
