@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jepa_cache.config.paths import default_num_decoders, is_full_gpu
-from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.actions import ensure_actions
-from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
+from jepa_cache.encoding.groups import EncodingGroup, name_reading, token_recipe
 from jepa_cache.encoding.pipeline import FillResult, fill_group
 from jepa_cache.encoding.task import load_encoder, resolve_device
 from jepa_cache.store.recipe import recipe_changes
@@ -23,7 +22,6 @@ from jepa_cache.store.root import CacheRoot
 if TYPE_CHECKING:
     from dask.distributed import Client
 
-    from jepa_cache.encoder.frozen import FrozenEncoder
 
 CONNECT_S = 30
 START_S = 120  # a worker imports from a cold disk
@@ -219,6 +217,4 @@ def _check_recipe(task: EncodingGroup, address: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1)
-def _load_once(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
-    return load_encoder(opened, encode, device=encode.device, num_threads=num_threads)
+_load_once = functools.lru_cache(maxsize=1)(load_encoder)
