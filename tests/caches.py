@@ -60,8 +60,8 @@ SMALL = {"predictor_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "num
 def no_pictures() -> Iterator[None]:
     """Evaluations draw nothing, which takes most of their time: test_pictures.py, test_cameras.py and test_pipeline.py let them draw."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_pictures", "write_page"):
-            patch.setattr(f"jepa_cache.evaluation.run.{name}", lambda *_: None)
+        for name in ("draw_horizon", "write_films", "write_page"):
+            patch.setattr(f"jepa_cache.evaluation.run.{name}", lambda *_, **__: None)
         yield
 
 

@@ -5,11 +5,12 @@ Claims:
 - training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
 - validations copy nothing from or to ordinary memory but their row, though they give windows another episode's actions;
 - a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
-- losses are those of the CPU.
+- losses are those of the CPU, of a compressed predictor too.
 """
 
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,34 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
             for name in ("total", *(("val_jloss", "val_gap_shuffled_actions") if one["step"] == "10" else ())):
                 assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5, abs=1e-6)  # another attention
         assert [row["copy_wait_share"] for row in rows(on_gpu)] == ["0.0"] * 3
+
+
+@on_emulated_cuda
+def test_a_compressed_predictor_is_fitted_and_trained_where_the_tokens_are():
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from jepa_cache.predictor import checkpoints
+    from tests import emulated_cuda as emulation
+    from tests.caches import make_cache
+    from tests.training.runs import rows, run
+
+    save = checkpoints.save_file
+    found = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
+        patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+        cache = make_cache(Path(folder))
+        for device in ("cpu", "cuda"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            words = (f"train.device={device}", "predictor=compressed", "train.num_steps=6", "train.loggers=[]")
+            with emulated_cuda() if device == "cuda" else nullcontext():
+                patch.setattr(
+                    checkpoints,
+                    "save_file",
+                    lambda it, *rest, **how: save({k: emulation._inner(v) for k, v in it.items()}, *rest, **how),
+                )
+                found.append(rows(run(cache, Path(folder, device), *words)))
+    on_cpu, on_gpu = found
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-6)
