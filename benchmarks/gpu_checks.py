@@ -494,6 +494,7 @@ def whole_trainings(bench: Bench) -> Part:
     limit = rows_of(base)[-1]["total"]
     adapters = ("train.precision=bfloat16", f"train.init={base.weights}", "train.lora_rank=4", "train.lora_dropout=0.1")
     cases = {"bfloat16": ("train.precision=bfloat16",), "float16": ("train.precision=float16",), "LoRA": adapters}
+    cases |= {name: (f"predictor={name}", "train.costs=[readout,time]") for name in ("compressed", "linear")}
     for name, words in cases.items():
         loss = rows_of(run_training(bench, cache, f"c6-{name}", *space, *words))[-1]["total"]
         yield holds(f"training, {name}", loss < 1.5 * limit, f"loss {loss:.3f}, float32 {limit:.3f}")

@@ -243,6 +243,7 @@ def test_what_does_not_fit_a_plan_is_refused(trained, world):
         (f"frames {array} list. Of a list take np.stack", {"frames": list(frame)}),
         (rf"frames {array} Tensor.*\.cpu\(\)\.numpy\(\)", {"frames": torch.from_numpy(frame)}),
         (rf"frames {array} uint8 \[\d+, \d+, 3\].* frame\[None\]", {"frames": frame[0]}),
+        (rf"frames {array} uint8 \[\d+, 3, ", {"frames": frame.transpose(0, 3, 1, 2)}),
         (r"the same camera and size: frames are \[\d+, \d+, 3\], the goal is \[8, 8, 3\]", {"goal": goal[:8, :8]}),
         (r"the goal is one colour throughout, \[7, 7, 7\]", {"goal": np.full_like(goal, 7)}),
     ):

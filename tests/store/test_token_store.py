@@ -95,11 +95,6 @@ def test_a_reader_written_from_the_document_gets_the_same_values(store):
     assert np.array_equal(plain_reader.read_tokens(path), read_values(path, dtype))
 
 
-def by_zarr(path):
-    zarr = pytest.importorskip("zarr")
-    return {name: array[...] for name, array in zarr.open_group(path, mode="r").arrays()}
-
-
 def by_xarray(path):
     return {name: array.values for name, array in pytest.importorskip("xarray").open_zarr(path).items()}
 
@@ -112,7 +107,7 @@ def by_tensorstore(path):
     return arrays
 
 
-@pytest.mark.parametrize("read", [by_zarr, by_xarray, by_tensorstore])
+@pytest.mark.parametrize("read", [by_xarray, by_tensorstore])
 def test_other_readers_give_the_same_numbers_without_warnings(store, read):
     dtype, path, _ = store
     with warnings.catch_warnings():
@@ -159,11 +154,8 @@ def test_arrays_are_byte_for_byte_what_zarr_writes(tmp_path, num_steps):
 
 
 @pytest.mark.parametrize("dtype", CODECS)
-def test_an_empty_store_and_one_of_a_single_step_are_stores(tmp_path, dtype):
+def test_an_empty_store_is_a_store(tmp_path, dtype):
     assert check_store(write(tmp_path / "a.zarr", dtype, [])).metadata["num_steps"] == 0
-    tokens = make_tokens(1)
-    values = read_values(write(tmp_path / "b.zarr", dtype, [tokens]), dtype)
-    assert np.abs(values - tokens.astype(np.float32)).max() < 2.0
 
 
 @pytest.mark.parametrize("name", ["tokens", *SCALE_ARRAYS])
