@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jepa_cache.config.loading import load_config, split_arguments
-from jepa_cache.config.paths import printable
+from jepa_cache.config.paths import is_full_gpu, printable
 from jepa_cache.files import OURS, full_disk_named
-
-FULL_GPU = re.compile(
-    "CUDA.*(out of memory|ALLOC_FAILED)"
-)  # torch.OutOfMemoryError, and what CUDA and cuBLAS say by themselves
 
 
 def parse_stage_arguments(
@@ -115,7 +111,7 @@ def run_stage(main: Callable[[], None]) -> None:
         told = re.sub(r"(?<=`)python stages/\w+\.py(?=`)", lambda found: found[0] + again, describe_error(error))
         sys.exit(f"error: {told}")
     except RuntimeError as error:
-        if not FULL_GPU.search(str(error)):
+        if not is_full_gpu(error):
             raise
         sys.exit(f"error: {describe_full_gpu(error)}")
     except KeyboardInterrupt:

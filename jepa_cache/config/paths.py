@@ -64,3 +64,8 @@ def spell_name(name: str) -> str:
 def printable(text: str, *, keep: str = "") -> str:
     r"""One line of text with its control characters written out, as `\\x1b` or `\\n`; those in `keep` stay."""
     return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def is_full_gpu(error: RuntimeError) -> bool:
+    """Whether an error says that a GPU's memory is full: `torch.OutOfMemoryError`, and what CUDA and cuBLAS say by themselves."""
+    return re.search("CUDA.*(out of memory|ALLOC_FAILED)", str(error)) is not None

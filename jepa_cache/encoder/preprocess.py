@@ -21,8 +21,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # What the AC training config's random-resized-crop allows before it falls back to a centred crop.
 AC_ASPECT_RANGE = (0.75, 1.35)
 # The eval pipelines keep 224/256 of the short side.
@@ -40,19 +38,8 @@ class CropRule(NamedTuple):
     cut: Callable[..., Tensor]
     in_levels: bool  # mean and deviation are taken of 0 to 255, else of 0 to 1: that rounds otherwise
 
-    def __call__(
-        self,
-        frames: np.ndarray,
-        size: int,
-        *,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> Tensor:
-        """Frames [F, h, w, 3] uint8 RGB of any size to normalised float32 frames [F, 3, size, size]; mean and std are those of [0, 1]."""
-        return normalise(self.cut(frames, size), size, *self.statistics(mean, std), in_levels=self.in_levels)
-
     def statistics(self, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Offset and spread [3, 1, 1] float32, as `normalise` takes them."""
+        """Offset and spread [3, 1, 1] float32, as `normalise` takes them, of the mean and deviation of pixels in [0, 1]."""
         scale = 255.0 if self.in_levels else 1.0
         offset, spread = (torch.tensor(it, dtype=torch.float32).view(3, 1, 1) * scale for it in (mean, std))
         return offset, spread

@@ -26,7 +26,6 @@ GRAPH = 7  # of ONNX's ModelProto
 INITIALIZER = 5  # of a GraphProto
 DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9  # of a TensorProto
 FLOAT = 1  # a DATA_TYPE
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 BLOCK = "encoder.layer.{}."
 # The exporter folded the transposes of a block's six matrices away, and their names with them; their order is that of use.
 LINEAR = (
@@ -207,14 +206,8 @@ def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
 
 def write_model(model: ShippedModel, state: Mapping[str, np.ndarray], folder: Path) -> None:
     """Write config, preprocessing and weights as save_pretrained lays them out; the same bytes everywhere and always."""
-    (folder / CONFIG).write_text(json.dumps(_config(model), indent=2) + "\n")
-    (folder / PREPROCESSING).write_text(json.dumps(_preprocessing(model), indent=2) + "\n")
-    _write_safetensors(folder / WEIGHTS, state)
-
-
-def _config(model: ShippedModel) -> dict[str, Any]:
-    """Dinov2Config with everything that decides numbers, so that no default of a later release does."""
-    return {
+    # Dinov2Config with everything that decides numbers, so that no default of a later release does.
+    config = {
         "architectures": ["Dinov2Model"],
         "model_type": "dinov2",
         "hidden_size": model.hidden_size,
@@ -234,12 +227,19 @@ def _config(model: ShippedModel) -> dict[str, Any]:
         "image_size": model.image_size,
         "patch_size": model.patch_size,
     }
-
-
-def _preprocessing(model: ShippedModel) -> dict[str, Any]:
-    """The whole frame squeezed to the square: of a wide picture a centre crop cuts off where a robot may work."""
-    square = {"height": model.resolution, "width": model.resolution}
-    return {"do_resize": True, "size": square, "resample": 3, "do_center_crop": False, "do_normalize": True, **IMAGENET}
+    # The whole frame squeezed to the square: of a wide picture a centre crop cuts off where a robot may work.
+    preprocessing = {
+        "do_resize": True,
+        "size": {"height": model.resolution, "width": model.resolution},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    for name, content in ((CONFIG, config), (PREPROCESSING, preprocessing)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    _write_safetensors(folder / WEIGHTS, state)
 
 
 def _write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
