@@ -334,36 +334,56 @@ class Block(nn.Module):
         return (x, k, v) if keeps else (x, None, None)
 
 
-class _CastTogether(torch.autograd.Function):
-    """Weights in a lower dtype, and their gradients back, by one kernel each on a GPU."""
+class _ForPasses(torch.autograd.Function):
+    """Weights in other dtypes, once for each of several passes; a GPU casts them, and adds and casts back their gradients, by one kernel each.
+
+    Autograd would add the gradients of two passes weight by weight. The sums have its bits: those of the last pass come first.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [weight.dtype for weight in weights]
-        return _cast_all(weights, [dtype] * len(weights))
+    def forward(ctx: Any, dtypes: Sequence[torch.dtype], num_passes: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes, ctx.num_passes = [weight.dtype for weight in weights], num_passes
+        return tuple(it.detach() for it in _cast_all(weights, dtypes) for _ in range(num_passes))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast_all(gradients, ctx.dtypes)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_weight = [gradients[i : i + ctx.num_passes] for i in range(0, len(gradients), ctx.num_passes)]
+        given = [[it for it in passes if it is not None] for passes in by_weight]
+        sums = {number: passes[0] for number, passes in enumerate(given) if passes}
+        for i in range(1, ctx.num_passes):
+            more = {number: passes[i] for number, passes in enumerate(given) if len(passes) > i}
+            if more:
+                added = torch._foreach_add([sums[number] for number in more], list(more.values()))
+                sums |= zip(more, added, strict=True)
+        cast = dict(zip(sums, _cast_all(sums.values(), [ctx.dtypes[number] for number in sums]), strict=True))
+        return None, None, *(cast.get(number) for number in range(len(given)))
 
 
-def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    cast = [torch.empty_like(it, dtype=dtype) for it, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(cast, list(tensors))
-    return tuple(cast)
+def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    cast = [
+        it if it.dtype == dtype else torch.empty_like(it, dtype=dtype)
+        for it, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    pairs = [(new, old) for new, old in zip(cast, tensors, strict=True) if new is not old]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    return cast
 
 
-def cast_products(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights and biases of a module's linear layers in `dtype`, by name; gradients flow to those that are trained."""
-    linear = [it for it in module.named_modules() if isinstance(it[1], nn.Linear)]
-    weights = {f"{name}.{part}": weight for name, it in linear for part, weight in it.named_parameters(recurse=False)}
-    cast: dict[str, Tensor] = {}
+def cast_for_passes(module: nn.Module, dtype: torch.dtype, num_passes: int) -> list[dict[str, Tensor]]:
+    """The weights of a module by name, those of linear layers in `dtype`, once for each pass; to be taken from the end."""
+    weights = dict(module.named_parameters())
+    linear = tuple(f"{name}." for name, it in module.named_modules() if isinstance(it, nn.Linear))
+    cast: list[dict[str, Tensor]] = [{} for _ in range(num_passes)]
     for trained in (True, False):
         some = {name: weight for name, weight in weights.items() if weight.requires_grad is trained}
-        if some:
-            made = (
-                _CastTogether.apply(dtype, *some.values()) if trained else _cast_all(some.values(), [dtype] * len(some))
-            )
-            cast |= zip(some, made, strict=True)
+        dtypes = [dtype if name.startswith(linear) else weight.dtype for name, weight in some.items()]
+        if trained:
+            made = _ForPasses.apply(dtypes, num_passes, *some.values())
+        else:
+            made = [it for it in _cast_all(some.values(), dtypes) for _ in range(num_passes)]
+        for number, weights_of_pass in enumerate(cast):
+            weights_of_pass |= zip(some, made[number::num_passes], strict=True)
     return cast

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from jepa_cache.predictor.layers import (
     Block,
     KeysValues,
-    cast_products,
+    cast_for_passes,
     has_bfloat16_products,
     rotary_table,
     step_mask,
@@ -33,6 +33,14 @@ class PredictorOutput(NamedTuple):
     """[B, T, N, E] prediction of the step after each given one; not layer-normed."""
     past: list[KeysValues]
     """Per block the keys and values of all steps so far (past ones included), or of those that are kept; empty where none are."""
+
+
+class _Low(NamedTuple):
+    """What `ACPredictor.cast_once` holds: by block the weights for the passes to come."""
+
+    dtype: torch.dtype
+    num_passes: int
+    weights: list[list[dict[str, Tensor]]]
 
 
 class ACPredictor(nn.Module):
@@ -127,7 +135,7 @@ class ACPredictor(nn.Module):
             self.modulations = nn.ModuleList(nn.Linear(predictor_dim, 6 * predictor_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
-        self._low: tuple[torch.dtype, dict[int, dict[str, Tensor]]] | None = None  # of `cast_once`
+        self._low: _Low | None = None
         self._flex = False
         self.reset_parameters()
 
@@ -175,12 +183,12 @@ class ACPredictor(nn.Module):
             block.compile(*arguments, **options)
 
     @contextmanager
-    def cast_once(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Cast the weights of the blocks' products to `dtype` once for all passes in the context, and their gradients back once.
+    def cast_once(self, dtype: torch.dtype | None, num_passes: int) -> Iterator[None]:
+        """Cast the weights of the blocks' products to `dtype` once for `num_passes` passes in the context, and their gradients back once.
 
         The numbers are autocast's, bit for bit; it would cast tensor by tensor, and again in every compiled pass and recomputation.
         """
-        self._low = None if dtype is None else (dtype, {})
+        self._low = None if dtype is None else _Low(dtype, num_passes, [[] for _ in self.predictor_blocks])
         try:
             yield
         finally:
@@ -191,12 +199,10 @@ class ACPredictor(nn.Module):
         if dtype is None:
             return block(*arguments)
         # A recomputation comes after the context: all weights held until then would take half a GiB more of `ac300m`.
-        cast = self._low[1].get(number) if self._low else None
-        if cast is None:
-            cast = cast_products(block, dtype)
-            if self._low:
-                self._low[1][number] = cast
-        return functional_call(block, cast, arguments)
+        cast = self._low.weights[number] if self._low else []
+        if not cast:
+            cast += cast_for_passes(block, dtype, self._low.num_passes if self._low else 1)
+        return functional_call(block, cast.pop(), arguments)
 
     def forward(
         self,
@@ -257,7 +263,7 @@ class ACPredictor(nn.Module):
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i in range(len(self.predictor_blocks)):
-            dtype, before = self._low and self._low[0], past[i] if past else None
+            dtype, before = self._low and self._low.dtype, past[i] if past else None
             arguments = (i, dtype, x, table, length, before, by_block[i], mask, num_kept > 0)
             if recomputes:
                 x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
