@@ -91,24 +91,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _SplitRotated(torch.autograd.Function):
     """Queries, keys and values, each [B, heads, T*L, d], of one projection [B, T*L, 3, heads, d]: the first two rotated, none a view of it.
 
-    A view of the values would keep all three alive. The gradient is the rotation back, written out: fewer passes over memory than
+    A view of the values would keep all three alive. In memory heads come after tokens, as in the projection, so that attention's output
+    has the order which the next projection reads. The gradient is the rotation back, written out: fewer passes over memory than
     autograd would take.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, back)
-        apart = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotate(apart[:2], cos, sin).unbind(0)
-        return q, k, apart[2].contiguous()
+        q, k = rotate(qkv[:, :, :2], cos[:, None, None], sin[:, None, None]).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].contiguous().transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, back = ctx.saved_tensors
-        q, k, v = gradients
-        rotated = [gradient.transpose(1, 2) for gradient in (rotate(q, cos, back), rotate(k, cos, back), v)]
-        return torch.stack(rotated, dim=2), None, None, None
+        cos, back = (it[:, None] for it in ctx.saved_tensors)
+        q, k, v = (gradient.transpose(1, 2) for gradient in gradients)
+        return torch.stack((rotate(q, cos, back), rotate(k, cos, back), v), dim=2), None, None, None
 
 
 def _partner(x: Tensor) -> Tensor:
