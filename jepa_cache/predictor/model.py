@@ -43,6 +43,13 @@ class _Low(NamedTuple):
     weights: list[list[dict[str, Tensor]]]
 
 
+def _share_graphs(x: Tensor, past: KeysValues | None) -> None:
+    """Let torch.compile make one graph for whole windows and one for single steps, after a past of any length."""
+    torch._dynamo.mark_static(x, 1)
+    for it in past or ():
+        torch._dynamo.maybe_mark_dynamic(it, 2)
+
+
 class ACPredictor(nn.Module):
     """Predicts the tokens of the next step from those of this and earlier steps, with their actions and states.
 
@@ -136,7 +143,7 @@ class ACPredictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
         self._low: _Low | None = None
-        self._flex = False
+        self._flex = self._compiled = False
         self.reset_parameters()
 
     @property
@@ -176,7 +183,7 @@ class ACPredictor(nn.Module):
 
         `flex`: windows that begin here attend by one call of FlexAttention, on a GPU alone: it has no backward pass on a CPU.
         """
-        self._flex = flex
+        self._flex, self._compiled = flex, True
         # Tracing the question would break the graph. Marked here, as it imports torch's compiler: 1.6 s.
         torch.compiler.assume_constant_result(has_bfloat16_products.__wrapped__)
         for block in self.predictor_blocks:
@@ -259,22 +266,22 @@ class ACPredictor(nn.Module):
         num_all_steps = first_step + num_steps
         num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
         mask = step_mask(num_steps, length, x.device) if self._flex and not past and num_steps > 1 else None
-        recomputes, kept = self._recomputes(x), []
+        recomputes, kept, to_keep = self._recomputes(x), [], x.new_empty(num_kept, 0)
+        if self._compiled:
+            torch._dynamo.maybe_mark_dynamic(to_keep, 0)
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i in range(len(self.predictor_blocks)):
             dtype, before = self._low and self._low.dtype, past[i] if past else None
-            arguments = (i, dtype, x, table, length, before, by_block[i], mask, num_kept > 0)
+            if self._compiled:
+                _share_graphs(x, before)
+            arguments = (i, dtype, x, table, length, before, by_block[i], mask, to_keep)
             if recomputes:
                 x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, k, v = self._run_block(*arguments)
-            if not num_kept:
-                continue
-            if num_kept < k.shape[2] or not past:
-                # Copies: a view would keep the whole window alive; and new keys share their memory with the queries.
-                k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
-            kept.append((k, v))
+            if num_kept:
+                kept.append((k, v))
         x = x.view(batch, num_steps, length, -1)[:, :, num_conditioning:]
         predicted = self.predictor_proj(self.predictor_norm(x))
         return PredictorOutput(tokens + predicted if self.residual else predicted, kept)
