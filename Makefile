@@ -47,7 +47,7 @@ demo-robot: install-sim
 	@echo "figures: outputs/act/metrics.json, film: outputs/act/run/film.gif, page: outputs/act/run/report.html; docs/acting.md explains them"
 
 test: install
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests benchmarks --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Golden vectors, the first release's stores and checkpoint (encode, train, read: end to end), rules of the house, pure functions.
 QUICK := tests/test_architecture.py tests/test_golden.py tests/test_first_release.py tests/test_actions.py tests/test_poses.py \

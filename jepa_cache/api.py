@@ -280,15 +280,9 @@ class WorldModel:
         motion: Motion | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Tokens that are foreseen after each of some actions, normalised as the predictor reads them; arguments as for `energies`.
+        """Tokens that are foreseen after each of some actions, normalised as the predictor reads them.
 
-        Args:
-            frames: [.., C * G, h, w, 3] uint8 RGB: the steps so far, the present one last.
-            states: [.., C, S]; None only for weights that were trained without.
-            actions: [.., S, H, A] unscaled: S candidates of H steps. Or of one context [H, A], one candidate.
-            taken: [.., C-1, A] between the steps; needed where C is above 1.
-            motion: By which states follow where H is above 1; by default that of the space.
-            batch_size: Candidates of one context that go through the predictor at once; by default as many as 4 GiB are enough for.
+        Arguments are those of `energies`; `actions` may also be one candidate [H, A] of one context.
 
         Returns:
             [.., S, H, N, E] float32 on the encoder's device, or [H, N, E].
@@ -445,8 +439,9 @@ class WorldModel:
 
 
 def _check_frames(name: str, frames: np.ndarray) -> None:
-    if not isinstance(frames, np.ndarray) or frames.ndim < 4 or frames.dtype != np.uint8:
-        got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
+    is_array = isinstance(frames, np.ndarray)
+    if not is_array or frames.ndim < 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
+        got = f"{frames.dtype} {list(frames.shape)}" if is_array else type(frames).__name__
         raise ValueError(
             f"{name} must be a numpy array of uint8 RGB frames, [frames, height, width, 3]; got {got}. Of a list take np.stack(...), of a "
             "torch tensor on any device .cpu().numpy(), of a single frame frame[None]"

@@ -240,25 +240,21 @@ def find_idle_rows(joint_velocity_commands: np.ndarray) -> np.ndarray:
     return np.concatenate((np.zeros(min(1, len(commands)), bool), still))
 
 
-def keep_ranges(idle: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
-    """What remains of an episode without its rests: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
+def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
+    """What openpi keeps of an episode with commands [M, 7] rad/s at 15 Hz: runs of 16 rows and more, after runs of 7 and more idle rows are gone.
 
-    `idle` is [M] bool. `cut_end` rows are taken from the end of each kept run, whose chunks of 16 actions would reach into the rest; a
+    `cut_end` rows are taken from the end of each kept run, whose chunks of 16 actions would reach into the rest; a
     world model needs no chunk: 0 keeps them. Gives ranges [start, end), ascending, without those that the cut leaves empty.
 
     Source: openpi, `compute_droid_nonidle_ranges`.
     """
+    idle = find_idle_rows(joint_velocity_commands)
     kept = np.ones(len(idle), bool)
-    for start, end in _find_runs(np.asarray(idle, bool)):
+    for start, end in _find_runs(idle):
         if end - start >= MIN_IDLE_ROWS:
             kept[start:end] = False
     runs = [(start, end) for start, end in _find_runs(kept) if end - start >= MIN_KEPT_ROWS]
     return [(start, end - cut_end) for start, end in runs if end - cut_end > start]
-
-
-def idle_ranges(joint_velocity_commands: np.ndarray, *, cut_end: int = 10) -> list[tuple[int, int]]:
-    """The ranges of rows that openpi keeps of an episode with commands [M, 7] rad/s at 15 Hz: `keep_ranges` of its idle rows."""
-    return keep_ranges(find_idle_rows(joint_velocity_commands), cut_end=cut_end)
 
 
 def read_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:

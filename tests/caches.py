@@ -30,6 +30,7 @@ from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, wri
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
+from tests.makers import make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS
 
 GRID, WIDTH = (2, 2), 8
@@ -60,8 +61,8 @@ SMALL = {"predictor_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "num
 def no_pictures() -> Iterator[None]:
     """Evaluations draw nothing, which takes most of their time: test_pictures.py, test_cameras.py and test_pipeline.py let them draw."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_pictures", "write_page"):
-            patch.setattr(f"jepa_cache.evaluation.run.{name}", lambda *_: None)
+        for name in ("draw_horizon", "write_films", "write_page"):
+            patch.setattr(f"jepa_cache.evaluation.run.{name}", lambda *_, **__: None)
         yield
 
 
@@ -164,6 +165,14 @@ def make_cache(
     scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
     write_scaler(scaler, folder / "outputs/scaler/scaler.json")
     return Cache(folder, root, config, dataset, scaler)
+
+
+def make_recorded(folder: Path, num_episodes: int) -> tuple[Cache, Path, dict[str, bytes]]:
+    """A cache of 12 steps an episode whose one unit is a tar shard of videos, the shard, and the videos by key."""
+    pairs = {f"episode-{number}": make_vpt_pair(12 * TICKS_PER_STEP, seed=number) for number in range(num_episodes)}
+    tar = write_vpt_tar(folder / "shards/a.tar", pairs)
+    cache = make_cache(folder, units={hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}, num_steps=12)
+    return cache, tar, {key: video for key, (video, _) in pairs.items()}
 
 
 def make_controls(num_steps: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

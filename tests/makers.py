@@ -12,7 +12,6 @@ from typing import Any
 import av
 import numpy as np
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
 REAL_VPT = Path(__file__).resolve().parents[2] / "shared" / "data" / "vpt"
 """Optional folder of real recordings; a test that needs it skips where it is absent."""
 

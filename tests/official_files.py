@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder import KINDS
+from jepa_cache.encoder.preprocess import CropRule, normalise
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What every trainer keeps beside the weights.
 _BESIDE = {
@@ -19,6 +24,17 @@ _BESIDE = {
     },
     **{"epoch": 315, "loss": 0.4, "batch_size": 8, "world_size": 32, "lr": 4.25e-4},
 }
+
+
+def prepare(
+    rule: CropRule,
+    frames: np.ndarray,
+    size: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Frames [F, h, w, 3] uint8 as an encoder gets them by a crop rule: normalised float32 [F, 3, size, size]."""
+    return normalise(rule.cut(frames, size), size, *rule.statistics(mean, std), in_levels=rule.in_levels)
 
 
 def write_official_file(

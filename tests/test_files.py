@@ -157,33 +157,9 @@ def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
     with atomic_file(path) as temporary:
         temporary.write_bytes(b"one")
         assert not path.exists()
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(b"two")
-        assert path.read_bytes() == b"one"
-    assert path.read_bytes() == b"two" and [file.name for file in path.parent.iterdir()] == ["file"]
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "the user's own permissions"
-
-
-def test_content_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatch):
-    events, real_sync = [], files.sync
-
-    def sync(path):
-        events.append(("sync", path.name.startswith(".jepa-cache-") or path.name, (tmp_path / "a").exists()))
-        real_sync(path)
-
-    monkeypatch.setattr(files, "sync", sync)
-    with atomic_file(tmp_path / "a") as temporary:
-        temporary.write_bytes(b"x")
-    assert events == [("sync", True, False), ("sync", tmp_path.name, True)]
-    synced = []
-    monkeypatch.setattr(files, "sync", lambda path: synced.append((path.name, (tmp_path / "b").exists())))
-    with temporary_folder(tmp_path / "b") as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner/file").write_bytes(b"x")
-        publish_folder(folder, tmp_path / "b")
-    assert synced[:2] == [("file", False), ("inner", False)] and synced[-1] == (tmp_path.name, True)
-    assert [published for _, published in synced] == [False, False, False, True]
 
 
 def test_the_loser_of_a_race_takes_its_folder_away_and_leaves_the_winner_s(tmp_path):

@@ -36,6 +36,7 @@ from jepa_cache.training.optim import (
     warmup_cosine,
     warmup_stable_decay,
 )
+from tests.official_files import prepare
 from tests.predictor.makers import block_causal_mask
 
 FOLDER = Path(os.environ.get("JEPA_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -434,13 +435,13 @@ def check_preprocess(golden: Golden) -> None:
             options = config.get("ac", {}).get(case, {})
             rule = {"aspect_range": tuple(options["random_resize_aspect_ratio"])} if options else {}
             transform = CropRule(partial(cut_ac, **rule), in_levels=True)
-            clip = transform(frames.numpy(), expected[f"{case}/clip"].shape[-1], **colour)
+            clip = prepare(transform, frames.numpy(), expected[f"{case}/clip"].shape[-1], **colour)
             golden.compare(f"{case}/clip", clip.transpose(0, 1), 1e-3)
         # The array path rounds to uint8 after cv2's fixed-point resize, hence one level of difference.
         for form, atol in (("array", 0.02), ("tensor", 1e-3)):
             name = f"{case}/clip_{form}_path"
             if name in expected:
-                clip = CROP_RULES[f"eval_{form}"](frames.numpy(), expected[name].shape[-1], **colour)
+                clip = prepare(CROP_RULES[f"eval_{form}"], frames.numpy(), expected[name].shape[-1], **colour)
                 golden.compare(name, clip.transpose(0, 1), atol)
 
 

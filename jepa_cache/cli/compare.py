@@ -34,10 +34,8 @@ WEIGHTS = "predictor.safetensors"
 COMPARED = {"teacher_forcing_l1": "teacher forcing", "rollout_l1": "open loop"}
 """Columns of episodes.csv that are paired, lower is better."""
 
-GAPS = {"gap_copy_last": "copying", "gap_shuffled_actions": "shuffled", "gap_zero_actions": "zero actions"}
+GAPS = ("gap_copy_last", "gap_shuffled_actions", "gap_zero_actions")  # in the JSON
 PREDICTOR = "predictor.name"
-READ_OUT = {f"readout_{name}_actions_percent": f"readout, {name}" for name in ("shuffled", "zero")}
-"""Per cent above the error of the true actions; of evaluations that read positions out."""
 NUM_RESAMPLES = 10_000
 NUM_DIGITS = 4  # of a difference in words; one below the last digit is none: another batch size moves the eighth
 
@@ -93,27 +91,34 @@ def compare(
     --all takes the runs named and those found in the project: in outputs and folders beside them, of the last commit and of
     DVC's experiments. It is a table by the held-out open-loop error; what cannot be read is named under it.
 
-    Exit code 0: all runs can be compared, or --all; 1: some cannot, and are shown apart; 2: wrong usage, or a run cannot be read.
+    Exit code 0: all runs can be compared, or --all; 1: some cannot, and it is said why; 2: wrong usage, or a run cannot be read.
     """
     if not runs and not everything:
         raise typer.BadParameter("name runs, or --all for every run of the project")
-    report(lambda: (list_all if everything else compare_runs)(runs or [], seed=seed), as_json=as_json)
+    report(lambda: compare_runs(runs or [], everything=everything, seed=seed), as_json=as_json)
 
 
-def compare_runs(names: Sequence[str], *, seed: int = 0) -> Outcome:
-    """Read the runs and say how they differ."""
-    if len(set(names)) < len(names):
+def compare_runs(names: Sequence[str], *, everything: bool = False, seed: int = 0) -> Outcome:
+    """Read the runs, or all of the project with those named, and say how they differ."""
+    unread = list[str]()
+    if everything:
+        runs, unread = read_all(names)
+    elif len(set(names)) < len(names):
         raise ValueError(f"each run is compared once; {next(n for n in names if names.count(n) > 1)!r} was named twice")
-    groups = group_runs(map(read_run, names))
-    documents, lines = [], []
+    else:
+        runs = [read_run(name) for name in names]
+    groups, documents, lines, fine = group_runs(runs), list[dict[str, Any]](), list[str](), True
     for group in groups:
-        document, first = describe_group(group, seed=seed), groups[0][0]
+        document = describe_group(_rank(group) if everything else group, seed=seed)
         if documents:
-            document["apart"] = why_apart(first, group[0])
+            document["apart"] = why_apart(groups[0][0], group[0])
             lines += ["", document["apart"]]
+            fine = False
+        fine &= all("mean" in pair[column] for pair in document["paired"] for column in COMPARED)
         documents.append(document)
-        lines += list_group(document)
-    return Outcome({"groups": documents}, lines, len(groups) == 1)
+        lines += list_group(document) + ([] if everything else list_differences(document))
+    lines += [f"not shown: {reason}" for reason in unread]
+    return Outcome({"groups": documents, "unread": unread}, lines, everything or fine)
 
 
 def group_runs(runs: Iterable[Evaluated]) -> list[list[Evaluated]]:
@@ -124,8 +129,8 @@ def group_runs(runs: Iterable[Evaluated]) -> list[list[Evaluated]]:
     return list(groups.values())
 
 
-def list_all(names: Sequence[str], *, seed: int = 0) -> Outcome:
-    """Every run of the project, and those named, in a table for each kind of error, the best run first."""
+def read_all(names: Sequence[str]) -> tuple[list[Evaluated], list[str]]:
+    """Every run of the project, and those named; and why some cannot be read."""
     repository, runs, unread = find_repository(Path.cwd()), list[Evaluated](), list[str]()
     for name in dict.fromkeys([*names, *find_runs(repository)]):
         try:
@@ -137,19 +142,16 @@ def list_all(names: Sequence[str], *, seed: int = 0) -> Outcome:
         raise ValueError(
             "\n  ".join([f"no evaluation was found in {repository}; `python stages/evaluate.py` makes one", *unread])
         )
-    documents, lines, groups = list[dict[str, Any]](), list[str](), group_runs(runs)
-    for group in groups:
-        ranked: dict[str, Evaluated] = {}  # an experiment that still lies in the workspace is one run under two names
-        for run in sorted(group, key=lambda run: run.metrics["val"]["rollout_l1"]):
-            same = ranked.get(content := repr((run.metrics, run.settings, run.episodes)))
-            ranked[content] = run if same is None else replace(same, name=f"{same.name}, {run.name}")
-        document, table = rank_group(list(ranked.values()), seed=seed)
-        if documents:
-            document["apart"] = why_apart(groups[0][0], group[0])
-            table = ["", *table, document["apart"]]
-        documents.append(document)
-        lines += table
-    return Outcome({"groups": documents, "unread": unread}, lines + [f"not shown: {reason}" for reason in unread])
+    return runs, unread
+
+
+def _rank(group: Sequence[Evaluated]) -> list[Evaluated]:
+    """The best run first; an experiment that still lies in the workspace is one run under two names."""
+    ranked: dict[str, Evaluated] = {}
+    for run in sorted(group, key=lambda run: run.metrics["val"]["rollout_l1"]):
+        same = ranked.get(content := repr((run.metrics, run.settings, run.episodes)))
+        ranked[content] = run if same is None else replace(same, name=f"{same.name}, {run.name}")
+    return list(ranked.values())
 
 
 def find_runs(repository: Path) -> list[str]:
@@ -167,43 +169,6 @@ def find_runs(repository: Path) -> list[str]:
         names += ["HEAD"] * bool(lock)  # of a commit before the first `dvc repro` there is no run
         names += re.findall(r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)$", refs, re.MULTILINE)
     return names
-
-
-def rank_group(group: Sequence[Evaluated], *, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """Runs of one kind, the best first, as JSON and as a table."""
-    best, differing = group[0], list_differing(group)
-    document = {**describe_group(group[:1], seed=seed), "runs": []}
-    rows = [["run", "open loop", "uses actions", "than the first", "other settings"]]
-    for position, run in enumerate(group):
-        metrics = run.metrics
-        try:
-            words = pair_runs(run, best, "rollout_l1", seed=seed)["words"] if position else "-"
-        except ValueError as error:  # of other windows, say; the others can be told
-            words, document["notes"] = "cannot be told", [*document["notes"], str(error)]
-        of_run: dict[str, Any] = {
-            "run": run.name,
-            "rollout_l1": metrics["val"]["rollout_l1"],
-            "interval": metrics["val_ci"]["rollout_l1"],
-            "uses_its_actions": metrics.get("verdict", {}).get("actions", {}).get("answer"),
-            "than_the_first": words,
-            "settings": {name: of[position] for name, of in differing.items() if of[position] != of[0]},
-        }
-        document["runs"].append(of_run)
-        interval = _with_interval(of_run["rollout_l1"], *of_run["interval"])
-        rows.append([run.name, interval, of_run["uses_its_actions"] or "-", words, _in_short(of_run["settings"])])
-    told = best.settings or {"dataset": "data set not known", "encoder": "-"}
-    head = f"{told['dataset']}, encoder {told['encoder']}, {best.metrics['mode']} mode: {best.metrics['num_episodes']} held-out episodes"
-    table = align(rows)
-    return document, [head, table[0], *shorten(table[1:]), *document["notes"]]
-
-
-def _in_short(settings: Mapping[str, Any]) -> str:
-    """Three settings on a line; of another predictor its name stands for all."""
-    names = [it for it in settings if it == PREDICTOR or PREDICTOR not in settings or not it.startswith("predictor.")]
-    shown = [
-        f"{name.removeprefix('train.').removesuffix('.name')}={show_setting(settings[name])}" for name in names[:3]
-    ]
-    return " ".join([*shown, *[f"and {len(names) - 3} more"] * (len(names) > 3)]) or "-"
 
 
 def kind_of(run: Evaluated) -> dict[str, Any]:
@@ -233,8 +198,9 @@ def show_setting(value: Any) -> str:
 
 
 def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
-    """Runs of one kind as JSON."""
-    differing = list_differing(group)
+    """Runs of one kind as JSON; all are paired with the first."""
+    differing, metrics = list_differing(group), group[0].metrics
+    told = group[0].settings or {"dataset": "data set not known", "encoder": "-"}
     runs = [
         {
             "run": run.name,
@@ -244,28 +210,23 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
                 name: {"mean": run.metrics["val"][name], "interval": run.metrics["val_ci"][name]}
                 for name in (*COMPARED, *GAPS)
                 if name in run.metrics["val"]
-            }
-            | {
-                name: {"mean": run.metrics["above"][name], "interval": run.metrics["above_ci"][name]}
-                for name in READ_OUT
-                if name in run.metrics.get("above", ())
             },
             "uses_its_actions": run.metrics.get("verdict", {}).get("actions", {}).get("answer"),
             "settings": {name: values[position] for name, values in differing.items()},
         }
         for position, run in enumerate(group)
     ]
-    paired = [
-        {"run": run.name, "reference": group[0].name}
-        | {column: pair_runs(run, group[0], column, seed=seed) for column in COMPARED}
-        for run in group[1:]
-    ]
-    notes, metrics = [], group[0].metrics
+    notes = []
     if not metrics["encoder_trained"]:
         notes.append("the encoder has random weights, or is plain pixels: figures are relative")
     if not metrics["comparable"]:
         notes.append("clip mode: early steps have seen later frames")
-    return {"runs": runs, "paired": paired, "notes": notes}
+    return {
+        "kind": f"{told['dataset']}, encoder {told['encoder']}, {metrics['mode']} mode",
+        "runs": runs,
+        "paired": [pair_runs(run, group[0], seed=seed) for run in group[1:]],
+        "notes": notes,
+    }
 
 
 def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
@@ -283,18 +244,34 @@ def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
     }
 
 
-def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -> dict[str, Any]:
-    """Mean over shared episodes of the run's error less the reference's, with its 95 % interval, and what may be said.
+def pair_runs(run: Evaluated, reference: Evaluated, *, seed: int) -> dict[str, Any]:
+    """Mean over shared episodes of the run's errors less the reference's, with 95 % intervals, and what may be said; or why nothing may be."""
+    paired: dict[str, Any] = {"run": run.name, "reference": reference.name}
+    try:
+        shared = _share_episodes(run, reference)
+    except ValueError as error:
+        return paired | {column: {"words": "cannot be told", "reason": str(error)} for column in COMPARED}
+    for column in COMPARED:
+        values = np.array([own[column] - other[column] for own, other in shared])
+        values = values[np.isfinite(values)]  # an empty cell: that episode has no such figure
+        if len(values) < 2:
+            paired[column] = {"words": "cannot be told", "reason": "fewer than two shared episodes"}
+            continue
+        estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=seed)
+        low, high = round(estimate.low, NUM_DIGITS), round(estimate.high, NUM_DIGITS)
+        words = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        paired[column] = {"words": words, "num_episodes": len(values), **estimate._asdict()}
+    return paired
 
-    Raises:
-        ValueError: An episode has other numbers of windows in the two, or is of other recordings, so the pairs would not be pairs.
-    """
+
+def _share_episodes(run: Evaluated, reference: Evaluated) -> list[tuple[Mapping[str, float], Mapping[str, float]]]:
+    """The episodes of both; ValueError where one has other windows in the two, or is of other recordings, so that pairs would be none."""
+    shared = []
     for evaluated in (run, reference):
         if not evaluated.episodes:
             raise ValueError(
                 f"{evaluated.name} has no episodes.csv, without which runs cannot be paired; run its evaluation again"
             )
-    differences = []
     for name in sorted(run.episodes.keys() & reference.episodes.keys()):
         own, other = run.episodes[name], reference.episodes[name]
         if own["num_windows"] != other["num_windows"]:
@@ -309,42 +286,48 @@ def pair_runs(run: Evaluated, reference: Evaluated, column: str, *, seed: int) -
                 f"episode {name} is another recording in {run.name} than in {reference.name}: copying its last step errs by {copied[0]:.4f} and "
                 f"{copied[1]:.4f}; recordings that lie under one name in two folders are no pair"
             )
-        differences.append(own[column] - other[column])
-    values = np.array(differences)
-    values = values[np.isfinite(values)]  # an empty cell: that episode has no such figure
-    if len(values) < 2:
-        return {"words": "cannot be told: fewer than two shared episodes", "num_episodes": len(values)}
-    estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=seed)
-    low, high = round(estimate.low, NUM_DIGITS), round(estimate.high, NUM_DIGITS)
-    words = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
-    return {"words": words, "num_episodes": len(values), **estimate._asdict()}
+        shared.append((own, other))
+    return shared
 
 
 def list_group(document: dict[str, Any]) -> list[str]:
-    """A group in words: a table, the settings that differ, and the paired differences."""
-    read_out = {
-        name: words for name, words in READ_OUT.items() if any(name in run["figures"] for run in document["runs"])
-    }
-    gaps = [f"gap to {name}" for name in GAPS.values()] + [f"{words}, % above" for words in read_out.values()]
-    rows = [["run", *COMPARED.values(), *gaps, "uses its actions", "episodes"]]
-    for run in document["runs"]:
-        figures = [run["figures"].get(name) for name in (*COMPARED, *GAPS, *read_out)]
-        cells = ["-" if figure is None else _with_interval(figure["mean"], *figure["interval"]) for figure in figures]
-        rows.append([run["run"], *cells, run["uses_its_actions"] or "-", str(run["num_episodes"])])
-    lines = align(rows)
+    """A group in words: a table of six columns."""
+    runs, paired = document["runs"], document["paired"]
+    rows = [["run", *COMPARED.values(), "uses actions", "than the first", "other settings"]]
+    for run, pair in zip(runs, [None, *paired], strict=True):
+        figures = (run["figures"][name] for name in COMPARED)
+        settings = {name: it for name, it in run["settings"].items() if it != runs[0]["settings"][name]}
+        words = "-" if pair is None else pair["rollout_l1"]["words"]
+        cells = [_with_interval(it["mean"], *it["interval"]) for it in figures]
+        rows.append([run["run"], *cells, run["uses_its_actions"] or "-", words, _in_short(settings)])
+    table = align(rows)
+    reasons = dict.fromkeys(it["reason"] for pair in paired if "reason" in (it := pair["rollout_l1"]))
+    head = f"{document['kind']}: {runs[0]['num_episodes']} held-out episodes"
+    return [head, table[0], *shorten(table[1:]), *document["notes"], *reasons]
+
+
+def list_differences(document: dict[str, Any]) -> list[str]:
+    """The settings of a group that differ, with all values, and the differences of its runs from the first."""
+    lines = []
     for name in document["runs"][0]["settings"]:
         values = (f"{show_setting(run['settings'][name])} in {run['run']}" for run in document["runs"])
         lines.append(f"{name}: {', '.join(values)}")
     for pair in document["paired"]:
         for column, words in COMPARED.items():
-            found, shown = pair[column], ""
-            if "mean" in found:
-                shown = f", difference {_with_interval(found['mean'], found['low'], found['high'], NUM_DIGITS)}"
-            lines.append(
-                f"{pair['run']} against {pair['reference']}, {words}: {found['words']}{shown}, "
-                f"paired over {found['num_episodes']} episodes"
-            )
-    return lines + document["notes"]
+            if "mean" in (it := pair[column]):
+                interval = _with_interval(it["mean"], it["low"], it["high"], NUM_DIGITS)
+                told = f"{it['words']}, difference {interval}, paired over {it['num_episodes']} episodes"
+                lines.append(f"{pair['run']} against {pair['reference']}, {words}: {told}")
+    return lines
+
+
+def _in_short(settings: Mapping[str, Any]) -> str:
+    """Three settings on a line; of another predictor its name stands for all."""
+    names = [it for it in settings if it == PREDICTOR or PREDICTOR not in settings or not it.startswith("predictor.")]
+    shown = [
+        f"{name.removeprefix('train.').removesuffix('.name')}={show_setting(settings[name])}" for name in names[:3]
+    ]
+    return " ".join([*shown, *[f"and {len(names) - 3} more"] * (len(names) > 3)]) or "-"
 
 
 def _with_interval(mean: float, low: float, high: float, num_digits: int = 3) -> str:

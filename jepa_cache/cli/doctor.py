@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import typer
 
+from jepa_cache.cli.outcome import AsJson, Outcome, report
 from jepa_cache.config.loading import data_base, find_repository, load_config
-from jepa_cache.config.paths import existing_folder
+from jepa_cache.files import existing_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sample.robot import find_assets, import_mujoco
 from jepa_cache.store.remote import resolve_cache_root
@@ -31,21 +30,20 @@ class Finding(NamedTuple):
     todo: str = ""
 
 
-def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+def doctor(*, as_json: AsJson = False) -> None:
     """Say whether this machine is ready, and what to type where it is not; exit code 1 when something is missing."""
-    root = find_repository(Path.cwd(), read_only=True)
-    findings = check_everything(root)
+    report(lambda: _examine(find_repository(Path.cwd(), read_only=True)), as_json=as_json)
+
+
+def _examine(root: Path) -> Outcome:
+    findings, lines = check_everything(root), list[str]()
+    for name, (state, found, todo) in findings.items():
+        lines += [f"{name:<18}{state:<9}{found}", *[f"{'':<27}-> {todo}"] * bool(todo)]
     states = [finding.state for finding in findings.values()]
-    if as_json:
-        shown = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
-        print(json.dumps({"ready": MISSING not in states, "findings": shown}, indent=2))
-    else:
-        for name, (state, found, todo) in findings.items():
-            print(f"{name:<18}{state:<9}{found}" + f"\n{'':<27}-> {todo}" * bool(todo))
-        ready = "not ready" if MISSING in states else "ready"
-        print(f"{ready}: {states.count(MISSING)} missing, {states.count(NOTE)} to know; settings of {root}")
-    if MISSING in states:
-        raise typer.Exit(1)
+    ready = MISSING not in states
+    told = f"{states.count(MISSING)} missing, {states.count(NOTE)} to know; settings of {root}"
+    shown = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
+    return Outcome({"ready": ready, "findings": shown}, [*lines, f"{'' if ready else 'not '}ready: {told}"], ready)
 
 
 def check_everything(root: Path) -> dict[str, Finding]:

@@ -12,8 +12,8 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
-from jepa_cache.cli.sharing import CHECKSUMS, NAMES, README, check_arrived, preset_files, upload
-from jepa_cache.files import OURS, atomic_file, publish_folder, temporary_folder
+from jepa_cache.cli.sharing import CHECKSUMS, README, check_arrived, list_others, preset_files, upload
+from jepa_cache.files import atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
 from jepa_cache.store.recipe import file_digest
@@ -104,6 +104,10 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
     if path is None and (reason := why_held_back(checkout.manifest_path)) is not None:
         raise ValueError(reason)
     manifest, root = checkout.read_manifest(path), checkout.root
+    if lacking := [file for file in preset_files(manifest) if not (checkout.repository / file).is_file()]:
+        raise ValueError(
+            f"{lacking[0]}, with which the cache was made, is not here, and who gets it needs it; put it back"
+        )
     with root.shared_lock():
         files = export_manifest(manifest, root, out, checkout.repository)
     if url is not None:
@@ -123,11 +127,6 @@ def _export(checkout: Checkout, out: Path, path: Path | None, url: str | None) -
             "exported {num_units} units to {out}: {num_episodes} episodes, {num_steps} steps, ".format(**document)
             + f"{describe_bytes(document['num_bytes'])}, every byte checked",
             f"{out / README} says how to use it; fill in the licence of the recordings before you pass it on",
-            *(
-                f"{file} is not here, so it is not in {out}: pass it on by hand"
-                for file in preset_files(manifest)
-                if out / file not in files
-            ),
             *([f"uploaded to {url}; next: jepa-cache pull {url} FOLDER on another machine"] if url is not None else []),
         ],
     )
@@ -176,8 +175,7 @@ def _check_target(out: Path, root: CacheRoot, manifest: Manifest) -> None:
         raise RefusedError(f"{out} lies in the cache root {root.path} itself; choose another folder")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file; choose a folder")
-    names = {path.name for path in out.iterdir() if not OURS.fullmatch(path.name)} if out.is_dir() else set()
-    others = sorted(names - NAMES)
+    others = list_others(out) if out.is_dir() else []
     others += sorted({path.name for path in (out / "manifests").glob("*.json")} - {f"{manifest.digest}.json"})
     if others:
         raise RefusedError(

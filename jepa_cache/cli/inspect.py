@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +20,8 @@ import typer
 from tqdm import tqdm
 
 from jepa_cache.actions import Column, get_action_space
-from jepa_cache.cli.outcome import align
-from jepa_cache.config.loading import find_repository, is_override, load_config, recordings_base
+from jepa_cache.cli.outcome import AsJson, Outcome, Recordings, align, report
+from jepa_cache.config.loading import find_repository, load_config, recordings_base, split_arguments
 from jepa_cache.config.schema import Config
 from jepa_cache.encoding.groups import check_inputs, find_space, open_source
 from jepa_cache.encoding.steps import StepPlan, describe_slower, find_slower, plan_episode
@@ -60,28 +58,26 @@ VARYING = re.compile(r"'[^']*'|[+-]?\d[\d.,:]*(e[+-]?\d+)?")
 
 
 def inspect(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="recordings (the preset's when absent); key=value or FILE.yaml"),
-    ] = None,
+    arguments: Recordings = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
     limit: Annotated[int | None, typer.Option(min=1, help="look at the first recordings only")] = None,
 ) -> None:
-    """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them."""
-    overrides = [text for text in inputs or () if is_override(text)]
-    paths = [text for text in inputs or () if not is_override(text)]
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        reports = list(inspect_data_sets(overrides, paths, limit=limit))
-    if as_json:
-        print(json.dumps({"data_sets": reports}, indent=2, allow_nan=False))
-    else:
-        print("\n".join(line for report in reports for line in list_report(report)))
+    """Report rates, shares, action statistics and what is suspicious in recordings, without encoding them.
+
+    Exit code 0: inspected; 2: wrong usage, or there is nothing to inspect.
+    """
+
+    def work() -> Outcome:
+        reports = list(inspect_data_sets(arguments, limit=limit))
+        return Outcome({"data_sets": reports}, [line for it in reports for line in list_report(it)])
+
+    report(work, as_json=as_json)
 
 
-def inspect_data_sets(overrides: Sequence[str], paths: Sequence[str], *, limit: int | None) -> Iterator[Report]:
+def inspect_data_sets(arguments: Sequence[str] | None, *, limit: int | None) -> Iterator[Report]:
     """Report on each data set of a mixture, or the one data set, seen by each camera."""
-    root = find_repository(Path.cwd())
+    root, (overrides, paths) = find_repository(Path.cwd()), split_arguments(arguments)
     config = load_config(root, overrides)
     check_inputs(config, paths)
     base = Path.cwd() if paths else recordings_base(config, root)
@@ -132,9 +128,8 @@ def inspect_units(
                 first = same_controls.setdefault(_digest_controls(result), result.key)
                 if first != result.key:
                     doubts.append(f"its rows are those of {first}: a copy?")
-                report = inspect_recording(result, unit.name, decode=decode)
-            report["suspicions"] += doubts
-            recordings.append(report)
+                recordings.append(inspect_recording(result, unit.name, decode=decode))
+            recordings[-1]["suspicions"] += doubts
         if number == limit:
             break
     return {

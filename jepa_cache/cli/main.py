@@ -44,12 +44,6 @@ STAGES = {
 """Command to the script in stages/ that it runs."""
 PROJECT = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "configs", "stages")
 """What `init` writes: what a checkout has besides the package."""
-INSTEAD = {
-    "repair": "verify --repair",
-    "fit_scaler": "fit-scaler",
-    "train_predictor": "train",
-    "index-droid": "inspect dataset=droid_raw FOLDER",
-}
 
 
 def build_app(only: str | None = None) -> typer.Typer:
@@ -135,9 +129,6 @@ def init(
 def main() -> None:
     """Run the command; an error that a user can cause is one message and exit code 1."""
     typed = next(iter(sys.argv[1:]), None)
-    if typed in INSTEAD:
-        print(f"error: there is no command `jepa-cache {typed}`; type `jepa-cache {INSTEAD[typed]}`", file=sys.stderr)
-        sys.exit(2)
     if typed == "--version":
         print(version("jepa-cache"))
     elif typed in STAGES:

@@ -18,10 +18,10 @@ from jepa_cache.cli.stage import describe_error, guarded
 from jepa_cache.config.loading import (
     data_base,
     find_repository,
-    is_override,
     load_config,
     manifest_path,
     recordings_base,
+    split_arguments,
 )
 from jepa_cache.config.paths import printable
 from jepa_cache.config.schema import Config
@@ -80,15 +80,13 @@ def open_checkout(arguments: Sequence[str] | None) -> Checkout:
     Raises:
         ValueError: A setting is wrong.
     """
-    given = list(arguments or [])
+    overrides, paths = split_arguments(arguments)
     repository = find_repository(Path.cwd())
-    config = load_config(repository, [text for text in given if is_override(text)])
+    config = load_config(repository, overrides)
     root = resolve_cache_root(config.cache.root, data_base(repository))
     for damage in root.refresh():
         print(f"damaged: {damage}", file=sys.stderr)
-    return Checkout(
-        repository, config, [text for text in given if not is_override(text)], recordings_base(config, repository), root
-    )
+    return Checkout(repository, config, paths, recordings_base(config, repository), root)
 
 
 def report(work: Callable[[], Outcome], *, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jepa_cache.cli.outcome import AsJson, Outcome, describe_bytes, report
 from jepa_cache.config.loading import find_repository, load_config, manifest_path, preset_file
 from jepa_cache.data.dataset import find_differences
-from jepa_cache.files import atomic_file
+from jepa_cache.files import OURS, atomic_file
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import STORE_FILE, check_identity, check_store
 from jepa_cache.store.manifest import Manifest, read_manifest, write_manifest
@@ -38,6 +38,11 @@ def open_url(url: str) -> tuple[Any, str]:
     except (ImportError, OSError, ValueError) as error:  # no library for the protocol, no such protocol
         raise ValueError(f"{url!r} cannot be used: {error}") from error
     return files, path.rstrip("/")
+
+
+def list_others(folder: Path) -> list[str]:
+    """Names in a folder that are none of an exported root, nor of an export or a pull that was killed in it."""
+    return sorted({path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)} - NAMES)
 
 
 def preset_files(manifest: Manifest) -> list[str]:
@@ -122,7 +127,7 @@ def pull(
 def _pull(url: str, out: Path) -> Outcome:
     repository = find_repository(Path.cwd())
     config = load_config(repository)
-    if out.exists() and {path.name for path in out.iterdir()} - NAMES:
+    if out.exists() and list_others(out):
         raise ValueError(f"{out} holds something else than a pulled cache; name a new folder")
     files, path = open_url(url)
     sums = out / CHECKSUMS
@@ -149,22 +154,15 @@ def _pull(url: str, out: Path) -> Outcome:
     notes = _place_presets(manifest, out, {name for _, name in listed}, repository)
     names = {"dataset": manifest.dataset, "encoder": manifest.encoder}
     again = [f"{kind}={name}" for kind, name in names.items() if getattr(config, kind).name != name]
-    lacking = [file for file in preset_files(manifest) if not (repository / file).is_file()]
-    told = find_differences(config if lacking else load_config(repository, again), manifest)
+    told = find_differences(load_config(repository, again), manifest)
     write_manifest(manifest, [manifest_path(config, repository)])
     command = shlex.join(["python", "stages/fit_scaler.py", *again, f"cache.root={out}"])
-    after = (
-        f"when {', '.join(lacking)} of who made the cache {'is' if len(lacking) == 1 else 'are'} here"
-        if lacking
-        else "next"
-    )
     document = {
         "out": str(out),
         "num_bytes": num_bytes,
         "manifest": manifest.digest,
         "num_units": len(manifest.entries),
         "differences": told,
-        "lacking": lacking,
     }
     return Outcome(
         document,
@@ -172,7 +170,7 @@ def _pull(url: str, out: Path) -> Outcome:
             f"pulled {len(manifest.entries)} units to {out}: {manifest.num_steps} steps, {describe_bytes(num_bytes)}, every byte checked",
             *(f"set as in the cache: {difference}" for difference in told),
             *notes,
-            f"wrote {manifest_path(config, repository)}; {after}: {command}",
+            f"wrote {manifest_path(config, repository)}; next: {command}",
         ],
     )
 

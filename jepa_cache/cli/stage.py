@@ -12,13 +12,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
-from jepa_cache.config.loading import is_override, load_config
-from jepa_cache.config.paths import printable
+from jepa_cache.config.loading import load_config, split_arguments
+from jepa_cache.config.paths import is_full_gpu, printable
 from jepa_cache.files import OURS, full_disk_named
-
-FULL_GPU = re.compile(
-    "CUDA.*(out of memory|ALLOC_FAILED)"
-)  # torch.OutOfMemoryError, and what CUDA and cuBLAS say by themselves
 
 
 def parse_stage_arguments(
@@ -39,14 +35,13 @@ def parse_stage_arguments(
     for name, how in options.items():
         parser.add_argument(f"--{name}", **how)
     parsed = parser.parse_intermixed_args(argv)
-    parsed.paths = [argument for argument in parsed.arguments if not is_override(argument)]
+    overrides, parsed.paths = split_arguments(parsed.arguments)
     if len(given := [name for name in options if getattr(parsed, name)]) > 1:
         parser.error(f"--{' and --'.join(given)} exclude each other")
     if parsed.paths and paths is None:
         parser.error(
             f"unexpected argument {parsed.paths[0]!r}: this stage takes overrides only, key=value or a .yaml file of them"
         )
-    overrides = [argument for argument in parsed.arguments if is_override(argument)]
     parsed.config = load_config(root, overrides)
     parsed.again = _type_again(overrides)
     return parsed
@@ -112,11 +107,11 @@ def run_stage(main: Callable[[], None]) -> None:
         with guarded(sys.stdout):
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        again = _type_again(filter(is_override, sys.argv[1:]))
+        again = _type_again(split_arguments(sys.argv[1:])[0])
         told = re.sub(r"(?<=`)python stages/\w+\.py(?=`)", lambda found: found[0] + again, describe_error(error))
         sys.exit(f"error: {told}")
     except RuntimeError as error:
-        if not FULL_GPU.search(str(error)):
+        if not is_full_gpu(error):
             raise
         sys.exit(f"error: {describe_full_gpu(error)}")
     except KeyboardInterrupt:

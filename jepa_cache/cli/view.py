@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import typer
 
-from jepa_cache.config.loading import find_repository, is_override, load_config, outputs_folder
+from jepa_cache.config.loading import find_repository, load_config, outputs_folder, split_arguments
 from jepa_cache.config.paths import require
 from jepa_cache.data.dataset import CachedDataset, open_dataset
 from jepa_cache.data.episodes import Dataset, Run
@@ -47,8 +47,7 @@ def view(
     predictions go two curves: their error, and that of copying the last step. Plans that stages/plan.py made with this predictor stand where
     they begin: their energy and the recorded actions', where they end, and the goal frame.
     """
-    given = arguments or []
-    keys = [text for text in given if not is_override(text)]
+    overrides, keys = split_arguments(arguments)
     if len(keys) > 1:
         raise ValueError(f"view shows one episode; got {', '.join(keys)}")
     if (
@@ -59,7 +58,7 @@ def view(
         raise ValueError("there is no screen here; --save FILE.rrd writes a file that `rerun FILE.rrd` shows elsewhere")
     require("rerun", "view", "jepa-cache view")
     root = find_repository(Path.cwd())
-    config = load_config(root, [text for text in given if is_override(text)])
+    config = load_config(root, overrides)
     dataset = open_dataset(config, root)
     episodes = Dataset(dataset, config)
     key = keys[0] if keys else (episodes.keys("val") or episodes.keys())[0]

@@ -11,27 +11,21 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 from jepa_cache.config.parsing import ConfigError, check_keys, flatten, nearest, parse_dataclass
 from jepa_cache.config.schema import (
     PREDICTOR_KINDS,
     TRAIN_DEFAULTS,
-    ActConfig,
-    CacheConfig,
     Config,
     DatasetPreset,
     EncodeConfig,
     EncoderPreset,
-    EvaluateConfig,
-    FilterConfig,
-    PlanConfig,
-    ScalerConfig,
-    SplitConfig,
+    Settings,
     TrainConfig,
     check_config,
 )
@@ -44,23 +38,12 @@ REPOSITORY_ROOT = TEMPLATE if TEMPLATE.is_dir() else PACKAGE.parent
 
 PRESETS = ("dataset", "encoder", "predictor")
 OUTPUTS = "outputs"  # what dvc.yaml declares, and projects of earlier releases have
-SECTIONS = {
-    "cache": CacheConfig,
-    "encode": EncodeConfig,
-    "split": SplitConfig,
-    "filter": FilterConfig,
-    "scaler": ScalerConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "plan": PlanConfig,
-    "act": ActConfig,
+SECTIONS: dict[str, type[Any]] = {
+    name: cls
+    for name, cls in get_type_hints(Config).items()
+    if isinstance(cls, type) and issubclass(cls, Settings) and name not in PRESETS
 }
 """Sections of params.yaml, each with the dataclass that holds its rules."""
-
-# Settings that a preset gives where params.yaml holds null.
-OF_DATASET = ("fps", "mode", "frames_per_clip", "action_space", "cameras", "phases")
-OF_ENCODER = ("weights", "single_frame", "compute_dtype", "batch_size")
-
 
 IS_ASSIGNMENT, IS_FILE = re.compile(r"^[A-Za-z_]\w*(\.\w+)*="), re.compile(r"\.ya?ml$")
 """What overrides look like; recordings are no YAML."""
@@ -102,12 +85,11 @@ def load_config(root: Path = REPOSITORY_ROOT, overrides: Sequence[str] = ()) -> 
 
     # What a section's key gets where params.yaml holds null, and from which file.
     defaults: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in SECTIONS}
-    for section, kind, keys in (
-        ("encode", "dataset", {key: key for key in OF_DATASET}),
-        ("encode", "encoder", {key: key for key in OF_ENCODER}),
-        ("scaler", "dataset", {"actions": "scale_actions", "states": "scale_states"}),
-    ):
-        defaults[section] |= {key: (getattr(presets[kind], name), files[kind]) for key, name in keys.items()}
+    for kind in ("dataset", "encoder"):  # what they and the section name alike
+        shared = (field.name for field in dataclasses.fields(EncodeConfig) if hasattr(presets[kind], field.name))
+        defaults["encode"] |= {name: (getattr(presets[kind], name), files[kind]) for name in shared}
+    for name in ("actions", "states"):
+        defaults["scaler"][name] = getattr(presets["dataset"], f"scale_{name}"), files["dataset"]
     given = {name: dict(params[name]) for name in SECTIONS}
     of_train = _read_preset(root, "train", given["train"].pop("preset", None), typed)
     train_file = preset_file("train", of_train.pop("name"))
@@ -294,6 +276,9 @@ def _apply_override(params: dict[str, Any], override: str) -> dict[str, str]:
     return dict.fromkeys(settings, place)
 
 
-def is_override(argument: str) -> bool:
-    """Whether a command line argument is settings, `key=value` or a .yaml file of them, rather than recordings."""
-    return any(form.search(argument) for form in (IS_ASSIGNMENT, IS_FILE))
+def split_arguments(arguments: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Command line arguments that are settings, `key=value` or a .yaml file of them; and the others, recordings as a rule."""
+    settings, others = list[str](), list[str]()
+    for argument in arguments or ():
+        (settings if IS_ASSIGNMENT.search(argument) or IS_FILE.search(argument) else others).append(argument)
+    return settings, others

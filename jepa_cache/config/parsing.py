@@ -19,8 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 T = TypeVar("T")
 
 # Keys of earlier versions, and what took their place.
-REMOVED = {"num_timed": "benchmarks/planner.py times the planner against a plain loop"}
-RENAMED = {"max_episodes": "max_units"}
+GONE = {
+    "num_timed": ", which was removed: benchmarks/planner.py times the planner against a plain loop; delete it",
+    "max_episodes": "; it is called 'max_units' now and counts units of input, not recordings",
+}
 # pydantic's words, and plainer ones.
 WORDS = {
     r"^(Input|Tuple|String|Value) should": "must",
@@ -92,11 +94,8 @@ def check_keys(values: Any, known: Sequence[str], where: str) -> None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return a hint such as "; did you mean 'lr'?", what replaced a removed key, or the list of known names."""
-    key = name.rpartition(".")[2]
-    if key in REMOVED:
-        return f", which was removed: {REMOVED[key]}; delete it"
-    if (new := RENAMED.get(key)) is not None:
-        return f"; it is called {new!r} now and counts units of input, not recordings"
+    if (key := name.rpartition(".")[2]) in GONE:
+        return GONE[key]
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 

@@ -43,11 +43,6 @@ def require(module: str, extra: str, what: str) -> None:
         )
 
 
-def existing_folder(path: Path) -> Path:
-    """`path` or the nearest folder above it that is there: on its disk `path` would be made."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
 def state_folder() -> Path:
     """Folder of what this machine remembers: $XDG_STATE_HOME/jepa-cache, else ~/.local/state/jepa-cache."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"
@@ -69,3 +64,8 @@ def spell_name(name: str) -> str:
 def printable(text: str, *, keep: str = "") -> str:
     r"""One line of text with its control characters written out, as `\\x1b` or `\\n`; those in `keep` stay."""
     return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def is_full_gpu(error: RuntimeError) -> bool:
+    """Whether an error says that a GPU's memory is full: `torch.OutOfMemoryError`, and what CUDA and cuBLAS say by themselves."""
+    return re.search("CUDA.*(out of memory|ALLOC_FAILED)", str(error)) is not None

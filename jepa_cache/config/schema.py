@@ -69,13 +69,6 @@ def _name_device(value: str) -> str:
     return value
 
 
-def _name_switch(value: Any) -> Any:
-    if value not in ("auto", True, False):
-        raise ValueError("must be auto, true or false")
-    return value
-
-
-Switch: TypeAlias = Annotated[str | bool, AfterValidator(_name_switch)]
 Device: TypeAlias = Annotated[str, AfterValidator(_name_device)]
 Once = AfterValidator(_name_once)
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
@@ -349,7 +342,9 @@ class TrainConfig(Settings):
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Device  # of training, evaluation and plans
-    deterministic: Switch  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
+    deterministic: (
+        bool | Literal["auto"]
+    )  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps

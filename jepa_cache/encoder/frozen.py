@@ -110,19 +110,13 @@ class FrozenEncoder:
 
         Source: V-JEPA 2-AC, arXiv 2506.09985 (frame mode).
         """
-        tubelet, num_frames = self.preset.tubelet_size, groups.shape[1]
-        if num_frames != 1 and (num_frames == 0 or num_frames % tubelet):
-            raise ValueError(
-                f"a group is 1 frame or a multiple of the tubelet ({tubelet}); got {num_frames} frames. Choose such "
-                f"an encode.frames_per_clip"
-            )
         if self.compiled and len(groups) == 1:  # a size of 1 would be a graph of its own
             return self.encode(groups.expand(2, *groups.shape[1:]))[:1]
         frames = groups.to(self.device, non_blocking=True).flatten(0, 1)
         resolution = self.preset.resolution
         frames = normalise(frames, resolution, self._offset, self._spread, in_levels=self._crop.in_levels)
         clips = frames.unflatten(0, groups.shape[:2]).transpose(1, 2)
-        if num_frames == 1:
+        if groups.shape[1] == 1:
             clips = clips.expand(-1, -1, self.frames_of_one, -1, -1)
         autocast = nullcontext()
         if self.compute_dtype != torch.float32:
@@ -210,11 +204,11 @@ class Overlap:
 
     def __init__(self, encoder: FrozenEncoder, cast: str, num_slots: int) -> None:
         self.encoder, self.cast = encoder, cast
-        self._free: SimpleQueue[Slot] = SimpleQueue()
+        self.free: SimpleQueue[Slot] = SimpleQueue()
         on_gpu = encoder.device.type == "cuda"
         self.upload, self.download = (torch.cuda.Stream(encoder.device) if on_gpu else None for _ in range(2))
         for _ in range(num_slots):
-            self._free.put(Slot(self))
+            self.free.put(Slot(self))
 
     def submit(self, *parts: Tensor) -> Slot:
         """Encode and cast a batch as `FrozenEncoder.preprocess` gives it, in parts [B, G, ...], which may be given up afterwards.
@@ -222,7 +216,7 @@ class Overlap:
         Raises:
             queue.Empty: More than `num_slots` batches were not released.
         """
-        slot, groups = self._free.get_nowait(), parts[0] if len(parts) == 1 else torch.cat(parts)
+        slot, groups = self.free.get_nowait(), parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.upload is None:
             slot.compute(groups)
             slot.tokens, slot.errors = slot.stored, slot.summary
@@ -242,10 +236,6 @@ class Overlap:
             slot.errors.copy_(slot.summary, non_blocking=True)
             slot.done.record(self.download)
         return slot
-
-    def take_back(self, slot: Slot) -> None:
-        """A slot may be used again."""
-        self._free.put(slot)
 
 
 class Slot:
@@ -285,7 +275,7 @@ class Slot:
         self.uploaded = self.computed = self.stored = self.summary = None
         if self.done is None:
             self.tokens = self.errors = None
-        self._overlap.take_back(self)
+        self._overlap.free.put(self)
 
 
 def _fitting(buffer: Tensor | None, like: Tensor) -> Tensor:

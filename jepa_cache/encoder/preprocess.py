@@ -21,8 +21,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # What the AC training config's random-resized-crop allows before it falls back to a centred crop.
 AC_ASPECT_RANGE = (0.75, 1.35)
 # The eval pipelines keep 224/256 of the short side.
@@ -40,19 +38,8 @@ class CropRule(NamedTuple):
     cut: Callable[..., Tensor]
     in_levels: bool  # mean and deviation are taken of 0 to 255, else of 0 to 1: that rounds otherwise
 
-    def __call__(
-        self,
-        frames: np.ndarray,
-        size: int,
-        *,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> Tensor:
-        """Frames [F, h, w, 3] uint8 RGB of any size to normalised float32 frames [F, 3, size, size]; mean and std are those of [0, 1]."""
-        return normalise(self.cut(frames, size), size, *self.statistics(mean, std), in_levels=self.in_levels)
-
     def statistics(self, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Offset and spread [3, 1, 1] float32, as `normalise` takes them."""
+        """Offset and spread [3, 1, 1] float32, as `normalise` takes them, of the mean and deviation of pixels in [0, 1]."""
         scale = 255.0 if self.in_levels else 1.0
         offset, spread = (torch.tensor(it, dtype=torch.float32).view(3, 1, 1) * scale for it in (mean, std))
         return offset, spread
@@ -85,14 +72,6 @@ def ac_crop_box(height: int, width: int, aspect_range: tuple[float, float] = AC_
     elif width / height > high:
         crop_width = round(height * high)
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def _checked(frames: np.ndarray) -> np.ndarray:
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape[1:3]:
-        raise ValueError(
-            f"frames must be uint8 RGB [F, h, w, 3] with h, w >= 1; got {frames.dtype} {list(frames.shape)}"
-        )
-    return frames
 
 
 def _resized(frames: np.ndarray, height: int, width: int, *, antialias: bool) -> Tensor:
@@ -145,7 +124,6 @@ def cut_ac(
 
     Source: V-JEPA 2-AC, upstream vjepa_droid transforms.
     """
-    frames = _checked(frames)
     top, left, height, width = ac_crop_box(frames.shape[1], frames.shape[2], aspect_range)
     crop = frames[:, top : top + height, left : left + width]
     if resize_later and height * width <= 4 * size**2 and resizes_exactly(height, width, size):
@@ -162,7 +140,6 @@ def cut_eval(frames: np.ndarray, size: int, *, antialias: bool, resize_later: bo
 
     Source: V-JEPA 2, upstream video_classification_frozen transforms.
     """
-    frames = _checked(frames)
     height, width = frames.shape[1:3]
     short = int(size * EVAL_SHORT_SIDE_RATIO)
     resized = (short * height // min(height, width), short * width // min(height, width))
@@ -183,7 +160,6 @@ def cut_pillow(
     """
     from PIL import Image
 
-    frames = _checked(frames)
     height, width = frames.shape[1:3]
     resized = (size, size)
     if short_side is not None:

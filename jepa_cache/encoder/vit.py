@@ -18,8 +18,8 @@ RESCALED_SPAN = 15.0  # rescaled rows and columns run from 0 to this: the last i
 
 
 @lru_cache(maxsize=16)
-def _rotation_tables(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, pairing: str, positions: str
+def rotation_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, *, pairing: str = "tiled", positions: str = "grid"
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's and channel's rotation angle, each [T*H*W, head_dim] float32.
 
@@ -48,17 +48,6 @@ def _rotation_tables(
     rest = torch.zeros(angles[0].shape[0], head_dim - 3 * width)
     joined = torch.cat([*angles, rest], dim=1)
     return joined.cos().to(device), joined.sin().to(device)
-
-
-def rotation_tables(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, *, pairing: str = "tiled", positions: str = "grid"
-) -> tuple[Tensor, Tensor]:
-    """Cached tables for a token grid (T, H, W); see `_rotation_tables`.
-
-    Made outside inference mode, whoever asks first: an inference tensor in the cache would break a later backward.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        return _rotation_tables(grid, head_dim, device, pairing, positions)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -177,20 +166,12 @@ class VisionTransformer(nn.Module):
         """Encode clips of any length and size; attention spans the whole clip in both directions of time.
 
         Args:
-            clip: [B, 3, F, h, w] float, normalised pixels. Frames beyond a multiple of the tubelet are dropped.
+            clip: [B, 3, F, h, w] float, normalised pixels; h and w multiples of the patch. Frames beyond a multiple of the tubelet are dropped.
 
         Returns:
             tokens [B, T*H*W, D] after the last norm, T = F // tubelet, H = h / patch, W = w / patch; order time, row, column.
         """
-        if clip.ndim != 5 or clip.shape[1] != 3:
-            raise ValueError(f"the encoder takes clips [B, 3, F, h, w]; got {list(clip.shape)}")
-        height, width = clip.shape[3:]
-        if height % self.patch_size or width % self.patch_size or not height or not width:
-            raise ValueError(
-                f"frame height and width must be multiples of the patch ({self.patch_size} px); got {height} x {width}. "
-                f"Choose such a resolution in the encoder preset"
-            )
-        x, cosine, sine = self._embed(clip, height // self.patch_size, width // self.patch_size)
+        x, cosine, sine = self._embed(clip, *(side // self.patch_size for side in clip.shape[3:]))
         if self.compiled:
             torch._dynamo.mark_dynamic(x, 0)
         for block in self.blocks:
@@ -199,23 +180,13 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, clip: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         """Patches [B, T*H*W, D], and the rotation tables of their grid."""
-        steps = self._count_tubelets(clip)
+        steps = clip.shape[2] // self.tubelet_size
         tables = rotation_tables((steps, rows, columns), self.head_dim, clip.device)
         return self.patch_embed(clip[:, :, : steps * self.tubelet_size]), *tables
 
-    def _count_tubelets(self, clip: Tensor) -> int:
-        num_frames = clip.shape[2]
-        if num_frames < self.tubelet_size:
-            raise ValueError(
-                f"a clip needs at least one tubelet of {self.tubelet_size} frames; got {num_frames}. To encode a "
-                f"single frame repeat it, as frame mode does"
-            )
-        return num_frames // self.tubelet_size
-
     def _last_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x).to(
-            x.dtype
-        )  # CUDA's autocast norms in float32, the CPU's in the dtype of x: one recipe, one dtype
+        # CUDA's autocast norms in float32, the CPU's in the dtype of x: one recipe, one dtype.
+        return self.norm(x).to(x.dtype)
 
 
 class VisionTransformer21(VisionTransformer):
@@ -248,7 +219,7 @@ class VisionTransformer21(VisionTransformer):
         if clip.shape[2] == 1:
             steps, x = 1, self.patch_embed_img(clip) + self.img_mod_embed
         else:
-            steps = self._count_tubelets(clip)
+            steps = clip.shape[2] // self.tubelet_size
             x = self.patch_embed(clip[:, :, : steps * self.tubelet_size]) + self.video_mod_embed
         grid = (steps, rows, columns)
         return x, *rotation_tables(grid, self.head_dim, clip.device, pairing="paired", positions=self.positions)

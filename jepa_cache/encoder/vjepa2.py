@@ -141,11 +141,7 @@ def random_state(preset: EncoderPreset) -> dict[str, np.ndarray]:
 
     Source: V-JEPA 2, arXiv 2506.09985, upstream initialisation.
     """
-    if preset.random_seed is None:
-        raise ValueError(
-            f"encoder preset '{preset.name}' names no random_seed, so it has no random weights. Name a file with "
-            f"encode.weights=PATH"
-        )
+    assert preset.random_seed is not None, "a generator without a seed would draw others each time"
     generator = np.random.Generator(np.random.PCG64(preset.random_seed))
     state = {}
     for layer, shape in _layers(preset):

@@ -27,8 +27,7 @@ from tqdm import tqdm
 from jepa_cache.actions import VECTOR_RULES, ActionSpace, fit_vector, get_action_space
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config, DatasetPreset, EncodeConfig, EncoderPreset
-from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoder import KINDS, weights_identity
 from jepa_cache.encoding.steps import StepPlan, plan_episode, sampling_stride
 from jepa_cache.encoding.units import UnitDigester, is_unread, join_units, list_units
 from jepa_cache.episode import Episode, Skipped

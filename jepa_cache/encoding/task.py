@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cache.config.schema import EncodeConfig
-from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoder import KINDS, weights_identity
 from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder
 from jepa_cache.files import Claim
 from jepa_cache.sources import Unit

@@ -33,13 +33,8 @@ def list_units(source: Source, preset: DatasetPreset, inputs: Sequence[str], bas
         ValueError: Nothing is found, the sample was never rendered, or it and other recordings would be mixed.
     """
     named = tuple(inputs) or preset.inputs
-    if preset.sample is not None and not inputs and not _is_rendered(base / preset.inputs[0]):
-        raise ValueError(
-            f"the sample recordings are not rendered yet: {base / preset.inputs[0]} holds no whole set of them; "
-            f"`python stages/sample.py dataset={preset.name}` renders them in minutes. For recordings of yours set `dataset` in params.yaml"
-        )
     if preset.sample is not None and not inputs:
-        _check_settings(base / preset.inputs[0], preset)
+        _check_rendered(base / preset.inputs[0], preset)
     try:
         units = source.list_units(named, base)
     except ValueError as error:
@@ -110,16 +105,15 @@ def _join(units: Sequence[Unit]) -> Unit:
     return Unit(f"{units[0].name} to {units[-1].name} ({len(units)} recordings)", files)
 
 
-def _is_rendered(folder: Path) -> bool:
-    """Whether a sample's folder holds recordings, all of them."""
-    return (folder / "index.json").is_file() and any(path.name != "index.json" for path in folder.iterdir())
-
-
-def _check_settings(folder: Path, preset: DatasetPreset) -> None:
-    """Refuse a sample that was rendered by other settings: presets share folders, and their settings are edited."""
-    rendered = json.loads((folder / "index.json").read_text(encoding="utf-8") or "{}").get("config")
-    if rendered is None:
-        return
+def _check_rendered(folder: Path, preset: DatasetPreset) -> None:
+    """Refuse a sample that is not whole, or was rendered by other settings: presets share folders, and their settings are edited."""
+    index = folder / "index.json"
+    if not index.is_file() or all(path == index for path in folder.iterdir()):
+        raise ValueError(
+            f"the sample recordings are not rendered yet: {folder} holds no whole set of them; "
+            f"`python stages/sample.py dataset={preset.name}` renders them in minutes. For recordings of yours set `dataset` in params.yaml"
+        )
+    rendered = json.loads(index.read_text(encoding="utf-8") or "{}").get("config", preset.sample)
     if differing := [name for name, value in preset.sample.items() if rendered.get(name) != value]:
         told = ", ".join(f"{name} {rendered.get(name)!r}, now {preset.sample[name]!r}" for name in differing)
         raise ValueError(

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cache.config.paths import default_num_decoders
+from jepa_cache.config.paths import default_num_decoders, is_full_gpu
 from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CONNECT_S = 30
 START_S = 120  # a worker imports from a cold disk
 GPU = "GPU"
-RETRIES = 2  # after an error that is not the input's: the disk, the network, a GPU out of memory
+RETRIES = 2  # after an error that is not the input's: the disk, the network
 
 
 class Connection(NamedTuple):
@@ -198,6 +198,12 @@ def encode_unit(task: EncodingGroup, root: CacheRoot) -> FillResult | str:
                 ensure_actions(root, task, unit)
     except ValueError as error:  # what a user can cause; no use trying again
         return "\n    ".join([str(error), *getattr(error, "__notes__", [])])
+    except RuntimeError as error:
+        if not is_full_gpu(error):
+            raise
+        return (
+            f"the GPU's memory is full ({str(error).splitlines()[0]}); lower encode.batch_size, or start fewer workers"
+        )
     return filled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from jepa_cache.devices import name_device, resolve_device
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read_card
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
+from jepa_cache.store.recipe import canonical_json
 
 # They move no weight, so weights may differ in them; `keep_ranges` is known by its content, which the segments show.
 OF_THE_MACHINE = (
@@ -182,10 +184,8 @@ def check_settings(config: Config, weights: Path) -> None:
         raise ValueError(f"{weights} is missing; run `python stages/train_predictor.py` first")
     description = read_card(weights)["description"]
     description["train"] = {**TRAIN_DEFAULTS, **description["train"]}
-    now = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
-    now = {
-        name: {key: list(it) if isinstance(it, tuple) else it for key, it in part.items()} for name, part in now.items()
-    }
+    sections = {section: asdict(getattr(config, section)) for section in ("predictor", "train", "split", "filter")}
+    now = json.loads(canonical_json(sections))  # as the card has them
     differing = [
         f"{section}.{key} was {then!r}, now it is {now[section].get(key)!r}"
         for section in now

@@ -23,7 +23,6 @@ EVERY_STEP = (COPY_LAST, MEAN, SHUFFLED)  # whose gain is given at each open-loo
 TEACHER_FORCING, OPEN_LOOP = "teacher_forcing", "open_loop"
 GAP, GAIN, RATIO = "gap_l1", "gain_percent", "ratio_l1"
 ALL_STEPS = 0
-TOKENS = "tokens"
 
 Row = dict[str, str | int | float | None]
 
@@ -104,57 +103,36 @@ def build_figures(errors: WindowErrors, settings: EvaluateConfig) -> list[Figure
     return figures
 
 
-class Above(NamedTuple):
-    """By how many per cent another prediction's error one step ahead lies above that with the true actions, and its 95 % interval."""
+def measure_above(errors: WindowErrors, settings: EvaluateConfig) -> tuple[dict[str, dict[str, Any]], list[Row]]:
+    """By how many per cent the error one step ahead of each in `OTHERS` lies above that with the true actions: of tokens (L1), and read out (squared).
 
-    percent: float
-    low: float
-    high: float
-    p: float  # of the paired test
-    num_above: int  # episodes in which it does
-    num_episodes: int
-
-
-def measure_above(errors: WindowErrors, settings: EvaluateConfig) -> dict[tuple[str, str], Above]:
-    """Prediction in `OTHERS` and TOKENS (L1) or READOUT (squared) to how far its error lies above the true actions'."""
-    found = {}
-    for through, measure in ((TOKENS, "l1"), (READOUT, READOUT)):
-        by_prediction = errors.teacher_forced.get(measure, {})
-        for name in OTHERS if by_prediction else ():
-            other, true = by_prediction[name], by_prediction[MODEL]
+    Returns:
+        Sections of metrics.json: `above`, `above_ci`, `above_p` and `above_episodes` (in how many, of how many); and the rows of above.csv,
+        None where not measured.
+    """
+    sections: dict[str, dict[str, Any]] = {f"above{end}": {} for end in ("", "_ci", "_p", "_episodes")}
+    rows: list[Row] = []
+    for name, words in OTHERS.items():
+        rows.append({"against": words})
+        for through, measure in (("tokens", "l1"), (READOUT, READOUT)):
+            column, episodes = f"{through}_percent", f"{through}_episodes_above"
+            rows[-1] |= dict.fromkeys((column, f"{column}_low", f"{column}_high", episodes))
+            if measure not in errors.teacher_forced:
+                continue
+            other, true = (errors.teacher_forced[measure][which] for which in (name, MODEL))
             per_episode = (episode_means(mean_of_steps(values), errors.episodes) for values in (other - true, true))
             gaps, wholes = (values[np.isfinite(values)] for values in per_episode)
             if len(gaps) < 2 or not wholes.mean() > 0:
                 continue
             resampling = {"num_resamples": settings.num_bootstrap, "seed": settings.seed}
-            percents = (100 * value for value in bootstrap_mean(gaps, wholes, **resampling))
-            p = paired_p_value(gaps, seed=settings.seed)
-            found[name, through] = Above(*percents, p, int((gaps > 0).sum()), len(gaps))
-    return found
-
-
-def above_sections(above: Mapping[tuple[str, str], Above]) -> dict[str, dict[str, Any]]:
-    """Sections of metrics.json: `above`, `above_ci`, `above_p` and `above_episodes` (how many, of how many)."""
-    named = {f"{through}_{name}_percent": found for (name, through), found in above.items()}
-    return {
-        "above": {name: found.percent for name, found in named.items()},
-        "above_ci": {name: [found.low, found.high] for name, found in named.items()},
-        "above_p": {name: found.p for name, found in named.items()},
-        "above_episodes": {name: [found.num_above, found.num_episodes] for name, found in named.items()},
-    }
-
-
-def above_table(above: Mapping[tuple[str, str], Above]) -> list[Row]:
-    """One row for each in `OTHERS`: its error above the true actions' in tokens and through the readout, in how many episodes; None where not measured."""
-    rows: list[Row] = []
-    for name, words in OTHERS.items():
-        row: Row = {"against": words}
-        for through in (TOKENS, READOUT):
-            found, column = above.get((name, through)), f"{through}_percent"
-            row |= dict(zip((column, f"{column}_low", f"{column}_high"), found or (None,) * 3, strict=False))
-            row[f"{through}_episodes_above"] = f"{found.num_above} of {found.num_episodes}" if found else None
-        rows.append(row)
-    return rows
+            percent, low, high = (100 * value for value in bootstrap_mean(gaps, wholes, **resampling))
+            num_above = int((gaps > 0).sum())
+            rows[-1] |= {column: percent, f"{column}_low": low, f"{column}_high": high}
+            rows[-1][episodes] = f"{num_above} of {len(gaps)}"
+            found = percent, [low, high], paired_p_value(gaps, seed=settings.seed), [num_above, len(gaps)]
+            for section, value in zip(sections.values(), found, strict=True):
+                section[f"{through}_{name}_percent"] = value
+    return sections, rows
 
 
 def summarize(figures: Sequence[Figure], errors: WindowErrors, dataset: CachedDataset) -> dict[str, Any]:

@@ -57,18 +57,6 @@ NUM_WRITTEN = 4  # numbers of an action that are written out
 GONE = "its recording is not on this machine"
 
 
-def draw_pictures(
-    errors: WindowErrors,
-    evaluation: EvaluationContext,
-    rows: Sequence[Mapping[str, float]],
-    facts: Sequence[Mapping[str, Any]],
-    out: Path,
-) -> None:
-    """Draw horizon.png (from the rows of horizon.csv) and the films; `facts` are those of `figures.describe_windows`."""
-    draw_horizon(rows, out / "pictures/horizon.png", note=evaluation.features)
-    write_films(choose_films(errors), errors, facts, evaluation, out)
-
-
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, not in pyplot's global list."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,7 +162,7 @@ def write_films(
     evaluation: EvaluationContext,
     out: Path,
 ) -> None:
-    """Write pictures and words of the films, each with four panels of T = C + K steps.
+    """Write pictures and words of the films, each with four panels of T = C + K steps; `facts` are those of `figures.describe_windows`.
 
     Cost: reads up to `NUM_SEARCHED` steps and those of the films' episodes, and the units of all recordings that are shown.
     """

@@ -23,8 +23,6 @@ from jepa_cache.evaluation.figures import (
     OPEN_LOOP,
     TEACHER_FORCING,
     Row,
-    above_sections,
-    above_table,
     build_figures,
     describe_windows,
     measure_above,
@@ -36,7 +34,7 @@ from jepa_cache.evaluation.figures import (
 from jepa_cache.evaluation.metrics import MEASUREMENTS_FOLDER, episode_means, write_json, write_table
 from jepa_cache.evaluation.noise import NOISE
 from jepa_cache.evaluation.page import write_page
-from jepa_cache.evaluation.pictures import draw_pictures, draw_training
+from jepa_cache.evaluation.pictures import choose_films, draw_horizon, draw_training, write_films
 from jepa_cache.evaluation.probes import PROBES
 from jepa_cache.evaluation.readout import describe_readout
 from jepa_cache.evaluation.verdict import describe_verdict, find_gain
@@ -72,8 +70,8 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         errors = measure_windows(evaluation)
         figures = build_figures(errors, settings)
         described = describe_evaluation(evaluation, weights)
-        above = measure_above(errors, settings)
-        metrics = summarize(figures, errors, dataset) | above_sections(above) | describe_readout(errors.readout)
+        above, above_rows = measure_above(errors, settings)
+        metrics = summarize(figures, errors, dataset) | above | describe_readout(errors.readout)
         metrics["settings"] = {  # those without which the figures say nothing
             **{name: described[name] for name in ("dataset", "encoder")},
             **{
@@ -88,11 +86,16 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
             metrics |= MEASUREMENTS[name].run(evaluation, folder)
         metrics["verdict"] = describe_verdict(metrics)
         write_json(metrics, folder / "metrics.json")
-        write_json(pick_decisive(metrics), folder / "summary.json")
+        summary = {
+            "val": {name: metrics["val"][name] for name in DECISIVE if name in metrics["val"]},
+            "num_episodes": metrics["num_episodes"],
+            "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
+        }
+        write_json(summary, folder / "summary.json")
         write_json(described, folder / "settings.json")
         rows, facts = step_table(figures, OPEN_LOOP), describe_windows(evaluation, errors)
         tables = {
-            "above": above_table(above),
+            "above": above_rows,
             "episodes": episode_table(errors),
             "horizon": rows,
             "positions": step_table(figures, TEACHER_FORCING, first_column="num_seen"),
@@ -101,7 +104,8 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         }
         for name, table in tables.items():
             write_table(table, folder / f"{name}.csv")
-        draw_pictures(errors, evaluation, rows, facts, folder)
+        draw_horizon(rows, folder / "pictures/horizon.png", note=evaluation.features)
+        write_films(choose_films(errors), errors, facts, evaluation, folder)
         if (history := weights.parent / "train.csv").is_file():
             draw_training(history, folder / "pictures/training.png")
         write_page(folder, MEASUREMENTS.values())
@@ -133,15 +137,6 @@ def describe_evaluation(evaluation: EvaluationContext, weights: Path) -> dict[st
             "window_steps": evaluation.window_steps,
             "normalize_reps": evaluation.model.normalize_reps,
         },
-    }
-
-
-def pick_decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of summary.json, which `dvc exp show` lists; what was not measured is absent."""
-    return {
-        "val": {name: metrics["val"][name] for name in DECISIVE if name in metrics["val"]},
-        "num_episodes": metrics["num_episodes"],
-        "verdict": {question: judged["answer"] for question, judged in metrics["verdict"].items()},
     }
 
 

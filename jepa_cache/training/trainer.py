@@ -197,6 +197,7 @@ class TrainingState:
         self.trained = TrainableModel(run)
         if checkpoint:
             self.trained.load_state(checkpoint.weights)
+        self.trained.predictor.to(accelerator.device)  # whole: the objective of a compressed one holds the core alone
         # Latents are of normed tokens; of their own they have no norm.
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)

@@ -5,7 +5,7 @@ Claims:
   the intervals of the two runs do not, and noise is no difference;
 - runs of other tokens, windows, splits or filters, and runs of which that is not known, are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
-- --all lists what lies in a project, what was committed and DVC's experiments, the best first, in at most six columns; what cannot be read is named;
+- --all lists what lies in a project, what was committed and DVC's experiments, the best first; what cannot be read is named;
 - a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it, exit code 2.
 """
 
@@ -150,34 +150,13 @@ def test_pairs_show_a_difference_that_intervals_do_not_and_noise_is_none(tmp_pat
     assert pair["low"] > 0 and pair["words"] == "no difference shown"
 
 
-def test_errors_read_out_are_shown_where_a_run_has_them_and_other_step_lengths_are_another_kind(tmp_path):
-    older, newer, apart = (
-        write_run(tmp_path / name, BASE, **changes)
-        for name, changes in (
-            ("older", {}),
-            ("newer", {"measured__evaluate__step_length": 1}),
-            ("apart", {"measured__evaluate__step_length": 4}),
-        )
-    )
-    assert "readout" not in compare(older)[1]
-    for folder in (newer, apart):
-        metrics = json.loads((folder / "metrics.json").read_text())
-        above = "readout_zero_actions_percent"
-        metrics |= {"above": {above: 82.0}, "above_ci": {above: [59.0, 104.0]}}
-        (folder / "metrics.json").write_bytes(canonical_json(metrics))
-    document, text = compare(older, newer)
-    assert [run["figures"].get(above, {}).get("mean") for run in document["groups"][0]["runs"]] == [None, 82.0]
-    assert "readout, zero, % above" in text and "82.000 [59.000, 104.000]" in text and "readout, shuffled" not in text
-    assert "step_length: 1 in" in compare(newer, apart, fails=1)[0]["groups"][1]["apart"]
-
-
 def test_only_shared_episodes_are_paired_one_is_too_few_and_an_empty_cell_is_no_figure(tmp_path):
     one = write_run(tmp_path / "one", BASE)
     later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)
     last = write_run(tmp_path / "last", BASE[:3], first=NUM_EPISODES - 1)
-    pairs = [pair["rollout_l1"] for pair in compare(one, later, last)[0]["groups"][0]["paired"]]
+    pairs = [pair["rollout_l1"] for pair in compare(one, later, last, fails=1)[0]["groups"][0]["paired"]]
     assert pairs[0]["num_episodes"] == NUM_EPISODES - 4 and pairs[0]["mean"] == pytest.approx(-0.05)
-    assert pairs[1]["num_episodes"] == 1 and "cannot be told" in pairs[1]["words"] and "mean" not in pairs[1]
+    assert pairs[1] == {"words": "cannot be told", "reason": "fewer than two shared episodes"}
     lines = (later / "episodes.csv").read_text().splitlines()
     lines[1] = lines[1].rpartition(",")[0] + ","
     (later / "episodes.csv").write_text("\n".join(lines) + "\n")
@@ -185,7 +164,8 @@ def test_only_shared_episodes_are_paired_one_is_too_few_and_an_empty_cell_is_no_
 
 
 def test_runs_of_another_kind_are_shown_apart_with_the_reason(tmp_path):
-    one, same = write_run(tmp_path / "one", BASE), write_run(tmp_path / "same", BASE)
+    one = write_run(tmp_path / "one", BASE)
+    same = write_run(tmp_path / "same", BASE, measured__evaluate__step_length=1)  # older ones know no other
     for name in (*KIND, "measured.filter.drop_gui"):
         other = write_run(tmp_path / "other", BASE - 0.2, **{name.replace(".", "__"): "another"})
         document = compare_runs([str(run) for run in (one, other, same)]).document
@@ -239,16 +219,9 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
         ),
         ("metrics.json", None, "holds no evaluation"),
         ("episodes.csv", "episode,num_windows,rollout_l1\nx,2,0.5.\n", "episodes.csv"),
-        ("episodes.csv", None, "has no episodes.csv, without which runs cannot be paired"),
-        ("episodes.csv", "episode,num_windows,rollout_l1\nepisode-00,3,1\n", "episode-00 has 3 windows"),
-        (
-            "episodes.csv",
-            "episode,num_windows,rollout_l1,teacher_forcing_l1,copy_last_l1\nepisode-00,2,1,1,9\n",
-            "episode-00 is another recording",
-        ),
     ],
 )
-def test_what_is_no_evaluation_or_cannot_be_paired_is_one_message(tmp_path, file, content, words):
+def test_what_is_no_evaluation_is_one_message(tmp_path, file, content, words):
     one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE)
     (other / file).unlink()
     if content is not None:
@@ -256,6 +229,21 @@ def test_what_is_no_evaluation_or_cannot_be_paired_is_one_message(tmp_path, file
     assert words in compare(one, other, fails=2)[0]["error"]
     assert "named twice" in compare(one, one, fails=2)[0]["error"]
     assert "holds no evaluation" in compare(one / "episodes.csv", fails=2)[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has no episodes.csv, without which runs cannot be paired"),
+        ("episode,num_windows,rollout_l1\nepisode-00,3,1\n", "episode-00 has 3 windows"),
+        ("episode,num_windows,rollout_l1,copy_last_l1\nepisode-00,2,1,9\n", "episode-00 is another recording"),
+    ],
+)
+def test_why_two_runs_cannot_be_paired_is_said(tmp_path, content, words):
+    one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE)
+    (other / "episodes.csv").write_text(content)
+    document, text = compare(one, other, fails=1)
+    assert words in document["groups"][0]["paired"][0]["rollout_l1"]["reason"] and words in text
 
 
 def test_all_runs_of_a_project_are_a_table_the_best_first_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -277,12 +265,11 @@ def test_all_runs_of_a_project_are_a_table_the_best_first_and_what_cannot_be_rea
     order = ["outputs/better", "copy, outputs", "kept", "old", str(elsewhere)]
     assert [run["run"] for run in first["runs"]] == order and [run["run"] for run in second["runs"]] == ["other"]
     assert "encoder: " in second["apart"] and second["apart"] in text
-    words = [run["than_the_first"] for run in first["runs"]]
-    assert words == ["-", "worse", "worse", "cannot be told", "worse"]
-    assert "has 3 windows in old" in text and first["runs"][1]["interval"][0] < first["runs"][1]["rollout_l1"]
+    words = [pair["rollout_l1"]["words"] for pair in first["paired"]]
+    assert words == ["worse", "worse", "cannot be told", "worse"] and "has 3 windows in old" in text
     assert re.search(r"^not shown: damaged/evaluate is no evaluation", text, re.MULTILINE)
     table = [re.split(r"  +", line) for line in text.splitlines()[1:7]]
-    assert {len(row) for row in table} == {5}
+    assert {len(row) for row in table} == {6}
     assert "depth" not in text and "predictor=small" in table[3][-1] and "and 1 more" in table[2][-1]
     (root / "params.yaml").write_text(
         (root / "params.yaml").read_text().replace("outputs: outputs ", f"outputs: {tmp_path}/far ")

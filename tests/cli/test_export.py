@@ -3,43 +3,26 @@
 It holds the manifest, a README with weights and licences (unknown where they are), and checksums of every file.
 """
 
-import json
-import re
 import shutil
 import subprocess
 
 import pytest
 
-from jepa_cache import files as ground_floor
 from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import all_files, write_store_json
+from tests.encoded import all_files, store_json
 from tests.makers import flip
 
 
-def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_alone_by_clean_ups_beside(
-    checkout, tmp_path, monkeypatch
-):
-    out, before, synced, sync, copyfile = tmp_path / "out", checkout.files(), set(), ground_floor.sync, shutil.copyfile
-
-    def note(path):
-        synced.add(re.sub(r"\.jepa-cache-[0-9a-f]{12}-", "", str(path.relative_to(tmp_path))))
-        sync(path)
-
-    def copy(source, target):
-        copyfile(source, target)
-        CacheRoot(out).remove_stale_temporaries()
-
-    monkeypatch.setattr(ground_floor, "sync", note)
-    monkeypatch.setattr(shutil, "copyfile", copy)
+def test_everything_is_exported_with_the_same_bytes(checkout, tmp_path):
+    out, before = tmp_path / "out", checkout.files()
     result = checkout.run("export", "cache", out, "--json")
     assert result.code == 0 and result.document["num_units"] == 3
     files = all_files(out)
     assert before.items() <= files.items() and checkout.files() == before
     assert set(files) - set(before) == {"README.md", CHECKSUMS, "configs/dataset/vpt.yaml", "configs/encoder/tiny.yaml"}
-    assert {f"out/{name}" for name in files} < synced
     listed = dict(reversed(line.split("  ", 1)) for line in (out / CHECKSUMS).read_text().splitlines())
     assert set(listed) == set(files) - {CHECKSUMS}
     subprocess.run(["sha256sum", "--quiet", "-c", CHECKSUMS], cwd=out, check=True)
@@ -48,23 +31,20 @@ def test_everything_is_exported_with_the_same_bytes_forced_to_the_disk_and_left_
     assert checkout.manifest.recipe["encoder"]["weights"] in text and str(checkout.folder) not in text
 
 
-def remake(store, **card):
-    """A store that is whole, but not the one that was listed; `card` are the entries that differ."""
-    document = json.loads((store / "store.json").read_bytes())
-    document["content"]["card"] |= card
-    write_store_json(store / "store.json", document)
-
-
 def test_a_store_that_is_whole_but_not_the_listed_one_is_named_everywhere_never_exported_and_never_left(
     checkout, tmp_path
 ):
     out = tmp_path / "out"
     checkout.run("export", "cache", out)
     before = all_files(out)
-    remake(CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest), notes=["x"])
+    with store_json(
+        CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest)
+    ) as it:
+        it["content"]["card"]["notes"] = ["x"]  # whole, but not the one that was listed
     assert checkout.run("export", "cache", out).code == 0 and all_files(out) == before
     for number, store in enumerate((checkout.tokens(), checkout.actions(1))):
-        remake(store, notes=["x"])
+        with store_json(store) as it:
+            it["content"]["card"]["notes"] = ["x"]
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
         assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out

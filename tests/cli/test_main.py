@@ -81,17 +81,6 @@ def test_outside_every_project_help_and_what_needs_none_work(tmp_path, monkeypat
         assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("repair", "jepa-cache verify --repair"), ("train_predictor", "jepa-cache train")],
-)
-def test_a_command_that_has_another_name_says_which(monkeypatch, capsys, old, new):
-    monkeypatch.setattr(sys, "argv", ["jepa-cache", old, "shards"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2 and f"type `{new}`" in capsys.readouterr().err
-
-
 def test_json_is_the_only_thing_on_stdout_whatever_is_told_on_the_way(checkout):
     """Listing units says on stdout that dataset 'sample' was given other recordings."""
     result = checkout.run("status", checkout.recordings, "dataset=sample", "--json")

@@ -1,15 +1,21 @@
 """Claims of `jepa-cache status`: every unit is done, missing, stale, damaged or unread, and what is stale says why.
 
 A field of the recipe that changed is named with both values; edited, deleted and removed things are noticed; nothing is changed.
+After an encode that failed, was interrupted or killed, no later stage uses the manifest from before without a word; its bytes and time
+stay, and the next encode that ends well frees it, as another manifest in its place does.
 """
 
-import json
+import os
 import shutil
+import signal
 
 import pytest
 
-from jepa_cache.encoding import groups
-from tests.encoded import write_store_json
+from jepa_cache.config.loading import load_config
+from jepa_cache.data.dataset import open_dataset
+from jepa_cache.encoding import groups, run
+from jepa_cache.store.manifest import replaced, why_held_back
+from tests.encoded import store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -46,9 +52,8 @@ def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkou
     first.write_bytes(whole)
     nearer = checkout.root.path / "tokens" / ("f" * 32) / checkout.tokens(1).name  # stored as int8, as far as it says
     shutil.copytree(checkout.tokens(1), nearer)
-    document = json.loads((nearer / "store.json").read_bytes())
-    document["content"]["card"]["recipe"]["dtype"] = "int8"
-    write_store_json(nearer / "store.json", document)
+    with store_json(nearer) as document:
+        document["content"]["card"]["recipe"]["dtype"] = "int8"
     (part,) = _status(checkout, "encode.dtype=int8", "encode.fps=4").document["parts"]
     changes = {why["fingerprint"]: (why["num_units"], len(why["changes"])) for why in part["why"]}
     assert changes == {checkout.manifest.fingerprint: (2, 2), "f" * 32: (1, 1)}, "the nearest recipe explains a unit"
@@ -103,10 +108,8 @@ def test_actions_that_are_not_there_whole_and_of_these_steps_and_space_must_be_m
     result = _status(checkout, "encode.action_space=vpt36")
     (part,) = result.document["parts"]
     assert result.code == 1 and (part["done"], part["without_actions"]) == (3, 3)
-    path = checkout.actions(0) / "store.json"
-    document = json.loads(path.read_bytes())
-    document["content"]["card"]["steps_digest"] = "0" * 64
-    write_store_json(path, document)
+    with store_json(checkout.actions(0)) as document:
+        document["content"]["card"]["steps_digest"] = "0" * 64
     (checkout.actions(1) / "actions/c/0/0").write_bytes(b"")
     shutil.rmtree(checkout.actions(2))
     result = _status(checkout)
@@ -136,10 +139,8 @@ def test_an_edited_tar_is_stale_with_both_digests_where_its_earlier_content_was_
 
 
 def test_a_store_that_was_made_again_with_other_bytes_is_told(checkout):
-    path = checkout.tokens() / "store.json"
-    document = json.loads(path.read_bytes())
-    document["content"]["card"]["notes"] = ["another"]
-    write_store_json(path, document)
+    with store_json(checkout.tokens()) as document:
+        document["content"]["card"]["notes"] = ["another"]
     assert "1 stores were made again since" in _status(checkout).document["manifest"]["reason"]
 
 
@@ -151,7 +152,46 @@ def test_no_manifest_and_a_damaged_one_are_told(checkout):
     assert result.code == 1 and result.document["manifest"]["reason"].startswith("absent")
 
 
-@pytest.mark.parametrize("command", ["status", "estimate"])
-def test_recordings_that_are_not_found_cannot_be_checked(checkout, command):
-    result = checkout.run(command, "--json", checkout.folder / "nowhere")
-    assert result.code == 2 and "finds no *.tar file" in result.document["error"] and "error: " in result.err
+def open_it(checkout):
+    open_dataset(load_config(checkout.folder), checkout.folder).close()
+
+
+@pytest.mark.parametrize("error", [ValueError("3 of 4 recordings were skipped"), KeyboardInterrupt()])
+def test_a_manifest_from_before_a_failed_encode_is_refused_until_one_ends_well(checkout, monkeypatch, error):
+    before = checkout.manifest_path.read_bytes(), checkout.manifest_path.stat().st_mtime_ns
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "ensure_actions", fail)
+        with pytest.raises(type(error)):
+            checkout.encode()
+    with pytest.raises(
+        ValueError, match=r"from before the last .*encode\.py.* failed, was interrupted or .*Run it again"
+    ):
+        open_it(checkout)
+    assert "from before the last" in checkout.run("status", "recordings").out
+    exported = checkout.run("export", "cache", checkout.folder / "elsewhere")
+    assert exported.code != 0 and "Run it again" in exported.out + exported.err
+    checkout.encode()
+    open_it(checkout)
+    assert (checkout.manifest_path.read_bytes(), checkout.manifest_path.stat().st_mtime_ns) == before
+    assert [path.name for path in checkout.manifest_path.parent.iterdir()] == ["manifest.json"]
+
+
+def test_an_encode_that_was_refused_at_once_or_killed_counts_too(checkout):
+    with pytest.raises(ValueError, match="no/such/folder"):
+        checkout.encode("no/such/folder")
+    assert "failed" in why_held_back(checkout.manifest_path)
+    checkout.encode()
+    child = os.fork()
+    if child == 0:
+        with replaced(checkout.manifest_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert "was interrupted" in why_held_back(checkout.manifest_path)
+    checkout.manifest_path.write_bytes(checkout.manifest_path.read_bytes() + b"\n")
+    assert why_held_back(checkout.manifest_path) is None, "another manifest was put in its place"
+    checkout.manifest_path.unlink()
+    assert why_held_back(checkout.manifest_path) is None

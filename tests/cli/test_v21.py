@@ -16,7 +16,7 @@ from jepa_cache.encoder.preprocess import CROP_RULES
 from jepa_cache.encoder.vit import VisionTransformer21
 from jepa_cache.training.run import predictor_arguments
 from tests.encoded import decode_all, read_video
-from tests.official_files import draw_state, encoder_shapes, write_v21_file
+from tests.official_files import draw_state, encoder_shapes, prepare, write_v21_file
 from tests.store import plain_reader
 
 SIZES = {"embed_dim": 48, "depth": 12, "num_heads": 2, "mlp_dim": 96, "resolution": 64}
@@ -57,7 +57,7 @@ def test_a_released_file_is_encoded_pooled_checked_and_offered_to_the_predictor(
     encoder = VisionTransformer21(embed_dim=48, depth=12, num_heads=2, mlp_dim=96)
     encoder.load_state_dict(state)
     with torch.no_grad():
-        whole = encoder(CROP_RULES["ac"](frames, 64)[:, :, None])
+        whole = encoder(prepare(CROP_RULES["ac"], frames, 64)[:, :, None])
     expected = avg_pool2d(whole.transpose(1, 2).unflatten(-1, (4, 4)), 2).flatten(2).transpose(1, 2).half().numpy()
     # Another batch size orders float32 sums differently, which may move a value to the next number of float16.
     np.testing.assert_allclose(tokens.astype(np.float32), expected.astype(np.float32), atol=4e-3)

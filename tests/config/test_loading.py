@@ -10,7 +10,7 @@ import torch
 from ruamel.yaml import YAML
 
 from jepa_cache.cli.stage import describe_error
-from jepa_cache.config.loading import REPOSITORY_ROOT, is_override, load_config
+from jepa_cache.config.loading import REPOSITORY_ROOT, load_config, split_arguments
 from jepa_cache.config.parsing import ConfigError, parse_dataclass
 from jepa_cache.config.schema import TrainConfig
 from jepa_cache.devices import resolve_device
@@ -247,8 +247,8 @@ def test_the_suite_loads_settings_of_its_own_with_the_keys_of_the_checkout():
 
 
 def test_paths_are_not_taken_for_overrides():
-    assert is_override("train.lr=3e-4") and is_override("dataset=vpt") and is_override("../mine.yaml")
-    assert not is_override("shards") and not is_override("/data/date=2020/x.tar") and not is_override("./a=b.tar")
+    settings, paths = ["train.lr=3e-4", "dataset=vpt", "../mine.yaml"], ["shards", "/data/date=2020/x.tar", "./a=b.tar"]
+    assert split_arguments([*paths, *settings]) == (settings, paths)
 
 
 def test_several_broken_rules_are_lines_of_one_message_as_the_terminal_shows_it():

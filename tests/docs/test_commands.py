@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from jepa_cache.cli.main import COMMANDS, build_app
-from jepa_cache.config.loading import is_override, load_config
+from jepa_cache.config.loading import load_config, split_arguments
 from tests.workspace import ROOT, SUITE_SETTINGS, Workspace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -111,7 +111,7 @@ def check_command(command: str, added: set[str] = frozenset()) -> None:
         sub = rest[1] if rest[0] == "export" else None
         options = {word.split("=")[0] for word in rest if word.startswith("--")}
         assert options <= console_options(rest[0], sub), command
-        check_settings([word for word in rest if is_override(word)], added)
+        check_settings(split_arguments(rest)[0], added)
     elif first == "dvc":
         assert rest and rest[0] in DVC, command
         check_settings([after for word, after in pairwise(rest) if word == "-S"], added)
@@ -124,7 +124,7 @@ def check_command(command: str, added: set[str] = frozenset()) -> None:
         if script.parent.name == "stages" and script.stem != "fetch_vpt":
             options = {word.split("=")[0] for word in given if word.startswith("--")}
             assert options <= STAGE_OPTIONS.get(script.stem, set()) | {"--help"}, command
-            check_settings([word for word in given if is_override(word)], added)
+            check_settings(split_arguments(given)[0], added)
     else:
         pytest.fail(f"{command!r} starts with a program that is not known here")
 

@@ -126,15 +126,14 @@ def _field(number: int, content: bytes | int) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
-def write_onnx(weights: Sequence[tuple[str, np.ndarray]], *, packed: bool = False) -> bytes:
+def write_onnx(weights: Sequence[tuple[str, np.ndarray]]) -> bytes:
     """An ONNX model with float32 initialisers in this order, and around them fields that a reader of weights leaves out."""
     graph = _field(1, _field(4, b"MatMul")) + _field(2, b"graph")
     graph += _field(5, _field(1, 1) + _field(2, 7) + _field(8, b"a shape, int64") + _field(9, bytes(8)))
     for name, array in weights:
-        sizes = b"".join(map(_varint, array.shape))
-        shape = _field(1, sizes) if packed else b"".join(_field(1, size) for size in array.shape)
+        shape = b"".join(_field(1, size) for size in array.shape)
         graph += _field(5, shape + _field(2, 1) + _field(8, name.encode()) + _field(9, array.astype("<f4").tobytes()))
-    return _field(1, 8) + _field(7, graph) + _varint(9 << 3 | 5) + bytes(4)
+    return _field(1, 8) + _field(7, graph)
 
 
 def ship_model(folder: Path, *, seed: int = 0) -> tuple[Path, torch.nn.Module, ShippedModel]:
@@ -173,5 +172,5 @@ def ship_model(folder: Path, *, seed: int = 0) -> tuple[Path, torch.nn.Module, S
         image_size=64,
         resolution=64,
     )
-    write_model(described, read_state(described, content), folder)
+    write_model(described, read_state(described, wheel), folder)
     return wheel, model, described._replace(sha256=model_digest(folder))

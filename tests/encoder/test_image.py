@@ -22,6 +22,7 @@ from jepa_cache.encoder.image import CLASS_TOKENS, ImageModelError, read_model, 
 from jepa_cache.encoder.preprocess import crop_rule
 from jepa_cache.store.recipe import file_digest
 from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, preset_of, save_model
+from tests.official_files import prepare
 
 RNG = np.random.default_rng(0)
 
@@ -86,7 +87,7 @@ def test_pixels_are_those_of_the_library_s_own_processor(tmp_path, size, preproc
     processor = (BitImageProcessorPil if preprocessing is CENTRE_CROP else ViTImageProcessorPil)(**preprocessing)
     expected = processor(list(frames), return_tensors="pt")["pixel_values"]
     preset = preset_of(tmp_path)
-    assert torch.equal(crop_rule(preset)(frames, preset.resolution, mean=preset.mean, std=preset.std), expected)
+    assert torch.equal(prepare(crop_rule(preset), frames, preset.resolution, preset.mean, preset.std), expected)
 
 
 def test_code_of_a_repository_is_refused_by_name_and_never_run(model, tmp_path):

@@ -1,6 +1,6 @@
 """Claims: batches that run one behind the other give what each gives alone, bit for bit, also on a GPU that copies late; nobody who launches waits.
 
-What a dtype cannot hold is found when the batch is taken. Products with weights that were cast once are those of autocast.
+Products with weights that were cast once are those of autocast.
 """
 
 import queue
@@ -14,7 +14,7 @@ import torch
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.frozen import FrozenEncoder, Overlap, TokenOverflowError, cast_tokens, to_stored
+from jepa_cache.encoder.frozen import FrozenEncoder, Overlap, cast_tokens, to_stored
 from tests.emulated_cuda import emulated_cuda, on_emulated_cuda
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 8, 45, 64, 3), dtype=np.uint8)  # seven batches
@@ -54,16 +54,6 @@ def test_batches_give_what_each_gives_alone(preset, cast, compute_dtype):
     for (tokens, errors), batch in zip(run_all(Overlap(encoder, cast, 4), batches), batches, strict=True):
         alone = encoder.encode(batch).flatten(0, 1)
         assert np.array_equal(tokens, to_stored(alone, cast)) and np.array_equal(errors, cast_tokens(alone, cast)[1])
-
-
-def test_an_overflow_is_found_when_the_batch_is_taken(preset):
-    encoder = make(preset, "cpu", "float32")
-    encoder.encoder.norm.weight.mul_(1e5)
-    slot = Overlap(encoder, "float16", 1).submit(encoder.preprocess(FRAMES[0])[:, None])
-    with pytest.raises(
-        TokenOverflowError, match=r"step 0 \(of 8 in this batch\) cannot be stored as float16: largest magnitude"
-    ):
-        slot.result()
 
 
 @pytest.mark.parametrize("name", ["preset", "preset_21"])

@@ -6,10 +6,10 @@ from PIL import Image
 
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.encoder import weights_identity
 from jepa_cache.encoder.frozen import FrozenEncoder, load_module
-from jepa_cache.encoder.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.encoding.groups import token_recipe
+from tests.official_files import IMAGENET_MEAN, IMAGENET_STD
 from tests.workspace import SUITE_SETTINGS, copy_settings
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 90, 160, 3), dtype=np.uint8)

@@ -153,6 +153,20 @@ def test_units_that_fail_are_listed_after_the_others_are_done(place, tmp_path):
     assert again.num_encoded == 0 and again.manifest.to_bytes() == place.manifest
 
 
+def test_a_gpu_whose_memory_is_full_names_the_setting_and_is_not_tried_again(place, tmp_path):
+    tries = tmp_path / "tries"
+
+    def fill():
+        with tries.open("a") as file:
+            file.write("x")
+        raise sys.modules["torch"].OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
+
+    words = r"b\.tar: the GPU's memory is full \(CUDA out of memory.* 2\.00 GiB\.\); lower encode\.batch_size, or start fewer workers"
+    with place.failing("b.tar", fill), pytest.raises(EncodeFailedError, match=words):
+        place.encode(tmp_path / "cache")
+    assert tries.read_text() == "x"
+
+
 def test_a_worker_that_would_make_something_else_is_refused_and_says_what(place, tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "ENCODE_VERSION", 0)  # as if this command were older than the workers
     words = r"the worker tcp://.* would make something else \(encode_version: 0 -> 1\)"

@@ -36,19 +36,23 @@ def nothing_hangs_and_no_thread_stays():
     assert not left
 
 
-def test_an_overflow_of_the_stored_dtype_stops_and_names_the_episode_and_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("filled", "batch", "step"), [(False, 4, 11), (True, 3, 4)])
+def test_an_overflow_of_the_stored_dtype_stops_and_names_the_episode_and_its_step(
+    tmp_path, monkeypatch, filled, batch, step
+):
     real, batches = frozen.FrozenEncoder.encode, []
 
     def overflowing(self, groups):
         tokens = real(self, groups).clone()
         batches.append(len(groups))
-        if len(batches) == 4:  # an episode has 15 steps: batches of 8 and 7; this is the second of y
+        if len(batches) == batch:  # an episode has 15 steps: batches of 8 and 7, or the third is steps 16 to 23 of both
             tokens[3] = 1e6
         return tokens
 
     monkeypatch.setattr(frozen.FrozenEncoder, "encode", overflowing)
-    with pytest.raises(ValueError, match=r"episode 'y', step 11: .*cannot be stored as float16"):
-        encode(make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}}), tmp_path / "cache", tiniest_config())
+    config = tiniest_config(fill_batches=filled)
+    with pytest.raises(ValueError, match=rf"episode 'y', step {step}: .*cannot be stored as float16"):
+        encode(make_tars(tmp_path / "in", {"a": {"x": 60, "y": 60}}), tmp_path / "cache", config)
     assert not [path for path in all_files(tmp_path / "cache") if "tokens" in path]
 
 

@@ -21,7 +21,6 @@ from tests.encoded import (
     make_tars,
     read_everything,
     same_numbers,
-    tiniest_config,
     tiny_config,
 )
 from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_vpt_tar
@@ -90,22 +89,6 @@ def test_a_bad_video_between_others_is_taken_back_with_what_waited_of_it(tmp_pat
     )
     assert np.abs(one["0 tokens"].astype(np.float32) - other["0 tokens"]).max() <= 2e-3
     assert all(same_numbers(one[name], other[name]) for name in one if name not in ("0 tokens", "segments"))
-
-
-def test_an_overflow_is_named_by_its_own_episode_and_step(folder, tmp_path, monkeypatch):
-    real, batches = frozen.FrozenEncoder.encode, []
-
-    def overflowing(self, groups):
-        tokens = real(self, groups).clone()
-        batches.append(len(groups))
-        if len(batches) == 3:  # steps 16 to 23 of the unit
-            tokens[3] = 1e6
-        return tokens
-
-    monkeypatch.setattr(frozen.FrozenEncoder, "encode", overflowing)
-    shutil.copytree(folder, tmp_path / "in", ignore=shutil.ignore_patterns("b.tar"))
-    with pytest.raises(ValueError, match=r"episode 'a17', step 3: .*cannot be stored"):
-        encode(tmp_path / "in", tmp_path / "cache", tiniest_config(**FILLED))
 
 
 @pytest.mark.parametrize("mode", MODES)

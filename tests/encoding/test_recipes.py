@@ -12,7 +12,7 @@ import pytest
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
-from jepa_cache.encoder.weights import weights_identity
+from jepa_cache.encoder import weights_identity
 from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
 from jepa_cache.sources import build_source
 from jepa_cache.store.recipe import file_digest, fingerprint

@@ -8,14 +8,10 @@ import json
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from jepa_cache.encoding import pipeline, run, task
-from jepa_cache.encoding.task import Claims, wait_for_others
-from jepa_cache.sources import Unit
-from jepa_cache.store.root import CacheRoot
 from tests.encoded import all_files, encode, forking_context, make_tiny_tar, tiniest_config
 
 UNITS = "abcd"
@@ -80,53 +76,3 @@ def test_two_encoders_encode_every_unit_once_and_one_takes_over_what_a_killed_on
     else:
         # The dead one had published one unit at most, and nobody made that one again.
         assert len(encoded) >= len(UNITS) - 1 and (tmp_path / "dying").read_text() in encoded
-
-
-@pytest.fixture
-def group(monkeypatch):
-    """Three units under one recipe, whose stores are whole where there is a folder."""
-    monkeypatch.setattr(CacheRoot, "find_store", lambda root, store: True if store.is_dir() else None)
-    units = [Unit(name, (), f"{index:x}" * 64) for index, name in enumerate(UNITS[:3])]
-    return SimpleNamespace(units=units, tokens=lambda root, unit: root.tokens("recipe", unit.digest))
-
-
-def test_a_unit_that_another_holds_is_left_for_later_and_one_that_is_finished_meanwhile_for_good(
-    tmp_path, monkeypatch, group
-):
-    root, units = CacheRoot(tmp_path), group.units
-    with Claims(root, group) as one, Claims(root, group) as two:
-        taken = one.take()
-        assert next(taken) == units[0]
-        assert len(list(tmp_path.rglob("*.claim"))) == 1
-        group.tokens(root, units[1]).mkdir()  # published by a third one
-        assert list(two.take()) == [units[2]]
-        assert two.busy == [units[0]] and two.num_taken == 1
-        group.tokens(root, units[0]).mkdir()
-        assert list(taken) == [] and one.busy == [units[2]], "a store that is there is let go"
-        assert not root.is_claimed(group.tokens(root, units[0]))
-    assert not list(tmp_path.rglob(".jepa-cache-*"))
-
-    def refuse(path, **_):
-        raise OSError(30, "Read-only file system")
-
-    group.tokens = lambda root, unit: root.tokens("other", unit.digest)
-    with pytest.raises(OSError, match="Read-only"), Claims(root, group) as claims:
-        assert list(claims.take()) == group.units
-        monkeypatch.setattr("pathlib.Path.unlink", refuse)
-    assert not any(root.is_claimed(group.tokens(root, unit)) for unit in group.units), "all are let go"
-
-
-@pytest.mark.parametrize("end", ["published", "gone"])
-def test_who_waits_is_told_for_which_unit_until_the_store_is_there_or_its_maker_gone(tmp_path, monkeypatch, group, end):
-    monkeypatch.setattr(task, "POLL_S", 0)
-    root, told, group.units = CacheRoot(tmp_path), [], group.units[:1]
-    store = group.tokens(root, group.units[0])
-    claim = root.claim(store)
-
-    def on_wait(name):
-        told.append(name)
-        if len(told) == 3:
-            store.mkdir() if end == "published" else claim.release()
-
-    wait_for_others(root, [group], on_wait)
-    assert told == ["a"] * 3

@@ -1,9 +1,9 @@
-"""Figures: errors, what they say about episodes, slices of the held-out windows, and the verdict in words.
+"""Figures: what errors say about episodes, slices of the held-out windows, and the verdict in words (test_run.py recomputes the errors).
 
 Claims:
-- L1, L2 and cosine are means over tokens and channels; windows of one episode count as one;
+- windows of one episode count as one;
 - the interval covers a known mean at about the stated rate, needs two episodes, and is the same by seed;
-- the paired test is exact for few episodes, cannot reject with five, and is scipy's for many, to the last bit;
+- the paired test is scipy's, to the last bit;
 - every slice in which windows differ has one row for each value, over its own windows, episodes counted once; one episode has no interval;
 - an answer follows from interval, test and number of episodes, and nothing else; a gain that is sure but tiny is no success;
 - actions are used only where another episode's and zero ones both do worse, and what is worse than copying is told so beside it;
@@ -12,34 +12,14 @@ Claims:
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import permutation_test
 
 from jepa_cache.data.ablations import SHUFFLED
 from jepa_cache.evaluation.figures import slice_table
-from jepa_cache.evaluation.metrics import (
-    bootstrap_mean,
-    cosine_similarity,
-    episode_means,
-    l1_error,
-    l2_error,
-    paired_p_value,
-)
+from jepa_cache.evaluation.metrics import bootstrap_mean, episode_means, paired_p_value
 from jepa_cache.evaluation.verdict import OTHERS, Gain, describe_verdict, explain, judge, list_limits
 from jepa_cache.evaluation.windows import COPY_LAST, MODEL, WindowErrors
 from tests.caches import make_config
-
-
-def test_errors_are_means_over_tokens_and_channels():
-    target = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5) + 1
-    assert torch.allclose(l1_error(target + 0.5, target), torch.full((2, 3), 0.5))
-    assert torch.allclose(l2_error(target + 0.5, target), torch.full((2, 3), 0.5))
-    half = target.clone()
-    half[..., :2, :] += 3.0
-    assert torch.allclose(l1_error(half, target), torch.full((2, 3), 1.5))
-    assert torch.allclose(l2_error(half, target), torch.full((2, 3), 4.5**0.5))
-    assert torch.allclose(cosine_similarity(2 * target, target), torch.ones(2, 3))
-    assert torch.allclose(cosine_similarity(-target, target), -torch.ones(2, 3))
 
 
 def test_an_episode_counts_once_however_many_windows_it_has():
@@ -71,18 +51,15 @@ def test_the_interval_is_the_same_by_seed_holds_the_mean_draws_both_parts_of_a_r
             bootstrap_mean(np.zeros(count), num_resamples=10, seed=0)
 
 
-def test_the_paired_test_is_exact_for_few_episodes():
-    assert paired_p_value(np.zeros(7), seed=0) == 1
-    assert paired_p_value(np.ones(6), seed=0) == pytest.approx(2 / 2**6)
-    assert paired_p_value(np.array([1.0, 2, 3, -0.5]), seed=0) == pytest.approx(4 / 2**4)
-    assert paired_p_value(np.ones(5), seed=0) > 0.05
-
-
-@pytest.mark.parametrize("count", [14, 90])
-def test_the_paired_test_of_many_episodes_is_scipy_s(count):
-    gaps = np.random.default_rng(count).standard_normal(count).round(1) + 0.1
-    theirs = permutation_test((gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=8192, rng=3)
-    assert paired_p_value(gaps, seed=3) == theirs.pvalue
+# Of few episodes all signs are tried, so five can never reject; of many as many are drawn.
+@pytest.mark.parametrize("count", [4, 5, 6, 14, 90])
+def test_the_paired_test_is_scipy_s(count):
+    drawn = np.random.default_rng(count).standard_normal(count).round(1) + 0.1
+    for gaps in (drawn, np.ones(count), np.zeros(count)):
+        theirs = permutation_test(
+            (gaps,), np.mean, permutation_type="samples", vectorized=True, n_resamples=8192, rng=3
+        )
+        assert paired_p_value(gaps, seed=3) == theirs.pvalue
 
 
 # --- slices ---------------------------------------------------------------------------------------------------------------
@@ -195,13 +172,6 @@ def make_metrics(num_episodes: int = 10, horizon: int = 3, gains: dict | None = 
         "settings": {"horizon": horizon, "step_hz": 5.0},
         **more,
     }
-
-
-def test_good_figures_get_good_answers_and_what_was_not_measured_is_unclear():
-    found = {name: judged["answer"] for name, judged in describe_verdict(make_metrics()).items()}
-    assert found.pop("limits") == "none" and set(found.values()) == {"yes"}
-    timing = describe_verdict(make_metrics(gains=dict.fromkeys(SHIFTED)))["timing"]
-    assert timing["answer"] == "unclear" and "raise evaluate.windows_per_episode" in timing["words"]
 
 
 def test_the_strongest_baseline_and_the_nearer_step_are_those_that_count():

@@ -6,11 +6,9 @@ Claims:
 - films are of the windows that their words say; each panel holds every step, and what was given but not foreseen is grey;
 - a film shows the window's own anchor frames, the errors that were measured and the recorded frames nearest to what is foreseen: of a predictor
   that knows the truth the true ones; where the recording is not here, words say so;
-- an arrow points where the action turns, and is as long as it is large;
-- pictures are whole files.
+- an arrow points where the action turns, and is as long as it is large.
 """
 
-import hashlib
 import json
 from types import SimpleNamespace
 
@@ -31,7 +29,6 @@ from jepa_cache.evaluation.pictures import (
     choose_films,
     describe_moves,
     draw_horizon,
-    draw_pictures,
     draw_training,
     find_nearest,
     put_side_by_side,
@@ -40,9 +37,8 @@ from jepa_cache.evaluation.pictures import (
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
-from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_cache
+from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_recorded
 from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
-from tests.makers import make_vpt_pair, write_vpt_tar
 
 RNG = np.random.default_rng(0)
 
@@ -126,12 +122,7 @@ def test_arrows_point_where_the_view_turns_and_show_how_far(cache):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> tuple[Cache, dict[str, bytes], WindowErrors]:
     """A cache whose one unit is a tar shard of videos that is on this machine, and its measured windows."""
-    folder = tmp_path_factory.mktemp("recorded")
-    pairs = {f"episode-{number}": make_vpt_pair(12 * TICKS_PER_STEP, seed=number) for number in range(5)}
-    tar = write_vpt_tar(folder / "shards/a.tar", pairs)
-    units = {hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}
-    cache = make_cache(folder, units=units, num_steps=12)
-    videos = {key: video for key, (video, _) in pairs.items()}
+    cache, _, videos = make_recorded(tmp_path_factory.mktemp("recorded"), 5)
     return cache, videos, measure_windows(evaluation_of(cache, a_predictor()))
 
 
@@ -208,20 +199,6 @@ def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):
     assert all(panel["frames"] is None for panel in film["panels"]) and not list(tmp_path.glob("pictures/*.jpg"))
     assert set(happened["frame_words"]) == {GONE}
     assert all(words.startswith("nearest: ") and words.endswith(GONE) for words in foreseen["frame_words"][-4:])
-
-
-def test_an_evaluation_leaves_its_pictures(recorded, tmp_path):
-    cache, _, _ = recorded
-    row = {"horizon": 1, "model": 0.5, "model_low": 0.4, "model_high": 0.6}
-    evaluation = evaluation_of(cache, a_predictor(), num_context_steps=1, horizon=1)
-    errors = measure_windows(evaluation)
-    (tmp_path / "pictures").mkdir()
-    draw_pictures(errors, evaluation, [row], describe_windows(evaluation, errors), tmp_path)
-    names = {path.name for path in tmp_path.glob("pictures/*")}
-    assert {"horizon.png", "film1_1_tokens.png", "film1_4_tokens.png"} <= names
-    for path in tmp_path.glob("pictures/*"):
-        with Image.open(path) as image:
-            image.verify()
 
 
 def test_the_course_of_a_training_is_drawn_with_held_out_losses_where_there_are_some(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 from jepa_cache import ridge
 from jepa_cache.evaluation import readout
-from jepa_cache.evaluation.figures import above_sections, above_table, measure_above
+from jepa_cache.evaluation.figures import measure_above
 from jepa_cache.evaluation.metrics import episode_means
 from jepa_cache.evaluation.readout import describe_readout, fit_readout, pool_tokens
 from jepa_cache.evaluation.windows import NoActionsFit, measure_windows
@@ -57,26 +57,17 @@ def test_positions_that_tokens_hold_are_read_and_errors_are_those_of_their_direc
     moved = copied > 0.1  # where it is not rounding
     ratio = found["copy_last"][moved] / copied[moved]  # one over the square of the pitch's spread over training steps
     assert np.allclose(ratio, np.median(ratio), rtol=0.05)
-    above = measure_above(errors, evaluation.config.evaluate)
-    assert set(above) == {(name, through) for name in readout_names() for through in ("tokens", "readout")}
-    for (name, through), value in above.items():
-        one_step = errors.teacher_forced["l1" if through == "tokens" else "readout"]
-        other, true = (episode_means(one_step[which].mean(axis=1), errors.episodes) for which in (name, "model"))
-        assert (
-            value.percent == pytest.approx(100 * (other.mean() / true.mean() - 1))
-            and value.low <= value.percent <= value.high
-        )
-        assert (value.num_above, value.num_episodes) == ((other > true).sum(), len(true))
-    sections, rows = above_sections(above), above_table(above)
-    assert (
-        rows[1]["readout_percent"]
-        == sections["above"]["readout_zero_actions_percent"]
-        == above["zero_actions", "readout"].percent
-    )
-
-
-def readout_names():
-    return ("shuffled_actions", "zero_actions", "no_actions", "copy_last")
+    sections, rows = measure_above(errors, evaluation.config.evaluate)
+    for through, measure in (("tokens", "l1"), ("readout", "readout")):
+        for name, row in zip(("shuffled_actions", "zero_actions", "no_actions", "copy_last"), rows, strict=True):
+            one_step, key = errors.teacher_forced[measure], f"{through}_{name}_percent"
+            other, true = (episode_means(one_step[which].mean(axis=1), errors.episodes) for which in (name, "model"))
+            percent, (low, high) = (sections[section][key] for section in ("above", "above_ci"))
+            assert percent == pytest.approx(100 * (other.mean() / true.mean() - 1)) and low <= percent <= high
+            counts = [(other > true).sum(), len(true)]
+            assert sections["above_episodes"][key] == counts
+            shown = [row[f"{through}_{end}"] for end in ("percent", "percent_low", "percent_high", "episodes_above")]
+            assert shown == [percent, low, high, f"{counts[0]} of {counts[1]}"]
 
 
 def test_positions_that_tokens_do_not_hold_give_no_figure_but_the_reason(cache, monkeypatch):

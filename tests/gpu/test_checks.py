@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_checks import CHECKS, Bench
 from jepa_cache.devices import resolve_device
 from tests import caches
-from tests.gpu.checks import CHECKS, Bench
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")

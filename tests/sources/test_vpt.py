@@ -1,4 +1,4 @@
-"""Claims of sources/vpt.py and vpt_controls.py, by recordings with one quirk each, and by real ones where present.
+"""Claims of sources/vpt.py and vpt_controls.py, by recordings with one quirk each (real ones: tests/test_mixtures.py).
 
 Controls mean the same whatever the recorder did (stuck attack, wheel, unwrapped yaw, scales per version, lag, counts that differ);
 no tick is moved or dropped; a recording that cannot be used is skipped with its name, line and field while the others go on;
@@ -12,11 +12,10 @@ import pytest
 
 from jepa_cache.actions import VPT_BUTTONS, get_action_space
 from jepa_cache.episode import Episode, Skipped
-from jepa_cache.media.tar import pack_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source, list_sources
 from jepa_cache.sources import vpt as vpt_module
-from tests.makers import REAL_VPT, make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
 
 NUM_FRAMES = 12
 VIDEO = make_video(NUM_FRAMES)
@@ -429,21 +428,3 @@ def test_a_missing_camera_is_unknown_and_not_zero_and_a_wrong_field_is_skipped_w
         rows[2] = {**rows[1], field: value}
         place = f"line 3: {'the field ' if field == 'keyboard' else ''}{field}"
         assert place in _read_simple(tmp_path, rows).reason
-
-
-# Real recordings
-
-needs_real = pytest.mark.skipif(not REAL_VPT.exists(), reason="no real recordings in ../shared/data/vpt")
-
-
-@needs_real
-def test_the_real_pair_is_read_whole_the_look_alike_refused_and_logs_without_video_skipped(tmp_path):
-    pack_folder(REAL_VPT, tmp_path / "shards")
-    skipped, episode = sorted(_read_tar(tmp_path / "shards"), key=lambda result: result.key)
-    assert (episode.num_video_frames, len(episode.frame_ticks), episode.num_ticks) == (445, 445, 446)
-    assert episode.notes == ("445 frames, 446 lines: the last 1 lines are not used",)
-    assert "fearless-timber-seeker" in skipped.key
-    assert "yaw does not follow the mouse in 4 of 4" in skipped.reason
-    members = [(path.name, path.read_bytes()) for path in sorted((REAL_VPT / "logs_only").glob("*.jsonl"))]
-    alone = _read_tar(write_tar(tmp_path / "a.tar", members))
-    assert len(alone) == 4 and all("holds no" in result.reason and ".mp4" in result.reason for result in alone)

@@ -82,23 +82,6 @@ def files_below(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MARKER}
 
 
-def test_what_one_machine_publishes_another_reads_bit_for_bit(machines, tmp_path):
-    publish_tokens(machines("a"))
-    folder = CacheRoot(tmp_path / "folder")
-    write_tokens(place(folder))
-    root = machines("b")
-    store, local = place(root), place(folder)
-    assert root.fetch(store)
-    assert files_below(root.path) == {name for name in files_below(folder.path) if "/tokens/c/" not in name}
-    assert root.find_store(store) == folder.find_store(local)
-    for name in (layout.STEPS_FILE, layout.SEGMENTS_FILE):
-        assert read_table(store, name).equals(read_table(local, name))
-    with root.pulled([store]):
-        root.bucket.delete(root.bucket.list(""))  # from here on the local files alone are read
-        assert np.array_equal(read_all(store), TOKENS)
-        assert check_store(store, read_data=True) == check_store(local, read_data=True)
-
-
 @pytest.mark.parametrize("kind", ["refuse", "deaf", "cut"])
 def test_every_request_survives_dropped_connections_and_a_server_that_asks_for_patience(
     server, machines, tmp_path, kind, monkeypatch
@@ -469,15 +452,3 @@ def test_commands_at_once_share_the_limit_and_lose_nothing_that_they_read(machin
     (root.path.parent / "holds" / ".jepa-cache-0123456789ab-stores").write_text(f"{stores[0].relative_to(root.path)}")
     with root.pulled(stores[1:]):  # what a dead one held, it holds no more
         assert whole_units(root) == ["2", "3", "4"]
-
-
-def test_an_interrupted_pull_goes_on_with_the_files_that_are_missing(machines, server):
-    publish_units(machines("a"))
-    root = machines("b")
-    store = place(root, UNITS[0])
-    pull(root, [store])
-    (store / "tokens/c/1/0/0").unlink()
-    server.requests.clear()
-    with machines("b").pulled([store]):
-        assert np.array_equal(read_all(store), TOKENS)
-    assert [request.split("?")[0][-7:] for request in server.requests if "/c/" in request] == ["c/1/0/0"]

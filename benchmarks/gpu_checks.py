@@ -52,7 +52,7 @@ from tests import caches, test_golden
 from tests.makers import make_rows, make_video, to_jsonl
 from tests.workspace import SUITE_SETTINGS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -143,7 +143,7 @@ def bits_differ(one: Tensor, other: Tensor) -> int:
 
 
 class TrainStep:
-    """A predictor with optimiser and random windows [B, 8, N, E]; a call is one training step, and returns its loss on the device."""
+    """A predictor with optimiser and random windows [B, 8, N, E]."""
 
     def __init__(
         self,
@@ -194,6 +194,7 @@ class TrainStep:
         return self.objective(*self.window).total
 
     def __call__(self) -> Tensor:
+        """One training step; its loss, on the device."""
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.loss()
         self.optimizer.zero_grad()
@@ -493,6 +494,7 @@ def whole_trainings(bench: Bench) -> Part:
     limit = rows_of(base)[-1]["total"]
     adapters = ("train.precision=bfloat16", f"train.init={base.weights}", "train.lora_rank=4", "train.lora_dropout=0.1")
     cases = {"bfloat16": ("train.precision=bfloat16",), "float16": ("train.precision=float16",), "LoRA": adapters}
+    cases |= {name: (f"predictor={name}", "train.costs=[readout,time]") for name in ("compressed", "linear")}
     for name, words in cases.items():
         loss = rows_of(run_training(bench, cache, f"c6-{name}", *space, *words))[-1]["total"]
         yield holds(f"training, {name}", loss < 1.5 * limit, f"loss {loss:.3f}, float32 {limit:.3f}")
