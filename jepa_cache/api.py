@@ -152,7 +152,7 @@ class WorldModel:
 
         Raises:
             ValueError: The precision is unknown; the file is missing, damaged or has no card, or the weights were trained on tokens of
-                another encoder or other settings (every difference is named), in clip mode, or by a version that did not write down on which.
+                another encoder or other settings (every difference is named), or in clip mode.
         """
         if not isinstance(encoder, Encoder):
             raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')
@@ -160,10 +160,6 @@ class WorldModel:
         if precision not in (AUTOCAST if isinstance(predictor, ACPredictor) else ("float32",)):
             raise ValueError(
                 f"precision is one of {', '.join(AUTOCAST)}, and float32 where no transformer is loaded; got {precision!r}"
-            )
-        if RECIPE_FIELD not in card:
-            raise ValueError(
-                f"{weights} does not say on which tokens it was trained (no {RECIPE_FIELD} in its card): an older version wrote it. Train again"
             )
         trained_on = _comparable_recipe(card[RECIPE_FIELD])
         if differing := recipe_changes(trained_on, encoder.recipe):

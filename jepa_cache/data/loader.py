@@ -146,7 +146,7 @@ class WindowLoader:
 
         To a GPU batches are copied on a stream of their own, the next one while kernels work on this one, where it has been read.
         """
-        numbers = iter(batches)
+        numbers, self._arrivals = iter(batches), []  # validations, one after the other, ask for none of their waits
         ahead = device is not None and device.type == "cuda" and self._pin_memory
         pending: list[tuple[int, Future[Batch]]] = []  # with the numbers of their buffers
         sent: list[_Sent] = []

@@ -69,20 +69,17 @@ class TrainingData:
             self.compares = len({index.segments[index[n].segment].episode for n in self.validation}) > 1
             if self.compares:
                 others = action_ablations(dataset, scaler, index, self.validation, seed=settings.seed)[SHUFFLED]
-                self._shuffled = dict(zip(self.validation, others, strict=True))
+                self._shuffled = torch.empty(others.shape, pin_memory=device.type == "cuda")
+                self._shuffled.copy_(torch.from_numpy(others))
+                self._places = {number: place for place, number in enumerate(self.validation)}
         self._open(dataset)
 
     def _open(self, dataset: CachedDataset | LatentDataset) -> None:
         """Read windows from `dataset` from now on."""
-        self.loader = WindowLoader(
-            dataset,
-            self._index,
-            self._scaler,
-            num_threads=self._settings.num_loader_threads,
-            pin_memory=self._device.type == "cuda",
-        )
+        how = {"num_threads": self._settings.num_loader_threads, "pin_memory": self._device.type == "cuda"}
+        self.loader = WindowLoader(dataset, self._index, self._scaler, **how)
         if self._val_index is not None:
-            self._val_loader = WindowLoader(dataset, self._val_index, self._scaler)
+            self._val_loader = WindowLoader(dataset, self._val_index, self._scaler, **how)
 
     def compress(self, predictor: CompressedPredictor, *, fit: bool) -> None:
         """Read latents from now on, which are computed here, once; `fit` fits the components to all training steps first."""
@@ -126,8 +123,9 @@ class TrainingData:
         self._open(LatentDataset(self._dataset, predictor.compressor, self._reader(WindowIndex(segments, 1))))
 
     def shuffled_actions(self, numbers: np.ndarray) -> torch.Tensor:
-        """Return for validation windows [B] the scaled actions [B, T-1, A] of another episode, the same every time."""
-        return torch.from_numpy(np.stack([self._shuffled[int(number)] for number in numbers])).to(self._device)
+        """Return for a batch [B] of `validation_batches` the scaled actions [B, T-1, A] of another episode, the same every time."""
+        first = self._places[int(numbers[0])]
+        return self._shuffled[first : first + len(numbers)].to(self._device, non_blocking=True)
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
         """Return the batches of the training steps that follow `first_step`, `grad_accumulation` for each."""

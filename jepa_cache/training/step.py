@@ -190,19 +190,19 @@ def validate(objective: Objective, data: TrainingData, accelerator: Accelerator)
     """
     objective.eval()
     names = (*TERMS, *(GAPS if data.compares else ()))
-    sums = torch.zeros(len(names), dtype=torch.float64)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
     windows, by_window = [], []
     for batch in data.validation_batches():
         losses = objective(batch.tokens, batch.actions, batch.states)
         means = [losses.scalars[name] for name in TERMS]
         if data.compares:
             means += _gaps(objective, batch, losses, data.shuffled_actions(batch.numbers))
-        sums += torch.stack(means).double().cpu() * len(batch.tokens)
+        sums += torch.stack(means).double() * len(batch.tokens)
         windows.append(batch.numbers)
         by_window.append(losses.jloss_by_window)
     objective.train()
     if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), reduction="sum")
+        sums = accelerator.reduce(sums.float(), reduction="sum")
     row = {f"val_{name}": total / len(data.validation) for name, total in zip(names, sums.tolist(), strict=True)}
     return row | _dataset_means("val_jloss", data, accelerator, windows, by_window, held_out=True)
 

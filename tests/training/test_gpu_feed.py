@@ -3,8 +3,10 @@
 Claims:
 - batches arrive whole, of plain and of coded tokens, though copies are late and their buffers are filled again;
 - training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
+- validations copy nothing from or to ordinary memory but their row, though they give windows another episode's actions;
 - a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
-- losses are those of the CPU, of a compressed predictor too.
+- losses are those of the CPU, of a compressed predictor too;
+- another GPU than the current one, whose streams everything waits for, is refused.
 """
 
 import tempfile
@@ -59,13 +61,13 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
     from tests.caches import make_cache, make_config
     from tests.training.runs import rows
 
-    train_step, waits, during, weights = trainer.train_step, [], [], {}
+    train_step, validate, waits, during, weights = trainer.train_step, trainer.validate, [], [], {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
         cache = make_cache(Path(folder))
 
         def train(device: str) -> trainer.TrainResult:
-            words = ("train.num_steps=11", "train.log_every=5", "train.checkpoint_every=4", "train.validate_every=0")
+            words = ("train.num_steps=11", "train.log_every=5", "train.checkpoint_every=4", "train.validate_every=10")
             config = make_config(*words, f"train.device={device}", "train.keep_last=9", "train.loggers=[]")
             AcceleratorState._reset_state(reset_partial_state=True)
             out = Path(folder, device)
@@ -83,6 +85,14 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
                 weights[rest[-1]] = {name: it.detach().inner.clone() for name, it in named}
                 return report
 
+            def watched_validate(*rest):
+                before = len(counts.pageable), len(counts.synchronisations)
+                row = validate(*rest)
+                during.extend(counts.pageable[before[0] :])
+                waited = [it for it in counts.synchronisations[before[1] :] if it[1] == "MainThread"]
+                assert waited == [("tolist", "MainThread")], waited
+                return row
+
             save = safetensors.torch.save_file
             unwrapped = lambda tensors, *rest, **options: save(  # noqa: E731
                 {name: emulation._inner(it.detach()) for name, it in tensors.items()}, *rest, **options
@@ -90,6 +100,7 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
             patch.setattr(checkpoints, "save_file", unwrapped)  # at the end, from the GPU
             patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
             patch.setattr(trainer, "train_step", watched)
+            patch.setattr(trainer, "validate", watched_validate)
             on_gpu = train("cuda")
         assert not during
         for step, waited in enumerate(waits[2:], start=2):  # before step + 1
@@ -102,7 +113,8 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
             kept = safetensors.torch.load_file(on_gpu.run / f"checkpoints/step-{step:08d}/predictor.safetensors")
             assert all(torch.equal(kept[name], it) for name, it in weights[step].items()), step
         for one, other in zip(rows(on_cpu), rows(on_gpu), strict=True):
-            assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-5)  # another attention
+            for name in ("total", *(("val_jloss", "val_gap_shuffled_actions") if one["step"] == "10" else ())):
+                assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5, abs=1e-6)  # another attention
         assert [row["copy_wait_share"] for row in rows(on_gpu)] == ["0.0"] * 3
 
 
@@ -135,3 +147,16 @@ def test_a_compressed_predictor_is_fitted_and_trained_where_the_tokens_are():
     on_cpu, on_gpu = found
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-6)
+
+
+@on_emulated_cuda
+def test_another_gpu_than_the_current_one_is_refused():
+    from jepa_cache.training.distributed import start_processes
+    from tests.caches import make_config
+
+    with emulated_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+        with pytest.raises(
+            ValueError, match=r"train\.device is 'auto', here cuda, but .* cuda:1; unset .*CUDA_VISIBLE_DEVICES=1"
+        ):
+            start_processes(make_config("train.device=auto").train)
