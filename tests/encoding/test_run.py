@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.config.loading import load_config
+from jepa_cache.config.parsing import ConfigError
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 from jepa_cache.encoding import pipeline
@@ -38,6 +40,7 @@ from tests.encoded import (
     tiny_config,
 )
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
+from tests.workspace import SUITE_SETTINGS
 
 EPISODES = {"a": {"x": 61, "sub/y": 44}, "b": {"z": 52}}
 SEEDS = {"x": (61, 0), "sub/y": (44, 1), "z": (52, 2)}
@@ -229,3 +232,5 @@ def test_only_the_first_units_are_read_and_the_whole_data_set_finds_them_again(t
     whole = encode(folder, root, tiniest_config(max_units=3))
     assert whole.num_encoded == 1 and not whole.manifest.notes
     assert whole.manifest.to_bytes() == encode(folder, root, tiniest_config()).manifest.to_bytes()
+    with pytest.raises(ConfigError, match="it is called 'max_units' now"):
+        load_config(SUITE_SETTINGS, ["encode.max_episodes=3"])
