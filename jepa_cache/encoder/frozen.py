@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
@@ -87,8 +88,8 @@ class FrozenEncoder:
         """Channels of a token (D)."""
         return self.preset.embed_dim
 
-    def preprocess(self, frames: np.ndarray) -> Tensor:
-        """Crop and resize frames [F, h, w, 3] uint8 RGB on the CPU, each on its own; `encode` takes mean and deviation.
+    def preprocess(self, frames: Sequence[np.ndarray]) -> Tensor:
+        """Crop and resize F frames [h, w, 3] uint8 RGB of one size on the CPU, each on its own; `encode` takes mean and deviation.
 
         Gives pixels as they go to the device, see `CropRule.cut`: with a GPU uint8 wherever that changes no bit.
         """
