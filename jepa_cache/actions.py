@@ -358,7 +358,7 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
             tuple(Searched(column, RECORDED) for column in read["actions"]),
             integrate=None,
             bounded=None,
-            distances=_vector_distances,
+            distances=lambda reached, true: {"state": np.linalg.norm(np.asarray(reached, np.float64) - true, axis=-1)},
             follows={},
             holds=rule == "vector_last",
             adds=rule == "vector_sum",
@@ -367,11 +367,6 @@ def _build_vector(name: str, rule: str, num_actions: int, num_states: int) -> Ac
         inverse=np.negative if rule == "vector_sum" else None,
         positions=read["states"],
     )
-
-
-def _vector_distances(reached: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
-    """Euclidean distance of the numbers as recorded, whatever their units."""
-    return {"state": np.linalg.norm(np.asarray(reached, np.float64) - true, axis=-1)}
 
 
 VECTOR_RULES = ("vector_last", "vector_sum")

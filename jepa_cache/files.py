@@ -35,6 +35,11 @@ class DiskFullError(OSError):
     """A disk is full, or a quota is used up; says where, what is free there, and the way out."""
 
 
+def existing_folder(path: Path) -> Path:
+    """`path` or the nearest folder above it that is there: on its disk `path` would be made."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
     """Turn what libraries say of a full disk while they write `path`, often without naming it, into one message; other errors pass."""
@@ -48,10 +53,9 @@ def full_disk_named(path: Path) -> Iterator[None]:
             code = getattr(link, "errno", None) or next((n for n in FULL if f"(os error {n})" in str(link)), None)
             if code in FULL:
                 path = Path(getattr(link, "filename", None) or path)
-                folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+                free = shutil.disk_usage(existing_folder(path)).free
                 raise DiskFullError(
-                    f"{os.strerror(code)}: {path} cannot be written, {shutil.disk_usage(folder).free / 1e6:.1f} MB are free "
-                    "there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
+                    f"{os.strerror(code)}: {path} cannot be written, {free / 1e6:.1f} MB are free there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
                     "$JEPA_RUNS_HOME, $TMPDIR, another checkout); then type the same command again: what was finished is kept"
                 ) from error
             link = link.__cause__ or link.__context__

@@ -30,6 +30,7 @@ from jepa_cache.store.manifest import Manifest, ManifestEntry, ManifestPart, wri
 from jepa_cache.store.recipe import fingerprint
 from jepa_cache.store.root import CacheRoot
 from jepa_cache.store.writer import TokenWriter, table
+from tests.makers import make_vpt_pair, write_vpt_tar
 from tests.workspace import SUITE_SETTINGS
 
 GRID, WIDTH = (2, 2), 8
@@ -164,6 +165,14 @@ def make_cache(
     scaler = fit_scaler(dataset, dataset.segments_of("train", config.split), config.scaler)
     write_scaler(scaler, folder / "outputs/scaler/scaler.json")
     return Cache(folder, root, config, dataset, scaler)
+
+
+def make_recorded(folder: Path, num_episodes: int) -> tuple[Cache, Path, dict[str, bytes]]:
+    """A cache of 12 steps an episode whose one unit is a tar shard of videos, the shard, and the videos by key."""
+    pairs = {f"episode-{number}": make_vpt_pair(12 * TICKS_PER_STEP, seed=number) for number in range(num_episodes)}
+    tar = write_vpt_tar(folder / "shards/a.tar", pairs)
+    cache = make_cache(folder, units={hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}, num_steps=12)
+    return cache, tar, {key: video for key, (video, _) in pairs.items()}
 
 
 def make_controls(num_steps: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import json
 import multiprocessing.context
 import sqlite3
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,12 @@ def read_everything(root: CacheRoot, manifest: Manifest) -> dict[str, object]:
     return numbers
 
 
-def write_store_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a store.json that says something else than it did, with the sha256 of what it says now."""
+@contextmanager
+def store_json(store: Path) -> Iterator[dict[str, Any]]:
+    """What store.json of a store says, to be changed in the block; it gets the sha256 of what it says then."""
+    path = store / "store.json"
+    document = json.loads(path.read_bytes())
+    yield document
     content = canonical_json({key: value for key, value in document.items() if key != "sha256"})
     path.write_bytes(canonical_json({**json.loads(content), "sha256": hashlib.sha256(content).hexdigest()}))
 

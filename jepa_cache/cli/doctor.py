@@ -13,7 +13,7 @@ import numpy as np
 
 from jepa_cache.cli.outcome import AsJson, Outcome, report
 from jepa_cache.config.loading import data_base, find_repository, load_config
-from jepa_cache.config.paths import existing_folder
+from jepa_cache.files import existing_folder
 from jepa_cache.media.video import open_video
 from jepa_cache.sample.robot import find_assets, import_mujoco
 from jepa_cache.store.remote import resolve_cache_root

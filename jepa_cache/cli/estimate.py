@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -25,16 +24,16 @@ from jepa_cache.cli.outcome import (
     report,
     shorten,
 )
-from jepa_cache.config.paths import existing_folder
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoding.groups import EncodingGroup, scan_units
 from jepa_cache.encoding.task import read_whole
 from jepa_cache.encoding.units import is_unread
 from jepa_cache.episode import Skipped
+from jepa_cache.files import existing_folder
 from jepa_cache.media.probe import VIDEO_SUFFIXES, header_counts, iter_tar_videos
 from jepa_cache.sources import Unit, describe_unreadable, find_obstacle, iter_recordings
 from jepa_cache.store.layout import CHUNK_STEPS, SHARD_STEPS
-from jepa_cache.store.quantisation import CODECS, check_width, get_codec, step_bytes
+from jepa_cache.store.quantisation import CODECS, fits, get_codec, step_bytes
 
 # Units whose headers are read; of more an even choice is read, and the rest follows by bytes.
 MAX_HEADERS = 2000
@@ -103,7 +102,9 @@ def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> 
         **{name: {key: round(amount[key]) for key in COUNTED} for name, amount in counts.items()},
         "estimated": to_do["measured"] < to_do["units"],
         "dtype": encode.dtype,
-        "bytes": {name: _size(total, name, encode, encoder, num_columns) for name in _list_codecs(encoder.embed_dim)},
+        "bytes": {
+            name: _size(total, name, encode, encoder, num_columns) for name in CODECS if fits(name, encoder.embed_dim)
+        },
         "disk": {"needed_bytes": needed, "free_bytes": free},
         "hours": to_do["frames"] / frames_per_s / 3600 if frames_per_s else None,
         "break_even": {"frames_touched_per_run": num_touched, "runs": total["frames"] / num_touched},
@@ -164,16 +165,6 @@ def _iter_lengths(group: EncodingGroup, unit: Unit) -> Iterator[tuple[str, int, 
                 yield recording
             else:
                 yield recording.key, len(recording.frame_ticks), recording.fps
-
-
-def _list_codecs(width: int) -> list[str]:
-    """Stored dtypes that take tokens of this width."""
-    names = []
-    for name in CODECS:
-        with suppress(ValueError):
-            check_width(name, width)
-            names.append(name)
-    return names
 
 
 def _size(amount: Amount, dtype: str, encode: EncodeConfig, encoder: EncoderPreset, num_columns: int) -> dict[str, int]:

@@ -43,11 +43,6 @@ def require(module: str, extra: str, what: str) -> None:
         )
 
 
-def existing_folder(path: Path) -> Path:
-    """`path` or the nearest folder above it that is there: on its disk `path` would be made."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
 def state_folder() -> Path:
     """Folder of what this machine remembers: $XDG_STATE_HOME/jepa-cache, else ~/.local/state/jepa-cache."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jepa-cache"

@@ -313,54 +313,6 @@ def _measure_balanced_accuracy(
     return balanced(predicted), float(balanced(names[counts.argmax()])[0])
 
 
-def measure_probes(evaluation: EvaluationContext) -> tuple[list[Score], dict[str, str]]:
-    """Fit and score the probes that `evaluate.probes` names; the predictor is not used.
-
-    - inverse_dynamics: tokens of t and t+1 to the action between them.
-    - state: tokens of t to the state at t, angles as sine and cosine.
-    - anticipation: tokens of t to the action from t to t+1: what can be known of it beforehand.
-    - classification: the steps of a training window to a label of it that the data have.
-
-    Returns:
-        The scores, and why some are not there: "probe target" to words.
-    """
-    settings, dataset = evaluation.config.evaluate, evaluation.dataset
-    space, scores, notes = dataset.space, [], {}
-    segments = evaluation.training_segments(), evaluation.held_out_segments()
-    samples: dict[int, list[Sample]] = {}
-
-    def probe(name: str, num_steps: int, rows_of: Callable, targets_of: Callable[[Sample], Targets]) -> None:
-        """Rows are what `rows_of` gives for the steps [n, T, P], side by side."""
-        if name not in settings.probes:
-            return
-        if num_steps not in samples:
-            samples[num_steps] = [read_sample(evaluation, part, num_steps=num_steps) for part in segments]
-        targets = [targets_of(sample) for sample in samples[num_steps]]
-        shared = [target for target in targets[0] if target in targets[1]]
-        sides = [
-            Rows(np.hstack(rows_of(sample.features)), {target: known[target] for target in shared}, sample.episodes)
-            for sample, known in zip(samples[num_steps], targets, strict=True)
-        ]
-        found, reasons = measure_probe(name, *sides, settings)
-        scores.extend(found)
-        no = "no label here" if name == CLASSIFICATION else "not measured"
-        notes.update({f"{name} {target}": f"{no}: {why}" for target, why in reasons.items()})
-        if name == CLASSIFICATION and "success" not in shared:
-            notes[f"{name} success"] = f"{no}: not every episode records how it ended"
-
-    actions, states = (lambda s: action_targets(s, space.actions)), (lambda s: state_targets(s, space.states))
-    probe(INVERSE_DYNAMICS, 2, lambda x: (x[:, 0], x[:, 1] - x[:, 0]), actions)
-    probe(STATE, 2, lambda x: (x[:, 0],), states)
-    probe(ANTICIPATION, 2, lambda x: (x[:, 0],), actions)
-    labels = lambda sample: window_labels(dataset, sample)  # noqa: E731
-    probe(CLASSIFICATION, evaluation.window_steps, lambda x: (x.mean(axis=1), x.std(axis=1)), labels)
-    if not dataset.manifest.comparable:
-        notes["clip mode"] = (
-            "early steps of a clip have seen its later frames: anticipation is no anticipation, and no figure is comparable"
-        )
-    return scores, notes
-
-
 def estimate(drawn: np.ndarray) -> tuple[float, float, float]:
     """The value of all episodes and the 95 % interval of the drawn ones; draws without a value (nothing varies) do not count."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
@@ -368,12 +320,53 @@ def estimate(drawn: np.ndarray) -> tuple[float, float, float]:
 
 
 def run_probes(evaluation: EvaluationContext, out: Path) -> dict[str, Any]:
-    """Measure the probes, write probes.csv and return `probe` (numbers), `probe_ci` (intervals) and `probe_notes` (words).
+    """Fit and score the probes that `evaluate.probes` names, without the predictor; write probes.csv.
 
-    Binary and one-hot columns of actions have their rows; in metrics.json only their mean stands. Means over targets and their
-    intervals come from the same drawn episodes.
+    - inverse_dynamics: tokens of t and t+1 to the action between them.
+    - state: tokens of t to the state at t, angles as sine and cosine.
+    - anticipation: tokens of t to the action from t to t+1: what can be known of it beforehand.
+    - classification: the steps of a training window to a label of it that the data have.
+
+    Returns:
+        Sections of metrics.json: `probe` (numbers), `probe_ci` (intervals) and `probe_notes` (why some are not there). Binary and one-hot columns
+        of actions have their rows in probes.csv alone; means over targets and their intervals come from the same drawn episodes.
     """
-    scores, notes = measure_probes(evaluation)
+    settings, dataset = evaluation.config.evaluate, evaluation.dataset
+    actions = lambda sample: action_targets(sample, dataset.space.actions)  # noqa: E731
+    kinds: dict[str, tuple[int, Callable, Callable[[Sample], Targets]]] = {
+        # Steps of a window; what is read of its features [n, T, P], side by side; what it is to tell.
+        INVERSE_DYNAMICS: (2, lambda x: (x[:, 0], x[:, 1] - x[:, 0]), actions),
+        STATE: (2, lambda x: (x[:, 0],), lambda sample: state_targets(sample, dataset.space.states)),
+        ANTICIPATION: (2, lambda x: (x[:, 0],), actions),
+        CLASSIFICATION: (
+            evaluation.window_steps,
+            lambda x: (x.mean(axis=1), x.std(axis=1)),
+            lambda sample: window_labels(dataset, sample),
+        ),
+    }
+    segments = evaluation.training_segments(), evaluation.held_out_segments()
+    read = functools.cache(lambda steps: [read_sample(evaluation, part, num_steps=steps) for part in segments])
+    scores: list[Score] = []
+    notes: dict[str, str] = {}
+    for name, (num_steps, rows_of, targets_of) in kinds.items():
+        if name not in settings.probes:
+            continue
+        targets = [targets_of(sample) for sample in read(num_steps)]
+        shared = [target for target in targets[0] if target in targets[1]]
+        sides = [
+            Rows(np.hstack(rows_of(sample.features)), {target: known[target] for target in shared}, sample.episodes)
+            for sample, known in zip(read(num_steps), targets, strict=True)
+        ]
+        found, reasons = measure_probe(name, *sides, settings)
+        scores += found
+        if name == CLASSIFICATION and "success" not in shared:
+            reasons["success"] = "not every episode records how it ended"
+        no = "no label here" if name == CLASSIFICATION else "not measured"
+        notes |= {f"{name} {target}": f"{no}: {why}" for target, why in reasons.items()}
+    if not dataset.manifest.comparable:
+        notes["clip mode"] = (
+            "early steps of a clip have seen its later frames: anticipation is no anticipation, and no figure is comparable"
+        )
     drawn: dict[str, np.ndarray] = {}
     groups: dict[str, list[np.ndarray]] = {}
     for score in scores:

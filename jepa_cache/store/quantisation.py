@@ -64,9 +64,14 @@ def get_codec(name: str) -> Codec:
     return CODECS[name]
 
 
+def fits(name: str, width: int) -> bool:
+    """Whether a codec can cut tokens of this width into its groups."""
+    return not get_codec(name).grouped or width % INT4_GROUP == 0
+
+
 def check_width(name: str, width: int) -> None:
     """Raise ValueError for a token width that a codec cannot cut into groups."""
-    if get_codec(name).grouped and width % INT4_GROUP:
+    if not fits(name, width):
         raise ValueError(
             f"{name} needs a token width that is a multiple of {INT4_GROUP}; got {width}. Store as int8 instead"
         )

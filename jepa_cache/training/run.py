@@ -279,10 +279,6 @@ class TrainableModel:
         else:
             self.predictor.load_state_dict(state)
 
-    def predictor_state(self) -> dict[str, Tensor]:
-        """Return the weights of a plain predictor that computes the same; adapters are merged in float32."""
-        return merged_state(self.module) if self.lora else self.predictor.state_dict()
-
 
 def predictor_arguments(config: Config, dataset: CachedDataset) -> dict[str, Any]:
     """Return what `build_predictor` makes a predictor of the preset's kind and size from that fits the data set.
@@ -371,7 +367,8 @@ def write_outputs(model: TrainableModel, step: int, run: Run, heads: Mapping[str
     with replaced_files(run.output, WEIGHTS_FILE, ["adapter", "predictor-*.safetensors"]) as folder:
         for name, path in heads.items():
             shutil.copyfile(path, head_path(folder / WEIGHTS_FILE, name))
-        save_state(model.predictor_state(), folder / WEIGHTS_FILE, model_card)
+        state = merged_state(model.module) if model.lora else model.predictor.state_dict()
+        save_state(state, folder / WEIGHTS_FILE, model_card)
         if model.lora:
             save_adapter(model.module, folder / "adapter", model_card)
         shutil.copyfile(run.folder / CSV_FILE, folder / CSV_FILE)

@@ -3,7 +3,6 @@
 It holds the manifest, a README with weights and licences (unknown where they are), and checksums of every file.
 """
 
-import json
 import shutil
 import subprocess
 
@@ -13,7 +12,7 @@ from jepa_cache.cli.export import CHECKSUMS
 from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import all_files, write_store_json
+from tests.encoded import all_files, store_json
 from tests.makers import flip
 
 
@@ -32,23 +31,20 @@ def test_everything_is_exported_with_the_same_bytes(checkout, tmp_path):
     assert checkout.manifest.recipe["encoder"]["weights"] in text and str(checkout.folder) not in text
 
 
-def remake(store, **card):
-    """A store that is whole, but not the one that was listed; `card` are the entries that differ."""
-    document = json.loads((store / "store.json").read_bytes())
-    document["content"]["card"] |= card
-    write_store_json(store / "store.json", document)
-
-
 def test_a_store_that_is_whole_but_not_the_listed_one_is_named_everywhere_never_exported_and_never_left(
     checkout, tmp_path
 ):
     out = tmp_path / "out"
     checkout.run("export", "cache", out)
     before = all_files(out)
-    remake(CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest), notes=["x"])
+    with store_json(
+        CacheRoot(out).tokens(checkout.manifest.fingerprint, checkout.manifest.entries[0].unit_digest)
+    ) as it:
+        it["content"]["card"]["notes"] = ["x"]  # whole, but not the one that was listed
     assert checkout.run("export", "cache", out).code == 0 and all_files(out) == before
     for number, store in enumerate((checkout.tokens(), checkout.actions(1))):
-        remake(store, notes=["x"])
+        with store_json(store) as it:
+            it["content"]["card"]["notes"] = ["x"]
         result = checkout.run("export", "cache", tmp_path / f"{number}")
         assert result.code == 2 and f"{store} is not the store that the manifest lists" in result.err
         assert f"{store} is not the store that the manifest lists" in checkout.run("verify").out

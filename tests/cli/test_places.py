@@ -5,22 +5,20 @@ for training, and never listed by encode, which makes the store again. Stores of
 unit they are, stay readable, and are told by their episodes; the message then leads out.
 """
 
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 
 from jepa_cache.store.manifest import write_manifest
-from tests.encoded import write_store_json
+from tests.encoded import store_json
 
 
 def make_old(root):
     """Store files as the first release wrote them."""
     for path in root.path.rglob("store.json"):
-        document = json.loads(path.read_bytes())
-        del document["published_as"]
-        write_store_json(path, document)
+        with store_json(path.parent) as document:
+            del document["published_as"]
 
 
 def put_in_place_of(store, other):

@@ -5,7 +5,6 @@ After an encode that failed, was interrupted or killed, no later stage uses the 
 stay, and the next encode that ends well frees it, as another manifest in its place does.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.encoding import groups, run
 from jepa_cache.store.manifest import replaced, why_held_back
-from tests.encoded import write_store_json
+from tests.encoded import store_json
 from tests.makers import make_vpt_pair, write_vpt_tar
 
 
@@ -53,9 +52,8 @@ def test_a_changed_field_makes_units_stale_and_is_named_with_both_values(checkou
     first.write_bytes(whole)
     nearer = checkout.root.path / "tokens" / ("f" * 32) / checkout.tokens(1).name  # stored as int8, as far as it says
     shutil.copytree(checkout.tokens(1), nearer)
-    document = json.loads((nearer / "store.json").read_bytes())
-    document["content"]["card"]["recipe"]["dtype"] = "int8"
-    write_store_json(nearer / "store.json", document)
+    with store_json(nearer) as document:
+        document["content"]["card"]["recipe"]["dtype"] = "int8"
     (part,) = _status(checkout, "encode.dtype=int8", "encode.fps=4").document["parts"]
     changes = {why["fingerprint"]: (why["num_units"], len(why["changes"])) for why in part["why"]}
     assert changes == {checkout.manifest.fingerprint: (2, 2), "f" * 32: (1, 1)}, "the nearest recipe explains a unit"
@@ -110,10 +108,8 @@ def test_actions_that_are_not_there_whole_and_of_these_steps_and_space_must_be_m
     result = _status(checkout, "encode.action_space=vpt36")
     (part,) = result.document["parts"]
     assert result.code == 1 and (part["done"], part["without_actions"]) == (3, 3)
-    path = checkout.actions(0) / "store.json"
-    document = json.loads(path.read_bytes())
-    document["content"]["card"]["steps_digest"] = "0" * 64
-    write_store_json(path, document)
+    with store_json(checkout.actions(0)) as document:
+        document["content"]["card"]["steps_digest"] = "0" * 64
     (checkout.actions(1) / "actions/c/0/0").write_bytes(b"")
     shutil.rmtree(checkout.actions(2))
     result = _status(checkout)
@@ -143,10 +139,8 @@ def test_an_edited_tar_is_stale_with_both_digests_where_its_earlier_content_was_
 
 
 def test_a_store_that_was_made_again_with_other_bytes_is_told(checkout):
-    path = checkout.tokens() / "store.json"
-    document = json.loads(path.read_bytes())
-    document["content"]["card"]["notes"] = ["another"]
-    write_store_json(path, document)
+    with store_json(checkout.tokens()) as document:
+        document["content"]["card"]["notes"] = ["another"]
     assert "1 stores were made again since" in _status(checkout).document["manifest"]["reason"]
 
 

@@ -5,7 +5,6 @@ and stores of other pixels are not. `--repair` makes what is damaged or missing 
 else; what cannot be made again, or comes out with another digest, is said loudly.
 """
 
-import json
 import math
 import re
 import shutil
@@ -20,7 +19,7 @@ from jepa_cache.encoding.task import Claims
 from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store.digests import DigestTable
-from tests.encoded import make_tars, replace_behind_the_table, write_store_json
+from tests.encoded import make_tars, replace_behind_the_table, store_json
 from tests.makers import flip, make_vpt_pair, write_vpt_tar
 
 # Every byte of every file is tests/encoding/test_flips.py's. In store.json: the format's number, which must not pass for another version.
@@ -227,10 +226,8 @@ def test_steps_in_other_stored_dtypes_and_in_clips_are_bit_equal_too_and_what_el
     for name in ("a", "c"):
         (fresh.recordings / f"{name}.tar").unlink()
     fresh.encode(*settings)
-    path = fresh.tokens() / "store.json"
-    document = json.loads(path.read_bytes())
-    document["provenance"]["versions"]["av"] = "1.2.3"
-    write_store_json(path, document)
+    with store_json(fresh.tokens()) as document:
+        document["provenance"]["versions"]["av"] = "1.2.3"
     online = fresh.run("verify", "--against-online", "4", "--json", fresh.recordings, *settings).document[
         "against_online"
     ]

@@ -33,7 +33,7 @@ class Point:
     """Moves by the first three numbers of an action; the block follows where the point is nearer than 4.5 cm in x and y."""
 
     def __init__(self, **faults):
-        self.faults = faults  # {"raises": step, "nan": step, "ends": step, "outside": step, "black": True}
+        self.faults = faults  # {"raises": step, "nan": step, "spoils": what is made of what a step gives}
 
     def reset(self, *, options):
         self.place = np.array(options["position"], float)
@@ -42,10 +42,9 @@ class Point:
 
     def see(self):
         frame = np.zeros((8, 8, 3), np.uint8)
-        if "black" not in self.faults:
-            # 16 bits of each axis, so that a readout is exact to 1e-4 m.
-            high, low = np.divmod(np.clip(np.nan_to_num(self.place + 1) * 2**14, 0, 65535).astype(int), 256)
-            frame[0, 0], frame[0, 1] = high, low
+        # 16 bits of each axis, so that a readout is exact to 1e-4 m.
+        high, low = np.divmod(np.clip(np.nan_to_num(self.place + 1) * 2**14, 0, 65535).astype(int), 256)
+        frame[0, 0], frame[0, 1] = high, low
         return {"frame": frame, "state": np.array([*self.place, 0.0, 0.0, 0.0, 1.0])}
 
     def step(self, action):
@@ -59,11 +58,9 @@ class Point:
                 self.block = np.array([*(self.place[:2] + 0.045 * gap / np.linalg.norm(gap)), 0.0])
         if self.faults.get("nan") == self.number:
             self.place = self.place * np.nan
-        if self.faults.get("outside") == self.number:
-            self.place = self.place + np.array([0, 0.5, 0])
         if spoil := self.faults.get("spoils"):
             return spoil((self.see(), 0.0, False, False, {"block": self.block}))
-        return self.see(), 0.0, self.faults.get("ends") == self.number, False, {"block": self.block}
+        return self.see(), 0.0, False, False, {"block": self.block}
 
 
 def read(frame):
@@ -163,8 +160,6 @@ def test_seconds_are_those_of_the_calls_that_plan():
     [
         ({"raises": 4}, "simulator: RuntimeError: the physics became unstable"),
         ({"nan": 10}, "state outside the workspace: [nan"),
-        ({"outside": 3}, "state outside the workspace: ["),
-        ({"ends": 9}, "simulator: it ended the episode after 9 steps"),
     ],
 )
 def test_a_failure_is_named_and_never_a_success(faults, named):

@@ -1,7 +1,7 @@
 """What a plan promises, beside the reference implementation's results (tests/test_golden.py).
 
 Claims:
-- energies are those of one pass over the whole context, and the samples of a pass do not change them;
+- the samples of a pass of the predictor do not change a plan;
 - the search finds the action after which a world that is known sees its goal;
 - a search that keeps its best sample ends where the energy is least, past a wide basin that is less deep;
 - one large displacement leads to no place that training never saw, and back from outside;
@@ -44,20 +44,11 @@ def make_world(num_context=3, seed=0):
     return LatentModel(predictor), Context(tokens[:-1], actions, states), tokens[-1]
 
 
-def test_energies_are_those_of_one_pass_over_the_context_whatever_the_samples_of_a_pass():
+def test_the_samples_of_a_pass_do_not_change_a_plan():
     model, context, goal = make_world()
-    motion, settings = build_motion(POSE), replace(QUICK, horizon=1, num_rounds=1)
-    plans = [plan_actions(model, context, goal, motion, settings, seed=3, batch_size=size) for size in (None, 5)]
-    noise = np.random.default_rng(3).standard_normal((1, 1, 12, 4))
-    searched = np.clip(noise[0, 0] * motion.first_std, motion.low, motion.high)
-    for number, action in enumerate(motion.actions(searched, np.zeros(7))):
-        rows = torch.tensor(np.concatenate([context.actions, action[None]]), dtype=torch.float32)[None]
-        states = torch.tensor(context.states, dtype=torch.float32)[None]
-        with torch.no_grad():
-            seen = as_reps(model.predictor(context.tokens[None], rows, states).tokens[:, -1], True)
-        for plan in plans:
-            assert plan.energies[0, number] == pytest.approx(float((seen[0] - goal).abs().mean()), abs=1e-5)
-    np.testing.assert_allclose(plans[0].actions, plans[1].actions, atol=1e-5)
+    one, other = (plan_actions(model, context, goal, build_motion(POSE), QUICK, batch_size=size) for size in (None, 5))
+    np.testing.assert_allclose(one.energies, other.energies, atol=1e-5)
+    np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
 
 
 def test_the_search_finds_the_action_after_which_a_known_world_sees_its_goal():

@@ -32,14 +32,9 @@ from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.reader import read_table
 from jepa_cache.store.writer import table
 from tests.data.conftest import SPLIT
-from tests.makers import REAL_VPT
 from tests.workspace import SUITE_SETTINGS
 
 STRIDE = 4  # ticks from a step to the next in the encoded recordings
-PAIR = REAL_VPT / "trimmed_shabby-viridian-beaver-b064d8e1dc68-20220417-011815"
-needs_real = pytest.mark.skipif(
-    not PAIR.with_suffix(".mp4").is_file(), reason="no real recordings in ../shared/data/vpt"
-)
 
 
 def steps_table(num_steps, **columns):

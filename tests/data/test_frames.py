@@ -3,7 +3,6 @@
 What cannot be shown is said.
 """
 
-import hashlib
 import shutil
 
 import numpy as np
@@ -17,23 +16,14 @@ from jepa_cache.media.video import open_video
 from jepa_cache.sources import take_key
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.root import CacheRoot
-from tests.caches import TICKS_PER_STEP, make_cache
+from tests.caches import TICKS_PER_STEP, make_recorded
 from tests.encoded import tiniest_config
-from tests.makers import make_vpt_pair, write_vpt_tar
 from tests.sources import examples
-from tests.workspace import copy_settings
-
-NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """A cache whose one unit is a tar shard of videos, and the videos."""
-    folder = copy_settings(tmp_path_factory.mktemp("frames"))
-    pairs = {f"episode-{seed}": make_vpt_pair(NUM_STEPS * TICKS_PER_STEP, seed=seed) for seed in range(3)}
-    tar = write_vpt_tar(folder / "shards/a.tar", pairs)
-    cache = make_cache(folder, units={hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}, num_steps=NUM_STEPS)
-    return cache, tar, {key: video for key, (video, _) in pairs.items()}
+    return make_recorded(tmp_path_factory.mktemp("frames"), 3)
 
 
 def test_frames_of_windows_that_overlap_are_those_of_their_steps_in_any_order(recorded):

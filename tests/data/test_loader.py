@@ -20,7 +20,6 @@ from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.data.windows import WindowIndex
-from jepa_cache.store.quantisation import from_float8, to_float8
 from jepa_cache.store.reader import StoreDamagedError
 from jepa_cache.store.root import CacheRoot
 
@@ -101,13 +100,6 @@ def test_batches_of_mixed_step_lengths_hold_the_steps_asked_for_and_what_leads_f
                 assert np.allclose(batch.actions[row, step].numpy(), scaler.actions.apply(summed), rtol=1e-6, atol=1e-6)
             seen.add(window.step_length)
     assert seen == {1, -1, 2, -2, 5, -5}
-
-
-def test_no_action_beyond_the_end_of_a_segment_enters(dataset):
-    scaler = moved_by_sums(dataset)
-    index = WindowIndex(dataset.segments, 2, (1, 2, 3, 4, 5, 6, 7), time_reversal=True)
-    batch = WindowLoader(dataset, index, scaler).read(range(len(index)))
-    assert torch.isfinite(batch.actions).all() and torch.isfinite(batch.states).all()
 
 
 def test_step_lengths_and_directions_that_the_action_space_has_not_are_refused_before_anything_is_read(parts):
@@ -215,15 +207,6 @@ def test_stores_that_are_gone_or_another_are_refused_when_the_data_set_is_opened
 # --- stored codes on a device ----------------------------------------------------------------------------------------------
 
 B, T, N, D = 3, 4, 5, 128
-
-
-def test_float8_is_the_float8_of_torch():
-    bits = np.arange(256, dtype=np.uint8)
-    theirs = torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
-    assert np.array_equal(from_float8(bits), theirs, equal_nan=True)
-    values = np.random.default_rng(1).uniform(-448, 448, 5000).astype(np.float32)
-    values[::3] *= np.float32(1e-4)
-    assert np.array_equal(to_float8(values), torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

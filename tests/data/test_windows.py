@@ -5,14 +5,10 @@ It gives the same global batch for any number of processes, before and after a r
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_cache.config.schema import ScalerConfig
 from jepa_cache.data.dataset import Segment
-from jepa_cache.data.loader import WindowLoader
-from jepa_cache.data.scaler import fit_scaler
 from jepa_cache.data.windows import (
     MIXTURE_BLOCK,
     WindowGroup,
@@ -127,28 +123,6 @@ def test_a_run_that_goes_on_with_other_numbers_of_processes_sees_the_same_window
         resumed += global_batches(*arguments, world_size=world_size, steps=range(step, step + num_steps))
         step += num_steps
     assert resumed == global_batches(*arguments, world_size=1, steps=range(step))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_tokens_that_processes_read_together_are_those_of_one_process_also_after_a_resume(
-    encoded, dataset, world_size
-):
-    index = WindowIndex(dataset.segments, 4)
-    scaler = fit_scaler(dataset, dataset.segments, ScalerConfig("standard", "none"))
-    one = WindowSampler(len(index), 8, seed=5)
-    expected = [WindowLoader(dataset, index, scaler).read(one.numbers(step)) for step in range(6)]
-    for first, last in ((0, 2), (2, 6)):  # the second run opens everything anew
-        opened = encoded.open()
-        parts = []
-        for rank in range(world_size):
-            share = WindowSampler(len(index), 8 // world_size, seed=5, rank=rank, world_size=world_size)
-            loader = WindowLoader(opened, index, scaler, num_threads=1 + rank % 2)
-            batches = loader.iterate(share.numbers(step) for step in range(first, last))
-            parts.append([[tensor.clone() for tensor in batch[:3]] for batch in batches])
-        for step in range(first, last):
-            for number, whole in enumerate(expected[step][:3]):
-                assert torch.equal(torch.cat([part[step - first][number] for part in parts]), whole)
-        opened.close()
 
 
 def test_another_seed_gives_another_order_and_neighbours_are_apart():

@@ -1,7 +1,7 @@
 """Energy of the true action among others, and the landscape around it, on a tiny cache.
 
 Claims:
-- energies equal those of whole passes over the context, with any batch size;
+- the energy of the true action is its prediction's error;
 - an oracle ranks the true action first and its landscape is lowest there; one that says the opposite ranks it last; a predictor
   that ignores its actions gets exactly chance;
 - other actions are recorded ones of other episodes, with the true slot; a turn of the view takes its mouse counts along;
@@ -10,7 +10,6 @@ Claims:
 
 import numpy as np
 import pytest
-import torch
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.evaluation import energy
@@ -19,9 +18,9 @@ from jepa_cache.evaluation.energy import (
     MAP_STEPS,
     MIDDLE,
     ActionPool,
-    OneStep,
     check_axes,
     choose_axes,
+    iter_one_steps,
     measure_maps,
     measure_ranks,
     rank_actions,
@@ -29,8 +28,6 @@ from jepa_cache.evaluation.energy import (
     write_energy,
 )
 from jepa_cache.evaluation.run import MEASUREMENTS
-from jepa_cache.predictor.rollout import normalize_tokens
-from tests.caches import GRID, WIDTH
 from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
 
 
@@ -38,35 +35,14 @@ def pool_of(evaluation) -> ActionPool:
     return ActionPool(evaluation.dataset, evaluation.training_segments() + evaluation.held_out_segments())
 
 
-def test_energies_equal_those_of_whole_passes_whatever_the_batch(cache):
+def test_the_energy_of_the_true_action_is_the_error_of_what_is_predicted_with_it(cache):
     evaluation = evaluation_of(cache, a_predictor())
-    num_steps = evaluation.config.evaluate.num_context_steps + 1
-    index, numbers = choose_windows(evaluation.held_out_segments(), num_steps, 3)
-    window = OneStep(evaluation, index[numbers[4]], evaluation.read_windows(index, [numbers[4]])[1][0])
-    place, context = index[numbers[4]], evaluation.config.evaluate.num_context_steps
-    raw, states = cache.dataset.controls(place.store)
-    rows = slice(place.start, place.start + context)
-    assert np.array_equal(window.true, raw[place.start + context - 1])
-    tokens = np.empty((context + 1, GRID[0] * GRID[1], WIDTH), np.float16)
-    cache.dataset.read_tokens(place.store, place.start, tokens)
-    h = normalize_tokens(torch.from_numpy(tokens))
-    candidates = np.random.default_rng(0).normal(size=(9, 13)).astype(np.float32) * 20
-    expected = []
-    for candidate in candidates:
-        actions = np.vstack([raw[rows][:-1], candidate])
-        out = evaluation.model.predictor(
-            h[None, :context],
-            torch.from_numpy(cache.scaler.actions.apply(actions))[None],
-            torch.from_numpy(cache.scaler.states.apply(states[rows]))[None],
-        )
-        expected.append((normalize_tokens(out.tokens[0, -1]) - h[context]).abs().mean().item())
-    assert window.energies(candidates) == pytest.approx(expected, abs=1e-5)
-    assert np.ptp(expected) > 0.01
-    evaluations = [evaluation_of(cache, a_predictor(), batch_size=size) for size in (4, 20)]
-    some, other = (measure_ranks(one, pool_of(one))[0] for one in evaluations)
-    for section in ("energy", "energy_ci"):
-        for name, value in some[section].items():
-            assert other[section][name] == pytest.approx(value, abs=1e-6), name
+    chosen = choose_windows(evaluation.held_out_segments(), evaluation.config.evaluate.num_context_steps + 1, 3)
+    for step, number, _ in iter_one_steps(evaluation, chosen):
+        batch, h = evaluation.read_windows(chosen.index, [number])
+        predicted = evaluation.model.teacher_forcing(h, batch.actions, batch.states)[0, -1]
+        error = (predicted - h[0, -1]).abs().mean().item()
+        assert step.energies(step.true[None]) == pytest.approx(error, abs=1e-5)
 
 
 def test_an_oracle_ranks_the_true_action_first_and_its_opposite_last(cache):

@@ -9,7 +9,6 @@ Claims:
 - an arrow points where the action turns, and is as long as it is large.
 """
 
-import hashlib
 import json
 from types import SimpleNamespace
 
@@ -38,9 +37,8 @@ from jepa_cache.evaluation.pictures import (
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
-from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_cache
+from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_recorded
 from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
-from tests.makers import make_vpt_pair, write_vpt_tar
 
 RNG = np.random.default_rng(0)
 
@@ -124,12 +122,7 @@ def test_arrows_point_where_the_view_turns_and_show_how_far(cache):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> tuple[Cache, dict[str, bytes], WindowErrors]:
     """A cache whose one unit is a tar shard of videos that is on this machine, and its measured windows."""
-    folder = tmp_path_factory.mktemp("recorded")
-    pairs = {f"episode-{number}": make_vpt_pair(12 * TICKS_PER_STEP, seed=number) for number in range(5)}
-    tar = write_vpt_tar(folder / "shards/a.tar", pairs)
-    units = {hashlib.sha256(tar.read_bytes()).hexdigest(): list(pairs)}
-    cache = make_cache(folder, units=units, num_steps=12)
-    videos = {key: video for key, (video, _) in pairs.items()}
+    cache, _, videos = make_recorded(tmp_path_factory.mktemp("recorded"), 5)
     return cache, videos, measure_windows(evaluation_of(cache, a_predictor()))
 
 

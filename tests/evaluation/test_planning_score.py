@@ -18,6 +18,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from jepa_cache.actions import get_action_space
+from jepa_cache.data.windows import WindowIndex
 from jepa_cache.evaluation import planning
 from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.evaluation.planning import (
@@ -33,7 +34,7 @@ from jepa_cache.evaluation.planning import (
     summarize_plans,
 )
 from jepa_cache.poses import rotation_angle
-from tests.caches import Cache, make_tokens
+from tests.caches import Cache
 from tests.encoded import all_files
 from tests.evaluation.evaluations import Oracle, evaluation_of, read_rows
 
@@ -168,32 +169,28 @@ def test_the_action_score_is_80_for_recorded_translations_and_falls_by_8_a_centi
 def test_a_plan_is_given_the_recorded_steps_before_it_and_keeps_the_keys_of_the_last_action(cache, monkeypatch):
     given, real = [], planning.plan_actions
 
-    def spy(predictor, context, goal, motion, settings, **options):
-        given.append((context, goal, settings.horizon, options["base_action"], options["noise"]))
-        return real(predictor, context, goal, motion, settings, **options)
+    def spy(model, context, goal, *rest, **options):
+        given.append((context, goal, options))
+        return real(model, context, goal, *rest, **options)
 
     monkeypatch.setattr(planning, "plan_actions", spy)
-    rows = rows_of(score_plans(knowing(cache, quick_config(cache))))
-    held_out = {segment.episode: segment for segment in cache.dataset.segments_of("val", cache.config.split)}
-
-    def tokens_of(states) -> torch.Tensor:
-        wave = torch.from_numpy(make_tokens(states[:, 0].astype(np.float64)).astype(np.float32))
-        return torch.nn.functional.layer_norm(wave, wave.shape[-1:], eps=1e-5)
-
-    of_episode = {
-        name: tokens_of(cache.dataset.controls(segment.store)[1][segment.start : segment.stop])
-        for name, segment in held_out.items()
+    evaluation = knowing(cache, quick_config(cache))
+    rows = rows_of(score_plans(evaluation))
+    episodes = {segment.episode: segment for segment in evaluation.held_out_segments()}
+    tokens = {
+        name: evaluation.read_windows(WindowIndex([it], it.stop - it.start), [0])[1][0] for name, it in episodes.items()
     }
-    for (context, goal, horizon, base, noise), again, row in zip(given[::2], given[1::2], rows, strict=True):
-        assert again[0] is context and again[2] == horizon
-        assert np.array_equal(again[3], base) and np.array_equal(again[4], noise), "the same search but for its goal"
-        # The cache holds float16 of the yaw before it was stored as float32.
-        nearest = {name: (h - again[1]).abs().amax(dim=(1, 2)).min() for name, h in of_episode.items()}
-        closest = min(nearest, key=nearest.get)
-        assert nearest[closest] < 5e-3 and closest != row["episode"], "a recorded step of another held-out episode"
-        actions, states = cache.dataset.controls(held_out[row["episode"]].store)
-        now = held_out[row["episode"]].start + row["first_step"]
-        assert np.array_equal(context.states, states[now - 1 : now + 1]) and np.array_equal(base, actions[now - 1])
+    for (context, goal, own), (same, other, again), row in zip(given[::2], given[1::2], rows, strict=True):
+        assert same is context
+        assert all(np.array_equal(own[name], again[name]) for name in ("base_action", "noise")), (
+            "the same but for its goal"
+        )
+        segment, now = episodes[row["episode"]], row["first_step"]
+        actions, states = (values[segment.start : segment.stop] for values in cache.dataset.controls(segment.store))
+        assert np.array_equal(context.states, states[now - 1 : now + 1])
         assert np.array_equal(context.actions, actions[now - 1 : now])
-        h = tokens_of(states[now - 1 : now + horizon + 1])
-        assert torch.allclose(context.tokens, h[:2], atol=5e-3) and torch.allclose(goal, h[1 + horizon], atol=5e-3)
+        assert np.array_equal(own["base_action"], actions[now - 1])
+        h = tokens[row["episode"]]
+        assert torch.equal(context.tokens, h[now - 1 : now + 1]) and torch.equal(goal, h[now + row["horizon"]])
+        sources = {name for name, steps in tokens.items() if (steps == other).all(dim=2).all(dim=1).any()}
+        assert sources and row["episode"] not in sources, "a recorded step of another held-out episode"

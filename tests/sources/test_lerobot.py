@@ -22,7 +22,7 @@ from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source
 from jepa_cache.store.digests import DigestTable
 from jepa_cache.store.root import CacheRoot
-from tests.encoded import encode, tiniest_config, write_store_json
+from tests.encoded import encode, store_json, tiniest_config
 from tests.sources.lerobot_makers import (
     CAMERA,
     cached_video,
@@ -130,9 +130,8 @@ def test_names_of_joints_are_shown_and_decide_no_store(tmp_path):
     again, units = encode_as("first", ["other", "names"])  # as the data set had it when it was encoded
     assert again.num_encoded == 0 and units["action_1"] == '"lift" as recorded'
     for store in (tmp_path / "first").rglob("tokens/*/*.zarr"):
-        document = json.loads((store / "store.json").read_bytes())
-        del document["provenance"]["columns"]  # one of an earlier release
-        write_store_json(store / "store.json", document)
+        with store_json(store) as document:
+            del document["provenance"]["columns"]  # one of an earlier release
         # Already where one store does not know it.
         assert encode_as("first", ["pan", "lift"])[1]["action_1"] == "as recorded, last row of the step"
 

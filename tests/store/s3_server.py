@@ -1,4 +1,4 @@
-"""A real S3 server as a process on loopback (moto's), and a proxy before it that loses requests and answers as told.
+"""A real S3 server on loopback (moto's), and a proxy before it that loses requests and answers as told.
 
 A plugin of all tests: the fixtures `server`, `proxied` and `machines`.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -16,6 +14,7 @@ from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -50,13 +49,6 @@ class S3Server:
         self.requests: list[str] = []
         self._taking = threading.Lock()
 
-    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """One request, past the proxy."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
-            connection.request(method, path, body)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-
     def take_fault(self, request: str) -> Fault | None:
         """The first fault that this request meets; it is used up by one, also when several requests come at the same time."""
         with self._taking:
@@ -68,34 +60,6 @@ class S3Server:
                         del self.faults[number]
                     return fault
         return None
-
-
-@contextmanager
-def serve_s3() -> Iterator[S3Server]:
-    """An empty server with one bucket, and its proxy, for the time of the block; the test is skipped without moto."""
-    pytest.importorskip("moto", reason="the S3 server of the tests is moto's (extra `dev`)")
-    pytest.importorskip("flask", reason="moto's server needs flask (extra `dev`)")
-    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        port = _read_port(process)
-        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
-        server = S3Server(port)
-        with _proxy(server):
-            assert server.ask("PUT", f"/{BUCKET}")[0] == 200
-            yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _read_port(process: subprocess.Popen[str]) -> int:
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-            return int(found[1])
-    raise AssertionError(f"moto's server did not start: {seen}")
 
 
 @contextmanager
@@ -156,9 +120,14 @@ def _proxy(server: S3Server) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    """One server for the tests of a file."""
-    with serve_s3() as server:
+    """One server with one bucket, and its proxy, for the tests of a file."""
+    moto = pytest.importorskip("moto.server", reason="the S3 server of the tests is moto's, with flask (extra `dev`)")
+    backend = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    backend.start()
+    server = S3Server(backend.get_host_and_port()[1])
+    with _proxy(server), urlopen(Request(f"{server.direct_url}/{BUCKET}", method="PUT")):
         yield server
+    backend.stop()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 A store is whole or absent, and says what its dtype cost. Damage: test_reader.py, tests/encoding/test_flips.py; places: tests/cli/test_places.py.
 """
 
-import json
 import warnings
 
 import numpy as np
@@ -11,10 +10,10 @@ import pytest
 
 from jepa_cache.store import layout
 from jepa_cache.store.layout import check_store, read_store_file, write_store_file
-from jepa_cache.store.quantisation import CODECS, Channels, decode, encode, measure_channels
+from jepa_cache.store.quantisation import CODECS, encode, measure_channels
 from jepa_cache.store.reader import ArrayReader, StoreDamagedError
 from jepa_cache.store.writer import STAGING_FILE, TokenWriter, table
-from tests.encoded import all_files, write_store_json
+from tests.encoded import all_files, store_json
 from tests.makers import flip
 from tests.store import plain_reader
 
@@ -63,14 +62,6 @@ def read_all(path, name="tokens"):
         return out
 
 
-def read_values(path, dtype):
-    """By our own reader and formula."""
-    if dtype not in CODED:
-        return decode(read_all(path), dtype)
-    scales, means = read_all(path, "channel_scales"), read_all(path, "channel_means")
-    return decode(read_all(path), dtype, read_all(path, "token_scales"), Channels(scales, means))
-
-
 @pytest.fixture(scope="module", params=CODECS)
 def store(request, tmp_path_factory):
     """(dtype, path, the tokens given) of a store of two shards."""
@@ -88,11 +79,6 @@ def test_what_is_read_is_the_code_of_what_was_given(store):
     assert np.array_equal(read_all(path), codes) and np.array_equal(read_all(path, "token_scales"), scales)
     assert np.array_equal(read_all(path, "channel_scales"), channels.scales)
     assert np.array_equal(read_all(path, "channel_means"), channels.means)
-
-
-def test_a_reader_written_from_the_document_gets_the_same_values(store):
-    dtype, path, _ = store
-    assert np.array_equal(plain_reader.read_tokens(path), read_values(path, dtype))
 
 
 def by_xarray(path):
@@ -122,7 +108,7 @@ def test_xarray_applies_the_formula_by_the_names_of_the_dimensions(tmp_path):
     path = write(tmp_path / "a.zarr", "int8", [make_tokens(20)])
     opened = pytest.importorskip("xarray").open_zarr(path)
     values = opened.tokens.astype("float32") * opened.token_scales * opened.channel_scales + opened.channel_means
-    assert values.dims == ("step", "token", "channel") and np.array_equal(values, read_values(path, "int8"))
+    assert values.dims == ("step", "token", "channel") and np.array_equal(values, plain_reader.read_tokens(path))
 
 
 def test_the_array_says_how_it_is_to_be_read(store):
@@ -216,8 +202,8 @@ def test_a_store_that_lists_files_outside_itself_is_refused(tmp_path):
     path = tmp_path / "a.zarr/store.json"
     raw = path.read_bytes()
     for name in ("../b", "/etc/passwd", "tokens/../../b", "a//b"):
-        document = json.loads(raw)
-        document["content"]["files"][name] = document["content"]["files"]["steps.parquet"]
-        write_store_json(path, document)  # signed again
+        path.write_bytes(raw)
+        with store_json(path.parent) as document:
+            document["content"]["files"][name] = document["content"]["files"]["steps.parquet"]
         with pytest.raises(StoreDamagedError, match="leads out of the store"):
             read_store_file(tmp_path / "a.zarr")

@@ -9,11 +9,10 @@ Claims:
 - rollouts start where the seed says, anew in each batch, also after a resume;
 - validation's losses and gaps are those of the weights that it leaves, computed anew; one held-out episode has no other
   to be compared with;
-- float16 with its gradient scaler, 8-bit AdamW and torch.compile train, and resume bit for bit;
+- compressed predictors, float16 with its gradient scaler and 8-bit AdamW resume bit for bit;
 - LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
 - weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
-- the preset's `residual` reaches the predictor, its card and what it learns;
-- with `use_extrinsics` the camera's pose decides predictions, in training, evaluation and plans; without one it is refused.
+- the preset's `residual` reaches the predictor and its card; with `use_extrinsics` the camera's pose decides predictions, in training, evaluation and plans; without one it is refused.
 """
 
 import importlib.util
@@ -84,10 +83,22 @@ def assert_resumes_bit_for_bit(
     return again
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_stop_signal_saves_and_the_same_command_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop):
-    late = ("train.checkpoint_every=100", "train.rollout_start=random")
-    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, *late, stop=stop)
+missing = importlib.util.find_spec("bitsandbytes") is None
+needs_bitsandbytes = pytest.mark.skipif(missing, reason="bitsandbytes (an extra) is not installed")
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (signal.SIGTERM, ("train.rollout_start=random",)),
+        (signal.SIGUSR1, ("predictor=compressed", "train.loss_exp=2.0")),
+        pytest.param(signal.SIGINT, ("train.optimizer=adamw8bit",), marks=needs_bitsandbytes),
+        (signal.SIGINT, ()),
+    ],
+    ids=["SIGTERM random", "SIGUSR1 compressed", "SIGINT adamw8bit", "SIGINT"],
+)
+def test_a_stop_signal_saves_and_the_same_command_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop, words):
+    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.checkpoint_every=100", *words, stop=stop)
 
 
 def test_a_second_ctrl_c_ends_at_once(cache, tmp_path, monkeypatch, runs):
@@ -221,11 +232,6 @@ def test_float16_trains_and_resumes_with_its_gradient_scaler(cache, tmp_path, mo
     assert 0 < state["gradient_scaler"]["scale"] < 65536, "the first gradients overflow, so the scale has come down"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (an extra) is not installed")
-def test_eight_bit_adamw_trains_and_resumes(cache, tmp_path, monkeypatch):
-    assert_resumes_bit_for_bit(cache, tmp_path, monkeypatch, "train.optimizer=adamw8bit")
-
-
 # --- validation ------------------------------------------------------------------------------------------------------------
 
 
@@ -299,31 +305,20 @@ def test_weights_of_another_encoder_are_refused_unless_allowed_and_that_is_recor
     assert read_card(result.weights)["description"]["origin"]["matches"] is False
 
 
-def test_the_preset_s_residual_path_reaches_the_predictor(cache, tmp_path):
-    plain = make_config("train.log_every=1")
-    residual = replace(plain, predictor=replace(plain.predictor, residual=True))
-    results = [
-        train(config, cache.dataset, cache.scaler, tmp_path / name / "run", base=tmp_path)
-        for name, config in (("plain", plain), ("residual", residual))
-    ]
-    assert [read_card(result.weights)["architecture"]["residual"] for result in results] == [False, True]
-    first, second = (float(rows(result)[0]["jloss"]) for result in results)
-    assert second < 0.9 * first, "from the first training step it starts near copy-last"
-
-
 def test_the_camera_s_pose_is_a_token_of_its_own_and_is_refused_where_there_is_none(cache, tmp_path):
     seeing = make_cache(tmp_path / "cache", "encode.action_space=pose7_extrinsics")
     few = ["plan.num_samples=10", "plan.num_rounds=1", "plan.horizons=[1]", "plan.starts_per_episode=1"]
     plain = make_config(
         "encode.action_space=pose7_extrinsics", "train.num_steps=4", "train.num_warmup=0", "train.num_anneal=0", *few
     )
-    config = replace(plain, predictor=replace(plain.predictor, use_extrinsics=True))
+    config = replace(plain, predictor=replace(plain.predictor, use_extrinsics=True, residual=True))
     with pytest.raises(
         ValueError, match=r"states of action space vpt13 hold no pose of the camera; set encode\.action_space=pose7_e"
     ):
         train(config, cache.dataset, cache.scaler, tmp_path / "refused", base=tmp_path)
     weights = train(config, seeing.dataset, seeing.scaler, tmp_path / "run", base=tmp_path).weights
     predictor, card = load_predictor(weights)
+    assert card["architecture"]["residual"] and predictor.residual, "what the preset says reaches the predictor"
     assert card["architecture"]["use_extrinsics"] and predictor.num_conditioning_tokens == 3
     assert predictor.extrinsics_encoder.weight.count_nonzero() and predictor.state_encoder.in_features == 7
     with no_pictures():

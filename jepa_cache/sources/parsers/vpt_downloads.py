@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 
-from jepa_cache.config.paths import existing_folder
+from jepa_cache.files import existing_folder
 from jepa_cache.media.remote import DownloadError, fetch_file, measure_url
 from jepa_cache.media.tar import SUFFIXES, list_samples, write_tar
 from jepa_cache.sources.parsers.untrusted import check_fields, read_object
