@@ -193,8 +193,10 @@ def build_motion(
             column = names.index(name)
             if not one or not rule.adds:
                 still[column] = (recorded.action_low[column] + recorded.action_high[column]) / 2
-    state, action, least, largest = rule.bounded or (None,) * 4
-    states, places = [column.name for column in space.states], {}
+    states, places, bounded = [column.name for column in space.states], {}, None
+    if rule.bounded:
+        state, action, least, largest = rule.bounded
+        bounded = states.index(state), names.index(action), least, largest
     if recorded is not None and rule.adds and reach > 1:
         for number, name in enumerate(searched):
             if name.removeprefix("d") in space.positions:
@@ -214,7 +216,7 @@ def build_motion(
         dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
         complete=partial(complete_actions, space),
         integrate=rule.integrate or recorded.follow,
-        bounded=rule.bounded and (states.index(state), names.index(action), least, largest),
+        bounded=bounded,
         adds=rule.adds,
         still=still,
         places=places,
