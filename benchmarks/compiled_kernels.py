@@ -155,11 +155,17 @@ def around_the_blocks() -> emulation.Counts:
     """What the training step launches beside them."""
 
     def forward(
-        block: layers.Block, x: torch.Tensor, table: Any, length: int, past: Any, *_: Any
+        block: layers.Block,
+        x: torch.Tensor,
+        _table: Any,
+        _length: int,
+        past: Any,
+        _modulation: Any,
+        _mask: Any,
+        kept: Any,
     ) -> tuple[torch.Tensor, ...]:
         heads = block.attn.num_heads
-        steps = x.shape[1] + (past[0].shape[2] if past else 0)
-        shape = (x.shape[0], heads, steps, x.shape[2] // heads)
+        shape = (x.shape[0], heads, len(kept), x.shape[2] // heads)
         return _Nothing.apply(shape, x, *(past or ()), *block.parameters())
 
     with emulation.counted_cuda() as counts, mock.patch.object(layers.Block, "forward", forward):

@@ -200,7 +200,7 @@ def attention_alone(bench: Bench) -> Part:
             mask = step[:, None] >= step
             forward = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # noqa: E731
         else:
-            forward = lambda: block_causal_attention(q, k, v, tokens_per_step=length)  # noqa: E731
+            forward = lambda: block_causal_attention(q, k, v, tokens_per_step=length)[0]  # noqa: E731
         with sdpa_kernel(order, set_priority=True):
             ahead = seconds(forward, bench.device)
             both = seconds(lambda: forward().sum().backward(), bench.device)

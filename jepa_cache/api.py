@@ -30,7 +30,7 @@ from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
-from jepa_cache.encoding.task import load_encoder, resolve_device
+from jepa_cache.encoding.task import load_encoder
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, STEP_HZ_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import AUTOCAST, LatentModel
@@ -76,8 +76,7 @@ class Encoder:
             log.warning(
                 "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
             )
-        device = resolve_device(config.encode.device)
-        frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
+        frozen = load_encoder(opened, config.encode, default_num_threads())
         return cls(frozen, config.encode, opened.identity)
 
     @property
@@ -153,7 +152,7 @@ class WorldModel:
 
         Raises:
             ValueError: The precision is unknown; the file is missing, damaged or has no card, or the weights were trained on tokens of
-                another encoder or other settings (every difference is named), in clip mode, or by a version that did not write down on which.
+                another encoder or other settings (every difference is named), or in clip mode.
         """
         if not isinstance(encoder, Encoder):
             raise ValueError(f'the second argument is an Encoder; got {encoder!r}. Load one: Encoder.load("tiny")')
@@ -161,10 +160,6 @@ class WorldModel:
         if precision not in (AUTOCAST if isinstance(predictor, ACPredictor) else ("float32",)):
             raise ValueError(
                 f"precision is one of {', '.join(AUTOCAST)}, and float32 where no transformer is loaded; got {precision!r}"
-            )
-        if RECIPE_FIELD not in card:
-            raise ValueError(
-                f"{weights} does not say on which tokens it was trained (no {RECIPE_FIELD} in its card): an older version wrote it. Train again"
             )
         trained_on = _comparable_recipe(card[RECIPE_FIELD])
         if differing := recipe_changes(trained_on, encoder.recipe):

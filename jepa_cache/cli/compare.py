@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -65,7 +65,7 @@ class Evaluated:
 
     name: str  # as the user typed it
     metrics: Mapping[str, Any]  # metrics.json
-    settings: Mapping[str, Any] | None  # settings.json, flat names; None where the evaluation is older than the file
+    settings: Mapping[str, Any]  # settings.json, flat names
     episodes: Mapping[str, Mapping[str, float]]  # episodes.csv: episode to column to value
 
 
@@ -122,10 +122,10 @@ def compare_runs(names: Sequence[str], *, everything: bool = False, seed: int = 
 
 
 def group_runs(runs: Iterable[Evaluated]) -> list[list[Evaluated]]:
-    """Runs whose errors are of one kind, together; one of which it is not known what was measured stands alone."""
-    groups: dict[Any, list[Evaluated]] = {}
-    for position, run in enumerate(runs):
-        groups.setdefault(position if run.settings is None else repr(kind_of(run)), []).append(run)
+    """Runs whose errors are of one kind, together."""
+    groups: dict[str, list[Evaluated]] = {}
+    for run in runs:
+        groups.setdefault(repr(kind_of(run)), []).append(run)
     return list(groups.values())
 
 
@@ -136,7 +136,7 @@ def read_all(names: Sequence[str]) -> tuple[list[Evaluated], list[str]]:
         try:
             run = read_run(name)
             runs.append(replace(run, name=name.removesuffix("/evaluate")))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             unread.append(str(error))
     if not runs:
         raise ValueError(
@@ -173,17 +173,14 @@ def find_runs(repository: Path) -> list[str]:
 
 def kind_of(run: Evaluated) -> dict[str, Any]:
     """What decides whether a run's errors may be compared with another's."""
-    settings = {STEP_LENGTH: 1, **(run.settings or {})}  # older ones know no other
+    settings = {STEP_LENGTH: 1, **run.settings}  # those of the first release know no other
     return {name: value for name, value in settings.items() if name in KIND or name.startswith(FILTERS)}
 
 
 def why_apart(one: Evaluated, other: Evaluated) -> str:
     """Why the errors of two runs are no comparison."""
-    told, unknown = f"not comparable with {one.name}: ", [run.name for run in (one, other) if run.settings is None]
-    if unknown:
-        return f"{told}of {', '.join(unknown)} it is not known what was measured (no settings.json); run its evaluation again"
     mine, its = kind_of(one), kind_of(other)
-    return told + "; ".join(
+    return f"not comparable with {one.name}: " + "; ".join(
         f"{name}: {show_setting(mine.get(name))} in {one.name}, {show_setting(its.get(name))} in {other.name}"
         for name in sorted(mine.keys() | its.keys())
         if mine.get(name) != its.get(name)
@@ -200,7 +197,7 @@ def show_setting(value: Any) -> str:
 def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     """Runs of one kind as JSON; all are paired with the first."""
     differing, metrics = list_differing(group), group[0].metrics
-    told = group[0].settings or {"dataset": "data set not known", "encoder": "-"}
+    told = group[0].settings
     runs = [
         {
             "run": run.name,
@@ -211,7 +208,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
                 for name in (*COMPARED, *GAPS)
                 if name in run.metrics["val"]
             },
-            "uses_its_actions": run.metrics.get("verdict", {}).get("actions", {}).get("answer"),
+            "uses_its_actions": run.metrics["verdict"]["actions"]["answer"],
             "settings": {name: values[position] for name, values in differing.items()},
         }
         for position, run in enumerate(group)
@@ -231,8 +228,8 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
 
 def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
     """Settings that are not the same in all of some runs, with the value of each; what moves no number is skipped."""
-    known = [run.settings or {} for run in runs]
-    values = {name: [settings.get(name) for settings in known] for name in sorted(set().union(*known))}
+    names = sorted(set().union(*(run.settings for run in runs)))
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
         name: of_runs
         for name, of_runs in values.items()
@@ -267,11 +264,6 @@ def pair_runs(run: Evaluated, reference: Evaluated, *, seed: int) -> dict[str, A
 def _share_episodes(run: Evaluated, reference: Evaluated) -> list[tuple[Mapping[str, float], Mapping[str, float]]]:
     """The episodes of both; ValueError where one has other windows in the two, or is of other recordings, so that pairs would be none."""
     shared = []
-    for evaluated in (run, reference):
-        if not evaluated.episodes:
-            raise ValueError(
-                f"{evaluated.name} has no episodes.csv, without which runs cannot be paired; run its evaluation again"
-            )
     for name in sorted(run.episodes.keys() & reference.episodes.keys()):
         own, other = run.episodes[name], reference.episodes[name]
         if own["num_windows"] != other["num_windows"]:
@@ -280,7 +272,7 @@ def _share_episodes(run: Evaluated, reference: Evaluated) -> list[tuple[Mapping[
                 "evaluate both with the same data and settings"
             )
         # Whatever the predictor, it is the same on the same steps, but for the last bits of another machine's encoder.
-        copied = own.get(COPIED, math.nan), other.get(COPIED, math.nan)
+        copied = own[COPIED], other[COPIED]
         if abs(copied[0] - copied[1]) > SAME_STEPS * max(copied):
             raise ValueError(
                 f"episode {name} is another recording in {run.name} than in {reference.name}: copying its last step errs by {copied[0]:.4f} and "
@@ -357,18 +349,18 @@ def read_run(name: str) -> Evaluated:
         raise ValueError(
             f"{path} holds no evaluation (looked for {looked}); run `python stages/evaluate.py` there first"
         )
-    run = _read(name, lambda file: (folder / file).read_text() if (folder / file).exists() else None)
+    run = _read(name, lambda file: (folder / file).read_text())
     if weights is not None:
         card = read_card(weights)
-        if run.settings is None or (run.settings["run"], run.settings["step"]) != (card["run"], card["step"]):
+        if (run.settings["run"], run.settings["step"]) != (card["run"], card["step"]):
             raise ValueError(
                 f"the evaluation beside {weights} is of another training run than these weights; run `python stages/evaluate.py`"
             )
     return run
 
 
-def _revision_reader(revision: str) -> Callable[[str], str | None]:
-    """Reads files of outputs/evaluate as DVC has them under a revision; None for one that the evaluation did not write."""
+def _revision_reader(revision: str) -> Callable[[str], str]:
+    """Reads files of outputs/evaluate as DVC has them under a revision."""
     require("dvc", "dvc", f"a revision such as {revision}")
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
@@ -383,10 +375,8 @@ def _revision_reader(revision: str) -> Callable[[str], str | None]:
             "`dvc exp list` and `git branch` name those that there are"
         ) from error
 
-    def read(file: str) -> str | None:
+    def read(file: str) -> str:
         if file not in there:
-            if file != METRICS_FILE:
-                return None  # older than the file
             raise ValueError(
                 f"revision {revision} has no {EVALUATE}/{file}: it was not evaluated, or its dvc.lock was not committed"
             )
@@ -400,34 +390,21 @@ def _revision_reader(revision: str) -> Callable[[str], str | None]:
     return read
 
 
-def _read(name: str, read: Callable[[str], str | None]) -> Evaluated:
+def _read(name: str, read: Callable[[str], str]) -> Evaluated:
+    texts = [read(file) for file in (METRICS_FILE, EPISODES_FILE, SETTINGS_FILE)]
     try:
-        metrics: dict[str, Any] = json.loads(read(METRICS_FILE) or "")
-        settings, episodes = read(SETTINGS_FILE), read(EPISODES_FILE)
-        for section in ("val", "val_ci"):
-            for column in ("teacher_forcing_l1", "rollout_l1"):
-                # KeyError or TypeError where this is something else.
-                if not np.isfinite(metrics[section][column]).all():
-                    raise TypeError(f"{section}.{column} is {metrics[section][column]}")
-        return Evaluated(
-            name=name,
-            metrics=metrics,
-            settings=None if settings is None else flatten(json.loads(settings)),
-            episodes=_parse_episodes(episodes or ""),
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        metrics: dict[str, Any] = json.loads(texts[0])
+        for section, column in itertools.product(("val", "val_ci"), COMPARED):
+            # KeyError or TypeError where this is something else.
+            if not np.isfinite(metrics[section][column]).all():
+                raise ValueError(f"{section}.{column} is {metrics[section][column]}")
+        episodes = {
+            unguard_cell(row.pop("episode")): {column: float(value or "nan") for column, value in row.items()}
+            for row in csv.DictReader(io.StringIO(texts[1]))
+        }
+        return Evaluated(name, metrics, flatten(json.loads(texts[2])), episodes)
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{name} is no evaluation of this program ({reason}); run `python stages/evaluate.py` again"
         ) from error
-
-
-def _parse_episodes(text: str) -> dict[str, dict[str, float]]:
-    rows = csv.DictReader(io.StringIO(text))
-    try:
-        return {
-            unguard_cell(row.pop("episode")): {name: float(value or "nan") for name, value in row.items()}
-            for row in rows
-        }
-    except ValueError as error:
-        raise TypeError(f"{EPISODES_FILE}: {error}") from error

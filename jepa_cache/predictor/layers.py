@@ -91,24 +91,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _SplitRotated(torch.autograd.Function):
     """Queries, keys and values, each [B, heads, T*L, d], of one projection [B, T*L, 3, heads, d]: the first two rotated, none a view of it.
 
-    A view of the values would keep all three alive. The gradient is the rotation back, written out: fewer passes over memory than
+    A view of the values would keep all three alive. In memory heads come after tokens, as in the projection, so that attention's output
+    has the order which the next projection reads. The gradient is the rotation back, written out: fewer passes over memory than
     autograd would take.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, back)
-        apart = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotate(apart[:2], cos, sin).unbind(0)
-        return q, k, apart[2].contiguous()
+        q, k = rotate(qkv[:, :, :2], cos[:, None, None], sin[:, None, None]).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].contiguous().transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, back = ctx.saved_tensors
-        q, k, v = gradients
-        rotated = [gradient.transpose(1, 2) for gradient in (rotate(q, cos, back), rotate(k, cos, back), v)]
-        return torch.stack(rotated, dim=2), None, None, None
+        cos, back = (it[:, None] for it in ctx.saved_tensors)
+        q, k, v = (gradient.transpose(1, 2) for gradient in gradients)
+        return torch.stack((rotate(q, cos, back), rotate(k, cos, back), v), dim=2), None, None, None
 
 
 def _partner(x: Tensor) -> Tensor:
@@ -132,15 +131,23 @@ def step_mask(num_steps: int, tokens_per_step: int, device: torch.device) -> Blo
 
 
 def block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, tokens_per_step: int, num_past_steps: int = 0, mask: BlockMask | None = None
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tokens_per_step: int,
+    num_past_steps: int = 0,
+    mask: BlockMask | None = None,
+    num_kept: int = 0,
+) -> tuple[Tensor, KeysValues]:
     """Attend from the queries of the newest steps to all tokens up to each query's own step.
 
     One kernel call per step over the keys of its prefix: exact, no mask in memory, and the half that a mask would throw
     away is never computed.
 
-    Queries [B, heads, T*L, d] are of the T newest steps, keys and values [B, heads, (P+T)*L, d] of the P past ones too; the
-    result is [B, heads, T*L, d]. A ValueError where the lengths are not such whole steps.
+    Queries [B, heads, T*L, d] are of the T newest steps, keys and values [B, heads, (P+T)*L, d] of the P past ones too. Returns
+    [B, heads, T*L, d], and the keys and values of the first `num_kept` tokens as views. A ValueError where the lengths are not such whole
+    steps.
 
     With the `step_mask` of steps that have no past it is one call of FlexAttention instead, to be compiled: else it holds all scores.
     """
@@ -150,11 +157,22 @@ def block_causal_attention(
             f"attention over whole steps of {tokens_per_step} tokens needs queries of T steps and keys and values of "
             f"{num_past_steps} + T steps; got {q.shape[2]} queries, {k.shape[2]} keys and {v.shape[2]} values"
         )
+    by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and has_bfloat16_products()
+    by_steps = num_steps > 1 and mask is None and not by_products
+    lengths = [tokens_per_step * (num_past_steps + step) for step in range(1, num_steps if by_steps else 1)]
+    keys, values = (_first_tokens(it, [*lengths, num_kept]) for it in (k, v))
     if mask is not None:
-        return flex_attention(q, k, v, block_mask=mask)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and has_bfloat16_products():
-        return _PrefixAttention.apply(q, k, v, tokens_per_step)
-    return _prefix_attention(q, k, v, tokens_per_step)
+        out = flex_attention(q, keys[0], values[0], block_mask=mask)
+    elif by_products:
+        out = _PrefixAttention.apply(q, keys[0], values[0], tokens_per_step)
+    elif by_steps:
+        prefixes = zip(q.split(tokens_per_step, dim=2), (*keys[1:-1], keys[0]), (*values[1:-1], values[0]), strict=True)
+        # Kernels give [B, T*L, heads, d] in memory, which is what the projection after them reads.
+        outputs = [F.scaled_dot_product_attention(*parts).transpose(1, 2) for parts in prefixes]
+        out = torch.cat(outputs, dim=1).transpose(1, 2)
+    else:
+        out = F.scaled_dot_product_attention(q, keys[0], values[0])
+    return out, (keys[-1], values[-1])
 
 
 @cache
@@ -168,33 +186,26 @@ def has_bfloat16_products() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int) -> Tensor:
-    steps = q.split(tokens_per_step, dim=2)
-    if len(steps) == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    lengths = [k.shape[2] - tokens_per_step * later for later in reversed(range(len(steps)))]
-    prefixes = _Prefixes.apply(k, lengths), _Prefixes.apply(v, lengths)
-    outputs = [F.scaled_dot_product_attention(*parts) for parts in zip(steps, *prefixes, strict=True)]
-    # Kernels give [B, T*L, heads, d] in memory, which is what the projection after them reads.
-    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1).transpose(1, 2)
+def _first_tokens(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Return x [B, heads, n, d] and its first tokens, once for each length; views."""
+    if all(length in (0, x.shape[2]) for length in lengths):
+        return x, *(x[:, :, :length] for length in lengths)
+    return _FirstTokens.apply(x, lengths)
 
 
-class _Prefixes(torch.autograd.Function):
-    """The first tokens of [B, heads, n, d], once for each of growing lengths, the last n.
-
-    Their gradients are added into one: autograd would pad each with zeros to the next, and add.
-    """
+class _FirstTokens(torch.autograd.Function):
+    """The gradients of all parts are added into one: autograd would pad each with zeros to the whole, and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-        return tuple(x[:, :, :length] for length in lengths)
+        return x[:], *(x[:, :, :length] for length in lengths)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[-1].clone()
-        for gradient in gradients[:-1]:
-            total[:, :, : gradient.shape[2]].add_(gradient)
+    def backward(ctx: Any, whole: Tensor, *parts: Tensor) -> tuple[Tensor, None]:
+        total = whole.clone()
+        for part in parts:
+            total[:, :, : part.shape[2]].add_(part)
         return total, None
 
 
@@ -268,9 +279,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, table: RotaryTable, tokens_per_step: int, past: KeysValues | None, mask: BlockMask | None
+        self,
+        x: Tensor,
+        table: RotaryTable,
+        tokens_per_step: int,
+        past: KeysValues | None,
+        mask: BlockMask | None,
+        num_kept: int,
     ) -> tuple[Tensor, KeysValues]:
-        """Attend from the new steps to the past and to themselves; x: [B, T*L, P]."""
+        """Attend from the new steps to the past and to themselves; x: [B, T*L, P]. Also keys and values of the first `num_kept` tokens."""
         batch, length, width = x.shape
         q, k, v = _SplitRotated.apply(self.qkv(x).view(batch, length, 3, self.num_heads, -1), *table)
         num_past_steps = 0
@@ -278,8 +295,11 @@ class Attention(nn.Module):
             num_past_steps = past[0].shape[2] // tokens_per_step
             k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
         steps = {"tokens_per_step": tokens_per_step, "num_past_steps": num_past_steps}
-        out = block_causal_attention(q, k, v, **steps, mask=mask)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (k, v)
+        out, kept = block_causal_attention(q, k, v, **steps, mask=mask, num_kept=num_kept)
+        if num_kept and (num_kept < k.shape[2] or past is None):
+            # A view would keep the whole window alive; and new keys share their memory with the queries.
+            kept = kept[0].clone(), kept[1].clone()
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), kept
 
 
 class MLP(nn.Module):
@@ -313,57 +333,80 @@ class Block(nn.Module):
         past: KeysValues | None,
         modulation: Tensor | None = None,
         mask: BlockMask | None = None,
-        keeps: bool = True,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x: [B, T*L, P] to the same, with the keys and values of all tokens so far where `keeps`.
+        """x: [B, T*L, P] to the same, with the keys and values of the first tokens so far, as many as `kept` [K, 0] has rows.
+
+        A size, because torch.compile makes a new graph for a new number.
 
         A modulation [B, T, 6, P] shifts and scales the inputs of attention and MLP and gates their outputs, by step; zeros change nothing.
         """
+        num_kept = 0 if kept is None else len(kept)
         if modulation is None:
-            attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past, mask)
+            attended, (k, v) = self.attn(self.norm1(x), table, tokens_per_step, past, mask, num_kept)
             x = x + attended
             x = x + self.mlp(self.norm2(x))
         else:
             by_token = modulation.repeat_interleave(tokens_per_step, dim=1).unbind(2)
             shift1, scale1, gate1, shift2, scale2, gate2 = by_token
             modulated = self.norm1(x) * (1 + scale1) + shift1
-            attended, (k, v) = self.attn(modulated, table, tokens_per_step, past, mask)
+            attended, (k, v) = self.attn(modulated, table, tokens_per_step, past, mask, num_kept)
             x = x + (1 + gate1) * attended
             x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         # Else a compiled block would add gradients of zeros to those of keys and values.
-        return (x, k, v) if keeps else (x, None, None)
+        return (x, k, v) if num_kept else (x, None, None)
 
 
-class _CastTogether(torch.autograd.Function):
-    """Weights in a lower dtype, and their gradients back, by one kernel each on a GPU."""
+class _ForPasses(torch.autograd.Function):
+    """Weights in other dtypes, once for each of several passes; a GPU casts them, and adds and casts back their gradients, by one kernel each.
+
+    Autograd would add the gradients of two passes weight by weight. The sums have its bits: those of the last pass come first.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [weight.dtype for weight in weights]
-        return _cast_all(weights, [dtype] * len(weights))
+    def forward(ctx: Any, dtypes: Sequence[torch.dtype], num_passes: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes, ctx.num_passes = [weight.dtype for weight in weights], num_passes
+        return tuple(it.detach() for it in _cast_all(weights, dtypes) for _ in range(num_passes))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast_all(gradients, ctx.dtypes)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_weight = [gradients[i : i + ctx.num_passes] for i in range(0, len(gradients), ctx.num_passes)]
+        given = [[it for it in passes if it is not None] for passes in by_weight]
+        sums = {number: passes[0] for number, passes in enumerate(given) if passes}
+        for i in range(1, ctx.num_passes):
+            more = {number: passes[i] for number, passes in enumerate(given) if len(passes) > i}
+            if more:
+                added = torch._foreach_add([sums[number] for number in more], list(more.values()))
+                sums |= zip(more, added, strict=True)
+        cast = dict(zip(sums, _cast_all(sums.values(), [ctx.dtypes[number] for number in sums]), strict=True))
+        return None, None, *(cast.get(number) for number in range(len(given)))
 
 
-def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    cast = [torch.empty_like(it, dtype=dtype) for it, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(cast, list(tensors))
-    return tuple(cast)
+def _cast_all(tensors: Collection[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    cast = [
+        it if it.dtype == dtype else torch.empty_like(it, dtype=dtype)
+        for it, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    pairs = [(new, old) for new, old in zip(cast, tensors, strict=True) if new is not old]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    return cast
 
 
-def cast_products(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights and biases of a module's linear layers in `dtype`, by name; gradients flow to those that are trained."""
-    linear = [it for it in module.named_modules() if isinstance(it[1], nn.Linear)]
-    weights = {f"{name}.{part}": weight for name, it in linear for part, weight in it.named_parameters(recurse=False)}
-    cast: dict[str, Tensor] = {}
+def cast_for_passes(module: nn.Module, dtype: torch.dtype, num_passes: int) -> list[dict[str, Tensor]]:
+    """The weights of a module by name, those of linear layers in `dtype`, once for each pass; to be taken from the end."""
+    weights = dict(module.named_parameters())
+    linear = tuple(f"{name}." for name, it in module.named_modules() if isinstance(it, nn.Linear))
+    cast: list[dict[str, Tensor]] = [{} for _ in range(num_passes)]
     for trained in (True, False):
         some = {name: weight for name, weight in weights.items() if weight.requires_grad is trained}
-        if some:
-            made = (
-                _CastTogether.apply(dtype, *some.values()) if trained else _cast_all(some.values(), [dtype] * len(some))
-            )
-            cast |= zip(some, made, strict=True)
+        dtypes = [dtype if name.startswith(linear) else weight.dtype for name, weight in some.items()]
+        if trained:
+            made = _ForPasses.apply(dtypes, num_passes, *some.values())
+        else:
+            made = [it for it in _cast_all(some.values(), dtypes) for _ in range(num_passes)]
+        for number, weights_of_pass in enumerate(cast):
+            weights_of_pass |= zip(some, made[number::num_passes], strict=True)
     return cast

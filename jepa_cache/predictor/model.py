@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from jepa_cache.predictor.layers import (
     Block,
     KeysValues,
-    cast_products,
+    cast_for_passes,
     has_bfloat16_products,
     rotary_table,
     step_mask,
@@ -33,6 +33,21 @@ class PredictorOutput(NamedTuple):
     """[B, T, N, E] prediction of the step after each given one; not layer-normed."""
     past: list[KeysValues]
     """Per block the keys and values of all steps so far (past ones included), or of those that are kept; empty where none are."""
+
+
+class _Low(NamedTuple):
+    """What `ACPredictor.cast_once` holds: by block the weights for the passes to come."""
+
+    dtype: torch.dtype
+    num_passes: int
+    weights: list[list[dict[str, Tensor]]]
+
+
+def _share_graphs(x: Tensor, past: KeysValues | None) -> None:
+    """Let torch.compile make one graph for whole windows and one for single steps, after a past of any length."""
+    torch._dynamo.mark_static(x, 1)
+    for it in past or ():
+        torch._dynamo.maybe_mark_dynamic(it, 2)
 
 
 class ACPredictor(nn.Module):
@@ -127,8 +142,8 @@ class ACPredictor(nn.Module):
             self.modulations = nn.ModuleList(nn.Linear(predictor_dim, 6 * predictor_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
-        self._low: tuple[torch.dtype, dict[int, dict[str, Tensor]]] | None = None  # of `cast_once`
-        self._flex = False
+        self._low: _Low | None = None
+        self._flex = self._compiled = False
         self.reset_parameters()
 
     @property
@@ -168,19 +183,19 @@ class ACPredictor(nn.Module):
 
         `flex`: windows that begin here attend by one call of FlexAttention, on a GPU alone: it has no backward pass on a CPU.
         """
-        self._flex = flex
+        self._flex, self._compiled = flex, True
         # Tracing the question would break the graph. Marked here, as it imports torch's compiler: 1.6 s.
         torch.compiler.assume_constant_result(has_bfloat16_products.__wrapped__)
         for block in self.predictor_blocks:
             block.compile(*arguments, **options)
 
     @contextmanager
-    def cast_once(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Cast the weights of the blocks' products to `dtype` once for all passes in the context, and their gradients back once.
+    def cast_once(self, dtype: torch.dtype | None, num_passes: int) -> Iterator[None]:
+        """Cast the weights of the blocks' products to `dtype` once for `num_passes` passes in the context, and their gradients back once.
 
         The numbers are autocast's, bit for bit; it would cast tensor by tensor, and again in every compiled pass and recomputation.
         """
-        self._low = None if dtype is None else (dtype, {})
+        self._low = None if dtype is None else _Low(dtype, num_passes, [[] for _ in self.predictor_blocks])
         try:
             yield
         finally:
@@ -191,12 +206,10 @@ class ACPredictor(nn.Module):
         if dtype is None:
             return block(*arguments)
         # A recomputation comes after the context: all weights held until then would take half a GiB more of `ac300m`.
-        cast = self._low[1].get(number) if self._low else None
-        if cast is None:
-            cast = cast_products(block, dtype)
-            if self._low:
-                self._low[1][number] = cast
-        return functional_call(block, cast, arguments)
+        cast = self._low.weights[number] if self._low else []
+        if not cast:
+            cast += cast_for_passes(block, dtype, self._low.num_passes if self._low else 1)
+        return functional_call(block, cast.pop(), arguments)
 
     def forward(
         self,
@@ -253,22 +266,22 @@ class ACPredictor(nn.Module):
         num_all_steps = first_step + num_steps
         num_kept = length * (num_all_steps if num_kept_steps is None else min(num_kept_steps, num_all_steps))
         mask = step_mask(num_steps, length, x.device) if self._flex and not past and num_steps > 1 else None
-        recomputes, kept = self._recomputes(x), []
+        recomputes, kept, to_keep = self._recomputes(x), [], x.new_empty(num_kept, 0)
+        if self._compiled:
+            torch._dynamo.maybe_mark_dynamic(to_keep, 0)
         # Random numbers are restored for the second computation only where some are drawn.
         draws = recomputes and any(it.p > 0 for it in self.predictor_blocks.modules() if isinstance(it, nn.Dropout))
         for i in range(len(self.predictor_blocks)):
-            dtype, before = self._low and self._low[0], past[i] if past else None
-            arguments = (i, dtype, x, table, length, before, by_block[i], mask, num_kept > 0)
+            dtype, before = self._low and self._low.dtype, past[i] if past else None
+            if self._compiled:
+                _share_graphs(x, before)
+            arguments = (i, dtype, x, table, length, before, by_block[i], mask, to_keep)
             if recomputes:
                 x, k, v = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, k, v = self._run_block(*arguments)
-            if not num_kept:
-                continue
-            if num_kept < k.shape[2] or not past:
-                # Copies: a view would keep the whole window alive; and new keys share their memory with the queries.
-                k, v = k[:, :, :num_kept].clone(), v[:, :, :num_kept].clone()
-            kept.append((k, v))
+            if num_kept:
+                kept.append((k, v))
         x = x.view(batch, num_steps, length, -1)[:, :, num_conditioning:]
         predicted = self.predictor_proj(self.predictor_norm(x))
         return PredictorOutput(tokens + predicted if self.residual else predicted, kept)

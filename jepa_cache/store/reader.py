@@ -222,10 +222,7 @@ class ArrayReader:
         """Read the metadata; files are opened on demand. Without `verify_checksums` those of the shard indexes are checked alone."""
         self.store, self.name = store, name
         stated = read_store_file(store)
-        record = stated.files.get(f"{name}/zarr.json")
-        if record is None or name not in stated.crc32c:
-            raise StoreDamagedError(f"{store / layout.STORE_FILE} does not list {name} and its checksums; {REMEDY}")
-        array = read_array_layout(store, name, record.sha256)
+        array = read_array_layout(store, name, stated.files[f"{name}/zarr.json"].sha256)
         self._listed = stated.crc32c[name]
         self.shape, self.dtype = array.shape, array.dtype
         self._chunk_steps, self._shard_chunks, self._chunk_bytes = array[2:]

@@ -26,7 +26,7 @@ REFUSED = tuple(
 )
 # Compiling may keep one process waiting for another. A process that died is mostly noticed at once, see `agree`.
 TIMEOUT = timedelta(minutes=4)
-PATIENCE = timedelta(days=1)  # while the first process fetches a run
+PATIENCE = timedelta(days=1)  # while the first process fetches a run, or writes what came of it
 
 
 def start_processes(settings: TrainConfig) -> Accelerator:
@@ -58,10 +58,12 @@ def start_processes(settings: TrainConfig) -> Accelerator:
         dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), group],
     )
-    if accelerator.device.type != device:
+    here = accelerator.device
+    # Another GPU than the current one: copies would run on the streams of one, kernels on those of the other, and not wait for each other.
+    if here.type != device or (here.type == "cuda" and here.index not in (None, torch.cuda.current_device())):
         raise ValueError(
-            f"train.device is {settings.device!r}, here {device}, but Accelerate's environment asks for {accelerator.device.type}; unset "
-            "ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and set train.device"
+            f"train.device is {settings.device!r}, here {device}, but Accelerate's environment asks for {here}; unset "
+            "ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and set train.device (which of several GPUs: CUDA_VISIBLE_DEVICES=1)"
         )
     if device == "cuda" and accelerator.num_processes > 1:
         uuid = str(torch.cuda.get_device_properties(accelerator.device).uuid)
@@ -82,11 +84,12 @@ def check_own_gpus(gpus: Sequence[str]) -> None:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Leave the other processes in order, without waiting for them.
+    """Leave the other processes in order, once all are here: NCCL ends together, and the first one may write and upload for minutes.
 
     Otherwise the threads of the process group sometimes abort the interpreter at its end, and a training that ended
     well would be reported as failed (torch 2.13 with gloo: two launches of three of a script that ends at once).
     """
+    wait_for_first(accelerator)
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
 
@@ -104,7 +107,7 @@ def agree(accelerator: Accelerator, *here: bool) -> list[bool]:
 
 
 def wait_for_first(accelerator: Accelerator) -> None:
-    """Wait until all have come here, a day if need be, as the first one may have a run to fetch."""
+    """Wait until all have come here, a day if need be, as the first one may have a run to fetch or weights to write."""
     if accelerator.num_processes > 1:
         torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
 

@@ -63,7 +63,7 @@ class Objective(nn.Module):
             passes.enter_context(torch.autocast(self._device.type, enabled=False))
             for it in self.predictor.modules():
                 if isinstance(it, ACPredictor):
-                    passes.enter_context(it.cast_once(AUTOCAST[settings.precision]))
+                    passes.enter_context(it.cast_once(AUTOCAST[settings.precision], settings.auto_steps))
             return world_model_loss(
                 self.latent.predict,
                 tokens,

@@ -55,9 +55,10 @@ def count_training_step(counts, predictor) -> None:
 def test_a_training_step_keeps_within_its_launches_and_bytes_and_recomputes_where_memory_is_short():
     with counted_cuda() as counts, card_of(80):
         count_training_step(counts, build(activation_checkpointing="auto"))
-        assert sum(counts.launches.values()) <= 3600
+        assert sum(counts.launches.values()) <= 3260
         assert counts.launches["_foreach_copy_"] == 2 * DEPTH, "weights of a block are cast once, and their gradients"
-        assert counts.elementwise_bytes <= 139e9
+        assert counts.launches["_foreach_add"] == DEPTH, "gradients of both passes are added together"
+        assert counts.elementwise_bytes <= 133e9
         assert 15 * GIB < counts.peak_bytes <= 20 * GIB
         with card_of(16):
             count_training_step(counts, build(activation_checkpointing="auto"))

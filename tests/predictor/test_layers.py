@@ -32,6 +32,10 @@ def table_of(head_width: int, grid: tuple[int, int], **changes: object):
     return rotary_table(head_width, grid=grid, device=torch.device("cpu"), **(options | changes))
 
 
+def by_steps(*tensors: torch.Tensor, **steps: int) -> torch.Tensor:
+    return block_causal_attention(*tensors, **steps)[0]
+
+
 def by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens_per_step: int, num_past_steps: int = 0):
     """Take the kernel that bfloat16 takes on the CPU, in any dtype."""
     return layers._PrefixAttention.apply(q, k, v, tokens_per_step)
@@ -46,7 +50,7 @@ def draw(num_past: int, num_new: int, length: int = 5) -> list[torch.Tensor]:
 
 @pytest.mark.filterwarnings("error")  # torch only warns when a buffer of the wrong size is handed to it
 @pytest.mark.parametrize(
-    ("attend", "heads_together"), [(block_causal_attention, 6), (by_products, 6), (by_products, 4), (by_products, 0)]
+    ("attend", "heads_together"), [(by_steps, 6), (by_products, 6), (by_products, 4), (by_products, 0)]
 )
 @pytest.mark.parametrize(("num_past", "num_new"), [(0, 1), (0, 4), (2, 1), (3, 2)])
 def test_prefix_attention_equals_masked_softmax_with_gradients(
@@ -74,7 +78,7 @@ def test_one_call_of_flex_attention_equals_prefixes_with_gradients(num_steps: in
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     q, k, v, weight = draw(0, num_steps)
     mask = step_mask(num_steps, 5, torch.device("cpu"))
-    found = [block_causal_attention(q, k, v, tokens_per_step=5, mask=given) for given in (mask, None)]
+    found = [block_causal_attention(q, k, v, tokens_per_step=5, mask=given)[0] for given in (mask, None)]
     torch.testing.assert_close(*found, atol=1e-12, rtol=0)
     for pair in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in found), strict=True):
         torch.testing.assert_close(*pair, atol=1e-12, rtol=0)
@@ -102,10 +106,10 @@ def test_the_kernel_follows_from_dtype_and_processor(
 ):
     monkeypatch.setattr(layers, "has_bfloat16_products", lambda: capable)
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in draw(0, 2)[:3])
-    out = block_causal_attention(q, k, v, tokens_per_step=5)
+    out = block_causal_attention(q, k, v, tokens_per_step=5)[0]
     assert (type(out.grad_fn).__name__ == "_PrefixAttentionBackward") == expected
     monkeypatch.setattr(layers, "has_bfloat16_products", lambda: not capable)
-    other = block_causal_attention(q, k, v, tokens_per_step=5)
+    other = block_causal_attention(q, k, v, tokens_per_step=5)[0]
     assert type(other.grad_fn) is not type(out.grad_fn) or dtype != torch.bfloat16
     torch.testing.assert_close(other, out, atol=2**-6, rtol=2**-6)
 

@@ -1,6 +1,6 @@
 """One training in a process of its own, started by `tests.processes.Started`; it may be slowed down, die, or kill itself.
 
-argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `die_at=K` (process 1, at training step K), `hang_at=K` (the same; the
+argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `slow_end` (before the weights are written), `die_at=K` (process 1, at training step K), `hang_at=K` (the same; the
 others wait 10 s for it in place of minutes), `nan_at=K` (its loss there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two
 training steps more were done). Leaves `home/out/run`, and `home/count` of file operations.
 """
@@ -62,6 +62,8 @@ def main(workspace: str, home: str, *words: str) -> None:
             if count == options.get("kill_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    write = trainer.write_outputs
+    trainer.write_outputs = lambda *given: (time.sleep(2 * ("slow_end" in words)), write(*given))[1]
     trainer.train_step, checkpoint.save_file = slowed, save_slowly
     if "hang_at" in options:
         distributed.TIMEOUT = timedelta(seconds=10)

@@ -5,7 +5,8 @@ Claims:
 - training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
 - validations copy nothing from or to ordinary memory but their row, though they give windows another episode's actions;
 - a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
-- losses are those of the CPU, of a compressed predictor too.
+- losses are those of the CPU, of a compressed predictor too;
+- another GPU than the current one, whose streams everything waits for, is refused.
 """
 
 import tempfile
@@ -146,3 +147,16 @@ def test_a_compressed_predictor_is_fitted_and_trained_where_the_tokens_are():
     on_cpu, on_gpu = found
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert float(one["total"]) == pytest.approx(float(other["total"]), rel=1e-6)
+
+
+@on_emulated_cuda
+def test_another_gpu_than_the_current_one_is_refused():
+    from jepa_cache.training.distributed import start_processes
+    from tests.caches import make_config
+
+    with emulated_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+        with pytest.raises(
+            ValueError, match=r"train\.device is 'auto', here cuda, but .* cuda:1; unset .*CUDA_VISIBLE_DEVICES=1"
+        ):
+            start_processes(make_config("train.device=auto").train)

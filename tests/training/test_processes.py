@@ -2,7 +2,7 @@
 
 Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
-- one process writes; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
+- one process writes, and the others leave when it has; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
   command ends as if nothing had happened;
 - when one dies, or hangs for longer than the others wait, the other says so and names the checkpoint;
 - where the loss of one alone is not finite, in float16 too, both stop at one training step, and none waits for the other;
@@ -45,7 +45,10 @@ def finish(processes) -> tuple[list[int], list[str]]:
 
 def test_two_processes_with_four_windows_each_train_as_one_with_eight(cache, start, tmp_path):
     alone = runs.start(cache, tmp_path / "1", "train.batch_size=8", "train.rollout_start=random")
-    codes, texts = finish(start(tmp_path / "2", "train.batch_size=4", "train.rollout_start=random"))
+    pair = start(tmp_path / "2", "train.batch_size=4", "train.rollout_start=random", "slow_end")
+    pair[1].wait()
+    assert (tmp_path / "2/out/run/predictor.safetensors").is_file(), "none leaves before the first one has written"
+    codes, texts = finish(pair)
     assert (alone.wait(), codes) == (0, [0, 0]), (alone.text, texts)
     assert "2 processes" in texts[0] and "trainable" not in texts[1], "only the first one talks"
     for one, two in zip(*(read_csv(tmp_path / name / "out/run") for name in "12"), strict=True):
