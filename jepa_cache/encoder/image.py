@@ -46,17 +46,77 @@ class ImageKind:
     """A frozen image encoder of the transformers library, such as DINOv2; takes frames one by one."""
 
     def find(self, reference: str, *, base: Path, download: bool = True) -> Path | None:
-        """Folder of the model, see `resolve_model`."""
-        return resolve_model(reference, base=base, download=download)
+        """The folder of a model: one on disk (relative to `base`), or the local copy of hf://owner/repo[@revision] or shipped:NAME.
+
+        None where `download` is off and the copy is not on this machine.
+        """
+        if reference.startswith(PREFIX):
+            return find_shipped(reference.removeprefix(PREFIX), download=download)
+        repo, _, revision = reference.removeprefix("hf://").partition("@")
+        is_remote, folder = reference.startswith("hf://"), base / Path(reference).expanduser()
+        usable = repo.count("/") == 1 and all(repo.split("/")) if is_remote else folder.is_dir()
+        if not usable:
+            raise ImageModelError(
+                f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
+                f"hf://owner/repo[@revision], or shipped by a package ({', '.join(SHIPPED)}); got '{reference}'"
+                + ("" if is_remote else f", and {folder} is no folder")
+            )
+        if not is_remote:
+            return folder
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        # By name: neither code nor pickles are ever fetched.
+        options = {
+            "allow_patterns": [CONFIG, PREPROCESSING, "model*.safetensors", INDEX],
+            "local_files_only": not download,
+        }
+        try:
+            return Path(snapshot_download(repo, revision=revision or None, **options))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            if not download and isinstance(error, LocalEntryNotFoundError):
+                return None
+            raise ImageModelError(
+                f"{reference} could not be had from the hub: {error} Download it on a machine with network (`hf download {repo}`) and "
+                "name the folder with encode.weights=PATH"
+            ) from error
 
     def files(self, weights: Path) -> list[Path]:
-        """Config and weights."""
-        return model_files(weights)
+        """The files that decide a model's numbers, config first, then weights by name; whole, and no pickles."""
+        files = [weights / WEIGHTS]
+        if (weights / INDEX).is_file():
+            weight_map = _read_json(weights / INDEX).get("weight_map")
+            names = set(weight_map.values()) if isinstance(weight_map, dict) else {weight_map}
+            for name in names:
+                if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                    raise ImageModelError(
+                        f"{weights / INDEX}: weight_map names files of this folder; {name!r} is none. Save the model again with "
+                        "save_pretrained(FOLDER)"
+                    )
+            files = [weights / INDEX, *(weights / name for name in sorted(names))]
+        missing = [file.name for file in (weights / CONFIG, *files) if not file.is_file()]
+        if missing:
+            pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in weights.glob(pattern))
+            raise ImageModelError(
+                f"{weights} lacks {', '.join(missing)}"
+                + (f"; it has {', '.join(pickles)}, but pickles can run code and are not read here" if pickles else "")
+                + ". Save the model again with save_pretrained(FOLDER), which writes safetensors"
+            )
+        for file in files:
+            if file.suffix == ".safetensors":
+                try:
+                    with safe_open(file, framework="np"):  # compares the file's length with its header
+                        pass
+                except (OSError, SafetensorError) as error:
+                    raise ImageModelError(
+                        f"{file} ({file.stat().st_size} bytes) is no whole safetensors file: {error}. Copy or download it again"
+                    ) from error
+        return [weights / CONFIG, *files]
 
     def identity(self, preset: EncoderPreset, weights: Path, digest: Callable[[Path], str]) -> str:
         """`hf:sha256` over config and weights, whatever folder or revision they came from."""
         total = hashlib.sha256()
-        for file in model_files(weights):
+        for file in self.files(weights):
             total.update(f"{file.name} {digest(file)}\n".encode())
         return f"hf:{total.hexdigest()}"
 
@@ -65,7 +125,7 @@ class ImageKind:
         from jepa_cache.encoder.image_model import load_image_model
 
         assert weights is not None
-        model_files(weights)  # refuses pickles and files that are not whole
+        self.files(weights)  # refuses pickles and files that are not whole
         model = read_model(weights)
         differing = [
             f"{name} is {getattr(preset, name)} in the preset and {size} in the model"
@@ -82,75 +142,6 @@ class ImageKind:
     def recipe_fields(self, preset: EncoderPreset, encode: EncodeConfig) -> Mapping[str, Any]:
         """The kind alone: the config of the model is part of the identity."""
         return {"kind": "hf"}
-
-
-def resolve_model(reference: str, *, base: Path, download: bool = True) -> Path | None:
-    """The folder of a model: one on disk (relative to `base`), or the local copy of hf://owner/repo[@revision] or shipped:NAME.
-
-    None where `download` is off and the copy is not on this machine.
-    """
-    if reference.startswith(PREFIX):
-        return find_shipped(reference.removeprefix(PREFIX), download=download)
-    repo, _, revision = reference.removeprefix("hf://").partition("@")
-    is_remote, folder = reference.startswith("hf://"), base / Path(reference).expanduser()
-    usable = repo.count("/") == 1 and all(repo.split("/")) if is_remote else folder.is_dir()
-    if not usable:
-        raise ImageModelError(
-            f"an image encoder is a folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it, or "
-            f"hf://owner/repo[@revision], or shipped by a package ({', '.join(SHIPPED)}); got '{reference}'"
-            + ("" if is_remote else f", and {folder} is no folder")
-        )
-    if not is_remote:
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # By name: neither code nor pickles are ever fetched.
-    patterns = [CONFIG, PREPROCESSING, "model*.safetensors", INDEX]
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=patterns, local_files_only=not download)
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if not download and isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise ImageModelError(
-            f"{reference} could not be had from the hub: {error} Download it on a machine with network (`hf download {repo}`) and "
-            "name the folder with encode.weights=PATH"
-        ) from error
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files that decide a model's numbers, config first, then weights by name; whole, and no pickles."""
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {weight_map}
-        for name in names:
-            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-                raise ImageModelError(
-                    f"{folder / INDEX}: weight_map names files of this folder; {name!r} is none. Save the model again with "
-                    "save_pretrained(FOLDER)"
-                )
-        files = [folder / INDEX, *(folder / name for name in sorted(names))]
-    missing = [file.name for file in (folder / CONFIG, *files) if not file.is_file()]
-    if missing:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        raise ImageModelError(
-            f"{folder} lacks {', '.join(missing)}"
-            + (f"; it has {', '.join(pickles)}, but pickles can run code and are not read here" if pickles else "")
-            + ". Save the model again with save_pretrained(FOLDER), which writes safetensors"
-        )
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="np"):  # compares the file's length with its header
-                    pass
-            except (OSError, SafetensorError) as error:
-                raise ImageModelError(
-                    f"{file} ({file.stat().st_size} bytes) is no whole safetensors file: {error}. Copy or download it again"
-                ) from error
-    return [folder / CONFIG, *files]
 
 
 class ImageModel(NamedTuple):

@@ -25,7 +25,7 @@ from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, check_controls, group_units_by_recipe, open_encoder
 from jepa_cache.encoding.pipeline import FillResult, Timing, fill_group
 from jepa_cache.encoding.steps import describe_slower
-from jepa_cache.encoding.task import load_encoder, read_whole, resolve_device, wait_for_others
+from jepa_cache.encoding.task import load_encoder, read_whole, wait_for_others
 from jepa_cache.encoding.units import name_skipped
 from jepa_cache.encoding.workers import EncodeFailedError, connect, encode_on_workers
 from jepa_cache.episode import Skipped
@@ -168,8 +168,7 @@ def encode_missing(groups: Sequence[EncodingGroup], root: CacheRoot, workers: in
         nullcontext() if workers is None else connect(workers, encode.device, num_threads) as connection,
     ):
         if connection is None:
-            device = resolve_device(encode.device)
-            encoder = load_encoder(groups[0].encoder, encode, device=device, num_threads=num_threads)
+            encoder = load_encoder(groups[0].encoder, encode, num_threads)
         begun = time.perf_counter()
 
         def show(num_bytes: int, timing: Timing) -> None:

@@ -31,13 +31,6 @@ LIBRARIES = ("torch", "numpy", "zarr", "av", "decord")  # decord is not to be ha
 POLL_S = 1.0
 
 
-def count_gpus() -> int:
-    """GPUs that torch sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def resolve_device(wanted: str) -> str:
     """The device that `encode.device` means on this machine, see `devices.resolve_device`."""
     from jepa_cache import devices
@@ -45,7 +38,7 @@ def resolve_device(wanted: str) -> str:
     return devices.resolve_device("encode.device", wanted)
 
 
-def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, num_threads: int) -> FrozenEncoder:
+def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
     """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process, with a GPU one.
 
     Each decoding thread would have so many of its own, for work that one does as quickly.
@@ -60,7 +53,7 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, *, device: str, nu
     from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 
     preset, weights, identity = opened
-    device = resolve_device(device)
+    device = resolve_device(encode.device)
     torch.set_num_threads(num_threads if device == "cpu" else 1)
     files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]

@@ -14,7 +14,7 @@ from jepa_cache.config.schema import Config, EncodeConfig
 from jepa_cache.encoding.actions import ensure_controls
 from jepa_cache.encoding.groups import EncodingGroup, group_units_by_recipe, open_encoder, scan_units
 from jepa_cache.encoding.run import bring_up_to_date
-from jepa_cache.encoding.task import describe_machine, load_encoder, read_whole, resolve_device
+from jepa_cache.encoding.task import describe_machine, load_encoder, read_whole
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import Unit, iter_as_stored
 from jepa_cache.store import layout
@@ -101,8 +101,8 @@ def compare_online(
     starts = np.cumsum([0, *(it.entry.num_steps for it in units)])
     steps = np.sort(random.Random(seed).sample(range(starts[-1]), min(num_steps, starts[-1])))
     numbers = np.searchsorted(starts, steps, side="right") - 1
-    num_threads, device = groups[0].num_threads, resolve_device(config.encode.device)
-    encoder = load_encoder(groups[0].encoder, config.encode, device=device, num_threads=num_threads)
+    num_threads = groups[0].num_threads
+    encoder = load_encoder(groups[0].encoder, config.encode, num_threads)
     comparison = Comparison(seed)
     for number in np.unique(numbers):
         it, rows = units[number], (steps[numbers == number] - starts[number]).tolist()

@@ -12,18 +12,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jepa_cache.config.paths import default_num_decoders, is_full_gpu
-from jepa_cache.config.schema import EncodeConfig
 from jepa_cache.encoding.actions import ensure_actions
-from jepa_cache.encoding.groups import EncodingGroup, OpenedEncoder, name_reading, token_recipe
+from jepa_cache.encoding.groups import EncodingGroup, name_reading, token_recipe
 from jepa_cache.encoding.pipeline import FillResult, fill_group
-from jepa_cache.encoding.task import count_gpus, load_encoder, resolve_device
+from jepa_cache.encoding.task import load_encoder, resolve_device
 from jepa_cache.store.recipe import recipe_changes
 from jepa_cache.store.root import CacheRoot
 
 if TYPE_CHECKING:
     from dask.distributed import Client
 
-    from jepa_cache.encoder.frozen import FrozenEncoder
 
 CONNECT_S = 30
 START_S = 120  # a worker imports from a cold disk
@@ -61,8 +59,10 @@ def _start_local(num_workers: int, device: str, num_threads: int) -> Iterator[Co
 
     environments: list[dict[str, str]] = [{} for _ in range(num_workers)]
     if device == "cuda":
+        import torch
+
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = named.split(",") if named else [str(number) for number in range(count_gpus())]
+        gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
         # Set before the worker starts, hence before it imports torch.
         environments = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(num_workers)]
     elif num_workers * num_threads > (os.cpu_count() or 1):
@@ -217,6 +217,4 @@ def _check_recipe(task: EncodingGroup, address: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1)
-def _load_once(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
-    return load_encoder(opened, encode, device=encode.device, num_threads=num_threads)
+_load_once = functools.lru_cache(maxsize=1)(load_encoder)

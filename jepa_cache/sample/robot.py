@@ -211,7 +211,7 @@ class RobotWorld:
 
     def state(self) -> np.ndarray:
         """The measured pose [7] now."""
-        euler = self._measured_attitude().as_euler("xyz")
+        euler = Rotation.from_matrix(self._data.site_xmat[self._site].reshape(3, 3)).as_euler("xyz")
         gripper = float(self._data.joint("right_driver_joint").qpos[0]) / 0.8  # the joint's range
         return np.array([*self._data.site_xpos[self._site], *euler, np.clip(gripper, 0.0, 1.0)])
 
@@ -310,9 +310,6 @@ class RobotWorld:
         jacobian = np.zeros((6, self._model.nv))
         self._mujoco.mj_jacSite(self._model, self._data, jacobian[:3], jacobian[3:], self._site)
         return jacobian[:, self._dofs]
-
-    def _measured_attitude(self) -> Rotation:
-        return Rotation.from_matrix(self._data.site_xmat[self._site].reshape(3, 3))
 
     def _error(self, place_m: np.ndarray) -> np.ndarray:
         """[6]: what is missing to a place (m) and to the commanded attitude (rotation vector, rad)."""

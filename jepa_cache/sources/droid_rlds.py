@@ -166,7 +166,8 @@ class DroidRldsSource:
                 if record.problem is not None:
                     raise RecordingError(record.problem)
                 example = features.decode(record.data)
-                if (name := self._name_episode(example)) in keys:
+                text = "--".join(_to_text(example[part]) for part in self.options.episode_key)
+                if (name := find_episode_key(text) or text.lstrip("/")) in keys:
                     raise RecordingError(
                         f"an earlier record of this shard has the same name, {name!r}; name more features in episode_key"
                     )
@@ -191,10 +192,6 @@ class DroidRldsSource:
         wanted = [self.picture, *options.pose, *options.command, *options.episode_key]
         wanted += [name for name in (options.joint_velocity_command, options.success) if name is not None]
         return Features(path, tuple(dict.fromkeys(wanted)), optional=(self.extrinsics,) if self.extrinsics else ())
-
-    def _name_episode(self, example: Mapping[str, Any]) -> str:
-        name = "--".join(_to_text(example[part]) for part in self.options.episode_key)
-        return find_episode_key(name) or name.lstrip("/")
 
     def _read_episode(self, key: str, example: Mapping[str, Any]) -> Episode:
         options = self.options

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jepa_cache.config.schema import EncoderPreset
+from jepa_cache.config.loading import load_config
 from tests.official_files import draw_state, encoder_shapes
+from tests.workspace import SUITE_SETTINGS
 
 
 @pytest.fixture(autouse=True)
@@ -21,26 +22,9 @@ def one_thread():
 @pytest.fixture
 def preset():
     """Untrained, 32 px, 2 x 2 tokens a step."""
-    return EncoderPreset(
-        name="small",
-        embed_dim=48,
-        depth=2,
-        num_heads=2,
-        mlp_dim=96,
-        patch_size=16,
-        tubelet_size=2,
-        resolution=32,
-        rope="tiled",
-        crop="ac",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        compute_dtype="float32",
-        batch_size=4,
-        weights=None,
-        weights_entry=None,
-        weights_sha256=None,
-        random_seed=3,
-    )
+    tiny = load_config(SUITE_SETTINGS, ["encoder=tiny"]).encoder
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_dim": 96, "resolution": 32, "batch_size": 4}
+    return replace(tiny, name="small", random_seed=3, **sizes)
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder.image import read_preprocessing
 from jepa_cache.encoder.shipped import ShippedModel, model_digest, read_state, write_model
 from jepa_cache.media.wheel import digest_of
+from tests.workspace import SUITE_SETTINGS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 64, "patch_size": 16}
@@ -91,28 +93,10 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def preset_of(folder: Path, **changes: object) -> EncoderPreset:
     """The preset that describes a saved model."""
-    fields = read_preprocessing(folder)
-    return replace(
-        EncoderPreset(
-            name="image",
-            embed_dim=32,
-            depth=2,
-            num_heads=2,
-            mlp_dim=64,
-            patch_size=16,
-            tubelet_size=1,
-            rope="own",
-            compute_dtype="float32",
-            batch_size=4,
-            weights=str(folder),
-            weights_entry=None,
-            weights_sha256=None,
-            random_seed=None,
-            kind="hf",
-            **fields,
-        ),
-        **changes,
-    )
+    tiny = load_config(SUITE_SETTINGS, ["encoder=tiny"]).encoder
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64, "tubelet_size": 1, "batch_size": 4}
+    kind = {"name": "image", "kind": "hf", "rope": "own", "weights": str(folder), "random_seed": None}
+    return replace(tiny, **{**sizes, **kind, **read_preprocessing(folder), **changes})
 
 
 def _varint(value: int) -> bytes:

@@ -82,6 +82,7 @@ def write(tmp_path, wide_state):
 def test_tiny_weights_never_change_and_need_no_torch(preset):
     # Every cache made with tiny carries this digest; another generator or order would change it unnoticed.
     assert weights_identity(read_preset("tiny"), None, digest=file_digest) == TINY_IDENTITY
+    assert weights_identity(replace(read_preset("tiny"), random_seed=4), None, digest=file_digest) != TINY_IDENTITY
     assert {name: array.shape for name, array in random_state(preset).items()} == encoder_shapes(preset)
     code = (
         "import sys; from types import SimpleNamespace as S; from jepa_cache.encoder import weights_identity;"
@@ -89,18 +90,6 @@ def test_tiny_weights_never_change_and_need_no_torch(preset):
         "weights_identity(p, None, digest=str); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_random_weights_follow_the_official_initialisation_and_the_seed(preset):
-    state = random_state(replace(preset, embed_dim=96, depth=3))
-    assert not any(array.any() for name, array in state.items() if name.endswith("bias"))
-    assert all((array == 1).all() for name, array in state.items() if "norm" in name and name.endswith("weight"))
-    for name in ("blocks.2.attn.qkv", "patch_embed.proj"):
-        assert state[f"{name}.weight"].std() == pytest.approx(0.02, rel=0.03)
-    for name in ("attn.proj", "mlp.fc2"):
-        assert state[f"blocks.2.{name}.weight"].std() == pytest.approx(0.02 / np.sqrt(6), rel=0.03)
-    other = weights_identity(replace(preset, random_seed=4), None, digest=file_digest)
-    assert weights_identity(preset, None, digest=file_digest) != other
 
 
 def test_identity_of_a_file_follows_bytes_and_entry_but_not_the_name(file_preset, tmp_path):

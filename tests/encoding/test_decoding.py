@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa_cache.encoding import decoding
-from jepa_cache.encoding.decoding import Budget, Decoders
+from jepa_cache.encoding.decoding import Decoders
 from jepa_cache.episode import Episode
 from jepa_cache.sources import Unit
 
@@ -33,9 +33,9 @@ def make_decoders(monkeypatch, lengths, *, num_threads, budget_mib, on_read):
         def __exit__(self, *_):
             pass
 
-        def read(self, frames):
+        def iter_frames(self, frames):
             on_read(self.number, int(frames[0]))
-            return np.full((len(frames), 4, 4, 3), self.number % 251, np.uint8)
+            yield from np.full((len(frames), 4, 4, 3), self.number % 251, np.uint8)
 
     def episodes(_):
         for number, length in enumerate(lengths):
@@ -48,7 +48,7 @@ def make_decoders(monkeypatch, lengths, *, num_threads, budget_mib, on_read):
         source=SimpleNamespace(iter_episodes=episodes),
         plan=lambda num_frames, *_: SimpleNamespace(inputs=np.arange(num_frames)[:, None]),
     )
-    preprocess = lambda frames: torch.from_numpy(frames[:, :1, :1, :1]).expand(-1, 1, 1, PIXELS)  # noqa: E731
+    preprocess = lambda frames: torch.from_numpy(np.stack(frames)[:, :1, :1, :1]).expand(-1, 1, 1, PIXELS)  # noqa: E731
     return Decoders(group, [Unit("unit", ())], preprocess)
 
 
@@ -106,20 +106,3 @@ def test_a_budget_below_one_batch_holds_one_batch(monkeypatch):
     with make_decoders(monkeypatch, lengths, num_threads=3, budget_mib=0, on_read=lambda *_: None) as decoders:
         assert read_all(decoders) == expected_of(lengths)
         assert decoders.budget.peak_bytes <= BATCH_BYTES + 400
-
-
-def test_read_episodes_count_until_they_are_done_with():
-    budget = Budget(100)
-    budget.take_episode(0, 90)
-    budget.take_batch(0, 30, 30)  # the earliest may always hold one
-    assert budget.held_bytes == 120
-    taken = threading.Thread(target=budget.take_episode, args=(1, 50))
-    taken.start()
-    assert taken.is_alive()
-    budget.give_back(0, 30)
-    assert taken.is_alive() and budget.held_bytes == 90
-    budget.finish(0)
-    taken.join(60)
-    assert budget.held_bytes == 50
-    budget.finish(1)
-    assert budget.held_bytes == 0

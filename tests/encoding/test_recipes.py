@@ -1,4 +1,4 @@
-"""Claims: every setting that changes tokens changes the fingerprint; no other setting of the whole configuration does.
+"""Claims: every setting of stage one that changes tokens changes the fingerprint, and no other one does.
 
 Each field of a recipe is explained in docs/filling.md; changing any of them leaves the old stores where they are.
 """
@@ -11,7 +11,7 @@ import pytest
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.config.loading import load_config
-from jepa_cache.config.schema import Config, EncodeConfig, EncoderPreset
+from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoder import weights_identity
 from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
 from jepa_cache.sources import build_source
@@ -96,10 +96,7 @@ def changed(config, section, field, value):
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
 
 
-def test_every_section_and_every_field_that_may_decide_tokens_is_looked_at_here():
-    looked_at = "predictor split filter scaler train evaluate plan act encode encoder dataset"
-    others = "cache origins members outputs"
-    assert {field.name for field in dataclasses.fields(Config)} == {*looked_at.split(), *others.split()}
+def test_every_field_that_may_decide_tokens_is_looked_at_here():
     assert {field.name for field in dataclasses.fields(EncodeConfig)} == ENCODE_CHANGES.keys() | ENCODE_KEEPS.keys()
     assert {field.name for field in dataclasses.fields(EncoderPreset)} == ENCODER_CHANGES.keys() | ENCODER_KEEPS.keys()
 
@@ -114,25 +111,6 @@ def test_a_setting_changes_the_fingerprint_where_it_decides_tokens_and_nowhere_e
         assert getattr(getattr(config, section), field) != value
         other = fingerprint_of(changed(config, section, field, value))
         assert (other != fingerprint_of(config)) == (field in changes), field
-
-
-def test_no_setting_of_stage_two_changes_any_fingerprint():
-    config = tiny_config()
-    fingerprints = fingerprint_of(config), action_fingerprint_of(config)
-    for section in ("predictor", "split", "filter", "scaler", "train", "evaluate"):
-        for field in dataclasses.fields(getattr(config, section)):
-            value = getattr(getattr(config, section), field.name)
-            other_value = value + 1 if isinstance(value, int | float) else f"{value} other"
-            other = changed(config, section, field.name, other_value)
-            assert (fingerprint_of(other), action_fingerprint_of(other)) == fingerprints, f"{section}.{field.name}"
-
-
-def test_of_the_data_set_only_the_source_and_its_options_change_the_fingerprint():
-    config = tiny_config()
-    for field, value in {"name": "mine", "inputs": ("x",), "fps": 1.0, "mode": "clip", "scale_actions": "none"}.items():
-        assert fingerprint_of(changed(config, "dataset", field, value)) == fingerprint_of(config)
-    simple = {"schema": "simple", "camera_unit": "delta_deg"}
-    assert fingerprint_of(changed(config, "dataset", "source_options", simple)) != fingerprint_of(config)
 
 
 def test_actions_depend_on_the_sampling_the_phase_and_the_action_space_and_tokens_on_the_phase():

@@ -14,9 +14,8 @@ import pytest
 
 from jepa_cache.cli.preparation import pack
 from jepa_cache.media import tar as tar_module
-from jepa_cache.media.probe import iter_tar_videos, probe_video
 from jepa_cache.media.tar import SUFFIXES, expand_inputs, iter_samples, pack_folder
-from tests.makers import make_video, write_tar
+from tests.makers import write_tar
 
 
 def _read(path):
@@ -125,22 +124,6 @@ def test_a_damaged_header_and_joined_tars_are_a_problem_and_what_was_before_is_r
     assert tail.key == "whole.tar" and "damaged header" in tail.problem
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "it is empty"),
-        (b"no tar at all" * 100, "copy it again"),
-        (b"\x1f\x8b\x08" + b"x" * 600, "compressed with gzip"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (b"\n<HTML><body>Please log in", "HTML page"),
-    ],
-)
-def test_what_is_no_tar_is_one_problem_under_its_name_that_says_what_it_is(tmp_path, content, words):
-    (tmp_path / "a.tar").write_bytes(content)
-    (sample,) = _read(tmp_path / "a.tar")
-    assert sample.key == "a.tar" and "no uncompressed tar" in sample.problem and words in sample.problem
-
-
 def test_one_sample_is_in_memory_at_a_time(tmp_path):
     size = 1 << 20
     tar = write_tar(tmp_path / "a.tar", [(f"{index}.mp4", bytes(size)) for index in range(8)])
@@ -151,16 +134,6 @@ def test_one_sample_is_in_memory_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * size, f"{peak / size:.1f} samples were in memory at once"
-
-
-def test_videos_of_a_tar_are_measured_by_their_headers_and_what_cannot_be_used_says_why(tmp_path):
-    video = make_video(20, 1, options={"g": "7"})
-    members = [("good.mp4", video), ("good.jsonl", b"{}\n"), ("cut.mp4", video[:-900]), ("cut.jsonl", b"{}\n")]
-    members += [("alone.mp4", video), ("text.jsonl", b"{}\n")]
-    found = {key: (info, problem) for key, info, problem in iter_tar_videos(write_tar(tmp_path / "x.tar", members))}
-    # Whether later frames show before key frames is not looked at.
-    assert found.pop("good") == (probe_video(video)._replace(open_gop=False), "")
-    assert all(info is None and problem for info, problem in found.values()) and set(found) == {"cut", "alone", "text"}
 
 
 @pytest.fixture

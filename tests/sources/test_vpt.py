@@ -15,7 +15,7 @@ from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.sources import build_source, list_sources
 from jepa_cache.sources import vpt as vpt_module
-from tests.makers import make_rows, make_video, make_vpt_pair, to_jsonl, write_tar, write_vpt_tar
+from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
 
 NUM_FRAMES = 12
 VIDEO = make_video(NUM_FRAMES)
@@ -234,21 +234,6 @@ def test_attack_is_followed_from_line_0_and_slots_from_the_runs_own_first_line(t
     assert _controls(tmp_path, two)["attack"].all(), "nor do two buttons at once"
 
 
-def test_what_cannot_be_used_is_skipped_by_name_and_the_others_go_on(tmp_path):
-    good, lines = make_vpt_pair(4)
-    members = [
-        *(("lonely.mp4", good), ("half.jsonl", lines), ("first.mp4", good), ("first-options.json", b"{}")),
-        *(("broken.mp4", good[:300]), ("broken.jsonl", lines), ("first.jsonl", lines), ("first.zip", b"zip")),
-        *(("badline.mp4", good), ("badline.jsonl", b"{"), ("10.0/last..mp4", good), ("10.0/last..jsonl", lines)),
-        ("README.txt", b""),
-    ]
-    results = _read_tar(write_tar(tmp_path / "x.tar", members))
-    assert [result.key for result in results if isinstance(result, Episode)] == ["first", "10.0/last"]
-    reasons = {result.key: result.reason for result in results if isinstance(result, Skipped)}
-    words = {"lonely": "no lonely.jsonl", "half": "no half.mp4", "broken": "cannot be opened", "badline": "line 1 of 1"}
-    assert reasons.keys() == words.keys() and all(words[key] in reason for key, reason in reasons.items())
-
-
 def test_a_tar_that_was_cut_off_costs_the_recording_that_was_cut_and_counts_once(tmp_path):
     pair = (VIDEO, to_jsonl(make_rows(NUM_FRAMES)))
     path = write_vpt_tar(tmp_path / "a.tar", {"a": pair, "b": pair})
@@ -289,10 +274,8 @@ def test_respawns_wrapped_yaw_rest_and_guis_are_vpt_and_yaw_on_another_scale_or_
 def test_options_are_checked_with_the_nearest_name_and_enter_the_recipe_when_chosen():
     simple = {"schema": "simple", "camera_unit": "delta_deg"}
     for options, words in (
-        ({"schema": "contracter"}, "did you mean 'contractor'"),
         ({"camera_unit": "delta_deg"}, "camera_unit belongs to schema 'simple'"),
         ({"schema": "simple"}, r"needs source_options\.camera_unit, one of delta_deg"),
-        ({"mouse_scale": "by_version"}, "mouse_scale"),
     ):
         with pytest.raises(ValueError, match=words):
             build_source("vpt", options)
