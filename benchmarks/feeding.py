@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,11 +47,11 @@ class SleepingVideo:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def read(self, frames: np.ndarray) -> np.ndarray:
+    def iter_frames(self, frames: np.ndarray) -> Iterator[np.ndarray]:
         """Take as long as decoding would."""
         time.sleep(PIECE_S * len(frames) / decoding.PIECE_FRAMES)
         READ.append((time.perf_counter(), int(frames[0]), len(frames)))
-        return np.zeros((len(frames), 4, 4, 3), np.uint8)
+        yield from np.zeros((len(frames), 4, 4, 3), np.uint8)
 
 
 READ: list[tuple[float, int, int]] = []  # when, the first frame, how many

@@ -82,10 +82,6 @@ class Task:
             f"{self.num_steps} actions and {NUM_STILL} still steps"
         )
 
-    def find_place(self, observation: Observation, info: Mapping[str, Any]) -> np.ndarray:
-        """Where the thing is that counts, [3] m."""
-        return np.array(info["block"] if self.thing == "block" else observation["state"][:3], np.float64)
-
     def succeeds(self, start_m: float, final_m: float) -> bool:
         """Whether an episode that began and ended at these distances from its goal is a success; never where one is not finite."""
         halved = final_m < CLOSER_SHARE * start_m if self.needs_closer else True
@@ -245,7 +241,7 @@ def _look(task: Task, picture: str, call: Callable[..., Any], *arguments: Any, *
         if len(rest) not in (0, 3):
             raise ValueError(f"reset gives 2 values and step 5, not {len(rest) + 2}")
         frame, state = observation["frame"], np.asarray(observation["state"], np.float64)
-        place = np.asarray(task.find_place(observation, info), np.float64)
+        place = np.array(info["block"] if task.thing == "block" else state[:3], np.float64)
         if state.ndim != 1 or len(state) < 3 or place.shape != (3,):
             raise ValueError(f"a state is [3 or more] and a place [3], not {list(state.shape)} and {list(place.shape)}")
     except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +19,6 @@ STILL_SHARE = 0.02
 LIMITS = {"max_step_m": 0.05, "max_rotation_rad": 0.0, "max_turn_deg": 30.0, "reach": 1.0}
 """What holds where nothing else is said."""
 WITHOUT = (("max_rotation_rad", 0.0), ("reach", 1.0))  # what every space can do
-
-
-class Bound(NamedTuple):
-    """The one number of a state that ends somewhere, and the column of an action that moves it."""
-
-    state: int
-    action: int
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,8 @@ class Motion:
     dead_zone: np.ndarray  # [K] float64; smaller results of a plan become 0
     complete: Callable[[np.ndarray], np.ndarray]  # actions [.., A] with the searched columns set -> whole actions
     integrate: Callable[[np.ndarray, np.ndarray], np.ndarray]  # states [.., S], actions [.., A] -> states [.., S]
-    bounded: Bound | None
+    # The one number of a state that ends somewhere, the column of an action that moves it, and where it ends.
+    bounded: tuple[int, int, float, float] | None
     adds: bool  # as of `MotionRule`
     still: np.ndarray  # [A] float64, of columns that are not searched, where nothing else is said
     # Searched number that moves a place: that state's column, and where the place may end.
@@ -202,8 +193,10 @@ def build_motion(
             column = names.index(name)
             if not one or not rule.adds:
                 still[column] = (recorded.action_low[column] + recorded.action_high[column]) / 2
-    state, action, least, largest = rule.bounded or (None,) * 4
-    states, places = [column.name for column in space.states], {}
+    states, places, bounded = [column.name for column in space.states], {}, None
+    if rule.bounded:
+        state, action, least, largest = rule.bounded
+        bounded = states.index(state), names.index(action), least, largest
     if recorded is not None and rule.adds and reach > 1:
         for number, name in enumerate(searched):
             if name.removeprefix("d") in space.positions:
@@ -223,7 +216,7 @@ def build_motion(
         dead_zone=np.where(gripper, GRIPPER_DEAD_ZONE, 0.0),
         complete=partial(complete_actions, space),
         integrate=rule.integrate or recorded.follow,
-        bounded=rule.bounded and Bound(states.index(state), names.index(action), least, largest),
+        bounded=bounded,
         adds=rule.adds,
         still=still,
         places=places,

@@ -24,22 +24,19 @@ class Segment(NamedTuple):
     stop: int
 
 
-class Joined(NamedTuple):
-    """Episodes that all cameras saw, in the stores of the first camera."""
-
-    cameras: tuple[str, ...]
-    segments: list[Segment]
-    # Of each store of the first camera: where its steps lie for the others, [steps, cameras - 1, 2] store and row; -1 outside of segments.
-    others: dict[int, np.ndarray]
-
-
-def join_cameras(manifest: Manifest, segments: Sequence[Segment], read_ticks: Callable[[int], np.ndarray]) -> Joined:
+def join_cameras(
+    manifest: Manifest, segments: Sequence[Segment], read_ticks: Callable[[int], np.ndarray]
+) -> tuple[tuple[str, ...], list[Segment], dict[int, np.ndarray]]:
     """Join the stores of a manifest's cameras; how many episodes and steps that leaves out is said on stderr.
 
     Args:
         manifest: Of two cameras or more, the same ones in every data set of a mixture.
         segments: All of them, of all cameras.
         read_ticks: Of a store the row of the controls [n] that each of its steps lies on.
+
+    Returns:
+        The cameras; the episodes that all of them saw, in the stores of the first one; and of each of its stores where its steps lie for the
+        others, [steps, cameras - 1, 2] store and row, -1 outside of segments.
 
     Raises:
         ValueError: There is one camera only, data sets of a mixture have other cameras, or no episode is left.
@@ -98,7 +95,7 @@ def join_cameras(manifest: Manifest, segments: Sequence[Segment], read_ticks: Ca
             f"cache.join_cameras: none of the {len(views)} episodes was seen by all of {', '.join(cameras)} at the same times; encode other "
             "cameras (encode.cameras), or set cache.join_cameras=false"
         )
-    return Joined(cameras, sorted(joined, key=lambda it: (it.store, it.start)), others)
+    return cameras, sorted(joined, key=lambda it: (it.store, it.start)), others
 
 
 def _line_up(views: Sequence[Sequence[Segment]], ticks: dict[int, np.ndarray]) -> np.ndarray:

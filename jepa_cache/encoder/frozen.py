@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_cache.encoder import KINDS
-from jepa_cache.encoder.preprocess import crop_rule, normalise
+from jepa_cache.encoder.preprocess import Frames, crop_rule, normalise
 
 if TYPE_CHECKING:
     from jepa_cache.config.schema import EncoderPreset
@@ -87,8 +87,8 @@ class FrozenEncoder:
         """Channels of a token (D)."""
         return self.preset.embed_dim
 
-    def preprocess(self, frames: np.ndarray) -> Tensor:
-        """Crop and resize frames [F, h, w, 3] uint8 RGB on the CPU, each on its own; `encode` takes mean and deviation.
+    def preprocess(self, frames: Frames) -> Tensor:
+        """Crop and resize frames on the CPU, each on its own; `encode` takes mean and deviation.
 
         Gives pixels as they go to the device, see `CropRule.cut`: with a GPU uint8 wherever that changes no bit.
         """

@@ -51,7 +51,7 @@ def rotation_tables(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of queries or keys x [B, heads, N, head_dim] by tables [N, head_dim], in float32."""
+    """Turn adjacent channel pairs of queries or keys x [..., N, head_dim] by tables [N, head_dim], in float32."""
     swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
     return (x * cosine + swapped * sine).to(x.dtype)
 
@@ -69,9 +69,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Mix tokens x [B, N, D] -> [B, N, D]."""
         batch, num_tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotate(q, cosine, sine), rotate(k, cosine, sine), v)
+        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], cosine, sine)  # at once, by half the kernels
+        mixed = F.scaled_dot_product_attention(q, k, qkv[2])
         return self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, dim))
 
 

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from jepa_cache.encoder.frozen import FrozenEncoder, Overlap, Slot
 
-# What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frames
-# that were requested when it broke (decord decodes ahead in a thread of its own, so that is a race).
+# What differs from run to run in a decoder's message, and so must not get into a store: the time of day, and the frame
+# that was requested when it broke (decord decodes ahead in a thread of its own, so that is a race).
 CLOCK_TIME = re.compile(r"\[\d\d:\d\d:\d\d\] ?")
-FRAMES_REQUESTED = re.compile(r"^frames \d+ to \d+ of (\d+) cannot")
+FRAME_REQUESTED = re.compile(r"^frame \d+ of (\d+) cannot")
 WRITES_AHEAD = 4  # calls that may wait for the disk
 
 
@@ -183,7 +183,7 @@ class _OpenUnit:
                 self._launch()
                 self._num_steps = start
                 self._write(self.tokens.roll_back, start)
-            reason = FRAMES_REQUESTED.sub(r"some of the \1 frames cannot", CLOCK_TIME.sub("", str(error)))
+            reason = FRAME_REQUESTED.sub(r"some of the \1 frames cannot", CLOCK_TIME.sub("", str(error)))
             self.skipped.append(Skipped(episode.key, reason))
         else:
             self._describe(stream, start, np.concatenate(luma))

@@ -26,8 +26,8 @@ from jepa_cache.media.probe import (
     read_orientation,
 )
 
-Decode = Callable[[np.ndarray], np.ndarray]
-"""Frame numbers [n] of the container to frames [n, h, w, 3]."""
+Decode = Callable[[int], np.ndarray]
+"""The number of a frame in the container to the frame [h, w, 3], which may lie in the decoder's memory."""
 
 MIN_SEEK_FRAMES = 64
 """PyAV decodes from the start up to here, and enters at a key frame beyond."""
@@ -57,13 +57,21 @@ class Video:
         self._next_index = 0
 
     def read(self, indices: np.ndarray) -> np.ndarray:
+        """`iter_frames` as one array [n, h, w, 3]."""
+        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
+        for row, frame in enumerate(self.iter_frames(indices)):
+            frames[row] = frame
+        return frames
+
+    def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Decode the frames at `indices`, from where the call before ended.
 
         Args:
             indices: [n] integers, strictly ascending over all calls; counted from `first_frame`.
 
-        Returns:
-            [n, h, w, 3] uint8, RGB, 0 to 255.
+        Yields:
+            [h, w, 3] uint8, RGB, 0 to 255; not to be written to: it may be the decoder's own memory, which is that frame's as long as
+            somebody holds it.
 
         Raises:
             ValueError: `indices` are not within the video.
@@ -72,24 +80,22 @@ class Video:
         Cost: every frame up to the last index is decoded once, however many calls there are; of those before `first_frame`
             only the ones since the last key frame.
         """
-        indices = np.asarray(indices, dtype=np.int64) + self.first_frame
-        if len(indices) == 0:
-            return np.empty((0, self.info.height, self.info.width, 3), np.uint8)
-        assert np.all(np.diff(indices) > 0) and indices[0] >= max(self._next_index, self.first_frame), (
-            "frames go forwards"
-        )
-        if indices[-1] >= self.info.num_frames:
-            raise ValueError(f"frame {indices[-1]} was requested, but the video has {self.info.num_frames} frames")
-        try:
-            frames = self._decode(indices)
-        except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
-            span = f"frames {indices[0]} to {indices[-1]} of {self.info.num_frames}"
-            raise explain_failure(error, f"{span} cannot be decoded by {self.decoder}", self._video) from error
-        self._next_index = int(indices[-1]) + 1
-        expected = (len(indices), self.info.height, self.info.width, 3)
-        if frames.shape != expected:
-            raise DecodeError(f"{self.decoder} returned frames of shape {frames.shape} where {expected} was announced")
-        return frames
+        num_frames, expected = self.info.num_frames, (self.info.height, self.info.width, 3)
+        for index in (np.asarray(indices, dtype=np.int64) + self.first_frame).tolist():
+            assert index >= max(self._next_index, self.first_frame), "frames go forwards"
+            if index >= num_frames:
+                raise ValueError(f"frame {index} was requested, but the video has {num_frames} frames")
+            try:
+                frame = self._decode(index)
+            except Exception as error:  # decord raises its own DECORDError, an Exception; PyAV a family of its own.
+                what = f"frame {index} of {num_frames} cannot be decoded by {self.decoder}"
+                raise explain_failure(error, what, self._video) from error
+            self._next_index = index + 1
+            if frame.shape != expected:
+                raise DecodeError(
+                    f"{self.decoder} returned a frame of shape {frame.shape} where {expected} was announced"
+                )
+            yield frame
 
     def close(self) -> None:
         """Release the decoder; may be called twice."""
@@ -121,16 +127,9 @@ class _Frames:
     def close(self) -> None:
         self._container.close()
 
-    def decode(self, indices: np.ndarray) -> np.ndarray:
-        info = self._packets.info
-        frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
-        for row, index in enumerate(indices):
-            frames[row] = self._to_image(int(index), self.decode_to(int(index)))
-        return frames
-
-    def _to_image(self, index: int, frame: Any) -> np.ndarray:
-        """[h, w, 3] RGB, as it is shown."""
-        info = self._packets.info
+    def decode(self, index: int) -> np.ndarray:
+        """Frame `index` [h, w, 3] RGB, as it is shown."""
+        frame, info = self.decode_to(index), self._packets.info
         transposed, rows_reversed, columns_reversed = info.orientation
         size = (frame.width, frame.height) if transposed else (frame.height, frame.width)
         if size != (info.height, info.width) or read_orientation(frame) != info.orientation:
@@ -239,10 +238,7 @@ def open_video(
         whole = open_video(video.video, decoder, first_frame=first_frame, num_frames=num_frames)
         width = whole.info.width // 2
 
-        def decode_left(indices: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(whole._decode(indices)[:, :, :width])
-
-        info = whole.info._replace(width=width)
+        info, decode_left = whole.info._replace(width=width), lambda index: whole._decode(index)[:, :width]
         return Video(video.video, info, whole.decoder, first_frame, decode_left, whole.close)
     pictures = isinstance(video, FrameSequence)
     packets = PacketIndex(probe_video(video), None, None) if pictures else index_packets(video)
@@ -250,11 +246,8 @@ def open_video(
     if not 0 <= first_frame < info.num_frames:
         raise ValueError(f"the recording would begin at frame {first_frame} of a video of {info.num_frames} frames")
     if pictures:
-
-        def decode_pictures(indices: np.ndarray) -> np.ndarray:
-            return np.stack([decode_image(video.frames[index], (info.height, info.width)) for index in indices])
-
-        return Video(video, info, "pillow", first_frame, decode_pictures, lambda: None)
+        decode_picture = lambda index: decode_image(video.frames[index], (info.height, info.width))  # noqa: E731
+        return Video(video, info, "pillow", first_frame, decode_picture, lambda: None)
     if decoder == "decord":
         _check_decord(info)
     frames = _Frames(video, packets, first_frame, min(info.num_frames, first_frame + (num_frames or info.num_frames)))
@@ -287,4 +280,4 @@ def _open_decord(video: bytes | Path, info: VideoInfo) -> Decode:
         raise explain_failure(error, "decord cannot open the video", b"") from error
     if len(reader) != info.num_frames:
         raise DecodeError(f"decord counts {len(reader)} frames where the container holds {info.num_frames}")
-    return lambda indices: reader.get_batch(indices).asnumpy()
+    return lambda index: reader[index].asnumpy()

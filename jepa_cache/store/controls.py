@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jepa_cache.files import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.files import atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import (
     REMEDY,
     StoreDamagedError,
@@ -42,7 +42,6 @@ def publish_controls(final: Path, episodes: Iterable[tuple[str, Mapping[str, np.
 
     It gives (key, name to [M] array), the same names and dtypes for every episode of a source.
     """
-    remove_stale_temporaries(final.parent)
     with atomic_file(final) as path:
         with ExitStack() as stack:
             writer = None
@@ -60,8 +59,8 @@ def publish_controls(final: Path, episodes: Iterable[tuple[str, Mapping[str, np.
         _seal(path)
 
 
-def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written.
+def iter_controls(path: Path, *, names_only: bool = False) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield (episode key, name to [M] array) for every episode of a unit, in the order they were written; `names_only` without arrays.
 
     StoreDamagedError where the file cannot be read, is another unit's, or a byte of it has changed.
     """
@@ -74,7 +73,7 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
                 raise StoreDamagedError(f"{path} holds the controls of {identity!r}, not its own; {REMEDY}")
             for group in range(file.num_row_groups):
                 # In this thread: one of Arrow's that drops the bytes while Python ends (an error is on its way out) aborts it.
-                table = file.read_row_group(group, use_threads=False)
+                table = file.read_row_group(group, [EPISODE_COLUMN] if names_only else None, use_threads=False)
                 episode = table.column(EPISODE_COLUMN)[0].as_py()
                 names = [name for name in table.column_names if name != EPISODE_COLUMN]
                 controls = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}
@@ -88,7 +87,7 @@ def iter_controls(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 def list_episodes(path: Path) -> list[str] | None:
     """The episodes of a controls file, in the order they were written; None where it is not there or damaged, which is named. Cost: reads it."""
     try:
-        return [episode for episode, _ in iter_controls(path)] if path.is_file() else None
+        return [episode for episode, _ in iter_controls(path, names_only=True)] if path.is_file() else None
     except StoreDamagedError as error:
         print(f"damaged, reading the controls from the recordings again: {error}")
         return None
@@ -119,7 +118,6 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    remove_stale_temporaries(final.parent)
     with temporary_folder(final) as folder:
         group = zarr.create_group(folder, zarr_format=3)
         for name, values, channel in ((ACTIONS, actions, "action"), (STATES, states, "state")):

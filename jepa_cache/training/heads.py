@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +39,6 @@ READOUT_STEPS, READOUT_BYTES = 4096, 2**31  # that a readout is fitted to, and t
 TIME_STEPS = 2**16  # that a time head is fitted to, at most
 TIME_UPDATES, TIME_BATCH, TIME_LR, TIME_CHECK_EVERY = 800, 256, 2e-3, 100
 CHECK_PAIRS = 2048
-
-
-class Steps(NamedTuple):
-    """Where the rows of a fit lie."""
-
-    segment: np.ndarray  # [n] number of the segment
-    start: np.ndarray  # [n] row of the store
-    aside: np.ndarray  # [n] bool, whether its episode is put aside
 
 
 def fit_heads(run: Run, device: torch.device) -> dict[str, Path]:
@@ -136,16 +128,22 @@ def fit_time(run: Run, device: torch.device) -> tuple[Head, dict[str, Any]]:
         for windows, tokens in reader.read(TIME_STEPS):
             latents.append(head.compressor.compress(tokens[:, 0]))
             rows += windows
-    steps, z = _describe(index, rows), torch.cat(latents)
-    draw = {aside: _pairs(steps, aside, run.config.train.seed) for aside in (False, True)}
-    first, second, apart = draw[True](CHECK_PAIRS)
+    segment, start = (np.array([getattr(window, name) for window in rows]) for name in ("segment", "start"))
+    names = set(sorted({it.episode for it in index.segments})[::NUM_FOLDS])
+    is_aside = np.array([index.segments[number].episode in names for number in segment])
+    z = torch.cat(latents)
+    draw, draw_aside = (
+        _pairs(segment, start, np.flatnonzero(is_aside == aside), [run.config.train.seed, int(aside)])
+        for aside in (False, True)
+    )
+    first, second, apart = draw_aside(CHECK_PAIRS)
     optimizer = torch.optim.AdamW(
         [weight for weight in head.parameters() if weight.requires_grad], TIME_LR, weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TIME_LR, total_steps=TIME_UPDATES)
     best, kept = -2.0, head.state_dict()
     for update in tqdm(range(1, TIME_UPDATES + 1), desc="time between frames", unit="step", dynamic_ncols=True):
-        one, other, wanted = draw[False](TIME_BATCH)
+        one, other, wanted = draw(TIME_BATCH)
         wanted = torch.from_numpy(wanted).to(device)
         loss = ((_distance(head, z[one], z[other]) - wanted).abs() / (1 + wanted)).mean()
         optimizer.zero_grad()
@@ -182,25 +180,21 @@ def _reader(run: Run, device: torch.device) -> tuple[TokenReader, WindowIndex]:
     return TokenReader(run.dataset, run.scaler, index, **how), index
 
 
-def _describe(index: WindowIndex, rows: Sequence[Any]) -> Steps:
-    names = sorted({segment.episode for segment in index.segments})
-    aside = set(names[::NUM_FOLDS])
-    segment, start = (np.array([getattr(window, name) for window in rows]) for name in ("segment", "start"))
-    return Steps(segment, start, np.array([index.segments[number].episode in aside for number in segment]))
+def _pairs(
+    segment: np.ndarray, start: np.ndarray, rows: np.ndarray, seed: list[int]
+) -> Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A drawer of pairs of `rows` that are of one segment: two row numbers [n], and the steps between them [n] float32.
 
-
-def _pairs(steps: Steps, aside: bool, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """A drawer of pairs of rows of one segment: two row numbers [n], and the steps between them [n] float32."""
-    rows, rng = np.flatnonzero(steps.aside == aside), np.random.default_rng([seed, int(aside)])
-    _, first, count = np.unique(
-        steps.segment[rows], return_index=True, return_counts=True
-    )  # rows come segment by segment
+    Of each row that there is: its segment's number, in whose order rows come, and its start in the store.
+    """
+    rng = np.random.default_rng(seed)
+    _, first, count = np.unique(segment[rows], return_index=True, return_counts=True)
     group = np.repeat(np.arange(len(first)), count)
 
     def draw(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         one = rng.integers(0, len(rows), number)
         other = first[group[one]] + rng.integers(0, count[group[one]])
-        apart = np.abs(steps.start[rows[one]] - steps.start[rows[other]])
+        apart = np.abs(start[rows[one]] - start[rows[other]])
         return rows[one], rows[other], apart.astype(np.float32)
 
     return draw

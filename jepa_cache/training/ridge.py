@@ -51,9 +51,7 @@ def choose(
     candidates: dict[str, Tensor | None] = {"": None}
     if space is not None and (kept := _keep_positions(core, space)) is not None:
         candidates = {", all columns": None, f", columns of {', '.join(space.positions)} alone": kept}
-    total, *sums = _sum_products(
-        core, data, [None, *(fold.judged for fold in folds), *(fold.left_out for fold in folds)]
-    )
+    total, *sums = _sum_products(core, data, [None, *(judged for judged, _ in folds), *(out for _, out in folds)])
     errors = dict.fromkeys(itertools.product(candidates, RIDGES), 0.0)
     for judged, left_out in zip(sums[: len(folds)], sums[len(folds) :], strict=True):
         for words, ridge in errors:
@@ -63,15 +61,10 @@ def choose(
     return Choice(ridge, candidates[words], f"ridge {ridge:g}{words}")
 
 
-class _Fold(NamedTuple):
-    """Episodes that errors are measured on, and those that are not fitted to."""
-
-    judged: set[str]
-    left_out: set[str]
-
-
-def _find_folds(core: LatentRidge, data: TrainingData, apart: Collection[str] | None) -> list[_Fold]:
-    """A fold for each of up to `NUM_JUDGED` recordings, with those left out whose mean latents are nearest to its own."""
+def _find_folds(
+    core: LatentRidge, data: TrainingData, apart: Collection[str] | None
+) -> list[tuple[set[str], set[str]]]:
+    """Of up to `NUM_JUDGED` recordings the episodes that errors are measured on, and those that are not fitted to: its likes by their mean latents too."""
     numbers = np.arange(data.num_windows)
     episodes = data.episodes_of(numbers)
     names, place = np.unique(data.recordings_of(numbers), return_inverse=True)
@@ -95,7 +88,7 @@ def _find_folds(core: LatentRidge, data: TrainingData, apart: Collection[str] | 
         distance = np.linalg.norm(means - means[centre], axis=1)
         distance[centre] = -1  # before twins
         nearest = np.argsort(distance, kind="stable")[:num_left_out]
-        folds.append(_Fold(judged[centre], set().union(*(copies[number] for number in nearest))))
+        folds.append((judged[centre], set().union(*(copies[number] for number in nearest))))
     return folds
 
 

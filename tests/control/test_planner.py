@@ -22,8 +22,8 @@ from jepa_cache.actions import get_action_space
 from jepa_cache.control.motion import build_motion
 from jepa_cache.control.planner import SETTINGS, Context, PlannerSettings, plan_actions
 from jepa_cache.data.recorded import Recorded
-from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel, as_reps
+from tests.predictor.makers import build_lively
 
 POSE = get_action_space("pose7")
 QUICK = PlannerSettings(horizon=2, num_samples=12, num_elites=4, num_rounds=2, mean_momentum=0.15, std_momentum=0.15)
@@ -31,12 +31,7 @@ QUICK = PlannerSettings(horizon=2, num_samples=12, num_elites=4, num_rounds=2, m
 
 def make_world(num_context=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    predictor = ACPredictor(
-        embed_dim=8, predictor_dim=16, depth=2, num_heads=2, action_dim=7, state_dim=7, grid=(2, 2)
-    ).eval()
-    for parameter in predictor.parameters():  # wide weights: actions must move the tokens
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    predictor = build_lively().float().eval()
     tokens = as_reps(torch.randn(num_context + 1, 4, 8, generator=generator), True)
     numbers = np.random.default_rng(seed)
     states = numbers.uniform(-0.3, 0.3, (num_context, 7)) + np.array([0, 0, 0, 0, 0, 0, 0.5])

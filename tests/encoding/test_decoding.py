@@ -33,9 +33,9 @@ def make_decoders(monkeypatch, lengths, *, num_threads, budget_mib, on_read):
         def __exit__(self, *_):
             pass
 
-        def read(self, frames):
+        def iter_frames(self, frames):
             on_read(self.number, int(frames[0]))
-            return np.full((len(frames), 4, 4, 3), self.number % 251, np.uint8)
+            yield from np.full((len(frames), 4, 4, 3), self.number % 251, np.uint8)
 
     def episodes(_):
         for number, length in enumerate(lengths):
@@ -48,7 +48,7 @@ def make_decoders(monkeypatch, lengths, *, num_threads, budget_mib, on_read):
         source=SimpleNamespace(iter_episodes=episodes),
         plan=lambda num_frames, *_: SimpleNamespace(inputs=np.arange(num_frames)[:, None]),
     )
-    preprocess = lambda frames: torch.from_numpy(frames[:, :1, :1, :1]).expand(-1, 1, 1, PIXELS)  # noqa: E731
+    preprocess = lambda frames: torch.from_numpy(np.stack(frames)[:, :1, :1, :1]).expand(-1, 1, 1, PIXELS)  # noqa: E731
     return Decoders(group, [Unit("unit", ())], preprocess)
 
 

@@ -11,6 +11,7 @@ from jepa_cache.evaluation.context import EvaluationContext
 from jepa_cache.predictor.model import ACPredictor, PredictorOutput
 from jepa_cache.predictor.rollout import LatentModel
 from tests.caches import GRID, WIDTH, Cache
+from tests.predictor.makers import build_lively
 
 
 class Trained(NamedTuple):
@@ -38,14 +39,8 @@ class Oracle(torch.nn.Module):
 
 
 def a_predictor(action_weight: float = 1.0) -> ACPredictor:
-    torch.manual_seed(0)
-    predictor = ACPredictor(
-        embed_dim=WIDTH, predictor_dim=16, depth=2, num_heads=2, action_dim=13, state_dim=2, grid=GRID
-    ).eval()
-    with torch.no_grad():
-        for parameter in predictor.parameters():
-            parameter.mul_(10)  # of the initial weights, so that actions matter
-        predictor.action_encoder.weight.mul_(action_weight)
+    predictor = build_lively(action_dim=13, state_dim=2).float().eval()
+    predictor.action_encoder.weight.data.mul_(action_weight)
     return predictor
 
 

@@ -49,11 +49,11 @@ def test_pairs_are_of_one_segment_and_as_far_apart_as_said():
     start = np.concatenate(
         [100 * number + np.sort(rng.choice(40, size, False)) for number, size in ((0, 4), (1, 9), (2, 1), (5, 6))]
     )
-    steps = heads.Steps(segment, start, np.isin(segment, (1, 2)))
-    for aside in (False, True):
-        one, other, apart = heads._pairs(steps, aside, 3)(400)
+    for some in ((0, 5), (1, 2)):
+        rows = np.flatnonzero(np.isin(segment, some))
+        one, other, apart = heads._pairs(segment, start, rows, [3])(400)
         assert (segment[one] == segment[other]).all() and (apart == np.abs(start[one] - start[other])).all()
-        assert set(one) | set(other) == set(np.flatnonzero(steps.aside == aside))
+        assert set(one) | set(other) == set(rows)
 
 
 def test_heads_are_fitted_once_and_found_again_and_move_no_weight(cache, tmp_path, monkeypatch):
