@@ -25,6 +25,11 @@ CHANGES = {
 }
 
 
+# Clips so short that the recordings below hold some.
+CLIPS = ("encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
+CLIPS = (*CLIPS, "evaluate.num_context_steps=1", "evaluate.horizon=1")
+
+
 class Result(NamedTuple):
     """How a command ended: exit code, what it printed, and its JSON where --json was given."""
 
@@ -85,6 +90,13 @@ def _write_checkout(folder):
         text = text.replace(old, new)
     text = text.replace("  root: null", f"  root: {folder / 'cache'}", 1)
     (folder / "params.yaml").write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with settings and presets of its own, in which a command is typed."""
+    monkeypatch.chdir(copy_settings(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

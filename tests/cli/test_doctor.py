@@ -7,22 +7,14 @@ import json
 import sys
 
 import numpy as np
-import pytest
 import typer
 from typer.testing import CliRunner
 
 from jepa_cache.cli import doctor as command
 from jepa_cache.cli.doctor import MISSING, NOTE, OK, check_everything
 from jepa_cache.media.video import Video
-from tests.workspace import copy_settings
 
 NAMES = ["gpu", "decoder", "cache root", "simulated robot"]
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    monkeypatch.chdir(copy_settings(tmp_path))
-    return tmp_path
 
 
 def run(*argv):
@@ -31,7 +23,7 @@ def run(*argv):
     return CliRunner().invoke(app, argv)
 
 
-def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(checkout, monkeypatch):
+def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(project, monkeypatch):
     monkeypatch.setattr(command, "LOW_FREE_BYTES", 1 << 60)
     result, table = run("--json"), run()
     report = json.loads(result.stdout)
@@ -43,14 +35,14 @@ def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(checkout, 
     assert "note" in lines[line] and "-> export JEPA_CACHE_HOME" in lines[line + 1]
 
 
-def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_code_is_1(checkout, monkeypatch):
+def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_code_is_1(project, monkeypatch):
     def fail(*_):
         raise RuntimeError("first line\nstack trace")
 
     monkeypatch.setattr(command, "check_decoders", fail)
     monkeypatch.setitem(sys.modules, "torch", None)
-    (checkout / "params.yaml").write_text("dataset: [")
-    findings, result = check_everything(checkout), run()
+    (project / "params.yaml").write_text("dataset: [")
+    findings, result = check_everything(project), run()
     assert list(findings) == NAMES and findings["decoder"][:2] == (MISSING, "RuntimeError: first line")
     assert findings["gpu"].state == MISSING and "torch" in findings["gpu"].found
     assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 4 missing" in result.stdout
@@ -71,15 +63,15 @@ def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed
     assert command.check_decoders().state == MISSING
 
 
-def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(checkout, monkeypatch):
-    monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout / "not/yet"))
+def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(project, monkeypatch):
+    monkeypatch.setenv("JEPA_CACHE_HOME", str(project / "not/yet"))
     for free, state in ((1 << 20, MISSING), (20 << 30, NOTE), (500 << 30, OK)):
         monkeypatch.setattr(command.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free})())
-        finding = command.check_disk(checkout)
-        assert finding.state == state and str(checkout / "not/yet") in finding.found
-        assert not (checkout / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
-    monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout))
-    found = check_everything(checkout)["cache root"]
+        finding = command.check_disk(project)
+        assert finding.state == state and str(project / "not/yet") in finding.found
+        assert not (project / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
+    monkeypatch.setenv("JEPA_CACHE_HOME", str(project))
+    found = check_everything(project)["cache root"]
     assert found.state == MISSING and "is no cache root: it holds" in found.found
     monkeypatch.setattr(command.os, "access", lambda *_: False)
-    assert "not writable" in command.check_disk(checkout).found
+    assert "not writable" in command.check_disk(project).found
