@@ -39,6 +39,15 @@ class Result(NamedTuple):
     document: dict
 
 
+def run(*arguments: object) -> Result:
+    """Run `jepa-cache ...` in this process, from the present folder."""
+    result = CliRunner().invoke(build_app(arguments[0]), [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    document = json.loads(result.stdout) if "--json" in arguments else {}
+    return Result(result.exit_code, result.stdout, result.stderr, document)
+
+
 class Checkout:
     """A checkout with a cache root, a state folder and recordings; commands run in it as users type them."""
 
@@ -63,13 +72,7 @@ class Checkout:
         partialmethod(store, "controls"),
     )
 
-    def run(self, *arguments: str) -> Result:
-        """Run `jepa-cache ...` in this process."""
-        result = CliRunner().invoke(build_app(arguments[0]), [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        document = json.loads(result.stdout) if "--json" in arguments else {}
-        return Result(result.exit_code, result.stdout, result.stderr, document)
+    run = staticmethod(run)
 
     def encode(self, *overrides: str) -> None:
         """Run the true stage one."""

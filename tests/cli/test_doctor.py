@@ -3,33 +3,25 @@
 Exit code 1 when something needed is missing.
 """
 
-import json
 import sys
 
 import numpy as np
-import typer
-from typer.testing import CliRunner
 
 from jepa_cache.cli import doctor as command
 from jepa_cache.cli.doctor import MISSING, NOTE, OK, check_everything
 from jepa_cache.media.video import Video
+from tests.cli.conftest import run
 
 NAMES = ["gpu", "decoder", "cache root", "simulated robot"]
 
 
-def run(*argv):
-    app = typer.Typer()
-    app.command()(command.doctor)
-    return CliRunner().invoke(app, argv)
-
-
 def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(project, monkeypatch):
     monkeypatch.setattr(command, "LOW_FREE_BYTES", 1 << 60)
-    result, table = run("--json"), run()
-    report = json.loads(result.stdout)
-    assert (result.exit_code, table.exit_code) == (0, 0) and report["ready"], report
+    result, table = run("doctor", "--json"), run("doctor")
+    report = result.document
+    assert (result.code, table.code) == (0, 0) and report["ready"], report
     assert [finding["name"] for finding in report["findings"]] == NAMES
-    lines = table.stdout.splitlines()
+    lines = table.out.splitlines()
     (line,) = [number for number, text in enumerate(lines) if text.startswith("cache root")]
     assert lines[-1].startswith("ready: 0 missing")
     assert "note" in lines[line] and "-> export JEPA_CACHE_HOME" in lines[line + 1]
@@ -42,10 +34,10 @@ def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_c
     monkeypatch.setattr(command, "check_decoders", fail)
     monkeypatch.setitem(sys.modules, "torch", None)
     (project / "params.yaml").write_text("dataset: [")
-    findings, result = check_everything(project), run()
+    findings, result = check_everything(project), run("doctor")
     assert list(findings) == NAMES and findings["decoder"][:2] == (MISSING, "RuntimeError: first line")
     assert findings["gpu"].state == MISSING and "torch" in findings["gpu"].found
-    assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 4 missing" in result.stdout
+    assert result.code == 1 and "params.yaml" in result.out and "not ready: 4 missing" in result.out
 
 
 def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed(monkeypatch):
