@@ -86,13 +86,13 @@ def test_the_error_against_horizon_shows_every_prediction(tmp_path):
 def test_films_are_the_best_of_those_that_move_most_the_median_and_the_worst_window():
     copied = np.array([0.1] * 17 + [0.9, 1.0, 0.2])
     gains = np.array([0.0, *np.linspace(0.05, 0.45, 16), 0.3, 0.2, 0.9])
-    errors = SimpleNamespace(horizon={"copy_last": copied[:, None], "model": (copied * (1 - gains))[:, None]})
+    errors = SimpleNamespace(open_loop={"l1": {"copy_last": copied[:, None], "model": (copied * (1 - gains))[:, None]}})
     films = choose_films(errors)
     best, median, worst = (film.position for film in films)
     assert best == 17, "of the two that move most, not number 19, whose gain is largest"
     assert sorted(gains)[10] == gains[median] and worst == 0
     assert "2 of 20 windows" in films[0].reason and "median of 20" in films[1].reason
-    same = SimpleNamespace(horizon={name: np.ones((1, 4)) for name in ("copy_last", "model")})
+    same = SimpleNamespace(open_loop={"l1": {name: np.ones((1, 4)) for name in ("copy_last", "model")}})
     assert [film.position for film in choose_films(same)] == [0], "one window is one film"
 
 
@@ -154,7 +154,9 @@ def test_a_film_shows_its_own_frames_and_the_measured_errors_and_nothing_before_
         scaled = Image.fromarray(frame).resize((FRAME_WIDTH, cell.shape[0]))
         assert np.abs(cell - np.asarray(scaled)).mean() < 6, "but for what a JPEG loses"
     for panel, name in ((foreseen, "model"), (film["panels"][2], "shuffled_actions"), (copied, "copy_last")):
-        assert panel["token_words"] == [None] * context + [f"L1 {error:.3f}" for error in errors.horizon[name][7]]
+        assert panel["token_words"] == [None] * context + [
+            f"L1 {error:.3f}" for error in errors.open_loop["l1"][name][7]
+        ]
         tokens = cells(tmp_path / "pictures" / panel["tokens"], num_steps)
         assert [bool((cell == GREY).all()) for cell in tokens] == [True] * context + [False] * 4
         assert tokens[0].shape[1] == TOKEN_WIDTH
