@@ -194,8 +194,8 @@ def test_inputs_without_shards_are_refused_with_the_way_out(bucket, folder, tmp_
 
 
 def test_wrong_options_are_refused_with_the_nearest_names_and_the_recipe_knows_its_camera_alone(folder):
-    near = r"no feature 'steps/observation/cartesian_positon' \(did you mean 'steps/observation/cartesian_position'"
-    far = r"no feature 'steps/zz', 'e/qq'.*; it has .*steps/observation/wrist_image_left"
+    near = r"no feature 'steps/observation/cartesian_positon'; did you mean 'steps/observation/cartesian_position'"
+    far = r"no feature 'steps/zz', 'e/qq'; known: .*steps/observation/wrist_image_left"
     for options, message in (
         ({"camera": "wirst"}, "did you mean 'wrist'"),
         ({"native_hz": 0.0}, "native_hz must be above 0"),
