@@ -143,8 +143,8 @@ class Features:
         self.names = tuple(self._features)
         if missing := [name for name in wanted if name not in self.names]:
             raise ValueError(
-                f"{path} has no feature {', '.join(map(repr, missing))}{nearest(missing[0], self.names)}. Name its features in "
-                "source_options, null or [] where it has none"
+                f"{path} has no feature {', '.join(map(repr, missing))}. Name its features in source_options, null or [] where it has "
+                f"none{nearest(missing[0], self.names)}"
             )
         wanted = (*wanted, *(name for name in optional if name in self.names))
         specs = dict(_flatten(features.get_serialized_info()))
