@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -133,6 +134,12 @@ def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterat
         for name in names:
             (fresh / name).rename(folder / name)
         sync(folder)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.config.paths import spell_name, state_folder
-from jepa_cache.store.recipe import file_digest
+from jepa_cache.files import file_digest
 
 # The first release has a table `digests` without inode and change time in the same file. It is left to that release: its
 # rows were not seen with them, so those files are hashed once more. `units` has one place for each content; it is read, not written.

@@ -17,8 +17,8 @@ from typing import Any
 
 import orjson
 
-from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, file_digest, fingerprint, unit_id
+from jepa_cache.files import atomic_file, file_digest, remove_stale_temporaries
+from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, fingerprint, unit_id
 
 MANIFEST_VERSION = 1
 SELF_DIGEST = "sha256"  # of the manifest without this entry

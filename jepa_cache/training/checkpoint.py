@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jepa_cache.devices import Copies
 from jepa_cache.files import (
+    file_digest,
     publish_folder,
     remove_folder,
     remove_stale_temporaries,
@@ -31,7 +32,7 @@ from jepa_cache.files import (
     sync,
     temporary_folder,
 )
-from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
+from jepa_cache.store.recipe import canonical_json, fingerprint
 
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"

@@ -13,10 +13,8 @@ import pytest
 
 from jepa_cache.cli import estimate
 from jepa_cache.store.root import MARKER
+from tests.cli.conftest import CLIPS
 from tests.makers import make_video, write_vpt_tar
-
-CLIPS = ("encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
-CLIPS = (*CLIPS, "evaluate.num_context_steps=1", "evaluate.horizon=1")
 
 
 def _estimate(checkout, *arguments):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from jepa_cache.cli.main import main
+from jepa_cache.files import file_digest
 from jepa_cache.predictor.checkpoints import (
     build_predictor,
     check_encoder,
@@ -25,7 +26,6 @@ from jepa_cache.predictor.checkpoints import (
     read_card,
 )
 from jepa_cache.predictor.lora import add_lora, merged_state, save_adapter
-from jepa_cache.store.recipe import file_digest
 from tests.official_files import write_official_file
 from tests.predictor.makers import SIZES, build, same, save
 from tests.predictor.test_compressed import KINDS
