@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cache.config.paths import default_num_decoders, is_full_gpu
 from jepa_cache.config.parsing import ConfigError
+from jepa_cache.config.paths import default_num_decoders, is_full_gpu
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, name_reading, token_recipe
 from jepa_cache.encoding.pipeline import FillResult, fill_group
