@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from jepa_cache.config.parsing import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def resolve_device(key: str, wanted: str) -> str:
@@ -104,3 +107,13 @@ class Copies:
 def has_bfloat16() -> bool:
     """Whether the GPU computes in bfloat16 itself; one that imitates it (before Ampere) is slow, and attention takes far more memory."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def warn_of_bfloat16(key: str, precision: str, device: str) -> None:
+    """Say that a setting asks for bfloat16 of a GPU that only imitates it; `device` is one of `resolve_device`."""
+    if (precision, device) == ("bfloat16", "cuda") and not has_bfloat16():
+        log.warning(
+            "%s only imitates bfloat16, slowly and with far more memory for attention: set %s=float16",
+            name_device(device),
+            key,
+        )

@@ -29,7 +29,7 @@ from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
-from jepa_cache.devices import describe_machine, has_bfloat16, name_device, repeatable
+from jepa_cache.devices import describe_machine, name_device, repeatable, warn_of_bfloat16
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.lora import count_trainable
@@ -342,15 +342,14 @@ def _describe_failure(failure: Failure | None, state: TrainingState, data: Train
 
 def _print_start(state: TrainingState, data: TrainingData) -> None:
     settings, processes = state.settings, state.accelerator.num_processes
-    if state.accelerator.device.type == "cuda" and settings.precision == "bfloat16" and not has_bfloat16():
-        print(
-            f"{name_device('cuda')} only imitates bfloat16, slowly and with far more memory for attention: set train.precision=float16"
-        )
+    device = state.accelerator.device
+    warn_of_bfloat16("train.precision", settings.precision, device.type)
+    gpu = f" ({name_device(device.type)})" if device.type == "cuda" else ""
     for layer in state.trained.new_layers:
         print(f"{layer} is a new layer: the starting weights have it in another width")
     print(
         f"predictor with {count_trainable(state.trained.module):,} trainable weights, {data.num_windows} training windows "
-        f"of {settings.window_steps} steps; {state.accelerator.device}, {state.num_threads} torch threads"
+        f"of {settings.window_steps} steps; {device}{gpu}, {state.num_threads} torch threads"
         + (f", {processes} processes" if processes > 1 else "")
     )
     if state.is_complete():

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from jepa_cache.evaluation.figures import describe_windows
@@ -30,14 +29,13 @@ from jepa_cache.evaluation.pictures import (
     describe_moves,
     draw_horizon,
     draw_training,
-    find_nearest,
     put_side_by_side,
     write_films,
 )
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
-from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_recorded
+from tests.caches import TICKS_PER_STEP, Cache, make_recorded
 from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
 
 RNG = np.random.default_rng(0)
@@ -181,17 +179,6 @@ def test_a_predictor_that_knows_the_truth_foresees_what_is_nearest_to_the_true_f
             cells(tmp_path / "pictures" / panel["frames"], context + 4)[context:] for panel in (happened, foreseen)
         ]
         assert np.abs(np.subtract(*pictures)).mean() < 3
-
-
-def test_the_nearest_step_is_found_among_all_of_the_given_episodes_and_says_where_it_lies(recorded):
-    cache, _, errors = recorded
-    evaluation, segment = evaluation_of(cache, a_predictor()), errors.chosen.segments[7]
-    run = segment._replace(start=segment.start + 2, stop=segment.start + 6)
-    tokens = np.empty((4, GRID[0] * GRID[1], WIDTH), np.float16)
-    cache.dataset.read_tokens(run.store, run.start, tokens)
-    wanted = evaluation.model.as_reps(torch.from_numpy(tokens))
-    found = find_nearest(evaluation, wanted, {run.episode})
-    assert [(one.episode, one.start) for one in found] == [(run.episode, run.start + step) for step in range(4)]
 
 
 def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):
