@@ -90,13 +90,18 @@ class Copies:
 
     def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """Begin a copy, into `out` if that is of the same shape; it has the values once `wait` has returned."""
-        if out is None or out.shape != tensor.shape:
-            out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        out = self.make_room(tensor, out)
         out.copy_(tensor.detach(), non_blocking=True)
         if tensor.device.type == "cuda":
             self._done = self._done or torch.cuda.Event()
             self._done.record()
         return out
+
+    def make_room(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """`out` where it is of the tensor's shape, else new memory for a copy."""
+        if out is not None and out.shape == tensor.shape:
+            return out
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
 
     def wait(self) -> None:
         """Wait until all that was begun has ended; from any thread."""

@@ -4,7 +4,7 @@ Claims:
 - batches arrive whole, of plain and of coded tokens, though copies are late and their buffers are filled again;
 - training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
 - validations copy nothing from or to ordinary memory but their row, though they give windows another episode's actions;
-- a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
+- a checkpoint is copied without waiting, in page-locked memory that another thread has made before, and is that of its step though training goes on;
 - losses are those of the CPU, of a compressed predictor too;
 - another GPU than the current one, whose streams everything waits for, is refused.
 """
@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 
@@ -55,10 +56,12 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
     from accelerate.state import AcceleratorState
 
     from jepa_cache.training import trainer
+    from jepa_cache.training.checkpoint import BackgroundWriter
     from tests.caches import make_cache, make_config
     from tests.training.runs import rows
 
     train_step, validate, waits, during, weights = trainer.train_step, trainer.validate, [], [], {}
+    save, saved, made = BackgroundWriter.save, [], []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
         cache = make_cache(Path(folder))
@@ -90,10 +93,19 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
                 assert waited == [("tolist", "MainThread")], waited
                 return row
 
+            def watched_save(*given):
+                before = made.count("MainThread")
+                save(*given)
+                saved.append(made.count("MainThread") - before)
+
+            empty = torch.empty
+            patch.setattr(torch, "empty", lambda *it, **how: (made.append(current_thread().name), empty(*it, **how))[1])
+            patch.setattr(BackgroundWriter, "save", watched_save)
             patch.setattr(trainer, "train_step", watched)
             patch.setattr(trainer, "validate", watched_validate)
             on_gpu = train("cuda")
         assert not during
+        assert saved == [0, 0, 0, 0] and made.count("checkpoint_0") > 20, (saved, Counter(made))
         for step, waited in enumerate(waits[2:], start=2):  # before step + 1
             assert waited["event.synchronize"] <= 1 + (step % 4 == 0 or step % 5 == 0), (step, waited)
             assert set(waited) <= {
