@@ -202,6 +202,9 @@ class TrainingState:
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
+            # Blocks are compiled one by one already. DDP would split their graphs once more, at its buckets of 25 MB, which older torch
+            # refuses where they hold an autograd.Function or FlexAttention (pytorch issues 104674, 137481).
+            torch._dynamo.config.optimize_ddp = False
             flex = {"flex": True} if settings.compile == "flex" else {}
             (self.trained.module if self.trained.compressed else self.trained.predictor).compile(**flex)
         self.model = accelerator.prepare_model(self.objective)

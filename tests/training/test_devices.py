@@ -4,6 +4,7 @@ Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
 - a number or switch of a launcher that is none, and a rank that its launch does not have, are refused by name before processes are waited for;
 - FSDP, DeepSpeed and the like, another device than the settings', FlexAttention on a CPU, and two processes with one GPU are refused in words;
+- a compiled training keeps the graphs of its blocks whole between several processes;
 - `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
@@ -83,6 +84,16 @@ def test_flex_attention_is_refused_on_a_cpu_before_anything_is_trained(cache, tm
     with pytest.raises(ValueError, match=r"train\.compile=flex needs a GPU: .* Set it to false or true"):
         run(cache, tmp_path, "train.compile=flex")
     assert not list(tmp_path.iterdir())
+
+
+def test_compiled_blocks_are_not_split_again_at_the_buckets_of_ddp(cache, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block: seen.append((type(block).__name__, torch._dynamo.config.optimize_ddp))
+    )
+    assert run(cache, tmp_path, "train.compile=true", "train.num_steps=6").num_trained == 6
+    assert set(seen) == {("Block", False)}
 
 
 def test_two_processes_with_one_gpu_are_refused_by_their_numbers():
