@@ -97,7 +97,7 @@ class Encoder:
         the values before they were coded.
 
         Args:
-            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the true rate of the cache (`WorldModel.fps`). F is a multiple of G; in
+            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the cache's true rate (`WorldModel.fps`). F is a multiple of G; in
                 clip mode of `encode.frames_per_clip`.
 
         Returns:

@@ -56,7 +56,8 @@ def full_disk_named(path: Path) -> Iterator[None]:
                 path = Path(getattr(link, "filename", None) or path)
                 free = shutil.disk_usage(existing_folder(path)).free
                 raise DiskFullError(
-                    f"{os.strerror(code)}: {path} cannot be written, {free / 1e6:.1f} MB are free there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
+                    f"{os.strerror(code)}: {path} cannot be written, {free / 1e6:.1f} MB are free there. Make room "
+                    "(`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
                     "$JEPA_RUNS_HOME, $TMPDIR, another checkout); then type the same command again: what was finished is kept"
                 ) from error
             link = link.__cause__ or link.__context__

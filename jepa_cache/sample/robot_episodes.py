@@ -153,7 +153,8 @@ def _visit(rng: np.random.Generator, place_m: np.ndarray, num_steps: int) -> np.
 def build_robot_sample(out: Path, config: RobotSampleConfig, *, num_workers: int) -> Path:
     """Record the episodes into `out` with an index, and return the index's path.
 
-    All episodes are published at once in place of earlier ones, `index.json` last, so its presence means complete. The bytes depend on the settings and library versions only, not on the workers.
+    All episodes are published at once in place of earlier ones, `index.json` last, so its presence means complete. The bytes depend on the
+    settings and library versions only, not on the workers.
 
     Cost: 33 ms of CPU time a frame of 256 pixels (a busy core) and 4 kB.
 

@@ -1,9 +1,9 @@
 """A local table of file digests by path, size, times and inode, so that terabytes are not hashed again.
 
-It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace. A file that took another's place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or
-change time, which no program sets. Where a file system has no lasting inodes (some network and FUSE mounts) files are
-hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither inodes nor
-change times hides such a replacement.
+It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace. A file that took another's
+place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or change time, which no program sets. Where a file system has no lasting inodes
+(some network and FUSE mounts) files are hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither
+inodes nor change times hides such a replacement.
 """
 
 from __future__ import annotations

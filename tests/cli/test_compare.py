@@ -6,7 +6,8 @@ Claims:
 - runs of other tokens, windows, splits or filters are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
 - --all lists what lies in a project, what was committed and DVC's experiments, the best first; what cannot be read is named;
-- a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it, exit code 2.
+- a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it,
+  exit code 2.
 """
 
 import csv

@@ -1,6 +1,7 @@
 """Claims of cli/main.py, outcome.py and stage.py: each command is imported alone and without torch; its help says its exit codes.
 
-Outside every project what reads or writes one is refused, though the package lies in a checkout. --json is one document; no name from somebody's files moves the cursor or forges a line of a terminal.
+Outside every project what reads or writes one is refused, though the package lies in a checkout. --json is one document; no name from somebody's
+files moves the cursor or forges a line of a terminal.
 """
 
 import json

@@ -4,7 +4,8 @@ Claims:
 - a predictor written to the official layout and read back is the same bit for bit, and so is one written as safetensors;
 - the official file has upstream's entries and prefixes, with the encoder where its file is given and is the right one;
 - a LoRA adapter is merged into its base;
-- a predictor with a residual path, adaptive layer norms, no states, or of another kind is refused there; other widths of actions and states are pointed out;
+- a predictor with a residual path, adaptive layer norms, no states, or of another kind is refused there; other widths of actions and states are
+  pointed out;
 - contradicting arguments are named before anything is written.
 """
 
