@@ -8,7 +8,8 @@
     python benchmarks/train_step.py ac300m --batch 8 --variants ours+checkpointing lora+checkpointing --dtypes bfloat16 --embed-dim 1408
     python benchmarks/train_step.py ac300m --grid 24 --variants ours+checkpointing --dtypes bfloat16   # V-JEPA 2.1 at 384 px
 
-A train step is forward, backward and AdamW on random tokens: teacher forcing over T-1 steps and a rollout, L1, 16x16 patches a step unless --grid says otherwise.
+A train step is forward, backward and AdamW on random tokens: teacher forcing over T-1 steps and a rollout, L1, 16x16 patches a step unless
+--grid says otherwise.
 The plain way (benchmarks/reference_predictor.py) has a dense mask, rotary angles at every call, a rollout computed from scratch and AdamW
 one tensor at a time. Both have the same weights; their losses are compared before anything is timed.
 
@@ -263,7 +264,8 @@ def encoder_gflop_per_frame(preset: EncoderPreset) -> float:
 def report(case: Case, options: argparse.Namespace) -> None:
     """Measure one size and print its lines."""
     print(
-        f"\n{case.name}: {case.blocks} of {case.preset.depth} blocks {case.preset.predictor_dim} wide, batch {case.batch}, T={case.window_steps}, auto_steps {case.auto_steps}, E={case.embed_dim}, {case.side} x {case.side} patches"
+        f"\n{case.name}: {case.blocks} of {case.preset.depth} blocks {case.preset.predictor_dim} wide, batch {case.batch}, T={case.window_steps}, "
+        f"auto_steps {case.auto_steps}, E={case.embed_dim}, {case.side} x {case.side} patches"
     )
     steps = {
         f"{name} {dtype}": build_step(case, f"{name} {dtype}") for dtype in options.dtypes for name in options.variants

@@ -57,7 +57,7 @@ class Encoder:
     def load(cls, name: str, overrides: Sequence[str] = ()) -> Encoder:
         """Load an encoder preset with its weights.
 
-        Sets the number of torch threads of this process to that of stage one: another number may change the last bits of tokens.
+        On a CPU sets the number of torch threads of this process to that of stage one: another number may change the last bits of tokens.
         `overrides` are those of `stages/encode.py`, such as "encode.weights=vitl.pt"; all else is as params.yaml of the working
         folder's checkout says.
 
@@ -76,7 +76,7 @@ class Encoder:
             log.warning(
                 "encoder %r has seeded random weights: for trying things out, not for results", config.encoder.name
             )
-        frozen = load_encoder(opened, config.encode, default_num_threads())
+        frozen = load_encoder(opened, config.encode, default_num_threads(), with_gpu=torch.get_num_threads())
         return cls(frozen, config.encode, opened.identity)
 
     @property
@@ -97,7 +97,7 @@ class Encoder:
         the values before they were coded.
 
         Args:
-            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the true rate of the cache (`WorldModel.fps`). F is a multiple of G; in
+            frames: [F, h, w, 3] uint8 RGB of any size, in the order of time, at the cache's true rate (`WorldModel.fps`). F is a multiple of G; in
                 clip mode of `encode.frames_per_clip`.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from jepa_cache.config.parsing import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def resolve_device(key: str, wanted: str) -> str:
@@ -87,13 +90,18 @@ class Copies:
 
     def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """Begin a copy, into `out` if that is of the same shape; it has the values once `wait` has returned."""
-        if out is None or out.shape != tensor.shape:
-            out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        out = self.make_room(tensor, out)
         out.copy_(tensor.detach(), non_blocking=True)
         if tensor.device.type == "cuda":
             self._done = self._done or torch.cuda.Event()
             self._done.record()
         return out
+
+    def make_room(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """`out` where it is of the tensor's shape, else new memory for a copy."""
+        if out is not None and out.shape == tensor.shape:
+            return out
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
 
     def wait(self) -> None:
         """Wait until all that was begun has ended; from any thread."""
@@ -104,3 +112,13 @@ class Copies:
 def has_bfloat16() -> bool:
     """Whether the GPU computes in bfloat16 itself; one that imitates it (before Ampere) is slow, and attention takes far more memory."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def warn_of_bfloat16(key: str, precision: str, device: str) -> None:
+    """Say that a setting asks for bfloat16 of a GPU that only imitates it; `device` is one of `resolve_device`."""
+    if (precision, device) == ("bfloat16", "cuda") and not has_bfloat16():
+        log.warning(
+            "%s only imitates bfloat16, slowly and with far more memory for attention: set %s=float16",
+            name_device(device),
+            key,
+        )

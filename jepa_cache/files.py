@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -55,7 +56,8 @@ def full_disk_named(path: Path) -> Iterator[None]:
                 path = Path(getattr(link, "filename", None) or path)
                 free = shutil.disk_usage(existing_folder(path)).free
                 raise DiskFullError(
-                    f"{os.strerror(code)}: {path} cannot be written, {free / 1e6:.1f} MB are free there. Make room (`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
+                    f"{os.strerror(code)}: {path} cannot be written, {free / 1e6:.1f} MB are free there. Make room "
+                    "(`jepa-cache gc` lists what no manifest needs), or take another disk (cache.root, "
                     "$JEPA_RUNS_HOME, $TMPDIR, another checkout); then type the same command again: what was finished is kept"
                 ) from error
             link = link.__cause__ or link.__context__
@@ -133,6 +135,12 @@ def replaced_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterat
         for name in names:
             (fresh / name).rename(folder / name)
         sync(folder)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_link(link: Path, target: str) -> None:

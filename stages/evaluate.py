@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import outputs_folder  # noqa: E402
-from jepa_cache.files import full_disk_named  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,9 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 
     dataset, weights = open_training(config, ROOT)
-    out = outputs_folder(config, ROOT) / "evaluate"
-    with full_disk_named(out):
-        metrics = evaluate_run(config, dataset, weights, out)
+    metrics = evaluate_run(config, dataset, weights, outputs_folder(config, ROOT) / "evaluate")
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(
         f"wrote {config.outputs}/evaluate/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare --all"

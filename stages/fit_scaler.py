@@ -38,12 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"fitted on {scaler.num_train_steps} steps of {num_training} training episodes; {num_held_out} are held out{needs}"
     )
-    share = num_held_out / (num_training + num_held_out)
-    if abs(share - config.split.val_share) > 0.1:
-        print(
-            f"held out are {share:.0%} of the episodes, split.val_share is {config.split.val_share:.0%}: "
-            + ("2 are the least" if num_held_out == 2 else "each is drawn by a hash of its name, or by split.held_out")
-        )
     print(f"wrote {config.outputs}/scaler/scaler.json; next: python stages/train_predictor.py{arguments.again}")
 
 

@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 
 from jepa_cache.cli.stage import parse_stage_arguments, run_stage  # noqa: E402
 from jepa_cache.config.loading import outputs_folder  # noqa: E402
-from jepa_cache.files import full_disk_named  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,9 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     from jepa_cache.evaluation.planning import describe_plans, plan_run
 
     dataset, weights = open_training(config, ROOT)
-    out = outputs_folder(config, ROOT) / "plan"
-    with full_disk_named(out):
-        metrics = plan_run(config, dataset, weights, out)
+    metrics = plan_run(config, dataset, weights, outputs_folder(config, ROOT) / "plan")
     print(describe_plans(metrics))
     print(f"wrote {config.outputs}/plan/metrics.json, timing.json, plans.csv, plans.png; next: docs/planning.md")
 

@@ -549,6 +549,7 @@ def emulated_cuda() -> Iterator[Counts]:
         (F, "scaled_dot_product_attention", attend),
         (torch, "empty", make_empty),
         (torch.Tensor, "pin_memory", make_pinned),
+        (torch.Tensor, "record_stream", lambda *_: None),
         (torch.Tensor, "is_pinned", lambda tensor, *_: _is_pinned(tensor)),
         (
             torch.Tensor,

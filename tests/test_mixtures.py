@@ -1,6 +1,7 @@
 """Claims: cameras, phases and data sets of a mixture are parts of one manifest, with stores that are found again alone.
 
-Real recordings of VPT, where the optional folder of them is there, go the whole way from files to metrics. It holds one pair, of which shorter and shorter beginnings are packed: that proves the way and the formats, and nothing about learning.
+Real recordings of VPT, where the optional folder of them is there, go the whole way from files to metrics. It holds one pair, of which shorter and
+shorter beginnings are packed: that proves the way and the formats, and nothing about learning.
 """
 
 import csv

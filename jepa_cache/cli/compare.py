@@ -79,7 +79,6 @@ def compare(
     ] = None,
     *,
     everything: Annotated[bool, typer.Option("--all", help="list every run of the project, the best first")] = False,
-    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare evaluated runs: errors, gaps to baselines and ablations, settings that differ, and paired differences to the first run.
@@ -95,10 +94,10 @@ def compare(
     """
     if not runs and not everything:
         raise typer.BadParameter("name runs, or --all for every run of the project")
-    report(lambda: compare_runs(runs or [], everything=everything, seed=seed), as_json=as_json)
+    report(lambda: compare_runs(runs or [], everything=everything), as_json=as_json)
 
 
-def compare_runs(names: Sequence[str], *, everything: bool = False, seed: int = 0) -> Outcome:
+def compare_runs(names: Sequence[str], *, everything: bool = False) -> Outcome:
     """Read the runs, or all of the project with those named, and say how they differ."""
     unread = list[str]()
     if everything:
@@ -109,7 +108,7 @@ def compare_runs(names: Sequence[str], *, everything: bool = False, seed: int = 
         runs = [read_run(name) for name in names]
     groups, documents, lines, fine = group_runs(runs), list[dict[str, Any]](), list[str](), True
     for group in groups:
-        document = describe_group(_rank(group) if everything else group, seed=seed)
+        document = describe_group(_rank(group) if everything else group)
         if documents:
             document["apart"] = why_apart(groups[0][0], group[0])
             lines += ["", document["apart"]]
@@ -194,7 +193,7 @@ def show_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
+def describe_group(group: Sequence[Evaluated]) -> dict[str, Any]:
     """Runs of one kind as JSON; all are paired with the first."""
     differing, metrics = list_differing(group), group[0].metrics
     told = group[0].settings
@@ -221,7 +220,7 @@ def describe_group(group: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     return {
         "kind": f"{told['dataset']}, encoder {told['encoder']}, {metrics['mode']} mode",
         "runs": runs,
-        "paired": [pair_runs(run, group[0], seed=seed) for run in group[1:]],
+        "paired": [pair_runs(run, group[0]) for run in group[1:]],
         "notes": notes,
     }
 
@@ -241,7 +240,7 @@ def list_differing(runs: Sequence[Evaluated]) -> dict[str, list[Any]]:
     }
 
 
-def pair_runs(run: Evaluated, reference: Evaluated, *, seed: int) -> dict[str, Any]:
+def pair_runs(run: Evaluated, reference: Evaluated) -> dict[str, Any]:
     """Mean over shared episodes of the run's errors less the reference's, with 95 % intervals, and what may be said; or why nothing may be."""
     paired: dict[str, Any] = {"run": run.name, "reference": reference.name}
     try:
@@ -254,7 +253,7 @@ def pair_runs(run: Evaluated, reference: Evaluated, *, seed: int) -> dict[str, A
         if len(values) < 2:
             paired[column] = {"words": "cannot be told", "reason": "fewer than two shared episodes"}
             continue
-        estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=seed)
+        estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=0)
         low, high = round(estimate.low, NUM_DIGITS), round(estimate.high, NUM_DIGITS)
         words = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
         paired[column] = {"words": words, "num_episodes": len(values), **estimate._asdict()}

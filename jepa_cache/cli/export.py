@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from jepa_cache.cli.outcome import AsJson, Checkout, Outcome, Overrides, describe_bytes, open_checkout, report
 from jepa_cache.cli.sharing import CHECKSUMS, README, check_arrived, list_others, preset_files, upload
-from jepa_cache.files import atomic_file, publish_folder, temporary_folder
+from jepa_cache.files import atomic_file, file_digest, publish_folder, temporary_folder
 from jepa_cache.store.layout import STORE_FILE, StoreDamagedError, check_store
 from jepa_cache.store.manifest import Manifest, why_held_back, write_manifest
-from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import MARKER, CacheRoot, RefusedError
 
 UNKNOWN = "unknown"
@@ -293,7 +292,6 @@ def _read_predictor(run: Path, base: str | None, *, merge: bool) -> tuple[Mappin
 def _read_encoder(path: Path, card: Mapping[str, Any]) -> Mapping[str, Any]:
     from jepa_cache.encoder.checkpoints import load_state
     from jepa_cache.predictor.checkpoints import ENCODER_FIELD
-    from jepa_cache.store.recipe import file_digest
 
     if ENCODER_FIELD not in card:
         raise ValueError("the predictor's card does not say which encoder it was trained with, so none can be added")

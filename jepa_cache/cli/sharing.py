@@ -15,11 +15,10 @@ from tqdm import tqdm
 from jepa_cache.cli.outcome import AsJson, Outcome, describe_bytes, report
 from jepa_cache.config.loading import find_repository, load_config, manifest_path, preset_file
 from jepa_cache.data.dataset import find_differences
-from jepa_cache.files import OURS, atomic_file
+from jepa_cache.files import OURS, atomic_file, file_digest
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import STORE_FILE, check_identity, check_store
 from jepa_cache.store.manifest import Manifest, read_manifest, write_manifest
-from jepa_cache.store.recipe import file_digest
 from jepa_cache.store.root import KINDS, MARKER, CacheRoot
 
 README, CHECKSUMS = "README.md", "SHA256SUMS"

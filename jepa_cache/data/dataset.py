@@ -188,7 +188,8 @@ class CachedDataset:
         self.scheme = get_codec(self.dtype)
         self.space: ActionSpace = get_action_space(manifest.action_space)
         self.segments: list[Segment] = []
-        self._step_hz: list[dict[str, float]] = []  # of each store, by episode
+        # Of each store by episode: the true rate of steps, its video's frame rate over its stride.
+        self.step_hz: list[dict[str, float]] = []
         self._readers: dict[tuple[int, str], ArrayReader] = {}
         self._channels: dict[int, Channels] = {}
         self._controls: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -207,7 +208,7 @@ class CachedDataset:
             excluded = check_identity(actions, read_store_file(actions), entry.actions_digest).metadata["excluded"]
             named_columns = ("episode", "start", "stop", "step_hz")
             table = read_table(tokens, layout.SEGMENTS_FILE, stated, named_columns).to_pydict()
-            self._step_hz.append(dict(zip(table["episode"], table["step_hz"], strict=True)))
+            self.step_hz.append(dict(zip(table["episode"], table["step_hz"], strict=True)))
             rows = zip(table["episode"], table["start"], table["stop"], strict=True)
             self.segments += [Segment(number, *row) for row in rows if row[0] not in excluded]
         self.column_names = dict(sorted(named or ()))  # as the data set calls them
@@ -350,13 +351,9 @@ class CachedDataset:
         """Return the step table of a store, `store.layout.STEPS_SCHEMA`: one row a step."""
         return read_table(self._token_paths[store], layout.STEPS_FILE)
 
-    def step_hz(self, store: int) -> dict[str, float]:
-        """Return the true rate of steps of every episode in a store: its video's frame rate over its stride."""
-        return self._step_hz[store]
-
     def step_rates(self, segments: Sequence[Segment]) -> tuple[float, float, float]:
         """The least, the middle and the greatest true rate of steps of some segments, Hz."""
-        rates = sorted(self._step_hz[segment.store][segment.episode] for segment in segments)
+        rates = sorted(self.step_hz[segment.store][segment.episode] for segment in segments)
         return rates[0], rates[len(rates) // 2], rates[-1]
 
     def read_tokens(self, store: int, start: int, out: np.ndarray) -> None:

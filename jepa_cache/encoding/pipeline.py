@@ -254,10 +254,14 @@ class _OpenUnit:
         made |= {layout.SLOWER: sorted(self._slower)} if self._slower else {}
         made |= {layout.COLUMN_NAMES: dict(self._column_names)} if self._column_names else {}
         steps, segments = table(layout.STEPS_SCHEMA, columns), table(layout.SEGMENTS_SCHEMA, rows)
-        self._write(write_controls, self._root, self._group.controls(self._root, self._unit), self._controls)
-        self._write(self.tokens.publish, steps, segments, metadata, made)
-        self._write.close(self.tokens)
-        self._write(self._root.publish, self.tokens.final)
+
+        def publish() -> None:
+            write_controls(self._root, self._group.controls(self._root, self._unit), self._controls)
+            self.tokens.publish(steps, segments, metadata, made)
+            self._write.leave(self.tokens)
+            self._root.publish(self.tokens.final)
+
+        self._write.behind(publish)
 
     def _describe(self, stream: EpisodeStream, start: int, luma: np.ndarray) -> None:
         episode, plan, first = stream.episode, stream.plan, len(self._segments)
@@ -287,14 +291,25 @@ class _OpenUnit:
 
 
 def _quantise_on(device: torch.device, dtype: str) -> dict[str, Any]:
-    """How a GPU makes a dtype's codes, as options of the writer; none leaves it to the writer."""
+    """How a GPU makes a dtype's codes, as options of the writer, on a stream that batches do not wait in; none leaves it to the writer."""
+    import torch
+
     from jepa_cache.encoding.quantising import quantise, sum_channels
 
     if device.type == "cpu":
         return {}
+    stream = torch.cuda.Stream(device)
+
+    def on_stream(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with torch.cuda.stream(stream):
+                return function(*arguments, device)
+
+        return run
+
     return {
-        "quantise": lambda steps, channels: quantise(steps, dtype, channels, device),
-        "sums": lambda run, origin: sum_channels(run, origin, device),
+        "quantise": on_stream(lambda steps, channels, device: quantise(steps, dtype, channels, device)),
+        "sums": on_stream(sum_channels),
     }
 
 
@@ -310,6 +325,9 @@ def _idle_share(idle: np.ndarray | None, ticks: np.ndarray) -> np.ndarray:
 class WriterThread:
     """Runs calls one after the other; `write(function, *arguments)` waits only while too many are queued.
 
+    `write.behind(function)` runs in a second thread, after the calls before it and while later ones go on: a unit is published while the
+    next one is appended; one at a time, so that a third unit waits.
+
     After a call that failed none is run any more, so that nothing is published on top of a hole; what it raised is
     raised by the next `write`, or at the end of the block. `wait_s` is how long callers had to wait for the
     disk, `wait_device_s` how long for the encoder's results, which the calls wait for.
@@ -320,25 +338,40 @@ class WriterThread:
         self.device_s = 0.0  # that calls waited for the encoder
         self._failed = False
         self._pending: list[Future] = []
+        self._behind: Future | None = None
         self._open: list[TokenWriter] = []
 
     def __enter__(self) -> WriterThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._second = ThreadPoolExecutor(1, thread_name_prefix="publish")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             if kind is None:
                 self._wait_for(0)
+                begun = time.perf_counter()
+                self._wait_for_publishing()
+                self.wait_s += time.perf_counter() - begun
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
+            self._second.shutdown(wait=True, cancel_futures=True)
             for writer in list(self._open):
-                self._leave(writer)
+                self.leave(writer)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Queue a call; raises what an earlier one raised."""
         self._pending.append(self._pool.submit(self._run, function, *arguments))
         self._wait_for(WRITES_AHEAD)
+
+    def behind(self, function: Callable[[], Any]) -> None:
+        """Queue a call for the second thread."""
+
+        def hand_over() -> None:
+            self._wait_for_publishing()
+            self._behind = self._second.submit(self._run, function)
+
+        self(hand_over)
 
     def open(self, writer: TokenWriter) -> None:
         """Enter a writer; it is left when closed, or when the block ends."""
@@ -347,20 +380,29 @@ class WriterThread:
 
     def close(self, writer: TokenWriter) -> None:
         """Leave a writer after what was queued before."""
-        self(self._leave, writer)
+        self(self.leave, writer)
+
+    def leave(self, writer: TokenWriter) -> None:
+        """Leave a writer now."""
+        writer.__exit__(None, None, None)
+        self._open.remove(writer)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
         if self._failed:
             return
-        self._failed = True  # stays so where the call raises
-        function(*arguments)
-        self._failed = False
+        try:
+            function(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
 
-    def _leave(self, writer: TokenWriter) -> None:
-        writer.__exit__(None, None, None)
-        self._open.remove(writer)
+    def _wait_for_publishing(self) -> None:
+        if self._behind is not None:
+            self._behind.result()
 
     def _wait_for(self, num_left: int) -> None:
+        if self._behind is not None and self._behind.done():
+            self._behind.result()
         begun, device_s = time.perf_counter(), self.device_s
         while len(self._pending) > num_left:
             self._pending.pop(0).result()

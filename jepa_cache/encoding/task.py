@@ -38,10 +38,10 @@ def resolve_device(wanted: str) -> str:
     return devices.resolve_device("encode.device", wanted)
 
 
-def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) -> FrozenEncoder:
-    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process, with a GPU one.
+def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int, *, with_gpu: int = 1) -> FrozenEncoder:
+    """Build the encoder as the settings use it; `num_threads` becomes the number of torch threads of this process, with a GPU `with_gpu`.
 
-    Each decoding thread would have so many of its own, for work that one does as quickly.
+    There each decoding thread would have so many of its own, for work that one does as quickly.
 
     Raises:
         ValueError: The weights that were loaded are others than those that `opened` was made from, maybe hours ago.
@@ -50,11 +50,13 @@ def load_encoder(opened: OpenedEncoder, encode: EncodeConfig, num_threads: int) 
     """
     import torch
 
+    from jepa_cache.devices import warn_of_bfloat16
     from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 
     preset, weights, identity = opened
     device = resolve_device(encode.device)
-    torch.set_num_threads(num_threads if device == "cpu" else 1)
+    warn_of_bfloat16("encode.compute_dtype", encode.compute_dtype, device)
+    torch.set_num_threads(num_threads if device == "cpu" else with_gpu)
     files = [] if weights is None else [weights, *KINDS[preset.kind].files(weights)]
     before = [look_at(file) for file in files]
     module = load_module(preset, weights)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.paths import default_num_decoders, is_full_gpu
 from jepa_cache.encoding.actions import ensure_actions
 from jepa_cache.encoding.groups import EncodingGroup, name_reading, token_recipe
@@ -118,7 +119,7 @@ def _choose_device(workers: Mapping[str, Mapping[str, Any]], address: str, wante
         )
     offered = any(worker["resources"].get(GPU, 0) >= 1 for worker in workers.values())
     if wanted == "cuda" and not offered:
-        raise ValueError(
+        raise ConfigError(
             f"encode.device=cuda, but none of the {len(workers)} workers of {address} offers a GPU; start them with "
             f"`--resources {GPU}=1` and one visible GPU each, or set encode.device=cpu"
         )

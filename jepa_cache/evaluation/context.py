@@ -19,7 +19,7 @@ from jepa_cache.data.dataset import TRAIN, VAL, CachedDataset, Segment, open_dat
 from jepa_cache.data.loader import Batch, WindowLoader, to_device
 from jepa_cache.data.scaler import Scaler, scaler_from_json
 from jepa_cache.data.windows import Window, WindowIndex, spread_windows
-from jepa_cache.devices import name_device, resolve_device
+from jepa_cache.devices import name_device, resolve_device, warn_of_bfloat16
 from jepa_cache.predictor.checkpoints import CAMERAS_FIELD, load_predictor, read_card
 from jepa_cache.predictor.model import ACPredictor
 from jepa_cache.predictor.rollout import LatentModel
@@ -174,6 +174,7 @@ def open_evaluation(config: Config, dataset: CachedDataset, weights: Path) -> Ev
     device = resolve_device("train.device", config.train.device)
     print(f"predictor of training step {card['step']} on {name_device(device)}")
     precision = config.evaluate.precision if isinstance(predictor, ACPredictor) else "float32"
+    warn_of_bfloat16("evaluate.precision", precision, device)
     model = LatentModel(predictor.to(device).eval(), card["normalize_reps"], precision)
     return EvaluationContext(model, config, dataset, scaler_from_json(card["scaler"]), card["window_steps"])
 

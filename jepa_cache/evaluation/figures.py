@@ -183,7 +183,7 @@ def describe_windows(evaluation: EvaluationContext, errors: WindowErrors) -> lis
     def recorded(store: int) -> tuple[np.ndarray, np.ndarray, Mapping[str, float]]:
         steps = dataset.steps(store)
         gui, frames = (steps.column(name).to_numpy(zero_copy_only=False) for name in ("gui", "frame"))
-        return gui, frames, dataset.step_hz(store)
+        return gui, frames, dataset.step_hz[store]
 
     for window, episode in zip(errors.chosen.windows, errors.episodes, strict=True):
         rows, part = window.rows(errors.chosen.index.num_steps), parts[window.store]

@@ -136,7 +136,7 @@ class Film(NamedTuple):
 
 def choose_films(errors: WindowErrors) -> list[Film]:
     """A window that shows what the predictor can do, the median one and the worst, by their open-loop gain over copying; each once."""
-    copied, foreseen = (errors.horizon[name].mean(axis=1) for name in (COPY_LAST, MODEL))
+    copied, foreseen = (errors.open_loop["l1"][name].mean(axis=1) for name in (COPY_LAST, MODEL))
     gains, count = 1 - foreseen / np.maximum(copied, 1e-12), len(copied)
     moving = np.argsort(-copied, kind="stable")[: max(1, round(MOVING_SHARE * count))]
     order = np.argsort(gains, kind="stable")
@@ -199,7 +199,7 @@ def write_films(
         ]
         paint = [colours.paint(some.cpu().numpy(), dataset.manifest.grid) for some in (true[number], *foreseen[number])]
         paint.append(paint[0][[context - 1] * horizon])
-        l1 = [errors.horizon[name][film.position] for name in (MODEL, SHUFFLED, COPY_LAST)]
+        l1 = [errors.open_loop["l1"][name][film.position] for name in (MODEL, SHUFFLED, COPY_LAST)]
         said = [[f"L1 {error:.3f}" for error in each] for each in l1]
         first, second, own = slice(0, horizon), slice(horizon, None), moves[number]
         here_words, copied = ["" if here is not None else GONE] * num_steps, [camera[context - 1]] * horizon

@@ -145,7 +145,7 @@ def episode_table(errors: WindowErrors) -> list[Row]:
     columns: dict[str, np.ndarray] = {}
     for name, one_step in errors.one_step.items():
         names = ("teacher_forcing_l1", "rollout_l1") if name == MODEL else (f"{name}_l1", f"rollout_{name}_l1")
-        for column, values in zip(names, (one_step, mean_of_steps(errors.horizon[name])), strict=True):
+        for column, values in zip(names, (one_step, mean_of_steps(errors.open_loop["l1"][name])), strict=True):
             columns[column] = episode_means(values, errors.episodes)
     counts = Counter(errors.episodes)
     return [

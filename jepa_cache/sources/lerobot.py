@@ -223,41 +223,42 @@ class LerobotSource:
         frame_ticks, notes, frame_times_s = place_frames(times_s[:, 0], num_frames, fps, shown_s)
         if location.num_rows not in (-1, len(times_s)):
             notes = (*notes, f"listed with {location.num_rows} rows, has {len(times_s)}")
+        controls, column_names = self._build_controls(layout, rows)
         return Episode(
             key=layout.key(location.index),
             video=video,
             fps=fps,
-            controls=self._build_controls(layout, rows),
+            controls=controls,
             frame_ticks=frame_ticks,
             num_video_frames=num_frames,
             notes=notes,
             first_frame=first_frame,
             frame_times_s=frame_times_s,
-            column_names=self._name_columns(layout, rows),
+            column_names=column_names,
         )
 
-    def _build_controls(self, layout: Layout, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Controls [M]: action_0.. and state_0.. in the order selected, and the columns that have a name of their own."""
-        controls = {}
+    def _build_controls(
+        self, layout: Layout, rows: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Controls [M]: action_0.. and state_0.. in the order selected, and the columns that have a name of their own.
+
+        And what info.json calls the numbers that became action_0.. and state_0..; nothing of those that it does not name.
+        """
+        controls, found = {}, dict[str, str]()
         for prefix, texts in (("action", self.options.actions), ("state", self.options.states)):
-            numbers = [column for text in texts for column in layout.select(text, rows).T]
+            chosen = [layout.select(text, rows) for text in texts]
+            numbers = [column for values, _ in chosen for column in values.T]
             controls |= {f"{prefix}_{index}": column.copy() for index, column in enumerate(numbers)}
+            # Without dollars: pictures would take what lies between two of them for a formula.
+            names = [name.replace("$", "") for _, names in chosen for name in names]
+            found |= {f"{prefix}_{index}": printable(name)[:MAX_NAME] for index, name in enumerate(names) if name}
         for name, text in self.options.columns.items():
-            values = layout.select(text, rows)
+            values, _ = layout.select(text, rows)
             if values.shape[1] != 1:
                 raise RecordingError(f"{name}: {text} selects {values.shape[1]} numbers; one is needed, e.g. {text}[0]")
             kind = bool if name in FLAGS else np.float32 if name == "idle" else np.float64
             controls[name] = values[:, 0].astype(kind)
-        return controls
-
-    def _name_columns(self, layout: Layout, rows: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """What info.json calls the numbers that became action_0.. and state_0..; nothing of those that it does not name."""
-        found: dict[str, str] = {}
-        for prefix, texts in (("action", self.options.actions), ("state", self.options.states)):
-            # Without dollars: pictures would take what lies between two of them for a formula.
-            names = [name.replace("$", "") for text in texts for name in layout.select_names(text, rows)]
-            found |= {f"{prefix}_{index}": printable(name)[:MAX_NAME] for index, name in enumerate(names) if name}
-        return found
+        return controls, found
 
 
 def _find_frames(location: EpisodeLocation, info: VideoInfo) -> tuple[int, int]:
@@ -453,28 +454,24 @@ class Layout:
             )
         return self.root / path
 
-    def select(self, text: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The selected numbers [M, K] of each row; a RecordingError where there are none."""
+    def select(self, text: str, rows: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+        """The selected numbers [M, K] of each row, and their K names, empty where info.json does not name each number of the column.
+
+        A RecordingError where there are none.
+        """
         selection = parse_selection(text)
-        values, part = rows[selection.column], selection.part
+        values, part, names = rows[selection.column], selection.part, self._read_names(selection.column)
+        width = values.shape[1]
         if isinstance(part, str):
             index = self._find_index(selection)
             if index is None:
-                hint = nearest(part, self._read_names(selection.column))
-                raise RecordingError(f"{text}: meta/info.json gives no such name{hint}")
+                raise RecordingError(f"{text}: meta/info.json gives no such name{nearest(part, names)}")
             part = slice(index, index + 1)
-        width = values.shape[1]
+        elif len(names) != width:
+            names = [""] * width
         if (part.stop or 0) > width or not range(width)[part]:
             raise RecordingError(f"{text}: the column has {width} numbers, counted from 0")
-        return values[:, part]
-
-    def select_names(self, text: str, rows: Mapping[str, np.ndarray]) -> list[str]:
-        """The names of the numbers that `select` gives, empty where info.json does not name each number of the column."""
-        selection = parse_selection(text)
-        names, width = self._read_names(selection.column), rows[selection.column].shape[1]
-        if isinstance(selection.part, str):
-            return [selection.part]
-        return (names if len(names) == width else [""] * width)[selection.part]
+        return values[:, part], names[part]
 
     def _find_index(self, selection: Selection) -> int | None:
         """Which number of the column a selection by name means by info.json; None where it gives no such name."""

@@ -176,5 +176,6 @@ def check_yaw_law(controls: Mapping[str, np.ndarray]) -> None:
             f"this is no VPT contractor recording: yaw does not follow the mouse in {law.num_breaches} of {law.num_judged} "
             f"turning steps (it must turn by {CAMERA_DEG_PER_COUNT} degrees per count of mouse.dx; line {law.line}: dx {law.dx:g}, "
             f"yaw turns by {law.turned_deg:g}). Is its yaw a change per step, or on another scale? Write its lines in the simple schema "
-            "(timestamp, mouse, keyboard, camera) and set source_options to {schema: simple, camera_unit: delta_deg} (or absolute_deg, delta_rad, absolute_rad)"
+            "(timestamp, mouse, keyboard, camera) and set source_options to {schema: simple, camera_unit: delta_deg} "
+            "(or absolute_deg, delta_rad, absolute_rad)"
         )

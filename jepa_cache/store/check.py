@@ -48,7 +48,8 @@ def check_manifest(
 ) -> list[Finding]:
     """Check everything that a manifest lists, and that the root has its own copy of it.
 
-    With `read_data` whole shards are compared with their sha256, too, beside the checksum of every chunk. `on_bytes` is called with the bytes of shards that were checked since. ValueError where another version of the program wrote a store.
+    With `read_data` whole shards are compared with their sha256, too, beside the checksum of every chunk. `on_bytes` is called with the bytes
+    of shards that were checked since. ValueError where another version of the program wrote a store.
     """
     findings = check_units(manifest.stores, root, read_data=read_data, on_bytes=on_bytes)
     path = root.manifest(manifest.digest)

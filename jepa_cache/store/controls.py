@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jepa_cache.files import atomic_file, publish_folder, remove_stale_temporaries, temporary_folder
+from jepa_cache.files import atomic_file, publish_folder, temporary_folder
 from jepa_cache.store.layout import (
     REMEDY,
     StoreDamagedError,
@@ -42,7 +42,6 @@ def publish_controls(final: Path, episodes: Iterable[tuple[str, Mapping[str, np.
 
     It gives (key, name to [M] array), the same names and dtypes for every episode of a source.
     """
-    remove_stale_temporaries(final.parent)
     with atomic_file(final) as path:
         with ExitStack() as stack:
             writer = None
@@ -119,7 +118,6 @@ def write_actions(final: Path, actions: np.ndarray, states: np.ndarray, metadata
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    remove_stale_temporaries(final.parent)
     with temporary_folder(final) as folder:
         group = zarr.create_group(folder, zarr_format=3)
         for name, values, channel in ((ACTIONS, actions, "action"), (STATES, states, "state")):

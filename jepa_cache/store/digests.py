@@ -1,9 +1,9 @@
 """A local table of file digests by path, size, times and inode, so that terabytes are not hashed again.
 
-It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace. A file that took another's place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or
-change time, which no program sets. Where a file system has no lasting inodes (some network and FUSE mounts) files are
-hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither inodes nor
-change times hides such a replacement.
+It lives in $XDG_STATE_HOME/jepa-cache (default ~/.local/state), outside the cache root and outside any workspace. A file that took another's
+place with its size and modification time (`touch -r`, `mv`, `cp -p`) has another inode or change time, which no program sets. Where a file system has no lasting inodes
+(some network and FUSE mounts) files are hashed again after each mount, in the worst case at every look: slow, never wrong. One that knows neither
+inodes nor change times hides such a replacement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_cache.config.paths import spell_name, state_folder
-from jepa_cache.store.recipe import file_digest
+from jepa_cache.files import file_digest
 
 # The first release has a table `digests` without inode and change time in the same file. It is left to that release: its
 # rows were not seen with them, so those files are hashed once more. `units` has one place for each content; it is read, not written.

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 import pyarrow as pa
 
+from jepa_cache.files import file_digest
 from jepa_cache.store.quantisation import Channels, get_codec, scales_dtype, scales_shape
-from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, inner_path
+from jepa_cache.store.recipe import canonical_json, fingerprint, inner_path
 
 if TYPE_CHECKING:
     import zarr

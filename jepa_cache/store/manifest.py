@@ -17,8 +17,9 @@ from typing import Any
 
 import orjson
 
-from jepa_cache.files import atomic_file, remove_stale_temporaries
-from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, file_digest, fingerprint, unit_id
+from jepa_cache.config.parsing import ConfigError
+from jepa_cache.files import atomic_file, file_digest, remove_stale_temporaries
+from jepa_cache.store.recipe import DIGEST_LENGTH, StoreKey, canonical_json, fingerprint, unit_id
 
 MANIFEST_VERSION = 1
 SELF_DIGEST = "sha256"  # of the manifest without this entry
@@ -174,13 +175,21 @@ def write_manifest(manifest: Manifest, paths: Sequence[Path]) -> None:
 def replaced(path: Path) -> Iterator[None]:
     """Hold back the manifest at `path` until the block that is to replace it ends well; its bytes are not touched.
 
-    A file beside it says that it is held back: also after a kill, and nothing is lost where the next try succeeds.
+    A file beside it says that it is held back: also after a kill, and nothing is lost where the next try succeeds. A setting that is
+    refused (ConfigError) leaves all as it was, as where it is refused before the block.
     """
+    mark = path.with_name(HELD_BACK)
+    failed_before = mark.is_file()
     if path.is_file():
-        with atomic_file(path.with_name(HELD_BACK)) as temporary:
+        with atomic_file(mark) as temporary:
             temporary.write_bytes(canonical_json({"manifest": file_digest(path)}))
-    yield
-    path.with_name(HELD_BACK).unlink(missing_ok=True)
+    try:
+        yield
+    except ConfigError:
+        if not failed_before:
+            mark.unlink(missing_ok=True)
+        raise
+    mark.unlink(missing_ok=True)
 
 
 def why_held_back(path: Path) -> str | None:

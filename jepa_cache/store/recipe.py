@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 DIGEST_LENGTH = 32  # hex digits: 128 bits, far beyond accidental collision, and paths stay readable
@@ -19,12 +18,6 @@ def canonical_json(value: Any) -> bytes:
 def fingerprint(recipe: Mapping[str, Any]) -> str:
     """Hash of a recipe; equal for equal recipes on every machine."""
     return hashlib.sha256(canonical_json(recipe)).hexdigest()[:DIGEST_LENGTH]
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal. Cost: reads the whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unit_id(digest: str) -> str:

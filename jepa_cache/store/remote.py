@@ -31,6 +31,7 @@ from obstore.store import ObjectStore, from_url
 
 from jepa_cache.files import (
     atomic_file,
+    file_digest,
     held_file,
     list_temporaries,
     make_folder,
@@ -48,7 +49,7 @@ from jepa_cache.store.layout import (
     check_store,
     read_store_file,
 )
-from jepa_cache.store.recipe import canonical_json, file_digest, inner_path
+from jepa_cache.store.recipe import canonical_json, inner_path
 from jepa_cache.store.root import KINDS, MANIFESTS, MARKER, CacheRoot
 
 Result = TypeVar("Result")

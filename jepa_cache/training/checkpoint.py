@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jepa_cache.devices import Copies
 from jepa_cache.files import (
+    file_digest,
     publish_folder,
     remove_folder,
     remove_stale_temporaries,
@@ -31,7 +32,7 @@ from jepa_cache.files import (
     sync,
     temporary_folder,
 )
-from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint
+from jepa_cache.store.recipe import canonical_json, fingerprint
 
 WEIGHTS_FILE = "predictor.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -102,7 +103,7 @@ class BackgroundWriter:
 
     Attributes:
         copying: The copy that `settle` has to wait for; None between it and the next checkpoint, and always from a GPU.
-        running: The write that was begun last and has not been joined.
+        running: The write that was begun last and has not been joined; before the first one, the making of room for its copy.
     """
 
     def __init__(self, write: Callable[[Checkpoint], object]) -> None:
@@ -110,6 +111,17 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.copying: Future[Checkpoint] | None = None
         self.running: Future[object] | None = None
+
+    def make_room(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Begin to make the memory for copies of these from a GPU in the thread: page-locking it would delay the first checkpoint."""
+        device = next(iter(weights.values())).device
+
+        def make() -> None:
+            torch.cuda.set_device(device)  # of this thread: else another GPU would get a context, of half a GiB
+            self._kept = self._each(self._copies.make_room, {"weights": weights, "optimizer": optimizer}, {})
+
+        self.join()
+        self.running = self._pool.submit(make)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to copy a checkpoint, and then to write it; waits for the one before, and raises what went wrong there.
@@ -132,14 +144,14 @@ class BackgroundWriter:
 
     def _take(self, checkpoint: Checkpoint) -> Checkpoint:
         tensors = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer}
-        self._kept = self._copy(tensors, self._kept)
+        self._kept = self._each(self._copies.take, tensors, self._kept)
         return checkpoint._replace(**self._kept)
 
-    def _copy(self, value: Any, kept: Any) -> Any:
+    def _each(self, make: Callable[[Tensor, Tensor | None], Tensor], value: Any, kept: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._copies.take(value, kept)
+            return make(value, kept)
         if isinstance(value, dict):
-            return {name: self._copy(it, kept.get(name) if kept else None) for name, it in value.items()}
+            return {name: self._each(make, it, kept.get(name) if kept else None) for name, it in value.items()}
         return value
 
     def _wait_and_write(self, checkpoint: Checkpoint | Future[Checkpoint]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,15 @@ from jepa_cache.training.checkpoint import FOLDER, describe_last
 REFUSED = tuple(
     f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 )
+# What launchers set; of other values Accelerate's errors name no variable.
+RULES = dict.fromkeys(
+    ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+    ("an integer", r"\s*-?\d+\s*"),
+) | dict.fromkeys(
+    ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"),
+    ("true or false", "y|yes|t|true|on|1|n|no|f|false|off|0"),
+)
+UNSET = "Launchers set it: start by torchrun or accelerate launch, or unset what one left here, to train in one process"
 # Compiling may keep one process waiting for another. A process that died is mostly noticed at once, see `agree`.
 TIMEOUT = timedelta(minutes=4)
 PATIENCE = timedelta(days=1)  # while the first process fetches a run, or writes what came of it
@@ -35,14 +45,10 @@ def start_processes(settings: TrainConfig) -> Accelerator:
     Of Accelerate's environment only what says which processes there are is heeded: precision and compilation are those of the settings.
 
     Raises:
-        ValueError: The environment asks for what is not there, such as FSDP, or two processes have one GPU; or `train.compile=flex` on a CPU.
+        ValueError: `check_environment` refuses, two processes have one GPU, or `train.compile=flex` is set on a CPU.
     """
     device = resolve_device("train.device", settings.device)
-    if asked := [name for name in REFUSED if os.environ.get(name, "false").lower() not in ("", "0", "false", "no")]:
-        raise ValueError(
-            f"{asked[0]} is set, but training is data-parallel (DDP) only: every GPU holds the whole predictor. Run `accelerate config` again "
-            "for multi-GPU without FSDP or DeepSpeed, or start by torchrun"
-        )
+    check_environment(os.environ)
     if settings.compile == "flex" and device == "cpu":
         raise ValueError(
             "train.compile=flex needs a GPU: FlexAttention has no backward pass on a CPU. Set it to false or true"
@@ -69,6 +75,28 @@ def start_processes(settings: TrainConfig) -> Accelerator:
         uuid = str(torch.cuda.get_device_properties(accelerator.device).uuid)
         check_own_gpus(_gather(accelerator, f"{platform.node()} {uuid}"))
     return accelerator
+
+
+def check_environment(variables: Mapping[str, str]) -> None:
+    """Refuse what a launcher cannot mean, before Accelerate fails on it without its name, or waits for processes that do not exist.
+
+    Raises:
+        ValueError: The model would be sharded, a number or switch is none, or a process has a number that its launch does not have.
+    """
+    if asked := [name for name in REFUSED if variables.get(name, "false").lower() not in ("", "0", "false", "no")]:
+        raise ValueError(
+            f"{asked[0]} is set, but training is data-parallel (DDP) only: every GPU holds the whole predictor. Run `accelerate config` again "
+            "for multi-GPU without FSDP or DeepSpeed, or start by torchrun"
+        )
+    for name, (rule, pattern) in RULES.items():
+        if name in variables and not re.fullmatch(pattern, variables[name].lower()):
+            raise ValueError(f"the environment variable {name} must be {rule}; got {variables[name]!r}. {UNSET}")
+    for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if {number, count} <= variables.keys() and int(variables[number]) >= int(variables[count]):
+            raise ValueError(
+                f"the environment variable {number} must be below {count}, as processes count from 0; got {variables[number]} of "
+                f"{variables[count]}. {UNSET}"
+            )
 
 
 def check_own_gpus(gpus: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ def choose(
 def _find_folds(
     core: LatentRidge, data: TrainingData, apart: Collection[str] | None
 ) -> list[tuple[set[str], set[str]]]:
-    """Of up to `NUM_JUDGED` recordings the episodes that errors are measured on, and those that are not fitted to: its likes by their mean latents too."""
+    """Of up to `NUM_JUDGED` recordings the episodes that errors are measured on, and those not fitted to: its likes by mean latents too."""
     numbers = np.arange(data.num_windows)
     episodes = data.episodes_of(numbers)
     names, place = np.unique(data.recordings_of(numbers), return_inverse=True)

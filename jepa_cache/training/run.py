@@ -30,6 +30,7 @@ from jepa_cache.data.recorded import describe_recorded
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.files import (
     atomic_file,
+    file_digest,
     remove_folder,
     remove_stale_temporaries,
     replaced_files,
@@ -57,7 +58,7 @@ from jepa_cache.predictor.lora import (
     save_adapter,
 )
 from jepa_cache.store.digests import DigestTable
-from jepa_cache.store.recipe import canonical_json, file_digest, fingerprint, recipe_changes
+from jepa_cache.store.recipe import canonical_json, fingerprint, recipe_changes
 from jepa_cache.training.checkpoint import CSV_FILE, FOLDER, LATEST, WEIGHTS_FILE, download_run
 from jepa_cache.training.distributed import check_same, wait_for_first, watched_processes
 

@@ -29,7 +29,7 @@ from jepa_cache.config.paths import default_num_threads
 from jepa_cache.config.schema import Config
 from jepa_cache.data.dataset import TRAIN, CachedDataset
 from jepa_cache.data.scaler import Scaler, check_scaler
-from jepa_cache.devices import describe_machine, has_bfloat16, name_device, repeatable
+from jepa_cache.devices import describe_machine, name_device, repeatable, warn_of_bfloat16
 from jepa_cache.files import atomic_file
 from jepa_cache.predictor.compressed import LatentRidge
 from jepa_cache.predictor.lora import count_trainable
@@ -202,6 +202,9 @@ class TrainingState:
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
+            # Blocks are compiled one by one already. DDP would split their graphs once more, at its buckets of 25 MB, which older torch
+            # refuses where they hold an autograd.Function or FlexAttention (pytorch issues 104674, 137481).
+            torch._dynamo.config.optimize_ddp = False
             flex = {"flex": True} if settings.compile == "flex" else {}
             (self.trained.module if self.trained.compressed else self.trained.predictor).compile(**flex)
         self.model = accelerator.prepare_model(self.objective)
@@ -268,6 +271,9 @@ class _Writer:
         self._checkpoints = self._opened.enter_context(closing(BackgroundWriter(self._publish)))
         hook = state.optimizer.register_step_pre_hook(lambda *_: self.settle())
         self._opened.callback(hook.remove)
+        if state.accelerator.device.type == "cuda":
+            self._first_step = state.optimizer.register_step_post_hook(lambda *_: self._make_room())
+            self._opened.callback(self._first_step.remove)
         self._bar = self._opened.enter_context(
             tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
         )
@@ -306,6 +312,11 @@ class _Writer:
         )
         self._checkpoints.save(checkpoint)
 
+    def _make_room(self) -> None:
+        """For the first checkpoint, once the optimiser's first step has made all that will be copied."""
+        self._first_step.remove()
+        self._checkpoints.make_room(self._state.trained.state(), self._state.optimizer.state_dict())
+
     def settle(self) -> None:
         """Wait until weights and moments may be changed again; the optimiser's steps do by themselves."""
         if not self._silent and self._checkpoints.copying is not None:  # its file is entered in no other step
@@ -342,15 +353,14 @@ def _describe_failure(failure: Failure | None, state: TrainingState, data: Train
 
 def _print_start(state: TrainingState, data: TrainingData) -> None:
     settings, processes = state.settings, state.accelerator.num_processes
-    if state.accelerator.device.type == "cuda" and settings.precision == "bfloat16" and not has_bfloat16():
-        print(
-            f"{name_device('cuda')} only imitates bfloat16, slowly and with far more memory for attention: set train.precision=float16"
-        )
+    device = state.accelerator.device
+    warn_of_bfloat16("train.precision", settings.precision, device.type)
+    gpu = f" ({name_device(device.type)})" if device.type == "cuda" else ""
     for layer in state.trained.new_layers:
         print(f"{layer} is a new layer: the starting weights have it in another width")
     print(
         f"predictor with {count_trainable(state.trained.module):,} trainable weights, {data.num_windows} training windows "
-        f"of {settings.window_steps} steps; {state.accelerator.device}, {state.num_threads} torch threads"
+        f"of {settings.window_steps} steps; {device}{gpu}, {state.num_threads} torch threads"
         + (f", {processes} processes" if processes > 1 else "")
     )
     if state.is_complete():

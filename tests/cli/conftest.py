@@ -25,6 +25,11 @@ CHANGES = {
 }
 
 
+# Clips so short that the recordings below hold some.
+CLIPS = ("encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
+CLIPS = (*CLIPS, "evaluate.num_context_steps=1", "evaluate.horizon=1")
+
+
 class Result(NamedTuple):
     """How a command ended: exit code, what it printed, and its JSON where --json was given."""
 
@@ -32,6 +37,15 @@ class Result(NamedTuple):
     out: str
     err: str
     document: dict
+
+
+def run(*arguments: object) -> Result:
+    """Run `jepa-cache ...` in this process, from the present folder."""
+    result = CliRunner().invoke(build_app(arguments[0]), [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    document = json.loads(result.stdout) if "--json" in arguments else {}
+    return Result(result.exit_code, result.stdout, result.stderr, document)
 
 
 class Checkout:
@@ -58,13 +72,7 @@ class Checkout:
         partialmethod(store, "controls"),
     )
 
-    def run(self, *arguments: str) -> Result:
-        """Run `jepa-cache ...` in this process."""
-        result = CliRunner().invoke(build_app(arguments[0]), [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        document = json.loads(result.stdout) if "--json" in arguments else {}
-        return Result(result.exit_code, result.stdout, result.stderr, document)
+    run = staticmethod(run)
 
     def encode(self, *overrides: str) -> None:
         """Run the true stage one."""
@@ -85,6 +93,13 @@ def _write_checkout(folder):
         text = text.replace(old, new)
     text = text.replace("  root: null", f"  root: {folder / 'cache'}", 1)
     (folder / "params.yaml").write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with settings and presets of its own, in which a command is typed."""
+    monkeypatch.chdir(copy_settings(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ Claims:
 - runs of other tokens, windows, splits or filters are shown apart with the reason, exit code 1;
 - settings that differ are named, and those that move no number are not;
 - --all lists what lies in a project, what was committed and DVC's experiments, the best first; what cannot be read is named;
-- a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it, exit code 2.
+- a run is found by file, folder, checkout, git revision; one whose weights are newer, one that is none, or damaged, is one message that names it,
+  exit code 2.
 """
 
 import csv
-import json
 import re
 import shutil
 import subprocess
@@ -18,13 +18,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from jepa_cache.cli.compare import KIND, compare_runs
-from jepa_cache.cli.main import build_app
 from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell, write_table
 from jepa_cache.predictor.checkpoints import save_state
 from jepa_cache.store.recipe import canonical_json
+from tests.cli.conftest import run
 from tests.workspace import copy_settings
 
 NUM_EPISODES = 12
@@ -89,13 +88,9 @@ def write_run(folder, errors, *, first=0, num_windows=2, trained=True, **changes
 
 def compare(*arguments, fails=0):
     """Run the command; its JSON document, and what it prints without --json."""
-    app, runner = build_app("compare"), CliRunner()
-    texts = []
-    for extra in ([], ["--json"]):
-        result = runner.invoke(app, ["compare", *map(str, arguments), *extra])
-        assert result.exit_code == fails, result.output
-        texts.append(result)
-    return json.loads(texts[1].stdout), texts[0].output
+    told, result = (run("compare", *arguments, *extra) for extra in ([], ["--json"]))
+    assert told.code == result.code == fails, told
+    return result.document, told.out
 
 
 def test_an_evaluation_of_other_weights_than_those_beside_it_is_refused(tmp_path):

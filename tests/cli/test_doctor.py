@@ -3,57 +3,41 @@
 Exit code 1 when something needed is missing.
 """
 
-import json
 import sys
 
 import numpy as np
-import pytest
-import typer
-from typer.testing import CliRunner
 
 from jepa_cache.cli import doctor as command
 from jepa_cache.cli.doctor import MISSING, NOTE, OK, check_everything
 from jepa_cache.media.video import Video
-from tests.workspace import copy_settings
+from tests.cli.conftest import run
 
 NAMES = ["gpu", "decoder", "cache root", "simulated robot"]
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    monkeypatch.chdir(copy_settings(tmp_path))
-    return tmp_path
-
-
-def run(*argv):
-    app = typer.Typer()
-    app.command()(command.doctor)
-    return CliRunner().invoke(app, argv)
-
-
-def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(checkout, monkeypatch):
+def test_this_machine_gets_a_line_of_each_kind_that_says_what_to_type(project, monkeypatch):
     monkeypatch.setattr(command, "LOW_FREE_BYTES", 1 << 60)
-    result, table = run("--json"), run()
-    report = json.loads(result.stdout)
-    assert (result.exit_code, table.exit_code) == (0, 0) and report["ready"], report
+    result, table = run("doctor", "--json"), run("doctor")
+    report = result.document
+    assert (result.code, table.code) == (0, 0) and report["ready"], report
     assert [finding["name"] for finding in report["findings"]] == NAMES
-    lines = table.stdout.splitlines()
+    lines = table.out.splitlines()
     (line,) = [number for number, text in enumerate(lines) if text.startswith("cache root")]
     assert lines[-1].startswith("ready: 0 missing")
     assert "note" in lines[line] and "-> export JEPA_CACHE_HOME" in lines[line + 1]
 
 
-def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_code_is_1(checkout, monkeypatch):
+def test_a_check_that_fails_itself_is_a_line_the_others_are_there_and_the_exit_code_is_1(project, monkeypatch):
     def fail(*_):
         raise RuntimeError("first line\nstack trace")
 
     monkeypatch.setattr(command, "check_decoders", fail)
     monkeypatch.setitem(sys.modules, "torch", None)
-    (checkout / "params.yaml").write_text("dataset: [")
-    findings, result = check_everything(checkout), run()
+    (project / "params.yaml").write_text("dataset: [")
+    findings, result = check_everything(project), run("doctor")
     assert list(findings) == NAMES and findings["decoder"][:2] == (MISSING, "RuntimeError: first line")
     assert findings["gpu"].state == MISSING and "torch" in findings["gpu"].found
-    assert result.exit_code == 1 and "params.yaml" in result.stdout and "not ready: 4 missing" in result.stdout
+    assert result.code == 1 and "params.yaml" in result.out and "not ready: 4 missing" in result.out
 
 
 def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed(monkeypatch):
@@ -71,15 +55,15 @@ def test_one_decoder_is_enough_and_one_that_returns_wrong_frames_is_not_believed
     assert command.check_decoders().state == MISSING
 
 
-def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(checkout, monkeypatch):
-    monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout / "not/yet"))
+def test_the_cache_root_is_judged_by_free_disk_rights_and_what_lies_there_and_need_not_exist(project, monkeypatch):
+    monkeypatch.setenv("JEPA_CACHE_HOME", str(project / "not/yet"))
     for free, state in ((1 << 20, MISSING), (20 << 30, NOTE), (500 << 30, OK)):
         monkeypatch.setattr(command.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free})())
-        finding = command.check_disk(checkout)
-        assert finding.state == state and str(checkout / "not/yet") in finding.found
-        assert not (checkout / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
-    monkeypatch.setenv("JEPA_CACHE_HOME", str(checkout))
-    found = check_everything(checkout)["cache root"]
+        finding = command.check_disk(project)
+        assert finding.state == state and str(project / "not/yet") in finding.found
+        assert not (project / "not").exists() and (state == OK or "JEPA_CACHE_HOME" in finding.todo)
+    monkeypatch.setenv("JEPA_CACHE_HOME", str(project))
+    found = check_everything(project)["cache root"]
     assert found.state == MISSING and "is no cache root: it holds" in found.found
     monkeypatch.setattr(command.os, "access", lambda *_: False)
-    assert "not writable" in command.check_disk(checkout).found
+    assert "not writable" in command.check_disk(project).found

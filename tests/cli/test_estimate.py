@@ -13,10 +13,8 @@ import pytest
 
 from jepa_cache.cli import estimate
 from jepa_cache.store.root import MARKER
-from tests.makers import make_video, make_vpt_pair, write_vpt_tar
-
-CLIPS = ("encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
-CLIPS = (*CLIPS, "evaluate.num_context_steps=1", "evaluate.horizon=1")
+from tests.cli.conftest import CLIPS
+from tests.makers import make_video, write_vpt_tar
 
 
 def _estimate(checkout, *arguments):
@@ -64,12 +62,6 @@ def test_only_headers_of_videos_are_read(fresh, monkeypatch):
     document = _estimate(fresh).document
     assert document["all"]["episodes"] == 5
     assert len(video) > 1 << 20 and 0 < max(num_read.values()) < 192 << 10
-
-
-def test_recordings_that_cannot_be_used_are_counted_as_such(fresh):
-    write_vpt_tar(fresh.recordings / "bad.tar", {"no": (b"no video", b"{}\n"), "good": make_vpt_pair(20, 5)})
-    document = _estimate(fresh).document
-    assert (document["all"]["unusable"], document["all"]["episodes"]) == (1, 5)
 
 
 def test_many_units_are_estimated_from_some_and_that_is_told(fresh, monkeypatch):

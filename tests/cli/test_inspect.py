@@ -5,25 +5,23 @@ recordings most give their headers only, and ten of each kind are printed.
 """
 
 import io
-import json
 
 import av
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from jepa_cache.actions import get_action_space
 from jepa_cache.cli import inspect as command
-from jepa_cache.cli.inspect import inspect, inspect_units
+from jepa_cache.cli.inspect import inspect_units
 from jepa_cache.config.loading import load_config
 from jepa_cache.episode import Episode, Skipped
 from jepa_cache.media.video import open_video
 from jepa_cache.poses import POSE_CONTROLS
 from jepa_cache.sources import Unit, build_source
+from tests.cli.conftest import run
 from tests.droid_makers import make_episode, write_raw
 from tests.makers import make_rows, make_video, to_jsonl, write_vpt_tar
-from tests.workspace import SUITE_SETTINGS, copy_settings
+from tests.workspace import SUITE_SETTINGS
 
 NUM_FRAMES = 50
 VIDEO = make_video(NUM_FRAMES)
@@ -99,23 +97,6 @@ def stuttering(every):
     frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 6, 8, 3)).astype(np.uint8)
     frames = frames.repeat(8, axis=1).repeat(8, axis=2)
     return video_of(frames[index - index % every] for index in range(NUM_FRAMES))
-
-
-def run(*argv):
-    app = typer.Typer()
-    app.command()(inspect)
-    return CliRunner().invoke(app, [str(argument) for argument in argv])
-
-
-def run_json(*argv):
-    return json.loads(run(*argv, "--json").stdout)["data_sets"]
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A folder with settings and presets of its own, in which the command is typed."""
-    monkeypatch.chdir(copy_settings(tmp_path))
-    return tmp_path
 
 
 def test_a_sound_recording_is_described_and_not_suspected(tmp_path):
@@ -233,19 +214,19 @@ def test_of_many_recordings_most_are_described_by_their_headers_alone(tmp_path, 
         assert {**one, "decoded": True, "equal_share": 0.0} == other
 
 
-def test_the_true_rate_of_steps_is_said_where_the_requested_one_cannot_be_had(checkout):
-    write(checkout, {"one": (VIDEO, moving_rows())})
-    said = run("dataset=vpt", checkout / "a.tar", "encode.fps=8", "encode.mode=tubelet").output
+def test_the_true_rate_of_steps_is_said_where_the_requested_one_cannot_be_had(project):
+    write(project, {"one": (VIDEO, moving_rows())})
+    said = run("inspect", "dataset=vpt", project / "a.tar", "encode.fps=8", "encode.mode=tubelet").out
     assert "at 3.333 steps/s\nencode.fps: 8 Hz asked, 6.667 Hz made (1 of 3 frames at 20 Hz)" in said
-    (report,) = run_json("dataset=vpt", checkout / "a.tar", "encode.fps=5")
+    (report,) = run("inspect", "dataset=vpt", project / "a.tar", "encode.fps=5", "--json").document["data_sets"]
     assert report["step_hz"] == [5.0, 5.0] and not report["slower"]
 
 
-def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(checkout):
+def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(project):
     pairs = {f"good{number}": (VIDEO, moving_rows(seed=number)) for number in range(12)}
     pairs |= {f"bad{number}": (VIDEO, b"{" * number) for number in range(1, 15)}
-    write(checkout, {**pairs, "other": (b"", moving_rows())})
-    lines = run("dataset=vpt", checkout / "a.tar", "encode.fps=30").output.splitlines()
+    write(project, {**pairs, "other": (b"", moving_rows())})
+    lines = run("inspect", "dataset=vpt", project / "a.tar", "encode.fps=30").out.splitlines()
     assert sum(line.startswith("good") for line in lines) == 10 and "... and 2 more, see --json" in lines
     assert sum("stage one cannot use it: encode.fps 30 is above the video's 20 frames" in line for line in lines) == 10
     assert sum(line.startswith("skipped: bad") for line in lines) == 10
@@ -257,19 +238,22 @@ def test_ten_of_each_kind_are_printed_and_the_rest_are_counted(checkout):
     assert any("12 suspicious; 15 skipped" in line for line in lines)
 
 
-def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_and_notes_are_said(checkout):
-    preset = (checkout / "configs/dataset/vpt.yaml").read_text()
+def test_every_data_set_of_a_mixture_and_every_camera_has_a_report_of_its_own_and_notes_are_said(project):
+    preset = (project / "configs/dataset/vpt.yaml").read_text()
     for name in ("a", "b"):
-        (checkout / f"shards/{name}").mkdir(parents=True)
-        write(checkout / f"shards/{name}", {f"{name}-seg": (VIDEO, moving_rows())})
-        (checkout / f"configs/dataset/{name}.yaml").write_text(preset.replace("shards/vpt", f"shards/{name}"))
-    (checkout / "configs/dataset/both.yaml").write_text(preset + "mixture: {a: 1.0, b: 3.0}\n")
-    keys = {report["name"]: [entry["key"] for entry in report["recordings"]] for report in run_json("dataset=both")}
+        (project / f"shards/{name}").mkdir(parents=True)
+        write(project / f"shards/{name}", {f"{name}-seg": (VIDEO, moving_rows())})
+        (project / f"configs/dataset/{name}.yaml").write_text(preset.replace("shards/vpt", f"shards/{name}"))
+    (project / "configs/dataset/both.yaml").write_text(preset + "mixture: {a: 1.0, b: 3.0}\n")
+    keys = {
+        report["name"]: [entry["key"] for entry in report["recordings"]]
+        for report in run("inspect", "dataset=both", "--json").document["data_sets"]
+    }
     assert keys == {"a": ["a-seg"], "b": ["b-seg"]}
-    assert "both is a mixture" in run("dataset=both", "shards/a").output
-    write_raw(checkout / "shards/droid_raw", make_episode(0, 60, num_frames=20, fps=5))
+    assert "both is a mixture" in run("inspect", "dataset=both", "shards/a").err
+    write_raw(project / "shards/droid_raw", make_episode(0, 60, num_frames=20, fps=5))
     given = ("dataset=droid_raw", "encode.cameras=[wrist, exterior_1]")
-    reports = run_json(*given)
+    reports = run("inspect", *given, "--json").document["data_sets"]
     assert [report["name"] for report in reports] == ["droid_raw, wrist", "droid_raw, exterior_1"]
     assert [entry["suspicions"] for report in reports for entry in report["recordings"]] == [[], []]
-    assert ": video at 5 Hz: frames are placed on the 15 Hz rows by time" in run(*given).output
+    assert ": video at 5 Hz: frames are placed on the 15 Hz rows by time" in run("inspect", *given).out

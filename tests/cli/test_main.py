@@ -1,6 +1,7 @@
 """Claims of cli/main.py, outcome.py and stage.py: each command is imported alone and without torch; its help says its exit codes.
 
-Outside every project what reads or writes one is refused, though the package lies in a checkout. --json is one document; no name from somebody's files moves the cursor or forges a line of a terminal.
+Outside every project what reads or writes one is refused, though the package lies in a checkout. --json is one document; no name from somebody's
+files moves the cursor or forges a line of a terminal.
 """
 
 import json
@@ -41,7 +42,7 @@ for arguments in (["--help"], ["params"], ["status", folder], ["gc"], ["estimate
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("command", ["estimate", "status", "verify", "gc", "export cache"])
+@pytest.mark.parametrize("command", ["estimate", "status", "verify", "gc", "inspect", "export cache"])
 def test_help_says_the_exit_codes_and_an_unknown_setting_is_one_message_and_code_2(checkout, command, tmp_path):
     result = checkout.run(*command.split(), "--help")
     words = " ".join(result.out.split())

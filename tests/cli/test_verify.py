@@ -19,6 +19,7 @@ from jepa_cache.encoding.task import Claims
 from jepa_cache.encoding.verification import Comparison, StepResult
 from jepa_cache.sources.vpt import VptSource
 from jepa_cache.store.digests import DigestTable
+from tests.cli.conftest import CLIPS
 from tests.encoded import make_tars, replace_behind_the_table, store_json
 from tests.makers import flip, make_vpt_pair, write_vpt_tar
 
@@ -217,11 +218,9 @@ def test_random_steps_encoded_again_are_bit_equal_each_in_the_batch_that_it_was_
     assert sorted(sizes) == [2, 3, 4, 7, 8, 8, 8, 8]
 
 
-CLIP = ("encode.mode=clip", "encode.frames_per_clip=4", "train.window_steps=2", "train.auto_steps=1")
-CLIP = (*CLIP, "evaluate.num_context_steps=1", "evaluate.horizon=1")
-
-
-@pytest.mark.parametrize("settings", [("encode.dtype=bfloat16",), ("encode.dtype=int4",), CLIP], ids=lambda it: it[0])
+@pytest.mark.parametrize(
+    "settings", [("encode.dtype=bfloat16",), ("encode.dtype=int4",), ("encode.mode=clip", *CLIPS)], ids=lambda it: it[0]
+)
 def test_steps_in_other_stored_dtypes_and_in_clips_are_bit_equal_too_and_what_else_changed_is_told(fresh, settings):
     for name in ("a", "c"):
         (fresh.recordings / f"{name}.tar").unlink()

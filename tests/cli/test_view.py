@@ -1,4 +1,4 @@
-"""Claims of cli/view.py: an episode goes into a file with its frames, tokens, actions and plans; without screen or library one message says what to do.
+"""Claims of cli/view.py: an episode goes into a file with frames, tokens, actions and plans; without screen or library a message says what to do.
 
 Plans are those of the episode and of the predictor that is shown; others' are named and left out.
 """

@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from ruamel.yaml import YAML
 
 from jepa_cache.cli.stage import describe_error
 from jepa_cache.config.loading import REPOSITORY_ROOT, load_config, split_arguments
 from jepa_cache.config.parsing import ConfigError, parse_dataclass
 from jepa_cache.config.schema import TrainConfig
-from jepa_cache.devices import resolve_device
 from tests.workspace import SUITE_SETTINGS, copy_settings
 
 
@@ -182,36 +180,6 @@ def test_a_preset_that_fits_no_released_weights_is_refused(root, line, other, wo
     edit(root, f"\n{line}", f"\n{other}", "configs/encoder/vitl384_v21.yaml")
     with pytest.raises(ConfigError, match=words):
         load_config(root, ["encoder=vitl384_v21"])
-
-
-def test_a_gpu_that_is_not_there_is_refused_by_the_name_of_its_setting(monkeypatch):
-    for num_gpus, meant in ((0, ["cpu", "cpu"]), (2, ["cuda", "cpu"])):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=num_gpus: there > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda there=num_gpus: there)
-        assert [resolve_device("train.device", wanted) for wanted in ("auto", "cpu")] == meant
-    assert resolve_device("encode.device", "cuda") == "cuda"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for key in ("train.device", "encode.device"):
-        with pytest.raises(ConfigError, match=rf"{key} is 'cuda', but torch finds no GPU here"):
-            resolve_device(key, "cuda")
-
-
-def test_a_device_is_used_without_the_tf32_that_a_container_switched_on(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    torch.set_float32_matmul_precision("high")
-    resolve_device("train.device", "cpu")
-    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-
-
-def test_cudnn_attention_is_admitted_by_the_environment_alone(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", (admitted := []).append)
-    resolve_device("train.device", "cpu")
-    monkeypatch.setenv("JEPA_ATTENTION", "cudnn")
-    resolve_device("train.device", "cpu")
-    monkeypatch.setenv("JEPA_ATTENTION", "fastest")
-    with pytest.raises(ConfigError, match="JEPA_ATTENTION is flash or cudnn; got 'fastest'"):
-        resolve_device("train.device", "cpu")
-    assert admitted == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "encoder", "predictor", "train.preset"])

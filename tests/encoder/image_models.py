@@ -17,7 +17,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncoderPreset
 from jepa_cache.encoder.image import read_preprocessing
 from jepa_cache.encoder.shipped import ShippedModel, model_digest, read_state, write_model
-from jepa_cache.media.wheel import digest_of
+from jepa_cache.files import file_digest
 from tests.workspace import SUITE_SETTINGS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -143,7 +143,7 @@ def ship_model(folder: Path, *, seed: int = 0) -> tuple[Path, torch.nn.Module, S
     described = ShippedModel(
         package="tiny-focus",
         version="1.0",
-        wheel_sha256=digest_of(wheel),
+        wheel_sha256=file_digest(wheel),
         member="tiny_focus/model.onnx",
         member_sha256=hashlib.sha256(content).hexdigest(),
         sha256="",

@@ -20,7 +20,7 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.encoder import KINDS, vjepa2, weights_identity
 from jepa_cache.encoder.checkpoints import CheckpointError, load_state
 from jepa_cache.encoder.vjepa2 import random_state
-from jepa_cache.store.recipe import file_digest
+from jepa_cache.files import file_digest
 from tests.media.fake_bucket import serve
 from tests.official_files import encoder_shapes, without_storage, write_v21_file
 from tests.workspace import SUITE_SETTINGS

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from jepa_cache.encoder import KINDS
 from jepa_cache.encoder.image import CLASS_TOKENS, ImageModelError, read_model, read_preprocessing
 from jepa_cache.encoder.preprocess import crop_rule
-from jepa_cache.store.recipe import file_digest
+from jepa_cache.files import file_digest
 from tests.encoder.image_models import CENTRE_CROP, MODELS, SQUEEZED, change_config, make_model, preset_of, save_model
 from tests.official_files import prepare
 

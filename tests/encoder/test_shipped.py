@@ -44,7 +44,7 @@ def test_the_folder_holds_the_model_and_is_found_again_without_wheel_or_network(
         own = model(pixel_values=PIXELS).last_hidden_state[:, 1:]
     assert torch.equal(tokens_of(folder), own)
     preset = preset_of(folder)
-    assert KINDS["hf"].identity(preset, folder, shipped.digest_of) == f"hf:{SHIPPED['tiny_dino'].sha256}"
+    assert KINDS["hf"].identity(preset, folder, shipped.file_digest) == f"hf:{SHIPPED['tiny_dino'].sha256}"
     assert (preset.resolution, preset.short_side, preset.crop) == (64, None, "pillow_bicubic")
     wheel.unlink()
     before = (folder / "model.safetensors").stat()

@@ -84,7 +84,8 @@ def test_a_full_disk_is_named_and_the_same_command_continues_on_a_larger_one(tmp
     assert result.manifest == alone and result.num_encoded == 2 - num_published
 
 
-def test_after_a_failed_write_no_other_call_is_made():
+@pytest.mark.parametrize("queue", [WriterThread.__call__, WriterThread.behind])
+def test_after_a_failed_write_no_other_call_is_made(queue):
     made, gate = [], threading.Event()
 
     def fail():
@@ -92,11 +93,26 @@ def test_after_a_failed_write_no_other_call_is_made():
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"), WriterThread() as write:
-        write(fail)
+        queue(write, fail)
+        write.behind(lambda: made.append("published"))
         for number in range(3):
             write(made.append, number)
         gate.set()
-    assert made == []
+    assert "published" not in made and (queue is WriterThread.behind or not made)
+
+
+def test_a_unit_is_published_while_the_next_is_written_and_a_third_waits():
+    made, gate, written = [], threading.Event(), threading.Event()
+    with WriterThread() as write:
+        write.behind(lambda: (gate.wait(10), made.append("first published")))
+        write(made.append, "second written")
+        write(written.set)
+        write.behind(lambda: made.append("second published"))
+        write(made.append, "third written")
+        assert written.wait(10)
+        assert made == ["second written"]
+        gate.set()
+    assert made[:2] == ["second written", "first published"] and len(made) == 4
 
 
 @pytest.fixture

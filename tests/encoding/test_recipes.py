@@ -14,8 +14,9 @@ from jepa_cache.config.loading import load_config
 from jepa_cache.config.schema import EncodeConfig, EncoderPreset
 from jepa_cache.encoder import weights_identity
 from jepa_cache.encoding.groups import READING, action_recipe, name_reading, token_recipe
+from jepa_cache.files import file_digest
 from jepa_cache.sources import build_source
-from jepa_cache.store.recipe import file_digest, fingerprint
+from jepa_cache.store.recipe import fingerprint
 from tests.encoded import tiny_config
 from tests.workspace import SUITE_SETTINGS
 

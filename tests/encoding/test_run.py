@@ -1,5 +1,6 @@
 """Claims: the cache holds what the encoder gives on the decoded frames, bit for bit, with the right tables, actions and controls.
 
+A GPU that is not there is refused where something is left to encode, and only there; the manifest from before stays in use.
 The same recordings give the same bytes everywhere, whatever files they lie in and however many threads decode them.
 Steps at another rate than asked are said, and the cache has the true one.
 """
@@ -19,11 +20,12 @@ from jepa_cache.config.parsing import ConfigError
 from jepa_cache.data.dataset import CachedDataset
 from jepa_cache.encoder.frozen import FrozenEncoder, load_module
 from jepa_cache.encoding import pipeline
-from jepa_cache.encoding.run import describe_result, join_alike
+from jepa_cache.encoding.run import describe_result, encode_dataset, join_alike
 from jepa_cache.encoding.steps import describe_slower
 from jepa_cache.store import digests, layout
 from jepa_cache.store.controls import iter_controls
 from jepa_cache.store.layout import check_store
+from jepa_cache.store.manifest import replaced, why_held_back
 from jepa_cache.store.root import CacheRoot
 from tests.encoded import (
     BATCH,
@@ -216,6 +218,31 @@ def test_implausible_values_are_said_by_every_run_and_are_no_part_of_what_is_sto
     monkeypatch.setattr(pipeline, "find_implausible", lambda controls: ())
     unseen = encode(tmp_path / "in", tmp_path / "other", config)
     assert not unseen.implausible and unseen.manifest == result.manifest
+
+
+def test_a_gpu_that_is_not_there_is_refused_where_it_is_needed_and_the_manifest_from_before_stays_in_use(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    output, root = tmp_path / "out/manifest.json", CacheRoot(tmp_path / "cache")
+
+    def encode_on(device):
+        encode_dataset(tiniest_config(device=device), [str(folder)], base=tmp_path, root=root, output=output)
+        return output.read_bytes()
+
+    folder = make_tiny_tar(tmp_path / "in", "a", 0)
+    before = encode_on("cpu")
+    assert encode_on("cuda") == before, "all is in the cache, no device is needed"
+    make_tiny_tar(folder, "b", 1)
+    for failed_before in (False, True):
+        if failed_before:
+            with pytest.raises(ValueError, match="no earlier failure"), replaced(output):
+                raise ValueError("no earlier failure is forgotten")
+        with pytest.raises(ConfigError, match=r"encode\.device is 'cuda', but torch finds no GPU here"):
+            encode_on("cuda")
+        assert (why_held_back(output) is not None) == failed_before and output.read_bytes() == before
+    assert encode_on("cpu") != before and why_held_back(output) is None
 
 
 def test_only_the_first_units_are_read_and_the_whole_data_set_finds_them_again(tmp_path, monkeypatch):

@@ -17,8 +17,11 @@ from tests.encoded import all_files, encode, forking_context, make_tiny_tar, tin
 UNITS = "abcd"
 
 
-def work(folder, place, name, dies_at):
-    """A process that encodes beside another one, and may be killed in a unit, once the other waits for that unit."""
+def work(folder, place, name, dies_at, other_dies):
+    """A process that encodes beside another one, and may be killed in a unit, once the other waits for that unit.
+
+    With one decoder it claims one unit at a time, and of the second it waits until the other is about to die: so both have some.
+    """
     encode_one, wait, encoded = pipeline._OpenUnit.encode, run.wait_for_others, []
 
     def watched(self, stream):
@@ -28,6 +31,8 @@ def work(folder, place, name, dies_at):
             while not (place / "waiting").exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
+        while other_dies and len(encoded) == 2 and not (place / "dying").exists():
+            time.sleep(0.01)
         time.sleep(0.05)
         return encode_one(self, stream)
 
@@ -39,7 +44,7 @@ def work(folder, place, name, dies_at):
     (place / f"ready-{name}").touch()
     while not all((place / f"ready-{other}").exists() for other in ("one", "two")):
         time.sleep(0.01)
-    result = encode(folder, place / "cache", tiniest_config())
+    result = encode(folder, place / "cache", tiniest_config(num_decoders=1))
     report = {"encoded": encoded, "num_encoded": result.num_encoded, "manifest": result.manifest.digest}
     (place / f"{name}.json").write_text(json.dumps(report))
 
@@ -58,7 +63,7 @@ def test_two_encoders_encode_every_unit_once_and_one_takes_over_what_a_killed_on
     alone, tmp_path, dies_at
 ):
     folder, manifest, files = alone
-    given = [(folder, tmp_path, "one", dies_at), (folder, tmp_path, "two", None)]
+    given = [(folder, tmp_path, "one", dies_at, False), (folder, tmp_path, "two", None, dies_at is not None)]
     processes = [forking_context().Process(target=work, args=each) for each in given]
     for process in processes:
         process.start()

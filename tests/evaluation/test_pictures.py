@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from jepa_cache.evaluation.figures import describe_windows
@@ -30,14 +29,13 @@ from jepa_cache.evaluation.pictures import (
     describe_moves,
     draw_horizon,
     draw_training,
-    find_nearest,
     put_side_by_side,
     write_films,
 )
 from jepa_cache.evaluation.windows import PREDICTIONS, WindowErrors, measure_windows
 from jepa_cache.media.video import open_video
 from jepa_cache.store.digests import DigestTable
-from tests.caches import GRID, TICKS_PER_STEP, WIDTH, Cache, make_recorded
+from tests.caches import TICKS_PER_STEP, Cache, make_recorded
 from tests.evaluation.evaluations import Oracle, a_predictor, evaluation_of
 
 RNG = np.random.default_rng(0)
@@ -86,13 +84,13 @@ def test_the_error_against_horizon_shows_every_prediction(tmp_path):
 def test_films_are_the_best_of_those_that_move_most_the_median_and_the_worst_window():
     copied = np.array([0.1] * 17 + [0.9, 1.0, 0.2])
     gains = np.array([0.0, *np.linspace(0.05, 0.45, 16), 0.3, 0.2, 0.9])
-    errors = SimpleNamespace(horizon={"copy_last": copied[:, None], "model": (copied * (1 - gains))[:, None]})
+    errors = SimpleNamespace(open_loop={"l1": {"copy_last": copied[:, None], "model": (copied * (1 - gains))[:, None]}})
     films = choose_films(errors)
     best, median, worst = (film.position for film in films)
     assert best == 17, "of the two that move most, not number 19, whose gain is largest"
     assert sorted(gains)[10] == gains[median] and worst == 0
     assert "2 of 20 windows" in films[0].reason and "median of 20" in films[1].reason
-    same = SimpleNamespace(horizon={name: np.ones((1, 4)) for name in ("copy_last", "model")})
+    same = SimpleNamespace(open_loop={"l1": {name: np.ones((1, 4)) for name in ("copy_last", "model")}})
     assert [film.position for film in choose_films(same)] == [0], "one window is one film"
 
 
@@ -154,7 +152,9 @@ def test_a_film_shows_its_own_frames_and_the_measured_errors_and_nothing_before_
         scaled = Image.fromarray(frame).resize((FRAME_WIDTH, cell.shape[0]))
         assert np.abs(cell - np.asarray(scaled)).mean() < 6, "but for what a JPEG loses"
     for panel, name in ((foreseen, "model"), (film["panels"][2], "shuffled_actions"), (copied, "copy_last")):
-        assert panel["token_words"] == [None] * context + [f"L1 {error:.3f}" for error in errors.horizon[name][7]]
+        assert panel["token_words"] == [None] * context + [
+            f"L1 {error:.3f}" for error in errors.open_loop["l1"][name][7]
+        ]
         tokens = cells(tmp_path / "pictures" / panel["tokens"], num_steps)
         assert [bool((cell == GREY).all()) for cell in tokens] == [True] * context + [False] * 4
         assert tokens[0].shape[1] == TOKEN_WIDTH
@@ -179,17 +179,6 @@ def test_a_predictor_that_knows_the_truth_foresees_what_is_nearest_to_the_true_f
             cells(tmp_path / "pictures" / panel["frames"], context + 4)[context:] for panel in (happened, foreseen)
         ]
         assert np.abs(np.subtract(*pictures)).mean() < 3
-
-
-def test_the_nearest_step_is_found_among_all_of_the_given_episodes_and_says_where_it_lies(recorded):
-    cache, _, errors = recorded
-    evaluation, segment = evaluation_of(cache, a_predictor()), errors.chosen.segments[7]
-    run = segment._replace(start=segment.start + 2, stop=segment.start + 6)
-    tokens = np.empty((4, GRID[0] * GRID[1], WIDTH), np.float16)
-    cache.dataset.read_tokens(run.store, run.start, tokens)
-    wanted = evaluation.model.as_reps(torch.from_numpy(tokens))
-    found = find_nearest(evaluation, wanted, {run.episode})
-    assert [(one.episode, one.start) for one in found] == [(run.episode, run.start + step) for step in range(4)]
 
 
 def test_where_the_recording_is_gone_the_words_say_so(cache, tmp_path):

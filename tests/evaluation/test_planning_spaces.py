@@ -4,7 +4,8 @@ Claims:
 - a predictor trained on mixed step lengths plans one displacement to goals several steps ahead, scored in metres; a gripper that stood
   still in training is not searched, and a predictor of single steps is warned of;
 - in `vector_sum` and `vector_last`, with one action column and with two, with states and without, plans are searched within the quantiles
-  of recorded actions and end nearer than not moving (commands: than random ones) and than for another goal; still columns keep their value; how states follow is said;
+  of recorded actions and end nearer than not moving (commands: than random ones) and than for another goal; still columns keep their value; how
+  states follow is said;
 - the world model of such weights plans, scores candidates, is a solver's cost model and controls without states, in metres or any units;
 - weights that do not say what was recorded are refused, and so is a search of nothing;
 - a limit that no column obeys is refused where it was given, and any searched column can be narrowed.

@@ -24,9 +24,8 @@ from jepa_cache.cli.compare import compare_runs
 from jepa_cache.config.schema import MEASUREMENTS, Config
 from jepa_cache.data.ablations import ABLATIONS, action_ablations
 from jepa_cache.data.scaler import scaler_from_json
-from jepa_cache.data.windows import Window, WindowIndex
 from jepa_cache.evaluation import run
-from jepa_cache.evaluation.context import Measurement, check_settings
+from jepa_cache.evaluation.context import Measurement, check_settings, choose_windows
 from jepa_cache.evaluation.metrics import bootstrap_mean
 from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 from jepa_cache.evaluation.windows import BASELINES, NoActionsFit, fit_baselines
@@ -94,16 +93,11 @@ def recompute(cache: Cache, weights: Path) -> Again:
     context, horizon = settings.num_context_steps, settings.horizon
     num_steps, scaler = max(context + horizon, num_trained), scaler_from_json(card["scaler"])
     segments = dataset.segments_of("val", cache.config.split)
-    index, windows, episodes, starts = WindowIndex(segments, num_steps), [], [], []
-    number_of = {index[number]: number for number in range(len(index))}
-    for position, segment in enumerate(segments):
-        last = segment.stop - segment.start - num_steps
-        for start in np.linspace(0, last, settings.windows_per_episode).round().astype(int):
-            windows.append(Window(segment.store, segment.start + int(start), position))
-            episodes.append(segment.episode)
-            starts.append(int(start))
-    numbers = [number_of[window] for window in windows]
-    ablations = action_ablations(dataset, scaler, index, numbers, seed=settings.seed)
+    chosen = choose_windows(
+        segments, num_steps, settings.windows_per_episode
+    )  # tests/data/test_windows.py: evenly spread
+    starts = [window.start - own.start for window, own in zip(chosen.windows, chosen.segments, strict=True)]
+    ablations = action_ablations(dataset, scaler, *chosen, seed=settings.seed)
     training = dataset.segments_of("train", cache.config.split)
     evaluation = evaluation_of(cache, predictor)
     without = NoActionsFit(evaluation, training)
@@ -116,7 +110,7 @@ def recompute(cache: Cache, weights: Path) -> Again:
         "l2": lambda z, h: ((z - h) ** 2).mean() ** 0.5,
         "cosine": lambda z, h: (z * h).sum(-1).div(z.norm(dim=-1) * h.norm(dim=-1)).mean(),
     }
-    for place, window in enumerate(windows):
+    for place, window in enumerate(chosen.windows):
         rows = slice(window.start, window.start + num_steps)
         digest = dataset.manifest.entries[window.store].unit_digest
         stored = zarr.open(cache.root.tokens(dataset.manifest.fingerprint, digest))["tokens"][rows]
@@ -159,7 +153,7 @@ def recompute(cache: Cache, weights: Path) -> Again:
             for measure, of in measures.items():
                 row = [np.nan if z is None else float(of(z, h)) for z, h in pairs]
                 errors.setdefault((name, measure), []).append(row)
-    return Again({key: np.array(rows) for key, rows in errors.items()}, episodes, starts)
+    return Again({key: np.array(rows) for key, rows in errors.items()}, chosen.episodes, starts)
 
 
 @pytest.fixture(scope="module")

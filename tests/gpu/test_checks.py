@@ -1,4 +1,4 @@
-"""Claims: what benchmarks/gpu_check.py checks holds on this machine's GPU; and on a CPU its script runs at tiny sizes, every part, the quick ones always."""
+"""Claims: what benchmarks/gpu_check.py checks holds on this machine's GPU; and on a CPU every part of it runs at tiny sizes, the quick ones always."""
 
 import json
 import subprocess

@@ -243,18 +243,18 @@ def test_an_earlier_pack_is_refused_and_overwriting_leaves_no_tar_of_it(folder, 
     assert list((tmp_path / "out").iterdir()) == tars and len(_read(tars[0])) == 4
 
 
-def test_a_failure_leaves_whole_tars_only(folder, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_folder_as_it_was(folder, tmp_path, monkeypatch):
     from webdataset.writer import TarWriter
 
     def fail_on_the_last(self, sample, write=TarWriter.write):
         return write(self, sample) if sample["__key__"] != LONG else 1 / 0
 
+    earlier = pack_folder(folder, tmp_path / "out", max_bytes=1).tars
+    before = [tar.read_bytes() for tar in earlier]
     monkeypatch.setattr(TarWriter, "write", fail_on_the_last)
     with pytest.raises(ZeroDivisionError):
-        pack_folder(folder, tmp_path / "out", max_bytes=2500)
-    left = list((tmp_path / "out").iterdir())
-    assert left and all(path.suffix == ".tar" for path in left)
-    assert all(sample.problem is None for tar in left for sample in _read(tar))
+        pack_folder(folder, tmp_path / "out", max_bytes=2500, overwrite=True)
+    assert sorted((tmp_path / "out").iterdir()) == earlier and [tar.read_bytes() for tar in earlier] == before
 
 
 def test_nothing_to_pack_is_an_error(tmp_path):

@@ -20,6 +20,7 @@ import torch
 from jepa_cache.config.loading import load_config
 from jepa_cache.encoder import weights_identity
 from jepa_cache.encoder.checkpoints import load_state
+from jepa_cache.files import file_digest
 from jepa_cache.predictor.checkpoints import (
     ENCODER_FIELD,
     CheckpointError,
@@ -31,7 +32,6 @@ from jepa_cache.predictor.checkpoints import (
     save_state,
 )
 from jepa_cache.predictor.model import ACPredictor
-from jepa_cache.store.recipe import file_digest
 from tests.official_files import encoder_shapes, without_storage, write_official_file
 from tests.predictor.makers import build, same, save
 from tests.workspace import SUITE_SETTINGS

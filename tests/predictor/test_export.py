@@ -4,7 +4,8 @@ Claims:
 - a predictor written to the official layout and read back is the same bit for bit, and so is one written as safetensors;
 - the official file has upstream's entries and prefixes, with the encoder where its file is given and is the right one;
 - a LoRA adapter is merged into its base;
-- a predictor with a residual path, adaptive layer norms, no states, or of another kind is refused there; other widths of actions and states are pointed out;
+- a predictor with a residual path, adaptive layer norms, no states, or of another kind is refused there; other widths of actions and states are
+  pointed out;
 - contradicting arguments are named before anything is written.
 """
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from jepa_cache.cli.main import main
+from jepa_cache.files import file_digest
 from jepa_cache.predictor.checkpoints import (
     build_predictor,
     check_encoder,
@@ -25,7 +27,6 @@ from jepa_cache.predictor.checkpoints import (
     read_card,
 )
 from jepa_cache.predictor.lora import add_lora, merged_state, save_adapter
-from jepa_cache.store.recipe import file_digest
 from tests.official_files import write_official_file
 from tests.predictor.makers import SIZES, build, same, save
 from tests.predictor.test_compressed import KINDS

@@ -243,12 +243,12 @@ def test_bytes_do_not_depend_on_workers_or_on_an_earlier_data_set(folder, tmp_pa
     assert one == other
 
 
-def test_an_interrupted_build_leaves_no_index(folder, tmp_path, monkeypatch):
-    (tmp_path / "index.json").write_bytes((folder / "index.json").read_bytes())
+def test_an_interrupted_build_leaves_the_earlier_set(folder, monkeypatch):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(build_module, "record_episode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build_sample(tmp_path, CONFIG, num_workers=1)
-    assert not list(tmp_path.iterdir())
+        build_sample(folder, CONFIG, num_workers=1)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

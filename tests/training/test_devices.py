@@ -2,7 +2,9 @@
 
 Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
+- a number or switch of a launcher that is none, and a rank that its launch does not have, are refused by name before processes are waited for;
 - FSDP, DeepSpeed and the like, another device than the settings', FlexAttention on a CPU, and two processes with one GPU are refused in words;
+- a compiled training keeps the graphs of its blocks whole between several processes;
 - `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
@@ -48,6 +50,28 @@ def test_an_environment_that_would_shard_the_predictor_is_refused(cache, tmp_pat
         run(cache, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("WORLD_SIZE=x", "WORLD_SIZE must be an integer; got 'x'"),
+        ("LOCAL_RANK=", "LOCAL_RANK must be an integer; got ''"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1.5", ".*_STEPS must be an integer; got '1.5'"),
+        ("ACCELERATE_USE_CPU=maybe", "ACCELERATE_USE_CPU must be true or false; got 'maybe'"),
+        ("RANK=3 WORLD_SIZE=2 LOCAL_RANK=0", "RANK must be below WORLD_SIZE, .*; got 3 of 2"),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1",
+            "LOCAL_RANK must be below LOCAL_WORLD_SIZE, .*; got 1 of 1",
+        ),
+    ],
+)
+def test_what_no_launcher_can_mean_is_refused_by_name(cache, tmp_path, monkeypatch, variables, said):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: pytest.fail("waits for others"))
+    for name, _, value in (word.partition("=") for word in f"{variables} MASTER_ADDR=127.0.0.1 MASTER_PORT=1".split()):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"^the environment variable {said}.*torchrun.*unset"):
+        run(cache, tmp_path)
+
+
 def test_another_device_than_the_settings_is_refused(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     with pytest.raises(
@@ -60,6 +84,16 @@ def test_flex_attention_is_refused_on_a_cpu_before_anything_is_trained(cache, tm
     with pytest.raises(ValueError, match=r"train\.compile=flex needs a GPU: .* Set it to false or true"):
         run(cache, tmp_path, "train.compile=flex")
     assert not list(tmp_path.iterdir())
+
+
+def test_compiled_blocks_are_not_split_again_at_the_buckets_of_ddp(cache, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block: seen.append((type(block).__name__, torch._dynamo.config.optimize_ddp))
+    )
+    assert run(cache, tmp_path, "train.compile=true", "train.num_steps=6").num_trained == 6
+    assert set(seen) == {("Block", False)}
 
 
 def test_two_processes_with_one_gpu_are_refused_by_their_numbers():

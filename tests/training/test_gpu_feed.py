@@ -4,7 +4,7 @@ Claims:
 - batches arrive whole, of plain and of coded tokens, though copies are late and their buffers are filled again;
 - training steps between rows and checkpoints copy nothing from ordinary memory, and wait for no more than the training step before;
 - validations copy nothing from or to ordinary memory but their row, though they give windows another episode's actions;
-- a checkpoint is copied without waiting, in page-locked memory, and is that of its step though training goes on;
+- a checkpoint is copied without waiting, in page-locked memory that another thread has made before, and is that of its step though training goes on;
 - losses are those of the CPU, of a compressed predictor too;
 - another GPU than the current one, whose streams everything waits for, is refused.
 """
@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 
@@ -34,8 +35,7 @@ def test_batches_arrive_whole_though_their_copies_are_late():
             parts, numbers = (cache.dataset, index, cache.scaler), [[4 * n, 1, 7, n] for n in range(8)]
             expected = [to_device(WindowLoader(*parts).read(few), torch.device("cpu")) for few in numbers]
             for num_threads in (1, 3):
-                with emulated_cuda() as counts, pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+                with emulated_cuda() as counts:
                     loader = WindowLoader(*parts, num_threads=num_threads, pin_memory=True)
                     got = [
                         tuple(part + 0 for part in batch[:3])
@@ -55,13 +55,13 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
     import torch
     from accelerate.state import AcceleratorState
 
-    from jepa_cache.predictor import checkpoints
     from jepa_cache.training import trainer
-    from tests import emulated_cuda as emulation
+    from jepa_cache.training.checkpoint import BackgroundWriter
     from tests.caches import make_cache, make_config
     from tests.training.runs import rows
 
     train_step, validate, waits, during, weights = trainer.train_step, trainer.validate, [], [], {}
+    save, saved, made = BackgroundWriter.save, [], []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
         cache = make_cache(Path(folder))
@@ -93,16 +93,19 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
                 assert waited == [("tolist", "MainThread")], waited
                 return row
 
-            save = safetensors.torch.save_file
-            unwrapped = lambda tensors, *rest, **options: save(  # noqa: E731
-                {name: emulation._inner(it.detach()) for name, it in tensors.items()}, *rest, **options
-            )
-            patch.setattr(checkpoints, "save_file", unwrapped)  # at the end, from the GPU
-            patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+            def watched_save(*given):
+                before = made.count("MainThread")
+                save(*given)
+                saved.append(made.count("MainThread") - before)
+
+            empty = torch.empty
+            patch.setattr(torch, "empty", lambda *it, **how: (made.append(current_thread().name), empty(*it, **how))[1])
+            patch.setattr(BackgroundWriter, "save", watched_save)
             patch.setattr(trainer, "train_step", watched)
             patch.setattr(trainer, "validate", watched_validate)
             on_gpu = train("cuda")
         assert not during
+        assert saved == [0, 0, 0, 0] and made.count("checkpoint_0") > 20, (saved, Counter(made))
         for step, waited in enumerate(waits[2:], start=2):  # before step + 1
             assert waited["event.synchronize"] <= 1 + (step % 4 == 0 or step % 5 == 0), (step, waited)
             assert set(waited) <= {
@@ -120,29 +123,19 @@ def test_a_training_waits_for_nothing_but_the_step_before_and_its_checkpoints_ar
 
 @on_emulated_cuda
 def test_a_compressed_predictor_is_fitted_and_trained_where_the_tokens_are():
-    import torch
     from accelerate.state import AcceleratorState
 
-    from jepa_cache.predictor import checkpoints
-    from tests import emulated_cuda as emulation
     from tests.caches import make_cache
     from tests.training.runs import rows, run
 
-    save = checkpoints.save_file
     found = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEPA_RUNS_HOME", f"{folder}/runs")
-        patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
         cache = make_cache(Path(folder))
         for device in ("cpu", "cuda"):
             AcceleratorState._reset_state(reset_partial_state=True)
             words = (f"train.device={device}", "predictor=compressed", "train.num_steps=6", "train.loggers=[]")
             with emulated_cuda() if device == "cuda" else nullcontext():
-                patch.setattr(
-                    checkpoints,
-                    "save_file",
-                    lambda it, *rest, **how: save({k: emulation._inner(v) for k, v in it.items()}, *rest, **how),
-                )
                 found.append(rows(run(cache, Path(folder, device), *words)))
     on_cpu, on_gpu = found
     for one, other in zip(on_cpu, on_gpu, strict=True):

@@ -2,7 +2,6 @@
 
 Claims:
 - what is logged is read back, and every tracker holds the same numbers at the same training steps, each once, also after a resume;
-- the columns are those of the loss, of each data set of a mixture, and of the GPU;
 - Weights & Biases runs offline under the run's own id; under DVC, DVCLive must be named; a user without a name can train.
 """
 
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cache.training.logging import COLUMNS, Recorder, columns_for, open_trackers
+from jepa_cache.training.logging import COLUMNS, Recorder, open_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +82,6 @@ def test_wandb_runs_offline_under_the_run_s_id(tmp_path, monkeypatch):
     record(tmp_path, [1, 2], logger="wandb")
     files = list((tmp_path / "abc123/wandb").rglob("run-abc123.wandb"))
     assert len(files) == 1 and files[0].stat().st_size > 0
-
-
-def test_a_mixture_has_a_column_for_each_data_set_and_a_single_one_has_none():
-    mixed = columns_for(3, ["vpt", "sample"], on_gpu=True)
-    assert mixed[len(COLUMNS) :] == (
-        *("sloss_h1", "sloss_h2", "sloss_h3", "jloss.vpt", "jloss.sample", "val_jloss.vpt", "val_jloss.sample"),
-        *("copy_wait_share", "gpu_memory_mb"),
-    )
-    assert columns_for(1, ["vpt"], on_gpu=False)[len(COLUMNS) :] == ("sloss_h1",)
 
 
 def test_under_dvc_the_mirrors_must_name_dvclive(tmp_path, monkeypatch):

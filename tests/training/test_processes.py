@@ -2,7 +2,8 @@
 
 Claims:
 - with the same global batch they give the losses, gradient norms and weights of one process;
-- one process writes, and the others leave when it has; a stop signal to one ends both at one training step with the exit code for a requeue, and the same
+- one process writes, and the others leave when it has; a stop signal to one ends both at one training step with the exit code for a requeue, and
+  the same
   command ends as if nothing had happened;
 - when one dies, or hangs for longer than the others wait, the other says so and names the checkpoint;
 - where the loss of one alone is not finite, in float16 too, both stop at one training step, and none waits for the other;

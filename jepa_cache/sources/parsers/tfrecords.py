@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import json
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_cache.config.parsing import nearest
 from jepa_cache.media.remote import BUCKET_SCHEME, BucketFile, list_files
 from jepa_cache.media.tar import HEAD_BYTES, describe_stand_in
 from jepa_cache.sources.parsers.untrusted import read_object
@@ -142,10 +142,9 @@ class Features:
         self._features = dict(_list_features(features))
         self.names = tuple(self._features)
         if missing := [name for name in wanted if name not in self.names]:
-            near = difflib.get_close_matches(missing[0], self.names, n=1)
             raise ValueError(
-                f"{path} has no feature {', '.join(map(repr, missing))}{f' (did you mean {near[0]!r}?)' if near else ''}; it has "
-                f"{', '.join(sorted(self.names))}. Name its features in source_options, null or [] where it has none"
+                f"{path} has no feature {', '.join(map(repr, missing))}. Name its features in source_options, null or [] where it has "
+                f"none{nearest(missing[0], self.names)}"
             )
         wanted = (*wanted, *(name for name in optional if name in self.names))
         specs = dict(_flatten(features.get_serialized_info()))
