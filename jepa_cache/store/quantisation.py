@@ -19,6 +19,7 @@ import numpy as np
 
 from jepa_cache.config.schema import INT4_GROUP
 
+FINITE_PIECE = 1 << 19  # values that are looked at at once, 1 MiB
 FORMULA = "value = code * token_scales * channel_scales + channel_means, in float32, from left to right"
 
 
@@ -177,8 +178,10 @@ def is_finite(tokens: np.ndarray) -> bool:
     The exponent of what is not finite is all ones, so the bits of all others are smaller, of either sign: a tenth of the time of `isfinite`.
     """
     exponent = 0x7F80 if tokens.dtype == np.uint16 else 0x7C00
-    bits = tokens.view(np.uint16)
-    return not tokens.size or bool(bits.view(np.int16).max() < exponent and bits.max() < 0x8000 + exponent)
+    bits = tokens.reshape(-1).view(np.uint16)
+    # In pieces, which the second look finds in the processor's cache.
+    pieces = (bits[begin : begin + FINITE_PIECE] for begin in range(0, len(bits), FINITE_PIECE))
+    return all(piece.view(np.int16).max() < exponent and piece.max() < 0x8000 + exponent for piece in pieces)
 
 
 def to_float8(values: np.ndarray) -> np.ndarray:
