@@ -1,4 +1,4 @@
-"""What must hold on a GPU: checks C1 to C8 of benchmarks/gpu_check.py, which tests/gpu/test_checks.py runs under the marker `gpu`.
+"""What must hold on a GPU: checks C1 to C9 of benchmarks/gpu_check.py, which tests/gpu/test_checks.py runs under the marker `gpu`.
 
 Each check is a function of a `Bench` that yields lines (name, what is promised, what was found, "ok" or "WRONG"). On a CPU all is tiny.
 """
@@ -223,6 +223,17 @@ def run_training(
         return trainer.train(config, cache.dataset, cache.scaler, out / "run", base=out, fresh=fresh)
 
 
+def run_apart(home: Path, *arguments: object, **env: object) -> str:
+    """Run Python with arguments in a process of its own, below the folder `home`; returns what it printed."""
+    home.mkdir(exist_ok=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path} | {name: str(value) for name, value in env.items()}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
 def cut_off(bench: Bench, name: str, step: int) -> None:
     """Take the checkpoint of a training step away, as if the training had been killed before it."""
     (folder,) = (bench.folder / name / "runs").glob("*/checkpoints")
@@ -370,16 +381,8 @@ def prefix_attention(bench: Bench) -> Part:
 def equal_bits(bench: Bench) -> Part:
     """C3: the same training twice, and killed and resumed, with and without deterministic kernels; and what these cost."""
     cache = make_cache(bench, "c3", bench.size(16, 2), 64)
-    words = (
-        "train.num_steps=6",
-        "train.num_warmup=1",
-        "train.num_anneal=1",
-        "train.validate_every=0",
-        "train.checkpoint_every=3",
-        "train.keep_last=9",
-        "train.precision=bfloat16",
-    )
     size = None if bench.tiny else "small"
+    words = SIX_STEPS
     for wanted in ("true", "false"):
         results = [
             run_training(bench, cache, f"c3-{wanted}-{turn}", *words, f"train.deterministic={wanted}", predictor=size)
@@ -405,6 +408,49 @@ def equal_bits(bench: Bench) -> Part:
     for wanted in (False, True):
         with repeatable(bench.device, wanted):
             yield rate(f"step of small, deterministic {str(wanted).lower()}", 1e3 * seconds(step, bench.device), "ms")
+
+
+SIX_STEPS = (
+    *("train.num_steps=6", "train.num_warmup=1", "train.num_anneal=1", "train.validate_every=0"),
+    *("train.checkpoint_every=3", "train.keep_last=9", "train.precision=bfloat16"),
+)
+APART = """
+import sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from benchmarks.gpu_checks import SIX_STEPS, Bench, run_training
+from jepa_cache.data.dataset import open_dataset
+from jepa_cache.data.scaler import read_scaler
+from tests.caches import make_config
+device, folder, name, predictor, *words = sys.argv[1:]
+bench = Bench(torch.device(device), Path(folder))
+config = make_config(f"cache.root={folder}/c9/cache")
+cache = SimpleNamespace(
+    dataset=open_dataset(config, bench.folder / "c9"), scaler=read_scaler(bench.folder / "c9/outputs/scaler/scaler.json")
+)
+print(run_training(bench, cache, name, *SIX_STEPS, *words, predictor=predictor or None).num_trained)
+"""
+"""A training of C9's cache; argv: device, folder, name, predictor, and settings."""
+
+
+def compiled_bits(bench: Bench) -> Part:
+    """C9: compiled trainings, killed and resumed by another process, which compiles anew; on a CPU nothing is compiled: that takes minutes."""
+    make_cache(bench, "c9", bench.size(16, 2), 64)
+    for way in ("true",) if bench.tiny else ("true", "flex"):
+        name, results = f"c9-{way}", []
+        for turn, num_steps in enumerate((6, 3)):
+            words = (bench.device.type, bench.folder, name, bench.size("small", ""), f"train.compile={way}")
+            compiler = {"TORCHINDUCTOR_CACHE_DIR": bench.folder / f"{name}/{turn}"} | bench.size(
+                {}, {"TORCH_COMPILE_DISABLE": 1}
+            )
+            said = run_apart(bench.folder / name, "-c", APART, *words, "train.deterministic=true", **compiler)
+            assert int(said.split()[-1]) == num_steps, said
+            results.append(load_file(bench.folder / name / "out/run/predictor.safetensors"))
+            cut_off(bench, name, 6)
+        whole, resumed = results
+        differ = sum(bits_differ(whole[it], resumed[it]) for it in whole)
+        text = f"{differ:,} of {sum(it.numel() for it in whole.values()):,} weights differ"
+        yield holds(f"train.compile={way}: resumed at step 3 of 6", not differ, text, "equal bits")
 
 
 def places_in_a_batch(bench: Bench) -> Part:
@@ -532,21 +578,15 @@ def one_process_of_several(bench: Bench) -> Part:
     cache = make_cache(bench, "c7", 2, 8)
     expected = run_training(bench, cache, "c7-here", f"cache.root={bench.folder}/c7/cache")
     home = bench.folder / "c7-torchrun"
-    home.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     words = ["-m", "tests.training.process", bench.folder / "c7", home, f"cache.root={bench.folder}/c7/cache"]
     words += [f"train.device={bench.device.type}", "train.loggers=[]"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"JEPA_RUNS_HOME": str(home / "runs"), "PYTHONPATH": path}
-    env |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
-    command = [sys.executable, *launcher, *map(str, words)]
-    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=100)
-    yield holds("torchrun, one process, ends in order", done.returncode == 0, f"exit code {done.returncode}")
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    hostile = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
+    run_apart(home, *launcher, *words, JEPA_RUNS_HOME=home / "runs", **hostile)
     losses = [[row["total"] for row in rows_of(expected)]]
     losses.append([row["total"] for row in rows_of(expected._replace(run=next((home / "runs").glob("*/"))))])
     yield holds(
-        "ACCELERATE_MIXED_PRECISION=bf16 moves no loss",
+        "under torchrun, ACCELERATE_MIXED_PRECISION=bf16 moves no loss",
         losses[0] == losses[1],
         f"{losses[1][-1]:.6f}",
         f"{losses[0][-1]:.6f}",
@@ -582,5 +622,6 @@ CHECKS: dict[str, tuple[float, Callable[[Bench], Part]]] = {
     "C6": (50, whole_trainings),
     "C7": (50, one_process_of_several),
     "C8": (5, full_memory),
+    "C9": (120, compiled_bits),
 }
 """Seconds that each may take, and what it is."""

@@ -15,7 +15,7 @@ from tests import caches
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 PARTS = ("C1", "C5", "C8", "B2")  # of either kind; each import of torch more costs 4 s
-SLOW = ("E", "C2", "C3", "C4", "C6", "C7", "B1", "B3", "B4", "B5", "B6")
+SLOW = ("E", "C2", "C3", "C4", "C6", "C7", "B1", "B3", "B4", "B5", "B6", "C9")
 
 
 @pytest.mark.gpu
