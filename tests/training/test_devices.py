@@ -57,6 +57,7 @@ def test_an_environment_that_would_shard_the_predictor_is_refused(cache, tmp_pat
         ("WORLD_SIZE=x", "WORLD_SIZE must be an integer; got 'x'"),
         ("LOCAL_RANK=", "LOCAL_RANK must be an integer; got ''"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1.5", ".*_STEPS must be an integer; got '1.5'"),
+        ("ACCELERATE_TORCH_DEVICE=gpu", "ACCELERATE_TORCH_DEVICE must be cpu or cuda; got 'gpu'"),
         ("ACCELERATE_USE_CPU=maybe", "ACCELERATE_USE_CPU must be true or false; got 'maybe'"),
         ("RANK=3 WORLD_SIZE=2 LOCAL_RANK=0", "RANK must be below WORLD_SIZE, .*; got 3 of 2"),
         (
@@ -74,9 +75,9 @@ def test_what_no_launcher_can_mean_is_refused_by_name(cache, tmp_path, monkeypat
 
 
 def test_another_device_than_the_settings_is_refused(cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda")
     with pytest.raises(
-        ValueError, match=r"train\.device is 'cpu', here cpu, but Accelerate.* meta; unset ACCELERATE_USE"
+        ValueError, match=r"train\.device is 'cpu', here cpu, but Accelerate.* cuda; unset ACCELERATE_USE"
     ):
         run(cache, tmp_path)
 
