@@ -277,9 +277,7 @@ class _Writer:
         self._checkpoints = self._opened.enter_context(closing(BackgroundWriter(self._publish)))
         hook = state.optimizer.register_step_pre_hook(lambda *_: self.settle())
         self._opened.callback(hook.remove)
-        if state.accelerator.device.type == "cuda":
-            self._first_step = state.optimizer.register_step_post_hook(lambda *_: self._make_room())
-            self._opened.callback(self._first_step.remove)
+        self._needs_room = state.accelerator.device.type == "cuda"
         self._bar = self._opened.enter_context(
             tqdm(total=settings.num_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
         )
@@ -294,6 +292,9 @@ class _Writer:
             return
         if (running := self._checkpoints.running) is not None and running.done():
             self._checkpoints.join()
+        if self._needs_room and self._state.optimizer.state:  # its first step has made all that will be copied
+            self._needs_room = False
+            self._checkpoints.make_room(self._state.trained.state(), self._state.optimizer.state_dict())
         self._bar.update()
         if row is not None:
             self._recorder.log(row)
@@ -317,11 +318,6 @@ class _Writer:
             describe_machine(state.accelerator.device),
         )
         self._checkpoints.save(checkpoint)
-
-    def _make_room(self) -> None:
-        """For the first checkpoint, once the optimiser's first step has made all that will be copied."""
-        self._first_step.remove()
-        self._checkpoints.make_room(self._state.trained.state(), self._state.optimizer.state_dict())
 
     def settle(self) -> None:
         """Wait until weights and moments may be changed again; the optimiser's steps do by themselves."""
