@@ -414,39 +414,22 @@ SIX_STEPS = (
     *("train.num_steps=6", "train.num_warmup=1", "train.num_anneal=1", "train.validate_every=0"),
     *("train.checkpoint_every=3", "train.keep_last=9", "train.precision=bfloat16"),
 )
-APART = """
-import sys, torch
-from pathlib import Path
-from types import SimpleNamespace
-from benchmarks.gpu_checks import SIX_STEPS, Bench, run_training
-from jepa_cache.data.dataset import open_dataset
-from jepa_cache.data.scaler import read_scaler
-from tests.caches import make_config
-device, folder, name, predictor, *words = sys.argv[1:]
-bench = Bench(torch.device(device), Path(folder))
-config = make_config(f"cache.root={folder}/c9/cache")
-cache = SimpleNamespace(
-    dataset=open_dataset(config, bench.folder / "c9"), scaler=read_scaler(bench.folder / "c9/outputs/scaler/scaler.json")
-)
-print(run_training(bench, cache, name, *SIX_STEPS, *words, predictor=predictor or None).num_trained)
-"""
-"""A training of C9's cache; argv: device, folder, name, predictor, and settings."""
 
 
 def compiled_bits(bench: Bench) -> Part:
     """C9: compiled trainings, killed and resumed by another process, which compiles anew; on a CPU nothing is compiled: that takes minutes."""
     make_cache(bench, "c9", bench.size(16, 2), 64)
     for way in ("true",) if bench.tiny else ("true", "flex"):
-        name, results = f"c9-{way}", []
-        for turn, num_steps in enumerate((6, 3)):
-            words = (bench.device.type, bench.folder, name, bench.size("small", ""), f"train.compile={way}")
-            compiler = {"TORCHINDUCTOR_CACHE_DIR": bench.folder / f"{name}/{turn}"} | bench.size(
-                {}, {"TORCH_COMPILE_DISABLE": 1}
-            )
-            said = run_apart(bench.folder / name, "-c", APART, *words, "train.deterministic=true", **compiler)
-            assert int(said.split()[-1]) == num_steps, said
-            results.append(load_file(bench.folder / name / "out/run/predictor.safetensors"))
-            cut_off(bench, name, 6)
+        home, results = bench.folder / f"c9-{way}", []
+        words = [bench.folder / "c9", home, *SIX_STEPS, f"train.compile={way}", f"train.device={bench.device.type}"]
+        words += ["train.deterministic=true", "train.loggers=[]", f"cache.root={bench.folder}/c9/cache"]
+        for turn in "ab":
+            env = {"JEPA_RUNS_HOME": home / "runs", "TORCHINDUCTOR_CACHE_DIR": home / turn}
+            env |= bench.size({}, {"TORCH_COMPILE_DISABLE": 1})
+            said = run_apart(home, "-m", "tests.training.process", *words, *bench.size(["predictor=small"], []), **env)
+            assert ("resumes at training step 3 of 6" in said) == (turn == "b"), said
+            results.append(load_file(home / "out/run/predictor.safetensors"))
+            cut_off(bench, home.name, 6)
         whole, resumed = results
         differ = sum(bits_differ(whole[it], resumed[it]) for it in whole)
         text = f"{differ:,} of {sum(it.numel() for it in whole.values()):,} weights differ"

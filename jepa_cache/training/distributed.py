@@ -26,10 +26,12 @@ REFUSED = tuple(
     f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 )
 # What launchers set; of other values Accelerate's errors name no variable.
-RULES = dict.fromkeys(
-    ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+RULES = {"ACCELERATE_TORCH_DEVICE": ("cpu or cuda", r"cpu|cuda(:\d+)?")}
+RULES |= dict.fromkeys(
+    ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
     ("an integer", r"\s*-?\d+\s*"),
-) | dict.fromkeys(
+)
+RULES |= dict.fromkeys(
     ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"),
     ("true or false", "y|yes|t|true|on|1|n|no|f|false|off|0"),
 )

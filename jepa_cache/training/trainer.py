@@ -202,6 +202,12 @@ class TrainingState:
         norm = settings.normalize_reps and not self.trained.compressed
         self.objective = Objective(self.trained.module, replace(settings, normalize_reps=norm), accelerator.device)
         if settings.compile:
+            import torch._inductor.config as inductor
+
+            # Else it measures which kernels and paddings are quicker, and another process may take others, which round otherwise.
+            # Versions without this switch do so for torch.use_deterministic_algorithms alone.
+            if hasattr(inductor, "deterministic"):
+                inductor.deterministic = torch.are_deterministic_algorithms_enabled()
             # Blocks are compiled one by one already. DDP would split their graphs once more, at its buckets of 25 MB, which older torch
             # refuses where they hold an autograd.Function or FlexAttention (pytorch issues 104674, 137481).
             torch._dynamo.config.optimize_ddp = False

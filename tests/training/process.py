@@ -1,6 +1,6 @@
 """One training in a process of its own, started by `tests.processes.Started`; it may be slowed down, die, or kill itself.
 
-argv: workspace, home, and words: `key=value` settings, `fresh`, `pause`, `slow_end` (before the weights are written), `die_at=K` (process 1, at training step K), `hang_at=K` (the same; the
+argv: workspace, home, and words: `key=value` settings, `predictor=NAME` (in its full size), `fresh`, `pause`, `slow_end` (before the weights are written), `die_at=K` (process 1, at training step K), `hang_at=K` (the same; the
 others wait 10 s for it in place of minutes), `nan_at=K` (its loss there), `kill_at=N` (at the N-th file operation in the runs folder) and `kill_in_write_at=N` (half-way through the N-th checkpoint, when two
 training steps more were done). Leaves `home/out/run`, and `home/count` of file operations.
 """
@@ -9,14 +9,17 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+from jepa_cache.config.loading import load_config
 from jepa_cache.data.dataset import open_dataset
 from jepa_cache.data.scaler import read_scaler
 from jepa_cache.training import checkpoint, distributed, trainer
 from jepa_cache.training.signals import REQUEUE_EXIT_CODE
 from tests.caches import make_config
+from tests.workspace import SUITE_SETTINGS
 
 OPERATIONS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink")
 
@@ -24,6 +27,8 @@ OPERATIONS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.syml
 def main(workspace: str, home: str, *words: str) -> None:
     options = {name: int(value) for name, _, value in (word.partition("=") for word in words) if name.endswith("_at")}
     config = make_config(*(word for word in words if word.startswith(("train.", "cache."))))
+    if whole := [word for word in words if word.startswith("predictor=")]:
+        config = replace(config, predictor=load_config(SUITE_SETTINGS, whole).predictor)
     dataset, scaler = open_dataset(config, Path(workspace)), read_scaler(Path(workspace) / "outputs/scaler/scaler.json")
     step, save, count, num_steps, num_writes = trainer.train_step, checkpoint.save_file, 0, 0, 0
 

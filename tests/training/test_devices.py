@@ -4,7 +4,8 @@ Claims:
 - what `accelerate config` or `accelerate launch` left in the environment changes no bit: precision and compilation are those of the settings;
 - a number or switch of a launcher that is none, and a rank that its launch does not have, are refused by name before processes are waited for;
 - FSDP, DeepSpeed and the like, another device than the settings', FlexAttention on a CPU, and two processes with one GPU are refused in words;
-- a compiled training keeps the graphs of its blocks whole between several processes;
+- a compiled training keeps the graphs of its blocks whole between several processes, and lets the compiler measure nothing where it is
+  `train.deterministic`;
 - `train.deterministic` switches torch's deterministic kernels on for the training alone, and moves no bit on a CPU;
 - a GPU whose memory is full ends a stage in one message that names the settings.
 """
@@ -56,6 +57,7 @@ def test_an_environment_that_would_shard_the_predictor_is_refused(cache, tmp_pat
         ("WORLD_SIZE=x", "WORLD_SIZE must be an integer; got 'x'"),
         ("LOCAL_RANK=", "LOCAL_RANK must be an integer; got ''"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1.5", ".*_STEPS must be an integer; got '1.5'"),
+        ("ACCELERATE_TORCH_DEVICE=gpu", "ACCELERATE_TORCH_DEVICE must be cpu or cuda; got 'gpu'"),
         ("ACCELERATE_USE_CPU=maybe", "ACCELERATE_USE_CPU must be true or false; got 'maybe'"),
         ("RANK=3 WORLD_SIZE=2 LOCAL_RANK=0", "RANK must be below WORLD_SIZE, .*; got 3 of 2"),
         (
@@ -73,9 +75,9 @@ def test_what_no_launcher_can_mean_is_refused_by_name(cache, tmp_path, monkeypat
 
 
 def test_another_device_than_the_settings_is_refused(cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda")
     with pytest.raises(
-        ValueError, match=r"train\.device is 'cpu', here cpu, but Accelerate.* meta; unset ACCELERATE_USE"
+        ValueError, match=r"train\.device is 'cpu', here cpu, but Accelerate.* cuda; unset ACCELERATE_USE"
     ):
         run(cache, tmp_path)
 
@@ -86,14 +88,21 @@ def test_flex_attention_is_refused_on_a_cpu_before_anything_is_trained(cache, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_compiled_blocks_are_not_split_again_at_the_buckets_of_ddp(cache, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+def test_compiled_blocks_are_not_split_at_the_buckets_of_ddp_and_tuned_only_where_bits_may_change(
+    cache, tmp_path, monkeypatch
+):
+    import torch._inductor.config as inductor
+
+    dynamo, seen = torch._dynamo.config, []
+    monkeypatch.setattr(dynamo, "optimize_ddp", True)
+    monkeypatch.setattr(inductor, "deterministic", False)
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda block: seen.append((type(block).__name__, torch._dynamo.config.optimize_ddp))
+        torch.nn.Module, "compile", lambda block: seen.append((dynamo.optimize_ddp, inductor.deterministic))
     )
-    assert run(cache, tmp_path, "train.compile=true", "train.num_steps=6").num_trained == 6
-    assert set(seen) == {("Block", False)}
+    for wanted in (True, False):
+        run(cache, tmp_path / str(wanted), "train.compile=true", "train.num_steps=6", f"train.deterministic={wanted}")
+        assert set(seen) == {(False, wanted)}
+        seen.clear()
 
 
 def test_two_processes_with_one_gpu_are_refused_by_their_numbers():
