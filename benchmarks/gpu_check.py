@@ -327,7 +327,7 @@ def trainings(bench: Bench) -> Part:
     index = WindowIndex(cache.dataset.segments_of("train", cache.config.split), 8)
     for threads in (1, 2, 4):
         sampler, count, num_bytes = WindowSampler(len(index), 8, seed=0), 0, 0
-        loader = WindowLoader(cache.dataset, index, cache.scaler, num_threads=threads, pin_memory=not bench.tiny)
+        loader = WindowLoader(cache.dataset, index, cache.scaler, num_threads=threads)
         begun, limit = time.perf_counter(), bench.size(2.0, 0.2)
         for batch in loader.iterate(map(sampler.numbers, range(10**6))):
             count, num_bytes = count + 1, num_bytes + batch.tokens.nbytes

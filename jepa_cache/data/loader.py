@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -110,12 +111,10 @@ class WindowLoader:
         scaler: Scaler,
         *,
         num_threads: int = 1,
-        pin_memory: bool = False,
     ) -> None:
         """Refuse a scaler that was fitted for another action space or sampling.
 
-        `num_threads` read, and as many batches are in flight beyond the one in use; `pin_memory` makes page-locked
-        buffers, for copies to a CUDA device.
+        `num_threads` read, and as many batches are in flight beyond the one in use.
         """
         if scaler.action_fingerprint != dataset.manifest.action_fingerprint:
             raise ValueError(
@@ -128,7 +127,7 @@ class WindowLoader:
             if step_length < 0:
                 dataset.space.invert(action)
         self._dataset, self._index, self._scaler = dataset, index, scaler
-        self._num_threads, self._pin_memory = num_threads, pin_memory
+        self._num_threads = num_threads
         self.wait_s = 0.0  # time that `iterate` made its caller wait
         self._copying: torch.cuda.Stream | None = None  # of batches to a GPU, beside its kernels
         self._arrivals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -144,10 +143,11 @@ class WindowLoader:
     ) -> Iterator[Batch]:
         """Yield a batch for every list of window numbers: as it is stored, or as values on a device where one is given.
 
-        To a GPU batches are copied on a stream of their own, the next one while kernels work on this one, where it has been read.
+        To a GPU batches are copied from page-locked memory on a stream of their own, the next one while kernels work on this one, where it
+        has been read.
         """
         numbers, self._arrivals = iter(batches), []  # validations, one after the other, ask for none of their waits
-        ahead = device is not None and device.type == "cuda" and self._pin_memory
+        ahead = device is not None and device.type == "cuda"
         pending: list[tuple[int, Future[Batch]]] = []  # with the numbers of their buffers
         sent: list[_Sent] = []
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="load") as pool:
@@ -167,7 +167,7 @@ class WindowLoader:
                 while True:
                     while len(pending) <= self._num_threads and (chosen := next(numbers, None)) is not None:
                         slot = turn % len(buffers)
-                        buffers[slot] = self._buffer(len(chosen), buffers[slot])
+                        buffers[slot] = self._buffer(len(chosen), buffers[slot], pinned=ahead)
                         filling = pool.submit(self._fill, buffers[slot], np.asarray(chosen), copied[slot])
                         pending.append((slot, filling))
                         turn += 1
@@ -209,34 +209,31 @@ class WindowLoader:
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """Return one batch, read now, in buffers of its own."""
-        return self._fill(self._buffer(len(numbers), None), np.asarray(numbers))
+        return self._fill(self._buffer(len(numbers)), np.asarray(numbers))
 
-    def _buffer(self, batch_size: int, old: Batch | None) -> Batch:
+    def _buffer(self, batch_size: int, old: Batch | None = None, *, pinned: bool = False) -> Batch:
         if old is not None and len(old.tokens) == batch_size:
             return old
         manifest, space, num_steps = self._dataset.manifest, self._dataset.space, self._index.num_steps
         dtype, scheme, width = self._dataset.dtype, self._dataset.scheme, manifest.width
-        scales = None
+        empty, scales = partial(torch.empty, dtype=torch.float32, pin_memory=pinned), None
         if scheme.max_code is not None:
             rows = scales_shape(dtype, batch_size * num_steps, manifest.num_tokens, width)[1:]
             views = [len(self._dataset.cameras)] if self._dataset.cameras else []
             scales = TokenScales(
-                tokens=self._empty((batch_size, num_steps, *rows), getattr(torch, scales_dtype(dtype).name)),
-                channels=self._empty((batch_size, *views, width)),
-                means=self._empty((batch_size, *views, width)),
+                tokens=empty((batch_size, num_steps, *rows), dtype=getattr(torch, scales_dtype(dtype).name)),
+                channels=empty((batch_size, *views, width)),
+                means=empty((batch_size, *views, width)),
                 codec=scheme,
             )
         shape = (batch_size, num_steps, manifest.num_tokens, width // scheme.codes_per_item)
         return Batch(
-            tokens=self._empty(shape, getattr(torch, scheme.torch_dtype)),
-            actions=self._empty((batch_size, num_steps - 1, len(space.actions))),
-            states=self._empty((batch_size, num_steps, len(space.states))),
+            tokens=empty(shape, dtype=getattr(torch, scheme.torch_dtype)),
+            actions=empty((batch_size, num_steps - 1, len(space.actions))),
+            states=empty((batch_size, num_steps, len(space.states))),
             numbers=np.empty(0, np.int64),
             scales=scales,
         )
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
 
     def _read_steps(self, read: Callable[[int, int, np.ndarray], None], window: Window, out: np.ndarray) -> None:
         """Fill `out` [T, ...] with the steps of a window, and read no other."""

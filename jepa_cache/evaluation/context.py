@@ -76,12 +76,11 @@ class EvaluationContext:
         """
         numbers, size = chosen.numbers, self.config.evaluate.batch_size
         chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks)
+        batches = WindowLoader(self.dataset, chosen.index, self.scaler).iterate(chunks, self.device)
         first = 0
         for batch in tqdm(batches, total=len(chunks), desc=title, unit="batch", dynamic_ncols=True):
-            on_device = to_device(batch, self.device)
             rows = slice(first, first + len(batch.numbers))
-            yield rows, on_device, self.model.as_reps(on_device.tokens)
+            yield rows, batch, self.model.as_reps(batch.tokens)
             first = rows.stop
 
     def read_windows(self, index: WindowIndex, numbers: Sequence[int]) -> tuple[Batch, Tensor]:

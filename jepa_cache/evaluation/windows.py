@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jepa_cache.config.paths import default_num_threads
 from jepa_cache.data.ablations import ABLATIONS, SHIFTED, action_ablations
 from jepa_cache.data.dataset import CachedDataset, Segment
-from jepa_cache.data.loader import Batch, WindowLoader, to_device
+from jepa_cache.data.loader import Batch, WindowLoader
 from jepa_cache.data.scaler import Scaler
 from jepa_cache.data.windows import WindowIndex, count_episodes
 from jepa_cache.evaluation.context import ChosenWindows, EvaluationContext, choose_windows
@@ -87,9 +87,8 @@ def fit_baselines(
         loader = WindowLoader(dataset, WindowIndex([piece for piece, _ in alike], length, (step_length,)), scaler)
         begins = torch.tensor([begins for _, begins in alike], device=device)
         numbers = range(len(alike))
-        for batch in loader.iterate([numbers[first : first + BATCH_SIZE] for first in numbers[::BATCH_SIZE]]):
+        for batch in loader.iterate([numbers[first : first + BATCH_SIZE] for first in numbers[::BATCH_SIZE]], device):
             is_first = begins[batch.numbers]
-            batch = to_device(batch, device)
             reps = model.as_reps(batch.tokens)
             total += reps[:, 1:].sum(dim=(0, 1)) + reps[is_first, 0].sum(dim=0)
             num_steps += reps[:, 1:].shape[:2].numel() + int(is_first.sum())

@@ -74,12 +74,12 @@ def _wrap(predictor: ACPredictor, config: LoraConfig) -> PeftModel:
     base = _base_digest(predictor, config)
     model = get_peft_model(predictor, config)
     config.base_model_name_or_path = base  # PEFT has put the class's name there
-    plain = all(parameter.dtype == torch.float32 for parameter in predictor.parameters())
-    for module in predictor.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_variant[ADAPTER] = _added_by_product()
-            # Else a float32 copy of every input is kept for the backward pass, which autocast casts back at once.
-            module.cast_input_dtype_enabled = not plain
+    if all(parameter.dtype == torch.float32 for parameter in predictor.parameters()):  # PEFT adds float32 to others
+        for module in predictor.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_variant[ADAPTER] = _added_by_product()
+                # Else a float32 copy of every input is kept for the backward pass, which autocast casts back at once.
+                module.cast_input_dtype_enabled = False
     if not predictor.use_extrinsics:
         predictor.extrinsics_encoder.requires_grad_(False)  # DDP would wait for its gradient
     return model

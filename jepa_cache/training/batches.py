@@ -76,10 +76,10 @@ class TrainingData:
 
     def _open(self, dataset: CachedDataset | LatentDataset) -> None:
         """Read windows from `dataset` from now on."""
-        how = {"num_threads": self._settings.num_loader_threads, "pin_memory": self._device.type == "cuda"}
-        self.loader = WindowLoader(dataset, self._index, self._scaler, **how)
+        num_threads = self._settings.num_loader_threads
+        self.loader = WindowLoader(dataset, self._index, self._scaler, num_threads=num_threads)
         if self._val_index is not None:
-            self._val_loader = WindowLoader(dataset, self._val_index, self._scaler, **how)
+            self._val_loader = WindowLoader(dataset, self._val_index, self._scaler, num_threads=num_threads)
 
     def compress(self, predictor: CompressedPredictor, *, fit: bool) -> None:
         """Read latents from now on, which are computed here, once; `fit` fits the components to all training steps first."""

@@ -4,6 +4,7 @@ Claims:
 - the adapted predictor is the plain one, bit for bit, before the first training step;
 - trainable are the adapters of qkv, proj, fc1 and fc2 of the blocks, and what is to be trained in full; the counts are the known ones;
 - merged weights give what the adapted predictor gives, are float32 and exact to float32 for a bfloat16 one, and change nothing in it;
+- a bfloat16 predictor under a float32 adapter computes what the merged one does;
 - an adapter is saved in PEFT's own format, without the frozen weights, equal trainings in equal bytes, and is refused on other weights.
 """
 
@@ -110,7 +111,7 @@ def test_merged_weights_give_what_the_adapted_predictor_gives(rslora: bool, scal
         torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=1e-6)
 
 
-def test_a_bfloat16_predictor_is_merged_in_float32():
+def test_a_bfloat16_predictor_computes_under_an_adapter_and_is_merged_in_float32():
     model = add_lora(build().bfloat16())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,6 +124,10 @@ def test_a_bfloat16_predictor_is_merged_in_float32():
     exact = layer.base_layer.weight.double() + 4.0 * (b @ a)
     error = (state["predictor_blocks.0.attn.qkv.weight"].double() - exact).abs().max()
     assert error < 1e-7, f"{error:.1e}; rounded to bfloat16 it would be about 1e-4"
+    plain = build(1)
+    plain.load_state_dict(state, strict=True)
+    adapted = model(*(it.bfloat16() for it in inputs())).tokens
+    torch.testing.assert_close(adapted.float(), plain(*inputs()).tokens, atol=0.05, rtol=0.05)
 
 
 def test_an_adapter_comes_back_bit_for_bit_also_through_peft_and_without_the_frozen_weights(tmp_path: Path):

@@ -36,7 +36,7 @@ def test_batches_arrive_whole_though_their_copies_are_late():
             expected = [to_device(WindowLoader(*parts).read(few), torch.device("cpu")) for few in numbers]
             for num_threads in (1, 3):
                 with emulated_cuda() as counts:
-                    loader = WindowLoader(*parts, num_threads=num_threads, pin_memory=True)
+                    loader = WindowLoader(*parts, num_threads=num_threads)
                     got = [
                         tuple(part + 0 for part in batch[:3])
                         for batch in loader.iterate(numbers, torch.device("cuda:0"))
