@@ -126,6 +126,10 @@ def load_predictor(path: Path) -> tuple[Predictor, dict[str, object]]:
         raise CheckpointError(
             f"predictor weights {path}: the card says nothing of the architecture; found {', '.join(sorted(card))}"
         )
+    if "head" in card:
+        raise CheckpointError(
+            f"{path} holds the cost {card['head']!r} of a predictor; name the predictor's own weights, predictor.safetensors"
+        )
     predictor = build_predictor(card["architecture"])
     load_predictor_weights(predictor, path)
     return predictor, card

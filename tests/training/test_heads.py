@@ -111,6 +111,8 @@ def test_every_cost_is_0_at_its_goal_and_one_that_is_not_there_names_the_way(cac
         CheckpointError, match=r"beside another predictor \(its run, tokens_fingerprint, normalize_reps"
     ):
         load_head(head_path(out, "time"), "time", {})
+    with pytest.raises(CheckpointError, match="holds the cost 'time' of a predictor; name the predictor's own"):
+        load_predictor(head_path(out, "time"))
     head = load_head(head_path(out, "time"), "time")
     save_state(head.state_dict(), head_path(out, "readout"), read_card(head_path(out, "time")))
     with pytest.raises(CheckpointError, match="holds no cost 'readout'"):
