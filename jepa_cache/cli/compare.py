@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,9 @@ KIND = (
 FILTERS = "measured.filter."
 # A column of episodes.csv, and by which share it may differ on the same steps.
 COPIED, SAME_STEPS = "copy_last_l1", 0.01
+# What is read below of metrics.json, of settings.json and of each row of episodes.csv.
+METRICS = ("num_episodes", "num_windows", "mode", "encoder_trained", "comparable", "verdict")
+SETTINGS, COLUMNS = ("dataset", "encoder", "run", "step"), ("num_windows", COPIED, *COMPARED)
 NO_SETTINGS = (
     "run",
     "encoder_trained",
@@ -394,15 +398,18 @@ def _read(name: str, read: Callable[[str], str]) -> Evaluated:
     try:
         metrics: dict[str, Any] = json.loads(texts[0])
         for section, column in itertools.product(("val", "val_ci"), COMPARED):
-            # KeyError or TypeError where this is something else.
+            # One of the errors below where this is something else.
             if not np.isfinite(metrics[section][column]).all():
                 raise ValueError(f"{section}.{column} is {metrics[section][column]}")
         episodes = {
             unguard_cell(row.pop("episode")): {column: float(value or "nan") for column, value in row.items()}
             for row in csv.DictReader(io.StringIO(texts[1]))
         }
-        return Evaluated(name, metrics, flatten(json.loads(texts[2])), episodes)
-    except (ValueError, KeyError, TypeError) as error:
+        settings = flatten(json.loads(texts[2]))
+        for part, names in ((metrics, METRICS), (settings, SETTINGS), *((row, COLUMNS) for row in episodes.values())):
+            itemgetter(*names)(part)
+        return Evaluated(name, metrics, settings, episodes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{name} is no evaluation of this program ({reason}); run `python stages/evaluate.py` again"

@@ -216,6 +216,13 @@ def test_settings_that_differ_are_named_and_those_that_move_no_number_are_not(tm
             "no evaluation of this program (could not convert",
         ),
         ("episodes.csv", None, "episodes.csv"),
+        (
+            "episodes.csv",
+            "episode,num_windows,rollout_l1\nx,2,0.5\n",
+            "no evaluation of this program (it lacks 'copy_last_l1')",
+        ),
+        ("settings.json", "{}", "no evaluation of this program (it lacks 'dataset')"),
+        ("settings.json", "[]", "no evaluation of this program"),
     ],
 )
 def test_what_is_no_evaluation_is_one_message(tmp_path, file, content, words):
@@ -231,13 +238,13 @@ def test_what_is_no_evaluation_is_one_message(tmp_path, file, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("episode,num_windows\nepisode-00,3\n", "episode-00 has 3 windows"),
-        ("episode,num_windows,copy_last_l1\nepisode-00,2,9\n", "episode-00 is another recording"),
+        ("episode-00,3,0.8,1,1\n", "episode-00 has 3 windows"),
+        ("episode-00,2,9,1,1\n", "episode-00 is another recording"),
     ],
 )
 def test_why_two_runs_cannot_be_paired_is_said(tmp_path, content, words):
     one, other = write_run(tmp_path / "one", BASE), write_run(tmp_path / "other", BASE)
-    (other / "episodes.csv").write_text(content)
+    (other / "episodes.csv").write_text(f"episode,num_windows,copy_last_l1,teacher_forcing_l1,rollout_l1\n{content}")
     document, text = compare(one, other, fails=1)
     assert words in document["groups"][0]["paired"][0]["rollout_l1"]["reason"] and words in text
 
