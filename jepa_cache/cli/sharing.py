@@ -151,6 +151,11 @@ def _pull(url: str, out: Path) -> Outcome:
         for key, digest in part.listed(entry):
             check_arrived(root.store(key), digest)
     notes = _place_presets(manifest, out, {name for _, name in listed}, repository)
+    if lacking := [file for file in preset_files(manifest) if not (repository / file).is_file()]:
+        raise ValueError(
+            f"{lacking[0]}, with which the cache was made, is neither in {repository} nor in {url}, as an older release exported it; put there that "
+            "of who made the cache, and type the same command again: what was fetched is kept"
+        )
     names = {"dataset": manifest.dataset, "encoder": manifest.encoder}
     again = [f"{kind}={name}" for kind, name in names.items() if getattr(config, kind).name != name]
     told = find_differences(load_config(repository, again), manifest)

@@ -97,6 +97,15 @@ def test_presets_of_ones_own_come_along_and_the_next_command_works_where_they_we
     assert (
         f"kept {presets[0]}, which is not as the one that came" in result.out and "# changed" in presets[0].read_text()
     )
+    # The first release exported none.
+    presets[0].unlink()
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    sums = (tmp_path / "old" / CHECKSUMS).read_text().splitlines(keepends=True)
+    (tmp_path / "old" / CHECKSUMS).write_text("".join(line for line in sums if "configs/" not in line))
+    result = checkout.run("pull", f"file://{tmp_path}/old", tmp_path / "older")
+    assert result.code == 2 and "configs/dataset/mine.yaml, with which the cache was made, is neither in" in result.err
+    presets[0].write_text(texts[0])
+    assert checkout.run("pull", f"file://{tmp_path}/old", tmp_path / "older").code == 0
     presets[1].unlink()
     manifest = ["--manifest", checkout.manifest_path]
     result = checkout.run("export", "cache", tmp_path / "third", f"cache.root={tmp_path / 'mine'}", *manifest)
