@@ -18,13 +18,14 @@ from jepa_cache.config.loading import outputs_folder  # noqa: E402
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage with command line arguments."""
-    config = parse_stage_arguments(ROOT, __doc__, argv).config
+    parsed = parse_stage_arguments(ROOT, __doc__, argv)
+    config = parsed.config
 
     from jepa_cache.evaluation.context import open_training
     from jepa_cache.evaluation.run import describe_metrics, evaluate_run
 
     dataset, weights = open_training(config, ROOT)
-    metrics = evaluate_run(config, dataset, weights, outputs_folder(config, ROOT) / "evaluate")
+    metrics = evaluate_run(config, dataset, weights, outputs_folder(config, ROOT) / "evaluate", parsed.again)
     print(describe_metrics(metrics, config.evaluate.horizon))
     print(
         f"wrote {config.outputs}/evaluate/report.html, metrics.json, tables, pictures/; next: open report.html; jepa-cache compare --all"

@@ -23,6 +23,7 @@ from jepa_cache.cli.outcome import AsJson, Outcome, align, report, shorten
 from jepa_cache.config.loading import find_repository, load_config, outputs_folder
 from jepa_cache.config.parsing import flatten
 from jepa_cache.config.paths import require
+from jepa_cache.data.windows import LEAST_FOR_YES
 from jepa_cache.evaluation.context import OF_THE_MACHINE
 from jepa_cache.evaluation.metrics import bootstrap_mean, unguard_cell
 from jepa_cache.predictor.checkpoints import read_card
@@ -260,6 +261,8 @@ def pair_runs(run: Evaluated, reference: Evaluated) -> dict[str, Any]:
         estimate = bootstrap_mean(values, num_resamples=NUM_RESAMPLES, seed=0)
         low, high = round(estimate.low, NUM_DIGITS), round(estimate.high, NUM_DIGITS)
         words = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        if len(values) < LEAST_FOR_YES:  # intervals of a few of one sign always exclude 0
+            words = "too few episodes"
         paired[column] = {"words": words, "num_episodes": len(values), **estimate._asdict()}
     return paired
 

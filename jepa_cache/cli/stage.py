@@ -16,6 +16,10 @@ from jepa_cache.config.loading import load_config, split_arguments
 from jepa_cache.config.paths import is_full_gpu, printable
 from jepa_cache.files import OURS, full_disk_named
 
+NEXT = re.compile(
+    r"(?:python stages/(\w+)\.py|jepa-cache verify --repair(?: --against-online \d+ --seed \d+)?)(?=`|$)", re.MULTILINE
+)
+
 
 def parse_stage_arguments(
     root: Path, description: str | None, argv: list[str] | None, *, paths: str | None = None, **options: dict[str, Any]
@@ -50,6 +54,17 @@ def parse_stage_arguments(
 def _type_again(overrides: Iterable[str]) -> str:
     """Overrides as one types them behind a command."""
     return "".join(f" {shlex.quote(override)}" for override in overrides)
+
+
+def repeat_typed(text: str, arguments: Iterable[str]) -> str:
+    """A text that tells which command to type next, with the settings that were typed; and the recordings, if that takes some."""
+    settings, recordings = split_arguments(arguments)
+
+    def repeat(found: re.Match) -> str:
+        takes_recordings = found[1] is None or found[1] == "encode"
+        return found[0] + _type_again([*recordings * takes_recordings, *settings])
+
+    return NEXT.sub(repeat, text)
 
 
 class PrintableOutput:
@@ -107,9 +122,7 @@ def run_stage(main: Callable[[], None]) -> None:
         with guarded(sys.stdout):
             main()
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        again = _type_again(split_arguments(sys.argv[1:])[0])
-        told = re.sub(r"(?<=`)python stages/\w+\.py(?=`)", lambda found: found[0] + again, describe_error(error))
-        sys.exit(f"error: {told}")
+        sys.exit(f"error: {repeat_typed(describe_error(error), split_arguments(sys.argv[1:])[0])}")
     except RuntimeError as error:
         if not is_full_gpu(error):
             raise

@@ -337,7 +337,7 @@ def find_copies(manifest: Manifest, root: CacheRoot, groups: Sequence[EncodingGr
 def join_alike(notes: Sequence[str]) -> list[str]:
     """Of notes `recording: text` that say the same of several recordings, the first, and of how many more it holds."""
     alike: dict[str, list[str]] = {}
-    for note in notes:
+    for note in filter(None, notes):
         alike.setdefault(note.partition(": ")[2] or note, []).append(note)
     return [same[0] + (f" (and so of {len(same) - 1} more)" if len(same) > 1 else "") for same in alike.values()]
 
@@ -346,7 +346,7 @@ def describe_result(result: EncodeResult, root: CacheRoot) -> str:
     """What was made, how long it took, what limited it, and where it lies."""
     manifest, timing = result.manifest, result.timing
     num_episodes = sum(entry.num_episodes for entry in manifest.entries)
-    lines = [f"note: {note}" for note in join_alike([*manifest.notes, result.copies, result.slower]) if note]
+    lines = [f"note: {note}" for note in join_alike([*manifest.notes, result.copies, result.slower])]
     lines += [f"implausible: {text}" for text in result.implausible[:MAX_SHOWN]]
     if len(result.implausible) > MAX_SHOWN:
         lines.append(f"implausible: and {len(result.implausible) - MAX_SHOWN} more, see `jepa-cache inspect`")

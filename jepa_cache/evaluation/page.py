@@ -7,7 +7,6 @@ import csv
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +77,11 @@ class Table(NamedTuple):
     num_rows: int
 
 
-def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
-    """Write report.html from what lies in an evaluation's folder; measurements that do not are named with their command."""
+def write_page(out: Path, measurements: Iterable[Measurement], typed: str = "") -> None:
+    """Write report.html from what lies in an evaluation's folder; measurements that do not are named with their command.
+
+    `typed` are the settings that were typed behind the stage, with a space before each.
+    """
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     filters = {
         "number": shorten,
@@ -97,7 +99,7 @@ def write_page(out: Path, measurements: Iterable[Measurement]) -> None:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
         settings=flatten(settings),
-        command=format_command(settings),
+        command=f"python stages/evaluate.py{typed}",
         measurements=list(measurements),
         folder=MEASUREMENTS_FOLDER,
     )
@@ -164,12 +166,3 @@ def read_picture(path: Path) -> str | None:
     if not path.is_file():
         return None
     return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def format_command(settings: Mapping[str, Any]) -> str:
-    """The command that measures the same again, with the evaluation's settings as overrides."""
-    names = {name: settings[name] for name in ("dataset", "encoder")} | {"predictor": settings["predictor"]["name"]}
-    overrides = {f"evaluate.{name}": json.dumps(value) for name, value in settings["measured"]["evaluate"].items()}
-    return " ".join(
-        ["python stages/evaluate.py", *(shlex.quote(f"{name}={value}") for name, value in (names | overrides).items())]
-    )

@@ -52,10 +52,11 @@ MEASUREMENTS = {known.name: known for known in (ENERGY, DISTANCES, NOISE, PROBES
 """By name; `config.schema.MEASUREMENTS` lists the names, so that a wrong one is refused before anything runs."""
 
 
-def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path) -> dict[str, Any]:
+def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Path, typed: str = "") -> dict[str, Any]:
     """Measure trained weights on the held-out episodes and write metrics.json, summary.json, tables, pictures and report.html.
 
-    The weights bring their own scaler. Results of an earlier evaluation in `out` are replaced when all is measured.
+    The weights bring their own scaler. Results of an earlier evaluation in `out` are replaced when all is measured. `typed` are the settings
+    that were typed behind the stage, for the page.
 
     Raises:
         ValueError: When the weights were trained on other features, actions or episodes, or too few are held out.
@@ -108,7 +109,7 @@ def evaluate_run(config: Config, dataset: CachedDataset, weights: Path, out: Pat
         write_films(choose_films(errors), errors, facts, evaluation, folder)
         if (history := weights.parent / "train.csv").is_file():
             draw_training(history, folder / "pictures/training.png")
-        write_page(folder, MEASUREMENTS.values())
+        write_page(folder, MEASUREMENTS.values(), typed)
     return metrics
 
 

@@ -145,8 +145,12 @@ def test_pairs_show_a_difference_that_intervals_do_not_and_noise_is_none(tmp_pat
     assert pair["low"] > 0 and pair["words"] == "no difference shown"
 
 
-def test_only_shared_episodes_are_paired_one_is_too_few_and_an_empty_cell_is_no_figure(tmp_path):
+def test_only_shared_episodes_are_paired_five_are_too_few_and_an_empty_cell_is_no_figure(tmp_path):
     one = write_run(tmp_path / "one", BASE)
+    for count, words in ((5, "too few episodes"), (6, "better")):
+        few = write_run(tmp_path / f"{count}", BASE[:count] - 0.05)
+        pair = compare(one, few)[0]["groups"][0]["paired"][0]["rollout_l1"]
+        assert pair["num_episodes"] == count and pair["high"] < 0 and pair["words"] == words
     later = write_run(tmp_path / "later", BASE[4:] - 0.05, first=4)
     last = write_run(tmp_path / "last", BASE[:3], first=NUM_EPISODES - 1)
     pairs = [pair["rollout_l1"] for pair in compare(one, later, last, fails=1)[0]["groups"][0]["paired"]]

@@ -120,7 +120,7 @@ def write_folder(folder, *, measured=True, **changes):
     (folder / "pictures").mkdir(exist_ok=True)
     for name in (*SHOWN, *SPRITES):
         Image.fromarray(np.zeros((40, 1600, 3), np.uint8)).save(folder / "pictures" / name)
-    write_page(folder, MEASUREMENTS.values())
+    write_page(folder, MEASUREMENTS.values(), " evaluate.horizon=4 outputs=outputs/b")
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -150,7 +150,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
         *("no label here", "nested.a.b", "[1, 2]"),
         *(f"{name} figure" for name in ("energy", "distance", "noise", "probe")),
         f"of {MAX_ROWS + 5} rows",
-        "predictor=small evaluate.horizon=4 'evaluate.measure=[\"energy\"]' evaluate.energy_axes=null",
+        "python stages/evaluate.py evaluate.horizon=4 outputs=outputs/b",
     ):
         assert part in page.text, part
     assert page.text.count("0.5123 [0.5, 0.53]") == MAX_ROWS, "and no more"
