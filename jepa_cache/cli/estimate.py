@@ -62,7 +62,7 @@ def estimate(
 
     Exit code 0: it fits; 1: the disk of the cache root is too small; 2: wrong usage, or it could not be counted.
     """
-    report(lambda: estimate_checkout(open_checkout(arguments), frames_per_s), as_json=as_json)
+    report(lambda: estimate_checkout(open_checkout(arguments), frames_per_s), as_json=as_json, typed=arguments)
 
 
 def estimate_checkout(checkout: Checkout, frames_per_s: float | None = None) -> Outcome:

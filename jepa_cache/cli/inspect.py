@@ -72,7 +72,7 @@ def inspect(
         reports = list(inspect_data_sets(arguments, limit=limit))
         return Outcome({"data_sets": reports}, [line for it in reports for line in list_report(it)])
 
-    report(work, as_json=as_json)
+    report(work, as_json=as_json, typed=arguments)
 
 
 def inspect_data_sets(arguments: Sequence[str] | None, *, limit: int | None) -> Iterator[Report]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import click
 import typer
 
 from jepa_cache.cli.stage import describe_error, guarded, repeat_typed
@@ -90,20 +89,18 @@ def open_checkout(arguments: Sequence[str] | None) -> Checkout:
     return Checkout(repository, config, paths, recordings_base(config, repository), root)
 
 
-def report(work: Callable[[], Outcome], *, as_json: bool) -> None:
+def report(work: Callable[[], Outcome], *, as_json: bool, typed: Sequence[str] | None = None) -> None:
     """Do the work and print its result, with --json as the one document on stdout; ends with its exit code.
 
-    What the work itself prints goes to stderr then. Commands that it tells to type have the recordings and settings that were typed here.
+    What the work itself prints goes to stderr then. Commands that it tells to type have the recordings and settings `typed` here.
     """
-    context = click.get_current_context(silent=True)
-    typed = (context and context.params.get("arguments")) or []
     try:
         with guarded(sys.stderr if as_json else sys.stdout):
             document, lines, fine = work()
-            lines = [repeat_typed(line, typed) for line in lines]
+            lines = [repeat_typed(line, typed or ()) for line in lines]
         code = 0 if fine else PROBLEM
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        message = f"error: {repeat_typed(describe_error(error), typed)}"
+        message = f"error: {repeat_typed(describe_error(error), typed or ())}"
         if isinstance(error, KeyboardInterrupt):
             message = "interrupted; nothing is left half-done, so the same command can be run again"
         document, lines = {"error": message.removeprefix("error: ")}, []

@@ -43,7 +43,7 @@ def status(arguments: Recordings = None, *, as_json: AsJson = False) -> None:
     Exit code 0: everything is there and listed in the manifest; 1: stage one has something to do; 2: could not be
     checked.
     """
-    report(lambda: collect_status(open_checkout(arguments)), as_json=as_json)
+    report(lambda: collect_status(open_checkout(arguments)), as_json=as_json, typed=arguments)
 
 
 def collect_status(checkout: Checkout) -> Outcome:

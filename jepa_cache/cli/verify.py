@@ -51,6 +51,7 @@ def verify(
             repair=repair,
         ),
         as_json=as_json,
+        typed=arguments,
     )
 
 

@@ -77,7 +77,8 @@ def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     if len(set(episodes)) < 2:
         raise ValueError(
-            "ablations by another episode need at least two held-out episodes; raise split.val_share, try another "
+            "ablations by another episode need windows of at least two held-out episodes; lower evaluate.horizon where these are too short for "
+            "it, raise split.val_share, try another "
             f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
         )
     positions = positions_of(episodes)

@@ -23,6 +23,7 @@ from jepa_cache.evaluation.page import MAX_ROWS, read_table, shorten, spell, wri
 from jepa_cache.evaluation.run import MEASUREMENTS
 from tests.browser import measure_widths, open_page
 
+TYPED = " evaluate.horizon=4 outputs=outputs/b"
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil>"
 FIGURES = {"teacher_forcing_l1": 0.45591, "rollout_l1": 0.53991, "teacher_forcing_cosine": 0.9, "rollout_cosine": 0.8}
 QUESTIONS = ("actions", "readout", "actions_rollout", "timing", "copying", "baselines", "horizon", "limits")
@@ -120,7 +121,7 @@ def write_folder(folder, *, measured=True, **changes):
     (folder / "pictures").mkdir(exist_ok=True)
     for name in (*SHOWN, *SPRITES):
         Image.fromarray(np.zeros((40, 1600, 3), np.uint8)).save(folder / "pictures" / name)
-    write_page(folder, MEASUREMENTS.values(), " evaluate.horizon=4 outputs=outputs/b")
+    write_page(folder, MEASUREMENTS.values(), TYPED)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -150,7 +151,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
         *("no label here", "nested.a.b", "[1, 2]"),
         *(f"{name} figure" for name in ("energy", "distance", "noise", "probe")),
         f"of {MAX_ROWS + 5} rows",
-        "python stages/evaluate.py evaluate.horizon=4 outputs=outputs/b",
+        f"python stages/evaluate.py{TYPED}",
     ):
         assert part in page.text, part
     assert page.text.count("0.5123 [0.5, 0.53]") == MAX_ROWS, "and no more"
@@ -163,7 +164,7 @@ def test_every_part_arrives_with_its_interval_and_the_verdict_comes_first(text):
 def test_what_was_not_measured_is_said_with_the_way_to_get_it(tmp_path):
     page = Page(write_folder(tmp_path, measured=False, encoder_trained=True, comparable=True))
     for name in ("energy", "distances", "noise", "probes"):
-        assert f", by python stages/evaluate.py 'evaluate.measure=[{name}]'" in page.text
+        assert f", by python stages/evaluate.py{TYPED} 'evaluate.measure=[{name}]'" in page.text
     assert page.text.count("Not measured: ") == 4
     assert "random weights" not in page.text and "Clip mode" not in page.text
 
