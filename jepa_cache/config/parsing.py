@@ -97,7 +97,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if (key := name.rpartition(".")[2]) in GONE:
         return GONE[key]
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
 @functools.cache

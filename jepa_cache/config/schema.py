@@ -342,9 +342,8 @@ class TrainConfig(Settings):
     patience: CountOrZero  # validations without a better metric before training stops; 0 never stops
     select: Literal["last", "best"]  # which weights evaluation gets
     device: Device  # of training, evaluation and plans
-    deterministic: (
-        bool | Literal["auto"]
-    )  # equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels
+    # Equal bits each time; auto: on a GPU, where it costs time, while a CPU has no other kernels.
+    deterministic: bool | Literal["auto"]
     num_threads: CountOrZero  # torch threads; 0 means half the cores
     num_loader_threads: Count
     log_every: Steps  # training steps

@@ -51,6 +51,7 @@ from jepa_cache.predictor.checkpoints import (
 from jepa_cache.predictor.compressed import CompressedPredictor
 from jepa_cache.predictor.heads import head_path
 from jepa_cache.predictor.lora import (
+    CONFIG_FILE,
     adapter_state,
     add_lora,
     load_adapter_state,
@@ -223,6 +224,8 @@ def resolve_init(reference: str | None, base: Path) -> Path | None:
         if candidate.is_file() and candidate.suffix in (".safetensors", *OFFICIAL_SUFFIXES):
             return candidate
     tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    if (path / CONFIG_FILE).is_file():
+        tried += f". It is a LoRA adapter, which is part of weights: take {path.parent / WEIGHTS_FILE}, in which it is merged"
     raise ValueError(f"train.init={reference!r} names no weights; tried {tried}")
 
 

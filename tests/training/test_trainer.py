@@ -309,6 +309,10 @@ def test_init_takes_a_run_folder_a_file_and_the_id_of_a_run_and_means_the_same_r
 def test_init_that_names_nothing_or_other_sizes_says_so(cache, tmp_path):
     with pytest.raises(ValueError, match=r"train\.init='nothing' names no weights; tried .*nothing/predictor\.safeten"):
         run(cache, tmp_path, "train.init=nothing")
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/adapter_config.json").touch()
+    with pytest.raises(ValueError, match=rf"is a LoRA adapter.* take {tmp_path}/run/predictor.safetensors"):
+        run(cache, tmp_path, f"train.init={tmp_path}/run/adapter")
     config = make_config("train.num_steps=6")
     wide = replace(config, predictor=replace(config.predictor, predictor_dim=24))
     other = train(wide, cache.dataset, cache.scaler, tmp_path / "wide/run", base=tmp_path)
