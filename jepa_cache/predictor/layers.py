@@ -297,8 +297,10 @@ class Attention(nn.Module):
         steps = {"tokens_per_step": tokens_per_step, "num_past_steps": num_past_steps}
         out, kept = block_causal_attention(q, k, v, **steps, mask=mask, num_kept=num_kept)
         if num_kept and (num_kept < k.shape[2] or past is None):
-            # A view would keep the whole window alive; and new keys share their memory with the queries.
-            kept = kept[0].clone(), kept[1].clone()
+            # A view would keep the whole window alive; and new keys share their memory with the queries. In the order of `torch.cat`, as
+            # torch.compile makes a graph for each order.
+            keys, values = (it.clone(memory_format=torch.contiguous_format) for it in kept)
+            kept = keys, values
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), kept
 
 
