@@ -252,9 +252,8 @@ def find_obstacle(dataset: CachedDataset, config: Config) -> str | None:
     return (
         f"{', '.join(counts)}; evaluate needs {LEAST_HELD_OUT} held out and {least_train} for training with {num_steps} steps in a row (the most of "
         "train.window_steps and evaluate.num_context_steps + evaluate.horizon, evaluate.step_length apart). Add recordings, "
-        "set another split.val_share or split.seed, or "
-        "lower these steps; to train on every episode and evaluate nothing, set split.val_share=0"
-    )
+        "set another split.val_share or split.seed, or lower these steps"
+    ) + ("; to train on every episode and evaluate nothing, set split.val_share=0" if config.split.val_share else "")
 
 
 def count_episodes(segments: Sequence[Segment]) -> int:
