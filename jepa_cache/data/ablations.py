@@ -78,8 +78,7 @@ def choose_donors(episodes: Sequence[str], *, seed: int) -> np.ndarray:
     if len(set(episodes)) < 2:
         raise ValueError(
             "ablations by another episode need windows of at least two held-out episodes; lower evaluate.horizon where these are too short for "
-            "it, raise split.val_share, try another "
-            f"split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
+            f"it, raise split.val_share, try another split.seed, or add recordings (held out: {', '.join(sorted(set(episodes))) or 'none'})"
         )
     positions = positions_of(episodes)
     return np.array([draw_others(positions[name], len(episodes), generator) for name in episodes])

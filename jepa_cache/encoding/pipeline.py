@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -303,13 +304,13 @@ def _quantise_on(device: torch.device, dtype: str) -> dict[str, Any]:
     def on_stream(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             with torch.cuda.stream(stream):
-                return function(*arguments, device)
+                return function(*arguments)
 
         return run
 
     return {
-        "quantise": on_stream(lambda steps, channels, device: quantise(steps, dtype, channels, device)),
-        "sums": on_stream(sum_channels),
+        "quantise": on_stream(partial(quantise, dtype=dtype, device=device)),
+        "sums": on_stream(partial(sum_channels, device=device)),
     }
 
 

@@ -21,7 +21,7 @@ def sum_channels(run: np.ndarray, origin: np.ndarray, device: torch.device) -> n
     return torch.stack(sums).cpu().numpy()
 
 
-def quantise(steps: np.ndarray, dtype: str, channels: Channels, device: torch.device) -> tuple[np.ndarray, ...]:
+def quantise(steps: np.ndarray, channels: Channels, dtype: str, device: torch.device) -> tuple[np.ndarray, ...]:
     """`store.quantisation.encode` of steps [T, N, D] float16 on a device, bit for bit, and the errors [T, 3] float64 of what it gives.
 
     Every operation is one that rounds as IEEE says, alone, so that no device can give other codes.

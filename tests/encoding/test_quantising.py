@@ -30,7 +30,7 @@ def check(steps, dtype, device):
     channels, of = measure_channels([steps], D), torch.device(device)
     for made, expected in zip(measure_channels([steps], D, lambda *it: sum_channels(*it, of)), channels, strict=True):
         assert made.tobytes() == expected.tobytes()
-    codes, scales, errors = quantise(steps, dtype, channels, of)
+    codes, scales, errors = quantise(steps, channels, dtype, of)
     for made, expected in zip((codes, scales), expected_of(steps, dtype, channels), strict=False):
         assert made.dtype == expected.dtype and made.tobytes() == expected.tobytes()
     np.testing.assert_allclose(errors, expected_of(steps, dtype, channels)[2], rtol=1e-4)
